@@ -1,0 +1,76 @@
+"""What travels between loader, model and losses: Batch, ImageFeatures, TextFeatures.
+
+Legend of shapes for the whole project: B pairs on this rank, N pairs on all ranks, P patches,
+T tokens, K entities of a report, D embedding size, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PRESENT, ABSENT, UNCERTAIN = 0, 1, 2  # values of Batch.entity_state
+STATES = ("present", "absent", "uncertain")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch: a slice of the global order, ranks in rank order."""
+
+    image: Tensor  # [B, C, H, W] float32, normalised with data.mean and data.std
+    token_ids: Tensor  # [B, T] int64, padded with the tokenizer's [PAD]
+    token_mask: Tensor  # [B, T] bool, True = real token, [CLS] and [SEP] included
+    content_mask: Tensor  # [B, T] bool, as token_mask without [CLS] and [SEP]
+    entity_ids: Tensor  # [B, K] int64, row of the concept table; 0 where masked
+    entity_state: Tensor  # [B, K] int64, PRESENT, ABSENT or UNCERTAIN
+    entity_mask: Tensor  # [B, K] bool, True = real mention
+    pair_id: Tensor  # [B] int64: equal = same study or same text, never each other's negatives
+    global_index: Tensor  # [B] int64, position in the run's endless global order: keys all noise
+    row_index: Tensor  # [B] int64, row of the manifest
+
+    def __len__(self) -> int:
+        return int(self.image.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+        }
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the image side gives the losses; unit length where it says so."""
+
+    embedding: Tensor  # [B, D] unit length, global head
+    patches: Tensor  # [B, P, D] local head, not normalised
+    grid: tuple[int, int]  # rows, columns of the P patches
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    embedding: Tensor  # [B, D] unit length, global head
+    tokens: Tensor  # [B, T, D] local head, not normalised; rows outside content_mask unused
+    attention: Tensor | None = None  # [B, T] last layer's [CLS] -> token attention, detached
+
+
+@dataclass(frozen=True)
+class KnowledgeFeatures:
+    """A batch's linked entities after the trainable projection."""
+
+    entities: Tensor  # [B, K, D] with the state's embedding added, not normalised
+    mask: Tensor  # [B, K] bool
+    row_weights: Tensor  # [B, K] float32 >= 0, by state (config.knowledge.weight_*)
+    present_mean: Tensor  # [B, D] unit length mean of present entities, zero where none
+    has_present: Tensor  # [B] bool
+
+
+@dataclass(frozen=True)
+class Features:
+    image: ImageFeatures
+    text: TextFeatures
+    knowledge: KnowledgeFeatures

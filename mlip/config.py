@@ -1,0 +1,466 @@
+"""Every setting of a run, typed and frozen, and how YAML files and overrides become one Config.
+
+What does not live here: any default that depends on data, and any logic beyond validation. The
+DeepSpeed dictionary is derived from these classes in training/engine.py; there is no second truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or contradicts another one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    dir: str = "runs/default"  # everything a run writes goes below this folder
+    seed: int = 1
+    exact: bool = False  # refuse whatever makes the loss depend on ranks or micro-batches
+    deterministic: bool = False  # refuse what cannot repeat bit for bit on this machine
+    threads: int = 0  # torch threads per rank; 0 = cores / local ranks
+    offline: bool = True  # no model hub, no network; False only when the user asks
+    timeout_s: float = 300.0  # longest wait of one rank for another before the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which manifest column holds which field; None = the manifest has no such column."""
+
+    image: str = "image"  # path of the image file, relative to data.root
+    report: str | None = "report"  # text; empty = image-only row
+    patient_id: str = "patient_id"
+    study_id: str | None = "study_id"  # None = every row is a study of its own
+    image_id: str | None = None  # None = the image path
+    split: str | None = "split"  # train | val | test; None = split by hash of patient_id
+    view: str | None = None
+    sha256: str | None = None  # of the image file; read by data.verify
+    labels: str | None = None  # finding names joined by "|", for evaluation only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Training-time image changes; never a horizontal flip: reports say left and right."""
+
+    random_crop: bool = True  # False = centre crop
+    brightness: float = 0.1  # factor drawn from 1 +- this
+    contrast: float = 0.1
+    rotation_degrees: float = 0.0  # refused by the DALI CPU backend's speed: see docs/data.md
+    sentence_dropout: float = 0.5  # probability that a report keeps a random subset of sentences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phantom:
+    """Generated studies (dataloading/phantom.py), made where the manifest does not exist yet."""
+
+    studies: int = 0  # training studies; 0 = never generate
+    val_studies: int = 256
+    test_studies: int = 1000
+    image_px: int = 144
+    seed: int = 1  # training and validation patients
+    test_seed: int = 1_000_001  # test patients: a stream of their own
+    file_format: Literal["png", "dicom"] = "png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    manifest: str = ""  # CSV, Parquet or JSONL
+    root: str | None = None  # folder that image paths are relative to; None = the manifest's
+    columns: Columns = field(default_factory=Columns)
+    pipeline: Literal["auto", "dali", "torch"] = "auto"
+    verify: Literal["hash", "sample", "none"] = "none"
+    resize_px: int = 256  # letterbox: longest side scaled to this, the rest black
+    crop_px: int = 224
+    channels: Literal[1, 3] = 3
+    mean: float = 0.5  # of intensities in [0, 1], one value: radiographs are grey
+    std: float = 0.25
+    max_tokens: int = 112  # with [CLS] and [SEP]
+    max_entities: int = 16  # linked mentions kept per report
+    vocab_size: int = 4096  # of a vocabulary trained on the training split
+    sections: Literal["all", "findings", "impression"] = "all"
+    empty_report: Literal["exclude", "image_only"] = "exclude"
+    bad_share: float = 0.01  # stop with exit code 3 once more than this share of rows is bad
+    workers: int = 1  # loader threads (DALI) or threads of the torch twin, per rank
+    prefetch: int = 2  # batches made ahead
+    augment: Augment = field(default_factory=Augment)
+    phantom: Phantom = field(default_factory=Phantom)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    global_pairs: int = 144  # pairs whose negatives are each other, over all ranks
+    micro_images: int = 0  # images per tower pass per rank; 0 = all at once
+    micro_texts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    max_steps: int = 0  # 0 = by epochs
+    epochs: float = 50.0
+    lr: float = 2e-5
+    lr_reference_pairs: int = 144  # lr is scaled by sqrt(global_pairs / this); 0 = not scaled
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup_steps: int = 100
+    min_lr_share: float = 0.0  # the cosine ends at lr times this
+    clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
+    checkpoint_steps: int = 500
+    keep_checkpoints: int = 2
+    log_steps: int = 20
+    max_nan_steps: int = 3  # non-finite losses in a row before the run stops
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    kind: Literal["resnet", "vit"] = "resnet"
+    source: str | None = None  # local directory or hub id; None = random weights from `options`
+    options: dict[str, Any] = field(default_factory=dict)  # transformers config values
+    patch_stage: int = 2  # ResNet: the stage whose grid gives the patches (0-based)
+    patch_pool: int = 1  # average-pool the patch grid by this factor
+    norm: Literal["batch", "group", "frozen"] = "batch"  # ResNet's normalisation
+    position_grid: bool = False  # learned position grid added to the patches before the neck
+    neck_blocks: int = 0  # pointwise residual blocks after the grid (no receptive field added)
+    pool: Literal["tower", "attention"] = "tower"  # global feature: the tower's own, or attention
+    checkpointing: bool = False  # activation checkpointing inside the tower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    source: str | None = None
+    tokenizer: str | None = None  # directory; None = `source`, or trained on the training split
+    options: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    hidden: int = 2048
+    norm: Literal["layer", "batch"] = "layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    kind: Literal["gaussian", "dropout", "none"] = "gaussian"
+    dropout: float = 0.1
+    beta_kl: float = 0.1
+    beta_spread: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    embed_dim: int = 128
+    attention: Literal["sdpa", "xformers", "eager"] = "sdpa"
+    vision: Vision = field(default_factory=Vision)
+    text: Text = field(default_factory=Text)
+    heads: Heads = field(default_factory=Heads)
+    divergence: Divergence = field(default_factory=Divergence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knowledge:
+    lexicon: str | None = None  # concept folder or file; None = the project's own
+    vectors: str = "tfidf"  # "tfidf" | "text_tower" | path of a safetensors table
+    dim: int = 128  # of the TF-IDF vectors
+    weight_present: float = 1.0  # weight of a mention as a row of the local score
+    weight_uncertain: float = 0.5
+    weight_absent: float = 0.0
+    pair_id_by_concepts: bool = False  # equal sets of present concepts share a pair_id
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalContrastive:
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalAlignment:
+    weight: float = 1.0
+    kind: Literal["token_knowledge_patch", "mgca"] = "token_knowledge_patch"
+    pooling: Literal["attention", "context", "max"] = "attention"
+    aggregation: Literal["mean", "lse"] = "mean"
+    attention_scale: float = 10.0
+    knowledge_scale: float = 10.0
+    knowledge_gain: float = 0.5
+    knowledge_share: float = 0.25
+    aggregation_scale: float = 5.0
+    learn_scales: bool = True
+    token_weights: Literal["uniform", "attention"] = "uniform"
+    impl: Literal["auto", "triton", "torch"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    weight: float = 0.5
+    prototypes: int = 256
+    sinkhorn_temperature: float = 0.05
+    prediction_temperature: float = 0.2
+    sinkhorn_iterations: int = 3
+    freeze_epochs: float = 1.0  # prototypes get no gradient before this
+    knowledge_terms: bool = True  # False = plain prototypes (MGCA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching:
+    weight: float = 0.5
+    layers: int = 2
+    heads: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swapping:
+    weight: float = 0.5
+    probability: float = 0.5
+    margin: float = 0.4
+    local_share: float = 0.5  # sim = v.t + this * S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    global_contrastive: GlobalContrastive = field(default_factory=GlobalContrastive)
+    local_alignment: LocalAlignment = field(default_factory=LocalAlignment)
+    category: Category = field(default_factory=Category)
+    matching: Matching = field(default_factory=Matching)
+    swapping: Swapping = field(default_factory=Swapping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    split: Literal["train", "val", "test"] = "test"
+    max_studies: int = 1000
+    retrieval_pool: int = 256  # recall is measured inside pools of this many pairs
+    bootstrap: int = 500  # resamples by patient behind each interval
+    checkpoint: str | None = None  # None = the newest complete one of run.dir
+    examples: int = 6  # pictures in the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    batch: Batches = field(default_factory=Batches)
+    train: Train = field(default_factory=Train)
+    model: Model = field(default_factory=Model)
+    knowledge: Knowledge = field(default_factory=Knowledge)
+    loss: Loss = field(default_factory=Loss)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """One Config from YAML files (later wins) and ``a.b=value`` overrides (YAML values).
+
+    Raises:  ConfigError naming the file or override, the key, the nearest valid key or the
+             expected type, or the two settings that contradict each other.
+    Source:  ours.
+    """
+    tree: dict[str, Any] = {}
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"config file {file}: cannot be read: {error}") from error
+        if not isinstance(content, dict | types.NoneType):
+            raise ConfigError(
+                f"config file {file}: expected a mapping of sections, got a "
+                f"{type(content).__name__}"
+            )
+        _check_keys(content or {}, Config, where=f"config file {file}", path="")
+        _merge(tree, content or {})
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _check_keys(nested, Config, where="override", path="")
+        _merge(tree, nested)
+    config = _build(Config, tree, "")
+    _check_values(config)
+    return config
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The Config that to_dict gave, checked again in full."""
+    _check_keys(tree, Config, where="saved config", path="")
+    config = _build(Config, tree, "")
+    _check_values(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries and lists, ready for YAML or JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (left value, right value) for every setting that differs."""
+    a, b = _flatten(to_dict(left)), _flatten(to_dict(right))
+    return {
+        key: (a.get(key), b.get(key))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _all_keys(cls: Any, path: str = "") -> list[str]:
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys.append(f"{path}{name}")
+        if dataclasses.is_dataclass(kind):
+            keys += _all_keys(kind, f"{path}{name}.")
+    return keys
+
+
+def _check_keys(tree: Mapping[str, Any], cls: Any, *, where: str, path: str) -> None:
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        full = f"{path}{key}"
+        if key not in hints:
+            leaf = str(key)
+            known = _all_keys(Config)
+            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+            near = near or difflib.get_close_matches(full, known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{where}: unknown key {full!r}; the nearest valid key is {near[0]!r}"
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{where}: {full} is a section, expected a mapping, got {value!r}"
+                )
+            _check_keys(value, hints[key], where=where, path=f"{full}.")
+
+
+def _build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {key: _coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
+    return cls(**values)
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
+    if origin is Literal:
+        if not any(value == a and type(value) is type(a) for a in arguments):
+            raise ConfigError(
+                f"{key}: expected one of {', '.join(map(str, arguments))}, got {value!r}"
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in arguments if a is not types.NoneType), key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise ConfigError(f"{key}: expected a list of {len(arguments)} values, got {value!r}")
+        return tuple(_coerce(v, a, key) for v, a in zip(value, arguments, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: expected a mapping, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text: the number is what every user means
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check_values(config: Config) -> None:
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    data, batch, train = config.data, config.batch, config.train
+    require(
+        data.crop_px <= data.resize_px,
+        f"data.crop_px={data.crop_px} is larger than data.resize_px={data.resize_px}",
+    )
+    require(
+        batch.global_pairs >= 2,
+        f"batch.global_pairs={batch.global_pairs}: a contrastive batch needs at least 2 pairs",
+    )
+    require(min(batch.micro_images, batch.micro_texts) >= 0, "batch.micro_*: expected 0 or more")
+    require(
+        train.max_steps > 0 or train.epochs > 0,
+        "train.max_steps and train.epochs are both 0: nothing would be trained",
+    )
+    require(
+        0.0 <= data.augment.sentence_dropout <= 1.0,
+        f"data.augment.sentence_dropout={data.augment.sentence_dropout}: expected 0 to 1",
+    )
+    require(
+        0.0 <= config.loss.local_alignment.knowledge_share <= 1.0,
+        "loss.local_alignment.knowledge_share: expected 0 to 1",
+    )
+    for name in typing.get_type_hints(Loss):
+        weight = getattr(config.loss, name).weight
+        require(weight >= 0.0, f"loss.{name}.weight={weight}: expected 0 or more")
+    cached = batch.micro_images > 0 or batch.micro_texts > 0
+    vision = config.model.vision
+    require(
+        not (cached and vision.kind == "resnet" and vision.norm == "batch"),
+        "batch.micro_images/micro_texts with model.vision.norm=batch: a statistic of a "
+        "micro-batch is not a statistic of the batch; set model.vision.norm to group or frozen",
+    )
+    require(
+        not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
+        "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
+    )
+    require(
+        not (train.offload and train.zero_stage == 0),
+        "train.offload needs train.zero_stage of 1 or more",
+    )

@@ -1,0 +1,58 @@
+"""Packaging only: settings of tools live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+def under(folder: str) -> list[str]:
+    """A top-level namespace folder and the regular packages inside it."""
+    return [f"mlip.{folder}"] + [f"mlip.{folder}.{name}" for name in find_packages(folder)]
+
+
+setup(
+    # "mlip" on the package index is another project (interatomic potentials)
+    name="mlip-medical",
+    version="0.1.0",
+    description="Open, fast medical language-image pre-training (MLIP) on chest X-rays and reports",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mlip", "mlip.*"]) + under("kernels") + under("dataloading"),
+    package_dir={"mlip": "mlip", "mlip.kernels": "kernels", "mlip.dataloading": "dataloading"},
+    package_data={
+        "mlip": ["py.typed"],
+        "mlip.knowledge": ["lexicon/*"],
+        "mlip.kernels": ["README.md"],
+    },
+    install_requires=[
+        "torch>=2.11",  # no triton pin: torch's own metadata pins it on a GPU
+        "numpy>=1.26,<2.4",  # numpy 2.4 breaks triton 3.6's interpreter
+        "transformers>=5.20,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "pyyaml>=6",
+        "rich>=13",
+        "pillow>=12.3",
+        "opencv-python-headless>=4.10",
+        "pydicom>=3.0.2,<4",
+        "imagecodecs>=2025.3.30",
+        "numba>=0.61",
+        "pyarrow>=18",
+        "pyahocorasick>=2.1",
+        "scikit-learn>=1.5",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
+        "psutil>=6",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "dali": ["nvidia-dali-cuda130>=2.3"],
+        "gpu": ["deepspeed>=0.19,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton"],
+    },
+    entry_points={"console_scripts": ["mlip = mlip.cli:main"]},
+)
