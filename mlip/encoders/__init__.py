@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Towers and heads; with dataloading/reports.py the only code that imports transformers."""

@@ -1,0 +1,114 @@
+"""The one attention function of both towers: torch SDPA, xformers where usable, or plain eager.
+
+Registered with transformers under "mlip_<impl>", so that BERT and ViT run through it, and able to
+keep the last layer's [CLS] row for token weights without materialising the other rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLS = ("sdpa", "xformers", "eager")
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    impl: str,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention; a row whose mask hides everything gives zeros.
+
+    Shapes:  query [B, heads, S, d], key and value [B, heads, T, d], mask broadcastable to
+             [B, heads, S, T], True = attend -> [B, heads, S, d]
+    """
+    if impl == "xformers":
+        return _xformers(query, key, value, mask, scale=scale, dropout=dropout)
+    if impl == "eager":
+        scores = (query @ key.transpose(-2, -1)).float() * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0).to(query.dtype)
+        return F.dropout(weights, dropout) @ value
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+
+
+def require_usable(impl: str) -> None:
+    """Raise ValueError where the asked-for implementation cannot run here."""
+    if impl == "xformers":
+        if importlib.util.find_spec("xformers") is None:
+            raise ValueError(
+                "model.attention=xformers, but xformers is not installed; install the extra "
+                "`gpu` or set model.attention=sdpa"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "model.attention=xformers, but its memory-efficient attention needs a CUDA device "
+                "and none is visible; set model.attention=sdpa"
+            )
+
+
+def _xformers(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float, dropout: float
+) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    out = memory_efficient_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_bias=bias,
+        p=dropout,
+        scale=scale,
+    )
+    return out.transpose(1, 2)
+
+
+def _for_transformers(impl: str) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if getattr(module, "keeps_cls_attention", False):
+            # the [CLS] query alone: O(T) instead of the O(T^2) map that eager would keep
+            with torch.no_grad():
+                scores = (query[:, :, :1] @ key.transpose(-2, -1)).float() * scale
+                if attention_mask is not None:
+                    scores = scores.masked_fill(~attention_mask[:, :, :1], -torch.inf)
+                module.cls_attention = torch.softmax(scores, dim=-1)[:, :, 0].mean(dim=1)
+        out = attention(query, key, value, attention_mask, impl=impl, scale=scale, dropout=dropout)
+        return out.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+for _impl in IMPLS:
+    ALL_ATTENTION_FUNCTIONS.register(f"mlip_{_impl}", _for_transformers(_impl))
+    # boolean masks, True = attend, for all three
+    ALL_MASK_ATTENTION_FUNCTIONS.register(f"mlip_{_impl}", sdpa_mask)

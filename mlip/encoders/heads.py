@@ -1,0 +1,53 @@
+"""Projection heads: tower width -> embed_dim, for vectors [B, d] and for rows [B, R, d]."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+
+from mlip.config import Heads
+from mlip.encoders.normalisation import SynchronisedBatchNorm
+
+
+class RowBatchNorm(nn.Module):
+    """BatchNorm over the real rows of [B, R, d] or [B, d] of all ranks; masked rows become zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = SynchronisedBatchNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        rows = x.flatten(0, -2) if mask is None else x[mask]
+        rows = self.norm(rows[:, :, None, None])[:, :, 0, 0]
+        if mask is None:
+            return rows.view_as(x)
+        out = rows.new_zeros(x.shape)
+        out[mask] = rows
+        return out
+
+
+class ProjectionHead(nn.Module):
+    """Linear - norm - GELU - Linear.
+
+    Shapes:  [B, d] or [B, R, d] with mask [B, R] (used by the batch norm only) -> last dim `out`
+    Source:  MGCA's two-layer heads; LayerNorm in between is ours (exact over micro-batches).
+    """
+
+    def __init__(self, width: int, out: int, settings: Heads) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, settings.hidden)
+        self.norm: nn.Module = (
+            nn.LayerNorm(settings.hidden)
+            if settings.norm == "layer"
+            else RowBatchNorm(settings.hidden)
+        )
+        self.activation = nn.GELU()
+        self.second = nn.Linear(settings.hidden, out)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = self.first(x)
+        if isinstance(self.norm, RowBatchNorm):
+            hidden = self.norm(hidden, mask)
+        else:
+            hidden = self.norm(hidden)
+        return self.second(self.activation(hidden))

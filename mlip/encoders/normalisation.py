@@ -1,0 +1,112 @@
+"""Normalisation of a ResNet tower: batch statistics over all ranks, groups, or frozen.
+
+torch's own SyncBatchNorm refuses CPU tensors; this one runs on any device and backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.distributed import is_distributed
+
+
+class _SynchronisedNorm(torch.autograd.Function):
+    """Batch normalisation with mean and variance over all ranks' pixels.
+
+    The fused native kernels do the passes over pixels; only per-channel sums cross ranks.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pixels = x.numel() // x.shape[1]
+        _, mean, inverse_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        variance = inverse_std.double() ** -2 - eps
+        mean = mean.double()
+        # float64 sums: mean and mean square nearly cancel where a channel hardly varies
+        sums = torch.cat([mean * pixels, (variance + mean**2) * pixels, mean.new_tensor([pixels])])
+        dist.all_reduce(sums)
+        count = sums[-1]
+        channels = x.shape[1]
+        mean = sums[:channels] / count
+        variance = (sums[channels:-1] / count - mean**2).clamp_min(0.0)
+        mean, variance = mean.float(), variance.float()
+        out = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        grad = grads[0]
+        inverse_std = torch.rsqrt(variance + ctx.eps)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([grad_weight.float(), grad_bias.float()])
+        dist.all_reduce(sums)
+        # the part of the gradient that flows through the shared statistics, affine in x
+        slope = weight * inverse_std * inverse_std * sums[0] / count
+        offset = weight * inverse_std * sums[1] / count - slope * mean
+        shape = (1, -1, 1, 1)
+        correction = x * slope.view(shape).to(x.dtype) + offset.view(shape).to(x.dtype)
+        return grad_x - correction, grad_weight, grad_bias, None
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are over all ranks; one rank: torch's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and is_distributed()):
+            return super().forward(input)
+        out, mean, variance, count = _SynchronisedNorm.apply(
+            input, self.weight, self.bias, self.eps
+        )
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1)).float()
+            momentum = self.momentum if self.momentum is not None else 0.1
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(unbiased, momentum)
+            self.num_batches_tracked.add_(1)
+        return out
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that always uses its running statistics and never moves them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+
+def _groups(channels: int) -> int:
+    """The most groups, at most 32 (Wu and He 2018), of at least 4 channels that divide evenly."""
+    return next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+
+
+def set_normalisation(module: nn.Module, kind: str) -> None:
+    """Replace every BatchNorm2d below `module` in place, keeping its weights where it has any."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.BatchNorm2d):
+            set_normalisation(child, kind)
+            continue
+        channels = child.num_features
+        new: nn.Module
+        if kind == "group":
+            new = nn.GroupNorm(_groups(channels), channels)
+            new.weight, new.bias = child.weight, child.bias
+        else:
+            cls = SynchronisedBatchNorm if kind == "batch" else FrozenBatchNorm
+            new = cls(channels, eps=child.eps, momentum=child.momentum)
+            new.load_state_dict(child.state_dict())
+        setattr(module, name, new)

@@ -1,0 +1,80 @@
+"""Text tower: report tokens -> one global vector ([CLS]) and a vector per token."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from mlip.config import Text
+from mlip.encoders.attention import require_usable
+from mlip.encoders.vision import check_source
+
+
+class TextEncoder(nn.Module):
+    """BERT of any size: (token_ids, token_mask) -> (global [B, d], tokens [B, T, d], attention).
+
+    Shapes:  token_ids [B, T] int64, token_mask [B, T] bool; attention [B, T] float32, the last
+             layer's [CLS] -> token weights (head mean, detached), or None unless kept
+    Raises:  ValueError for a source that is not there or a vocabulary larger than the model's
+    Source:  MLIP section 3 (a clinical BERT).
+    """
+
+    def __init__(
+        self,
+        settings: Text,
+        *,
+        vocab_size: int,
+        max_tokens: int,
+        attention: str = "sdpa",
+        keeps_attention: bool = False,
+        offline: bool = True,
+    ) -> None:
+        super().__init__()
+        require_usable(attention)
+        name = f"mlip_{attention}"
+        if settings.source is None:
+            options = {"max_position_embeddings": max_tokens, **settings.options}
+            config = BertConfig(vocab_size=vocab_size, **options)
+            config._attn_implementation = name
+            self.backbone = BertModel(config, add_pooling_layer=False)
+        else:
+            check_source("model.text.source", settings.source, offline)
+            self.backbone = BertModel.from_pretrained(
+                settings.source,
+                local_files_only=offline,
+                use_safetensors=True,
+                add_pooling_layer=False,
+                attn_implementation=name,
+            )
+            config = self.backbone.config
+        if vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {vocab_size} entries, model.text.source={settings.source} has "
+                f"{config.vocab_size}; give the tokenizer of that model (model.text.tokenizer)"
+            )
+        if max_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"data.max_tokens={max_tokens} is more than the text tower's "
+                f"{config.max_position_embeddings} positions"
+            )
+        if settings.checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.dim = int(config.hidden_size)
+        self._last = self.backbone.encoder.layer[-1].attention.self
+        self._last.keeps_cls_attention = keeps_attention
+        self.keeps_attention = keeps_attention
+
+    def forward(
+        self, token_ids: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        states = self.backbone(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
+        kept = self._last.cls_attention if self.keeps_attention else None
+        return states[:, 0], states, kept
+
+
+def token_states(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+    """The mean of the text tower's token vectors over real tokens, [B, d]: for definitions."""
+    _, states, _ = encoder(token_ids, token_mask)
+    weights = token_mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1.0)

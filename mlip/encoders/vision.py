@@ -1,0 +1,253 @@
+"""Image towers: a radiograph -> one global vector and a grid of patch vectors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+
+from mlip.config import Vision
+from mlip.encoders.attention import require_usable
+from mlip.encoders.normalisation import set_normalisation
+
+
+class AttentionPool(nn.Module):
+    """A learned softmax per head over the patches: [B, P, C] -> [B, C].
+
+    A finding fills few patches; a plain mean dilutes it by their number.
+    """
+
+    def __init__(self, channels: int, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.score = nn.Linear(channels, heads)
+        self.value = nn.Linear(channels, channels)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weights_BPH = torch.softmax(self.score(patches).float(), dim=1).to(patches.dtype)
+        value_BPHC = self.value(patches).unflatten(-1, (self.heads, -1))
+        return (weights_BPH.unsqueeze(-1) * value_BPHC).sum(dim=1).flatten(1)
+
+
+class PointwiseBlock(nn.Module):
+    """A residual two-layer perceptron on each patch alone: adds depth, no receptive field."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.expand = nn.Linear(channels, 2 * channels)
+        self.contract = nn.Linear(2 * channels, channels)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return patches + self.contract(F.gelu(self.expand(self.norm(patches))))
+
+
+class Neck(nn.Module):
+    """Position grid and pointwise blocks between a tower's patches and the heads.
+
+    Knowing where a patch lies lets a small receptive field still tell left from right.
+    Source:  ours.
+    """
+
+    def __init__(self, channels: int, grid: tuple[int, int], settings: Vision) -> None:
+        super().__init__()
+        self.grid = grid
+        self.position = (
+            nn.Parameter(torch.randn(1, channels, *grid) * 0.02) if settings.position_grid else None
+        )
+        self.blocks = nn.Sequential(
+            *[PointwiseBlock(channels) for _ in range(settings.neck_blocks)]
+        )
+
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.position is not None:
+            position = self.position
+            if grid != self.grid:
+                position = F.interpolate(position, size=grid, mode="bicubic", align_corners=False)
+            patches = patches + position.flatten(2).transpose(1, 2)
+        return self.blocks(patches)
+
+
+class ResNetTower(nn.Module):
+    """transformers' ResNet; patches from one stage, global vector from the last or the patches."""
+
+    def __init__(self, settings: Vision, channels: int, *, offline: bool) -> None:
+        super().__init__()
+        if settings.source is None:
+            config = ResNetConfig(num_channels=channels, **settings.options)
+            self.backbone = ResNetModel(config)
+        else:
+            self.backbone = ResNetModel.from_pretrained(
+                settings.source, local_files_only=offline, use_safetensors=True
+            )
+            config = self.backbone.config
+        _check_channels(config.num_channels, channels, settings.source)
+        stages = len(config.hidden_sizes)
+        if not 0 <= settings.patch_stage < stages:
+            raise ValueError(
+                f"model.vision.patch_stage: expected 0 to {stages - 1} for a ResNet of {stages} "
+                f"stages, got {settings.patch_stage}"
+            )
+        set_normalisation(self.backbone, settings.norm)
+        if settings.pool == "attention":
+            # later stages would be computed for nothing
+            del self.backbone.encoder.stages[settings.patch_stage + 1 :]
+        # convolutions of small tensors run up to twice as fast this way, most so in bfloat16
+        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.settings = settings
+        self.patch_dim = config.hidden_sizes[settings.patch_stage]
+        self.pools_patches = settings.pool == "attention"
+        self.global_dim = self.patch_dim if self.pools_patches else config.hidden_sizes[-1]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        x = image.contiguous(memory_format=torch.channels_last)
+        x = self.backbone.embedder(x)
+        grid_BCHW = x
+        for index, stage in enumerate(self.backbone.encoder.stages):
+            x = _maybe_checkpoint(stage, x, self.settings.checkpointing and self.training)
+            if index == self.settings.patch_stage:
+                grid_BCHW = x
+        if self.settings.patch_pool > 1:
+            grid_BCHW = F.avg_pool2d(grid_BCHW, self.settings.patch_pool)
+        grid = (grid_BCHW.shape[2], grid_BCHW.shape[3])
+        return x.mean(dim=(2, 3)), grid_BCHW.flatten(2).transpose(1, 2), grid
+
+
+class ViTTower(nn.Module):
+    """transformers' ViT; patches from the last layer, global vector from [CLS]."""
+
+    def __init__(
+        self, settings: Vision, channels: int, image_px: int, attention: str, *, offline: bool
+    ) -> None:
+        super().__init__()
+        name = f"mlip_{attention}"
+        if settings.source is None:
+            options: dict[str, Any] = {"image_size": image_px, **settings.options}
+            config = ViTConfig(num_channels=channels, **options)
+            config._attn_implementation = name
+            self.backbone = ViTModel(config, add_pooling_layer=False)
+        else:
+            self.backbone = ViTModel.from_pretrained(
+                settings.source,
+                local_files_only=offline,
+                use_safetensors=True,
+                add_pooling_layer=False,
+                attn_implementation=name,
+            )
+            config = self.backbone.config
+        _check_channels(config.num_channels, channels, settings.source)
+        if settings.checkpointing:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.patch_px = int(config.patch_size)
+        self.patch_dim = self.global_dim = int(config.hidden_size)
+        self.pools_patches = settings.pool == "attention"
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        states = self.backbone(image, interpolate_pos_encoding=True).last_hidden_state
+        grid = (image.shape[2] // self.patch_px, image.shape[3] // self.patch_px)
+        return states[:, 0], states[:, 1:], grid
+
+
+class VisionEncoder(nn.Module):
+    """Tower and neck: image [B, C, H, W] -> (global [B, d_g], patches [B, P, d_p], grid).
+
+    Raises:  ValueError for a source that is not there, wrong channels, an unusable attention.
+    Source:  MLIP section 3 (ResNet-50 or ViT-B/16); position grid and neck are ours.
+    """
+
+    def __init__(
+        self,
+        settings: Vision,
+        *,
+        channels: int,
+        image_px: int,
+        attention: str = "sdpa",
+        offline: bool = True,
+    ) -> None:
+        super().__init__()
+        require_usable(attention)
+        if settings.source is not None:
+            check_source("model.vision.source", settings.source, offline)
+        self.tower: ResNetTower | ViTTower
+        if settings.kind == "resnet":
+            self.tower = ResNetTower(settings, channels, offline=offline)
+        else:
+            self.tower = ViTTower(settings, channels, image_px, attention, offline=offline)
+        self.patch_dim, self.global_dim = self.tower.patch_dim, self.tower.global_dim
+        grid = self._grid(channels, image_px)
+        self.neck = Neck(self.patch_dim, grid, settings)
+        self.pool = AttentionPool(self.patch_dim) if self.tower.pools_patches else None
+
+    @torch.no_grad()
+    def _grid(self, channels: int, image_px: int) -> tuple[int, int]:
+        was_training = self.tower.training
+        self.tower.eval()
+        _, _, grid = self.tower(torch.zeros(1, channels, image_px, image_px))
+        self.tower.train(was_training)
+        return grid
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        pooled, patches, grid = self.tower(image)
+        patches = self.neck(patches, grid)
+        if self.pool is not None:
+            pooled = self.pool(patches)
+        return pooled, patches, grid
+
+
+def check_source(key: str, source: str, offline: bool) -> None:
+    """Raise ValueError where `source` is no local directory of a model and the run is offline."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{key}={source}: the directory holds no config.json")
+        return
+    if offline:
+        try:
+            AutoConfig.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{key}={source}: neither a local directory nor in the local model cache; give a "
+                "directory, or set run.offline=false to let it be downloaded"
+            ) from error
+
+
+def _check_channels(tower: int, data: int, source: str | None) -> None:
+    if tower != data:
+        raise ValueError(
+            f"model.vision.source={source} takes {tower} channels, data.channels is {data}; "
+            f"set data.channels={tower}"
+        )
+
+
+def _maybe_checkpoint(function: nn.Module, x: Tensor, is_on: bool) -> Tensor:
+    if not is_on:
+        return function(x)
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(function, x, use_reentrant=False)
+
+
+def receptive_field_px(settings: Vision) -> int:
+    """Side of the square of pixels that one ResNet patch sees, in px of the network's input.
+
+    Source:  the usual recursion r += (kernel - 1) * jump over the layers.
+    """
+    config = ResNetConfig(**settings.options)
+    field, jump = 1 + 6, 2  # 7 x 7 convolution of stride 2
+    field, jump = field + 2 * jump, jump * 2  # 3 x 3 pooling of stride 2
+    kernels = (3, 3) if config.layer_type == "basic" else (1, 3, 1)
+    for stage in range(settings.patch_stage + 1):
+        for layer in range(config.depths[stage]):
+            strides = layer == 0 and (stage > 0 or config.downsample_in_first_stage)
+            at = 0 if config.layer_type == "basic" or config.downsample_in_bottleneck else 1
+            for position, kernel in enumerate(kernels):
+                field += (kernel - 1) * jump
+                if strides and position == at:
+                    jump *= 2
+    return int(math.ceil(field + (settings.patch_pool - 1) * jump))

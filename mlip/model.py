@@ -1,0 +1,219 @@
+"""MLIPModel: towers, heads, knowledge projection and scales; everything inference needs.
+
+What only training needs (divergence encoder, prototypes, matching head) lives with the losses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN, ImageFeatures, KnowledgeFeatures, TextFeatures
+from mlip.config import Config
+from mlip.encoders.heads import ProjectionHead
+from mlip.encoders.text import TextEncoder
+from mlip.encoders.vision import VisionEncoder
+from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
+
+MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the learned scale (Radford et al. 2021, 2.5)
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+ZERO_LENGTH = 1e-6  # method.md: a row at most this long becomes the zero row
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x / |x| along the last dim in float32; rows of at most 1e-6 become zero, gradient exactly 0.
+
+    The division by the largest entry first keeps rows finite whose square would overflow.
+    """
+    x = x.float() if x.dtype != torch.float64 else x
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    scaled = x / largest.clamp_min(torch.finfo(x.dtype).tiny)
+    length = scaled.norm(dim=-1, keepdim=True)
+    is_zero = length * largest <= ZERO_LENGTH
+    return torch.where(is_zero, 0.0, scaled / torch.where(is_zero, 1.0, length))
+
+
+class Scales(nn.Module):
+    """The learned scalars; logit scales are stored as logarithms and clamped as parameters."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        local = config.loss.local_alignment
+
+        def scalar(value: float, learned: bool = True) -> nn.Parameter:
+            return nn.Parameter(torch.tensor(value), requires_grad=learned)
+
+        self.log_scale = scalar(INITIAL_LOG_SCALE)
+        self.log_scale_local = scalar(INITIAL_LOG_SCALE)
+        self.attention_scale = scalar(local.attention_scale, local.learn_scales)
+        self.knowledge_scale = scalar(local.knowledge_scale, local.learn_scales)
+        self.knowledge_gain = scalar(local.knowledge_gain, local.learn_scales)
+        self.aggregation_scale = scalar(local.aggregation_scale, local.learn_scales)
+
+    def logit_scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def logit_scale_local(self) -> Tensor:
+        return self.log_scale_local.exp()
+
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Parameter name -> (least, most) value, applied after each optimiser step."""
+        return {
+            "log_scale": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
+            "log_scale_local": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
+            "attention_scale": (0.0, 200.0),
+            "knowledge_scale": (0.0, 200.0),
+            "knowledge_gain": (0.0, 10.0),
+            "aggregation_scale": (0.1, 100.0),
+        }
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        for name, (least, most) in self.bounds().items():
+            getattr(self, name).clamp_(least, most)
+
+
+class MLIPModel(nn.Module):
+    """Both towers with their heads, and the concept table's projection.
+
+    Shapes:  concept_vectors [E, d_k] float32, one row a concept of the table
+    Raises:  ValueError for settings that cannot be honoured (see the encoders)
+    Source:  MLIP sections 3.1 and 3.2; heads as MGCA's with LayerNorm; scales and state
+             embedding ours.
+    """
+
+    def __init__(self, config: Config, *, vocab_size: int, concept_vectors: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        model, data = config.model, config.data
+        offline = config.run.offline
+        self.vision = VisionEncoder(
+            model.vision,
+            channels=data.channels,
+            image_px=data.crop_px,
+            attention=model.attention,
+            offline=offline,
+        )
+        self.text = TextEncoder(
+            model.text,
+            vocab_size=vocab_size,
+            max_tokens=data.max_tokens,
+            attention=model.attention,
+            keeps_attention=config.loss.local_alignment.token_weights == "attention",
+            offline=offline,
+        )
+        dim, heads = model.embed_dim, model.heads
+        self.image_head = ProjectionHead(self.vision.global_dim, dim, heads)
+        self.patch_head = ProjectionHead(self.vision.patch_dim, dim, heads)
+        self.report_head = ProjectionHead(self.text.dim, dim, heads)
+        self.token_head = ProjectionHead(self.text.dim, dim, heads)
+        self.register_buffer("concept_vectors", concept_vectors.float().clone())
+        width = concept_vectors.shape[1]
+        self.state_embedding = nn.Embedding(3, width)
+        # as long as a whitened concept vector's entries: a state must be able to turn the row
+        nn.init.normal_(self.state_embedding.weight, std=width**-0.5)
+        self.knowledge_projection = nn.Linear(width, dim, bias=False)
+        self.scales = Scales(config)
+        weights = torch.zeros(3)
+        weights[PRESENT] = config.knowledge.weight_present
+        weights[ABSENT] = config.knowledge.weight_absent
+        weights[UNCERTAIN] = config.knowledge.weight_uncertain
+        self.register_buffer("state_weights", weights, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.state_weights.device
+
+    def _autocast(self) -> Any:
+        if self.config.train.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def encode_image(self, image: Tensor) -> ImageFeatures:
+        """Shapes:  image [B, C, H, W] normalised -> embedding [B, D] unit, patches [B, P, D]."""
+        with self._autocast():
+            pooled, patches, grid = self.vision(image)
+            embedding = self.image_head(pooled)
+            patches = self.patch_head(patches)
+        return ImageFeatures(embedding=unit_length(embedding), patches=patches, grid=grid)
+
+    def encode_text(
+        self, token_ids: Tensor, token_mask: Tensor, content_mask: Tensor
+    ) -> TextFeatures:
+        """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T]."""
+        with self._autocast():
+            pooled, states, attention = self.text(token_ids, token_mask)
+            embedding = self.report_head(pooled)
+            tokens = self.token_head(states, content_mask)
+        return TextFeatures(embedding=unit_length(embedding), tokens=tokens, attention=attention)
+
+    def encode_knowledge(
+        self, entity_ids: Tensor, entity_state: Tensor, entity_mask: Tensor
+    ) -> KnowledgeFeatures:
+        """Shapes:  [B, K] each -> KnowledgeFeatures; a report without mentions has all False."""
+        entities = self.knowledge_projection(
+            self.concept_vectors[entity_ids] + self.state_embedding(entity_state)
+        )
+        is_present = entity_mask & (entity_state == PRESENT)
+        present = (entities * is_present.unsqueeze(-1)).sum(dim=1)
+        return KnowledgeFeatures(
+            entities=entities,
+            mask=entity_mask,
+            row_weights=self.state_weights[entity_state] * entity_mask,
+            present_mean=unit_length(present),
+            has_present=is_present.any(dim=1),
+        )
+
+    def token_weights(self, content_mask: Tensor, attention: Tensor | None) -> Tensor:
+        """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask.
+
+        Source:  method.md section 4: uniform, or [CLS] attention clipped to its 10..90 %
+                 quantiles over the report's real tokens, without gradient.
+        """
+        if self.config.loss.local_alignment.token_weights == "uniform" or attention is None:
+            return content_mask.float()
+        shown = attention.detach().float().masked_fill(~content_mask, torch.nan)
+        low = torch.nanquantile(shown, 0.1, dim=1, keepdim=True)
+        high = torch.nanquantile(shown, 0.9, dim=1, keepdim=True)
+        return torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0) * content_mask
+
+    def local_scores(
+        self,
+        patches: Tensor,
+        tokens: Tensor,
+        content_mask: Tensor,
+        attention: Tensor | None,
+        knowledge: KnowledgeFeatures | None,
+        *,
+        group: Any = None,
+    ) -> Tensor:
+        """Token-knowledge-patch scores of every image with every text, [M, N] float32.
+
+        The one place where the settings of the local score meet the kernel: loss and evaluation
+        call it alike. With `group`, texts of all ranks in rank order.
+        """
+        local = self.config.loss.local_alignment
+        learned = local.learn_scales
+        scales = self.scales
+        return token_knowledge_patch_scores(
+            patches,
+            tokens,
+            knowledge.entities if knowledge is not None else None,
+            token_weights=self.token_weights(content_mask, attention),
+            knowledge_weights=knowledge.row_weights if knowledge is not None else None,
+            knowledge_mask=knowledge.mask if knowledge is not None else None,
+            attention_scale=scales.attention_scale if learned else local.attention_scale,
+            knowledge_scale=scales.knowledge_scale if learned else local.knowledge_scale,
+            knowledge_gain=scales.knowledge_gain if learned else local.knowledge_gain,
+            knowledge_share=local.knowledge_share,
+            pooling=local.pooling,
+            aggregation=local.aggregation,
+            aggregation_scale=scales.aggregation_scale if learned else local.aggregation_scale,
+            group=group,
+            impl=local.impl,
+        )
