@@ -125,6 +125,9 @@ class MLIPModel(nn.Module):
         weights[UNCERTAIN] = config.knowledge.weight_uncertain
         self.register_buffer("state_weights", weights, persistent=False)
 
+    concept_vectors: Tensor
+    state_weights: Tensor
+
     @property
     def device(self) -> torch.device:
         return self.state_weights.device

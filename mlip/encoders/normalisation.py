@@ -71,6 +71,8 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         out, mean, variance, count = _SynchronisedNorm.apply(
             input, self.weight, self.bias, self.eps
         )
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
         with torch.no_grad():
             unbiased = variance * (count / (count - 1)).float()
             momentum = self.momentum if self.momentum is not None else 0.1

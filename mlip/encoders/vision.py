@@ -67,7 +67,7 @@ class Neck(nn.Module):
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.position is not None:
-            position = self.position
+            position: Tensor = self.position
             if grid != self.grid:
                 position = F.interpolate(position, size=grid, mode="bicubic", align_corners=False)
             patches = patches + position.flatten(2).transpose(1, 2)
@@ -80,7 +80,7 @@ class ResNetTower(nn.Module):
     def __init__(self, settings: Vision, channels: int, *, offline: bool) -> None:
         super().__init__()
         if settings.source is None:
-            config = ResNetConfig(num_channels=channels, **settings.options)
+            config: Any = ResNetConfig(num_channels=channels, **settings.options)
             self.backbone = ResNetModel(config)
         else:
             self.backbone = ResNetModel.from_pretrained(
@@ -99,7 +99,7 @@ class ResNetTower(nn.Module):
             # later stages would be computed for nothing
             del self.backbone.encoder.stages[settings.patch_stage + 1 :]
         # convolutions of small tensors run up to twice as fast this way, most so in bfloat16
-        self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nn.Module.to(self.backbone, memory_format=torch.channels_last)
         self.settings = settings
         self.patch_dim = config.hidden_sizes[settings.patch_stage]
         self.pools_patches = settings.pool == "attention"
@@ -129,7 +129,7 @@ class ViTTower(nn.Module):
         name = f"mlip_{attention}"
         if settings.source is None:
             options: dict[str, Any] = {"image_size": image_px, **settings.options}
-            config = ViTConfig(num_channels=channels, **options)
+            config: Any = ViTConfig(num_channels=channels, **options)
             config._attn_implementation = name
             self.backbone = ViTModel(config, add_pooling_layer=False)
         else:
@@ -238,7 +238,7 @@ def receptive_field_px(settings: Vision) -> int:
 
     Source:  the usual recursion r += (kernel - 1) * jump over the layers.
     """
-    config = ResNetConfig(**settings.options)
+    config: Any = ResNetConfig(**settings.options)
     field, jump = 1 + 6, 2  # 7 x 7 convolution of stride 2
     field, jump = field + 2 * jump, jump * 2  # 3 x 3 pooling of stride 2
     kernels = (3, 3) if config.layer_type == "basic" else (1, 3, 1)

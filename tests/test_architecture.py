@@ -1,0 +1,157 @@
+"""Who may import whom, where third parties are walled in, and the layout that imports rely on."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# module prefix -> prefixes of ours it may import; the most specific rule holds
+ALLOWED = {
+    "mlip.config": (),
+    "mlip.batch": (),
+    "mlip.keyed_random": (),
+    "mlip.distributed": (),
+    "mlip.kernels": ("mlip.kernels",),
+    "mlip.knowledge": ("mlip.knowledge", "mlip.config"),
+    "mlip.dataloading": (
+        "mlip.dataloading",
+        "mlip.config",
+        "mlip.batch",
+        "mlip.keyed_random",
+        "mlip.knowledge",
+    ),
+    "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
+    "mlip.model": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.kernels"),
+    "mlip.divergence": ("mlip.config", "mlip.batch", "mlip.keyed_random"),
+    "mlip.losses": (
+        "mlip.losses",
+        "mlip.config",
+        "mlip.batch",
+        "mlip.distributed",
+        "mlip.keyed_random",
+        "mlip.divergence",
+        "mlip.kernels",
+    ),
+    "mlip.training": ("mlip.training", "mlip.config", "mlip.distributed", "mlip.batch"),
+    "mlip.objective": (
+        "mlip.model",
+        "mlip.losses",
+        "mlip.batch",
+        "mlip.config",
+        "mlip.distributed",
+        "mlip.training.grad_cache",
+    ),
+    "mlip.transfer": (
+        "mlip.transfer",
+        "mlip.config",
+        "mlip.batch",
+        "mlip.kernels",
+        "mlip.knowledge",
+        "mlip.dataloading",
+        "mlip.model",
+        "mlip.keyed_random",
+    ),
+}
+FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")
+WALLS = {
+    "deepspeed": ("mlip/training/engine.py",),
+    "nvidia": ("dataloading/dali_pipeline.py",),
+    "triton": ("triton_kernels.py",),
+    "pydicom": ("dataloading/dicom",),
+    "imagecodecs": ("dataloading/dicom",),
+    "transformers": ("mlip/encoders/", "dataloading/reports.py"),
+    "xformers": ("mlip/encoders/attention.py",),
+    "torchvision": (),
+    "timm": (),
+    "pickle": (),
+}
+
+
+def _sources() -> list[Path]:
+    files = []
+    for folder in ("mlip", "kernels", "dataloading"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if "mlip/kernels" in str(path) or "mlip/dataloading" in str(path):
+                continue
+            files.append(path)
+    return files
+
+
+def _module(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("")
+    name = ".".join(relative.parts)
+    return name if name.startswith("mlip") else f"mlip.{name}"
+
+
+def _imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; imports are absolute here"
+            names.append(node.module or "")
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way_and_stay_behind_their_walls(path: Path) -> None:
+    module = _module(path)
+    rules = [rule for rule in ALLOWED if module == rule or module.startswith(rule + ".")]
+    allowed = ALLOWED[max(rules, key=len)] if rules else None
+    relative = str(path.relative_to(ROOT))
+    for name in _imports(path):
+        top = name.split(".")[0]
+        assert top not in FORBIDDEN_EVERYWHERE, f"{relative} imports {name}"
+        if top in WALLS:
+            assert any(place in relative for place in WALLS[top]), (
+                f"{relative} imports {name}: only {WALLS[top]} may"
+            )
+        if top == "mlip" and allowed is not None and name != "mlip":
+            assert any(name == a or name.startswith(a + ".") for a in allowed), (
+                f"{relative} imports {name}; {module} may import {allowed}"
+            )
+
+
+def test_namespace_folders_have_no_init_file() -> None:
+    for folder in ("kernels", "dataloading"):
+        assert not (ROOT / folder / "__init__.py").exists()
+        link = ROOT / "mlip" / folder
+        assert link.is_symlink() and not Path(link.readlink()).is_absolute()
+
+
+def test_only_distributed_modules_call_torch_distributed() -> None:
+    allowed = {
+        "mlip/distributed.py",
+        "kernels/_distributed.py",
+        "mlip/encoders/normalisation.py",
+        "mlip/training/engine.py",
+    }
+    users = {
+        str(path.relative_to(ROOT))
+        for path in _sources()
+        if any(name.startswith("torch.distributed") for name in _imports(path))
+    }
+    assert users <= allowed
+
+
+def test_no_source_file_is_longer_than_400_lines() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in [*_sources(), ROOT / "train.py"]
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
+    }
+    assert not long
+
+
+def test_imports_work_from_an_uninstalled_checkout() -> None:
+    code = "import mlip.kernels.info_nce, mlip.dataloading.manifest"
+    import sys
+
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
