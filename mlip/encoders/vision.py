@@ -99,7 +99,9 @@ class ResNetTower(nn.Module):
             # later stages would be computed for nothing
             del self.backbone.encoder.stages[settings.patch_stage + 1 :]
         # convolutions of small tensors run up to twice as fast this way, most so in bfloat16
-        nn.Module.to(self.backbone, memory_format=torch.channels_last)
+        for weight in self.backbone.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.settings = settings
         self.patch_dim = config.hidden_sizes[settings.patch_stage]
         self.pools_patches = settings.pool == "attention"
