@@ -1,0 +1,165 @@
+"""One frame's stored cells [H, W], from native or compressed pixel data.
+
+The size in a compressed frame's own header is compared with the data set before a codec sees it,
+so that a codec never allocates what the caps did not allow.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import BinaryIO
+
+import imagecodecs
+import numpy as np
+from pydicom import encaps
+
+from mlip.dataloading.dicom_header import (
+    BIG_ENDIAN,
+    COMPRESSED_SYNTAXES,
+    DicomError,
+    Header,
+    error_wall,
+)
+
+
+def read_cells(header: Header, stream: BinaryIO) -> np.ndarray:
+    """The stored cells as written: uint8 or uint16 [H, W], sign and unused bits not interpreted.
+
+    Raises:  DicomError with the codes no_pixels to out_of_memory.
+    """
+    with error_wall("malformed"):
+        length, swap_pairs = _pixel_element(header, stream)
+    kind = COMPRESSED_SYNTAXES.get(header.transfer_syntax)
+    undefined = length == 0xFFFFFFFF
+    if undefined != (kind is not None):
+        raise DicomError("syntax_mismatch")
+    if kind is None:
+        return _native(header, stream, length, swap_pairs)
+    with error_wall("malformed"):
+        try:
+            frame = encaps.get_frame(stream.read(), 0, number_of_frames=1)
+        except (ValueError, struct.error) as error:
+            raise DicomError("no_pixels", "no fragment") from error
+    if not frame:
+        raise DicomError("no_pixels", "empty frame")
+    cells = _rle(header, frame) if kind == "rle" else _codec(header, frame, kind)
+    return cells
+
+
+def _pixel_element(header: Header, stream: BinaryIO) -> tuple[int, bool]:
+    """Length of the pixel data element, and whether 8-bit cells come as swapped byte pairs."""
+    order = ">" if header.transfer_syntax == BIG_ENDIAN else "<"
+    head = stream.read(8)
+    if len(head) < 8:
+        raise DicomError("no_pixels")
+    group, element = struct.unpack(f"{order}HH", head[:4])
+    if (group, element) != (0x7FE0, 0x0010):
+        raise DicomError("no_pixels", "another element stands in its place")
+    representation = head[4:6]
+    if representation in (b"OB", b"OW", b"UN"):
+        length = struct.unpack(f"{order}I", stream.read(4))[0]
+        return length, order == ">" and representation == b"OW" and header.bits_allocated == 8
+    return struct.unpack(f"{order}I", head[4:])[0], False
+
+
+def _native(header: Header, stream: BinaryIO, length: int, swap_pairs: bool) -> np.ndarray:
+    expected = header.rows * header.columns * (header.bits_allocated // 8)
+    if length == 0:
+        raise DicomError("no_pixels", "empty")
+    if length not in (expected, expected + expected % 2):
+        raise DicomError("pixel_length", f"{length} bytes, expected {expected}")
+    with error_wall("out_of_memory"):
+        data = stream.read(length)
+    if len(data) < expected:
+        raise DicomError("pixel_length", f"{len(data)} bytes left, expected {expected}")
+    if header.bits_allocated == 8:
+        cells = np.frombuffer(data, np.uint8)
+        if swap_pairs:
+            cells = cells[: len(cells) // 2 * 2].reshape(-1, 2)[:, ::-1].reshape(-1)
+        return cells[:expected].reshape(header.rows, header.columns)
+    big = header.transfer_syntax == BIG_ENDIAN
+    cells = np.frombuffer(data, ">u2" if big else "<u2", count=header.rows * header.columns)
+    return cells.astype(np.uint16, copy=False).reshape(header.rows, header.columns)
+
+
+def _rle(header: Header, frame: bytes) -> np.ndarray:
+    """PackBits segments, most significant byte first (PS3.5 Annex G)."""
+    planes = header.bits_allocated // 8
+    size = header.rows * header.columns
+    with error_wall("decode_failed"):
+        count, *offsets = struct.unpack("<16I", frame[:64])
+        if count != planes:
+            raise DicomError("frame_mismatch", f"{count} RLE segments, expected {planes}")
+        ends = [*offsets[1:count], len(frame)]
+        cells = np.zeros((size, planes), np.uint8)
+        for plane in range(planes):
+            start, end = offsets[plane], ends[plane]
+            if not 64 <= start < end <= len(frame):
+                raise DicomError("decode_failed", "RLE segment offsets")
+            decoded = imagecodecs.packbits_decode(frame[start:end])
+            # an odd segment carries one pad byte, which may decode to nothing or to little
+            if not size <= len(decoded) <= size + 256:
+                raise DicomError("frame_mismatch", f"{len(decoded)} RLE bytes, expected {size}")
+            cells[:, planes - 1 - plane] = np.frombuffer(decoded, np.uint8, count=size)
+    cells = cells.reshape(-1).view("<u2" if planes == 2 else np.uint8)
+    return cells.astype(cells.dtype.newbyteorder("="), copy=False).reshape(
+        header.rows, header.columns
+    )
+
+
+def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
+    with error_wall("decode_failed"):
+        found = _jpeg2000_size(frame) if kind in ("jpeg2000", "htj2k") else _jpeg_size(frame)
+    rows, columns, components, bits = found
+    if (rows, columns, components) != (header.rows, header.columns, 1):
+        raise DicomError(
+            "frame_mismatch",
+            f"{rows} x {columns} x {components}, expected {header.rows} x {header.columns} x 1",
+        )
+    if bits > header.bits_allocated:
+        raise DicomError("frame_mismatch", f"{bits} bits in {header.bits_allocated} allocated")
+    with error_wall("decode_failed"):
+        if kind == "jpeg":
+            cells = imagecodecs.jpeg_decode(frame, bitspersample=bits if bits > 8 else None)
+        elif kind == "jpegls":
+            cells = imagecodecs.jpegls_decode(frame)
+        else:
+            cells = imagecodecs.jpeg2k_decode(frame, numthreads=1)
+    if cells.shape != (header.rows, header.columns) or cells.dtype.itemsize > 2:
+        raise DicomError("frame_mismatch", "decoded shape")
+    if cells.dtype.kind == "i":
+        # a signed code stream is already sign-extended: back to the stored bit pattern
+        cells = cells.view(np.dtype(f"u{cells.dtype.itemsize}"))
+    elif bits > header.bits_stored and int(cells.max()) >> header.bits_stored:
+        raise DicomError("frame_mismatch", f"a value over {header.bits_stored} bits")
+    return np.ascontiguousarray(cells)
+
+
+def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
+    """Rows, columns, components and precision from the first start-of-frame marker."""
+    if frame[:2] != b"\xff\xd8":
+        raise DicomError("decode_failed", "no JPEG start marker")
+    at = 2
+    while at + 4 <= len(frame):
+        if frame[at] != 0xFF:
+            raise DicomError("decode_failed", "no JPEG marker")
+        marker = frame[at + 1]
+        if marker == 0xFF:
+            at += 1
+            continue
+        # start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG and SOF55 of JPEG-LS
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
+            return rows, columns, components, bits
+        at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
+    raise DicomError("decode_failed", "no JPEG frame header")
+
+
+def _jpeg2000_size(frame: bytes) -> tuple[int, int, int, int]:
+    """Rows, columns, components and precision from the SIZ marker segment."""
+    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may stand in front
+    if start < 0:
+        raise DicomError("decode_failed", "no JPEG 2000 code stream")
+    fields = struct.unpack(">HHIIIIIIIIHB", frame[start + 4 : start + 43])
+    width, height, left, top, components, depth = *fields[2:6], fields[10], fields[11]
+    return height - top, width - left, components, (depth & 0x7F) + 1

@@ -1,0 +1,165 @@
+"""Stored cells -> 16-bit display values: the whole DICOM grey-scale chain as one lookup table.
+
+A cell has at most 16 bits, so modality LUT or rescale, VOI LUT or window, inversion and scaling
+are computed once for each of the 65,536 possible cells in float64, and one numba pass looks the
+pixels up. Order and formulas: DICOM PS3.3 C.7.6.3, C.11.1 and C.11.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlip.dataloading.dicom_header import Header, Lut
+
+_WHITE = 65_535
+
+
+@dataclass(frozen=True)
+class Tone:
+    """The table and the record of how it came about."""
+
+    table: np.ndarray  # [2 ** bits_allocated] uint16
+    voi: str  # "lut", "linear", "linear_exact", "sigmoid" or "own_range"
+    own_range: tuple[float, float] | None  # set where voi is "own_range"
+    steps: tuple[tuple[str, np.ndarray], ...]  # (name, value of every cell) in order
+
+
+def build_tone(header: Header, seen: np.ndarray | None) -> Tone:
+    """The lookup table of a header.
+
+    Shapes:  seen [2 ** bits_allocated] bool, cells that occur; needed where needs_range(header)
+    """
+    stored = stored_values(header)
+    steps = [("stored", stored)]
+    values = stored
+    if header.modality_lut is not None:
+        values = _look_up(header.modality_lut, stored).astype(np.float64)
+        steps.append(("modality LUT", values))
+    elif header.rescale is not None:
+        values = stored * header.rescale[0] + header.rescale[1]
+        steps.append(("rescale", values))
+    own_range = None
+    if header.voi_lut is not None:
+        voi = "lut"
+        unit = _look_up(header.voi_lut, values) / float((1 << header.voi_lut.bits) - 1)
+    elif header.window is not None:
+        centre, width, function = header.window
+        voi = function.lower()
+        unit = window(values, centre, width, function)
+    else:
+        voi = "own_range"
+        assert seen is not None
+        kept = seen
+        if header.padding is not None:
+            low, high = header.padding
+            image = seen & ~((stored >= low) & (stored <= high))
+            kept = image if image.any() else seen
+        lowest, highest = float(values[kept].min()), float(values[kept].max())
+        own_range = (lowest, highest)
+        span = highest - lowest
+        unit = (values - lowest) / span if span > 0 else np.zeros_like(values)
+    unit = np.clip(unit, 0.0, 1.0)
+    steps.append((voi, unit))
+    constant = own_range is not None and own_range[0] == own_range[1]
+    if header.photometric == "MONOCHROME1" and not constant:
+        unit = 1.0 - unit
+        steps.append(("inverted", unit))
+    table = np.floor(unit * _WHITE + 0.5).astype(np.uint16)
+    steps.append(("output", table.astype(np.float64)))
+    return Tone(table, voi, own_range, tuple(steps))
+
+
+def needs_range(header: Header) -> bool:
+    """Whether the table depends on the values that occur in the image."""
+    return header.voi_lut is None and header.window is None
+
+
+def stored_values(header: Header) -> np.ndarray:
+    """float64 [2 ** bits_allocated]: the number a cell stands for; unused high bits are masked."""
+    cells = np.arange(1 << header.bits_allocated, dtype=np.int64)
+    values = cells & ((1 << header.bits_stored) - 1)
+    if header.signed:
+        values -= (values >> (header.bits_stored - 1)) << header.bits_stored
+    return values.astype(np.float64)
+
+
+def window(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
+    """VOI window with output range [0, 1] (PS3.3 C.11.2.1.2 and C.11.2.1.3), not yet clipped."""
+    if function == "SIGMOID":
+        with np.errstate(over="ignore"):
+            return 1.0 / (1.0 + np.exp(-4.0 * (values - centre) / width))
+    if function == "LINEAR_EXACT":
+        return (values - centre) / width + 0.5
+    if width == 1:
+        return (values > centre - 0.5).astype(np.float64)
+    return (values - (centre - 0.5)) / (width - 1.0) + 0.5
+
+
+def _look_up(lut: Lut, values: np.ndarray) -> np.ndarray:
+    index = np.floor(values + 0.5) - lut.first
+    return lut.values[np.clip(index, 0, len(lut.values) - 1).astype(np.int64)]
+
+
+def apply_table(cells: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[cells] as uint16 [H, W] in one pass, without the interpreter's lock."""
+    out = np.empty(cells.shape, np.uint16)
+    _compiled()[0](cells.reshape(-1), table, out.reshape(-1))
+    return out
+
+
+def seen_cells(cells: np.ndarray) -> np.ndarray:
+    """bool [256 or 65536]: which cells occur."""
+    seen = np.zeros(1 << (8 * cells.dtype.itemsize), np.bool_)
+    _compiled()[1](cells.reshape(-1), seen)
+    return seen
+
+
+def _gather(cells, table, out):  # type: ignore[no-untyped-def]
+    for i in range(cells.size):
+        out[i] = table[cells[i]]
+
+
+def _mark(cells, seen):  # type: ignore[no-untyped-def]
+    for i in range(cells.size):
+        seen[cells[i]] = True
+
+
+_compile_lock = threading.Lock()
+
+
+def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
+    with _compile_lock:
+        return _compile()
+
+
+@functools.cache
+def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
+    """The two loops as machine code, from numba's cache on disk where one can be written.
+
+    numba raises RuntimeError where neither the package nor the home folder is writable and lets
+    OSError of a full disk through: both cost 0.5 s of compiling, never the image.
+    """
+    import numba
+
+    for cache in (True, False):
+        try:
+            pair = tuple(
+                numba.njit(nogil=True, boundscheck=False, cache=cache)(loop)
+                for loop in (_gather, _mark)
+            )
+            for kind in (np.uint8, np.uint16):
+                cells, table = np.zeros(1, kind), np.zeros(1 << (8 * kind().itemsize), np.uint16)
+                cells.flags.writeable = False  # pixel bytes are read-only: a type of its own
+                pair[0](cells, table, np.empty(1, np.uint16))
+                pair[1](cells, np.zeros(len(table), np.bool_))
+        except (RuntimeError, OSError):
+            if not cache:
+                raise
+            continue
+        return pair[0], pair[1]
+    raise AssertionError("unreachable")
