@@ -1,0 +1,41 @@
+"""The one attention function: every implementation agrees with float64 softmax attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlip.encoders.attention import attention, require_usable
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, 1, 1, 5) > 0.3
+    mask[..., 0] = True
+    return query, key, value, mask.expand(2, 1, 5, 5).clone()
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+def test_attention_equals_the_written_out_formula(impl: str) -> None:
+    query, key, value, mask = _inputs()
+    scores = torch.einsum("bhsd,bhtd->bhst", query, key) * 0.7
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+    truth = torch.einsum("bhst,bhtd->bhsd", weights, value)
+    out = attention(query, key, value, mask, impl=impl, scale=0.7)
+    # eager takes its softmax in float32
+    torch.testing.assert_close(out, truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+def test_a_row_that_may_attend_to_nothing_gives_zeros(impl: str) -> None:
+    query, key, value, mask = _inputs()
+    mask[0, :, 2] = False
+    out = attention(query, key, value, mask, impl=impl, scale=0.7)
+    assert torch.equal(out[0, :, 2], torch.zeros_like(out[0, :, 2]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_xformers_without_a_gpu_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="model.attention=xformers"):
+        require_usable("xformers")

@@ -1,0 +1,55 @@
+"""Batch statistics over ranks: two ranks give what one process gives on the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mlip.encoders.normalisation import SynchronisedBatchNorm
+
+
+def _make() -> tuple[SynchronisedBatchNorm, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    norm = SynchronisedBatchNorm(3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.5, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    images = torch.randn(5, 3, 4, 4) * 2 + 1
+    return norm, images, torch.randn(5, 3, 4, 4)
+
+
+def _run(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=2)
+    norm, images, weights = _make()
+    mine = slice(0, 2) if rank == 0 else slice(2, 5)  # uneven on purpose
+    x = images[mine].clone().requires_grad_()
+    out = norm(x)
+    # every rank's loss is the global sum, so its gradient arrives once per rank
+    (out * weights[mine]).sum().backward()
+    result = {"out": out, "grad": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean,
+              "var": norm.running_var}  # fmt: skip
+    torch.save({k: v.detach() for k, v in result.items() if v is not None}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process_for_output_gradient_and_statistics(tmp_path: Path) -> None:
+    mp.spawn(_run, args=(str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    norm, images, weights = _make()
+    x = images.clone().requires_grad_()
+    out = norm(x)
+    (out * weights).sum().backward()
+    assert x.grad is not None and norm.weight.grad is not None
+
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-5, atol=1e-6)
+
+    close(torch.cat([p["out"] for p in parts]), out)
+    close(torch.cat([p["grad"] for p in parts]), x.grad)
+    close(parts[0]["weight"] + parts[1]["weight"], norm.weight.grad)
+    for part in parts:
+        close(part["mean"], norm.running_mean)  # type: ignore[arg-type]
+        close(part["var"], norm.running_var)  # type: ignore[arg-type]

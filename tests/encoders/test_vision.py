@@ -1,0 +1,120 @@
+"""Image towers: grids, receptive field, normalisation kinds and offline loading."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetModel
+
+from mlip.config import Vision
+from mlip.encoders.normalisation import FrozenBatchNorm, SynchronisedBatchNorm
+from mlip.encoders.vision import VisionEncoder, receptive_field_px
+
+TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+RESNET = Vision(kind="resnet", options=TINY, patch_stage=1, patch_pool=2, pool="attention")
+VIT = Vision(
+    kind="vit",
+    options={
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+)
+
+
+def test_resnet_gives_a_pooled_patch_grid() -> None:
+    encoder = VisionEncoder(RESNET, channels=1, image_px=64)
+    pooled, patches, grid = encoder(torch.randn(2, 1, 64, 64))
+    assert grid == (4, 4) and patches.shape == (2, 16, 16) and pooled.shape == (2, 16)
+
+
+def test_vit_gives_one_patch_per_16_px_square() -> None:
+    encoder = VisionEncoder(VIT, channels=3, image_px=64)
+    pooled, patches, grid = encoder(torch.randn(2, 3, 64, 64))
+    assert grid == (4, 4) and patches.shape == (2, 16, 16) and pooled.shape == (2, 16)
+
+
+@pytest.mark.parametrize("patch_pool", [1, 2])
+def test_no_pixel_outside_the_stated_receptive_field_moves_a_patch(patch_pool: int) -> None:
+    settings = dataclasses.replace(RESNET, patch_pool=patch_pool, norm="frozen")
+    encoder = VisionEncoder(settings, channels=1, image_px=128).eval()
+    touched = torch.zeros(128, 128, dtype=torch.bool)
+    for seed in range(4):  # rectifiers hide some paths of any one image
+        torch.manual_seed(seed)
+        image = torch.randn(1, 1, 128, 128, requires_grad=True)
+        _, patches, grid = encoder(image)
+        middle = (grid[0] // 2) * grid[1] + grid[1] // 2
+        patches[0, middle].square().sum().backward()
+        assert image.grad is not None
+        touched |= image.grad[0, 0] != 0
+    rows = touched.any(dim=1).nonzero()
+    side = int(rows.max() - rows.min()) + 1
+    stated = receptive_field_px(settings)
+    assert stated - 8 <= side <= stated
+
+
+def test_position_grid_tells_equal_patches_apart() -> None:
+    settings = dataclasses.replace(RESNET, position_grid=True, norm="frozen")
+    encoder = VisionEncoder(settings, channels=1, image_px=128).eval()
+    _, patches, _ = encoder(torch.zeros(1, 1, 128, 128))
+    assert (patches[0, 27] - patches[0, 36]).abs().max() > 1e-3
+
+
+def test_position_grid_follows_another_image_size() -> None:
+    settings = dataclasses.replace(RESNET, position_grid=True)
+    encoder = VisionEncoder(settings, channels=1, image_px=64).eval()
+    _, patches, grid = encoder(torch.zeros(1, 1, 96, 96))
+    assert grid == (6, 6) and patches.shape[1] == 36
+
+
+@pytest.mark.parametrize(
+    ("norm", "cls"),
+    [
+        ("batch", SynchronisedBatchNorm),
+        ("frozen", FrozenBatchNorm),
+        ("group", torch.nn.GroupNorm),
+    ],
+)
+def test_every_batch_norm_is_replaced(norm: str, cls: type) -> None:
+    encoder = VisionEncoder(dataclasses.replace(RESNET, norm=norm), channels=1, image_px=64)
+    kinds = {type(m) for m in encoder.tower.modules() if "Norm" in type(m).__name__}
+    assert kinds == {cls}
+
+
+def test_frozen_norm_does_not_depend_on_the_batch() -> None:
+    encoder = VisionEncoder(dataclasses.replace(RESNET, norm="frozen"), channels=1, image_px=64)
+    image = torch.randn(3, 1, 64, 64)
+    alone, together = encoder(image[:1])[0], encoder(image)[0][:1]
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_come_from_a_local_directory(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    saved = ResNetModel(ResNetConfig(num_channels=1, **TINY))
+    saved.save_pretrained(tmp_path)
+    settings = dataclasses.replace(RESNET, source=str(tmp_path), options={})
+    encoder = VisionEncoder(settings, channels=1, image_px=64)
+    expected = saved.embedder.embedder.convolution.weight
+    assert torch.equal(encoder.tower.backbone.embedder.embedder.convolution.weight, expected)
+
+
+def test_a_missing_source_is_named_and_nothing_is_downloaded() -> None:
+    settings = dataclasses.replace(RESNET, source="no-such/model")
+    with pytest.raises(ValueError, match="model.vision.source=no-such/model"):
+        VisionEncoder(settings, channels=1, image_px=64)
+
+
+def test_wrong_channels_are_refused(tmp_path: Path) -> None:
+    ResNetModel(ResNetConfig(num_channels=1, **TINY)).save_pretrained(tmp_path)
+    settings = dataclasses.replace(RESNET, source=str(tmp_path), options={})
+    with pytest.raises(ValueError, match="data.channels"):
+        VisionEncoder(settings, channels=3, image_px=64)
+
+
+def test_a_patch_stage_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="patch_stage"):
+        VisionEncoder(dataclasses.replace(RESNET, patch_stage=2), channels=1, image_px=64)

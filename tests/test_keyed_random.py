@@ -1,0 +1,56 @@
+"""Keyed draws: pure functions of the key, uniform, normal, and independent between keys."""
+
+from __future__ import annotations
+
+import torch
+
+from mlip.keyed_random import STREAMS, keyed_normal, keyed_uniform
+
+INDEX = torch.arange(20_000)
+
+
+def test_a_draw_depends_on_its_own_key_only() -> None:
+    whole = keyed_uniform(7, "augment", 3, INDEX, 2)
+    shuffled = torch.randperm(len(INDEX))
+    assert torch.equal(keyed_uniform(7, "augment", 3, INDEX[shuffled], 2), whole[shuffled])
+    assert torch.equal(keyed_uniform(7, "augment", 3, INDEX[5:6], 2), whole[5:6])
+
+
+def test_draws_are_uniform_and_never_zero_or_one() -> None:
+    draws = keyed_uniform(1, "order", 0, INDEX, 4)
+    counts = torch.histc(draws.float(), bins=20, min=0.0, max=1.0)
+    expected = draws.numel() / 20
+    # chi-square with 19 degrees of freedom stays below 43.8 in 999 of 1000 cases
+    assert float(((counts - expected) ** 2 / expected).sum()) < 43.8
+    assert 0.0 < float(draws.min()) and float(draws.max()) < 1.0
+
+
+def test_neighbouring_keys_are_uncorrelated() -> None:
+    a = keyed_uniform(1, "augment", 5, INDEX)[:, 0]
+    others = [
+        keyed_uniform(2, "augment", 5, INDEX)[:, 0],
+        keyed_uniform(1, "sentences", 5, INDEX)[:, 0],
+        keyed_uniform(1, "augment", 6, INDEX)[:, 0],
+        keyed_uniform(1, "augment", 5, INDEX + 1)[:, 0],
+    ]
+    for b in others:
+        correlation = torch.corrcoef(torch.stack([a, b]))[0, 1]
+        assert abs(float(correlation)) < 4 / len(INDEX) ** 0.5
+
+
+def test_normal_draws_have_unit_moments() -> None:
+    draws = keyed_normal(3, "divergence_image", 11, INDEX, 5).double()
+    assert abs(float(draws.mean())) < 0.02
+    assert abs(float(draws.var()) - 1) < 0.02
+    assert abs(float((draws**4).mean()) - 3) < 0.1
+
+
+def test_large_and_negative_seeds_are_keys_too() -> None:
+    seeds = [0, -1, 2**63, 2**64 - 1]
+    draws = [float(keyed_uniform(seed, "augment", 0, INDEX[:1])) for seed in seeds]
+    assert draws[1] == draws[3]  # equal modulo 2^64
+    assert len(set(draws[:3])) == 3
+
+
+def test_streams_have_distinct_numbers() -> None:
+    assert len(set(STREAMS.values())) == len(STREAMS)
