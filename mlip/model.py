@@ -19,23 +19,10 @@ from mlip.encoders.heads import ProjectionHead
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
+from mlip.unit_length import unit_length
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the learned scale (Radford et al. 2021, 2.5)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
-ZERO_LENGTH = 1e-6  # method.md: a row at most this long becomes the zero row
-
-
-def unit_length(x: Tensor) -> Tensor:
-    """x / |x| along the last dim in float32; rows of at most 1e-6 become zero, gradient exactly 0.
-
-    The division by the largest entry first keeps rows finite whose square would overflow.
-    """
-    x = x.float() if x.dtype != torch.float64 else x
-    largest = x.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = x / largest.clamp_min(torch.finfo(x.dtype).tiny)
-    length = scaled.norm(dim=-1, keepdim=True)
-    is_zero = length * largest <= ZERO_LENGTH
-    return torch.where(is_zero, 0.0, scaled / torch.where(is_zero, 1.0, length))
 
 
 class Scales(nn.Module):

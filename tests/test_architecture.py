@@ -15,6 +15,7 @@ ALLOWED = {
     "mlip.config": (),
     "mlip.batch": (),
     "mlip.keyed_random": (),
+    "mlip.unit_length": (),
     "mlip.distributed": (),
     "mlip.kernels": ("mlip.kernels",),
     "mlip.knowledge": ("mlip.knowledge", "mlip.config"),
@@ -26,8 +27,14 @@ ALLOWED = {
         "mlip.knowledge",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
-    "mlip.model": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.kernels"),
-    "mlip.divergence": ("mlip.config", "mlip.batch", "mlip.keyed_random"),
+    "mlip.model": (
+        "mlip.encoders",
+        "mlip.config",
+        "mlip.batch",
+        "mlip.kernels",
+        "mlip.unit_length",
+    ),
+    "mlip.divergence": ("mlip.config", "mlip.batch", "mlip.keyed_random", "mlip.unit_length"),
     "mlip.losses": (
         "mlip.losses",
         "mlip.config",
@@ -36,6 +43,7 @@ ALLOWED = {
         "mlip.keyed_random",
         "mlip.divergence",
         "mlip.kernels",
+        "mlip.unit_length",
     ),
     "mlip.training": ("mlip.training", "mlip.config", "mlip.distributed", "mlip.batch"),
     "mlip.objective": (
