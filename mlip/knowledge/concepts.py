@@ -1,0 +1,307 @@
+"""Concepts of chest radiography and the table that holds them; reading a lexicon or a built table.
+
+What does not live here: how text is matched (linker.py), how ontologies are read (ontologies.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LEXICON_DIR = Path(__file__).with_name("lexicon")
+RELATIONS = ("located_in", "suggests", "device_at", "part_of")
+_ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
+# the C parser reads the lexicon in tenths of the time; the pure one gives the same result
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class LexiconError(ValueError):
+    """A concept file that cannot be used; the message names file, concept and remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One thing a report can mention.
+
+    `apart`: terms written apart, each a tuple of slots, each slot the alternative words of it:
+    (("heart",), ("enlarged", "large")) finds "the heart is mildly enlarged".
+    `excludes`: longer phrases in which a synonym does not mean this concept.
+    `mappings`: vocabulary ("umls", "hpo", "radlex", "chexpert", "medklip", ...) -> its codes.
+    """
+
+    id: str
+    name: str
+    synonyms: tuple[str, ...] = ()
+    definition: str = ""
+    semantic_type: str = "finding"
+    category: str = "other"
+    parents: tuple[str, ...] = ()
+    relations: tuple[tuple[str, str], ...] = ()  # (relation, concept id)
+    mappings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    apart: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    excludes: tuple[str, ...] = ()
+    source: str = "mlip"  # lexicon or ontology this row came from
+
+    @cached_property
+    def surface_forms(self) -> tuple[str, ...]:
+        """Name and synonyms, lower case, without repeats."""
+        return tuple(dict.fromkeys(s.lower() for s in (self.name, *self.synonyms)))
+
+
+class ConceptTable:
+    """Concepts in a fixed order: the row of `.index` is the row of every vector table."""
+
+    def __init__(
+        self, concepts: Iterable[Concept], provenance: Mapping[str, Any] | None = None
+    ) -> None:
+        self.concepts = tuple(concepts)
+        self.provenance = dict(provenance or {})
+        self.index: dict[str, int] = {}
+        for row, concept in enumerate(self.concepts):
+            if concept.id in self.index:
+                raise LexiconError(
+                    f"concept id {concept.id!r} occurs twice (sources "
+                    f"{self.concepts[self.index[concept.id]].source} and {concept.source}); "
+                    "merge the two or rename one"
+                )
+            self.index[concept.id] = row
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def __iter__(self) -> Iterator[Concept]:
+        return iter(self.concepts)
+
+    def __contains__(self, concept_id: object) -> bool:
+        return concept_id in self.index
+
+    def __getitem__(self, concept_id: str) -> Concept:
+        try:
+            return self.concepts[self.index[concept_id]]
+        except KeyError:
+            raise KeyError(f"no concept {concept_id!r} in a table of {len(self)}") from None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of every field of every concept in order: keys all caches."""
+        digest = hashlib.sha256()
+        for concept in self.concepts:
+            digest.update(json.dumps(_to_json(concept), sort_keys=True).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """Category names in order of first use: the meaning of categories.category_index."""
+        return tuple(dict.fromkeys(concept.category for concept in self.concepts))
+
+    def ancestors(self, concept_id: str) -> frozenset[str]:
+        """Every concept reached over is-a, without the concept itself."""
+        return self._closure("up")[concept_id]
+
+    def descendants(self, concept_id: str) -> frozenset[str]:
+        """Every concept that is-a this one over any number of steps, without itself."""
+        return self._closure("down")[concept_id]
+
+    def _closure(self, direction: str) -> dict[str, frozenset[str]]:
+        cache: dict[str, dict[str, frozenset[str]]] = self.__dict__.setdefault("_closures", {})
+        if direction in cache:
+            return cache[direction]
+        edges: dict[str, set[str]] = {concept.id: set() for concept in self.concepts}
+        for concept in self.concepts:
+            for parent in concept.parents:
+                if parent in edges:
+                    start, end = (concept.id, parent) if direction == "up" else (parent, concept.id)
+                    edges[start].add(end)
+        closure = {}
+        for start in edges:
+            seen: set[str] = set()
+            stack = list(edges[start])
+            while stack:
+                node = stack.pop()
+                if node not in seen:
+                    seen.add(node)
+                    stack.extend(edges[node])
+            closure[start] = frozenset(seen - {start})
+        cache[direction] = closure
+        return closure
+
+
+def load_concepts(path: str | Path | None = None) -> ConceptTable:
+    """The table of a lexicon folder, a YAML, JSONL, CSV or OBO file; None = the project's own.
+
+    Raises:  LexiconError naming the file and the reason.
+    """
+    source = LEXICON_DIR if path is None else Path(path)
+    if not source.exists():
+        raise LexiconError(f"concept file {source}: does not exist; expected a folder or a file")
+    if source.is_dir():
+        files = sorted(f for f in source.glob("*.yaml") if not f.name.startswith("_"))
+        if not files:
+            raise LexiconError(f"concept folder {source}: no *.yaml file in it")
+        return _from_yaml(files)
+    suffixes = "".join(source.suffixes[-2:]) if source.suffix == ".gz" else source.suffix
+    if suffixes in (".yaml", ".yml"):
+        return _from_yaml([source])
+    if suffixes == ".jsonl":
+        return read_table(source)
+    from mlip.knowledge import ontologies
+
+    if suffixes == ".csv":
+        return ontologies.read_csv(source)
+    if suffixes in (".obo", ".obo.gz"):
+        return ontologies.read_obo(source)
+    raise LexiconError(
+        f"concept file {source}: expected a folder or a .yaml, .jsonl, .csv, .obo or .obo.gz "
+        "file; build UMLS files into a .jsonl table with `mlip knowledge build` first"
+    )
+
+
+def write_table(table: ConceptTable, path: str | Path) -> None:
+    """A built table as JSON lines: first its provenance, then one concept a line."""
+    lines = [json.dumps({"provenance": table.provenance, "fingerprint": table.fingerprint})]
+    lines += [json.dumps(_to_json(concept), sort_keys=True) for concept in table]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_table(path: str | Path) -> ConceptTable:
+    """The table that write_table wrote, its fingerprint checked.
+
+    Raises:  LexiconError naming file and line.
+    """
+    concepts: list[Concept] = []
+    provenance: dict[str, Any] = {}
+    fingerprint = None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "provenance" in row:
+                provenance, fingerprint = row["provenance"], row.get("fingerprint")
+                continue
+            concepts.append(
+                Concept(
+                    **{
+                        **row,
+                        "synonyms": tuple(row.get("synonyms", ())),
+                        "parents": tuple(row.get("parents", ())),
+                        "relations": tuple((r, t) for r, t in row.get("relations", ())),
+                        "mappings": {k: tuple(v) for k, v in row.get("mappings", {}).items()},
+                        "apart": tuple(
+                            tuple(tuple(slot) for slot in term) for term in row.get("apart", ())
+                        ),
+                        "excludes": tuple(row.get("excludes", ())),
+                    }
+                )
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LexiconError(
+                f"{path}, line {number}: expected one concept as a JSON object: {error}"
+            ) from error
+    table = ConceptTable(concepts, provenance)
+    if fingerprint is not None and fingerprint != table.fingerprint:
+        raise LexiconError(
+            f"{path}: the concepts do not match the fingerprint in line 1 (edited or cut off); "
+            "build the table again, or delete line 1 to accept the change"
+        )
+    return table
+
+
+def read_text(path: str | Path) -> str:
+    """A whole UTF-8 file, with an error that names it.
+
+    Raises:  LexiconError where the file is missing or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise LexiconError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LexiconError(
+            f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv"
+        ) from error
+
+
+def _to_json(concept: Concept) -> dict[str, Any]:
+    row = asdict(concept)
+    row["mappings"] = {k: list(v) for k, v in sorted(concept.mappings.items())}
+    return {k: v for k, v in row.items() if v not in ((), {}, "", None)}
+
+
+def _from_yaml(files: Iterable[Path]) -> ConceptTable:
+    concepts, hashes = [], {}
+    for file in files:
+        text = read_text(file)
+        hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
+        try:
+            content = yaml.load(text, Loader=_LOADER)
+        except yaml.YAMLError as error:
+            raise LexiconError(f"{file}: not valid YAML: {error}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("concepts"), dict):
+            raise LexiconError(
+                f"{file}: expected a mapping with the keys category, semantic_type and concepts"
+            )
+        for concept_id, row in content["concepts"].items():
+            concepts.append(_concept_from_yaml(file, str(concept_id), row, content))
+    return ConceptTable(concepts, {"source": "lexicon", "sha256": hashes})
+
+
+_YAML_KEYS = {"name", "synonyms", "definition", "semantic_type", "category", "is_a", "apart"} | {
+    "excludes",
+    "maps",
+    *RELATIONS,
+}
+
+
+def _concept_from_yaml(
+    file: Path, concept_id: str, row: Any, defaults: Mapping[str, Any]
+) -> Concept:
+    where = f"{file}, concept {concept_id}"
+    if not _ID.fullmatch(concept_id):
+        raise LexiconError(f"{where}: the id must be snake_case ASCII")
+    if not isinstance(row, dict):
+        raise LexiconError(f"{where}: expected a mapping, got {type(row).__name__}")
+    unknown = sorted(set(row) - _YAML_KEYS)
+    if unknown:
+        raise LexiconError(f"{where}: unknown key {unknown[0]!r}; known: {sorted(_YAML_KEYS)}")
+
+    def words(key: str, value: Any) -> tuple[str, ...]:
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) and item.strip() for item in items):
+            raise LexiconError(
+                f"{where}: {key} must be text or a list of texts (quote numbers, yes, no, on, off)"
+            )
+        return tuple(item.strip() for item in items)
+
+    apart = tuple(
+        tuple(words("apart", slot) for slot in (term if isinstance(term, list) else [term]))
+        for term in row.get("apart", ())
+    )
+    if any(len(term) < 2 for term in apart):
+        raise LexiconError(f"{where}: each term of apart needs two slots or more")
+    return Concept(
+        id=concept_id,
+        name=words("name", row.get("name", concept_id.replace("_", " ")))[0],
+        synonyms=words("synonyms", row.get("synonyms", [])),
+        definition=" ".join(str(row.get("definition", "")).split()),
+        semantic_type=str(row.get("semantic_type", defaults.get("semantic_type", "finding"))),
+        category=str(row.get("category", defaults.get("category", file.stem))),
+        parents=words("is_a", row.get("is_a", [])),
+        relations=tuple(
+            (relation, target)
+            for relation in RELATIONS
+            for target in words(relation, row.get(relation, []))
+        ),
+        mappings={k: words(f"maps.{k}", v) for k, v in (row.get("maps") or {}).items()},
+        apart=apart,
+        excludes=words("excludes", row.get("excludes", [])),
+    )

@@ -1,0 +1,156 @@
+"""One fixed vector per concept: TF-IDF, the text tower, or a user's table; centred and whitened.
+
+What does not live here: the trainable projection and the state embedding (model).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlip.config import Knowledge
+from mlip.knowledge.concepts import ConceptTable
+
+Encode = Callable[[list[str]], Tensor]
+_VERSION = 1  # part of the cache key: raise it when the arithmetic below changes
+_PROBES = ["no pleural effusion", "the heart is enlarged"]  # identify an encoder by what it says
+# a direction holding less than this share of the largest spread is rounding noise, not whitened
+_RANK_TOLERANCE = 1e-5
+
+
+def knowledge_vectors(
+    table: ConceptTable, settings: Knowledge, encode: Encode | None = None
+) -> Tensor:
+    """Vectors of all concepts in table order, centred, whitened, rows of unit length.
+
+    A concept that the source knows nothing of has the zero row.
+    Shapes:  encode(list of n texts) -> [n, d]
+    Returns: [E, d] float32; d = settings.dim, or the width of the user's table
+    Raises:  ValueError where settings.vectors cannot be honoured
+    Source:  method.md section 2 (ours); TF-IDF + latent semantic analysis: Deerwester et al. 1990
+    """
+    kind = settings.vectors
+    if kind not in ("tfidf", "text_tower"):
+        return _user_table(table, Path(kind))
+    if settings.dim < 1:
+        raise ValueError(f"knowledge.dim: expected 1 or more, got {settings.dim}")
+    texts = [concept_text(table, row) for row in range(len(table))]
+    key = f"{_VERSION}|{kind}|{settings.dim}|{table.fingerprint}"
+    if kind == "text_tower":
+        if encode is None:
+            raise ValueError(
+                "knowledge.vectors=text_tower needs the text tower: pass encode(list of texts) "
+                "-> [n, d], or set knowledge.vectors=tfidf"
+            )
+        probe = encode(_PROBES).detach().to("cpu", torch.float32).contiguous().numpy()
+        key += f"|{probe.shape}|{hashlib.sha256(probe.tobytes()).hexdigest()}"
+    cached = None
+    if settings.cache_dir is not None:
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        cached = Path(settings.cache_dir) / f"knowledge_vectors_{name}.safetensors"
+        if cached.exists():
+            return load_file(cached)["vectors"]
+    if kind == "tfidf":
+        raw = _tfidf(texts)
+    else:
+        assert encode is not None
+        raw = encode(texts).detach().to("cpu", torch.float64).numpy()
+        if raw.ndim != 2 or raw.shape[0] != len(texts) or not np.isfinite(raw).all():
+            raise ValueError(
+                f"encode: expected finite [{len(texts)}, d], got shape {tuple(raw.shape)}"
+                + ("" if np.isfinite(raw).all() else " with NaN or Inf")
+            )
+    vectors = torch.from_numpy(whiten(raw, settings.dim)).float()
+    if cached is not None:
+        _save(vectors, cached)
+    return vectors
+
+
+def concept_text(table: ConceptTable, row: int) -> str:
+    """What is encoded for a concept: name, then definition, or synonyms where it has none."""
+    concept = table.concepts[row]
+    return f"{concept.name}: {concept.definition or ', '.join(concept.synonyms)}"
+
+
+def whiten(raw_ED: np.ndarray, dim: int) -> np.ndarray:
+    """Rows centred, whitened along the `dim` widest directions, scaled to unit length.
+
+    Rows that are entirely zero are unknown: they are left out of the statistics and stay zero.
+    Returns: [E, dim] float64; directions beyond the rank are zero
+    """
+    raw_ED = np.asarray(raw_ED, dtype=np.float64)
+    known = np.abs(raw_ED).sum(axis=1) > 0
+    result = np.zeros((len(raw_ED), dim))
+    if known.sum() < 2:
+        result[known, 0] = 1.0
+        return result
+    centred = raw_ED[known] - raw_ED[known].mean(axis=0)
+    left, spread, right = np.linalg.svd(centred, full_matrices=False)
+    rank = min(int((spread > spread[0] * _RANK_TOLERANCE).sum()), dim)
+    # the sign of a singular vector is free: fixed here so that every machine gets one answer
+    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
+    white = left[:, :rank] * signs
+    norms = np.linalg.norm(white, axis=1, keepdims=True)
+    result[known, :rank] = white / np.maximum(norms, 1e-12)
+    return result
+
+
+def mean_pairwise_cosine(vectors_ED: Tensor) -> tuple[float, float]:
+    """(mean, mean of the absolute value) of the cosine over all pairs of known rows."""
+    rows = vectors_ED.double()
+    rows = rows[rows.norm(dim=1) > 1e-6]
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    upper = torch.triu_indices(len(rows), len(rows), offset=1)
+    cosine = (rows @ rows.T)[upper[0], upper[1]]
+    return float(cosine.mean()), float(cosine.abs().mean())
+
+
+def _tfidf(texts: list[str]) -> np.ndarray:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    # sub-word pieces relate "cardiomegaly" to "cardiac" where whole words share nothing
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    return np.asarray(vectorizer.fit_transform(texts).todense())
+
+
+def _user_table(table: ConceptTable, path: Path) -> Tensor:
+    if not path.is_file():
+        raise ValueError(
+            f"knowledge.vectors: expected tfidf, text_tower or an existing safetensors file, "
+            f"got {str(path)!r}"
+        )
+    try:
+        rows = load_file(path)
+    except Exception as error:  # safetensors raises its own type, outside ValueError
+        raise ValueError(f"knowledge.vectors {path}: not a safetensors file: {error}") from error
+    known = {name: row for name, row in rows.items() if name in table.index}
+    if not known:
+        raise ValueError(
+            f"knowledge.vectors {path}: none of its {len(rows)} keys is a concept id of the table"
+        )
+    widths = {tuple(row.shape) for row in known.values()}
+    if len(widths) != 1 or len(next(iter(widths))) != 1:
+        raise ValueError(f"knowledge.vectors {path}: expected rows of one width, got {widths}")
+    (width,) = next(iter(widths))
+    raw = np.zeros((len(table), width))
+    for name, row in known.items():
+        raw[table.index[name]] = row.double().numpy()
+    if not np.isfinite(raw).all():
+        raise ValueError(f"knowledge.vectors {path}: NaN or Inf in it")
+    return torch.from_numpy(whiten(raw, width)).float()
+
+
+def _save(vectors: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    save_file({"vectors": vectors.contiguous()}, temporary)
+    os.replace(temporary, path)  # another rank may be reading: never a half-written file
