@@ -8,6 +8,9 @@ sum over ranks; averaging parameter gradients over ranks then gives the gradient
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +35,11 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def world_group() -> Any:
+    """The group of all ranks for ops that take one; None where there is one process."""
+    return dist.group.WORLD if is_distributed() else None
 
 
 def log_once(message: str, level: int = logging.INFO) -> None:
@@ -147,3 +155,70 @@ def max_over_ranks(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return total
+
+
+def start(timeout_s: float) -> torch.device:
+    """Join the launcher's process group (none without a launcher); this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return device
+
+
+def start_alone() -> None:
+    """A process group of one where no launcher made one: DeepSpeed does not run without."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def stop() -> None:
+    """Leave the process group; without this NCCL warns and may hang at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_ranks() -> int:
+    """How many ranks share this host; torchrun and DeepSpeed name it differently."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        if name in os.environ:
+            return max(1, int(os.environ[name]))
+    return 1
+
+
+def average_(tensors: Sequence[Tensor], bucket_bytes: int = 1 << 26) -> None:
+    """Replace every tensor by its mean over ranks, in flat buckets of one dtype and device.
+
+    Every rank must pass tensors of the same shapes in the same order. 64 MiB buckets: large enough
+    to use the bandwidth, small enough beside the activations.
+    """
+    if not is_distributed():
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for i, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        is_last = i + 1 == len(tensors)
+        if is_last or size >= bucket_bytes or tensors[i + 1].dtype != tensor.dtype:
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            flat /= world_size()
+            start = 0
+            for t in bucket:
+                t.copy_(flat[start : start + t.numel()].view_as(t))
+                start += t.numel()
+            bucket, size = [], 0
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every tensor with rank 0's."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)

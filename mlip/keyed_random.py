@@ -23,6 +23,8 @@ STREAMS = {
     "sentences": 8,
     "replacement": 9,
     "order": 10,
+    "divergence_image_dropout": 11,
+    "divergence_text_dropout": 12,
 }
 
 

@@ -1,0 +1,128 @@
+"""Category level: the views of a sample must agree on prototypes, guided by its entities."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.losses.context import LossContext, mean_over_ranks
+from mlip.unit_length import unit_length
+
+IMAGE, TEXT, ENTITIES = 0, 1, 2  # views, in the order of LossContext.views_all
+QUEUE_PER_PROTOTYPE = 4
+
+
+class Category(nn.Module):
+    """Mean over the terms present of CE(q_t, p_v), CE(q_v, p_t), CE(q_r, p_v), CE(q_r, p_t).
+
+    q are Sinkhorn codes without gradient, p predictions, v image, t text, r the mean of the present
+    entities; a sample without present entities has two terms. Balancing sees all ranks' N samples:
+    every rank gathers the views and balances all of them, which gives every rank, and one process,
+    the same codes with one collective instead of one per sum. While N < 4C the last 4C samples are
+    appended for the balancing only; they are buffers, equal on all ranks, and belong to a
+    checkpoint.
+
+    Returns: scalar in nats
+    Source:  MLIP section 3.4; SwAV (Caron et al. 2020, arXiv 2006.09882) for codes, queue and
+             frozen start; terms as method.md section 5.
+    """
+
+    queue: Tensor
+    queue_valid: Tensor
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.settings = config.loss.category
+        self.num_views = 3 if self.settings.knowledge_terms else 2
+        count = self.settings.prototypes
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(count, dim), dim=1))
+        rows = QUEUE_PER_PROTOTYPE * count
+        self.register_buffer("queue", torch.zeros(self.num_views, rows, dim))
+        self.register_buffer("queue_valid", torch.zeros(self.num_views, rows, dtype=torch.bool))
+
+    @torch.no_grad()
+    def initialise(self, vectors: Tensor) -> None:
+        """Start the prototypes from vectors [C, D], for example k-means centres of the entities."""
+        if vectors.shape != self.prototypes.shape:
+            raise ValueError(
+                f"expected prototypes of shape {list(self.prototypes.shape)} "
+                "(loss.category.prototypes, model.embed_dim), got "
+                f"{list(vectors.shape)}"
+            )
+        self.prototypes.copy_(unit_length(vectors))
+
+    def forward(self, context: LossContext) -> Tensor:
+        features, settings = context.features, self.settings
+        prototypes = self.prototypes
+        if context.progress < settings.freeze_epochs:
+            # a zero gradient, not none: the optimiser then sees the same parameters at every step
+            prototypes = prototypes.detach() + 0.0 * prototypes
+        prototype_CD = unit_length(prototypes)
+        code_VBC = self._codes(context, prototype_CD.detach())
+
+        def prediction(view_BD: Tensor) -> Tensor:
+            logits_BC = view_BD.to(prototype_CD.dtype) @ prototype_CD.T
+            return torch.log_softmax(logits_BC / settings.prediction_temperature, dim=1)
+
+        image_BC = prediction(features.image.embedding)
+        text_BC = prediction(features.text.embedding)
+        code_VBC = code_VBC.to(image_BC.dtype)
+        pairs = [(TEXT, image_BC), (IMAGE, text_BC)]
+        if settings.knowledge_terms:
+            pairs += [(ENTITIES, image_BC), (ENTITIES, text_BC)]
+        terms = [-(code_VBC[view] * log_p).sum(dim=1) for view, log_p in pairs]
+        always = torch.ones_like(features.knowledge.has_present)
+        counted = [features.knowledge.has_present if v == ENTITIES else always for v, _ in pairs]
+        return mean_over_ranks(torch.stack(terms), torch.stack(counted))
+
+    @torch.no_grad()
+    def _codes(self, context: LossContext, prototype_CD: Tensor) -> Tensor:
+        """Balanced codes of this rank's samples, [V, B, C]; the queue moves on."""
+        views = context.views_all[: self.num_views].to(prototype_CD.dtype)
+        valid = torch.ones(views.shape[:2], dtype=torch.bool, device=views.device)
+        if self.num_views == 3:
+            valid[ENTITIES] = context.has_present_N
+        samples = views.shape[1]
+        everything, every_valid = views, valid
+        if samples < self.queue.shape[1]:
+            everything = torch.cat([views, self.queue.to(views.dtype)], dim=1)
+            every_valid = torch.cat([valid, self.queue_valid], dim=1)
+        scores = everything @ prototype_CD.T
+        code = sinkhorn(
+            scores / self.settings.sinkhorn_temperature,
+            every_valid,
+            iterations=self.settings.sinkhorn_iterations,
+        )[:, context.own]
+        if self.training and samples < self.queue.shape[1]:
+            self._push(views, valid)
+        return code
+
+    def _push(self, views: Tensor, valid: Tensor) -> None:
+        # a step whose features are not finite is skipped by the engine; it must not live on here
+        is_finite = views.isfinite().all(dim=2)
+        views = torch.where(is_finite.unsqueeze(2), views, 0.0).to(self.queue.dtype)
+        rows = self.queue.shape[1]
+        self.queue.copy_(torch.cat([views, self.queue], dim=1)[:, :rows])
+        self.queue_valid.copy_(torch.cat([valid & is_finite, self.queue_valid], dim=1)[:, :rows])
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, valid: Tensor, *, iterations: int) -> Tensor:
+    """Codes whose rows sum to 1 and whose columns carry nearly equal mass, in float32 log-space.
+
+    Shapes:  logits [V, N, C], valid [V, N] bool -> [V, N, C] float32; rows that are not valid are 0
+    Source:  Cuturi 2013 (arXiv 1306.0895); order of steps as SwAV: columns, then rows.
+    """
+    log_q = logits.float().masked_fill(~valid.unsqueeze(2), -torch.inf)
+    for _ in range(iterations):
+        log_q = log_q - _finite(torch.logsumexp(log_q, dim=1, keepdim=True))
+        log_q = log_q - _finite(torch.logsumexp(log_q, dim=2, keepdim=True))
+    return log_q.exp()
+
+
+def _finite(x: Tensor) -> Tensor:
+    """0 in place of the -inf of an empty sum."""
+    return torch.where(x == -torch.inf, 0.0, x)

@@ -1,0 +1,128 @@
+"""Objective: the model and its weighted losses; one forward call is one step's total."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mlip.batch import Batch, Features, ImageFeatures, TextFeatures
+from mlip.config import Config, ConfigError
+from mlip.losses import LOSSES
+from mlip.losses.context import LossContext
+from mlip.training.grad_cache import cached_forward
+
+
+class Objective(nn.Module):
+    """MLIPModel plus every loss whose weight is above 0.
+
+    forward(batch, step=..., progress=...) -> (total, terms): the total is the same on every rank,
+    and averaging parameter gradients over ranks gives the gradient of the whole global batch.
+    `terms` holds each loss before its weight, detached, for the log. `progress` is in epochs.
+
+    Raises:  ConfigError where run.exact is set and a part cannot be exact
+    Source:  method.md section 7.
+    """
+
+    def __init__(self, config: Config, model: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.model: Any = model
+        self.weights = {name: getattr(config.loss, name).weight for name in LOSSES}
+        self.losses = nn.ModuleDict(
+            {
+                name: cls(config, config.model.embed_dim)
+                for name, cls in LOSSES.items()
+                if self.weights[name] > 0
+            }
+        )
+        if not self.losses:
+            raise ConfigError("every loss.<name>.weight is 0: nothing would be trained")
+        if config.run.exact:
+            _require_exact(model)
+
+    def forward(
+        self, batch: Batch, *, step: int, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        context = self.context(batch, step=step, progress=progress)
+        terms: dict[str, Tensor] = {}
+        total: Tensor | float = 0.0
+        # losses are float32 or better whatever precision the caller's towers run in
+        with torch.autocast(batch.pair_id.device.type, enabled=False):
+            for name, loss in self.losses.items():
+                value = loss(context)
+                terms[name] = value.detach()
+                total = total + self.weights[name] * value
+        for name, value in context.regularisers.items():
+            terms[name] = value.detach()
+            total = total + value
+        assert isinstance(total, Tensor)
+        return total, terms
+
+    def context(self, batch: Batch, *, step: int, progress: float) -> LossContext:
+        """Features of a batch, micro-batch by micro-batch where set, and what the losses share."""
+        features = self.encode(batch)
+        model, image, text = self.model, features.image, features.text
+
+        def local_scores() -> Tensor:
+            return model.local_scores(
+                image.patches,
+                text.tokens,
+                batch.content_mask,
+                text.attention,
+                features.knowledge,
+                group=context.group,
+            )
+
+        context = LossContext(
+            features,
+            batch,
+            scales=model.scales,
+            seed=self.config.run.seed,
+            step=step,
+            progress=progress,
+            local_scores=local_scores,
+        )
+        return context
+
+    def encode(self, batch: Batch) -> Features:
+        """Both towers over this rank's pairs, and its entities."""
+        settings, model = self.config.batch, self.model
+        grid: list[tuple[int, int]] = []
+
+        def image_tower(image: Tensor) -> tuple[Tensor, ...]:
+            features = model.encode_image(image)
+            grid.append(features.grid)
+            return features.embedding, features.patches
+
+        def text_tower(*tensors: Tensor) -> tuple[Tensor, ...]:
+            features = model.encode_text(*tensors)
+            kept = () if features.attention is None else (features.attention,)
+            return features.embedding, features.tokens, *kept
+
+        image = cached_forward(image_tower, (batch.image,), settings.micro_images)
+        texts = (batch.token_ids, batch.token_mask, batch.content_mask)
+        text = cached_forward(text_tower, texts, settings.micro_texts)
+        return Features(
+            image=ImageFeatures(embedding=image[0], patches=image[1], grid=grid[0]),
+            text=TextFeatures(text[0], text[1], text[2] if len(text) == 3 else None),
+            knowledge=model.encode_knowledge(
+                batch.entity_ids, batch.entity_state, batch.entity_mask
+            ),
+        )
+
+
+def _require_exact(model: nn.Module) -> None:
+    """Refuse what draws random numbers per rank or per pass; the losses themselves are keyed."""
+    for name, module in model.named_modules():
+        is_random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        is_random = is_random or getattr(module, "drop_prob", None) not in (None, 0, 0.0)
+        if is_random:
+            tower = "model.text.options" if ".text" in f".{name}" else "model.vision.options"
+            raise ConfigError(
+                f"run.exact: the model's {name} drops at random, by rank and by micro-batch; set "
+                f"its probability to 0 in {tower} (hidden_dropout_prob, "
+                "attention_probs_dropout_prob, drop_path_rate)"
+            )
