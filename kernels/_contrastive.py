@@ -1,0 +1,182 @@
+"""Symmetric InfoNCE over row chunks of a logit matrix, in the positive-excluded form.
+
+loss = mean over anchors of 1/2 [softplus(R_m - z_mm) + softplus(C_m - z_mm)], R and C being the
+log-sum-exp over an anchor's negatives only. The usual softmax-minus-one gradient of the positive
+cancels to nothing in float32 once a batch is confident; sigmoid(R - z) does not (README, derivation
+1). Nothing here knows where the logits come from: the ops hand in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.kernels._distributed import (
+    Group,
+    gather,
+    group_rank,
+    group_size,
+    row_counts,
+    sum_over_group,
+)
+
+# rows are taken in chunks of at most this many logits, so that temporaries stay near 16 MB each
+CHUNK_ELEMENTS = 4 * 2**20
+
+ChunkOfLogits = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which image belongs to which text, over all ranks; images [M] here, texts [N] everywhere."""
+
+    counts: list[int]
+    offset: int  # column of this rank's first pair
+    ids: Tensor | None  # [N] equal = never each other's negatives
+    image_valid: Tensor | None  # [M]
+    text_valid: Tensor | None  # [N]
+    anchor: Tensor | None  # [N] both halves valid; None = all
+    weight: Tensor  # [N] 1 / (2 * number of anchors) for anchors, else 0
+
+
+def make_pairing(
+    like: Tensor,
+    pair_ids: Tensor | None,
+    image_valid: Tensor | None,
+    text_valid: Tensor | None,
+    group: Group,
+) -> Pairing:
+    """Gather what the loss must know about every pair.
+
+    Shapes:  like [M, ...] gives rows, device and dtype; the masks are this rank's, [M]
+    """
+    rows = like.shape[0]
+    for name, value in (
+        ("pair_ids", pair_ids),
+        ("image_valid", image_valid),
+        ("text_valid", text_valid),
+    ):
+        if value is not None and tuple(value.shape) != (rows,):
+            raise ValueError(
+                f"expected {name} of shape [{rows}], one entry per pair of this rank, got "
+                f"{list(value.shape)}"
+            )
+    counts = row_counts(like.new_empty((rows, 0)), group)
+    size, rank = group_size(group), group_rank(group)
+    total = sum(counts)
+
+    def everywhere(x: Tensor | None) -> Tensor | None:
+        return x if x is None or size == 1 else gather(x, group, counts)
+
+    ids, texts = everywhere(pair_ids), everywhere(text_valid)
+    anchor: Tensor | None = None
+    if image_valid is not None or text_valid is not None:
+        images = everywhere(image_valid)
+        both = [x for x in (images, texts) if x is not None]
+        anchor = both[0] if len(both) == 1 else both[0] & both[1]
+        count = anchor.sum().clamp(min=1).to(like.dtype)
+        weight = anchor.to(like.dtype) * (0.5 / count)
+    else:
+        weight = like.new_full((total,), 0.5 / max(total, 1))
+    return Pairing(counts, sum(counts[:rank]), ids, image_valid, texts, anchor, weight)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the backward pass needs beside the logits themselves."""
+
+    row_lse: Tensor  # [M] over an image's negatives
+    column_lse: Tensor  # [N] over a text's negatives
+    positive: Tensor  # [N]
+
+
+def chunk_bounds(rows: int, columns: int) -> list[tuple[int, int]]:
+    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _mask_in_place(z: Tensor, start: int, pairing: Pairing) -> Tensor:
+    """Set whatever is no negative to -inf."""
+    count = z.shape[0]
+    first = pairing.offset + start
+    if pairing.ids is not None:
+        z.masked_fill_(pairing.ids[first : first + count, None] == pairing.ids, -torch.inf)
+    if pairing.text_valid is not None:
+        z.masked_fill_(~pairing.text_valid, -torch.inf)
+    if pairing.image_valid is not None:
+        z.masked_fill_(~pairing.image_valid[start : start + count, None], -torch.inf)
+    z.diagonal(first).fill_(-torch.inf)
+    return z
+
+
+def logsumexp_statistics(chunk: ChunkOfLogits, rows: int, pairing: Pairing, group: Group):
+    """The log-sum-exps of both directions and every positive.
+
+    chunk:   chunk(start, stop) gives fresh logits [stop - start, N] that may be overwritten
+    """
+    row_parts: list[Tensor] = []
+    positive_parts: list[Tensor] = []
+    column: Tensor | None = None
+    columns = pairing.weight.shape[0]
+    for start, stop in chunk_bounds(rows, columns):
+        z = chunk(start, stop)
+        positive_parts.append(z.diagonal(pairing.offset + start).clone())
+        _mask_in_place(z, start, pairing)
+        row_parts.append(torch.logsumexp(z, 1))
+        part = torch.logsumexp(z, 0)
+        column = part if column is None else torch.logaddexp(column, part)
+    like = pairing.weight
+    row = torch.cat(row_parts) if row_parts else like.new_empty(0)
+    positive = torch.cat(positive_parts) if positive_parts else like.new_empty(0)
+    if column is None:
+        column = torch.full_like(like, -torch.inf)
+    size = group_size(group)
+    if size > 1:
+        positive = gather(positive, group, pairing.counts)
+        # gathered and added in rank order, so that every rank holds the same bits
+        every = gather(column[None], group, [1] * size)
+        column = torch.logsumexp(every, 0)
+    return Statistics(row, column, positive)
+
+
+def _own(x: Tensor, rows: int, pairing: Pairing) -> Tensor:
+    return x[pairing.offset : pairing.offset + rows]
+
+
+def loss_value(stats: Statistics, pairing: Pairing, group: Group) -> Tensor:
+    """The global loss, the same bits on every rank."""
+    rows = stats.row_lse.shape[0]
+    own_weight = _own(pairing.weight, rows, pairing)
+    row_terms = F.softplus(stats.row_lse - _own(stats.positive, rows, pairing)) * own_weight
+    column_terms = F.softplus(stats.column_lse - stats.positive) * pairing.weight
+    return sum_over_group(row_terms.sum(), group) + column_terms.sum()
+
+
+def pull(stats: Statistics, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """How strongly each anchor still pulls: sigmoid(lse - positive) * weight, [M] and [N]."""
+    rows = stats.row_lse.shape[0]
+    own = _own(stats.positive, rows, pairing)
+    row = torch.sigmoid(stats.row_lse - own) * _own(pairing.weight, rows, pairing)
+    return row, torch.sigmoid(stats.column_lse - stats.positive) * pairing.weight
+
+
+def logits_gradient(
+    z: Tensor, start: int, stats: Statistics, pulls: tuple[Tensor, Tensor], pairing: Pairing
+) -> Tensor:
+    """d loss / d logits of a chunk, overwriting the logits `z` [c, N]."""
+    stop = start + z.shape[0]
+    row_pull, column_pull = pulls
+    # an anchor without negatives has lse = -inf: any finite value gives exp(-inf - 0) = 0
+    row_lse = stats.row_lse[start:stop].clamp(min=torch.finfo(z.dtype).min)
+    column_lse = stats.column_lse.clamp(min=torch.finfo(z.dtype).min)
+    _mask_in_place(z, start, pairing)
+    grad = torch.exp(z - row_lse[:, None]).mul_(row_pull[start:stop, None])
+    grad.add_(z.sub_(column_lse).exp_().mul_(column_pull))
+    first = pairing.offset + start
+    pulled = row_pull[start:stop] + column_pull[first : first + stop - start]
+    grad.diagonal(first).copy_(pulled.neg_())
+    return grad

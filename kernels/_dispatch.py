@@ -1,0 +1,81 @@
+"""Which implementation serves a call: Triton kernels or plain torch, and why.
+
+Asks whether triton is there without importing it, so that a machine without it can import the ops.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger("mlip")
+
+DISABLE_VARIABLE = "MLIP_DISABLE_TRITON"
+# Ampere: the first chips whose tensor cores multiply bfloat16
+MINIMUM_CAPABILITY = (8, 0)
+_said: set[str] = set()
+
+
+def is_interpreting() -> bool:
+    """True where Triton runs kernels through its CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on this device, or None."""
+    if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
+        return f"{DISABLE_VARIABLE} is set"
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cpu" and is_interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and Triton needs an NVIDIA GPU"
+    if torch.version.cuda is None:
+        return "this torch build has no CUDA"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if _capability(index) < MINIMUM_CAPABILITY:
+        major, minor = _capability(index)
+        return f"the GPU has compute capability {major}.{minor}, below 8.0"
+    return None
+
+
+def resolve(impl: str, device: torch.device, refusal: str | None = None) -> str:
+    """ "triton" or "torch" for a call on `device`.
+
+    refusal: why the op's own kernels cannot take these inputs (dtype, size), or None
+    Raises:  ValueError for an unknown impl, or for impl="triton" where Triton cannot serve
+    """
+    if impl == "torch":
+        return "torch"
+    if impl not in ("auto", "triton"):
+        raise ValueError(f'expected impl "auto", "triton" or "torch", got {impl!r}')
+    obstacle = _obstacle(device) or refusal
+    if impl == "triton":
+        if obstacle is not None:
+            raise ValueError(
+                f'impl="triton" cannot run: {obstacle}; pass impl="auto" or "torch", or set '
+                "TRITON_INTERPRET=1 before the first import to run CPU tensors in the interpreter"
+            )
+        return "triton"
+    # the interpreter is for tests: thousands of times slower than torch, so never chosen by itself
+    if obstacle is None and device.type == "cuda":
+        return "triton"
+    if device.type == "cuda" and obstacle is not None and obstacle not in _said:
+        _said.add(obstacle)
+        logger.info("mlip.kernels runs in plain torch: %s", obstacle)
+    return "torch"

@@ -1,0 +1,15 @@
+"""Token-knowledge-patch scores of every image against every text, and their contrastive loss."""
+
+from mlip.kernels.token_knowledge_patch.op import (
+    TokenKnowledgePatchLoss,
+    contrastive_loss_from_scores,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
+
+__all__ = [
+    "TokenKnowledgePatchLoss",
+    "contrastive_loss_from_scores",
+    "token_knowledge_patch_loss",
+    "token_knowledge_patch_scores",
+]

@@ -1,0 +1,372 @@
+"""Token-knowledge-patch scores in plain torch: any device, float32 or float64 inside.
+
+The definition of correct for the Triton kernels, and product code for CPUs and old GPUs. Pairs are
+taken in tiles; similarities are kept for the backward pass while they fit MEMORY_BUDGET_BYTES and
+made again tile by tile where they do not. The backward formulas are derivation 2 of the README.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+MEMORY_BUDGET_BYTES = 512 * 2**20
+# similarities of a tile: on a CPU a tile and its temporaries should stay in the cache
+CPU_TILE_ELEMENTS = 2**19
+GPU_TILE_ELEMENTS = 2**24
+NORM_FLOOR = 1e-6  # a row no longer than this is the zero row
+CONTEXT_FLOOR = 1e-6
+# |similarity| <= 1: up to this scale exp() neither overflows nor leaves the normal float32 range
+UNSHIFTED_SCALE = 80.0
+
+
+def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows over their length; the zero row, with gradient 0, where masked or at most NORM_FLOOR."""
+    if mask is not None:
+        # where, not multiply: a masked row may hold NaN
+        x = torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
+    x = x.to(dtype)
+    if x.shape[-1] == 0:
+        return x
+    # scaled by the largest entry first: a finite row, however long, must not overflow its square
+    largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    scaled = x / largest
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    keep = length.detach() * largest > NORM_FLOOR
+    zero = torch.zeros((), dtype=dtype, device=x.device)
+    return torch.where(keep, scaled, zero) / torch.where(keep, length, zero + 1)
+
+
+def prepare_rows(
+    tokens_NTD: Tensor,
+    knowledge_NKD: Tensor | None,
+    token_weights_NT: Tensor | None,
+    knowledge_weights_NK: Tensor | None,
+    knowledge_mask_NK: Tensor | None,
+    knowledge_scale: Tensor,
+    knowledge_gain: Tensor,
+    knowledge_share: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The query rows of every text: enriched tokens, then entities, and their weights.
+
+    Shapes:  tokens [N, T, D], knowledge [N, K, D] -> rows [N, T + K, D], weights [N, T + K]
+    Returns: rows of unit length or zero; weights that sum to 1 a text, or to 0 for an empty one
+    Source:  method section 4 (ours): A, w', rows, weight
+    """
+    zero = torch.zeros((), dtype=dtype, device=tokens_NTD.device)
+
+    def positive(weights: Tensor | None, like: Tensor) -> Tensor:
+        if weights is None:
+            return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
+        return torch.where(weights > 0, weights.to(dtype), zero)
+
+    def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
+        total = weights.sum(1, keepdim=True)
+        return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
+
+    u_NT = positive(token_weights_NT, tokens_NTD)
+    token_mask = None if token_weights_NT is None else u_NT.detach() > 0
+    token_NTD = unit_rows(tokens_NTD, token_mask, dtype)
+    u_NT, has_tokens = shares(u_NT)
+    if knowledge_NKD is None or knowledge_NKD.shape[1] == 0:
+        return token_NTD, u_NT
+
+    entity_NKD = unit_rows(knowledge_NKD, knowledge_mask_NK, dtype)
+    logits_NTK = torch.bmm(token_NTD, entity_NKD.mT) * knowledge_scale
+    if knowledge_mask_NK is not None:
+        logits_NTK = logits_NTK.masked_fill(~knowledge_mask_NK[:, None], torch.finfo(dtype).min)
+    # a text without entities has zero entity rows, so its uniform softmax adds exactly nothing
+    enriched = token_NTD + knowledge_gain * torch.bmm(logits_NTK.softmax(-1), entity_NKD)
+    enriched = unit_rows(enriched, token_mask, dtype)
+
+    s_NK = positive(knowledge_weights_NK, knowledge_NKD)
+    if knowledge_mask_NK is not None:
+        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
+    s_NK, has_entities = shares(s_NK)
+    share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
+    weight = torch.cat([(1 - share) * u_NT, share * s_NK], 1)
+    return torch.cat([enriched, entity_NKD], 1), weight
+
+
+def prepare_rows_in_budget(tokens_NTD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """prepare_rows, in checkpointed chunks of texts where its temporaries would be large."""
+    knowledge, u, s, mask, scale, gain, share, dtype = rest
+    texts = tokens_NTD.shape[0]
+    entities = 0 if knowledge is None else knowledge.shape[1]
+    per_text = (tokens_NTD.shape[1] + entities) * tokens_NTD.shape[2]
+    # about ten float32 copies of the rows are alive in prepare_rows
+    step = max(1, MEMORY_BUDGET_BYTES // max(1, 40 * per_text))
+    if step >= texts:
+        return prepare_rows(tokens_NTD, *rest)
+
+    def cut(x: Tensor | None, start: int) -> Tensor | None:
+        return None if x is None else x[start : start + step]
+
+    parts = [
+        checkpoint(
+            prepare_rows,
+            tokens_NTD[start : start + step],
+            *(cut(x, start) for x in (knowledge, u, s, mask)),
+            scale,
+            gain,
+            share,
+            dtype,
+            use_reentrant=False,
+        )
+        for start in range(0, texts, step)
+    ]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([weight for _, weight in parts])
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What does not carry a gradient."""
+
+    pooling: str
+    aggregation: str
+    shift: bool  # subtract the row maximum before exp
+    bounds: list[int]  # rows of text n are bounds[n] .. bounds[n + 1]
+    text_of_row: Tensor  # [R]
+    patch_mask: Tensor | None  # [M, P]
+    images: int
+    patches: int
+
+
+@dataclass
+class Tile:
+    texts: slice
+    images: slice
+    rows: slice
+    kept: tuple[Tensor, ...] | None = None  # similarities or argmax, then row statistics
+
+
+def _tiles(spec: Spec, budget_elements: int, on_cpu: bool) -> Iterator[Tile]:
+    limit = min(CPU_TILE_ELEMENTS if on_cpu else GPU_TILE_ELEMENTS, budget_elements)
+    texts, per_row = len(spec.bounds) - 1, spec.images * spec.patches
+    first = 0
+    while first < texts:
+        last = first + 1
+        while last < texts and (spec.bounds[last + 1] - spec.bounds[first]) * per_row <= limit:
+            last += 1
+        rows = slice(spec.bounds[first], spec.bounds[last])
+        count = max(1, rows.stop - rows.start)
+        step = max(1, limit // max(1, count * spec.patches))
+        for start in range(0, spec.images, step):
+            yield Tile(slice(first, last), slice(start, min(start + step, spec.images)), rows)
+        first = last
+
+
+def _softmax_terms(s: Tensor, spec: Spec, tile: Tile, alpha: Tensor) -> Tensor:
+    """exp(alpha s), up to a factor per row, zero where the patch is masked."""
+    weights = s * alpha
+    mask = None if spec.patch_mask is None else spec.patch_mask[tile.images]
+    if spec.shift:
+        if mask is not None:
+            weights = weights.masked_fill_(~mask, torch.finfo(s.dtype).min)
+        weights.sub_(weights.amax(-1, keepdim=True))
+    weights.exp_()
+    return weights if mask is None else weights.mul_(mask)
+
+
+def _similarities(rows_RD: Tensor, patch_MPD: Tensor, tile: Tile) -> Tensor:
+    v = patch_MPD[tile.images]
+    return (rows_RD[tile.rows] @ v.reshape(-1, v.shape[2]).T).view(-1, v.shape[0], v.shape[1])
+
+
+def _contexts(a: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(a.transpose(0, 1), v)  # [m, R, D]
+
+
+def _pool(s: Tensor, patch_MPD: Tensor, spec: Spec, tile: Tile, alpha: Tensor):
+    """r of a tile [R, m], and what backward wants beside the similarities."""
+    if spec.pooling == "max":
+        if spec.patch_mask is not None:
+            s = s.masked_fill(~spec.patch_mask[tile.images], -2.0)  # below any cosine
+        r, where = s.max(-1)  # documented to return the first of equal maxima
+        r = torch.where(r > -1.5, r, torch.zeros_like(r))
+        return r, (where, r)
+    e = _softmax_terms(s, spec, tile, alpha)
+    total = e.sum(-1)
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    if spec.pooling == "attention":
+        r = e.mul_(s).sum(-1).div_(total)
+        return r, (total, r)
+    e.div_(total[..., None])
+    rho = torch.linalg.vector_norm(_contexts(e, patch_MPD[tile.images]), dim=-1).T
+    r = e.mul_(s).sum(-1).div_(rho.clamp(min=CONTEXT_FLOOR))
+    return r, (total, r)
+
+
+def _aggregate(r: Tensor, weight: Tensor, seg: Tensor, texts: int, spec: Spec, gamma: Tensor):
+    """S of a tile [texts, m] from r [R, m]."""
+    out = r.new_zeros((texts, r.shape[1]))
+    if spec.aggregation == "mean":
+        return out.index_add_(0, seg, r * weight[:, None])
+    x = torch.where(weight[:, None] > 0, r * gamma, -torch.inf)
+    top = torch.full_like(out, -torch.inf)
+    top.scatter_reduce_(0, seg[:, None].expand_as(x), x, "amax")
+    top = torch.where(top > -torch.inf, top, torch.zeros_like(top))
+    out.index_add_(0, seg, weight[:, None] * torch.exp(x - top[seg]))
+    return torch.where(out > 0, (top + torch.log(out)) / gamma, torch.zeros_like(out))
+
+
+def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):
+    """(d r [R, m], d weight [R], d gamma) from d S [texts, m]."""
+    grad_r = grad[seg]
+    if spec.aggregation == "mean":
+        return grad_r * weight[:, None], (grad_r * r).sum(1), None
+    power = torch.exp(torch.where(weight[:, None] > 0, (r - score[seg]) * gamma, -torch.inf))
+    pulled = grad_r * power
+    d_r = pulled * weight[:, None]
+    d_gamma = ((d_r * r).sum() - (grad * score).sum()) / gamma
+    return d_r, pulled.sum(1) / gamma, d_gamma
+
+
+def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
+    """d similarity [R, m, P] from d r `g` [R, m]; d alpha; and the context's own d patches."""
+    v = patch_MPD[tile.images]
+    assert tile.kept is not None
+    if spec.pooling == "max":
+        where, _ = tile.kept
+        ds = g.new_zeros((*g.shape, v.shape[1]))
+        return ds.scatter_(2, where[..., None], g[..., None]), None, None
+    s, total, r = tile.kept
+    e = _softmax_terms(s, spec, tile, alpha)
+    if spec.pooling == "attention":
+        g_total = g / total
+        d_alpha = None
+        if wants_alpha:
+            second = (e * s).mul_(s).sum(-1)
+            d_alpha = (g_total * second).sum() - (g * r * r).sum()
+        ds = torch.addcmul((g_total * (1 - alpha * r))[..., None], s, (g_total * alpha)[..., None])
+        return ds.mul_(e), d_alpha, None
+    a = e.div_(total[..., None])
+    context = _contexts(a, v)  # [m, R, D]
+    rho = torch.linalg.vector_norm(context, dim=-1).T
+    free = (rho > CONTEXT_FLOOR).to(g.dtype)
+    rho = rho.clamp(min=CONTEXT_FLOOR)
+    pull = (free * r / rho)[..., None]
+    y = torch.bmm(context, v.mT).transpose(0, 1)
+    dl = (s - pull * y).div_(rho[..., None]).sub_(((1 - free) * r)[..., None])
+    dl.mul_(a).mul_(g[..., None])
+    d_alpha = (dl * s).sum() if wants_alpha else None
+    k = a * (-g * free * r / rho.square())[..., None]
+    d_patch = torch.bmm(k.permute(1, 2, 0), context)  # [m, P, D]
+    return dl.mul_(alpha).add_(a.mul_((g / rho)[..., None])), d_alpha, d_patch
+
+
+def _to_keep(s: Tensor, extra: tuple[Tensor, ...], spec: Spec) -> tuple[Tensor, ...]:
+    return extra if spec.pooling == "max" else (s, *extra)
+
+
+class _PairScores(torch.autograd.Function):
+    """S [M, N] from rows [R, D], weights [R] and patches [M, P, D], tile by tile."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD, weight_R, patch_MPD, alpha, gamma, spec: Spec) -> Tensor:
+        element = rows_RD.element_size()
+        budget = MEMORY_BUDGET_BYTES // element
+        pairs = rows_RD.shape[0] * spec.images
+        # an int64 argmax and r, or similarities with two statistics of each row
+        stored = pairs * (8 // element + 1) if spec.pooling == "max" else pairs * (spec.patches + 2)
+        keep = any(ctx.needs_input_grad) and stored <= budget
+        scores = rows_RD.new_zeros((spec.images, len(spec.bounds) - 1))
+        tiles = []
+        for tile in _tiles(spec, budget // 8, rows_RD.device.type == "cpu"):
+            s = _similarities(rows_RD, patch_MPD, tile)
+            r, extra = _pool(s, patch_MPD, spec, tile, alpha)
+            if keep:
+                tile.kept = _to_keep(s, extra, spec)
+            tiles.append(tile)
+            seg = spec.text_of_row[tile.rows] - tile.texts.start
+            count = tile.texts.stop - tile.texts.start
+            part = _aggregate(r, weight_R[tile.rows], seg, count, spec, gamma)
+            scores[tile.images, tile.texts] = part.T
+        if spec.patch_mask is not None:
+            scores = torch.where(spec.patch_mask.any(1)[:, None], scores, 0.0)
+        ctx.save_for_backward(rows_RD, weight_R, patch_MPD, alpha, gamma, scores)
+        ctx.spec, ctx.tiles = spec, tiles
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        rows_RD, weight_R, patch_MPD, alpha, gamma, scores = ctx.saved_tensors
+        spec: Spec = ctx.spec
+        if spec.patch_mask is not None:
+            grad = torch.where(spec.patch_mask.any(1)[:, None], grad, 0.0)
+        d_rows, d_weight = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
+        d_patch = torch.zeros_like(patch_MPD)
+        d_alpha, d_gamma = torch.zeros_like(alpha), torch.zeros_like(gamma)
+        for tile in ctx.tiles:
+            seg = spec.text_of_row[tile.rows] - tile.texts.start
+            g_tile = grad[tile.images, tile.texts].T
+            score = scores[tile.images, tile.texts].T
+            if tile.kept is None:
+                s = _similarities(rows_RD, patch_MPD, tile)
+                _, extra = _pool(s, patch_MPD, spec, tile, alpha)
+                tile = replace(tile, kept=_to_keep(s, extra, spec))
+            assert tile.kept is not None
+            r = tile.kept[-1]
+            g, dw, dg = _aggregate_backward(g_tile, score, r, weight_R[tile.rows], seg, spec, gamma)
+            d_weight[tile.rows] += dw
+            if dg is not None:
+                d_gamma += dg
+            ds, da, context_grad = _pool_backward(
+                g, tile, rows_RD, patch_MPD, spec, alpha, ctx.needs_input_grad[3]
+            )
+            if da is not None:
+                d_alpha += da
+            ds = ds.reshape(ds.shape[0], -1)
+            v = patch_MPD[tile.images].reshape(-1, patch_MPD.shape[2])
+            d_rows[tile.rows].addmm_(ds, v)
+            own = d_patch[tile.images]
+            own.view(-1, own.shape[2]).addmm_(ds.T, rows_RD[tile.rows])
+            if context_grad is not None:
+                own += context_grad
+        return d_rows, d_weight, d_patch, d_alpha, d_gamma, None
+
+
+def pair_scores(
+    rows_NJD: Tensor,
+    weight_NJ: Tensor,
+    patch_MPD: Tensor,
+    patch_mask_MP: Tensor | None,
+    alpha: Tensor,
+    gamma: Tensor,
+    *,
+    pooling: str,
+    aggregation: str,
+) -> Tensor:
+    """S [M, N] of prepared rows against unit patches.
+
+    Shapes:  rows [N, J, D], weights [N, J], patches [M, P, D] unit length or zero, mask [M, P]
+    On a CPU rows of weight 0 are dropped before any arithmetic: padding costs nothing.
+    """
+    texts, rows_a_text, dim = rows_NJD.shape
+    images, patches = patch_MPD.shape[:2]
+    rows_RD, weight_R = rows_NJD.reshape(-1, dim), weight_NJ.reshape(-1)
+    on_cpu = rows_NJD.device.type == "cpu"
+    if on_cpu:
+        real = weight_R.detach() > 0
+        lengths = real.view(texts, rows_a_text).sum(1)
+        bounds = [0, *torch.cumsum(lengths, 0).tolist()]
+        index = real.nonzero()[:, 0]
+        if index.shape[0] < real.shape[0]:
+            rows_RD, weight_R = rows_RD[index], weight_R[index]
+        text_of_row = torch.div(index, max(rows_a_text, 1), rounding_mode="floor")
+    else:
+        bounds = list(range(0, texts * rows_a_text + 1, max(rows_a_text, 1)))
+        text_of_row = torch.arange(texts * rows_a_text, device=rows_NJD.device)
+        text_of_row = torch.div(text_of_row, max(rows_a_text, 1), rounding_mode="floor")
+    # reading a scale on the GPU would synchronise, so there the maximum is always subtracted
+    shift = not on_cpu or float(alpha.detach()) > UNSHIFTED_SCALE
+    spec = Spec(pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches)
+    return _PairScores.apply(rows_RD, weight_R, patch_MPD, alpha, gamma, spec)
