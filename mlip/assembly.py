@@ -1,0 +1,150 @@
+"""From settings to the parts of a run: manifest, tokenizer, concepts, linker, model, objective.
+
+Training and every command build them here, so a checkpoint meets the same parts wherever it goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip import distributed
+from mlip.batch import STATES
+from mlip.config import Config, Knowledge
+from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
+from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
+from mlip.encoders.text import TextEncoder, token_states
+from mlip.knowledge.categories import category_index, prototype_init, report_category
+from mlip.knowledge.concepts import ConceptTable, load_concepts
+from mlip.knowledge.linker import Linker
+from mlip.knowledge.vectors import knowledge_vectors
+from mlip.model import MLIPModel
+from mlip.objective import Objective
+from mlip.unit_length import unit_length
+
+_PRESENT = STATES[0]
+# reports linked to start the prototypes: k-means over more changes the centres little
+_PROTOTYPE_REPORTS = 20_000
+_DEFINITIONS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads: rows, and how their text becomes tokens and mentions."""
+
+    manifest: Manifest
+    tokenizer: ReportTokenizer
+    table: ConceptTable
+    linker: Linker
+
+
+def open_corpus(config: Config) -> Corpus:
+    """Read the manifest and concepts; train the vocabulary on the training split where needed.
+
+    A collective call: rank 0 trains, the others wait and read.
+    Raises:  ManifestError, LexiconError, ValueError for a tokenizer that is not there
+    """
+    manifest = load_manifest(config.data)
+    table = load_concepts(config.knowledge.lexicon)
+    return Corpus(manifest, open_tokenizer(config, manifest), table, Linker(table))
+
+
+def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer:
+    """The tokenizer of model.text, or the run's own, trained once on the training split."""
+    text = config.model.text
+    given = text.tokenizer or text.source
+    if given is not None:
+        return load_tokenizer(given)
+    folder = Path(config.run.dir) / "tokenizer"
+    if distributed.is_main() and not folder.is_dir():
+        if manifest is None:
+            raise ValueError(f"tokenizer: expected the run's own at {folder}, there is none")
+        rows = manifest.rows("train")
+        if len(rows) == 0:
+            raise ManifestError(
+                f"manifest {manifest.path}: no training rows with a report; expected at least 2 "
+                "rows of split train (see data.columns.split and data.empty_report)"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        texts = (manifest.text(int(row)) for row in rows)
+        train_tokenizer(texts, config.data.vocab_size, folder)
+    distributed.barrier()
+    return load_tokenizer(folder)
+
+
+def build_model(config: Config, corpus: Corpus) -> MLIPModel:
+    """The model with random or pretrained towers, keyed by run.seed."""
+    torch.manual_seed(config.run.seed)
+    vectors = _concept_vectors(config, corpus)
+    return MLIPModel(config, vocab_size=corpus.tokenizer.vocab_size, concept_vectors=vectors)
+
+
+def build_objective(config: Config, corpus: Corpus) -> Objective:
+    """Model and losses, the prototypes started from the training reports' present entities."""
+    objective = Objective(config, build_model(config, corpus))
+    if "category" in objective.losses:
+        category = config.loss.category
+        vectors, groups = _report_vectors(config, corpus, objective.model)
+        start = prototype_init(vectors, groups, category.prototypes, config.run.seed)
+        objective.losses["category"].initialise(start)
+    return objective
+
+
+def _concept_vectors(config: Config, corpus: Corpus) -> Tensor:
+    settings: Knowledge = config.knowledge
+    if settings.vectors != "text_tower":
+        return knowledge_vectors(corpus.table, settings)
+    tower = TextEncoder(
+        config.model.text,
+        vocab_size=corpus.tokenizer.vocab_size,
+        max_tokens=config.data.max_tokens,
+        attention=config.model.attention,
+        offline=config.run.offline,
+    ).eval()
+
+    @torch.no_grad()
+    def encode(texts: list[str]) -> Tensor:
+        tokenizer, room = corpus.tokenizer, config.data.max_tokens - 2
+        parts = []
+        for start in range(0, len(texts), _DEFINITIONS_AT_ONCE):
+            pieces = tokenizer.encode_batch(texts[start : start + _DEFINITIONS_AT_ONCE])
+            rows = [[tokenizer.cls_id, *p.ids[:room], tokenizer.sep_id] for p in pieces]
+            ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_id)
+            for index, row in enumerate(rows):
+                ids[index, : len(row)] = torch.tensor(row)
+            lengths = torch.tensor([len(row) for row in rows])
+            mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+            parts.append(token_states(tower, ids, mask))
+        return torch.cat(parts)
+
+    return knowledge_vectors(corpus.table, settings, encode)
+
+
+@torch.no_grad()
+def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[Tensor, Tensor]:
+    """Projected present-entity means of training reports [R, D] and their categories [R]."""
+    rows = corpus.manifest.rows("train")
+    if len(rows) > _PROTOTYPE_REPORTS:
+        generator = np.random.Generator(np.random.Philox(config.run.seed))
+        rows = np.sort(generator.choice(rows, _PROTOTYPE_REPORTS, replace=False))
+    categories = category_index(corpus.table)
+    is_finding = torch.tensor([c.semantic_type != "anatomy" for c in corpus.table])
+    projected = model.knowledge_projection(
+        model.concept_vectors + model.state_embedding.weight[STATES.index(_PRESENT)]
+    )
+    vectors, groups = [], []
+    for row in rows:
+        mentions = corpus.linker.link(corpus.manifest.text(int(row)))
+        present = sorted(
+            {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
+        )
+        if present:
+            vectors.append(projected[present].sum(dim=0))
+            groups.append(report_category(present, categories, is_finding))
+    if not vectors:
+        return projected.new_zeros(0, projected.shape[1]), torch.zeros(0, dtype=torch.int64)
+    return unit_length(torch.stack(vectors)), torch.tensor(groups)
