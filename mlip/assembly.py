@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def build_objective(config: Config, corpus: Corpus) -> Objective:
         category = config.loss.category
         vectors, groups = _report_vectors(config, corpus, objective.model)
         start = prototype_init(vectors, groups, category.prototypes, config.run.seed)
-        objective.losses["category"].initialise(start)
+        prototypes: Any = objective.losses["category"]
+        prototypes.initialise(start)
     return objective
 
 
