@@ -1,0 +1,175 @@
+"""An image file's bytes, checked: containment, size, hash, declared dimensions, grey pixels.
+
+Every failure leaves here as BadSample with a stable reason, so no library exception can end an
+epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mlip.dataloading.ledger import BadSample, DataError
+
+MAX_FILE_BYTES = 512 * 1024 * 1024
+MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
+MAX_SIDE_PX = 16_384
+MIN_SIDE_PX = 8
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes say; `plain` = any decoder gives the same grey picture of it."""
+
+    kind: str  # "png" | "jpeg" | "dicom"
+    height: int
+    width: int
+    bits: int
+    plain: bool
+
+
+def read_bytes(root: str, relative: str) -> bytes:
+    """The content of root/relative, read through one descriptor.
+
+    Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
+             root is gone.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe must not wait for a writer
+        descriptor = os.open(os.path.join(root, relative), os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if not os.path.isdir(root):
+            raise DataError(
+                "the image folder (data.root) is gone: mount or restore it, then resume"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise BadSample("no_permission") from None
+        raise BadSample("missing") from None
+    try:
+        status = os.fstat(descriptor)
+        # the descriptor's own path: no link can be swapped between this check and the read
+        real = os.readlink(f"/proc/self/fd/{descriptor}")
+        if not real.startswith(root.rstrip("/") + "/"):
+            raise DataError(
+                f"image {relative!r} leads outside data.root through a link: copy the file into "
+                "the folder or set data.root to a folder that holds all images"
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("not_a_file")
+        if status.st_size == 0:
+            raise BadSample("empty_file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadSample("too_large", f"{status.st_size} bytes")
+        parts = []
+        while part := os.read(descriptor, status.st_size + 1):
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    except OSError as error:
+        raise BadSample("missing", f"reading failed: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
+
+
+def check_hash(content: bytes, expected: str) -> None:
+    if hashlib.sha256(content).hexdigest() != expected.lower():
+        raise BadSample("hash_mismatch")
+
+
+def read_header(content: bytes) -> Header:
+    """Kind and declared size, before any decoder sees the bytes.
+
+    Raises:  BadSample: unsupported, truncated, too_large.
+    """
+    if content.startswith(PNG_SIGNATURE):
+        header = _png_header(content)
+    elif content.startswith(b"\xff\xd8\xff"):
+        header = _jpeg_header(content)
+    elif content[128:132] == b"DICM":
+        return Header("dicom", 0, 0, 16, False)
+    else:
+        raise BadSample("unsupported", "the file starts like neither JPEG, PNG nor DICOM")
+    check_size(header.height, header.width)
+    return header
+
+
+def check_size(height: int, width: int) -> None:
+    if height > MAX_SIDE_PX or width > MAX_SIDE_PX or height * width > MAX_PIXELS:
+        raise BadSample("too_large", f"{width} x {height} px")
+    if min(height, width) < MIN_SIDE_PX:
+        raise BadSample("undecodable", f"{width} x {height} px is no radiograph")
+
+
+def _png_header(content: bytes) -> Header:
+    if len(content) < 45 or content[12:16] != b"IHDR":
+        raise BadSample("truncated", "no complete PNG header")
+    width, height, bits, colour = struct.unpack(">IIBB", content[16:26])
+    if content.find(b"IEND", max(33, len(content) - 4096)) < 0:
+        raise BadSample("truncated", "no PNG end mark")
+    # palettes and alpha are read differently by different decoders
+    return Header("png", height, width, bits, plain=bits in (8, 16) and colour in (0, 2))
+
+
+def _jpeg_header(content: bytes) -> Header:
+    position, plain = 2, True
+    end = len(content)
+    while position + 9 < end:
+        if content[position] != 0xFF:
+            raise BadSample("undecodable", "damaged JPEG header")
+        marker = content[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        length = int.from_bytes(content[position + 2 : position + 4], "big")
+        if marker == 0xE1 and content[position + 4 : position + 8] == b"Exif":
+            plain = False  # may carry an orientation
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            bits, height, width, components = struct.unpack(
+                ">BHHB", content[position + 4 : position + 10]
+            )
+            if content.rfind(b"\xff\xd9", position) < 0:
+                raise BadSample("truncated", "no JPEG end mark")
+            plain = plain and bits == 8 and components in (1, 3) and marker in (0xC0, 0xC1, 0xC2)
+            return Header("jpeg", height, width, bits, plain)
+        position += 2 + length
+    raise BadSample("truncated", "no JPEG frame header")
+
+
+def decode_grey(content: bytes, header: Header) -> NDArray[Any]:
+    """The picture as one grey channel, brighter = denser tissue for DICOM.
+
+    Shapes:  -> [H, W] uint8 or uint16
+    Raises:  BadSample.
+    """
+    if header.kind == "dicom":
+        return _decode_dicom(content)
+    try:
+        image = cv2.imdecode(
+            np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
+        )
+    except (cv2.error, MemoryError) as error:
+        raise BadSample("undecodable", type(error).__name__) from None
+    if image is None or image.ndim != 2 or image.dtype not in (np.uint8, np.uint16):
+        raise BadSample("undecodable")
+    return image
+
+
+def _decode_dicom(content: bytes) -> NDArray[np.uint16]:
+    from mlip.dataloading.dicom import DicomError, read_radiograph
+
+    try:
+        image, _ = read_radiograph(content)
+    except DicomError as error:
+        raise BadSample(error.code, "DICOM") from None
+    check_size(*image.shape)
+    return image

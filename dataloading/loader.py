@@ -1,0 +1,371 @@
+"""build_loader(config, manifest, ...): an iterator of Batch with exact resume and a ledger.
+
+A background thread prepares data.prefetch batches ahead; what it prepared but nobody took is not
+in the state, so resuming at step s repeats nothing and skips nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mlip.batch import Batch
+from mlip.config import Config
+from mlip.dataloading.ledger import DataError, Ledger
+from mlip.dataloading.manifest import IntArray, Manifest, connect
+from mlip.dataloading.reports import ReportEncoder, draw_sentences, kept_sentences
+from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
+from mlip.dataloading.samples import Images, SampleReader
+from mlip.dataloading.text_hash import HashArray
+from mlip.dataloading.transforms import Transform
+
+
+class Pipeline(Protocol):
+    """What turns a Plan into images: TorchPipeline or DaliPipeline."""
+
+    name: str
+
+    def load(self, plan: Plan) -> Images: ...
+
+    def close(self) -> None: ...
+
+
+class Loader:
+    """Batches of one rank: endless when training, once through otherwise.
+
+    Iterating again goes on at the next step (training) or from the start (evaluation).
+    """
+
+    def __init__(
+        self,
+        order: TrainingOrder | SequentialOrder,
+        pipeline: Pipeline,
+        encoder: ReportEncoder,
+        manifest: Manifest,
+        pair_id: IntArray,
+        ledger: Ledger,
+        *,
+        seed: int,
+        sentence_dropout: float,
+        prefetch: int,
+    ) -> None:
+        self.order, self.pipeline, self.encoder = order, pipeline, encoder
+        self.manifest, self.pair_id, self.ledger = manifest, pair_id, ledger
+        self.seed, self.sentence_dropout = seed, sentence_dropout
+        self.prefetch = max(1, prefetch)
+        self.step = 0  # of the next batch
+        self.wait_seconds = 0.0  # how long the last next() waited for data
+        self._producer: _Producer | None = None
+
+    @property
+    def is_training(self) -> bool:
+        return isinstance(self.order, TrainingOrder)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split that no rule excludes, over all ranks."""
+        return len(self.order.rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that cover every row once, rounded up; the epoch's end may lie inside a batch."""
+        return -(-self.num_rows // self.order.global_pairs)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.is_training:
+            self._stop()
+            self.step = 0
+        return self
+
+    def __next__(self) -> Batch:
+        if isinstance(self.order, SequentialOrder) and self.step >= self.order.num_steps:
+            self._stop()
+            raise StopIteration
+        if self._producer is None:
+            self._producer = _Producer(self, self.step)
+        begin = time.perf_counter()
+        batch, images, plan = self._producer.take()
+        self.wait_seconds = time.perf_counter() - begin
+        self._account(images, plan)
+        self.step += 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Next step, what the order depends on, and this rank's ledger; JSON-ready."""
+        return {"step": self.step, "order": self._order_key(), "ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at the saved step, on any number of ranks.
+
+        `state` is merge_states of all ranks' states: rank 0 takes its counts, the others start
+        theirs at zero, so the sum over ranks stays right.
+        Raises:  ValueError if the state belongs to another order of rows.
+        """
+        saved, mine = state["order"], self._order_key()
+        if saved != mine:
+            keys = sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k))
+            raise ValueError(
+                "loader state: expected the same "
+                + ", ".join(f"{k} (saved {saved.get(k)!r}, now {mine.get(k)!r})" for k in keys)
+                + ": resume with the manifest and settings of the saved run, or start a new one"
+            )
+        self._stop()
+        self.step = int(state["step"])
+        ledger = Ledger.from_state(state["ledger"])
+        if self.order.rank != 0:
+            ledger.epochs = {}
+        ledger.bad_share = self.ledger.bad_share
+        self.ledger = ledger
+
+    def close(self) -> None:
+        """Stop the background thread and free the pipeline."""
+        self._stop()
+        self.pipeline.close()
+
+    def _order_key(self) -> dict[str, Any]:
+        return {
+            "manifest_sha256": self.manifest.fingerprint,
+            "rows": self.num_rows,
+            "run.seed": self.seed,
+            "batch.global_pairs": self.order.global_pairs,
+        }
+
+    def _stop(self) -> None:
+        if self._producer is not None:
+            self._producer.stop()
+            self._producer = None
+
+    def _account(self, images: Images, plan: Plan) -> None:
+        in_order_bad = 0
+        for epoch, row, reason, in_order in images.bad:
+            self.ledger.add_bad(epoch, row, reason, in_order=in_order)
+            in_order_bad += in_order
+            if in_order and self.is_training:
+                self.ledger.add_replacement(epoch)
+        epochs, counts = np.unique(plan.epoch, return_counts=True)
+        for epoch, count in zip(epochs.tolist(), counts.tolist(), strict=True):
+            bad = sum(1 for e, _, _, in_order in images.bad if in_order and e == epoch)
+            self.ledger.add_trained(epoch, count - bad)
+        if images.bad:
+            self.ledger.check()
+
+    def make(self, step: int) -> tuple[Batch, Images, Plan]:
+        """The batch of a step; called by the background thread."""
+        plan = self.order.plan(step)
+        images = self.pipeline.load(plan)
+        batch = self._batch(plan, images)
+        if torch.cuda.is_available():
+            batch = Batch(
+                **{f.name: getattr(batch, f.name).pin_memory() for f in dataclasses.fields(Batch)}
+            )
+        return batch, images, plan
+
+    def _batch(self, plan: Plan, images: Images) -> Batch:
+        index, epoch = plan.global_index[images.kept], plan.epoch[images.kept]
+        draws = draw_sentences(self.seed, epoch, index, self.sentence_dropout)
+        pieces = []
+        for i, row in enumerate(images.rows.tolist()):
+            report = self.encoder.of_row(row, self.manifest.text(row))
+            keep = kept_sentences(float(draws[i, 1]), len(report.ends))
+            pieces.append(self.encoder.compose(report, keep))
+        count = len(pieces)
+        longest = max((len(p.ids) for p in pieces), default=2)
+        most = max((len(p.entities) for p in pieces), default=0)
+        token_ids = np.full((count, longest), self.encoder.tokenizer.pad_id, dtype=np.int64)
+        lengths = np.empty(count, dtype=np.int64)
+        # at least one column: a batch without any mention keeps the shapes of all others
+        entities = np.zeros((count, max(1, most), 2), dtype=np.int64)
+        mentions = np.zeros(count, dtype=np.int64)
+        for i, piece in enumerate(pieces):
+            token_ids[i, : len(piece.ids)] = piece.ids
+            lengths[i] = len(piece.ids)
+            entities[i, : len(piece.entities)] = piece.entities
+            mentions[i] = len(piece.entities)
+        place = np.arange(longest)
+        token_mask = place < lengths[:, None]
+        content_mask = (place > 0) & (place < lengths[:, None] - 1)
+        return Batch(
+            image=images.image,
+            token_ids=torch.from_numpy(token_ids),
+            token_mask=torch.from_numpy(token_mask),
+            content_mask=torch.from_numpy(content_mask),
+            entity_ids=torch.from_numpy(np.ascontiguousarray(entities[:, :, 0])),
+            entity_state=torch.from_numpy(np.ascontiguousarray(entities[:, :, 1])),
+            entity_mask=torch.from_numpy(np.arange(entities.shape[1]) < mentions[:, None]),
+            pair_id=torch.from_numpy(self.pair_id[images.rows]),
+            global_index=torch.from_numpy(index),
+            row_index=torch.from_numpy(images.rows),
+        )
+
+
+class _Producer:
+    """A thread that makes batches ahead; its failure is raised in the taker's thread."""
+
+    def __init__(self, loader: Loader, step: int) -> None:
+        self._loader = loader
+        self._queue: queue.Queue[Any] = queue.Queue(loader.prefetch)
+        self._stopped = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(step,), name="mlip-loader", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, step: int) -> None:
+        try:
+            order = self._loader.order
+            while not self._stopped.is_set():
+                if isinstance(order, SequentialOrder) and step >= order.num_steps:
+                    return
+                self._put(self._loader.make(step))
+                step += 1
+        except StopIteration as error:
+            # an iterator's end inside a library must not look like the end of an epoch
+            failure = DataError("the input pipeline raised StopIteration: a library fault")
+            failure.__cause__ = error
+            self._put(failure)
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stopped.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def take(self) -> tuple[Batch, Images, Plan]:
+        if self._failure is not None:
+            raise self._failure
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        return item
+
+    def stop(self) -> None:
+        self._stopped.set()
+        while True:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                break
+        self._thread.join(timeout=60.0)
+
+
+def build_loader(
+    config: Config,
+    manifest: Manifest,
+    *,
+    split: str,
+    train: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    with_report: bool | None = None,
+    rows: IntArray | None = None,
+    global_pairs: int | None = None,
+) -> Loader:
+    """The loader of one rank over a split.
+
+    with_report: only rows with a usable text (default); False adds image-only rows where
+    data.empty_report is image_only. rows: these manifest rows of the split instead of all.
+    global_pairs: batch size over all ranks, default batch.global_pairs.
+    Raises:  ManifestError (no rows, or hashes asked for that are not there), ValueError.
+    """
+    from mlip.dataloading.manifest import ManifestError
+
+    data = config.data
+    pairs_only = True if with_report is None else with_report
+    allowed = manifest.rows(split, with_report=pairs_only)
+    excluded = manifest.excluded(split, with_report=pairs_only)
+    chosen = allowed if rows is None else np.asarray(rows, dtype=np.int64)
+    if not np.isin(chosen, allowed).all():
+        raise ValueError(f"rows: expected usable rows of split {split!r} only")
+    if len(allowed) > len(chosen):
+        excluded["not_chosen"] = len(allowed) - len(chosen)
+    if len(chosen) == 0:
+        found = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
+        raise ManifestError(
+            f"{manifest.path}: split {split!r} has no usable rows of {len(manifest)} "
+            f"({found or 'none at all'})"
+        )
+    pairs = config.batch.global_pairs if global_pairs is None else global_pairs
+    order: TrainingOrder | SequentialOrder
+    seed = config.run.seed
+    if train:
+        order = TrainingOrder(
+            chosen, seed=seed, global_pairs=pairs, rank=rank, world_size=world_size
+        )
+    else:
+        order = SequentialOrder(chosen, global_pairs=pairs, rank=rank, world_size=world_size)
+    encoder = ReportEncoder(
+        tokenizer, linker, table, max_tokens=data.max_tokens, max_entities=data.max_entities
+    )
+    pair_id = manifest.pair_id
+    if config.knowledge.pair_id_by_concepts:
+        pair_id = pair_ids_by_concepts(manifest, chosen, encoder)
+    transform = Transform(data, train=train, seed=seed)
+    pipeline = _build_pipeline(config, order, SampleReader(manifest, data), transform)
+    return Loader(
+        order,
+        pipeline,
+        encoder,
+        manifest,
+        pair_id,
+        Ledger(len(manifest), excluded, data.bad_share if train else 1.0),
+        seed=seed,
+        sentence_dropout=data.augment.sentence_dropout if train else 0.0,
+        prefetch=data.prefetch,
+    )
+
+
+def _build_pipeline(
+    config: Config,
+    order: TrainingOrder | SequentialOrder,
+    reader: SampleReader,
+    transform: Transform,
+) -> Pipeline:
+    from mlip.dataloading.torch_pipeline import TorchPipeline
+
+    return TorchPipeline(order, reader, transform, config.data)
+
+
+def merge_states(states: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """All ranks' state_dicts of one moment as one that any number of ranks can load."""
+    steps = {state["step"] for state in states}
+    if len(steps) != 1:
+        raise ValueError(f"loader states to merge must be of one step, got {sorted(steps)}")
+    ledger = Ledger.merge(Ledger.from_state(state["ledger"]) for state in states)
+    return {**states[0], "ledger": ledger.state_dict()}
+
+
+def pair_ids_by_concepts(manifest: Manifest, rows: IntArray, encoder: ReportEncoder) -> IntArray:
+    """manifest.pair_id with rows of equal sets of present concepts joined too.
+
+    Rows without any linked mention join nothing: their sets are equal only by ignorance.
+    """
+    sets: dict[tuple[int, ...], int] = {}
+    members, keys = [], []
+    for row in rows.tolist():
+        mentions = encoder.of_row(row, manifest.text(row)).mentions
+        if len(mentions):
+            present = tuple(sorted(set(mentions[mentions[:, 3] == 0, 2].tolist())))
+            members.append(row)
+            keys.append(sets.setdefault(present, len(sets)))
+    groups: list[tuple[NDArray[np.int64], HashArray]] = [
+        (np.arange(len(manifest), dtype=np.int64), manifest.pair_id.astype(np.uint64)),
+        (np.array(members, dtype=np.int64), np.array(keys, dtype=np.uint64)),
+    ]
+    return connect(len(manifest), groups)

@@ -1,0 +1,179 @@
+"""Report text: cleaning, sections, sentences. Tokens and mentions are in reports.py.
+
+Nothing is thrown away that carries meaning: negation words, decimals, units and sides stay.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+# A report of a megabyte is a fault of the export; sections of a chest report are under 10,000.
+MAX_CHARACTERS = 20_000
+
+# ___ (MIMIC-CXR), [** ... **] (older MIMIC), XXXX (Open-i), <NAME> style placeholders
+_DEIDENTIFICATION = re.compile(
+    r"\[\*\*[^\]]{0,200}\*\*\]|_{2,}|\bX{3,}\b|<[A-Z_]{2,20}>|\[(?:REDACTED|DEIDENTIFIED)\]",
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b-\u200f\u202a-\u202e\ufeff]")
+_LIST_NUMBER = re.compile(r"(?:(?<=\n)|^|(?<=[.:;] ))\s*\(?\d{1,2}[.)]\s+(?=[A-Z])")
+_SPACES = re.compile(r"\s+")
+_SPACE_BEFORE_STOP = re.compile(r"\s+([.,;:])")
+_DOUBLED_STOP = re.compile(r"([.,;:])(?:\s*[.,;:])+(?=\s|$)")
+_QUOTES = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2212": "-",
+        "\u00a0": " ",
+        "\u2026": "...",
+    }
+)
+
+_WANTED = {
+    "findings": ("findings", "finding"),
+    "impression": ("impression", "impressions", "conclusion", "conclusions", "opinion"),
+}
+_OTHER = (
+    "indication",
+    "indications",
+    "history",
+    "clinical history",
+    "clinical information",
+    "clinical indication",
+    "reason for exam",
+    "reason for examination",
+    "technique",
+    "comparison",
+    "comparisons",
+    "examination",
+    "exam",
+    "study",
+    "procedure",
+    "recommendation",
+    "recommendations",
+    "notification",
+    "wet read",
+    "addendum",
+)
+_NAMES = sorted({*_WANTED["findings"], *_WANTED["impression"], *_OTHER}, key=len, reverse=True)
+# A heading opens a line, or stands in capitals after a stop; a colon ends it.
+_HEADING = re.compile(
+    r"(?:(?:^|\n)[ \t]*(?P<line>(?i:" + "|".join(_NAMES) + r"))"
+    r"|(?<=[.\s])(?P<capitals>" + "|".join(n.upper() for n in _NAMES) + r"))[ \t]*:"
+)
+# RE2 pattern for "may have a heading": what the slow path must look at
+_MAY_HAVE_HEADING = "(?i)(" + "|".join(_NAMES) + r")[ \t]*:"
+
+# Abbreviations whose stop ends no sentence.
+_ABBREVIATIONS = frozenset(
+    "dr mr mrs ms vs e.g i.e approx st fig resp cf incl max min pt pts a.p p.a a.m p.m".split()
+)
+_STOP = re.compile(r"[.!?]+(?=\s|$)|[.!?]+(?=[A-Z][a-z])|\n\s*\n")
+
+
+def clean_report(text: str) -> str:
+    """The report on one line, without marks that stand for removed identifiers.
+
+    Kept as they are: words, case, negations, decimals, units. Removed: control characters, lone
+    surrogates, de-identification marks, list numbers.
+    """
+    text = text[:MAX_CHARACTERS].translate(_QUOTES)
+    text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = _DEIDENTIFICATION.sub(" ", text)
+    text = _LIST_NUMBER.sub(" ", text)
+    text = _SPACES.sub(" ", text)
+    text = _SPACE_BEFORE_STOP.sub(r"\1", text)
+    return _DOUBLED_STOP.sub(r"\1", text).strip(" ,;:")
+
+
+def split_sections(text: str) -> dict[str, str]:
+    """Heading (lower case) -> body, in order; "" holds what stands before the first heading."""
+    sections: dict[str, str] = {}
+    name, start = "", 0
+    for heading in _HEADING.finditer(text):
+        body = text[start : heading.start()].strip()
+        if body:
+            sections[name] = f"{sections[name]}\n{body}" if name in sections else body
+        name = (heading["line"] or heading["capitals"]).lower()
+        start = heading.end()
+    body = text[start:].strip()
+    if body:
+        sections[name] = f"{sections[name]}\n{body}" if name in sections else body
+    return sections
+
+
+def choose_sections(text: str, sections: str) -> str | None:
+    """The part of a report to train on, or None where it has headings but not the asked one.
+
+    sections: "findings", "impression", or "all" = both, and the whole text where it has neither.
+    A text without any heading is taken whole.
+    """
+    found = split_sections(text)
+    if set(found) <= {""}:
+        return text
+    names = _WANTED.get(sections, (*_WANTED["findings"], *_WANTED["impression"]))
+    chosen = [body for name, body in found.items() if name in names]
+    if chosen:
+        return "\n".join(chosen)
+    has_either = any(name in found for group in _WANTED.values() for name in group)
+    return text if sections == "all" and not has_either else None
+
+
+def select_sections(
+    column: pa.LargeStringArray, sections: str
+) -> tuple[pa.LargeStringArray, NDArray[np.bool_]]:
+    """choose_sections over a column; only rows that may hold a heading leave the fast path.
+
+    Returns: (texts, [R] bool True where the asked section is missing)
+    """
+    missing = np.zeros(len(column), dtype=bool)
+    suspects = pc.match_substring_regex(column, _MAY_HAVE_HEADING).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(suspects)
+    if len(rows) == 0:
+        return column, missing
+    chosen = [choose_sections(text, sections) for text in column.take(pa.array(rows)).to_pylist()]
+    missing[rows] = [text is None for text in chosen]
+    texts = pa.array([text or "" for text in chosen], type=pa.large_string())
+    return pc.replace_with_mask(column, pa.array(suspects), texts), missing
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each sentence of a cleaned report; decimals and abbreviations stay whole."""
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for stop in _STOP.finditer(text):
+        if stop.group()[0] == "." and _is_abbreviation(text, stop.start()):
+            continue
+        _add_span(spans, text, start, stop.end())
+        start = stop.end()
+    _add_span(spans, text, start, len(text))
+    return spans
+
+
+def _is_abbreviation(text: str, stop: int) -> bool:
+    begin = stop
+    while begin > 0 and (text[begin - 1].isalnum() or text[begin - 1] == "."):
+        begin -= 1
+    word = text[begin:stop].lower()
+    # a single capital letter is an initial or a grade, except at the end of the text
+    lone_initial = len(word) == 1 and word.isalpha() and text[stop + 1 : stop + 2] != ""
+    return word in _ABBREVIATIONS or lone_initial
+
+
+def _add_span(spans: list[tuple[int, int]], text: str, start: int, end: int) -> None:
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    # a piece without any letter or digit joins nothing and is no sentence
+    if any(c.isalnum() for c in text[start:end]):
+        spans.append((start, end))

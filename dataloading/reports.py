@@ -1,0 +1,351 @@
+"""WordPiece tokens and linked mentions of a report, and sentence dropout over both.
+
+With mlip/encoders the only user of transformers, and only to read a foreign tokenizer folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mlip.batch import STATES
+from mlip.dataloading.report_text import (
+    choose_sections,
+    clean_report,
+    sentence_spans,
+    split_sections,
+)
+from mlip.keyed_random import keyed_uniform
+
+__all__ = [
+    "EncodedReport",
+    "Pieces",
+    "ReportEncoder",
+    "ReportTokenizer",
+    "choose_sections",
+    "clean_report",
+    "draw_sentences",
+    "kept_sentences",
+    "load_tokenizer",
+    "sentence_spans",
+    "split_sections",
+    "train_tokenizer",
+]
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
+
+
+class ReportTokenizer:
+    """A WordPiece (or any fast) tokenizer with the ids that a Batch needs."""
+
+    def __init__(self, backend: Any, special: dict[str, str]) -> None:
+        self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        self.special = special
+        ids = {name: backend.token_to_id(token) for name, token in special.items()}
+        missing = [special[name] for name, value in ids.items() if value is None]
+        if missing:
+            raise ValueError(
+                f"tokenizer: expected {', '.join(missing)} in its vocabulary; a BERT-style "
+                "tokenizer with padding, start and separator tokens is needed"
+            )
+        self.pad_id, self.unk_id = ids["pad_token"], ids["unk_token"]
+        self.cls_id, self.sep_id = ids["cls_token"], ids["sep_token"]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        """tokenizers.Encoding per text (ids, offsets), without special tokens."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        """The piece behind an id, "##" included."""
+        return self.backend.id_to_token(int(token_id)) or ""
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and vocab.txt: what transformers reads.
+
+        Written beside and renamed, so a folder that exists is complete.
+        """
+        directory = Path(directory)
+        temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
+        temporary.mkdir(parents=True)
+        self.backend.save(str(temporary / "tokenizer.json"))
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        lines = sorted(vocabulary, key=lambda token: vocabulary[token])
+        (temporary / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **self.special}
+        (temporary / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
+        )
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not (directory / "tokenizer.json").is_file():
+                raise
+            # another process was first with the same vocabulary
+            for file in temporary.iterdir():
+                file.unlink()
+            temporary.rmdir()
+
+
+def load_tokenizer(directory: str | Path) -> ReportTokenizer:
+    """The tokenizer of a local folder: one of ours, or any that transformers reads offline.
+
+    Raises:  ValueError naming the folder and what it lacks.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"tokenizer: expected a folder, there is none at {directory}")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise ValueError(f"tokenizer {directory}: expected tokenizer.json or vocab.txt in it")
+    special = dict(
+        zip(
+            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
+        )
+    )
+    special |= _special_tokens(directory)
+    if (directory / "tokenizer.json").is_file():
+        from tokenizers import Tokenizer
+
+        backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    else:
+        from transformers import AutoTokenizer
+
+        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+        # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
+        lines = len((directory / "vocab.txt").read_text(encoding="utf-8").splitlines())
+        if backend.get_vocab_size() < lines:
+            raise ValueError(
+                f"tokenizer {directory}: {backend.get_vocab_size()} of the {lines} entries of "
+                "vocab.txt were read; add a config.json that names the model type"
+            )
+    return ReportTokenizer(backend, special)
+
+
+def _special_tokens(directory: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"tokenizer {file}: not JSON: {error}") from error
+        for key in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"):
+            value = content.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                found[key] = value
+    return found
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, directory: str | Path
+) -> ReportTokenizer:
+    """A lower-case WordPiece tokenizer trained on cleaned texts, saved, and loaded again.
+
+    The same texts in the same order give the same files, byte for byte.
+    Raises:  ValueError if there is no text or vocab_size cannot hold the characters.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    texts = [clean_report(text) for text in texts]
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(normalizer.normalize_str(text))
+    alphabet = sorted(c for c in characters if not c.isspace())
+    if not alphabet:
+        raise ValueError("tokenizer: expected at least one training report with text, got none")
+    # The trainer numbers unseen "##x" pieces in the order of a hash map that differs from run to
+    # run, and breaks ties between merges by those numbers: naming them all first makes the
+    # vocabulary repeatable.
+    first = [*SPECIAL, *alphabet, *(f"##{c}" for c in alphabet)]
+    if vocab_size <= len(first):
+        raise ValueError(
+            f"data.vocab_size={vocab_size}: expected more than the {len(first)} entries that "
+            "special tokens and single characters take"
+        )
+    trainee = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trainee.normalizer, trainee.pre_tokenizer = normalizer, splitter
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=first,
+        initial_alphabet=alphabet,
+        min_frequency=2,
+        show_progress=False,
+    )
+    trainee.train_from_iterator(texts, trainer)
+    vocabulary = trainee.get_vocab()
+    backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+    backend.decoder = decoders.WordPiece()
+    backend.add_special_tokens(list(SPECIAL))
+    special = dict(
+        zip(
+            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
+        )
+    )
+    ReportTokenizer(backend, special).save(directory)
+    return load_tokenizer(directory)
+
+
+@dataclass(frozen=True)
+class EncodedReport:
+    """One report, tokenised and linked once; sentences are then only put together."""
+
+    ids: NDArray[np.int32]  # [T] all sentences' tokens, no special tokens
+    ends: NDArray[np.int32]  # [S] where each sentence's tokens end
+    mentions: NDArray[np.int32]  # [M, 4] sentence, first token in it, concept row, state
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.ends.nbytes + self.mentions.nbytes + 400
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a batch takes from one report."""
+
+    ids: NDArray[np.int32]  # [T] with [CLS] and [SEP]
+    entities: NDArray[np.int32]  # [K, 2] concept row and state, each pair once, in text order
+
+
+class ReportEncoder:
+    """Text -> tokens and linked mentions, cached by manifest row.
+
+    max_cache_bytes bounds the memory; beyond it reports are encoded at each visit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ReportTokenizer,
+        linker: Any,
+        table: Any,
+        *,
+        max_tokens: int,
+        max_entities: int,
+        max_cache_bytes: int = 256 * 1024 * 1024,
+    ) -> None:
+        if max_tokens < 3:
+            raise ValueError(f"data.max_tokens={max_tokens}: expected 3 or more")
+        self.tokenizer, self.linker, self.table = tokenizer, linker, table
+        self.max_tokens, self.max_entities = max_tokens, max_entities
+        self._cache: dict[int, EncodedReport] = {}
+        self._room = max_cache_bytes
+
+    def encode(self, text: str) -> EncodedReport:
+        """Tokens by sentence and mentions by sentence of one report."""
+        text = clean_report(text)
+        spans = sentence_spans(text)
+        encodings = self.tokenizer.encode_batch([text[a:b] for a, b in spans]) if spans else []
+        ids = [np.array(e.ids, dtype=np.int32) for e in encodings]
+        mentions = []
+        for mention in self.linker.link(text) if self.linker is not None and spans else ():
+            sentence = next((i for i, (a, b) in enumerate(spans) if a <= mention.start < b), None)
+            if sentence is None:
+                continue
+            inside = mention.start - spans[sentence][0]
+            offsets = encodings[sentence].offsets
+            token = next((j for j, (_, end) in enumerate(offsets) if end > inside), len(offsets))
+            mentions.append(
+                (sentence, token, self.table.index[mention.concept_id], _state(mention.state))
+            )
+        return EncodedReport(
+            ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            ends=np.cumsum([len(i) for i in ids], dtype=np.int32),
+            mentions=np.array(mentions, dtype=np.int32).reshape(-1, 4),
+        )
+
+    def of_row(self, row: int, text: str) -> EncodedReport:
+        """encode(text), once per row."""
+        report = self._cache.get(row)
+        if report is None:
+            report = self.encode(text)
+            if self._room >= report.nbytes:
+                self._room -= report.nbytes
+                self._cache[row] = report
+        return report
+
+    def compose(self, report: EncodedReport, keep: NDArray[np.bool_] | None = None) -> Pieces:
+        """Token ids and entities of the kept sentences, cut to the limits.
+
+        A mention whose first token is cut off leaves with it.
+        """
+        room = self.max_tokens - 2
+        start = 0
+        parts: list[NDArray[np.int32]] = []
+        begins: dict[int, tuple[int, int]] = {}
+        used = 0
+        for sentence, end in enumerate(report.ends.tolist()):
+            if (keep is None or keep[sentence]) and used < room:
+                part = report.ids[start : min(end, start + room - used)]
+                begins[sentence] = (used, len(part))
+                parts.append(part)
+                used += len(part)
+            start = end
+        ids = np.empty(used + 2, dtype=np.int32)
+        ids[0], ids[-1] = self.tokenizer.cls_id, self.tokenizer.sep_id
+        if parts:
+            np.concatenate(parts, out=ids[1:-1])
+        pairs: dict[tuple[int, int], None] = {}
+        for sentence, token, concept, state in report.mentions.tolist():
+            if sentence in begins and token < begins[sentence][1]:
+                pairs[concept, state] = None
+        entities = np.array(list(pairs)[: self.max_entities], dtype=np.int32).reshape(-1, 2)
+        return Pieces(ids, entities)
+
+
+def _state(value: Any) -> int:
+    """A mention's assertion as the number that Batch.entity_state holds."""
+    return STATES.index(value) if isinstance(value, str) else int(value)
+
+
+def draw_sentences(
+    seed: int,
+    epoch: NDArray[np.int64],
+    global_index: NDArray[np.int64],
+    probability: float,
+) -> NDArray[np.float64]:
+    """Two uniform numbers a sample: [B, 2], the second -1 where no sentence is dropped."""
+    draws = np.empty((len(global_index), 2))
+    for value in np.unique(epoch):
+        here = epoch == value
+        index = torch.from_numpy(global_index[here])
+        draws[here] = keyed_uniform(seed, "sentences", int(value), index, 2).numpy()
+    draws[draws[:, 0] >= probability, 1] = -1.0
+    return draws
+
+
+def kept_sentences(draw: float, sentences: int) -> NDArray[np.bool_] | None:
+    """A uniformly chosen non-empty subset of the sentences; None = all of them.
+
+    Sentences beyond the 48th are always kept: they are past the token limit in practice.
+    """
+    if draw < 0.0 or sentences < 2:
+        return None
+    bits = min(sentences, _MAX_SUBSET_BITS)
+    subset = 1 + int(draw * ((1 << bits) - 1))
+    keep = np.ones(sentences, dtype=bool)
+    keep[:bits] = [(subset >> i) & 1 for i in range(bits)]
+    return keep

@@ -1,0 +1,94 @@
+"""Rows -> checked image bytes, with replacement of bad rows: what both input pipelines share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mlip.config import Data
+from mlip.dataloading.image_file import Header, check_hash, decode_grey, read_bytes, read_header
+from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
+
+T = TypeVar("T")
+
+# With data.bad_share at its default of 1 %, 16 bad draws in a row have a chance of 1e-32.
+REPLACEMENT_ATTEMPTS = 16
+# data.verify=sample hashes one visit in this many.
+_VERIFY_EVERY = 100
+
+
+@dataclass
+class Images:
+    """One rank's images of one step; bad rows are replaced (training) or left out (evaluation)."""
+
+    image: Tensor  # [B, C, H, W] float32
+    kept: NDArray[np.int64]  # [B] places of the plan that have an image
+    rows: NDArray[np.int64]  # [B] manifest rows behind them
+    bad: list[tuple[int, int, str, bool]] = field(default_factory=list)
+    # (epoch, row, reason, met in the order and not as a replacement)
+
+
+class SampleReader:
+    """Manifest row -> checked bytes and header, or decoded grey pixels."""
+
+    def __init__(self, manifest: Manifest, data: Data) -> None:
+        if data.verify != "none" and manifest.sha256 is None:
+            raise ManifestError(
+                f"data.verify={data.verify} needs the image hashes: set data.columns.sha256, or "
+                "data.verify=none"
+            )
+        self.manifest, self.verify = manifest, data.verify
+
+    def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
+        """Raises:  BadSample, DataError."""
+        content = read_bytes(self.manifest.root, self.manifest.image_path(row))
+        if self.verify == "hash" or (
+            self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
+        ):
+            expected = self.manifest.sha256_of(row)
+            if expected is None:
+                raise BadSample("hash_mismatch", "the manifest has no hash for this row")
+            check_hash(content, expected)
+        return content, read_header(content)
+
+    def pixels(self, row: int, epoch: int) -> NDArray[Any]:
+        """Raises:  BadSample, DataError."""
+        return decode_grey(*self.read(row, epoch))
+
+
+def fill_place(
+    order: TrainingOrder | SequentialOrder, plan: Plan, place: int, use: Callable[[int, int], T]
+) -> tuple[T | None, int, list[tuple[int, int, str, bool]]]:
+    """use(row, epoch) of the planned row, or of keyed replacements where it is bad.
+
+    Returns: (result, row used, bad rows met); result None where evaluation met a bad row
+    Raises:  DataError if every replacement is bad too.
+    """
+    row, epoch = int(plan.rows[place]), int(plan.epoch[place])
+    bad: list[tuple[int, int, str, bool]] = []
+    try:
+        return use(row, epoch), row, bad
+    except BadSample as error:
+        bad.append((epoch, row, error.reason, True))
+    if isinstance(order, SequentialOrder):
+        return None, row, bad
+    position = int(plan.global_index[place])
+    for other in order.replacements(position, epoch, REPLACEMENT_ATTEMPTS).tolist():
+        if other == row:
+            continue
+        try:
+            return use(other, epoch), other, bad
+        except BadSample as error:
+            bad.append((epoch, other, error.reason, False))
+    reasons = sorted({reason for _, _, reason, _ in bad})
+    raise DataError(
+        f"no readable image found for a training row after {REPLACEMENT_ATTEMPTS} replacements "
+        f"(reasons: {', '.join(reasons)}): check data.root and the files in it"
+    )

@@ -1,0 +1,112 @@
+"""64-bit hashes of whole Arrow text columns in one compiled pass; nothing here is cryptographic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+HashArray = NDArray[np.uint64]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """njit with the compiled code kept on disk where some folder can be written."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        # numba found no writable cache folder (read-only installation without a home)
+        return numba.njit(nogil=True)(function)
+
+
+def _mix_loop(a: HashArray, b: HashArray, out: HashArray) -> None:
+    # splitmix64's finaliser (source: see mlip/keyed_random.py) over a combined with b
+    for i in range(len(a)):
+        x = a[i] + b[i % len(b)] * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out[i] = x ^ (x >> np.uint64(31))
+
+
+def _bytes_loop(data: NDArray[np.uint8], offsets: NDArray[np.int64], out: HashArray) -> None:
+    # FNV-1a, 64 bit (Fowler, Noll, Vo; offset basis and prime from the public specification)
+    for i in range(len(out)):
+        h = np.uint64(0xCBF29CE484222325)
+        for j in range(offsets[i], offsets[i + 1]):
+            h = (h ^ np.uint64(data[j])) * np.uint64(0x100000001B3)
+        out[i] = h
+
+
+def _words_loop(
+    data: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    out: HashArray,
+    words: NDArray[np.int32],
+) -> None:
+    for i in range(len(out)):
+        h = np.uint64(0xCBF29CE484222325)
+        count, inside = 0, False
+        for j in range(offsets[i], offsets[i + 1]):
+            c = data[j]
+            if 65 <= c <= 90:
+                c += 32
+            # letters, digits and whatever is beyond ASCII make words
+            if 48 <= c <= 57 or 97 <= c <= 122 or c >= 128:
+                if not inside:
+                    h = (h ^ np.uint64(32)) * np.uint64(0x100000001B3)
+                    count += 1
+                    inside = True
+                h = (h ^ np.uint64(c)) * np.uint64(0x100000001B3)
+            else:
+                inside = False
+        out[i] = h
+        words[i] = count
+
+
+_mix_compiled = _compiled(_mix_loop)
+_bytes_compiled = _compiled(_bytes_loop)
+_words_compiled = _compiled(_words_loop)
+
+
+def _buffers(column: pa.LargeStringArray) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The column's bytes and row offsets; a null has no bytes."""
+    _, offsets, data = column.buffers()
+    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
+    content = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
+    return content, starts
+
+
+def mix(a: HashArray, b: HashArray | np.uint64) -> HashArray:
+    """A well-spread hash of pairs; b is one value or one per row."""
+    out = np.empty_like(a)
+    _mix_compiled(a, np.atleast_1d(np.asarray(b, dtype=np.uint64)), out)
+    return out
+
+
+def hash_bytes(column: pa.LargeStringArray) -> HashArray:
+    """Hash of every row's exact bytes.  Shapes: [R] -> [R] uint64"""
+    data, offsets = _buffers(column)
+    out = np.empty(len(column), dtype=np.uint64)
+    _bytes_compiled(data, offsets, out)
+    return mix(out, np.uint64(1))
+
+
+def hash_words(column: pa.LargeStringArray) -> tuple[HashArray, NDArray[np.int32]]:
+    """Hash of every row's words in order, case and punctuation aside, and their number.
+
+    Two reports with equal hashes read the same: layout, capitals and de-identification marks
+    made of underscores do not count.
+    """
+    data, offsets = _buffers(column)
+    out = np.empty(len(column), dtype=np.uint64)
+    words = np.empty(len(column), dtype=np.int32)
+    _words_compiled(data, offsets, out, words)
+    return mix(out, np.uint64(2)), words
+
+
+# What exports of tables write where there is no text.
+NAN_WORDS = ("nan", "none", "null", "na", "n/a", "nil", "missing", "no report", "not available")
+HASH_OF_NAN_WORDS = hash_words(pa.array(NAN_WORDS, pa.large_string()))[0]
