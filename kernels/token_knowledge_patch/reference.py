@@ -324,7 +324,7 @@ class _PairScores(torch.autograd.Function):
             )
             if da is not None:
                 d_alpha += da
-            ds = ds.reshape(ds.shape[0], -1)
+            ds = ds.flatten(1)
             v = patch_MPD[tile.images].reshape(-1, patch_MPD.shape[2])
             d_rows[tile.rows].addmm_(ds, v)
             own = d_patch[tile.images]
