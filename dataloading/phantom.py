@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mlip.dataloading.phantom_anatomy import Layers, draw_body, draw_layers
 from mlip.dataloading.phantom_findings import draw_findings, plan_findings
 from mlip.dataloading.phantom_reports import write_report
-from mlip.dataloading.phantom_types import PhantomStudy
+from mlip.dataloading.phantom_types import SPEC_OF, PhantomStudy
 
 MIN_PX = 96  # below this, thin lines and nodules are less than a pixel
 _PERIOD = 8  # the last two of this many consecutive indexes are one patient's
@@ -42,9 +42,11 @@ def generate_study(seed: int, index: int, image_px: int) -> PhantomStudy:
     rng = _generator(seed, index, _STUDY)
     choice = _generator(seed, index, _FINDINGS)
     plans = plan_findings(choice)
-    enlarged = [p.size for p in plans if p.concept_id == "cardiomegaly"]
-    ratio = enlarged[0] if enlarged else choice.uniform(0.36, 0.48)
-    body, anatomy = draw_body(rng, person, ratio)
+    heart = [p for p in plans if p.concept_id == "cardiomegaly"]
+    ratio = heart[0].size if heart else choice.uniform(0.36, 0.48)
+    # the same range with and without the finding: only the width tells it
+    cover = heart[0].contrast if heart else choice.uniform(*SPEC_OF["cardiomegaly"].contrast)
+    body, anatomy = draw_body(rng, person, ratio, cover)
     layers = draw_layers(body, image_px, rng)
     findings = draw_findings(plans, body, layers, choice)
     image = _expose(layers, rng)
@@ -72,12 +74,19 @@ def _expose(layers: Layers, rng: Generator) -> NDArray[np.uint16]:
     """
     px = layers.canvas.px
     layers.add(layers.vessels, rng.uniform(0.09, 0.14))
-    density = cv2.GaussianBlur(layers.density, (0, 0), max(rng.uniform(0.002, 0.004) * px, 0.3))
-    low, high = rng.uniform(-0.04, 0.06), rng.uniform(0.92, 1.15)
-    film = np.clip((density - np.float32(low)) * np.float32(1 / (high - low)), 0.0, 1.0)
-    film = cv2.pow(film, rng.uniform(0.75, 1.25))
-    film *= np.float32(rng.uniform(0.86, 1.0))
-    film += np.float32(rng.uniform(0.010, 0.024)) * rng.standard_normal((px, px), np.float32)
+    film = cv2.GaussianBlur(layers.density, (0, 0), max(rng.uniform(0.002, 0.004) * px, 0.3))
+    low, high = rng.uniform(-0.04, 0.06), rng.uniform(0.85, 1.05)
+    film -= np.float32(low)
+    film *= np.float32(1 / (high - low))
+    np.clip(film, 0.0, 1.0, out=film)
+    # a film's shoulder: dense tissue is compressed towards white
+    bend = rng.uniform(0.5, 1.9)
+    film *= np.float32(-bend)
+    cv2.exp(film, dst=film)
+    np.subtract(np.float32(1), film, out=film)
+    film *= np.float32(rng.uniform(0.86, 1.0) / (1 - np.exp(-bend)))
+    noise = rng.standard_normal((px, px), np.float32)
+    film += np.float32(rng.uniform(0.010, 0.024)) * noise
     if rng.random() < 0.5:
         _mark_left(film, rng)
     if rng.random() < 0.15:

@@ -23,11 +23,13 @@ Density = NDArray[np.float32]
 LUNG_DEPTH = 0.36  # density that aerated lung takes away: contrast 1 puts all of it back
 SIGNS = {"right": -1, "left": 1}
 _SHIFT = 4  # OpenCV's fixed-point bits: sub-pixel edges
+_ANGLE = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+_CIRCLE = np.stack([np.cos(_ANGLE), np.sin(_ANGLE)], axis=1)
 
 
 @functools.cache
 def _spline_weights(count: int, closed: bool, steps: int) -> NDArray[np.float64]:
-    """Matrix that turns `count` control points into a centripetal-free Catmull-Rom curve."""
+    """Matrix that turns `count` control points into a Catmull-Rom curve."""
     t = np.linspace(0.0, 1.0, steps, endpoint=False)
     basis = 0.5 * np.stack(
         [-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, -(t**2) + t**3],
@@ -46,16 +48,16 @@ def _spline_weights(count: int, closed: bool, steps: int) -> NDArray[np.float64]
 
 
 def curve(points: ArrayLike, *, closed: bool = False, steps: int = 6) -> Points:
-    """A smooth curve through control points [K, 2]."""
+    """Smooth curves [..., M, 2] through control points [..., K, 2]."""
     control = np.asarray(points, dtype=np.float64)
-    return _spline_weights(len(control), closed, steps) @ control
+    return _spline_weights(control.shape[-2], closed, steps) @ control
 
 
 def ribbon(centre: Points, half_width: float | NDArray[np.float64]) -> Points:
-    """The outline of a band around a centre line; half widths are measured along y."""
+    """Outlines [..., 2 K, 2] of bands around centre lines [..., K, 2]; half widths go along y."""
     offset = np.zeros_like(centre)
-    offset[:, 1] = half_width
-    return np.concatenate([centre - offset, (centre + offset)[::-1]])
+    offset[..., 1] = half_width
+    return np.concatenate([centre - offset, (centre + offset)[..., ::-1, :]], axis=-2)
 
 
 class Canvas:
@@ -81,6 +83,11 @@ class Canvas:
         cv2.fillPoly(image, [self._fixed(points)], value, cv2.LINE_AA, _SHIFT)
         return image
 
+    def fill_each(self, shapes: Points, value: int, into: Mask) -> None:
+        """Fills shapes [S, K, 2] one by one: where they overlap nothing is cut out."""
+        for shape in self._fixed(shapes):
+            cv2.fillPoly(into, [shape], value, cv2.LINE_AA, _SHIFT)
+
     def line(
         self,
         points: Points,
@@ -89,16 +96,31 @@ class Canvas:
         into: Mask | None = None,
         closed: bool = False,
     ) -> Mask:
-        """A curve of `width` image shares; below one pixel it gets fainter, not thinner."""
+        """Curves [K, 2] or [S, K, 2]; below one pixel of width they get fainter, not thinner."""
         image = self.blank() if into is None else into
         pixels = width * self.px
         thickness = max(1, round(pixels))
         level = max(1, round(value * min(1.0, pixels)))
-        cv2.polylines(image, [self._fixed(points)], closed, level, thickness, cv2.LINE_AA, _SHIFT)
+        fixed = self._fixed(points)
+        curves = list(fixed) if fixed.ndim == 3 else [fixed]
+        cv2.polylines(image, curves, closed, level, thickness, cv2.LINE_AA, _SHIFT)
         return image
 
-    def blur(self, image: Mask, sigma: float) -> Mask:
-        return cv2.GaussianBlur(image, (0, 0), max(sigma * self.px, 0.3))
+    def soft(self, mask: Mask, sigma: float) -> Density:
+        """The mask as float32 in 0 to 1 with edges blurred by sigma image shares.
+
+        OpenCV blurs float32 faster than uint8; wide blurs run on a quarter of the grid.
+        """
+        image = mask.astype(np.float32)
+        image *= np.float32(1 / 255)
+        pixels = sigma * self.px
+        if pixels < 0.5:  # the antialiased edge and the film's own blur are wider
+            return image
+        if pixels < 4:
+            return cv2.GaussianBlur(image, (0, 0), pixels)
+        small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        small = cv2.GaussianBlur(small, (0, 0), pixels / 4)
+        return cv2.resize(small, (self.px, self.px), interpolation=cv2.INTER_LINEAR)
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,7 @@ class Body:
     apex_y: float
     dome_y: dict[str, float]  # top of each hemidiaphragm
     cardiothoracic_ratio: float
+    heart_cover: float  # share of the lung's air that the heart hides: its contrast
     heart_lean: float  # share of the heart that lies left of the midline
     knob_radius: float
     spine_bend: float  # sideways offset of the spine at its middle, positive = patient's left
@@ -120,9 +143,9 @@ class Body:
     canvas_scale: float
     canvas_shift: tuple[float, float]
 
-    def midline(self, y: float) -> float:
-        """x of the midline at height y: the bend of a scoliosis is largest at y = 0.45."""
-        return 0.5 + self.spine_bend * float(np.exp(-(((y - 0.45) / 0.22) ** 2)))
+    def midline(self, y: ArrayLike) -> NDArray[np.float64]:
+        """x of the midline at heights y: the bend of a scoliosis is largest at y = 0.45."""
+        return 0.5 + self.spine_bend * np.exp(-(((np.asarray(y) - 0.45) / 0.22) ** 2))
 
     def base_y(self, side: str) -> float:
         """Depth of the costophrenic angle."""
@@ -192,10 +215,13 @@ class Body:
         )
 
 
-def draw_body(rng: Generator, person: Generator, ratio: float) -> tuple[Body, dict[str, str]]:
+def draw_body(
+    rng: Generator, person: Generator, ratio: float, heart_cover: float
+) -> tuple[Body, dict[str, str]]:
     """A body and its visible descriptors: `person` draws what stays the same between studies.
 
-    `ratio` is the cardiothoracic ratio; draws are in a fixed order, so one study's are repeatable.
+    `ratio` is the cardiothoracic ratio, `heart_cover` the heart's contrast. The draws come in a
+    fixed order, so a study is repeatable.
     """
     half_chest = person.uniform(0.33, 0.385)
     apex_y = person.uniform(0.125, 0.165)
@@ -224,6 +250,7 @@ def draw_body(rng: Generator, person: Generator, ratio: float) -> tuple[Body, di
         apex_y=apex_y,
         dome_y=dome_y,
         cardiothoracic_ratio=ratio,
+        heart_cover=heart_cover,
         heart_lean=lean,
         knob_radius=knob,
         spine_bend=bend,
@@ -251,40 +278,46 @@ def draw_body(rng: Generator, person: Generator, ratio: float) -> tuple[Body, di
 class Layers:
     """The drawn chest before it becomes a film; findings add to these.
 
-    Shapes:  each [H, W]; masks 0 to 255 with soft edges
+    Shapes:  each [H, W]; uint8 masks 0 to 255, float32 shares 0 to 1
     """
 
     canvas: Canvas
     density: Density
-    vessels: Mask  # added at the end, so that a pneumothorax can take them away
-    lung: dict[str, Mask]
+    vessels: Density  # added at the end, so that a pneumothorax can take them away
+    lung: dict[str, Mask]  # whole lungs, the part behind the heart included
     heart: Mask
+    air: Density  # share of the ray's lung that is not hidden by heart and great vessels
     texture: Density  # smooth noise around 0, about unit variance
 
-    def add(self, mask: Mask, amount: float) -> None:
-        self.density += mask * np.float32(amount / 255.0)
+    def add(self, shade: Density | Mask, amount: float) -> None:
+        """density += amount * share"""
+        if shade.dtype == np.uint8:
+            amount /= 255.0
+        self.density += shade * np.float32(amount)
 
 
 def draw_layers(body: Body, px: int, rng: Generator) -> Layers:
     """Tissue by tissue: what absorbs adds, what holds air takes away."""
     canvas = body.canvas(px)
-    density = np.zeros((px, px), np.float32)
     lung_of = {side: canvas.fill(body.lung(side)) for side in SIGNS}
-    lungs = cv2.max(lung_of["left"], lung_of["right"])
+    heart = canvas.fill(body.heart())
+    central = canvas.soft(_mediastinum(canvas, body, rng), 0.007)
+    cv2.max(central, body.heart_cover * canvas.soft(heart, 0.009), dst=central)
+    air = canvas.soft(cv2.max(lung_of["left"], lung_of["right"]), 0.006)
+    air *= 1 - central
+    density = np.zeros((px, px), np.float32)
     texture = _smooth_noise(px, 20, rng)
-    layers = Layers(canvas, density, canvas.blank(), lung_of, canvas.fill(body.heart()), texture)
-
-    layers.add(canvas.blur(canvas.fill(_torso(body)), 0.012), 0.50)
-    layers.add(canvas.blur(canvas.fill(_belly(body)), 0.05), 0.18)
+    layers = Layers(canvas, density, density, lung_of, heart, air, texture)
+    layers.add(canvas.soft(canvas.fill(_torso(body)), 0.012), 0.52)
+    layers.add(canvas.soft(canvas.fill(_belly(body)), 0.05), 0.14)
+    layers.add(central, 0.10)
     if body.has_breasts:
         _add_breasts(layers, body, rng)
-    layers.add(canvas.blur(lungs, 0.006), -LUNG_DEPTH)
-    layers.density += texture * (0.035 * LUNG_DEPTH / 255.0) * lungs
-    _add_mediastinum(layers, body, rng)
-    heart = canvas.blur(layers.heart, 0.009)
-    layers.add(heart, 0.26 + rng.uniform(-0.02, 0.02))
+    layers.add(air, -LUNG_DEPTH)
+    layers.add(air * texture, 0.04 * LUNG_DEPTH)
+    _add_spine(layers, body)
     _add_bones(layers, body, rng)
-    _draw_vessels(layers, body, rng)
+    layers.vessels = _vessels(layers, body, rng)
     if body.has_leads:
         _add_leads(layers, body, rng)
     if body.has_sternotomy:
@@ -325,144 +358,126 @@ def _add_breasts(layers: Layers, body: Body, rng: Generator) -> None:
     size = rng.uniform(0.10, 0.15)
     for s in SIGNS.values():
         centre = np.array([0.5 + s * 0.6 * body.half_chest, 0.60 + 0.5 * size])
-        angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        layers.canvas.fill(
-            centre + size * np.stack([1.05 * np.cos(angle), np.sin(angle)], 1), into=shade
-        )
-    layers.add(layers.canvas.blur(shade, 0.015), rng.uniform(0.03, 0.08))
+        layers.canvas.fill(centre + size * _CIRCLE * (1.05, 1.0), into=shade)
+    layers.add(layers.canvas.soft(shade, 0.015), rng.uniform(0.03, 0.08))
 
 
-def _add_mediastinum(layers: Layers, body: Body, rng: Generator) -> None:
-    canvas = layers.canvas
-    heights = np.linspace(-0.1, 1.15, 12)
-    spine_x = np.array([body.midline(y) for y in heights])
-    spine = np.concatenate(
-        [
-            np.stack([spine_x - 0.038, heights], 1),
-            np.stack([spine_x + 0.038, heights], 1)[::-1],
-        ]
-    )
-    layers.add(canvas.blur(canvas.fill(spine), 0.008), 0.10)
-    discs = canvas.blank()
-    for y in np.arange(0.02, 1.0, 0.062):
-        x = body.midline(y)
-        canvas.line(np.array([(x - 0.036, y), (x + 0.036, y)]), 0.008, into=discs)
-    layers.add(discs, -0.04)
+def _mediastinum(canvas: Canvas, body: Body, rng: Generator) -> Mask:
+    """Great vessels and aorta: what hides the lung beside the spine, the heart left out."""
     half = rng.uniform(0.05, 0.062)
+    bend = body.midline(0.42)
     column = curve(
         [
             (0.5 - half * 0.9, -0.1),
             (0.5 - half, 0.2),
-            (body.midline(0.42) - half * 1.1, 0.42),
-            (0.5 - half, 0.75),
-            (0.5 + half, 0.75),
-            (body.midline(0.42) + half * 1.1, 0.42),
+            (bend - half * 1.1, 0.42),
+            (0.5 - half, 0.78),
+            (0.5 + half, 0.78),
+            (bend + half * 1.1, 0.42),
             (0.5 + half, 0.2),
             (0.5 + half * 0.9, -0.1),
         ]
     )
-    layers.add(canvas.blur(canvas.fill(column), 0.008), 0.15)
-    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
-    knob = np.array([0.5 + 0.05, 0.305]) + body.knob_radius * circle
-    aorta = canvas.fill(knob)
+    image = canvas.fill(column, 215)
     descending = curve([(0.53, 0.33), (0.565, 0.45), (0.56, 0.60), (0.53, 0.8)])
-    canvas.line(descending, 0.035, 130, into=aorta)
-    layers.add(canvas.blur(aorta, 0.006), 0.13)
-    drift = 0.4 * (body.midline(0.3) - 0.5)
-    trachea = curve([(0.5, -0.05), (0.5 + drift, 0.2), (0.497 + drift, 0.34)])
-    air = canvas.line(trachea, 0.030)
-    for side, s in SIGNS.items():
-        hilum = body.hilum(side)
-        bronchus = np.array([(0.497 + drift, 0.34), (0.5 + s * 0.05, hilum[1] - 0.02)])
-        canvas.line(bronchus, 0.018, 150, into=air)
-    layers.add(canvas.blur(air, 0.005), -0.11)
+    canvas.line(descending, 0.035, 150, into=image)
+    return canvas.fill(np.array([0.55, 0.305]) + body.knob_radius * _CIRCLE, 235, into=image)
+
+
+def _add_spine(layers: Layers, body: Body) -> None:
+    """Vertebral bodies and discs, and the air of trachea and main bronchi before them."""
+    canvas = layers.canvas
+    heights = np.linspace(-0.1, 1.15, 12)
+    middle = np.stack([body.midline(heights), heights], 1)
+    half = np.array([0.037, 0.0])
+    spine = np.concatenate([middle - half, (middle + half)[::-1]])
+    layers.add(canvas.soft(canvas.fill(spine), 0.008), 0.07)
+    levels = np.arange(0.02, 1.0, 0.062)
+    centres = np.stack([body.midline(levels), levels], 1)
+    discs = canvas.line(np.stack([centres - half, centres + half], 1), 0.008)
+    layers.add(discs, -0.035)
+    drift = 0.4 * (float(body.midline(0.3)) - 0.5)
+    fork = (0.497 + drift, 0.34)
+    air = canvas.line(curve([(0.5, -0.05), (0.5 + drift, 0.2), fork]), 0.030)
+    mains = [[fork, body.hilum(side) - [s * 0.035, 0.02]] for side, s in SIGNS.items()]
+    canvas.line(np.array(mains), 0.018, 150, into=air)
+    layers.add(canvas.soft(air, 0.005), -0.11)
 
 
 def _add_bones(layers: Layers, body: Body, rng: Generator) -> None:
     canvas, w = layers.canvas, body.half_chest
-    posterior, anterior, edges = canvas.blank(), canvas.blank(), canvas.blank()
-    start, gap = body.apex_y - 0.01, rng.uniform(0.068, 0.076)
-    slope = rng.uniform(0.07, 0.11)
-    for s in SIGNS.values():
-        for k in range(10):
-            y = start + k * gap
-            reach = min(0.20 + 0.055 * k, w + 0.01)
-            centre = curve(
-                [
-                    (body.midline(y) + s * 0.035, y + 0.01),
-                    (0.5 + s * 0.45 * reach, y - 0.012),
-                    (0.5 + s * 0.82 * reach, y + 0.4 * slope),
-                    (0.5 + s * reach, y + slope),
-                ]
-            )
-            outline = ribbon(centre, 0.0115)
-            canvas.fill(outline, 150, posterior)
-            canvas.line(outline, 0.006, 200, edges, closed=True)
-        for k in range(6):
-            y = start + 0.14 + k * gap * 1.12
-            reach = min(0.24 + 0.05 * k, w)
-            centre = curve(
-                [
-                    (0.5 + s * reach, y),
-                    (0.5 + s * 0.72 * reach, y + 0.075),
-                    (0.5 + s * 0.38 * reach, y + 0.115),
-                ]
-            )
-            canvas.fill(ribbon(centre, 0.012), 110, anterior)
-    layers.add(canvas.blur(cv2.max(posterior, edges), 0.003), rng.uniform(0.07, 0.11))
-    layers.add(canvas.blur(anterior, 0.005), rng.uniform(0.05, 0.09))
+    gap, slope = rng.uniform(0.068, 0.076), rng.uniform(0.07, 0.11)
+    signs = np.array([-1.0, 1.0])[:, None]
+    y = body.apex_y - 0.01 + gap * np.arange(10)
+    reach = np.minimum(0.20 + 0.055 * np.arange(10), w + 0.01)
+    x_posterior = np.stack(
+        [
+            body.midline(y) + signs * 0.035,
+            0.5 + signs * 0.45 * reach,
+            0.5 + signs * 0.82 * reach,
+            0.5 + signs * reach,
+        ],
+        axis=-1,
+    )
+    y_posterior = np.stack([y + 0.01, y - 0.012, y + 0.4 * slope, y + slope], axis=-1)
+    posterior = _ribs(x_posterior, y_posterior, 0.0115)
+    y = body.apex_y + 0.13 + 1.12 * gap * np.arange(6)
+    reach = np.minimum(0.24 + 0.05 * np.arange(6), w)
+    x_anterior = 0.5 + (signs * reach)[..., None] * np.array([1.0, 0.72, 0.38])
+    anterior = _ribs(x_anterior, y[:, None] + np.array([0.0, 0.075, 0.115]), 0.012)
+    bones = canvas.blank()
+    canvas.fill_each(anterior, 95, bones)
+    canvas.fill_each(posterior, 150, bones)
+    canvas.line(posterior, 0.006, 230, bones, closed=True)
+    # half as visible where soft tissue is thick: there the film's beam is harder and scattered
+    shade = canvas.soft(bones, 0.003) * (0.5 + 0.5 * layers.air)
+    layers.add(shade, rng.uniform(0.07, 0.11))
     shoulder = canvas.blank()
     lift = rng.uniform(-0.015, 0.02)
     for s in SIGNS.values():
-        clavicle = curve(
-            [
-                (0.5 + s * 0.035, 0.205 + lift),
-                (0.5 + s * 0.13, 0.185 + lift),
-                (0.5 + s * 0.25, 0.135 + lift),
-                (0.5 + s * 0.40, 0.13 + lift),
-            ]
-        )
-        canvas.fill(ribbon(clavicle, 0.0135), 200, shoulder)
-        angle = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-        head = np.array([0.5 + s * 0.455, 0.215]) + 0.055 * np.stack(
-            [np.cos(angle), np.sin(angle)], 1
-        )
+        head = np.array([0.5 + s * 0.455, 0.215]) + 0.055 * _CIRCLE
         canvas.fill(head, 170, shoulder)
-        scapula = curve(
-            [
-                (0.5 + s * 0.41, 0.20),
-                (0.5 + s * (w - 0.02), 0.24),
-                (0.5 + s * (w + 0.005), 0.42),
-                (0.5 + s * (w + 0.05), 0.38),
-            ],
-            closed=True,
-        )
-        canvas.fill(scapula, 60, shoulder)
-    layers.add(canvas.blur(shoulder, 0.004), rng.uniform(0.13, 0.18))
+        scapula = [
+            (0.5 + s * 0.41, 0.20),
+            (0.5 + s * (w - 0.02), 0.24),
+            (0.5 + s * (w + 0.005), 0.42),
+            (0.5 + s * (w + 0.05), 0.38),
+        ]
+        canvas.fill(curve(scapula, closed=True), 60, shoulder)
+        clavicle = [
+            (0.5 + s * 0.035, 0.205 + lift),
+            (0.5 + s * 0.13, 0.185 + lift),
+            (0.5 + s * 0.25, 0.135 + lift),
+            (0.5 + s * 0.40, 0.13 + lift),
+        ]
+        canvas.fill(ribbon(curve(clavicle), 0.0135), 200, shoulder)
+    layers.add(canvas.soft(shoulder, 0.004), rng.uniform(0.13, 0.18))
 
 
-def _draw_vessels(layers: Layers, body: Body, rng: Generator) -> None:
-    canvas, vessels = layers.canvas, layers.vessels
+def _ribs(x: Points, y: Points, half_width: float) -> Points:
+    """Outlines [2 R, K, 2] from control points x [2, R, C] and y [R, C]."""
+    control = np.stack([x, np.broadcast_to(y, x.shape)], axis=-1).reshape(-1, x.shape[-1], 2)
+    return ribbon(curve(control), half_width)
+
+
+def _vessels(layers: Layers, body: Body, rng: Generator) -> Density:
+    """Hila and two generations of branching lung vessels."""
+    canvas, count = layers.canvas, 9
+    image = canvas.blank()
     for side, s in SIGNS.items():
         root = body.hilum(side)
-        angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
-        hilar = root + np.stack([0.028 * np.cos(angle), 0.05 * np.sin(angle)], 1)
-        canvas.fill(hilar, 120, vessels)
-        count = 9
-        headings = np.linspace(-1.35, 1.35, count) + rng.uniform(-0.12, 0.12, count)
-        lengths = rng.uniform(0.13, 0.26, count)
-        bends = rng.uniform(-0.35, 0.35, (count, 2))
-        for heading, length, bend in zip(headings, lengths, bends, strict=True):
-            reach = length * (1.0 + 0.35 * abs(np.sin(heading)))
-            middle = root + 0.5 * reach * np.array([s * np.cos(heading), np.sin(heading)])
-            for turn in bend:
-                tip = middle + 0.5 * reach * np.array(
-                    [s * np.cos(heading + turn), np.sin(heading + turn)]
-                )
-                canvas.line(curve([root, middle, tip], steps=4), 0.008, 95, vessels)
-            canvas.line(np.stack([root, middle]), 0.014, 150, vessels)
-    layers.vessels = canvas.blur(vessels, 0.005)
+        canvas.fill(root + _CIRCLE * (0.028, 0.05), 120, image)
+        heading = np.linspace(-1.35, 1.35, count) + rng.uniform(-0.12, 0.12, count)
+        reach = rng.uniform(0.13, 0.26, count) * (1.0 + 0.35 * np.abs(np.sin(heading)))
+        turned = heading + rng.uniform(-0.35, 0.35, (2, count))
+        step = 0.5 * reach[:, None]
+        middle = root + step * np.stack([s * np.cos(heading), np.sin(heading)], -1)
+        tips = middle + step * np.stack([s * np.cos(turned), np.sin(turned)], -1)
+        roots = np.broadcast_to(root, tips.shape)
+        branches = np.stack([roots, np.broadcast_to(middle, tips.shape), tips], axis=-2)
+        canvas.line(curve(branches.reshape(-1, 3, 2), steps=4), 0.008, 95, image)
+        canvas.line(np.stack([roots[0], middle], axis=-2), 0.014, 150, image)
+    return canvas.soft(image, 0.005)
 
 
 def _add_leads(layers: Layers, body: Body, rng: Generator) -> None:
@@ -475,16 +490,12 @@ def _add_leads(layers: Layers, body: Body, rng: Generator) -> None:
         bulge = np.array([rng.uniform(-0.12, 0.12), rng.uniform(0.05, 0.15)])
         path = curve([spot, 0.5 * (spot + [exit_x, 0.8]) + bulge, (exit_x, 1.1)])
         canvas.line(path, 0.0075, 200, wires)
-        angle = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-        canvas.fill(spot + 0.013 * np.stack([np.cos(angle), np.sin(angle)], 1), 255, wires)
+        canvas.fill(spot + 0.013 * _CIRCLE, 255, wires)
     layers.add(wires, rng.uniform(0.16, 0.26))
 
 
 def _add_sternotomy(layers: Layers, body: Body, rng: Generator) -> None:
-    canvas, wires = layers.canvas, layers.canvas.blank()
-    angle = np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    for y in np.arange(0.27, 0.62, 0.062):
-        centre = np.array([0.5 + rng.uniform(-0.006, 0.006), y])
-        loop = centre + np.stack([0.017 * np.cos(angle), 0.010 * np.sin(angle)], 1)
-        canvas.line(loop, 0.0075, 255, wires, closed=True)
-    layers.add(wires, rng.uniform(0.22, 0.32))
+    heights = np.arange(0.27, 0.62, 0.062)
+    centres = np.stack([0.5 + rng.uniform(-0.006, 0.006, heights.size), heights], 1)
+    loops = centres[:, None] + _CIRCLE * (0.017, 0.010)
+    layers.add(layers.canvas.line(loops, 0.0075, closed=True), rng.uniform(0.22, 0.32))

@@ -69,6 +69,11 @@ def _place(
     return None
 
 
+def _half(layers: Layers, side: str) -> NDArray[np.float32]:
+    """The air of one lung only."""
+    return layers.canvas.soft(layers.lung[side], 0.0) * layers.air
+
+
 def _effusion(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn | None:
     s, w = SIGNS[side], body.half_chest
     base, canvas = body.base_y(side), layers.canvas
@@ -84,10 +89,8 @@ def _effusion(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn |
     )
     floor = np.array([(0.5 + s * 0.03, base + 0.1), (0.5 + s * (w + 0.03), base + 0.1)])
     fluid = canvas.fill(np.concatenate([surface, floor]))
-    region = cv2.min(fluid, layers.lung[side])
-    soft = cv2.min(canvas.blur(fluid, 0.012), canvas.blur(layers.lung[side], 0.006))
-    layers.add(soft, contrast * LUNG_DEPTH)
-    return Drawn(region > 127)
+    layers.add(canvas.soft(fluid, 0.012) * _half(layers, side), contrast * LUNG_DEPTH)
+    return Drawn((cv2.min(fluid, layers.lung[side]) > 127) & (layers.air > 0.5))
 
 
 def _pneumothorax(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn | None:
@@ -97,14 +100,15 @@ def _pneumothorax(body, layers, side, size, contrast, zone, blocked, rng) -> Dra
     weight = np.clip((low - lung[:, 1]) / (low - body.apex_y), 0.0, 1.0)[:, None] ** 0.7
     collapsed = lung + size * weight * (hilum - lung)
     kept = canvas.fill(collapsed)
-    air = cv2.subtract(layers.lung[side], kept)
-    layers.vessels = cv2.subtract(layers.vessels, air)
-    layers.add(canvas.blur(air, 0.003), -contrast * LUNG_DEPTH)
-    layers.add(cv2.min(kept, layers.lung[side]), 0.12 * size)
+    free = canvas.soft(cv2.subtract(layers.lung[side], kept), 0.002)
+    layers.vessels *= 1 - free
+    free *= layers.air
+    layers.add(free, -contrast * LUNG_DEPTH)
+    layers.add(canvas.soft(cv2.min(kept, layers.lung[side]), 0.0) * layers.air, 0.12 * size)
     pleura = canvas.line(collapsed, 0.008, 230, closed=True)
-    band = cv2.dilate(air, np.ones((3, 3), np.uint8))
-    layers.add(cv2.min(pleura, cv2.min(band, layers.lung[side])), 0.35 * LUNG_DEPTH)
-    return Drawn(cv2.morphologyEx(air, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8)) > 127)
+    beside = cv2.dilate(free, np.ones((3, 3), np.uint8))
+    layers.add(canvas.soft(pleura, 0.0) * beside * layers.air, 0.35 * LUNG_DEPTH)
+    return Drawn(cv2.morphologyEx(free, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8)) > 0.5)
 
 
 def _consolidation(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn | None:
@@ -118,9 +122,9 @@ def _consolidation(body, layers, side, size, contrast, zone, blocked, rng) -> Dr
     ring = np.stack([stretch * radius * np.cos(angle), radius * np.sin(angle) / stretch], 1)
     blob = canvas.fill(curve(centre + ring, closed=True, steps=4))
     region = cv2.min(blob, layers.lung[side])
-    soft = cv2.min(canvas.blur(blob, 0.25 * size), layers.lung[side])
     patchy = np.clip(1.0 + 0.28 * layers.texture, 0.4, 1.6)
-    layers.density += soft * patchy * np.float32(contrast * LUNG_DEPTH / 255.0)
+    shade = canvas.soft(blob, 0.25 * size) * _half(layers, side)
+    layers.add(shade * patchy, contrast * LUNG_DEPTH)
     return Drawn(region > 127, zone=zone)
 
 
@@ -132,7 +136,7 @@ def _nodule(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn | N
     angle = np.linspace(0, 2 * np.pi, 14, endpoint=False)
     radius = size * rng.uniform(0.92, 1.08, 14)[:, None]
     disc = canvas.fill(centre + radius * np.stack([np.cos(angle), np.sin(angle)], 1))
-    layers.add(canvas.blur(disc, 0.18 * size), contrast * LUNG_DEPTH)
+    layers.add(canvas.soft(disc, 0.18 * size), contrast * LUNG_DEPTH)
     return Drawn(disc > 127, zone=zone)
 
 
@@ -158,7 +162,7 @@ def _atelectasis(body, layers, side, size, contrast, zone, blocked, rng) -> Draw
         offset = np.stack([np.zeros_like(half), half], 1)
         canvas.fill(np.concatenate([line - offset, (line + offset)[::-1]]), into=bands)
     region = cv2.min(bands, layers.lung[side])
-    layers.add(cv2.min(canvas.blur(bands, 0.003), layers.lung[side]), contrast * LUNG_DEPTH)
+    layers.add(canvas.soft(bands, 0.003) * _half(layers, side), contrast * LUNG_DEPTH)
     return Drawn(region > 100, zone=zone)
 
 
