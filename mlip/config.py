@@ -115,6 +115,7 @@ class Train:
     min_lr_share: float = 0.0  # the cosine ends at lr times this
     clip_norm: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
+    engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500

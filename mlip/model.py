@@ -26,21 +26,43 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 
 
 class Scales(nn.Module):
-    """The learned scalars; logit scales are stored as logarithms and clamped as parameters."""
+    """The learned scalars; logit scales are stored as logarithms and clamped as parameters.
+
+    Each is read as a scalar attribute (``scales.attention_scale``) but stored with one element:
+    DeepSpeed 0.19 cannot broadcast, clip or partition a parameter without dimensions.
+    """
+
+    BOUNDS = {  # name -> (least, most) value, applied after each optimiser step
+        "log_scale": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
+        "log_scale_local": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
+        "attention_scale": (0.0, 200.0),
+        "knowledge_scale": (0.0, 200.0),
+        "knowledge_gain": (0.0, 10.0),
+        "aggregation_scale": (0.1, 100.0),
+    }
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         local = config.loss.local_alignment
 
         def scalar(value: float, learned: bool = True) -> nn.Parameter:
-            return nn.Parameter(torch.tensor(value), requires_grad=learned)
+            return nn.Parameter(torch.tensor([value]), requires_grad=learned)
 
-        self.log_scale = scalar(INITIAL_LOG_SCALE)
-        self.log_scale_local = scalar(INITIAL_LOG_SCALE)
-        self.attention_scale = scalar(local.attention_scale, local.learn_scales)
-        self.knowledge_scale = scalar(local.knowledge_scale, local.learn_scales)
-        self.knowledge_gain = scalar(local.knowledge_gain, local.learn_scales)
-        self.aggregation_scale = scalar(local.aggregation_scale, local.learn_scales)
+        self.stored = nn.ParameterDict(
+            {
+                "log_scale": scalar(INITIAL_LOG_SCALE),
+                "log_scale_local": scalar(INITIAL_LOG_SCALE),
+                "attention_scale": scalar(local.attention_scale, local.learn_scales),
+                "knowledge_scale": scalar(local.knowledge_scale, local.learn_scales),
+                "knowledge_gain": scalar(local.knowledge_gain, local.learn_scales),
+                "aggregation_scale": scalar(local.aggregation_scale, local.learn_scales),
+            }
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Scales.BOUNDS:
+            return self.stored[name].squeeze(0)
+        return super().__getattr__(name)
 
     def logit_scale(self) -> Tensor:
         return self.log_scale.exp()
@@ -48,21 +70,10 @@ class Scales(nn.Module):
     def logit_scale_local(self) -> Tensor:
         return self.log_scale_local.exp()
 
-    def bounds(self) -> dict[str, tuple[float, float]]:
-        """Parameter name -> (least, most) value, applied after each optimiser step."""
-        return {
-            "log_scale": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
-            "log_scale_local": (-MAX_LOG_SCALE, MAX_LOG_SCALE),
-            "attention_scale": (0.0, 200.0),
-            "knowledge_scale": (0.0, 200.0),
-            "knowledge_gain": (0.0, 10.0),
-            "aggregation_scale": (0.1, 100.0),
-        }
-
     @torch.no_grad()
     def clamp_(self) -> None:
-        for name, (least, most) in self.bounds().items():
-            getattr(self, name).clamp_(least, most)
+        for name, (least, most) in self.BOUNDS.items():
+            self.stored[name].clamp_(least, most)
 
 
 class MLIPModel(nn.Module):

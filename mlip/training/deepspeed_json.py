@@ -1,0 +1,129 @@
+"""The DeepSpeed dictionary derived from Config, and a user's own DeepSpeed JSON held against it.
+
+Does not import deepspeed. Batch size, learning rate and precision exist once, in Config; a second
+JSON would be a second truth, so it is accepted where it agrees and refused where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlip import distributed
+from mlip.config import Config, ConfigError
+from mlip.training.schedule import peak_lr
+
+# Sections that tune how DeepSpeed communicates or what it reports, and change no number.
+_FREE_KEYS = (
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_",
+    "zero_optimization.round_robin_gradients",
+    "zero_optimization.offload_optimizer.",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "comms_logger.",
+    "flops_profiler.",
+    "memory_breakdown",
+)
+
+
+def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What deepspeed.initialize gets.
+
+    Raises:  ConfigError naming the key and both values where the user's JSON disagrees, or the key
+             where it asks for something that would change the training and has no setting here.
+    """
+    train = config.train
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": max(
+            1, config.batch.global_pairs // distributed.world_size()
+        ),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": train.clip_norm,
+        "zero_optimization": zero,
+        # the optimiser is torch's AdamW: DeepSpeed's own would be compiled at the first run
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if user is not None:
+        _merge_free(derived, user, _agreed(config, derived))
+    return derived
+
+
+def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Dotted DeepSpeed key -> (the setting here that decides it, its value)."""
+    train = config.train
+    return {
+        "train_batch_size": ("batch.global_pairs", config.batch.global_pairs),
+        "train_micro_batch_size_per_gpu": (
+            "batch.global_pairs / ranks",
+            derived["train_micro_batch_size_per_gpu"],
+        ),
+        "gradient_accumulation_steps": (
+            "(accumulation loses negatives; batch.micro_images splits exactly)",
+            1,
+        ),
+        "gradient_clipping": ("train.clip_norm", train.clip_norm),
+        "zero_optimization.stage": ("train.zero_stage", train.zero_stage),
+        "zero_optimization.offload_optimizer.device": (
+            "train.offload",
+            "cpu" if train.offload else "none",
+        ),
+        "zero_allow_untested_optimizer": ("(the engine)", True),
+        "zero_force_ds_cpu_optimizer": ("(the engine)", False),
+        "bf16.enabled": ("train.precision", train.precision == "bf16"),
+        "bfloat16.enabled": ("train.precision", train.precision == "bf16"),
+        "fp16.enabled": ("train.precision", False),
+        "optimizer.type": ("(the engine)", "AdamW"),
+        "optimizer.params.lr": ("train.lr, scaled by the batch", peak_lr(config)),
+        "optimizer.params.betas": ("train.betas", list(train.betas)),
+        "optimizer.params.eps": ("(the engine)", 1e-8),
+        "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
+    }
+
+
+def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def _merge_free(
+    into: dict[str, Any], user: Mapping[str, Any], agreed: Mapping[str, tuple[str, Any]]
+) -> None:
+    for key, value in _flatten(user).items():
+        if value == "auto":
+            continue
+        if key in agreed:
+            name, ours = agreed[key]
+            if value != ours:
+                raise ConfigError(
+                    f"DeepSpeed JSON: {key} is {value!r}, but {name} is {ours!r}; change one of "
+                    "them, or leave the key out of the JSON: it is derived from the config"
+                )
+        elif any(key.startswith(free) for free in _FREE_KEYS):
+            *sections, leaf = key.split(".")
+            place = into
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[leaf] = value
+        else:
+            raise ConfigError(
+                f"DeepSpeed JSON: {key}={value!r} has no place here: it would change the training "
+                "beside the config, where batch, optimiser, schedule and precision are set"
+            )

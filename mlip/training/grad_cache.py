@@ -1,0 +1,59 @@
+"""Micro-batches through a tower inside one autograd graph, so that every loss sees the whole batch.
+
+Plain gradient accumulation computes a contrastive loss per micro-batch and thereby loses the
+negatives of the others. Here only the towers run in micro-batches: their activations are dropped
+after the forward pass and made again, with the same random numbers, when the backward pass of the
+whole loss arrives. There is one backward pass, so AccumulateGrad fires once per parameter and
+DeepSpeed's reduction hooks see nothing unusual at any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+
+def num_micro_batches(rows: int, micro_size: int) -> int:
+    """How many passes ``cached_forward`` makes over this many rows; 0 or less = one pass."""
+    return max(1, -(-rows // micro_size)) if micro_size > 0 else 1
+
+
+def cached_forward(
+    function: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    micro_size: int,
+) -> tuple[Tensor, ...]:
+    """``function(*tensors)``, computed ``micro_size`` rows at a time and differentiable.
+
+    ``function`` must treat rows independently (no batch statistics) and return a tuple of tensors
+    whose first dimension is its rows. Activations of one micro-batch are alive at a time; the cost
+    is a second forward pass. Dropout and the like are replayed from the saved generator state.
+    With one micro-batch, or without gradients, nothing is recomputed.
+
+    Shapes:  tensors [B, ...] each -> tuple of [B, ...]
+    Raises:  ValueError where the tensors' row counts differ
+    Source:  the idea of Gao et al. 2021, "Scaling deep contrastive learning batch size under
+             memory limited setup" (GradCache), done through recomputation instead of a surrogate
+             loss, which keeps it exact for any loss; ours.
+    """
+    rows = {int(tensor.shape[0]) for tensor in tensors}
+    if len(rows) != 1:
+        raise ValueError(f"expected tensors with equal numbers of rows, got {sorted(rows)}")
+    count = num_micro_batches(rows.pop(), micro_size)
+    if count == 1:
+        return function(*tensors)
+    pieces = zip(*(tensor.split(micro_size) for tensor in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        outputs = [function(*piece) for piece in pieces]
+    else:
+        # Recomputation runs to its end: stopping early would skip the forward hooks by which
+        # ZeRO stage 3 gives its gathered parameters back.
+        with set_checkpoint_early_stop(False):
+            outputs = [
+                checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=True)
+                for piece in pieces
+            ]
+    return tuple(torch.cat(columns) for columns in zip(*outputs, strict=True))

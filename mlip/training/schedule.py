@@ -1,0 +1,55 @@
+"""The learning rate and the weight-decay rule, as pure functions of settings and step."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn as nn
+
+from mlip.config import Config
+
+# normalisation layers by what their class is called, so that a new one needs no entry here
+_NORM_SUFFIX = ("norm", "norm1d", "norm2d", "norm3d")
+# our own parameters that are no weights of a linear map (method.md section 7)
+_UNDECAYED_NAMES = ("scale", "gain", "prototypes")
+
+
+def peak_lr(config: Config) -> float:
+    """train.lr scaled by sqrt(global pairs / reference pairs); unscaled where the reference is 0.
+
+    Source:  method.md section 7; the square root is the rule for Adam (Malladi et al. 2022).
+    """
+    reference = config.train.lr_reference_pairs
+    share = config.batch.global_pairs / reference if reference > 0 else 1.0
+    return config.train.lr * math.sqrt(share)
+
+
+def learning_rate(step: int, total_steps: int, config: Config) -> float:
+    """The rate of 0-based optimiser step ``step``: linear warm-up, then a cosine to min_lr_share.
+
+    The last warm-up step and the first cosine step have the peak rate; the last step of the run
+    has the least.
+    """
+    train = config.train
+    warmup = min(train.warmup_steps, max(total_steps - 1, 0))
+    if step < warmup:
+        return peak_lr(config) * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak_lr(config) * (train.min_lr_share + (1.0 - train.min_lr_share) * cosine)
+
+
+def undecayed_names(module: nn.Module) -> set[str]:
+    """Names of trainable parameters without weight decay.
+
+    Biases, everything in a normalisation layer, every vector and scalar, logit scales and
+    prototypes.
+    """
+    names = set()
+    for prefix, child in module.named_modules():
+        is_norm = type(child).__name__.lower().endswith(_NORM_SUFFIX)
+        for leaf, parameter in child.named_parameters(recurse=False):
+            is_ours = any(part in leaf for part in _UNDECAYED_NAMES)
+            if is_norm or is_ours or parameter.ndim < 2 or leaf.endswith("bias"):
+                names.add(f"{prefix}.{leaf}" if prefix else leaf)
+    return names
