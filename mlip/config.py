@@ -247,6 +247,7 @@ class Evaluate:
     bootstrap: int = 500  # resamples by patient behind each interval
     checkpoint: str | None = None  # None = the newest complete one of run.dir
     examples: int = 6  # pictures in the report
+    show_text: bool = False  # real report text on the page; phantoms always show theirs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,174 @@
+"""A run's page: one self-contained HTML file that says what was learned and how sure that is.
+
+write_report puts it together; the drawings live in report_charts.py, the pictures in
+report_pictures.py, the tables in report_tables.py, the page in templates/. Nothing on the page
+loads anything: it opens on a machine without a network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mlip import config as configuration
+from mlip.report_examples import example_context
+from mlip.report_tables import (
+    cards,
+    grounding_context,
+    headline,
+    knowledge_context,
+    ledger_context,
+    retrieval_context,
+    zero_shot_context,
+)
+from mlip.report_training import read_log, training_charts
+
+TEMPLATES = Path(__file__).with_name("templates")
+SECTIONS = (
+    ("zero-shot", "Zero-shot", "zero_shot"),
+    ("retrieval", "Retrieval", "retrieval"),
+    ("grounding", "Grounding", "grounding"),
+    ("maps", "Where words point", "maps"),
+    ("examples", "Examples", "found_texts"),
+    ("training", "Training", "charts"),
+    ("ledger", "Ledger", "ledger"),
+    ("knowledge", "Knowledge", "knowledge"),
+    ("settings", "Settings", "settings"),
+    ("provenance", "Provenance", "provenance"),
+)
+
+
+def write_report(
+    run_dir: str | Path,
+    results: Mapping[str, Any],
+    *,
+    ledger: Mapping[str, Any] | None = None,
+    name: str = "report.html",
+) -> Path:
+    """The page of a run, written as run_dir/report.html; its path.
+
+    results  what mlip.transfer.evaluate_run gave (its "examples" become the pictures)
+    ledger   Ledger.summary(); None = run_dir/ledger.json where that exists
+    Raises:  ValueError if results are not those of evaluate_run.
+    """
+    run_dir = Path(run_dir)
+    if "config" not in results or "run" not in results:
+        raise ValueError(
+            "results: expected what mlip.transfer.evaluate_run returns (with 'run' and 'config'), "
+            f"got the keys {sorted(results)}"
+        )
+    if ledger is None and (run_dir / "ledger.json").is_file():
+        ledger = json.loads((run_dir / "ledger.json").read_text(encoding="utf-8"))
+    page = render(run_dir, results, ledger)
+    path = run_dir / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def render(
+    run_dir: Path, results: Mapping[str, Any], ledger: Mapping[str, Any] | None = None
+) -> str:
+    """The page as text."""
+    log = read_log(run_dir / "log.jsonl")
+    is_phantom = bool(results.get("data", {}).get("is_phantom"))
+    context: dict[str, Any] = {
+        "title": results["run"].get("name") or run_dir.name,
+        "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        "meta": _meta(results, is_phantom),
+        "headline": headline(results),
+        "cards": cards(results),
+        "is_phantom": is_phantom,
+        "zero_shot": zero_shot_context(results),
+        "retrieval": retrieval_context(results),
+        "grounding": grounding_context(results),
+        "charts": training_charts(log),
+        "ledger": ledger_context(ledger),
+        "knowledge": knowledge_context(results),
+        "settings": _settings(results["config"]),
+        "provenance": _provenance(results),
+        **example_context(results),
+    }
+    context["sections"] = [(anchor, title) for anchor, title, key in SECTIONS if context.get(key)]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # the style sheet is ours and holds no markup; everything else stays escaped
+    context["css"] = jinja2.utils.markupsafe.Markup(context["css"])
+    return environment.get_template("report.html").render(context)
+
+
+def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
+    data, run = results.get("data", {}), results["run"]
+    parts = ["generated phantom studies" if is_phantom else "real radiographs"]
+    if data.get("images"):
+        parts.append(
+            f"{data['images']:,} {run.get('split', '')} images of "
+            f"{data.get('patients', 0):,} patients"
+        )
+    if run.get("step"):
+        parts.append(f"{run['step']:,} steps")
+    if run.get("pairs_seen"):
+        parts.append(f"{run['pairs_seen']:,} pairs seen")
+    if run.get("seed") is not None:
+        parts.append(f"seed {run['seed']}")
+    parts.append(datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"))
+    return parts
+
+
+def _settings(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    default = _flat(configuration.to_dict(configuration.Config()))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for key, value in _flat(saved).items():
+        section, _, rest = key.partition(".")
+        changed = key not in default or default[key] != value
+        groups.setdefault(section, []).append(
+            {"key": rest or section, "value": _shown(value), "changed": changed}
+        )
+    return [{"name": name, "lines": lines} for name, lines in groups.items()]
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_shown(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if value not in ({}, "") else "empty"
+
+
+def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in results.get("fingerprints", {}).items():
+        rows.append((key.replace("_", " "), str(value)))
+    for key, value in results.get("versions", {}).items():
+        rows.append((key, str(value)))
+    run = results["run"]
+    for key in ("checkpoint", "commit", "device", "evaluation_seconds"):
+        if run.get(key) is not None:
+            rows.append((key.replace("_", " "), str(run[key])))
+    return rows

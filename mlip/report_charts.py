@@ -1,0 +1,243 @@
+"""The report's drawings as inline SVG: no script, no font, no file beside the page.
+
+Colours are Okabe and Ito's (2008), which readers with any colour vision can tell apart; where two
+series meet, shape or dash differs as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+INK, MUTED, RULE = "#1c2733", "#66727f", "#d9dee3"
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One value on a scale, with its interval."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    colour: str = BLUE
+    shape: str = "dot"  # dot | ring | square | diamond | tick
+    label: str = ""
+
+
+def _shape(shape: str, x: float, y: float, colour: str) -> str:
+    if shape == "ring":
+        return (
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="#fff" stroke="{colour}" '
+            'stroke-width="1.8"/>'
+        )
+    if shape == "square":
+        return (
+            f'<rect x="{x - 3.4:.1f}" y="{y - 3.4:.1f}" width="6.8" height="6.8" fill="{colour}"/>'
+        )
+    if shape == "diamond":
+        corners = ((x, y - 4.8), (x + 4.8, y), (x, y + 4.8), (x - 4.8, y))
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
+        return f'<polygon points="{points}" fill="#fff" stroke="{colour}" stroke-width="1.5"/>'
+    if shape == "tick":
+        return (
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6:.1f}" y2="{y + 6:.1f}" '
+            f'stroke="{colour}" stroke-width="1.8"/>'
+        )
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.2" fill="{colour}"/>'
+
+
+def scale_marks(
+    lanes: Sequence[Sequence[Mark]],
+    *,
+    low: float,
+    high: float,
+    width: int = 250,
+    lane_px: int = 11,
+    grid: Sequence[float] = (),
+) -> Markup:
+    """Values on one horizontal scale, one lane above the other; intervals as lines."""
+    height, pad = lane_px * len(lanes) + 10, 7.0
+
+    def x(value: float) -> float:
+        share = (min(max(value, low), high) - low) / (high - low)
+        return pad + share * (width - 2 * pad)
+
+    parts = [
+        f'<svg class="scale" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'role="img">'
+    ]
+    for value in grid:
+        parts.append(
+            f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="0" y2="{height}" '
+            f'stroke="{RULE}" stroke-width="1"/>'
+        )
+    for i, lane in enumerate(lanes):
+        y = 5 + lane_px * (i + 0.5)
+        for mark in lane:
+            if mark.value is None:
+                continue
+            if mark.low is not None and mark.high is not None:
+                parts.append(
+                    f'<line x1="{x(mark.low):.1f}" x2="{x(mark.high):.1f}" y1="{y:.1f}" '
+                    f'y2="{y:.1f}" stroke="{mark.colour}" stroke-width="2" stroke-opacity=".38"/>'
+                )
+            title = f"<title>{escape(mark.label)} {mark.value:.3f}</title>"
+            parts.append(f"<g>{title}{_shape(mark.shape, x(mark.value), y, mark.colour)}</g>")
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def scale_axis(
+    *, low: float, high: float, ticks: Sequence[float], width: int = 250, digits: int = 1
+) -> Markup:
+    """The axis that belongs over a column of scale_marks."""
+    pad = 7.0
+    parts = [f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15">']
+    for tick in ticks:
+        x = pad + (tick - low) / (high - low) * (width - 2 * pad)
+        anchor = "start" if tick == low else "end" if tick == high else "middle"
+        at = 1.0 if tick == low else width - 1.0 if tick == high else x
+        parts.append(
+            f'<text x="{at:.1f}" y="11" text-anchor="{anchor}" class="axis">'
+            f"{tick:.{digits}f}</text>"
+        )
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def legend(marks: Sequence[Mark]) -> Markup:
+    """Names of the marks in use, each with its sign."""
+    items = "".join(
+        f'<span class="key"><svg width="14" height="14" viewBox="0 0 14 14">'
+        f"{_shape(m.shape, 7, 7, m.colour)}</svg>{escape(m.label)}</span>"
+        for m in marks
+    )
+    return Markup(f'<p class="legend">{items}</p>')
+
+
+def _nice_step(span: float, parts: int) -> float:
+    raw = span / max(1, parts)
+    if raw <= 0 or not math.isfinite(raw):
+        return 1.0
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    return next(m * magnitude for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * magnitude >= raw)
+
+
+def _label(value: float, step: float) -> str:
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    digits = max(0, -math.floor(math.log10(step))) if step < 1 else 0
+    if step < 1 and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over `window` finite values; ends use what there is."""
+    half = window // 2
+    result = []
+    for i in range(len(values)):
+        near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+        result.append(sum(near) / len(near) if near else math.nan)
+    return result
+
+
+def line_chart(
+    steps: Sequence[float],
+    values: Sequence[float],
+    *,
+    colour: str = BLUE,
+    width: int = 312,
+    height: int = 150,
+    reference: float | None = None,
+    reference_label: str = "",
+) -> Markup:
+    """One curve: what was logged, faint, under its running mean.
+
+    The vertical range holds the smoothed curve and most of the noise, not one early spike.
+    """
+    points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    if not points:
+        return Markup('<p class="none">no finite value was logged</p>')
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    mean = smoothed(ys, max(1, len(ys) // 25) * 2 + 1 if len(ys) > 8 else 1)
+    ordered = sorted(ys)
+    top = max(max(mean), ordered[int(0.98 * (len(ordered) - 1))])
+    bottom = min(min(mean), ordered[int(0.02 * (len(ordered) - 1))])
+    if reference is not None:
+        top, bottom = max(top, reference), min(bottom, reference)
+    if bottom > 0 and bottom < 0.6 * top:
+        bottom = 0.0
+    span = (top - bottom) or max(abs(top), 1e-3)
+    step = _nice_step(span, 4)
+    bottom = math.floor(bottom / step + 1e-9) * step
+    top = max(math.ceil(top / step - 1e-9) * step, bottom + step)
+    left, right, up, down = 38.0, 8.0, 8.0, 20.0
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+
+    def at(x: float, y: float) -> str:
+        px = left + (x - x_low) / (x_high - x_low) * (width - left - right)
+        py = up + (top - min(max(y, bottom), top)) / (top - bottom) * (height - up - down)
+        return f"{px:.1f},{py:.1f}"
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img">'
+    ]
+    count = round((top - bottom) / step)
+    for i in range(count + 1):
+        value = bottom + i * step
+        y = at(x_low, value).split(",")[1]
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="{RULE}"/>'
+            f'<text x="{left - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end" class="axis">'
+            f"{_label(value, step)}</text>"
+        )
+    x_step = _nice_step(x_high - x_low, 4)
+    tick = math.ceil(x_low / x_step) * x_step
+    while tick <= x_high + 1e-9:
+        px = float(at(tick, bottom).split(",")[0])
+        parts.append(
+            f'<text x="{px:.1f}" y="{height - 5}" text-anchor="middle" class="axis">'
+            f"{_label(tick, x_step)}</text>"
+        )
+        tick += x_step
+    if reference is not None:
+        y = at(x_low, reference).split(",")[1]
+        parts.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="{MUTED}" '
+            f'stroke-dasharray="4 3"/><text x="{width - right}" y="{float(y) - 4:.1f}" '
+            f'text-anchor="end" class="axis">{escape(reference_label)}</text>'
+        )
+    raw = " ".join(at(x, y) for x, y in points)
+    line = " ".join(at(x, y) for x, y in zip(xs, mean, strict=True))
+    parts.append(
+        f'<polyline points="{raw}" fill="none" stroke="{colour}" stroke-opacity=".25"/>'
+        f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
+        'stroke-linejoin="round"/>'
+    )
+    if len(points) == 1:
+        cx, cy = at(*points[0]).split(",")
+        parts.append(f'<circle cx="{cx}" cy="{cy}" r="3.5" fill="{colour}"/>')
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def stacked_bar(parts: Sequence[tuple[str, int, str]], *, width: int = 900) -> Markup:
+    """Shares of a whole as one bar: (name, count, colour)."""
+    total = sum(count for _, count, _ in parts) or 1
+    x, drawn = 0.0, []
+    for name, count, colour in parts:
+        w = width * count / total
+        if count:
+            drawn.append(
+                f'<rect x="{x:.1f}" y="0" width="{max(w, 1.5):.1f}" height="16" fill="{colour}">'
+                f"<title>{escape(name)}: {count:,}</title></rect>"
+            )
+        x += w
+    return Markup(
+        f'<svg class="bar" viewBox="0 0 {width} 16" width="100%" height="16" '
+        f'preserveAspectRatio="none" role="img">{"".join(drawn)}</svg>'
+    )

@@ -1,0 +1,388 @@
+"""What the report's tables and sentences hold, from the results of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from mlip.report_charts import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PALETTE,
+    RULE,
+    Mark,
+    legend,
+    scale_axis,
+    scale_marks,
+    stacked_bar,
+)
+
+HEAD_MARKS = {
+    "global": Mark(None, colour=ORANGE, shape="ring", label="global head"),
+    "local": Mark(None, colour=BLUE, shape="dot", label="local score"),
+    "combined": Mark(None, colour=GREEN, shape="square", label="combined"),
+}
+REFERENCES = {"prior": "Prior", "oracle": "Oracle"}
+DIRECTIONS = {"image_to_text": "image to report", "text_to_image": "report to image"}
+SCORES = {"global": "Global head", "local": "Local score", "combined": "Combined"}
+KIND_TITLES = {
+    "keyword": "By name (\u201cpleural effusion\u201d)",
+    "sentence": "By a sentence with its side (\u201cthere is a left pleural effusion\u201d)",
+}
+
+
+def _mark(head: str, estimate: Mapping[str, Any] | None) -> Mark:
+    base = HEAD_MARKS[head]
+    if not estimate or estimate.get("value") is None:
+        return base
+    return Mark(
+        estimate["value"],
+        estimate.get("low"),
+        estimate.get("high"),
+        base.colour,
+        base.shape,
+        base.label,
+    )
+
+
+def _with_range(estimate: Mapping[str, Any], digits: int = 2) -> str:
+    if estimate.get("low") is None:
+        return f"{estimate['value']:.{digits}f}"
+    value, low, high = (f"{estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def headline(results: Mapping[str, Any]) -> list[Markup]:
+    """Three sentences a reader outside the field can check against the tables."""
+    lines = []
+    macro = (results.get("zero_shot") or {}).get("macro", {})
+    known = {h: e for h, e in macro.items() if e.get("value") is not None}
+    if known:
+        head = max(("local", "global"), key=lambda h: (known.get(h) or {"value": -1})["value"])
+        worst = results["zero_shot"]["worst"][head]
+        name = _finding_name(results, worst.get("finding"))
+        lines.append(
+            Markup(
+                "Without a single label, the {} ranks a study with a finding above one without it "
+                "in <b>{:.0f} of 100 pairs</b> (mean AUROC {}; a coin gets 50). Worst: {}, {:.2f}."
+            ).format(
+                SCORES[head].lower(),
+                100 * known[head]["value"],
+                _with_range(known[head]),
+                name.lower(),
+                worst["value"],
+            )
+        )
+    retrieval = results.get("retrieval") or {}
+    chosen = _best_retrieval(retrieval)
+    if chosen:
+        i2t, t2i = chosen["image_to_text"]["recall@10"], chosen["text_to_image"]["recall@10"]
+        lines.append(
+            Markup(
+                "Shown an image, it finds the right report among the first 10 of {} in "
+                "<b>{:.0f} %</b> of cases; shown a report, the right image in <b>{:.0f} %</b> "
+                "(chance {:.1f} %)."
+            ).format(
+                retrieval["pool"],
+                100 * i2t["value"],
+                100 * t2i["value"],
+                100 * retrieval["chance"]["recall@10"],
+            )
+        )
+    keyword = (results.get("grounding") or {}).get("keyword")
+    if keyword and keyword["all"]["hit"]["value"] is not None:
+        row = keyword["all"]
+        times = row["over_swapped"]["value"]
+        compared = (
+            Markup(
+                ", <b>{:.1f} times</b> as often as the same words on an image without it"
+            ).format(times)
+            if times is not None
+            else ""
+        )
+        lines.append(
+            Markup(
+                "The name of a finding points into its true box in <b>{:.0f} %</b> of cases{}."
+            ).format(100 * row["hit"]["value"], compared)
+        )
+    if not lines:
+        lines.append(Markup("Nothing could be scored on this split; the tables below say why."))
+    return lines
+
+
+def _finding_name(results: Mapping[str, Any], finding: str | None) -> str:
+    for row in (results.get("zero_shot") or {}).get("findings", []):
+        if row["finding"] == finding:
+            return str(row["name"])
+    return str(finding)
+
+
+def _best_retrieval(retrieval: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The global head's recall: the score that a search index of vectors would have."""
+    return (retrieval.get("scores") or {}).get("global")
+
+
+def _card(
+    label: str,
+    estimate: Mapping[str, Any] | None,
+    *,
+    low: float,
+    high: float,
+    chance: float | None,
+    digits: int = 2,
+    suffix: str = "",
+    chance_label: str = "chance",
+) -> dict[str, Any]:
+    if not estimate or estimate.get("value") is None:
+        reason = (estimate or {}).get("reason") or ""
+        return {"label": label, "value": "", "range": reason, "scale": ""}
+    text = f"{estimate['value']:.{digits}f}{suffix}"
+    bounds = ""
+    if estimate.get("low") is not None:
+        bounds = f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+    if chance is not None:
+        bounds += f"{'; ' if bounds else ''}{chance_label} {chance:.{digits}f}"
+    marks = [Mark(estimate["value"], estimate.get("low"), estimate.get("high"), BLUE, "dot", label)]
+    if chance is not None:
+        marks.insert(0, Mark(chance, colour=MUTED, shape="tick", label=chance_label))
+    return {
+        "label": label,
+        "value": text,
+        "range": bounds,
+        "scale": scale_marks([marks], low=low, high=high, width=220, grid=(low, high)),
+    }
+
+
+def cards(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The four numbers on top, each on its scale with its chance level."""
+    macro = (results.get("zero_shot") or {}).get("macro", {})
+    retrieval = results.get("retrieval") or {}
+    chosen = _best_retrieval(retrieval) or {}
+    keyword = (results.get("grounding") or {}).get("keyword", {}).get("all", {})
+    times = keyword.get("over_swapped")
+    top = max(4.0, ((times or {}).get("high") or 0.0))
+    chance = (retrieval.get("chance") or {}).get("recall@10")
+    return [
+        _card("Zero-shot AUROC, local score", macro.get("local"), low=0.5, high=1.0, chance=0.5),
+        _card("Zero-shot AUROC, global head", macro.get("global"), low=0.5, high=1.0, chance=0.5),
+        _card(
+            f"Report among the first 10 of {retrieval.get('pool', '')}",
+            (chosen.get("image_to_text") or {}).get("recall@10"),
+            low=0.0,
+            high=1.0,
+            chance=chance,
+        ),
+        _card(
+            "Pointing, over the same words on a swapped image",
+            times,
+            low=0.0,
+            high=top,
+            chance=1.0,
+            digits=1,
+            suffix="\u00d7",
+            chance_label="no better",
+        ),
+    ]
+
+
+def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = results.get("zero_shot")
+    if not found or not found.get("findings"):
+        return None
+    heads = [h for h in HEAD_MARKS if h in found["macro"]]
+    rows = found["findings"]
+    values = [r[h]["low"] for r in rows for h in heads if r[h].get("low") is not None]
+    low = 0.5 if not values or min(values) > 0.45 else 0.0
+    references = []
+    for key, title in REFERENCES.items():
+        known = [r[key] for r in rows if r.get(key) is not None]
+        if known:
+            references.append({"key": key, "title": title, "mean": sum(known) / len(known)})
+    ticks = [low + (1.0 - low) * i / 5 for i in range(6)]
+
+    def drawing(row: Mapping[str, Any], extra: Sequence[tuple[str, float | None]]) -> Markup:
+        marks = [[_mark(h, row.get(h))] for h in heads]
+        for _, value in extra:
+            marks[-1].append(Mark(value, colour=INK, shape="diamond", label="oracle"))
+        return scale_marks(marks, low=low, high=1.0, grid=ticks)
+
+    def reference(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+        return [("oracle", row.get("oracle"))]
+
+    shown = [HEAD_MARKS[h] for h in heads]
+    if any(r["key"] == "oracle" for r in references):
+        shown.append(Mark(None, colour=INK, shape="diamond", label="oracle that knows the truth"))
+    oracle_mean = next((r["mean"] for r in references if r["key"] == "oracle"), None)
+    return {
+        "rows": [{**r, "drawing": drawing(r, reference(r))} for r in rows],
+        "macro": found["macro"],
+        "macro_drawing": drawing(found["macro"], [("oracle", oracle_mean)]),
+        "worst": [
+            (
+                SCORES[h].lower(),
+                {**found["worst"][h], "name": _finding_name(results, found["worst"][h]["finding"])},
+            )
+            for h in heads
+        ],
+        "references": references,
+        "legend": legend(shown),
+        "axis": scale_axis(low=low, high=1.0, ticks=ticks),
+        "wordings": [
+            {"name": _finding_name(results, f), **w}
+            for f, w in (found.get("wordings") or {}).items()
+        ],
+    }
+
+
+def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = results.get("retrieval")
+    if not found or not found.get("scores"):
+        return None
+    chance = found["chance"]["recall@10"]
+    oracle = found.get("oracle") or {}
+    rows = []
+    for score, both in found["scores"].items():
+        for direction, title in DIRECTIONS.items():
+            row = both[direction]
+            marks = [
+                Mark(chance, colour=MUTED, shape="tick", label="chance"),
+                _mark(score, row["recall@10"]),
+            ]
+            if oracle.get(direction):
+                ceiling = oracle[direction].get("recall@10")
+                marks.append(Mark(ceiling, colour=INK, shape="diamond", label="oracle"))
+            rows.append(
+                {
+                    **row,
+                    "score": SCORES[score],
+                    "direction": title,
+                    "drawing": scale_marks(
+                        [marks], low=0.0, high=1.0, grid=(0, 0.25, 0.5, 0.75, 1)
+                    ),
+                }
+            )
+    references = [
+        {"name": "Oracle", "direction": DIRECTIONS[d], **values}
+        for d, values in oracle.items()
+        if d in DIRECTIONS
+    ]
+    references.append(
+        {
+            "name": "Chance",
+            "direction": "either",
+            **found["chance"],
+            "median_rank": (found["pool"] + 1) / 2,
+        }
+    )
+    return {
+        **found,
+        "rows": rows,
+        "references": references,
+        "has_oracle": bool(oracle),
+        "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0)),
+    }
+
+
+def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = results.get("grounding") or {}
+    tables = []
+    signs = {
+        "hit": Mark(None, colour=BLUE, shape="dot", label="hit rate"),
+        "area": Mark(None, colour=MUTED, shape="tick", label="area chance"),
+        "prior": Mark(None, colour=INK, shape="diamond", label="fixed pixel by side"),
+        "swapped": Mark(None, colour=ORANGE, shape="ring", label="swapped image"),
+    }
+    for kind, title in KIND_TITLES.items():
+        if kind not in found:
+            continue
+        table = found[kind]
+        total = {"name": "All phrases", "is_total": True, **table["all"]}
+        rows = []
+        for row in [*table["findings"], total]:
+            hit, swapped = row["hit"], row["swapped"]
+            lanes = [
+                [
+                    Mark(row["area"], colour=MUTED, shape="tick", label="area chance"),
+                    Mark(
+                        row["prior_with_side"],
+                        colour=INK,
+                        shape="diamond",
+                        label="fixed pixel by side",
+                    ),
+                ],
+                [
+                    Mark(
+                        swapped["value"], swapped["low"], swapped["high"], ORANGE, "ring", "swapped"
+                    ),
+                    Mark(hit["value"], hit["low"], hit["high"], BLUE, "dot", "hit rate"),
+                ],
+            ]
+            drawing = scale_marks(lanes, low=0.0, high=1.0, width=170, grid=(0, 0.25, 0.5, 0.75, 1))
+            rows.append({**row, "drawing": drawing})
+        tables.append(
+            {
+                **table,
+                "title": title,
+                "rows": rows,
+                "legend": legend(list(signs.values())),
+                "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), width=170),
+            }
+        )
+    return tables
+
+
+def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Ledger.summary() as shares of the manifest's rows, first finished epoch."""
+    if not ledger or not ledger.get("rows"):
+        return None
+    rows = int(ledger["rows"])
+    excluded = sum(ledger.get("excluded", {}).values())
+    quarantined = sum(ledger.get("quarantined_rows", {}).values())
+    parts = [("Trained", rows - excluded - quarantined, BLUE)]
+    for name, count in sorted(ledger.get("quarantined_rows", {}).items()):
+        parts.append((f"Quarantined: {name.replace('_', ' ')}", count, ORANGE))
+    greys = ("#9aa5b0", "#b7c0c8", "#ccd3d9", RULE)
+    for i, (name, count) in enumerate(sorted(ledger.get("excluded", {}).items())):
+        parts.append((f"Excluded: {name.replace('_', ' ')}", count, greys[min(i, 3)]))
+    epochs = ledger.get("epochs", {})
+    visited = sum(e.get("trained", 0) for e in epochs.values())
+    return {
+        "sentence": f"{rows:,} rows in the manifest = trained + quarantined for a reason + "
+        f"excluded by a rule. {visited:,} visits over {len(epochs)} "
+        f"epoch{'s' if len(epochs) != 1 else ''}.",
+        "bar": stacked_bar(parts),
+        "parts": [
+            {"name": n, "count": c, "colour": colour, "share": c / rows} for n, c, colour in parts
+        ],
+    }
+
+
+def knowledge_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = results.get("knowledge")
+    if not found:
+        return None
+    most = max(
+        (sum(t[s] for s in ("present", "absent", "uncertain")) for t in found["top"]), default=1
+    )
+    top = []
+    for entry in found["top"]:
+        counts = [("present", entry["present"], BLUE), ("absent", entry["absent"], "#b7c0c8")]
+        counts.append(("uncertain", entry["uncertain"], PALETTE[5]))
+        rest = most - sum(c for _, c, _ in counts)
+        top.append({**entry, "bar": stacked_bar([*counts, ("", rest, "transparent")], width=300)})
+    swatch = '<span class="swatch" style="background:{}"></span>{}&ensp;'
+    return {
+        "sentence": found["sentence"],
+        "facts": found["facts"],
+        "top": top,
+        "legend": Markup(
+            swatch.format(BLUE, "present")
+            + swatch.format("#b7c0c8", "absent")
+            + swatch.format(PALETTE[5], "uncertain")
+        ),
+    }

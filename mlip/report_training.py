@@ -1,0 +1,117 @@
+"""Curves of a run from its log.jsonl: one small chart per logged number, in readable groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlip.report_charts import BLUE, GREEN, MUTED, ORANGE, line_chart, smoothed
+
+TERMS = {
+    "global_contrastive": "Global contrastive",
+    "local_alignment": "Token-knowledge-patch",
+    "category": "Category",
+    "matching": "Image-text matching",
+    "swapping": "Text swapping",
+    "divergence": "Divergence regulariser",
+    "total": "Total loss",
+    "loss": "Total loss",
+}
+NAMES = {
+    **TERMS,
+    "grad_norm": "Gradient norm",
+    "lr": "Learning rate",
+    "pairs_per_s": "Pairs per second",
+    "data_wait_s": "Waiting for data (s)",
+    "memory_gib": "Memory (GiB)",
+}
+HIDDEN = {"step", "time", "epoch", "pairs", "rank", "global_index", "wall_s", "pairs_seen"}
+MOST_POINTS = 400  # a chart 300 px wide shows no more
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Numeric entries of a JSON-lines log with a step, nested keys joined by '/'.
+
+    A line cut off by a kill is passed over: it is the last one, and its step is logged again.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            rows.append(_numbers(entry))
+    by_step: dict[float, dict[str, float]] = {}
+    for row in rows:  # a resumed run logs steps again: the later line holds
+        by_step[row["step"]] = {**by_step.get(row["step"], {}), **row}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _numbers(entry: Mapping[str, Any], path: str = "") -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            flat.update(_numbers(value, f"{path}{key}/"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            flat[f"{path}{key}"] = float(value)
+    return flat
+
+
+def training_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """[{"title", "charts": [{"title", "last", "drawing"}]}], empty groups left out."""
+    keys = [k for k in dict.fromkeys(k for row in log for k in row) if k not in HIDDEN]
+    groups: dict[str, list[dict[str, Any]]] = {"Loss": [], "Optimisation": [], "Machine": []}
+    order = list(TERMS)
+    keys.sort(key=lambda k: order.index(_leaf(k)) if _leaf(k) in TERMS else len(order))
+    for key in keys:
+        steps = [row["step"] for row in log if key in row]
+        values = [row[key] for row in log if key in row]
+        stride = -(-len(steps) // MOST_POINTS)
+        steps, values = steps[::stride], values[::stride]
+        if len(steps) < 2 or not any(math.isfinite(v) for v in values):
+            continue
+        group = _group(key)
+        colour = {"Loss": BLUE, "Optimisation": ORANGE, "Machine": GREEN}[group]
+        if _leaf(key) in ("total", "loss"):
+            colour = MUTED
+        last = smoothed(values, max(1, len(values) // 25) * 2 + 1)[-1]
+        groups[group].append(
+            {
+                "title": _title(key),
+                "last": _number(last),
+                "drawing": line_chart(steps, values, colour=colour),
+            }
+        )
+    return [{"title": title, "charts": charts} for title, charts in groups.items() if charts]
+
+
+def _leaf(key: str) -> str:
+    return key.rsplit("/", 1)[-1]
+
+
+def _group(key: str) -> str:
+    leaf = _leaf(key)
+    if leaf in TERMS or key.startswith(("loss", "terms")):
+        return "Loss"
+    if any(word in leaf for word in ("pairs", "wait", "memory", "seconds", "_s", "gib", "mib")):
+        return "Machine"
+    return "Optimisation"
+
+
+def _title(key: str) -> str:
+    leaf = _leaf(key)
+    return NAMES.get(leaf) or leaf.replace("_", " ").capitalize()
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return ""
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

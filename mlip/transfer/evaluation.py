@@ -1,0 +1,332 @@
+"""evaluate_run: zero-shot, retrieval and grounding of a model on one split, in one pass.
+
+Every number comes with n, an interval over patients and what it is to be compared with. Results
+are plain JSON values; only "examples" holds pictures (PNG as base64).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.config import Config, to_dict
+from mlip.dataloading.loader import build_loader
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer import truth
+from mlip.transfer.examples import collect_examples
+from mlip.transfer.features import (
+    ImageBank,
+    TextBank,
+    encode_images,
+    encode_texts,
+    global_scores,
+    join_images,
+    join_texts,
+    local_scores,
+)
+from mlip.transfer.fingerprint import fingerprints, source_commit, versions
+from mlip.transfer.grounding import evaluate_grounding, phrase_maps
+from mlip.transfer.interval import Array
+from mlip.transfer.prompts import encode_prompts
+from mlip.transfer.queries import make_prior, make_queries
+from mlip.transfer.retrieval import evaluate_retrieval
+from mlip.transfer.statistics import knowledge_statistics
+from mlip.transfer.zero_shot import combine, evaluate_zero_shot, finding_scores, prompt_texts
+
+SCHEMA = 1
+
+
+def evaluate_run(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    *,
+    device: torch.device | str = "cpu",
+    run: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Every score of the model on config.evaluate.split.
+
+    run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
+    Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
+             "fingerprints", "versions", "config", "examples"}; a task that the data cannot carry
+             is {"reason": why}
+    Raises:  ValueError if features are not finite, or boxes.csv is not usable.
+    """
+    began = time.perf_counter()
+    device = torch.device(device)
+    was_training = bool(model.training)
+    model.eval()
+    try:
+        results = _evaluate(model, config, manifest, tokenizer, linker, table, device)
+    finally:
+        model.train(was_training)
+    facts = {
+        "name": Path(config.run.dir).name,
+        "seed": config.run.seed,
+        "split": config.evaluate.split,
+        "device": str(device),
+        "commit": source_commit(),
+        **(run or {}),
+        "evaluation_seconds": round(time.perf_counter() - began, 1),
+    }
+    return {
+        "schema": SCHEMA,
+        "run": facts,
+        **results,
+        "fingerprints": fingerprints(model, config, manifest, tokenizer, table),
+        "versions": versions(),
+        "config": to_dict(config),
+    }
+
+
+def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
+    """The results without their pictures as JSON, written beside and renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    kept = {key: value for key, value in results.items() if key != "examples"}
+    partial.write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def choose_rows(config: Config, manifest: Manifest) -> Array:
+    """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
+    rows = manifest.rows(config.evaluate.split, with_report=False)
+    most = config.evaluate.max_studies
+    if most and len(rows) > most:
+        generator = np.random.default_rng(config.run.seed)
+        rows = np.sort(generator.choice(rows, size=most, replace=False))
+    return rows
+
+
+@torch.no_grad()
+def encode_split(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    device: torch.device,
+) -> tuple[ImageBank, TextBank, dict[str, Array]]:
+    """Images and reports of the rows, and the per-row arrays tasks need beside them."""
+    loader = build_loader(
+        config,
+        manifest,
+        split=config.evaluate.split,
+        train=False,
+        tokenizer=tokenizer,
+        linker=linker,
+        table=table,
+        with_report=False,
+        rows=rows,
+        global_pairs=min(128, max(1, len(rows))),
+    )
+    images: list[ImageBank] = []
+    texts: list[TextBank] = []
+    beside: dict[str, list[Any]] = {"pair_id": [], "has_text": []}
+    mentions: list[Array] = []
+    try:
+        for batch in loader:
+            if len(batch) == 0:
+                continue
+            images.append(
+                encode_images(
+                    model, batch, mean=config.data.mean, std=config.data.std, device=device
+                )
+            )
+            texts.append(encode_texts(model, batch, device=device))
+            beside["pair_id"].append(batch.pair_id.numpy())
+            beside["has_text"].append(batch.content_mask.any(dim=1).numpy())
+            chosen = batch.entity_mask
+            mentions.append(
+                np.stack([batch.entity_ids[chosen], batch.entity_state[chosen]], axis=1)
+            )
+    finally:
+        loader.close()
+    joined = {key: np.concatenate(parts) for key, parts in beside.items() if parts}
+    joined["mentions"] = np.concatenate(mentions) if mentions else np.zeros((0, 2), np.int64)
+    return join_images(images), join_texts(texts), joined
+
+
+def _evaluate(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    device: torch.device,
+) -> dict[str, Any]:
+    rows = choose_rows(config, manifest)
+    images, reports, beside = encode_split(
+        model, config, manifest, rows, tokenizer, linker, table, device
+    )
+    for name, value in (("image", images.features.embedding), ("report", reports.text.embedding)):
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"the {name} features hold NaN or infinite values: the checkpoint is broken"
+            )
+    meta = truth.phantom_meta(manifest)
+    patients = manifest.patient_key[images.row_index]
+    is_phantom = meta is not None
+
+    def encode(phrases: list[str]) -> TextBank:
+        return encode_prompts(
+            model,
+            phrases,
+            config=config,
+            tokenizer=tokenizer,
+            linker=linker,
+            table=table,
+            device=device,
+        )
+
+    boxes = truth.load_boxes(config, manifest, images.row_index.tolist())
+    with_text = np.flatnonzero(beside["has_text"])
+    scores = _PoolScores(model, images, reports, with_text, device)
+    queries, phrases, names = make_queries(images, boxes, table, is_phantom, config.run.seed)
+    bank = encode(phrases) if phrases else None
+    maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None
+    results: dict[str, Any] = {
+        "data": {
+            "is_phantom": is_phantom,
+            "rows_asked": len(rows),
+            "images": len(images),
+            "reports": len(with_text),
+            "patients": len(np.unique(patients)),
+        },
+        "zero_shot": _zero_shot(
+            model, config, manifest, images, patients, encode, linker, table, is_phantom, device
+        ),
+        "retrieval": evaluate_retrieval(
+            scores,
+            beside["pair_id"][with_text],
+            patients[with_text],
+            pool=config.evaluate.retrieval_pool,
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        ),
+        "grounding": {"reason": "no boxes.csv with boxes of these images beside the manifest"}
+        if maps is None
+        else evaluate_grounding(
+            maps,
+            queries,
+            patients,
+            grid=images.features.grid,
+            size=images.pixels.shape[1:],
+            prior=make_prior(config, manifest, images.pixels.shape[1:]),
+            names=names,
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        ),
+        "knowledge": knowledge_statistics(beside["mentions"], len(with_text), table, linker),
+    }
+    results["examples"] = collect_examples(
+        model,
+        config,
+        manifest,
+        images,
+        reports,
+        with_text,
+        beside["pair_id"],
+        queries=queries,
+        phrases=phrases,
+        maps=maps,
+        boxes=boxes,
+        names=names,
+        tokenizer=tokenizer,
+        shows_text=is_phantom or config.evaluate.show_text,
+        shows_id=is_phantom,
+    )
+    return results
+
+
+class _PoolScores:
+    """Score matrices of a pool of rows that have a report, for evaluate_retrieval."""
+
+    def __init__(
+        self,
+        model: Any,
+        images: ImageBank,
+        reports: TextBank,
+        with_text: Array,
+        device: torch.device,
+    ) -> None:
+        self.model, self.images, self.reports = model, images, reports
+        self.with_text, self.device = with_text, device
+
+    def __call__(self, members: Array) -> dict[str, Array]:
+        rows = self.with_text[members]
+        texts = self.reports.rows(rows)
+        at = torch.as_tensor(rows)
+        by_global = global_scores(self.images.features.embedding[at], texts)
+        by_local = local_scores(
+            self.model, self.images.features.patches[at], texts, device=self.device
+        )
+        return {
+            "global": by_global,
+            "local": by_local,
+            "combined": combine(by_global, by_local, *logit_scales(self.model)),
+        }
+
+
+def logit_scales(model: Any) -> tuple[float, float]:
+    scales = model.scales
+    return scales.logit_scale().item(), scales.logit_scale_local().item()
+
+
+def _zero_shot(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    images: ImageBank,
+    patients: Array,
+    encode: Any,
+    linker: Any,
+    table: Any,
+    is_phantom: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    unknown: list[str] = []
+    if is_phantom:
+        prompts = truth.phantom_prompts(table)
+    elif manifest.label_column is None:
+        return {"reason": "data.columns.labels is not set: there is nothing to score against"}
+    else:
+        names = truth.label_names(manifest, images.row_index)
+        prompts, unknown = truth.lexicon_prompts(names, linker, table)
+    if not prompts:
+        return {"reason": "no label of this split names a concept of the table"}
+    labels = truth.label_matrix(
+        manifest, images.row_index, [p.finding for p in prompts], blank_is_negative=is_phantom
+    )
+    bank = encode(prompt_texts(prompts))
+    by_global = global_scores(images.features.embedding, bank)
+    by_local = local_scores(model, images.features.patches, bank, device=device)
+    similarities = {
+        "global": by_global,
+        "local": by_local,
+        "combined": combine(by_global, by_local, *logit_scales(model)),
+    }
+    found = evaluate_zero_shot(
+        {head: finding_scores(value, prompts) for head, value in similarities.items()},
+        labels,
+        prompts,
+        patients,
+        bootstrap=config.evaluate.bootstrap,
+        seed=config.run.seed,
+    )
+    return {**found, "labels_without_concept": unknown}

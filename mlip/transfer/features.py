@@ -1,0 +1,191 @@
+"""The features an evaluation works on: images and texts encoded once, scored many times.
+
+What does not live here: any task. Tasks take an ImageBank and a TextBank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
+from mlip.transfer.interval import Array
+
+# Bytes of token-patch similarities alive at once in a chunk of local scores.
+CHUNK_BYTES = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class ImageBank:
+    """Encoded images; row i of every field belongs to row_index[i] of the manifest."""
+
+    features: ImageFeatures
+    row_index: Array  # [N] int64
+    pixels: Array  # [N, H, W] uint8, what the model saw, for pictures
+
+    def __len__(self) -> int:
+        return int(self.features.embedding.shape[0])
+
+
+@dataclass(frozen=True)
+class TextBank:
+    """Encoded texts (reports or prompts) with their linked knowledge."""
+
+    text: TextFeatures
+    content_mask: Tensor  # [N, T] bool
+    knowledge: KnowledgeFeatures
+
+    def __len__(self) -> int:
+        return int(self.text.embedding.shape[0])
+
+    def rows(self, index: Array) -> TextBank:
+        """The chosen texts, cut to their longest text."""
+        at = torch.as_tensor(np.asarray(index), dtype=torch.int64)
+        mask = self.content_mask[at]
+        used = mask.any(dim=0).nonzero()
+        longest = int(used.max()) + 1 if len(used) else 1
+        attention = self.text.attention
+        k = self.knowledge
+        return TextBank(
+            text=TextFeatures(
+                embedding=self.text.embedding[at],
+                tokens=self.text.tokens[at, :longest],
+                attention=None if attention is None else attention[at, :longest],
+            ),
+            content_mask=mask[:, :longest],
+            knowledge=KnowledgeFeatures(
+                entities=k.entities[at],
+                mask=k.mask[at],
+                row_weights=k.row_weights[at],
+                present_mean=k.present_mean[at],
+                has_present=k.has_present[at],
+            ),
+        )
+
+
+@torch.no_grad()
+def encode_texts(model: Any, batch: Batch | Any, *, device: torch.device) -> TextBank:
+    """A TextBank on the CPU from anything with a Batch's text fields."""
+    ids, mask = batch.token_ids.to(device), batch.token_mask.to(device)
+    content = batch.content_mask.to(device)
+    text = model.encode_text(ids, mask, content)
+    knowledge = model.encode_knowledge(
+        batch.entity_ids.to(device), batch.entity_state.to(device), batch.entity_mask.to(device)
+    )
+    return TextBank(
+        text=TextFeatures(
+            embedding=text.embedding.float().cpu(),
+            tokens=text.tokens.float().cpu(),
+            attention=None if text.attention is None else text.attention.float().cpu(),
+        ),
+        content_mask=content.cpu(),
+        knowledge=KnowledgeFeatures(
+            entities=knowledge.entities.float().cpu(),
+            mask=knowledge.mask.cpu(),
+            row_weights=knowledge.row_weights.float().cpu(),
+            present_mean=knowledge.present_mean.float().cpu(),
+            has_present=knowledge.has_present.cpu(),
+        ),
+    )
+
+
+@torch.no_grad()
+def encode_images(
+    model: Any, batch: Batch, *, mean: float, std: float, device: torch.device
+) -> ImageBank:
+    image = model.encode_image(batch.image.to(device))
+    # channels repeat one grey image, so the first is the picture
+    grey = (batch.image[:, 0].float().cpu() * std + mean).clamp(0.0, 1.0)
+    return ImageBank(
+        features=ImageFeatures(
+            embedding=image.embedding.float().cpu(),
+            patches=image.patches.float().cpu(),
+            grid=image.grid,
+        ),
+        row_index=batch.row_index.cpu().numpy(),
+        pixels=(grey * 255.0).round().to(torch.uint8).numpy(),
+    )
+
+
+def join_images(parts: list[ImageBank]) -> ImageBank:
+    if not parts:
+        raise ValueError("no image was encoded: the split is empty; check evaluate.split")
+    return ImageBank(
+        features=ImageFeatures(
+            embedding=torch.cat([p.features.embedding for p in parts]),
+            patches=torch.cat([p.features.patches for p in parts]),
+            grid=parts[0].features.grid,
+        ),
+        row_index=np.concatenate([p.row_index for p in parts]),
+        pixels=np.concatenate([p.pixels for p in parts]),
+    )
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    if x.shape[1] == length:
+        return x
+    padded = x.new_zeros((x.shape[0], length, *x.shape[2:]))
+    padded[:, : x.shape[1]] = x
+    return padded
+
+
+def join_texts(parts: list[TextBank]) -> TextBank:
+    tokens = max(p.content_mask.shape[1] for p in parts)
+    entities = max(p.knowledge.mask.shape[1] for p in parts)
+    has_attention = all(p.text.attention is not None for p in parts)
+    return TextBank(
+        text=TextFeatures(
+            embedding=torch.cat([p.text.embedding for p in parts]),
+            tokens=torch.cat([_pad(p.text.tokens, tokens) for p in parts]),
+            attention=torch.cat([_pad(p.text.attention, tokens) for p in parts])  # type: ignore[arg-type]
+            if has_attention
+            else None,
+        ),
+        content_mask=torch.cat([_pad(p.content_mask, tokens) for p in parts]),
+        knowledge=KnowledgeFeatures(
+            entities=torch.cat([_pad(p.knowledge.entities, entities) for p in parts]),
+            mask=torch.cat([_pad(p.knowledge.mask, entities) for p in parts]),
+            row_weights=torch.cat([_pad(p.knowledge.row_weights, entities) for p in parts]),
+            present_mean=torch.cat([p.knowledge.present_mean for p in parts]),
+            has_present=torch.cat([p.knowledge.has_present for p in parts]),
+        ),
+    )
+
+
+def global_scores(images: Tensor, texts: TextBank) -> Array:
+    """Cosine of the global heads, [images, texts] float64."""
+    return (images.double() @ texts.text.embedding.double().T).numpy()
+
+
+@torch.no_grad()
+def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.device) -> Array:
+    """The token-knowledge-patch score S of method.md section 4, [images, texts] float64.
+
+    In chunks of images, so that the similarities of a thousand images with a pool of reports do
+    not have to exist at once.
+    """
+    count = texts.content_mask.shape[1] + texts.knowledge.mask.shape[1]
+    per_image = max(1, patches.shape[1] * count * len(texts) * 4)
+    step = max(1, CHUNK_BYTES // per_image)
+    attention = texts.text.attention
+    k = texts.knowledge
+    knowledge = KnowledgeFeatures(
+        entities=k.entities.to(device),
+        mask=k.mask.to(device),
+        row_weights=k.row_weights.to(device),
+        present_mean=k.present_mean.to(device),
+        has_present=k.has_present.to(device),
+    )
+    tokens, content = texts.text.tokens.to(device), texts.content_mask.to(device)
+    attention = None if attention is None else attention.to(device)
+    chunks = [
+        model.local_scores(
+            patches[i : i + step].to(device), tokens, content, attention, knowledge
+        ).double()
+        for i in range(0, len(patches), step)
+    ]
+    return torch.cat(chunks).cpu().numpy()

@@ -1,0 +1,99 @@
+"""What numbers depend on, as hashes and versions: kept in every results file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlip.config import Config, to_dict
+from mlip.dataloading.manifest import Manifest
+
+PACKAGES = ("torch", "numpy", "transformers", "scikit-learn", "deepspeed", "nvidia-dali-cuda130")
+
+
+def preprocessing(config: Config) -> dict[str, Any]:
+    """Everything that decides which pixels and tokens a model sees at inference."""
+    data = config.data
+    return {
+        "resize_px": data.resize_px,
+        "crop_px": data.crop_px,
+        "channels": data.channels,
+        "mean": data.mean,
+        "std": data.std,
+        "max_tokens": data.max_tokens,
+        "max_entities": data.max_entities,
+        "sections": data.sections,
+    }
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 (hex) of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_weights(model: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of every parameter and buffer that is saved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+def hash_of_vocabulary(tokenizer: Any) -> str:
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    return hash_of(sorted(vocabulary.items(), key=lambda item: item[1]))
+
+
+def fingerprints(
+    model: torch.nn.Module, config: Config, manifest: Manifest, tokenizer: Any, table: Any
+) -> dict[str, str]:
+    return {
+        "weights": hash_of_weights(model),
+        "settings": hash_of(to_dict(config)),
+        "manifest": manifest.fingerprint,
+        "preprocessing": hash_of(preprocessing(config)),
+        "vocabulary": hash_of_vocabulary(tokenizer),
+        "concept_table": table.fingerprint,
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["machine"] = f"{platform.system()} {platform.machine()}"
+    return found
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this file lies in, '+' = with changes; None where there is none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

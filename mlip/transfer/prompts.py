@@ -1,0 +1,84 @@
+"""Free text -> the text fields of a Batch, through the tokens and the linker of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.dataloading.reports import ReportEncoder
+from mlip.transfer.features import TextBank, encode_texts, join_texts
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """The text half of a Batch; fields as there."""
+
+    token_ids: Tensor
+    token_mask: Tensor
+    content_mask: Tensor
+    entity_ids: Tensor
+    entity_state: Tensor
+    entity_mask: Tensor
+
+
+def make_text_batch(texts: Sequence[str], encoder: ReportEncoder) -> TextBatch:
+    pieces = [encoder.compose(encoder.encode(text)) for text in texts]
+    longest = max(len(p.ids) for p in pieces)
+    most = max(1, max(len(p.entities) for p in pieces))
+    token_ids = np.full((len(pieces), longest), encoder.tokenizer.pad_id, dtype=np.int64)
+    entities = np.zeros((len(pieces), most, 2), dtype=np.int64)
+    for i, piece in enumerate(pieces):
+        token_ids[i, : len(piece.ids)] = piece.ids
+        entities[i, : len(piece.entities)] = piece.entities
+    lengths = np.array([len(p.ids) for p in pieces])[:, None]
+    mentions = np.array([len(p.entities) for p in pieces])[:, None]
+    place = np.arange(longest)
+    return TextBatch(
+        token_ids=torch.from_numpy(token_ids),
+        token_mask=torch.from_numpy(place < lengths),
+        content_mask=torch.from_numpy((place > 0) & (place < lengths - 1)),
+        entity_ids=torch.from_numpy(np.ascontiguousarray(entities[..., 0])),
+        entity_state=torch.from_numpy(np.ascontiguousarray(entities[..., 1])),
+        entity_mask=torch.from_numpy(np.arange(most) < mentions),
+    )
+
+
+def encode_prompts(
+    model: Any,
+    texts: Sequence[str],
+    *,
+    config: Config,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    device: torch.device,
+) -> TextBank:
+    """A TextBank of free texts; knowledge is linked from each text, negation included.
+
+    Raises:  ValueError naming a text that has no word the tokenizer can use.
+    """
+    encoder = ReportEncoder(
+        tokenizer,
+        linker,
+        table,
+        max_tokens=config.data.max_tokens,
+        max_entities=config.data.max_entities,
+        max_cache_bytes=0,
+    )
+    parts = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        chunk = texts[start : start + TEXTS_AT_ONCE]
+        batch = make_text_batch(chunk, encoder)
+        empty = (~batch.content_mask.any(dim=1)).nonzero()
+        if len(empty):
+            raise ValueError(f"the phrase {chunk[int(empty[0])]!r} is empty: expected words")
+        parts.append(encode_texts(model, batch, device=device))
+    return join_texts(parts)

@@ -1,0 +1,183 @@
+"""What is true of the evaluated images: labels, prompts for them, boxes in model pixels.
+
+Generated studies bring their own prompts (wordings kept out of training) and sides; for real data
+the wordings come from the concept table and the boxes from a boxes.csv beside the manifest.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlip.config import Config
+from mlip.dataloading import phantom_reports
+from mlip.dataloading.image_file import read_bytes, read_header
+from mlip.dataloading.ledger import BadSample
+from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.transforms import Transform
+from mlip.transfer.interval import Array
+from mlip.transfer.zero_shot import Prompts
+
+PHANTOM_MARK = "mlip phantom studies"
+LEXICON_POSITIVE = ("{n}.", "there is {n}.", "findings of {n}.")
+LEXICON_NEGATIVE = ("no {n}.", "there is no {n}.", "no evidence of {n}.")
+SIDES = ("left", "right")
+
+
+@dataclass(frozen=True)
+class Box:
+    """One annotated place of one image, in pixels of the model's input."""
+
+    finding: str
+    side: str | None
+    corners: tuple[float, float, float, float]  # x0, y0, x1, y1
+
+
+def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
+    """meta.json of generated studies beside the manifest; None where the data is real."""
+    try:
+        meta = json.loads(Path(manifest.path).with_name("meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return meta if isinstance(meta, dict) and meta.get("kind") == PHANTOM_MARK else None
+
+
+def phantom_prompts(table: Any) -> list[Prompts]:
+    return [
+        Prompts(
+            concept,
+            _title(table[concept].name if concept in table else concept.replace("_", " ")),
+            tuple(wordings["positive"]),
+            tuple(wordings["negative"]),
+        )
+        for concept, wordings in phantom_reports.HELD_OUT_PROMPTS.items()
+    ]
+
+
+def lexicon_prompts(
+    labels: Iterable[str], linker: Any, table: Any
+) -> tuple[list[Prompts], list[str]]:
+    """Prompts for the labels that name a concept of the table, and the labels that name none."""
+    prompts, unknown = [], []
+    for label in labels:
+        text = label.replace("_", " ").strip().lower()
+        mentions = linker.link(text) if linker is not None else []
+        # "no finding" and the like say what is not there: that is no finding to score
+        if not mentions or mentions[0].state not in (0, "present"):
+            unknown.append(label)
+            continue
+        name = table[mentions[0].concept_id].name
+        prompts.append(
+            Prompts(
+                label,
+                _title(text),
+                tuple(f.format(n=name) for f in LEXICON_POSITIVE),
+                tuple(f.format(n=name) for f in LEXICON_NEGATIVE),
+            )
+        )
+    return prompts, unknown
+
+
+def _title(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def label_names(manifest: Manifest, rows: Array) -> list[str]:
+    return sorted({name for row in rows.tolist() for name in manifest.labels(row)})
+
+
+def label_matrix(
+    manifest: Manifest, rows: Array, findings: Sequence[str], *, blank_is_negative: bool
+) -> Array:
+    """1 present, 0 absent, -1 not said, [rows, findings].
+
+    A row without any label says nothing, except where every finding was looked for.
+    """
+    matrix = np.zeros((len(rows), len(findings)), dtype=np.int8)
+    for i, row in enumerate(rows.tolist()):
+        names = set(manifest.labels(row))
+        if not names and not blank_is_negative:
+            matrix[i] = -1
+        else:
+            matrix[i] = [name in names for name in findings]
+    return matrix
+
+
+def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Box]]:
+    """Boxes of boxes.csv beside the manifest for these rows, cut to the model's crop.
+
+    Columns: path (as in the manifest), label, x, y, w, h in pixels of the file; side is optional.
+    A box that the centre crop leaves less than half of is dropped: it cannot be pointed at.
+    Raises:  ValueError naming the file and what is wrong with it.
+    """
+    path = Path(manifest.path).with_name("boxes.csv")
+    if not path.is_file():
+        return {}
+    row_of = {manifest.image_path(row): row for row in rows}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = {"path", "label", "x", "y", "w", "h"} - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path}: expected the columns {', '.join(sorted(missing))} too")
+        entries = [(row_of[e["path"]], e) for e in reader if e["path"] in row_of]
+    transform = Transform(config.data, train=False, seed=config.run.seed)
+    meta = phantom_meta(manifest)
+    fixed = (meta["settings"]["image_px"],) * 2 if meta is not None else None
+    sizes: dict[int, tuple[int, int] | None] = {}
+    boxes: dict[int, list[Box]] = {}
+    for row, entry in entries:
+        if row not in sizes:
+            sizes[row] = fixed or _image_size(manifest, row)
+        size = sizes[row]
+        if size is None:
+            continue
+        try:
+            x, y, w, h = (float(entry[key]) for key in ("x", "y", "w", "h"))
+        except ValueError as error:
+            raise ValueError(f"{path}: a box of {entry['label']!r} is not numeric") from error
+        height, width = size
+        # one pixel of slack: published boxes are rounded
+        if w <= 0 or h <= 0 or min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
+            raise ValueError(
+                f"{path}: a box of {entry['label']!r} (x={x:g} y={y:g} w={w:g} h={h:g}) does not "
+                f"lie inside its {width} x {height} image"
+            )
+        corners = _to_model((x, y, x + w, y + h), size, transform)
+        if corners is not None:
+            side = (entry.get("side") or "").strip().lower()
+            boxes.setdefault(row, []).append(
+                Box(entry["label"], side if side in SIDES else None, corners)
+            )
+    return boxes
+
+
+def _image_size(manifest: Manifest, row: int) -> tuple[int, int] | None:
+    try:
+        header = read_header(read_bytes(manifest.root, manifest.image_path(row)))
+    except BadSample:
+        return None  # the loader has left the image out already
+    return header.height, header.width
+
+
+def _to_model(
+    corners: tuple[float, float, float, float], size: tuple[int, int], transform: Transform
+) -> tuple[float, float, float, float] | None:
+    """Corners in file pixels -> corners in the evaluation crop; None if most of the box is cut."""
+    place = transform.placement(*size)
+    margin = (transform.resize_px - transform.crop_px) // 2
+    scale_x, scale_y = place.width / size[1], place.height / size[0]
+    x0 = corners[0] * scale_x + place.left - margin
+    y0 = corners[1] * scale_y + place.top - margin
+    x1 = corners[2] * scale_x + place.left - margin
+    y1 = corners[3] * scale_y + place.top - margin
+    cut = [min(max(v, 0.0), float(transform.crop_px)) for v in (x0, y0, x1, y1)]
+    kept = (cut[2] - cut[0]) * (cut[3] - cut[1])
+    if kept < 0.5 * (x1 - x0) * (y1 - y0):
+        return None
+    return cut[0], cut[1], cut[2], cut[3]

@@ -1,0 +1,142 @@
+"""Zero-shot classification: a finding is scored by what is said of it, never by a trained head.
+
+Each finding has positive and negative wordings. Its score on an image is the mean similarity with
+the positive wordings minus the mean similarity with the negative ones, so that a finding merely
+being named does not count. Three similarities are reported: the global heads' cosine, the
+token-knowledge-patch score, and both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlip.transfer.interval import (
+    Array,
+    Estimate,
+    auroc_estimate,
+    estimate,
+    not_available,
+    patient_resamples,
+    weighted_auroc,
+)
+
+HEADS = ("global", "local", "combined")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The wordings of one finding."""
+
+    finding: str  # key of the labels
+    name: str  # for people
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.positive or not self.negative:
+            raise ValueError(
+                f"prompts of {self.finding!r}: expected at least one positive and one negative "
+                f"wording, got {len(self.positive)} and {len(self.negative)}"
+            )
+
+
+def prompt_texts(prompts: Sequence[Prompts]) -> list[str]:
+    """All wordings in the order finding_scores expects: per finding positives, then negatives."""
+    return [text for p in prompts for text in (*p.positive, *p.negative)]
+
+
+def finding_scores(similarity: Array, prompts: Sequence[Prompts]) -> Array:
+    """Similarities [images, wordings] -> positive minus negative means [images, findings]."""
+    columns, start = [], 0
+    for p in prompts:
+        middle = start + len(p.positive)
+        end = middle + len(p.negative)
+        columns.append(
+            similarity[:, start:middle].mean(axis=1) - similarity[:, middle:end].mean(axis=1)
+        )
+        start = end
+    if start != similarity.shape[1]:
+        raise ValueError(f"expected {start} wordings, got {similarity.shape[1]} columns")
+    return np.stack(columns, axis=1)
+
+
+def combine(
+    global_similarity: Array, local_similarity: Array, global_scale: float, local_scale: float
+) -> Array:
+    """The sum of the two losses' logits: each learned scale says how far its score can be trusted.
+
+    Source:  ours. Nothing is fitted on the evaluated images (z-scoring over them, as GLoRIA does,
+             makes a score depend on who else is in the test set).
+    """
+    return global_scale * global_similarity + local_scale * local_similarity
+
+
+def evaluate_zero_shot(
+    scores: Mapping[str, Array],
+    labels: Array,
+    prompts: Sequence[Prompts],
+    patient_ids: Sequence[Any] | Array,
+    *,
+    bootstrap: int,
+    seed: int,
+    references: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> dict[str, Any]:
+    """AUROC per finding and head, macro and worst, with patient-level intervals.
+
+    Shapes:  scores {head: [images, findings]}; labels [images, findings], 1, 0, or -1 where the
+             row says nothing about the finding (left out of that finding)
+    Returns: {"findings": [{finding, name, positives, n, <head>: Estimate, ...}],
+             "macro": {head: Estimate}, "worst": {head: Estimate with "finding"}}
+             A finding without both classes is value None with the reason, and leaves the macro.
+    references  {name: {finding: AUROC}} known beside the model (an oracle, a prior), copied in.
+    """
+    weights = patient_resamples(patient_ids, bootstrap, seed)
+    table: list[dict[str, Any]] = []
+    resampled: dict[str, list[Array]] = {head: [] for head in scores}
+    for f, p in enumerate(prompts):
+        known = labels[:, f] >= 0
+        truth = labels[known, f] > 0
+        row: dict[str, Any] = {
+            "finding": p.finding,
+            "name": p.name,
+            "positives": int(truth.sum()),
+            "n": int(known.sum()),
+            "chance": 0.5,
+        }
+        for head, values in scores.items():
+            row[head] = auroc_estimate(values[known, f], truth, weights[:, known])
+            if row[head]["value"] is not None:
+                resampled[head].append(weighted_auroc(values[known, f], truth, weights[:, known]))
+        for name, known_values in (references or {}).items():
+            row[name] = known_values.get(p.finding)
+        table.append(row)
+    return {
+        "findings": table,
+        "macro": {head: _macro(table, head, resampled[head]) for head in scores},
+        "worst": {head: _worst(table, head) for head in scores},
+        "wordings": {
+            p.finding: {"positive": list(p.positive), "negative": list(p.negative)} for p in prompts
+        },
+    }
+
+
+def _macro(table: list[dict[str, Any]], head: str, resampled: list[Array]) -> Estimate:
+    values = [row[head]["value"] for row in table if row[head]["value"] is not None]
+    if not values:
+        return not_available("no finding has both classes")
+    # one resample of patients serves all findings, so their errors stay correlated in the mean
+    return estimate(
+        float(np.mean(values)), np.mean(np.stack(resampled), axis=0), max(r["n"] for r in table)
+    )
+
+
+def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
+    defined = [row for row in table if row[head]["value"] is not None]
+    if not defined:
+        return {**not_available("no finding has both classes"), "finding": None}
+    lowest = min(defined, key=lambda row: row[head]["value"])
+    return {**lowest[head], "finding": lowest["finding"]}
