@@ -7,6 +7,7 @@ in the state, so resuming at step s repeats nothing and skips nothing.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import threading
 import time
@@ -26,6 +27,8 @@ from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Images, SampleReader
 from mlip.dataloading.text_hash import HashArray
 from mlip.dataloading.transforms import Transform
+
+logger = logging.getLogger("mlip")
 
 
 class Pipeline(Protocol):
@@ -173,7 +176,7 @@ class Loader:
         draws = draw_sentences(self.seed, epoch, index, self.sentence_dropout)
         pieces = []
         for i, row in enumerate(images.rows.tolist()):
-            report = self.encoder.of_row(row, self.manifest.text(row))
+            report = self.encoder.of_row(row, self.manifest.text)
             keep = kept_sentences(float(draws[i, 1]), len(report.ends))
             pieces.append(self.encoder.compose(report, keep))
         count = len(pieces)
@@ -337,6 +340,14 @@ def _build_pipeline(
     reader: SampleReader,
     transform: Transform,
 ) -> Pipeline:
+    kind = config.data.pipeline
+    if kind != "torch":
+        from mlip.dataloading.dali_pipeline import DaliPipeline, why_not_dali
+
+        reason = why_not_dali(config) if kind == "dali" or torch.cuda.is_available() else "no GPU"
+        if kind == "dali" or reason is None:
+            return DaliPipeline(order, reader, transform, config)
+        logger.info("data.pipeline=auto takes the torch pipeline: %s", reason)
     from mlip.dataloading.torch_pipeline import TorchPipeline
 
     return TorchPipeline(order, reader, transform, config.data)
@@ -359,7 +370,7 @@ def pair_ids_by_concepts(manifest: Manifest, rows: IntArray, encoder: ReportEnco
     sets: dict[tuple[int, ...], int] = {}
     members, keys = [], []
     for row in rows.tolist():
-        mentions = encoder.of_row(row, manifest.text(row)).mentions
+        mentions = encoder.of_row(row, manifest.text).mentions
         if len(mentions):
             present = tuple(sorted(set(mentions[mentions[:, 3] == 0, 2].tolist())))
             members.append(row)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,11 +277,11 @@ class ReportEncoder:
             mentions=np.array(mentions, dtype=np.int32).reshape(-1, 4),
         )
 
-    def of_row(self, row: int, text: str) -> EncodedReport:
-        """encode(text), once per row."""
+    def of_row(self, row: int, text_of: Callable[[int], str]) -> EncodedReport:
+        """encode(text_of(row)), once per row."""
         report = self._cache.get(row)
         if report is None:
-            report = self.encode(text)
+            report = self.encode(text_of(row))
             if self._room >= report.nbytes:
                 self._room -= report.nbytes
                 self._cache[row] = report

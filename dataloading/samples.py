@@ -17,6 +17,7 @@ from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 
 T = TypeVar("T")
+Bad = tuple[int, int, str, bool]  # epoch, row, reason, met in the order (not as a replacement)
 
 # With data.bad_share at its default of 1 %, 16 bad draws in a row have a chance of 1e-32.
 REPLACEMENT_ATTEMPTS = 16
@@ -31,8 +32,7 @@ class Images:
     image: Tensor  # [B, C, H, W] float32
     kept: NDArray[np.int64]  # [B] places of the plan that have an image
     rows: NDArray[np.int64]  # [B] manifest rows behind them
-    bad: list[tuple[int, int, str, bool]] = field(default_factory=list)
-    # (epoch, row, reason, met in the order and not as a replacement)
+    bad: list[Bad] = field(default_factory=list)
 
 
 class SampleReader:
@@ -65,14 +65,14 @@ class SampleReader:
 
 def fill_place(
     order: TrainingOrder | SequentialOrder, plan: Plan, place: int, use: Callable[[int, int], T]
-) -> tuple[T | None, int, list[tuple[int, int, str, bool]]]:
+) -> tuple[T | None, int, list[Bad]]:
     """use(row, epoch) of the planned row, or of keyed replacements where it is bad.
 
     Returns: (result, row used, bad rows met); result None where evaluation met a bad row
     Raises:  DataError if every replacement is bad too.
     """
     row, epoch = int(plan.rows[place]), int(plan.epoch[place])
-    bad: list[tuple[int, int, str, bool]] = []
+    bad: list[Bad] = []
     try:
         return use(row, epoch), row, bad
     except BadSample as error:

@@ -9,7 +9,7 @@ import torch
 
 from mlip.config import Data
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
-from mlip.dataloading.samples import Images, SampleReader, fill_place
+from mlip.dataloading.samples import Bad, Images, SampleReader, fill_place
 from mlip.dataloading.transforms import Transform
 
 
@@ -35,7 +35,7 @@ class TorchPipeline:
         out = np.empty((len(plan), 1, size, size), dtype=np.float32)
         parameters = self.transform.draw(plan.epoch, plan.global_index)
 
-        def fill(place: int) -> tuple[bool, int, list[tuple[int, int, str, bool]]]:
+        def fill(place: int) -> tuple[bool, int, list[Bad]]:
             pixels, row, bad = fill_place(self.order, plan, place, self.reader.pixels)
             if pixels is not None:
                 self.transform.apply(pixels, parameters, place, out[place, 0])
