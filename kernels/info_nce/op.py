@@ -1,4 +1,4 @@
-"""The public InfoNCE loss: argument checks, choice of implementation, open_clip's call signature."""
+"""The public InfoNCE loss: argument checks, choice of implementation, open_clip's interface."""
 
 from __future__ import annotations
 

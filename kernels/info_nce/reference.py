@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
     chunk_bounds,
     logits_gradient,
@@ -45,7 +45,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss_value(stats, pairing, group)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
         image_BD, text_BD, logit_scale = ctx.saved_tensors
         stats, pairing, group = ctx.stats, ctx.pairing, ctx.group

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
     chunk_bounds,
     logits_gradient,
@@ -95,23 +95,23 @@ def _check_inputs(
         _expect_shape("knowledge_mask", knowledge_mask, (texts, entities), "[N, K]")
     _expect_shape("token_weights", token_weights, (texts, length), "[N, T]")
     _expect_shape("patch_mask", patch_mask, tuple(patches.shape[:2]), "[M, P]")
-    for name, value in (("knowledge_mask", knowledge_mask), ("patch_mask", patch_mask)):
-        if value is not None and value.dtype != torch.bool:
-            raise ValueError(f"expected {name} of dtype bool, True = real, got {value.dtype}")
-    weights = (("token_weights", token_weights), ("knowledge_weights", knowledge_weights))
+    for name, mask in (("knowledge_mask", knowledge_mask), ("patch_mask", patch_mask)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"expected {name} of dtype bool, True = real, got {mask.dtype}")
+    weights = {"token_weights": token_weights, "knowledge_weights": knowledge_weights}
     others = dict(features)
-    for name, value in weights:
-        if value is None:
+    for name, weight in weights.items():
+        if weight is None:
             continue
-        if not value.is_floating_point():
-            raise ValueError(f"expected {name} in floating point, got {value.dtype}")
-        if value.device.type == "cpu" and not bool((value >= 0).all()):
+        if not weight.is_floating_point():
+            raise ValueError(f"expected {name} in floating point, got {weight.dtype}")
+        if weight.device.type == "cpu" and not bool((weight >= 0).all()):
             raise ValueError(
-                f"expected {name} >= 0 without NaN, got a minimum of {float(value.min())}; 0 masks"
+                f"expected {name} >= 0 without NaN, got a minimum of {float(weight.min())}; 0 masks"
             )
-        others[name] = value
+        others[name] = weight
     masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}
-    others.update({name: value for name, value in masks.items() if value is not None})
+    others.update({name: mask for name, mask in masks.items() if mask is not None})
     for name, value in others.items():
         if value.device != patches.device:
             raise ValueError(
@@ -268,7 +268,7 @@ class _ContrastiveFromScores(torch.autograd.Function):
         return loss_value(stats, pairing, group)
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
         scores, logit_scale = ctx.saved_tensors
         grad = sum_over_group(grad, ctx.group)
@@ -356,6 +356,11 @@ class TokenKnowledgePatchLoss(nn.Module):
     "lse", aggregation_scale are parameters; without it they are buffers. Call clamp_scales_() after
     each optimiser step: clamping in the forward pass would end the gradient.
     """
+
+    log_logit_scale: Tensor
+    log_attention_scale: Tensor
+    log_knowledge_scale: Tensor
+    log_aggregation_scale: Tensor
 
     def __init__(
         self,

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from mlip.kernels._autograd import no_second_derivative
 
 MEMORY_BUDGET_BYTES = 512 * 2**20
 # similarities of a tile: on a CPU a tile and its temporaries should stay in the cache
@@ -37,10 +38,11 @@ def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     # scaled by the largest entry first: a finite row, however long, must not overflow its square
     largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
     scaled = x / largest
-    length = scaled.square().sum(-1, keepdim=True).sqrt()
-    keep = length.detach() * largest > NORM_FLOOR
+    square = scaled.square().sum(-1, keepdim=True)
+    keep = square.detach().sqrt() * largest > NORM_FLOOR
     zero = torch.zeros((), dtype=dtype, device=x.device)
-    return torch.where(keep, scaled, zero) / torch.where(keep, length, zero + 1)
+    # chosen before the root: its slope at 0 is infinite, and 0 times infinity is NaN
+    return torch.where(keep, scaled, zero) * torch.where(keep, square, zero + 1).rsqrt()
 
 
 def prepare_rows(
@@ -291,30 +293,33 @@ class _PairScores(torch.autograd.Function):
             scores[tile.images, tile.texts] = part.T
         if spec.patch_mask is not None:
             scores = torch.where(spec.patch_mask.any(1)[:, None], scores, 0.0)
-        ctx.save_for_backward(rows_RD, weight_R, patch_MPD, alpha, gamma, scores)
-        ctx.spec, ctx.tiles = spec, tiles
+        # through save_for_backward, so that autograd frees them as soon as backward is done
+        kept = [x for tile in tiles for x in tile.kept or ()]
+        ctx.save_for_backward(rows_RD, weight_R, patch_MPD, alpha, gamma, scores, *kept)
+        ctx.spec, ctx.tiles = spec, [replace(tile, kept=None) for tile in tiles]
         return scores
 
     @staticmethod
-    @once_differentiable
+    @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
-        rows_RD, weight_R, patch_MPD, alpha, gamma, scores = ctx.saved_tensors
+        rows_RD, weight_R, patch_MPD, alpha, gamma, scores, *kept = ctx.saved_tensors
         spec: Spec = ctx.spec
+        each = len(kept) // len(ctx.tiles)
         if spec.patch_mask is not None:
             grad = torch.where(spec.patch_mask.any(1)[:, None], grad, 0.0)
         d_rows, d_weight = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
         d_patch = torch.zeros_like(patch_MPD)
         d_alpha, d_gamma = torch.zeros_like(alpha), torch.zeros_like(gamma)
-        for tile in ctx.tiles:
+        for index, tile in enumerate(ctx.tiles):
             seg = spec.text_of_row[tile.rows] - tile.texts.start
             g_tile = grad[tile.images, tile.texts].T
             score = scores[tile.images, tile.texts].T
-            if tile.kept is None:
+            if kept:
+                held = tuple(kept[index * each : (index + 1) * each])
+            else:
                 s = _similarities(rows_RD, patch_MPD, tile)
-                _, extra = _pool(s, patch_MPD, spec, tile, alpha)
-                tile = replace(tile, kept=_to_keep(s, extra, spec))
-            assert tile.kept is not None
-            r = tile.kept[-1]
+                held = _to_keep(s, _pool(s, patch_MPD, spec, tile, alpha)[1], spec)
+            tile, r = replace(tile, kept=held), held[-1]
             g, dw, dg = _aggregate_backward(g_tile, score, r, weight_R[tile.rows], seg, spec, gamma)
             d_weight[tile.rows] += dw
             if dg is not None:

@@ -1,0 +1,42 @@
+"""A backward pass that may be differentiated no further, and says so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *leads: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise RuntimeError(
+            "this op has no second derivative; write the formula in plain torch where one is needed"
+        )
+
+
+def no_second_derivative(backward: Callable) -> Callable:
+    """Decorate a Function's backward: a derivative of what it returns is an error.
+
+    torch's once_differentiable lets a second derivative pass, silently wrong, where the incoming
+    gradient is a constant, as it is for a loss.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return out
+        # autograd.grad runs only nodes that lead to what it is asked for: hang the error on those
+        leads = [x for x in ctx.saved_tensors if x.requires_grad]
+        return tuple(_Refuse.apply(x, *leads) if isinstance(x, Tensor) else x for x in out)
+
+    return wrapped

@@ -1,0 +1,190 @@
+"""Oracles in float64: the formulas of the kernels as loops over pairs, and awkward inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SCALES = ("attention_scale", "knowledge_scale", "knowledge_gain", "aggregation_scale")
+
+
+def scores(inputs: dict[str, Any], **options: Any) -> Tensor:
+    """S of token_knowledge_patch_scores, one pair at a time, through autograd."""
+    patches, tokens, knowledge = inputs["patches"], inputs["tokens"], inputs.get("knowledge")
+    settings = {
+        "attention_scale": 10.0,
+        "knowledge_scale": 10.0,
+        "knowledge_gain": 0.5,
+        "knowledge_share": 0.25,
+        "aggregation_scale": 5.0,
+        "pooling": "attention",
+        "aggregation": "mean",
+    }
+    settings |= {k: v for k, v in inputs.items() if k in SCALES} | options
+    out = [
+        torch.stack([_pair(inputs, settings, knowledge, m, n) for n in range(len(tokens))])
+        for m in range(len(patches))
+    ]
+    return torch.stack(out)
+
+
+def _pair(inputs: dict[str, Any], settings: dict[str, Any], knowledge, m: int, n: int) -> Tensor:
+    patches, tokens = inputs["patches"], inputs["tokens"]
+    u = inputs.get("token_weights")
+    u = torch.ones_like(tokens[n, :, 0]) if u is None else u[n]
+    keep = u > 0
+    w = F.normalize(tokens[n][keep], dim=-1, eps=1e-6)
+    rows, weights = w, u[keep]
+    if len(weights):
+        weights = weights / weights.sum()
+    if knowledge is not None and knowledge.shape[1]:
+        mask = inputs.get("knowledge_mask")
+        mask = torch.ones(knowledge.shape[1], dtype=torch.bool) if mask is None else mask[n]
+        s = inputs.get("knowledge_weights")
+        s = torch.ones_like(knowledge[n, :, 0]) if s is None else s[n]
+        e = F.normalize(knowledge[n][mask], dim=-1, eps=1e-6)
+        if len(e) and len(w):
+            share = torch.softmax(settings["knowledge_scale"] * w @ e.T, -1)
+            rows = F.normalize(w + settings["knowledge_gain"] * share @ e, dim=-1, eps=1e-6)
+        on = s[mask] > 0
+        e, s = e[on], s[mask][on]
+        if len(s):
+            k = settings["knowledge_share"] if len(weights) else 1.0
+            rows = torch.cat([rows, e])
+            weights = torch.cat([(1 - k) * weights, k * s / s.sum()])
+    real = inputs.get("patch_mask")
+    v = patches[m] if real is None else patches[m][real[m]]
+    if not len(v) or not len(weights):
+        return patches.new_zeros(()) + 0.0
+    v = F.normalize(v, dim=-1, eps=1e-6)
+    x = rows @ v.T
+    a = torch.softmax(settings["attention_scale"] * x, -1)
+    if settings["pooling"] == "attention":
+        r = (a * x).sum(-1)
+    elif settings["pooling"] == "context":
+        context = a @ v
+        r = (rows * context).sum(-1) / context.norm(dim=-1).clamp(min=1e-6)
+    else:
+        r = x.max(-1).values
+    if settings["aggregation"] == "mean":
+        return (weights * r).sum()
+    gamma = settings["aggregation_scale"]
+    on = weights > 0  # knowledge_share 0 or 1 leaves rows of weight 0
+    return torch.log((weights[on] * torch.exp(gamma * r[on])).sum()) / gamma
+
+
+def contrastive(
+    z: Tensor,
+    pair_ids: Tensor | None = None,
+    image_valid: Tensor | None = None,
+    text_valid: Tensor | None = None,
+) -> Tensor:
+    """Symmetric cross-entropy of square logits over the anchors, by torch's own log_softmax."""
+    count = len(z)
+    yes = torch.ones(count, dtype=torch.bool)
+    image_valid = yes if image_valid is None else image_valid
+    text_valid = yes if text_valid is None else text_valid
+    same = torch.eye(count, dtype=torch.bool)
+    drop = ~same & (pair_ids[:, None] == pair_ids if pair_ids is not None else ~yes)
+    z = z.masked_fill(drop | ~image_valid[:, None] | ~text_valid, -math.inf)
+    anchors = (image_valid & text_valid).nonzero()[:, 0].tolist()
+    if not anchors:
+        return z.new_zeros(())
+    terms = [
+        (-z[i].log_softmax(0)[i] - z[:, i].log_softmax(0)[i]) / (2 * len(anchors)) for i in anchors
+    ]
+    return torch.stack(terms).sum()
+
+
+def make_inputs(
+    images: int = 3,
+    texts: int = 4,
+    patches: int = 5,
+    tokens: int = 6,
+    entities: int = 3,
+    dim: int = 8,
+    *,
+    seed: int = 0,
+    masks: bool = True,
+) -> dict[str, Any]:
+    """Random float64 inputs; with masks: an empty text, one without entities, an empty image."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    made: dict[str, Any] = {
+        "patches": normal(images, patches, dim),
+        "tokens": normal(texts, tokens, dim),
+    }
+    if entities:
+        made["knowledge"] = normal(texts, entities, dim)
+    if masks:
+        u = torch.rand(texts, tokens, generator=g, dtype=torch.float64) + 0.1
+        u[torch.rand(texts, tokens, generator=g) < 0.3] = 0.0
+        u[-1] = 0.0  # no token: its entities carry the text, where it has any
+        made["token_weights"] = u
+        made["patch_mask"] = torch.rand(images, patches, generator=g) > 0.3
+        made["patch_mask"][:, 0] = True
+        made["patch_mask"][-1] = False
+        if entities:
+            s = torch.rand(texts, entities, generator=g, dtype=torch.float64) + 0.1
+            s[0, 0] = 0.0  # enriches, but is no row
+            mask = torch.rand(texts, entities, generator=g) > 0.2
+            mask[0] = True
+            mask[1] = False
+            if texts > 2:
+                s[2] = 0.0
+            made["knowledge_weights"], made["knowledge_mask"] = s, mask
+    return made
+
+
+def poisoned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with NaN and Inf wherever a mask or a zero weight hides a row."""
+    out = dict(inputs)
+    hidden = {
+        "patches": ~inputs["patch_mask"],
+        "tokens": inputs["token_weights"] == 0,
+        "knowledge": ~inputs["knowledge_mask"],
+    }
+    for name, where in hidden.items():
+        value = inputs[name].clone()
+        value[where] = math.nan
+        value[..., 0][where] = math.inf
+        out[name] = value
+    return out
+
+
+def leaves(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Copies whose floating tensors are leaves that require grad."""
+    return {
+        name: value.detach().to(dtype).clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def gradients(value: Tensor, inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
+    """Gradients of a fixed random contraction of `value` in every leaf; zeros where none."""
+    g = torch.Generator().manual_seed(seed)
+    direction = torch.randn(value.shape, generator=g, dtype=torch.float64).to(value)
+    wanted = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
+    grads = torch.autograd.grad(
+        (value * direction).sum(), list(wanted.values()), allow_unused=True, retain_graph=True
+    )
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(wanted.items(), grads, strict=True)
+    }
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth (absolute where it is 0)."""
+    value, truth = value.detach().double(), truth.detach().double()
+    size = truth.norm().item()
+    return ((value - truth).norm() / (size if size > 0 else 1.0)).item()

@@ -1,0 +1,64 @@
+"""Which implementation is chosen, and what is said where none can serve."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mlip.kernels import _dispatch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(_dispatch.DISABLE_VARIABLE, raising=False)
+
+
+def test_cpu_tensors_go_to_torch() -> None:
+    assert _dispatch.resolve("auto", CPU) == "torch"
+    assert _dispatch.resolve("torch", CPU) == "torch"
+
+
+def test_triton_without_a_gpu_is_an_error_that_says_why() -> None:
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU.*TRITON_INTERPRET=1"):
+        _dispatch.resolve("triton", CPU)
+
+
+def test_the_interpreter_takes_cpu_tensors_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _dispatch.resolve("triton", CPU) == "triton"
+    assert _dispatch.resolve("auto", CPU) == "torch"
+    with pytest.raises(ValueError, match="D is too large"):
+        _dispatch.resolve("triton", CPU, "D is too large")
+
+
+def test_the_switch_turns_triton_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(_dispatch.DISABLE_VARIABLE, "1")
+    assert _dispatch.resolve("auto", CPU) == "torch"
+    with pytest.raises(ValueError, match=_dispatch.DISABLE_VARIABLE):
+        _dispatch.resolve("triton", CPU)
+
+
+def test_an_old_gpu_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cuda = torch.device("cuda", 0)
+    assert _dispatch.resolve("auto", cuda) == "torch"
+    with pytest.raises(ValueError, match="7.5, below 8.0"):
+        _dispatch.resolve("triton", cuda)
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: (8, 0))
+    assert _dispatch.resolve("auto", cuda) == "triton"
+
+
+def test_importing_the_ops_does_not_import_triton() -> None:
+    code = (
+        "import sys, mlip.kernels.token_knowledge_patch, mlip.kernels.info_nce\n"
+        "assert 'triton' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

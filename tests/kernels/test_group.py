@@ -1,0 +1,153 @@
+"""Two gloo ranks with uneven shares give what one process gives on all pairs.
+
+Oracle: the same op in one process, float64. Every input's gradient is W times the true one, and
+the mean over ranks of a shared scalar's gradient is the true one. The ranks are spawned once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from mlip.kernels._distributed import gather_rows
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss
+from mlip.kernels.token_knowledge_patch import (
+    contrastive_loss_from_scores,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
+from tests.kernels.oracle import make_inputs, relative_error
+
+WORLD, SHARES = 2, (4, 2)
+SCALARS = {
+    "attention_scale": 7.0,
+    "knowledge_scale": 6.0,
+    "knowledge_gain": 0.4,
+    "aggregation_scale": 4.0,
+    "logit_scale": 14.3,
+}
+CASES = {
+    "attention_mean": {},
+    "attention_lse": {"aggregation": "lse"},
+    "context_mean": {"pooling": "context"},
+    "max_lse": {"pooling": "max", "aggregation": "lse"},
+}
+
+
+def _inputs() -> dict[str, Tensor]:
+    inputs = make_inputs(6, 6, seed=41)
+    inputs["knowledge_mask"][-1] = False  # a text without any row, on the last rank
+    inputs["pair_ids"] = torch.tensor([3, 8, 1, 5, 3, 8])  # equal ids on different ranks
+    return inputs
+
+
+def _leaves(rows: slice) -> dict[str, Tensor]:
+    made = {name: value[rows].clone() for name, value in _inputs().items()}
+    for value in made.values():
+        if value.is_floating_point():
+            value.requires_grad_()
+    for name, value in SCALARS.items():
+        made[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+    return made
+
+
+def _collect(loss: Tensor, made: dict[str, Tensor]) -> dict[str, Any]:
+    loss.backward()
+    out = {"value": loss.detach()}
+    for name, value in made.items():
+        if value.requires_grad:
+            out[name] = torch.zeros_like(value) if value.grad is None else value.grad
+    return out
+
+
+def _run(case: str, rows: slice, group: Any) -> dict[str, Any]:
+    made = _leaves(rows)
+    if case == "info_nce":
+        ids, scale = made["pair_ids"], made["logit_scale"]
+        features = {"image": made["patches"][:, 0].detach(), "text": made["tokens"][:, 0].detach()}
+        features = {k: torch.nn.functional.normalize(v, dim=-1) for k, v in features.items()}
+        made = {k: v.requires_grad_() for k, v in features.items()} | {"scale": scale}
+        loss = info_nce_loss(made["image"], made["text"], scale, pair_ids=ids, group=group)
+        return _collect(loss, made)
+    if case == "two_losses":
+        ids, scale = made.pop("pair_ids"), made.pop("logit_scale")
+        s = token_knowledge_patch_scores(**made, group=group)
+        made["logit_scale"] = scale
+        loss = contrastive_loss_from_scores(s, logit_scale=scale, pair_ids=ids, group=group)
+        return _collect(loss * 3.0, made)
+    loss = token_knowledge_patch_loss(**made, group=group, **CASES[case])
+    return _collect(loss, made)
+
+
+ALL = [*CASES, "two_losses", "info_nce"]
+
+
+def _rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    start = sum(SHARES[:rank])
+    rows = slice(start, start + SHARES[rank])
+    results: dict[str, Any] = {case: _run(case, rows, dist.group.WORLD) for case in ALL}
+    unit = torch.nn.functional.normalize(_inputs()["patches"][:, 0], dim=-1)[
+        3 * rank : 3 * rank + 3
+    ]
+    text = torch.nn.functional.normalize(_inputs()["tokens"][:, 0], dim=-1)[3 * rank : 3 * rank + 3]
+    clip = ClipLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
+    results["clip"] = clip(unit, text, 14.3).item()
+    try:
+        gather_rows(torch.zeros(2, 3 + rank), dist.group.WORLD)
+        results["ragged"] = "accepted"
+    except ValueError as error:
+        results["ragged"] = str(error)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.start_processes(_rank_main, args=(folder,), nprocs=WORLD, start_method="spawn")
+    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_two_ranks_give_the_loss_and_gradients_of_one_process(
+    case: str, ranks: list[dict[str, Any]]
+) -> None:
+    truth = _run(case, slice(0, sum(SHARES)), None)
+    parts = [part[case] for part in ranks]
+    for part in parts:
+        assert torch.equal(part["value"], parts[0]["value"])
+        assert part["value"].item() == pytest.approx(truth["value"].item(), rel=1e-12)
+    for name, want in truth.items():
+        if name == "value":
+            continue
+        if want.ndim == 0:
+            got = torch.stack([part[name] for part in parts]).mean(0)
+        else:
+            got = torch.cat([part[name] for part in parts]) / WORLD
+        assert relative_error(got, want) <= 1e-11, name
+
+
+def test_clip_loss_over_ranks_is_the_loss_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+    image, text = (
+        torch.nn.functional.normalize(_inputs()[k][:, 0], dim=-1) for k in ("patches", "tokens")
+    )
+    want = info_nce_loss(image, text, 14.3).item()
+    assert [part["clip"] for part in ranks] == pytest.approx([want, want], rel=1e-12)
+
+
+def test_ranks_with_different_lengths_are_told_to_pad(ranks: list[dict[str, Any]]) -> None:
+    for part in ranks:
+        assert "pad tokens and entities to a fixed length" in part["ragged"]
+
+
+def test_a_group_needs_torch_distributed() -> None:
+    with pytest.raises(ValueError, match="init_process_group"):
+        info_nce_loss(torch.eye(2), torch.eye(2), 1.0, group=object())

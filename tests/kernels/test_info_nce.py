@@ -1,0 +1,161 @@
+"""InfoNCE against cross-entropy in float64, and open_clip's call signature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.kernels import _contrastive
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss
+from tests.kernels.oracle import contrastive, relative_error
+
+MACHINE = 1e-12
+
+
+def unit(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, dim, generator=g, dtype=torch.float64), dim=-1).to(dtype)
+
+
+def value_and_gradients(loss: Any, image: Tensor, text: Tensor, scale: float) -> list[Tensor]:
+    leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+    leaves.append(torch.tensor(scale, dtype=image.dtype, requires_grad=True))
+    value = loss(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_loss_and_gradients_equal_cross_entropy(count: int, with_ids: bool) -> None:
+    image, text = unit(count, 5, 0), unit(count, 5, 1)
+    ids = torch.arange(count) // 2 if with_ids else None
+    want = value_and_gradients(lambda x, y, k: contrastive(k * x @ y.T, ids), image, text, 14.3)
+    got = value_and_gradients(
+        lambda x, y, k: info_nce_loss(x, y, k, pair_ids=ids), image, text, 14.3
+    )
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm().item() <= MACHINE * (1 + b.norm().item())
+
+
+def test_gradcheck_holds_in_features_and_scale() -> None:
+    leaves = (
+        unit(4, 3, 0).requires_grad_(),
+        unit(4, 3, 1).requires_grad_(),
+        torch.tensor(3.0, dtype=torch.float64, requires_grad=True),
+    )
+    ids = torch.tensor([1, 2, 1, 5])
+    assert torch.autograd.gradcheck(lambda x, y, k: info_nce_loss(x, y, k, pair_ids=ids), leaves)
+
+
+def test_value_by_hand() -> None:
+    """Orthogonal pairs at scale s: the positive scores s, each of two negatives 0."""
+    eye = torch.eye(3, dtype=torch.float64)
+    value = info_nce_loss(eye, eye, 2.0)
+    assert value.item() == pytest.approx(math.log(1 + 2 * math.exp(-2.0)), rel=1e-14)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.03])
+def test_a_confident_batch_keeps_its_gradient_in_float32(noise: float) -> None:
+    """Oracle: the same in float64; at the smaller noise the loss is far below float32's epsilon."""
+    image = unit(32, 64, 0)
+    text = F.normalize(image + noise * unit(32, 64, 1), dim=-1)
+    run = info_nce_loss
+    want = value_and_gradients(run, image.float().double(), text.float().double(), 40.0)
+    got = value_and_gradients(run, image.float(), text.float(), 40.0)
+    assert 0 < want[0].item() < 1e-8
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = unit(13, 5, 0), unit(13, 5, 1)
+    ids = torch.arange(13) // 3
+
+    def run(x: Tensor, y: Tensor, k: Tensor) -> Tensor:
+        return info_nce_loss(x, y, k, pair_ids=ids)
+
+    want = value_and_gradients(run, image, text, 20.0)
+    monkeypatch.setattr(_contrastive, "CHUNK_ELEMENTS", 30)
+    got = value_and_gradients(run, image, text, 20.0)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) <= MACHINE
+
+
+def test_half_precision_features_are_computed_in_float32() -> None:
+    image, text = unit(9, 16, 0, torch.bfloat16), unit(9, 16, 1, torch.bfloat16)
+    value = info_nce_loss(image, text, 20.0)
+    assert value.dtype == torch.float32
+    assert relative_error(value, info_nce_loss(image.double(), text.double(), 20.0)) <= 1e-6
+
+
+def test_nothing_of_batch_squared_is_kept_for_backward() -> None:
+    count, dim = 512, 4
+    image, text = unit(count, dim, 0).requires_grad_(), unit(count, dim, 1).requires_grad_()
+    held: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        held[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = info_nce_loss(image, text, 20.0)
+    node = value.grad_fn
+    assert node is not None
+    stats = [node.stats.row_lse, node.stats.column_lse, node.stats.positive]
+    assert sum(held.values()) + sum(x.numel() for x in stats) <= 3 * count * dim
+    value.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_features": torch.zeros(3, 4)}, r"one shape \[B, D\]"),
+        ({"image_features": torch.zeros(2, 4).long()}, "floating-point"),
+        ({"pair_ids": torch.zeros(2)}, "int64"),
+        ({"pair_ids": torch.zeros(3, dtype=torch.int64)}, r"of shape \[2\]"),
+        ({"impl": "fast"}, "expected impl"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "image_features": torch.zeros(2, 4),
+        "text_features": torch.zeros(2, 4),
+        "logit_scale": 1.0,
+    }
+    with pytest.raises(ValueError, match=message):
+        info_nce_loss(**(arguments | change))
+
+
+def test_clip_loss_takes_open_clips_call() -> None:
+    image, text = unit(5, 8, 0, torch.float32), unit(5, 8, 1, torch.float32)
+    scale = torch.tensor(14.3)
+    loss = ClipLoss(
+        local_loss=False,
+        gather_with_grad=False,
+        cache_labels=True,
+        rank=0,
+        world_size=1,
+        use_horovod=False,
+    )
+    labels = torch.arange(5)
+    logits = scale * image @ text.T
+    want = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    assert loss(image, text, scale).item() == pytest.approx(want.item(), rel=1e-6)
+    bias = torch.tensor(-10.0, requires_grad=True)
+    made = loss(image, text, scale, logit_bias=bias, output_dict=True)
+    assert made["contrastive_loss"].item() == pytest.approx(want.item(), rel=1e-6)
+    assert torch.autograd.grad(made["contrastive_loss"], [bias])[0].item() == 0.0
+
+
+def test_clip_loss_refuses_what_it_cannot_honour() -> None:
+    with pytest.raises(ValueError, match="gather_with_grad=True"):
+        ClipLoss(world_size=2)
+    with pytest.raises(ValueError, match="use_horovod=False"):
+        ClipLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="initialised process group of 2"):
+        ClipLoss(gather_with_grad=True, world_size=2)(torch.eye(2), torch.eye(2), 1.0)

@@ -1,0 +1,259 @@
+"""The composed loss: masks, pair ids, anchors, confident batches, errors, the module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlip.kernels.token_knowledge_patch import (
+    TokenKnowledgePatchLoss,
+    contrastive_loss_from_scores,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
+from tests.kernels.oracle import (
+    contrastive,
+    gradients,
+    leaves,
+    make_inputs,
+    poisoned,
+    relative_error,
+    scores,
+)
+
+MACHINE = 1e-12
+
+
+def valid_sides(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    rows = inputs["token_weights"].sum(1)
+    rows = rows + (inputs["knowledge_weights"] * inputs["knowledge_mask"]).sum(1)
+    return inputs["patch_mask"].any(1), rows > 0
+
+
+def square_inputs(seed: int = 0, **sizes: int) -> dict[str, Any]:
+    inputs = make_inputs(5, 5, seed=seed, **sizes)
+    inputs["knowledge_mask"][-1] = False  # with its token weights: a text without any row
+    inputs["patch_mask"][-1] = True
+    inputs["patch_mask"][1] = False  # an image without a patch, whose text stays a negative
+    return inputs
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_loss_and_gradients_equal_cross_entropy_over_the_anchors(
+    with_ids: bool, aggregation: str
+) -> None:
+    inputs = square_inputs()
+    ids = torch.tensor([4, 9, 4, 7, 1]) if with_ids else None
+    images, texts = valid_sides(inputs)
+    assert images.tolist() == [True, False, True, True, True]
+    assert texts.tolist() == [True, True, True, True, False]
+    kappa = torch.tensor(14.3, dtype=torch.float64)
+    truth_leaves, made = leaves(inputs | {"kappa": kappa}), leaves(inputs | {"kappa": kappa})
+    truth_scale, scale = truth_leaves.pop("kappa"), made.pop("kappa")
+    z = truth_scale * scores(truth_leaves, aggregation=aggregation)
+    truth = contrastive(z, ids, images, texts)
+    value = token_knowledge_patch_loss(
+        **made, logit_scale=scale, pair_ids=ids, aggregation=aggregation
+    )
+    assert value.item() == pytest.approx(truth.item(), rel=1e-13)
+    want = gradients(truth, truth_leaves | {"kappa": truth_scale})
+    got = gradients(value, made | {"kappa": scale})
+    for name in want:
+        reached = want[name]
+        if name.endswith("weights"):
+            reached = torch.where(inputs[name] > 0, reached, 0.0)
+        assert relative_error(got[name], reached) <= MACHINE * 10, name
+    assert torch.count_nonzero(got["tokens"][-1]) == 0
+    assert torch.count_nonzero(got["patches"][1]) == 0
+    assert torch.count_nonzero(got["patches"][4]) > 0  # partner of the empty text: a negative
+
+
+def test_nan_behind_a_mask_changes_neither_loss_nor_gradient() -> None:
+    inputs = square_inputs(3)
+    clean, dirty = leaves(inputs), leaves(poisoned(inputs))
+    value = token_knowledge_patch_loss(**clean, logit_scale=10.0)
+    again = token_knowledge_patch_loss(**dirty, logit_scale=10.0)
+    assert torch.equal(value, again)
+    want, got = gradients(value, clean), gradients(again, dirty)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_batch_without_anchors_loses_nothing_and_moves_nothing() -> None:
+    inputs = square_inputs(5) | {"patch_mask": torch.zeros(5, 5, dtype=torch.bool)}
+    made = leaves(inputs)
+    value = token_knowledge_patch_loss(**made, logit_scale=10.0)
+    assert value.item() == 0.0
+    assert all(torch.count_nonzero(grad) == 0 for grad in gradients(value, made).values())
+
+
+def test_equal_scores_lose_ln_of_the_batch() -> None:
+    for count in (1, 2, 7):
+        value = contrastive_loss_from_scores(torch.full((count, count), 0.3), logit_scale=50.0)
+        assert value.item() == pytest.approx(math.log(count), abs=1e-6)
+
+
+def test_all_pairs_with_one_id_lose_nothing() -> None:
+    made = torch.randn(4, 4, requires_grad=True)
+    value = contrastive_loss_from_scores(made, logit_scale=9.0, pair_ids=torch.full((4,), 3))
+    assert value.item() == 0.0
+    assert torch.count_nonzero(torch.autograd.grad(value, [made])[0]) == 0
+
+
+@pytest.mark.parametrize("gap", [0.1, 0.25, 0.5])
+def test_a_confident_batch_keeps_its_gradient_in_float32(gap: float) -> None:
+    """Oracle: float64. At gap 0.25 the loss is about 1e-9, where softmax minus one is noise."""
+    g = torch.Generator().manual_seed(0)
+    s = torch.rand(16, 16, generator=g) * 0.02 + gap * torch.eye(16)
+    wide, narrow = s.double().requires_grad_(), s.clone().requires_grad_()
+    truth = contrastive_loss_from_scores(wide, logit_scale=100.0)
+    value = contrastive_loss_from_scores(narrow, logit_scale=100.0)
+    (want,) = torch.autograd.grad(truth, [wide])
+    (got,) = torch.autograd.grad(value, [narrow])
+    assert relative_error(value, truth) < 1e-4
+    assert relative_error(got, want) < 1e-4
+    assert relative_error(got.diagonal(), want.diagonal()) < 1e-4
+
+
+def test_loss_is_invariant_to_pair_order() -> None:
+    inputs = square_inputs(7)
+    ids = torch.tensor([4, 9, 4, 7, 1])
+    order = torch.tensor([3, 0, 4, 2, 1])
+    shuffled = {name: value[order] for name, value in inputs.items()}
+    value = token_knowledge_patch_loss(**inputs, logit_scale=10.0, pair_ids=ids)
+    again = token_knowledge_patch_loss(**shuffled, logit_scale=10.0, pair_ids=ids[order])
+    assert again.item() == pytest.approx(value.item(), rel=1e-13)
+
+
+def test_scores_serve_a_second_loss_without_being_made_twice() -> None:
+    made = leaves(square_inputs(9))
+    s = token_knowledge_patch_scores(**made)
+    images, texts = valid_sides(made)
+    both = (
+        contrastive_loss_from_scores(s, logit_scale=10.0, image_valid=images, text_valid=texts)
+        + s.square().mean()
+    )
+    first = gradients(token_knowledge_patch_loss(**made, logit_scale=10.0), made)
+    second = gradients(token_knowledge_patch_scores(**made).square().mean(), made)
+    total = gradients(both, made)
+    for name in total:
+        assert relative_error(total[name], first[name] + second[name]) <= MACHINE * 10, name
+
+
+def test_autocast_does_not_lower_the_precision_of_float32_inputs() -> None:
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in square_inputs(11).items()}
+    value = token_knowledge_patch_loss(**inputs, logit_scale=10.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = token_knowledge_patch_loss(**inputs, logit_scale=10.0)
+    assert torch.equal(value, again)
+
+
+def test_gradients_are_made_only_where_they_are_asked_for() -> None:
+    inputs = square_inputs(13)
+    full = leaves(inputs)
+    want = gradients(token_knowledge_patch_loss(**full, logit_scale=10.0), full)
+    for name in ("patches", "tokens", "knowledge", "token_weights"):
+        alone = dict(inputs) | {name: inputs[name].clone().requires_grad_()}
+        value = token_knowledge_patch_loss(**alone, logit_scale=10.0)
+        (got,) = torch.autograd.grad(value, [alone[name]])
+        assert relative_error(got, want[name] / _direction()) <= MACHINE * 10, name
+    with torch.no_grad():
+        assert token_knowledge_patch_loss(**full, logit_scale=10.0).grad_fn is None
+
+
+def _direction() -> float:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn((), generator=g, dtype=torch.float64).item()
+
+
+def test_activation_checkpointing_and_double_use_give_the_same_gradient() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    made = leaves(square_inputs(15))
+    plain = gradients(token_knowledge_patch_loss(**made, logit_scale=10.0), made)
+
+    def run(patches: Tensor) -> Tensor:
+        rest = made | {"patches": patches.tanh()}
+        return token_knowledge_patch_loss(**rest, logit_scale=10.0)
+
+    direct = torch.autograd.grad(run(made["patches"]), [made["patches"]])[0]
+    value = checkpoint(run, made["patches"], use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(value, [made["patches"]])[0], direct)
+    twice = token_knowledge_patch_loss(**made, logit_scale=10.0)
+    assert all(torch.equal(gradients(twice, made)[n], plain[n]) for n in plain)
+
+
+def test_a_second_derivative_is_refused_and_never_wrong() -> None:
+    made = leaves(square_inputs(17))
+    value = token_knowledge_patch_loss(**made, logit_scale=10.0)
+    (grad,) = torch.autograd.grad(value, [made["tokens"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), [made["tokens"]])
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "dim": ({"tokens": torch.zeros(5, 6, 9)}, "D=8 as patches have, got D=9"),
+    "ndim": ({"tokens": torch.zeros(5, 8)}, "3 dimensions"),
+    "integers": ({"tokens": torch.zeros(5, 6, 8, dtype=torch.int64)}, "floating point"),
+    "empty": ({"tokens": torch.zeros(5, 0, 8)}, "without an empty dimension"),
+    "weights shape": ({"token_weights": torch.ones(5, 7)}, r"shape \[5, 6\], got \[5, 7\]"),
+    "negative": ({"token_weights": -torch.ones(5, 6)}, "token_weights >= 0"),
+    "nan weight": ({"knowledge_weights": torch.full((5, 3), math.nan)}, "knowledge_weights >= 0"),
+    "mask dtype": ({"patch_mask": torch.ones(5, 5)}, "dtype bool"),
+    "pooling": ({"pooling": "sum"}, "pooling one of"),
+    "aggregation": ({"aggregation": "max"}, "aggregation one of"),
+    "share": ({"knowledge_share": 1.5}, r"\[0, 1\]"),
+    "share tensor": ({"knowledge_share": torch.tensor(0.5)}, r"\[0, 1\]"),
+    "scale": ({"attention_scale": -1.0}, "attention_scale finite and at least 0"),
+    "gamma": ({"aggregation_scale": 0.0}, "aggregation_scale finite and greater than 0"),
+    "scale shape": ({"attention_scale": torch.ones(2)}, "0-dim tensor"),
+    "impl": ({"impl": "cuda"}, 'impl "auto", "triton" or "torch"'),
+    "knowledge": ({"knowledge": None}, "expected knowledge beside"),
+    "pair ids": ({"pair_ids": torch.zeros(5)}, "int64"),
+    "pair ids shape": ({"pair_ids": torch.zeros(4, dtype=torch.int64)}, "one entry per pair"),
+    "unequal": ({"patches": torch.zeros(4, 5, 8)}, "as many images as texts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_argument_is_named_with_what_came(case: str) -> None:
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        token_knowledge_patch_loss(**(square_inputs() | {"logit_scale": 10.0} | change))
+
+
+def test_scores_of_another_group_are_refused() -> None:
+    with pytest.raises(ValueError, match="pass the group that made the scores"):
+        contrastive_loss_from_scores(torch.zeros(3, 6), logit_scale=1.0)
+
+
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggregation: str) -> None:
+    inputs = square_inputs(19)
+    module = TokenKnowledgePatchLoss(pooling=pooling, aggregation=aggregation).double()
+    value = module(**inputs, pair_ids=torch.arange(5))
+    want = token_knowledge_patch_loss(
+        **inputs, logit_scale=1 / 0.07, pooling=pooling, aggregation=aggregation
+    )
+    assert value.item() == pytest.approx(want.item(), rel=1e-6)  # logarithms start in float32
+    value.backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and parameter.grad.item() != 0.0, name
+    assert ("log_attention_scale" in dict(module.named_parameters())) == (pooling != "max")
+    assert ("log_aggregation_scale" in dict(module.named_parameters())) == (aggregation == "lse")
+    assert set(module(**inputs, output_dict=True)) == {"contrastive_loss"}
+
+
+def test_clamping_stops_the_logit_scale_at_100() -> None:
+    module = TokenKnowledgePatchLoss(logit_scale=5000.0, attention_scale=10.0)
+    module.clamp_scales_()
+    assert module.log_logit_scale.exp().item() == pytest.approx(100.0, rel=1e-6)
+    assert module.log_attention_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
+    fixed = TokenKnowledgePatchLoss(learn_scales=False)
+    assert list(fixed.parameters()) == []
+    assert "log_logit_scale" in fixed.state_dict()
