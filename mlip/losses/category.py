@@ -13,6 +13,7 @@ from mlip.unit_length import unit_length
 
 IMAGE, TEXT, ENTITIES = 0, 1, 2  # views, in the order of LossContext.views_all
 QUEUE_PER_PROTOTYPE = 4
+SAFE_LOG_RANGE = 60.0  # exp(60) times the counts of a batch stays below float32's 3e38
 
 
 class Category(nn.Module):
@@ -90,12 +91,13 @@ class Category(nn.Module):
         if samples < self.queue.shape[1]:
             everything = torch.cat([views, self.queue.to(views.dtype)], dim=1)
             every_valid = torch.cat([valid, self.queue_valid], dim=1)
-        scores = everything @ prototype_CD.T
         code = sinkhorn(
-            scores / self.settings.sinkhorn_temperature,
+            everything @ prototype_CD.T,
             every_valid,
+            temperature=self.settings.sinkhorn_temperature,
             iterations=self.settings.sinkhorn_iterations,
-        )[:, context.own]
+            rows=context.own,
+        )
         if self.training and samples < self.queue.shape[1]:
             self._push(views, valid)
         return code
@@ -110,17 +112,48 @@ class Category(nn.Module):
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, valid: Tensor, *, iterations: int) -> Tensor:
-    """Codes whose rows sum to 1 and whose columns carry nearly equal mass, in float32 log-space.
+def sinkhorn(
+    cosine: Tensor, valid: Tensor, *, temperature: float, iterations: int, rows: slice
+) -> Tensor:
+    """Codes softmax-like in cosine / temperature, balanced over all N samples, in float32.
 
-    Shapes:  logits [V, N, C], valid [V, N] bool -> [V, N, C] float32; rows that are not valid are 0
+    Every column first gets equal mass, then every row mass 1, `iterations` times over.
+
+    Shapes:  cosine [V, N, C], valid [V, N] bool -> [V, rows, C]; rows that are not valid are 0
     Source:  Cuturi 2013 (arXiv 1306.0895); order of steps as SwAV: columns, then rows.
     """
-    log_q = logits.float().masked_fill(~valid.unsqueeze(2), -torch.inf)
+    cosine = cosine.float()
+    if 2.0 / temperature <= SAFE_LOG_RANGE:
+        return _sinkhorn_by_scaling(cosine, valid, temperature, iterations, rows)
+    log_q = (cosine / temperature).masked_fill(~valid.unsqueeze(2), -torch.inf)
     for _ in range(iterations):
         log_q = log_q - _finite(torch.logsumexp(log_q, dim=1, keepdim=True))
         log_q = log_q - _finite(torch.logsumexp(log_q, dim=2, keepdim=True))
-    return log_q.exp()
+    return log_q[:, rows].exp()
+
+
+def _sinkhorn_by_scaling(
+    cosine: Tensor, valid: Tensor, temperature: float, iterations: int, rows: slice
+) -> Tensor:
+    """One exponential and two matrix-vector products an iteration instead of two passes of it.
+
+    Cosines reach from -1 to 1, so entries reach down to exp(-2 / temperature) and scalings up to
+    its inverse; SAFE_LOG_RANGE keeps both inside float32.
+    """
+    kernel_VNC = torch.exp((cosine - 1.0) / temperature).masked_fill_(~valid.unsqueeze(2), 0.0)
+    row_V1N = valid.unsqueeze(1).to(cosine.dtype)
+    column_VC1 = row_V1N.new_ones((cosine.shape[0], cosine.shape[2], 1))
+    # columns share the rows' total: with mass 1 each, the scalings would drift by N / C a round
+    column_mass_V11 = row_V1N.sum(dim=2, keepdim=True) / cosine.shape[2]
+    for _ in range(iterations):
+        column_VC1 = (_inverse(row_V1N @ kernel_VNC) * column_mass_V11).transpose(1, 2)
+        row_V1N = _inverse(kernel_VNC @ column_VC1).transpose(1, 2)
+    return kernel_VNC[:, rows] * row_V1N.transpose(1, 2)[:, rows] * column_VC1.transpose(1, 2)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 for an empty sum."""
+    return torch.where(x > 0, 1.0 / x, 0.0)
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def draw_partners(context: LossContext, stream: str, cosine: Tensor) -> Tensor:
     Source:  hard negatives as in ALBEF (Li et al. 2021, section 3.2); the draw is ours.
     """
     order_N = context.global_index_N.argsort()
-    logits_BN = context.scales.logit_scale().double() * cosine.double()
+    logits_BN = context.scales.logit_scale().to(cosine.dtype) * cosine
     logits_BN = logits_BN.masked_fill(~context.partner_allowed, -torch.inf)[:, order_N]
     peak_B1 = logits_BN.amax(dim=1, keepdim=True)
     peak_B1 = torch.where(peak_B1.isfinite(), peak_B1, 0.0)

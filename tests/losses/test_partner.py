@@ -1,0 +1,118 @@
+"""Drawn partners: who may be drawn, how often, and on what the draw depends."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mlip.batch import PRESENT, Batch
+from mlip.losses.context import LossContext, present_set_hash
+from mlip.losses.partner import draw_partners
+from tests.losses.loss_inputs import EMPTY, PAIRS, context_of, make_batch, make_leaves, rows_of
+
+
+def _cosine(context: LossContext) -> Tensor:
+    image, text = context.views_all[0], context.views_all[1]
+    return image @ text.T
+
+
+def _sets(batch: Batch) -> list[frozenset[int]]:
+    return [
+        frozenset(
+            int(e)
+            for e, s, m in zip(ids, states, mask, strict=True)
+            if bool(m) and int(s) == PRESENT
+        )
+        for ids, states, mask in zip(
+            batch.entity_ids, batch.entity_state, batch.entity_mask, strict=True
+        )
+    ]
+
+
+def _allowed(batch: Batch) -> Tensor:
+    """Oracle: Python sets."""
+    sets, ids = _sets(batch), batch.pair_id.tolist()
+    allowed = [
+        [ids[i] != ids[j] and sets[i] != sets[j] and j != EMPTY for j in range(PAIRS)]
+        for i in range(PAIRS)
+    ]
+    return torch.tensor(allowed)
+
+
+def test_the_batch_of_these_tests_holds_the_awkward_cases() -> None:
+    sets = _sets(make_batch())
+    assert sets[1] == sets[6] and not sets[3] and not sets[EMPTY]
+
+
+def test_allowed_partners_are_those_of_python_sets() -> None:
+    batch = make_batch()
+    assert torch.equal(context_of(make_leaves(), batch).partner_allowed, _allowed(batch))
+
+
+def test_hash_ignores_order_repeats_absent_and_masked_mentions() -> None:
+    batch = make_batch()
+    sets, hashes = _sets(batch), present_set_hash(batch).tolist()
+    for i in range(PAIRS):
+        for j in range(PAIRS):
+            assert (hashes[i] == hashes[j]) == (sets[i] == sets[j]), (i, j)
+    assert hashes[EMPTY] == 0
+
+
+def test_no_two_of_ten_thousand_sets_share_a_hash() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 300, (10_000, 6), generator=generator)
+    rows = torch.zeros(10_000, dtype=torch.int64)
+    full = torch.ones_like(ids)
+    batch = dataclasses.replace(
+        make_batch(),
+        entity_ids=ids,
+        entity_state=torch.full_like(ids, PRESENT),
+        entity_mask=full.bool(),
+        pair_id=rows,
+    )
+    assert len(set(present_set_hash(batch).tolist())) == len(set(_sets(batch)))
+
+
+def test_partners_follow_the_softmax_over_what_is_allowed() -> None:
+    # oracle: the masked softmax itself; 2000 steps, so a share's standard error is at most 0.011
+    batch, leaves = make_batch(), make_leaves()
+    steps = 2000
+    counts = torch.zeros(PAIRS, PAIRS)
+    first = context_of(leaves, batch)
+    cosine = _cosine(first)
+    for step in range(steps):
+        first.step = step
+        drawn = draw_partners(first, "match_text", cosine)
+        counts[torch.arange(PAIRS), drawn] += 1
+    logits = first.scales.logit_scale().detach() * cosine
+    expected = logits.masked_fill(~_allowed(batch), -torch.inf).softmax(dim=1)
+    has_partner = first.has_partner
+    assert has_partner.tolist() == [i != EMPTY for i in range(PAIRS)]
+    assert not bool(counts[has_partner][~_allowed(batch)[has_partner]].any())
+    share = (counts / steps)[has_partner]
+    assert float((share - expected[has_partner]).abs().max()) < 5 * 0.011
+
+
+def test_a_draw_does_not_depend_on_the_order_of_pairs() -> None:
+    batch, leaves = make_batch(), make_leaves()
+    plain = context_of(leaves, batch)
+    drawn = batch.global_index[draw_partners(plain, "swap_partner", _cosine(plain))]
+    order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(3))
+    moved_batch = rows_of(batch, order)
+    moved = context_of({n: v[order] for n, v in leaves.items()}, moved_batch)
+    other = moved_batch.global_index[draw_partners(moved, "swap_partner", _cosine(moved))]
+    counted = plain.has_partner[order]
+    assert torch.equal(other[counted], drawn[order][counted])
+
+
+def test_extreme_scales_and_equal_scores_still_draw_only_allowed_partners() -> None:
+    batch, leaves = make_batch(), make_leaves(dtype=torch.float32)
+    context = context_of(leaves, batch)
+    allowed, counted = _allowed(batch), context.has_partner
+    for cosine in (torch.zeros(PAIRS, PAIRS), _cosine(context) * 1e4, -1e4 * _cosine(context)):
+        for step in range(50):
+            context.step = step
+            drawn = draw_partners(context, "match_image", cosine)
+            assert bool(allowed[torch.arange(PAIRS), drawn][counted].all())
