@@ -13,12 +13,15 @@ import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from mlip.dataloading.phantom_anatomy import Layers, draw_body, draw_layers
+from mlip.dataloading.phantom_anatomy import Layers, draw_layers
+from mlip.dataloading.phantom_body import draw_body
+from mlip.dataloading.phantom_canvas import Density
 from mlip.dataloading.phantom_findings import draw_findings, plan_findings
 from mlip.dataloading.phantom_reports import write_report
 from mlip.dataloading.phantom_types import SPEC_OF, PhantomStudy
 
 MIN_PX = 96  # below this, thin lines and nodules are less than a pixel
+NORMAL_RATIO = (0.37, 0.49)  # cardiothoracic ratio without cardiomegaly
 _PERIOD = 8  # the last two of this many consecutive indexes are one patient's
 _PATIENT, _STUDY, _FINDINGS, _WORDS = range(4)  # streams under one (seed, number)
 
@@ -43,7 +46,7 @@ def generate_study(seed: int, index: int, image_px: int) -> PhantomStudy:
     choice = _generator(seed, index, _FINDINGS)
     plans = plan_findings(choice)
     heart = [p for p in plans if p.concept_id == "cardiomegaly"]
-    ratio = heart[0].size if heart else choice.uniform(0.36, 0.48)
+    ratio = heart[0].size if heart else choice.uniform(*NORMAL_RATIO)
     # the same range with and without the finding: only the width tells it
     cover = heart[0].contrast if heart else choice.uniform(*SPEC_OF["cardiomegaly"].contrast)
     body, anatomy = draw_body(rng, person, ratio, cover)
@@ -74,7 +77,9 @@ def _expose(layers: Layers, rng: Generator) -> NDArray[np.uint16]:
     """
     px = layers.canvas.px
     layers.add(layers.vessels, rng.uniform(0.09, 0.14))
-    film = cv2.GaussianBlur(layers.density, (0, 0), max(rng.uniform(0.002, 0.004) * px, 0.3))
+    film: Density = cv2.GaussianBlur(
+        layers.density, (0, 0), max(rng.uniform(0.002, 0.004) * px, 0.3)
+    )
     low, high = rng.uniform(-0.04, 0.06), rng.uniform(0.85, 1.05)
     film -= np.float32(low)
     film *= np.float32(1 / (high - low))
@@ -94,10 +99,10 @@ def _expose(layers: Layers, rng: Generator) -> NDArray[np.uint16]:
         film[:border] = film[-border:] = 0.0
         film[:, :border] = film[:, -border:] = 0.0
     np.clip(film, 0.0, 1.0, out=film)
-    return (film * np.float32(4095.0)).astype(np.uint16) << 4
+    return np.left_shift((film * np.float32(4095.0)).astype(np.uint16), 4)
 
 
-def _mark_left(film: NDArray[np.float32], rng: Generator) -> None:
+def _mark_left(film: Density, rng: Generator) -> None:
     """The technologist's lead letter L in the upper corner on the patient's left."""
     px = film.shape[0]
     corner = np.array([rng.uniform(0.87, 0.91), rng.uniform(0.03, 0.10)]) * px

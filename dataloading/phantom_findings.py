@@ -14,7 +14,9 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from mlip.dataloading.phantom_anatomy import LUNG_DEPTH, SIGNS, Body, Layers, Mask, curve
+from mlip.dataloading.phantom_anatomy import LUNG_DEPTH, Layers
+from mlip.dataloading.phantom_body import SIGNS, Body
+from mlip.dataloading.phantom_canvas import Mask, curve
 from mlip.dataloading.phantom_types import SPEC_OF, FindingTruth, Side, Zone, size_tier
 
 METAL = 0.42  # density of contrast 1 for devices
@@ -70,8 +72,10 @@ def _place(
 
 
 def _half(layers: Layers, side: str) -> NDArray[np.float32]:
-    """The air of one lung only."""
-    return layers.canvas.soft(layers.lung[side], 0.0) * layers.air
+    """The air of one lung only, with the whole of its soft edge."""
+    reach = 2 * round(0.02 * layers.canvas.px) + 1
+    wide = cv2.dilate(layers.lung[side], np.ones((reach, reach), np.uint8))
+    return layers.canvas.soft(wide, 0.0) * layers.air
 
 
 def _effusion(body, layers, side, size, contrast, zone, blocked, rng) -> Drawn | None:
@@ -153,12 +157,12 @@ def _atelectasis(body, layers, side, size, contrast, zone, blocked, rng) -> Draw
     tilt = rng.uniform(-0.45, 0.45)
     along = np.array([np.cos(tilt), np.sin(tilt)])
     for k in range(int(rng.integers(1, 4))):
-        middle = centre + np.array([rng.uniform(-0.02, 0.02), (k - 0.5) * 0.034])
+        middle = centre + np.array([rng.uniform(-0.02, 0.02), (k - 0.5) * 0.04])
         length = size * (1.0 if k == 0 else rng.uniform(0.5, 0.9))
         t = np.linspace(-0.5, 0.5, 9)
         line = middle + length * t[:, None] * along
         line[:, 1] += rng.uniform(-0.01, 0.01) * np.cos(np.pi * t)
-        half = 0.0085 * np.cos(0.9 * np.pi * t)
+        half = 0.0105 * np.cos(0.9 * np.pi * t)
         offset = np.stack([np.zeros_like(half), half], 1)
         canvas.fill(np.concatenate([line - offset, (line + offset)[::-1]]), into=bands)
     region = cv2.min(bands, layers.lung[side])
