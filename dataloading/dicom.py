@@ -1,7 +1,7 @@
 """DICOM radiographs in and out: read_radiograph, explain, write_radiograph, DicomError.
 
-The parts: dicom_header.py (bytes -> checked values), dicom_frame.py (codecs), dicom_tone.py
-(arithmetic), dicom_write.py (writer), dicom_phi.py (what de-identification left behind).
+The parts: dicom_source.py (streams, limits, codes), dicom_header.py (checked values),
+dicom_frame.py (codecs), dicom_tone.py (arithmetic), dicom_write.py, dicom_phi.py.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlip.dataloading.dicom_frame import read_cells
-from mlip.dataloading.dicom_header import (
-    CODES,
-    DicomError,
-    Header,
-    error_wall,
-    open_regular,
-    read_header,
-)
+from mlip.dataloading.dicom_header import Header, Lut, read_header
+from mlip.dataloading.dicom_phi import Leftover, check_phi
+from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular
 from mlip.dataloading.dicom_tone import apply_table, build_tone, needs_range, seen_cells
 from mlip.dataloading.dicom_write import write_radiograph
 
-__all__ = ["CODES", "DicomError", "RadiographInfo", "read_radiograph", "write_radiograph"]
+__all__ = [
+    "CODES",
+    "DicomError",
+    "Leftover",
+    "RadiographInfo",
+    "check_phi",
+    "explain",
+    "read_radiograph",
+    "write_radiograph",
+]
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,47 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
         tone = build_tone(header, seen_cells(cells) if needs_range(header) else None)
         image = apply_table(cells, tone.table)
     return image, _info(header, tone.voi, tone.own_range)
+
+
+def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
+    """One line a step of read_radiograph, with the lowest and highest value after it.
+
+    Raises:  DicomError as read_radiograph.
+    """
+    with error_wall("malformed"), open_regular(source) as (file, size):
+        header, stream = read_header(file)
+        cells = read_cells(header, stream)
+        seen = seen_cells(cells)
+        tone = build_tone(header, seen)
+    info = _info(header, tone.voi, tone.own_range)
+    sign = "signed" if header.signed else "unsigned"
+    lines = [
+        f"file: {size} bytes, transfer syntax {header.transfer_syntax}",
+        f"frame: {header.rows} x {header.columns}, {header.bits_stored} of "
+        f"{header.bits_allocated} bits, {sign}, {header.photometric}",
+    ]
+    detail = {
+        "rescale": f"slope {header.rescale[0]:g}, intercept {header.rescale[1]:g}"
+        if header.rescale
+        else "",
+        "modality LUT": _describe_lut(header.modality_lut),
+        "lut": _describe_lut(header.voi_lut),
+        "own_range": "no VOI LUT and no usable window: the image's own extremes",
+    }
+    if info.window:
+        detail[tone.voi] = f"centre {info.window[0]:g}, width {info.window[1]:g}"
+    for name, values in tone.steps:
+        low, high = values[seen].min(), values[seen].max()
+        label = f"VOI {name}" if name == tone.voi else name
+        extra = f" ({detail[name]})" if detail.get(name) else ""
+        lines.append(f"{label}: {low:g} .. {high:g}{extra}")
+    if header.notes:
+        lines.append(f"notes: {', '.join(header.notes)}")
+    return lines
+
+
+def _describe_lut(lut: Lut | None) -> str:
+    return f"{len(lut.values)} entries of {lut.bits} bits from {lut.first}" if lut else ""
 
 
 def _info(header: Header, voi: str, own_range: tuple[float, float] | None) -> RadiographInfo:

@@ -11,15 +11,11 @@ from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
-from pydicom import encaps
 
-from mlip.dataloading.dicom_header import (
-    BIG_ENDIAN,
-    COMPRESSED_SYNTAXES,
-    DicomError,
-    Header,
-    error_wall,
-)
+from mlip.dataloading.dicom_header import Header
+from mlip.dataloading.dicom_source import BIG_ENDIAN, COMPRESSED_SYNTAXES, DicomError, error_wall
+
+_MAX_FRAGMENTS = 65_536  # a 100-megapixel frame in fragments of 4 KiB; walking them takes 0.1 s
 
 
 def read_cells(header: Header, stream: BinaryIO) -> np.ndarray:
@@ -36,14 +32,8 @@ def read_cells(header: Header, stream: BinaryIO) -> np.ndarray:
     if kind is None:
         return _native(header, stream, length, swap_pairs)
     with error_wall("malformed"):
-        try:
-            frame = encaps.get_frame(stream.read(), 0, number_of_frames=1)
-        except (ValueError, struct.error) as error:
-            raise DicomError("no_pixels", "no fragment") from error
-    if not frame:
-        raise DicomError("no_pixels", "empty frame")
-    cells = _rle(header, frame) if kind == "rle" else _codec(header, frame, kind)
-    return cells
+        frame = _joined_fragments(stream)
+    return _rle(header, frame) if kind == "rle" else _codec(header, frame, kind)
 
 
 def _pixel_element(header: Header, stream: BinaryIO) -> tuple[int, bool]:
@@ -60,6 +50,29 @@ def _pixel_element(header: Header, stream: BinaryIO) -> tuple[int, bool]:
         length = struct.unpack(f"{order}I", stream.read(4))[0]
         return length, order == ">" and representation == b"OW" and header.bits_allocated == 8
     return struct.unpack(f"{order}I", head[4:])[0], False
+
+
+def _joined_fragments(stream: BinaryIO) -> bytes:
+    """The one frame of encapsulated pixel data: all fragments behind the offset table, joined."""
+    fragments: list[bytes] = []
+    for index in range(_MAX_FRAGMENTS):
+        head = stream.read(8)
+        # a missing sequence delimiter at the end of the file loses no pixel
+        if head == b"" or head[:4] == b"\xfe\xff\xdd\xe0":
+            break
+        if len(head) < 8 or head[:4] != b"\xfe\xff\x00\xe0":
+            raise DicomError("malformed", "no item where a fragment should start")
+        length = struct.unpack("<I", head[4:])[0]
+        fragment = stream.read(length) if length != 0xFFFFFFFF else b""
+        if len(fragment) != length:
+            raise DicomError("pixel_length", "a fragment runs past the end of the file")
+        if index > 0:
+            fragments.append(fragment)
+    else:
+        raise DicomError("too_large", f"more than {_MAX_FRAGMENTS} fragments")
+    if not any(fragments):
+        raise DicomError("no_pixels", "no fragment")
+    return b"".join(fragments)
 
 
 def _native(header: Header, stream: BinaryIO, length: int, swap_pairs: bool) -> np.ndarray:
@@ -101,10 +114,9 @@ def _rle(header: Header, frame: bytes) -> np.ndarray:
             if not size <= len(decoded) <= size + 256:
                 raise DicomError("frame_mismatch", f"{len(decoded)} RLE bytes, expected {size}")
             cells[:, planes - 1 - plane] = np.frombuffer(decoded, np.uint8, count=size)
-    cells = cells.reshape(-1).view("<u2" if planes == 2 else np.uint8)
-    return cells.astype(cells.dtype.newbyteorder("="), copy=False).reshape(
-        header.rows, header.columns
-    )
+    joined = cells.reshape(-1).view("<u2" if planes == 2 else np.uint8)
+    native = joined.astype(joined.dtype.newbyteorder("="), copy=False)
+    return native.reshape(header.rows, header.columns)
 
 
 def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:

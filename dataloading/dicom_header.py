@@ -1,111 +1,22 @@
-"""The header of a DICOM file as checked plain values, and the raw bytes of its one frame.
-
-Whatever pydicom can raise is turned into a DicomError here, sizes are refused before pixels are
-read, and nothing keeps a patient's identity: the pixel path never sees those tags.
-"""
+"""The header of a DICOM file as checked plain values; it holds nothing that identifies anybody."""
 
 from __future__ import annotations
 
-import io
-import logging
-import os
-import stat
 import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
-# pydicom's warnings and log lines quote tag values, which may identify a patient.
-warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-
-MAX_FILE_BYTES = 512 << 20
-MAX_INFLATED_BYTES = 96 << 20  # deflated syntax: 48 megapixels of 16 bits, 256 MiB in all
-MAX_SIDE_PX = 16_384
-MAX_PIXELS = 100_000_000
-
-CODES = {
-    "missing": "no such file",
-    "dangling_link": "a link to nothing",
-    "directory": "a folder, not a file",
-    "special_file": "a pipe, socket or device, not a file",
-    "no_permission": "may not be read",
-    "io_error": "the system could not read it",
-    "empty": "the file has no bytes",
-    "too_large": "larger than the limits on bytes, sides or pixels",
-    "not_dicom": "no DICOM preamble and file meta information",
-    "malformed": "the data set cannot be parsed",
-    "unsupported_syntax": "a transfer syntax that is not on the list",
-    "unsupported_photometric": "not MONOCHROME1 or MONOCHROME2",
-    "multi_frame": "not exactly one frame",
-    "missing_tag": "a required attribute is absent",
-    "bad_shape": "rows or columns are not positive numbers",
-    "bad_bits": "bits allocated, stored or high bit are not a valid combination",
-    "bad_rescale": "rescale slope or intercept is not a usable number",
-    "bad_lut": "a lookup table does not hold what its descriptor says",
-    "no_pixels": "no pixel data",
-    "pixel_length": "pixel data is shorter or longer than the header says",
-    "syntax_mismatch": "pixel data is compressed where the syntax says native, or the reverse",
-    "frame_mismatch": "the compressed frame is not of the size or depth the header says",
-    "decode_failed": "the compressed frame cannot be decoded",
-    "out_of_memory": "not enough memory",
-}
-
-
-class DicomError(ValueError):
-    """A file that cannot be a radiograph, with a stable reason code out of CODES."""
-
-    def __init__(self, code: str, detail: str = "") -> None:
-        super().__init__(f"{code}: {CODES[code]}{'; ' + detail if detail else ''}")
-        self.code = code
-        self.detail = detail
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return DicomError, (self.code, self.detail)
-
-
-@contextmanager
-def error_wall(code: str) -> Iterator[None]:
-    """Turn every exception of a library into DicomError(code).
-
-    StopIteration out of a decoder would end a DataLoader's epoch without an error, so the wall
-    has to be total; the library's text is dropped because it may quote tag values.
-    """
-    try:
-        yield
-    except DicomError:
-        raise
-    except MemoryError as error:
-        raise DicomError("out_of_memory") from error
-    except Exception as error:
-        raise DicomError(code, type(error).__name__) from error
-
-
-DEFLATED = "1.2.840.10008.1.2.1.99"
-BIG_ENDIAN = "1.2.840.10008.1.2.2"
-NATIVE_SYNTAXES = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN)
-COMPRESSED_SYNTAXES = {
-    "1.2.840.10008.1.2.5": "rle",
-    "1.2.840.10008.1.2.4.50": "jpeg",
-    "1.2.840.10008.1.2.4.51": "jpeg",
-    "1.2.840.10008.1.2.4.57": "jpeg",
-    "1.2.840.10008.1.2.4.70": "jpeg",
-    "1.2.840.10008.1.2.4.80": "jpegls",
-    "1.2.840.10008.1.2.4.81": "jpegls",
-    "1.2.840.10008.1.2.4.90": "jpeg2000",
-    "1.2.840.10008.1.2.4.91": "jpeg2000",
-    "1.2.840.10008.1.2.4.201": "htj2k",
-    "1.2.840.10008.1.2.4.202": "htj2k",
-    "1.2.840.10008.1.2.4.203": "htj2k",
-}
+from mlip.dataloading.dicom_source import (
+    MAX_PIXELS,
+    MAX_SIDE_PX,
+    DicomError,
+    error_wall,
+    read_dataset,
+)
 
 _TAGS = (
     "Modality ViewPosition PresentationIntentType SamplesPerPixel PhotometricInterpretation "
@@ -114,8 +25,6 @@ _TAGS = (
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
     "PixelSpacing SpecificCharacterSet"
 ).split()
-
-_PIXEL_TAGS = {0x7FE00008: "float", 0x7FE00009: "double", 0x7FE00010: "integer"}
 
 
 @dataclass(frozen=True)
@@ -148,106 +57,6 @@ class Header:
     window: tuple[float, float, str] | None  # centre, width, function
     voi_lut: Lut | None
     notes: tuple[str, ...]
-
-
-@contextmanager
-def open_regular(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[BinaryIO, int]]:
-    """The opened file and its size; never blocks on a pipe and never follows to a device."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        if not source:
-            raise DicomError("empty")
-        if len(source) > MAX_FILE_BYTES:
-            raise DicomError("too_large", f"{len(source)} bytes, at most {MAX_FILE_BYTES}")
-        yield io.BytesIO(source), len(source)
-        return
-    path = Path(source)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise DicomError("dangling_link" if path.is_symlink() else "missing") from error
-    except PermissionError as error:
-        raise DicomError("no_permission") from error
-    except (OSError, ValueError) as error:
-        raise DicomError("io_error", type(error).__name__) from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise DicomError("directory")
-        if not stat.S_ISREG(status.st_mode):
-            raise DicomError("special_file")
-        if status.st_size == 0:
-            raise DicomError("empty")
-        if status.st_size > MAX_FILE_BYTES:
-            raise DicomError("too_large", f"{status.st_size} bytes, at most {MAX_FILE_BYTES}")
-        yield file, status.st_size
-
-
-def read_transfer_syntax(file: BinaryIO) -> tuple[str, int]:
-    """Transfer syntax UID and the offset of the data set behind the file meta information."""
-    file.seek(0)
-    if file.read(132)[128:] != b"DICM":
-        raise DicomError("not_dicom")
-    syntax, offset = "", 132
-    for _ in range(64):  # group 2 has at most 20 attributes
-        head = file.read(8)
-        if len(head) < 8 or head[:2] != b"\x02\x00":
-            break
-        length, value_at = struct.unpack("<H", head[6:])[0], offset + 8
-        if head[4:6] in (b"OB", b"OW", b"UN", b"SQ", b"UT"):
-            length, value_at = struct.unpack("<I", file.read(4).ljust(4, b"\0"))[0], offset + 12
-        if length > 1 << 20:
-            raise DicomError("malformed", "file meta information")
-        value = file.read(length)
-        if head[:4] == b"\x02\x00\x10\x00":
-            syntax = value.decode("ascii", "replace").strip(" \0")
-        offset = value_at + length
-    if not syntax:
-        raise DicomError("not_dicom", "no transfer syntax")
-    if syntax not in NATIVE_SYNTAXES and syntax not in COMPRESSED_SYNTAXES:
-        raise DicomError("unsupported_syntax", _uid(syntax))
-    return syntax, offset
-
-
-def _uid(text: str) -> str:
-    """A UID fit for a message: only digits and dots, at most 64."""
-    return "".join(c for c in text[:64] if c in "0123456789.") or "not a UID"
-
-
-def _inflated(file: BinaryIO, offset: int) -> BinaryIO:
-    """The data set of a deflated file, refused once it grows past MAX_INFLATED_BYTES."""
-    file.seek(offset)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    plain = io.BytesIO()
-    while not inflater.eof:
-        block = file.read(1 << 16)
-        if not block:
-            break
-        while block:
-            plain.write(inflater.decompress(block, 1 << 20))
-            if plain.tell() > MAX_INFLATED_BYTES:
-                raise DicomError("too_large", f"inflates past {MAX_INFLATED_BYTES} bytes")
-            block = inflater.unconsumed_tail
-    plain.seek(0)
-    return plain
-
-
-def read_dataset(file: BinaryIO, tags: list[str]) -> tuple[str, BinaryIO, Dataset]:
-    """Transfer syntax, the stream standing at the pixel data element, and the chosen tags."""
-    with error_wall("malformed"):
-        syntax, offset = read_transfer_syntax(file)
-        implicit, little = syntax == NATIVE_SYNTAXES[0], syntax != BIG_ENDIAN
-        if syntax == DEFLATED:
-            file = _inflated(file, offset)
-        else:
-            file.seek(offset)
-        dataset = pydicom.filereader.read_dataset(
-            file,
-            is_implicit_VR=implicit,
-            is_little_endian=little,
-            stop_when=lambda tag, vr, length: int(tag) >= 0x7FE00008,
-            specific_tags=[pydicom.tag.Tag(tag) for tag in tags],  # type: ignore[misc]
-        )
-    return syntax, file, dataset
 
 
 def read_header(file: BinaryIO) -> tuple[Header, BinaryIO]:

@@ -114,7 +114,7 @@ def _describe(patient_id: str, study_id: str, image_id: str, modality: str) -> F
         DigitalXRayImageStorageForPresentation if digital else ComputedRadiographyImageStorage
     )
     meta.MediaStorageSOPInstanceUID = uid["image"]
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID
     dataset.SOPInstanceUID = uid["image"]
     dataset.StudyInstanceUID = uid["study"]

@@ -1,0 +1,92 @@
+"""check_phi finds every planted attribute by name and quotes none of their values."""
+
+import io
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+
+from mlip.dataloading.dicom import DicomError, check_phi, write_radiograph
+from mlip.dataloading.dicom_phi import SEVERE
+
+CANARY = "CANARY7"
+
+
+@pytest.fixture
+def clean(tmp_path) -> Dataset:
+    image = np.zeros((16, 16), np.uint16)
+    write_radiograph(tmp_path / "a", image, patient_id="p", study_id="s")
+    return pydicom.dcmread(tmp_path / "a")
+
+
+def found(dataset: Dataset) -> dict[str, str]:
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    leftovers = check_phi(buffer.getvalue())
+    assert CANARY not in repr(leftovers)
+    return {leftover.attribute: leftover.reason for leftover in leftovers}
+
+
+def test_a_generated_file_holds_nothing_but_its_own_ids(clean):
+    assert found(clean) == {"PatientID": "profile", "StudyID": "profile"}
+    assert not SEVERE & set(found(clean).values())
+
+
+@pytest.mark.parametrize(
+    "keyword, value, reason",
+    [
+        ("PatientName", CANARY, "name"),
+        ("ReferringPhysicianName", CANARY, "name"),
+        ("OperatorsName", CANARY, "name"),
+        ("PatientBirthDate", "19700101", "date"),
+        ("StudyTime", "120000", "date"),
+        ("AcquisitionDateTime", "20200101120000", "date"),
+        ("AccessionNumber", CANARY, "profile"),
+        ("InstitutionName", CANARY, "profile"),
+        ("PatientAddress", CANARY, "profile"),
+        ("DeviceSerialNumber", CANARY, "profile"),
+        ("StudyDescription", CANARY, "profile"),
+        ("PatientComments", CANARY, "profile"),
+        ("BurnedInAnnotation", "YES", "burned_in"),
+        ("BurnedInAnnotation", None, "burned_in_unknown"),
+        ("PatientIdentityRemoved", None, "not_yes"),
+        ("PatientIdentityRemoved", "NO", "not_yes"),
+    ],
+)
+def test_each_planted_attribute_is_found(clean, keyword, value, reason):
+    if value is None:
+        del clean[keyword]
+    else:
+        setattr(clean, keyword, value)
+    assert found(clean)[keyword] == reason
+
+
+def test_private_nested_and_overlay_attributes_are_found(clean):
+    clean.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
+    clean.add_new(0x60003000, "OW", b"\1\0")
+    item = Dataset()
+    item.RequestedProcedureID = CANARY
+    deeper = Dataset()
+    deeper.PersonName = CANARY
+    item.PersonIdentificationCodeSequence = [deeper]
+    clean.RequestAttributesSequence = [item]
+    result = found(clean)
+    assert result["0011,0010"] == result["0011,1001"] == "private"
+    assert result["6000,3000"] == "overlay"
+    assert result["RequestedProcedureID"] == "profile" and result["PersonName"] == "name"
+
+
+@pytest.mark.parametrize(
+    "preamble, reason",
+    [(b"MZ", "executable"), (b"\x7fELF", "executable"), (CANARY.encode(), "not_empty")],
+)
+def test_a_preamble_that_is_a_program_is_found(clean, preamble, reason):
+    clean.preamble = preamble.ljust(128, b"\0")
+    assert found(clean)["preamble"] == reason
+
+
+def test_a_file_that_cannot_be_parsed_is_an_error(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 200)
+    with pytest.raises(DicomError, match="not_dicom"):
+        check_phi(tmp_path / "a")
