@@ -173,6 +173,7 @@ def start(timeout_s: float) -> torch.device:
 
 def start_alone() -> None:
     """A process group of one where no launcher made one: DeepSpeed does not run without."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

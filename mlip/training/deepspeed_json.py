@@ -42,6 +42,9 @@ def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) ->
     """
     train = config.train
     zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.zero_stage == 3:
+        # it would replace torch's F.linear in the whole process
+        zero["memory_efficient_linear"] = False
     if train.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     derived: dict[str, Any] = {

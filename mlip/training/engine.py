@@ -24,6 +24,7 @@ from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.deepspeed_json import deepspeed_settings
+from mlip.training.grad_cache import set_recompute_context
 from mlip.training.schedule import peak_lr, undecayed_names
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -243,8 +244,18 @@ class DeepSpeedEngine(Engine):
             self.engine, self.zero, _, _ = deepspeed.initialize(
                 model=objective, optimizer=build_optimizer(objective, config), config=settings
             )
+        set_recompute_context(self._keep_gathered if self.stage == 3 else contextlib.nullcontext)
         # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
         self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer
+
+    def _keep_gathered(self) -> Any:
+        """Stage 3 during a recomputation: its forward hooks must not release the parameters.
+
+        The backward pass that asked for the recomputation has gathered its module's already and
+        goes on with them right after; the module's own backward hook releases them.
+        """
+        coordinator = self.zero.parameter_offload.get_param_coordinator()
+        return mock.patch.object(coordinator, "release_sub_module")
 
     def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
         return self.engine(batch, step=step, progress=progress)

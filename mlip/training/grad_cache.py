@@ -9,11 +9,23 @@ DeepSpeed's reduction hooks see nothing unusual at any ZeRO stage.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+
+_recompute_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def set_recompute_context(context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """What surrounds every recomputation: the engine's word on parameters it keeps in parts."""
+    global _recompute_context
+    _recompute_context = context
 
 
 def num_micro_batches(rows: int, micro_size: int) -> int:
@@ -49,11 +61,16 @@ def cached_forward(
     if not torch.is_grad_enabled():
         outputs = [function(*piece) for piece in pieces]
     else:
-        # Recomputation runs to its end: stopping early would skip the forward hooks by which
-        # ZeRO stage 3 gives its gathered parameters back.
+        # Recomputation runs to its end, so that every forward hook finds its counterpart.
         with set_checkpoint_early_stop(False):
             outputs = [
-                checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=True)
+                checkpoint(
+                    function,
+                    *piece,
+                    use_reentrant=False,
+                    preserve_rng_state=True,
+                    context_fn=lambda: (contextlib.nullcontext(), _recompute_context()),
+                )
                 for piece in pieces
             ]
     return tuple(torch.cat(columns) for columns in zip(*outputs, strict=True))
