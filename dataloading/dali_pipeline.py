@@ -38,6 +38,13 @@ def why_not_dali(config: Config) -> str | None:
     return None
 
 
+def _dali() -> tuple[Any, Any, Any]:
+    """DALI's Pipeline, fn and types; its type stubs lack what its types module has at run time."""
+    from nvidia.dali import Pipeline, fn, types
+
+    return Pipeline, fn, types
+
+
 class DaliPipeline:
     """Plan -> Images. Plans come with rising steps; any other step rebuilds the pipeline."""
 
@@ -107,14 +114,19 @@ class DaliPipeline:
             failure, self._failure = self._failure, None
             self._pipe = None
             raise failure
-        images = outputs[0]
-        images = images.as_cpu() if self.on_gpu else images
-        # a copy: DALI writes the next batch into the same memory
-        return torch.from_numpy(np.array(images.as_tensor()))
+        images = outputs[0].as_tensor()
+        if not self.on_gpu:
+            # a copy: DALI writes the next batch into the same memory
+            return torch.from_numpy(np.array(images))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        device = torch.device(f"cuda:{self.device_id}")
+        size = self.transform.crop_px
+        out = torch.empty(self.batch_size, 1, size, size, device=device)
+        return feed_ndarray(images, out, cuda_stream=torch.cuda.current_stream(device))
 
     def _build(self, step: int) -> None:
-        from nvidia.dali import Pipeline, fn, types
-
+        Pipeline, fn, types = _dali()
         self._pipe = None  # frees the old one first
         self._base = self._next = step
         self._plans.clear()

@@ -39,8 +39,8 @@ class Header:
     plain: bool
 
 
-def read_bytes(root: str, relative: str) -> bytes:
-    """The content of root/relative, read through one descriptor.
+def read_bytes(root: str, relative: str, name: str = "") -> bytes:
+    """The content of root/relative, read through one descriptor; `name` stands for it in errors.
 
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
              root is gone.
@@ -62,8 +62,8 @@ def read_bytes(root: str, relative: str) -> bytes:
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         if not real.startswith(root.rstrip("/") + "/"):
             raise DataError(
-                f"image {relative!r} leads outside data.root through a link: copy the file into "
-                "the folder or set data.root to a folder that holds all images"
+                f"image {name or relative} leads outside data.root through a link: copy the file "
+                "into the folder or set data.root to a folder that holds all images"
             )
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("not_a_file")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -20,8 +18,9 @@ from numpy.typing import NDArray
 
 from mlip.batch import Batch
 from mlip.config import Config
-from mlip.dataloading.ledger import DataError, Ledger
+from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import IntArray, Manifest, connect
+from mlip.dataloading.producer import Producer
 from mlip.dataloading.reports import ReportEncoder, draw_sentences, kept_sentences
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Images, SampleReader
@@ -66,7 +65,7 @@ class Loader:
         self.prefetch = max(1, prefetch)
         self.step = 0  # of the next batch
         self.wait_seconds = 0.0  # how long the last next() waited for data
-        self._producer: _Producer | None = None
+        self._producer: Producer | None = None
 
     @property
     def is_training(self) -> bool:
@@ -93,7 +92,9 @@ class Loader:
             self._stop()
             raise StopIteration
         if self._producer is None:
-            self._producer = _Producer(self, self.step)
+            order = self.order
+            last = order.num_steps if isinstance(order, SequentialOrder) else None
+            self._producer = Producer(self.make, self.step, last, self.prefetch)
         begin = time.perf_counter()
         batch, images, plan = self._producer.take()
         self.wait_seconds = time.perf_counter() - begin
@@ -128,6 +129,13 @@ class Loader:
         ledger.bad_share = self.ledger.bad_share
         self.ledger = ledger
 
+    def quarantine(self) -> list[dict[str, Any]]:
+        """Every bad row met so far: data row of the manifest, image and reason."""
+        return [
+            {"data_row": row + 1, "image": self.manifest.image_name(row), "reason": reason}
+            for row, reason in sorted(self.ledger.bad.items())
+        ]
+
     def close(self) -> None:
         """Stop the background thread and free the pipeline."""
         self._stop()
@@ -147,10 +155,10 @@ class Loader:
             self._producer = None
 
     def _account(self, images: Images, plan: Plan) -> None:
-        in_order_bad = 0
         for epoch, row, reason, in_order in images.bad:
+            if row not in self.ledger.bad:
+                logger.warning("quarantined image %s: %s", self.manifest.image_name(row), reason)
             self.ledger.add_bad(epoch, row, reason, in_order=in_order)
-            in_order_bad += in_order
             if in_order and self.is_training:
                 self.ledger.add_replacement(epoch)
         epochs, counts = np.unique(plan.epoch, return_counts=True)
@@ -209,60 +217,10 @@ class Loader:
         )
 
 
-class _Producer:
-    """A thread that makes batches ahead; its failure is raised in the taker's thread."""
-
-    def __init__(self, loader: Loader, step: int) -> None:
-        self._loader = loader
-        self._queue: queue.Queue[Any] = queue.Queue(loader.prefetch)
-        self._stopped = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(step,), name="mlip-loader", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, step: int) -> None:
-        try:
-            order = self._loader.order
-            while not self._stopped.is_set():
-                if isinstance(order, SequentialOrder) and step >= order.num_steps:
-                    return
-                self._put(self._loader.make(step))
-                step += 1
-        except StopIteration as error:
-            # an iterator's end inside a library must not look like the end of an epoch
-            failure = DataError("the input pipeline raised StopIteration: a library fault")
-            failure.__cause__ = error
-            self._put(failure)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Any) -> None:
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def take(self) -> tuple[Batch, Images, Plan]:
-        if self._failure is not None:
-            raise self._failure
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
-        return item
-
-    def stop(self) -> None:
-        self._stopped.set()
-        while True:
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                break
-        self._thread.join(timeout=60.0)
+def _pinned(batch: Batch) -> Batch:
+    """Host tensors in page-locked memory, so that copies to the GPU overlap the step."""
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    return Batch(**{k: v if v.is_cuda else v.pin_memory() for k, v in tensors.items()})
 
 
 def build_loader(

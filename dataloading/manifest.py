@@ -54,6 +54,9 @@ RULES = (
 # Shares of patients where the manifest has no split column.
 _TRAIN_SHARE, _VAL_SHARE = 0.8, 0.1
 
+# Shorter ids ("7") occur in any path by chance.
+_IDENTIFYING = 3
+
 # Up to this many rows every folder's real path is checked at load; beyond, when a file is opened.
 _CHECK_LINKS_ROWS = 20_000
 
@@ -72,6 +75,7 @@ class Manifest:
     split: NDArray[np.int8]  # index into SPLITS, NO_SPLIT where blank
     pair_id: IntArray  # equal = same study or same text; the component's first row
     rule: NDArray[np.uint8]  # index into RULES
+    patient: pa.LargeStringArray  # identifiers: never in a log, an error or a file of the run
     patient_key: HashArray  # keyed hash of the patient id: for grouping, never the id itself
     sha256: pa.LargeStringArray | None
     label_column: pa.LargeStringArray | None
@@ -112,6 +116,13 @@ class Manifest:
     def image_path(self, row: int) -> str:
         """The image's path relative to root."""
         return self.image[row].as_py()
+
+    def image_name(self, row: int) -> str:
+        """How logs and errors call a row's image: its path, unless that holds the patient id."""
+        path, patient = self.image_path(row), self.patient[row].as_py()
+        if len(patient) >= _IDENTIFYING and patient in path:
+            return f"of data row {row + 1} (hashed {hashed_id(path, self.fingerprint)})"
+        return path
 
     def text(self, row: int) -> str:
         """The report's chosen sections, "" for an image-only row."""
@@ -186,6 +197,7 @@ def load_manifest(data: Data) -> Manifest:
         split=split,
         pair_id=pair_id,
         rule=rule,
+        patient=patient,
         patient_key=patient_key,
         sha256=table.get("sha256"),
         label_column=table.get("labels"),

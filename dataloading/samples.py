@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -48,19 +49,37 @@ class SampleReader:
 
     def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         """Raises:  BadSample, DataError."""
-        content = read_bytes(self.manifest.root, self.manifest.image_path(row))
-        if self.verify == "hash" or (
-            self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
-        ):
-            expected = self.manifest.sha256_of(row)
-            if expected is None:
-                raise BadSample("hash_mismatch", "the manifest has no hash for this row")
-            check_hash(content, expected)
-        return content, read_header(content)
+        manifest = self.manifest
+        with _wall():
+            content = read_bytes(manifest.root, manifest.image_path(row), manifest.image_name(row))
+            if self.verify == "hash" or (
+                self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
+            ):
+                expected = manifest.sha256_of(row)
+                if expected is None:
+                    raise BadSample("hash_mismatch", "the manifest has no hash for this row")
+                check_hash(content, expected)
+            return content, read_header(content)
 
     def pixels(self, row: int, epoch: int) -> NDArray[Any]:
-        """Raises:  BadSample, DataError."""
-        return decode_grey(*self.read(row, epoch))
+        """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
+        content, header = self.read(row, epoch)
+        with _wall():
+            return decode_grey(content, header)
+
+
+@contextmanager
+def _wall() -> Iterator[None]:
+    """Every exception of a library becomes a BadSample: a decoder may raise anything.
+
+    StopIteration is the worst of them: unconverted, it would look like the end of an epoch.
+    """
+    try:
+        yield
+    except (BadSample, DataError):
+        raise
+    except Exception as error:
+        raise BadSample("undecodable", type(error).__name__) from error
 
 
 def fill_place(
