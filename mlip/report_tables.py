@@ -233,9 +233,15 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "legend": legend(shown),
         "axis": scale_axis(low=low, high=1.0, ticks=ticks),
         "wordings": [
-            {"name": _finding_name(results, f), **w}
-            for f, w in (found.get("wordings") or {}).items()
+            {
+                "name": _finding_name(results, f),
+                "positive": w["positive"][0],
+                "negative": w["negative"][0],
+                "count": len(w["positive"]),
+            }
+            for f, w in found["wordings"].items()
         ],
+        "left_out": found.get("labels_without_concept") or [],
     }
 
 

@@ -18,7 +18,7 @@ from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, hashed_id
 from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import ImageBank, TextBank, global_scores
-from mlip.transfer.grounding import Query, pointed_pixel, token_maps, upsample
+from mlip.transfer.grounding import Query, Upsampler, pointed_pixel, token_maps
 from mlip.transfer.interval import Array
 from mlip.transfer.retrieval import first_right_rank, make_pools
 from mlip.transfer.truth import Box
@@ -90,7 +90,8 @@ def _grounding(
     study: Any,
 ) -> list[dict[str, Any]]:
     """Per finding the first image with it on one side: name, sentence, and the swapped image."""
-    size, grid = images.pixels.shape[1:], images.features.grid
+    grid = images.features.grid
+    upsample = Upsampler(grid, images.pixels.shape[1:])
     examples = []
     for finding in dict.fromkeys(q.finding for q in queries):
         own = [q for q in queries if q.finding == finding]
@@ -103,11 +104,10 @@ def _grounding(
             if query is None or (swapped and query.swapped is None):
                 continue
             at = query.swapped if swapped else query.image
-            heat = maps[query.phrase, at].reshape(grid)
-            point = pointed_pixel(upsample(heat, *size), grid)
+            point = pointed_pixel(upsample(maps[query.phrase, at]), grid)
             entry = {
                 "phrase": phrases[query.phrase],
-                "map": heat.round(4).tolist(),
+                "map": maps[query.phrase, at].reshape(grid).round(4).tolist(),
                 "point": point.tolist(),
             }
             if swapped:
@@ -211,6 +211,7 @@ def _retrieved(
                     "study": study(rows[q]),
                     "image": picture(images.pixels[rows[q]]),
                     "rank": int(ranks[0][q]),
+                    "own": None if pairs[best].tolist().count(pairs[q]) else text(q),
                     "answers": [
                         {
                             "study": study(rows[a]),

@@ -30,6 +30,8 @@ from mlip.transfer.interval import (
 from mlip.unit_length import unit_length
 
 KINDS = ("keyword", "sentence")  # a bare name; a sentence that also says the side
+COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr")
+QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -98,25 +100,39 @@ def token_maps(model: Any, patches: Tensor, texts: TextBank) -> Tensor:
     return torch.einsum("njd,npd->njp", rows.nan_to_num(0.0), unit_length(patches))
 
 
-def upsample(grid_map: Array, height_px: int, width_px: int) -> Array:
-    """A patch map as a smooth picture (cubic), one value a pixel."""
-    return cv2.resize(
-        np.asarray(grid_map, dtype=np.float32), (width_px, height_px), interpolation=cv2.INTER_CUBIC
-    )
+class Upsampler:
+    """Cubic upsampling of patch maps to pixels as two matrix products, for many maps at once."""
+
+    def __init__(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        self.grid, self.size = grid, size
+        self._rows = _cubic_matrix(grid[0], size[0])
+        self._columns = _cubic_matrix(grid[1], size[1])
+
+    def __call__(self, maps: Array) -> Array:
+        """Shapes:  maps [..., P] -> [..., H, W] float32"""
+        shaped = np.asarray(maps, dtype=np.float32).reshape(*maps.shape[:-1], *self.grid)
+        return np.matmul(np.matmul(self._rows, shaped), self._columns.T)
 
 
-def pointed_pixel(picture: Array, grid: tuple[int, int]) -> Array:
-    """Centre (x, y) of the highest pixel of an upsampled map [H, W].
+def _cubic_matrix(cells: int, pixels: int) -> Array:
+    """[pixels, cells]: what each cell gives to each pixel (OpenCV's cubic, edges repeated)."""
+    identity = np.eye(cells, dtype=np.float32)
+    return cv2.resize(identity, (cells, pixels), interpolation=cv2.INTER_CUBIC)
+
+
+def pointed_pixel(pictures: Array, grid: tuple[int, int]) -> Array:
+    """Centre (x, y) of the highest pixel of upsampled maps, [..., H, W] -> [..., 2].
 
     Cubic upsampling lets neighbouring patches move the point inside the best patch: a patch of
     16 px would else never hit a nodule of 6 px beside its centre. The border beyond the outermost
     patch centres is extrapolated, not measured, and cannot be pointed at.
     """
-    height, width = picture.shape
+    height, width = pictures.shape[-2:]
     top, left = int(height / grid[0] / 2), int(width / grid[1] / 2)
-    inner = picture[top : height - top, left : width - left]
-    y, x = np.unravel_index(int(inner.argmax()), inner.shape)
-    return np.array([left + x + 0.5, top + y + 0.5])
+    inner = pictures[..., top : height - top, left : width - left]
+    best = inner.reshape(*inner.shape[:-2], -1).argmax(axis=-1)
+    y, x = np.divmod(best, inner.shape[-1])
+    return np.stack([left + x + 0.5, top + y + 0.5], axis=-1)
 
 
 def is_inside(point: Array, boxes: Array) -> bool:
@@ -134,17 +150,26 @@ def box_mask(boxes: Array, size: tuple[int, int]) -> Array:
     return mask
 
 
-def contrast_to_noise(values: Array, mask: Array) -> float:
+def contrast_to_noise(pictures: Array, masks: Array) -> Array:
     """(mean inside - mean outside) / sqrt(var inside + var outside); NaN where one is empty.
 
+    Shapes:  pictures [N, H, W], masks [N, H, W] bool -> [N]
     Source:  BioViL (Boecking et al. 2022, section 4.3) takes the absolute value; signed here, so
-             that a map which is high everywhere but the finding scores below zero.
+             that a map which is high everywhere but in the box scores below zero.
     """
-    inside, outside = values[mask], values[~mask]
-    if inside.size == 0 or outside.size == 0:
-        return float("nan")
-    noise = float(np.sqrt(inside.var() + outside.var()))
-    return float(inside.mean() - outside.mean()) / noise if noise > 0 else 0.0
+    values = pictures.reshape(len(pictures), -1).astype(np.float64)
+    values -= values.mean(axis=1, keepdims=True)  # keeps the variance by sums exact enough
+    weight = masks.reshape(len(masks), -1).astype(np.float64)
+    squares = values**2
+    inside, total = weight.sum(axis=1), float(values.shape[1])
+    sums = np.einsum("np,np->n", values, weight), np.einsum("np,np->n", squares, weight)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_in, mean_out = sums[0] / inside, (values.sum(axis=1) - sums[0]) / (total - inside)
+        var_in = sums[1] / inside - mean_in**2
+        var_out = (squares.sum(axis=1) - sums[1]) / (total - inside) - mean_out**2
+        noise = np.sqrt(np.clip(var_in, 0, None) + np.clip(var_out, 0, None))
+        ratio = (mean_in - mean_out) / noise
+    return np.where((noise == 0) & (inside > 0) & (inside < total), 0.0, ratio)
 
 
 class PixelPrior:
@@ -157,23 +182,29 @@ class PixelPrior:
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
         self._cover: dict[tuple[str, str | None], Array] = {}
+        self._pixel: dict[tuple[str, str | None], Array] = {}
 
     def add(self, finding: str, side: str | None, boxes: Array) -> None:
         """One image's boxes; they count for the finding and, if a side is named, for both."""
         mask = box_mask(boxes, self.size)
+        self._pixel.clear()
         for key in {(finding, None), (finding, side)}:
             if key not in self._cover:
                 self._cover[key] = np.zeros(self.size, dtype=np.int32)
             self._cover[key] += mask
 
     def pixel(self, finding: str, side: str | None) -> Array | None:
-        cover = self._cover.get((finding, side))
+        key = (finding, side)
+        cover = self._cover.get(key)
         if cover is None:
             return None
+        if key in self._pixel:
+            return self._pixel[key]
         # the middle of the best region, where several pixels tie
         ys, xs = np.nonzero(cover == cover.max())
         middle = np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2)
-        return np.array([xs[middle] + 0.5, ys[middle] + 0.5])
+        self._pixel[key] = np.array([xs[middle] + 0.5, ys[middle] + 0.5])
+        return self._pixel[key]
 
 
 def evaluate_grounding(
@@ -195,11 +226,12 @@ def evaluate_grounding(
              each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr
     """
     result: dict[str, Any] = {}
+    upsample = Upsampler(grid, size)
     for kind in KINDS:
         chosen = [q for q in queries if q.kind == kind]
         if not chosen:
             continue
-        measured = [_measure(q, maps, grid, size, prior) for q in chosen]
+        measured = _measure(chosen, maps, size, prior, upsample)
         patients = np.asarray(patient_ids)[[q.image for q in chosen]]
         weights = patient_resamples(patients, bootstrap, seed)
         rows = []
@@ -210,7 +242,7 @@ def evaluate_grounding(
                     "finding": finding,
                     "name": names.get(finding, finding),
                     **_summary(
-                        [m for m, o in zip(measured, own, strict=True) if o], weights[:, own]
+                        {key: values[own] for key, values in measured.items()}, weights[:, own]
                     ),
                 }
             )
@@ -227,33 +259,54 @@ def evaluate_grounding(
 
 
 def _measure(
-    query: Query,
+    queries: Sequence[Query],
     maps: Array,
-    grid: tuple[int, int],
     size: tuple[int, int],
     prior: PixelPrior | None,
-) -> dict[str, float]:
-    nan = float("nan")
-    mask = box_mask(query.boxes, size)
-    shown = upsample(maps[query.phrase, query.image].reshape(grid), *size)
-    any_side = prior.pixel(query.finding, None) if prior is not None else None
-    one_side = prior.pixel(query.finding, query.side) if prior is not None else None
-    swapped = nan
-    if query.swapped is not None:
-        other = upsample(maps[query.phrase, query.swapped].reshape(grid), *size)
-        swapped = float(is_inside(pointed_pixel(other, grid), query.boxes))
-    return {
-        "hit": float(is_inside(pointed_pixel(shown, grid), query.boxes)),
-        "area": float(mask.mean()),
-        "prior": nan if any_side is None else float(is_inside(any_side, query.boxes)),
-        "prior_with_side": nan if one_side is None else float(is_inside(one_side, query.boxes)),
-        "swapped": swapped,
-        "cnr": contrast_to_noise(shown, mask),
-    }
+    upsample: Upsampler,
+) -> dict[str, Array]:
+    """One value a query and column; NaN where a control does not exist."""
+    columns: dict[str, list[Array]] = {key: [] for key in COLUMNS}
+    known_masks: dict[bytes, Array] = {}
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        part = queries[start : start + QUERIES_AT_ONCE]
+        for q in part:
+            if q.boxes.tobytes() not in known_masks:
+                known_masks[q.boxes.tobytes()] = box_mask(q.boxes, size)
+        masks = np.stack([known_masks[q.boxes.tobytes()] for q in part])
+        phrase = [q.phrase for q in part]
+        pictures = upsample(maps[phrase, [q.image for q in part]])
+        # where no image lacks the finding, its own stands in and the value is struck out below
+        other = upsample(maps[phrase, [q.image if q.swapped is None else q.swapped for q in part]])
+        columns["hit"].append(_hits(pointed_pixel(pictures, upsample.grid), part))
+        swapped = _hits(pointed_pixel(other, upsample.grid), part)
+        swapped[[q.swapped is None for q in part]] = np.nan
+        columns["swapped"].append(swapped)
+        columns["area"].append(masks.mean(axis=(1, 2)))
+        columns["cnr"].append(contrast_to_noise(pictures, masks))
+        for key, with_side in (("prior", False), ("prior_with_side", True)):
+            pixels = [
+                None if prior is None else prior.pixel(q.finding, q.side if with_side else None)
+                for q in part
+            ]
+            columns[key].append(
+                np.array(
+                    [
+                        np.nan if p is None else float(is_inside(p, q.boxes))
+                        for p, q in zip(pixels, part, strict=True)
+                    ]
+                )
+            )
+        if len(known_masks) > 4 * QUERIES_AT_ONCE:
+            known_masks.clear()
+    return {key: np.concatenate(values) for key, values in columns.items()}
 
 
-def _summary(measured: Sequence[Mapping[str, float]], weights: Array) -> dict[str, Any]:
-    columns = {key: np.array([m[key] for m in measured]) for key in measured[0]}
+def _hits(points: Array, queries: Sequence[Query]) -> Array:
+    return np.array([float(is_inside(p, q.boxes)) for p, q in zip(points, queries, strict=True)])
+
+
+def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:
     paired = np.isfinite(columns["swapped"])
     cnr = columns["cnr"]
     known = np.isfinite(cnr)
@@ -263,7 +316,7 @@ def _summary(measured: Sequence[Mapping[str, float]], weights: Array) -> dict[st
         return float(kept.mean()) if len(kept) else None
 
     return {
-        "n": len(measured),
+        "n": len(columns["hit"]),
         "hit": mean_estimate(columns["hit"], weights),
         "area": float(columns["area"].mean()),
         "prior": mean_or_none(columns["prior"]),
