@@ -6,6 +6,7 @@ What does not live here: how text is matched (linker.py), how ontologies are rea
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -231,6 +232,16 @@ def read_text(path: str | Path) -> str:
         ) from error
 
 
+def expand(lines: Iterable[str]) -> tuple[str, ...]:
+    """Terms with "[a|b|]" written out; an empty alternative leaves the word out."""
+    forms = []
+    for line in lines:
+        slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
+        for choice in itertools.product(*slots):
+            forms.append(" ".join("".join(choice).split()))
+    return tuple(dict.fromkeys(form for form in forms if form))
+
+
 def _to_json(concept: Concept) -> dict[str, Any]:
     row = asdict(concept)
     row["mappings"] = {k: list(v) for k, v in sorted(concept.mappings.items())}
@@ -283,7 +294,7 @@ def _concept_from_yaml(
         return tuple(item.strip() for item in items)
 
     apart = tuple(
-        tuple(words("apart", slot) for slot in (term if isinstance(term, list) else [term]))
+        tuple(expand(words("apart", slot)) for slot in (term if isinstance(term, list) else [term]))
         for term in row.get("apart", ())
     )
     if any(len(term) < 2 for term in apart):
@@ -291,7 +302,7 @@ def _concept_from_yaml(
     return Concept(
         id=concept_id,
         name=words("name", row.get("name", concept_id.replace("_", " ")))[0],
-        synonyms=words("synonyms", row.get("synonyms", [])),
+        synonyms=expand(words("synonyms", row.get("synonyms", []))),
         definition=" ".join(str(row.get("definition", "")).split()),
         semantic_type=str(row.get("semantic_type", defaults.get("semantic_type", "finding"))),
         category=str(row.get("category", defaults.get("category", file.stem))),
@@ -303,5 +314,5 @@ def _concept_from_yaml(
         ),
         mappings={k: words(f"maps.{k}", v) for k, v in (row.get("maps") or {}).items()},
         apart=apart,
-        excludes=words("excludes", row.get("excludes", [])),
+        excludes=expand(words("excludes", row.get("excludes", []))),
     )

@@ -16,7 +16,7 @@ from typing import Literal
 import ahocorasick
 import yaml
 
-from mlip.knowledge.concepts import LEXICON_DIR, ConceptTable, LexiconError, load_concepts
+from mlip.knowledge.concepts import LEXICON_DIR, ConceptTable, LexiconError, expand, load_concepts
 
 State = Literal["present", "absent", "uncertain"]
 _PIECE = re.compile(r"[^\W_]+|[\s\-]+|.", re.DOTALL)
@@ -230,16 +230,7 @@ def read_cues(path: Path = LEXICON_DIR / "_cues.yaml") -> dict[str, tuple[str, .
     unknown = sorted(set(content) - set(_KINDS))
     if unknown:
         raise LexiconError(f"{path}: unknown kind of cue {unknown[0]!r}; known: {_KINDS[1:]}")
-    return {
-        kind: tuple(dict.fromkeys(form for line in lines for form in _alternatives(line)))
-        for kind, lines in content.items()
-    }
-
-
-def _alternatives(line: str) -> list[str]:
-    slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
-    forms = (" ".join("".join(choice).split()) for choice in itertools.product(*slots))
-    return [form for form in forms if form]
+    return {kind: expand(lines) for kind, lines in content.items()}
 
 
 def _other_code(piece: str) -> str:
