@@ -138,13 +138,13 @@ def _terms(loss: Category, leaves: dict[str, Tensor], names: str) -> float:
 
 def test_samples_without_present_entities_drop_the_knowledge_terms() -> None:
     loss, leaves = _make().eval(), make_leaves()
-    value = float(loss(context_of(leaves, make_batch())))
+    value = float(loss(context_of(leaves, make_batch())).detach())
     assert math.isclose(value, _terms(loss, leaves, "tv vt rv rt"), rel_tol=1e-5)
 
 
 def test_plain_prototypes_have_two_terms() -> None:
     loss, leaves = _make("loss.category.knowledge_terms=false").eval(), make_leaves()
-    value = float(loss(context_of(leaves, make_batch())))
+    value = float(loss(context_of(leaves, make_batch())).detach())
     assert math.isclose(value, _terms(loss, leaves, "tv vt"), rel_tol=1e-5)
     assert loss.queue.shape[0] == 2
 
@@ -153,8 +153,8 @@ def test_queued_features_take_part_in_balancing_only() -> None:
     loss, leaves, batch = _make(), make_leaves(), make_batch()
     loss(context_of(leaves, batch))
     queued = copy.deepcopy(loss)
-    first = float(queued(context_of(make_leaves(1), batch)))
-    fresh = float(_make()(context_of(make_leaves(1), batch)))
+    first = float(queued(context_of(make_leaves(1), batch)).detach())
+    fresh = float(_make()(context_of(make_leaves(1), batch)).detach())
     assert abs(first - fresh) > 1e-4
     prototypes = torch.nn.functional.normalize(loss.prototypes.detach(), dim=1)
     both = torch.cat(

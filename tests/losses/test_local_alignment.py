@@ -1,0 +1,137 @@
+"""Local level: InfoNCE over given scores, and MGCA's in-pair loss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.losses.context import LossContext
+from mlip.losses.local_alignment import InPairAlignment, LocalAlignment
+from tests.losses.loss_inputs import (
+    DIM,
+    EMPTY,
+    PAIRS,
+    FakeScales,
+    config_of,
+    features_of,
+    make_batch,
+    make_leaves,
+    rows_of,
+)
+
+
+def _context(scores: Tensor, rows: slice = slice(None)) -> LossContext:
+    batch = rows_of(make_batch(), rows)
+    leaves = {n: v[rows] for n, v in make_leaves().items()}
+    return LossContext(
+        features_of(leaves, batch),
+        batch,
+        scales=FakeScales().double(),
+        seed=0,
+        step=0,
+        progress=0.0,
+        local_scores=lambda: scores,
+    )
+
+
+def test_known_value_of_two_pairs() -> None:
+    # by hand: scores 1 and 0, scale 5: both directions ln(1 + e^-5)
+    value = LocalAlignment(config_of(), DIM)(_context(torch.eye(2).double(), slice(1, 3)))
+    assert math.isclose(float(value.detach()), math.log1p(math.exp(-5.0)), rel_tol=1e-6)
+
+
+def test_empty_reports_and_equal_pair_ids_leave_the_loss() -> None:
+    # oracle: cross-entropy over matrices with the masks written out
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(PAIRS, PAIRS, generator=generator, dtype=torch.float64)
+    batch = make_batch()
+    value = LocalAlignment(config_of(), DIM)(_context(scores))
+    logits = 5.0 * scores
+    same = batch.pair_id[:, None] == batch.pair_id[None, :]
+    logits = logits.masked_fill(same & ~torch.eye(PAIRS, dtype=torch.bool), -torch.inf)
+    kept = torch.tensor([i for i in range(PAIRS) if i != EMPTY])
+    # the empty report is no column; its image stays a negative for the other texts
+    images = F.cross_entropy(logits[kept][:, kept], torch.arange(8))
+    texts = F.cross_entropy(logits.T[kept], kept)
+    torch.testing.assert_close(value, 0.5 * (images + texts), rtol=1e-6, atol=0.0)
+
+
+def test_scores_are_computed_once_for_all_losses() -> None:
+    calls = []
+    context = _context(torch.eye(PAIRS).double())
+    context._local_scores = lambda: calls.append(0) or torch.eye(PAIRS).double()  # type: ignore
+    LocalAlignment(config_of(), DIM)(context)
+    assert context.local_scores.shape == (PAIRS, PAIRS)
+    assert len(calls) == 1
+
+
+def test_asking_for_scores_that_nobody_gave_is_an_error() -> None:
+    context = _context(torch.eye(PAIRS))
+    context._local_scores = None
+    with pytest.raises(ValueError, match="local_scores"):
+        _ = context.local_scores
+
+
+def _in_pair() -> InPairAlignment:
+    torch.manual_seed(0)
+    return InPairAlignment(DIM).double()
+
+
+def _naive_in_pair(
+    module: InPairAlignment, patches: Tensor, tokens: Tensor, weight: Tensor
+) -> float:
+    """Oracle: one pair, loops, real tokens only; torch's attention."""
+
+    def attended(query: nn.Linear, key_value: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        key, value = key_value(y).chunk(2, dim=-1)
+        return F.scaled_dot_product_attention(query(x)[None], key[None], value[None])[0]
+
+    patches, tokens = F.normalize(patches, dim=-1), F.normalize(tokens, dim=-1)
+    seen = module.out_token(attended(module.token_query, module.patch_key_value, tokens, patches))
+    read = module.out_patch(attended(module.patch_query, module.token_key_value, patches, tokens))
+
+    def matching(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+        left, right = F.normalize(left, dim=-1), F.normalize(right, dim=-1)
+        total = torch.zeros(())
+        for j in range(len(left)):
+            forth = torch.log_softmax(left[j] @ right.T / 0.1, dim=0)[j]
+            back = torch.log_softmax(right[j] @ left.T / 0.1, dim=0)[j]
+            total = total - 0.5 * weights[j] * (forth + back)
+        return total
+
+    patch_weight = torch.full((len(patches),), 1 / len(patches))
+    total = matching(tokens, seen, weight) + matching(patches, read, patch_weight)
+    return float(0.5 * total.detach())
+
+
+@pytest.mark.parametrize("has_attention", [False, True])
+def test_in_pair_alignment_equals_loops_over_each_pair(has_attention: bool) -> None:
+    module, leaves, batch = _in_pair(), make_leaves(), make_batch()
+    generator = torch.Generator().manual_seed(1)
+    attention = torch.rand(batch.content_mask.shape, generator=generator).double()
+    value = module(
+        leaves["patches"], leaves["tokens"], batch.content_mask,
+        attention if has_attention else None,
+    )  # fmt: skip
+    for row in range(PAIRS):
+        mask = batch.content_mask[row]
+        if row == EMPTY:
+            assert float(value[row].detach()) == 0.0
+            continue
+        weight = attention[row][mask] if has_attention else torch.ones(int(mask.sum()))
+        expected = _naive_in_pair(
+            module, leaves["patches"][row], leaves["tokens"][row][mask], weight / weight.sum()
+        )
+        assert math.isclose(float(value[row].detach()), expected, rel_tol=1e-6), row
+
+
+def test_in_pair_alignment_of_one_token_and_one_patch_is_zero() -> None:
+    # by hand: a softmax over one candidate
+    leaves, mask = make_leaves(), torch.ones(PAIRS, 1, dtype=torch.bool)
+    value = _in_pair()(leaves["patches"][:, :1], leaves["tokens"][:, :1], mask, None)
+    assert float(value.detach().abs().max()) < 1e-12
