@@ -129,10 +129,17 @@ def _nice_step(span: float, parts: int) -> float:
 def _label(value: float, step: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
+    if step < 1e-3:
+        return f"{value:.1e}" if value else "0"
     digits = max(0, -math.floor(math.log10(step))) if step < 1 else 0
     if step < 1 and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
         digits += 1
     return f"{value:.{digits}f}"
+
+
+def running_window(count: int) -> int:
+    """Odd width of the running mean over `count` points: about a twelfth of them."""
+    return max(1, count // 25) * 2 + 1 if count > 8 else 1
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -152,8 +159,7 @@ def line_chart(
     colour: str = BLUE,
     width: int = 312,
     height: int = 150,
-    reference: float | None = None,
-    reference_label: str = "",
+    is_smoothed: bool = True,
 ) -> Markup:
     """One curve: what was logged, faint, under its running mean.
 
@@ -163,19 +169,21 @@ def line_chart(
     if not points:
         return Markup('<p class="none">no finite value was logged</p>')
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    mean = smoothed(ys, max(1, len(ys) // 25) * 2 + 1 if len(ys) > 8 else 1)
+    mean = smoothed(ys, running_window(len(ys))) if is_smoothed else ys
     ordered = sorted(ys)
     top = max(max(mean), ordered[int(0.98 * (len(ordered) - 1))])
     bottom = min(min(mean), ordered[int(0.02 * (len(ordered) - 1))])
-    if reference is not None:
-        top, bottom = max(top, reference), min(bottom, reference)
     if bottom > 0 and bottom < 0.6 * top:
         bottom = 0.0
-    span = (top - bottom) or max(abs(top), 1e-3)
+    # a constant that jitters in its last digits is a flat line, not a mountain range
+    least = max(0.02 * abs(top), 1e-12)
+    if top - bottom < least:
+        top, bottom = top + least / 2, bottom - least / 2
+    span = top - bottom
     step = _nice_step(span, 4)
     bottom = math.floor(bottom / step + 1e-9) * step
     top = max(math.ceil(top / step - 1e-9) * step, bottom + step)
-    left, right, up, down = 38.0, 8.0, 8.0, 20.0
+    left, right, up, down = 44.0, 12.0, 8.0, 20.0
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
 
     def at(x: float, y: float) -> str:
@@ -200,18 +208,13 @@ def line_chart(
     tick = math.ceil(x_low / x_step) * x_step
     while tick <= x_high + 1e-9:
         px = float(at(tick, bottom).split(",")[0])
+        at_end = px > width - right - 12
         parts.append(
-            f'<text x="{px:.1f}" y="{height - 5}" text-anchor="middle" class="axis">'
+            f'<text x="{width - 1 if at_end else px:.1f}" y="{height - 5}" '
+            f'text-anchor="{"end" if at_end else "middle"}" class="axis">'
             f"{_label(tick, x_step)}</text>"
         )
         tick += x_step
-    if reference is not None:
-        y = at(x_low, reference).split(",")[1]
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="{MUTED}" '
-            f'stroke-dasharray="4 3"/><text x="{width - right}" y="{float(y) - 4:.1f}" '
-            f'text-anchor="end" class="axis">{escape(reference_label)}</text>'
-        )
     raw = " ".join(at(x, y) for x, y in points)
     line = " ".join(at(x, y) for x, y in zip(xs, mean, strict=True))
     parts.append(

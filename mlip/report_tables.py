@@ -259,8 +259,8 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
                 Mark(chance, colour=MUTED, shape="tick", label="chance"),
                 _mark(score, row["recall@10"]),
             ]
-            if oracle.get(direction):
-                ceiling = oracle[direction].get("recall@10")
+            if direction in oracle:
+                ceiling = oracle[direction]["recall@10"]["value"]
                 marks.append(Mark(ceiling, colour=INK, shape="diamond", label="oracle"))
             rows.append(
                 {
@@ -273,7 +273,7 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
                 }
             )
     references = [
-        {"name": "Oracle", "direction": DIRECTIONS[d], **values}
+        {"name": "Oracle", "direction": DIRECTIONS[d], "digits": 2, **values}
         for d, values in oracle.items()
         if d in DIRECTIONS
     ]
@@ -281,8 +281,9 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
         {
             "name": "Chance",
             "direction": "either",
-            **found["chance"],
-            "median_rank": (found["pool"] + 1) / 2,
+            "digits": 3,
+            **{key: {"value": value, "low": None} for key, value in found["chance"].items()},
+            "median_rank": {"value": (found["pool"] + 1) / 2, "low": None},
         }
     )
     return {

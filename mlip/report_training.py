@@ -8,17 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.report_charts import BLUE, GREEN, MUTED, ORANGE, line_chart, smoothed
+from mlip.report_charts import (
+    BLUE,
+    GREEN,
+    MUTED,
+    ORANGE,
+    line_chart,
+    running_window,
+    smoothed,
+)
 
 TERMS = {
+    "total": "Total loss",
+    "loss": "Total loss",
     "global_contrastive": "Global contrastive",
     "local_alignment": "Token-knowledge-patch",
     "category": "Category",
     "matching": "Image-text matching",
     "swapping": "Text swapping",
     "divergence": "Divergence regulariser",
-    "total": "Total loss",
-    "loss": "Total loss",
 }
 NAMES = {
     **TERMS,
@@ -80,12 +88,13 @@ def training_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
         colour = {"Loss": BLUE, "Optimisation": ORANGE, "Machine": GREEN}[group]
         if _leaf(key) in ("total", "loss"):
             colour = MUTED
-        last = smoothed(values, max(1, len(values) // 25) * 2 + 1)[-1]
+        is_smoothed = _leaf(key) != "lr"
+        last = smoothed(values, running_window(len(values)))[-1] if is_smoothed else values[-1]
         groups[group].append(
             {
                 "title": _title(key),
                 "last": _number(last),
-                "drawing": line_chart(steps, values, colour=colour),
+                "drawing": line_chart(steps, values, colour=colour, is_smoothed=is_smoothed),
             }
         )
     return [{"title": title, "charts": charts} for title, charts in groups.items() if charts]
@@ -99,7 +108,7 @@ def _group(key: str) -> str:
     leaf = _leaf(key)
     if leaf in TERMS or key.startswith(("loss", "terms")):
         return "Loss"
-    if any(word in leaf for word in ("pairs", "wait", "memory", "seconds", "_s", "gib", "mib")):
+    if leaf.endswith(("_s", "_ms", "_gib", "_mib", "_bytes")) or "pairs" in leaf:
         return "Machine"
     return "Optimisation"
 

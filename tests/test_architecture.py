@@ -63,6 +63,7 @@ ALLOWED = {
         "mlip.dataloading",
         "mlip.model",
         "mlip.keyed_random",
+        "mlip.unit_length",
     ),
 }
 FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")

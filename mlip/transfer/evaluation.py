@@ -196,7 +196,8 @@ def _evaluate(
 
     boxes = truth.load_boxes(config, manifest, images.row_index.tolist())
     with_text = np.flatnonzero(beside["has_text"])
-    scores = _PoolScores(model, images, reports, with_text, device)
+    oracle = truth.oracle_scores(manifest, images.row_index[with_text]) if is_phantom else None
+    scores = _PoolScores(model, images, reports, with_text, device, oracle)
     queries, phrases, names = make_queries(images, boxes, table, is_phantom, config.run.seed)
     bank = encode(phrases) if phrases else None
     maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None
@@ -234,6 +235,9 @@ def _evaluate(
         ),
         "knowledge": knowledge_statistics(beside["mentions"], len(with_text), table, linker),
     }
+    if "oracle" in results["retrieval"]["scores"]:
+        # not a score of the model: the ceiling to read the others by
+        results["retrieval"]["oracle"] = results["retrieval"]["scores"].pop("oracle")
     results["examples"] = collect_examples(
         model,
         config,
@@ -264,9 +268,10 @@ class _PoolScores:
         reports: TextBank,
         with_text: Array,
         device: torch.device,
+        oracle: Array | None,
     ) -> None:
         self.model, self.images, self.reports = model, images, reports
-        self.with_text, self.device = with_text, device
+        self.with_text, self.device, self.oracle = with_text, device, oracle
 
     def __call__(self, members: Array) -> dict[str, Array]:
         rows = self.with_text[members]
@@ -276,10 +281,12 @@ class _PoolScores:
         by_local = local_scores(
             self.model, self.images.features.patches[at], texts, device=self.device
         )
+        known = {} if self.oracle is None else {"oracle": self.oracle[np.ix_(members, members)]}
         return {
             "global": by_global,
             "local": by_local,
             "combined": combine(by_global, by_local, *logit_scales(self.model)),
+            **known,
         }
 
 

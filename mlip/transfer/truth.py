@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlip.config import Config
-from mlip.dataloading import phantom_reports
+from mlip.dataloading import phantom_oracle, phantom_reports
 from mlip.dataloading.image_file import read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
@@ -46,6 +46,20 @@ def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return meta if isinstance(meta, dict) and meta.get("kind") == PHANTOM_MARK else None
+
+
+def oracle_scores(manifest: Manifest, rows: Array) -> Array:
+    """How well each report fits the truth of each image of generated studies, [rows, rows].
+
+    Ties are broken at random (keyed by the number of rows): this reader cannot tell the studies
+    apart, and the ceiling is what guessing among them reaches.
+    """
+    folder = Path(manifest.path).parent
+    names = [Path(manifest.image_path(row)).stem for row in rows.tolist()]
+    scores = phantom_oracle.oracle_scores_of(folder, names)
+    generator = np.random.default_rng(len(rows))
+    # information differs by whole nats where it differs: this only decides ties
+    return scores + 1e-7 * generator.random(scores.shape)
 
 
 def phantom_prompts(table: Any) -> list[Prompts]:
