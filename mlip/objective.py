@@ -114,12 +114,17 @@ class Objective(nn.Module):
         )
 
 
+# where transformers keeps probabilities that no dropout module shows
+_PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")
+
+
 def _require_exact(model: nn.Module) -> None:
     """Refuse what draws random numbers per rank or per pass; the losses themselves are keyed."""
     for name, module in model.named_modules():
-        is_random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        is_random = is_random or getattr(module, "drop_prob", None) not in (None, 0, 0.0)
-        if is_random:
+        probabilities = [getattr(module, key, None) for key in _PROBABILITIES]
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            probabilities.append(module.p)
+        if any(isinstance(p, int | float) and p > 0 for p in probabilities):
             tower = "model.text.options" if ".text" in f".{name}" else "model.vision.options"
             raise ConfigError(
                 f"run.exact: the model's {name} drops at random, by rank and by micro-batch; set "

@@ -123,7 +123,11 @@ class _DropPath(nn.Module):
     drop_prob = 0.1
 
 
-@pytest.mark.parametrize("module", [nn.Dropout(0.1), _DropPath()])
+class _AttentionWithDropout(nn.Module):
+    attention_dropout = 0.1
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.1), _DropPath(), _AttentionWithDropout()])
 def test_exact_refuses_a_tower_that_drops_at_random_and_names_the_setting(
     module: nn.Module,
 ) -> None:
@@ -143,3 +147,30 @@ def test_a_report_without_text_leaves_every_parameter_gradient_finite() -> None:
     assert float(terms["local_alignment"]) == float(terms["matching"]) == 0.0
     for name, parameter in objective.named_parameters():
         assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+
+
+def test_a_damaged_image_gives_a_total_that_is_not_finite_and_no_crash() -> None:
+    # the engine skips such a step; it can only do so if the losses hand the NaN on
+    objective, batch = _make(), make_batch()
+    image = batch.image.clone()
+    image[2] = torch.nan
+    total, terms = objective(dataclasses.replace(batch, image=image), step=0, progress=2.0)
+    assert not bool(total.isfinite())
+    total.backward()
+    after, _ = _run(objective)
+    assert bool(after.isfinite())
+
+
+def test_parameters_cast_to_bf16_give_nearly_the_same_terms_in_float32() -> None:
+    # DeepSpeed's bf16 mode casts the whole module; tolerance: 8 bits through two towers and heads
+    objective, batch = _make(), make_batch()
+    _, terms = objective.eval()(batch, step=3, progress=1.5)
+    objective.bfloat16()
+    cast_batch = dataclasses.replace(batch, image=batch.image.bfloat16())
+    total, cast = objective.train()(cast_batch, step=3, progress=1.5)
+    total.backward()
+    assert total.dtype == torch.float32
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in objective.parameters())
+    assert float(objective.losses["category"].queue[0].float().abs().max()) > 0
+    for name in ("local_alignment", "category", "matching"):
+        torch.testing.assert_close(cast[name], terms[name], rtol=0.05, atol=0.0)

@@ -57,7 +57,7 @@ class Category(nn.Module):
 
     def forward(self, context: LossContext) -> Tensor:
         features, settings = context.features, self.settings
-        prototypes = self.prototypes
+        prototypes: Tensor = self.prototypes
         if context.progress < settings.freeze_epochs:
             # a zero gradient, not none: the optimiser then sees the same parameters at every step
             prototypes = prototypes.detach() + 0.0 * prototypes
