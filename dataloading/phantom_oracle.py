@@ -6,22 +6,22 @@ misses: its recall is the ceiling that evaluation prints beside a model's.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading.phantom_reports import Group, group_findings
-from mlip.dataloading.phantom_types import CONCEPT_IDS, Claim, FindingTruth
+from mlip.dataloading.phantom_reports import Group, Instance, group_findings
+from mlip.dataloading.phantom_types import CONCEPT_IDS, Claim, PhantomStudy
 
 _CONTRADICTION = 1000.0  # outweighs any sum of information: one report says some ten things
 
 
-def oracle_scores(
-    findings: Sequence[Sequence[FindingTruth]],
-    anatomy: Sequence[dict[str, str]],
-    claims: Sequence[Sequence[Claim]],
-) -> NDArray[np.float64]:
+def oracle_scores(studies: Sequence[PhantomStudy]) -> NDArray[np.float64]:
     """How well report j fits what is true of image i.
 
     The sum of the information -ln P(claim) of what report j says, P being the share of the given
@@ -30,7 +30,44 @@ def oracle_scores(
 
     Shapes:  N studies -> [N, N], rows images, columns reports; the diagonal has no penalty
     """
-    groups = [{g.concept_id: g for g in group_findings(f)} for f in findings]
+    return _scores(
+        [group_findings(study.findings) for study in studies],
+        [study.anatomy for study in studies],
+        [study.claims for study in studies],
+    )
+
+
+def oracle_scores_of(folder: Path | str, image_ids: Sequence[str]) -> NDArray[np.float64]:
+    """oracle_scores of the studies of a written data set, in the order of `image_ids`.
+
+    Raises:  ValueError naming the first image_id that the folder's truth.jsonl does not hold.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    with (Path(folder) / "truth.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            rows[row["image_id"]] = row
+    for image_id in image_ids:
+        if image_id not in rows:
+            raise ValueError(f"{folder}/truth.jsonl: expected a line for image {image_id}")
+    chosen = [rows[image_id] for image_id in image_ids]
+    return _scores(
+        [group_findings([Instance(**_kept(f)) for f in row["findings"]]) for row in chosen],
+        [row["anatomy"] for row in chosen],
+        [tuple(Claim(**claim) for claim in row["claims"]) for row in chosen],
+    )
+
+
+def _kept(finding: dict[str, Any]) -> dict[str, Any]:
+    return {field.name: finding[field.name] for field in dataclasses.fields(Instance)}
+
+
+def _scores(
+    grouped: Sequence[Sequence[Group]],
+    anatomy: Sequence[dict[str, str]],
+    claims: Sequence[Sequence[Claim]],
+) -> NDArray[np.float64]:
+    groups = [{group.concept_id: group for group in study} for study in grouped]
     said = sorted({claim for report in claims for claim in report}, key=repr)
     holds = np.array(
         [[_holds(c, g, a) for c in said] for g, a in zip(groups, anatomy, strict=True)], float

@@ -20,7 +20,7 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "pneumothorax": (("a", "pneumothorax"), ("", "pleural air")),
     "consolidation": (
         ("", "consolidation"),
-        ("an", "airspace opacity"),
+        ("a", "consolidative opacity"),
         ("", "airspace consolidation"),
     ),
     "lung_nodule": (("a", "nodule"), ("a", "pulmonary nodule"), ("a", "lung nodule")),
@@ -30,7 +30,7 @@ NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("", "enlargement of the heart"),
     ),
     "atelectasis": (("", "atelectasis"), ("", "linear atelectasis"), ("an", "atelectatic band")),
-    "pacemaker": (("a", "pacemaker"), ("a", "cardiac pacemaker"), ("a", "pacing device")),
+    "pacemaker": (("a", "pacemaker"), ("a", "cardiac pacemaker"), ("a", "cardiac pacing device")),
     "central_venous_catheter": (
         ("a", "central venous catheter"),
         ("a", "central line"),
@@ -88,13 +88,13 @@ _HELD_OUT_POSITIVE = (
     "the chest shows {x}.",
     "{n} is present on the film.",
     "evidence of {n} is noted.",
-    "there is {x} on this film.",
+    "on the film there is {x}.",
 )
 _HELD_OUT_NEGATIVE = (
     "the chest shows no {n}.",
     "{n} is absent on the film.",
     "no evidence of {n} is noted.",
-    "there is no {n} on this film.",
+    "on the film there is no {n}.",
 )
 
 
@@ -151,7 +151,19 @@ class Group:
     is_faint: bool
 
 
-def group_findings(findings: Sequence[FindingTruth]) -> list[Group]:
+@dataclass(frozen=True)
+class Instance:
+    """What words need of a FindingTruth: everything but its pixels."""
+
+    concept_id: str
+    side: str | None
+    zone: str | None
+    size_word: str | None
+    variant: str | None
+    is_faint: bool
+
+
+def group_findings(findings: Sequence[FindingTruth | Instance]) -> list[Group]:
     """One group per concept, in the order of FINDINGS."""
     groups = []
     for concept in CONCEPT_IDS:
@@ -160,7 +172,7 @@ def group_findings(findings: Sequence[FindingTruth]) -> list[Group]:
             continue
         first = same[0]
 
-        def shared(name: str, same: list[FindingTruth] = same) -> Any:
+        def shared(name: str, same: list[Any] = same) -> Any:
             values = {getattr(f, name) for f in same}
             return values.pop() if len(values) == 1 else None
 

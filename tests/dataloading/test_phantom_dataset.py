@@ -1,0 +1,190 @@
+"""Folders of phantom studies: whole or absent, reused or remade, patients in one split only."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mlip.config import Phantom
+from mlip.dataloading import dicom
+from mlip.dataloading.phantom import generate_study
+from mlip.dataloading.phantom_dataset import (
+    MANIFEST_COLUMNS,
+    fingerprint,
+    is_complete,
+    read_truth,
+    write_dataset,
+    write_png,
+)
+from mlip.dataloading.phantom_types import CONCEPT_IDS
+
+SMALL = Phantom(studies=143, val_studies=17, test_studies=9, image_px=96, seed=4, test_seed=77)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("phantoms") / "data", SMALL, workers=1).parent
+
+
+def _rows(folder: Path, name: str = "manifest.csv") -> list[dict[str, str]]:
+    with (folder / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_manifest_tells_every_study(made: Path) -> None:
+    rows = _rows(made)
+    assert tuple(rows[0]) == MANIFEST_COLUMNS
+    counts = {s: sum(r["split"] == s for r in rows) for s in ("train", "val", "test")}
+    assert counts == {"train": 143, "val": 17, "test": 9}
+    assert len({r["image_id"] for r in rows}) == len({r["image"] for r in rows}) == len(rows)
+    for row in rows:
+        assert (made / row["image"]).is_file()
+        assert set(row["labels"].split("|")) - {""} <= set(CONCEPT_IDS)
+
+
+def test_patients_have_up_to_two_studies_and_one_split(made: Path) -> None:
+    splits: dict[str, list[str]] = {}
+    for row in _rows(made):
+        splits.setdefault(row["patient_id"], []).append(row["split"])
+    assert all(len(set(of)) == 1 for of in splits.values())
+    assert {len(of) for of in splits.values()} == {1, 2}
+
+
+def test_images_reports_and_labels_are_the_generators(made: Path) -> None:
+    for row in _rows(made)[::13]:
+        seed, index = (int(part) for part in row["image_id"][1:].split("-"))
+        assert seed == (77 if row["split"] == "test" else 4)
+        study = generate_study(seed, index, 96)
+        image = cv2.imread(str(made / row["image"]), cv2.IMREAD_UNCHANGED)
+        assert image.dtype == np.uint16 and np.array_equal(image, study.image)
+        assert row["report"] == study.report
+        assert row["labels"] == "|".join(study.labels)
+
+
+def test_boxes_and_truth_agree_with_each_other_and_the_generator(made: Path) -> None:
+    truth, boxes = read_truth(made), _rows(made, "boxes.csv")
+    assert set(truth) == {row["image_id"] for row in _rows(made)}
+    assert len(boxes) == sum(len(findings) for findings in truth.values())
+    told = [(i, f) for i, findings in truth.items() for f in findings]
+    for box, (image_id, finding) in zip(boxes, told, strict=True):
+        assert (box["image_id"], box["label"]) == (image_id, finding["concept_id"])
+        assert tuple(float(box[k]) for k in "xywh") == finding["box"]
+        assert box["side"] == (finding["side"] or "")
+    study = generate_study(4, 12, 96)
+    for finding, saved in zip(study.findings, truth["s4-000012"], strict=True):
+        assert np.array_equal(saved["mask"], finding.mask)
+
+
+def test_two_workers_write_what_one_writes(made: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "data", SMALL, workers=2).parent
+    assert _bytes(other) == _bytes(made)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_complete_folder_is_reused_and_another_settings_is_not(tmp_path: Path) -> None:
+    few = dataclasses.replace(SMALL, studies=3, val_studies=1, test_studies=1)
+    manifest = write_dataset(tmp_path / "data", few)
+    before = manifest.stat().st_ino, manifest.stat().st_mtime_ns
+    assert write_dataset(tmp_path / "data", few) == manifest
+    assert (manifest.stat().st_ino, manifest.stat().st_mtime_ns) == before
+    more = dataclasses.replace(few, studies=5)
+    assert fingerprint(more) != fingerprint(few)
+    assert len(_rows(write_dataset(tmp_path / "data", more).parent)) == 7
+
+
+@pytest.mark.parametrize("damage", ["image gone", "manifest cut", "marker cut", "truth gone"])
+def test_a_damaged_folder_is_remade(tmp_path: Path, damage: str) -> None:
+    few = dataclasses.replace(SMALL, studies=3, val_studies=1, test_studies=1)
+    folder = write_dataset(tmp_path / "data", few).parent
+    whole = _bytes(folder)
+    if damage == "image gone":
+        next((folder / "images" / "train").iterdir()).unlink()
+    elif damage == "truth gone":
+        (folder / "truth.jsonl").unlink()
+    elif damage == "manifest cut":
+        (folder / "manifest.csv").write_bytes(whole["manifest.csv"][:-20])
+    else:
+        meta = json.loads(whole["meta.json"])
+        meta["fingerprint"] = "0"
+        (folder / "meta.json").write_text(json.dumps(meta))
+    assert not is_complete(folder, fingerprint(few))
+    write_dataset(folder, few)
+    assert _bytes(folder) == whole
+
+
+def test_a_killed_run_leaves_nothing_that_looks_like_data(tmp_path: Path) -> None:
+    # a process dies by SIGKILL after its first image
+    code = (
+        "import os, signal, sys\n"
+        "from mlip.config import Phantom\n"
+        "from mlip.dataloading import phantom_dataset as d\n"
+        "plain = d.write_png\n"
+        "def dying(path, image):\n"
+        "    plain(path, image)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "d.write_png = dying\n"
+        "d.write_dataset(sys.argv[1], Phantom(studies=3, image_px=96), workers=1)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    folder = tmp_path / "data"
+    dead = subprocess.run([sys.executable, "-c", code, str(folder)], env=environment, check=False)
+    assert dead.returncode == -9
+    assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+    few = dataclasses.replace(SMALL, studies=3, val_studies=1, test_studies=1)
+    write_dataset(folder, few)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="name another folder"):
+        write_dataset(tmp_path, SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_settings_that_would_mix_patients_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="test_seed are both 4"):
+        write_dataset(tmp_path / "data", dataclasses.replace(SMALL, test_seed=4))
+    with pytest.raises(ValueError, match="0 or more"):
+        write_dataset(tmp_path / "data", dataclasses.replace(SMALL, studies=-1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_worker_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    tiny = dataclasses.replace(SMALL, image_px=32)
+    for workers in (1, 2):
+        with pytest.raises((ValueError, RuntimeError), match="image_px of 96"):
+            write_dataset(tmp_path / "data", tiny, workers=workers)
+        assert not list(tmp_path.iterdir())
+
+
+def test_dicom_files_hold_the_same_pixels(tmp_path: Path) -> None:
+    few = dataclasses.replace(SMALL, studies=2, val_studies=1, test_studies=1, file_format="dicom")
+    folder = write_dataset(tmp_path / "data", few, workers=1).parent
+    row = _rows(folder)[1]
+    assert row["image"].endswith(".dcm")
+    image = dicom.read_radiograph(folder / row["image"])[0]
+    assert np.array_equal(image, generate_study(4, 1, 96).image)
+
+
+def test_png_of_any_noise_comes_back_unchanged(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 1 << 16, (31, 47)).astype(np.uint16)
+    write_png(tmp_path / "x.png", image)
+    assert np.array_equal(cv2.imread(str(tmp_path / "x.png"), cv2.IMREAD_UNCHANGED), image)
