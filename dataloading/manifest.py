@@ -275,8 +275,9 @@ def _splits(
     values = encoded.dictionary.to_pylist()
     unknown = [v for v in values if v and v not in _SPLIT_NAMES]
     if unknown:
-        # a mapped-wrong column could hold identifiers: show only what looks like split names
-        shown = ", ".join(repr(v) for v in unknown[:3]) if len(unknown) <= 3 else ""
+        # a mapped-wrong column could hold identifiers: show only what looks like a split's name
+        named = all(v.isalpha() and len(v) <= 12 for v in unknown) and len(unknown) <= 3
+        shown = ", ".join(map(repr, unknown)) if named else ""
         raise ManifestError(
             f"{path}: column {name!r} (split) holds {len(unknown)} unknown values"
             f"{': ' + shown if shown else ''}; expected train, val (valid, validate, validation, "

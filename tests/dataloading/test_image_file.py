@@ -1,0 +1,194 @@
+"""Files that are no good image: each has its own reason, none blocks, none escapes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mlip.dataloading.image_file import (
+    MAX_FILE_BYTES,
+    check_hash,
+    decode_grey,
+    read_bytes,
+    read_header,
+)
+from mlip.dataloading.ledger import BadSample, DataError
+
+GREY = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+
+
+def encode(suffix: str, image: np.ndarray) -> bytes:
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+def reason_of(content: bytes) -> str:
+    with pytest.raises(BadSample) as caught:
+        decode_grey(content, read_header(content))
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty_file", "directory", "pipe", "dangling", "socketless"]
+)
+def test_what_is_no_readable_file_has_a_reason_and_does_not_block(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "x.png"
+    expected = {"directory": "not_a_file", "pipe": "not_a_file", "empty_file": "empty_file"}
+    if kind == "empty_file":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling":
+        path.symlink_to(tmp_path / "gone.png")
+    elif kind == "socketless":
+        path = tmp_path / "file" / "x.png"
+        (tmp_path / "file").touch()
+    begin = time.perf_counter()
+    with pytest.raises(BadSample) as caught:
+        read_bytes(str(tmp_path), str(path.relative_to(tmp_path)))
+    assert caught.value.reason == expected.get(kind, "missing")
+    assert time.perf_counter() - begin < 1.0
+
+
+def test_a_file_without_permission_has_its_reason(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    (tmp_path / "x.png").write_bytes(b"x")
+    (tmp_path / "x.png").chmod(0)
+    with pytest.raises(BadSample, match="no_permission"):
+        read_bytes(str(tmp_path), "x.png")
+
+
+def test_a_huge_sparse_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    begin = time.perf_counter()
+    with pytest.raises(BadSample, match="too_large"):
+        read_bytes(str(tmp_path), "x.png")
+    assert time.perf_counter() - begin < 0.1
+
+
+def test_a_link_out_of_the_root_stops_the_run_and_one_inside_is_fine(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(b"canary")
+    (root / "good.png").write_bytes(b"good")
+    (root / "out.png").symlink_to(tmp_path / "secret.png")
+    (root / "in.png").symlink_to(root / "good.png")
+    (tmp_path / "rootling").mkdir()
+    (tmp_path / "rootling" / "x.png").write_bytes(b"canary")
+    (root / "neighbour").symlink_to(tmp_path / "rootling")  # shares the root's name as a prefix
+    assert read_bytes(str(root), "in.png") == b"good"
+    for name in ("out.png", "neighbour/x.png"):
+        with pytest.raises(DataError, match="outside data.root"):
+            read_bytes(str(root), name)
+
+
+def test_a_root_that_is_gone_stops_the_run_instead_of_quarantining_all(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="data.root.*gone"):
+        read_bytes(str(tmp_path / "unmounted"), "x.png")
+
+
+def test_a_changed_byte_is_caught_by_the_hash() -> None:
+    content = encode(".png", GREY)
+    digest = hashlib.sha256(content).hexdigest()
+    check_hash(content, digest.upper())
+    with pytest.raises(BadSample, match="hash_mismatch"):
+        check_hash(content[:-1] + bytes([content[-1] ^ 1]), digest)
+
+
+@pytest.mark.parametrize(
+    "suffix, image, bits",
+    [
+        (".png", GREY, 8),
+        (".png", GREY.astype(np.uint16) * 257, 16),
+        (".png", np.dstack([GREY] * 3), 8),
+        (".png", np.dstack([GREY] * 4), 8),
+        (".jpg", GREY, 8),
+        (".jpg", np.dstack([GREY] * 3), 8),
+    ],
+)
+def test_headers_give_the_size_that_decoding_gives(
+    suffix: str, image: np.ndarray, bits: int
+) -> None:
+    content = encode(suffix, image)
+    header = read_header(content)
+    pixels = decode_grey(content, header)
+    assert (header.height, header.width, header.bits) == (40, 60, bits)
+    assert pixels.shape == (40, 60)
+    assert pixels.dtype == (np.uint16 if bits == 16 else np.uint8)
+    if suffix == ".png":
+        # equal channels stay what they are, 16 bits stay exact
+        assert (pixels == (image if image.ndim == 2 else GREY)).all()
+
+
+def test_sixteen_bits_are_exact() -> None:
+    wide = np.random.default_rng(1).integers(0, 65536, (50, 70)).astype(np.uint16)
+    content = encode(".png", wide)
+    assert (decode_grey(content, read_header(content)) == wide).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.98])
+def test_a_cut_file_is_never_taken_for_a_picture(suffix: str, share: float) -> None:
+    content = encode(suffix, GREY)
+    assert reason_of(content[: int(len(content) * share)]) in {
+        "truncated", "unsupported", "undecodable"
+    }  # fmt: skip
+
+
+def test_files_of_another_kind_are_unsupported() -> None:
+    for content in (b"", b"GIF89a" + bytes(100), b"<html>", bytes(200), b"%PDF-1.7" + bytes(99)):
+        assert reason_of(content) == "unsupported"
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (12_000, 12_000), (2**31 - 1, 1), (20_000, 64)])
+def test_a_declared_bomb_is_refused_before_decoding(size: tuple[int, int]) -> None:
+    assert reason_of(png_of(*size)) == "too_large"
+
+
+def test_a_damaged_png_body_is_undecodable() -> None:
+    content = bytearray(encode(".png", GREY))
+    content[len(content) // 2] ^= 0xFF
+    assert reason_of(bytes(content)) == "undecodable"
+
+
+def test_a_picture_of_a_few_pixels_is_no_radiograph() -> None:
+    assert reason_of(encode(".png", GREY[:3, :3])) == "undecodable"
+
+
+def test_an_exif_orientation_leaves_the_direct_path() -> None:
+    content = encode(".jpg", GREY)
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    turned = content[:2] + segment + content[2:]
+    assert read_header(content).plain and not read_header(turned).plain
+    assert decode_grey(turned, read_header(turned)).shape == (60, 40)

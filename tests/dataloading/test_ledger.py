@@ -1,0 +1,72 @@
+"""The ledger's sums, its stop rule and its state."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlip.dataloading.ledger import DataError, Ledger
+
+
+def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
+    ledger = Ledger(100, {"blank_report": 7, "other_split_val": 13}, bad_share=0.1)
+    ledger.add_trained(0, 78)
+    assert not ledger.is_complete(0)
+    ledger.add_bad(0, 5, "missing")
+    ledger.add_bad(0, 9, "truncated")
+    assert ledger.is_complete(0)
+    epoch = ledger.summary()["epochs"]["0"]
+    total = epoch["trained"] + sum(epoch["quarantined"].values()) + 7 + 13
+    assert total == ledger.summary()["rows"] == 100
+    assert epoch["ahead"] == 0
+
+
+def test_a_row_met_by_a_replacement_draw_is_bad_but_leaves_the_epoch_sum() -> None:
+    ledger = Ledger(10, {}, bad_share=1.0)
+    ledger.add_bad(0, 3, "missing", in_order=False)
+    assert ledger.bad == {3: "missing"}
+    assert ledger.epochs == {}
+
+
+@pytest.mark.parametrize("rows, share, allowed", [(1000, 0.01, 10), (155, 0.01, 1), (99, 0.01, 0)])
+def test_the_run_stops_at_the_first_bad_row_beyond_the_share(
+    rows: int, share: float, allowed: int
+) -> None:
+    ledger = Ledger(rows + 50, {"other_split_val": 50}, bad_share=share)
+    for row in range(allowed):
+        ledger.add_bad(0, row, "missing")
+        ledger.check()
+    ledger.add_bad(0, 999, "truncated")
+    with pytest.raises(DataError, match=f"{allowed + 1} of {rows} training rows") as caught:
+        ledger.check()
+    assert caught.value.exit_code == 3
+
+
+def test_a_row_that_is_bad_in_every_epoch_counts_once_towards_the_share() -> None:
+    ledger = Ledger(10, {}, bad_share=0.1)
+    for epoch in range(5):
+        ledger.add_bad(epoch, 4, "missing")
+        ledger.check()
+
+
+def test_state_survives_json() -> None:
+    ledger = Ledger(20, {"nan_report": 2}, bad_share=0.5)
+    ledger.add_trained(0, 17)
+    ledger.add_bad(0, 11, "hash_mismatch")
+    ledger.add_replacement(0)
+    again = Ledger.from_state(json.loads(json.dumps(ledger.state_dict())))
+    assert again.summary() == ledger.summary()
+    assert again.bad == ledger.bad
+
+
+def test_merged_ranks_add_up() -> None:
+    ranks = [Ledger(20, {"no_report": 4}) for _ in range(2)]
+    ranks[0].add_trained(0, 8)
+    ranks[1].add_trained(0, 7)
+    ranks[1].add_bad(0, 3, "missing")
+    merged = Ledger.merge(ranks)
+    assert merged.is_complete(0)
+    assert merged.epochs[0].trained == 15
+    with pytest.raises(ValueError, match="one manifest"):
+        Ledger.merge([Ledger(20, {}), Ledger(21, {})])

@@ -1,0 +1,183 @@
+"""Tokenizer training and loading, encoding with mentions, sentence dropout."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlip.dataloading.reports import (
+    ReportEncoder,
+    ReportTokenizer,
+    draw_sentences,
+    kept_sentences,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TEXT = "A small left effusion. No pneumothorax. Possible nodule, 1.5 cm."
+
+
+def make_encoder(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any, **kw: int
+) -> ReportEncoder:
+    return ReportEncoder(
+        tokenizer, linker, concepts, **({"max_tokens": 64, "max_entities": 8} | kw)
+    )
+
+
+def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    # the library's own trainer gives another vocabulary each time: its hash maps are reseeded
+    words = "effusion nodule cardiac silhouette apical pneumothorax tube opacity".split()
+    texts = [f"The {a} and {b} are seen, {i % 7}.5." for i, a in enumerate(words) for b in words]
+    saved = set()
+    for i in range(6):
+        train_tokenizer(texts, 120, tmp_path / f"t{i}")
+        files = sorted((tmp_path / f"t{i}").iterdir())
+        saved.add(hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())
+    assert len(files) == 3 and len(saved) == 1
+
+
+def test_a_saved_tokenizer_is_read_by_transformers_with_equal_ids(
+    tokenizer: ReportTokenizer, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert len(theirs) == tokenizer.vocab_size
+    ids = tokenizer.encode_batch([TEXT])[0].ids
+    assert theirs(TEXT)["input_ids"] == [tokenizer.cls_id, *ids, tokenizer.sep_id]
+    assert theirs.pad_token_id == tokenizer.pad_id == 0
+
+
+def test_a_folder_with_only_a_vocabulary_file_is_read(tmp_path: Path) -> None:
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "small", "effusion", "##s", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 9
+    assert tokenizer.encode_batch(["Small effusions."])[0].ids == [5, 6, 7, 8]
+
+
+def test_pieces_never_cross_the_limit_of_the_vocabulary(tmp_path: Path) -> None:
+    texts = ["Effusion on the left side."] * 5
+    assert train_tokenizer(texts, 60, tmp_path / "a").vocab_size <= 60
+    with pytest.raises(ValueError, match="data.vocab_size=10: expected more than"):
+        train_tokenizer(texts, 10, tmp_path / "b")
+    with pytest.raises(ValueError, match="at least one training report"):
+        train_tokenizer(["", "___"], 100, tmp_path / "c")
+
+
+def test_a_missing_or_foreign_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is none at"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="tokenizer.json or vocab.txt"):
+        load_tokenizer(tmp_path)
+
+
+def test_encoding_equals_tokens_of_the_whole_report(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    encoder = make_encoder(tokenizer, linker, concepts)
+    pieces = encoder.compose(encoder.encode(TEXT))
+    whole = tokenizer.encode_batch([TEXT])[0].ids
+    assert pieces.ids.tolist() == [tokenizer.cls_id, *whole, tokenizer.sep_id]
+    # effusion present, pneumothorax absent, nodule uncertain
+    assert pieces.entities.tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_dropping_a_sentence_drops_its_tokens_and_its_mentions(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    encoder = make_encoder(tokenizer, linker, concepts)
+    kept = encoder.compose(encoder.encode(TEXT), np.array([True, False, True]))
+    shorter = encoder.compose(encoder.encode("A small left effusion. Possible nodule, 1.5 cm."))
+    assert kept.ids.tolist() == shorter.ids.tolist()
+    assert kept.entities.tolist() == [[0, 0], [2, 2]]
+
+
+def test_the_token_limit_cuts_text_and_the_mentions_behind_it(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    full = make_encoder(tokenizer, linker, concepts)
+    ids = full.compose(full.encode(TEXT)).ids
+    first = len(tokenizer.encode_batch(["A small left"])[0].ids)
+    for limit in range(3, len(ids) + 3):
+        encoder = make_encoder(tokenizer, linker, concepts, max_tokens=limit)
+        pieces = encoder.compose(encoder.encode(TEXT))
+        room = min(limit, len(ids)) - 2
+        assert pieces.ids.tolist() == [*ids[: room + 1], tokenizer.sep_id]
+        assert ([0, 0] in pieces.entities.tolist()) == (room > first)
+
+
+def test_mentions_are_unique_and_at_most_max_entities(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    text = "Effusion. Effusion again. No effusion. Tube. Nodule."
+    encoder = make_encoder(tokenizer, linker, concepts, max_entities=3)
+    assert encoder.compose(encoder.encode(text)).entities.tolist() == [[0, 0], [0, 1], [3, 0]]
+
+
+def test_a_text_without_content_gives_start_and_end_only(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    encoder = make_encoder(tokenizer, linker, concepts)
+    pieces = encoder.compose(encoder.encode("___"))
+    assert pieces.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
+    assert len(pieces.entities) == 0
+
+
+def test_a_report_is_encoded_once_and_the_cache_keeps_to_its_bytes(
+    tokenizer: ReportTokenizer, linker: Any, concepts: Any
+) -> None:
+    calls: list[int] = []
+
+    def text_of(row: int) -> str:
+        calls.append(row)
+        return TEXT
+
+    encoder = make_encoder(tokenizer, linker, concepts)
+    for row in (4, 4, 9, 4):
+        encoder.of_row(row, text_of)
+    assert calls == [4, 9]
+    small = make_encoder(tokenizer, linker, concepts, max_cache_bytes=1000)
+    for row in (0, 1, 2, 3, 0, 3):
+        small.of_row(row, text_of)
+    assert calls[2:] == [0, 1, 2, 3, 3]
+
+
+def test_subsets_are_uniform_over_the_non_empty_ones() -> None:
+    # 7 subsets of 3 sentences, 70,000 draws: chi-square, 99.9 % point for 6 degrees is 22.5
+    draws = draw_sentences(3, np.zeros(70_000, np.int64), np.arange(70_000), 1.0)[:, 1]
+    codes = [int(np.dot(kept_sentences(d, 3), [1, 2, 4])) for d in draws]
+    counts = np.bincount(codes, minlength=8)
+    assert counts[0] == 0
+    assert ((counts[1:] - 10_000.0) ** 2 / 10_000.0).sum() < 22.5
+
+
+def test_dropout_strikes_with_its_probability_and_depends_on_nothing_but_the_key() -> None:
+    index = np.arange(20_000)
+    epoch = index // 9_000
+    draws = draw_sentences(5, epoch, index, 0.3)
+    share = (draws[:, 1] >= 0).mean()
+    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
+    part = draw_sentences(5, epoch[8_990:9_010], index[8_990:9_010], 0.3)
+    assert (part == draws[8_990:9_010]).all()
+    assert (draw_sentences(5, epoch, index, 0.0)[:, 1] == -1).all()
+
+
+@pytest.mark.parametrize("sentences", [0, 1])
+def test_a_single_sentence_is_never_dropped(sentences: int) -> None:
+    assert kept_sentences(0.3, sentences) is None
+    assert kept_sentences(-1.0, 5) is None
+
+
+def test_many_sentences_give_a_non_empty_subset() -> None:
+    for draw in (1e-9, 0.5, 1 - 1e-9):
+        keep = kept_sentences(draw, 120)
+        assert keep is not None and keep.shape == (120,) and keep.any()

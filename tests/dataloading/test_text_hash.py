@@ -1,0 +1,54 @@
+"""Column hashes against the same definition in Python integers."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pyarrow as pa
+
+from mlip.dataloading.text_hash import hash_bytes, hash_words, mix
+
+TEXTS = ["", "a", "No effusion.", "no  EFFUSION", "Size 1.5 cm", "Size 15 cm", "Ergu\u00df links",
+         "___", None, "x" * 5000]  # fmt: skip
+
+
+def fnv(data: bytes) -> int:
+    h = 0xCBF29CE484222325
+    for byte in data:
+        h = (h ^ byte) * 0x100000001B3 % 2**64
+    return h
+
+
+def mixed(h: int, salt: int) -> int:
+    x = (h + salt * 0x9E3779B97F4A7C15) % 2**64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+    return x ^ (x >> 31)
+
+
+def test_hash_bytes_is_mixed_fnv() -> None:
+    column = pa.array(TEXTS, pa.large_string())
+    expected = [mixed(fnv((t or "").encode()), 1) for t in TEXTS]
+    assert hash_bytes(column).tolist() == expected
+
+
+def test_hash_words_sees_words_in_order_and_nothing_else() -> None:
+    column = pa.array(TEXTS, pa.large_string())
+    hashes, words = hash_words(column)
+    pieces = [re.findall(rb"[0-9a-z\x80-\xff]+", (t or "").lower().encode()) for t in TEXTS]
+    assert words.tolist() == [len(p) for p in pieces]
+    assert hashes.tolist() == [mixed(fnv(b"".join(b" " + w for w in p)), 2) for p in pieces]
+    assert hashes[2] == hashes[3] and hashes[4] != hashes[5]
+
+
+def test_a_slice_of_a_column_hashes_as_its_own_rows() -> None:
+    column = pa.array(TEXTS, pa.large_string())
+    assert (hash_bytes(column.slice(3, 4)) == hash_bytes(column)[3:7]).all()
+    assert (hash_words(column.slice(3, 4))[0] == hash_words(column)[0][3:7]).all()
+
+
+def test_mix_takes_one_salt_or_one_per_row() -> None:
+    a, b = np.array([1, 2, 2**64 - 1], np.uint64), np.array([5, 6, 7], np.uint64)
+    assert mix(a, b).tolist() == [mixed(int(x), int(y)) for x, y in zip(a, b, strict=True)]
+    assert mix(a, np.uint64(9)).tolist() == [mixed(int(x), 9) for x in a]
