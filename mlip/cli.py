@@ -1,0 +1,284 @@
+"""The `mlip` command: evaluate, ground, embed, export, doctor, phantoms, prepare, knowledge.
+
+What does not live here: any work. A sub-command reads its arguments, calls the module that does
+the work, and says what came out. Errors of ours are one line and a stable exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlip.config import Config, ConfigError, load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one sub-command; its exit code (mlip/training/lifecycle.py lists them)."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except BrokenPipeError:
+        # `mlip ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("mlip: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from mlip.training.lifecycle import exit_code
+
+        code = exit_code(error)
+        if code == 1:
+            raise  # not a mistake we know: the traceback is what helps
+        print(f"mlip {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlip",
+        description="Medical language-image pre-training: what to do before and after train.py.",
+        epilog="Research software. Not for clinical use.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    evaluate = commands.add_parser(
+        "evaluate", help="zero-shot, retrieval and grounding of a checkpoint: results and a page"
+    )
+    _add_settings(evaluate)
+    evaluate.add_argument("--out", help="folder of results.json and report.html (run.dir)")
+    evaluate.add_argument("--device", default=None, help="cpu, cuda (default: what is there)")
+    evaluate.set_defaults(run=run_evaluate)
+
+    ground = commands.add_parser("ground", help="where a phrase points in one image: a heat map")
+    ground.add_argument("image", help="JPEG, PNG or DICOM file")
+    ground.add_argument("phrase", help='for example "left pleural effusion"')
+    ground.add_argument("--checkpoint", required=True, help="run folder, checkpoint or export")
+    ground.add_argument("--out", default="map.png", help="PNG to write (map.png)")
+    ground.add_argument("--lexicon", help="concept table, where the checkpoint has none")
+    ground.add_argument("--device", default=None)
+    ground.set_defaults(run=run_ground)
+
+    embed = commands.add_parser("embed", help="embeddings of a split as safetensors, resumable")
+    _add_settings(embed)
+    embed.add_argument("--out", required=True, help="folder to write; run again to go on")
+    embed.add_argument("--split", choices=("train", "val", "test"), help="(evaluate.split)")
+    embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
+    embed.add_argument("--device", default=None)
+    embed.set_defaults(run=run_embed)
+
+    export = commands.add_parser(
+        "export", help="one folder with weights, settings, vocabulary: for from_pretrained"
+    )
+    _add_settings(export)
+    export.add_argument("--out", required=True, help="folder to write")
+    export.set_defaults(run=run_export)
+
+    doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")
+    doctor.set_defaults(run=run_doctor)
+
+    phantoms = commands.add_parser("phantoms", help="generate chest phantom studies with truth")
+    phantoms.add_argument("--out", required=True, help="folder to write")
+    phantoms.add_argument("--workers", type=int, help="processes (one a core)")
+    _add_settings(phantoms)
+    phantoms.set_defaults(run=run_phantoms)
+
+    for name, module, text in (
+        ("prepare", "mlip.dataloading.prepare", "check a manifest and its files"),
+        ("knowledge", "mlip.knowledge.command", "build and look into concept tables"),
+    ):
+        _add_foreign(commands, name, module, text)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="CONFIG|key=value",
+        help="YAML files and overrides; checkpoint=DIR means evaluate.checkpoint=DIR",
+    )
+
+
+def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
+    """A sub-command whose arguments its own module adds, imported only when it is asked for.
+
+    Its module may need packages that the other commands do not.
+    """
+    parser = commands.add_parser(name, help=text, add_help=False)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+
+    def run(options: argparse.Namespace) -> int:
+        import importlib
+
+        command = importlib.import_module(module)
+        own = argparse.ArgumentParser(prog=f"mlip {name}", description=text)
+        command.add_arguments(own)
+        return int(command.run(own.parse_args(options.rest)) or 0)
+
+    parser.set_defaults(run=run)
+
+
+def read_settings(items: Sequence[str]) -> Config:
+    """Config of YAML files and overrides in any order; files are read first."""
+    files = [item for item in items if "=" not in item]
+    overrides = [
+        f"evaluate.{item}" if item.startswith("checkpoint=") else item
+        for item in items
+        if "=" in item
+    ]
+    return load(files, overrides)
+
+
+def _device(asked: str | None) -> str:
+    import torch
+
+    if asked is not None:
+        if asked.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device {asked}: torch sees no GPU here; leave --device out")
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _open(config: Config, device: str) -> Any:
+    """The checkpoint of the settings (evaluate.checkpoint or run.dir) and the settings to use.
+
+    The towers are the checkpoint's; pixels and tokens must be prepared as it was trained.
+    """
+    from mlip.pretrained import PretrainedError, open_checkpoint
+    from mlip.transfer.fingerprint import hash_of, preprocessing
+
+    where = config.evaluate.checkpoint or config.run.dir
+    opened = open_checkpoint(where, device=device, lexicon=config.knowledge.lexicon)
+    asked, trained = preprocessing(config), preprocessing(opened.config)
+    if asked != trained:
+        different = ", ".join(
+            f"data.{key} (trained with {trained[key]!r}, asked {asked[key]!r})"
+            for key in asked
+            if asked[key] != trained[key]
+        )
+        raise PretrainedError(
+            f"{where} was trained with preprocessing {hash_of(trained)[:12]}, the settings ask "
+            f"for {hash_of(asked)[:12]}: {different}; use the settings of the training run"
+        )
+    merged = dataclasses.replace(
+        config,
+        model=opened.config.model,
+        loss=opened.config.loss,
+        knowledge=dataclasses.replace(opened.config.knowledge, lexicon=config.knowledge.lexicon),
+        train=dataclasses.replace(config.train, precision=opened.config.train.precision),
+    )
+    return opened, merged
+
+
+def run_evaluate(options: argparse.Namespace) -> int:
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.report import write_report
+    from mlip.transfer import evaluate_run, save_results
+    from mlip.transfer.summary import summary_lines
+
+    config = read_settings(options.settings)
+    device = _device(options.device)
+    opened, config = _open(config, device)
+    results = evaluate_run(
+        opened.model,
+        config,
+        load_manifest(config.data),
+        opened.tokenizer,
+        opened.linker,
+        opened.table,
+        device=device,
+        run=opened.facts,
+    )
+    folder = Path(options.out or config.run.dir)
+    saved = save_results(results, folder / "results.json")
+    page = write_report(folder, results)
+    print("\n".join(summary_lines(results)))
+    print(f"\n{saved}\n{page}")
+    return 0
+
+
+def run_ground(options: argparse.Namespace) -> int:
+    from mlip.pretrained import open_checkpoint
+    from mlip.transfer.ground_image import ground_image
+
+    opened = open_checkpoint(
+        options.checkpoint, device=_device(options.device), lexicon=options.lexicon
+    )
+    answer = ground_image(opened, Path(options.image), options.phrase, Path(options.out))
+    x, y = answer.point
+    print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
+    print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
+    linked = ", ".join(f"{name} ({state})" for name, state in answer.mentions) or "none"
+    print(f"linked knowledge: {linked}")
+    print(f"{options.out}\nNot for clinical use.")
+    return 0
+
+
+def run_embed(options: argparse.Namespace) -> int:
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.transfer.embed import write_embeddings
+
+    config = read_settings(options.settings)
+    device = _device(options.device)
+    opened, config = _open(config, device)
+    count = write_embeddings(
+        opened,
+        config,
+        load_manifest(config.data),
+        Path(options.out),
+        split=options.split or config.evaluate.split,
+        with_patches=options.patches,
+        device=device,
+        say=print,
+    )
+    print(f"{count} rows in {options.out}")
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from mlip.pretrained import save_pretrained
+
+    config = read_settings(options.settings)
+    opened, _ = _open(config, "cpu")
+    folder = save_pretrained(
+        options.out,
+        opened.model,
+        opened.config,
+        opened.tokenizer,
+        opened.table,
+        facts=opened.facts,
+    )
+    print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes")
+    return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from mlip.doctor import examine, is_healthy, report
+
+    checks = examine()
+    print(report(checks))
+    return 0 if is_healthy(checks) else 1
+
+
+def run_phantoms(options: argparse.Namespace) -> int:
+    from mlip.dataloading.phantom_dataset import write_dataset
+
+    phantom = read_settings(options.settings).data.phantom
+    if phantom.studies == 0:
+        raise ConfigError(
+            "data.phantom.studies is 0: say how many training studies to make, for example "
+            "data.phantom.studies=1000"
+        )
+    print(write_dataset(options.out, phantom, workers=options.workers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""`mlip doctor`: what is installed, what is missing, what is wrong, and the line that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+OK, MISSING, BROKEN = "ok", "missing", "broken"
+NAME = "mlip-medical"
+MIN_PYTHON = (3, 11)
+# distribution, module, what it serves, is it needed, the line that installs it
+PACKAGES = (
+    ("torch", "torch", "everything", True, "pip install torch"),
+    ("transformers", "transformers", "image and text towers", True, "pip install transformers"),
+    ("tokenizers", "tokenizers", "report tokens", True, "pip install tokenizers"),
+    ("safetensors", "safetensors", "checkpoints", True, "pip install safetensors"),
+    ("opencv-python-headless", "cv2", "images", True, "pip install opencv-python-headless"),
+    ("pyarrow", "pyarrow", "manifests", True, "pip install pyarrow"),
+    ("pydicom", "pydicom", "DICOM files", True, "pip install pydicom"),
+    ("imagecodecs", "imagecodecs", "compressed DICOM", True, "pip install imagecodecs"),
+    ("pyahocorasick", "ahocorasick", "linking concepts", True, "pip install pyahocorasick"),
+    ("scikit-learn", "sklearn", "evaluation", True, "pip install scikit-learn"),
+    ("jinja2", "jinja2", "report.html", True, "pip install jinja2"),
+    ("deepspeed", "deepspeed", "ZeRO training", False, f"pip install '{NAME}[deepspeed]'"),
+    ("nvidia-dali-cuda130", "nvidia.dali", "DALI input", False, f"pip install '{NAME}[dali]'"),
+    ("triton", "triton", "fused kernels on a GPU", False, "comes with torch for CUDA"),
+    ("xformers", "xformers", "its attention, optional", False, "pip install xformers"),
+    (
+        "tensorboard",
+        "tensorboard",
+        "its curves, optional",
+        False,
+        f"pip install '{NAME}[tensorboard]'",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report."""
+
+    name: str
+    state: str  # OK | MISSING | BROKEN
+    detail: str
+    remedy: str = ""
+    is_needed: bool = False
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_packages() -> list[Check]:
+    checks = []
+    for distribution, module, purpose, is_needed, remedy in PACKAGES:
+        version = version_of(distribution)
+        if version is not None:
+            checks.append(Check(distribution, OK, f"{version}: {purpose}"))
+        elif _is_importable(module):
+            checks.append(Check(distribution, OK, f"under another name: {purpose}"))
+        else:
+            checks.append(Check(distribution, MISSING, purpose, remedy, is_needed))
+    return checks
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def check_python() -> Check:
+    version = platform.python_version()
+    if sys.version_info < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        return Check("python", BROKEN, f"{version}; {wanted} or newer is needed", "", True)
+    return Check("python", OK, version)
+
+
+def check_torchvision() -> Check | None:
+    """A torchvision built for another torch breaks transformers as well: worse than none.
+
+    It is tried in a process of its own, so that nothing half-loaded stays behind.
+    """
+    version = version_of("torchvision")
+    if version is None:
+        return None
+    tried = subprocess.run(
+        [sys.executable, "-c", "import torchvision"], capture_output=True, text=True, timeout=120
+    )
+    if tried.returncode == 0:
+        return Check("torchvision", OK, f"{version}: not used by this project")
+    reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+    return Check(
+        "torchvision",
+        BROKEN,
+        f"{version} does not fit torch {version_of('torch')} ({reason}); it breaks transformers",
+        "pip uninstall -y torchvision",
+        True,
+    )
+
+
+def check_name_clash() -> Check | None:
+    """Another project owns the distribution name `mlip` and ships the same import name."""
+    version = version_of("mlip")
+    if version is None:
+        return None
+    return Check(
+        "mlip",
+        BROKEN,
+        f"{version} is another project (interatomic potentials) with the same import name",
+        "pip uninstall -y mlip",
+        True,
+    )
+
+
+def check_compiler() -> Check:
+    """DeepSpeed builds a small C++ extension the first time it runs on a CPU."""
+    lacking = [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    if "ninja" in lacking and version_of("ninja") is not None:
+        lacking.remove("ninja")
+    if lacking:
+        return Check(
+            "compiler",
+            MISSING,
+            f"{' and '.join(lacking)}: DeepSpeed on a CPU builds an extension with it",
+            "apt-get install g++" if "g++" in lacking else "pip install ninja",
+        )
+    return Check("compiler", OK, "g++ and ninja: DeepSpeed can build its extension")
+
+
+def check_accelerator() -> Check:
+    try:
+        import torch
+    except ImportError as error:
+        return Check("accelerator", BROKEN, f"torch cannot be imported: {error}", "", True)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        memory = properties.total_memory / 2**30
+        return Check(
+            "accelerator",
+            OK,
+            f"{torch.cuda.device_count()} x {properties.name}, {memory:.0f} GiB, "
+            f"CUDA {torch.version.cuda}; kernels: triton",
+        )
+    detail = f"none; {torch.get_num_threads()} CPU threads; kernels: torch"
+    if torch.version.cuda is not None and shutil.which("nvidia-smi"):
+        return Check(
+            "accelerator",
+            BROKEN,
+            f"torch is built for CUDA {torch.version.cuda} and a driver is there, but no GPU can "
+            "be used",
+            "check the driver with nvidia-smi; it may be older than this CUDA needs",
+        )
+    return Check("accelerator", OK, detail)
+
+
+def check_dali() -> Check | None:
+    """DALI for CUDA 12 brings an nvJPEG that can decode some lossless DICOM frames to zeros."""
+    version = version_of("nvidia-dali-cuda120")
+    if version is None:
+        return None
+    return Check(
+        "nvidia-dali-cuda120",
+        BROKEN,
+        f"{version}: brings nvJPEG 12, which can decode 9 to 15 bit lossless JPEG to all zeros",
+        f"pip uninstall -y nvidia-dali-cuda120 && pip install '{NAME}[dali]'",
+    )
+
+
+def examine() -> list[Check]:
+    """Every check, in the order a person reads them."""
+    found = [
+        check_python(),
+        check_name_clash(),
+        *check_packages(),
+        check_torchvision(),
+        check_dali(),
+        check_compiler(),
+        check_accelerator(),
+    ]
+    return [check for check in found if check is not None]
+
+
+def report(checks: list[Check]) -> str:
+    """The checks as text, what to do last."""
+    signs = {OK: "ok     ", MISSING: "missing", BROKEN: "BROKEN "}
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        state = signs[check.state]
+        if check.state == MISSING and not check.is_needed:
+            state = "off    "
+        lines.append(f"{state}  {check.name:<{width}}  {check.detail}")
+    wanted = [c for c in checks if c.remedy and (c.is_needed or c.state == BROKEN)]
+    optional = [c for c in checks if c.remedy and c not in wanted]
+    if wanted:
+        lines += ["", "To mend:"] + [f"  {c.remedy}" for c in wanted]
+    if optional:
+        lines += ["", "To switch on what is off:"] + [
+            f"  {c.remedy:<44} # {c.name}" for c in optional
+        ]
+    if not wanted:
+        lines += ["", "Ready: training and evaluation will run here."]
+    return "\n".join(lines)
+
+
+def is_healthy(checks: list[Check]) -> bool:
+    return not any(c.state == BROKEN or (c.state == MISSING and c.is_needed) for c in checks)

@@ -1,0 +1,314 @@
+"""A model with everything it needs beside it: save_pretrained, from_pretrained, open_checkpoint.
+
+<folder>/
+  model.safetensors     every weight and buffer by name
+  config.json           format, settings, tower sizes, fingerprints
+  preprocessing.json    what pixels and tokens the model expects, for people and other programs
+  tokenizer/            vocabulary
+  concepts.jsonl        concept table (the project's own lexicon only: others have licences)
+  SHA256SUMS            of the files above; checked when the folder is read
+
+No pickle anywhere: reading a folder from a stranger runs no code of theirs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlip import config as configuration
+from mlip.config import Config
+from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
+from mlip.knowledge.concepts import ConceptTable, load_concepts, write_table
+from mlip.knowledge.linker import Linker
+from mlip.model import MLIPModel
+from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
+
+FORMAT = 1
+WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
+# what a tower's own configuration says about its origin, not about its shape
+_NOT_SHAPE = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "model_type",
+    "num_channels",
+    "torch_dtype",
+    "transformers_version",
+    "vocab_size",
+}
+
+
+class PretrainedError(ValueError):
+    """A folder that cannot be used as a model; the message names file and reason."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and what belongs to it."""
+
+    model: MLIPModel
+    config: Config
+    tokenizer: ReportTokenizer
+    table: ConceptTable
+    linker: Linker
+    facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
+
+
+def save_pretrained(
+    folder: str | Path,
+    model: MLIPModel,
+    config: Config,
+    tokenizer: ReportTokenizer,
+    table: ConceptTable,
+    *,
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the model's folder; it appears whole or not at all.
+
+    Raises:  PretrainedError if the folder exists and holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
+        raise PretrainedError(
+            f"{folder}: expected no folder, an empty one or an earlier export; it holds other "
+            "files, so nothing was written; name another folder"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _fill(partial, model, config, tokenizer, table, dict(facts or {}))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _fill(
+    folder: Path,
+    model: MLIPModel,
+    config: Config,
+    tokenizer: ReportTokenizer,
+    table: ConceptTable,
+    facts: dict[str, Any],
+) -> None:
+    state = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    contract = preprocessing(config)
+    own_lexicon = table.provenance.get("source") == "lexicon" and config.knowledge.lexicon is None
+    (folder / "preprocessing.json").write_text(
+        json.dumps(contract, indent=1) + "\n", encoding="utf-8"
+    )
+    tokenizer.save(folder / "tokenizer")
+    if own_lexicon:
+        write_table(table, folder / "concepts.jsonl")
+    described = {
+        "model_type": "mlip",
+        "format": FORMAT,
+        "vocab_size": int(model.text.backbone.config.vocab_size),
+        "facts": facts,
+        "fingerprints": {
+            "weights": hash_of_weights(model),
+            "preprocessing": hash_of(contract),
+            "vocabulary": hash_of_vocabulary(tokenizer),
+            "concept_table": table.fingerprint,
+        },
+        "config": configuration.to_dict(_standalone(config, model)),
+    }
+    (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]
+    (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _standalone(config: Config, model: MLIPModel) -> Config:
+    """The settings with towers described by size instead of by where they came from."""
+    vision, text = config.model.vision, config.model.text
+    if vision.source is not None:
+        vision = dataclasses.replace(
+            vision, source=None, options=_shape(model.vision.tower.backbone.config)
+        )
+    if text.source is not None:
+        text = dataclasses.replace(text, source=None, options=_shape(model.text.backbone.config))
+    # the folder's own vocabulary is meant, wherever the folder lies
+    text = dataclasses.replace(text, tokenizer=None)
+    towers = dataclasses.replace(config.model, vision=vision, text=text)
+    run = dataclasses.replace(config.run, dir=configuration.Run().dir)
+    return dataclasses.replace(config, model=towers, run=run)
+
+
+def _shape(tower: Any) -> dict[str, Any]:
+    return {key: value for key, value in tower.to_diff_dict().items() if key not in _NOT_SHAPE}
+
+
+def from_pretrained(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    lexicon: str | None = None,
+) -> Pretrained:
+    """The model of a folder that save_pretrained wrote, in eval mode.
+
+    lexicon  the concept table, where the folder holds none (licensed ontologies)
+    Raises:  PretrainedError naming the file: missing, damaged, of another format, or a concept
+             table that is not the one the model was trained with.
+    """
+    folder = Path(folder)
+    described = _read_settings(folder)
+    _check_sums(folder)
+    try:
+        config = configuration.from_dict(described["config"])
+    except ValueError as error:
+        raise PretrainedError(f"{folder / SETTINGS}: {error}") from error
+    table = _read_concepts(folder, described, lexicon)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+    model = _build(config, described["vocab_size"], weights, str(folder / WEIGHTS))
+    facts = {**described.get("facts", {}), "checkpoint": str(folder)}
+    return Pretrained(model.to(device), config, tokenizer, table, Linker(table), facts)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PretrainedError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise PretrainedError(f"{path}: not JSON: {error}") from error
+    if not isinstance(described, dict) or described.get("model_type") != "mlip":
+        raise PretrainedError(f"{path}: expected model_type 'mlip'; this is another kind of model")
+    if described.get("format") != FORMAT:
+        raise PretrainedError(
+            f"{path}: format {described.get('format')!r}, this version reads format {FORMAT}"
+        )
+    return described
+
+
+def _check_sums(folder: Path) -> None:
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            raise PretrainedError(f"{path}: missing; copy the whole folder again")
+        if _sha256(path) != expected:
+            raise PretrainedError(f"{path}: damaged or changed (SHA-256 differs); copy it again")
+
+
+def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | None) -> ConceptTable:
+    own = folder / "concepts.jsonl"
+    path = lexicon or (str(own) if own.is_file() else described["config"]["knowledge"]["lexicon"])
+    table = load_concepts(path)
+    expected = described["fingerprints"]["concept_table"]
+    if table.fingerprint != expected:
+        raise PretrainedError(
+            f"{folder}: the model was trained with the concept table {expected[:12]}, "
+            f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; its rows would mean "
+            "other concepts; give the table of the training run"
+        )
+    return table
+
+
+def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where: str) -> MLIPModel:
+    """A model of these settings with these weights, in eval mode.
+
+    Raises:  PretrainedError naming weights that are missing, unexpected or of another shape.
+    """
+    if "concept_vectors" not in weights:
+        raise PretrainedError(f"{where}: holds no concept_vectors; it is no MLIP model")
+    model = MLIPModel(
+        config, vocab_size=vocab_size, concept_vectors=torch.zeros_like(weights["concept_vectors"])
+    )
+    own = model.state_dict()
+    different = sorted(own.keys() ^ weights.keys())
+    if different:
+        raise PretrainedError(
+            f"{where}: weights and settings disagree about {len(different)} names, for example "
+            f"{', '.join(different[:3])}"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise PretrainedError(
+                f"{where}: {name} has shape {tuple(weights[name].shape)}, the settings ask for "
+                f"{tuple(tensor.shape)}"
+            )
+    model.load_state_dict(dict(weights))
+    return model.eval()
+
+
+def open_checkpoint(
+    path: str | Path, *, device: torch.device | str = "cpu", lexicon: str | None = None
+) -> Pretrained:
+    """The model of an export, of a training checkpoint, or of a run folder (its newest one).
+
+    Raises:  PretrainedError if the path is none of these; CheckpointError if none is intact.
+    """
+    from mlip.training import checkpoint as saved
+
+    path = Path(path)
+    if (path / SETTINGS).is_file() and (path / WEIGHTS).is_file():
+        return from_pretrained(path, device=device, lexicon=lexicon)
+    if (path / "state.json").is_file():
+        folder, run_dir = path, path.resolve().parent.parent
+    elif (path / "checkpoints").is_dir():
+        newest, _ = saved.find_newest(path)
+        if newest is None:
+            raise PretrainedError(f"{path}: its folder checkpoints is empty: train first")
+        folder, run_dir = newest, path
+    else:
+        raise PretrainedError(
+            f"checkpoint {path}: expected a run folder (with checkpoints/), a checkpoint (with "
+            f"state.json) or an export (with {SETTINGS} and {WEIGHTS}); there is none of these"
+        )
+    read = saved.read(folder)
+    config = configuration.from_dict(read.state["config"])
+    given = config.model.text.tokenizer or config.model.text.source
+    tokenizer = load_tokenizer(given if given is not None else run_dir / "tokenizer")
+    table = load_concepts(lexicon or config.knowledge.lexicon)
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in {**read.training.parameters, **read.training.buffers}.items()
+        if name.startswith("model.")
+    }
+    vocab_size = _embedding_rows(weights) or tokenizer.vocab_size
+    model = _build(config, vocab_size, weights, str(folder))
+    step = int(read.state["step"])
+    facts = {
+        "step": step,
+        "pairs_seen": read.state.get("pairs_seen", step * config.batch.global_pairs),
+        "checkpoint": str(folder),
+    }
+    return Pretrained(model.to(device), config, tokenizer, table, Linker(table), facts)
+
+
+def _embedding_rows(weights: Mapping[str, Tensor]) -> int | None:
+    found = [t for n, t in weights.items() if n.endswith("word_embeddings.weight")]
+    return int(found[0].shape[0]) if found else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

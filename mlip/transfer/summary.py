@@ -1,0 +1,57 @@
+"""The results of an evaluation as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+HEADS = ("global", "local", "combined")
+
+
+def _text(estimate: Mapping[str, Any] | None, digits: int = 2) -> str:
+    if not estimate or estimate.get("value") is None:
+        return "n/a"
+    value = f"{estimate['value']:.{digits}f}"
+    if estimate.get("low") is None:
+        return value
+    return f"{value} ({estimate['low']:.{digits}f}-{estimate['high']:.{digits}f})"
+
+
+def summary_lines(results: Mapping[str, Any]) -> list[str]:
+    """Every headline number with its interval and what it is to be compared with."""
+    data = results["data"]
+    lines = [f"{data['images']} images, {data['reports']} reports, {data['patients']} patients"]
+    zero_shot = results["zero_shot"]
+    if "reason" in zero_shot:
+        lines.append(f"zero-shot   n/a: {zero_shot['reason']}")
+    else:
+        lines.append(f"{'zero-shot AUROC':<26}" + "".join(f"{h:<20}" for h in HEADS))
+        for row in zero_shot["findings"]:
+            lines.append(f"  {row['name']:<24}" + "".join(f"{_text(row[h]):<20}" for h in HEADS))
+        macro = zero_shot["macro"]
+        lines.append(f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS))
+    retrieval = results["retrieval"]
+    if retrieval["scores"]:
+        chance = retrieval["chance"]["recall@10"]
+        lines.append(f"recall@10 of {retrieval['pool']} (chance {chance:.3f})")
+        for head, both in retrieval["scores"].items():
+            shown = "  ".join(
+                f"{direction.replace('_', ' ')} {_text(both[direction]['recall@10'])}"
+                for direction in both
+            )
+            lines.append(f"  {head:<24}{shown}")
+    else:
+        lines.append("retrieval   n/a: fewer than two reports")
+    grounding = results["grounding"]
+    if "reason" in grounding:
+        lines.append(f"grounding   n/a: {grounding['reason']}")
+    for kind, table in grounding.items():
+        if kind == "reason":
+            continue
+        row = table["all"]
+        lines.append(
+            f"pointing by {kind:<14}{_text(row['hit'])}  area {row['area']:.2f}  swapped "
+            f"{_text(row['swapped'])}  over swapped {_text(row['over_swapped'], 1)}  "
+            f"{table['findings_at_twice_area']} of {table['num_findings']} findings at 2x area"
+        )
+    return lines
