@@ -14,17 +14,19 @@ import numpy as np
 from mlip.dataloading.dicom_frame import read_cells
 from mlip.dataloading.dicom_header import Header, Lut, read_header
 from mlip.dataloading.dicom_phi import Leftover, check_phi
-from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular
+from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular, read_dataset
 from mlip.dataloading.dicom_tone import apply_table, build_tone, needs_range, seen_cells
 from mlip.dataloading.dicom_write import write_radiograph
 
 __all__ = [
     "CODES",
     "DicomError",
+    "Identity",
     "Leftover",
     "RadiographInfo",
     "check_phi",
     "explain",
+    "read_identity",
     "read_radiograph",
     "write_radiograph",
 ]
@@ -70,6 +72,26 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
         tone = build_tone(header, seen_cells(cells) if needs_range(header) else None)
         image = apply_table(cells, tone.table)
     return image, _info(header, tone.voi, tone.own_range)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a file belongs to: for grouping while a data set is collected, never for output."""
+
+    patient: str
+    study: str
+    image: str
+
+
+def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
+    """PatientID, StudyInstanceUID and SOPInstanceUID, "" where absent.
+
+    Raises:  DicomError where the header cannot be parsed.
+    """
+    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID"]
+    with error_wall("malformed"), open_regular(source) as (file, _):
+        dataset = read_dataset(file, names)[2]
+        return Identity(*(str(dataset.get(name) or "").strip(" \0") for name in names))
 
 
 def explain(source: str | os.PathLike[str] | bytes) -> list[str]:

@@ -1,0 +1,298 @@
+"""`mlip prepare`: a raw download or a folder of one's own -> shards, index and manifest.
+
+mlip prepare <dataset> --root DIR --out DIR      see --list for the data sets
+mlip prepare --explain FILE                      each step of reading one DICOM file
+mlip prepare --check-phi PATH                    what de-identification left in file or folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from mlip.dataloading.datasets import DATASETS
+from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
+from mlip.dataloading.dicom import DicomError, check_phi, explain
+from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv
+from mlip.dataloading.shard_worker import ImageSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `mlip prepare`."""
+    add = parser.add_argument
+    add("dataset", nargs="?", choices=sorted(DATASETS), help="what lies under --root")
+    add("--root", type=Path, help="folder of the raw data; nothing in it is changed")
+    add("--out", type=Path, help="folder for shards, index and manifest")
+    add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
+    add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
+    add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
+    add("--quality", type=int, default=95, help="of JPEG (default 95)")
+    add("--shard-images", type=int, default=4096, metavar="N", help="images a shard")
+    add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
+    add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
+    add("--timeout", type=float, default=10.0, metavar="S", help="longest time for one file")
+    add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
+    add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
+    add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
+    add("--list", action="store_true", help="data sets, licences, where they come from, options")
+    add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
+    add("--check-phi", type=Path, metavar="PATH", help="print what may identify a patient")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """What the arguments ask for; the process's exit status.
+
+    Raises:  ValueError (DatasetError, ShardError, DicomError) for what the user can mend; exit
+             status in its `exit_code` where it has one.
+    """
+    if arguments.list:
+        print("\n\n".join(_describe(name, DATASETS[name]) for name in sorted(DATASETS)))
+        return 0
+    if arguments.explain is not None:
+        return _explain(arguments.explain)
+    if arguments.check_phi is not None:
+        return _report_phi(arguments.check_phi)
+    if arguments.dataset is None or arguments.root is None or arguments.out is None:
+        raise DatasetError(
+            "expected `prepare <dataset> --root DIR --out DIR`, `--explain FILE`, "
+            "`--check-phi PATH` or `--list`"
+        )
+    return _prepare(arguments)
+
+
+def _describe(name: str, dataset: Dataset) -> str:
+    lines = [f"{name}: {dataset.title}", f"  licence: {dataset.licence}"]
+    lines.append(f"  access: {dataset.access}")
+    for option, (default, text) in dataset.options.items():
+        lines.append(f"  --option {option}={default or '...'}: {text}")
+    return "\n".join(lines)
+
+
+def _explain(path: Path) -> int:
+    try:
+        print("\n".join(explain(path)))
+    except DicomError as error:
+        raise DicomError(
+            error.code, f"{path}{' ' + error.detail if error.detail else ''}"
+        ) from None
+    return 0
+
+
+def _report_phi(path: Path) -> int:
+    """Attribute, reason and number of files; status 1 where anything was found."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    counts: Counter[tuple[str, str]] = Counter()
+    checked = 0
+    for file in files:
+        try:
+            leftovers = check_phi(file)
+        except DicomError as error:
+            if error.code != "not_dicom" or file == path:
+                counts["file cannot be checked", error.code] += 1
+            continue
+        checked += 1
+        counts.update((leftover.attribute, leftover.reason) for leftover in leftovers)
+    print(f"{checked} DICOM files checked; text burned into the pixels is not looked for")
+    for (attribute, reason), count in sorted(counts.items()):
+        print(f"{attribute:40s} {reason:20s} {count} files")
+    return 1 if counts else 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    dataset = DATASETS[arguments.dataset]
+    root = Path(os.path.realpath(arguments.root))
+    if not root.is_dir():
+        raise DatasetError(f"--root {arguments.root}: no such folder")
+    out = Path(os.path.realpath(arguments.out))
+    if out == root or root in out.parents and arguments.dataset == "folder":
+        raise DatasetError(f"--out {arguments.out}: lies inside --root; choose another folder")
+    options = _options(dataset, arguments.option)
+    settings = _settings(arguments)
+    part = _part(arguments.part)
+    print(f"{dataset.title}. Licence: {dataset.licence}", flush=True)
+    collected = dataset.collect(root, options)
+    check_rows(collected.rows)
+    _print_counts(collected)
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    keep_ids = collected.keeps_ids or arguments.keep_ids
+    plan = Plan(
+        root=root,
+        out=out,
+        settings=settings,
+        salt=f"mlip {arguments.dataset}" if keep_ids else _salt(out),
+        keep_ids=keep_ids,
+        shard_images=arguments.shard_images,
+        workers=arguments.workers or len(os.sched_getaffinity(0)),
+        timeout_s=arguments.timeout,
+        part=part,
+        verify=arguments.verify,
+    )
+    start = time.monotonic()
+    result = build_shards(collected.rows, plan, _Progress())
+    for name, rows in collected.files.items():
+        write_csv(rows, out / name)
+    _record(arguments.dataset, options, collected, plan, result)
+    _print_result(collected, plan, result, time.monotonic() - start)
+    if result.complete and result.images == 0:
+        raise DatasetError(f"{out}: no image could be read; the reasons stand in refused.csv")
+    return 0
+
+
+def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
+    options = {name: default for name, (default, _) in dataset.options.items()}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator or name not in options:
+            raise DatasetError(
+                f"--option {text}: expected NAME=VALUE with a name out of "
+                f"{', '.join(options) or 'none: this data set has no options'}"
+            )
+        options[name] = value
+    return options
+
+
+def _settings(arguments: argparse.Namespace) -> ImageSettings:
+    codec = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
+    if codec == "jpeg" and arguments.bits == 16:
+        raise DatasetError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
+    if not 32 <= arguments.side <= 4096:
+        raise DatasetError(f"--side {arguments.side}: expected 32 to 4096")
+    if not 1 <= arguments.quality <= 100:
+        raise DatasetError(f"--quality {arguments.quality}: expected 1 to 100")
+    if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
+        raise DatasetError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
+    return ImageSettings(
+        side_px=arguments.side,
+        bits=arguments.bits,
+        codec=codec,
+        quality=arguments.quality if codec == "jpeg" else 0,
+        require_deid=arguments.require_deid,
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise DatasetError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
+    return int(number) - 1, int(count)
+
+
+def check_rows(rows: list[Row]) -> None:
+    """Raises DatasetError for a patient in two splits, a doubled image or an unsafe path."""
+    split_of: dict[str, str] = {}
+    crossing = {
+        row.patient_id
+        for row in rows
+        if split_of.setdefault(row.patient_id, row.split) != row.split
+    }
+    if crossing:
+        raise DatasetError(
+            f"{len(crossing)} patients stand in more than one split: expected every patient in "
+            "one split only"
+        )
+    for name in ("image", "image_id"):
+        count = len(rows) - len({getattr(row, name) for row in rows})
+        if count:
+            raise DatasetError(f"{count} rows repeat an {name}: expected one row an image")
+    for place, row in enumerate(rows):
+        parts = row.image.split("/")
+        if row.image.startswith(("/", "~")) or "\0" in row.image or ".." in parts or "" in parts:
+            raise DatasetError(
+                f"data row {place + 1}: its image path may lead out of the root; expected a "
+                "relative path without '..'"
+            )
+
+
+def _salt(out: Path) -> str:
+    """The secret behind hashed ids, made once and shared by every part of the job."""
+    path = out / ".salt"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        for _ in range(50):  # the process that made it may not have written it yet
+            if text := path.read_text():
+                return text
+            time.sleep(0.1)
+        raise DatasetError(f"{path}: is empty; remove it and start again") from None
+    with os.fdopen(descriptor, "w") as file:
+        text = secrets.token_hex(16)
+        file.write(text)
+    return text
+
+
+class _Progress:
+    """A line on stderr every few seconds."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= 5.0 or done == total:
+            self._last = now
+            rate = done / max(now - self._start, 1e-9)
+            print(f"{done} of {total} images, {rate:.0f}/s", file=sys.stderr, flush=True)
+
+
+def _print_counts(collected: Collected) -> None:
+    print(f"{'split':8s}{'images':>10s}{'studies':>10s}{'patients':>10s}{'reports':>10s}  views")
+    for split in ("train", "val", "test"):
+        rows = [row for row in collected.rows if row.split == split]
+        views = Counter(row.view or "-" for row in rows)
+        print(
+            f"{split:8s}{len(rows):10d}{len({(r.patient_id, r.study_id) for r in rows}):10d}"
+            f"{len({r.patient_id for r in rows}):10d}{sum(bool(r.report) for r in rows):10d}  "
+            + ", ".join(f"{view} {count}" for view, count in views.most_common(6))
+        )
+    for rule, count in sorted(collected.excluded.items()):
+        print(f"left out by rule {rule}: {count}")
+    for note in collected.notes:
+        print(note)
+    sys.stdout.flush()
+
+
+def _record(
+    name: str, options: dict[str, str], collected: Collected, plan: Plan, result: Result
+) -> None:
+    """prepared.json: how this folder was made, without any path or identifier of the source."""
+    if not result.complete:
+        return
+    manifest = plan.out / "manifest.parquet"
+    record = {
+        "dataset": name,
+        "options": {k: v for k, v in options.items() if "/" not in v},
+        "settings": json.loads(plan.settings.to_json()),
+        "ids": "as published" if plan.keep_ids else "hashed",
+        "rows": len(collected.rows),
+        "images": result.images,
+        "refused": dict(sorted(result.refused.items())),
+        "excluded": dict(sorted(collected.excluded.items())),
+        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+    }
+    partial = plan.out / f".prepared.json.{os.getpid()}.part"
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, plan.out / "prepared.json")
+
+
+def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> None:
+    refused = sum(result.refused.values())
+    print(
+        f"{result.shards} shards, {result.made} of them made now in {seconds:.1f} s; "
+        f"{result.images} images, {result.member_bytes / 1e6:.1f} MB"
+    )
+    for reason, count in result.refused.most_common():
+        print(f"refused, {reason}: {count}")
+    if not result.complete:
+        print("not complete: other parts are missing; the last one to finish writes the manifest")
+        return
+    lost = len(collected.rows) - result.images - refused
+    print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")
+    print(f"manifest: {plan.out / 'manifest.parquet'}")

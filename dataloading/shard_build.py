@@ -1,0 +1,306 @@
+"""Collected rows -> shards, index and manifest: resumable, parallel, every row accounted for.
+
+A shard is a fixed range of rows of one split, so any process can make any shard; a finished one
+carries a fingerprint of its settings and sources and is never made twice. Whoever finds all shards
+finished writes the index, the manifest and the list of refused files.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.shards import (
+    INDEX_SCHEMA,
+    ShardError,
+    ShardWriter,
+    index_path,
+    is_complete,
+    remove_partials,
+    write_table,
+)
+from mlip.dataloading.worker_pool import Reply, WorkerPool
+
+FORMAT = 1  # part of every fingerprint: raise it when the bytes of a member change
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the shards hold."""
+
+    root: Path
+    out: Path
+    settings: ImageSettings
+    salt: str
+    keep_ids: bool
+    shard_images: int = 4096
+    workers: int = 1
+    timeout_s: float = 10.0
+    part: tuple[int, int] = (0, 1)  # this process makes shards with number % n == i
+    verify: bool = False  # read finished shards again and compare every hash
+
+
+@dataclass(frozen=True)
+class Result:
+    shards: int
+    made: int  # by this call
+    complete: bool  # all shards of all parts
+    images: int  # members in finished shards
+    member_bytes: int
+    refused: Counter[str]  # reason -> files, over finished shards
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    rows: range  # places in the list of rows
+    number: int
+
+
+def build_shards(
+    rows: list[Row], plan: Plan, progress: Callable[[int, int], None] | None = None
+) -> Result:
+    """Makes the shards of plan.part that are missing, then the manifest once all are there.
+
+    rows are sorted by split here; places in that order are the index's `row`.
+
+    Raises:  ShardError where the disk is full or not writable; finished shards stay whole.
+    """
+    order = {"train": 0, "val": 1, "test": 2}
+    rows = sorted(rows, key=lambda row: order[row.split])
+    keys = member_keys(rows, plan.salt)
+    folder = plan.out / "shards"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    remove_partials(folder)
+    remove_partials(plan.out)
+    shards = list(_cut(rows, folder, plan.shard_images))
+    prints = [_fingerprint(rows, shard, plan) for shard in shards]
+    mine = [s for s in shards if s.number % plan.part[1] == plan.part[0]]
+    missing = [s for s in mine if not is_complete(s.path, prints[s.number], verify=plan.verify)]
+    try:
+        if missing:
+            _make(rows, keys, missing, prints, plan, progress)
+        complete = all(
+            is_complete(s.path, prints[s.number], verify=False) for s in shards if s not in missing
+        )
+        _remove_strangers(folder, shards)
+        return _finish(rows, keys, shards, plan, len(missing), complete)
+    except OSError as error:
+        raise _explained(error, plan) from error
+
+
+def member_keys(rows: list[Row], salt: str) -> list[str]:
+    """Sixteen hex digits an image: the member's name, which tells nothing without the salt."""
+    keys = [
+        hashlib.sha256(f"{salt}\0image\0{row.image_id}".encode(errors="surrogatepass")).hexdigest()[
+            :16
+        ]
+        for row in rows
+    ]
+    if len(set(keys)) != len(keys):
+        raise ShardError(
+            f"{len(keys) - len(set(keys))} image ids occur more than once: expected one row an "
+            "image"
+        )
+    return keys
+
+
+def _cut(rows: list[Row], folder: Path, size: int) -> Iterator[_Shard]:
+    number, start = 0, 0
+    while start < len(rows):
+        split, stop, first = rows[start].split, start, start
+        while stop < len(rows) and rows[stop].split == split:
+            stop += 1
+        for index, begin in enumerate(range(first, stop, size)):
+            places = range(begin, min(begin + size, stop))
+            yield _Shard(folder / f"{split}-{index:05d}.tar", places, number)
+            number += 1
+        start = stop
+
+
+def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
+    """Of the settings and of every source file's name, size and time."""
+    digest = hashlib.sha256(f"{FORMAT} {plan.settings.to_json()} {plan.salt}".encode())
+    for place in shard.rows:
+        row = rows[place]
+        try:
+            status = os.stat(plan.root / row.image)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            state = "absent"
+        line = f"{row.image}\0{row.image_id}\0{row.sha256}\0{state}\n"
+        digest.update(line.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _make(
+    rows: list[Row],
+    keys: list[str],
+    missing: list[_Shard],
+    prints: list[str],
+    plan: Plan,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    items = (
+        {"image": rows[place].image, "sha256": rows[place].sha256}
+        for shard in missing
+        for place in shard.rows
+    )
+    start = json.dumps({"root": str(plan.root), "settings": asdict(plan.settings)})
+    total, done = sum(len(shard.rows) for shard in missing), 0
+    suffix = "jpg" if plan.settings.codec == "jpeg" else "png"
+    module = "mlip.dataloading.shard_worker"
+    with WorkerPool(module, start, plan.workers, plan.timeout_s) as pool:
+        replies = pool.ordered(items)
+        for shard in missing:
+            index_path(shard.path).unlink(missing_ok=True)
+            writer = ShardWriter(shard.path)
+            try:
+                entries = []
+                for place in shard.rows:
+                    reply = next(replies)
+                    entries.append(_entry(place, keys[place], suffix, reply, plan, writer))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                size = writer.finish()
+            except BaseException:
+                writer.abandon()
+                raise
+            schema = INDEX_SCHEMA.with_metadata(
+                {"fingerprint": prints[shard.number], "tar_bytes": str(size)}
+            )
+            write_table(pa.Table.from_pylist(entries, schema=schema), index_path(shard.path))
+
+
+def _entry(
+    place: int, key: str, suffix: str, reply: Reply, plan: Plan, writer: ShardWriter
+) -> dict[str, Any]:
+    fields = reply.fields
+    reason = reply.fault or fields["reason"]
+    entry: dict[str, Any] = {
+        "row": place,
+        "key": key,
+        "offset": -1,
+        "size": 0,
+        "sha256": "",
+        "bits": plan.settings.bits,
+        "view": fields.get("view", ""),
+        "source_sha256": fields.get("source_sha256", ""),
+        "reason": reason,
+    }
+    for name in ("height", "width", "source_height", "source_width"):
+        entry[name] = fields.get(name, 0)
+    if not reason:
+        member = writer.add(f"{key}.{suffix}", reply.content)
+        entry.update(offset=member.offset, size=member.size, sha256=member.sha256)
+    return entry
+
+
+def _remove_strangers(folder: Path, shards: list[_Shard]) -> None:
+    """Finished shards of an earlier, longer list of rows; half-written files stay for others."""
+    wanted = {shard.path.name for shard in shards}
+    for path in folder.glob("*-?????.tar"):
+        index = index_path(path)
+        if path.name in wanted or not index.exists():
+            continue
+        if b"fingerprint" in (pa.parquet.read_schema(index).metadata or {}):
+            path.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
+
+
+def _finish(
+    rows: list[Row], keys: list[str], shards: list[_Shard], plan: Plan, made: int, complete: bool
+) -> Result:
+    refused: Counter[str] = Counter()
+    images = member_bytes = 0
+    indexes = []
+    for shard in shards:
+        if not index_path(shard.path).exists():
+            continue
+        index = pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
+        refused.update(reason for reason in index.column("reason").to_pylist() if reason)
+        images += sum(offset >= 0 for offset in index.column("offset").to_pylist())
+        member_bytes += sum(index.column("size").to_pylist())
+        name = f"shards/{shard.path.name}"
+        indexes.append(index.append_column("shard", pa.array([name] * len(index))))
+    if complete:
+        _write_outputs(rows, keys, pa.concat_tables(indexes), plan)
+    return Result(len(shards), made, complete, images, member_bytes, refused)
+
+
+def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan) -> None:
+    write_table(index, plan.out / "index.parquet")
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "image image_id patient_id study_id split view report labels uncertain negative boxes "
+            "mask subset sha256 height width bits source_height source_width"
+        ).split()
+    }
+    refused = []
+    for entry in index.to_pylist():
+        row = rows[entry["row"]]
+        if entry["reason"]:
+            refused.append([entry["row"], entry["key"], row.split, entry["reason"]])
+            continue
+        values = asdict(row)
+        values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
+        values["sha256"] = entry["sha256"]
+        values["view"] = row.view or entry["view"]
+        if not plan.keep_ids:
+            values["image_id"] = entry["key"]
+            for level in ("patient", "study"):
+                values[f"{level}_id"] = hashed(values[f"{level}_id"], level, plan.salt)
+        for name in ("height", "width", "bits", "source_height", "source_width"):
+            values[name] = entry[name]
+        for name, column in columns.items():
+            column.append(values[name])
+    write_table(pa.table(columns), plan.out / "manifest.parquet")
+    write_csv([["row", "key", "split", "reason"], *refused], plan.out / "refused.csv")
+
+
+def write_csv(rows: list[list[Any]], path: Path) -> None:
+    """A CSV file that is complete or not there."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        with open(partial, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def hashed(text: str, level: str, salt: str) -> str:
+    """Sixteen hex digits for an identifier; without the salt nobody can test a guess."""
+    content = f"{salt}\0{level}\0{text}".encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _explained(error: OSError, plan: Plan) -> ShardError:
+    if error.errno in _FULL:
+        free = shutil.disk_usage(plan.out).free
+        return ShardError(
+            f"{plan.out}: the disk or quota is full ({free >> 20} MiB free): finished shards are "
+            "whole, the unfinished one was removed; make room and run the same command again"
+        )
+    return ShardError(
+        f"{plan.out}: cannot be written: {error.strerror}. Finished shards are whole; mend it and "
+        "run the same command again"
+    )

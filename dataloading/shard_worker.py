@@ -1,0 +1,133 @@
+"""One process that turns image files into shard members: python -m mlip.dataloading.shard_worker.
+
+Runs under worker_pool.py. It sees paths relative to one root and answers with codes, sizes and
+encoded pixels, never with a tag value or a message of a library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from mlip.dataloading.image_file import check_hash, decode_grey, read_bytes, read_header
+from mlip.dataloading.ledger import BadSample, DataError
+
+_MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What decides the bytes of a member."""
+
+    side_px: int = 256  # longest side; smaller images stay as they are
+    bits: Literal[8, 16] = 8
+    codec: Literal["jpeg", "png"] = "jpeg"
+    quality: int = 95  # JPEG only
+    require_deid: bool = False  # refuse a DICOM file that check_phi objects to severely
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def scaled_size(height: int, width: int, side_px: int) -> tuple[int, int]:
+    """Height and width with the longest side scaled down to side_px, rounded half up."""
+    longest = max(height, width)
+    if longest <= side_px:
+        return height, width
+    return tuple(max(1, (2 * n * side_px + longest) // (2 * longest)) for n in (height, width))  # type: ignore[return-value]
+
+
+def convert(image: NDArray[Any], settings: ImageSettings) -> NDArray[Any]:
+    """The grey image at the wanted depth, scaled down by area averaging.
+
+    Shapes:  [H, W] uint8 or uint16 -> [h, w] uint8 or uint16
+    """
+    if settings.bits == 16 and image.dtype == np.uint8:
+        image = image.astype(np.uint16) * np.uint16(257)
+    height, width = scaled_size(*image.shape, settings.side_px)
+    if (height, width) != image.shape:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    if settings.bits == 8 and image.dtype == np.uint16:
+        image = ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return image
+
+
+def encode(image: NDArray[Any], settings: ImageSettings) -> bytes:
+    """A grey JPEG or PNG; no metadata of the source file survives."""
+    if settings.codec == "jpeg":
+        good, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, settings.quality])
+    else:
+        good, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 4])
+    assert good
+    return data.tobytes()
+
+
+def make_member(
+    root: str, item: dict[str, Any], settings: ImageSettings
+) -> tuple[dict[str, Any], bytes]:
+    """The answer to one item {"image": relative path, "sha256": expected or absent}."""
+    fields: dict[str, Any] = {"reason": ""}
+    try:
+        content = read_bytes(root, item["image"])
+        if item.get("sha256"):
+            check_hash(content, item["sha256"])
+        fields["source_sha256"] = hashlib.sha256(content).hexdigest()
+        header = read_header(content)
+        if header.kind == "dicom":
+            image, fields["view"] = _radiograph(content, settings.require_deid)
+        else:
+            image = decode_grey(content, header)
+        fields["source_height"], fields["source_width"] = image.shape
+        image = convert(image, settings)
+        member = encode(image, settings)
+    except BadSample as error:
+        return {"reason": error.reason}, b""
+    except DataError:
+        return {"reason": "outside_root"}, b""
+    except MemoryError:
+        return {"reason": "out_of_memory"}, b""
+    except Exception as error:
+        # one file must not end the process that the next files need; the type names the bug
+        return {"reason": "undecodable", "bug": type(error).__name__}, b""
+    fields["height"], fields["width"] = image.shape
+    return fields, member
+
+
+def _radiograph(content: bytes, require_deid: bool) -> tuple[NDArray[np.uint16], str]:
+    from mlip.dataloading.dicom import DicomError, check_phi, read_radiograph
+    from mlip.dataloading.dicom_phi import SEVERE
+
+    try:
+        if require_deid and SEVERE & {leftover.reason for leftover in check_phi(content)}:
+            raise BadSample("not_deidentified")
+        image, info = read_radiograph(content)
+    except DicomError as error:
+        raise BadSample(error.code, "DICOM") from None
+    return image, info.view
+
+
+def main() -> int:
+    start = json.loads(sys.argv[1])
+    root, settings = start["root"], ImageSettings(**start["settings"])
+    cv2.setNumThreads(0)  # one process a core
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY_BYTES, resource.RLIM_INFINITY))
+    for line in sys.stdin.buffer:
+        fields, member = make_member(root, json.loads(line), settings)
+        fields["size"] = len(member)
+        sys.stdout.buffer.write(json.dumps(fields).encode() + b"\n" + member)
+        sys.stdout.buffer.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

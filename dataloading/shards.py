@@ -1,0 +1,265 @@
+"""Shards: plain tar files of encoded images, read by offset, written once and atomically.
+
+A shard is a ustar archive `<split>-<number>.tar` of members `<key>.jpg` or `<key>.png` (readable
+as WebDataset by others) with `<split>-<number>.parquet` beside it. The manifest names a member as
+`shards/train-00012.tar#<offset>+<size>`. Building them is shard_build.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import socket
+import stat
+import tarfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from mlip.dataloading.ledger import BadSample, DataError
+
+MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
+_BLOCK = 512  # of a tar file
+_OPEN_SHARDS = 64  # descriptors kept open; a million images in shards of 4,096 need 245
+_REFERENCE = re.compile(r"^(?P<shard>[^#\0]+\.tar)#(?P<offset>\d{1,15})\+(?P<size>\d{1,10})$")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # data row of the collected manifest
+        ("key", pa.string()),  # member name without suffix: a hash, never an identifier
+        ("offset", pa.int64()),  # of the member's content in the tar, bytes; -1 where refused
+        ("size", pa.int64()),  # bytes
+        ("sha256", pa.string()),  # of the member's content
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("bits", pa.int8()),
+        ("source_height", pa.int32()),
+        ("source_width", pa.int32()),
+        ("source_sha256", pa.string()),
+        ("view", pa.string()),  # DICOM ViewPosition, "" where there is none
+        ("reason", pa.string()),  # "" or why the file was refused
+    ]
+)
+
+
+class ShardError(ValueError):
+    """Shards that cannot be written or read; the message says what to do."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Reference:
+    shard: str  # path of the tar relative to the manifest's root
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}#{self.offset}+{self.size}"
+
+
+def parse_reference(text: str) -> Reference | None:
+    """The parts of `path.tar#offset+size`, None for any other path."""
+    match = _REFERENCE.match(text)
+    if match is None:
+        return None
+    return Reference(match["shard"], int(match["offset"]), int(match["size"]))
+
+
+class _Descriptors:
+    """The most recently used shards' descriptors; safe in threads, os.pread shares no position."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, root: str, shard: str, offset: int, size: int) -> bytes:
+        # a duplicate is read: another thread may close the kept descriptor in the meantime, and
+        # its number may then stand for another file
+        with self._lock:
+            key = (root, shard)
+            descriptor = self._open.get(key)
+            if descriptor is None:
+                descriptor = _open_inside(root, shard)
+                self._open[key] = descriptor
+                if len(self._open) > _OPEN_SHARDS:
+                    os.close(self._open.popitem(last=False)[1])
+            else:
+                self._open.move_to_end(key)
+            duplicate = os.dup(descriptor)
+        try:
+            return os.pread(duplicate, size, offset)
+        finally:
+            os.close(duplicate)
+
+    def forget(self, root: str, shard: str) -> None:
+        with self._lock:
+            descriptor = self._open.pop((root, shard), None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_descriptors = _Descriptors()
+
+
+def _open_inside(root: str, shard: str) -> int:
+    try:
+        descriptor = os.open(os.path.join(root, shard), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if not os.path.isdir(root):
+            raise DataError("the shard folder (data.root) is gone: mount or restore it") from None
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise BadSample("no_permission", "shard") from None
+        raise BadSample("missing", "shard") from None
+    # the descriptor's own path: no link can be swapped between this check and the read
+    real = os.readlink(f"/proc/self/fd/{descriptor}")
+    if not real.startswith(os.path.realpath(root).rstrip("/") + "/"):
+        os.close(descriptor)
+        raise DataError(f"shard {shard!r} leads outside data.root through a link")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadSample("not_a_file", "shard")
+    return descriptor
+
+
+def read_bytes(root: str, reference: str | Reference) -> bytes:
+    """The content of one member, by one pread; threads and forked processes may share it.
+
+    Raises:  BadSample (missing, no_permission, not_a_file, truncated, too_large, unsupported);
+             DataError where the root is gone or a link leads out of it.
+    """
+    parsed = parse_reference(reference) if isinstance(reference, str) else reference
+    if parsed is None:
+        raise BadSample("unsupported", "no shard reference of the form path.tar#offset+size")
+    if parsed.size > MAX_MEMBER_BYTES:
+        raise BadSample("too_large", f"{parsed.size} bytes")
+    try:
+        content = _descriptors.read(root, parsed.shard, parsed.offset, parsed.size)
+    except OSError as error:
+        _descriptors.forget(root, parsed.shard)
+        raise BadSample("missing", f"reading failed: {error.strerror}") from None
+    if len(content) != parsed.size:
+        _descriptors.forget(root, parsed.shard)
+        raise BadSample("truncated", "the shard ends before the member does")
+    return content
+
+
+@dataclass(frozen=True)
+class Member:
+    offset: int
+    size: int
+    sha256: str
+
+
+class ShardWriter:
+    """One tar file that appears under its name only when `finish` has synced it.
+
+    Equal members in equal order give equal bytes: no owner, no clock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # two processes told to make the same shard must not write into one file
+        self.partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+        self._file = open(self.partial, "wb")
+        self._offset = 0
+
+    def add(self, name: str, content: bytes) -> Member:
+        """Where the content of the new member stands."""
+        header = tarfile.TarInfo(name)
+        header.size, header.mode = len(content), 0o644
+        block = header.tobuf(tarfile.USTAR_FORMAT)
+        padding = -len(content) % _BLOCK
+        self._file.write(block + content + bytes(padding))
+        offset = self._offset + len(block)
+        self._offset = offset + len(content) + padding
+        return Member(offset, len(content), hashlib.sha256(content).hexdigest())
+
+    def finish(self) -> int:
+        """Bytes of the finished file."""
+        self._file.write(bytes(2 * _BLOCK))
+        size = self._file.tell()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        return size
+
+    def abandon(self) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            pass  # the buffer of a full disk cannot be flushed; the file is removed anyway
+        self.partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> int:
+    """Removes half-written files of this machine's dead processes; how many there were."""
+    count = 0
+    for path in folder.glob(f".*.{socket.gethostname()}.*.part"):
+        number = path.name.split(".")[-2]
+        if number.isdigit() and not os.path.exists(f"/proc/{number}"):
+            path.unlink(missing_ok=True)
+            count += 1
+    return count
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A Parquet file that is complete or not there."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as file:
+            pa.parquet.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".parquet")
+
+
+def is_complete(shard: Path, fingerprint: str, *, verify: bool) -> bool:
+    """Whether a shard stands there whole, made from the same sources with the same settings.
+
+    verify=True reads every member and compares its hash.
+    """
+    try:
+        index = pa.parquet.read_table(index_path(shard))
+        metadata = index.schema.metadata or {}
+        size = shard.stat().st_size
+    except (OSError, pa.ArrowException):
+        return False
+    if metadata.get(b"fingerprint") != fingerprint.encode():
+        return False
+    if metadata.get(b"tar_bytes") != str(size).encode():
+        return False
+    if verify:
+        with open(shard, "rb") as file:
+            columns = (index.column(name).to_pylist() for name in ("offset", "size", "sha256"))
+            for offset, length, sha256 in zip(*columns, strict=True):
+                if offset < 0:
+                    continue
+                file.seek(offset)
+                if hashlib.sha256(file.read(length)).hexdigest() != sha256:
+                    return False
+    return True

@@ -1,0 +1,171 @@
+"""Items through killable worker processes, results in order; a bad item costs itself alone.
+
+A worker is `python -m <module> <argument>`. It reads one JSON line an item and answers with one
+JSON line whose "size" says how many raw bytes follow. One that crashes or says nothing for too
+long is killed and replaced; its item is tried once more, then given up as "crashed" or "timeout".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# A worker that has one item waiting never idles while the parent writes a shard.
+_QUEUED = 2
+_START_SECONDS = 120.0  # imports from a cold network file system
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A worker's answer; `fields` is empty where `fault` is "crashed" or "timeout"."""
+
+    fields: dict[str, Any]
+    content: bytes
+    fault: str = ""
+
+
+@dataclass
+class _Task:
+    number: int
+    item: dict[str, Any]
+    tries: int = 0
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    tasks: deque[_Task] = field(default_factory=deque)
+    since: float = 0.0  # when the first of its tasks became the first
+    answered: bool = False  # imports are over
+
+    def send(self, task: _Task) -> bool:
+        assert self.process.stdin is not None
+        if not self.tasks:
+            self.since = time.monotonic()
+        self.tasks.append(task)
+        try:
+            self.process.stdin.write(json.dumps(task.item).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return False
+        return True
+
+    def receive(self) -> Reply | None:
+        """The answer to the first task, None where the worker died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.endswith(b"\n"):
+            return None
+        fields = json.loads(line)
+        content = self.process.stdout.read(fields["size"])
+        if len(content) != fields["size"]:
+            return None
+        self.answered = True
+        self.since = time.monotonic()
+        return Reply(fields, content)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                try:
+                    stream.close()
+                except OSError:
+                    pass  # an item was still in the buffer of the dead worker's pipe
+
+
+class WorkerPool:
+    """ordered(items) over `count` processes; use as a context manager."""
+
+    def __init__(self, module: str, argument: str, count: int, timeout_s: float) -> None:
+        self._command = [sys.executable, "-m", module, argument]
+        self._timeout_s = timeout_s
+        self._workers = [self._start() for _ in range(count)]
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+
+    def _start(self) -> _Worker:
+        # a codec's own message could quote the file: it goes nowhere
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENCV_LOG_LEVEL": "OFF"}
+        process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        return _Worker(process)
+
+    def ordered(self, items: Iterable[dict[str, Any]]) -> Iterator[Reply]:
+        """One Reply an item, in the items' order; reads only a few items ahead."""
+        source = enumerate(items)
+        window = 8 * len(self._workers)  # bounds what a slow item makes its successors wait
+        done: dict[int, Reply] = {}
+        again: deque[_Task] = deque()
+        taken, given, exhausted = 0, 0, False
+        while True:
+            for place in range(len(self._workers)):
+                while len(self._workers[place].tasks) < _QUEUED:
+                    if again:
+                        task = again.popleft()
+                    elif not exhausted and taken - given < window:
+                        entry = next(source, None)
+                        if entry is None:
+                            exhausted = True
+                            break
+                        task, taken = _Task(*entry), taken + 1
+                    else:
+                        break
+                    if not self._workers[place].send(task):
+                        self._replace(place, "crashed", done, again)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+            if exhausted and given == taken:
+                return
+            self._collect(done, again)
+
+    def _collect(self, done: dict[int, Reply], again: deque[_Task]) -> None:
+        """Takes at least one answer, or finds a worker dead or silent for too long."""
+        busy = {w.process.stdout: i for i, w in enumerate(self._workers) if w.tasks}
+        ready, _, _ = select.select(list(busy), [], [], 0.2)
+        for stream in ready:
+            place = busy[stream]
+            worker = self._workers[place]
+            reply = worker.receive()
+            if reply is None:
+                self._replace(place, "crashed", done, again)
+            else:
+                done[worker.tasks.popleft().number] = reply
+        now = time.monotonic()
+        for place, worker in enumerate(self._workers):
+            limit = self._timeout_s + (0.0 if worker.answered else _START_SECONDS)
+            if worker.tasks and now - worker.since > limit:
+                self._replace(place, "timeout", done, again)
+
+    def _replace(self, place: int, fault: str, done: dict[int, Reply], again: deque[_Task]) -> None:
+        """Kills a worker; its first task is blamed, the waiting ones start anew elsewhere."""
+        worker = self._workers[place]
+        worker.stop()
+        blamed = worker.tasks.popleft()
+        again.extend(worker.tasks)
+        blamed.tries += 1
+        if blamed.tries > 1:
+            done[blamed.number] = Reply({}, b"", fault)
+        else:
+            again.appendleft(blamed)
+        self._workers[place] = self._start()
