@@ -61,11 +61,15 @@ class Canvas:
     def __init__(self, px: int, *, angle: float, scale: float, shift: tuple[float, float]):
         self.px = px
         cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
-        self._linear = np.array([[cos, sin], [-sin, cos]])
-        self._offset = np.array([0.5, 0.5]) - np.array([0.5, 0.5]) @ self._linear + shift
+        turn = np.array([[cos, sin], [-sin, cos]])
+        centre = np.array([0.5, 0.5])
+        self._linear = turn * px
+        self._offset = (centre - centre @ turn + shift) * px - 0.5
 
     def to_pixels(self, points: Points) -> Points:
-        return (points @ self._linear + self._offset) * self.px - 0.5
+        # one flat product: NumPy multiplies stacks of [K, 2] one by one
+        flat = points.reshape(-1, 2) @ self._linear + self._offset
+        return flat.reshape(points.shape)
 
     def _fixed(self, points: Points) -> NDArray[np.int32]:
         return np.rint(self.to_pixels(points) * (1 << _SHIFT)).astype(np.int32)

@@ -258,7 +258,7 @@ def _write_study(partial: Path, settings: Phantom, job: _Job) -> dict[str, Any]:
         "labels": "|".join(study.labels),
         "image_px": settings.image_px,
         "anatomy": study.anatomy,
-        "claims": [dataclasses.asdict(claim) for claim in study.claims],
+        "claims": [vars(claim) for claim in study.claims],
         "findings": list(_truths(study)),
     }
 
