@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 
 from mlip.config import Config
-from mlip.dataloading.image_file import decode_grey
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Bad, Images, SampleReader, fill_place
@@ -75,6 +74,7 @@ class DaliPipeline:
         self._plans: dict[int, tuple[Plan, Parameters]] = {}
         self._filled: dict[tuple[int, int], tuple[bool, int, list[Bad]]] = {}
         self._decode_ourselves: set[int] = set()  # steps whose batch DALI refused
+        self._own_rows: set[int] = set()  # rows found bad there: not shown to DALI again
         self._failure: Exception | None = None
 
     def load(self, plan: Plan) -> Images:
@@ -220,10 +220,15 @@ class DaliPipeline:
         self, row: int, epoch: int, parameters: Parameters, place: int, step: int
     ) -> Sample:
         content, header = self.reader.read(row, epoch)
-        if header.plain and step not in self._decode_ourselves:
+        suspect = step in self._decode_ourselves
+        if header.plain and not suspect and row not in self._own_rows:
             encoded, height, width = np.frombuffer(content, np.uint8), header.height, header.width
         else:
-            pixels = decode_grey(content, header)
+            try:
+                pixels = self.reader.decode(content, header)
+            except BadSample:
+                self._own_rows.add(row)
+                raise
             height, width = pixels.shape
             encoded = as_pgm(pixels)
         where = self.transform.placement(height, width)

@@ -7,6 +7,7 @@ epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom.py.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import os
 import stat
@@ -45,10 +46,18 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
              root is gone.
     """
+    path = os.path.join(root, relative)
+    if not _is_inside(root, os.path.dirname(relative)):
+        raise _outside(name or relative)
     try:
-        # O_NONBLOCK: opening a pipe must not wait for a writer
-        descriptor = os.open(os.path.join(root, relative), os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = _open(path)
     except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            # the last part is a link: looked at before it is followed
+            target = os.path.realpath(path)
+            if not target.startswith(root.rstrip("/") + "/"):
+                raise _outside(name or relative) from None
+            return read_bytes(root, os.path.relpath(target, root), name)
         if not os.path.isdir(root):
             raise DataError(
                 "the image folder (data.root) is gone: mount or restore it, then resume"
@@ -61,10 +70,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         # the descriptor's own path: no link can be swapped between this check and the read
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         if not real.startswith(root.rstrip("/") + "/"):
-            raise DataError(
-                f"image {name or relative} leads outside data.root through a link: copy the file "
-                "into the folder or set data.root to a folder that holds all images"
-            )
+            raise _outside(name or relative)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("not_a_file")
         if status.st_size == 0:
@@ -79,6 +85,25 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         raise BadSample("missing", f"reading failed: {error.strerror}") from None
     finally:
         os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    # O_NONBLOCK: opening a pipe must not wait for a writer
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _is_inside(root: str, folder: str) -> bool:
+    """Whether a folder's real path lies in the root; remembered, the open descriptor decides."""
+    real = os.path.realpath(os.path.join(root, folder))
+    return real == root.rstrip("/") or real.startswith(root.rstrip("/") + "/")
+
+
+def _outside(name: str) -> DataError:
+    return DataError(
+        f"image {name} leads outside data.root through a link: copy the file into the folder or "
+        "set data.root to a folder that holds all images"
+    )
 
 
 def check_hash(content: bytes, expected: str) -> None:

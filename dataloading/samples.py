@@ -63,7 +63,10 @@ class SampleReader:
 
     def pixels(self, row: int, epoch: int) -> NDArray[Any]:
         """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
-        content, header = self.read(row, epoch)
+        return self.decode(*self.read(row, epoch))
+
+    def decode(self, content: bytes, header: Header) -> NDArray[Any]:
+        """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
         with _wall():
             return decode_grey(content, header)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -192,3 +194,33 @@ def test_an_exif_orientation_leaves_the_direct_path() -> None:
     turned = content[:2] + segment + content[2:]
     assert read_header(content).plain and not read_header(turned).plain
     assert decode_grey(turned, read_header(turned)).shape == (60, 40)
+
+
+def test_a_file_outside_the_root_is_never_even_opened(tmp_path: Path) -> None:
+    script = """
+import sys
+from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.ledger import DataError
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+for name in ("file.png", "folder/canary.png"):
+    try:
+        read_bytes(sys.argv[1], name)
+    except DataError:
+        print("refused")
+print(sum("canary" in name and "/outside/" in name for name in opened), len(opened) > 0)
+"""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "canary.png").write_bytes(b"x")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "file.png").symlink_to(tmp_path / "outside" / "canary.png")
+    (tmp_path / "root" / "folder").symlink_to(tmp_path / "outside")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "root")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    # the last part of file.png is opened without following it, which fails
+    assert done.stdout.split() == ["refused", "refused", "0", "True"]

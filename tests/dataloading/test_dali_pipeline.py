@@ -1,0 +1,193 @@
+"""DALI against its torch twin: the same samples in the same order, pixels within 2/255."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlip import config as settings
+from mlip.batch import Batch
+from mlip.config import Config
+from mlip.dataloading.loader import Loader, build_loader
+from mlip.dataloading.manifest import load_manifest
+
+pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
+
+from mlip.dataloading import dali_pipeline  # noqa: E402
+from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali  # noqa: E402
+
+STD = 0.25  # data.std: turns a normalised difference into one of intensities
+
+
+@pytest.fixture
+def build(tokenizer: Any, linker: Any, concepts: Any) -> Any:
+    made: list[Loader] = []
+
+    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
+        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
+        manifest = load_manifest(config.data)
+        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_twins(a: Batch, b: Batch) -> None:
+    for name in vars(a):
+        if name != "image":
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.image.shape == b.image.shape and a.image.dtype == b.image.dtype
+    difference = (a.image - b.image.cpu()).abs().mean((1, 2, 3)) * STD * 255
+    assert difference.max() < 2.0
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_both_pipelines_give_the_same_batches(
+    corpus: Callable[..., Config], build: Any, train: bool
+) -> None:
+    twin = build(corpus(), train=train, rows=None if train else np.arange(16))
+    dali = build(corpus("data.pipeline=dali"), train=train, rows=None if train else np.arange(16))
+    assert dali.pipeline.name == "dali" and twin.pipeline.name == "torch"
+    count = 7 if train else 3
+    for a, b in zip(take(twin, count), take(dali, count), strict=True):
+        assert_twins(a, b)
+
+
+def test_sixteen_bit_values_arrive_exactly(corpus: Callable[..., Config], build: Any) -> None:
+    # images of resize_px are not resampled: both pipelines then do one multiply and add
+    override = ["data.resize_px=48", "data.crop_px=48", "data.mean=0.0", "data.std=1.0"]
+    rows = np.array([0, 6, 12])
+    dali = build(corpus("data.pipeline=dali", *override), train=False, rows=rows)
+    import cv2
+
+    for batch in dali:
+        for i, row in enumerate(batch.row_index.tolist()):
+            path = Path(dali.manifest.root) / dali.manifest.image_path(row)
+            raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            assert raw.dtype == np.uint16
+            assert np.abs(batch.image[i, 0].numpy() * 65535.0 - raw).max() < 0.02
+
+
+def test_resume_in_the_middle_gives_the_same_batches(
+    corpus: Callable[..., Config], build: Any
+) -> None:
+    config = corpus("data.pipeline=dali")
+    straight = take(build(config), 7)
+    first = build(config)
+    take(first, 3)
+    second = build(config)
+    second.load_state_dict(first.state_dict())
+    for a, b in zip(straight[3:], take(second, 4), strict=True):
+        for name in vars(a):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_bad_files_are_replaced_as_in_the_twin(
+    corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = corpus("data.bad_share=0.9")
+    manifest = load_manifest(config.data)
+    paths = {row: Path(manifest.root) / manifest.image_path(row) for row in (1, 2, 6, 7)}
+    paths[1].write_bytes(b"")
+    paths[2].unlink()
+    paths[6].write_bytes(paths[6].read_bytes()[:60])
+    # a good header and end, but a body that only the decoder finds to be damaged
+    content = bytearray(paths[7].read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    paths[7].write_bytes(bytes(content))
+    twin, dali = build(config), build(corpus("data.bad_share=0.9", "data.pipeline=dali"))
+    begun: list[int] = []
+    begin = dali.pipeline._build
+    monkeypatch.setattr(dali.pipeline, "_build", lambda step: begun.append(step) or begin(step))
+    for a, b in zip(take(twin, 8), take(dali, 8), strict=True):
+        assert_twins(a, b)
+    assert twin.ledger.state_dict() == dali.ledger.state_dict()
+    assert dali.ledger.bad == {1: "empty_file", 2: "missing", 6: "truncated", 7: "undecodable"}
+    # DALI refused a whole batch, was rebuilt for it once, and was not shown that row again
+    assert begun[0] == 0 and len(begun) == 2
+
+
+def test_rotation_on_the_cpu_backend_is_refused_with_the_reason(
+    corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = corpus("data.pipeline=dali", "data.augment.rotation_degrees=5.0")
+    with pytest.raises(ValueError, match="rotation_degrees.*CPU backend.*data.pipeline=torch"):
+        build(config)
+    auto = corpus("data.pipeline=auto", "data.augment.rotation_degrees=5.0")
+    assert build(auto).pipeline.name == "torch"
+
+
+def test_rotation_agrees_with_the_twin(
+    corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    override = ["data.augment.rotation_degrees=25.0", "data.augment.brightness=0.0"]
+    twin = build(corpus(*override))
+    monkeypatch.setattr(dali_pipeline, "why_not_dali", lambda config: None)
+    dali = build(corpus("data.pipeline=dali", *override))
+    for a, b in zip(take(twin, 3), take(dali, 3), strict=True):
+        assert_twins(a, b)
+
+
+def test_reasons_against_dali_are_none_or_a_sentence(corpus: Callable[..., Config]) -> None:
+    assert why_not_dali(corpus()) is None
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pgm_holds_the_values(dtype: type) -> None:
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 7)).astype(dtype)
+    content = as_pgm(pixels).tobytes()
+    header = b"P5\n7 5\n%d\n" % np.iinfo(dtype).max
+    assert content.startswith(header)
+    body = np.frombuffer(content[len(header) :], ">u2" if dtype == np.uint16 else np.uint8)
+    assert (body.reshape(5, 7) == pixels).all()
+
+
+def test_dicom_rows_go_through_our_own_reader(tmp_path: Path, build: Any) -> None:
+    from mlip.dataloading.dicom import read_radiograph, write_radiograph
+
+    rng = np.random.default_rng(2)
+    lines = ["image,report,patient_id,study_id,split"]
+    for i in range(4):
+        image = rng.integers(0, 65536, (40, 40)).astype(np.uint16)
+        write_radiograph(tmp_path / f"{i}.dcm", image, patient_id="p", study_id=f"s{i}")
+        lines.append(f"{i}.dcm,No effusion {i}.,p{i},s{i},train")
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    override = [f"data.manifest={tmp_path / 'm.csv'}", "data.mean=0.0", "data.std=1.0"]
+    override += [f"data.{side}_px=40" for side in ("resize", "crop")]
+    override += ["data.channels=1", "batch.global_pairs=4"]
+    for kind in ("torch", "dali"):
+        config = settings.load([], [*override, f"data.pipeline={kind}"])
+        batch = next(iter(build(config, train=False)))
+        for i in range(4):
+            expected = read_radiograph(tmp_path / f"{i}.dcm")[0]
+            assert np.abs(batch.image[i, 0].numpy() * 65535.0 - expected).max() < 0.02
+
+
+def test_real_radiographs_agree_within_two_grey_levels(build: Any) -> None:
+    root = Path(__file__).resolve().parents[3] / "shared" / "data"
+    if not (root / "manifest.csv").is_file():
+        pytest.skip("../shared/data is not there")
+    override = [f"data.manifest={root / 'manifest.csv'}", "data.columns.image=path",
+                "data.columns.report=text", "data.columns.study_id=null",
+                "data.empty_report=image_only", "batch.global_pairs=16"]  # fmt: skip
+    batches = []
+    for kind in ("torch", "dali"):
+        config = settings.load([], [*override, f"data.pipeline={kind}"])
+        manifest = load_manifest(config.data)
+        rows = manifest.rows("train", with_report=False)[::12]
+        batches.append(list(build(config, train=False, with_report=False, rows=rows)))
+    for a, b in zip(*batches, strict=True):
+        assert_twins(a, b)

@@ -1,0 +1,410 @@
+"""The loader as a whole: order, resume, ledger, bad files, text side of a Batch."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mlip.batch import Batch
+from mlip.config import Config
+from mlip.dataloading import loader as loader_module
+from mlip.dataloading.ledger import DataError, Ledger
+from mlip.dataloading.loader import Loader, build_loader, merge_states, pair_ids_by_concepts
+from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.dataloading.reports import ReportTokenizer
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def build(tokenizer: ReportTokenizer, linker: Any, concepts: Any) -> Any:
+    """build(config, split="train", train=True, ...) -> Loader, closed at the end of the test."""
+    made: list[Loader] = []
+
+    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
+        manifest = load_manifest(config.data)
+        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
+        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+def damage(config: Config, rows: list[int]) -> list[str]:
+    """Cut these rows' images short; their names."""
+    manifest = load_manifest(config.data)
+    names = [manifest.image_path(row) for row in rows]
+    for name in names:
+        path = Path(manifest.root) / name
+        path.write_bytes(path.read_bytes()[:-30])
+    return names
+
+
+def test_a_batch_has_the_promised_shapes_and_types(corpus: Make, build: Any) -> None:
+    batch = take(build(corpus("data.channels=3")), 1)[0]
+    count, tokens, entities = 6, batch.token_ids.shape[1], batch.entity_ids.shape[1]
+    assert batch.image.shape == (count, 3, 32, 32) and batch.image.dtype == torch.float32
+    assert torch.equal(batch.image[:, 0], batch.image[:, 2])
+    for name in ("token_ids", "token_mask", "content_mask"):
+        assert getattr(batch, name).shape == (count, tokens)
+    for name in ("entity_ids", "entity_state", "entity_mask"):
+        assert getattr(batch, name).shape == (count, entities)
+    for name in ("token_ids", "entity_ids", "entity_state", "pair_id", "global_index", "row_index"):
+        assert getattr(batch, name).dtype == torch.int64
+    assert (
+        batch.token_mask.dtype == batch.content_mask.dtype == batch.entity_mask.dtype == torch.bool
+    )
+
+
+def test_masks_mark_tokens_content_and_mentions(
+    corpus: Make, build: Any, tokenizer: ReportTokenizer, linker: Any
+) -> None:
+    loader = build(corpus("data.augment.sentence_dropout=0.0"))
+    batch = take(loader, 1)[0]
+    for i, row in enumerate(batch.row_index.tolist()):
+        text = loader.manifest.text(row)
+        ids = batch.token_ids[i][batch.token_mask[i]].tolist()
+        assert ids[0] == tokenizer.cls_id and ids[-1] == tokenizer.sep_id
+        assert batch.token_ids[i][batch.content_mask[i]].tolist() == ids[1:-1]
+        assert ids[1:-1] == tokenizer.encode_batch([text])[0].ids
+        assert (batch.token_ids[i][~batch.token_mask[i]] == tokenizer.pad_id).all()
+        states = {"present": 0, "absent": 1, "uncertain": 2}
+        names = ["effusion", "pneumothorax", "nodule", "tube"]
+        pairs = [(names.index(m.concept_id), states[m.state]) for m in linker.link(text)]
+        mask = batch.entity_mask[i]
+        ids_and_states = torch.stack([batch.entity_ids[i], batch.entity_state[i]], dim=1)
+        found = [tuple(pair) for pair in ids_and_states[mask].tolist()]
+        assert found == list(dict.fromkeys(pairs))
+        assert (batch.entity_ids[i][~mask] == 0).all()
+        assert batch.pair_id[i] == loader.manifest.pair_id[row]
+
+
+def lengths(batches: list[Batch]) -> list[tuple[int, int]]:
+    """(row, number of tokens) of every visit."""
+    return [
+        (row, int(mask.sum()))
+        for batch in batches
+        for row, mask in zip(batch.row_index.tolist(), batch.token_mask, strict=True)
+    ]
+
+
+def test_sentence_dropout_shortens_some_reports_and_is_off_in_evaluation(
+    corpus: Make, build: Any
+) -> None:
+    full = dict(lengths(take(build(corpus("data.augment.sentence_dropout=0.0")), 6)))
+    visits = lengths(take(build(corpus()), 12))
+    assert all(now <= full[row] for row, now in visits)
+    # half the visits drop, and 14 of 15 subsets of four sentences are smaller than all
+    shorter = sum(now < full[row] for row, now in visits) / len(visits)
+    assert abs(shorter - 0.5 * 14 / 15) < 4 * (0.25 / len(visits)) ** 0.5
+    assert dict(lengths(list(build(corpus(), "train", train=False)))) == full
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_see_the_batch_of_one_process(
+    corpus: Make, build: Any, world_size: int
+) -> None:
+    config = corpus()
+    one = take(build(config), 5)
+    ranks = [take(build(config, rank=r, world_size=world_size), 5) for r in range(world_size)]
+    for step, whole in enumerate(one):
+        parts = [rank[step] for rank in ranks]
+        for name in ("image", "pair_id", "global_index", "row_index"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(whole, name))
+        lengths = torch.cat([part.token_mask.sum(1) for part in parts])
+        assert torch.equal(lengths, whole.token_mask.sum(1))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7])
+def test_resume_at_any_step_repeats_nothing_and_skips_nothing(
+    corpus: Make, build: Any, stop: int
+) -> None:
+    config = corpus()
+    straight = take(build(config), 10)
+    first = build(config)
+    take(first, stop)
+    time.sleep(0.05)  # let it prepare batches that nobody takes
+    state = json.loads(json.dumps(first.state_dict()))
+    second = build(config)
+    second.load_state_dict(state)
+    rest = take(second, 10 - stop)
+    assert all(same(a, b) for a, b in zip(straight[stop:], rest, strict=True))
+    whole = build(config)
+    take(whole, 10)
+    assert second.ledger.summary() == whole.ledger.summary()
+
+
+def test_a_state_grows_with_epochs_only(corpus: Make, build: Any) -> None:
+    loader = build(corpus())
+    take(loader, 3)  # 18 of 16 rows: two epochs have begun
+    size = len(json.dumps(loader.state_dict()))
+    take(loader, 2)  # 30
+    assert abs(len(json.dumps(loader.state_dict())) - size) <= 2
+    take(loader, 19)  # 144: nine epochs
+    assert len(json.dumps(loader.state_dict())) < size + 7 * 20
+
+
+def test_resume_on_another_number_of_ranks_goes_on_with_the_same_rows(
+    corpus: Make, build: Any
+) -> None:
+    config = corpus()
+    ranks = [build(config, rank=r, world_size=2) for r in range(2)]
+    for rank in ranks:
+        take(rank, 3)
+    state = merge_states([rank.state_dict() for rank in ranks])
+    alone = build(config)
+    alone.load_state_dict(state)
+    straight = take(build(config), 4)[3]
+    assert same(take(alone, 1)[0], straight)
+    assert alone.ledger.summary()["epochs"]["0"]["trained"] == 16
+    three = [build(config, rank=r, world_size=3) for r in range(3)]
+    for rank in three:
+        rank.load_state_dict(state)
+    merged = Ledger.merge([rank.ledger for rank in three])
+    assert sum(count.trained for count in merged.epochs.values()) == 18
+
+
+@pytest.mark.parametrize(
+    "override, key", [("run.seed=5", "run.seed"), ("batch.global_pairs=4", "batch.global_pairs")]
+)
+def test_a_state_of_another_order_is_refused_by_name(
+    corpus: Make, build: Any, override: str, key: str
+) -> None:
+    state = build(corpus()).state_dict()
+    with pytest.raises(ValueError, match=f"{key} .saved"):
+        build(corpus(override)).load_state_dict(state)
+
+
+def test_every_row_is_accounted_for_after_each_epoch(corpus: Make, build: Any) -> None:
+    config = corpus("data.bad_share=0.5")
+    damage(config, [0, 5])
+    loader = build(config)
+    take(loader, 8)  # 48 positions of 16 rows: three epochs
+    for epoch in range(3):
+        assert loader.ledger.is_complete(epoch)
+        count = loader.ledger.summary()["epochs"][str(epoch)]
+        assert count["trained"] == 14 and sum(count["quarantined"].values()) == 2
+        assert count["replacements"] == 2
+    assert loader.num_rows + sum(loader.ledger.excluded.values()) == len(loader.manifest) == 24
+
+
+def test_bad_files_cost_no_good_one_and_are_replaced_by_rule(
+    corpus: Make, build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = corpus("data.bad_share=0.5")
+    before = take(build(config), 6)
+    names = damage(config, [1, 6])
+    loader = build(config)
+    with caplog.at_level(logging.WARNING, "mlip"):
+        after = take(loader, 6)
+    for a, b in zip(before, after, strict=True):
+        bad = np.isin(a.row_index, [1, 6])
+        assert torch.equal(a.row_index[~bad], b.row_index[~bad])
+        assert torch.equal(a.image[~bad], b.image[~bad])
+        assert not np.isin(b.row_index, [1, 6]).any()
+        assert torch.equal(a.global_index, b.global_index)
+    assert loader.quarantine() == [
+        {"data_row": row + 1, "image": name, "reason": "truncated"}
+        for row, name in zip([1, 6], names, strict=True)
+    ]
+    assert sum("quarantined" in record.message for record in caplog.records) == 2
+    # the same rows are drawn as replacements on any number of ranks
+    ranks = [take(build(config, rank=r, world_size=2), 6) for r in range(2)]
+    for step, whole in enumerate(after):
+        assert torch.equal(torch.cat([r[step].row_index for r in ranks]), whole.row_index)
+
+
+def test_too_many_bad_files_stop_the_run(corpus: Make, build: Any) -> None:
+    config = corpus("data.bad_share=0.1")  # of 16 training rows: one is allowed
+    damage(config, [1, 2])
+    loader = build(config)
+    with pytest.raises(DataError, match="2 of 16 training rows.*truncated 2.*data.bad_share"):
+        take(loader, 6)
+
+
+def test_a_lost_image_folder_stops_the_run(corpus: Make, build: Any) -> None:
+    config = corpus()
+    loader = build(config)
+    shutil.rmtree(Path(loader.manifest.root))
+    with pytest.raises(DataError, match="data.root.*gone"):
+        take(loader, 1)
+    with pytest.raises(DataError, match="data.root.*gone"):  # and it stays stopped
+        next(loader)
+
+
+def test_evaluation_leaves_bad_images_out_and_counts_them(corpus: Make, build: Any) -> None:
+    config = corpus()
+    damage(config, [17])
+    loader = build(config, "val", train=False)
+    rows = [row for batch in loader for row in batch.row_index.tolist()]
+    assert rows == [16, 18, 19]
+    assert loader.ledger.bad == {17: "truncated"}
+    assert loader.ledger.is_complete(0)
+
+
+def test_evaluation_reads_every_row_once_and_again(corpus: Make, build: Any) -> None:
+    loader = build(corpus(), "train", train=False, global_pairs=5)
+    assert loader.steps_per_epoch == 4
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(b) for b in batches] == [5, 5, 5, 1]
+        rows = torch.cat([b.row_index for b in batches]).tolist()
+        assert rows == loader.manifest.rows("train").tolist()
+    few = build(corpus(), "train", train=False, rows=np.array([3, 9]))
+    assert [b.row_index.tolist() for b in few] == [[3, 9]]
+    assert few.ledger.excluded["not_chosen"] == 14
+
+
+def test_ranks_of_an_evaluation_cover_the_rows_in_equal_steps(corpus: Make, build: Any) -> None:
+    ranks = [
+        list(build(corpus(), "train", train=False, rank=r, world_size=3, global_pairs=5))
+        for r in range(3)
+    ]
+    assert {len(batches) for batches in ranks} == {4}
+    rows = [row for step in range(4) for r in ranks for row in r[step].row_index.tolist()]
+    assert rows == list(range(16))
+    assert [len(r[3]) for r in ranks] == [0, 0, 1]
+
+
+def test_training_may_not_read_rows_of_another_split(corpus: Make, build: Any) -> None:
+    with pytest.raises(ValueError, match="split 'train' only"):
+        build(corpus(), rows=np.array([0, 16]))
+
+
+def test_a_split_without_rows_is_refused_with_the_counts(corpus: Make, build: Any) -> None:
+    config = corpus("data.columns.report=null")
+    with pytest.raises(ManifestError, match="'train' has no usable rows of 24.*no_report 16"):
+        build(config)
+
+
+def test_image_only_rows_come_with_start_and_end_tokens(corpus: Make, build: Any) -> None:
+    config = corpus("data.columns.report=null", "data.empty_report=image_only")
+    for batch in build(config, "val", train=False, with_report=False):
+        assert batch.token_mask.sum(1).tolist() == [2] * len(batch)
+        assert not batch.content_mask.any() and not batch.entity_mask.any()
+        assert batch.entity_ids.shape[1] == 1
+
+
+@pytest.mark.parametrize("verify, caught", [("hash", True), ("none", False)])
+def test_hashing_catches_a_change_that_decodes(
+    corpus: Make, build: Any, verify: str, caught: bool
+) -> None:
+    config = corpus(f"data.verify={verify}", "data.bad_share=0.5")
+    manifest = load_manifest(config.data)
+    one, other = (Path(manifest.root) / manifest.image_path(row) for row in (0, 6))
+    other.write_bytes(one.read_bytes())
+    loader = build(config)
+    take(loader, 3)
+    assert loader.ledger.bad == ({6: "hash_mismatch"} if caught else {})
+
+
+def test_verification_without_hashes_is_refused(corpus: Make, build: Any) -> None:
+    with pytest.raises(ManifestError, match="data.verify=hash.*data.columns.sha256"):
+        build(corpus("data.verify=hash", "data.columns.sha256=null"))
+
+
+@pytest.mark.parametrize("error", [StopIteration(), KeyError("x"), MemoryError()])
+def test_an_exception_inside_decoding_is_one_bad_sample(
+    corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from mlip.dataloading import samples
+
+    decode, calls = samples.decode_grey, []
+
+    def fail_once(content: bytes, header: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return decode(content, header)
+
+    monkeypatch.setattr(samples, "decode_grey", fail_once)
+    loader = build(corpus("data.bad_share=0.5"))
+    batches = take(loader, 3)
+    assert [len(b) for b in batches] == [6, 6, 6]
+    assert list(loader.ledger.bad.values()) == ["undecodable"]
+
+
+def test_stop_iteration_anywhere_else_is_an_error_and_no_end(
+    corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> Any:
+        raise StopIteration
+
+    monkeypatch.setattr(loader_module, "draw_sentences", stop)
+    with pytest.raises(DataError, match="StopIteration"):
+        for _ in build(corpus(), "val", train=False):
+            pass
+
+
+def test_threads_of_workers_give_the_same_batches(corpus: Make, build: Any) -> None:
+    one, three = take(build(corpus()), 4), take(build(corpus("data.workers=3")), 4)
+    assert all(same(a, b) for a, b in zip(one, three, strict=True))
+
+
+def test_a_loader_that_nobody_keeps_ends_its_thread(corpus: Make, tokenizer: Any) -> None:
+    config = corpus()
+    manifest = load_manifest(config.data)
+    before = threading.active_count()
+    parts = {"tokenizer": tokenizer, "linker": None, "table": None}
+    loader = build_loader(config, manifest, split="train", train=True, **parts)
+    next(loader)
+    assert threading.active_count() == before + 1
+    del loader
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() == before
+
+
+def test_waiting_time_is_that_of_the_last_batch(
+    corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = build(corpus("data.prefetch=1"))
+    load = loader.pipeline.load
+    monkeypatch.setattr(loader.pipeline, "load", lambda plan: time.sleep(0.05) or load(plan))
+    take(loader, 1)
+    assert 0.05 <= loader.wait_seconds < 5
+    time.sleep(0.3)
+    next(loader)
+    assert loader.wait_seconds < 0.05
+
+
+def test_equal_sets_of_present_concepts_share_a_pair_id_when_asked(
+    corpus: Make, build: Any
+) -> None:
+    loader = build(corpus("knowledge.pair_id_by_concepts=true"))
+    rows = loader.manifest.rows("train")
+    sets: dict[int, Any] = {}
+    for row in rows.tolist():
+        mentions = loader.encoder.of_row(row, loader.manifest.text).mentions
+        present = tuple(sorted({c for _, _, c, state in mentions.tolist() if state == 0}))
+        sets[row] = present if len(mentions) else row
+    for a in rows.tolist():
+        for b in rows.tolist():
+            assert (loader.pair_id[a] == loader.pair_id[b]) == (sets[a] == sets[b])
+    assert len(set(loader.pair_id[rows])) < len(rows)
+    assert (pair_ids_by_concepts(loader.manifest, rows, loader.encoder) == loader.pair_id).all()
