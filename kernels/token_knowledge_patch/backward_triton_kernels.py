@@ -1,0 +1,239 @@
+"""Backward Triton kernels of the pair scores: similarities are made again, nothing is added twice.
+
+Rows and patches have a pass each, in which one program owns its output and adds in a fixed order:
+no atomics, the same bits every time. Formulas: derivation 2 of the README; tile maps there too.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
+    LOG2_E,
+    _dot,
+    _load_patches,
+    _load_rows,
+)
+
+
+@triton.jit
+def _aggregate_bwd_kernel(
+    r_ptr, weight_ptr, index_ptr, text_ptr, bounds_ptr, valid_ptr, gamma_ptr, score_ptr, grad_ptr,
+    g_ptr, h_ptr, weight_grad_ptr, gamma_part_ptr,
+    first_text, last_text, images, stride_rm, stride_sm,
+    HAS_VALID: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """g = dS * dS/dr and h = g * r for BLOCK_R rows and all images; d weight; sum of h."""
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < count
+    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0)
+    text = tl.load(text_ptr + start + offs_r, mask=mask_r, other=0)
+    weight = tl.load(weight_ptr + index, mask=mask_r, other=0.0)
+    gamma = tl.load(gamma_ptr)
+    weight_grad = tl.zeros([BLOCK_R], tl.float32)
+    h_sum = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, images, BLOCK_M):
+        offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask = (offs_m < images)[:, None] & mask_r[None, :]
+        place = offs_m[:, None] * stride_rm + offs_r[None, :]
+        r = tl.load(r_ptr + place, mask=mask, other=0.0)
+        at = offs_m[:, None] * stride_sm + text[None, :]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
+        if HAS_VALID:
+            valid = tl.load(valid_ptr + offs_m, mask=offs_m < images, other=0)
+            grad = tl.where(valid[:, None] != 0, grad, 0.0)
+        if LSE:
+            score = tl.load(score_ptr + at, mask=mask, other=0.0)
+            pulled = grad * tl.exp(gamma * (r - score))
+            weight_grad += tl.sum(pulled, 0) / gamma
+            g = pulled * weight[None, :]
+        else:
+            weight_grad += tl.sum(grad * r, 0)
+            g = grad * weight[None, :]
+        h_sum += tl.sum(g * r, 0)
+        tl.store(g_ptr + place, g, mask=mask)
+        tl.store(h_ptr + place, g * r, mask=mask)
+    tl.store(weight_grad_ptr + index, weight_grad, mask=mask_r)
+    tl.store(gamma_part_ptr + tl.program_id(0), tl.sum(h_sum, 0))
+
+
+@triton.jit
+def _similarity_gradient(
+    s, first, stat, g, h, alpha, SEG: tl.constexpr, POOLING: tl.constexpr
+):  # fmt: skip
+    """ds [rows, SEG] of similarities s [rows, SEG], and the unscaled softmax part of d alpha."""
+    if POOLING == "max":
+        hit = (first + tl.arange(0, SEG))[None, :] == stat[:, None]
+        return tl.where(hit, g[:, None], 0.0), s
+    # a real weight is at most 1; a padded patch has s = 0, and without the bound its weight could
+    # overflow and turn the zero it multiplies into NaN
+    a = tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
+    ds = a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
+    return ds, a * s * (g[:, None] * s - h[:, None])
+
+
+@triton.jit
+def _rows_step(
+    q, v, first, stat, g, h, alpha, acc, alpha_sum,
+    BLOCK_R: tl.constexpr, SEG: tl.constexpr, POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    s = tl.zeros([BLOCK_R, SEG], tl.float32)
+    if POOLING != "max":
+        s = _dot(q, tl.trans(v), s, PRECISION, UPCAST)
+    ds, da = _similarity_gradient(s, first, stat, g, h, alpha, SEG, POOLING)
+    if WANT_ALPHA:
+        alpha_sum += tl.sum(da, 1)
+    return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
+
+
+@triton.jit
+def _pair_bwd_rows_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_grad_ptr, alpha_part_ptr,
+    first_text, last_text, images, stride_rm, stride_part,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d rows of BLOCK_R rows over a share of the images; patches stream past."""
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    if tl.program_id(0) * BLOCK_R >= count:
+        return
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < count
+    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+    alpha = tl.load(alpha_ptr)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    alpha_sum = tl.zeros([BLOCK_R], tl.float32)
+    SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
+    share = tl.cdiv(images, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, images)
+    # images and their tiles in one loop: a short inner loop would drain the load pipeline
+    for step in range(begin * TILES, end * TILES):
+        m = tl.full([], 0, tl.int64) + step // TILES
+        first = (step % TILES) * SPAN
+        place = m * stride_rm + offs_r
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=0)
+        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
+        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
+        v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+        acc, alpha_sum = _rows_step(
+            q, v0, first, stat, g, h, alpha, acc, alpha_sum,
+            BLOCK_R, SEG0, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+        )  # fmt: skip
+        if SEG1 > 0:
+            v1, _ = _load_patches(v_ptr, bias_ptr, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1)
+            acc, alpha_sum = _rows_step(
+                q, v1, first + SEG0, stat, g, h, alpha, acc, alpha_sum,
+                BLOCK_R, SEG1, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+            )  # fmt: skip
+        if SEG2 > 0:
+            v2, _ = _load_patches(
+                v_ptr, bias_ptr, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2
+            )
+            acc, alpha_sum = _rows_step(
+                q, v2, first + SEG0 + SEG1, stat, g, h, alpha, acc, alpha_sum,
+                BLOCK_R, SEG2, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+            )  # fmt: skip
+    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    out = rows_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
+    tl.store(
+        out + index[:, None] * DIM + offs_d[None, :],
+        acc,
+        mask=mask_r[:, None] & (offs_d < DIM)[None, :],
+    )
+    if WANT_ALPHA:
+        part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(alpha_part_ptr + part, tl.sum(alpha_sum, 0))
+
+
+@triton.jit
+def _patches_step(
+    q, v, first, stat, g, h, alpha, acc,
+    BLOCK_R: tl.constexpr, SEG: tl.constexpr, POOLING: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    s = tl.zeros([BLOCK_R, SEG], tl.float32)
+    if POOLING != "max":
+        s = _dot(q, tl.trans(v), s, PRECISION, UPCAST)
+    ds, _ = _similarity_gradient(s, first, stat, g, h, alpha, SEG, POOLING)
+    # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
+    return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
+
+
+@triton.jit
+def _store_patches(
+    out_ptr, acc, first, m, P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEG: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    offs_p = first + tl.arange(0, SEG)
+    offs_d = tl.arange(0, BLOCK_D)
+    at = out_ptr + m * (P_PAD * DIM) + offs_p[None, :] * DIM + offs_d[:, None]
+    mask = (offs_p < P_PAD)[None, :] & (offs_d < DIM)[:, None]
+    if ACCUMULATE:
+        acc += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, acc, mask=mask)
+
+
+@triton.jit
+def _pair_bwd_patches_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    patch_grad_ptr, first_text, last_text, stride_rm, stride_part,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d patches of one tile of one image over a share of the rows, which stream past in order."""
+    m = (tl.program_id(0) // TILES).to(tl.int64)
+    SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
+    first = (tl.program_id(0) % TILES) * SPAN
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    alpha = tl.load(alpha_ptr)
+    v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+    acc0 = tl.zeros([BLOCK_D, SEG0], tl.float32)
+    if SEG1 > 0:
+        v1, _ = _load_patches(v_ptr, bias_ptr, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1)
+        acc1 = tl.zeros([BLOCK_D, SEG1], tl.float32)
+    if SEG2 > 0:
+        v2, _ = _load_patches(v_ptr, bias_ptr, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2)
+        acc2 = tl.zeros([BLOCK_D, SEG2], tl.float32)
+    tiles = tl.cdiv(count, BLOCK_R)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < count
+        q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+        place = m * stride_rm + offs_r
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=0)
+        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
+        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
+        acc0 = _patches_step(
+            q, v0, first, stat, g, h, alpha, acc0, BLOCK_R, SEG0, POOLING, PRECISION, UPCAST
+        )
+        if SEG1 > 0:
+            acc1 = _patches_step(
+                q, v1, first + SEG0, stat, g, h, alpha, acc1,
+                BLOCK_R, SEG1, POOLING, PRECISION, UPCAST,
+            )  # fmt: skip
+        if SEG2 > 0:
+            acc2 = _patches_step(
+                q, v2, first + SEG0 + SEG1, stat, g, h, alpha, acc2,
+                BLOCK_R, SEG2, POOLING, PRECISION, UPCAST,
+            )  # fmt: skip
+    out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
+    _store_patches(out, acc0, first, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)
+    if SEG1 > 0:
+        _store_patches(out, acc1, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1, ACCUMULATE)
+    if SEG2 > 0:
+        _store_patches(out, acc2, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2, ACCUMULATE)

@@ -1,0 +1,141 @@
+"""Backward Triton kernels of context pooling: r = q . c / |c| with c the attended patch.
+
+With t = q - r c / |c| (r dropped where |c| is at its floor) both gradients are sums over
+similarities of q and of t, so the pass over rows makes t, leaves it in memory for the pass over
+patches, and neither adds atomically. Formulas: derivation 3 of the README.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
+    CONTEXT_FLOOR,
+    LOG2_E,
+    _dot,
+    _load_patches,
+    _load_rows,
+)
+
+
+@triton.jit
+def _weights(
+    q, v, stat, alpha, BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    # bounded for the same reason as in _similarity_gradient
+    return s, tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
+
+
+@triton.jit
+def _context_bwd_rows_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr, h_ptr,
+    turned_ptr, rows_grad_ptr, alpha_part_ptr,
+    first_text, last_text, images, stride_rm, stride_part,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d rows over a share of the images; leaves t, and h = g / |c| with g times its floor term."""
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    if tl.program_id(0) * BLOCK_R >= count:
+        return
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_r = offs_r < count
+    mask = mask_r[:, None] & (offs_d < DIM)[None, :]
+    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+    alpha = tl.load(alpha_ptr)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    alpha_sum = tl.zeros([BLOCK_R], tl.float32)
+    share = tl.cdiv(images, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    for image in range(begin, tl.minimum(begin + share, images)):
+        m = tl.full([], 0, tl.int64) + image
+        place = m * stride_rm + offs_r
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
+        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
+        r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
+        context = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for tile in range(0, TILES):
+            v, _ = _load_patches(v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0)
+            _, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+            context = _dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
+        rho = tl.sqrt(tl.sum(context * context, 1))
+        is_free = rho > CONTEXT_FLOOR
+        inverse = 1.0 / tl.maximum(rho, CONTEXT_FLOOR)
+        turned = q.to(tl.float32) - tl.where(is_free, r * inverse, 0.0)[:, None] * context
+        turned = turned.to(q.dtype)
+        tl.store(turned_ptr + place[:, None] * DIM + offs_d[None, :], turned, mask=mask)
+        h = g * inverse
+        floor = tl.where(is_free, 0.0, g * r)
+        tl.store(h_ptr + place, h, mask=mask_r)
+        # g is read by no one after this: its place carries the floor term
+        tl.store(g_ptr + place, floor, mask=mask_r)
+        for tile in range(0, TILES):
+            v, _ = _load_patches(v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0)
+            s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+            y = _dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
+            dl = a * (h[:, None] * y - floor[:, None])
+            if WANT_ALPHA:
+                alpha_sum += tl.sum(dl * s, 1)
+            ds = alpha * dl + h[:, None] * a
+            acc = _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST)
+    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64)
+    out = rows_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
+    tl.store(out + index[:, None] * DIM + offs_d[None, :], acc, mask=mask)
+    if WANT_ALPHA:
+        part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(alpha_part_ptr + part, tl.sum(alpha_sum, 0))
+
+
+@triton.jit
+def _context_bwd_patches_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
+    turned_ptr, patch_grad_ptr, first_text, last_text, stride_rm, stride_part,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d patches of one tile of one image over a share of the rows."""
+    m = (tl.program_id(0) // TILES).to(tl.int64)
+    first = (tl.program_id(0) % TILES) * SEG0
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    alpha = tl.load(alpha_ptr)
+    offs_d = tl.arange(0, BLOCK_D)
+    v, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+    acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
+    tiles = tl.cdiv(count, BLOCK_R)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    begin = tl.program_id(1) * share
+    for tile in range(begin, tl.minimum(begin + share, tiles)):
+        offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < count
+        q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+        place = m * stride_rm + offs_r
+        turned = tl.load(
+            turned_ptr + place[:, None] * DIM + offs_d[None, :],
+            mask=mask_r[:, None] & (offs_d < DIM)[None, :],
+            other=0.0,
+        )
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
+        floor = tl.load(floor_ptr + place, mask=mask_r, other=0.0)
+        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
+        _, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+        y = _dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
+        dl = alpha * a * (h[:, None] * y - floor[:, None])
+        acc = _dot(tl.trans(q), dl.to(q.dtype), acc, PRECISION, UPCAST)
+        acc = _dot(tl.trans(turned), (h[:, None] * a).to(q.dtype), acc, PRECISION, UPCAST)
+    offs_p = first + tl.arange(0, SEG0)
+    out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
+    at = out + m * (P_PAD * DIM) + offs_p[None, :] * DIM + offs_d[:, None]
+    mask = (offs_p < P_PAD)[None, :] & (offs_d < DIM)[:, None]
+    if ACCUMULATE:
+        acc += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, acc, mask=mask)

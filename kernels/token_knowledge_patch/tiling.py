@@ -1,0 +1,135 @@
+"""Which tile map each pair-score kernel uses, by size, element and shared memory: a fixed table.
+
+A table and not an autotuner: nothing is timed inside a training step, whatever lengths come.
+benchmarks/bench_kernels.py --tune times every line of it on the card at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+MAX_DIM = 256
+# bytes of shared memory that one block may use, by compute capability (CUDA programming guide,
+# "technical specifications per compute capability"); all others have 99 KiB
+SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
+SHARED_MEMORY_OTHERS = 101376
+SHARED_MEMORY_SLACK = 8192  # barriers, reductions and index staging beside the tiles
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A kernel's tile map: rows, up to three patch segments, repeated over an image."""
+
+    block_r: int
+    segments: tuple[int, int, int]
+    tiles: int
+    warps: int
+    stages: int
+
+    def keywords(self) -> dict[str, int]:
+        seg0, seg1, seg2 = self.segments
+        return {
+            "BLOCK_R": self.block_r,
+            "SEG0": seg0,
+            "SEG1": seg1,
+            "SEG2": seg2,
+            "TILES": self.tiles,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def padded_patches(patches: int) -> int:
+    """Patches of the normalised copy: the next multiple of 16, the shortest tensor-core side."""
+    return (patches + 15) // 16 * 16
+
+
+def block_dim(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+# (rows, segments, warps) in order of preference. Every line compiles for sm_80 and sm_90 without
+# spills at the sizes of tests/kernels/test_triton_compile.py; of the lines that fit, the one that
+# pads an image least is taken, the earlier one where they tie within 4 %
+Candidate = tuple[int, tuple[int, int, int], int]
+FORWARD_BF16: dict[int, list[Candidate]] = {
+    128: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
+    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4)],
+}
+BACKWARD_ROWS_BF16: dict[int, list[Candidate]] = {
+    128: [(128, (64, 32, 16), 8), (128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
+    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4)],
+}
+BACKWARD_PATCHES_BF16: dict[int, list[Candidate]] = {
+    128: [(128, (64, 32, 16), 8), (128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
+    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4), (32, (32, 0, 0), 4)],
+}
+FLOAT32: dict[int, list[Candidate]] = {
+    128: [(64, (32, 0, 0), 4), (32, (32, 0, 0), 4)],
+    256: [(64, (32, 0, 0), 8), (32, (32, 0, 0), 8), (32, (16, 0, 0), 4)],
+}
+TABLES = {
+    "forward": FORWARD_BF16,
+    "backward_rows": BACKWARD_ROWS_BF16,
+    "backward_patches": BACKWARD_PATCHES_BF16,
+}
+
+
+def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages: int) -> int:
+    """Shared memory of a tiling: its stationary side once, its streamed side once a stage."""
+    rows, patches = block_r * dim * size, span * dim * size
+    if kind == "resident":
+        return patches + stages * rows
+    if kind == "backward_patches":
+        return patches + stages * rows + block_r * min(span, 128) * size
+    return rows + stages * patches
+
+
+def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
+    """All patches of an image on chip in at most three power-of-two segments, or None."""
+    left, segments = padded_patches(patches), []
+    while left > 0 and len(segments) < 3:
+        part = next(size for size in (128, 64, 32, 16) if size <= left)
+        segments.append(part)
+        left -= part
+    if left > 0:
+        return None
+    warps = 8 if dim >= 256 else 4
+    if shared_bytes("resident", 64, sum(segments), dim, 2, 2) + SHARED_MEMORY_SLACK > limit:
+        return None
+    seg0, seg1, seg2 = (segments + [0, 0])[:3]
+    return Tiling(64, (seg0, seg1, seg2), 1, warps, 2)
+
+
+@functools.cache
+def choose_tiling(
+    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
+) -> Tiling:
+    """The tiling of a kernel for a padded dim, an element size in bytes and a shared memory."""
+    if kind == "forward" and size == 2 and pooling != "context":
+        tiling = _resident(patches, dim, limit)
+        if tiling is not None:
+            return tiling
+    table = TABLES[kind] if size == 2 else FLOAT32
+    candidates = table[128 if dim <= 128 else 256]
+    if pooling == "context":
+        candidates = [c for c in candidates if c[1][1] == 0]
+    best: tuple[float, Tiling] | None = None
+    for block_r, segments, warps in candidates:
+        span = sum(segments)
+        if shared_bytes(kind, block_r, span, dim, size, 2) + SHARED_MEMORY_SLACK > limit:
+            continue
+        tiles = -(-padded_patches(patches) // span)
+        # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
+        if kind == "forward" and tiles == 1 and (pooling == "context" or size == 4):
+            tiles = 2
+        waste = tiles * span / patches
+        if best is None or waste < 0.96 * best[0]:
+            best = (waste, Tiling(block_r, segments, tiles, warps, 2))
+    if best is None:
+        raise ValueError(
+            f"no tiling of {kind} fits D={dim} into {limit} bytes of shared memory; "
+            'pass impl="torch"'
+        )
+    return best[1]

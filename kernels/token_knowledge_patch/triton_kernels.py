@@ -1,0 +1,344 @@
+"""Launchers of the pair-score kernels: tensors in, tensors out.
+
+No autograd and no choice of implementation. Nothing here reads a tensor on the host: how many rows
+are real is known to the device alone, grids are sized for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mlip.kernels._dispatch import is_interpreting
+from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
+    _aggregate_bwd_kernel,
+    _pair_bwd_patches_kernel,
+    _pair_bwd_rows_kernel,
+)
+from mlip.kernels.token_knowledge_patch.context_triton_kernels import (
+    _context_bwd_patches_kernel,
+    _context_bwd_rows_kernel,
+)
+from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
+    _aggregate_fwd_kernel,
+    _pair_fwd_kernel,
+)
+from mlip.kernels.token_knowledge_patch.tiling import (
+    SHARED_MEMORY,
+    SHARED_MEMORY_OTHERS,
+    block_dim,
+    choose_tiling,
+    padded_patches,
+)
+
+# statistics of pairs (r, softmax statistic, g, h) beside the gradients' own buffers
+STATISTICS_BUDGET_BYTES = 2**30
+SMALLEST_STATISTICS_BYTES = 2**28
+PARTIAL_BUDGET_BYTES = 2**25
+CONTEXT_BUDGET_BYTES = 2**27
+
+
+@functools.cache
+def _device_facts(index: int) -> tuple[int, int]:
+    """Shared memory a block may use, and the number of multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    return SHARED_MEMORY.get(capability, SHARED_MEMORY_OTHERS), properties.multi_processor_count
+
+
+def _facts(x: Tensor) -> tuple[int, int]:
+    if x.device.type == "cpu":  # the interpreter: tilings of an H100, hardly any parallelism
+        return SHARED_MEMORY[(9, 0)], 1
+    return _device_facts(x.device.index)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and options of one call."""
+
+    images: int
+    texts: int
+    rows_a_text: int
+    patches: int
+    dim: int
+    size: int
+    pooling: str
+    aggregation: str
+    shift: bool
+
+    @property
+    def padded(self) -> int:
+        return padded_patches(self.patches)
+
+    def keywords(self) -> dict[str, object]:
+        return {
+            "P_PAD": self.padded,
+            "DIM": self.dim,
+            "BLOCK_D": block_dim(self.dim),
+            "POOLING": self.pooling,
+            # float32 operands: three tf32 products, as exact as float32; bfloat16 ignores it
+            "PRECISION": "tf32x3" if self.size == 4 else "ieee",
+            "UPCAST": is_interpreting(),
+        }
+
+    def stride(self, texts: int) -> int:
+        """Row stride of [M, rows of a chunk] buffers: a multiple of 16, so that loads vectorise."""
+        return max(16, (texts * self.rows_a_text + 15) // 16 * 16)
+
+
+def statistics_bytes(p: Problem) -> int:
+    """What the statistics may take, after the float32 buffers of both gradients."""
+    gradients = 4 * p.dim * (p.texts * p.rows_a_text + p.images * p.padded)
+    return max(STATISTICS_BUDGET_BYTES - gradients, SMALLEST_STATISTICS_BYTES)
+
+
+def text_chunks(p: Problem) -> list[tuple[int, int]]:
+    """Texts in ranges whose four statistics a pair of row and image fit the budget."""
+    each = 16 * p.images * p.stride(1)
+    step = max(1, statistics_bytes(p) // each)
+    if p.pooling == "context":
+        turned = p.size * p.dim * p.images * p.stride(1)
+        step = max(1, min(step, CONTEXT_BUDGET_BYTES // turned))
+    return [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
+
+
+def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(index [N J], text [N J], bounds [N + 1]) of the rows of positive weight, in order.
+
+    Entries of index and text past bounds[N] are 0 and never used; nothing is read on the host.
+    """
+    texts, rows = weight_NJ.shape
+    real = (weight_NJ > 0).reshape(-1)
+    rank = torch.cumsum(real, 0, dtype=torch.int32)
+    bounds = torch.zeros(texts + 1, dtype=torch.int32, device=weight_NJ.device)
+    bounds[1:] = rank[rows - 1 :: rows]
+    where = torch.where(real, rank - 1, texts * rows).to(torch.int64)
+    index = torch.zeros(texts * rows + 1, dtype=torch.int32, device=weight_NJ.device)
+    numbers = torch.arange(texts * rows, dtype=torch.int32, device=weight_NJ.device)
+    index.scatter_(0, where, numbers)
+    index = index[:-1]
+    return index, torch.div(index, rows, rounding_mode="floor"), bounds
+
+
+def _groups(programs: int, target: int, partial_bytes: int) -> int:
+    """Into how many shares to split a pass that would leave the chip idle, at most four."""
+    by_need = triton.cdiv(target, max(programs, 1))
+    by_memory = max(1, PARTIAL_BUDGET_BYTES // max(partial_bytes, 1))
+    return max(1, min(by_need, by_memory, 4))
+
+
+def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out) -> None:
+    r, stat = out
+    limit, processors = _facts(r)
+    tiling = choose_tiling("forward", p.patches, block_dim(p.dim), p.size, limit, p.pooling)
+    tiles = triton.cdiv((last - first) * p.rows_a_text, tiling.block_r)
+    # eight programs a multiprocessor, each with at least four row tiles to keep its patches busy
+    groups = min(max(1, tiles // 4), max(1, triton.cdiv(8 * processors, p.images)))
+    _pair_fwd_kernel[(p.images, groups)](
+        tensors["rows"],
+        tensors["index"],
+        tensors["bounds"],
+        tensors["v"],
+        tensors["bias"],
+        tensors["alpha"],
+        r,
+        stat,
+        first,
+        last,
+        r.stride(0),
+        SHIFT=p.shift,
+        **p.keywords(),
+        **tiling.keywords(),
+    )
+
+
+def _buffers(p: Problem, texts: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (p.images, p.stride(texts))
+    r = torch.empty(shape, dtype=torch.float32, device=like.device)
+    dtype = torch.int32 if p.pooling == "max" else torch.float32
+    stat = torch.empty(shape, dtype=dtype, device=like.device)
+    return r, stat
+
+
+def pair_scores_fwd(
+    p: Problem, tensors: dict[str, Tensor], valid: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores [M, N], r, stat); the statistics are empty where backward makes them again.
+
+    tensors: rows [N J, D], weight [N J], index, text, bounds, v [M, P_PAD, D], bias [M, P_PAD],
+             alpha [1], gamma [1]; valid [M] int8 or None
+    """
+    chunks = text_chunks(p)
+    # the context's backward pass works in chunks of its own
+    keep = keep and len(chunks) == 1 and p.pooling != "context"
+    if not keep:
+        # without a backward pass to come, smaller chunks: r is summed at once and dropped
+        each = 8 * p.images * p.stride(1)
+        step = max(1, SMALLEST_STATISTICS_BYTES // each)
+        chunks = [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
+    like = tensors["v"]
+    scores = torch.empty((p.images, p.texts), dtype=torch.float32, device=like.device)
+    out = _buffers(p, max(last - first for first, last in chunks), like)
+    for first, last in chunks:
+        _pair_fwd(p, tensors, first, last, out)
+        block_m = 64 if p.images >= 64 else 16
+        _aggregate_fwd_kernel[(last - first, triton.cdiv(p.images, block_m))](
+            out[0],
+            tensors["weight"],
+            tensors["index"],
+            tensors["bounds"],
+            scores if valid is None else valid,
+            tensors["gamma"],
+            scores,
+            first,
+            p.images,
+            out[0].stride(0),
+            scores.stride(0),
+            HAS_VALID=valid is not None,
+            LSE=p.aggregation == "lse",
+            BLOCK_M=block_m,
+            BLOCK_R=32,
+        )
+    if keep:
+        return scores, out[0], out[1]
+    return scores, out[0].new_empty(0), out[1].new_empty(0)
+
+
+def pair_scores_bwd(
+    p: Problem,
+    tensors: dict[str, Tensor],
+    valid: Tensor | None,
+    scores: Tensor,
+    grad: Tensor,
+    kept: tuple[Tensor, Tensor],
+    want_alpha: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32."""
+    like = tensors["v"]
+    device = like.device
+    limit, processors = _facts(like)
+    block_d = block_dim(p.dim)
+    by_rows = choose_tiling("backward_rows", p.patches, block_d, p.size, limit, p.pooling)
+    by_patches = choose_tiling("backward_patches", p.patches, block_d, p.size, limit, p.pooling)
+    total_rows = p.texts * p.rows_a_text
+    d_weight = torch.zeros(total_rows, device=device)
+    d_alpha, h_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    chunks = text_chunks(p) if kept[0].numel() == 0 else [(0, p.texts)]
+    widest = max(last - first for first, last in chunks)
+    g = torch.empty((p.images, p.stride(widest)), device=device)
+    h = torch.empty_like(g)
+    turned = torch.empty(
+        (*g.shape, p.dim) if p.pooling == "context" else 1, dtype=like.dtype, device=device
+    )
+    stats = kept if kept[0].numel() else _buffers(p, widest, like)
+
+    programs = triton.cdiv(widest * p.rows_a_text, by_rows.block_r)
+    row_groups = min(p.images, _groups(programs, 2 * processors, total_rows * p.dim * 4))
+    d_rows = torch.zeros((row_groups, total_rows, p.dim), device=device)
+    programs = p.images * by_patches.tiles
+    patch_groups = _groups(programs, 2 * processors, like.numel() * 4)
+    if len(chunks) > 1:
+        patch_groups = 1  # many chunks are many rows: the images alone fill the chip
+    d_v = torch.empty((patch_groups, *like.shape), device=device)
+
+    for first, last in chunks:
+        if not kept[0].numel():
+            _pair_fwd(p, tensors, first, last, stats)
+        r, stat = stats
+        blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
+        parts = torch.empty(blocks, device=device)
+        _aggregate_bwd_kernel[(blocks,)](
+            r,
+            tensors["weight"],
+            tensors["index"],
+            tensors["text"],
+            tensors["bounds"],
+            scores if valid is None else valid,
+            tensors["gamma"],
+            scores,
+            grad,
+            g,
+            h,
+            d_weight,
+            parts,
+            first,
+            last,
+            p.images,
+            r.stride(0),
+            scores.stride(0),
+            HAS_VALID=valid is not None,
+            LSE=p.aggregation == "lse",
+            BLOCK_M=16,
+            BLOCK_R=64,
+        )
+        h_sum += parts.sum()
+        grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
+        alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, device=device)
+        inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
+        shared = p.keywords()
+        if p.pooling == "context":
+            _context_bwd_rows_kernel[grid](
+                *inputs,
+                r,
+                stat,
+                g,
+                h,
+                turned,
+                d_rows,
+                alpha_parts,
+                first,
+                last,
+                p.images,
+                r.stride(0),
+                d_rows.stride(0),
+                WANT_ALPHA=want_alpha,
+                **shared,
+                **by_rows.keywords(),
+            )
+        else:
+            _pair_bwd_rows_kernel[grid](
+                *inputs,
+                stat,
+                g,
+                h,
+                d_rows,
+                alpha_parts,
+                first,
+                last,
+                p.images,
+                r.stride(0),
+                d_rows.stride(0),
+                WANT_ALPHA=want_alpha,
+                **shared,
+                **by_rows.keywords(),
+            )
+        if want_alpha:
+            d_alpha += alpha_parts.sum()
+        is_context = p.pooling == "context"
+        kernel = _context_bwd_patches_kernel if is_context else _pair_bwd_patches_kernel
+        kernel[(p.images * by_patches.tiles, patch_groups)](
+            *inputs,
+            stat,
+            g,
+            h,
+            *([turned] if is_context else []),
+            d_v,
+            first,
+            last,
+            r.stride(0),
+            d_v.stride(0),
+            ACCUMULATE=first > 0,
+            **shared,
+            **by_patches.keywords(),
+        )
+    gamma = tensors["gamma"][0]
+    d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / gamma
+    # ordered sums of at most four parts
+    rows_grad = d_rows[0] if row_groups == 1 else d_rows.sum(0)
+    patch_grad = d_v[0] if patch_groups == 1 else d_v.sum(0)
+    return rows_grad, d_weight, patch_grad, d_alpha, d_gamma
