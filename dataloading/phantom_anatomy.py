@@ -52,8 +52,9 @@ def draw_layers(body: Body, px: int, rng: Generator) -> Layers:
     density = np.zeros((px, px), np.float32)
     texture = _smooth_noise(px, 20, rng)
     layers = Layers(canvas, density, density, lung_of, heart, air, texture)
-    layers.add(canvas.soft(canvas.fill(_torso(body)), 0.012), 0.52)
-    layers.add(canvas.soft(canvas.fill(_belly(body)), 0.05), 0.14)
+    torso = canvas.soft(canvas.fill(_torso(body)), 0.012)
+    layers.add(torso, 0.52)
+    layers.add(canvas.soft(canvas.fill(_belly(body)), 0.05) * torso, 0.14)
     layers.add(central, 0.10)
     if body.has_breasts:
         _add_breasts(layers, body, rng)
