@@ -1,0 +1,214 @@
+"""Assertion of the mentions of one sentence: present, absent or uncertain.
+
+A sentence is a list of events (start, end, entry), each a term or a cue, in order. What does not
+live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PRESENT, ABSENT, UNCERTAIN = "present", "absent", "uncertain"
+KINDS = (
+    "negation_before",
+    "not",
+    "negation_after",
+    "negation_after_one",
+    "neutral",
+    "uncertain_before",
+    "uncertain_after",
+    "alternative",
+    "clause",
+    "be",
+    "seen",
+    "positive",
+    "strong",
+    "weak",
+    "article",
+    "comma",
+    "and",
+    "or",
+    "with",
+    "sentence",
+    "question",
+    "section_report",
+    "section_other",
+)
+FLAG = {kind: 1 << bit for bit, kind in enumerate(KINDS)}
+_NEG, _NOT = FLAG["negation_before"], FLAG["not"]
+_AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
+_UNC, _UNC_AFTER, _ALT = FLAG["uncertain_before"], FLAG["uncertain_after"], FLAG["alternative"]
+_CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
+_STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
+_COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
+_QUESTION = FLAG["question"]
+SENTENCE = FLAG["sentence"]
+SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
+# a sentence without any of these asserts all it mentions
+DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_AFTER | _ALT | _QUESTION
+_ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
+_STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
+_MAX_GAP = 24  # codes (words and the spaces between them) over which a term may be written apart
+
+
+class Entry(NamedTuple):
+    """What one surface form can mean; several at once where forms coincide."""
+
+    length: int  # codes
+    flags: int  # FLAG of every kind of cue it is
+    concept: int  # row of the table, -1 = none
+    fixed: bool  # anatomy and normal statements: present whatever stands around them
+    resets: bool  # normal statements end the reach of a cue before them
+    parts: tuple[tuple[int, int], ...]  # (rule, slot) of terms written apart
+
+
+Event = tuple[int, int, Entry]
+Found = tuple[int, int, int, str]  # code start, code end, concept row, state
+
+
+def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> list[Found]:
+    """Mentions of a sentence with their state; `decide` False = no deciding cue is in it.
+
+    rules: (concept row, number of slots) of each term written apart
+    """
+    found: list[Found] = []
+    owner: list[int] = []  # event behind each entry of found
+    state = PRESENT
+    single = False  # the negation reaches one term, not a list
+    closed = False  # a verb came since the cue: the next comma ends its reach
+    parts: dict[tuple[int, int], tuple[int, int, int]] = {}
+    for i, (start, end, entry) in enumerate(events):
+        flags = entry.flags
+        if flags and decide:
+            if flags & _CLAUSE:
+                state, closed = PRESENT, False
+                parts.clear()
+            elif flags & _COMMA:
+                if state != PRESENT and not _list_goes_on(events, i, state, closed, single):
+                    state, closed = PRESENT, False
+            elif flags & (_AND | _WITH):
+                if state != PRESENT and _starts_anew(events, i, state, single):
+                    state, closed = PRESENT, False
+            if flags & _POS:
+                state, closed = PRESENT, False
+            if flags & _NEG:
+                state, closed, single = ABSENT, False, False
+            elif flags & _NOT:
+                state, closed, single = ABSENT, False, True
+            elif flags & _UNC:
+                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _OR)):
+                    state, closed, single = UNCERTAIN, False, False
+            elif flags & (_AFTER | _AFTER_ONE):
+                _look_back(events, i, found, owner, ABSENT, bool(flags & _AFTER_ONE))
+                closed = True
+            elif flags & _UNC_AFTER:
+                _look_back(events, i, found, owner, UNCERTAIN, False)
+                closed = True
+            elif flags & _ALT:
+                if found and not found[-1][3] == ABSENT and events[owner[-1]][2].concept >= 0:
+                    if not events[owner[-1]][2].fixed:
+                        found[-1] = (*found[-1][:3], UNCERTAIN)
+                if state == PRESENT:
+                    state, closed, single = UNCERTAIN, False, False
+            elif flags & _QUESTION:
+                if found:
+                    _look_back(events, i, found, owner, UNCERTAIN, False)
+                else:
+                    state, closed, single = UNCERTAIN, False, False
+            elif flags & (_SEEN | _BE):
+                closed = True
+        if entry.concept >= 0:
+            if entry.resets:
+                state, closed = PRESENT, False
+            found.append((start, end, entry.concept, PRESENT if entry.fixed else state))
+            owner.append(i)
+        if entry.parts:
+            for rule, slot in entry.parts:
+                row, slots = rules[rule]
+                parts[rule, slot] = (start, end, i)
+                first = last = (start, end, i)
+                for k in range(slots):
+                    other = parts.get((rule, k))
+                    if other is None or end - other[0] > _MAX_GAP:
+                        break
+                    first, last = min(first, other), max(last, other)
+                else:
+                    found.append((first[0], last[1], row, state))
+                    owner.append(i)
+                    del parts[rule, slots - 1]
+    return found
+
+
+def _list_goes_on(events: list[Event], i: int, state: str, closed: bool, single: bool) -> bool:
+    """Whether a cue still reaches over the comma at event i."""
+    if closed:
+        return False
+    following = events[i + 1][2].flags if i + 1 < len(events) else 0
+    if following & _POS:
+        return False
+    has_or = has_be = False
+    in_segment = True  # up to the next comma
+    for _, _, entry in events[i + 1 :]:
+        flags = entry.flags
+        if flags & _ENDS_LIST:
+            break
+        if flags & _COMMA:
+            in_segment = False
+        elif flags & _OR:
+            has_or = True
+        elif flags & _AND and not in_segment:
+            has_or = True
+        elif flags & _BE and in_segment and not has_or:
+            has_be = True
+    if has_be or following & _STRONG:
+        return False
+    if has_or:
+        return True
+    if single or state == UNCERTAIN:
+        return bool(following & (_AND | _OR))
+    return not following & _WEAK
+
+
+def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
+    """Whether "and" or "with" at event i begins a statement of its own."""
+    if i + 1 >= len(events):
+        return False
+    following = events[i + 1][2].flags
+    if following & (_STRONG | _ARTICLE | _POS):
+        return not (following & _ARTICLE and state == UNCERTAIN)
+    if single:
+        return True
+    for _, _, entry in events[i + 1 :]:
+        if entry.flags & (_ENDS_LIST | _COMMA | _OR):
+            return False
+        if entry.flags & _BE:
+            return True
+    return False
+
+
+def _look_back(
+    events: list[Event], i: int, found: list[Found], owner: list[int], state: str, one: bool
+) -> None:
+    """Give the state to the mentions that a cue behind them speaks of."""
+    k = len(found) - 1
+    met_term = met_conjunction = False
+    for j in range(i - 1, -1, -1):
+        flags = events[j][2].flags
+        if flags & _COMMA:
+            if met_term and not met_conjunction:
+                return
+        elif flags & _STOPS_BACK:
+            if met_term or flags & (_CLAUSE | _AFTER | _AFTER_ONE | _UNC_AFTER):
+                return
+        elif flags & _OR:
+            met_conjunction = True
+        elif flags & _AND:
+            if one and met_term:
+                return
+            met_conjunction = True
+        while k >= 0 and owner[k] == j:
+            start, end, row, _ = found[k]
+            if not events[j][2].fixed or events[j][2].concept != row:
+                found[k] = (start, end, row, state)
+                met_term = True
+            k -= 1
