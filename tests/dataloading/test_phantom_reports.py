@@ -19,6 +19,7 @@ from mlip.dataloading.phantom_reports import (
     write_report,
 )
 from mlip.dataloading.phantom_types import CONCEPT_IDS, SPEC_OF, Claim, size_tier
+from mlip.knowledge.linker import default_linker
 
 DENIALS = re.compile(r"\b(no|not|absent|free of|resolved)\b")
 
@@ -206,3 +207,18 @@ def test_plain_prompts_and_grounding_phrases_name_their_finding() -> None:
 
 def test_reports_of_different_studies_differ(told: list[Told]) -> None:
     assert len({t.report for t in told}) > 0.97 * len(told)
+
+
+def test_the_linker_reads_what_the_reports_claim(told: list[Told]) -> None:
+    # two parts made apart: the generator's claims, and the linker that reads the words
+    linker = default_linker()
+    for report, claims, _ in told[:600]:
+        states: dict[str, set[str]] = defaultdict(set)
+        for mention in linker.link(report):
+            if mention.concept_id in NAMES:
+                states[mention.concept_id].add(mention.state)
+        claimed = {c.about: c.value for c in claims if c.about in NAMES}
+        assert set(states) == set(claimed), report
+        for concept, value in claimed.items():
+            wanted = {"absent"} if value == "absent" else {"present", "uncertain"}
+            assert states[concept] <= wanted, report
