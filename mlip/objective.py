@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.batch import Batch, Features, ImageFeatures, TextFeatures
+from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config, ConfigError
+from mlip.distributed import max_over_ranks
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.training.grad_cache import cached_forward
@@ -67,12 +70,13 @@ class Objective(nn.Module):
         model, image, text = self.model, features.image, features.text
 
         def local_scores() -> Tensor:
+            report, shown, knowledge = _equal_widths(text, batch.content_mask, features.knowledge)
             return model.local_scores(
                 image.patches,
-                text.tokens,
-                batch.content_mask,
-                text.attention,
-                features.knowledge,
+                report.tokens,
+                shown,
+                report.attention,
+                knowledge,
                 group=context.group,
             )
 
@@ -116,6 +120,31 @@ class Objective(nn.Module):
 
 # where transformers keeps probabilities that no dropout module shows
 _PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")
+
+
+def _equal_widths(
+    text: TextFeatures, content_mask: Tensor, knowledge: KnowledgeFeatures
+) -> tuple[TextFeatures, Tensor, KnowledgeFeatures]:
+    """The same with T and K padded to the widest rank's: gathered rows must have one shape."""
+    widths = content_mask.new_tensor(
+        [text.tokens.shape[1], knowledge.mask.shape[1]], dtype=torch.long
+    )
+    widest = max_over_ranks(widths)
+    if torch.equal(widest, widths):
+        return text, content_mask, knowledge
+    more_tokens, more_entities = (widest - widths).tolist()
+    text = dataclasses.replace(
+        text,
+        tokens=F.pad(text.tokens, (0, 0, 0, more_tokens)),
+        attention=None if text.attention is None else F.pad(text.attention, (0, more_tokens)),
+    )
+    knowledge = dataclasses.replace(
+        knowledge,
+        entities=F.pad(knowledge.entities, (0, 0, 0, more_entities)),
+        mask=F.pad(knowledge.mask, (0, more_entities)),
+        row_weights=F.pad(knowledge.row_weights, (0, more_entities)),
+    )
+    return text, F.pad(content_mask, (0, more_tokens)), knowledge
 
 
 def _require_exact(model: nn.Module) -> None:
