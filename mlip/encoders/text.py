@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 from transformers import BertConfig, BertModel
@@ -61,15 +63,19 @@ class TextEncoder(nn.Module):
         if settings.checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.dim = int(config.hidden_size)
-        self._last = self.backbone.encoder.layer[-1].attention.self
-        self._last.keeps_cls_attention = keeps_attention
+        self._last_attention.keeps_cls_attention = keeps_attention
         self.keeps_attention = keeps_attention
+
+    @property
+    def _last_attention(self) -> Any:
+        # a property, not an attribute: a module under two names is saved twice
+        return self.backbone.encoder.layer[-1].attention.self
 
     def forward(
         self, token_ids: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         states = self.backbone(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
-        kept = self._last.cls_attention if self.keeps_attention else None
+        kept = self._last_attention.cls_attention if self.keeps_attention else None
         return states[:, 0], states, kept
 
 
