@@ -31,6 +31,17 @@ def group_size(group: Group) -> int:
     return size
 
 
+def default_group(world_size: int) -> Group:
+    """The default process group, checked against the size that the caller was told."""
+    ready = dist.is_available() and dist.is_initialized()
+    if not ready or dist.get_world_size() != world_size:
+        raise ValueError(
+            f"expected an initialised process group of {world_size} ranks, as world_size says; "
+            "call init_process_group first"
+        )
+    return dist.group.WORLD
+
+
 def group_rank(group: Group) -> int:
     return 0 if group_size(group) == 1 else dist.get_rank(group)
 

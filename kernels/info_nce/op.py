@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
 from mlip.kernels._dispatch import resolve
-from mlip.kernels._distributed import Group
+from mlip.kernels._distributed import Group, default_group
 from mlip.kernels.info_nce.reference import info_nce_reference
 
 
@@ -109,12 +108,7 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         group = None
         if self.world_size > 1:
-            if not dist.is_initialized() or dist.get_world_size() != self.world_size:
-                raise ValueError(
-                    f"expected an initialised process group of {self.world_size} ranks, as "
-                    "world_size says; call init_process_group first"
-                )
-            group = dist.group.WORLD
+            group = default_group(self.world_size)
         loss = info_nce_loss(image_features, text_features, logit_scale, group=group)
         if logit_bias is not None:
             # a constant added to every logit cancels in both softmaxes: its gradient is 0

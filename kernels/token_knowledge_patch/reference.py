@@ -45,22 +45,18 @@ def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.where(keep, scaled, zero) * torch.where(keep, square, zero + 1).rsqrt()
 
 
-def prepare_rows(
+def row_weights(
     tokens_NTD: Tensor,
     knowledge_NKD: Tensor | None,
     token_weights_NT: Tensor | None,
     knowledge_weights_NK: Tensor | None,
     knowledge_mask_NK: Tensor | None,
-    knowledge_scale: Tensor,
-    knowledge_gain: Tensor,
     knowledge_share: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The query rows of every text: enriched tokens, then entities, and their weights.
+) -> Tensor:
+    """The weight of every row, tokens then entities [N, T + K]: sums to 1, or 0 for an empty text.
 
-    Shapes:  tokens [N, T, D], knowledge [N, K, D] -> rows [N, T + K, D], weights [N, T + K]
-    Returns: rows of unit length or zero; weights that sum to 1 a text, or to 0 for an empty one
-    Source:  method section 4 (ours): A, w', rows, weight
+    Source:  method section 4 (ours): weight
     """
     zero = torch.zeros((), dtype=dtype, device=tokens_NTD.device)
 
@@ -73,28 +69,54 @@ def prepare_rows(
         total = weights.sum(1, keepdim=True)
         return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
 
-    u_NT = positive(token_weights_NT, tokens_NTD)
-    token_mask = None if token_weights_NT is None else u_NT.detach() > 0
-    token_NTD = unit_rows(tokens_NTD, token_mask, dtype)
-    u_NT, has_tokens = shares(u_NT)
-    if knowledge_NKD is None or knowledge_NKD.shape[1] == 0:
-        return token_NTD, u_NT
+    u_NT, has_tokens = shares(positive(token_weights_NT, tokens_NTD))
+    if knowledge_NKD is None:
+        return u_NT
+    s_NK = positive(knowledge_weights_NK, knowledge_NKD)
+    if knowledge_mask_NK is not None:
+        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
+    s_NK, has_entities = shares(s_NK)
+    share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
+    return torch.cat([(1 - share) * u_NT, share * s_NK], 1)
 
+
+def prepare_rows(
+    tokens_NTD: Tensor,
+    knowledge_NKD: Tensor | None,
+    token_weights_NT: Tensor | None,
+    knowledge_weights_NK: Tensor | None,
+    knowledge_mask_NK: Tensor | None,
+    knowledge_scale: Tensor,
+    knowledge_gain: Tensor,
+    knowledge_share: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The query rows of every text, enriched tokens, then entities, and their weights.
+
+    Shapes:  tokens [N, T, D], knowledge [N, K, D] -> rows [N, T + K, D], weights [N, T + K]
+    Returns: rows of unit length or zero
+    Source:  method section 4 (ours): A, w', rows
+    """
+    weight = row_weights(
+        tokens_NTD,
+        knowledge_NKD,
+        token_weights_NT,
+        knowledge_weights_NK,
+        knowledge_mask_NK,
+        knowledge_share,
+        dtype,
+    )
+    token_mask = None if token_weights_NT is None else token_weights_NT > 0
+    token_NTD = unit_rows(tokens_NTD, token_mask, dtype)
+    if knowledge_NKD is None:
+        return token_NTD, weight
     entity_NKD = unit_rows(knowledge_NKD, knowledge_mask_NK, dtype)
     logits_NTK = torch.bmm(token_NTD, entity_NKD.mT) * knowledge_scale
     if knowledge_mask_NK is not None:
         logits_NTK = logits_NTK.masked_fill(~knowledge_mask_NK[:, None], torch.finfo(dtype).min)
     # a text without entities has zero entity rows, so its uniform softmax adds exactly nothing
     enriched = token_NTD + knowledge_gain * torch.bmm(logits_NTK.softmax(-1), entity_NKD)
-    enriched = unit_rows(enriched, token_mask, dtype)
-
-    s_NK = positive(knowledge_weights_NK, knowledge_NKD)
-    if knowledge_mask_NK is not None:
-        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
-    s_NK, has_entities = shares(s_NK)
-    share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
-    weight = torch.cat([(1 - share) * u_NT, share * s_NK], 1)
-    return torch.cat([enriched, entity_NKD], 1), weight
+    return torch.cat([unit_rows(enriched, token_mask, dtype), entity_NKD], 1), weight
 
 
 def prepare_rows_in_budget(tokens_NTD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import MASKED
 from mlip.kernels.token_knowledge_patch.tiling import block_dim, padded_patches
 
 NORM_FLOOR = tl.constexpr(1e-6)
-MAX_ENTITIES = 128
 
 
 @triton.jit

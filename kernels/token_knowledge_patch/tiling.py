@@ -9,7 +9,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+# statistics of pairs (r, softmax statistic, g, h) beside the gradients' own buffers
+STATISTICS_BUDGET_BYTES = 2**30
+SMALLEST_STATISTICS_BYTES = 2**28
+CONTEXT_BUDGET_BYTES = 2**27
 MAX_DIM = 256
+MAX_ENTITIES = 128
 # bytes of shared memory that one block may use, by compute capability (CUDA programming guide,
 # "technical specifications per compute capability"); all others have 99 KiB
 SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
@@ -88,7 +93,8 @@ def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages
 
 def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
     """All patches of an image on chip in at most three power-of-two segments, or None."""
-    left, segments = padded_patches(patches), []
+    segments: list[int] = []
+    left = padded_patches(patches)
     while left > 0 and len(segments) < 3:
         part = next(size for size in (128, 64, 32, 16) if size <= left)
         segments.append(part)
@@ -133,3 +139,50 @@ def choose_tiling(
             'pass impl="torch"'
         )
     return best[1]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and options of one call."""
+
+    images: int
+    texts: int
+    rows_a_text: int
+    patches: int
+    dim: int
+    size: int
+    pooling: str
+    aggregation: str
+    shift: bool
+
+    @property
+    def padded(self) -> int:
+        return padded_patches(self.patches)
+
+    def stride(self, texts: int) -> int:
+        """Row stride of [M, rows of a chunk] buffers: a multiple of 16, so that loads vectorise."""
+        return max(16, (texts * self.rows_a_text + 15) // 16 * 16)
+
+
+def statistics_bytes(p: Problem) -> int:
+    """What the statistics may take, after the float32 buffers of both gradients."""
+    gradients = 4 * p.dim * (p.texts * p.rows_a_text + p.images * p.padded)
+    return max(STATISTICS_BUDGET_BYTES - gradients, SMALLEST_STATISTICS_BYTES)
+
+
+def text_chunks(p: Problem) -> list[tuple[int, int]]:
+    """Texts in ranges whose four statistics a pair of row and image fit the budget."""
+    each = 16 * p.images * p.stride(1)
+    step = max(1, statistics_bytes(p) // each)
+    if p.pooling == "context":
+        turned = p.size * p.dim * p.images * p.stride(1)
+        step = max(1, min(step, CONTEXT_BUDGET_BYTES // turned))
+    return [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
+
+
+def is_kept(p: Problem) -> bool:
+    """Whether the forward pass leaves r and the softmax statistics to the backward pass.
+
+    The context's backward pass works in chunks of its own and makes them again.
+    """
+    return p.pooling != "context" and len(text_chunks(p)) == 1

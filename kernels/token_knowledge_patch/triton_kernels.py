@@ -7,7 +7,6 @@ are real is known to the device alone, grids are sized for all of them.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,16 +29,15 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
 from mlip.kernels.token_knowledge_patch.tiling import (
     SHARED_MEMORY,
     SHARED_MEMORY_OTHERS,
+    SMALLEST_STATISTICS_BYTES,
+    Problem,
     block_dim,
     choose_tiling,
-    padded_patches,
+    is_kept,
+    text_chunks,
 )
 
-# statistics of pairs (r, softmax statistic, g, h) beside the gradients' own buffers
-STATISTICS_BUDGET_BYTES = 2**30
-SMALLEST_STATISTICS_BYTES = 2**28
 PARTIAL_BUDGET_BYTES = 2**25
-CONTEXT_BUDGET_BYTES = 2**27
 
 
 @functools.cache
@@ -56,54 +54,16 @@ def _facts(x: Tensor) -> tuple[int, int]:
     return _device_facts(x.device.index)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and options of one call."""
-
-    images: int
-    texts: int
-    rows_a_text: int
-    patches: int
-    dim: int
-    size: int
-    pooling: str
-    aggregation: str
-    shift: bool
-
-    @property
-    def padded(self) -> int:
-        return padded_patches(self.patches)
-
-    def keywords(self) -> dict[str, object]:
-        return {
-            "P_PAD": self.padded,
-            "DIM": self.dim,
-            "BLOCK_D": block_dim(self.dim),
-            "POOLING": self.pooling,
-            # float32 operands: three tf32 products, as exact as float32; bfloat16 ignores it
-            "PRECISION": "tf32x3" if self.size == 4 else "ieee",
-            "UPCAST": is_interpreting(),
-        }
-
-    def stride(self, texts: int) -> int:
-        """Row stride of [M, rows of a chunk] buffers: a multiple of 16, so that loads vectorise."""
-        return max(16, (texts * self.rows_a_text + 15) // 16 * 16)
-
-
-def statistics_bytes(p: Problem) -> int:
-    """What the statistics may take, after the float32 buffers of both gradients."""
-    gradients = 4 * p.dim * (p.texts * p.rows_a_text + p.images * p.padded)
-    return max(STATISTICS_BUDGET_BYTES - gradients, SMALLEST_STATISTICS_BYTES)
-
-
-def text_chunks(p: Problem) -> list[tuple[int, int]]:
-    """Texts in ranges whose four statistics a pair of row and image fit the budget."""
-    each = 16 * p.images * p.stride(1)
-    step = max(1, statistics_bytes(p) // each)
-    if p.pooling == "context":
-        turned = p.size * p.dim * p.images * p.stride(1)
-        step = max(1, min(step, CONTEXT_BUDGET_BYTES // turned))
-    return [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
+def _keywords(p: Problem) -> dict[str, object]:
+    return {
+        "P_PAD": p.padded,
+        "DIM": p.dim,
+        "BLOCK_D": block_dim(p.dim),
+        "POOLING": p.pooling,
+        # float32 operands: three tf32 products, as exact as float32; bfloat16 ignores it
+        "PRECISION": "tf32x3" if p.size == 4 else "ieee",
+        "UPCAST": is_interpreting(),
+    }
 
 
 def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +111,7 @@ def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out
         last,
         r.stride(0),
         SHIFT=p.shift,
-        **p.keywords(),
+        **_keywords(p),
         **tiling.keywords(),
     )
 
@@ -172,9 +132,8 @@ def pair_scores_fwd(
     tensors: rows [N J, D], weight [N J], index, text, bounds, v [M, P_PAD, D], bias [M, P_PAD],
              alpha [1], gamma [1]; valid [M] int8 or None
     """
-    chunks = text_chunks(p)
-    # the context's backward pass works in chunks of its own
-    keep = keep and len(chunks) == 1 and p.pooling != "context"
+    keep = keep and is_kept(p)
+    chunks = [(0, p.texts)]
     if not keep:
         # without a backward pass to come, smaller chunks: r is summed at once and dropped
         each = 8 * p.images * p.stride(1)
@@ -280,7 +239,7 @@ def pair_scores_bwd(
         grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
         alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, device=device)
         inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
-        shared = p.keywords()
+        shared = _keywords(p)
         if p.pooling == "context":
             _context_bwd_rows_kernel[grid](
                 *inputs,

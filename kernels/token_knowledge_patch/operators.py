@@ -1,0 +1,231 @@
+"""Custom operators around the Triton kernels: shapes for torch.compile and gradients for autograd.
+
+Nothing here looks at the values of a tensor. Triton is imported where a kernel is first launched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlip.kernels.token_knowledge_patch.tiling import Problem, is_kept, padded_patches
+
+
+@torch.library.custom_op(
+    "mlip_kernels::unit_patches",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, bool narrow) -> (Tensor, Tensor)",
+)
+def unit_patches(x: Tensor, mask: Tensor | None, narrow: bool) -> tuple[Tensor, Tensor]:
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import patches_fwd
+
+    return patches_fwd(x, mask, torch.bfloat16 if narrow else torch.float32)
+
+
+@unit_patches.register_fake
+def _(x: Tensor, mask: Tensor | None, narrow: bool) -> tuple[Tensor, Tensor]:
+    images, patches, dim = x.shape
+    shape = (images, padded_patches(patches))
+    v = x.new_empty((*shape, dim), dtype=torch.bfloat16 if narrow else torch.float32)
+    return v, x.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "mlip_kernels::unit_patches_bwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? mask, Tensor grad) -> Tensor",
+)
+def _unit_patches_bwd(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import patches_bwd
+
+    return patches_bwd(x, mask, grad.contiguous())
+
+
+@_unit_patches_bwd.register_fake
+def _(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_patches(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], inputs[1])
+
+
+def _backward_patches(ctx: Any, grad: Tensor | None, _: Tensor | None):
+    x, mask = ctx.saved_tensors
+    return None if grad is None else _unit_patches_bwd(x, mask, grad), None, None
+
+
+unit_patches.register_autograd(_backward_patches, setup_context=_save_patches)
+
+_ROW_INPUTS = (
+    "Tensor tokens, Tensor? knowledge, Tensor? weights, Tensor? mask, Tensor scale, Tensor gain"
+)
+
+
+@torch.library.custom_op(
+    "mlip_kernels::query_rows",
+    mutates_args=(),
+    schema=f"({_ROW_INPUTS}, bool narrow) -> Tensor",
+)
+def query_rows(tokens, knowledge, weights, mask, scale, gain, narrow):
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_fwd
+
+    dtype = torch.bfloat16 if narrow else torch.float32
+    return rows_fwd(tokens, knowledge, weights, mask, scale, gain, dtype)
+
+
+@query_rows.register_fake
+def _(tokens, knowledge, weights, mask, scale, gain, narrow):
+    texts, length, dim = tokens.shape
+    rows = length + (0 if knowledge is None else knowledge.shape[1])
+    dtype = torch.bfloat16 if narrow else torch.float32
+    return tokens.new_empty((texts, rows, dim), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "mlip_kernels::query_rows_bwd",
+    mutates_args=(),
+    schema=f"({_ROW_INPUTS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_bwd
+
+    return rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad.contiguous())
+
+
+@_query_rows_bwd.register_fake
+def _(tokens, knowledge, weights, mask, scale, gain, grad):
+    entities = tokens.new_empty((0,)) if knowledge is None else torch.empty_like(knowledge)
+    return tokens.new_empty(tokens.shape), entities, scale.new_empty(()), scale.new_empty(())
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _backward_rows(ctx: Any, grad: Tensor):
+    tokens, knowledge, weights, mask, scale, gain = ctx.saved_tensors
+    grads = _query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad)
+    entity_grad = None if knowledge is None else grads[1]
+    return grads[0], entity_grad, None, None, grads[2], grads[3], None
+
+
+query_rows.register_autograd(_backward_rows, setup_context=_save_rows)
+
+_PAIR_INPUTS = (
+    "Tensor rows, Tensor weight, Tensor v, Tensor bias, Tensor alpha, Tensor gamma, Tensor? valid"
+)
+_PAIR_OPTIONS = "int patches, str pooling, str aggregation, bool shift"
+
+
+def _problem(rows: Tensor, v: Tensor, patches: int, pooling: str, aggregation: str, shift: bool):
+    return Problem(
+        images=v.shape[0],
+        texts=rows.shape[0],
+        rows_a_text=rows.shape[1],
+        patches=patches,
+        dim=rows.shape[2],
+        size=rows.element_size(),
+        pooling=pooling,
+        aggregation=aggregation,
+        shift=shift,
+    )
+
+
+def _named(rows, weight, v, bias, alpha, gamma, packed) -> dict[str, Tensor]:
+    index, text, bounds = packed
+    return {
+        "rows": rows.contiguous(),
+        "weight": weight.contiguous(),
+        "v": v.contiguous(),
+        "bias": bias,
+        "alpha": alpha,
+        "gamma": gamma.reshape(1),
+        "index": index,
+        "text": text,
+        "bounds": bounds,
+    }
+
+
+@torch.library.custom_op(
+    "mlip_kernels::pair_scores",
+    mutates_args=(),
+    schema=(
+        f"({_PAIR_INPUTS}, {_PAIR_OPTIONS}, bool keep) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def pair_scores_op(
+    rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation, shift, keep
+):
+    from mlip.kernels.token_knowledge_patch.triton_kernels import pack_rows, pair_scores_fwd
+
+    problem = _problem(rows, v, patches, pooling, aggregation, shift)
+    packed = pack_rows(weight)
+    tensors = _named(rows, weight, v, bias, alpha, gamma, packed)
+    return *pair_scores_fwd(problem, tensors, valid, keep), *packed
+
+
+@pair_scores_op.register_fake
+def _(rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation, shift, keep):
+    problem = _problem(rows, v, patches, pooling, aggregation, shift)
+    shape = (0,)
+    if keep and is_kept(problem):
+        shape = (problem.images, problem.stride(problem.texts))
+    scores = weight.new_empty((problem.images, problem.texts))
+    stat = weight.new_empty(shape, dtype=torch.int32 if pooling == "max" else torch.float32)
+    index = weight.new_empty((weight.numel(),), dtype=torch.int32)
+    bounds = weight.new_empty((problem.texts + 1,), dtype=torch.int32)
+    return scores, weight.new_empty(shape), stat, index, torch.empty_like(index), bounds
+
+
+@torch.library.custom_op(
+    "mlip_kernels::pair_scores_bwd",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad, {_PAIR_INPUTS}, Tensor scores, Tensor r, Tensor stat, Tensor index, "
+        f"Tensor text, Tensor bounds, {_PAIR_OPTIONS}, bool want_alpha) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _pair_scores_bwd(
+    grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
+    patches, pooling, aggregation, shift, want_alpha,
+):  # fmt: skip
+    from mlip.kernels.token_knowledge_patch.triton_kernels import pair_scores_bwd
+
+    problem = _problem(rows, v, patches, pooling, aggregation, shift)
+    tensors = _named(rows, weight, v, bias, alpha, gamma, (index, text, bounds))
+    d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
+        problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha
+    )
+    return d_rows.view(rows.shape), d_weight.view(weight.shape), d_v, d_alpha, d_gamma
+
+
+@_pair_scores_bwd.register_fake
+def _(
+    grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
+    patches, pooling, aggregation, shift, want_alpha,
+):  # fmt: skip
+    wide = weight.new_empty
+    return wide(rows.shape), wide(weight.shape), wide(v.shape), wide(()), wide(())
+
+
+def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options = inputs[7:11]
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def _backward_pairs(ctx: Any, grad: Tensor | None, *unused: Tensor | None):
+    if grad is None:
+        return (None,) * 12
+    grads = _pair_scores_bwd(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[4])
+    d_rows, d_weight, d_v, d_alpha, d_gamma = grads
+    return d_rows, d_weight, d_v, None, d_alpha, d_gamma, *(None,) * 6
+
+
+pair_scores_op.register_autograd(_backward_pairs, setup_context=_save_pairs)
