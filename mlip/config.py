@@ -144,6 +144,7 @@ class Text:
     source: str | None = None
     tokenizer: str | None = None  # directory; None = `source`, or trained on the training split
     options: dict[str, Any] = field(default_factory=dict)
+    pool: Literal["cls", "attention"] = "cls"  # global feature: [CLS], or attention over tokens
     checkpointing: bool = False
 
 

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 
 from mlip.config import Text
 from mlip.encoders.attention import require_usable
+from mlip.encoders.pool import AttentionPool
 from mlip.encoders.vision import check_source
 
 
@@ -63,6 +64,7 @@ class TextEncoder(nn.Module):
         if settings.checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.dim = int(config.hidden_size)
+        self.pool = AttentionPool(self.dim) if settings.pool == "attention" else None
         self._last_attention.keeps_cls_attention = keeps_attention
         self.keeps_attention = keeps_attention
 
@@ -76,7 +78,8 @@ class TextEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         states = self.backbone(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
         kept = self._last_attention.cls_attention if self.keeps_attention else None
-        return states[:, 0], states, kept
+        pooled = states[:, 0] if self.pool is None else self.pool(states, token_mask)
+        return pooled, states, kept
 
 
 def token_states(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:

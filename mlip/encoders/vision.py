@@ -15,24 +15,7 @@ from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTMo
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable
 from mlip.encoders.normalisation import set_normalisation
-
-
-class AttentionPool(nn.Module):
-    """A learned softmax per head over the patches: [B, P, C] -> [B, C].
-
-    A finding fills few patches; a plain mean dilutes it by their number.
-    """
-
-    def __init__(self, channels: int, heads: int = 8) -> None:
-        super().__init__()
-        self.heads = heads
-        self.score = nn.Linear(channels, heads)
-        self.value = nn.Linear(channels, channels)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        weights_BPH = torch.softmax(self.score(patches).float(), dim=1).to(patches.dtype)
-        value_BPHC = self.value(patches).unflatten(-1, (self.heads, -1))
-        return (weights_BPH.unsqueeze(-1) * value_BPHC).sum(dim=1).flatten(1)
+from mlip.encoders.pool import AttentionPool
 
 
 class PointwiseBlock(nn.Module):

@@ -1,0 +1,120 @@
+"""The demo over seeds, full MLIP beside CLIP-style: runs what is missing, prints the table.
+
+    .venv/bin/python benchmarks/bench_demo.py --seeds 1 2 3 --clip-seeds 1 --write docs/results.md
+
+Each run goes to runs/bench/<name>_<seed> through the deepspeed launcher, exactly as `make demo` does,
+with test patients of its own stream (data.phantom.test_seed). A folder that holds results.json is
+not run again. With --write the table replaces what stands between the two marks of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+VARIANTS = {
+    "mlip": ["configs/demo.yaml"],
+    "clip": ["configs/demo.yaml", "configs/demo_clip.yaml"],
+}
+
+
+def run(name: str, seed: int, first_test_seed: int) -> dict[str, Any]:
+    folder = ROOT / "runs" / "bench" / f"{name}_{seed}"
+    results = folder / "results.json"
+    if not results.is_file():
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "train.py"]
+        command += ["--config", *VARIANTS[name], f"run.dir={folder}", f"run.seed={seed}"]
+        command += [f"data.manifest={folder}/data/manifest.csv", f"data.phantom.seed={seed}"]
+        command += [f"data.phantom.test_seed={first_test_seed + seed}"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        folder.mkdir(parents=True, exist_ok=True)
+        begin = time.monotonic()
+        with (folder / "output.log").open("a") as output:
+            subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True
+            )
+        (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begin))
+    return json.loads(results.read_text(encoding="utf-8"))
+
+
+def measures(result: dict[str, Any]) -> dict[str, float]:
+    """What the table shows of one run."""
+    zero_shot, grounding = result["zero_shot"], result["grounding"]
+    recall = result["retrieval"]["scores"]
+    rows = {
+        "zero-shot macro-AUROC, global head": zero_shot["macro"]["global"]["value"],
+        "zero-shot macro-AUROC, local score": zero_shot["macro"]["local"]["value"],
+        "zero-shot macro-AUROC, combined": zero_shot["macro"]["combined"]["value"],
+        "worst finding, global head": zero_shot["worst"]["global"]["value"],
+        "worst finding, local score": zero_shot["worst"]["local"]["value"],
+    }
+    for head in ("global", "local", "combined"):
+        for way in ("image_to_text", "text_to_image"):
+            label = f"recall@10 of 256, {way.replace('_', ' ')}, {head}"
+            rows[label] = recall[head][way]["recall@10"]["value"]
+    for phrase in ("keyword", "sentence"):
+        part = grounding[phrase]
+        rows[f"pointing, {phrase}: hit rate"] = part["all"]["hit"]["value"]
+        rows[f"pointing, {phrase}: over swapped image"] = part["all"]["over_swapped"]["value"]
+        rows[f"pointing, {phrase}: area chance"] = part["all"]["area"]
+        rows[f"pointing, {phrase}: fixed pixel with side"] = part["all"]["prior_with_side"]
+        rows[f"pointing, {phrase}: findings at twice their area"] = part["findings_at_twice_area"]
+    rows["pairs seen"] = result["run"]["pairs_seen"]
+    return rows
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    columns = {name: [measures(r) for r in runs] for name, runs in results.items() if runs}
+    head = ["measure"]
+    for name, runs in columns.items():
+        seeds = ", ".join(str(r["run"]["seed"]) for r in results[name])
+        head.append(f"{name}, mean of seed{'s' if len(runs) > 1 else ''} {seeds} (least to most)")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for measure in next(iter(columns.values()))[0]:
+        cells = [measure]
+        for runs in columns.values():
+            values = [run[measure] for run in runs if run[measure] is not None]
+            if not values:
+                cells.append("n/a")
+                continue
+            mean = sum(values) / len(values)
+            digits = 0 if mean >= 100 else 3
+            spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            cells.append(f"{mean:.{digits}f}" + (spread if len(values) > 1 else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--clip-seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--test-seed", type=int, default=5_000_000, help="run s tests on this + s")
+    parser.add_argument("--write", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {"mlip": [], "clip": []}
+    for seed in options.seeds:
+        results["mlip"].append(run("mlip", seed, options.test_seed))
+    for seed in options.clip_seeds:
+        results["clip"].append(run("clip", seed, options.test_seed))
+    text = table(results)
+    print(text)
+    if options.write:
+        page = options.write.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN, 1)
+        after = rest.split(END, 1)[1]
+        options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
