@@ -91,11 +91,11 @@ class Loader:
         if isinstance(self.order, SequentialOrder) and self.step >= self.order.num_steps:
             self._stop()
             raise StopIteration
+        begin = time.perf_counter()
         if self._producer is None:
             order = self.order
             last = order.num_steps if isinstance(order, SequentialOrder) else None
             self._producer = Producer(self.make, self.step, last, self.prefetch)
-        begin = time.perf_counter()
         batch, images, plan = self._producer.take()
         self.wait_seconds = time.perf_counter() - begin
         self._account(images, plan)

@@ -70,15 +70,15 @@ class Manifest:
     path: str
     root: str  # real path of the folder that image paths are relative to
     fingerprint: str  # SHA-256 of the manifest's bytes
-    image: pa.LargeStringArray
-    report: pa.LargeStringArray  # after data.sections; "" where a rule leaves the text out
+    image: pa.ChunkedArray
+    report: pa.ChunkedArray  # after data.sections; "" where a rule leaves the text out
     split: NDArray[np.int8]  # index into SPLITS, NO_SPLIT where blank
     pair_id: IntArray  # equal = same study or same text; the component's first row
     rule: NDArray[np.uint8]  # index into RULES
-    patient: pa.LargeStringArray  # identifiers: never in a log, an error or a file of the run
+    patient: pa.ChunkedArray  # identifiers: never in a log, an error or a file of the run
     patient_key: HashArray  # keyed hash of the patient id: for grouping, never the id itself
-    sha256: pa.LargeStringArray | None
-    label_column: pa.LargeStringArray | None
+    sha256: pa.ChunkedArray | None
+    label_column: pa.ChunkedArray | None
     keep_without_report: bool  # data.empty_report == "image_only"
 
     def __len__(self) -> int:
@@ -205,11 +205,11 @@ def load_manifest(data: Data) -> Manifest:
     )
 
 
-def _keyed(column: pa.LargeStringArray, fingerprint: str) -> HashArray:
+def _keyed(column: pa.ChunkedArray, fingerprint: str) -> HashArray:
     return mix(hash_bytes(column), np.uint64(int(fingerprint[:16], 16)))
 
 
-def _check_no_blank(column: pa.LargeStringArray, field: str, name: str, path: Path) -> None:
+def _check_no_blank(column: pa.ChunkedArray, field: str, name: str, path: Path) -> None:
     blank = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(column, "")), "")
     count = pc.sum(blank).as_py()
     if count:
@@ -220,7 +220,7 @@ def _check_no_blank(column: pa.LargeStringArray, field: str, name: str, path: Pa
         )
 
 
-def _check_paths(image: pa.LargeStringArray, root: str, path: Path) -> None:
+def _check_paths(image: pa.ChunkedArray, root: str, path: Path) -> None:
     """Refuses the whole manifest for one path that could leave the root."""
     escapes = pc.match_substring_regex(
         image, r"^$|^[/~\\]|\x00|(^|[/\\])\.\.($|[/\\])|^[A-Za-z][A-Za-z0-9+.-]*:|%2[eE]|%2[fF]"
@@ -246,9 +246,7 @@ def _check_paths(image: pa.LargeStringArray, root: str, path: Path) -> None:
             )
 
 
-def _check_unique(
-    image: pa.LargeStringArray, image_id: pa.LargeStringArray | None, path: Path
-) -> None:
+def _check_unique(image: pa.ChunkedArray, image_id: pa.ChunkedArray | None, path: Path) -> None:
     for name, column in (("image path", image), ("image id", image_id)):
         if column is None:
             continue
@@ -264,14 +262,15 @@ def _check_unique(
 
 
 def _splits(
-    column: pa.LargeStringArray | None, patient: pa.LargeStringArray, name: str | None, path: Path
+    column: pa.ChunkedArray | None, patient: pa.ChunkedArray, name: str | None, path: Path
 ) -> NDArray[np.int8]:
     if column is None:
         # the plain hash of the id: the same patients fall in the same split in every manifest
         draw = mix(hash_bytes(patient), np.uint64(0)).astype(np.float64) / 2.0**64
         bounds = np.array([_TRAIN_SHARE, _TRAIN_SHARE + _VAL_SHARE])
         return np.searchsorted(bounds, draw, side="right").astype(np.int8)
-    encoded = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, ""))).dictionary_encode()
+    plain = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, "")))
+    encoded = plain.combine_chunks().dictionary_encode()
     values = encoded.dictionary.to_pylist()
     unknown = [v for v in values if v and v not in _SPLIT_NAMES]
     if unknown:
@@ -290,7 +289,7 @@ def _splits(
 def _check_patients(
     key: HashArray,
     split: NDArray[np.int8],
-    patient: pa.LargeStringArray,
+    patient: pa.ChunkedArray,
     path: Path,
     fingerprint: str,
 ) -> None:
@@ -310,14 +309,18 @@ def _check_patients(
 
 
 def _reports(
-    column: pa.LargeStringArray | None, rows: int, sections: str
-) -> tuple[pa.LargeStringArray, NDArray[np.uint8], HashArray]:
+    column: pa.ChunkedArray | None, rows: int, sections: str
+) -> tuple[pa.ChunkedArray, NDArray[np.uint8], HashArray]:
     """Chosen sections, rule code and hash of the words of every row's text."""
     rule = np.zeros(rows, dtype=np.uint8)
     if column is None:
         rule[:] = NO_REPORT
-        return pa.nulls(rows, pa.large_string()), rule, np.zeros(rows, dtype=np.uint64)
-    absent = pc.is_null(column).to_numpy(zero_copy_only=False)
+        return (
+            pa.chunked_array([pa.nulls(rows, pa.large_string())]),
+            rule,
+            np.zeros(rows, dtype=np.uint64),
+        )
+    absent = pc.is_null(column).to_numpy()
     report, without_section = select_sections(pc.fill_null(column, ""), sections)
     text_hash, words = hash_words(report)
     rule[words == 1] = ONE_WORD_REPORT
@@ -330,7 +333,7 @@ def _reports(
 
 def _pair_ids(
     patient_key: HashArray,
-    study: pa.LargeStringArray | None,
+    study: pa.ChunkedArray | None,
     text_hash: HashArray,
     has_text: NDArray[np.bool_],
     fingerprint: str,
@@ -343,7 +346,7 @@ def _pair_ids(
     groups: list[Any] = []
     if study is not None:
         named = pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(study, "")), "")
-        here = named.to_numpy(zero_copy_only=False)
+        here = named.to_numpy()
         groups.append(
             (rows[here], mix(_keyed(pc.fill_null(study, ""), fingerprint), patient_key)[here])
         )

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mlip.dataloading.text_hash import contains_byte
+
 # A report of a megabyte is a fault of the export; sections of a chest report are under 10,000.
 MAX_CHARACTERS = 20_000
 
@@ -129,21 +131,28 @@ def choose_sections(text: str, sections: str) -> str | None:
 
 
 def select_sections(
-    column: pa.LargeStringArray, sections: str
-) -> tuple[pa.LargeStringArray, NDArray[np.bool_]]:
+    column: pa.ChunkedArray, sections: str
+) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:
     """choose_sections over a column; only rows that may hold a heading leave the fast path.
 
     Returns: (texts, [R] bool True where the asked section is missing)
     """
     missing = np.zeros(len(column), dtype=bool)
-    suspects = pc.match_substring_regex(column, _MAY_HAVE_HEADING).to_numpy(zero_copy_only=False)
-    rows = np.flatnonzero(suspects)
-    if len(rows) == 0:
-        return column, missing
-    chosen = [choose_sections(text, sections) for text in column.take(pa.array(rows)).to_pylist()]
-    missing[rows] = [text is None for text in chosen]
-    texts = pa.array([text or "" for text in chosen], type=pa.large_string())
-    return pc.replace_with_mask(column, pa.array(suspects), texts), missing
+    chunks, first = [], 0
+    for chunk in column.chunks:
+        rows = np.flatnonzero(contains_byte(chunk, b":"))
+        suspects = pc.match_substring_regex(chunk.take(pa.array(rows)), _MAY_HAVE_HEADING)
+        rows = rows[suspects.to_numpy(zero_copy_only=False)]
+        if len(rows):
+            chosen = [choose_sections(t, sections) for t in chunk.take(pa.array(rows)).to_pylist()]
+            missing[first + rows] = [text is None for text in chosen]
+            replaced = np.zeros(len(chunk), dtype=bool)
+            replaced[rows] = True
+            texts = pa.array([text or "" for text in chosen], type=pa.large_string())
+            chunk = pc.replace_with_mask(chunk, pa.array(replaced), texts)
+        chunks.append(chunk)
+        first += len(chunk)
+    return pa.chunked_array(chunks, type=pa.large_string()), missing
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numba
@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 HashArray = NDArray[np.uint64]
+Texts = Any  # a large_string column: pa.LargeStringArray or pa.ChunkedArray
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,17 +67,38 @@ def _words_loop(
         words[i] = count
 
 
+def _find_loop(
+    data: NDArray[np.uint8], offsets: NDArray[np.int64], byte: int, out: NDArray[np.bool_]
+) -> None:
+    for i in range(len(out)):
+        found = False
+        for j in range(offsets[i], offsets[i + 1]):
+            if data[j] == byte:
+                found = True
+                break
+        out[i] = found
+
+
+_find_compiled = _compiled(_find_loop)
 _mix_compiled = _compiled(_mix_loop)
 _bytes_compiled = _compiled(_bytes_loop)
 _words_compiled = _compiled(_words_loop)
 
 
-def _buffers(column: pa.LargeStringArray) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The column's bytes and row offsets; a null has no bytes."""
-    _, offsets, data = column.buffers()
-    starts = np.frombuffer(offsets, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
-    content = np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, np.uint8)
-    return content, starts
+def _pieces(
+    column: Texts,
+) -> Iterator[tuple[int, int, NDArray[np.uint8], NDArray[np.int64]]]:
+    """First row, last row, bytes and row offsets of each chunk; a null has no bytes."""
+    first = 0
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else (column,):
+        _, offsets, data = chunk.buffers()
+        last = first + len(chunk)
+        starts = np.zeros(1, np.int64)
+        if len(chunk):
+            starts = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+        content = np.zeros(0, np.uint8) if data is None else np.frombuffer(data, np.uint8)
+        yield first, last, content, starts
+        first = last
 
 
 def mix(a: HashArray, b: HashArray | np.uint64) -> HashArray:
@@ -86,25 +108,33 @@ def mix(a: HashArray, b: HashArray | np.uint64) -> HashArray:
     return out
 
 
-def hash_bytes(column: pa.LargeStringArray) -> HashArray:
+def hash_bytes(column: Texts) -> HashArray:
     """Hash of every row's exact bytes.  Shapes: [R] -> [R] uint64"""
-    data, offsets = _buffers(column)
     out = np.empty(len(column), dtype=np.uint64)
-    _bytes_compiled(data, offsets, out)
+    for first, last, data, offsets in _pieces(column):
+        _bytes_compiled(data, offsets, out[first:last])
     return mix(out, np.uint64(1))
 
 
-def hash_words(column: pa.LargeStringArray) -> tuple[HashArray, NDArray[np.int32]]:
+def hash_words(column: Texts) -> tuple[HashArray, NDArray[np.int32]]:
     """Hash of every row's words in order, case and punctuation aside, and their number.
 
     Two reports with equal hashes read the same: layout, capitals and de-identification marks
     made of underscores do not count.
     """
-    data, offsets = _buffers(column)
     out = np.empty(len(column), dtype=np.uint64)
     words = np.empty(len(column), dtype=np.int32)
-    _words_compiled(data, offsets, out, words)
+    for first, last, data, offsets in _pieces(column):
+        _words_compiled(data, offsets, out[first:last], words[first:last])
     return mix(out, np.uint64(2)), words
+
+
+def contains_byte(column: Texts, byte: bytes) -> NDArray[np.bool_]:
+    """Which rows hold an ASCII character; a tenth of a regular expression's time."""
+    out = np.empty(len(column), dtype=bool)
+    for first, last, data, offsets in _pieces(column):
+        _find_compiled(data, offsets, byte[0], out[first:last])
+    return out
 
 
 # What exports of tables write where there is no text.

@@ -385,12 +385,13 @@ def test_waiting_time_is_that_of_the_last_batch(
 ) -> None:
     loader = build(corpus("data.prefetch=1"))
     load = loader.pipeline.load
-    monkeypatch.setattr(loader.pipeline, "load", lambda plan: time.sleep(0.05) or load(plan))
+    monkeypatch.setattr(loader.pipeline, "load", lambda plan: time.sleep(0.3) or load(plan))
     take(loader, 1)
-    assert 0.05 <= loader.wait_seconds < 5
-    time.sleep(0.3)
+    assert 0.3 <= loader.wait_seconds < 30
+    while loader._producer._queue.empty():
+        time.sleep(0.01)
     next(loader)
-    assert loader.wait_seconds < 0.05
+    assert loader.wait_seconds < 0.1
 
 
 def test_equal_sets_of_present_concepts_share_a_pair_id_when_asked(

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pyarrow as pa
 
-from mlip.dataloading.text_hash import hash_bytes, hash_words, mix
+from mlip.dataloading.text_hash import contains_byte, hash_bytes, hash_words, mix
 
 TEXTS = ["", "a", "No effusion.", "no  EFFUSION", "Size 1.5 cm", "Size 15 cm", "Ergu\u00df links",
          "___", None, "x" * 5000]  # fmt: skip
@@ -46,6 +46,15 @@ def test_a_slice_of_a_column_hashes_as_its_own_rows() -> None:
     column = pa.array(TEXTS, pa.large_string())
     assert (hash_bytes(column.slice(3, 4)) == hash_bytes(column)[3:7]).all()
     assert (hash_words(column.slice(3, 4))[0] == hash_words(column)[0][3:7]).all()
+
+
+def test_a_column_in_pieces_hashes_as_in_one() -> None:
+    whole = pa.array(TEXTS, pa.large_string())
+    pieces = pa.chunked_array([whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)])
+    assert (hash_bytes(pieces) == hash_bytes(whole)).all()
+    for a, b in zip(hash_words(pieces), hash_words(whole), strict=True):
+        assert (a == b).all()
+    assert (contains_byte(pieces, b".") == ["." in (t or "") for t in TEXTS]).all()
 
 
 def test_mix_takes_one_salt_or_one_per_row() -> None:
