@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/bench_demo.py --seeds 1 2 3 --clip-seeds 1 --write docs/results.md
 
-Each run goes to runs/bench/<name>_<seed> through the deepspeed launcher, exactly as `make demo` does,
+Each run goes to runs/bench/<name>_<seed> through the deepspeed launcher, as `make demo` does,
 with test patients of its own stream (data.phantom.test_seed). A folder that holds results.json is
 not run again. With --write the table replaces what stands between the two marks of the file.
 """
