@@ -157,18 +157,23 @@ def max_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def device() -> torch.device:
+    """This rank's GPU where there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def start(timeout_s: float) -> torch.device:
     """Join the launcher's process group (none without a launcher); this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    here = device()
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
     if "RANK" in os.environ and not dist.is_initialized():
         # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return device
+    return here
 
 
 def start_alone() -> None:

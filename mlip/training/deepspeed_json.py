@@ -6,7 +6,9 @@ JSON would be a second truth, so it is accepted where it agrees and refused wher
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlip import distributed
@@ -32,6 +34,22 @@ _FREE_KEYS = (
     "flops_profiler.",
     "memory_breakdown",
 )
+
+
+def read_json(path: str | None) -> dict[str, Any] | None:
+    """A user's DeepSpeed JSON, or None without a path.
+
+    Raises:  ConfigError naming the file and what is wrong with it.
+    """
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed JSON {path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"DeepSpeed JSON {path}: expected an object, got a {type(content)}")
+    return content
 
 
 def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) -> dict[str, Any]:

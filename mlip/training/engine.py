@@ -1,18 +1,13 @@
-"""How one optimiser step happens: in plain torch, or under DeepSpeed ZeRO 0 to 3.
+"""The engine that DeepSpeed runs, ZeRO 0 to 3, and the choice between it and plain torch.
 
-The only file that imports deepspeed, and only when it is asked for. Both engines give the same
-numbers: parameters are float32 (precision bf16 is autocast inside the model, so the masters are the
-parameters), gradients are averaged over ranks, a parameter without a gradient counts as a zero
-gradient, and a step with a non-finite loss or gradient on any rank is skipped by all.
+The only file that imports deepspeed, and only when it is asked for.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import importlib.util
 import os
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,193 +20,14 @@ from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.deepspeed_json import deepspeed_settings
 from mlip.training.grad_cache import set_recompute_context
-from mlip.training.schedule import peak_lr, undecayed_names
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did, as plain numbers; equal on all ranks but for ``total`` and ``terms``."""
-
-    total: float
-    terms: dict[str, float]
-    grad_norm: float  # before clipping; not finite where the step was skipped
-    is_skipped: bool
-    stop_requested: bool  # some rank asked for a stop
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Parameters and AdamW moments by parameter name, whole and in float32, and buffers."""
-
-    parameters: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]  # "exp_avg", "exp_avg_sq" -> name -> tensor
-    buffers: dict[str, Tensor]
-    optimizer_steps: int  # AdamW's own count: skipped steps are not in it
-
-
-def build_optimizer(objective: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: decayed and not."""
-    undecayed = undecayed_names(objective)
-    trainable = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for n, p in trainable if n not in undecayed],
-            "weight_decay": config.train.weight_decay,
-        },
-        {"params": [p for n, p in trainable if n in undecayed], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=peak_lr(config),
-        betas=config.train.betas,
-        fused=True,  # one pass over memory; 200 small tensors cost milliseconds without
-    )
-
-
-def _seed_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> None:
-    """AdamW's state for a parameter before its first step here, with the step count given."""
-    optimizer.state[parameter] = {
-        "step": torch.tensor(float(steps), device=parameter.device),
-        **{key: torch.zeros_like(parameter) for key in MOMENTS},
-    }
-
-
-class Engine(abc.ABC):
-    """One optimiser step at a time; the loop owns the step count and the learning rate."""
-
-    name: str
-
-    def __init__(self, objective: nn.Module, config: Config) -> None:
-        self.objective = objective
-        self.config = config
-        self.device = next(objective.parameters()).device
-        self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-
-    def train_step(
-        self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
-    ) -> StepResult:
-        """Forward, backward and update; ``stop`` is this rank's wish, the result's is anyone's."""
-        self.objective.train()
-        total, terms = self._forward(batch.to(self.device), step, progress)
-        flags = torch.stack([(~torch.isfinite(total.detach())).float(), total.new_tensor(stop)])
-        flags = distributed.max_over_ranks(flags)
-        # One rank's NaN must stop all: times NaN every gradient of every rank is NaN and the
-        # update is skipped the way a NaN gradient is. Times 1.0 is exact.
-        self._backward(total * torch.where(flags[0] > 0, torch.nan, 1.0))
-        grad_norm = self._update(lr)
-        names = sorted(terms)
-        values = torch.stack([total.detach().float(), *(terms[n].detach().float() for n in names)])
-        numbers = values.tolist()
-        return StepResult(
-            total=numbers[0],
-            terms=dict(zip(names, numbers[1:], strict=True)),
-            grad_norm=grad_norm if grad_norm is not None else float("nan"),
-            is_skipped=grad_norm is None,
-            stop_requested=bool(flags[1] > 0),
-        )
-
-    @abc.abstractmethod
-    def _forward(
-        self, batch: Batch, step: int, progress: float
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-    @abc.abstractmethod
-    def _backward(self, total: Tensor) -> None: ...
-
-    @abc.abstractmethod
-    def _update(self, lr: float) -> float | None:
-        """Clip, step, clamp the scales; the gradient norm, or None where it is not finite."""
-
-    @abc.abstractmethod
-    def state(self) -> TrainingState:
-        """The whole state on every rank (a collective call)."""
-
-    @abc.abstractmethod
-    def load(self, state: TrainingState) -> None: ...
-
-    def _buffers(self) -> dict[str, Tensor]:
-        names = {n for n, _ in self.objective.named_buffers()}
-        return {n: t for n, t in self.objective.state_dict().items() if n in names}
-
-    def _load_buffers(self, state: TrainingState) -> None:
-        own = self._buffers()
-        if own.keys() != state.buffers.keys():
-            raise ValueError(
-                f"buffers of the model and of the checkpoint differ: "
-                f"{sorted(own.keys() ^ state.buffers.keys())}"
-            )
-        for name, buffer in own.items():
-            buffer.copy_(state.buffers[name])
-
-    def _check_names(self, state: TrainingState) -> None:
-        different = {n for n, _ in self.objective.named_parameters()} ^ state.parameters.keys()
-        if different:
-            raise ValueError(
-                f"parameters of the model and of the checkpoint differ: {sorted(different)[:5]}"
-            )
-
-
-class PlainEngine(Engine):
-    """Data-parallel training in plain torch: whole parameters and optimiser on every rank."""
-
-    name = "plain"
-
-    def __init__(self, objective: nn.Module, config: Config) -> None:
-        super().__init__(objective, config)
-        self.optimizer = build_optimizer(objective, config)
-        distributed.broadcast_(p.data for p in objective.parameters())
-
-    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
-        return self.objective(batch, step=step, progress=progress)
-
-    def _backward(self, total: Tensor) -> None:
-        total.backward()
-
-    def _update(self, lr: float) -> float | None:
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        distributed.average_([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.config.train.clip_norm or float("inf")
-        )
-        grad_norm = float(norm)
-        is_finite = grad_norm < float("inf")  # False for NaN too
-        if is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.objective.model.scales.clamp_()  # type: ignore[union-attr,operator]
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm if is_finite else None
-
-    def state(self) -> TrainingState:
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
-        steps = 0
-        for name, parameter in self.parameters.items():
-            held = self.optimizer.state.get(parameter, {})
-            steps = int(held["step"]) if held else 0
-            for key in MOMENTS:
-                moments[key][name] = held[key] if held else torch.zeros_like(parameter)
-        return TrainingState(
-            parameters={n: p.detach() for n, p in self.objective.named_parameters()},
-            moments=moments,
-            buffers=self._buffers(),
-            optimizer_steps=steps,
-        )
-
-    @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
-        self._check_names(state)
-        self._load_buffers(state)
-        for name, parameter in self.objective.named_parameters():
-            parameter.copy_(state.parameters[name])
-            if state.optimizer_steps and parameter.requires_grad:
-                _seed_moments(self.optimizer, parameter, state.optimizer_steps)
-                for key in MOMENTS:
-                    self.optimizer.state[parameter][key].copy_(state.moments[key][name])
+from mlip.training.step import (
+    MOMENTS,
+    Engine,
+    PlainEngine,
+    TrainingState,
+    build_optimizer,
+    seed_moments,
+)
 
 
 class DeepSpeedEngine(Engine):
@@ -317,7 +133,7 @@ class DeepSpeedEngine(Engine):
         steps = int(held["step"]) if held else 0
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in self.parameters.items():
-            shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+            shape = getattr(parameter, "ds_shape", parameter.shape)
             for key in MOMENTS:
                 if not steps:
                     full = torch.zeros(shape)
@@ -346,7 +162,7 @@ class DeepSpeedEngine(Engine):
         self._load_buffers(state)
         if state.optimizer_steps:
             for partition in self._partitions():
-                _seed_moments(self.optimizer, partition, state.optimizer_steps)
+                seed_moments(self.optimizer, partition, state.optimizer_steps)
             if self.stage in (1, 2):
                 self.zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.objective.named_parameters():

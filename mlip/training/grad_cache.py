@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-
 _recompute_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 

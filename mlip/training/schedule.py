@@ -24,6 +24,12 @@ def peak_lr(config: Config) -> float:
     return config.train.lr * math.sqrt(share)
 
 
+def total_steps(config: Config, rows: int) -> int:
+    """train.max_steps, or the steps that cover the training rows train.epochs times."""
+    train = config.train
+    return train.max_steps or math.ceil(train.epochs * rows / config.batch.global_pairs)
+
+
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """The rate of 0-based optimiser step ``step``: linear warm-up, then a cosine to min_lr_share.
 

@@ -1,0 +1,315 @@
+"""Checkpoints that any world size and ZeRO stage can read, that a kill cannot harm, and no pickle.
+
+<run.dir>/checkpoints/step_00000500/
+  parameters.safetensors   float32, whole, by name: consolidated weights
+  exp_avg.safetensors, exp_avg_sq.safetensors   AdamW's moments, by parameter name
+  buffers.safetensors      persistent buffers
+  state.json               step, counts, random generators, loader, config, versions
+  SHA256SUMS               of the files above; `sha256sum -c` checks them by hand
+  COMPLETE                 written last: the hash of SHA256SUMS
+
+Everything is written and fsynced under a temporary name and then renamed, so a kill leaves the
+previous checkpoint and a leftover that the next job removes. Reading verifies every hash: neither
+safetensors nor torch notices a flipped bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlip import distributed
+from mlip.config import Config, difference, from_dict
+from mlip.training.faults import fire
+from mlip.training.lifecycle import CheckpointError
+from mlip.training.step import MOMENTS, TrainingState
+
+logger = logging.getLogger("mlip")
+
+FORMAT = 1
+_TENSORS = ("parameters", *MOMENTS, "buffers")
+_SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
+_PREFIX, _PARTIAL = "step_", ".writing-"
+
+# Settings that change how a step is computed or shown, but not which numbers come out, and the
+# places of files (the manifest's content is compared by the loader's own state).
+FREE_SETTINGS = (
+    "run.dir",
+    "run.threads",
+    "run.timeout_s",
+    "run.offline",
+    "run.exact",
+    "run.deterministic",
+    "data.manifest",
+    "data.root",
+    "data.verify",
+    "data.bad_share",
+    "data.workers",
+    "data.prefetch",
+    "data.phantom.",
+    "batch.micro_images",
+    "batch.micro_texts",
+    "train.engine",
+    "train.zero_stage",
+    "train.offload",
+    "train.checkpoint_steps",
+    "train.keep_checkpoints",
+    "train.log_steps",
+    "train.max_nan_steps",
+    "train.tensorboard",
+    "model.vision.checkpointing",
+    "model.text.checkpointing",
+    "knowledge.cache_dir",
+    "evaluate.",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint as read."""
+
+    folder: Path
+    training: TrainingState
+    state: dict[str, Any]  # state.json
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def checkpoints_of(run_dir: str | Path) -> list[Path]:
+    """Folders of finished saves, newest first; their content is not verified here."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.is_dir()),
+        key=lambda path: path.name,
+        reverse=True,
+    )
+
+
+def save(
+    run_dir: str | Path, training: TrainingState, state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write one checkpoint from rank 0 and drop all but the newest `keep`; a collective call.
+
+    Raises:  CheckpointError on every rank where it cannot be written; earlier ones are untouched.
+    """
+    step = int(state["step"])
+    final = Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
+    problem = None
+    if distributed.is_main():
+        try:
+            _write(final, training, state, Path(run_dir))
+            _retain(Path(run_dir), keep, step)
+        except CheckpointError as error:
+            problem = str(error)
+        except Exception as error:  # safetensors has error types of its own for a full disk
+            problem = f"{final}: cannot be written: {error}"
+    problem = distributed.broadcast_object(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return final
+
+
+def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_dir: Path) -> None:
+    step = int(state["step"])
+    if final.exists() and _damage(final) is None:
+        return  # the same state: a stop was asked for right after a resume
+    tensors: dict[str, dict[str, Tensor]] = {
+        "parameters": training.parameters,
+        **training.moments,
+        "buffers": training.buffers,
+    }
+    for kind, group in tensors.items():
+        for name, tensor in group.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"{final}: {kind} {name} holds a number that is not finite; such a state is "
+                    "never saved, the last good checkpoint is kept"
+                )
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(final.parent, tensors)
+    remove_leftovers(run_dir)
+    partial = final.parent / f"{_PARTIAL}{final.name}"
+    partial.mkdir()
+    for kind, group in tensors.items():
+        owned = {n: t.detach().cpu().contiguous().clone() for n, t in group.items()}
+        save_file(owned, partial / f"{kind}.safetensors")
+        fire("ckpt-write", step, run_dir)
+    text = json.dumps({**state, "optimizer_steps": training.optimizer_steps}, allow_nan=False)
+    (partial / _STATE).write_text(text, encoding="utf-8")
+    names = [*(f"{kind}.safetensors" for kind in tensors), _STATE]
+    sums = "".join(f"{_sha256(partial / name)}  {name}\n" for name in names)
+    (partial / _SUMS).write_text(sums, encoding="utf-8")
+    for name in (*names, _SUMS):
+        _fsync(partial / name)
+    fire("ckpt-fsync", step, run_dir)
+    (partial / _MARKER).write_text(_sha256(partial / _SUMS) + "\n", encoding="utf-8")
+    _fsync(partial / _MARKER)
+    _fsync(partial)
+    if final.exists():
+        shutil.rmtree(final)  # a damaged one of the same step, passed over at the start
+    fire("ckpt-rename", step, run_dir)
+    partial.rename(final)
+    _fsync(final.parent)
+
+
+def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    wanted = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    free = shutil.disk_usage(folder).free
+    if free < wanted * 1.01 + 2**20:  # and room for the JSON
+        raise CheckpointError(
+            f"{folder}: a checkpoint needs {wanted / 2**20:.1f} MiB, the disk has "
+            f"{free / 2**20:.1f} MiB free; earlier checkpoints are untouched"
+        )
+
+
+def _retain(run_dir: Path, keep: int, step: int) -> None:
+    for old in checkpoints_of(run_dir)[max(1, keep) :]:
+        # without its marker a half-deleted folder is never mistaken for a checkpoint
+        (old / _MARKER).unlink(missing_ok=True)
+        fire("retention-delete", step, run_dir)
+        shutil.rmtree(old)
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Delete what a killed save left; only the job that holds the folder's lock may call it."""
+    folder = Path(run_dir) / "checkpoints"
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(partial)
+
+
+def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every hash holds, and what is wrong with those passed over.
+
+    Raises:  CheckpointError where there are checkpoints and none is intact.
+    """
+    problems: list[str] = []
+    folders = checkpoints_of(run_dir)
+    for folder in folders:
+        problem = _damage(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder}: {problem}")
+    if folders:
+        raise CheckpointError(
+            "no intact checkpoint is left: "
+            + "; ".join(problems)
+            + "; delete the folder checkpoints to start over"
+        )
+    return None, problems
+
+
+def _damage(folder: Path) -> str | None:
+    """Why the checkpoint cannot be trusted, or None."""
+    try:
+        marker = (folder / _MARKER).read_text(encoding="utf-8").strip()
+        if marker != _sha256(folder / _SUMS):
+            return f"{_SUMS} is not the one that {_MARKER} names"
+        lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
+        names = set()
+        for line in lines:
+            expected, name = line.split("  ")
+            if _sha256(folder / name) != expected:
+                return f"{name} is not what was written (SHA-256 differs)"
+            names.add(name)
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, UnicodeDecodeError) as error:
+        return f"cannot be read: {error}"
+    missing = {*(f"{kind}.safetensors" for kind in _TENSORS), _STATE} - names
+    return f"{_SUMS} lacks {sorted(missing)}" if missing else None
+
+
+def read(folder: Path) -> Checkpoint:
+    """A checkpoint whose hashes were verified; tensors on the CPU."""
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
+            )
+        tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in _TENSORS}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    training = TrainingState(
+        parameters=tensors["parameters"],
+        moments={key: tensors[key] for key in MOMENTS},
+        buffers=tensors["buffers"],
+        optimizer_steps=int(state["optimizer_steps"]),
+    )
+    return Checkpoint(folder, training, state)
+
+
+def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint | None:
+    """The newest intact checkpoint of run.dir on every rank, or None; a collective call.
+
+    Raises:  CheckpointError where none is intact, or where the newest was made with settings that
+             differ in more than FREE_SETTINGS and allow_mismatch is not set.
+    """
+    found: tuple[Path | None, list[str]] = (None, [])
+    problem = None
+    if distributed.is_main():
+        try:
+            found = find_newest(config.run.dir)
+        except CheckpointError as error:
+            problem = str(error)
+    found, problem = distributed.broadcast_object((found, problem))
+    if problem is not None:
+        raise CheckpointError(problem)
+    folder, passed_over = found
+    for text in passed_over:
+        distributed.log_once(f"checkpoint passed over: {text}", logging.WARNING)
+    if folder is None:
+        return None
+    checkpoint = read(folder)
+    check_config(checkpoint, config, allow_mismatch=allow_mismatch)
+    return checkpoint
+
+
+def check_config(checkpoint: Checkpoint, config: Config, *, allow_mismatch: bool) -> None:
+    """Raises:  CheckpointError naming every setting that differs, unless allow_mismatch."""
+    try:
+        saved = from_dict(checkpoint.state["config"])
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.folder}: its settings are not valid: {error}") from None
+    different = {
+        key: values
+        for key, values in difference(saved, config).items()
+        if not any(key == free or key.startswith(free) for free in FREE_SETTINGS)
+    }
+    if not different:
+        return
+    shown = ", ".join(f"{k} (saved {a!r}, now {b!r})" for k, (a, b) in different.items())
+    if not allow_mismatch:
+        raise CheckpointError(
+            f"{checkpoint.folder} belongs to other settings: {shown}; choose another run.dir, "
+            "restore the settings, or pass --allow-mismatch"
+        )
+    distributed.log_once(f"resuming although settings differ: {shown}", logging.WARNING)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

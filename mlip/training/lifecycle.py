@@ -1,0 +1,256 @@
+"""How a run starts and ends: the lock on its folder, requests to stop, exit codes.
+
+Exit codes, equal on all ranks where ranks agree: 0 done, 2 settings, 3 data, 4 checkpoint,
+5 numbers, 6 a peer is gone or silent, 75 stopped on request with everything saved (75 is
+EX_TEMPFAIL of sysexits.h: try again later), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from mlip import distributed
+from mlip.config import ConfigError
+
+CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
+_REASONS = {
+    CONFIG: "settings",
+    DATA: "data",
+    CHECKPOINT: "checkpoint",
+    NUMERIC: "numbers",
+    PEER: "peer",
+    PREEMPTED: "preempted",
+}
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read, or used with these settings."""
+
+    exit_code = CHECKPOINT
+
+
+class NumericError(RuntimeError):
+    """Losses or gradients stayed non-finite."""
+
+    exit_code = NUMERIC
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+    exit_code = PREEMPTED
+
+
+# What gloo, NCCL and torch.distributed say when a peer died or did not answer in time.
+_PEER_WORDS = re.compile(
+    r"gloo|NCCL|peer|[Tt]imed? ?out|Connection (closed|reset|refused)|Broken pipe|"
+    r"ProcessGroup|store.*(wait|get)"
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """The stable code of an error; errors of ours carry theirs as `exit_code`."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    if isinstance(error, ConfigError):
+        return CONFIG
+    if "manifest" in type(error).__name__.lower():
+        return DATA
+    module = type(error).__module__
+    if module.startswith("torch.distributed") or type(error).__name__.startswith("Dist"):
+        return PEER
+    if isinstance(error, RuntimeError) and _PEER_WORDS.search(str(error)):
+        return PEER if _is_from_collective(error) else 1
+    return CONFIG if isinstance(error, ValueError) else 1
+
+
+def _is_from_collective(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("distributed" in f.filename or "deepspeed/comm" in f.filename for f in frames)
+
+
+def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
+    """Run `function`; its errors become one line on stderr, an event, and an exit code.
+
+    The traceback goes to error-rank<r>.log in the run's folder, or to stderr where there is none.
+    """
+    try:
+        function()
+        return 0
+    except Preempted as stop:
+        if _rank() == 0:
+            print(f"mlip: {stop}", file=sys.stderr)
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print("mlip: interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells report it
+    except Exception as error:
+        code = exit_code(error)
+        place = folder()
+        if code == PEER and place is not None:
+            code = _first_failure(place) or PEER
+        _report(error, code, place)
+        return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report(error: Exception, code: int, folder: Path | None) -> None:
+    reason = _REASONS.get(code, "unexpected")
+    text = " ".join(str(error).split()) or type(error).__name__
+    where = ""
+    facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
+    if folder is not None and folder.is_dir():
+        with contextlib.suppress(OSError):
+            log = folder / f"error-rank{_rank()}.log"
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            where = f" (traceback: {log})"
+            record_event(folder, "error", reason=reason, **facts)
+            if _rank() != 0 and _find_event(folder, 1.0, lambda e: _is_same(e, facts)):
+                return  # rank 0 says the same
+    if not where and code == 1:
+        traceback.print_exception(error)
+    print(f"mlip: {reason} error on rank {_rank()}: {text}{where}", file=sys.stderr)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12]
+
+
+def _is_same(event: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    return event["rank"] == 0 and all(event.get(key) == facts[key] for key in facts)
+
+
+def record_event(folder: Path, kind: str, **facts: Any) -> None:
+    """Append one line to events.jsonl; a single write, so that ranks do not mix their lines."""
+    entry = {"time": round(time.time(), 3), "rank": _rank(), "event": kind, **facts}
+    line = json.dumps(entry, allow_nan=False) + "\n"
+    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def _first_failure(folder: Path) -> int | None:
+    """The exit code of the rank whose own error took this one's peer away, if it left word.
+
+    Launchers report whichever rank they look at first: so all ranks end with the cause's code.
+    """
+    # the other rank writes its event within milliseconds
+    event = _find_event(folder, 2.0, lambda e: e["rank"] != _rank() and e["code"] != PEER)
+    return int(event["code"]) if event is not None else None
+
+
+def _find_event(
+    folder: Path, wait_s: float, wanted: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any] | None:
+    """An error event of this run (since this process began) that is wanted, waiting for it."""
+    started = psutil.Process().create_time()
+    deadline = time.monotonic() + wait_s
+    while True:
+        with contextlib.suppress(OSError, ValueError):
+            for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "error" and event["time"] >= started and wanted(event):
+                    return event
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """The run's folder, held by this job alone; the kernel frees it when the job dies.
+
+    Raises:  ConfigError on every rank where another job holds it or it cannot be written.
+    """
+    refusal, descriptor = None, -1
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        except BlockingIOError:
+            owner = os.read(descriptor, 200).decode(errors="replace")
+            refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
+        except OSError as error:
+            refusal = f"run.dir={folder} cannot be written: {error.strerror}"
+    refusal = distributed.broadcast_object(refusal)
+    try:
+        if refusal is not None:
+            raise ConfigError(refusal)
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class StopRequest:
+    """Whether this process was asked to stop: SIGTERM, SIGUSR1, SIGINT, or its launcher is gone.
+
+    While a step runs the wish is only noted; `raise_at_once` makes the next signal (and one
+    already noted) end the process, for the time after the last save.
+    """
+
+    def __init__(self) -> None:
+        self._noted = False
+        self._raises = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+        self._launcher: psutil.Process | None = None
+        if "RANK" in os.environ:
+            self._follow_launcher()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._raises:
+            raise Preempted("stopped on request during evaluation; the training state is saved")
+        if number == signal.SIGINT and self._noted:
+            raise KeyboardInterrupt
+        self._noted = True
+
+    def _follow_launcher(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # the `deepspeed` command does not pass SIGTERM on: it dies and leaves its child launcher
+        # training; so its death counts as a request to stop
+        with contextlib.suppress(psutil.Error, AttributeError):
+            parent = psutil.Process().parent()
+            if parent is not None and "deepspeed.launcher.launch" in parent.cmdline():
+                runner = parent.parent()
+                if runner is not None and any("deepspeed" in part for part in runner.cmdline()):
+                    self._launcher = runner
+
+    @property
+    def is_set(self) -> bool:
+        if self._launcher is not None and not self._launcher.is_running():
+            self._noted = True
+        return self._noted
+
+    def raise_at_once(self) -> None:
+        self._raises = True
+        if self._noted:
+            raise Preempted("stopped on request before evaluation; the training state is saved")

@@ -1,0 +1,204 @@
+"""The training loop: resume, step, watch the numbers, log, save; knows nothing of chests.
+
+Everything it needs of the data is in DataSource, so that it runs on any loader of Batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.nn as nn
+
+from mlip import distributed
+from mlip.batch import Batch
+from mlip.config import Config, to_dict
+from mlip.training import checkpoint, randomness
+from mlip.training.engine import build_engine
+from mlip.training.faults import fire
+from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
+from mlip.training.runlog import RunLog
+from mlip.training.schedule import learning_rate, total_steps
+from mlip.training.step import Engine, StepResult
+
+
+class DataSource(Protocol):
+    """What the loop wants of a loader; mlip.dataloading.loader.Loader is one."""
+
+    wait_seconds: float
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Trainer:
+    """One run from its first or its resumed step to its last.
+
+    merge_states  all ranks' loader states as one that any number of ranks can load
+    on_save       called on rank 0 with that state after each save
+    Raises:  ConfigError (engine, TensorBoard), CheckpointError (resume, last save)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: nn.Module,
+        loader: DataSource,
+        *,
+        merge_states: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
+        on_save: Callable[[Mapping[str, Any]], None] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        deepspeed_json: dict[str, Any] | None = None,
+        allow_mismatch: bool = False,
+    ) -> None:
+        self.config, self.loader = config, loader
+        self.merge_states, self.on_save = merge_states, on_save
+        checkpoint.remove_leftovers(config.run.dir)
+        saved = checkpoint.load_newest(config, allow_mismatch=allow_mismatch)
+        threads = randomness.set_threads(config, saved.state["threads"] if saved else None)
+        self.engine: Engine = build_engine(objective, config, deepspeed_json)
+        self.steps = total_steps(config, loader.num_rows)
+        self.step = 0  # steps done
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        randomness.seed_rank(config.run.seed)
+        if saved is not None:
+            self._resume(saved)
+        self.facts = {
+            **(facts or {}),
+            "engine": self.engine.name,
+            "threads": threads,
+            "world_size": distributed.world_size(),
+        }
+        self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
+        self.log.start(self.facts)
+
+    def _resume(self, saved: checkpoint.Checkpoint) -> None:
+        state = saved.state
+        self.engine.load(saved.training)
+        self.loader.load_state_dict(state["loader"])
+        randomness.restore(state["rng"], seed=self.config.run.seed, step=saved.step)
+        self.step = saved.step
+        self.skipped_steps = state["skipped_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        distributed.log_once(f"resumed at step {saved.step} from {saved.folder}")
+        if state["world_size"] != distributed.world_size():
+            distributed.log_once(
+                f"{state['world_size']} ranks before, {distributed.world_size()} now: the samples "
+                "keep their order, losses agree to rounding, not to the bit"
+            )
+
+    def fit(self, stop: StopRequest) -> None:
+        """Train to the last step and save.
+
+        Raises:  Preempted once a stop that any rank was asked for is saved; NumericError after
+                 train.max_nan_steps skipped steps in a row; CheckpointError if the last save fails
+        """
+        every = self.config.train.checkpoint_steps
+        try:
+            batches = iter(self.loader)
+            while self.step < self.steps:
+                stop_requested = self._one_step(batches, stop)
+                if stop_requested and self.step < self.steps:
+                    self.save()
+                    self.log.event("stopped", step=self.step)
+                    raise Preempted(
+                        f"stopped on request after step {self.step} of {self.steps}; saved: the "
+                        "same command goes on from there"
+                    )
+                if every > 0 and self.step % every == 0 and self.step < self.steps:
+                    self._save_or_go_on()
+            self.save()
+            self.log.event("trained", step=self.step, skipped_steps=self.skipped_steps)
+        finally:
+            self.log.close()
+
+    def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+        config, step = self.config, self.step
+        fire("load", step, config.run.dir)
+        begin = time.perf_counter()
+        batch = next(batches)
+        epoch = step * config.batch.global_pairs / self.loader.num_rows
+        lr = learning_rate(step, self.steps, config)
+        result = self.engine.train_step(batch, step=step, progress=epoch, lr=lr, stop=stop.is_set)
+        self.step += 1
+        self.log.step(
+            self.step,
+            result,
+            lr=lr,
+            epoch=epoch,
+            step_seconds=time.perf_counter() - begin,
+            wait_seconds=self.loader.wait_seconds,
+            scales=self.engine.scales(),
+        )
+        self._watch(result, batch)
+        return result.stop_requested
+
+    def _watch(self, result: StepResult, batch: Batch) -> None:
+        """Count and report a skipped step; all ranks take the same branch."""
+        if not result.is_skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        reports = distributed.gather_objects((batch.row_index.tolist(), result.bad_terms()))
+        rows = [row for report in reports for row in report[0]]
+        terms = sorted({term for report in reports for term in report[1]})
+        what = f"loss terms {', '.join(terms)}" if terms else "a gradient"
+        text = (
+            f"step {self.step}: {what} not finite; the step was skipped on all ranks "
+            f"({self.skipped_in_a_row} in a row)"
+        )
+        if distributed.is_main():
+            self.log.event("skipped", step=self.step, terms=terms, manifest_rows=rows)
+            self.log.warn(f"{text}; its {len(rows)} manifest rows are in events.jsonl")
+        if self.skipped_in_a_row >= self.config.train.max_nan_steps:
+            kept = checkpoint.checkpoints_of(self.config.run.dir)
+            raise NumericError(
+                f"{text}, train.max_nan_steps={self.config.train.max_nan_steps}; last good "
+                f"checkpoint: {kept[0] if kept else 'none yet'}"
+            )
+
+    def _save_or_go_on(self) -> None:
+        """A save between: a full disk costs an interval of safety, not the run."""
+        try:
+            self.save()
+        except CheckpointError as error:
+            self.log.warn(f"not saved: {error}; training goes on")
+            if distributed.is_main():
+                self.log.event("not_saved", step=self.step, reason=str(error))
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; a collective call."""
+        parts: Sequence[Any] = distributed.gather_objects(
+            (self.loader.state_dict(), randomness.capture())
+        )
+        loader = self.merge_states([part[0] for part in parts])
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "pairs_seen": self.step * self.config.batch.global_pairs,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "loader": loader,
+            "rng": [part[1] for part in parts],
+            "config": to_dict(self.config),
+            **self.facts,
+        }
+        path = checkpoint.save(
+            self.config.run.dir,
+            self.engine.state(),
+            state,
+            keep=self.config.train.keep_checkpoints,
+        )
+        if self.on_save is not None and distributed.is_main():
+            self.on_save(loader)
+        return path

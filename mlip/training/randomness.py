@@ -1,0 +1,95 @@
+"""Seeds, thread counts and the state of every random generator that has one.
+
+Most of the randomness of a run is keyed (mlip/keyed_random.py) and needs no state; dropout and
+stochastic depth use torch's generators, which a checkpoint therefore holds for each rank.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip import distributed
+from mlip.config import Config
+
+_RANK_STRIDE = 1_000_003  # a prime: seeds of ranks stay apart for neighbouring run.seed
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed for Python, NumPy and torch: models are built alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, step: int = 0) -> None:
+    """Different dropout on every rank, after the model was built alike."""
+    torch.manual_seed(seed + _RANK_STRIDE * (distributed.rank() + 1) + 7919 * step)
+
+
+def set_threads(config: Config, pinned: int | None = None) -> int:
+    """torch threads of this rank: run.threads, else what a checkpoint pinned, else an even share.
+
+    A sum over a million numbers differs between 1 and 2 threads, so a resumed run keeps its count.
+    """
+    share = max(1, _cores() // distributed.local_ranks())
+    threads = config.run.threads or pinned or share
+    torch.set_num_threads(threads)
+    return threads
+
+
+def use_all_cores() -> None:
+    """For what one rank does alone once the others are done."""
+    torch.set_num_threads(_cores())
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_deterministic(config: Config) -> None:
+    """Ask torch for bit-repeatable kernels, and for an error where it has none."""
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def capture() -> dict[str, Any]:
+    """This rank's generators as JSON values."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return state
+
+
+def restore(states: Sequence[Mapping[str, Any]], *, seed: int, step: int) -> None:
+    """This rank's saved generators; a rank that did not exist then gets seeds of its own."""
+    if distributed.rank() >= len(states) or distributed.world_size() != len(states):
+        seed_rank(seed, step)
+        return
+    state = states[distributed.rank()]
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

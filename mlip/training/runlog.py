@@ -1,0 +1,226 @@
+"""What a person and a script see of a run: lines or a progress bar, log.jsonl, events, TensorBoard.
+
+Only rank 0 writes, but for events. Holds numbers, row numbers and reasons; never report text,
+paths of images or identifiers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+import torch
+import yaml
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlip import distributed
+from mlip.config import Config, ConfigError, to_dict
+from mlip.training.lifecycle import record_event
+from mlip.training.step import StepResult
+
+logger = logging.getLogger("mlip")
+
+# short names for the line; log.jsonl has the full ones
+_SHORT = {
+    "global_contrastive": "global",
+    "local_alignment": "local",
+    "category": "categ",
+    "matching": "match",
+    "swapping": "swap",
+    "divergence": "diverg",
+}
+
+
+def memory_gib() -> float:
+    """Peak GPU memory of this rank, or its resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class RunLog:
+    """Writes each step to log.jsonl and every train.log_steps a line (or a bar on a terminal).
+
+    Raises:  ConfigError where train.tensorboard is set and tensorboard is not installed.
+    """
+
+    def __init__(self, config: Config, *, total_steps: int, start_step: int) -> None:
+        self.config = config
+        self.folder = Path(config.run.dir)
+        self.start_step = start_step
+        self.log_steps = max(1, config.train.log_steps)
+        self.global_pairs = config.batch.global_pairs
+        self.total_steps = total_steps
+        self._is_main = distributed.is_main()
+        self._file: IO[str] | None = None
+        self._board: Any = None
+        self._bar: Progress | None = None
+        self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
+        if not self._is_main:
+            return
+        if config.train.tensorboard:
+            self._board = _open_board(self.folder / "tensorboard")
+        self._file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        console = Console()
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=console,
+            )
+            self._bar.add_task("", total=total_steps, completed=start_step)
+            self._bar.start()
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        lr: float,
+        epoch: float,
+        step_seconds: float,
+        wait_seconds: float,
+        scales: dict[str, float],
+    ) -> None:
+        """Step counts from 1: the number of steps done."""
+        if not self._is_main:
+            return
+        entry = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "total": _finite(result.total),
+            "terms": {name: _finite(value) for name, value in result.terms.items()},
+            "grad_norm": _finite(result.grad_norm),
+            "lr": lr,
+            "scales": scales,
+            "pairs_per_s": round(self.global_pairs / max(step_seconds, 1e-9), 2),
+            "data_wait_s": round(wait_seconds, 4),
+            "memory_gib": round(memory_gib(), 3),
+            "time": round(time.time(), 3),
+        }
+        if result.is_skipped:
+            entry["is_skipped"] = True
+        assert self._file is not None
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            self._to_board(step, result, lr, scales, entry["pairs_per_s"])
+        self._window_steps += 1
+        self._window_wait += wait_seconds
+        is_line = step % self.log_steps == 0 or step == self.total_steps
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+        if is_line:
+            self._say(step, result, lr, scales)
+
+    def _say(self, step: int, result: StepResult, lr: float, scales: dict[str, float]) -> None:
+        now = time.perf_counter()
+        seconds = max(now - self._window_start, 1e-9)
+        rate = self.global_pairs * self._window_steps / seconds
+        wait = 100.0 * self._window_wait / seconds
+        self._window_start, self._window_steps, self._window_wait = now, 0, 0.0
+        terms = " ".join(f"{_SHORT.get(n, n)} {v:.3f}" for n, v in result.terms.items())
+        shown = "/".join(f"{value:.1f}" for value in scales.values())
+        text = (
+            f"loss {result.total:.4f} ({terms})  scales {shown}  grad {result.grad_norm:.3g}  "
+            f"lr {lr:.2e}  {rate:.0f} pairs/s  data {wait:.0f} %  {memory_gib():.2f} GiB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=text)
+        else:
+            print(f"step {step}/{self.total_steps}  {text}", flush=True)
+
+    def _to_board(
+        self, step: int, result: StepResult, lr: float, scales: dict[str, float], rate: Any
+    ) -> None:
+        numbers = {
+            "total": result.total,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "pairs_per_s": rate,
+            **{f"terms/{k}": v for k, v in result.terms.items()},
+            **{f"scales/{k}": v for k, v in scales.items()},
+        }
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+
+    def start(self, facts: Mapping[str, Any]) -> None:
+        """config.yaml and meta.json: what it takes to run this again."""
+        if not self._is_main:
+            return
+        settings = to_dict(self.config)
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+        meta = {"config": settings, "command": sys.argv[1:], **facts}
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        self.event("started", step=self.start_step, total_steps=self.total_steps)
+        logger.info(
+            "step %d of %d; %d pairs a step on %d rank(s), engine %s, %s, %d thread(s) each",
+            self.start_step,
+            self.total_steps,
+            self.global_pairs,
+            facts["world_size"],
+            facts["engine"],
+            self.config.train.precision,
+            facts["threads"],
+        )
+
+    def warn(self, text: str) -> None:
+        """A warning from rank 0."""
+        if self._is_main:
+            logger.warning(text)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line in events.jsonl, from any rank."""
+        record_event(self.folder, kind, **facts)
+
+    def close(self) -> None:
+        for closing in (self._bar and self._bar.stop, self._file and self._file.close):
+            if closing:
+                closing()
+        if self._board is not None:
+            self._board.close()
+        self._bar = self._file = self._board = None
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _open_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "train.tensorboard=true needs the package tensorboard, which is not installed: "
+            "pip install tensorboard, or leave the setting out (log.jsonl is always written)"
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def setup_logging() -> None:
+    """Messages of the "mlip" logger: on rank 0 from INFO on, on other ranks from WARNING on."""
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    console = Console(stderr=True)
+    if console.is_terminal:
+        logger.addHandler(RichHandler(console=console, show_time=False, show_path=False))
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    logger.addHandler(handler)

@@ -1,0 +1,144 @@
+"""Pre-train MLIP: parse -> seed -> data -> objective -> loop (engine, saves) -> evaluate.
+
+    deepspeed --num_gpus 2 train.py --config configs/demo.yaml run.seed=2
+    torchrun --nproc_per_node 2 train.py --config configs/demo.yaml
+    python train.py --config configs/demo.yaml
+
+The same command again goes on where the last one stopped. Exit codes: mlip/training/lifecycle.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlip import distributed
+from mlip.assembly import Corpus, build_objective, open_corpus
+from mlip.config import Config, load
+from mlip.dataloading import phantom_dataset
+from mlip.dataloading.ledger import Ledger
+from mlip.dataloading.loader import build_loader, merge_states
+from mlip.pretrained import open_checkpoint
+from mlip.report import write_report
+from mlip.training import randomness
+from mlip.training.deepspeed_json import read_json
+from mlip.training.lifecycle import StopRequest, guarded, locked_folder
+from mlip.training.loop import Trainer
+from mlip.training.runlog import setup_logging
+from mlip.transfer import evaluate_run, save_results
+from mlip.transfer.fingerprint import source_commit, versions
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The command's options and the Config of its files and key=value overrides."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="later files win")
+    parser.add_argument("--allow-mismatch", action="store_true", help="resume other settings")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="accepted where it agrees")
+    parser.add_argument("--local_rank", type=int, default=0, help="launchers pass it; unused")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args(arguments)
+    # "--config FILE key=value" reads all as files: only overrides hold "="
+    files = [item for item in options.config if "=" not in item]
+    overrides = [item for item in options.config if "=" in item] + options.overrides
+    return options, load(files, overrides)
+
+
+def provide_phantoms(config: Config) -> None:
+    """Generate the studies that data.phantom asks for, once, on rank 0."""
+    wanted = config.data.phantom
+    if wanted.studies == 0:
+        return
+    folder = Path(config.data.manifest).parent
+    if distributed.is_main():
+        phantom_dataset.write_dataset(folder, wanted)
+    # no collective: generation may take longer than run.timeout_s allows one rank to be silent
+    while not phantom_dataset.is_complete(folder, phantom_dataset.fingerprint(wanted)):
+        time.sleep(1.0)
+
+
+def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:
+    """From the first or the resumed step to the last; a collective call."""
+    provide_phantoms(config)
+    corpus = open_corpus(config)
+    loader = build_loader(
+        config,
+        corpus.manifest,
+        split="train",
+        train=True,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        tokenizer=corpus.tokenizer,
+        linker=corpus.linker,
+        table=corpus.table,
+    )
+
+    def keep_ledger(state: Mapping[str, Any]) -> None:
+        summary = Ledger.from_state(state["ledger"]).summary()
+        path = Path(config.run.dir) / "ledger.json"
+        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+    trainer = Trainer(
+        config,
+        build_objective(config, corpus).to(distributed.device()),
+        loader,
+        merge_states=merge_states,
+        on_save=keep_ledger,
+        facts={"commit": source_commit(), "versions": versions()},
+        deepspeed_json=read_json(options.deepspeed_config),
+        allow_mismatch=options.allow_mismatch,
+    )
+    try:
+        trainer.fit(stop)
+    finally:
+        loader.close()
+    return corpus
+
+
+def evaluate(config: Config, corpus: Corpus) -> None:
+    """Score the newest checkpoint, read back from disk, and write the run's page."""
+    folder = Path(config.run.dir)
+    opened = open_checkpoint(folder, device=distributed.device())
+    results = evaluate_run(
+        opened.model,
+        config,
+        corpus.manifest,
+        opened.tokenizer,
+        opened.linker,
+        opened.table,
+        device=distributed.device(),
+        run=opened.facts,
+    )
+    save_results(results, folder / "results.json")
+    print(f"report: {write_report(folder, results)}")
+
+
+def main(arguments: list[str]) -> None:
+    options, config = parse(arguments)
+    run_folder.append(Path(config.run.dir))
+    stop = StopRequest()
+    distributed.start(config.run.timeout_s)
+    setup_logging()
+    randomness.seed_everything(config.run.seed)
+    randomness.set_deterministic(config)
+    with locked_folder(Path(config.run.dir)):
+        corpus = train(options, config, stop)
+        is_main = distributed.is_main()
+        distributed.barrier()
+        distributed.stop()
+        if is_main:
+            gc.collect()  # the engine's memory, before the model is built again
+            randomness.use_all_cores()
+            stop.raise_at_once()
+            evaluate(config, corpus)
+
+
+if __name__ == "__main__":
+    run_folder: list[Path] = []  # known once the settings are
+    sys.exit(guarded(lambda: main(sys.argv[1:]), lambda: run_folder[0] if run_folder else None))
