@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlip.config import Data
+from mlip.dataloading import shards
 from mlip.dataloading.image_file import Header, check_hash, decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
+from mlip.dataloading.shards import parse_reference
 
 T = TypeVar("T")
 Bad = tuple[int, int, str, bool]  # epoch, row, reason, met in the order (not as a replacement)
@@ -51,7 +53,12 @@ class SampleReader:
         """Raises:  BadSample, DataError."""
         manifest = self.manifest
         with _wall():
-            content = read_bytes(manifest.root, manifest.image_path(row), manifest.image_name(row))
+            path = manifest.image_path(row)
+            reference = parse_reference(path) if ".tar#" in path else None
+            if reference is not None:
+                content = shards.read_bytes(manifest.root, reference)
+            else:
+                content = read_bytes(manifest.root, path, manifest.image_name(row))
             if self.verify == "hash" or (
                 self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
             ):
