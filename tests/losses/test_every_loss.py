@@ -162,7 +162,7 @@ def test_gradient_steps_from_perfect_alignment_do_not_pay(case: str) -> None:
         loss = _make(case).eval()
         if isinstance(loss, Category):
             loss.prototypes.data = basis[:6]
-        return float(loss(context_of(values, distinct)))
+        return float(loss(context_of(values, distinct)).detach())
 
     best = run(leaves)
     for _ in range(20):

@@ -63,7 +63,7 @@ def test_pairs_apart_by_the_margin_cost_nothing() -> None:
 
 def test_a_local_share_of_zero_asks_for_no_scores() -> None:
     loss = Swapping(config_of(ALWAYS, "loss.swapping.local_share=0.0"), DIM)
-    assert math.isclose(float(loss(_context(0.8, None))), 0.2, rel_tol=1e-6)
+    assert math.isclose(float(loss(_context(0.8, None)).detach()), 0.2, rel_tol=1e-6)
 
 
 def test_the_share_of_swapped_samples_is_the_probability_and_zero_swaps_none() -> None:
