@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
@@ -160,7 +161,7 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
 
 
 def _settings(arguments: argparse.Namespace) -> ImageSettings:
-    codec = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
+    codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
     if codec == "jpeg" and arguments.bits == 16:
         raise DatasetError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
     if not 32 <= arguments.side <= 4096:

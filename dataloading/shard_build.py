@@ -289,6 +289,8 @@ def write_csv(rows: list[list[Any]], path: Path) -> None:
 
 def hashed(text: str, level: str, salt: str) -> str:
     """Sixteen hex digits for an identifier; without the salt nobody can test a guess."""
+    if not text:
+        return ""
     content = f"{salt}\0{level}\0{text}".encode(errors="surrogatepass")
     return hashlib.sha256(content).hexdigest()[:16]
 

@@ -42,7 +42,8 @@ def scaled_size(height: int, width: int, side_px: int) -> tuple[int, int]:
     longest = max(height, width)
     if longest <= side_px:
         return height, width
-    return tuple(max(1, (2 * n * side_px + longest) // (2 * longest)) for n in (height, width))  # type: ignore[return-value]
+    scaled = [max(1, (2 * n * side_px + longest) // (2 * longest)) for n in (height, width)]
+    return scaled[0], scaled[1]
 
 
 def convert(image: NDArray[Any], settings: ImageSettings) -> NDArray[Any]:
@@ -52,7 +53,7 @@ def convert(image: NDArray[Any], settings: ImageSettings) -> NDArray[Any]:
     """
     if settings.bits == 16 and image.dtype == np.uint8:
         image = image.astype(np.uint16) * np.uint16(257)
-    height, width = scaled_size(*image.shape, settings.side_px)
+    height, width = scaled_size(image.shape[0], image.shape[1], settings.side_px)
     if (height, width) != image.shape:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     if settings.bits == 8 and image.dtype == np.uint16:
@@ -121,6 +122,8 @@ def main() -> int:
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY_BYTES, resource.RLIM_INFINITY))
+    sys.stdout.buffer.write(b"ready\n")
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         fields, member = make_member(root, json.loads(line), settings)
         fields["size"] = len(member)

@@ -88,7 +88,7 @@ class _Descriptors:
             if descriptor is None:
                 descriptor = _open_inside(root, shard)
                 self._open[key] = descriptor
-                if len(self._open) > _OPEN_SHARDS:
+                while len(self._open) > _OPEN_SHARDS:
                     os.close(self._open.popitem(last=False)[1])
             else:
                 self._open.move_to_end(key)

@@ -1,8 +1,9 @@
 """Items through killable worker processes, results in order; a bad item costs itself alone.
 
-A worker is `python -m <module> <argument>`. It reads one JSON line an item and answers with one
-JSON line whose "size" says how many raw bytes follow. One that crashes or says nothing for too
-long is killed and replaced; its item is tried once more, then given up as "crashed" or "timeout".
+A worker is `python -m <module> <argument>`. It writes one line when its imports are done, then
+reads one JSON line an item and answers with one JSON line whose "size" says how many raw bytes
+follow. One that crashes or says nothing for too long is killed and replaced; its item is tried
+once more, then given up as "crashed" or "timeout".
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     tasks: deque[_Task] = field(default_factory=deque)
     since: float = 0.0  # when the first of its tasks became the first
-    answered: bool = False  # imports are over
+    ready: bool = False  # imports are over: from now on the clock runs
 
     def send(self, task: _Task) -> bool:
         assert self.process.stdin is not None
@@ -64,12 +65,14 @@ class _Worker:
         line = self.process.stdout.readline()
         if not line.endswith(b"\n"):
             return None
+        self.since = time.monotonic()
+        if not self.ready:
+            self.ready = True
+            return Reply({}, b"", "ready")
         fields = json.loads(line)
         content = self.process.stdout.read(fields["size"])
         if len(content) != fields["size"]:
             return None
-        self.answered = True
-        self.since = time.monotonic()
         return Reply(fields, content)
 
     def stop(self) -> None:
@@ -141,7 +144,11 @@ class WorkerPool:
 
     def _collect(self, done: dict[int, Reply], again: deque[_Task]) -> None:
         """Takes at least one answer, or finds a worker dead or silent for too long."""
-        busy = {w.process.stdout: i for i, w in enumerate(self._workers) if w.tasks}
+        busy = {
+            w.process.stdout: i
+            for i, w in enumerate(self._workers)
+            if w.tasks and w.process.stdout is not None
+        }
         ready, _, _ = select.select(list(busy), [], [], 0.2)
         for stream in ready:
             place = busy[stream]
@@ -149,11 +156,11 @@ class WorkerPool:
             reply = worker.receive()
             if reply is None:
                 self._replace(place, "crashed", done, again)
-            else:
+            elif reply.fault != "ready":
                 done[worker.tasks.popleft().number] = reply
         now = time.monotonic()
         for place, worker in enumerate(self._workers):
-            limit = self._timeout_s + (0.0 if worker.answered else _START_SECONDS)
+            limit = self._timeout_s + (0.0 if worker.ready else _START_SECONDS)
             if worker.tasks and now - worker.since > limit:
                 self._replace(place, "timeout", done, again)
 

@@ -27,7 +27,7 @@ from mlip.dataloading.table import read_table
 _USUAL = {
     "image": ("image", "image_path", "path", "Path", "file", "filename", "dicom_path"),
     "patient_id": ("patient_id", "subject_id", "PatientID", "patient"),
-    "study_id": ("study_id", "StudyInstanceUID", "group_id", "study"),
+    "study_id": ("study_id", "StudyInstanceUID", "study"),
     "image_id": ("image_id", "dicom_id", "SOPInstanceUID"),
     "report": ("report", "text", "Report", "caption", "findings_and_impression"),
     "split": ("split", "Split", "set"),
@@ -72,7 +72,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             Row(
                 image=cell["image"],
                 patient_id=cell["patient_id"],
-                study_id=cell.get("study_id") or cell["patient_id"],
+                study_id=cell.get("study_id", ""),
                 image_id=cell.get("image_id") or cell["image"],
                 split=split or split_by_patient(cell["patient_id"], "manifest", 0.1, 0.1),
                 view=cell.get("view", ""),

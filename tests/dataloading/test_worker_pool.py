@@ -1,0 +1,82 @@
+"""A worker that crashes, hangs or babbles costs its own item; order and every other item hold."""
+
+import pytest
+
+from mlip.dataloading.worker_pool import WorkerPool
+
+# waits, dies or echoes as the item says; "once" dies only the first time any worker meets it
+WORKER = """
+import json, os, sys, time
+print("ready", flush=True)
+for line in sys.stdin:
+    item = json.loads(line)
+    kind = item.get("kind")
+    if kind == "once" and not os.path.exists(item["flag"]):
+        open(item["flag"], "w").close()
+        os.abort()
+    if kind == "abort":
+        os.abort()
+    if kind == "hang":
+        time.sleep(600)
+    if kind == "half":
+        sys.stdout.write('{"size": 10}\\\\nabc'.replace("\\\\n", chr(10)))
+        sys.stdout.flush()
+        os._exit(0)
+    time.sleep(item.get("wait", 0))
+    content = str(item["n"]) * 3
+    sys.stdout.write(json.dumps({"n": item["n"], "size": len(content)}) + chr(10) + content)
+    sys.stdout.flush()
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "echo_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "echo_worker"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_answers_come_in_the_order_of_the_items(module, count):
+    items = [{"n": i, "wait": 0.02 * (i % 3 == 0)} for i in range(60)]
+    with WorkerPool(module, "", count, timeout_s=20) as pool:
+        replies = list(pool.ordered(items))
+    assert [reply.fields["n"] for reply in replies] == list(range(60))
+    assert [reply.content for reply in replies] == [(str(i) * 3).encode() for i in range(60)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bad_items_cost_themselves_alone(module, tmp_path, count):
+    items = [{"n": i} for i in range(20)]
+    items[3]["kind"] = "abort"
+    items[4]["kind"] = "half"
+    items[9]["kind"] = "hang"
+    items[15] |= {"kind": "once", "flag": str(tmp_path / "flag")}
+    items[19]["kind"] = "abort"
+    with WorkerPool(module, "", count, timeout_s=2.0) as pool:
+        replies = list(pool.ordered(items))
+    faults = {i: reply.fault for i, reply in enumerate(replies) if reply.fault}
+    assert faults == {3: "crashed", 4: "crashed", 9: "timeout", 19: "crashed"}
+    assert all(r.content == (str(i) * 3).encode() for i, r in enumerate(replies) if not r.fault)
+
+
+def test_items_are_read_only_a_few_ahead(module):
+    taken = []
+
+    def items():
+        for i in range(500):
+            taken.append(i)
+            yield {"n": i}
+
+    with WorkerPool(module, "", 1, timeout_s=20) as pool:
+        replies = pool.ordered(items())
+        next(replies)
+        assert len(taken) <= 10
+        replies.close()
+
+
+def test_no_worker_outlives_the_pool(module):
+    with WorkerPool(module, "", 2, timeout_s=20) as pool:
+        processes = [worker.process for worker in pool._workers]
+        list(pool.ordered([{"n": 1}]))
+    assert all(process.poll() is not None for process in processes)
