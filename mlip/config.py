@@ -7,19 +7,16 @@ DeepSpeed dictionary is derived from these classes in training/engine.py; there 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 
-
-class ConfigError(ValueError):
-    """A setting that does not exist, has the wrong type, or contradicts another one."""
+from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +278,8 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
                 f"config file {file}: expected a mapping of sections, got a "
                 f"{type(content).__name__}"
             )
-        _check_keys(content or {}, Config, where=f"config file {file}", path="")
-        _merge(tree, content or {})
+        check_keys(content or {}, Config, where=f"config file {file}")
+        merge(tree, content or {})
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -294,132 +291,34 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _check_keys(nested, Config, where="override", path="")
-        _merge(tree, nested)
-    config = _build(Config, tree, "")
+        check_keys(nested, Config, where="override")
+        merge(tree, nested)
+    config = build(Config, tree, "")
     _check_values(config)
     return config
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """The Config that to_dict gave, checked again in full."""
-    _check_keys(tree, Config, where="saved config", path="")
-    config = _build(Config, tree, "")
+    check_keys(tree, Config, where="saved config")
+    config = build(Config, tree, "")
     _check_values(config)
     return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionaries and lists, ready for YAML or JSON."""
-    return _plain(dataclasses.asdict(config))
+    return plain(dataclasses.asdict(config))
 
 
 def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (left value, right value) for every setting that differs."""
-    a, b = _flatten(to_dict(left)), _flatten(to_dict(right))
+    a, b = flatten(to_dict(left)), flatten(to_dict(right))
     return {
         key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key)
     }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{path}{key}."))
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
-
-
-def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _all_keys(cls: Any, path: str = "") -> list[str]:
-    keys = []
-    for name, kind in typing.get_type_hints(cls).items():
-        keys.append(f"{path}{name}")
-        if dataclasses.is_dataclass(kind):
-            keys += _all_keys(kind, f"{path}{name}.")
-    return keys
-
-
-def _check_keys(tree: Mapping[str, Any], cls: Any, *, where: str, path: str) -> None:
-    hints = typing.get_type_hints(cls)
-    for key, value in tree.items():
-        full = f"{path}{key}"
-        if key not in hints:
-            leaf = str(key)
-            known = _all_keys(Config)
-            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-            near = near or difflib.get_close_matches(full, known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{where}: unknown key {full!r}; the nearest valid key is {near[0]!r}"
-            )
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{where}: {full} is a section, expected a mapping, got {value!r}"
-                )
-            _check_keys(value, hints[key], where=where, path=f"{full}.")
-
-
-def _build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {key: _coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
-    return cls(**values)
-
-
-def _coerce(value: Any, kind: Any, key: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, f"{key}.")
-    if origin is Literal:
-        if not any(value == a and type(value) is type(a) for a in arguments):
-            raise ConfigError(
-                f"{key}: expected one of {', '.join(map(str, arguments))}, got {value!r}"
-            )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _coerce(value, next(a for a in arguments if a is not types.NoneType), key)
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != len(arguments):
-            raise ConfigError(f"{key}: expected a list of {len(arguments)} values, got {value!r}")
-        return tuple(_coerce(v, a, key) for v, a in zip(value, arguments, strict=True))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key}: expected a mapping, got {value!r}")
-        return dict(value)
-    if kind is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as text: the number is what every user means
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}")
-    return value
 
 
 def _check_values(config: Config) -> None:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # module prefix -> prefixes of ours it may import; the most specific rule holds
 ALLOWED = {
-    "mlip.config": (),
+    "mlip.typed_tree": (),
+    "mlip.config": ("mlip.typed_tree",),
     "mlip.batch": (),
     "mlip.keyed_random": (),
     "mlip.unit_length": (),

@@ -1,0 +1,125 @@
+"""Nested dictionaries <-> frozen dataclasses, by their type hints; every error names its key.
+
+Knows no setting: the classes are in config.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist, has the wrong type, or contradicts another one."""
+
+
+def plain(value: Any) -> Any:
+    """Dictionaries, lists and scalars only: what YAML and JSON can hold."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value
+
+
+def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat
+
+
+def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Put `new` over `into`, section by section; a scalar or list is replaced whole."""
+    for key, value in new.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def all_keys(cls: Any, path: str = "") -> list[str]:
+    """Every dotted key of a dataclass and the dataclasses inside it."""
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys.append(f"{path}{name}")
+        if dataclasses.is_dataclass(kind):
+            keys += all_keys(kind, f"{path}{name}.")
+    return keys
+
+
+def check_keys(
+    tree: Mapping[str, Any], cls: Any, *, where: str, path: str = "", root: Any = None
+) -> None:
+    """Raise ConfigError for a key that `cls` lacks, naming the nearest one of `root`."""
+    root = cls if root is None else root
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        full = f"{path}{key}"
+        if key not in hints:
+            leaf = str(key)
+            known = all_keys(root)
+            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+            near = near or difflib.get_close_matches(full, known, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{where}: unknown key {full!r}; the nearest valid key is {near[0]!r}"
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{where}: {full} is a section, expected a mapping, got {value!r}"
+                )
+            check_keys(value, hints[key], where=where, path=f"{full}.", root=root)
+
+
+def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
+    """An instance of `cls` from a checked tree; absent keys keep their defaults."""
+    hints = typing.get_type_hints(cls)
+    values = {key: coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
+    return cls(**values)
+
+
+def coerce(value: Any, kind: Any, key: str) -> Any:
+    """`value` as the hinted type, or a ConfigError that names `key`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, f"{key}.")
+    if origin is Literal:
+        if not any(value == a and type(value) is type(a) for a in arguments):
+            raise ConfigError(
+                f"{key}: expected one of {', '.join(map(str, arguments))}, got {value!r}"
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return coerce(value, next(a for a in arguments if a is not types.NoneType), key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise ConfigError(f"{key}: expected a list of {len(arguments)} values, got {value!r}")
+        return tuple(coerce(v, a, key) for v, a in zip(value, arguments, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}: expected a mapping, got {value!r}")
+        return dict(value)
+    if kind is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as text: the number is what every user means
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}")
+    return value
