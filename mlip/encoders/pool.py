@@ -17,6 +17,11 @@ class AttentionPool(nn.Module):
 
     def __init__(self, channels: int, heads: int = 8) -> None:
         super().__init__()
+        if channels % heads:
+            raise ValueError(
+                f"attention pooling: {heads} heads do not divide {channels} channels; change "
+                "model.vision.pool_heads or the tower's width"
+            )
         self.heads = heads
         self.score = nn.Linear(channels, heads)
         self.value = nn.Linear(channels, channels)

@@ -167,7 +167,8 @@ class VisionEncoder(nn.Module):
         self.patch_dim, self.global_dim = self.tower.patch_dim, self.tower.global_dim
         grid = self._grid(channels, image_px)
         self.neck = Neck(self.patch_dim, grid, settings)
-        self.pool = AttentionPool(self.patch_dim) if self.tower.pools_patches else None
+        heads = settings.pool_heads
+        self.pool = AttentionPool(self.patch_dim, heads) if self.tower.pools_patches else None
 
     @torch.no_grad()
     def _grid(self, channels: int, image_px: int) -> tuple[int, int]:
