@@ -16,6 +16,7 @@ KINDS = (
     "negation_after_one",
     "neutral",
     "uncertain_before",
+    "uncertain_list",
     "uncertain_after",
     "alternative",
     "clause",
@@ -37,7 +38,8 @@ KINDS = (
 FLAG = {kind: 1 << bit for bit, kind in enumerate(KINDS)}
 _NEG, _NOT = FLAG["negation_before"], FLAG["not"]
 _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
-_UNC, _UNC_AFTER, _ALT = FLAG["uncertain_before"], FLAG["uncertain_after"], FLAG["alternative"]
+_UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
+_UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
 _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
@@ -45,7 +47,7 @@ _QUESTION = FLAG["question"]
 SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
-DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_AFTER | _ALT | _QUESTION
+DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _MAX_GAP = 24  # codes (words and the spaces between them) over which a term may be written apart
@@ -75,7 +77,9 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
     owner: list[int] = []  # event behind each entry of found
     state = PRESENT
     single = False  # the negation reaches one term, not a list
-    closed = False  # a verb came since the cue: the next comma ends its reach
+    listing = False  # the hedge reaches over a list of commas
+    closed = False  # a verb came after a term since the cue: the next comma ends its reach
+    since = 0  # entries of found when the cue came
     parts: dict[tuple[int, int], tuple[int, int, int]] = {}
     for i, (start, end, entry) in enumerate(events):
         flags = entry.flags
@@ -84,7 +88,9 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
                 state, closed = PRESENT, False
                 parts.clear()
             elif flags & _COMMA:
-                if state != PRESENT and not _list_goes_on(events, i, state, closed, single):
+                if state != PRESENT and not (
+                    _list_goes_on(events, i, state, closed, single, listing)
+                ):
                     state, closed = PRESENT, False
             elif flags & (_AND | _WITH):
                 if state != PRESENT and _starts_anew(events, i, state, single):
@@ -92,10 +98,11 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
             if flags & _POS:
                 state, closed = PRESENT, False
             if flags & _NEG:
-                state, closed, single = ABSENT, False, False
+                state, closed, single, since = ABSENT, False, False, len(found)
             elif flags & _NOT:
-                state, closed, single = ABSENT, False, True
-            elif flags & _UNC:
+                state, closed, single, since = ABSENT, False, True, len(found)
+            elif flags & (_UNC | _UNC_LIST):
+                listing = flags & _UNC_LIST != 0
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _OR)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_AFTER | _AFTER_ONE):
@@ -116,7 +123,7 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
                 else:
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_SEEN | _BE):
-                closed = True
+                closed = len(found) > since
         if entry.concept >= 0:
             if entry.resets:
                 state, closed = PRESENT, False
@@ -139,7 +146,9 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
     return found
 
 
-def _list_goes_on(events: list[Event], i: int, state: str, closed: bool, single: bool) -> bool:
+def _list_goes_on(
+    events: list[Event], i: int, state: str, closed: bool, single: bool, listing: bool
+) -> bool:
     """Whether a cue still reaches over the comma at event i."""
     if closed:
         return False
@@ -162,7 +171,7 @@ def _list_goes_on(events: list[Event], i: int, state: str, closed: bool, single:
             has_be = True
     if has_be or following & _STRONG:
         return False
-    if has_or:
+    if has_or or listing:
         return True
     if single or state == UNCERTAIN:
         return bool(following & (_AND | _OR))
@@ -174,6 +183,8 @@ def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     if i + 1 >= len(events):
         return False
     following = events[i + 1][2].flags
+    if following & _WEAK and events[i][2].flags & _WITH:
+        return state == ABSENT
     if following & (_STRONG | _ARTICLE | _POS):
         return not (following & _ARTICLE and state == UNCERTAIN)
     if single:
@@ -207,6 +218,8 @@ def _look_back(
                 return
             met_conjunction = True
         while k >= 0 and owner[k] == j:
+            if not met_term and events[i][0] - found[k][1] > _MAX_GAP:
+                return
             start, end, row, _ = found[k]
             if not events[j][2].fixed or events[j][2].concept != row:
                 found[k] = (start, end, row, state)
