@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,20 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
             if split_of.setdefault(name, split) != split:
                 raise DatasetError(f"{folder}: an id stands in two of the lists")
     return split_of, digest.hexdigest()
+
+
+def assign_split(
+    lists: str, salt: str, val: float, test: float = 0.0
+) -> tuple[Callable[[str, str], str], list[str]]:
+    """A function (image id, patient id) -> split, and notes: from lists, or by hash of the patient.
+
+    An id that stands in no list has split "".
+    """
+    if not lists:
+        return lambda image, patient: split_by_patient(patient, salt, val, test), []
+    split_of, digest = read_split_lists(Path(lists))
+    note = f"split lists: {len(split_of)} ids, SHA-256 {digest}"
+    return lambda image, patient: split_of.get(image, ""), [note]
 
 
 def read_patients(path: Path) -> dict[str, str]:

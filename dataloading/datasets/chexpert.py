@@ -1,0 +1,175 @@
+"""CheXpert, full or small: train.csv and valid.csv with uncertain labels kept apart.
+
+Licence: Stanford University Dataset Research Use Agreement. Access: registration,
+https://stanfordaimi.azurewebsites.net (data set CheXpert-v1.0).
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from mlip.dataloading.datasets.mimic_cxr import label_states
+from mlip.dataloading.datasets.rows import (
+    Collected,
+    Dataset,
+    DatasetError,
+    Row,
+    read_csv,
+    require,
+    split_by_patient,
+)
+
+ACCESS = "CheXpert-v1.0, https://stanfordaimi.azurewebsites.net (registration and agreement)"
+FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+_MUST_BE_ABSENT = (
+    "Enlarged Cardiomediastinum",
+    "Lung Lesion",
+    "Lung Opacity",
+    "Pneumonia",
+    "Pneumothorax",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+_OTHER = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
+# 5,000 of the 223,414 training images, which published protocols hold out, as a share of patients
+_VAL_SHARE = 5_000 / 223_414
+
+
+def collect(root: Path, options: dict[str, str]) -> Collected:
+    """train.csv split by patient, valid.csv as test; 5x200 images set apart with their patients."""
+    base = root if (root / "train.csv").is_file() else _base(root)
+    required = ["Path", "Frontal/Lateral", "AP/PA", *FIVE]
+    tables = {
+        name: list(read_csv(require(base / f"{name}.csv", ACCESS), required, ACCESS))
+        for name in ("train", "valid")
+    }
+    prefix = "" if base == root else base.relative_to(root).as_posix() + "/"
+    chosen, notes = _five_by_200(tables["train"], options["five_by_200"])
+    patients_5x200 = {_patient(path) for path in chosen}
+    excluded: Counter[str] = Counter()
+    rows: list[Row] = []
+    for name, table in tables.items():
+        for row in table:
+            path = _inside(row["Path"])
+            patient = _patient(path)
+            frontal = row["Frontal/Lateral"] == "Frontal"
+            if options["views"] == "frontal" and not frontal:
+                excluded["view_not_frontal"] += 1
+                continue
+            listed = name == "train" and path in chosen
+            if name == "train" and patient in patients_5x200 and not listed:
+                excluded["other_image_of_5x200_patient"] += 1
+                continue
+            positive, uncertain, negative = label_states(row, _OTHER)
+            official_test = name == "valid" or listed
+            rows.append(
+                Row(
+                    image=prefix + path,
+                    patient_id=patient,
+                    study_id="/".join(path.split("/")[1:3]),
+                    image_id=path,
+                    split="test"
+                    if official_test
+                    else split_by_patient(patient, "chexpert", _VAL_SHARE),
+                    view=row["AP/PA"] if frontal else "LATERAL",
+                    labels=positive,
+                    uncertain=uncertain,
+                    negative=negative,
+                    subset="5x200" if listed else "valid" if name == "valid" else "",
+                )
+            )
+    return Collected(rows, excluded, notes)
+
+
+def _base(root: Path) -> Path:
+    for name in ("CheXpert-v1.0", "CheXpert-v1.0-small"):
+        if (root / name / "train.csv").is_file():
+            return root / name
+    raise DatasetError(f"{root}: no train.csv here or in CheXpert-v1.0/. It is part of {ACCESS}")
+
+
+def _inside(path: str) -> str:
+    """The Path column without its first component, the folder's published name."""
+    parts = path.split("/")
+    return "/".join(parts[1:]) if parts[0].startswith("CheXpert") else path
+
+
+def _patient(path: str) -> str:
+    parts = path.split("/")
+    if len(parts) < 4 or not parts[1].startswith("patient"):
+        raise DatasetError(
+            "column Path: expected CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
+        )
+    return parts[1]
+
+
+def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], list[str]]:
+    """Paths of the 5x200 images: none, by our rule, or a published list."""
+    if choice == "none":
+        return set(), []
+    if choice != "rule":
+        content = require(Path(choice), "the project that published it").read_bytes()
+        paths = {_inside(path) for path in _listed(content.decode("utf-8-sig"), choice)}
+        known = {_inside(row["Path"]) for row in table}
+        if not paths <= known:
+            raise DatasetError(
+                f"{choice}: {len(paths - known)} of {len(paths)} paths are not in train.csv"
+            )
+        digest = hashlib.sha256(content).hexdigest()
+        return paths, [f"5x200 list: {len(paths)} images, SHA-256 {digest}"]
+    chosen: set[str] = set()
+    for finding in FIVE:
+        eligible = [
+            _inside(row["Path"])
+            for row in table
+            if row["Frontal/Lateral"] == "Frontal"
+            and _number(row[finding]) == 1.0
+            and all(
+                _number(row.get(other, "")) == 0.0
+                for other in (*FIVE, *_MUST_BE_ABSENT)
+                if other != finding
+            )
+        ]
+        # an order that depends on the path alone, not on the file's order or a generator
+        eligible.sort(key=lambda path: hashlib.sha256(f"5x200 {path}".encode()).digest())
+        if len(eligible) < 200:
+            raise DatasetError(
+                f"5x200: only {len(eligible)} images show {finding} alone, 200 are needed; set "
+                "--option five_by_200=none"
+            )
+        chosen.update(eligible[:200])
+    digest = hashlib.sha256("\n".join(sorted(chosen)).encode()).hexdigest()
+    return chosen, [f"5x200 by rule: {len(chosen)} images, SHA-256 of the sorted list {digest}"]
+
+
+def _number(text: str) -> float:
+    return float(text) if text else 0.0
+
+
+def _listed(text: str, name: str) -> list[str]:
+    """Paths of a JSON list or mapping, or of a CSV's Path column or only column."""
+    if name.endswith(".json"):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            content = [path for value in content.values() for path in value]
+        return [str(item["Path"] if isinstance(item, dict) else item) for item in content]
+    lines = list(csv.reader(text.splitlines()))
+    place = lines[0].index("Path") if "Path" in lines[0] else 0
+    return [line[place] for line in lines[int("Path" in lines[0]) :] if line]
+
+
+DATASET = Dataset(
+    title="CheXpert",
+    licence="Stanford University Dataset Research Use Agreement (no redistribution)",
+    access=ACCESS,
+    collect=collect,
+    options={
+        "views": ("frontal", "frontal or all"),
+        "five_by_200": ("none", "none, rule, or a published list (.json or .csv)"),
+    },
+)

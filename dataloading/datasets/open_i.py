@@ -1,0 +1,182 @@
+"""Open-i (Indiana University chest X-rays): XML reports with MeSH terms, PNG or DICOM images.
+
+Licence: CC BY-NC-ND 4.0 (stated in each report). Access: open, https://openi.nlm.nih.gov/faq:
+NLMCXR_reports.tgz, NLMCXR_png.tgz, NLMCXR_dcm.tgz.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlip.dataloading.datasets.rows import (
+    Collected,
+    Dataset,
+    DatasetError,
+    Row,
+    read_csv,
+    relative,
+    split_by_patient,
+)
+
+ACCESS = (
+    "the Open-i collection, https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)"
+)
+_MAX_XML_BYTES = 1 << 20
+_MAX_MEMBERS = 100_000
+_MAX_TOTAL_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Report:
+    """One XML report; texts are as published, XXXX standing for what was removed."""
+
+    study_id: str  # CXR1
+    findings: str
+    impression: str
+    indication: str
+    mesh: tuple[str, ...]  # major MeSH headings, as published
+    images: tuple[str, ...]  # CXR1_1_IM-0001-3001
+
+
+def parse_report(content: bytes) -> Report:
+    """The report of one XML file.
+
+    Raises:  DatasetError where it is no XML, declares entities, or names no study.
+    """
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise DatasetError("an Open-i report declares a document type: refused")
+    try:
+        tree = ET.fromstring(content)
+    except ET.ParseError:
+        raise DatasetError("an Open-i report is no well-formed XML") from None
+    study = tree.find("uId")
+    if study is None or not study.get("id"):
+        raise DatasetError("an Open-i report has no uId")
+    text: dict[str, str] = {}
+    for node in tree.iter("AbstractText"):
+        text[node.get("Label", "").upper()] = " ".join("".join(node.itertext()).split())
+    return Report(
+        study_id=study.get("id", ""),
+        findings=text.get("FINDINGS", ""),
+        impression=text.get("IMPRESSION", ""),
+        indication=text.get("INDICATION", ""),
+        mesh=tuple(node.text.strip() for node in tree.iter("major") if node.text),
+        images=tuple(node.get("id", "") for node in tree.iter("parentImage") if node.get("id")),
+    )
+
+
+def read_reports(root: Path) -> Iterator[Report]:
+    """Reports of NLMCXR_reports.tgz or of the unpacked ecgen-radiology/, by file name.
+
+    The archive is read as a stream: links and devices are skipped, sizes and counts are capped.
+    """
+    archive = root / "NLMCXR_reports.tgz"
+    folder = root / "ecgen-radiology"
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.xml")):
+            with open(path, "rb") as file:
+                yield parse_report(file.read(_MAX_XML_BYTES + 1))
+        return
+    if not archive.is_file():
+        raise DatasetError(
+            f"{root}: neither NLMCXR_reports.tgz nor ecgen-radiology/ found. It is part of {ACCESS}"
+        )
+    total = 0
+    try:
+        with tarfile.open(archive, "r|gz") as stream:
+            for count, member in enumerate(stream):
+                total += member.size
+                if count > _MAX_MEMBERS or total > _MAX_TOTAL_BYTES:
+                    raise DatasetError(f"{archive}: more or larger members than it should hold")
+                if not member.isreg() or not member.name.endswith(".xml"):
+                    continue
+                if member.size > _MAX_XML_BYTES:
+                    raise DatasetError(f"{archive}: a report of {member.size} bytes")
+                content = stream.extractfile(member)
+                assert content is not None
+                yield parse_report(content.read())
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DatasetError(f"{archive}: damaged ({type(error).__name__}): fetch it again") from None
+
+
+def collect(root: Path, options: dict[str, str]) -> Collected:
+    """One row an image of a report; 80/10/10 by study, the only grouping that is published.
+
+    Views come from indiana_projections.csv (filename, projection) where that file is present.
+    """
+    path_of = {
+        path.stem: relative(path, root)
+        for folder in ("NLMCXR_png", "NLMCXR_dcm", "images", "images_normalized")
+        for path in sorted((root / folder).rglob("*"))
+        if path.suffix in (".png", ".dcm")
+    }
+    if not path_of:
+        raise DatasetError(
+            f"{root}: no .png or .dcm below NLMCXR_png/, NLMCXR_dcm/ or images/. Unpack "
+            f"NLMCXR_png.tgz there; it is part of {ACCESS}"
+        )
+    views = _views(root)
+    excluded: Counter[str] = Counter()
+    rows: list[Row] = []
+    reports = 0
+    for report in read_reports(root):
+        reports += 1
+        parts = (("FINDINGS", report.findings), ("IMPRESSION", report.impression))
+        text = "\n".join(f"{name}: {body}" for name, body in parts if body)
+        if not report.images:
+            excluded["report_without_image"] += 1
+        for image in report.images:
+            if image not in path_of:
+                excluded["listed_but_not_there"] += 1
+                continue
+            view = views.get(image, "")
+            if options["views"] == "frontal" and view and view != "FRONTAL":
+                excluded["view_not_frontal"] += 1
+                continue
+            rows.append(
+                Row(
+                    image=path_of[image],
+                    patient_id=report.study_id,
+                    study_id=report.study_id,
+                    image_id=image,
+                    split=split_by_patient(report.study_id, "open-i", 0.1, 0.1),
+                    view=view,
+                    report=text,
+                    labels="|".join(dict.fromkeys(term.split("/")[0] for term in report.mesh)),
+                )
+            )
+    notes = [f"{reports} reports"]
+    if not views:
+        notes.append(
+            "no indiana_projections.csv in the root: frontal and lateral images are not told apart"
+        )
+    return Collected(rows, excluded, notes)
+
+
+def _views(root: Path) -> dict[str, str]:
+    """Image -> FRONTAL or LATERAL from the commonly shared table of projections."""
+    path = root / "indiana_projections.csv"
+    if not path.is_file():
+        return {}
+    views = {}
+    for row in read_csv(path, ["filename", "projection"], "the Kaggle copy of Open-i"):
+        # that table writes 1_IM-0001-4001.dcm.png for CXR1_1_IM-0001-4001
+        stem = row["filename"].split(".")[0]
+        study = stem.split("_")[0]
+        views[f"CXR{study}_{stem.partition('_')[2]}"] = row["projection"].upper()
+        views[f"CXR{stem}"] = row["projection"].upper()
+    return views
+
+
+DATASET = Dataset(
+    title="Open-i, Indiana University chest X-rays",
+    licence="CC BY-NC-ND 4.0",
+    access=ACCESS,
+    collect=collect,
+    options={"views": ("frontal", "frontal (needs indiana_projections.csv) or all")},
+)

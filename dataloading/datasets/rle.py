@@ -1,0 +1,48 @@
+"""Run lengths of the SIIM-ACR pneumothorax masks: text <-> mask.
+
+Grammar: pairs "start length", each start relative to the end of the run before it, over the image
+column by column (top to bottom, then left to right); "-1" = no object. Objects are joined by "|".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def decode_masks(text: str, height: int, width: int) -> NDArray[np.uint8]:
+    """The union of all objects.
+
+    Shapes:  -> [height, width] uint8, 1 = object
+    Raises:  ValueError where the runs are no pairs or leave the image.
+    """
+    flat = np.zeros(height * width, np.uint8)
+    for one in text.split("|"):
+        numbers = [int(n) for n in one.split()]
+        if numbers in ([], [-1]):
+            continue
+        if len(numbers) % 2 or min(numbers) < 0:
+            raise ValueError("run lengths: expected pairs of a start and a length")
+        position = 0
+        for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+            position += start
+            if position + length > flat.size:
+                raise ValueError(f"run lengths: leave the image of {width} x {height} px")
+            flat[position : position + length] = 1
+            position += length
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def encode_mask(mask: NDArray[np.uint8]) -> str:
+    """The run lengths of one mask, "-1" where it is empty.
+
+    Shapes:  mask [H, W], nonzero = object
+    """
+    flat = (mask.T.reshape(-1) != 0).astype(np.int8)
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))
+    if len(edges) == 0:
+        return "-1"
+    starts, stops = edges[::2], edges[1::2]
+    gaps = starts - np.concatenate(([0], stops[:-1]))
+    pairs = np.stack((gaps, stops - starts), axis=1).reshape(-1)
+    return " ".join(str(number) for number in pairs)

@@ -1,0 +1,81 @@
+"""RSNA Pneumonia Detection Challenge, stage 2: DICOM images with boxes of opacities.
+
+Licence: competition rules, research and non-commercial use. Access: Kaggle account and accepted
+rules, https://www.kaggle.com/c/rsna-pneumonia-detection-challenge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from mlip.dataloading.datasets.rows import (
+    Collected,
+    Dataset,
+    DatasetError,
+    Row,
+    assign_split,
+    read_csv,
+    read_patients,
+    require,
+)
+
+ACCESS = (
+    "the stage 2 data of https://www.kaggle.com/c/rsna-pneumonia-detection-challenge "
+    "(Kaggle account, accepted rules)"
+)
+
+
+def collect(root: Path, options: dict[str, str]) -> Collected:
+    """One row an image; boxes in px of the 1024 x 1024 source. 60/20/20 by patient, or by list."""
+    require(root / "stage_2_train_images", ACCESS, folder=True)
+    table = require(root / "stage_2_train_labels.csv", ACCESS)
+    boxes: dict[str, list[list[float | str]]] = {}
+    for row in read_csv(table, ["patientId", "x", "y", "width", "height", "Target"], ACCESS):
+        found = boxes.setdefault(row["patientId"], [])
+        if row["Target"] == "1":
+            numbers = [float(row[name]) for name in ("x", "y", "width", "height")]
+            found.append([*numbers, "Lung Opacity"])
+        elif row["Target"] != "0":
+            raise DatasetError(f"{table}: Target: expected 0 or 1")
+    patients = read_patients(Path(options["patients"])) if options["patients"] else {}
+    split_of, notes = assign_split(options["split_lists"], "rsna", val=0.2, test=0.2)
+    excluded: Counter[str] = Counter()
+    rows = []
+    for image, found in boxes.items():
+        patient = patients.get(image, image)
+        split = split_of(image, patient)
+        if not split:
+            excluded["not_in_split_lists"] += 1
+            continue
+        rows.append(
+            Row(
+                image=f"stage_2_train_images/{image}.dcm",
+                patient_id=patient,
+                study_id="",
+                image_id=image,
+                split=split,
+                labels="Pneumonia" if found else "",
+                negative="" if found else "Pneumonia",
+                boxes=json.dumps(found) if found else "",
+            )
+        )
+    if not patients:
+        notes.append(
+            "the challenge publishes no patient numbers: every image counts as a patient; images "
+            "come from NIH ChestX-ray14, so do not train on one and test on the other"
+        )
+    return Collected(rows, excluded, notes)
+
+
+DATASET = Dataset(
+    title="RSNA Pneumonia Detection Challenge (stage 2)",
+    licence="competition rules: research and non-commercial use",
+    access=ACCESS,
+    collect=collect,
+    options={
+        "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
+        "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
+    },
+)

@@ -1,0 +1,100 @@
+"""SIIM-ACR Pneumothorax Segmentation, stages 1 and 2: DICOM images with run-length masks.
+
+Licence: competition rules, non-commercial use. Access: Kaggle account and accepted rules,
+https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation (stage 1 also by Google Healthcare).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from mlip.dataloading.datasets.rows import (
+    Collected,
+    Dataset,
+    DatasetError,
+    Row,
+    assign_split,
+    first_of,
+    read_csv,
+    read_patients,
+    relative,
+)
+
+ACCESS = (
+    "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation (Kaggle account, accepted rules)"
+)
+_TABLES = ["stage_2_train.csv", "train-rle.csv"]
+
+
+def collect(root: Path, options: dict[str, str]) -> Collected:
+    """One row an image; all its masks, which stand in separate lines, joined by "|".
+
+    Both tables are read alike: header names are stripped (stage 1 writes " EncodedPixels") and
+    "-1" with or without a blank means no pneumothorax. 70/15/15 by image, or by list.
+    """
+    table = first_of(root, _TABLES, ACCESS)
+    masks: dict[str, list[str]] = {}
+    for row in read_csv(table, ["ImageId", "EncodedPixels"], ACCESS):
+        found = masks.setdefault(row["ImageId"], [])
+        if row["EncodedPixels"] != "-1":
+            numbers = row["EncodedPixels"].split()
+            if not numbers or len(numbers) % 2 or not all(n.isdigit() for n in numbers):
+                raise DatasetError(f"{table}: EncodedPixels: expected -1 or pairs of numbers")
+            found.append(" ".join(numbers))
+    path_of = _images(root)
+    patients = read_patients(Path(options["patients"])) if options["patients"] else {}
+    split_of, notes = assign_split(options["split_lists"], "siim", val=0.15, test=0.15)
+    excluded: Counter[str] = Counter(image_without_label=len(path_of.keys() - masks.keys()))
+    rows = []
+    for image, found in masks.items():
+        patient = patients.get(image, image)
+        split = split_of(image, patient)
+        if image not in path_of:
+            excluded["label_without_image"] += 1
+            continue
+        if not split:
+            excluded["not_in_split_lists"] += 1
+            continue
+        rows.append(
+            Row(
+                image=path_of[image],
+                patient_id=patient,
+                study_id="",
+                image_id=image,
+                split=split,
+                labels="Pneumothorax" if found else "",
+                negative="" if found else "Pneumothorax",
+                mask="|".join(found),
+            )
+        )
+    notes.append(f"table {table.name}; {sum(len(m) > 1 for m in masks.values())} images have")
+    notes[-1] += " more than one mask"
+    return Collected(rows, +excluded, notes)
+
+
+def _images(root: Path) -> dict[str, str]:
+    """Image id -> path below dicom-images-train/ (any depth) or stage_2_images/."""
+    found: dict[str, str] = {}
+    for folder in ("dicom-images-train", "stage_2_images"):
+        for path in sorted((root / folder).rglob("*.dcm")):
+            if found.setdefault(path.stem, relative(path, root)) != relative(path, root):
+                raise DatasetError(f"{root}: image {path.name} lies in two places; keep one")
+    if not found:
+        raise DatasetError(
+            f"{root}: no .dcm file below dicom-images-train/ or stage_2_images/. It is part of "
+            f"{ACCESS}"
+        )
+    return found
+
+
+DATASET = Dataset(
+    title="SIIM-ACR Pneumothorax Segmentation",
+    licence="competition rules: non-commercial use",
+    access=ACCESS,
+    collect=collect,
+    options={
+        "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
+        "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
+    },
+)

@@ -1,0 +1,603 @@
+"""Each data set's collector on a ten-row fake of its publisher's exact layout.
+
+Oracle: the fakes are written here from the published layouts, and what must come out of each is
+stated beside it by hand. The Open-i archive and ../shared/data are the real ones.
+"""
+
+import argparse
+import csv
+import gzip
+import json
+import shutil
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from mlip.dataloading import prepare
+from mlip.dataloading.datasets import DATASETS
+from mlip.dataloading.datasets.covidx import parse_line
+from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
+from mlip.dataloading.datasets.object_cxr import parse_annotation
+from mlip.dataloading.datasets.open_i import parse_report, read_reports
+from mlip.dataloading.datasets.rle import decode_masks, encode_mask
+from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
+from mlip.dataloading.dicom import write_radiograph
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
+def table(path: Path, header: str, rows: list[list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w", newline="")
+    with opened as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
+
+
+def image(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 65536, (24, 20)).astype(np.uint16)
+    if path.suffix in (".dcm", ".dicom"):
+        write_radiograph(path, pixels, patient_id=f"MRN{seed // 2}", study_id=f"ACC{seed}")
+    else:
+        cv2.imwrite(str(path), (pixels >> 8).astype(np.uint8))
+
+
+def collect(name: str, root: Path, **options: str):
+    known = {key: default for key, (default, _) in DATASETS[name].options.items()}
+    collected = DATASETS[name].collect(root, {**known, **options})
+    prepare.check_rows(collected.rows)
+    for row in collected.rows:
+        assert (root / row.image).is_file(), row.image
+        assert row.split in ("train", "val", "test") and row.patient_id
+    return collected
+
+
+def by_id(collected) -> dict[str, Row]:
+    return {row.image_id: row for row in collected.rows}
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ COMPARISON:  ___.
+
+ FINDINGS:
+
+ Heart size is normal.
+ No effusion of 1.5 cm.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+def make_mimic(root: Path, suffix: str = "jpg", zipped: bool = True) -> None:
+    base = root / "physionet.org" / "files" / "mimic-cxr-jpg" / "2.1.0"
+    metadata, split, reports = [], [], {}
+    for i in range(10):
+        subject, study, dicom = f"1000{i // 2:04d}", f"5000{i:04d}", f"{i:08x}-aaaa"
+        folder = f"files/p10/p{subject}/s{study}"
+        image(base / folder / f"{dicom}.{suffix}", i)
+        metadata.append([dicom, subject, study, "LATERAL" if i == 3 else "PA" if i % 2 else "AP"])
+        split.append(
+            [dicom, study, subject, ("train", "train", "train", "validate", "test")[i // 2]]
+        )
+        reports[f"{folder}.txt"] = "" if i == 5 else REPORT
+    table(
+        base / "mimic-cxr-2.0.0-metadata.csv.gz",
+        "dicom_id,subject_id,study_id,ViewPosition",
+        metadata,
+    )
+    table(base / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", split)
+    labels = [["10000000", "50000000", "1.0", "0.0", "-1.0", ""]]
+    table(
+        base / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        "subject_id,study_id,Edema,Fracture,Pneumonia,No Finding",
+        labels,
+    )
+    if zipped:
+        with zipfile.ZipFile(root / "mimic-cxr-reports.zip", "w") as archive:
+            for name, text in reports.items():
+                archive.writestr(name, text)
+    else:
+        for name, text in reports.items():
+            (base / name).write_text(text)
+
+
+@pytest.mark.parametrize("suffix, zipped", [("jpg", True), ("dcm", False)])
+def test_mimic_cxr(tmp_path, suffix, zipped):
+    make_mimic(tmp_path, suffix, zipped)
+    collected = collect("mimic_cxr", tmp_path, files=suffix)
+    rows = by_id(collected)
+    assert len(rows) == 9 and collected.excluded == {"view_not_frontal": 1}
+    assert Counter(row.split for row in rows.values()) == {"train": 5, "val": 2, "test": 2}
+    first = rows["00000000-aaaa"]
+    assert (first.patient_id, first.study_id, first.view) == ("10000000", "50000000", "AP")
+    assert (first.labels, first.uncertain, first.negative) == ("Edema", "Pneumonia", "Fracture")
+    expected = (
+        "FINDINGS: Heart size is normal. No effusion of 1.5 cm.\nIMPRESSION: No acute process."
+    )
+    assert first.report == expected and rows["00000005-aaaa"].report == ""
+    sectioned = collected.files["mimic_cxr_sectioned.csv"]
+    assert sectioned[0] == ["study", "impression", "findings", "last_paragraph", "comparison"]
+    assert sectioned[1][0] == "s50000000" and len(sectioned) == 10
+    assert len(collect("mimic_cxr", tmp_path, files=suffix, views="all").rows) == 10
+
+
+def test_mimic_cxr_names_what_is_missing_and_where_it_comes_from(tmp_path):
+    with pytest.raises(DatasetError, match="metadata.csv.*physionet.org/content/mimic-cxr-jpg"):
+        collect("mimic_cxr", tmp_path)
+    make_mimic(tmp_path)
+    (tmp_path / "mimic-cxr-reports.zip").write_bytes(b"no zip")
+    with pytest.raises(DatasetError, match="fetch it again"):
+        collect("mimic_cxr", tmp_path)
+    (tmp_path / "mimic-cxr-reports.zip").unlink()
+    with pytest.raises(DatasetError, match="mimic-cxr-reports.zip of https://physionet.org"):
+        collect("mimic_cxr", tmp_path)
+    base = tmp_path / "physionet.org" / "files" / "mimic-cxr-jpg" / "2.1.0"
+    (base / "mimic-cxr-2.0.0-split.csv.gz").unlink()
+    with pytest.raises(DatasetError, match="split.csv.gz or mimic-cxr-2.0.0-split.csv"):
+        collect("mimic_cxr", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (
+            REPORT,
+            {
+                "findings": "Heart size is normal. No effusion of 1.5 cm.",
+                "impression": "No acute process.",
+                "comparison": "___.",
+            },
+        ),
+        ("\n CONCLUSION: Clear.\n", {"impression": "Clear."}),
+        ("\n FINDINGS AND IMPRESSION: Clear.\n", {"impression": "Clear."}),
+        ("\n CHEST, PA AND LATERAL: Clear.\n", {"findings": "Clear."}),
+        ("\n IMPRESSION: First.\n IMPRESSION: Second.\n", {"impression": "Second."}),
+        ("\n IMPRESSION: \n\n FINDINGS: Kept.\n", {"findings": "Kept."}),
+        (
+            "\n HISTORY: Cough.\n\n Portable view shows\n clear lungs.\n",
+            {"last_paragraph": "Portable view shows clear lungs."},
+        ),
+        ("No header at all.\n\n Lungs are clear.", {"last_paragraph": "Lungs are clear."}),
+        (
+            "\n IMPRESSION: Ratio 1:2 at 10:30, NOTE: stays.\n",
+            {"impression": "Ratio 1:2 at 10:30, NOTE: stays."},
+        ),
+        ("", {}),
+    ],
+)
+def test_report_sections(text, expected):
+    sections = report_sections(text)
+    assert {name: body for name, body in sections.items() if body} == expected
+    joined = joined_report(sections)
+    assert all(
+        body in joined for name, body in expected.items() if name in ("findings", "impression")
+    )
+
+
+CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
+
+
+def make_chexpert(root: Path, count: int = 10) -> None:
+    rows: dict[str, list] = {"train": [], "valid": []}
+    for i in range(count):
+        name = "valid" if i >= count - 2 else "train"
+        view = "view2_lateral.jpg" if i == 1 else "view1_frontal.jpg"
+        patient = 64541 + i if name == "valid" else i // 2
+        path = f"CheXpert-v1.0/{name}/patient{patient:05d}/study{i}/{view}"
+        image(root / path, i)
+        lateral = i == 1
+        labels = ["1.0" if j == i % 5 else "" for j in range(5)] + ["-1.0" if i == 0 else "", "0.0"]
+        side = ["Lateral", ""] if lateral else ["Frontal", "AP"]
+        rows[name].append([path, "Male", 60, *side, *labels])
+    for name, lines in rows.items():
+        header = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{CHEXPERT}"
+        table(root / "CheXpert-v1.0" / f"{name}.csv", header, lines)
+
+
+def test_chexpert(tmp_path):
+    make_chexpert(tmp_path)
+    collected = collect("chexpert", tmp_path)
+    rows = by_id(collected)
+    assert len(rows) == 9 and collected.excluded == {"view_not_frontal": 1}
+    first = rows["train/patient00000/study0/view1_frontal.jpg"]
+    assert (
+        first.image.startswith("CheXpert-v1.0/train/") and first.study_id == "patient00000/study0"
+    )
+    assert (first.labels, first.uncertain, first.negative) == (
+        "Atelectasis",
+        "Pneumonia",
+        "Support Devices",
+    )
+    assert {row.split for row in rows.values() if row.subset == "valid"} == {"test"}
+    assert sum(row.subset == "valid" for row in rows.values()) == 2
+    assert len(collect("chexpert", tmp_path / "CheXpert-v1.0", views="all").rows) == 10
+
+
+def test_chexpert_5x200_list_leaves_no_image_of_its_patients_in_training(tmp_path):
+    make_chexpert(tmp_path)
+    listed = ["CheXpert-v1.0/train/patient00001/study2/view1_frontal.jpg"]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    collected = collect("chexpert", tmp_path, five_by_200=str(tmp_path / "list.json"))
+    rows = [row for row in collected.rows if row.patient_id == "patient00001"]
+    assert [(row.split, row.subset) for row in rows] == [("test", "5x200")]
+    assert collected.excluded["other_image_of_5x200_patient"] == 1
+    assert "SHA-256" in collected.notes[0]
+    (tmp_path / "list.csv").write_text("Path\nCheXpert-v1.0/train/patient00009/study2/x/a.jpg\n")
+    with pytest.raises(DatasetError, match="1 of 1 paths"):
+        collect("chexpert", tmp_path, five_by_200=str(tmp_path / "list.csv"))
+    with pytest.raises(DatasetError, match="only . images show"):
+        collect("chexpert", tmp_path, five_by_200="rule")
+
+
+def make_rsna(root: Path) -> None:
+    lines = []
+    for i in range(10):
+        image(root / "stage_2_train_images" / f"id{i}.dcm", i)
+        boxes = [[10.0 * k, 20.0, 30.0, 40.5, 1] for k in range(i % 3)] or [["", "", "", "", 0]]
+        lines += [[f"id{i}", *box] for box in boxes]
+    table(root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target", lines)
+
+
+def test_rsna_pneumonia(tmp_path):
+    make_rsna(tmp_path)
+    rows = by_id(collect("rsna_pneumonia", tmp_path))
+    assert len(rows) == 10
+    assert json.loads(rows["id2"].boxes) == [
+        [0.0, 20.0, 30.0, 40.5, "Lung Opacity"],
+        [10.0, 20.0, 30.0, 40.5, "Lung Opacity"],
+    ]
+    assert rows["id2"].labels == "Pneumonia" and rows["id0"].negative == "Pneumonia"
+    lists = tmp_path / "lists"
+    for name, ids in (("train", "012345"), ("validation", "67"), ("test", "8")):
+        table(lists / f"{name}.csv", "ID", [[f"id{i}"] for i in ids])
+    collected = collect("rsna_pneumonia", tmp_path, split_lists=str(lists))
+    assert Counter(row.split for row in collected.rows) == {"train": 6, "val": 2, "test": 1}
+    assert collected.excluded == {"not_in_split_lists": 1} and "SHA-256" in collected.notes[0]
+    table(tmp_path / "patients.csv", "image_id,patient_id", [[f"id{i}", "same"] for i in range(10)])
+    one = collect("rsna_pneumonia", tmp_path, patients=str(tmp_path / "patients.csv"))
+    assert len({row.split for row in one.rows}) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_siim_pneumothorax_groups_masks_by_image_in_both_stages(tmp_path, stage):
+    lines = []
+    for i in range(10):
+        folder = f"dicom-images-train/1.2.{i}/1.3.{i}" if stage == 1 else "stage_2_images"
+        image(tmp_path / folder / f"1.2.276.{i}.dcm", i)
+        masks = ["-1"] if i < 6 else ["5 3 1 2"] if i < 9 else ["5 3", "100 7"]
+        lines += [[f"1.2.276.{i}", f" {mask}" if stage == 1 else mask] for mask in masks]
+    header = "ImageId, EncodedPixels" if stage == 1 else "ImageId,EncodedPixels"
+    table(tmp_path / ("train-rle.csv" if stage == 1 else "stage_2_train.csv"), header, lines)
+    collected = collect("siim_pneumothorax", tmp_path)
+    rows = by_id(collected)
+    assert len(rows) == 10 and collected.excluded == {}
+    assert rows["1.2.276.0"].mask == "" and rows["1.2.276.0"].negative == "Pneumothorax"
+    assert rows["1.2.276.9"].mask == "5 3|100 7" and rows["1.2.276.9"].labels == "Pneumothorax"
+    (tmp_path / rows["1.2.276.4"].image).unlink()
+    assert collect("siim_pneumothorax", tmp_path).excluded == {"label_without_image": 1}
+    shutil.rmtree(tmp_path / ("dicom-images-train" if stage == 1 else "stage_2_images"))
+    with pytest.raises(DatasetError, match="kaggle.com/c/siim-acr"):
+        collect("siim_pneumothorax", tmp_path)
+
+
+def test_run_lengths_go_down_the_columns_and_come_back():
+    mask = decode_masks("5 3 1 2", 4, 4)
+    expected = np.zeros((4, 4), np.uint8)
+    for position in (5, 6, 7, 9, 10):  # 5..7, then one on from 8
+        expected[position % 4, position // 4] = 1
+    np.testing.assert_array_equal(mask, expected)
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (7, 5), (64, 48)):
+        for density in (0.0, 0.3, 1.0):
+            mask = (rng.random(shape) < density).astype(np.uint8)
+            np.testing.assert_array_equal(decode_masks(encode_mask(mask), *shape), mask)
+    both = decode_masks("0 2|1 3", 4, 1)
+    assert both.reshape(-1).tolist() == [1, 1, 1, 1]
+    for bad in ("5", "14 3", "-2 4"):
+        with pytest.raises(ValueError, match="run lengths"):
+            decode_masks(bad, 4, 4)
+
+
+def test_object_cxr(tmp_path):
+    for name, count in (("train", 7), ("dev", 3)):
+        lines = []
+        for i in range(count):
+            image(tmp_path / name / f"{name}{i}.jpg", i)
+            lines.append([f"{name}{i}.jpg", "0 10 20 30 60;2 1 1 5 9 3 2" if i % 2 else ""])
+        table(tmp_path / f"{name}.csv", "image_name,annotation", lines)
+    rows = by_id(collect("object_cxr", tmp_path))
+    assert len(rows) == 10 and {rows[f"dev{i}.jpg"].split for i in range(3)} == {"test"}
+    assert "test" not in {rows[f"train{i}.jpg"].split for i in range(7)}
+    assert json.loads(rows["train1.jpg"].boxes) == [
+        [10.0, 20.0, 20.0, 40.0, "rectangle"],
+        [1.0, 1.0, 4.0, 8.0, "polygon"],
+    ]
+    assert rows["dev0.jpg"].negative == "Foreign Object"
+    for bad in ("3 1 2 3 4", "0 1 2 3", "0"):
+        with pytest.raises(ValueError, match="annotation"):
+            parse_annotation(bad)
+
+
+def test_covidx_keeps_a_test_patient_out_of_training(tmp_path):
+    lines = {"train": [], "test": []}
+    for i in range(10):
+        name = "test" if i >= 8 else "train"
+        label = ("normal", "pneumonia", "COVID-19")[i % 3]
+        file = f"a {i} (copy).jpg" if i == 2 else f"a{i}.png"
+        image(tmp_path / name / file, i)
+        lines[name].append(f"{'p1' if i in (0, 8) else i} {file} {label} rsna")
+    for name, content in lines.items():
+        (tmp_path / f"{name}_COVIDx9A.txt").write_text("\n".join(content) + "\n")
+    collected = collect("covidx", tmp_path)
+    rows = by_id(collected)
+    assert len(rows) == 9 and collected.excluded == {"patient_in_test": 1}
+    assert rows["train/a 2 (copy).jpg"].labels == "COVID-19"
+    assert rows["test/a9.png"].split == "test" and rows["test/a8.png"].patient_id == "rsna:p1"
+    assert parse_line("12 my file .png normal cohen") == ("12", "my file .png", "normal", "cohen")
+    (tmp_path / "train_COVIDx9A.txt").write_text("1 a1.png positive rsna\n")
+    with pytest.raises(DatasetError, match="line 1"):
+        collect("covidx", tmp_path)
+
+
+def test_nih_cxr14(tmp_path):
+    lines, listed = [], {"train_val": [], "test": []}
+    for i in range(10):
+        name = f"{i // 2:08d}_{i % 2:03d}.png"
+        image(tmp_path / f"images_{1 + i % 2:03d}" / "images" / name, i)
+        found = "No Finding" if i % 3 else "Mass|Pleural_Thickening"
+        lines.append(
+            [name, found, i, i // 2, 60, "M", "PA" if i % 2 else "AP", 2500, 2048, 0.1, 0.1]
+        )
+        if i != 9:
+            listed["test" if i >= 6 else "train_val"].append(name)
+    header = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+    )
+    table(tmp_path / "Data_Entry_2017_v2020.csv", header, lines)
+    boxes = [["00000000_000.png", "Infiltrate", 1.5, 2.5, 3.5, 4.5, "", "", ""]]
+    table(tmp_path / "BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,", boxes)
+    for name, names in listed.items():
+        (tmp_path / f"{name}_list.txt").write_text("\n".join(names))
+    collected = collect("nih_cxr14", tmp_path)
+    rows = by_id(collected)
+    assert len(rows) == 9 and collected.excluded == {"not_in_split_lists": 1}
+    assert rows["00000000_000.png"].labels == "Mass|Pleural_Thickening"
+    assert json.loads(rows["00000000_000.png"].boxes) == [[1.5, 2.5, 3.5, 4.5, "Infiltration"]]
+    assert (
+        rows["00000000_001.png"].labels == ""
+        and len(rows["00000000_001.png"].negative.split("|")) == 14
+    )
+    assert {rows[name].split for name in listed["test"]} == {"test"}
+    (tmp_path / "test_list.txt").unlink()
+    with pytest.raises(DatasetError, match="test_list.txt.*nihcc.app.box.com"):
+        collect("nih_cxr14", tmp_path)
+
+
+def test_vindr_cxr(tmp_path):
+    for name, count in (("train", 7), ("test", 3)):
+        labels, boxes = [], []
+        for i in range(count):
+            image(tmp_path / name / f"{name}{i}.dicom", i)
+            readers = ("R1", "R2", "R3") if name == "train" else ("",)
+            for place, reader in enumerate(readers):
+                cells = [f"{name}{i}", reader, int(place < 2), int(place == 0), 0]
+                labels.append(cells if name == "train" else [cells[0], *cells[2:]])
+            box = ["Nodule/Mass", 1, 2, 11, 22] if i % 2 else ["No finding", "", "", "", ""]
+            boxes.append([f"{name}{i}", *(["R1"] if name == "train" else []), *box])
+        reader = "rad_id," if name == "train" else ""
+        folder = tmp_path / "annotations"
+        table(
+            folder / f"image_labels_{name}.csv", f"image_id,{reader}Nodule/Mass,Edema,Other", labels
+        )
+        table(
+            folder / f"annotations_{name}.csv",
+            f"image_id,{reader}class_name,x_min,y_min,x_max,y_max",
+            boxes,
+        )
+    rows = by_id(collect("vindr_cxr", tmp_path))
+    assert len(rows) == 10 and {rows[f"test{i}"].split for i in range(3)} == {"test"}
+    row = rows["train1"]
+    assert (row.labels, row.uncertain, row.negative) == ("Nodule/Mass", "Edema", "Other")
+    assert json.loads(row.boxes) == [[1.0, 2.0, 10.0, 20.0, "Nodule/Mass"]]
+    assert rows["train0"].boxes == ""
+
+
+XML = """<?xml version="1.0" encoding="utf-8"?>
+<eCitation><uId id="CXR{i}"/><MedlineCitation><Article><Abstract>
+<AbstractText Label="FINDINGS">Heart {i} is normal.</AbstractText>
+<AbstractText Label="IMPRESSION">{impression}</AbstractText>
+</Abstract></Article></MedlineCitation>
+<MeSH><major>Lung/hypoinflation</major><major>Lung/left</major><major>normal</major></MeSH>
+<parentImage id="CXR{i}_1_IM-{i:04d}-1001"/><parentImage id="CXR{i}_1_IM-{i:04d}-2001"/></eCitation>
+"""
+
+
+def test_open_i(tmp_path):
+    (tmp_path / "ecgen-radiology").mkdir()
+    projections = []
+    for i in range(5):
+        text = XML.format(i=i, impression="" if i == 2 else "Clear & dry.".replace("&", "&amp;"))
+        (tmp_path / "ecgen-radiology" / f"{i}.xml").write_text(text)
+        for k, view in ((1, "Frontal"), (2, "Lateral")):
+            image(tmp_path / "NLMCXR_png" / f"CXR{i}_1_IM-{i:04d}-{k}001.png", i)
+            projections.append([i, f"{i}_1_IM-{i:04d}-{k}001.dcm.png", view])
+    assert len(collect("open_i", tmp_path).rows) == 10
+    table(tmp_path / "indiana_projections.csv", "uid,filename,projection", projections)
+    collected = collect("open_i", tmp_path)
+    rows = by_id(collected)
+    assert len(rows) == 5 and collected.excluded == {"view_not_frontal": 5}
+    row = rows["CXR1_1_IM-0001-1001"]
+    assert row.report == "FINDINGS: Heart 1 is normal.\nIMPRESSION: Clear & dry."
+    assert (row.patient_id, row.view, row.labels) == ("CXR1", "FRONTAL", "Lung|normal")
+    assert rows["CXR2_1_IM-0002-1001"].report == "FINDINGS: Heart 2 is normal."
+    bomb = b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]><eCitation/>'
+    for bad in (bomb, b"<open", b"<eCitation/>"):
+        with pytest.raises(DatasetError):
+            parse_report(bad)
+
+
+@needs_shared
+def test_open_i_reads_the_real_archive():
+    reports = list(read_reports(SHARED / "text"))
+    # 3,955 reports and 7,470 images: Demner-Fushman et al., JAMIA 2016
+    assert len(reports) == 3955 and len({report.study_id for report in reports}) == 3955
+    assert sum(len(report.images) for report in reports) == 7470
+    assert sum(bool(report.findings or report.impression) for report in reports) == 3927
+    first = next(report for report in reports if report.study_id == "CXR1")
+    assert first.impression == "Normal chest x-XXXX." and first.mesh == ("normal",)
+
+
+def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
+    for i in range(4):
+        image(tmp_path / "raw" / f"x{i}.dcm", i)
+    for i in range(4):
+        image(tmp_path / "raw" / f"p{i // 2}" / f"s{i}" / "a.png", i)
+    (tmp_path / "raw" / "p0" / "s0" / "a.txt").write_text("Clear.")
+    (tmp_path / "raw" / "p0" / "s1.txt").write_text("Effusion.\n")
+    (tmp_path / "raw" / "x0.txt").write_text("Dicom report.")
+    (tmp_path / "raw" / "link.png").symlink_to(tmp_path / "raw" / "p0" / "s0" / "a.png")
+    (tmp_path / "raw" / "readme.md").write_text("no image")
+    collected = collect("folder", tmp_path / "raw")
+    rows = {row.image: row for row in collected.rows}
+    assert len(rows) == 8 and not collected.keeps_ids
+    assert collected.excluded == {"report_text": 3, "link_or_special_file": 1, "no_image": 1}
+    assert rows["x0.dcm"].patient_id == rows["x1.dcm"].patient_id == "MRN0"
+    assert rows["p0/s0/a.png"].patient_id == rows["p0/s1/a.png"].patient_id == "p0"
+    assert rows["p0/s0/a.png"].report == "Clear." and rows["p0/s1/a.png"].report == "Effusion."
+    assert rows["x0.dcm"].report == "Dicom report."
+    with pytest.raises(DatasetError, match="no DICOM, JPEG or PNG"):
+        (tmp_path / "empty").mkdir()
+        collect("folder", tmp_path / "empty")
+
+
+def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
+    for i in range(10):
+        image(tmp_path / f"{i}.png", i)
+    lines = [
+        [f"{i}.png", i // 2, f"Text {i}.", "validate" if i < 2 else "train"] for i in range(10)
+    ]
+    table(tmp_path / "manifest.csv", "Path,subject_id,text,split", lines)
+    rows = by_id(collect("manifest", tmp_path))
+    assert rows["0.png"].split == "val" and rows["0.png"].report == "Text 0."
+    assert rows["9.png"].patient_id == "4" and rows["9.png"].study_id == ""
+    free = collect("manifest", tmp_path, split="none", report="none")
+    assert {row.report for row in free.rows} == {""}
+    table(tmp_path / "other.csv", "file_name,subject_id", [["0.png", 1]])
+    with pytest.raises(DatasetError, match="no column for image.*file_name, subject_id"):
+        collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
+    named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
+    assert [row.image for row in named.rows] == ["0.png"]
+
+
+def test_every_data_set_states_licence_and_access_and_refuses_an_empty_folder(tmp_path):
+    for name, dataset in DATASETS.items():
+        assert dataset.licence and dataset.access and dataset.title
+        with pytest.raises(DatasetError) as caught:
+            collect(name, tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        if name not in ("folder", "manifest"):
+            assert dataset.access in str(caught.value)
+
+
+def test_splits_follow_the_patient_in_the_asked_shares():
+    splits = Counter(split_by_patient(str(i), "x", val=0.1, test=0.2) for i in range(20_000))
+    for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+        # 5 standard deviations of a binomial draw
+        assert abs(splits[split] - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
+    assert split_by_patient("7", "x", 0.1) == split_by_patient("7", "x", 0.1)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([Row("a", "p", "", "1", "train"), Row("b", "p", "", "2", "test")], "more than one split"),
+        ([Row("a", "p", "", "1", "train"), Row("a", "q", "", "2", "train")], "repeat an image"),
+        ([Row("a", "p", "", "1", "train"), Row("b", "q", "", "1", "train")], "repeat an image_id"),
+        ([Row("../a", "p", "", "1", "train")], "out of the root"),
+        ([Row("/a", "p", "", "1", "train")], "out of the root"),
+        ([Row("a\0b", "p", "", "1", "train")], "out of the root"),
+        ([Row("~/a", "p", "", "1", "train")], "out of the root"),
+        ([Row("a//b", "p", "", "1", "train")], "out of the root"),
+    ],
+)
+def test_rows_that_leak_patients_or_leave_the_root_are_refused(rows, message):
+    with pytest.raises(DatasetError, match=message):
+        prepare.check_rows(rows)
+
+
+def mlip_prepare(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@needs_shared
+def test_real_radiographs_are_prepared_end_to_end(tmp_path, capsys):
+    assert mlip_prepare("manifest", "--root", SHARED, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "rows 1108 = images 1108 + refused 0 + lost 0" in printed
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    with open(SHARED / "manifest.csv", newline="", encoding="utf-8") as file:
+        raw = list(csv.DictReader(file))
+    assert Counter(row["split"] for row in rows) == Counter(row["split"] for row in raw)
+    assert sorted(row["report"] for row in rows) == sorted(row["text"].strip() for row in raw)
+    assert all(max(row["height"], row["width"]) <= 256 for row in rows)
+    assert not {row["patient_id"] for row in rows} & {row["patient_id"] for row in raw}
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["ids"] == "hashed"
+
+
+def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_path, capsys):
+    make_rsna(tmp_path / "raw")
+    (tmp_path / "raw" / "stage_2_train_images" / "id3.dcm").write_bytes(b"\0" * 300)
+    out = tmp_path / "out"
+    settings = ["--bits", 16, "--side", 64, "--workers", 1]
+    assert mlip_prepare("rsna_pneumonia", "--root", tmp_path / "raw", "--out", out, *settings) == 0
+    printed = capsys.readouterr().out
+    assert "refused, unsupported: 1" in printed and "lost 0" in printed and "Licence" in printed
+    rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert {row["patient_id"] for row in rows} == {f"id{i}" for i in range(10) if i != 3}
+    assert {row["bits"] for row in rows} == {16}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["folder"], "--root DIR --out DIR"),
+        (["folder", "--root", "nowhere", "--out", "x"], "no such folder"),
+        (["folder", "--root", ".", "--out", "./x"], "lies inside"),
+        (["folder", "--root", "/etc", "--out", "x", "--option", "a=b"], "patient_level"),
+        (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
+        (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
+        (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
+        (["folder", "--root", "/etc", "--out", "x", "--side", "9"], "32 to 4096"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=message):
+        mlip_prepare(*arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_list_explain_and_check_phi_print(tmp_path, capsys):
+    image(tmp_path / "a.dcm")
+    assert mlip_prepare("--list") == 0
+    assert "physionet.org" in capsys.readouterr().out
+    assert mlip_prepare("--explain", tmp_path / "a.dcm") == 0
+    assert "VOI linear" in capsys.readouterr().out
+    assert mlip_prepare("--check-phi", tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "PatientID" in printed and "MRN" not in printed and "1 DICOM files" in printed
