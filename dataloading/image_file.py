@@ -77,10 +77,10 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
             raise BadSample("empty_file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadSample("too_large", f"{status.st_size} bytes")
-        parts = []
-        while part := os.read(descriptor, status.st_size + 1):
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        content = os.read(descriptor, status.st_size)
+        while len(content) < status.st_size and (more := os.read(descriptor, status.st_size)):
+            content += more
+        return content
     except OSError as error:
         raise BadSample("missing", f"reading failed: {error.strerror}") from None
     finally:
