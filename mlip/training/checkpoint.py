@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -223,6 +224,8 @@ def _damage(folder: Path) -> str | None:
         names = set()
         for line in lines:
             expected, name = line.split("  ")
+            if Path(name).name != name:
+                return f"{_SUMS} names a file outside: {name!r}"
             if _sha256(folder / name) != expected:
                 return f"{name} is not what was written (SHA-256 differs)"
             names.add(name)
@@ -243,7 +246,7 @@ def read(folder: Path) -> Checkpoint:
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
             )
         tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in _TENSORS}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     training = TrainingState(
         parameters=tensors["parameters"],

@@ -1,0 +1,69 @@
+"""One truth: the DeepSpeed dictionary follows the config, a user's JSON may only agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlip.config import ConfigError, load
+from mlip.training.deepspeed_json import deepspeed_settings, read_json
+
+CONFIG = load(
+    [],
+    [
+        "batch.global_pairs=64",
+        "train.zero_stage=2",
+        "train.lr=0.001",
+        "train.lr_reference_pairs=0",
+        "train.precision=bf16",
+    ],
+)
+
+
+def test_a_json_that_agrees_is_accepted_and_its_tuning_is_kept():
+    user = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "weight_decay": 0.05}},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True},
+    }
+    settings = deepspeed_settings(CONFIG, user)
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert settings["zero_optimization"]["stage"] == 2
+    # the optimiser and bf16 are the engine's own: nothing of them may reach DeepSpeed twice
+    assert "optimizer" not in settings and "bf16" not in settings
+
+
+@pytest.mark.parametrize(
+    ("user", "named"),
+    [
+        ({"train_batch_size": 128}, ["train_batch_size", "128", "batch.global_pairs", "64"]),
+        ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "4", "negatives"]),
+        ({"zero_optimization": {"stage": 3}}, ["stage", "3", "train.zero_stage", "2"]),
+        ({"bf16": {"enabled": False}}, ["bf16.enabled", "False", "train.precision", "True"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "train.precision"]),
+        ({"optimizer": {"params": {"lr": 0.01}}}, ["optimizer.params.lr", "0.01", "0.001"]),
+        ({"gradient_clipping": 5.0}, ["gradient_clipping", "5.0", "train.clip_norm", "1.0"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "WarmupLR"]),
+        ({"curriculum_learning": {"enabled": True}}, ["curriculum_learning.enabled"]),
+    ],
+)
+def test_a_json_that_contradicts_is_refused_with_both_values(user, named):
+    with pytest.raises(ConfigError) as caught:
+        deepspeed_settings(CONFIG, user)
+    assert all(part in str(caught.value) for part in named), caught.value
+
+
+def test_an_unreadable_json_is_an_error_that_names_the_file(tmp_path):
+    assert read_json(None) is None
+    path = tmp_path / "ds.json"
+    with pytest.raises(ConfigError, match="ds.json"):
+        read_json(str(path))
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="ds.json"):
+        read_json(str(path))
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="expected an object"):
+        read_json(str(path))

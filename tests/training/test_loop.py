@@ -1,0 +1,162 @@
+"""The loop in one process on a toy objective: resume, non-finite numbers, saves that fail."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlip.training import checkpoint, faults
+from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
+from tests.training.toy_run import make_trainer, toy_config
+
+
+@pytest.fixture(autouse=True)
+def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch):
+    """Signals and fired faults belong to one test."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    monkeypatch.setattr(faults, "_fired", set())
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def _config(folder: Path, *more: str):
+    return toy_config(f"run.dir={folder}", "train.max_steps=12", "train.engine=plain", *more)
+
+
+def _log(folder: Path) -> dict[int, dict[str, Any]]:
+    """Step -> entry; a resumed run logs steps again, the later line holds."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
+
+
+def _numbers(folder: Path) -> list[tuple[float, float, float]]:
+    log = _log(folder)
+    return [(log[s]["total"], log[s]["grad_norm"], log[s]["lr"]) for s in sorted(log)]
+
+
+def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def _run(folder: Path, *more: str, dropout: float = 0.3) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    make_trainer(_config(folder, *more), dropout=dropout).fit(StopRequest())
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    # oracle: the same run without a stop; dropout on, so the generators must come back too
+    _run(tmp_path / "whole")
+    monkeypatch.setenv("FAULT", "term@0:4:backward")
+    with pytest.raises(Preempted, match="after step 6 of 12"):
+        _run(tmp_path / "parts")
+    assert len(_events(tmp_path / "parts", "fault")) == 1
+    # the signal came in the fifth step's backward pass; ranks agree on it in the sixth step
+    assert [c.name for c in checkpoint.checkpoints_of(tmp_path / "parts")] == ["step_00000006"]
+    torch.manual_seed(12345)  # what happens between must not matter
+    _run(tmp_path / "parts")
+    assert _numbers(tmp_path / "parts") == _numbers(tmp_path / "whole")
+    ends = [checkpoint.read(checkpoint.checkpoints_of(tmp_path / n)[0]) for n in ("whole", "parts")]
+    assert ends[0].step == ends[1].step == 12
+    for name, tensor in ends[0].training.parameters.items():
+        assert torch.equal(tensor, ends[1].training.parameters[name]), name
+    assert ends[0].state["rng"] == ends[1].state["rng"]
+
+
+def test_a_resume_that_forgot_the_generators_would_show(tmp_path, monkeypatch):
+    _run(tmp_path / "whole")
+    monkeypatch.setenv("FAULT", "term@0:4:backward")
+    with pytest.raises(Preempted):
+        _run(tmp_path / "parts")
+    monkeypatch.setattr("mlip.training.randomness.restore", lambda *a, **k: torch.manual_seed(3))
+    _run(tmp_path / "parts")
+    assert _numbers(tmp_path / "parts") != _numbers(tmp_path / "whole")
+
+
+def test_a_finished_run_trains_no_further(tmp_path):
+    _run(tmp_path)
+    before = _numbers(tmp_path)
+    _run(tmp_path)
+    assert _numbers(tmp_path) == before
+
+
+def test_a_nan_step_is_skipped_and_its_rows_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "nan@0:3:forward")
+    _run(tmp_path)
+    (skipped,) = _events(tmp_path, "skipped")
+    assert skipped["step"] == 4 and skipped["terms"] == ["total"]
+    assert skipped["manifest_rows"] == [24, 25, 26, 27, 28, 29, 30, 31]
+    entry = _log(tmp_path)[4]
+    assert entry["is_skipped"] and entry["total"] is None and entry["grad_norm"] is None
+    state = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0])
+    assert state.state["skipped_steps"] == 1 and state.state["optimizer_steps"] == 11
+    assert all(t.isfinite().all() for t in state.training.parameters.values())
+
+
+def test_nan_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", ",".join(f"nan@0:{s}:forward" for s in (2, 5, 6, 7)))
+    with pytest.raises(NumericError, match=r"step 8: .*3 in a row.*step_00000005") as caught:
+        _run(tmp_path, "train.checkpoint_steps=5")
+    assert caught.value.exit_code == 5
+    assert [c.name for c in checkpoint.checkpoints_of(tmp_path)] == ["step_00000005"]
+
+
+def test_a_failed_save_between_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
+    free = checkpoint.shutil.disk_usage(tmp_path)
+    asked = []
+
+    def full(path):
+        asked.append(path)
+        return free._replace(free=1000) if len(asked) == 2 else free
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full)
+    _run(tmp_path, "train.checkpoint_steps=4", "train.keep_checkpoints=5")
+    names = [c.name for c in checkpoint.checkpoints_of(tmp_path)]
+    assert names == ["step_00000012", "step_00000004"]
+    (event,) = _events(tmp_path, "not_saved")
+    assert event["step"] == 8 and "MiB free" in event["reason"]
+
+
+def test_a_failed_last_save_is_an_error(tmp_path, monkeypatch):
+    free = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: free._replace(free=1000))
+    with pytest.raises(CheckpointError, match="needs .* MiB, the disk has"):
+        _run(tmp_path)
+
+
+def test_the_run_leaves_what_it_takes_to_repeat_it(tmp_path):
+    _run(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["config"]["train"]["max_steps"] == 12 and meta["engine"] == "plain"
+    assert meta["threads"] == 1 and meta["world_size"] == 1
+    assert (tmp_path / "config.yaml").read_text().startswith("run:")
+    assert _log(tmp_path)[12]["scales"].keys() == {"logit", "logit_local"}
+
+
+def test_lines_name_losses_scales_gradient_rate_and_memory(tmp_path, capsys):
+    _run(tmp_path)
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("step ")]
+    assert [x.split()[1] for x in lines] == ["4/12", "8/12", "12/12"]  # train.log_steps=4
+    for word in ("loss", "nce", "local", "scales", "grad", "lr", "pairs/s", "data", "GiB"):
+        assert word in lines[0]
+
+
+def test_tensorboard_that_is_not_installed_is_a_clear_error(tmp_path, monkeypatch):
+    import builtins
+
+    plain = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError(name)
+        return plain(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        _run(tmp_path, "train.tensorboard=true")

@@ -1,0 +1,111 @@
+"""Script for 2 ranks: every ZeRO stage with and without the cache, in one process each.
+
+Writes, on rank 0, losses and gradient norms per case to the file named first, and raises where a
+state does not come back bit for bit. The test that starts it compares with one process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mlip import distributed
+from mlip.training import randomness
+from mlip.training.engine import build_engine
+from mlip.training.step import MOMENTS, Engine, TrainingState
+from tests.training.toy_run import ToyObjective, make_batch, toy_config
+
+STEPS, MORE = 5, 3
+CASES = (
+    ("plain", 0, 0),
+    ("plain", 0, 2),
+    ("deepspeed", 0, 2),
+    ("deepspeed", 1, 0),
+    ("deepspeed", 1, 2),
+    ("deepspeed", 2, 2),
+    ("deepspeed", 3, 0),
+    ("deepspeed", 3, 2),
+)
+
+
+def build(engine: str, stage: int, micro: int, *, seed: int = 1) -> Engine:
+    config = toy_config(
+        f"train.engine={engine}",
+        f"train.zero_stage={stage}",
+        f"batch.micro_images={micro}",
+        f"batch.micro_texts={micro}",
+        "model.vision.norm=group",  # batch statistics are refused beside a cache
+    )
+    randomness.seed_everything(seed)
+    return build_engine(ToyObjective(config), config)
+
+
+def step(engine: Engine, number: int) -> Any:
+    lr = 0.01 / (1 + number)
+    return engine.train_step(make_batch(number, 8), step=number, progress=0.0, lr=lr)
+
+
+def copy_of(state: TrainingState) -> TrainingState:
+    def own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+
+    return TrainingState(
+        own(state.parameters),
+        {key: own(state.moments[key]) for key in MOMENTS},
+        own(state.buffers),
+        state.optimizer_steps,
+    )
+
+
+def require_equal(left: TrainingState, right: TrainingState, case: object) -> None:
+    assert left.optimizer_steps == right.optimizer_steps, case
+    groups = [(left.parameters, right.parameters), (left.buffers, right.buffers)]
+    groups += [(left.moments[key], right.moments[key]) for key in MOMENTS]
+    for a, b in groups:
+        assert a.keys() == b.keys(), case
+        for name in a:
+            assert torch.equal(a[name].cpu(), b[name].cpu()), (case, name)
+
+
+def run_case(engine_name: str, stage: int, micro: int) -> dict[str, Any]:
+    case = (engine_name, stage, micro)
+    engine = build(*case)
+    results = [step(engine, number) for number in range(STEPS)]
+    state = copy_of(engine.state())
+    on = [step(engine, number).total for number in range(STEPS, STEPS + MORE)]
+    other = build(*case, seed=99)
+    other.load(state)
+    require_equal(state, other.state(), case)
+    resumed = [step(other, number).total for number in range(STEPS, STEPS + MORE)]
+    assert on == resumed, (case, on, resumed)
+    before = copy_of(other.state())
+    batch = make_batch(50, 8)
+    if distributed.rank() == distributed.world_size() - 1:
+        batch.image[0] = torch.nan  # one rank only
+    spoiled = other.train_step(batch, step=50, progress=0.0, lr=0.01)
+    assert spoiled.is_skipped, case
+    after = other.state()
+    before.buffers.clear()
+    after.buffers.clear()  # written in the forward pass
+    require_equal(before, after, case)
+    return {
+        "engine": other.name,
+        "losses": [r.total for r in results] + on,
+        "grad_norms": [r.grad_norm for r in results],
+        "parameters": {n: t.flatten().tolist() for n, t in state.parameters.items()},
+        "scale": float(state.parameters["model.scales.stored.log_scale"]),
+    }
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    distributed.start(60.0)
+    torch.set_num_threads(1)
+    found = {"/".join(map(str, case)): run_case(*case) for case in CASES}
+    if distributed.is_main():
+        out.write_text(json.dumps(found), encoding="utf-8")
+    distributed.stop()

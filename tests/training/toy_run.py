@@ -1,0 +1,184 @@
+"""A tiny objective and loader that the training loop takes for real ones; also a script.
+
+    torchrun --nproc_per_node 2 tests/training/toy_run.py run.dir=/tmp/x train.max_steps=12
+
+As a script it is train.py without chests: the same Trainer, stop requests, lock and exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip import distributed
+from mlip.batch import Batch
+from mlip.config import Config, load
+from mlip.dataloading.sampler import rank_slice
+from mlip.keyed_random import keyed_normal
+from mlip.training import randomness
+from mlip.training.grad_cache import cached_forward
+from mlip.training.lifecycle import StopRequest, guarded, locked_folder
+from mlip.training.loop import Trainer
+
+PIXELS, VOCABULARY, WIDTH, DIM = 12, 50, 31, 7  # odd: nothing divides by the world size
+SETTINGS = (
+    "batch.global_pairs=8",
+    "train.lr=0.01",
+    "train.lr_reference_pairs=0",
+    "train.warmup_steps=2",
+    "train.weight_decay=0.1",
+    "train.log_steps=4",
+    "run.threads=1",
+    "run.timeout_s=60",
+)
+ROWS = 40
+
+
+class Scales(nn.Module):
+    """As mlip.model.Scales: one-element parameters, read as scalars, clamped after each step."""
+
+    BOUNDS = {"log_scale": (0.995, 2.0)}  # the data push it below within two steps
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stored = nn.ParameterDict({"log_scale": nn.Parameter(torch.ones(1))})
+
+    def logit_scale(self) -> Tensor:
+        return self.stored["log_scale"].squeeze(0).exp()
+
+    logit_scale_local = logit_scale
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        for name, (least, most) in self.BOUNDS.items():
+            self.stored[name].clamp_(least, most)
+
+
+class ToyModel(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.scales = Scales()
+        self.image = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(PIXELS, WIDTH),
+            nn.LayerNorm(WIDTH),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(WIDTH, DIM),
+        )
+        self.patch_head = nn.Linear(DIM, DIM)
+        self.text = nn.Embedding(VOCABULARY, DIM)
+        self.unused = nn.Linear(3, 3)  # never gets a gradient
+        self.frozen = nn.Linear(DIM, DIM).requires_grad_(False)
+
+
+class ToyObjective(nn.Module):
+    """Contrastive over all ranks, with two outputs, dropout, a buffer and frozen parts."""
+
+    def __init__(self, config: Config, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = ToyModel(dropout)
+        self.register_buffer("queue", torch.zeros(4, DIM))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, batch: Batch, *, step: int, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        def image_tower(image: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.model.image(image)
+            return hidden, F.normalize(self.model.patch_head(hidden.tanh()), dim=-1)
+
+        image, patch = cached_forward(image_tower, (batch.image,), self.config.batch.micro_images)
+        (text,) = cached_forward(
+            lambda ids: (self.model.text(ids).mean(dim=1),),
+            (batch.token_ids,),
+            self.config.batch.micro_texts,
+        )
+        noise = keyed_normal(1, "divergence_image", step, batch.global_index, DIM)
+        image = F.normalize(image + 0.1 * noise, dim=-1)
+        text = F.normalize(self.model.frozen(text), dim=-1)
+        image_N, text_N, patch_N = (distributed.gather_rows(x) for x in (image, text, patch))
+        logits = self.model.scales.logit_scale() * image_N @ text_N.T
+        target = torch.arange(len(logits))
+        nce = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        local = (patch_N @ text_N.T).square().mean() + (patch_N * self.queue[0].clone()).sum() / 100
+        with torch.no_grad():
+            self.queue.copy_(torch.cat([image_N.detach()[:1], self.queue[:-1]]))
+            self.count.add_(1)
+        return nce + 0.5 * local, {"nce": nce.detach(), "local": local.detach()}
+
+
+class ToyLoader:
+    """Batches as a pure function of the step; every rank takes its slice of the global one."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.step = 0
+        self.wait_seconds = 0.0
+        self.num_rows = ROWS
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = make_batch(self.step, self.config.batch.global_pairs)
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = state["step"]
+
+
+def make_batch(step: int, pairs: int) -> Batch:
+    """This rank's rows of the global batch of a step."""
+    first, last = rank_slice(pairs, distributed.rank(), distributed.world_size())
+    mine = slice(first, last)
+    generator = torch.Generator().manual_seed(1000 + step)
+    image = torch.randn(pairs, 1, 3, PIXELS // 3, generator=generator)
+    ids = torch.randint(0, VOCABULARY, (pairs, 5), generator=generator)
+    index = torch.arange(step * pairs, (step + 1) * pairs)
+    yes, zeros = torch.ones(pairs, 5, dtype=torch.bool), torch.zeros(pairs, 1, dtype=torch.int64)
+    tensors = (image, ids, yes, yes, zeros, zeros, zeros > 0, index, index, index % ROWS)
+    return Batch(*(t[mine] for t in tensors))
+
+
+def toy_config(*overrides: str) -> Config:
+    return load([], [*SETTINGS, *overrides])
+
+
+def make_trainer(config: Config, *, dropout: float = 0.0, **named: Any) -> Trainer:
+    randomness.seed_everything(config.run.seed)
+    return Trainer(
+        config,
+        ToyObjective(config, dropout),
+        ToyLoader(config),
+        merge_states=lambda states: dict(states[0]),
+        **named,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    config = toy_config(*arguments)
+    folder.append(Path(config.run.dir))
+    stop = StopRequest()
+    distributed.start(config.run.timeout_s)
+    with locked_folder(Path(config.run.dir)):
+        make_trainer(config, dropout=0.2).fit(stop)
+        distributed.barrier()
+    distributed.stop()
+
+
+folder: list[Path] = []
+
+if __name__ == "__main__":
+    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    sys.exit(guarded(lambda: main(given), lambda: folder[0] if folder else None))
