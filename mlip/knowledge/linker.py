@@ -30,6 +30,7 @@ from mlip.knowledge.scope import FLAG, Entry
 
 State = Literal["present", "absent", "uncertain"]
 _PIECE = re.compile(r"[^\W_]+|[\s\-]+|.", re.DOTALL)
+_WORD = re.compile(r"[^\W_]+")
 _FIRST_CODE = 0x100  # codes below stand for characters that mean themselves
 _UNKNOWN, _SPACE, _NUMBER, _PARAGRAPH = "\x01", " ", "\x02", "\x03"
 
@@ -57,6 +58,7 @@ class Linker:
         self._ids = [concept.id for concept in table]
         self._codes: dict[str, str] = {" ": _SPACE, "-": _SPACE, "\n": _SPACE}
         self._next_code = _FIRST_CODE
+        self._learn_words(table)
         flags: dict[str, int] = {_PARAGRAPH: FLAG["sentence"]}
         for kind, forms in read_cues().items():
             for form in forms:
@@ -77,6 +79,12 @@ class Linker:
                         key = self._encode(form.lower())
                         parts.setdefault(key, []).append((len(self._rules), slot))
                 self._rules.append((row, len(term)))
+        for key, row in owners.items():
+            # "healed fracture" is also the part "fracture" where one concept owns both
+            for cut in (i for i, code in enumerate(key) if code == _SPACE):
+                tail = key[cut + 1 :]
+                if tail in parts and owners.get(tail) == row and key not in parts:
+                    parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         for key in dict.fromkeys((*flags, *owners, *parts)):
@@ -112,6 +120,7 @@ class Linker:
         events: list[scope.Event] = []
         decide = 0
         counts = True
+        header_end = 0  # a blank line right behind a heading does not end its section
         breaks = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
         for last, entry in self._automaton.iter_long(coded):
             flags = entry[1]
@@ -126,7 +135,12 @@ class Linker:
                 if flags & scope.SECTION_REPORT:
                     counts = True
                 elif flags & scope.SECTION_OTHER:
-                    counts = False
+                    before = lowered[: ends[last - entry[0]]] if last >= entry[0] else ""
+                    # "no change on comparison: ..." is no heading
+                    if not before.rstrip(" \t") or before.rstrip(" \t")[-1] in "\n.;:":
+                        counts, header_end = False, last + 1
+                elif coded[last] == _PARAGRAPH and last > header_end:
+                    counts = True
             else:
                 decide |= flags & scope.DECIDING
                 events.append((last + 1 - entry[0], last + 1, entry))
@@ -138,32 +152,37 @@ class Linker:
             for start, end, row, state in found
         ]
 
+    def _learn_words(self, table: ConceptTable) -> None:
+        """Give each word of cues and terms a code, one code to a word and its plural."""
+        words: set[str] = set()
+        for forms in read_cues().values():
+            for form in forms:
+                words.update(_WORD.findall(form))
+        for concept in table:
+            slots = [form.lower() for term in concept.apart for slot in term for form in slot]
+            for form in (*concept.surface_forms, *slots, *map(str.lower, concept.excludes)):
+                words.update(_WORD.findall(form))
+        for word in sorted(words, key=lambda w: (len(w), w)):  # singulars come first
+            if word not in self._codes:
+                code = chr(self._next_code)
+                self._next_code += 1
+                if self._next_code == 0xD800:  # surrogates are not characters
+                    self._next_code = 0xE000
+                for form in (word, *_plurals(word)):
+                    self._codes.setdefault(form, code)
+
     def _encode(self, term: str) -> str:
-        """A term as codes; words that are new get the next one, their plurals with them."""
+        """A term as codes; only words that _learn_words has seen.
+
+        Raises:  LexiconError on a character that no report can match
+        """
         out = []
         for piece in _PIECE.findall(term.strip()):
-            code = self._codes.get(piece)
-            if code is None:
-                if piece[0].isdigit():
-                    code = chr(self._next_code)
-                    self._advance()
-                elif piece[0].isalnum():
-                    code = chr(self._next_code)
-                    self._advance()
-                    for form in _plurals(piece):
-                        self._codes.setdefault(form, code)
-                else:
-                    code = _other_code(piece)
-                    if code == _UNKNOWN:
-                        raise LexiconError(f"term {term!r}: {piece!r} in it cannot be matched")
-                self._codes[piece] = code
+            code = self._codes.get(piece) or _other_code(piece)
+            if code in (_UNKNOWN, _PARAGRAPH):
+                raise LexiconError(f"term {term!r}: {piece!r} in it cannot be matched")
             out.append(code)
         return "".join(out)
-
-    def _advance(self) -> None:
-        self._next_code += 1
-        if self._next_code == 0xD800:  # surrogates are not characters
-            self._next_code = 0xE000
 
 
 def link(text: str) -> list[Mention]:
