@@ -90,7 +90,11 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         loader,
         merge_states=merge_states,
         on_save=keep_ledger,
-        facts={"commit": source_commit(), "versions": versions()},
+        facts={
+            "commit": source_commit(),
+            "versions": versions(),
+            "concept_table": corpus.table.fingerprint,
+        },
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
     )

@@ -16,11 +16,25 @@ from typing import Any
 
 from mlip.config import Config, ConfigError, load
 
+# sub-command -> its module (with add_arguments and run), and what it does
+FOREIGN = {
+    "prepare": ("mlip.dataloading.prepare", "check a manifest and its files, pack them"),
+    "knowledge": ("mlip.knowledge.command", "build and look into concept tables"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; its exit code (mlip/training/lifecycle.py lists them)."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    # the rest belongs to the sub-commands whose arguments live in their own modules
+    options, rest = parser.parse_known_args(arguments)
+    if hasattr(options, "settings"):
+        # argparse takes positionals only up to the first option: later ones are meant as well
+        options.settings += [item for item in rest if not item.startswith("-")]
+        rest = [item for item in rest if item.startswith("-")]
+    if rest and options.command not in FOREIGN:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         return int(options.run(options) or 0)
     except BrokenPipeError:
@@ -89,11 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(phantoms)
     phantoms.set_defaults(run=run_phantoms)
 
-    for name, module, text in (
-        ("prepare", "mlip.dataloading.prepare", "check a manifest and its files"),
-        ("knowledge", "mlip.knowledge.command", "build and look into concept tables"),
-    ):
-        _add_foreign(commands, name, module, text)
+    for name in FOREIGN:
+        _add_foreign(commands, name, *FOREIGN[name])
     return parser
 
 
@@ -112,7 +123,6 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
     Its module may need packages that the other commands do not.
     """
     parser = commands.add_parser(name, help=text, add_help=False)
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
 
     def run(options: argparse.Namespace) -> int:
         import importlib

@@ -222,14 +222,20 @@ def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | No
     own = folder / "concepts.jsonl"
     path = lexicon or (str(own) if own.is_file() else described["config"]["knowledge"]["lexicon"])
     table = load_concepts(path)
-    expected = described["fingerprints"]["concept_table"]
-    if table.fingerprint != expected:
+    _check_concepts(folder, table, described["fingerprints"]["concept_table"], path)
+    return table
+
+
+def _check_concepts(
+    folder: Path, table: ConceptTable, expected: str | None, path: str | None
+) -> None:
+    """Another table's rows would mean other concepts, without any error to see."""
+    if expected is not None and table.fingerprint != expected:
         raise PretrainedError(
             f"{folder}: the model was trained with the concept table {expected[:12]}, "
-            f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; its rows would mean "
-            "other concepts; give the table of the training run"
+            f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; give the table of the "
+            "training run (knowledge.lexicon)"
         )
-    return table
 
 
 def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where: str) -> MLIPModel:
@@ -288,11 +294,18 @@ def open_checkpoint(
     given = config.model.text.tokenizer or config.model.text.source
     tokenizer = load_tokenizer(given if given is not None else run_dir / "tokenizer")
     table = load_concepts(lexicon or config.knowledge.lexicon)
+    _check_concepts(folder, table, read.state.get("concept_table"), lexicon)
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in {**read.training.parameters, **read.training.buffers}.items()
         if name.startswith("model.")
     }
+    rows = weights["concept_vectors"].shape[0] if "concept_vectors" in weights else len(table)
+    if rows != len(table):
+        raise PretrainedError(
+            f"{folder}: the model knows {rows} concepts, the concept table has {len(table)}; give "
+            "the table of the training run (knowledge.lexicon)"
+        )
     vocab_size = _embedding_rows(weights) or tokenizer.vocab_size
     model = _build(config, vocab_size, weights, str(folder))
     step = int(read.state["step"])

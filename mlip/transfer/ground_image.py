@@ -18,7 +18,9 @@ from mlip.transfer.grounding import Upsampler, phrase_maps, pointed_pixel
 from mlip.transfer.interval import Array
 from mlip.transfer.prompts import encode_prompts
 
-LONGEST_PX = 1024  # of the picture written; a detector's 3,000 px would only make it heavy
+# The longer side of each half of the picture written: small images are enlarged by a whole
+# factor until a person can see them, a detector's 3,000 px are reduced.
+LEAST_PX, LONGEST_PX = 448, 1024
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def ground_image(opened: Any, image: Path, phrase: str, out: Path) -> Answer:
     grey = read_image(image)
     transform = Transform(config.data, train=False, seed=0)
     zero = np.zeros(1, dtype=np.int64)
-    pixels = transform.apply(grey, transform.draw(zero, zero), 0)
+    pixels = np.empty((transform.crop_px, transform.crop_px), dtype=np.float32)
+    transform.apply(grey, transform.draw(zero, zero), 0, pixels)
     shown = torch.from_numpy(pixels)[None, None].repeat(1, config.data.channels, 1, 1)
     features = model.encode_image(shown.to(device))
     bank = encode_prompts(
@@ -105,10 +108,12 @@ def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Ar
 
 def _write(out: Path, grey: Array, heat: Array, point: tuple[float, float]) -> None:
     """Radiograph left, the map over it right; a cross where it points."""
-    shrink = min(1.0, LONGEST_PX / max(grey.shape))
-    size = max(1, round(grey.shape[1] * shrink)), max(1, round(grey.shape[0] * shrink))
+    longest = max(grey.shape)
+    scale = min(LONGEST_PX / longest, float(max(1, -(-LEAST_PX // longest))))
+    size = max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale))
     top = 255.0 / (255.0 if grey.dtype == np.uint8 else 65535.0)
-    base = cv2.resize(grey.astype(np.float32) * top, size, interpolation=cv2.INTER_AREA)
+    how = cv2.INTER_AREA if scale < 1.0 else cv2.INTER_CUBIC
+    base = cv2.resize(grey.astype(np.float32) * top, size, interpolation=how).clip(0, 255)
     spread = cv2.resize(heat, size, interpolation=cv2.INTER_LINEAR)
     seen = np.isfinite(spread)
     low, high = float(np.nanmin(spread)), float(np.nanmax(spread))
@@ -117,7 +122,7 @@ def _write(out: Path, grey: Array, heat: Array, point: tuple[float, float]) -> N
     opacity = (0.72 * np.clip((share - 0.33) / 0.5, 0.0, 1.0))[..., None]
     plain = np.repeat(base[..., None], 3, axis=2)
     mixed = plain * (1.0 - opacity) + colour * opacity
-    at = round(point[0] * shrink), round(point[1] * shrink)
+    at = round(point[0] * scale), round(point[1] * scale)
     reach = max(5, max(size) // 40)
     for thickness, shade in ((3, (0, 0, 0)), (1, (255, 255, 255))):
         cv2.drawMarker(mixed, at, shade, cv2.MARKER_CROSS, 2 * reach, thickness)

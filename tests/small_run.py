@@ -1,0 +1,100 @@
+"""A run small enough for tests: 64 phantom studies, an untrained model of 32 dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+
+from mlip.config import Config, load
+from mlip.dataloading.manifest import Manifest, load_manifest
+from mlip.dataloading.phantom_dataset import write_dataset
+from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
+from mlip.knowledge.concepts import ConceptTable, load_concepts
+from mlip.knowledge.linker import Linker
+from mlip.knowledge.vectors import knowledge_vectors
+from mlip.model import MLIPModel
+from mlip.transfer import evaluate_run
+
+SETTINGS = (
+    "data.resize_px=112",
+    "data.crop_px=96",
+    "data.channels=1",
+    "data.max_tokens=64",
+    "data.vocab_size=400",
+    "data.columns.labels=labels",
+    "data.phantom.studies=32",
+    "data.phantom.val_studies=0",
+    "data.phantom.test_studies=32",
+    "data.phantom.image_px=112",
+    "data.pipeline=torch",
+    "model.embed_dim=32",
+    "model.heads.hidden=32",
+    "model.vision.options={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], "
+    "layer_type: basic}",
+    "model.vision.patch_stage=1",
+    "model.vision.pool=attention",
+    "model.text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 32}",
+    "knowledge.dim=16",
+    "evaluate.retrieval_pool=16",
+    "evaluate.bootstrap=40",
+    "evaluate.examples=2",
+)
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """The parts of the run; its folder is removed with the machine's temporary files."""
+
+    folder: Path
+    settings: tuple[str, ...]  # overrides that lead to `config`
+    config: Config
+    manifest: Manifest
+    tokenizer: ReportTokenizer
+    table: ConceptTable
+    linker: Linker
+    model: MLIPModel
+
+
+@cache
+def small_run() -> SmallRun:
+    """Made once per test process; nobody may change it."""
+    folder = Path(mkdtemp(prefix="mlip-small-run-"))
+    settings = (
+        *SETTINGS,
+        f"run.dir={folder / 'run'}",
+        f"data.manifest={folder / 'data' / 'manifest.csv'}",
+    )
+    config = load([], settings)
+    write_dataset(folder / "data", config.data.phantom, workers=1)
+    manifest = load_manifest(config.data)
+    texts = [manifest.text(row) for row in manifest.rows("train").tolist()]
+    tokenizer = train_tokenizer(texts, config.data.vocab_size, folder / "run" / "tokenizer")
+    table = load_concepts()
+    torch.manual_seed(0)
+    model = MLIPModel(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        concept_vectors=knowledge_vectors(table, config.knowledge),
+    ).eval()
+    return SmallRun(folder, settings, config, manifest, tokenizer, table, Linker(table), model)
+
+
+@cache
+def small_results() -> dict[str, Any]:
+    """evaluate_run of the small run; nobody may change it."""
+    run = small_run()
+    return evaluate_run(
+        run.model,
+        run.config,
+        run.manifest,
+        run.tokenizer,
+        run.linker,
+        run.table,
+        run={"step": 7, "pairs_seen": 56},
+    )

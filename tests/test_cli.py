@@ -1,0 +1,161 @@
+"""The `mlip` command: each sub-command on a small model, and its errors as one line and a code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mlip.cli import main
+from mlip.pretrained import save_pretrained
+from tests.small_run import small_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = small_run()
+    out = tmp_path_factory.mktemp("model") / "export"
+    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table)
+
+
+def test_ground_writes_a_picture_of_the_whole_image(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run()
+    image = Path(run.manifest.root) / run.manifest.image_path(0)
+    out = tmp_path / "map.png"
+    code = main(
+        ["ground", str(image), "no left pleural effusion", "--checkpoint", str(model)]
+        + ["--out", str(out)]
+    )
+    assert code == 0
+    said = capsys.readouterr().out
+    assert "of 112 x 112 px" in said and "pleural effusion (absent)" in said
+    assert "Not for clinical use" in said
+    picture = cv2.imread(str(out))
+    assert picture.shape == (448, 448 + 4 + 448, 3)  # enlarged fourfold, a gap between
+    left = picture[:, :448].astype(int)
+    assert np.ptp(left, axis=2).max() == 0  # the radiograph as it is, grey
+
+
+def test_ground_maps_a_wide_image_back_onto_its_own_pixels(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "wide.png"
+    cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (150, 300)).astype(np.uint8))
+    out = tmp_path / "map.png"
+    assert (
+        main(["ground", str(image), "nodule", "--checkpoint", str(model), "--out", str(out)]) == 0
+    )
+    words = capsys.readouterr().out.split()
+    x, y = (float(w[2:]) for w in words if w.startswith(("x=", "y=")))
+    assert 0 <= x <= 300 and 0 <= y <= 150
+    assert cv2.imread(str(out)).shape[:2] == (300, 600 + 6 + 600)
+
+
+def test_a_broken_image_is_one_line_and_code_3(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    assert main(["ground", str(broken), "nodule", "--checkpoint", str(model)]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "broken.png" in error
+
+
+def test_an_empty_phrase_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run()
+    image = Path(run.manifest.root) / run.manifest.image_path(0)
+    assert main(["ground", str(image), "  ", "--checkpoint", str(model)]) == 2
+    assert "is empty: expected words" in capsys.readouterr().err
+
+
+def test_embed_goes_on_where_it_stopped_and_refuses_another_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlip.transfer import embed
+
+    monkeypatch.setattr(
+        embed.write_embeddings,
+        "__kwdefaults__",
+        {**embed.write_embeddings.__kwdefaults__, "part_rows": 12},
+    )
+    run = small_run()
+    out = tmp_path / "embeddings"
+    command = ["embed", *run.settings, f"checkpoint={model}", "--out", str(out), "--patches"]
+    assert main(command) == 0
+    parts = sorted(out.glob("part-*.safetensors"))
+    assert len(parts) == 3
+    tensors = load_file(parts[1])
+    rows = run.manifest.rows("test")[12:24]
+    np.testing.assert_array_equal(tensors["row_index"].numpy(), rows)
+    torch.testing.assert_close(tensors["image"].norm(dim=1), torch.ones(12))
+    assert tensors["patches"].shape[0] == 12
+    before = {p: p.read_bytes() for p in parts}
+    parts[1].write_bytes(before[parts[1]][:100])  # cut off by a kill
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "part 2 of 3" in said and "part 1 of 3" not in said
+    assert {p: p.read_bytes() for p in parts} == before
+    assert main([*command[:-1]]) == 4  # without --patches: another choice
+    assert "differ in with_patches" in capsys.readouterr().err
+
+
+def test_evaluate_writes_results_and_a_page_and_refuses_another_preprocessing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run()
+    command = ["evaluate", *run.settings, f"checkpoint={model}", "--out", str(tmp_path)]
+    assert main([*command, "evaluate.max_studies=20", "--device", "cpu"]) == 0
+    assert "zero-shot AUROC" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["data"]["images"] == 20
+    assert results["run"]["checkpoint"] == str(model)
+    assert (tmp_path / "report.html").is_file()
+    assert main([*command, "data.mean=0.4"]) == 4
+    error = capsys.readouterr().err
+    assert "data.mean (trained with 0.5, asked 0.4)" in error
+
+
+def test_export_makes_a_folder_that_opens(model: Path, tmp_path: Path) -> None:
+    from mlip.pretrained import from_pretrained
+
+    run = small_run()
+    out = tmp_path / "again"
+    assert main(["export", *run.settings, f"checkpoint={model}", "--out", str(out)]) == 0
+    assert from_pretrained(out).table.fingerprint == run.table.fingerprint
+
+
+def test_phantoms_are_generated_and_a_forgotten_number_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["phantoms", "--out", str(tmp_path / "p")]) == 2
+    assert "data.phantom.studies is 0" in capsys.readouterr().err
+    asked = ["data.phantom.studies=8", "data.phantom.val_studies=0", "data.phantom.test_studies=8"]
+    assert main(["phantoms", "--out", str(tmp_path / "p"), "--workers", "1", *asked]) == 0
+    assert Path(capsys.readouterr().out.strip()).read_text().count("\n") == 17
+
+
+def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "data.crop_pix=96"]) == 2
+    assert "data.crop_px" in capsys.readouterr().err
+
+
+def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--nonsense"])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["prepare", "--help"])
+    assert stopped.value.code == 0
+    assert "usage: mlip prepare" in capsys.readouterr().out

@@ -1,0 +1,139 @@
+"""A model's folder round-trips, notices damage, and stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlip.pretrained import (
+    PretrainedError,
+    from_pretrained,
+    open_checkpoint,
+    save_pretrained,
+)
+from tests.small_run import small_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = small_run()
+    out = tmp_path_factory.mktemp("export") / "model"
+    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table, facts={"step": 7})
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(folder, to / "copy"))
+
+
+def test_every_tensor_comes_back_bit_for_bit_and_so_do_the_features(folder: Path) -> None:
+    run = small_run()
+    opened = from_pretrained(folder)
+    state = opened.model.state_dict()
+    assert state.keys() == run.model.state_dict().keys()
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    image = torch.randn(2, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = run.model.encode_image(image).embedding
+        after = opened.model.encode_image(image).embedding
+    assert torch.equal(before, after)
+    assert not opened.model.training
+    assert opened.table.fingerprint == run.table.fingerprint
+    assert opened.facts["step"] == 7
+
+
+def test_tokens_are_those_of_training(folder: Path) -> None:
+    run = small_run()
+    text = "There is a small left pleural effusion."
+    before = run.tokenizer.encode_batch([text])[0].ids
+    assert from_pretrained(folder).tokenizer.encode_batch([text])[0].ids == before
+
+
+def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(folder: Path) -> None:
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {"model.safetensors", "config.json", "preprocessing.json", "SHA256SUMS"} <= names
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+    contract = json.loads((folder / "preprocessing.json").read_text())
+    assert (contract["resize_px"], contract["crop_px"], contract["mean"]) == (112, 96, 0.5)
+    assert str(small_run().folder / "run") not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_flipped_bit_is_noticed_and_the_file_named(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    damaged = copy_of(folder, tmp_path)
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / name).write_bytes(content)
+    with pytest.raises(PretrainedError, match=f"{name}: damaged"):
+        from_pretrained(damaged)
+
+
+def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
+    damaged = copy_of(folder, tmp_path)
+    (damaged / "concepts.jsonl").unlink()
+    with pytest.raises(PretrainedError, match=r"concepts\.jsonl: missing"):
+        from_pretrained(damaged)
+
+
+def test_another_concept_table_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text("category: x\nsemantic_type: finding\nconcepts:\n  xyz: {name: xyz}\n")
+    with pytest.raises(PretrainedError, match=r"trained with the concept table.*other\.yaml"):
+        from_pretrained(folder, lexicon=str(other))
+
+
+def test_another_kind_of_model_and_another_format_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(PretrainedError, match="another kind of model"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mlip", "format": 99}')
+    with pytest.raises(PretrainedError, match="format 99, this version reads format 1"):
+        from_pretrained(tmp_path)
+
+
+def test_an_export_never_overwrites_what_is_not_an_export(tmp_path: Path) -> None:
+    run = small_run()
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(PretrainedError, match="holds other files"):
+        save_pretrained(tmp_path, run.model, run.config, run.tokenizer, run.table)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_towers_that_came_from_a_folder_are_described_by_their_size(tmp_path: Path) -> None:
+    """The source may be gone when the export is read: here it is deleted."""
+    import shutil
+
+    from mlip.model import MLIPModel
+
+    run = small_run()
+    source = tmp_path / "bert"
+    run.model.text.backbone.save_pretrained(source)
+    text = dataclasses.replace(run.config.model.text, source=str(source), options={})
+    config = dataclasses.replace(run.config, model=dataclasses.replace(run.config.model, text=text))
+    model = MLIPModel(
+        config,
+        vocab_size=run.tokenizer.vocab_size,
+        concept_vectors=run.model.concept_vectors,
+    )
+    out = save_pretrained(tmp_path / "out", model, config, run.tokenizer, run.table)
+    shutil.rmtree(source)
+    opened = from_pretrained(out)
+    assert opened.config.model.text.source is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, opened.model.state_dict()[name]), name
+
+
+def test_open_checkpoint_reads_an_export_and_says_what_it_expects(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert open_checkpoint(folder).facts["checkpoint"] == str(folder)
+    with pytest.raises(PretrainedError, match="expected a run folder"):
+        open_checkpoint(tmp_path / "nowhere")

@@ -1,0 +1,239 @@
+"""The page stands alone, says what the results say, and keeps real patients' text to itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlip.report import write_report
+from mlip.report_charts import Mark, line_chart, scale_marks
+from mlip.report_pictures import decode_png, encode_png, heat_uri
+from mlip.report_training import read_log, training_charts
+from mlip.transfer.examples import collect_examples
+from tests.small_run import small_results, small_run
+
+LEDGER = {
+    "rows": 64,
+    "excluded": {"other_split_test": 32},
+    "quarantined_rows": {"truncated": 2},
+    "epochs": {"0": {"trained": 30, "quarantined": {"truncated": 2}}},
+}
+
+
+def write_log(folder: Path) -> None:
+    lines = [
+        json.dumps(
+            {
+                "step": step,
+                "total": 9.0 / step,
+                "terms": {"global_contrastive": 4.0 / step, "matching": None},
+                "lr": 1e-4,
+                "pairs_per_s": 100.0,
+            }
+        )
+        for step in range(1, 30)
+    ]
+    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 30, "tot')
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    write_log(folder)
+    return write_report(folder, small_results(), ledger=LEDGER).read_text()
+
+
+class _Outline(HTMLParser):
+    VOID = {"meta", "img", "br", "link", "hr", "input"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        named = dict(attrs)
+        if tag == "section":
+            self.sections.append(named["id"])
+        self.loads += [named[k] for k in ("src", "href") if k in named]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+
+def outline(page: str) -> _Outline:
+    parser = _Outline()
+    parser.feed(page)
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
+    found = outline(page)
+    assert all(load.startswith(("data:image/", "#")) for load in found.loads)
+    assert "<script" not in page and "@import" not in page and "url(" not in page
+    assert len(page) < 6_000_000
+
+
+def test_every_section_is_there_and_in_the_navigation(page: str) -> None:
+    wanted = [
+        "zero-shot",
+        "retrieval",
+        "grounding",
+        "maps",
+        "examples",
+        "training",
+        "ledger",
+        "knowledge",
+        "settings",
+        "provenance",
+    ]
+    found = outline(page)
+    assert found.sections == wanted
+    assert [load for load in found.loads if load.startswith("#")] == [f"#{w}" for w in wanted]
+
+
+def test_the_numbers_on_the_page_are_those_of_the_results(page: str) -> None:
+    results = small_results()
+    text = re.sub(r"<[^>]+>", " ", page)
+    for row in results["zero_shot"]["findings"]:
+        assert row["name"] in text
+        assert f"{row['positives']} of {row['n']}" in text
+        assert f"{row['local']['value']:.2f}" in text
+    oracle = results["retrieval"]["oracle"]["image_to_text"]["recall@10"]["value"]
+    assert f"{oracle:.2f}" in text and "Oracle" in text
+    assert results["fingerprints"]["weights"] in text
+    assert "Not for clinical use" in text
+    assert "64 rows in the manifest" in text
+
+
+def test_a_log_cut_off_by_a_kill_still_gives_its_curves(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    log = read_log(tmp_path / "log.jsonl")
+    assert [row["step"] for row in log] == list(range(1, 30))
+    groups = {
+        group["title"]: [c["title"] for c in group["charts"]] for group in training_charts(log)
+    }
+    assert groups == {
+        "Loss": ["Total loss", "Global contrastive"],
+        "Optimisation": ["Learning rate"],
+        "Machine": ["Pairs per second"],
+    }
+
+
+def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "total": 5}\n{"step": 1, "total": 4}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1.0, "total": 4.0}]
+
+
+def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None:
+    """The same run taken for real data: no report, no word maps, hashed studies."""
+    run, results = small_run(), copy.deepcopy(small_results())
+    pictures = results["examples"]
+    texts = [run.manifest.text(row) for row in run.manifest.rows("test").tolist()]
+    names = [Path(run.manifest.image_path(r)).stem for r in run.manifest.rows("test").tolist()]
+    shown = json.dumps(pictures)
+    assert any(text in shown for text in texts) and any(name in shown for name in names)
+    results["examples"] = _examples_of_real_data()
+    results["data"]["is_phantom"] = False
+    page = write_report(tmp_path, results).read_text()
+    for hidden in (*texts, *names):
+        assert hidden not in page
+    assert "Report text is not shown for real data" in page
+
+
+def _examples_of_real_data() -> dict:
+    from mlip.transfer.evaluation import choose_rows, encode_split
+
+    run = small_run()
+    import torch
+
+    device = torch.device("cpu")
+    rows = choose_rows(run.config, run.manifest)
+    images, reports, beside = encode_split(
+        run.model, run.config, run.manifest, rows, run.tokenizer, run.linker, run.table, device
+    )
+    return collect_examples(
+        run.model,
+        run.config,
+        run.manifest,
+        images,
+        reports,
+        np.flatnonzero(beside["has_text"]),
+        beside["pair_id"],
+        queries=[],
+        phrases=[],
+        maps=None,
+        boxes={},
+        names={},
+        tokenizer=run.tokenizer,
+        shows_text=False,
+        shows_id=False,
+    )
+
+
+def test_tasks_that_could_not_run_leave_their_sections_out(tmp_path: Path) -> None:
+    results = {
+        **small_results(),
+        "zero_shot": {"reason": "no labels"},
+        "grounding": {"reason": "no boxes"},
+        "examples": {},
+    }
+    sections = outline(write_report(tmp_path, results).read_text()).sections
+    assert "zero-shot" not in sections and "grounding" not in sections
+    assert "retrieval" in sections and "provenance" in sections
+
+
+def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
+    results = copy.deepcopy(small_results())
+    results["run"]["name"] = "<script>alert(1)</script>"
+    page = write_report(tmp_path, results).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_other_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluate_run returns.*\['a'\]"):
+        write_report(tmp_path, {"a": 1})
+
+
+def test_marks_stand_where_their_values_are() -> None:
+    drawn = str(scale_marks([[Mark(0.75)]], low=0.5, high=1.0, width=214))
+    assert 'cx="107.0"' in drawn  # the middle
+    assert "<circle" not in str(scale_marks([[Mark(None)]], low=0.0, high=1.0))
+
+
+def test_a_constant_curve_is_a_flat_line_and_nan_is_left_out() -> None:
+    drawn = str(line_chart([1, 2, 3, 4], [1.4, 1.4 + 1e-16, float("nan"), 1.4]))
+    points = re.findall(r'points="([^"]+)"', drawn)[-1].split()
+    assert len(points) == 3
+    assert len({point.split(",")[1] for point in points}) == 1
+
+
+def test_a_picture_survives_and_cold_parts_of_a_map_leave_it_as_it_is() -> None:
+    import base64
+
+    import cv2
+
+    image = np.random.default_rng(0).integers(60, 200, (288, 288)).astype(np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 4)
+    np.testing.assert_array_equal(decode_png(encode_png(image)), image)
+    heat = np.zeros((4, 4))
+    heat[0, 0] = 1.0
+    data = base64.b64decode(heat_uri(image, heat, 0.0, 1.0).split(",")[1])
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).astype(int)
+    cold = shown[200:, 200:]
+    assert np.abs(cold - image[200:, 200:, None]).mean() < 4  # JPEG's own error
+    hot = shown[20:50, 20:50]
+    assert (hot.max(axis=2) - hot.min(axis=2)).mean() > 60  # coloured

@@ -1,0 +1,122 @@
+"""One whole evaluation of an untrained model: what it must and must not contain."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.transfer import evaluate_run, save_results
+from mlip.transfer.evaluation import choose_rows
+from mlip.transfer.fingerprint import hash_of_weights
+from mlip.transfer.summary import summary_lines
+from tests.small_run import small_results, small_run
+
+
+def test_every_score_has_n_and_an_interval_around_it() -> None:
+    results = small_results()
+    seen = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, dict):
+            if {"value", "low", "high", "n", "reason"} <= value.keys():
+                seen.append(value)
+                assert isinstance(value["n"], int)
+                if value["value"] is None:
+                    assert value["reason"]
+                elif value["low"] is not None:
+                    assert value["low"] <= value["value"] + 0.2 and value["low"] <= value["high"]
+            for child in value.values():
+                walk(child)
+        elif isinstance(value, list):
+            for child in value:
+                walk(child)
+
+    walk({k: v for k, v in results.items() if k != "examples"})
+    assert len(seen) > 60
+
+
+def test_all_findings_of_the_phantoms_are_scored_against_their_true_labels() -> None:
+    run, results = small_run(), small_results()
+    rows = run.manifest.rows("test").tolist()
+    found = {row["finding"]: row for row in results["zero_shot"]["findings"]}
+    assert found.keys() == set(CONCEPT_IDS)
+    for finding, row in found.items():
+        assert row["n"] == len(rows)
+        assert row["positives"] == sum(finding in run.manifest.labels(r) for r in rows)
+
+
+def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> None:
+    retrieval = small_results()["retrieval"]
+    assert retrieval["scores"].keys() == {"global", "local", "combined"}
+    for direction in ("image_to_text", "text_to_image"):
+        best = retrieval["oracle"][direction]["recall@10"]["value"]
+        assert best >= 0.95
+        assert best > retrieval["scores"]["global"][direction]["recall@1"]["value"]
+    assert retrieval["chance"]["recall@10"] >= 10 / 16
+
+
+def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls() -> None:
+    run, grounding = small_run(), small_results()["grounding"]
+    present = {f for r in run.manifest.rows("test").tolist() for f in run.manifest.labels(r)}
+    for kind in ("keyword", "sentence"):
+        rows = {row["finding"]: row for row in grounding[kind]["findings"]}
+        assert rows.keys() <= present and len(rows) >= len(present) - 1
+        for row in rows.values():
+            assert 0 < row["area"] < 1 and row["n"] > 0
+            assert row["swapped"]["value"] is not None
+
+
+def test_the_saved_results_are_strict_json_without_report_text(tmp_path: Path) -> None:
+    run, results = small_run(), small_results()
+    text = save_results(results, tmp_path / "deep" / "results.json").read_text()
+    read = json.loads(text)
+    assert "examples" not in read and read["run"]["step"] == 7
+    for row in run.manifest.rows("test").tolist():
+        assert run.manifest.text(row) not in text
+    assert list(tmp_path.joinpath("deep").iterdir()) == [tmp_path / "deep" / "results.json"]
+
+
+def test_fingerprints_name_weights_data_and_preprocessing() -> None:
+    run, results = small_run(), small_results()
+    assert results["fingerprints"]["manifest"] == run.manifest.fingerprint
+    assert results["fingerprints"]["concept_table"] == run.table.fingerprint
+    changed = copy.deepcopy(run.model)
+    with torch.no_grad():
+        changed.scales.log_scale.add_(1e-6)
+    assert results["fingerprints"]["weights"] == hash_of_weights(run.model)
+    assert results["fingerprints"]["weights"] != hash_of_weights(changed)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error() -> None:
+    run = small_run()
+    broken = copy.deepcopy(run.model).train()
+    with torch.no_grad():
+        next(broken.image_head.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="image features hold NaN"):
+        evaluate_run(broken, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+    assert broken.training
+
+
+def test_more_rows_than_asked_for_are_a_keyed_choice() -> None:
+    import dataclasses
+
+    run = small_run()
+    few = dataclasses.replace(
+        run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=9)
+    )
+    chosen = choose_rows(few, run.manifest)
+    assert len(chosen) == 9 == len(np.unique(chosen))
+    np.testing.assert_array_equal(chosen, choose_rows(few, run.manifest))
+    assert set(chosen.tolist()) <= set(run.manifest.rows("test").tolist())
+
+
+def test_the_summary_says_each_headline_number() -> None:
+    lines = "\n".join(summary_lines(small_results()))
+    for part in ("zero-shot AUROC", "recall@10 of 16", "pointing by keyword", "Pneumothorax"):
+        assert part in lines

@@ -1,0 +1,190 @@
+"""Maps and the pointing game, with features made so that the answer is known."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mlip.batch import ImageFeatures
+from mlip.transfer import grounding
+from mlip.transfer.features import TextBank, local_scores
+from mlip.transfer.grounding import PixelPrior, Query, Upsampler
+from mlip.transfer.prompts import encode_prompts
+from tests.small_run import small_run
+
+GRID, SIZE = (4, 4), (64, 64)
+
+
+def encode(*texts: str) -> TextBank:
+    run = small_run()
+    return encode_prompts(
+        run.model,
+        list(texts),
+        config=run.config,
+        tokenizer=run.tokenizer,
+        linker=run.linker,
+        table=run.table,
+        device=torch.device("cpu"),
+    )
+
+
+def test_rows_and_weights_are_those_of_the_local_score() -> None:
+    """Pooled by hand (method.md section 4), they give what the kernel gives."""
+    run = small_run()
+    bank = encode("there is a left pleural effusion.", "no pneumothorax.", "clear lungs and heart.")
+    torch.manual_seed(1)
+    patches = torch.randn(5, 16, run.config.model.embed_dim)
+    rows, weights = grounding.text_rows(run.model, bank)
+    unit = torch.nn.functional.normalize(patches, dim=-1)
+    s = torch.einsum("njd,mpd->mnjp", rows.nan_to_num(0.0), unit)
+    scale = run.model.scales.attention_scale.detach()
+    r = (torch.softmax(scale * s, dim=-1) * s).sum(dim=-1)
+    by_hand = (weights * r).sum(dim=-1).numpy()
+    by_kernel = local_scores(run.model, patches, bank, device=torch.device("cpu"))
+    np.testing.assert_allclose(by_hand, by_kernel, atol=2e-6)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
+
+
+def test_a_denied_finding_has_no_row_of_its_own_but_changes_its_words() -> None:
+    run = small_run()
+    bank = encode("no pneumothorax.", "pneumothorax.")
+    _, weights = grounding.text_rows(run.model, bank)
+    tokens = bank.content_mask.shape[1]
+    assert weights[0, tokens:].sum() == 0.0
+    assert weights[1, tokens:].sum() == pytest.approx(
+        run.config.loss.local_alignment.knowledge_share
+    )
+
+
+def test_high_means_match() -> None:
+    """The patch that equals the phrase's row is the highest, its opposite the lowest."""
+    run = small_run()
+    bank = encode("pleural effusion")
+    rows, weights = grounding.text_rows(run.model, bank)
+    mean_row = torch.einsum("nj,njd->nd", weights, rows.nan_to_num(0.0))[0]
+    patches = torch.zeros(1, 16, len(mean_row))
+    patches[0, 6], patches[0, 9] = mean_row, -3 * mean_row
+    heat = grounding.phrase_maps(run.model, patches, bank)[0, 0]
+    assert int(heat.argmax()) == 6 and int(heat.argmin()) == 9
+    assert heat[6] > 0 > heat[9]
+
+
+def test_upsampling_is_opencvs_cubic() -> None:
+    maps = np.random.default_rng(0).standard_normal((3, 2, 16)).astype(np.float32)
+    ours = Upsampler(GRID, SIZE)(maps)
+    theirs = cv2.resize(maps[2, 1].reshape(GRID), SIZE[::-1], interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_allclose(ours[2, 1], theirs, atol=1e-5)
+
+
+def test_the_point_is_the_hottest_patch_moved_towards_its_warmer_neighbour() -> None:
+    heat = np.zeros(GRID, dtype=np.float32)
+    heat[1, 2] = 1.0
+    upsample = Upsampler(GRID, SIZE)
+    x, y = grounding.pointed_pixel(upsample(heat.reshape(-1)), GRID)
+    assert abs(x - 40) <= 1 and abs(y - 24) <= 1
+    heat[1, 3] = 0.6
+    moved, _ = grounding.pointed_pixel(upsample(heat.reshape(-1)), GRID)
+    assert moved > x + 1
+
+
+def test_an_even_map_does_not_point_into_a_corner() -> None:
+    x, y = grounding.pointed_pixel(np.ones(SIZE), GRID)
+    assert min(x, y) >= 8  # half a patch
+
+
+def test_contrast_to_noise_is_the_formula_and_keeps_its_sign() -> None:
+    generator = np.random.default_rng(0)
+    pictures = generator.standard_normal((2, 8, 8)) + 5.0
+    masks = np.zeros((2, 8, 8), dtype=bool)
+    masks[:, 2:5, 3:6] = True
+    pictures[0][masks[0]] += 2.0
+    pictures[1][masks[1]] -= 2.0
+    found = grounding.contrast_to_noise(pictures, masks)
+    for picture, mask, value in zip(pictures, masks, found, strict=True):
+        inside, outside = picture[mask], picture[~mask]
+        assert value == pytest.approx(
+            (inside.mean() - outside.mean()) / np.sqrt(inside.var() + outside.var())
+        )
+    assert found[0] > 0 > found[1]
+
+
+def test_contrast_to_noise_of_a_box_over_everything_is_undefined() -> None:
+    assert np.isnan(grounding.contrast_to_noise(np.ones((1, 4, 4)), np.ones((1, 4, 4), bool)))[0]
+
+
+def test_the_prior_is_the_pixel_most_training_boxes_cover_by_side_and_without() -> None:
+    prior = PixelPrior(SIZE)
+    left, right = np.array([[40.0, 10, 60, 30]]), np.array([[4.0, 10, 24, 30]])
+    for _ in range(3):
+        prior.add("effusion", "right", right)
+    prior.add("effusion", "left", left)
+    assert grounding.is_inside(prior.pixel("effusion", None), right)
+    assert grounding.is_inside(prior.pixel("effusion", "left"), left)
+    assert prior.pixel("nodule", None) is None
+
+
+def _queries(boxes: list[np.ndarray], kind: str = "keyword") -> list[Query]:
+    count = len(boxes)
+    return [Query(i, "nodule", None, kind, 0, box, (i + 1) % count) for i, box in enumerate(boxes)]
+
+
+def _boxes(count: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(5)
+    corners = generator.integers(0, 3, (count, 2)) * 16 + 8
+    return [np.array([[x, y, x + 16, y + 16]], dtype=float) for x, y in corners]
+
+
+def evaluate(maps: np.ndarray, queries: list[Query], prior: PixelPrior | None = None) -> dict:
+    return grounding.evaluate_grounding(
+        maps,
+        queries,
+        np.arange(maps.shape[1]),
+        grid=(8, 8),
+        size=SIZE,
+        prior=prior,
+        names={"nodule": "Nodule"},
+        bootstrap=100,
+        seed=0,
+    )
+
+
+def test_maps_that_know_the_truth_hit_always_and_beat_every_control() -> None:
+    boxes = _boxes(60)
+    masks = [grounding.box_mask(b, SIZE).reshape(8, 8, 8, 8).mean(axis=(1, 3)) for b in boxes]
+    prior = PixelPrior(SIZE)
+    for box in boxes:
+        prior.add("nodule", None, box)
+    found = evaluate(np.stack(masks).reshape(1, 60, 64), _queries(boxes), prior)["keyword"]
+    row = found["all"]
+    assert row["hit"]["value"] == 1.0
+    assert row["area"] == pytest.approx(1 / 16)
+    assert row["prior"] < 0.4 and row["swapped"]["value"] < 0.4
+    assert row["over_swapped"]["value"] == pytest.approx(1 / row["swapped"]["value"])
+    assert row["cnr"]["value"] > 1
+    assert (found["findings_at_twice_area"], found["num_findings"]) == (1, 1)
+
+
+def test_a_map_that_ignores_the_image_gains_nothing_over_the_swapped_image() -> None:
+    heat = np.zeros((1, 60, 64))
+    heat[:, :, 27] = 1.0  # one habitual place
+    row = evaluate(heat, _queries(_boxes(60)))["keyword"]["all"]
+    assert 0.0 < row["hit"]["value"] < 1.0
+    assert row["over_swapped"]["value"] == 1.0
+
+
+def test_without_a_prior_or_a_swapped_image_the_columns_are_not_available() -> None:
+    queries = [Query(0, "nodule", None, "keyword", 0, _boxes(1)[0], None)]
+    row = evaluate(np.zeros((1, 1, 64)), queries)["keyword"]["all"]
+    assert row["prior"] is None and row["swapped"]["value"] is None
+    assert row["over_swapped"]["reason"] == "no image without the finding to swap in"
+
+
+def test_maps_follow_the_model_from_image_to_phrase() -> None:
+    run = small_run()
+    features = ImageFeatures(
+        embedding=torch.zeros(2, 32), patches=torch.randn(2, 9, 32), grid=(3, 3)
+    )
+    maps = grounding.phrase_maps(run.model, features.patches, encode("nodule", "no nodule"))
+    assert maps.shape == (2, 2, 9) and float(maps.abs().max()) <= 1.0 + 1e-5

@@ -1,0 +1,97 @@
+"""Labels, prompts and boxes; box mapping against the pixels themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mlip.config import Config, load
+from mlip.dataloading.manifest import Manifest, load_manifest
+from mlip.dataloading.transforms import Transform
+from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.linker import Linker
+from mlip.transfer import truth
+
+
+def write_manifest(folder: Path, box: str, labels: str = "Pneumonia") -> tuple[Config, Manifest]:
+    image = np.zeros((300, 200), np.uint8)
+    image[90:150, 50:130] = 255
+    cv2.imwrite(str(folder / "one.png"), image)
+    (folder / "manifest.csv").write_text(
+        f"image,report,patient_id,split,labels\none.png,there is pneumonia here,p1,test,{labels}\n"
+    )
+    (folder / "boxes.csv").write_text(f"path,label,x,y,w,h\none.png,Left_Lung,{box}\n")
+    config = load(
+        [],
+        [
+            f"data.manifest={folder / 'manifest.csv'}",
+            "data.columns.study_id=null",
+            "data.columns.labels=labels",
+            "data.resize_px=256",
+            "data.crop_px=224",
+        ],
+    )
+    return config, load_manifest(config.data)
+
+
+def test_boxes_land_on_the_pixels_they_frame(tmp_path: Path) -> None:
+    """Oracle: the bright rectangle, after the model's own image preparation."""
+    config, manifest = write_manifest(tmp_path, "50,90,80,60")
+    (box,) = truth.load_boxes(config, manifest, [0])[0]
+    transform = Transform(config.data, train=False, seed=0)
+    zero = np.zeros(1, dtype=np.int64)
+    pixels = np.empty((224, 224), dtype=np.float32)
+    image = cv2.imread(str(tmp_path / "one.png"), cv2.IMREAD_GRAYSCALE)
+    transform.apply(image, transform.draw(zero, zero), 0, pixels)
+    bright_y, bright_x = np.nonzero(pixels > 0)
+    seen = (bright_x.min(), bright_y.min(), bright_x.max() + 1, bright_y.max() + 1)
+    np.testing.assert_allclose(box.corners, seen, atol=1.0)
+    assert (box.finding, box.side) == ("Left_Lung", None)
+
+
+def test_a_box_that_the_crop_removes_is_dropped(tmp_path: Path) -> None:
+    config, manifest = write_manifest(tmp_path, "90,0,20,18")
+    assert truth.load_boxes(config, manifest, [0]) == {}
+
+
+def test_a_box_outside_its_image_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    config, manifest = write_manifest(tmp_path, "150,90,80,60")
+    with pytest.raises(ValueError, match=r"boxes\.csv.*does not lie inside its 200 x 300 image"):
+        truth.load_boxes(config, manifest, [0])
+
+
+def test_missing_columns_are_all_named(tmp_path: Path) -> None:
+    config, manifest = write_manifest(tmp_path, "50,90,80,60")
+    (tmp_path / "boxes.csv").write_text("path,label,x,y\n")
+    with pytest.raises(ValueError, match="h, w"):
+        truth.load_boxes(config, manifest, [0])
+
+
+def test_a_blank_label_cell_says_nothing_unless_everything_was_looked_for(tmp_path: Path) -> None:
+    _, manifest = write_manifest(tmp_path, "50,90,80,60", labels="")
+    rows = np.array([0])
+    assert truth.label_matrix(manifest, rows, ["a"], blank_is_negative=False).tolist() == [[-1]]
+    assert truth.label_matrix(manifest, rows, ["a"], blank_is_negative=True).tolist() == [[0]]
+
+
+def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> None:
+    table = load_concepts()
+    prompts, unknown = truth.lexicon_prompts(
+        ["Pleural_Effusion", "No Finding", "Xyzzy"], Linker(table), table
+    )
+    assert [p.finding for p in prompts] == ["Pleural_Effusion"]
+    assert "there is pleural effusion." in prompts[0].positive
+    assert "no pleural effusion." in prompts[0].negative
+    assert unknown == ["No Finding", "Xyzzy"]
+
+
+def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
+    _, manifest = write_manifest(tmp_path, "50,90,80,60")
+    assert truth.phantom_meta(manifest) is None
+    (tmp_path / "meta.json").write_text('{"kind": "something else"}')
+    assert truth.phantom_meta(manifest) is None
+    assert truth.phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None

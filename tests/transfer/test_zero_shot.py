@@ -1,0 +1,88 @@
+"""Zero-shot scores by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mlip.transfer.zero_shot import (
+    Prompts,
+    combine,
+    evaluate_zero_shot,
+    finding_scores,
+    prompt_texts,
+)
+
+TWO = [
+    Prompts("a", "Finding A", ("a is seen", "there is a"), ("no a",)),
+    Prompts("b", "Finding B", ("b is seen",), ("no b", "b is absent")),
+]
+
+
+def test_a_score_is_mean_positive_minus_mean_negative_wording() -> None:
+    similarity = np.array([[0.2, 0.4, 0.1, 0.9, 0.3, 0.5]])
+    assert prompt_texts(TWO) == [
+        "a is seen",
+        "there is a",
+        "no a",
+        "b is seen",
+        "no b",
+        "b is absent",
+    ]
+    np.testing.assert_allclose(finding_scores(similarity, TWO), [[0.3 - 0.1, 0.9 - 0.4]])
+
+
+def test_wordings_and_columns_must_agree() -> None:
+    with pytest.raises(ValueError, match="expected 6 wordings, got 5"):
+        finding_scores(np.zeros((1, 5)), TWO)
+
+
+def test_a_finding_needs_both_kinds_of_wording() -> None:
+    with pytest.raises(ValueError, match="'c'.*got 1 and 0"):
+        Prompts("c", "C", ("c",), ())
+
+
+def test_naming_a_finding_is_not_enough() -> None:
+    """A model that only sees the finding's name scores both wordings alike: AUROC 0.5."""
+    labels = np.array([[1], [0], [1], [0]])
+    named = np.array([[0.9, 0.9], [0.1, 0.1], [0.8, 0.8], [0.3, 0.3]])
+    prompts = [Prompts("a", "A", ("a",), ("no a",))]
+    found = evaluate_zero_shot(
+        {"global": finding_scores(named, prompts)}, labels, prompts, range(4), bootstrap=20, seed=0
+    )
+    assert found["macro"]["global"]["value"] == 0.5
+
+
+def test_combined_weighs_each_score_by_its_own_learned_scale() -> None:
+    assert combine(np.array([0.5]), np.array([0.2]), 10.0, 20.0)[0] == pytest.approx(9.0)
+
+
+def test_scores_are_scikit_learns_and_unlabelled_rows_and_absent_findings_leave() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.standard_normal((60, 3))
+    labels = (generator.random((60, 3)) < 0.5).astype(int)
+    labels[:10, 0] = -1  # not said
+    labels[:, 2] = 0  # never present
+    prompts = [Prompts(n, n.upper(), (n,), (f"no {n}",)) for n in "abc"]
+    found = evaluate_zero_shot({"local": scores}, labels, prompts, range(60), bootstrap=100, seed=0)
+    a, b, c = found["findings"]
+    assert a["n"] == 50 and b["n"] == 60
+    expected = [
+        roc_auc_score(labels[10:, 0], scores[10:, 0]),
+        roc_auc_score(labels[:, 1], scores[:, 1]),
+    ]
+    assert [a["local"]["value"], b["local"]["value"]] == pytest.approx(expected)
+    assert c["local"]["value"] is None and "0 of 60" in c["local"]["reason"]
+    assert found["macro"]["local"]["value"] == pytest.approx(np.mean(expected))
+    assert found["worst"]["local"]["value"] == pytest.approx(min(expected))
+    assert found["worst"]["local"]["finding"] == "ab"[int(np.argmin(expected))]
+    assert a["local"]["low"] < a["local"]["value"] < a["local"]["high"]
+
+
+def test_without_any_scorable_finding_there_is_no_mean() -> None:
+    found = evaluate_zero_shot(
+        {"global": np.zeros((3, 2))}, np.zeros((3, 2)), TWO, range(3), bootstrap=5, seed=0
+    )
+    assert found["macro"]["global"]["value"] is None
+    assert found["worst"]["global"]["finding"] is None
