@@ -192,6 +192,17 @@ def score(reports: list[Report], linker: Linker, findings: list[Finding], dev: l
             "false_negatives": int(fn),
         }
     result["per_finding"] = per_finding
+    misses = [
+        (report.id, findings[i].name, *cause(report, mentions, findings[i], bool(gold[row, i])))
+        for row, (report, mentions) in enumerate(zip(reports, linked, strict=True))
+        for i in range(len(findings))
+        if gold[row, i] != predicted[row, i]
+    ]
+    names = {findings[i].name for i in top}
+    result["miss_causes_top14"] = dict(Counter(m[3] for m in misses if m[1] in names).most_common())
+    result["misses"] = (
+        misses  # (report, finding, kind, cause): identifiers of a public set, no text
+    )
     column = {f.name: i for i, f in enumerate(findings)}
     pair_columns = [column["pneumothorax"], column["consolidation"]]
     wrong = ~gold & predicted
@@ -207,6 +218,23 @@ def score(reports: list[Report], linker: Linker, findings: list[Finding], dev: l
     )
     result["normal_with_any_of_all"] = round(float(hit_all.mean()), 4)
     return result
+
+
+def cause(
+    report: Report, mentions: list[Mention], finding: Finding, indexed: bool
+) -> tuple[str, str]:
+    """(kind, cause) of a miss, told from mentions and headings alone."""
+    if not indexed:
+        known = report.headings == ("normal",)
+        return "false positive", "stated, indexed as normal" if known else "stated, not indexed"
+    states = {m.state for m in mentions if m.concept_id in finding.concepts}
+    if "uncertain" in states:
+        return "false negative", "hedged in the report, indexed as a finding"
+    if states:
+        return "false negative", "only denied mentions found"
+    if "xxxx" in report.text.lower():
+        return "false negative", "no term found, words of the report are redacted"
+    return "false negative", "no term found"
 
 
 def asserted(
