@@ -69,7 +69,7 @@ FINDINGS: tuple[FindingSpec, ...] = (
     FindingSpec(
         concept_id="lung_nodule",
         prevalence=0.28,
-        contrast=(0.70, 1.05),
+        contrast=(0.60, 1.00),
         size_share=(0.020, 0.042),
         measure="radius",
         size_words=("small", "medium sized", "large"),
@@ -113,7 +113,7 @@ FINDINGS: tuple[FindingSpec, ...] = (
     FindingSpec(
         concept_id="central_venous_catheter",
         prevalence=0.26,
-        contrast=(0.45, 0.80),
+        contrast=(0.35, 0.65),
         size_share=(0.30, 0.75),
         measure="length of the line inside the image",
         size_words=(),
