@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
+_BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a megabyte happen
 
 
 class ManifestError(ValueError):
@@ -101,6 +102,7 @@ def _read_csv(path: Path, wanted: Mapping[str, str]) -> pa.Table:
 
     table = pa.csv.read_csv(
         path,
+        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
         parse_options=pa.csv.ParseOptions(
             delimiter=delimiter, newlines_in_values=True, invalid_row_handler=count_ragged
         ),
@@ -157,17 +159,19 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> pa.Table:
                 raise ManifestError(f"{path}: line {number}: expected a JSON object")
             names.update(dict.fromkeys(row))
     _check_columns(list(names), wanted, path)
+    blocks = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
     texts = pa.schema([(name, pa.string()) for name in sorted(set(wanted.values()))])
     try:
         return pa.json.read_json(
             path,
+            read_options=blocks,
             parse_options=pa.json.ParseOptions(
                 explicit_schema=texts, newlines_in_values=False, unexpected_field_behavior="ignore"
             ),
         )
     except pa.ArrowInvalid:
         # some column holds numbers: let Arrow find the types, they become text below
-        return pa.json.read_json(path)
+        return pa.json.read_json(path, read_options=blocks)
 
 
 def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:

@@ -226,6 +226,19 @@ def test_reports_without_content_are_left_out_by_a_counted_rule(
     assert len(kept.rows("train", with_report=False)) + sum(counts.values()) == len(kept)
 
 
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_report_of_megabytes_is_one_row_like_any_other(tmp_path: Path, name: str) -> None:
+    text = "effusion " * 400_000
+    row = {"image": "a.png", "report": text, "patient_id": "p", "study_id": "s", "split": "train"}
+    if name == "m.csv":
+        path = write(tmp_path, [",".join(row.values()), GOOD[0].replace("a.png", "b.png")])
+    else:
+        path = tmp_path / name
+        path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "image": "b.png"}) + "\n")
+    manifest = load(path)
+    assert len(manifest.rows("train")) == 2 and manifest.text(0) == text
+
+
 def test_a_manifest_without_report_column_serves_image_only_tasks(tmp_path: Path) -> None:
     path = write(tmp_path, ["a.png,p1,train", "b.png,p2,test"], header="image,patient_id,split")
     overrides = ["data.columns.report=null", "data.columns.study_id=null"]
