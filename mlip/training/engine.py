@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -51,6 +52,10 @@ class DeepSpeedEngine(Engine):
 
         self._deepspeed = deepspeed
         logger.setLevel("WARNING")
+        # DeepSpeed calls collectives by names that torch renames; nothing a user could act on
+        warnings.filterwarnings(
+            "ignore", message="`torch.distributed.*is deprecated", category=FutureWarning
+        )
         # a C++ extension for inference that would be compiled for half a minute at the start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)

@@ -109,7 +109,7 @@ class Trainer:
                 stop_requested = self._one_step(batches, stop)
                 if stop_requested and self.step < self.steps:
                     self.save()
-                    self.log.event("stopped", step=self.step)
+                    self._event("stopped", step=self.step)
                     raise Preempted(
                         f"stopped on request after step {self.step} of {self.steps}; saved: the "
                         "same command goes on from there"
@@ -117,7 +117,7 @@ class Trainer:
                 if every > 0 and self.step % every == 0 and self.step < self.steps:
                     self._save_or_go_on()
             self.save()
-            self.log.event("trained", step=self.step, skipped_steps=self.skipped_steps)
+            self._event("trained", step=self.step, skipped_steps=self.skipped_steps)
         finally:
             self.log.close()
 
@@ -157,9 +157,8 @@ class Trainer:
             f"step {self.step}: {what} not finite; the step was skipped on all ranks "
             f"({self.skipped_in_a_row} in a row)"
         )
-        if distributed.is_main():
-            self.log.event("skipped", step=self.step, terms=terms, manifest_rows=rows)
-            self.log.warn(f"{text}; its {len(rows)} manifest rows are in events.jsonl")
+        self._event("skipped", step=self.step, terms=terms, manifest_rows=rows)
+        self.log.warn(f"{text}; its {len(rows)} manifest rows are in events.jsonl")
         if self.skipped_in_a_row >= self.config.train.max_nan_steps:
             kept = checkpoint.checkpoints_of(self.config.run.dir)
             raise NumericError(
@@ -173,8 +172,12 @@ class Trainer:
             self.save()
         except CheckpointError as error:
             self.log.warn(f"not saved: {error}; training goes on")
-            if distributed.is_main():
-                self.log.event("not_saved", step=self.step, reason=str(error))
+            self._event("not_saved", step=self.step, reason=str(error))
+
+    def _event(self, kind: str, **facts: Any) -> None:
+        """One line for what all ranks did together."""
+        if distributed.is_main():
+            self.log.event(kind, **facts)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; a collective call."""

@@ -26,6 +26,7 @@ from mlip.training import randomness
 from mlip.training.grad_cache import cached_forward
 from mlip.training.lifecycle import StopRequest, guarded, locked_folder
 from mlip.training.loop import Trainer
+from mlip.training.runlog import setup_logging
 
 PIXELS, VOCABULARY, WIDTH, DIM = 12, 50, 31, 7  # odd: nothing divides by the world size
 SETTINGS = (
@@ -171,6 +172,7 @@ def main(arguments: list[str]) -> None:
     folder.append(Path(config.run.dir))
     stop = StopRequest()
     distributed.start(config.run.timeout_s)
+    setup_logging()
     with locked_folder(Path(config.run.dir)):
         make_trainer(config, dropout=0.2).fit(stop)
         distributed.barrier()

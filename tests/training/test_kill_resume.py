@@ -1,0 +1,176 @@
+"""Two ranks under the real launchers: killed, told to stop, resumed; losses bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mlip.training import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "tests/training/toy_run.py"
+STEPS, EVERY = 12, 4
+
+
+def _port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def _command(launcher: str, folder: Path, *more: str) -> list[str]:
+    if launcher == "deepspeed":
+        start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+        start += ["--master_port", _port(), "--log_level", "error"]
+    elif launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        start += ["--master_port", _port()]
+    else:
+        start = [sys.executable]
+    settings = [f"run.dir={folder}", f"train.max_steps={STEPS}", f"train.checkpoint_steps={EVERY}"]
+    return [*start, SCRIPT, *settings, "train.keep_checkpoints=2", *more]
+
+
+def _environment(fault: str | None) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    environment.pop("FAULT", None)
+    return environment | ({"FAULT": fault} if fault else {})
+
+
+def _run(launcher: str, folder: Path, *more: str, fault: str | None = None) -> Any:
+    return subprocess.run(
+        _command(launcher, folder, *more),
+        cwd=ROOT,
+        env=_environment(fault),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def _steps(folder: Path) -> dict[int, tuple[Any, ...]]:
+    """Step -> numbers; json keeps every bit of a float. A line cut by a kill is passed over."""
+    found = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        found[entry["step"]] = (entry["total"], entry["grad_norm"], entry["terms"], entry["lr"])
+    return found
+
+
+def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def test_kill_and_stop_lose_nothing_but_an_interval(tmp_path):
+    zero = "train.zero_stage=2"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = _run("torchrun", whole, zero)
+    assert done.returncode == 0, done.stderr[-3000:]
+    oracle = _steps(whole)
+    assert sorted(oracle) == list(range(1, STEPS + 1))
+
+    # kill -9 of rank 1 in the middle of step 7; the other rank notices and ends
+    done = _run("torchrun", parts, zero, fault="kill@1:6:backward")
+    (fault,), (error,) = _events(parts, "fault"), _events(parts, "error")
+    assert done.returncode != 0 and (error["rank"], error["code"]) == (0, 6)
+    # reliability: 5 s to notice; 2 s more look for the peer's last words
+    assert error["time"] - fault["time"] < 15, "the survivor waited for a timeout"
+    assert [c.name for c in checkpoint.checkpoints_of(parts)] == ["step_00000004"]
+
+    # SIGTERM to rank 0 alone: both agree on a step, save and say 75
+    done = _run("deepspeed", parts, zero, fault="term@0:8:load")
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert len(_events(parts, "fault")) == 2
+    assert checkpoint.checkpoints_of(parts)[0].name == "step_00000009"
+
+    done = _run("torchrun", parts, zero)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [event["step"] for event in _events(parts, "started")] == [0, 4, 9]
+    assert _steps(parts) == oracle
+    ends = [checkpoint.read(checkpoint.checkpoints_of(folder)[0]) for folder in (whole, parts)]
+    assert ends[0].state["rng"] == ends[1].state["rng"]
+    for name, tensor in ends[0].training.parameters.items():
+        assert tensor.equal(ends[1].training.parameters[name]), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("stage", "phase", "victim"),
+    [
+        *((2, phase, rank) for phase, rank in itertools.product(("load", "optimizer"), (0, 1))),
+        *((s, "forward", 1) for s in (0, 1, 3)),
+        *((1, phase, 0) for phase in ("ckpt-write", "ckpt-fsync", "ckpt-rename")),
+        (3, "retention-delete", 0),
+    ],
+)
+def test_kill_at_every_phase_loses_at_most_an_interval(tmp_path, stage, phase, victim):
+    zero = f"train.zero_stage={stage}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _run("torchrun", whole, zero).returncode == 0
+    # checkpoints fall on 4, 8 and 12; with two kept, the first deletion comes with the third
+    at = {"retention-delete": 12}.get(phase, 8 if phase.startswith("ckpt") else 6)
+    done = _run("torchrun", parts, zero, fault=f"kill@{victim}:{at}:{phase}")
+    assert done.returncode != 0 and len(_events(parts, "fault")) == 1
+    newest, problems = checkpoint.find_newest(parts)
+    assert newest is not None and not problems
+    done = _run("torchrun", parts, zero)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert at - _events(parts, "started")[1]["step"] <= EVERY
+    assert _steps(parts) == _steps(whole)
+    assert not list((parts / "checkpoints").glob(".writing-*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "after"), [(("torchrun", 2), ("python", 0)), (("python", 0), ("torchrun", 3))]
+)
+def test_another_world_size_and_stage_go_on_where_the_first_stopped(tmp_path, before, after):
+    # test_engine_ranks holds the numbers to one process; here: that it goes on at the right step
+    fault = "term@0:5:load"
+    done = _run(before[0], tmp_path, f"train.zero_stage={before[1]}", fault=fault)
+    assert done.returncode in (75, 1)  # torchrun has no other code than 1
+    saved = checkpoint.checkpoints_of(tmp_path)[0]
+    assert saved.name == "step_00000006"
+    done = _run(after[0], tmp_path, f"train.zero_stage={after[1]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "samples keep their order" in done.stderr
+    assert sorted(_steps(tmp_path)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.long
+def test_killing_the_deepspeed_command_stops_and_saves(tmp_path):
+    # the command dies of SIGTERM without a word to its child launcher, which trains on
+    command = _command("deepspeed", tmp_path, "train.max_steps=100000", "train.log_steps=1000000")
+    job = subprocess.Popen(command, cwd=ROOT, env=_environment(None))
+    ranks: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "log.jsonl").is_file() or not _steps(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True)]
+        job.send_signal(signal.SIGTERM)
+        job.wait()
+        gone, alive = psutil.wait_procs(ranks, timeout=40)
+        assert not alive
+    finally:
+        for process in ranks:
+            if process.is_running():
+                process.kill()
+    assert len(_events(tmp_path, "stopped")) == 1
+    assert len(checkpoint.checkpoints_of(tmp_path)) >= 1

@@ -1,0 +1,246 @@
+"""How a run ends: exit codes, one line on stderr, the folder's lock, requests to stop."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlip.config import ConfigError
+from mlip.training import faults, lifecycle
+from mlip.training.lifecycle import (
+    CheckpointError,
+    NumericError,
+    Preempted,
+    StopRequest,
+    exit_code,
+    guarded,
+    locked_folder,
+    record_event,
+)
+
+FORK = multiprocessing.get_context("fork")  # a spawned one would import torch first
+
+
+class _DataError(RuntimeError):
+    exit_code = 3
+
+
+class ManifestError(ValueError):
+    """As the data loading's: recognised by its name, without an import of it."""
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (ValueError("x"), 2),
+        (_DataError("x"), 3),
+        (ManifestError("x"), 3),
+        (CheckpointError("x"), 4),
+        (NumericError("x"), 5),
+        (RuntimeError("x"), 1),
+        (RuntimeError("timed out while thinking"), 1),  # not said by a collective
+        (Preempted("x"), 75),
+    ],
+)
+def test_every_kind_of_error_has_its_exit_code(error, code):
+    assert exit_code(error) == code
+
+
+def test_an_error_is_one_line_an_event_and_a_traceback_in_a_file(tmp_path, capsys):
+    def fail():
+        raise CheckpointError("cannot go on\nfor a reason")
+
+    assert guarded(fail, lambda: tmp_path) == 4
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("mlip: checkpoint error on rank 0: cannot go on for a reason (traceback")
+    assert printed.out == ""
+    assert "raise CheckpointError" in (tmp_path / "error-rank0.log").read_text()
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert event["event"] == "error" and event["code"] == 4 and event["error"] == "CheckpointError"
+    # an error may quote what a file holds: the event keeps only a hash of its text
+    assert "cannot" not in json.dumps(event)
+
+
+def test_without_a_folder_an_unexpected_error_still_shows_its_traceback(capsys):
+    def fail():
+        raise KeyError("who knows")
+
+    assert guarded(fail, lambda: None) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_success_and_preemption_leave_no_error(tmp_path):
+    def stop():
+        raise Preempted("stopped")
+
+    assert guarded(lambda: None, lambda: tmp_path) == 0
+    assert guarded(stop, lambda: tmp_path) == 75
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_lost_its_peer_ends_with_the_peers_code(tmp_path, monkeypatch):
+    record_event(tmp_path, "error", code=3, error="DataError", text="0")
+    monkeypatch.setenv("RANK", "1")
+
+    class DistBackendError(RuntimeError):
+        pass
+
+    def fail():
+        raise DistBackendError("Connection closed by peer [127.0.0.1]:1234")
+
+    assert guarded(fail, lambda: tmp_path) == 3
+
+
+def test_a_rank_whose_peer_left_no_word_ends_with_6(tmp_path, monkeypatch):
+    record_event(tmp_path, "error", code=3, error="DataError", text="0")
+    old = json.loads((tmp_path / "events.jsonl").read_text()) | {"time": 1.0, "rank": 1}
+    (tmp_path / "events.jsonl").write_text(json.dumps(old) + "\n")  # of an earlier run
+
+    class DistBackendError(RuntimeError):
+        pass
+
+    def fail():
+        raise DistBackendError("Connection closed by peer [127.0.0.1]:1234")
+
+    assert guarded(fail, lambda: tmp_path) == 6
+
+
+def test_a_second_job_on_a_folder_is_refused_and_names_the_first(tmp_path):
+    with locked_folder(tmp_path / "run"):
+        with pytest.raises(ConfigError, match=f"in use by another job .pid {os.getpid()} on "):
+            with locked_folder(tmp_path / "run"):
+                pass
+    with locked_folder(tmp_path / "run"):
+        pass
+
+
+def _hold(folder: Path, held: Any) -> None:
+    with locked_folder(folder):
+        held.set()
+        time.sleep(60)
+
+
+def test_the_lock_of_a_killed_job_is_free(tmp_path):
+    held = FORK.Event()
+    job = FORK.Process(target=_hold, args=(tmp_path, held))
+    job.start()
+    try:
+        assert held.wait(30)
+        with pytest.raises(ConfigError, match=f"pid {job.pid}"), locked_folder(tmp_path):
+            pass
+    finally:
+        job.kill()
+        job.join()
+    with locked_folder(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_a_settings_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+        with locked_folder(tmp_path / "run"):
+            pass
+
+
+def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="run cannot be written: File exists"):
+        with locked_folder(tmp_path / "run"):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_is_noted_and_the_step_goes_on(number):
+    stop = StopRequest()
+    assert not stop.is_set
+    os.kill(os.getpid(), number)
+    assert stop.is_set
+
+
+def test_a_second_sigterm_changes_nothing_but_a_second_ctrl_c_interrupts():
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.is_set
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.0)
+
+
+def test_after_the_last_save_a_signal_ends_the_run_at_once():
+    stop = StopRequest()
+    stop.raise_at_once()
+    with pytest.raises(Preempted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.0)
+
+
+def test_a_stop_noted_before_the_evaluation_ends_the_run_there():
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted):
+        stop.raise_at_once()
+
+
+def test_a_launcher_that_is_gone_counts_as_a_request_to_stop():
+    stop = StopRequest()
+    launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    stop._launcher = lifecycle.psutil.Process(launcher.pid)
+    assert not stop.is_set
+    launcher.kill()
+    launcher.wait()
+    assert stop.is_set
+
+
+def _record_many(folder: Path) -> None:
+    for number in range(300):
+        record_event(folder, "x", number=number, pad="y" * 500)
+
+
+def test_events_of_two_writers_stay_whole_lines(tmp_path):
+    jobs = [FORK.Process(target=_record_many, args=(tmp_path,)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    events = [json.loads(x) for x in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert len(events) == 600
+
+
+@pytest.mark.parametrize("fault", ["kill", "kill@0:1", "explode@0:1:load", "kill@0:1:lunch"])
+def test_a_fault_that_cannot_fire_is_an_error(tmp_path, monkeypatch, fault):
+    # an injector that silently does nothing would let every test of it pass
+    monkeypatch.setenv("FAULT", fault)
+    with pytest.raises(ConfigError, match="expected kind@rank:step:phase"):
+        faults.fire("load", 0, tmp_path)
+
+
+def test_a_fault_fires_once_at_its_place_and_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "error@0:2:backward")
+    monkeypatch.setattr(faults, "_fired", set())
+    for step, phase in ((1, "backward"), (2, "forward")):
+        assert faults.fire(phase, step, tmp_path) is False
+    with pytest.raises(RuntimeError, match="fault injected at step 2"):
+        faults.fire("backward", 2, tmp_path)
+    assert faults.fire("backward", 2, tmp_path) is False
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
