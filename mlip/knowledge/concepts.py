@@ -20,8 +20,19 @@ import yaml
 LEXICON_DIR = Path(__file__).with_name("lexicon")
 RELATIONS = ("located_in", "suggests", "device_at", "part_of")
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
-# the C parser reads the lexicon in tenths of the time; the pure one gives the same result
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+# the C parser reads the lexicon in a tenth of the time; the pure one gives the same result
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML without silently repeated keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.YAMLError(f"{twice!r} occurs twice (line {node.start_mark.line + 1} ff.)")
+        result: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return result
 
 
 class LexiconError(ValueError):
@@ -50,6 +61,7 @@ class Concept:
     apart: tuple[tuple[tuple[str, ...], ...], ...] = ()
     excludes: tuple[str, ...] = ()
     source: str = "mlip"  # lexicon or ontology this row came from
+    licensed: tuple[str, ...] = ()  # forms and definition that a licensed source added
 
     @cached_property
     def surface_forms(self) -> tuple[str, ...]:
@@ -201,6 +213,7 @@ def read_table(path: str | Path) -> ConceptTable:
                             tuple(tuple(slot) for slot in term) for term in row.get("apart", ())
                         ),
                         "excludes": tuple(row.get("excludes", ())),
+                        "licensed": tuple(row.get("licensed", ())),
                     }
                 )
             )
@@ -254,7 +267,7 @@ def _from_yaml(files: Iterable[Path]) -> ConceptTable:
         text = read_text(file)
         hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
         try:
-            content = yaml.load(text, Loader=_LOADER)
+            content = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise LexiconError(f"{file}: not valid YAML: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("concepts"), dict):

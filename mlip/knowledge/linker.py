@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 import ahocorasick
 import yaml
@@ -26,9 +25,8 @@ from mlip.knowledge.concepts import (
     load_concepts,
     read_text,
 )
-from mlip.knowledge.scope import FLAG, Entry
+from mlip.knowledge.scope import FLAG, Entry, State
 
-State = Literal["present", "absent", "uncertain"]
 _PIECE = re.compile(r"[^\W_]+|[\s\-]+|.", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 _FIRST_CODE = 0x100  # codes below stand for characters that mean themselves
@@ -62,21 +60,21 @@ class Linker:
         flags: dict[str, int] = {_PARAGRAPH: FLAG["sentence"]}
         for kind, forms in read_cues().items():
             for form in forms:
-                key = self._encode(form)
+                key = self.key(form)
                 flags[key] = flags.get(key, 0) | FLAG[kind]
         owners: dict[str, int] = {}
         for row, concept in enumerate(table):
             for form in concept.surface_forms:
-                owners.setdefault(self._encode(form), row)
+                owners.setdefault(self.key(form), row)
         parts: dict[str, list[tuple[int, int]]] = {}
         self._rules: list[tuple[int, int]] = []
         for row, concept in enumerate(table):
             for form in concept.excludes:
-                flags.setdefault(self._encode(form.lower()), 0)
+                flags.setdefault(self.key(form.lower()), 0)
             for term in concept.apart:
                 for slot, forms in enumerate(term):
                     for form in forms:
-                        key = self._encode(form.lower())
+                        key = self.key(form.lower())
                         parts.setdefault(key, []).append((len(self._rules), slot))
                 self._rules.append((row, len(term)))
         for key, row in owners.items():
@@ -171,7 +169,7 @@ class Linker:
                 for form in (word, *_plurals(word)):
                     self._codes.setdefault(form, code)
 
-    def _encode(self, term: str) -> str:
+    def key(self, term: str) -> str:
         """A term as codes; only words that _learn_words has seen.
 
         Raises:  LexiconError on a character that no report can match

@@ -6,9 +6,12 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
-PRESENT, ABSENT, UNCERTAIN = "present", "absent", "uncertain"
+State = Literal["present", "absent", "uncertain"]
+PRESENT: Final = "present"
+ABSENT: Final = "absent"
+UNCERTAIN: Final = "uncertain"
 KINDS = (
     "negation_before",
     "not",
@@ -65,7 +68,7 @@ class Entry(NamedTuple):
 
 
 Event = tuple[int, int, Entry]
-Found = tuple[int, int, int, str]  # code start, code end, concept row, state
+Found = tuple[int, int, int, State]  # code start, code end, concept row, state
 
 
 def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> list[Found]:
@@ -75,7 +78,7 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
     """
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
-    state = PRESENT
+    state: State = PRESENT
     single = False  # the negation reaches one term, not a list
     listing = False  # the hedge reaches over a list of commas
     closed = False  # a verb came after a term since the cue: the next comma ends its reach
@@ -198,7 +201,7 @@ def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
 
 
 def _look_back(
-    events: list[Event], i: int, found: list[Found], owner: list[int], state: str, one: bool
+    events: list[Event], i: int, found: list[Found], owner: list[int], state: State, one: bool
 ) -> None:
     """Give the state to the mentions that a cue behind them speaks of."""
     k = len(found) - 1

@@ -1,0 +1,146 @@
+"""Several concept tables -> one, by shared codes; and what of it may be handed on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlip.knowledge.concepts import ConceptTable
+
+LICENSED_SOURCES = frozenset({"umls"})
+
+
+def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
+    """One table: concepts that share a code become one, the rest is appended in order.
+
+    The base keeps its ids, names and surface forms; a form it owns is taken from no other concept.
+    Licensed forms are remembered (Concept.licensed) so that open_part can take them out again.
+    """
+    concepts = {concept.id: concept for concept in base}
+    by_code: dict[tuple[str, str], str] = {}
+    owned: set[str] = set()
+    for concept in base:
+        owned.update(concept.surface_forms)
+        for vocabulary, codes in concept.mappings.items():
+            if vocabulary in ("umls", "hpo", "doid", "radlex"):
+                for code in codes:
+                    by_code.setdefault((vocabulary, code), concept.id)
+    for other in others:
+        renamed = {
+            concept.id: next(
+                (
+                    by_code[v, code]
+                    for v, codes in concept.mappings.items()
+                    for code in codes
+                    if (v, code) in by_code
+                ),
+                concept.id,
+            )
+            for concept in other
+        }
+        for concept in other:
+            target = renamed[concept.id]
+            fresh = tuple(s for s in (concept.name, *concept.synonyms) if s.lower() not in owned)
+            owned.update(s.lower() for s in fresh)
+            licensed = concept.source in LICENSED_SOURCES
+            if target in concepts:
+                host = concepts[target]
+                take = not host.definition and bool(concept.definition)
+                concepts[target] = replace(
+                    host,
+                    synonyms=(*host.synonyms, *fresh),
+                    definition=concept.definition if take else host.definition,
+                    mappings={
+                        key: tuple(
+                            dict.fromkeys(
+                                (*host.mappings.get(key, ()), *concept.mappings.get(key, ()))
+                            )
+                        )
+                        for key in {**host.mappings, **concept.mappings}
+                    },
+                    licensed=(
+                        *host.licensed,
+                        *(fresh if licensed else ()),
+                        *((concept.definition,) if licensed and take else ()),
+                    ),
+                )
+            else:
+                concepts[target] = replace(
+                    concept,
+                    synonyms=tuple(s for s in fresh if s != concept.name),
+                    parents=tuple(dict.fromkeys(renamed.get(p, p) for p in concept.parents)),
+                    relations=tuple((r, renamed.get(t, t)) for r, t in concept.relations),
+                )
+    known = set(concepts)
+    cleaned = [
+        replace(
+            c,
+            parents=tuple(p for p in c.parents if p in known and p != c.id),
+            relations=tuple((r, t) for r, t in c.relations if t in known),
+        )
+        for c in concepts.values()
+    ]
+    provenance = {
+        "source": "merged",
+        "licensed": any(t.provenance.get("licensed") for t in (base, *others)),
+        "parts": [t.provenance for t in (base, *others)],
+    }
+    return without_cycles(ConceptTable(cleaned, provenance))
+
+
+def open_part(table: ConceptTable) -> ConceptTable:
+    """The table without licensed concepts, names and definitions: what may be handed on."""
+    kept = [c for c in table if c.source not in LICENSED_SOURCES]
+    ids = {c.id for c in kept}
+    cleaned = []
+    for concept in kept:
+        secret = set(concept.licensed)
+        cleaned.append(
+            replace(
+                concept,
+                synonyms=tuple(s for s in concept.synonyms if s not in secret),
+                definition="" if concept.definition in secret else concept.definition,
+                parents=tuple(p for p in concept.parents if p in ids),
+                relations=tuple((r, t) for r, t in concept.relations if t in ids),
+                licensed=(),
+            )
+        )
+    return ConceptTable(cleaned, {"source": "open part", "of": table.fingerprint})
+
+
+def cycles(table: ConceptTable) -> list[tuple[str, str]]:
+    """Is-a edges (child, parent) that close a circle, in table order."""
+    closing: list[tuple[str, str]] = []
+    state: dict[str, int] = {}  # 1 = on the path, 2 = done
+    for concept in table:
+        if concept.id in state:
+            continue
+        stack = [(concept.id, iter(concept.parents))]
+        state[concept.id] = 1
+        while stack:
+            node, rest = stack[-1]
+            for parent in rest:
+                if state.get(parent) == 1:
+                    closing.append((node, parent))
+                elif parent not in state and parent in table:
+                    state[parent] = 1
+                    stack.append((parent, iter(table[parent].parents)))
+                    break
+            else:
+                state[node] = 2
+                stack.pop()
+    return closing
+
+
+def without_cycles(table: ConceptTable) -> ConceptTable:
+    """Foreign vocabularies do hold circles: the closing edges go, their number is recorded."""
+    closing = set(cycles(table))
+    if not closing:
+        return table
+    children = {child for child, _ in closing}
+    concepts = [
+        replace(c, parents=tuple(p for p in c.parents if (c.id, p) not in closing))
+        if c.id in children
+        else c
+        for c in table
+    ]
+    return ConceptTable(concepts, {**table.provenance, "is_a_edges_dropped": len(closing)})

@@ -1,0 +1,210 @@
+"""Open ontologies -> concept tables: OBO files and a user's own CSV.
+
+What does not live here: the project's lexicon (concepts.py), UMLS (umls.py), merging (merging.py).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+
+
+def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
+    """Terms of an OBO file (.obo or .obo.gz), obsolete ones left out.
+
+    under: ids such as "HP:0002086"; given, only these terms and what is below them are kept.
+    Raises:  LexiconError naming file and line
+    """
+    path = Path(path)
+    terms: dict[str, dict[str, Any]] = {}
+    term: dict[str, Any] | None = None
+    has_header = False
+    with numbered_lines(path) as numbered:
+        for number, line in numbered:
+            line = line.strip()
+            if line.startswith("format-version:"):
+                has_header = True
+            if line.startswith("["):
+                term = {"line": number} if line == "[Term]" else None
+                continue
+            if not line or line.startswith("!") or term is None:
+                continue
+            tag, separator, value = line.partition(":")
+            if not separator or " " in tag:
+                raise LexiconError(f"{path}, line {number}: expected 'tag: value' in a [Term]")
+            value = value.strip()
+            if tag == "id":
+                if value in terms:
+                    raise LexiconError(
+                        f"{path}, line {number}: id {value} occurs twice (first in the [Term] at "
+                        f"line {terms[value]['line']})"
+                    )
+                terms[value] = term
+            elif tag in ("name", "is_obsolete"):
+                term[tag] = value
+            elif tag == "def":
+                term[tag] = _quoted(path, number, value)[0]
+            elif tag == "synonym":
+                text, rest = _quoted(path, number, value)
+                if rest.startswith("EXACT"):
+                    term.setdefault("synonyms", []).append(text)
+            elif tag in ("is_a", "xref", "alt_id"):
+                term.setdefault(tag, []).append(re.split(r"[\s{!]", value, maxsplit=1)[0])
+    if not has_header or not terms:
+        raise LexiconError(
+            f"{path}: not an OBO file: expected a format-version line and [Term] stanzas"
+        )
+    kept = {i: t for i, t in terms.items() if t.get("is_obsolete") != "true"}
+    for identifier, term in kept.items():
+        if not term.get("name"):
+            raise LexiconError(f"{path}, line {term['line']}: term {identifier} has no name")
+    if under:
+        missing = sorted(set(under) - set(kept))
+        if missing:
+            raise LexiconError(f"{path}: no term {missing[0]} to take the terms below of")
+        kept = {i: kept[i] for i in _below(kept, under)}
+    concepts = [_obo_concept(identifier, term, kept) for identifier, term in kept.items()]
+    return ConceptTable(concepts, {"source": "obo", "sha256": {path.name: sha256(path)}})
+
+
+def _obo_concept(identifier: str, term: dict[str, Any], kept: dict[str, Any]) -> Concept:
+    prefix = identifier.partition(":")[0].lower()
+    vocabulary = {"hp": "hpo", "doid": "doid"}.get(prefix, prefix)
+    umls = [
+        x.partition(":")[2] for x in term.get("xref", ()) if x.startswith(("UMLS:", "UMLS_CUI"))
+    ]
+    mappings = {vocabulary: (identifier, *term.get("alt_id", ()))}
+    if umls:
+        mappings["umls"] = tuple(umls)
+    return Concept(
+        id=_own_id(identifier),
+        name=term["name"],
+        synonyms=tuple(dict.fromkeys(term.get("synonyms", ()))),
+        definition=term.get("def", ""),
+        semantic_type="disease" if prefix == "doid" else "finding",
+        category=vocabulary,
+        parents=tuple(_own_id(p) for p in dict.fromkeys(term.get("is_a", ())) if p in kept),
+        mappings=mappings,
+        source=vocabulary,
+    )
+
+
+def read_csv(path: str | Path) -> ConceptTable:
+    """A user's table: columns id and name; synonyms, definition, semantic_type, category, parents
+    and umls as wanted. Several values in one cell are separated by "|".
+
+    Raises:  LexiconError naming file and line
+    """
+    path = Path(path)
+    concepts: list[Concept] = []
+    with numbered_lines(path) as numbered:
+        rows = csv.DictReader((line for _, line in numbered), strict=True)
+        known = {"id", "name", "synonyms", "definition", "semantic_type", "category"}
+        known |= {"parents", "umls", "hpo", "radlex"}
+        try:
+            columns = set(rows.fieldnames or ())
+            if not {"id", "name"} <= columns or columns - known:
+                raise LexiconError(
+                    f"{path}, line 1: expected the columns id and name and any of "
+                    f"{sorted(known - {'id', 'name'})}, got {sorted(columns)}"
+                )
+            for row in rows:
+                if None in row or None in row.values():
+                    raise LexiconError(
+                        f"{path}, line {rows.line_num}: expected {len(columns)} cells"
+                    )
+                if not row["id"].strip() or not row["name"].strip():
+                    raise LexiconError(f"{path}, line {rows.line_num}: id or name is empty")
+                concepts.append(
+                    Concept(
+                        id=row["id"].strip(),
+                        name=row["name"].strip(),
+                        synonyms=_cells(row, "synonyms"),
+                        definition=row.get("definition", "").strip(),
+                        semantic_type=row.get("semantic_type", "").strip() or "finding",
+                        category=row.get("category", "").strip() or "other",
+                        parents=_cells(row, "parents"),
+                        mappings={
+                            key: _cells(row, key)
+                            for key in ("umls", "hpo", "radlex")
+                            if _cells(row, key)
+                        },
+                        source="csv",
+                    )
+                )
+        except csv.Error as error:
+            raise LexiconError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
+    return ConceptTable(concepts, {"source": "csv", "sha256": {path.name: sha256(path)}})
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _below(terms: dict[str, dict[str, Any]], roots: Collection[str]) -> list[str]:
+    children: dict[str, list[str]] = {}
+    for identifier, term in terms.items():
+        for parent in term.get("is_a", ()):
+            children.setdefault(parent, []).append(identifier)
+    seen = set(roots)
+    stack = list(roots)
+    while stack:
+        for child in children.get(stack.pop(), ()):
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return [identifier for identifier in terms if identifier in seen]
+
+
+def _own_id(identifier: str) -> str:
+    return re.sub(r"[^a-z0-9:_]", "_", identifier.lower())
+
+
+def _cells(row: dict[str, str], key: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (row.get(key) or "").split("|") if part.strip())
+
+
+def _quoted(path: Path, number: int, value: str) -> tuple[str, str]:
+    match = re.match(r'"((?:[^"\\]|\\.)*)"\s*(.*)', value)
+    if match is None:
+        raise LexiconError(f"{path}, line {number}: expected a text in double quotes")
+    return re.sub(r"\\(.)", r"\1", match[1]), match[2]
+
+
+@contextmanager
+def numbered_lines(path: Path) -> Iterator[Iterable[tuple[int, str]]]:
+    """Numbered lines of a UTF-8 file, plain or gzip, with errors that name file and line."""
+    number = 0
+
+    def numbered(stream: IO[str]) -> Iterator[tuple[int, str]]:
+        nonlocal number
+        for line in stream:
+            number += 1
+            yield number, line
+
+    try:
+        if path.suffix == ".gz":
+            stream: IO[str] = gzip.open(path, "rt", encoding="utf-8", newline="")
+        else:
+            stream = path.open(encoding="utf-8", newline="")
+        with stream:
+            yield numbered(stream)
+    except UnicodeDecodeError as error:
+        raise LexiconError(
+            f"{path}: not UTF-8 after line {number}; convert it, for example with iconv"
+        ) from error
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LexiconError(f"{path}: cannot be read: {reason}") from error

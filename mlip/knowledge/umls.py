@@ -1,0 +1,177 @@
+"""UMLS release files (RRF) -> concept table, streamed and filtered.
+
+UMLS needs a licence of the user's own. Nothing of it is shipped; what may travel further is what
+merging.open_part leaves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+from mlip.knowledge.merging import without_cycles
+from mlip.knowledge.ontologies import numbered_lines, sha256
+
+Progress = Callable[[str, int, int], None]  # file name, bytes read, bytes in all
+# findings, signs, diseases, anatomy and devices: what a chest report can speak of
+SEMANTIC_TYPES = {
+    "T033": ("finding", "finding"),
+    "T184": ("finding", "finding"),
+    "T034": ("finding", "finding"),
+    "T047": ("disease", "disease"),
+    "T046": ("disease", "disease"),
+    "T048": ("disease", "disease"),
+    "T190": ("finding", "abnormality"),
+    "T019": ("finding", "abnormality"),
+    "T020": ("finding", "abnormality"),
+    "T191": ("disease", "neoplasm"),
+    "T037": ("disease", "injury"),
+    "T023": ("anatomy", "anatomy"),
+    "T029": ("anatomy", "anatomy"),
+    "T030": ("anatomy", "anatomy"),
+    "T074": ("device", "device"),
+}
+_COLUMNS = {"MRCONSO.RRF": 18, "MRSTY.RRF": 6, "MRDEF.RRF": 8, "MRREL.RRF": 16}
+_MAX_WORDS = 8  # longer names never stand in a report word for word
+_CUI = re.compile(r"C[0-9]{7}")
+_QUALIFIER = re.compile(
+    r"\s*\((disorder|finding|body structure|physical object|morphologic abnormality|procedure|"
+    r"situation|observable entity|device)\)$|,? NOS$",
+    re.IGNORECASE,
+)
+
+
+def read_umls(
+    folder: str | Path,
+    *,
+    languages: Collection[str] = ("ENG",),
+    sources: Collection[str] = (),
+    semantic_types: Collection[str] = tuple(SEMANTIC_TYPES),
+    relations: bool = True,
+    progress: Progress | None = None,
+) -> ConceptTable:
+    """Concepts of a UMLS release folder, streamed: MRCONSO and MRSTY, MRDEF and MRREL if there.
+
+    sources: vocabularies (SAB) to take names from; empty = all. Memory grows with what passes the
+    filters, not with the files.
+    Raises:  LexiconError naming file and line
+    Source:  UMLS Reference Manual, chapter "Metathesaurus - Rich Release Format"
+    """
+    folder = Path(folder)
+    unknown = sorted(set(semantic_types) - set(SEMANTIC_TYPES))
+    if unknown:
+        raise LexiconError(
+            f"semantic type {unknown[0]} is not known here; known: {sorted(SEMANTIC_TYPES)}"
+        )
+    for name in ("MRCONSO.RRF", "MRSTY.RRF"):
+        if not (folder / name).exists():
+            raise LexiconError(f"{folder / name}: missing; point to the META folder of a release")
+    # CUIs as numbers: a set of a million strings would cost 60 MB more
+    types: dict[int, str] = {}
+    for row in _rrf(folder / "MRSTY.RRF", progress):
+        if row[1] in semantic_types:
+            types.setdefault(int(row[0][1:]), row[1])
+    names: dict[int, list[str]] = {}
+    preferred: dict[int, tuple[int, str]] = {}
+    for row in _rrf(folder / "MRCONSO.RRF", progress):
+        cui = int(row[0][1:])
+        if cui not in types or row[1] not in languages or row[16] not in ("N", ""):
+            continue
+        if sources and row[11] not in sources:
+            continue
+        form = surface_form(row[14])
+        if form is None:
+            continue
+        rank = (row[2] == "P") + (row[4] == "PF") + (row[6] == "Y")
+        if rank > preferred.get(cui, (-1, ""))[0]:
+            preferred[cui] = (rank, form)
+        forms = names.setdefault(cui, [])
+        if form.lower() not in (f.lower() for f in forms):
+            forms.append(form)
+    definitions: dict[int, str] = {}
+    if (folder / "MRDEF.RRF").exists():
+        for row in _rrf(folder / "MRDEF.RRF", progress):
+            cui = int(row[0][1:])
+            if cui in names and row[6] in ("N", "") and row[5].strip():
+                definitions.setdefault(cui, " ".join(row[5].split()))
+    parents: dict[int, list[int]] = {}
+    located: dict[int, list[int]] = {}
+    if relations and (folder / "MRREL.RRF").exists():
+        for row in _rrf(folder / "MRREL.RRF", progress):
+            # the manual: "CUI2 RELA CUI1"
+            if row[7] in ("isa", "has_finding_site"):
+                child, other = int(row[4][1:]), int(row[0][1:])
+            elif row[7] in ("inverse_isa", "finding_site_of"):
+                child, other = int(row[0][1:]), int(row[4][1:])
+            else:
+                continue
+            if child != other and child in names and other in names:
+                store = parents if row[7].endswith("isa") else located
+                if other not in store.setdefault(child, []):
+                    store[child].append(other)
+    concepts = []
+    for cui, forms in names.items():
+        kind, category = SEMANTIC_TYPES[types[cui]]
+        name = preferred[cui][1]
+        concepts.append(
+            Concept(
+                id=f"umls:c{cui:07d}",
+                name=name,
+                synonyms=tuple(form for form in forms if form != name),
+                definition=definitions.get(cui, ""),
+                semantic_type=kind,
+                category=category,
+                parents=tuple(f"umls:c{p:07d}" for p in parents.get(cui, ())),
+                relations=tuple(("located_in", f"umls:c{p:07d}") for p in located.get(cui, ())),
+                mappings={"umls": (f"C{cui:07d}",)},
+                source="umls",
+            )
+        )
+    files = {n: sha256(folder / n) for n in _COLUMNS if (folder / n).exists()}
+    provenance = {
+        "source": "umls",
+        "licensed": True,
+        "sha256": files,
+        "filters": {
+            "languages": sorted(languages),
+            "sources": sorted(sources),
+            "semantic_types": sorted(semantic_types),
+        },
+    }
+    table = ConceptTable(concepts, provenance)
+    return without_cycles(table)
+
+
+def surface_form(text: str) -> str | None:
+    """A vocabulary's name as a report would write it; None where no report would."""
+    form = _QUALIFIER.sub("", text.strip())
+    words = re.findall(r"[^\W_]+", form)
+    if not 1 <= len(words) <= _MAX_WORDS or not form.isascii() or len(form) < 3:
+        return None
+    if re.search(r"[\[\]{}<>=;:@#%*+^~]|\d{3}", form) or not any(w.isalpha() for w in words):
+        return None
+    return form
+
+
+def _rrf(path: Path, progress: Progress | None) -> Iterator[list[str]]:
+    """Rows of one RRF file, checked."""
+    columns = _COLUMNS[path.name]
+    total = path.stat().st_size
+    done = 0
+    with numbered_lines(path) as numbered:
+        for number, line in numbered:
+            row = line.rstrip("\r\n").split("|")
+            if len(row) != columns + 1 or _CUI.fullmatch(row[0]) is None:
+                raise LexiconError(
+                    f"{path}, line {number}: expected {columns} columns that end in '|' and begin "
+                    f"with a CUI such as C0032227, got {len(row) - 1} columns"
+                )
+            if progress is not None:
+                done += len(line)
+                if number % 100_000 == 0:
+                    progress(path.name, done, total)
+            yield row
+    if progress is not None:
+        progress(path.name, total, total)
