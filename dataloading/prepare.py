@@ -21,7 +21,7 @@ from typing import Literal
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
-from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv
+from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout", type=float, default=10.0, metavar="S", help="longest time for one file")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
+    add("--id-map", type=Path, metavar="FILE", help="write hashed ids beside the originals: secret")
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
     add("--list", action="store_true", help="data sets, licences, where they come from, options")
@@ -115,6 +116,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     out = Path(os.path.realpath(arguments.out))
     if out == root or root in out.parents and arguments.dataset == "folder":
         raise DatasetError(f"--out {arguments.out}: lies inside --root; choose another folder")
+    if arguments.id_map is not None and out in Path(os.path.realpath(arguments.id_map)).parents:
+        raise DatasetError("--id-map: keep the secret table outside --out, which others may read")
     options = _options(dataset, arguments.option)
     settings = _settings(arguments)
     part = _part(arguments.part)
@@ -140,6 +143,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     result = build_shards(collected.rows, plan, _Progress())
     for name, rows in collected.files.items():
         write_csv(rows, out / name)
+    if arguments.id_map is not None:
+        write_id_map(collected.rows, plan, arguments.id_map)
     _record(arguments.dataset, options, collected, plan, result)
     _print_result(collected, plan, result, time.monotonic() - start)
     if result.complete and result.images == 0:

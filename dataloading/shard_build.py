@@ -258,7 +258,8 @@ def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan
     for entry in index.to_pylist():
         row = rows[entry["row"]]
         if entry["reason"]:
-            refused.append([entry["row"], entry["key"], row.split, entry["reason"]])
+            image = row.image if plan.keep_ids else ""
+            refused.append([entry["row"], entry["key"], row.split, entry["reason"], image])
             continue
         values = asdict(row)
         values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
@@ -273,14 +274,26 @@ def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan
         for name, column in columns.items():
             column.append(values[name])
     write_table(pa.table(columns), plan.out / "manifest.parquet")
-    write_csv([["row", "key", "split", "reason"], *refused], plan.out / "refused.csv")
+    write_csv([["row", "key", "split", "reason", "image"], *refused], plan.out / "refused.csv")
+
+
+def write_id_map(rows: list[Row], plan: Plan, path: Path) -> None:
+    """The secret table from hashed ids back to the originals, readable by its owner alone."""
+    table = [["key", "image", "image_id", "patient_hash", "patient_id", "study_hash", "study_id"]]
+    for row, key in zip(rows, member_keys(rows, plan.salt), strict=True):
+        patient, study = (
+            hashed(getattr(row, f"{level}_id"), level, plan.salt) for level in ("patient", "study")
+        )
+        table.append([key, row.image, row.image_id, patient, row.patient_id, study, row.study_id])
+    write_csv(table, path)
 
 
 def write_csv(rows: list[list[Any]], path: Path) -> None:
-    """A CSV file that is complete or not there."""
+    """A CSV file that is complete or not there, readable by its owner alone."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(rows)
         os.replace(partial, path)
     finally:

@@ -7,8 +7,10 @@ stated beside it by hand. The Open-i archive and ../shared/data are the real one
 import argparse
 import csv
 import gzip
+import io
 import json
 import shutil
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -590,6 +592,59 @@ def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arg
     with pytest.raises(DatasetError, match=message):
         mlip_prepare(*arguments)
     assert not (tmp_path / "x").exists()
+
+
+def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
+    for i in range(4):
+        image(tmp_path / "raw" / f"MRN{i}" / "a.png", i)
+    arguments = ["folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
+    with pytest.raises(DatasetError, match="outside --out"):
+        mlip_prepare(*arguments, "--id-map", tmp_path / "out" / "ids.csv")
+    mlip_prepare(*arguments, "--id-map", tmp_path / "ids.csv")
+    assert (tmp_path / "ids.csv").stat().st_mode & 0o777 == 0o600
+    with open(tmp_path / "ids.csv", newline="") as file:
+        back = {row["patient_hash"]: row["patient_id"] for row in csv.DictReader(file)}
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet")
+    hashed = table.column("patient_id").to_pylist()
+    assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
+    assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
+
+
+def test_hostile_archives_are_read_by_name_and_within_limits(tmp_path, monkeypatch):
+    for name in ("normal", "link", "large", "many"):
+        with tarfile.open(tmp_path / f"{name}.tgz", "w:gz") as archive:
+
+            def add(path: str, content: bytes, archive: tarfile.TarFile = archive) -> None:
+                member = tarfile.TarInfo(path)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+            add(
+                "../../escape.xml" if name == "link" else "a.xml",
+                XML.format(i=1, impression="x").encode(),
+            )
+            if name == "link":
+                member = tarfile.TarInfo("b.xml")
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                archive.addfile(member)
+            if name == "large":
+                add("b.xml", b" " * (2 << 20))
+            if name == "many":
+                for i in range(60):
+                    add(f"{i}.txt", b"")
+    monkeypatch.setattr("mlip.dataloading.datasets.open_i._MAX_MEMBERS", 50)
+
+    def read(name: str) -> int:
+        folder = tmp_path / f"root_{name}"
+        folder.mkdir()
+        shutil.move(tmp_path / f"{name}.tgz", folder / "NLMCXR_reports.tgz")
+        return len(list(read_reports(folder)))
+
+    assert read("normal") == read("link") == 1  # nothing is unpacked, a link is no report
+    for name in ("large", "many"):
+        with pytest.raises(DatasetError, match="bytes|more or larger"):
+            read(name)
+    assert not (tmp_path.parent / "escape.xml").exists()
 
 
 def test_list_explain_and_check_phi_print(tmp_path, capsys):
