@@ -6,6 +6,7 @@ are plain JSON values; only "examples" holds pictures (PNG as base64).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -63,6 +64,8 @@ def evaluate_run(
     Raises:  ValueError if features are not finite, or boxes.csv is not usable.
     """
     began = time.perf_counter()
+    # rows without a usable report are no pairs, but their labels and boxes count
+    manifest = dataclasses.replace(manifest, keep_without_report=True)
     device = torch.device(device)
     was_training = bool(model.training)
     model.eval()
@@ -103,6 +106,11 @@ def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
 def choose_rows(config: Config, manifest: Manifest) -> Array:
     """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
     rows = manifest.rows(config.evaluate.split, with_report=False)
+    if len(rows) == 0:
+        raise ValueError(
+            f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
+            "evaluate; choose another split"
+        )
     most = config.evaluate.max_studies
     if most and len(rows) > most:
         generator = np.random.default_rng(config.run.seed)
@@ -198,7 +206,9 @@ def _evaluate(
     with_text = np.flatnonzero(beside["has_text"])
     oracle = truth.oracle_scores(manifest, images.row_index[with_text]) if is_phantom else None
     scores = _PoolScores(model, images, reports, with_text, device, oracle)
-    queries, phrases, names = make_queries(images, boxes, table, is_phantom, config.run.seed)
+    queries, phrases, names = make_queries(
+        images, manifest, boxes, table, is_phantom, config.run.seed
+    )
     bank = encode(phrases) if phrases else None
     maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None
     results: dict[str, Any] = {

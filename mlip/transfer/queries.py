@@ -20,6 +20,7 @@ PRIOR_ROWS = 4000  # training rows behind the fixed pixel; more no longer move i
 
 def make_queries(
     images: ImageBank,
+    manifest: Manifest,
     boxes: Mapping[int, Sequence[truth.Box]],
     table: Any,
     is_phantom: bool,
@@ -38,7 +39,7 @@ def make_queries(
         by_image.append(found)
     findings = sorted({name for found in by_image for name in found})
     names = {f: _name(f, table) for f in findings}
-    without = {f: [i for i, found in enumerate(by_image) if f not in found] for f in findings}
+    without = _images_without(findings, images, manifest, by_image, is_phantom)
     generator = np.random.default_rng(seed)
     phrases: dict[str, int] = {}
     queries: list[Query] = []
@@ -65,6 +66,27 @@ def make_queries(
                     chosen = np.array([box.corners for box in own if box.side == side])
                     ask(i, finding, "sentence", side, text.format(side=side), chosen)
     return queries, list(phrases), names
+
+
+def _images_without(
+    findings: Sequence[str],
+    images: ImageBank,
+    manifest: Manifest,
+    by_image: Sequence[Mapping[str, Any]],
+    is_phantom: bool,
+) -> dict[str, list[int]]:
+    """Images known to lack each finding.
+
+    Phantoms are boxed in full. On real data a missing box means that nobody drew one: there only
+    an image whose labels name other things, and never a part of the body, counts as without it.
+    """
+    if is_phantom:
+        return {f: [i for i, found in enumerate(by_image) if f not in found] for f in findings}
+    labels = truth.label_matrix(manifest, images.row_index, findings, blank_is_negative=False)
+    return {
+        f: np.flatnonzero(labels[:, k] == 0).tolist() if (labels[:, k] == 1).any() else []
+        for k, f in enumerate(findings)
+    }
 
 
 def make_prior(config: Config, manifest: Manifest, size: tuple[int, int]) -> PixelPrior:

@@ -128,10 +128,13 @@ def _macro(table: list[dict[str, Any]], head: str, resampled: list[Array]) -> Es
     values = [row[head]["value"] for row in table if row[head]["value"] is not None]
     if not values:
         return not_available("no finding has both classes")
-    # one resample of patients serves all findings, so their errors stay correlated in the mean
-    return estimate(
-        float(np.mean(values)), np.mean(np.stack(resampled), axis=0), max(r["n"] for r in table)
-    )
+    # One resample of patients serves all findings, so their errors stay correlated in the mean. A
+    # rare finding that a resample lost leaves that resample's mean.
+    stacked = np.stack(resampled)
+    defined = np.isfinite(stacked)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.where(defined, stacked, 0.0).sum(axis=0) / defined.sum(axis=0)
+    return estimate(float(np.mean(values)), means, max(r["n"] for r in table))
 
 
 def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:

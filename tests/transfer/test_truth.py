@@ -95,3 +95,35 @@ def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"kind": "something else"}')
     assert truth.phantom_meta(manifest) is None
     assert truth.phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
+
+
+def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
+    """Only an image labelled with other things can be the swapped image; anatomy has none."""
+    from mlip.transfer.features import ImageBank
+    from mlip.transfer.queries import make_queries
+
+    labels = [("Pneumonia",), (), ("Effusion",), ("Pneumonia",)]
+
+    class FakeManifest:
+        def labels(self, row: int) -> tuple[str, ...]:
+            return labels[row]
+
+    class FakeImages:
+        row_index = np.arange(4)
+
+    corners = (0.0, 0.0, 8.0, 8.0)
+    boxes = {0: [truth.Box("Pneumonia", None, corners), truth.Box("Left_Lung", None, corners)]}
+    images: ImageBank = FakeImages()  # type: ignore[assignment]
+    queries, phrases, names = make_queries(
+        images,
+        FakeManifest(),
+        boxes,
+        load_concepts(),
+        False,
+        seed=0,  # type: ignore[arg-type]
+    )
+    swapped = {(q.finding, q.kind): q.swapped for q in queries}
+    assert swapped["Pneumonia", "keyword"] == 2
+    assert swapped["Left_Lung", "keyword"] is None
+    assert "left lung" in phrases and "there is pneumonia." in phrases
+    assert names["Left_Lung"] == "Left lung"

@@ -86,3 +86,20 @@ def test_without_any_scorable_finding_there_is_no_mean() -> None:
     )
     assert found["macro"]["global"]["value"] is None
     assert found["worst"]["global"]["finding"] is None
+
+
+def test_a_rare_finding_does_not_cost_the_mean_its_interval() -> None:
+    generator = np.random.default_rng(0)
+    labels = (generator.random((40, 2)) < 0.5).astype(int)
+    labels[:, 1] = 0
+    labels[3, 1] = 1  # lost by a third of the resamples
+    found = evaluate_zero_shot(
+        {"global": generator.standard_normal((40, 2))},
+        labels,
+        [Prompts(n, n, (n,), (f"no {n}",)) for n in "ab"],
+        range(40),
+        bootstrap=200,
+        seed=0,
+    )
+    macro = found["macro"]["global"]
+    assert macro["low"] < macro["value"] < macro["high"]
