@@ -212,7 +212,7 @@ for name in ("file.png", "folder/canary.png"):
         read_bytes(sys.argv[1], name)
     except DataError:
         print("refused")
-print(sum("canary" in name and "/outside/" in name for name in opened), len(opened) > 0)
+print(sum("canary" in name for name in opened), len(opened) > 0)
 """
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "canary.png").write_bytes(b"x")
