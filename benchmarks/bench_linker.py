@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -356,7 +357,7 @@ def padded(table: ConceptTable, forms: int) -> ConceptTable:
     from mlip.knowledge.concepts import Concept
 
     rng = np.random.default_rng(1)
-    words = [f"{a}{b}{c}" for a in _SYLLABLES for b in _SYLLABLES for c in _SYLLABLES]
+    words = ["".join(p) for p in itertools.product(_SYLLABLES, repeat=3)]
     common = ["lung", "chest", "left", "right", "acute", "disease", "heart", "of", "the", "pleural"]
     extra = []
     for row in range(forms):

@@ -1,17 +1,17 @@
 """Report text -> mentions of concepts with their assertion; a pure function of text and lexicon.
 
-A report becomes a string with one character per word, so that one Aho-Corasick pass gives longest
-matches that can only begin and end at word boundaries. What does not live here: the words
-(lexicon/) and the rules of assertion (scope.py).
+A report becomes a string with a fixed number of characters per word, so that one Aho-Corasick pass
+gives longest matches that can only begin and end at word boundaries. What does not live here: the
+words (lexicon/) and the rules of assertion (scope.py).
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import ahocorasick
 import yaml
@@ -27,14 +27,19 @@ from mlip.knowledge.concepts import (
 )
 from mlip.knowledge.scope import FLAG, Entry, State
 
-_PIECE = re.compile(r"[^\W_]+|[\s\-]+|.", re.DOTALL)
+# a word or one other character, each with the blanks and hyphens behind it
+_PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
-_FIRST_CODE = 0x100  # codes below stand for characters that mean themselves
-_UNKNOWN, _SPACE, _NUMBER, _PARAGRAPH = "\x01", " ", "\x02", "\x03"
+_PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|-))")
+_PARAGRAPH_MARK = "\x03"
+_BLANKS = " \t\n\r\f\v\x1c\x1d\x1e\x1f\x85\xa0-"
+_BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
+# positions of a word's code have alphabets of their own: no match can begin inside a word
+_ALPHABET = 1024
+_MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
 
 
-@dataclass(frozen=True, slots=True)
-class Mention:
+class Mention(NamedTuple):
     """A concept in a text; [start, end) is the hull of its characters."""
 
     concept_id: str
@@ -54,10 +59,8 @@ class Linker:
     def __init__(self, table: ConceptTable) -> None:
         self.table = table
         self._ids = [concept.id for concept in table]
-        self._codes: dict[str, str] = {" ": _SPACE, "-": _SPACE, "\n": _SPACE}
-        self._next_code = _FIRST_CODE
-        self._learn_words(table)
-        flags: dict[str, int] = {_PARAGRAPH: FLAG["sentence"]}
+        self._codes = _Codes(_words(table))
+        flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
         for kind, forms in read_cues().items():
             for form in forms:
                 key = self.key(form)
@@ -77,10 +80,11 @@ class Linker:
                         key = self.key(form.lower())
                         parts.setdefault(key, []).append((len(self._rules), slot))
                 self._rules.append((row, len(term)))
+        width = self._codes.width
         for key, row in owners.items():
             # "healed fracture" is also the part "fracture" where one concept owns both
-            for cut in (i for i, code in enumerate(key) if code == _SPACE):
-                tail = key[cut + 1 :]
+            for cut in range(width, len(key), width):
+                tail = key[cut:]
                 if tail in parts and owners.get(tail) == row and key not in parts:
                     parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
@@ -89,42 +93,44 @@ class Linker:
             row = owners.get(key, -1)
             kind = types[row] if row >= 0 else ""
             entry = Entry(
-                length=len(key),
+                length=len(key) // width,
                 flags=flags.get(key, 0),
                 concept=row,
                 fixed=kind in ("anatomy", "normal"),
                 resets=kind == "normal",
                 parts=tuple(parts.get(key, ())),
             )
-            if key:
-                self._automaton.add_word(key, entry)
+            self._automaton.add_word(key, entry)
         self._automaton.make_automaton()
 
     def link(self, text: str) -> list[Mention]:
         """Every mention in order of its start; the same list in every process.
 
         Text under a heading such as INDICATION or COMPARISON says nothing of this image and is
-        left out; from IMPRESSION or FINDINGS on it counts again.
+        left out; from IMPRESSION or FINDINGS on, or from a blank line on, it counts again.
         """
         lowered = text.lower()
         if len(lowered) != len(text):  # a few letters change length in lower case
-            lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+            lowered = "".join([c.lower() if len(c.lower()) == 1 else c for c in text])
+        if "\n" in lowered:
+            lowered = _PARAGRAPH.sub(_PARAGRAPH_MARK, lowered)
         pieces = _PIECE.findall(lowered)
-        known = self._codes.get
-        coded = "".join([known(piece) or _other_code(piece) for piece in pieces])
+        codes, width = self._codes, self._codes.width
+        coded = "".join([codes[piece] for piece in pieces])
         ends = list(accumulate(map(len, pieces)))
         rules, ids = self._rules, self._ids
         found: list[scope.Found] = []
         events: list[scope.Event] = []
-        decide = 0
+        decide = header_end = 0  # a blank line right behind a heading does not end its section
         counts = True
-        header_end = 0  # a blank line right behind a heading does not end its section
-        breaks = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
         for last, entry in self._automaton.iter_long(coded):
+            end = (last + 1) // width
             flags = entry[1]
-            if flags & breaks:
-                if flags & scope.SENTENCE and coded[last + 1 : last + 2] == _NUMBER:
-                    continue  # a decimal point
+            if flags & _BREAKS:
+                if flags & scope.SENTENCE:
+                    stop = ends[end - 1]
+                    if lowered[stop - 1] == "." and lowered[stop : stop + 1].isdigit():
+                        continue  # a decimal point
                 if events:
                     if counts:
                         found += scope.resolve(events, rules, decide != 0)
@@ -133,54 +139,80 @@ class Linker:
                 if flags & scope.SECTION_REPORT:
                     counts = True
                 elif flags & scope.SECTION_OTHER:
-                    before = lowered[: ends[last - entry[0]]] if last >= entry[0] else ""
+                    start = end - entry[0]
+                    before = lowered[: ends[start - 1]].rstrip(" \t") if start else ""
                     # "no change on comparison: ..." is no heading
-                    if not before.rstrip(" \t") or before.rstrip(" \t")[-1] in "\n.;:":
-                        counts, header_end = False, last + 1
-                elif coded[last] == _PARAGRAPH and last > header_end:
+                    if not before or before[-1] in "\n.;:\x03":
+                        counts, header_end = False, end
+                elif pieces[end - 1][0] == _PARAGRAPH_MARK and end - 1 > header_end:
                     counts = True
             else:
                 decide |= flags & scope.DECIDING
-                events.append((last + 1 - entry[0], last + 1, entry))
+                events.append((end - entry[0], end, entry))
         if events and counts:
             found += scope.resolve(events, rules, decide != 0)
         found.sort()
-        return [
-            Mention(ids[row], ends[start - 1] if start else 0, ends[end - 1], state)
-            for start, end, row, state in found
-        ]
-
-    def _learn_words(self, table: ConceptTable) -> None:
-        """Give each word of cues and terms a code, one code to a word and its plural."""
-        words: set[str] = set()
-        for forms in read_cues().values():
-            for form in forms:
-                words.update(_WORD.findall(form))
-        for concept in table:
-            slots = [form.lower() for term in concept.apart for slot in term for form in slot]
-            for form in (*concept.surface_forms, *slots, *map(str.lower, concept.excludes)):
-                words.update(_WORD.findall(form))
-        for word in sorted(words, key=lambda w: (len(w), w)):  # singulars come first
-            if word not in self._codes:
-                code = chr(self._next_code)
-                self._next_code += 1
-                if self._next_code == 0xD800:  # surrogates are not characters
-                    self._next_code = 0xE000
-                for form in (word, *_plurals(word)):
-                    self._codes.setdefault(form, code)
+        mentions = []
+        for start, end, row, state in found:
+            begin = ends[start - 1] if start else 0
+            # the last piece carries the blanks behind it
+            stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))
+            mentions.append(Mention(ids[row], begin, stop, state))
+        return mentions
 
     def key(self, term: str) -> str:
-        """A term as codes; only words that _learn_words has seen.
+        """A term as codes: equal for terms that match the same text (plurals, hyphens).
 
         Raises:  LexiconError on a character that no report can match
         """
         out = []
         for piece in _PIECE.findall(term.strip()):
-            code = self._codes.get(piece) or _other_code(piece)
-            if code in (_UNKNOWN, _PARAGRAPH):
+            code = self._codes[piece]
+            if code == self._codes.unknown:
                 raise LexiconError(f"term {term!r}: {piece!r} in it cannot be matched")
             out.append(code)
         return "".join(out)
+
+
+class _Codes(dict[str, str]):
+    """Piece -> code of `width` characters; plurals have the code of their singular.
+
+    Two or three characters from small alphabets and not one from a large alphabet: the automaton
+    searches the branches of a node one by one, and its root would have one for each word.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__()
+        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()] + [_PARAGRAPH_MARK]
+        signs.remove("-")
+        total = len(words) + len(signs) + 1
+        self.width = 2 if total <= 64 * 64 else 3
+        self._base = max(2, 1 + int(total ** (1 / self.width)))
+        if self._base > _ALPHABET:
+            raise LexiconError(f"{len(words)} different words are more than the linker can code")
+        self._used = 0
+        self.unknown = self._next()
+        for sign in signs:
+            self[sign] = self._next()
+        for word in words:  # singulars come first
+            if word not in self:
+                code = self._next()
+                for form in (word, *_plurals(word)):
+                    self.setdefault(form, code)
+
+    def __missing__(self, piece: str) -> str:
+        code = self.get(piece.rstrip(_BLANKS), self.unknown)
+        if len(self) < _MEMO_LIMIT or code != self.unknown and piece[-1:] == " ":
+            self[piece] = code
+        return code
+
+    def _next(self) -> str:
+        number, digits = self._used, []
+        self._used += 1
+        for position in range(self.width):
+            number, digit = divmod(number, self._base)
+            digits.append(chr(0x100 + _ALPHABET * position + digit))
+        return "".join(digits)
 
 
 def link(text: str) -> list[Mention]:
@@ -207,13 +239,17 @@ def read_cues(path: Path = LEXICON_DIR / "_cues.yaml") -> dict[str, tuple[str, .
     return {kind: expand(lines) for kind, lines in content.items()}
 
 
-def _other_code(piece: str) -> str:
-    if piece[0].isalnum():
-        return _NUMBER if piece[0].isdigit() else _UNKNOWN
-    if piece.strip(" \t\r\n\f\v-"):
-        return piece if len(piece) == 1 and "!" <= piece < "\x7f" else _UNKNOWN
-    newlines = piece.count("\n")
-    return _PARAGRAPH if newlines > 1 or (newlines and "-" in piece) else _SPACE
+def _words(table: ConceptTable) -> list[str]:
+    """Every word of cues and terms, shorter ones first."""
+    words: set[str] = set()
+    for forms in read_cues().values():
+        for form in forms:
+            words.update(_WORD.findall(form))
+    for concept in table:
+        slots = [form.lower() for term in concept.apart for slot in term for form in slot]
+        for form in (*concept.surface_forms, *slots, *map(str.lower, concept.excludes)):
+            words.update(_WORD.findall(form))
+    return sorted(words, key=lambda word: (len(word), word))
 
 
 def _plurals(word: str) -> tuple[str, ...]:

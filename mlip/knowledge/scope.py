@@ -53,13 +53,13 @@ SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
-_MAX_GAP = 24  # codes (words and the spaces between them) over which a term may be written apart
+_MAX_GAP = 12  # words and signs over which a term may be written apart
 
 
 class Entry(NamedTuple):
     """What one surface form can mean; several at once where forms coincide."""
 
-    length: int  # codes
+    length: int  # words and signs
     flags: int  # FLAG of every kind of cue it is
     concept: int  # row of the table, -1 = none
     fixed: bool  # anatomy and normal statements: present whatever stands around them
@@ -68,7 +68,7 @@ class Entry(NamedTuple):
 
 
 Event = tuple[int, int, Entry]
-Found = tuple[int, int, int, State]  # code start, code end, concept row, state
+Found = tuple[int, int, int, State]  # first piece, piece behind the last, concept row, state
 
 
 def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> list[Found]:
