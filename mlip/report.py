@@ -17,13 +17,12 @@ from typing import Any
 import jinja2
 
 from mlip import config as configuration
+from mlip.report_corpus import knowledge_context, ledger_context
 from mlip.report_examples import example_context
 from mlip.report_tables import (
     cards,
     grounding_context,
     headline,
-    knowledge_context,
-    ledger_context,
     retrieval_context,
     zero_shot_context,
 )

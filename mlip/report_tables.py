@@ -13,13 +13,10 @@ from mlip.report_charts import (
     INK,
     MUTED,
     ORANGE,
-    PALETTE,
-    RULE,
     Mark,
     legend,
     scale_axis,
     scale_marks,
-    stacked_bar,
 )
 
 HEAD_MARKS = {
@@ -29,11 +26,14 @@ HEAD_MARKS = {
 }
 REFERENCES = {"prior": "Prior", "oracle": "Oracle"}
 DIRECTIONS = {"image_to_text": "image to report", "text_to_image": "report to image"}
+ENOUGH = 20  # phrases behind a ratio that the headline may quote
 SCORES = {"global": "Global head", "local": "Local score", "combined": "Combined"}
 KIND_TITLES = {
     "keyword": "By name (\u201cpleural effusion\u201d)",
     "sentence": "By a sentence with its side (\u201cthere is a left pleural effusion\u201d)",
 }
+
+SENTENCE_WITHOUT_SIDE = "By a sentence (\u201cthere is pneumonia\u201d)"
 
 
 def _mark(head: str, estimate: Mapping[str, Any] | None) -> Mark:
@@ -97,7 +97,9 @@ def headline(results: Mapping[str, Any]) -> list[Markup]:
     keyword = (results.get("grounding") or {}).get("keyword")
     if keyword and keyword["all"]["hit"]["value"] is not None:
         row = keyword["all"]
-        times = row["over_swapped"]["value"]
+        # a ratio from a handful of images would say more than it knows
+        compared_by = row["over_swapped"]["n"] >= ENOUGH
+        times = row["over_swapped"]["value"] if compared_by else None
         compared = (
             Markup(
                 ", <b>{:.1f} times</b> as often as the same words on an image without it"
@@ -145,6 +147,8 @@ def _card(
     bounds = ""
     if estimate.get("low") is not None:
         bounds = f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+    if estimate["n"] < ENOUGH:
+        bounds += f"{'; ' if bounds else ''}n = {estimate['n']}"
     if chance is not None:
         bounds += f"{'; ' if bounds else ''}{chance_label} {chance:.{digits}f}"
     marks = [Mark(estimate["value"], estimate.get("low"), estimate.get("high"), BLUE, "dot", label)]
@@ -307,6 +311,8 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for kind, title in KIND_TITLES.items():
         if kind not in found:
             continue
+        if kind == "sentence" and not results.get("data", {}).get("is_phantom"):
+            title = SENTENCE_WITHOUT_SIDE
         table = found[kind]
         total = {"name": "All phrases", "is_total": True, **table["all"]}
         rows = []
@@ -341,55 +347,3 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return tables
-
-
-def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Ledger.summary() as shares of the manifest's rows, first finished epoch."""
-    if not ledger or not ledger.get("rows"):
-        return None
-    rows = int(ledger["rows"])
-    excluded = sum(ledger.get("excluded", {}).values())
-    quarantined = sum(ledger.get("quarantined_rows", {}).values())
-    parts = [("Trained", rows - excluded - quarantined, BLUE)]
-    for name, count in sorted(ledger.get("quarantined_rows", {}).items()):
-        parts.append((f"Quarantined: {name.replace('_', ' ')}", count, ORANGE))
-    greys = ("#9aa5b0", "#b7c0c8", "#ccd3d9", RULE)
-    for i, (name, count) in enumerate(sorted(ledger.get("excluded", {}).items())):
-        parts.append((f"Excluded: {name.replace('_', ' ')}", count, greys[min(i, 3)]))
-    epochs = ledger.get("epochs", {})
-    visited = sum(e.get("trained", 0) for e in epochs.values())
-    return {
-        "sentence": f"{rows:,} rows in the manifest = trained + quarantined for a reason + "
-        f"excluded by a rule. {visited:,} visits over {len(epochs)} "
-        f"epoch{'s' if len(epochs) != 1 else ''}.",
-        "bar": stacked_bar(parts),
-        "parts": [
-            {"name": n, "count": c, "colour": colour, "share": c / rows} for n, c, colour in parts
-        ],
-    }
-
-
-def knowledge_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = results.get("knowledge")
-    if not found:
-        return None
-    most = max(
-        (sum(t[s] for s in ("present", "absent", "uncertain")) for t in found["top"]), default=1
-    )
-    top = []
-    for entry in found["top"]:
-        counts = [("present", entry["present"], BLUE), ("absent", entry["absent"], "#b7c0c8")]
-        counts.append(("uncertain", entry["uncertain"], PALETTE[5]))
-        rest = most - sum(c for _, c, _ in counts)
-        top.append({**entry, "bar": stacked_bar([*counts, ("", rest, "transparent")], width=300)})
-    swatch = '<span class="swatch" style="background:{}"></span>{}&ensp;'
-    return {
-        "sentence": found["sentence"],
-        "facts": found["facts"],
-        "top": top,
-        "legend": Markup(
-            swatch.format(BLUE, "present")
-            + swatch.format("#b7c0c8", "absent")
-            + swatch.format(PALETTE[5], "uncertain")
-        ),
-    }

@@ -52,7 +52,9 @@ def make_queries(
 
     for i, found in enumerate(by_image):
         for finding, own in sorted(found.items()):
-            wordings = _wordings(finding, names[finding].lower(), is_phantom)
+            wordings = _wordings(
+                finding, names[finding].lower(), is_phantom, bool(without[finding])
+            )
             corners = np.array([box.corners for box in own])
             sides = sorted({box.side for box in own if box.side is not None})
             only = sides[0] if len(sides) == 1 else None
@@ -108,7 +110,10 @@ def _name(finding: str, table: Any) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _wordings(finding: str, name: str, is_phantom: bool) -> Mapping[str, Sequence[str]]:
+def _wordings(
+    finding: str, name: str, is_phantom: bool, can_be_absent: bool
+) -> Mapping[str, Sequence[str]]:
     if is_phantom and finding in phantom_reports.GROUNDING_PHRASES:
         return phantom_reports.GROUNDING_PHRASES[finding]
-    return {"keyword": [name], "sentence": [f"there is {name}."]}
+    # nobody states a part of the body: it is only named
+    return {"keyword": [name], "sentence": [f"there is {name}."] if can_be_absent else []}
