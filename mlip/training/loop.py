@@ -16,6 +16,7 @@ from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, to_dict
 from mlip.training import checkpoint, randomness
+from mlip.training.allocator import keep_freed_memory
 from mlip.training.engine import build_engine
 from mlip.training.faults import fire
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
@@ -64,6 +65,7 @@ class Trainer:
         checkpoint.remove_leftovers(config.run.dir)
         saved = checkpoint.load_newest(config, allow_mismatch=allow_mismatch)
         threads = randomness.set_threads(config, saved.state["threads"] if saved else None)
+        keep_freed_memory()
         self.engine: Engine = build_engine(objective, config, deepspeed_json)
         self.steps = total_steps(config, loader.num_rows)
         self.step = 0  # steps done
