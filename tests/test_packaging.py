@@ -1,0 +1,89 @@
+"""What is installed is what is in the tree: the wheel holds the two linked folders, once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = (
+    "import mlip.config, mlip.kernels.info_nce, mlip.kernels.token_knowledge_patch, "
+    "mlip.dataloading.manifest, mlip.knowledge.linker; print(mlip.kernels.info_nce.__file__)"
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from the files that git tracks, so that leftovers of builds cannot hide."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout: the tracked files are not known")
+    for name in listed.stdout.decode().split("\0"):
+        file = ROOT / name
+        if not name or not (file.is_file() or file.is_symlink()):
+            continue
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink():
+            target.symlink_to(file.readlink())
+        else:
+            target.write_bytes(file.read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(source)]
+    subprocess.run(command, check=True, timeout=300)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_is_not_named_after_another_project(wheel: Path) -> None:
+    assert wheel.name.startswith("mlip_medical-")
+
+
+def test_the_wheel_holds_every_module_once_and_its_data(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    listed = subprocess.run(
+        ["git", "ls-files", "mlip/*.py", "kernels/*.py", "dataloading/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tracked = [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+    expected = {name if name.startswith("mlip/") else f"mlip/{name}" for name in tracked}
+    assert len(expected) > 60
+    assert expected <= set(names)
+    assert any(name.startswith("mlip/knowledge/lexicon/") for name in names)
+    assert any(name.startswith("mlip/templates/") for name in names)
+    assert "mlip/py.typed" in names
+    assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
+
+
+def test_an_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); {IMPORTS}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(target) in done.stdout
+
+
+def test_core_imports_need_no_torchvision_deepspeed_or_dali() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'timm', 'deepspeed', 'nvidia.dali', 'xformers'):\n"
+        "    sys.modules[name] = None\n"
+        "import mlip.assembly, mlip.objective, mlip.training.engine, mlip.dataloading.loader\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
