@@ -110,12 +110,7 @@ def evaluate(config: Config, corpus: Corpus) -> None:
     folder = Path(config.run.dir)
     opened = open_checkpoint(folder, device=distributed.device())
     results = evaluate_run(
-        opened.model,
-        config,
-        corpus.manifest,
-        opened.tokenizer,
-        opened.linker,
-        opened.table,
+        *(opened.model, config, corpus.manifest, opened.tokenizer, opened.linker, opened.table),
         device=distributed.device(),
         run=opened.facts,
     )
@@ -123,26 +118,31 @@ def evaluate(config: Config, corpus: Corpus) -> None:
     print(f"report: {write_report(folder, results)}")
 
 
-def main(arguments: list[str]) -> None:
-    options, config = parse(arguments)
-    run_folder.append(Path(config.run.dir))
-    stop = StopRequest()
-    distributed.start(config.run.timeout_s)
-    setup_logging()
-    randomness.seed_everything(config.run.seed)
-    randomness.set_deterministic(config)
-    with locked_folder(Path(config.run.dir)):
-        corpus = train(options, config, stop)
-        is_main = distributed.is_main()
-        distributed.barrier()
-        distributed.stop()
-        if is_main:
-            gc.collect()  # the engine's memory, before the model is built again
-            randomness.use_all_cores()
-            stop.raise_at_once()
-            evaluate(config, corpus)
+def main(arguments: list[str]) -> int:
+    """Run the command; its exit code (mlip/training/lifecycle.py lists them)."""
+    folder: list[Path] = []  # known once the settings are
+
+    def run() -> None:
+        options, config = parse(arguments)
+        folder.append(Path(config.run.dir))
+        stop = StopRequest()
+        distributed.start(config.run.timeout_s)
+        setup_logging()
+        randomness.seed_everything(config.run.seed)
+        randomness.set_deterministic(config)
+        with locked_folder(folder[0]):
+            corpus = train(options, config, stop)
+            is_main = distributed.is_main()
+            distributed.barrier()
+            distributed.stop()
+            if is_main:
+                gc.collect()  # the engine's memory, before the model is built again
+                randomness.use_all_cores()
+                stop.raise_at_once()
+                evaluate(config, corpus)
+
+    return guarded(run, lambda: folder[0] if folder else None)
 
 
 if __name__ == "__main__":
-    run_folder: list[Path] = []  # known once the settings are
-    sys.exit(guarded(lambda: main(sys.argv[1:]), lambda: run_folder[0] if run_folder else None))
+    sys.exit(main(sys.argv[1:]))

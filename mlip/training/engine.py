@@ -60,6 +60,10 @@ class DeepSpeedEngine(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
         distributed.broadcast_(p.data for p in objective.parameters())
+        if self.stage > 0:
+            # ZeRO flattens parameters and views them as bytes: no channels_last weights
+            for parameter in objective.parameters():
+                parameter.data = parameter.data.contiguous()
         # its own broadcast views parameters as bytes, which fails for a scalar (0.19.8)
         with mock.patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model"):
             self.engine, self.zero, _, _ = deepspeed.initialize(

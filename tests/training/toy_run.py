@@ -78,6 +78,9 @@ class ToyModel(nn.Module):
         self.text = nn.Embedding(VOCABULARY, DIM)
         self.unused = nn.Linear(3, 3)  # never gets a gradient
         self.frozen = nn.Linear(DIM, DIM).requires_grad_(False)
+        # a weight that does not lie row by row, as channels_last convolutions do
+        weight = self.patch_head.weight
+        weight.data = weight.data.t().contiguous().t()
 
 
 class ToyObjective(nn.Module):

@@ -1,0 +1,177 @@
+"""train.py from its command line to its page: in this process, and on two ranks under DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from mlip.training import checkpoint, faults
+from tests.small_run import small_run
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    "batch.global_pairs=8",
+    "train.max_steps=4",
+    "train.checkpoint_steps=2",
+    "train.warmup_steps=1",
+    "train.log_steps=1",
+    "run.threads=1",
+    "loss.category.prototypes=8",
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run owns its process: signals, threads, logging, random numbers."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    threads, logger = torch.get_num_threads(), logging.getLogger("mlip")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    monkeypatch.setattr(faults, "_fired", set())
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def _overrides(folder: Path, *more: str) -> list[str]:
+    settings = [s for s in small_run().settings if not s.startswith("run.dir")]
+    return [*settings, *TINY, f"run.dir={folder}", *more]
+
+
+def _losses(folder: Path) -> dict[int, tuple[float, ...]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {e["step"]: (e["total"], e["grad_norm"], *e["terms"].values()) for e in lines}
+
+
+def test_overrides_may_stand_on_either_side_of_the_files(tmp_path):
+    for name, seed in (("a.yaml", 5), ("b.yaml", 6)):
+        (tmp_path / name).write_text(f"run: {{seed: {seed}}}\ntrain: {{max_steps: {seed}0}}\n")
+    files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    _, config = train.parse(["--config", *files, "run.seed=7"])
+    assert (config.run.seed, config.train.max_steps) == (7, 60)
+    options, config = train.parse(
+        ["--local_rank=1", "train.lr=0.5", "--config", files[0], "--allow-mismatch", "run.seed=8"]
+    )
+    assert (config.run.seed, config.train.lr, config.train.max_steps) == (8, 0.5, 50)
+    assert options.allow_mismatch
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkeypatch, capsys):
+    # oracle: the same command without a stop
+    assert train.main(_overrides(tmp_path / "whole")) == 0
+    monkeypatch.setenv("FAULT", "term@0:1:forward")
+    assert train.main(_overrides(tmp_path / "parts")) == 75
+    assert "stopped on request after step 3 of 4; saved" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "report.html").exists()
+    assert train.main(_overrides(tmp_path / "parts")) == 0
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    terms = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])["terms"]
+    expected = {"global_contrastive", "local_alignment", "category", "matching", "swapping"}
+    assert expected <= terms.keys()  # every loss is on by default
+
+    folder = tmp_path / "parts"
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!") and "http-equiv" not in page
+    results = json.loads((folder / "results.json").read_text())
+    assert results["run"]["step"] == 4 and results["run"]["pairs_seen"] == 32
+    ledger = json.loads((folder / "ledger.json").read_text())
+    (epoch,) = ledger["epochs"].values()
+    # 32 training rows, 4 steps of 8 pairs, and a stop in between: each row once
+    assert epoch["trained"] == 32 and epoch["ahead"] == 0
+    assert epoch["trained"] + sum(ledger["excluded"].values()) == ledger["rows"]
+
+
+def test_nearly_every_parameter_moves_between_two_checkpoints(tmp_path):
+    assert train.main(_overrides(tmp_path, "train.lr=0.01")) == 0
+    two, one = (checkpoint.read(path).training for path in checkpoint.checkpoints_of(tmp_path))
+    moved = [n for n, t in one.parameters.items() if not torch.equal(t, two.parameters[n])]
+    assert len(moved) > 0.8 * len(one.parameters), sorted(set(one.parameters) - set(moved))
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("train.max_stepz=3", 2, "unknown key 'train.max_stepz'; the nearest valid key is"),
+        ("train.zero_stage=7", 2, "train.zero_stage: expected one of 0, 1, 2, 3"),
+        ("data.columns.report=texts", 3, "texts"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_its_exit_code(tmp_path, capsys, override, code, says):
+    assert train.main(_overrides(tmp_path, override)) == code
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("mlip: ")]
+    assert len(lines) == 1 and says in lines[0], lines
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_4(tmp_path, capsys):
+    assert train.main(_overrides(tmp_path, "train.max_steps=2")) == 0
+    assert train.main(_overrides(tmp_path, "train.max_steps=3")) == 4
+    assert "train.max_steps (saved 2, now 3)" in capsys.readouterr().err
+    assert train.main([*_overrides(tmp_path, "train.max_steps=3"), "--allow-mismatch"]) == 0
+    assert max(_losses(tmp_path)) == 3
+
+
+def test_three_nan_steps_in_a_row_end_with_5_and_save_nothing_bad(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FAULT", ",".join(f"nan@0:{s}:forward" for s in range(3)))
+    assert train.main(_overrides(tmp_path)) == 5
+    assert "3 in a row" in capsys.readouterr().err
+    assert all(
+        tensor.isfinite().all()
+        for path in checkpoint.checkpoints_of(tmp_path)
+        for tensor in checkpoint.read(path).training.parameters.values()
+    )
+
+
+def _two_ranks(folder: Path, *more: str) -> Any:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    command += ["--master_port", port, "--log_level", "error", "train.py"]
+    return subprocess.run(
+        [*command, *_overrides(folder, *more)],
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.skipif(
+    shutil.which("deepspeed", path=str(Path(sys.executable).parent)) is None,
+    reason="no deepspeed command beside this Python",
+)
+def test_two_deepspeed_ranks_give_the_losses_of_one_process(tmp_path):
+    # oracle: the plain engine in this process, dropout off, same global batch
+    quiet = (
+        "model.text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+        "intermediate_size: 32, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
+    )
+    smaller = (quiet, "train.max_steps=2", "evaluate.bootstrap=10")
+    assert train.main(_overrides(tmp_path / "one", *smaller)) == 0
+    done = _two_ranks(tmp_path / "two", *smaller, "train.zero_stage=3")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "two" / "meta.json").read_text())["engine"] == "deepspeed"
+    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    for step in one:
+        # float32 sums in another order over two steps of AdamW
+        torch.testing.assert_close(two[step], one[step], rtol=2e-5, atol=2e-6)
+    assert (tmp_path / "two" / "report.html").is_file()
