@@ -113,16 +113,17 @@ def _mask_in_place(z: Tensor, start: int, pairing: Pairing) -> Tensor:
     return z
 
 
-def logsumexp_statistics(chunk: ChunkOfLogits, rows: int, pairing: Pairing, group: Group):
-    """The log-sum-exps of both directions and every positive.
+def logsumexp_statistics(
+    chunk: ChunkOfLogits, rows: int, pairing: Pairing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps over negatives of rows [M] and columns [N], this rank's part; positives [M].
 
     chunk:   chunk(start, stop) gives fresh logits [stop - start, N] that may be overwritten
     """
     row_parts: list[Tensor] = []
     positive_parts: list[Tensor] = []
     column: Tensor | None = None
-    columns = pairing.weight.shape[0]
-    for start, stop in chunk_bounds(rows, columns):
+    for start, stop in chunk_bounds(rows, pairing.weight.shape[0]):
         z = chunk(start, stop)
         positive_parts.append(z.diagonal(pairing.offset + start).clone())
         _mask_in_place(z, start, pairing)
@@ -130,16 +131,20 @@ def logsumexp_statistics(chunk: ChunkOfLogits, rows: int, pairing: Pairing, grou
         part = torch.logsumexp(z, 0)
         column = part if column is None else torch.logaddexp(column, part)
     like = pairing.weight
-    row = torch.cat(row_parts) if row_parts else like.new_empty(0)
-    positive = torch.cat(positive_parts) if positive_parts else like.new_empty(0)
     if column is None:
-        column = torch.full_like(like, -torch.inf)
+        return like.new_empty(0), torch.full_like(like, -torch.inf), like.new_empty(0)
+    return torch.cat(row_parts), column, torch.cat(positive_parts)
+
+
+def over_ranks(
+    row: Tensor, column: Tensor, positive: Tensor, pairing: Pairing, group: Group
+) -> Statistics:
+    """Statistics of the whole batch from this rank's rows and its part of the columns."""
     size = group_size(group)
     if size > 1:
         positive = gather(positive, group, pairing.counts)
         # gathered and added in rank order, so that every rank holds the same bits
-        every = gather(column[None], group, [1] * size)
-        column = torch.logsumexp(every, 0)
+        column = torch.logsumexp(gather(column[None], group, [1] * size), 0)
     return Statistics(row, column, positive)
 
 
@@ -164,15 +169,18 @@ def pull(stats: Statistics, pairing: Pairing) -> tuple[Tensor, Tensor]:
     return row, torch.sigmoid(stats.column_lse - stats.positive) * pairing.weight
 
 
+def finite(lse: Tensor) -> Tensor:
+    """An anchor without negatives has lse = -inf; with any finite value exp(-inf - lse) is 0."""
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
+
+
 def logits_gradient(
     z: Tensor, start: int, stats: Statistics, pulls: tuple[Tensor, Tensor], pairing: Pairing
 ) -> Tensor:
     """d loss / d logits of a chunk, overwriting the logits `z` [c, N]."""
     stop = start + z.shape[0]
     row_pull, column_pull = pulls
-    # an anchor without negatives has lse = -inf: any finite value gives exp(-inf - 0) = 0
-    row_lse = stats.row_lse[start:stop].clamp(min=torch.finfo(z.dtype).min)
-    column_lse = stats.column_lse.clamp(min=torch.finfo(z.dtype).min)
+    row_lse, column_lse = finite(stats.row_lse[start:stop]), finite(stats.column_lse)
     _mask_in_place(z, start, pairing)
     grad = torch.exp(z - row_lse[:, None]).mul_(row_pull[start:stop, None])
     grad.add_(z.sub_(column_lse).exp_().mul_(column_pull))

@@ -2,13 +2,124 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._contrastive import (
+    Pairing,
+    Statistics,
+    finite,
+    loss_value,
+    make_pairing,
+    over_ranks,
+    pull,
+)
 from mlip.kernels._dispatch import resolve
-from mlip.kernels._distributed import Group, default_group
-from mlip.kernels.info_nce.reference import info_nce_reference
+from mlip.kernels._distributed import Group, default_group, gather, reduce_rows, sum_over_group
+from mlip.kernels.info_nce import reference
+
+MAX_TRITON_DIM = 512  # the backward kernel holds a row tile of D accumulators
+
+
+@torch.library.custom_op(
+    "mlip_kernels::info_nce_statistics",
+    mutates_args=(),
+    schema=(
+        "(Tensor image, Tensor text, Tensor scale, Tensor? ids, int offset) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _statistics(image, text, scale, ids, offset):
+    from mlip.kernels.info_nce.triton_kernels import info_nce_statistics
+
+    own = None if ids is None else ids[offset : offset + image.shape[0]].contiguous()
+    return info_nce_statistics(image, text, scale, own, ids, offset)
+
+
+@_statistics.register_fake
+def _(image, text, scale, ids, offset):
+    row = image.new_empty((image.shape[0],), dtype=torch.float32)
+    return row, text.new_empty((text.shape[0],), dtype=torch.float32), torch.empty_like(row)
+
+
+@torch.library.custom_op(
+    "mlip_kernels::info_nce_gradients",
+    mutates_args=(),
+    schema=(
+        "(Tensor image, Tensor text, Tensor scale, Tensor grad, Tensor? ids, Tensor row_lse, "
+        "Tensor column_lse, Tensor row_pull, Tensor column_pull, int offset, bool want_scale) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _gradients(
+    image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, want_scale
+):
+    from mlip.kernels.info_nce.triton_kernels import info_nce_gradient
+
+    pair = None
+    if ids is not None:
+        pair = (ids[offset : offset + image.shape[0]].contiguous(), ids)
+    image_grad, scale_grad = info_nce_gradient(
+        image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull), offset,
+        image.dtype, want_scale,
+    )  # fmt: skip
+    # float32: the parts of all ranks are still to be added
+    text_grad, _ = info_nce_gradient(
+        text, image, scale, grad, None if pair is None else pair[::-1], (column_lse, row_lse),
+        (column_pull, row_pull), -offset, torch.float32, False,
+    )  # fmt: skip
+    return image_grad, text_grad, scale_grad
+
+
+@_gradients.register_fake
+def _(image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, _want):
+    text_grad = text.new_empty(text.shape, dtype=torch.float32)
+    return torch.empty_like(image), text_grad, scale.new_empty(())
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image, text, scale, pair_ids, group, is_triton):
+        pairing = make_pairing(scale.new_empty((image.shape[0], 0)), pair_ids, None, None, group)
+        every = gather(text, group, pairing.counts)
+        if is_triton:
+            parts = _statistics(image, every, scale, pairing.ids, pairing.offset)
+        else:
+            parts = reference.statistics(image, every, scale, pairing)
+        row, column, positive = parts
+        stats = over_ranks(row, column, positive, pairing, group)
+        ctx.save_for_backward(
+            image, text, scale, stats.row_lse, stats.column_lse, stats.positive,
+            pairing.weight, pairing.ids,
+        )  # fmt: skip
+        ctx.counts, ctx.offset = pairing.counts, pairing.offset
+        ctx.group, ctx.is_triton = group, is_triton
+        return loss_value(stats, pairing, group)
+
+    @staticmethod
+    @no_second_derivative
+    def backward(ctx: Any, grad: Tensor):
+        image, text, scale, row_lse, column_lse, positive, weight, ids = ctx.saved_tensors
+        stats = Statistics(row_lse, column_lse, positive)
+        pairing = Pairing(ctx.counts, ctx.offset, ids, None, None, None, weight)
+        every = gather(text, ctx.group, pairing.counts)
+        grad = sum_over_group(grad, ctx.group)
+        want_scale = ctx.needs_input_grad[2]
+        if ctx.is_triton:
+            image_grad, text_grad, scale_grad = _gradients(
+                image, every, scale, grad, ids, finite(row_lse), finite(column_lse),
+                *pull(stats, pairing), ctx.offset, want_scale,
+            )  # fmt: skip
+        else:
+            image_grad, text_grad, scale_grad = reference.gradients(
+                image, every, scale, grad, stats, pairing, want_scale
+            )
+        text_grad = reduce_rows(text_grad, ctx.group, pairing.counts).to(text.dtype)
+        return image_grad, text_grad, scale_grad, None, None, None
 
 
 def _check(image_features: Tensor, text_features: Tensor, pair_ids: Tensor | None) -> None:
@@ -58,8 +169,29 @@ def info_nce_loss(
     of the whole batch. On a GPU every rank must pass equal shapes.
     """
     _check(image_features, text_features, pair_ids)
-    resolve(impl, image_features.device, "the Triton kernels are not bound yet")
-    return info_nce_reference(image_features, text_features, logit_scale, pair_ids, group)
+    dim, device = image_features.shape[1], image_features.device
+    dtypes = (image_features.dtype, text_features.dtype)
+    refusal = None
+    if torch.float64 in dtypes:
+        refusal = "the inputs are float64, and the kernels work in float32"
+    elif dim > MAX_TRITON_DIM:
+        refusal = f"D={dim} is above {MAX_TRITON_DIM}, the largest that fits on chip"
+    is_triton = resolve(impl, device, refusal) == "triton"
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    compute = wide
+    if is_triton:
+        # float16 becomes bfloat16 as well: gradients of 1 / B^2 would underflow it
+        is_narrow = dtypes != (torch.float32, torch.float32)
+        if is_narrow or torch.is_autocast_enabled(device.type):
+            compute = torch.bfloat16
+    if isinstance(logit_scale, Tensor):
+        scale = logit_scale.to(device=device, dtype=wide).reshape(())
+    else:
+        scale = torch.full((), logit_scale, dtype=wide, device=device)
+    with torch.autocast(device.type, enabled=False):
+        image = image_features.to(compute).contiguous()
+        text = text_features.to(compute).contiguous()
+        return _InfoNCE.apply(image, text, scale, pair_ids, group, is_triton)
 
 
 class ClipLoss(nn.Module):

@@ -1,8 +1,8 @@
 """Backward Triton kernels of context pooling: r = q . c / |c| with c the attended patch.
 
 With t = q - r c / |c| (r dropped where |c| is at its floor) both gradients are sums over
-similarities of q and of t, so the pass over rows makes t, leaves it in memory for the pass over
-patches, and neither adds atomically. Formulas: derivation 3 of the README.
+similarities of q and of t: one kernel leaves t in memory, a pass over rows and one over patches
+read it, and nothing adds atomically. Formulas: derivation 3 of the README.
 """
 
 from __future__ import annotations
@@ -30,8 +30,50 @@ def _weights(
 
 
 @triton.jit
-def _context_bwd_rows_kernel(
+def _context_turn_kernel(
     rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr, h_ptr,
+    turned_ptr, first_text, last_text, images, stride_rm,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """t of BLOCK_R rows and a share of the images; h = g / |c|, and in g's place its floor term."""
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    if tl.program_id(0) * BLOCK_R >= count:
+        return
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_r = offs_r < count
+    mask = mask_r[:, None] & (offs_d < DIM)[None, :]
+    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+    alpha = tl.load(alpha_ptr)
+    for image in range(tl.program_id(1), images, tl.num_programs(1)):
+        m = tl.full([], 0, tl.int64) + image
+        place = m * stride_rm + offs_r
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
+        context = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for tile in range(0, TILES):
+            v, unused_bias = _load_patches(
+                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0
+            )
+            unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+            context = _dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
+        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
+        r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
+        rho = tl.sqrt(tl.sum(context * context, 1))
+        is_free = rho > CONTEXT_FLOOR
+        inverse = 1.0 / tl.maximum(rho, CONTEXT_FLOOR)
+        turned = q.to(tl.float32) - tl.where(is_free, r * inverse, 0.0)[:, None] * context
+        out = turned_ptr + place[:, None] * DIM + offs_d[None, :]
+        tl.store(out, turned.to(q.dtype), mask=mask)
+        tl.store(h_ptr + place, g * inverse, mask=mask_r)
+        tl.store(g_ptr + place, tl.where(is_free, 0.0, g * r), mask=mask_r)
+
+
+@triton.jit
+def _context_bwd_rows_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
     turned_ptr, rows_grad_ptr, alpha_part_ptr,
     first_text, last_text, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -39,7 +81,7 @@ def _context_bwd_rows_kernel(
     POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d rows over a share of the images; leaves t, and h = g / |c| with g times its floor term."""
+    """d rows of BLOCK_R rows over a share of the images."""
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     if tl.program_id(0) * BLOCK_R >= count:
@@ -58,28 +100,17 @@ def _context_bwd_rows_kernel(
         m = tl.full([], 0, tl.int64) + image
         place = m * stride_rm + offs_r
         stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
-        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
-        r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
-        context = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        floor = tl.load(floor_ptr + place, mask=mask_r, other=0.0)
+        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
+        at = turned_ptr + place[:, None] * DIM + offs_d[None, :]
+        turned = tl.load(at, mask=mask, other=0.0)
         for tile in range(0, TILES):
-            v, _ = _load_patches(v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0)
-            _, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
-            context = _dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
-        rho = tl.sqrt(tl.sum(context * context, 1))
-        is_free = rho > CONTEXT_FLOOR
-        inverse = 1.0 / tl.maximum(rho, CONTEXT_FLOOR)
-        turned = q.to(tl.float32) - tl.where(is_free, r * inverse, 0.0)[:, None] * context
-        turned = turned.to(q.dtype)
-        tl.store(turned_ptr + place[:, None] * DIM + offs_d[None, :], turned, mask=mask)
-        h = g * inverse
-        floor = tl.where(is_free, 0.0, g * r)
-        tl.store(h_ptr + place, h, mask=mask_r)
-        # g is read by no one after this: its place carries the floor term
-        tl.store(g_ptr + place, floor, mask=mask_r)
-        for tile in range(0, TILES):
-            v, _ = _load_patches(v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0)
+            v, unused_bias = _load_patches(
+                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0
+            )
             s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
-            y = _dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
+            y = tl.zeros([BLOCK_R, SEG0], tl.float32)
+            y = _dot(turned, tl.trans(v), y, PRECISION, UPCAST)
             dl = a * (h[:, None] * y - floor[:, None])
             if WANT_ALPHA:
                 alpha_sum += tl.sum(dl * s, 1)
@@ -109,7 +140,7 @@ def _context_bwd_patches_kernel(
     count = tl.load(bounds_ptr + last_text) - start
     alpha = tl.load(alpha_ptr)
     offs_d = tl.arange(0, BLOCK_D)
-    v, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+    v, unused_bias = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
     acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
@@ -127,7 +158,7 @@ def _context_bwd_patches_kernel(
         stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
         floor = tl.load(floor_ptr + place, mask=mask_r, other=0.0)
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
-        _, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+        unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
         y = _dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
         dl = alpha * a * (h[:, None] * y - floor[:, None])
         acc = _dot(tl.trans(q), dl.to(q.dtype), acc, PRECISION, UPCAST)

@@ -16,6 +16,7 @@ from mlip.kernels._contrastive import (
     logsumexp_statistics,
     loss_value,
     make_pairing,
+    over_ranks,
     pull,
 )
 from mlip.kernels._distributed import Group, sum_over_group
@@ -39,7 +40,8 @@ class _ContrastiveFromScores(torch.autograd.Function):
         def chunk(start: int, stop: int) -> Tensor:
             return scores[start:stop] * logit_scale
 
-        stats = logsumexp_statistics(chunk, scores.shape[0], pairing, group)
+        row, column, positive = logsumexp_statistics(chunk, scores.shape[0], pairing)
+        stats = over_ranks(row, column, positive, pairing, group)
         ctx.save_for_backward(scores, logit_scale)
         ctx.stats, ctx.pairing, ctx.group = stats, pairing, group
         return loss_value(stats, pairing, group)

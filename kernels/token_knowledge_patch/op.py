@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._dispatch import resolve
-from mlip.kernels._distributed import Group, gather_rows, row_counts
+from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, row_counts
 from mlip.kernels.token_knowledge_patch.checks import check_inputs, check_options
-from mlip.kernels.token_knowledge_patch.operators import pair_scores_op, query_rows, unit_patches
+from mlip.kernels.token_knowledge_patch.operators import (
+    pair_scores_bwd_op,
+    pair_scores_op,
+    query_rows,
+    query_rows_bwd,
+    unit_patches,
+    unit_patches_bwd,
+)
 from mlip.kernels.token_knowledge_patch.reference import (
     UNSHIFTED_SCALE,
     pair_scores,
@@ -19,6 +28,15 @@ from mlip.kernels.token_knowledge_patch.reference import (
     unit_rows,
 )
 from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, MAX_ENTITIES
+
+
+@dataclass(frozen=True)
+class _TritonOptions:
+    pooling: str
+    aggregation: str
+    shift: bool
+    narrow: bool  # unit rows in bfloat16
+    group: Group
 
 
 def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str | None:
@@ -43,20 +61,84 @@ def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> 
 def _needs_shift(scale: float | Tensor) -> bool:
     """Whether exp() needs the row maximum; a scale on the GPU is never read, so there it does."""
     if isinstance(scale, Tensor):
-        return scale.device.type != "cpu" or float(scale.detach()) > UNSHIFTED_SCALE
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+            return True
+        return float(scale.detach()) > UNSHIFTED_SCALE
     return scale > UNSHIFTED_SCALE
+
+
+class _TritonScores(torch.autograd.Function):
+    """S [M, N] from raw patches, tokens and entities, and the weight of every row.
+
+    One node from inputs to scores: rounding the gradient of a unit row to bfloat16 before its
+    radial part is taken out would cost a digit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, patches, tokens, knowledge, weight, knowledge_scale, knowledge_gain,
+        attention_scale, aggregation_scale, patch_mask, token_weights, knowledge_mask,
+        options: _TritonOptions, keep: bool,
+    ):  # fmt: skip
+        rows = query_rows(
+            tokens, knowledge, token_weights, knowledge_mask, knowledge_scale, knowledge_gain,
+            options.narrow,
+        )  # fmt: skip
+        counts = row_counts(rows, options.group)
+        rows, weight = (gather(x, options.group, counts) for x in (rows, weight))
+        v, bias = unit_patches(patches, patch_mask, options.narrow)
+        valid = None if patch_mask is None else patch_mask.any(1).to(torch.int8)
+        problem = (patches.shape[1], options.pooling, options.aggregation, options.shift)
+        made = pair_scores_op(
+            rows, weight, v, bias, attention_scale, aggregation_scale, valid, *problem, keep
+        )
+        ctx.save_for_backward(
+            patches, tokens, knowledge, knowledge_scale, knowledge_gain, patch_mask,
+            token_weights, knowledge_mask,
+            rows, weight, v, bias, attention_scale, aggregation_scale, valid, *made,
+        )  # fmt: skip
+        ctx.problem, ctx.counts, ctx.group = problem, counts, options.group
+        return made[0]
+
+    @staticmethod
+    @no_second_derivative
+    def backward(ctx: Any, grad: Tensor):
+        patches, tokens, knowledge, scale, gain, patch_mask, seen, entity_mask, *pair = (
+            ctx.saved_tensors
+        )
+        want_alpha = ctx.needs_input_grad[6]
+        d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd_op(
+            grad, *pair, *ctx.problem, want_alpha
+        )
+        d_rows = reduce_rows(d_rows, ctx.group, ctx.counts)
+        d_weight = reduce_rows(d_weight, ctx.group, ctx.counts)
+        d_patches = unit_patches_bwd(patches, patch_mask, d_v)
+        d_tokens, d_knowledge, d_scale, d_gain = query_rows_bwd(
+            tokens, knowledge, seen, entity_mask, scale, gain, d_rows
+        )
+        return (
+            d_patches, d_tokens, None if knowledge is None else d_knowledge, d_weight, d_scale,
+            d_gain, d_alpha, d_gamma, None, None, None, None, None,
+        )  # fmt: skip
 
 
 def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Group):
     patches, tokens, knowledge = inputs["patches"], inputs["tokens"], inputs["knowledge"]
     device = patches.device
     both_wide = patches.dtype == torch.float32 and tokens.dtype == torch.float32
-    narrow = not both_wide or torch.is_autocast_enabled(device.type)
-    scalars = {
-        name: _scalar(options[name], torch.float32, device)
+    scalars = [
+        _scalar(options[name], torch.float32, device)
         for name in ("knowledge_scale", "knowledge_gain", "attention_scale", "aggregation_scale")
-    }
-    token_weights = inputs["token_weights"]
+    ]
+    token_weights, patch_mask = inputs["token_weights"], inputs["patch_mask"]
+    fixed = _TritonOptions(
+        options["pooling"],
+        options["aggregation"],
+        _needs_shift(options["attention_scale"]),
+        # float16 becomes bfloat16 as well: gradients of 1 / (B T P) would underflow it
+        not both_wide or torch.is_autocast_enabled(device.type),
+        group,
+    )
     with torch.autocast(device.type, enabled=False):
         weight = row_weights(
             tokens,
@@ -67,39 +149,17 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
             options["knowledge_share"],
             torch.float32,
         )
-        seen = None if token_weights is None else token_weights.detach().float().contiguous()
-        rows = query_rows(
-            tokens,
-            knowledge,
-            seen,
+        made = [patches, tokens, knowledge, weight, *scalars]
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in made)
+        scores = _TritonScores.apply(
+            *made,
+            patch_mask,
+            None if token_weights is None else token_weights.detach().float().contiguous(),
             inputs["knowledge_mask"],
-            scalars["knowledge_scale"],
-            scalars["knowledge_gain"],
-            narrow,
-        )
-        counts = row_counts(rows, group)
-        rows = gather_rows(rows, group, counts)
-        every_weight = gather_rows(weight, group, counts)
-        v, bias = unit_patches(patches, inputs["patch_mask"], narrow)
-        mask = inputs["patch_mask"]
-        valid = None if mask is None else mask.any(1)
-        made = (rows, every_weight, v, scalars["attention_scale"], scalars["aggregation_scale"])
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in made)
-        scores = pair_scores_op(
-            rows,
-            every_weight,
-            v,
-            bias,
-            scalars["attention_scale"],
-            scalars["aggregation_scale"],
-            None if valid is None else valid.to(torch.int8),
-            patches.shape[1],
-            options["pooling"],
-            options["aggregation"],
-            _needs_shift(options["attention_scale"]),
+            fixed,
             keep,
-        )[0]
-    return scores, weight, valid
+        )
+    return scores, weight, None if patch_mask is None else patch_mask.any(1)
 
 
 def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Group):

@@ -1,11 +1,11 @@
-"""Custom operators around the Triton kernels: shapes for torch.compile and gradients for autograd.
+"""Custom operators around the Triton kernels, with the shapes that torch.compile asks for.
 
-Nothing here looks at the values of a tensor. Triton is imported where a kernel is first launched.
+No gradients: op.py binds forward and backward operators in one autograd node, so that gradients of
+unit rows stay in float32 until they are projected. Nothing here looks at the values of a tensor.
+Triton is imported where a kernel is first launched.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,28 +37,16 @@ def _(x: Tensor, mask: Tensor | None, narrow: bool) -> tuple[Tensor, Tensor]:
     mutates_args=(),
     schema="(Tensor x, Tensor? mask, Tensor grad) -> Tensor",
 )
-def _unit_patches_bwd(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
+def unit_patches_bwd(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import patches_bwd
 
     return patches_bwd(x, mask, grad.contiguous())
 
 
-@_unit_patches_bwd.register_fake
+@unit_patches_bwd.register_fake
 def _(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
-
-def _save_patches(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], inputs[1])
-
-
-def _backward_patches(ctx: Any, grad: Tensor | None, _: Tensor | None):
-    x, mask = ctx.saved_tensors
-    return None if grad is None else _unit_patches_bwd(x, mask, grad), None, None
-
-
-unit_patches.register_autograd(_backward_patches, setup_context=_save_patches)
 
 _ROW_INPUTS = (
     "Tensor tokens, Tensor? knowledge, Tensor? weights, Tensor? mask, Tensor scale, Tensor gain"
@@ -90,30 +78,17 @@ def _(tokens, knowledge, weights, mask, scale, gain, narrow):
     mutates_args=(),
     schema=f"({_ROW_INPUTS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
+def query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_bwd
 
     return rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad.contiguous())
 
 
-@_query_rows_bwd.register_fake
+@query_rows_bwd.register_fake
 def _(tokens, knowledge, weights, mask, scale, gain, grad):
     entities = tokens.new_empty((0,)) if knowledge is None else torch.empty_like(knowledge)
     return tokens.new_empty(tokens.shape), entities, scale.new_empty(()), scale.new_empty(())
 
-
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-
-
-def _backward_rows(ctx: Any, grad: Tensor):
-    tokens, knowledge, weights, mask, scale, gain = ctx.saved_tensors
-    grads = _query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad)
-    entity_grad = None if knowledge is None else grads[1]
-    return grads[0], entity_grad, None, None, grads[2], grads[3], None
-
-
-query_rows.register_autograd(_backward_rows, setup_context=_save_rows)
 
 _PAIR_INPUTS = (
     "Tensor rows, Tensor weight, Tensor v, Tensor bias, Tensor alpha, Tensor gamma, Tensor? valid"
@@ -191,7 +166,7 @@ def _(rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation,
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _pair_scores_bwd(
+def pair_scores_bwd_op(
     grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
     patches, pooling, aggregation, shift, want_alpha,
 ):  # fmt: skip
@@ -205,27 +180,10 @@ def _pair_scores_bwd(
     return d_rows.view(rows.shape), d_weight.view(weight.shape), d_v, d_alpha, d_gamma
 
 
-@_pair_scores_bwd.register_fake
+@pair_scores_bwd_op.register_fake
 def _(
     grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
     patches, pooling, aggregation, shift, want_alpha,
 ):  # fmt: skip
     wide = weight.new_empty
     return wide(rows.shape), wide(weight.shape), wide(v.shape), wide(()), wide(())
-
-
-def _save_pairs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.options = inputs[7:11]
-    ctx.save_for_backward(*inputs[:7], *output)
-
-
-def _backward_pairs(ctx: Any, grad: Tensor | None, *unused: Tensor | None):
-    if grad is None:
-        return (None,) * 12
-    grads = _pair_scores_bwd(grad, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[4])
-    d_rows, d_weight, d_v, d_alpha, d_gamma = grads
-    return d_rows, d_weight, d_v, None, d_alpha, d_gamma, *(None,) * 6
-
-
-pair_scores_op.register_autograd(_backward_pairs, setup_context=_save_pairs)

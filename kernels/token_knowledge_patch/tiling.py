@@ -54,31 +54,52 @@ def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-# (rows, segments, warps) in order of preference. Every line compiles for sm_80 and sm_90 without
-# spills at the sizes of tests/kernels/test_triton_compile.py; of the lines that fit, the one that
-# pads an image least is taken, the earlier one where they tie within 4 %
-Candidate = tuple[int, tuple[int, int, int], int]
-FORWARD_BF16: dict[int, list[Candidate]] = {
-    128: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
-    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4)],
+Candidate = tuple[int, tuple[int, int, int], int]  # rows, segments, warps
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tile maps of one kernel: of `best` that fit, the one that pads an image least (the earlier
+    one within 4 %); where none fits, the first of `small` that does."""
+
+    best: list[Candidate]
+    small: list[Candidate]
+
+
+# A stationary side shorter than 64 rows or patches asks more of the L2 cache than it delivers
+# (README, tile maps), so those lines are for small shared memory only. Every line of `best`
+# in bfloat16 compiles for sm_80 and sm_90 without spills (tests/kernels/test_triton_compile.py).
+SMALL: list[Candidate] = [
+    (64, (64, 0, 0), 8),
+    (64, (32, 0, 0), 8),
+    (32, (32, 0, 0), 8),
+    (32, (16, 0, 0), 4),
+    (16, (16, 0, 0), 4),
+]
+TABLE: dict[tuple[str, int], Choice] = {
+    ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("forward", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("backward_rows", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_rows", 256): Choice([(128, (64, 0, 0), 8), (128, (32, 0, 0), 8)], SMALL),
+    ("backward_patches", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
 }
-BACKWARD_ROWS_BF16: dict[int, list[Candidate]] = {
-    128: [(128, (64, 32, 16), 8), (128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
-    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4)],
+CONTEXT: dict[tuple[str, int], Choice] = {
+    ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("forward", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("turn", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("turn", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("backward_rows", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[1:]),
+    ("backward_patches", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
 }
-BACKWARD_PATCHES_BF16: dict[int, list[Candidate]] = {
-    128: [(128, (64, 32, 16), 8), (128, (64, 0, 0), 8), (64, (64, 0, 0), 4), (64, (32, 0, 0), 4)],
-    256: [(128, (64, 0, 0), 8), (64, (64, 0, 0), 8), (64, (32, 0, 0), 4), (32, (32, 0, 0), 4)],
+# three tf32 products a dot hold three times the operands: small tiles, correct first
+FLOAT32: dict[tuple[str, int], Choice] = {
+    ("forward", 128): Choice([(64, (32, 0, 0), 4)], SMALL[3:]),
+    ("forward", 256): Choice([(64, (16, 0, 0), 8)], SMALL[4:]),
 }
-FLOAT32: dict[int, list[Candidate]] = {
-    128: [(64, (32, 0, 0), 4), (32, (32, 0, 0), 4)],
-    256: [(64, (32, 0, 0), 8), (32, (32, 0, 0), 8), (32, (16, 0, 0), 4)],
-}
-TABLES = {
-    "forward": FORWARD_BF16,
-    "backward_rows": BACKWARD_ROWS_BF16,
-    "backward_patches": BACKWARD_PATCHES_BF16,
-}
+FLOAT32_OTHERS = {128: Choice([], SMALL[4:]), 256: Choice([(16, (16, 0, 0), 8)], SMALL[4:])}
 
 
 def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages: int) -> int:
@@ -117,18 +138,28 @@ def choose_tiling(
         tiling = _resident(patches, dim, limit)
         if tiling is not None:
             return tiling
-    table = TABLES[kind] if size == 2 else FLOAT32
-    candidates = table[128 if dim <= 128 else 256]
-    if pooling == "context":
-        candidates = [c for c in candidates if c[1][1] == 0]
+    width = 128 if dim <= 128 else 256
+    table = CONTEXT if pooling == "context" else TABLE
+    if size == 4:
+        choice = FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
+    else:
+        choice = table[kind, width]
     best: tuple[float, Tiling] | None = None
-    for block_r, segments, warps in candidates:
+    for is_small, candidate in [(False, c) for c in choice.best] + [
+        (True, c) for c in choice.small
+    ]:
+        block_r, segments, warps = candidate
         span = sum(segments)
-        if shared_bytes(kind, block_r, span, dim, size, 2) + SHARED_MEMORY_SLACK > limit:
+        # a context's backward pass streams t beside the rows, in as many stages
+        streamed = 0
+        if kind.startswith("backward") and pooling == "context":
+            streamed = 2 * block_r * dim * size
+        needed = shared_bytes(kind, block_r, span, dim, size, 2) + streamed
+        if needed + SHARED_MEMORY_SLACK > limit or (is_small and best is not None):
             continue
         tiles = -(-padded_patches(patches) // span)
         # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
-        if kind == "forward" and tiles == 1 and (pooling == "context" or size == 4):
+        if kind == "forward" and tiles == 1:
             tiles = 2
         waste = tiles * span / patches
         if best is None or waste < 0.96 * best[0]:

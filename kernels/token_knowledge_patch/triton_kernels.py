@@ -21,6 +21,7 @@ from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
 from mlip.kernels.token_knowledge_patch.context_triton_kernels import (
     _context_bwd_patches_kernel,
     _context_bwd_rows_kernel,
+    _context_turn_kernel,
 )
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     _aggregate_fwd_kernel,
@@ -240,42 +241,24 @@ def pair_scores_bwd(
         alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, device=device)
         inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
         shared = _keywords(p)
+        span = (first, last)
+        sizes = (p.images, r.stride(0), d_rows.stride(0))
         if p.pooling == "context":
-            _context_bwd_rows_kernel[grid](
-                *inputs,
-                r,
-                stat,
-                g,
-                h,
-                turned,
-                d_rows,
-                alpha_parts,
-                first,
-                last,
-                p.images,
-                r.stride(0),
-                d_rows.stride(0),
-                WANT_ALPHA=want_alpha,
-                **shared,
-                **by_rows.keywords(),
+            turning = choose_tiling("turn", p.patches, block_d, p.size, limit, p.pooling)
+            blocks = triton.cdiv((last - first) * p.rows_a_text, turning.block_r)
+            shares = min(p.images, triton.cdiv(4 * processors, blocks))
+            _context_turn_kernel[(blocks, shares)](
+                *inputs, r, stat, g, h, turned, *span, *sizes[:2], **shared, **turning.keywords()
             )
+            _context_bwd_rows_kernel[grid](
+                *inputs, stat, g, h, turned, d_rows, alpha_parts, *span, *sizes,
+                WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
+            )  # fmt: skip
         else:
             _pair_bwd_rows_kernel[grid](
-                *inputs,
-                stat,
-                g,
-                h,
-                d_rows,
-                alpha_parts,
-                first,
-                last,
-                p.images,
-                r.stride(0),
-                d_rows.stride(0),
-                WANT_ALPHA=want_alpha,
-                **shared,
-                **by_rows.keywords(),
-            )
+                *inputs, stat, g, h, d_rows, alpha_parts, *span, *sizes,
+                WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
+            )  # fmt: skip
         if want_alpha:
             d_alpha += alpha_parts.sum()
         is_context = p.pooling == "context"

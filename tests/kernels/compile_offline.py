@@ -1,0 +1,195 @@
+"""Compile kernels for sm_80 and sm_90 with Triton's own ptxas, no GPU, and print what they use.
+
+Run as a script in a process without TRITON_INTERPRET: `python compile_offline.py '<json cases>'`
+prints one JSON object a case. Triton compiles a tile that no chip can hold without a word, so the
+test that reads this asserts shared memory, spills and tensor-core instructions itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BIG_STRIDES = ("stride_rm", "stride_part", "stride_sm")
+
+
+def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], case: dict[str, Any]):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    # torch allocations are 16-byte aligned and strides multiples of 16, as at a real launch
+    attributes = {
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n in names
+        if n not in constants and (signature[n].startswith("*") or n in BIG_STRIDES)
+    }
+    return triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
+        target=GPUTarget("cuda", case["capability"], 32),
+        options={"num_warps": case["warps"], "num_stages": case["stages"]},
+    )
+
+
+def _resources(compiled: Any) -> dict[str, int]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def run(tool: str, *options: str) -> str:
+            command = [str(tools / tool), *options, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage, assembly = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm")
+    out = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL"):
+        out[word] = len(re.findall(rf"\b{word}\b", assembly))
+    out["instructions"] = len(re.findall(r"/\*[0-9a-f]{4,5}\*/", assembly))
+    return out | {"shared": compiled.metadata.shared}
+
+
+def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
+    types = {}
+    for name in inspect.signature(kernel.fn).parameters:
+        if name in ("rows_ptr", "v_ptr", "turned_ptr", "x_ptr", "token_ptr", "entity_ptr"):
+            types[name] = f"*{element}"
+        elif name in ("a_ptr", "b_ptr"):
+            types[name] = f"*{element}"
+        elif name in ("index_ptr", "bounds_ptr", "text_ptr"):
+            types[name] = "*i32"
+        elif name == "stat_ptr":
+            types[name] = "*i32" if pooling == "max" else "*fp32"
+        elif name == "ids_a_ptr" or name == "ids_b_ptr":
+            types[name] = "*i64"
+        elif name == "mask_ptr":
+            types[name] = "*u8"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        else:
+            types[name] = "i32"
+    return types
+
+
+def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from mlip.kernels.token_knowledge_patch import (
+        backward_triton_kernels,
+        context_triton_kernels,
+        forward_triton_kernels,
+    )
+    from mlip.kernels.token_knowledge_patch.tiling import (
+        SHARED_MEMORY,
+        block_dim,
+        choose_tiling,
+        padded_patches,
+    )
+
+    kind, pooling, dim = case["kind"], case["pooling"], case["dim"]
+    size = 2 if case["element"] == "bf16" else 4
+    limit = SHARED_MEMORY[divmod(case["capability"], 10)]
+    tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, limit, pooling)
+    constants: dict[str, Any] = tiling.keywords()
+    case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
+    constants |= {
+        "P_PAD": padded_patches(case["patches"]),
+        "DIM": dim,
+        "BLOCK_D": block_dim(dim),
+        "POOLING": pooling,
+        "PRECISION": "ieee" if size == 2 else "tf32x3",
+        "UPCAST": False,
+    }
+    if kind == "forward":
+        constants["SHIFT"] = case.get("shift", False)
+        return forward_triton_kernels._pair_fwd_kernel, constants
+    if kind == "turn":
+        return context_triton_kernels._context_turn_kernel, constants
+    flag = "WANT_ALPHA" if kind == "backward_rows" else "ACCUMULATE"
+    constants[flag] = case.get("extra", False)
+    if pooling == "context":
+        module, prefix = context_triton_kernels, "_context_bwd"
+    else:
+        module, prefix = backward_triton_kernels, "_pair_bwd"
+    side = "rows" if kind == "backward_rows" else "patches"
+    return getattr(module, f"{prefix}_{side}_kernel"), constants
+
+
+def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from mlip.kernels.info_nce import triton_kernels
+
+    dim, size = case["dim"], 2 if case["element"] == "bf16" else 4
+    constants: dict[str, Any] = {
+        "DIM": dim,
+        "HAS_IDS": True,
+        "PRECISION": "ieee" if size == 2 else "tf32x3",
+        "UPCAST": False,
+    }
+    if case["kind"] == "forward":
+        return triton_kernels._info_nce_fwd_kernel, constants | triton_kernels.forward_tiling(
+            dim, size
+        )
+    constants |= {"BLOCK_D": max(16, dim), "WANT_SCALE": True}
+    tiling = triton_kernels.backward_tiling(dim, size, True)
+    return triton_kernels._info_nce_bwd_kernel, constants | tiling
+
+
+def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from mlip.kernels.token_knowledge_patch import rows_triton_kernels as module
+
+    dim = case["dim"]
+    if case["op"] == "patches":
+        constants: dict[str, Any] = {
+            "P_PAD": 208,
+            "DIM": dim,
+            "BLOCK_D": dim,
+            "BLOCK_P": 16,
+            "HAS_MASK": True,
+            "num_warps": 4,
+        }
+        side = "fwd" if case["kind"] == "forward" else "bwd"
+        return getattr(module, f"_patches_{side}_kernel"), constants
+    constants = {
+        "DIM": dim,
+        "BLOCK_D": dim,
+        "BLOCK_T": 32 if dim <= 128 else 16,
+        "BLOCK_K": 16,
+        "HAS_WEIGHT": True,
+        "HAS_MASK": True,
+        "HAS_ENTITY": True,
+        "PRECISION": "tf32x3",
+        "num_warps": 8,
+    }
+    side = "fwd" if case["kind"] == "forward" else "bwd"
+    return getattr(module, f"_rows_{side}_kernel"), constants
+
+
+def main() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    makers = {
+        "pair": _pair_case,
+        "info_nce": _info_nce_case,
+        "rows": _rows_case,
+        "patches": _rows_case,
+    }
+    for case in json.loads(sys.argv[1]):
+        case = {"op": "pair", "element": "bf16", "pooling": "attention"} | case
+        kernel, constants = makers[case["op"]](case)
+        case["warps"] = constants.pop("num_warps", case.get("warps"))
+        case["stages"] = constants.pop("num_stages", case.get("stages", 2))
+        types = _types(kernel, case["element"], case["pooling"])
+        used = _resources(_compile(kernel, types, constants, case))
+        print(json.dumps(case | used), flush=True)
+
+
+if __name__ == "__main__":
+    main()
