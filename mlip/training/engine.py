@@ -119,7 +119,8 @@ class DeepSpeedEngine(Engine):
             parameter.data.clamp_(least, most)
             if self.stage == 3:
                 parameter.ds_tensor.data.clamp_(least, most)
-                self.zero.get_local_fp32_param(parameter).clamp_(least, most)
+                held = self.zero.get_local_fp32_param(parameter)  # a copy where offloaded
+                self.zero.set_local_hp_param(held.clamp(least, most), parameter)
             elif self.stage > 0 and parameter._hp_mapping is not None:
                 parameter._hp_mapping.get_hp_fragment().clamp_(least, most)
 
@@ -131,7 +132,7 @@ class DeepSpeedEngine(Engine):
             return list(self.parameters.values())
         return self.zero.single_partition_of_fp32_groups
 
-    def state(self) -> TrainingState:
+    def state(self, *, everywhere: bool = True) -> TrainingState:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage in (1, 2):
@@ -140,6 +141,7 @@ class DeepSpeedEngine(Engine):
             self.zero._lazy_init_hp_params_optimizer_state()
         held = self.optimizer.state.get(self._partitions()[0], {})
         steps = int(held["step"]) if held else 0
+        keeps = everywhere or distributed.is_main()
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in self.parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -150,9 +152,13 @@ class DeepSpeedEngine(Engine):
                     full = self.optimizer.state[parameter][key]
                 else:
                     full = safe_get_full_optimizer_state(parameter, key)
-                moments[key][name] = full.view(shape)
+                if keeps:
+                    moments[key][name] = full.view(shape).cpu()
+        parameters: dict[str, Tensor] = {}
         with self._whole_parameters():
-            parameters = {n: p.detach().clone() for n, p in self.objective.named_parameters()}
+            if keeps:
+                for name, parameter in self.objective.named_parameters():
+                    parameters[name] = parameter.detach().cpu().clone()
         return TrainingState(
             parameters=parameters,
             moments=moments,
@@ -215,6 +221,14 @@ def build_engine(
              user's DeepSpeed JSON contradicts the config.
     """
     train = config.train
+    cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
+    uneven = config.batch.global_pairs % distributed.world_size() != 0
+    if train.zero_stage == 3 and cached and uneven:
+        raise ConfigError(
+            f"batch.global_pairs={config.batch.global_pairs} on {distributed.world_size()} ranks "
+            "with batch.micro_* and train.zero_stage=3: ranks would make different numbers of "
+            "passes and wait for each other for ever; choose a multiple of the ranks"
+        )
     is_installed = importlib.util.find_spec("deepspeed") is not None
     wants = train.engine == "deepspeed" or train.offload or user_json is not None
     if not is_installed:

@@ -1,9 +1,9 @@
 """Faults on demand, for tests: FAULT=kind@rank:step:phase makes one rank fail at one place.
 
-kind: kill (SIGKILL), term (SIGTERM), hang (SIGSTOP), nan (phases load and backward: the engine and
-the loop ask for it), error (RuntimeError). Several faults are joined by commas. Each fires once and
-leaves a line in events.jsonl, so that a test can tell that it did. Nothing happens, at the cost of
-one dictionary look-up, where the variable is not set.
+kind: kill (SIGKILL), term (SIGTERM), hang (SIGSTOP), nan (in phase forward the rank's loss, in
+phase backward its gradients alone), error (RuntimeError). Several faults are joined by commas.
+Each fires once and leaves a line in events.jsonl, so that a test can tell that it did. Where the
+variable is not set nothing happens, at the cost of one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PHASES = (
     "ckpt-rename",
     "retention-delete",
 )
+NAN_PHASES = ("forward", "backward")
 KINDS = ("kill", "term", "hang", "nan", "error")
 
 _fired: set[str] = set()
@@ -56,7 +57,7 @@ def _parse(fault: str) -> tuple[str, int, int, str]:
     try:
         kind, _, place = fault.partition("@")
         rank, step, phase = place.split(":")
-        if kind in KINDS and phase in PHASES:
+        if kind in KINDS and phase in PHASES and (kind != "nan" or phase in NAN_PHASES):
             return kind, int(rank), int(step), phase
     except ValueError:
         pass

@@ -200,7 +200,7 @@ class Trainer:
         }
         path = checkpoint.save(
             self.config.run.dir,
-            self.engine.state(),
+            self.engine.state(everywhere=False),
             state,
             keep=self.config.train.keep_checkpoints,
         )

@@ -69,7 +69,7 @@ class RunLog:
             return
         if config.train.tensorboard:
             self._board = _open_board(self.folder / "tensorboard")
-        self._file = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        self._file = _open_for_lines(self.folder / "log.jsonl")
         console = Console()
         if console.is_terminal:
             self._bar = Progress(
@@ -193,6 +193,15 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         self._bar = self._file = self._board = None
+
+
+def _open_for_lines(path: Path) -> IO[str]:
+    """For appending; a line that a kill cut off is ended, so that it spoils no other."""
+    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = open(path, "a", encoding="utf-8")
+    if is_cut:
+        file.write("\n")
+    return file
 
 
 def _finite(value: float) -> float | None:

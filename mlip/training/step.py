@@ -104,8 +104,10 @@ class Engine(abc.ABC):
         flags = distributed.max_over_ranks(flags)
         # One rank's NaN must stop all: times NaN every gradient of every rank is NaN and the
         # update is skipped the way a NaN gradient is. Times 1.0 is exact.
-        self._backward(total * torch.where(flags[0] > 0, torch.nan, 1.0))
-        fire("backward", step, folder)
+        factor = torch.where(flags[0] > 0, torch.nan, 1.0)
+        if fire("backward", step, folder):
+            factor = factor * torch.nan  # gradients of this rank only
+        self._backward(total * factor)
         grad_norm = self._update(lr)
         fire("optimizer", step, folder)
         names = sorted(terms)
@@ -132,8 +134,11 @@ class Engine(abc.ABC):
         """Clip, step, clamp the scales; the gradient norm, or None where it is not finite."""
 
     @abc.abstractmethod
-    def state(self) -> TrainingState:
-        """The whole state on every rank (a collective call)."""
+    def state(self, *, everywhere: bool = True) -> TrainingState:
+        """The whole state, on rank 0 alone unless `everywhere`; a collective call.
+
+        May share memory with the parameters: use it before the next step.
+        """
 
     @abc.abstractmethod
     def load(self, state: TrainingState) -> None: ...
@@ -201,7 +206,7 @@ class PlainEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm if is_finite else None
 
-    def state(self) -> TrainingState:
+    def state(self, *, everywhere: bool = True) -> TrainingState:
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         steps = 0
         for name, parameter in self.parameters.items():

@@ -41,7 +41,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """The oracle: one process, the whole batch, no cache, plain torch."""
-    engine = build("plain", 0, 0)
+    engine = build(*CASES[0])
     results = [step(engine, number) for number in range(STEPS)]
     state = engine.state()
     parameters = {n: t.flatten().tolist() for n, t in state.parameters.items()}
@@ -72,7 +72,7 @@ def test_scales_are_clamped_in_the_master_too(case, two_ranks):
 
 
 def test_parameters_without_gradient_keep_their_values_but_for_decay(alone):
-    engine = build("plain", 0, 0)
+    engine = build(*CASES[0])
     start = {n: t.clone() for n, t in engine.state().parameters.items()}
     assert torch.equal(
         start["model.frozen.weight"].flatten(),

@@ -7,6 +7,7 @@ state does not come back bit for bit. The test that starts it compares with one 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,30 +15,34 @@ from typing import Any
 import torch
 
 from mlip import distributed
-from mlip.training import randomness
+from mlip.training import faults, randomness
 from mlip.training.engine import build_engine
 from mlip.training.step import MOMENTS, Engine, TrainingState
 from tests.training.toy_run import ToyObjective, make_batch, toy_config
 
 STEPS, MORE = 5, 3
-CASES = (
-    ("plain", 0, 0),
-    ("plain", 0, 2),
-    ("deepspeed", 0, 2),
-    ("deepspeed", 1, 0),
-    ("deepspeed", 1, 2),
-    ("deepspeed", 2, 2),
-    ("deepspeed", 3, 0),
-    ("deepspeed", 3, 2),
+CASES = (  # engine, ZeRO stage, rows of a micro-batch, offload
+    ("plain", 0, 0, False),
+    ("plain", 0, 2, False),
+    ("deepspeed", 0, 2, False),
+    ("deepspeed", 1, 0, False),
+    ("deepspeed", 1, 2, False),
+    ("deepspeed", 2, 2, False),
+    ("deepspeed", 2, 0, True),
+    ("deepspeed", 3, 0, False),
+    ("deepspeed", 3, 2, False),
+    ("deepspeed", 3, 2, True),
 )
 
 
-def build(engine: str, stage: int, micro: int, *, seed: int = 1) -> Engine:
+def build(engine: str, stage: int, micro: int, offload: bool, *, seed: int = 1) -> Engine:
     config = toy_config(
         f"train.engine={engine}",
         f"train.zero_stage={stage}",
+        f"train.offload={str(offload).lower()}",
         f"batch.micro_images={micro}",
         f"batch.micro_texts={micro}",
+        f"run.dir={sys.argv[1] + '-events' if len(sys.argv) > 1 else '.'}",
         "model.vision.norm=group",  # batch statistics are refused beside a cache
     )
     randomness.seed_everything(seed)
@@ -71,8 +76,7 @@ def require_equal(left: TrainingState, right: TrainingState, case: object) -> No
             assert torch.equal(a[name].cpu(), b[name].cpu()), (case, name)
 
 
-def run_case(engine_name: str, stage: int, micro: int) -> dict[str, Any]:
-    case = (engine_name, stage, micro)
+def run_case(*case: Any) -> dict[str, Any]:
     engine = build(*case)
     results = [step(engine, number) for number in range(STEPS)]
     state = copy_of(engine.state())
@@ -83,12 +87,15 @@ def run_case(engine_name: str, stage: int, micro: int) -> dict[str, Any]:
     resumed = [step(other, number).total for number in range(STEPS, STEPS + MORE)]
     assert on == resumed, (case, on, resumed)
     before = copy_of(other.state())
-    batch = make_batch(50, 8)
-    if distributed.rank() == distributed.world_size() - 1:
-        batch.image[0] = torch.nan  # one rank only
-    spoiled = other.train_step(batch, step=50, progress=0.0, lr=0.01)
-    assert spoiled.is_skipped, case
-    after = other.state()
+    for phase in ("forward", "backward"):  # the loss, then the gradients, of the last rank only
+        faults._fired.clear()
+        os.environ["FAULT"] = f"nan@{distributed.world_size() - 1}:50:{phase}"
+        spoiled = other.train_step(make_batch(50, 8), step=50, progress=0.0, lr=0.01)
+        assert spoiled.is_skipped and spoiled.grad_norm != spoiled.grad_norm, (case, phase)
+        assert bool(spoiled.bad_terms()) == (phase == "forward" and distributed.rank() == 1)
+    del os.environ["FAULT"]
+    after = copy_of(other.state())
+    assert not step(other, 51).is_skipped, case
     before.buffers.clear()
     after.buffers.clear()  # written in the forward pass
     require_equal(before, after, case)
@@ -103,6 +110,7 @@ def run_case(engine_name: str, stage: int, micro: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
+    Path(f"{out}-events").mkdir(exist_ok=True)
     distributed.start(60.0)
     torch.set_num_threads(1)
     found = {"/".join(map(str, case)): run_case(*case) for case in CASES}
