@@ -153,6 +153,18 @@ def test_another_world_size_and_stage_go_on_where_the_first_stopped(tmp_path, be
 
 
 @pytest.mark.long
+def test_a_rank_that_hangs_ends_the_run_after_the_timeout(tmp_path):
+    begin = time.monotonic()
+    done = _run("torchrun", tmp_path, "run.timeout_s=5", fault="hang@1:6:forward")
+    assert done.returncode != 0 and time.monotonic() - begin < 120
+    (fault,), errors = _events(tmp_path, "fault"), _events(tmp_path, "error")
+    first = min(errors, key=lambda event: event["time"])
+    assert (first["rank"], first["code"]) == (0, 6)
+    assert 4 < first["time"] - fault["time"] < 15  # 5 s, and 2 s for the peer's last words
+    assert "peer error on rank 0" in done.stderr
+
+
+@pytest.mark.long
 def test_killing_the_deepspeed_command_stops_and_saves(tmp_path):
     # the command dies of SIGTERM without a word to its child launcher, which trains on
     command = _command("deepspeed", tmp_path, "train.max_steps=100000", "train.log_steps=1000000")

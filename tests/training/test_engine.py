@@ -1,0 +1,87 @@
+"""Which engine a run gets, and what is refused, without starting any rank."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from mlip import distributed
+from mlip.config import ConfigError
+from mlip.training import engine
+from mlip.training.engine import build_engine
+from mlip.training.step import PlainEngine
+from tests.training.toy_run import ToyObjective, toy_config
+
+
+class _Deepspeed:
+    """Stands where DeepSpeedEngine would be built."""
+
+    def __init__(self, objective, config, settings) -> None:
+        self.settings = settings
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch):
+    """Sets whether DeepSpeed is installed and whether a launcher started this process."""
+
+    def choose(is_installed: bool, *, launched: bool, ranks: int = 1) -> None:
+        found = importlib.util.find_spec("json") if is_installed else None
+        monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: found)
+        monkeypatch.setattr(engine, "DeepSpeedEngine", _Deepspeed)
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        if launched:
+            monkeypatch.setenv("RANK", "0")
+        else:
+            monkeypatch.delenv("RANK", raising=False)
+
+    return choose
+
+
+def _build(*overrides: str, user_json=None):
+    config = toy_config(*overrides)
+    return build_engine(ToyObjective(config), config, user_json)
+
+
+def test_plain_python_trains_without_deepspeed(installed):
+    installed(False, launched=False)
+    assert type(_build()) is PlainEngine
+
+
+def test_a_launcher_gets_deepspeed_and_plain_python_does_not(installed):
+    installed(True, launched=True, ranks=2)
+    assert type(_build("train.zero_stage=2")) is _Deepspeed
+    assert type(_build("train.engine=plain")) is PlainEngine
+    installed(True, launched=False)
+    assert type(_build()) is PlainEngine
+    assert type(_build("train.engine=deepspeed")) is _Deepspeed
+    assert type(_build(user_json={"zero_optimization": {"stage": 1}})) is _Deepspeed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [(["train.engine=deepspeed"], 1), (["train.offload=true"], 1), (["train.zero_stage=2"], 2)],
+)
+def test_what_needs_deepspeed_says_so_where_it_is_not_installed(installed, overrides, ranks):
+    installed(False, launched=True, ranks=ranks)
+    with pytest.raises(ConfigError, match="DeepSpeed, which is not installed: pip install"):
+        _build(*overrides)
+
+
+def test_stage_3_with_a_cache_and_uneven_ranks_is_refused_not_hung(installed):
+    installed(True, launched=True, ranks=3)
+    cached = ["batch.micro_images=2", "model.vision.norm=group"]
+    with pytest.raises(ConfigError, match="batch.global_pairs=8 on 3 ranks"):
+        _build("train.zero_stage=3", *cached)
+    assert type(_build("train.zero_stage=2", *cached)) is _Deepspeed
+
+
+def test_deepspeed_is_imported_inside_functions_only():
+    # oracle: the syntax tree; an import at the top would make every command need DeepSpeed
+    tree = ast.parse(Path(engine.__file__).read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [a.name for node in top if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in names if name.split(".")[0] == "deepspeed"]
