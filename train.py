@@ -80,9 +80,11 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
     )
 
     def keep_ledger(state: Mapping[str, Any]) -> None:
-        summary = Ledger.from_state(state["ledger"]).summary()
-        path = Path(config.run.dir) / "ledger.json"
-        path.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        ledger, name_of = Ledger.from_state(state["ledger"]), corpus.manifest.image_name
+        bad = [{"row": r + 1, "image": name_of(r), "reason": w} for r, w in ledger.bad.items()]
+        for name, content in (("ledger", ledger.summary()), ("quarantine", bad)):
+            path = Path(config.run.dir) / f"{name}.json"
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     trainer = Trainer(
         config,

@@ -6,6 +6,7 @@ paths of images or identifiers.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -70,7 +71,7 @@ class RunLog:
         if config.train.tensorboard:
             self._board = _open_board(self.folder / "tensorboard")
         self._file = _open_for_lines(self.folder / "log.jsonl")
-        console = Console()
+        console = _console()
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -121,7 +122,8 @@ class RunLog:
         self._window_wait += wait_seconds
         is_line = step % self.log_steps == 0 or step == self.total_steps
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+            text = f"loss {result.total:.4f}"
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         if is_line:
             self._say(step, result, lr, scales)
 
@@ -137,10 +139,11 @@ class RunLog:
             f"loss {result.total:.4f} ({terms})  scales {shown}  grad {result.grad_norm:.3g}  "
             f"lr {lr:.2e}  {rate:.0f} pairs/s  data {wait:.0f} %  {memory_gib():.2f} GiB"
         )
+        line = f"step {step}/{self.total_steps}  {text}"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=text)
+            self._bar.console.print(line, highlight=False)  # above the bar
         else:
-            print(f"step {step}/{self.total_steps}  {text}", flush=True)
+            print(line, flush=True)
 
     def _to_board(
         self, step: int, result: StepResult, lr: float, scales: dict[str, float], rate: Any
@@ -220,14 +223,19 @@ def _open_board(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+@functools.cache
+def _console() -> Console:
+    return Console()
+
+
 def setup_logging() -> None:
     """Messages of the "mlip" logger: on rank 0 from INFO on, on other ranks from WARNING on."""
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
-    console = Console(stderr=True)
-    if console.is_terminal:
-        logger.addHandler(RichHandler(console=console, show_time=False, show_path=False))
+    if _console().is_terminal:
+        # the bar's own console: another one would write into the bar
+        logger.addHandler(RichHandler(console=_console(), show_time=False, show_path=False))
         return
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if distributed.is_main() else f"rank {distributed.rank()}: "
