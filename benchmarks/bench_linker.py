@@ -359,10 +359,12 @@ def padded(table: ConceptTable, forms: int) -> ConceptTable:
     rng = np.random.default_rng(1)
     words = ["".join(p) for p in itertools.product(_SYLLABLES, repeat=3)]
     common = ["lung", "chest", "left", "right", "acute", "disease", "heart", "of", "the", "pleural"]
+    sizes = rng.integers(1, 4, forms)
+    picks = rng.integers(0, len(words), (forms, 3))
     extra = []
     for row in range(forms):
-        chosen = list(rng.choice(words, size=rng.integers(1, 4)))
-        chosen.insert(int(rng.integers(0, len(chosen) + 1)), common[row % len(common)])
+        chosen = [words[i] for i in picks[row, : sizes[row]]]
+        chosen.insert(row % (len(chosen) + 1), common[row % len(common)])
         extra.append(Concept(id=f"x{row}", name=" ".join(chosen), category="made_up"))
     return ConceptTable([*table, *extra])
 

@@ -8,6 +8,7 @@ words (lexicon/) and the rules of assertion (scope.py).
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -52,12 +53,17 @@ class Linker:
     """Links texts to the concepts of one table.
 
     Where two concepts share a surface form, the one earlier in the table has it.
+    leave_out: semantic types whose mentions are not returned ("qualifier": mild, acute, stable).
     Raises:  LexiconError where the cue file or a term cannot be used
     Source:  Aho and Corasick 1975; scope rules ours, in the line of NegEx (Chapman et al. 2001)
     """
 
-    def __init__(self, table: ConceptTable) -> None:
+    def __init__(self, table: ConceptTable, leave_out: Collection[str] = ()) -> None:
         self.table = table
+        unknown = set(leave_out) - {concept.semantic_type for concept in table}
+        if unknown:
+            raise ValueError(f"leave_out: no concept has the semantic type {sorted(unknown)[0]!r}")
+        self._silent = {row for row, c in enumerate(table) if c.semantic_type in leave_out}
         self._ids = [concept.id for concept in table]
         self._codes = _Codes(_words(table))
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
@@ -152,13 +158,23 @@ class Linker:
         if events and counts:
             found += scope.resolve(events, rules, decide != 0)
         found.sort()
+        silent = self._silent
         mentions = []
         for start, end, row, state in found:
+            if row in silent:
+                continue
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
             stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))
             mentions.append(Mention(ids[row], begin, stop, state))
         return mentions
+
+    def known_words(self, text: str) -> tuple[int, int]:
+        """(words of the text that the lexicon or its cues use, words in all): low for a report in
+        another language, which gets few links and no guesses."""
+        words = _WORD.findall(text.lower())
+        unknown = self._codes.unknown
+        return sum(self._codes[word] != unknown for word in words), len(words)
 
     def key(self, term: str) -> str:
         """A term as codes: equal for terms that match the same text (plurals, hyphens).

@@ -22,6 +22,7 @@ from mlip.knowledge.concepts import ConceptTable
 Encode = Callable[[list[str]], Tensor]
 _VERSION = 1  # part of the cache key: raise it when the arithmetic below changes
 _PROBES = ["no pleural effusion", "the heart is enlarged"]  # identify an encoder by what it says
+_DENSE_ROWS = 3000  # above, the exact factors would take gigabytes: sketched instead, with a seed
 # a direction holding less than this share of the largest spread is rounding noise, not whitened
 _RANK_TOLERANCE = 1e-5
 
@@ -59,7 +60,7 @@ def knowledge_vectors(
         if cached.exists():
             return load_file(cached)["vectors"]
     if kind == "tfidf":
-        raw = _tfidf(texts)
+        raw = _tfidf(texts, settings.dim)
     else:
         assert encode is not None
         raw = encode(texts).detach().to("cpu", torch.float64).numpy()
@@ -113,12 +114,17 @@ def mean_pairwise_cosine(vectors_ED: Tensor) -> tuple[float, float]:
     return float(cosine.mean()), float(cosine.abs().mean())
 
 
-def _tfidf(texts: list[str]) -> np.ndarray:
+def _tfidf(texts: list[str], dim: int) -> np.ndarray:
+    from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     # sub-word pieces relate "cardiomegaly" to "cardiac" where whole words share nothing
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
-    return np.asarray(vectorizer.fit_transform(texts).todense())
+    rows = vectorizer.fit_transform(texts)
+    if len(texts) <= _DENSE_ROWS:
+        return np.asarray(rows.todense())
+    # one direction more than asked for: the common one goes with the mean
+    return np.asarray(TruncatedSVD(dim + 1, random_state=0).fit_transform(rows))
 
 
 def _user_table(table: ConceptTable, path: Path) -> Tensor:

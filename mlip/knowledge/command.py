@@ -1,0 +1,215 @@
+"""The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
+
+What does not live here: any reading or matching (concepts.py, ontologies.py, umls.py, linker.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from mlip.config import Knowledge
+from mlip.knowledge.concepts import (
+    LexiconError,
+    load_concepts,
+    read_text,
+    write_table,
+)
+from mlip.knowledge.linker import Linker, Mention
+from mlip.knowledge.merging import merge
+from mlip.knowledge.ontologies import read_csv, read_obo
+from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
+
+_STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
+_FEW_KNOWN_WORDS = 0.35  # English reports lie above 0.6, other languages below 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sub-commands build, show, link and stats."""
+    commands = parser.add_subparsers(dest="action", required=True)
+    build = commands.add_parser("build", help="merge the lexicon with ontologies into one table")
+    build.add_argument("--out", type=Path, required=True, help="table to write (.jsonl)")
+    build.add_argument("--obo", type=Path, nargs="+", default=[], help=".obo or .obo.gz files")
+    build.add_argument("--under", nargs="+", default=[], help="keep OBO terms below these ids")
+    build.add_argument("--csv", type=Path, nargs="+", default=[], help="tables of your own")
+    build.add_argument("--umls", type=Path, help="META folder of a UMLS release you hold")
+    build.add_argument("--languages", nargs="+", default=["ENG"], help="UMLS languages")
+    build.add_argument("--sources", nargs="+", default=[], help="UMLS sources; default all")
+    build.add_argument("--types", nargs="+", default=list(SEMANTIC_TYPES), help="UMLS types (TUI)")
+    build.add_argument("--no-lexicon", action="store_true", help="leave our own lexicon out")
+    show = commands.add_parser("show", help="one concept with all that is known of it")
+    show.add_argument("concept", help="concept id, name or synonym")
+    link = commands.add_parser("link", help="the mentions of a report, in colour")
+    link.add_argument("file", help="text file with one report; - reads standard input")
+    link.add_argument("--json", action="store_true", help="one mention a line as JSON")
+    stats = commands.add_parser("stats", help="what a table holds")
+    for command in (show, link, stats):
+        command.add_argument("--lexicon", help="concept folder or file; default the project's own")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the chosen sub-command; 0, or 2 with a message where the input cannot be used."""
+    console = Console(soft_wrap=True, highlight=False)
+    actions = {"build": _build, "show": _show, "link": _link, "stats": _stats}
+    try:
+        return actions[arguments.action](arguments, console)
+    except LexiconError as error:
+        print(f"mlip knowledge: {error}", file=sys.stderr)
+        return 2
+
+
+def _build(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.out.suffix != ".jsonl":
+        raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
+    tables = [] if arguments.no_lexicon else [load_concepts(None)]
+    for path in arguments.obo:
+        tables.append(read_obo(path, under=arguments.under))
+    tables += [read_csv(path) for path in arguments.csv]
+    if arguments.umls is not None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        errors = Console(stderr=True)
+        with Progress(*columns, TimeElapsedColumn(), console=errors, transient=True) as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def advance(name: str, done: int, total: int) -> None:
+                if name not in tasks:
+                    tasks[name] = progress.add_task(name, total=total)
+                progress.update(tasks[name], completed=done)
+
+            tables.append(
+                read_umls(
+                    arguments.umls,
+                    languages=arguments.languages,
+                    sources=arguments.sources,
+                    semantic_types=arguments.types,
+                    progress=advance,
+                )
+            )
+    if not tables:
+        raise LexiconError("nothing to build: give --obo, --csv or --umls, or drop --no-lexicon")
+    table = merge(tables[0], *tables[1:]) if len(tables) > 1 else tables[0]
+    write_table(table, arguments.out)
+    console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
+    for part in tables:
+        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts")
+    if table.provenance.get("licensed"):
+        console.print("  holds UMLS text: it is yours to use under your licence, not to hand on")
+    return 0
+
+
+def _show(arguments: argparse.Namespace, console: Console) -> int:
+    table = load_concepts(arguments.lexicon)
+    wanted = arguments.concept.lower().strip()
+    matches = [c for c in table if c.id == wanted or wanted in c.surface_forms]
+    if not matches:
+        forms = {form: c.id for c in table for form in (c.id, c.name.lower())}
+        near = difflib.get_close_matches(wanted, forms, n=3, cutoff=0.5)
+        hint = f"; near: {', '.join(dict.fromkeys(forms[n] for n in near))}" if near else ""
+        raise LexiconError(f"no concept {arguments.concept!r} in {len(table)} concepts{hint}")
+    concept = matches[0]
+    console.print(f"[bold]{escape(concept.name)}[/bold]  {concept.id}")
+    console.print(escape(concept.definition) or "(no definition)")
+    facts = {
+        "category": concept.category,
+        "type": concept.semantic_type,
+        "source": concept.source,
+        "is a": ", ".join(concept.parents),
+        "kinds of it": ", ".join(c.id for c in table if concept.id in c.parents),
+        **{r: ", ".join(t for q, t in concept.relations if q == r) for r, _ in concept.relations},
+        "pointed to by": ", ".join(
+            f"{c.id} ({r})" for c in table for r, t in c.relations if t == concept.id
+        ),
+        "codes": ", ".join(f"{k} {' '.join(v)}" for k, v in concept.mappings.items()),
+        "written as": "; ".join(concept.surface_forms),
+        "written apart": "; ".join(
+            " ... ".join("/".join(slot[:4]) + ("/..." if len(slot) > 4 else "") for slot in term)
+            for term in concept.apart
+        ),
+        "not in": "; ".join(concept.excludes),
+    }
+    for name, value in facts.items():
+        if value:
+            console.print(f"  [cyan]{name}[/cyan]: {escape(value)}")
+    return 0
+
+
+def _link(arguments: argparse.Namespace, console: Console) -> int:
+    text = sys.stdin.read() if arguments.file == "-" else read_text(arguments.file)
+    linker = Linker(load_concepts(arguments.lexicon))
+    mentions = linker.link(text)
+    if arguments.json:
+        for mention in mentions:
+            print(json.dumps(mention._asdict()))
+        return 0
+    console.print(colour_view(text, mentions))
+    table = Table(box=None, pad_edge=False)
+    for heading in ("state", "concept", "words", "category"):
+        table.add_column(heading)
+    for mention in mentions:
+        words = " ".join(text[mention.start : mention.end].split())
+        category = linker.table[mention.concept_id].category
+        state = Text(mention.state, style=_STYLES[mention.state])
+        table.add_row(state, mention.concept_id, Text(words), category)
+    console.print(table)
+    known, total = linker.known_words(text)
+    console.print(f"{len(mentions)} mentions; {known} of {total} words are in the lexicon")
+    if total and known / total < _FEW_KNOWN_WORDS:
+        console.print("few known words: the lexicon is English, other languages are not guessed")
+    return 0
+
+
+def colour_view(text: str, mentions: list[Mention]) -> Text:
+    """The report with its mentions styled by state; where mentions nest, the shorter one shows."""
+    view = Text(text)
+    for mention in sorted(mentions, key=lambda m: m.start - m.end):
+        view.stylize(_STYLES[mention.state], mention.start, mention.end)
+    return view
+
+
+def _stats(arguments: argparse.Namespace, console: Console) -> int:
+    from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine
+
+    table = load_concepts(arguments.lexicon)
+    forms = sum(len(concept.surface_forms) for concept in table)
+    depth = {c.id: 0 for c in table if not c.parents}
+    for concept in sorted(table, key=lambda c: len(table.ancestors(c.id))):
+        known = [depth[p] for p in concept.parents if p in depth]
+        depth.setdefault(concept.id, 1 + max(known, default=0))
+    console.print(f"concepts {len(table)}, surface forms {forms}, fingerprint {table.fingerprint}")
+    counts = {
+        "category": Counter(c.category for c in table),
+        "type": Counter(c.semantic_type for c in table),
+        "relations": Counter(r for c in table for r, _ in c.relations)
+        + Counter({"is_a": sum(len(c.parents) for c in table)}),
+        "codes": Counter(v for c in table for v in c.mappings),
+        "source": Counter(c.source for c in table),
+    }
+    for name, counter in counts.items():
+        listed = ", ".join(f"{key} {n}" for key, n in counter.most_common())
+        console.print(f"[cyan]{name}[/cyan]: {listed or 'none'}")
+    undefined = sum(not c.definition for c in table)
+    console.print(f"roots {sum(not c.parents for c in table)}, deepest is-a {max(depth.values())}")
+    console.print(f"without definition {undefined}")
+    if len(table) <= 5000:  # the factors of a larger table take minutes
+        signed, absolute = mean_pairwise_cosine(knowledge_vectors(table, Knowledge()))
+        console.print(f"TF-IDF vectors: mean cosine {signed:.3f}, mean |cosine| {absolute:.3f}")
+    else:
+        console.print("TF-IDF vectors: not computed for more than 5000 concepts")
+    return 0
