@@ -161,13 +161,13 @@ def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     constants = {
         "DIM": dim,
         "BLOCK_D": dim,
-        "BLOCK_T": 32 if dim <= 128 else 16,
+        "BLOCK_T": 16,
         "BLOCK_K": 16,
         "HAS_WEIGHT": True,
         "HAS_MASK": True,
         "HAS_ENTITY": True,
-        "PRECISION": "tf32x3",
-        "num_warps": 8,
+        "PRECISION": "tf32",
+        "num_warps": 16 if dim > 128 else 8,
     }
     side = "fwd" if case["kind"] == "forward" else "bwd"
     return getattr(module, f"_rows_{side}_kernel"), constants

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import (
-    contrastive_loss_from_scores,
     tiling,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,

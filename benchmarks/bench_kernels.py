@@ -1,0 +1,303 @@
+"""Benchmark the kernels against every baseline of providers.py: time, memory, error.
+
+    python benchmarks/bench_kernels.py                 a short grid that fits ten minutes
+    python benchmarks/bench_kernels.py --full          the whole grid, a fresh process a row
+    python benchmarks/bench_kernels.py --tune          time every tile map of tiling.py
+    python benchmarks/bench_kernels.py --print FILE    the table of an earlier run
+
+Without a GPU the same providers run on the CPU at the sizes of the CPU demo. Parity with float64
+is measured before the clock starts and is part of the row. A failed cell is a row too: "out of
+memory", "not installed", "out of time".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machine
+    sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks import harness, providers  # noqa: E402
+from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
+
+Case = dict[str, Any]
+ATTENTION = ["fused", "compile_bf16", "compile_fp32", "eager_fp32", "chunked"]
+PARITY_PAIRS = 8  # float64 holds P x T x 64 similarities of these
+SCALE = 1 / 0.07
+
+
+def similarity(batch: int, tokens: int, patches: int, dim: int, **more: Any) -> Case:
+    return {
+        "op": "token_knowledge_patch",
+        "batch": batch,
+        "tokens": tokens,
+        "patches": patches,
+        "dim": dim,
+        "pooling": "attention",
+        "alpha": 10.0,
+        "fill": 1.0,
+    } | more
+
+
+def short_grid(device: str) -> list[Case]:
+    """The rows of the README's table, most telling first."""
+    cases: list[Case] = []
+
+    def add(case: Case, names: list[str]) -> None:
+        cases.extend(case | {"provider": name, "device": device} for name in names)
+
+    if device != "cuda":
+        for batch in (32, 64):
+            demo = similarity(batch, 64, 64, 128)
+            add(demo, ["torch", "eager_fp32"])
+            add(demo | {"fill": 0.5}, ["torch"])
+        add(similarity(32, 64, 64, 128, pooling="max"), ["torch", "eager_fp32"])
+        add(similarity(32, 64, 64, 128, pooling="context"), ["torch", "gloria_loop"])
+        add({"op": "info_nce", "batch": 2048, "dim": 512}, ["torch", "eager_fp32"])
+        return cases
+    add(similarity(256, 112, 196, 128), ["fused", "compile_bf16", "compile_fp32", "eager_fp32"])
+    add(similarity(256, 112, 196, 128, fill=0.5), ["fused"])
+    add(similarity(256, 112, 196, 256), ["fused", "compile_bf16"])
+    add(similarity(256, 64, 196, 128, pooling="max"), ["fused", "late_interaction_kernels"])
+    add({"op": "info_nce", "batch": 65536, "dim": 512}, ["fused", "inf_cl"])
+    add({"op": "info_nce", "batch": 16384, "dim": 512}, ["fused", "eager_bf16"])
+    add(similarity(256, 112, 196, 128), ["chunked"])
+    add(similarity(1024, 112, 196, 128), ["fused"])
+    add(similarity(4096, 112, 196, 128), ["fused"])
+    add(similarity(256, 64, 196, 128, pooling="context"), ["fused", "compile_bf16"])
+    add(similarity(64, 64, 196, 128), ["fused", "compile_bf16", "gloria_loop"])
+    return cases
+
+
+def full_grid(device: str) -> list[Case]:
+    cases: list[Case] = []
+    shapes = ((32, 49, 128), (64, 196, 128), (77, 196, 256), (112, 196, 256), (128, 576, 256))
+    for batch in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        for tokens, patches, dim in shapes:
+            for fill in (1.0, 0.5, 0.25):
+                base = similarity(batch, tokens, patches, dim, fill=fill, device=device)
+                cases += [base | {"provider": name} for name in ATTENTION]
+            base = similarity(batch, tokens, patches, dim, device=device)
+            context = base | {"pooling": "context"}
+            cases += [context | {"provider": n} for n in ("fused", "compile_bf16", "gloria_loop")]
+            best = base | {"pooling": "max"}
+            names = ("fused", "compile_bf16", "late_interaction_kernels")
+            cases += [best | {"provider": n} for n in names]
+    for batch in (4096, 16384, 65536, 262144):
+        base = {"op": "info_nce", "batch": batch, "dim": 512, "device": device}
+        cases += [base | {"provider": n} for n in ("fused", "eager_bf16", "compile_bf16", "inf_cl")]
+    return cases
+
+
+def _similarity_inputs(case: Case, batch: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    device, dtype = case["device"], _dtype(case)
+    patches = torch.randn(batch, case["patches"], case["dim"], generator=g)
+    tokens = torch.randn(batch, case["tokens"], case["dim"], generator=g)
+    # an aligned batch: token t of text n is a noisy copy of one patch of image n
+    pick = torch.randint(case["patches"], (batch, case["tokens"]), generator=g)
+    tokens += 0.7 * torch.gather(patches, 1, pick[..., None].expand_as(tokens))
+    real = max(1, round(case["fill"] * case["tokens"]))
+    weights = (torch.arange(case["tokens"]) < real).float().expand(batch, -1).contiguous()
+    features = [x.to(device, dtype).requires_grad_() for x in (patches, tokens)]
+    return [*features, weights.to(device), torch.tensor(SCALE, device=device)]
+
+
+def _info_nce_inputs(case: Case, batch: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(1)
+    image = F.normalize(torch.randn(batch, case["dim"], generator=g), dim=-1)
+    text = F.normalize(image + torch.randn(batch, case["dim"], generator=g) * 0.05, dim=-1)
+    features = [x.to(case["device"], _dtype(case)).requires_grad_() for x in (image, text)]
+    return [*features, torch.tensor(SCALE, device=case["device"])]
+
+
+def _dtype(case: Case) -> torch.dtype:
+    is_wide = case["device"] == "cpu" or case["provider"] == "eager_fp32"
+    return torch.float32 if is_wide else torch.bfloat16
+
+
+def _provider(case: Case):
+    if case["op"] == "info_nce":
+        return providers.info_nce_provider(case["provider"])
+    return providers.similarity_provider(case["provider"], case)
+
+
+def _forward_backward(loss: Any, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    value = loss(*inputs)
+    return value, *torch.autograd.grad(value, inputs[:2])
+
+
+def _parity(case: Case, loss: Any) -> dict[str, float | None]:
+    """Errors of loss and gradients against float64 on a small batch of the same shape."""
+    make = _info_nce_inputs if case["op"] == "info_nce" else _similarity_inputs
+    inputs = make(case, min(case["batch"], 256 if case["op"] == "info_nce" else PARITY_PAIRS))
+    wide = [x.detach().double() for x in inputs]
+    for x in wide[:2]:
+        x.requires_grad_()
+    if case["op"] == "info_nce":
+        truth = _forward_backward(lambda a, b, k: info_nce_loss(a, b, k, impl="torch"), wide)
+    else:
+        oracle = providers.similarity_provider("torch", case)
+        truth = _forward_backward(oracle, wide)
+    made = _forward_backward(loss, inputs)
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(made, truth, strict=True)]
+    is_other = case["provider"] == "gloria_loop"  # another formula: there is nothing to agree with
+    names = ("loss_error", "image_gradient_error", "text_gradient_error")
+    return {name: None if is_other else error for name, error in zip(names, errors, strict=True)}
+
+
+def _flop(case: Case) -> tuple[float, float]:
+    """Useful floating-point operations, forward and backward, in matrix products of real rows."""
+    if case["op"] == "info_nce":
+        unit = 2.0 * case["batch"] ** 2 * case["dim"]
+        return unit, 4 * unit
+    rows = case["batch"] * max(1, round(case["fill"] * case["tokens"]))
+    unit = 2.0 * rows * case["batch"] * case["patches"] * case["dim"]
+    forward = 2 if case["pooling"] == "context" else 1
+    backward = {"attention": 4, "max": 2, "context": 9}[case["pooling"]]
+    return forward * unit, backward * unit
+
+
+def run_case(case: Case, peak_tflops: float | None) -> Case:
+    """One row."""
+    loss = _provider(case)
+    row = case | {"status": "ok"} | _parity(case, loss)
+    make = _info_nce_inputs if case["op"] == "info_nce" else _similarity_inputs
+    inputs = make(case, case["batch"])
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss(*inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        return _forward_backward(loss, inputs)
+
+    row["peak_mib"] = None
+    warm = both()  # compiles before memory is measured
+    del warm
+    peak = harness.peak_bytes(both) if case["device"] == "cuda" else None
+    if peak is not None:
+        gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
+        row["peak_mib"] = (peak - gradients) / 2**20
+    row["forward"] = harness.measure(forward, case["device"])
+    row["both"] = harness.measure(both, case["device"])
+    row["forward_ms"], row["both_ms"] = row["forward"]["median_ms"], row["both"]["median_ms"]
+    if peak_tflops:
+        ahead, back = _flop(case)
+        spent = max(row["both_ms"] - row["forward_ms"], 1e-6)
+        row["forward_share"] = ahead / row["forward_ms"] / 1e9 / peak_tflops
+        row["backward_share"] = back / spent / 1e9 / peak_tflops
+        row["matmul_peak_tflops"] = peak_tflops
+    return row
+
+
+def safely(case: Case, peak_tflops: float | None) -> Case:
+    """run_case, or the reason why there is no number."""
+    try:
+        return run_case(case, peak_tflops)
+    except providers.NotInstalled as error:
+        return case | {"status": f"not installed: {error}"}
+    except torch.cuda.OutOfMemoryError:
+        return case | {"status": "out of memory"}
+    except Exception as error:  # a baseline's failure is a result; it must not end the run
+        return case | {"status": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
+    command = [sys.executable, __file__, "--cell", json.dumps(case), "--peak", str(peak_tflops)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        return case | {"status": f"failed: process ended with {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tune(device: str) -> list[Case]:
+    """Time of the fused loss under every line of the tiling table, one kernel varied at a time."""
+    from mlip.kernels.token_knowledge_patch import tiling
+
+    rows: list[Case] = []
+    for dim in (128, 256):
+        for kind in ("forward", "backward_rows", "backward_patches"):
+            choice = tiling.TABLE[kind, dim]
+            for candidate in [None, *choice.best, *choice.small]:
+                if candidate is not None:
+                    tiling.TABLE[kind, dim] = tiling.Choice([candidate], [])
+                tiling.choose_tiling.cache_clear()
+                case = similarity(256, 112, 196, dim, provider="fused", device=device)
+                label = {"kind": kind, "candidate": "table" if candidate is None else candidate}
+                rows.append(safely(case, None) | label)
+                print(json.dumps({k: rows[-1].get(k) for k in (*label, "forward_ms", "both_ms")}))
+            tiling.TABLE[kind, dim] = choice
+            tiling.choose_tiling.cache_clear()
+    return rows
+
+
+COLUMNS = (
+    "op pooling batch tokens patches dim fill provider status forward_ms both_ms peak_mib "
+    "forward_share backward_share loss_error image_gradient_error"
+).split()
+
+
+def run_grid(cases: list[Case], deadline: float, fresh: bool) -> list[Case]:
+    """Rows of a grid; what the deadline leaves out is said in its row."""
+    device = cases[0]["device"]
+    facts = harness.environment(device)
+    peak_tflops = harness.matmul_peak_tflops(device)
+    rows = []
+    for case in cases:
+        if time.monotonic() > deadline:
+            row = case | {"status": "not run: out of time"}
+        else:
+            row = (_in_fresh_process if fresh else safely)(case, peak_tflops)
+        rows.append(row | {"environment": facts})
+        print(json.dumps({k: row[k] for k in COLUMNS if k in row}), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="whole grid, a fresh process a row")
+    parser.add_argument("--tune", action="store_true", help="time every tile map")
+    parser.add_argument("--minutes", type=float, default=10.0, help="budget of the short grid")
+    parser.add_argument("--print", type=Path, help="print the table of an earlier run and stop")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.print:
+        rows = json.loads(arguments.print.read_text(encoding="utf-8"))
+        print(harness.table(rows, COLUMNS))
+        return
+    if arguments.cell:
+        peak = None if arguments.peak in (None, "None") else float(arguments.peak)
+        print(json.dumps(safely(json.loads(arguments.cell), peak)))
+        return
+    if arguments.tune:
+        if device != "cuda":
+            raise SystemExit("--tune needs an NVIDIA GPU: tile maps mean nothing on a CPU")
+        path = harness.write_rows("tune", tune(device))
+    else:
+        grid = full_grid(device) if arguments.full else short_grid(device)
+        minutes = float("inf") if arguments.full else arguments.minutes
+        rows = run_grid(grid, time.monotonic() + 60 * minutes, arguments.full)
+        path = harness.write_rows("kernels", rows)
+        print(harness.table(rows, COLUMNS))
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()

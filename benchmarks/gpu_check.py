@@ -1,0 +1,74 @@
+"""One command for a machine with one NVIDIA GPU: every GPU test of the kernels, then benchmarks.
+
+    python3 benchmarks/gpu_check.py          at most nine minutes, in the python3 that is there
+
+Needs torch, triton, numpy and pytest; late-interaction-kernels and inf-cl are measured where they
+are installed. Tests run in a process of their own and first: no number is worth anything on red.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL_S = 9 * 60
+TESTS_S = 4 * 60
+RESERVE_S = 20  # of writing results and printing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--skip-benchmarks", action="store_true")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    needed = ("torch", "triton", "numpy", "pytest")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"gpu-check needs {', '.join(missing)} in {sys.executable}", file=sys.stderr)
+        return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print(
+            "gpu-check needs an NVIDIA GPU and a CUDA build of torch; torch "
+            f"{torch.__version__} sees none. On a CPU run: make test, make bench",
+            file=sys.stderr,
+        )
+        return 2
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    outcome = 0
+    if not arguments.skip_tests:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels", "--durations=5"]
+        try:
+            outcome = subprocess.run(command, cwd=ROOT, env=environment, timeout=TESTS_S).returncode
+        except subprocess.TimeoutExpired:
+            print(f"the GPU tests did not end within {TESTS_S} s", file=sys.stderr)
+            outcome = 1
+    if outcome == 0 and not arguments.skip_benchmarks:
+        minutes = (TOTAL_S - RESERVE_S - (time.monotonic() - start)) / 60
+        script = str(ROOT / "benchmarks" / "bench_kernels.py")
+        # a row that has begun may end late: a minute of slack
+        command = [sys.executable, script, "--minutes", f"{max(0.5, minutes - 1):.2f}"]
+        try:
+            outcome = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=60 * minutes
+            ).returncode
+        except subprocess.TimeoutExpired:
+            print("the benchmarks did not end in time", file=sys.stderr)
+            outcome = 1
+    print(
+        f"gpu-check: {'passed' if outcome == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s"
+    )
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(main())

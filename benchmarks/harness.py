@@ -1,0 +1,165 @@
+"""Timing, memory and environment of a benchmark row; no knowledge of what is measured.
+
+A row is one JSON object: what ran, where, which versions and commit, milliseconds (median, 20th and
+80th percentile), peak memory above what was there before, and how wrong the result is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache in use
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _run(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """GPU or CPU, driver, versions and commit."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _run("git", "rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        query = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader")
+        facts |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": _run(*query),
+            "cuda": torch.version.cuda,
+        }
+    else:
+        facts |= {"gpu": None, "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _spread(times_ms: list[float]) -> dict[str, float]:
+    ordered = sorted(times_ms)
+    last = len(ordered) - 1
+    return {
+        "median_ms": statistics.median(ordered),
+        "p20_ms": ordered[round(0.2 * last)],
+        "p80_ms": ordered[round(0.8 * last)],
+        "repeats": len(ordered),
+    }
+
+
+def measure(
+    run: Callable[[], Any], device: str, budget_s: float = 2.0, warmup: int = 3
+) -> dict[str, float]:
+    """Milliseconds of `run`, with the L2 cache flushed before each repeat on a GPU.
+
+    Repeats until budget_s is spent: at least 5, at most 100.
+    """
+    for _ in range(warmup):
+        run()
+    times: list[float] = []
+    if device != "cuda":
+        start = time.perf_counter()
+        while len(times) < 5 or (time.perf_counter() - start < budget_s and len(times) < 100):
+            before = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - before))
+        return _spread(times)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - start < budget_s and len(times) < 100):
+        flush.zero_()
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    del flush
+    return _spread(times)
+
+
+def peak_bytes(run: Callable[[], Any]) -> int | None:
+    """Most memory that one call of `run` adds on the GPU; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def matmul_peak_tflops(device: str) -> float | None:
+    """bf16 matrix-product rate of this very card and run, the denominator of every share."""
+    if device != "cuda":
+        return None
+    size = 8192
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    spent = measure(lambda: a @ b, device, budget_s=1.0)
+    return 2 * size**3 / (spent["median_ms"] * 1e-3) / 1e12
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """One JSON file a run: a list of rows."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = RESULTS / f"{name}-{stamp}.json"
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Rows as aligned text."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    body = [[cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *body]) for i in range(len(columns))]
+    lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) for line in body]
+    header = "  ".join(x.ljust(w) for x, w in zip(columns, widths, strict=True))
+    return "\n".join([header, *lines])
