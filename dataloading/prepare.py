@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shard-images", type=int, default=4096, metavar="N", help="images a shard")
     add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
     add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
-    add("--timeout", type=float, default=10.0, metavar="S", help="longest time for one file")
+    add("--timeout", type=float, default=10.0, metavar="S", help="processor seconds a file")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
     add("--id-map", type=Path, metavar="FILE", help="write hashed ids beside the originals: secret")

@@ -2,8 +2,9 @@
 
 A worker is `python -m <module> <argument>`. It writes one line when its imports are done, then
 reads one JSON line an item and answers with one JSON line whose "size" says how many raw bytes
-follow. One that crashes or says nothing for too long is killed and replaced; its item is tried
-once more, then given up as "crashed" or "timeout".
+follow. One that crashes or works on an item for too long is killed and replaced; the item is tried
+once more, then given up as "crashed" or "timeout". Processor time is what counts, so that a busy
+machine costs no good file; waiting for a file system has a longer limit of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from typing import Any
 
 # A worker that has one item waiting never idles while the parent writes a shard.
 _QUEUED = 2
-_START_SECONDS = 120.0  # imports from a cold network file system
+_START_SECONDS = 600.0  # imports from a cold network file system, on a busy machine
+_TICK_HZ = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class _Worker:
     process: subprocess.Popen[bytes]
     tasks: deque[_Task] = field(default_factory=deque)
     since: float = 0.0  # when the first of its tasks became the first
+    cpu_since: float = 0.0  # its processor seconds then
+    arrived: bytearray = field(default_factory=bytearray)  # of answers not yet whole
     ready: bool = False  # imports are over: from now on the clock runs
 
     def send(self, task: _Task) -> bool:
         assert self.process.stdin is not None
         if not self.tasks:
-            self.since = time.monotonic()
+            self._restart_clock()
         self.tasks.append(task)
         try:
             self.process.stdin.write(json.dumps(task.item).encode() + b"\n")
@@ -59,21 +63,52 @@ class _Worker:
             return False
         return True
 
-    def receive(self) -> Reply | None:
-        """The answer to the first task, None where the worker died."""
+    def receive(self) -> list[Reply] | None:
+        """The answers that have arrived whole, None where the worker died.
+
+        The pipe is read here and not through a buffered file: select would not see an answer that
+        such a file has already taken in behind another one.
+        """
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line.endswith(b"\n"):
+        block = os.read(self.process.stdout.fileno(), 1 << 20)
+        if not block:
             return None
-        self.since = time.monotonic()
+        self.arrived += block
+        replies = []
+        while (end := self.arrived.find(b"\n")) >= 0:
+            if not self.ready:
+                del self.arrived[: end + 1]
+                self.ready = True
+                self._restart_clock()
+                continue
+            fields = json.loads(self.arrived[:end])
+            stop = end + 1 + fields["size"]
+            if len(self.arrived) < stop:
+                break
+            replies.append(Reply(fields, bytes(self.arrived[end + 1 : stop])))
+            del self.arrived[:stop]
+            self._restart_clock()
+        return replies
+
+    def _restart_clock(self) -> None:
+        self.since, self.cpu_since = time.monotonic(), self.cpu_seconds()
+
+    def cpu_seconds(self) -> float:
+        try:
+            with open(f"/proc/{self.process.pid}/stat") as file:
+                # the name in parentheses may hold blanks: count behind it
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / _TICK_HZ
+
+    def is_overdue(self, cpu_s: float, wall_s: float) -> bool:
+        if not self.tasks:
+            return False
+        waited = time.monotonic() - self.since
         if not self.ready:
-            self.ready = True
-            return Reply({}, b"", "ready")
-        fields = json.loads(line)
-        content = self.process.stdout.read(fields["size"])
-        if len(content) != fields["size"]:
-            return None
-        return Reply(fields, content)
+            return waited > _START_SECONDS
+        return waited > wall_s or (waited > cpu_s and self.cpu_seconds() - self.cpu_since > cpu_s)
 
     def stop(self) -> None:
         self.process.kill()
@@ -87,11 +122,17 @@ class _Worker:
 
 
 class WorkerPool:
-    """ordered(items) over `count` processes; use as a context manager."""
+    """ordered(items) over `count` processes; use as a context manager.
 
-    def __init__(self, module: str, argument: str, count: int, timeout_s: float) -> None:
+    Units: timeout_s processor seconds of one item; wall_s seconds of waiting, default 12 times that
+    """
+
+    def __init__(
+        self, module: str, argument: str, count: int, timeout_s: float, wall_s: float = 0.0
+    ) -> None:
         self._command = [sys.executable, "-m", module, argument]
         self._timeout_s = timeout_s
+        self._wall_s = wall_s or 12.0 * timeout_s
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> WorkerPool:
@@ -110,6 +151,7 @@ class WorkerPool:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,
+            bufsize=0,
         )
         return _Worker(process)
 
@@ -153,15 +195,14 @@ class WorkerPool:
         for stream in ready:
             place = busy[stream]
             worker = self._workers[place]
-            reply = worker.receive()
-            if reply is None:
+            replies = worker.receive()
+            if replies is None:
                 self._replace(place, "crashed", done, again)
-            elif reply.fault != "ready":
+                continue
+            for reply in replies:
                 done[worker.tasks.popleft().number] = reply
-        now = time.monotonic()
         for place, worker in enumerate(self._workers):
-            limit = self._timeout_s + (0.0 if worker.ready else _START_SECONDS)
-            if worker.tasks and now - worker.since > limit:
+            if worker.is_overdue(self._timeout_s, self._wall_s):
                 self._replace(place, "timeout", done, again)
 
     def _replace(self, place: int, fault: str, done: dict[int, Reply], again: deque[_Task]) -> None:

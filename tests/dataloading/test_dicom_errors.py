@@ -46,10 +46,10 @@ def changed(tmp_path: Path, fields: dict | None = None, **changes: object) -> by
 
 
 def code_of(source: object) -> str:
-    start = time.monotonic()
+    start = time.process_time()  # processor time: a busy machine proves nothing
     with pytest.raises(DicomError) as caught:
         read_radiograph(source)
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert caught.value.code in CODES
     return caught.value.code
 
@@ -280,14 +280,14 @@ from mlip.dataloading.dicom import DicomError, read_radiograph
 read_radiograph(sys.argv[1])
 rows = {}
 for path in sys.argv[2:]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:
         read_radiograph(path)
         code = "read"
     except DicomError as error:
         code = error.code
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows[path.rsplit("/", 1)[1]] = [code, (after - before) / 1024, time.monotonic() - start]
+    rows[path.rsplit("/", 1)[1]] = [code, (after - before) / 1024, time.process_time() - start]
 print(json.dumps(rows))
 """
 

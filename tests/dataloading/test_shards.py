@@ -6,6 +6,7 @@ direct decoding for the pixels.
 
 import csv
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,7 @@ import sys
 import tarfile
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -232,30 +233,49 @@ def test_parts_in_any_order_and_any_number_of_workers_give_the_same_bytes(built,
     assert contents(tmp_path / "out") == expected
 
 
-KILLED = """
-import sys
+# a build in a process of its own, which imports as little as the command does
+BUILD = """
+import json, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_shards import plan_for, source
-from mlip.dataloading.shard_build import build_shards
-folder = Path(sys.argv[1])
-build_shards(source(folder / "raw"), plan_for(folder))
+from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.shard_build import Plan, build_shards
+from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.shards import ShardError
+
+job = json.loads(sys.argv[1])
+if job["file_limit"]:
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
+plan = job["plan"]
+plan.update(
+    root=Path(plan["root"]),
+    out=Path(plan["out"]),
+    settings=ImageSettings(**plan["settings"]),
+    part=tuple(plan["part"]),
+)
+try:
+    build_shards([Row(**row) for row in job["rows"]], Plan(**plan))
+except ShardError as error:
+    print(error)
 """
+
+
+def build_command(rows: list[Row], plan: Plan, file_limit: int = 0) -> list[str]:
+    job = {"rows": [asdict(row) for row in rows], "plan": asdict(plan), "file_limit": file_limit}
+    return [sys.executable, "-c", BUILD, json.dumps(job, default=str)]
 
 
 def test_a_killed_run_is_finished_by_the_next_one(tmp_path, built):
     rows = source(tmp_path / "raw")
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
-    )
+    process = subprocess.Popen(build_command(rows, plan_for(tmp_path)))
     first = tmp_path / "out" / "shards" / "train-00000.parquet"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert first.exists()
-    rows = source(tmp_path / "raw") if process.returncode == 0 else rows
     result = build_shards(rows, plan_for(tmp_path))
     assert result.complete and result.images == 20
     assert not list((tmp_path / "out").rglob("*.part"))
@@ -298,36 +318,13 @@ def test_every_bad_file_is_counted_with_its_reason_and_no_good_one_is_lost(tmp_p
     assert sorted(kept.to_pylist()) == ["IMG10", "IMG11", "IMG9"]
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_shards import plan_for, source
-from mlip.dataloading.shard_build import build_shards
-from mlip.dataloading.shards import ShardError
-folder = Path(sys.argv[1])
-rows = source(folder / "raw")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
-try:
-    build_shards(rows, plan_for(folder))
-except ShardError as error:
-    print(error)
-"""
-
-
 def test_a_full_disk_gives_a_clear_message_and_leaves_finished_shards_whole(copy):
     folder, rows, expected = copy
     for name in ("train-00001", "test-00000"):
         (folder / "out" / "shards" / f"{name}.tar").unlink()
     before = {p: p.read_bytes() for p in (folder / "out" / "shards").glob("*.tar")}
-    script = FULL.replace('rows = source(folder / "raw")', "rows = source(Path(sys.argv[3]))")
-    run = subprocess.run(
-        [sys.executable, "-c", script, folder, Path(__file__).parent, folder / "other"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = build_command(rows, plan_for(folder), file_limit=6_000)
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "full" in run.stdout and "run the same command again" in run.stdout
     assert {p: p.read_bytes() for p in before} == before
     assert not list((folder / "out").rglob("*.part"))
