@@ -33,7 +33,7 @@ _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
 _PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|-))")
 _PARAGRAPH_MARK = "\x03"
-_BLANKS = " \t\n\r\f\v\x1c\x1d\x1e\x1f\x85\xa0-"
+_BLANKS = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + "-"  # [\s\-] of _PIECE
 _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024

@@ -1,0 +1,101 @@
+"""The knowledge command: what a user types and what comes back."""
+
+import argparse
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from mlip.knowledge.command import add_arguments, colour_view, run
+from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.linker import link
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(words))
+
+
+def test_show_finds_a_concept_by_id_name_or_synonym(capsys):
+    for words in ("pleural_effusion", "Pleural Effusion", "effusion"):
+        assert call("show", words) == 0
+        out = capsys.readouterr().out
+        assert "pleural_effusion" in out and "HP:0002202" in out and "hydropneumothorax" in out
+
+
+def test_show_of_an_unknown_concept_names_near_ones(capsys):
+    assert call("show", "plural_effusion") == 2
+    assert "pleural_effusion" in capsys.readouterr().err
+
+
+def test_link_prints_each_mention_with_its_state(tmp_path, capsys):
+    path = tmp_path / "report.txt"
+    path.write_text("No effusion. Possible nodule.")
+    assert call("link", str(path)) == 0
+    out = capsys.readouterr().out
+    assert "absent     pleural_effusion" in out and "uncertain  lung_nodule" in out
+    assert "other languages" not in out
+
+
+def test_link_as_json_gives_spans_of_the_file(tmp_path, capsys):
+    path = tmp_path / "report.txt"
+    path.write_text("No effusion. Heart is enlarged.")
+    assert call("link", str(path), "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [tuple(row.values()) for row in rows] == [tuple(m) for m in link(path.read_text())]
+
+
+def test_link_says_so_where_few_words_are_known(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Kein Pleuraerguss, Herz nicht vergroessert."))
+    assert call("link", "-") == 0
+    assert "other languages are not guessed" in capsys.readouterr().out
+
+
+def test_the_colour_view_styles_each_state_and_keeps_the_text():
+    text = "No effusion. Possible nodule. Mass [/bold] here."
+    view = colour_view(text, link(text))
+    assert view.plain == text
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    console.print(view)
+    printed = console.file.getvalue()
+    assert "\x1b[31meffusion\x1b[0m" in printed and "\x1b[33mnodule\x1b[0m" in printed
+
+
+def test_stats_counts_concepts_relations_and_codes(capsys):
+    assert call("stats") == 0
+    out = capsys.readouterr().out
+    table = load_concepts(None)
+    assert f"concepts {len(table)}" in out and table.fingerprint in out
+    assert "located_in" in out and "mean |cosine|" in out
+
+
+def test_build_merges_a_table_that_can_be_used_as_a_lexicon(tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    own.write_text("id,name,umls\nmysign,purple sign,\nfluid,zebra fluid,C0032227\n")
+    out = tmp_path / "table.jsonl"
+    assert call("build", "--csv", str(own), "--out", str(out)) == 0
+    assert "fingerprint" in capsys.readouterr().out
+    table = load_concepts(out)
+    assert "mysign" in table and "zebra fluid" in table["pleural_effusion"].synonyms
+    assert call("show", "purple sign", "--lexicon", str(out)) == 0
+    assert call("build", "--csv", str(own), "--out", str(out), "--no-lexicon") == 0
+    assert len(load_concepts(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("build", "--out", "x.csv"), "ends in .jsonl"),
+        (("build", "--no-lexicon", "--out", "x.jsonl"), "nothing to build"),
+        (("build", "--umls", "nowhere", "--out", "x.jsonl"), "MRCONSO.RRF: missing"),
+        (("link", "nowhere.txt"), "nowhere.txt: cannot be read"),
+        (("stats", "--lexicon", "nowhere.yaml"), "nowhere.yaml: does not exist"),
+    ],
+)
+def test_bad_input_is_named_and_gives_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

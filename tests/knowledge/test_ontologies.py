@@ -1,0 +1,289 @@
+"""OBO, CSV and UMLS readers and the merging of their tables; bad lines are named."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError, load_concepts
+from mlip.knowledge.linker import Linker
+from mlip.knowledge.merging import cycles, merge, open_part
+from mlip.knowledge.ontologies import read_csv, read_obo, sha256
+from mlip.knowledge.umls import read_umls, surface_form
+
+KNOWLEDGE = Path(__file__).resolve().parents[3] / "shared/data/knowledge"
+OBO = """format-version: 1.2
+
+[Term]
+id: XX:1
+name: chest sign
+def: "A sign, called \\"so\\"." [me]
+synonym: "thorax sign" EXACT []
+synonym: "vague" BROAD []
+xref: UMLS:C0000001
+
+[Term]
+id: XX:2
+name: blue chest sign
+is_a: XX:1 ! chest sign
+
+[Term]
+id: XX:3
+name: old sign
+is_obsolete: true
+
+[Typedef]
+id: part_of
+name: part of
+"""
+
+
+def obo(tmp_path, text):
+    path = tmp_path / "small.obo"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_obo_file_gives_terms_synonyms_definitions_and_parents(tmp_path):
+    table = read_obo(obo(tmp_path, OBO))
+    assert list(table.index) == ["xx:1", "xx:2"]
+    first = table["xx:1"]
+    assert (first.name, first.synonyms) == ("chest sign", ("thorax sign",))
+    assert first.definition == 'A sign, called "so".'
+    assert first.mappings == {"xx": ("XX:1",), "umls": ("C0000001",)}
+    assert table["xx:2"].parents == ("xx:1",)
+    assert table.provenance["sha256"]["small.obo"] == sha256(tmp_path / "small.obo")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: blue chest sign", "name blue chest sign", r"small\.obo, line 13"),
+        ('def: "A sign', "def: A sign", "line 6: expected a text in double quotes"),
+        ("id: XX:2", "id: XX:1", "line 12: id XX:1 occurs twice"),
+        ("name: chest sign", "comment: none", "XX:1 has no name"),
+        ("format-version: 1.2", "", "not an OBO file"),
+    ],
+)
+def test_a_malformed_obo_file_is_named_with_its_line(tmp_path, old, new, message):
+    with pytest.raises(LexiconError, match=message):
+        read_obo(obo(tmp_path, OBO.replace(old, new, 1)))
+
+
+def test_a_cut_off_gzip_and_a_wrong_encoding_are_named(tmp_path):
+    whole = gzip.compress(OBO.encode() * 50)
+    (tmp_path / "cut.obo.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LexiconError, match=r"cut\.obo\.gz"):
+        read_obo(tmp_path / "cut.obo.gz")
+    (tmp_path / "latin.obo").write_bytes(OBO.replace("blue", "bl\xfc").encode("latin-1"))
+    with pytest.raises(LexiconError, match=r"latin\.obo: not UTF-8"):
+        read_obo(tmp_path / "latin.obo")
+
+
+@pytest.mark.skipif(not KNOWLEDGE.exists(), reason="no ../shared/data/knowledge on this machine")
+def test_the_disease_ontology_subset_merges_into_the_lexicon_by_its_codes():
+    own = load_concepts(None)
+    diseases = read_obo(KNOWLEDGE / "DO_RAD_slim.obo")
+    assert len(diseases) >= 80
+    both = merge(own, diseases)
+    assert len(own) < len(both) < len(own) + len(diseases)
+    assert cycles(both) == []
+    assert list(both.index)[: len(own)] == list(own.index)
+    assert sum("doid" in both[concept.id].mappings for concept in own) >= 4
+    with pytest.raises(LexiconError, match="DOID:0"):
+        read_obo(KNOWLEDGE / "DO_RAD_slim.obo", under=["DOID:0"])
+
+
+@pytest.mark.skipif(not KNOWLEDGE.exists(), reason="no ../shared/data/knowledge on this machine")
+def test_the_phenotype_ontology_below_one_term_agrees_with_our_codes():
+    # HP:0002086 is the branch of the respiratory system
+    phenotypes = read_obo(KNOWLEDGE / "hp_2025-01-16.obo.gz", under=["HP:0002086"])
+    assert 300 < len(phenotypes) < 3000
+    theirs = {c.mappings["hpo"][0]: c for c in phenotypes}
+    own = load_concepts(None)
+    checked = 0
+    for concept in own:
+        for code in concept.mappings.get("hpo", ()):
+            match = theirs.get(code)
+            if match and "umls" in match.mappings and "umls" in concept.mappings:
+                assert set(match.mappings["umls"]) & set(concept.mappings["umls"]), concept.id
+                checked += 1
+    assert checked >= 12
+
+
+def test_a_csv_table_is_read_and_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("id,name,synonyms,parents,umls\na,sign,mark|spot,,C0000007\nb,blue sign,,a,\n")
+    table = load_concepts(path)
+    assert table["a"].synonyms == ("mark", "spot") and table["b"].parents == ("a",)
+    assert table["a"].mappings == {"umls": ("C0000007",)}
+    for text, message in (
+        ("id,name\na,b,c\n", "line 2: expected 2 cells"),
+        ("id,name\na\n", "line 2: expected 2 cells"),
+        ("id,title\na,b\n", "line 1: expected the columns id and name"),
+        ("id,name\na,\n", "line 2: id or name is empty"),
+        ("id,name\na,b\na,c\n", "'a' occurs twice"),
+        ('id,name\na,"b\n', "not valid CSV"),
+    ):
+        path.write_text(text)
+        with pytest.raises(LexiconError, match=message):
+            read_csv(path)
+
+
+def rrf(columns, **cells):
+    """One RRF line: column number -> text, the rest empty."""
+    row = [""] * columns
+    for key, value in cells.items():
+        row[int(key[1:])] = value
+    return "|".join(row) + "|\n"
+
+
+def conso(cui, text, lat="ENG", ts="P", stt="PF", pref="Y", sab="SNOMEDCT_US", suppress="N"):
+    return rrf(18, c0=cui, c1=lat, c2=ts, c4=stt, c6=pref, c11=sab, c14=text, c16=suppress)
+
+
+@pytest.fixture
+def release(tmp_path):
+    """A made-up release of five concepts; no UMLS text is in it."""
+    folder = tmp_path / "META"
+    folder.mkdir()
+    (folder / "MRCONSO.RRF").write_text(
+        conso("C0032227", "Pleural zebra (disorder)")
+        + conso("C0032227", "Zebra of pleura", ts="S", pref="N")
+        + conso("C0032227", "Derrame", lat="SPA")
+        + conso("C0000010", "Blue lung sign")
+        + conso("C0000010", "Secret blue", sab="MEDCIN")
+        + conso("C0000010", "Withdrawn sign", suppress="O")
+        + conso("C0000011", "Very blue lung sign")
+        + conso("C0000012", "Aspirin tablet")
+        + conso("C0000013", "Green lobe")
+    )
+    (folder / "MRSTY.RRF").write_text(
+        rrf(6, c0="C0032227", c1="T047", c3="x")
+        + rrf(6, c0="C0000010", c1="T033")
+        + rrf(6, c0="C0000011", c1="T033")
+        + rrf(6, c0="C0000012", c1="T121")
+        + rrf(6, c0="C0000013", c1="T023")
+    )
+    (folder / "MRDEF.RRF").write_text(
+        rrf(8, c0="C0000010", c5="A made-up  sign.", c6="N")
+        + rrf(8, c0="C0000012", c5="Not kept.", c6="N")
+    )
+    (folder / "MRREL.RRF").write_text(
+        rrf(16, c0="C0000010", c3="CHD", c4="C0000011", c7="isa")
+        + rrf(16, c0="C0000010", c3="PAR", c4="C0000011", c7="inverse_isa")
+        + rrf(16, c0="C0000013", c3="RO", c4="C0000010", c7="has_finding_site")
+        + rrf(16, c0="C0000012", c3="RO", c4="C0000010", c7="isa")
+    )
+    return folder
+
+
+def test_umls_files_are_filtered_and_joined(release):
+    seen = []
+    table = read_umls(release, sources=["SNOMEDCT_US"], progress=lambda *a: seen.append(a))
+    assert set(table.index) == {
+        "umls:c0032227",
+        "umls:c0000010",
+        "umls:c0000011",
+        "umls:c0000013",
+    }
+    assert table["umls:c0032227"].name == "Pleural zebra"
+    assert table["umls:c0032227"].synonyms == ("Zebra of pleura",)
+    sign = table["umls:c0000010"]
+    assert sign.synonyms == () and sign.definition == "A made-up sign."
+    assert sign.relations == (("located_in", "umls:c0000013"),)
+    assert table["umls:c0000013"].semantic_type == "anatomy"
+    # the two isa lines point in both directions: one edge of the circle is dropped and counted
+    assert cycles(table) == [] and table.provenance["is_a_edges_dropped"] == 1
+    assert table.provenance["licensed"] is True
+    assert set(table.provenance["sha256"]) == {
+        "MRCONSO.RRF",
+        "MRSTY.RRF",
+        "MRDEF.RRF",
+        "MRREL.RRF",
+    }
+    assert {name for name, _, _ in seen} == set(table.provenance["sha256"])
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("MRCONSO.RRF", "C0000010|ENG|P|\n", r"MRCONSO\.RRF, line 10: expected 18 columns"),
+        ("MRSTY.RRF", rrf(6, c0="X1", c1="T033"), r"MRSTY\.RRF, line 6: .*CUI"),
+        ("MRREL.RRF", "\n", r"MRREL\.RRF, line 5"),
+    ],
+)
+def test_a_malformed_rrf_line_is_named(release, file, line, message):
+    with (release / file).open("a") as stream:
+        stream.write(line)
+    with pytest.raises(LexiconError, match=message):
+        read_umls(release)
+
+
+def test_missing_rrf_files_wrong_encoding_and_unknown_types_are_named(release):
+    with pytest.raises(LexiconError, match="T999"):
+        read_umls(release, semantic_types=["T999"])
+    with (release / "MRDEF.RRF").open("ab") as stream:
+        stream.write(b"\xff\xfe|\n")
+    with pytest.raises(LexiconError, match=r"MRDEF\.RRF: not UTF-8"):
+        read_umls(release)
+    (release / "MRSTY.RRF").unlink()
+    with pytest.raises(LexiconError, match=r"MRSTY\.RRF: missing"):
+        read_umls(release)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("Pleural effusion (disorder)", "Pleural effusion"),
+        ("Pneumonia, NOS", "Pneumonia"),
+        ("X", None),
+        ("Structure of 12345 thing", None),
+        ("a b c d e f g h i j", None),
+        ("[V]Problem", None),
+        ("\u00d6dem", None),
+    ],
+)
+def test_only_names_that_a_report_could_hold_are_kept(name, form):
+    assert surface_form(name) == form
+
+
+def test_merging_joins_by_code_keeps_our_names_and_links_the_new_ones(release):
+    own = load_concepts(None)
+    both = merge(own, read_umls(release))
+    assert both["pleural_effusion"].name == "pleural effusion"
+    assert "Pleural zebra" in both["pleural_effusion"].synonyms
+    assert "umls:c0032227" not in both and "umls:c0000010" in both
+    found = {
+        (m.concept_id, m.state) for m in Linker(both).link("No pleural zebra. Blue lung sign.")
+    }
+    assert {("pleural_effusion", "absent"), ("umls:c0000010", "present")} <= found
+    assert both.provenance["licensed"] is True
+
+
+def test_licensed_text_can_be_taken_out_again_without_trace(release):
+    own = load_concepts(None)
+    both = merge(own, read_umls(release))
+    left = open_part(both)
+    text = repr(left.concepts).lower()
+    assert "zebra" not in text and "blue" not in text and "made-up" not in text
+    assert list(left.index) == list(own.index)
+    assert [c.surface_forms for c in left] == [c.surface_forms for c in own]
+
+
+def test_a_form_that_the_first_table_owns_is_taken_from_no_other_concept():
+    base = ConceptTable([Concept(id="a", name="sign")])
+    other = ConceptTable([Concept(id="b", name="mark", synonyms=("Sign", "dot"))])
+    assert merge(base, other)["b"].synonyms == ("dot",)
+
+
+def test_a_circle_of_is_a_is_found_edge_by_edge():
+    table = ConceptTable(
+        [
+            Concept(id="a", name="a1", parents=("b",)),
+            Concept(id="b", name="b1", parents=("c",)),
+            Concept(id="c", name="c1", parents=("a", "d")),
+            Concept(id="d", name="d1"),
+        ]
+    )
+    assert cycles(table) == [("c", "a")]

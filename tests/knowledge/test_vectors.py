@@ -1,0 +1,135 @@
+"""Knowledge vectors: centred, whitened, distinct; caches and user tables."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mlip.config import Knowledge
+from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts
+from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine, whiten
+
+
+@pytest.fixture(scope="module")
+def table():
+    return load_concepts(None)
+
+
+def alike(texts: list[str]) -> torch.Tensor:
+    """An untrained tower: one large common direction, small differences (cosine about 0.99)."""
+    rows = [
+        torch.randn(64, generator=torch.Generator().manual_seed(len(t) * 7919 + ord(t[0])))
+        for t in texts
+    ]
+    return torch.stack(rows) * 0.1 + 5.0
+
+
+def test_tfidf_vectors_are_distinct_unit_rows_of_the_asked_width(table):
+    vectors = knowledge_vectors(table, Knowledge(dim=128))
+    assert vectors.shape == (len(table), 128) and vectors.dtype == torch.float32
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(len(table)), atol=1e-5)
+    signed, absolute = mean_pairwise_cosine(vectors)
+    assert abs(signed) <= 0.3 and absolute <= 0.3
+
+
+def test_related_concepts_are_nearer_than_unrelated_ones(table):
+    vectors = knowledge_vectors(table, Knowledge())
+
+    def cosine(a, b):
+        return float(vectors[table.index[a]] @ vectors[table.index[b]])
+
+    assert cosine("picc", "central_venous_catheter") > cosine("picc", "scoliosis") + 0.1
+    assert cosine("left_apex", "right_apex") > cosine("left_apex", "pacemaker") + 0.1
+
+
+def test_vectors_repeat_bit_for_bit_and_tables_narrower_than_dim_are_padded():
+    small = ConceptTable(Concept(id=f"c{i}", name=f"sign {w}") for i, w in enumerate("abcde"))
+    first, second = (knowledge_vectors(small, Knowledge(dim=16)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (5, 16) and not first[:, 4:].any()
+
+
+def test_the_states_of_an_untrained_tower_are_pulled_apart(table):
+    raw = alike([c.name for c in table])
+    assert mean_pairwise_cosine(raw)[0] > 0.9
+    vectors = knowledge_vectors(table, Knowledge(vectors="text_tower", dim=32), alike)
+    assert mean_pairwise_cosine(vectors)[1] <= 0.3
+    with pytest.raises(ValueError, match="needs the text tower"):
+        knowledge_vectors(table, Knowledge(vectors="text_tower"))
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(3, 4), torch.full((273, 4), float("nan"))])
+def test_a_tower_that_answers_nonsense_is_an_error(table, answer):
+    with pytest.raises(ValueError, match="encode: expected finite"):
+        knowledge_vectors(
+            table, Knowledge(vectors="text_tower"), lambda t: answer if len(t) > 2 else answer[:2]
+        )
+
+
+def test_whitening_gives_each_direction_the_same_spread():
+    rng = np.random.default_rng(1)
+    raw = rng.normal(size=(400, 12)) @ rng.normal(size=(12, 12)) + 50
+    # oracle: rows of the whitened table are rows of raw @ covariance^(-1/2), up to a rotation
+    centred = raw - raw.mean(0)
+    values, basis = np.linalg.eigh(centred.T @ centred)
+    oracle = centred @ basis / np.sqrt(values)
+    oracle /= np.linalg.norm(oracle, axis=1, keepdims=True)
+    white = whiten(raw, 12)
+    assert np.allclose(white @ white.T, oracle @ oracle.T, atol=1e-8)
+
+
+def test_the_cache_is_used_and_keyed_by_table_settings_and_encoder(table, tmp_path):
+    calls = []
+
+    def counted(texts):
+        calls.append(len(texts))
+        return alike(texts)
+
+    settings = Knowledge(vectors="text_tower", dim=16, cache_dir=str(tmp_path))
+    first = knowledge_vectors(table, settings, counted)
+    second = knowledge_vectors(table, settings, counted)
+    assert torch.equal(first, second)
+    assert calls == [2, len(table), 2]  # the second time only the probes are encoded
+    other = knowledge_vectors(table, settings, lambda t: alike(t) ** 2)
+    assert not torch.equal(first, other)
+    knowledge_vectors(table, Knowledge(dim=16, cache_dir=str(tmp_path)))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_users_table_gives_zero_rows_to_concepts_it_does_not_know(table, tmp_path):
+    path = tmp_path / "vectors.safetensors"
+    torch.manual_seed(1)
+    known = list(table.index)[:50]
+    save_file({name: torch.randn(24) + 3 for name in [*known, "foreign"]}, path)
+    vectors = knowledge_vectors(table, Knowledge(vectors=str(path)))
+    assert vectors.shape == (len(table), 24)
+    norms = vectors.norm(dim=1)
+    assert torch.allclose(norms[:50], torch.ones(50), atol=1e-5) and not norms[50:].any()
+    assert mean_pairwise_cosine(vectors)[1] <= 0.3
+
+
+def test_a_users_table_that_cannot_be_used_is_named(table, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"no tensors")
+    cases = [(str(tmp_path / "gone"), "existing safetensors"), (str(bad), "not a safetensors")]
+    save_file({"foreign": torch.ones(4)}, tmp_path / "foreign.safetensors")
+    cases.append((str(tmp_path / "foreign.safetensors"), "none of its 1 keys"))
+    rows = {"pleural_effusion": torch.ones(4), "pneumothorax": torch.ones(5)}
+    save_file(rows, tmp_path / "uneven.safetensors")
+    cases.append((str(tmp_path / "uneven.safetensors"), "one width"))
+    save_file({"pleural_effusion": torch.tensor([1.0, float("inf")])}, tmp_path / "inf.safetensors")
+    cases.append((str(tmp_path / "inf.safetensors"), "NaN or Inf"))
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message):
+            knowledge_vectors(table, Knowledge(vectors=path))
+
+
+def test_large_tables_are_sketched_within_memory():
+    big = ConceptTable(
+        Concept(id=f"c{i}", name=f"sign {i * 7919 % 10007}", definition=f"number {i}")
+        for i in range(3200)
+    )
+    vectors = knowledge_vectors(big, Knowledge(dim=16))
+    assert vectors.shape == (3200, 16)
+    assert mean_pairwise_cosine(vectors[:500])[1] <= 0.3
