@@ -63,6 +63,8 @@ CODES = {
 class DicomError(ValueError):
     """A file that cannot be a radiograph, with a stable reason code out of CODES."""
 
+    exit_code = 3
+
     def __init__(self, code: str, detail: str = "") -> None:
         super().__init__(f"{code}: {CODES[code]}{'; ' + detail if detail else ''}")
         self.code = code

@@ -29,6 +29,7 @@ from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import read_radiograph, write_radiograph
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
+from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, convert, make_member, scaled_size
 from mlip.dataloading.shards import ShardError, ShardWriter, parse_reference, read_bytes
@@ -144,6 +145,30 @@ def test_the_manifest_of_shards_loads_as_a_manifest(built):
     assert manifest.image_path(0).startswith("shards/train-00000.tar#")
     dicom = [row for row in range(20) if manifest.text(row) == "Report 3."]
     assert len(dicom) == 1
+
+
+def test_the_loaders_reader_takes_shards_checks_their_hash_and_sees_damage(copy):
+    folder, rows, _ = copy
+    data = config.Data(
+        manifest=str(folder / "out" / "manifest.parquet"),
+        columns=config.Columns(sha256="sha256"),
+        verify="hash",
+    )
+    reader = SampleReader(load_manifest(data), data)
+    table = pyarrow.parquet.read_table(data.manifest).to_pylist()
+    for place, row in enumerate(table):
+        item = {"image": rows[int(row["image_id"][3:])].image}
+        _, member = make_member(str(folder / "raw"), item, ImageSettings(side_px=64, codec="png"))
+        expected = cv2.imdecode(np.frombuffer(member, np.uint8), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(reader.pixels(place, 0), expected)
+    first = parse_reference(table[0]["image"])
+    path = folder / "out" / first.shard
+    damaged = bytearray(path.read_bytes())
+    damaged[first.offset + first.size // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(BadSample, match="hash_mismatch"):
+        reader.pixels(0, 0)
+    assert reader.pixels(1, 0).shape == (table[1]["height"], table[1]["width"])
 
 
 def test_views_of_dicom_files_reach_the_manifest(built):
