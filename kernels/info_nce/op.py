@@ -37,7 +37,8 @@ def _statistics(image, text, scale, ids, offset):
     from mlip.kernels.info_nce.triton_kernels import info_nce_statistics
 
     own = None if ids is None else ids[offset : offset + image.shape[0]].contiguous()
-    return info_nce_statistics(image, text, scale, own, ids, offset)
+    with torch.cuda.device_of(image):  # Triton launches on the current device
+        return info_nce_statistics(image, text, scale, own, ids, offset)
 
 
 @_statistics.register_fake
@@ -63,15 +64,16 @@ def _gradients(
     pair = None
     if ids is not None:
         pair = (ids[offset : offset + image.shape[0]].contiguous(), ids)
-    image_grad, scale_grad = info_nce_gradient(
-        image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull), offset,
-        image.dtype, want_scale,
-    )  # fmt: skip
-    # float32: the parts of all ranks are still to be added
-    text_grad, _ = info_nce_gradient(
-        text, image, scale, grad, None if pair is None else pair[::-1], (column_lse, row_lse),
-        (column_pull, row_pull), -offset, torch.float32, False,
-    )  # fmt: skip
+    with torch.cuda.device_of(image):
+        image_grad, scale_grad = info_nce_gradient(
+            image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull), offset,
+            image.dtype, want_scale,
+        )  # fmt: skip
+        # float32: the parts of all ranks are still to be added
+        text_grad, _ = info_nce_gradient(
+            text, image, scale, grad, None if pair is None else pair[::-1], (column_lse, row_lse),
+            (column_pull, row_pull), -offset, torch.float32, False,
+        )  # fmt: skip
     return image_grad, text_grad, scale_grad
 
 

@@ -2,7 +2,7 @@
 
 No gradients: op.py binds forward and backward operators in one autograd node, so that gradients of
 unit rows stay in float32 until they are projected. Nothing here looks at the values of a tensor.
-Triton is imported where a kernel is first launched.
+Triton is imported where a kernel is first launched, and launches on the tensors' own device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mlip.kernels.token_knowledge_patch.tiling import Problem, is_kept, padded_p
 def unit_patches(x: Tensor, mask: Tensor | None, narrow: bool) -> tuple[Tensor, Tensor]:
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import patches_fwd
 
-    return patches_fwd(x, mask, torch.bfloat16 if narrow else torch.float32)
+    with torch.cuda.device_of(x):
+        return patches_fwd(x, mask, torch.bfloat16 if narrow else torch.float32)
 
 
 @unit_patches.register_fake
@@ -40,7 +41,8 @@ def _(x: Tensor, mask: Tensor | None, narrow: bool) -> tuple[Tensor, Tensor]:
 def unit_patches_bwd(x: Tensor, mask: Tensor | None, grad: Tensor) -> Tensor:
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import patches_bwd
 
-    return patches_bwd(x, mask, grad.contiguous())
+    with torch.cuda.device_of(x):
+        return patches_bwd(x, mask, grad.contiguous())
 
 
 @unit_patches_bwd.register_fake
@@ -62,7 +64,8 @@ def query_rows(tokens, knowledge, weights, mask, scale, gain, narrow):
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_fwd
 
     dtype = torch.bfloat16 if narrow else torch.float32
-    return rows_fwd(tokens, knowledge, weights, mask, scale, gain, dtype)
+    with torch.cuda.device_of(tokens):
+        return rows_fwd(tokens, knowledge, weights, mask, scale, gain, dtype)
 
 
 @query_rows.register_fake
@@ -81,7 +84,8 @@ def _(tokens, knowledge, weights, mask, scale, gain, narrow):
 def query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_bwd
 
-    return rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad.contiguous())
+    with torch.cuda.device_of(tokens):
+        return rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad.contiguous())
 
 
 @query_rows_bwd.register_fake
@@ -141,7 +145,8 @@ def pair_scores_op(
     problem = _problem(rows, v, patches, pooling, aggregation, shift)
     packed = pack_rows(weight)
     tensors = _named(rows, weight, v, bias, alpha, gamma, packed)
-    return *pair_scores_fwd(problem, tensors, valid, keep), *packed
+    with torch.cuda.device_of(v):
+        return *pair_scores_fwd(problem, tensors, valid, keep), *packed
 
 
 @pair_scores_op.register_fake
@@ -174,9 +179,10 @@ def pair_scores_bwd_op(
 
     problem = _problem(rows, v, patches, pooling, aggregation, shift)
     tensors = _named(rows, weight, v, bias, alpha, gamma, (index, text, bounds))
-    d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
-        problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha
-    )
+    with torch.cuda.device_of(v):
+        d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
+            problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha
+        )
     return d_rows.view(rows.shape), d_weight.view(weight.shape), d_v, d_alpha, d_gamma
 
 

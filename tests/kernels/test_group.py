@@ -6,6 +6,8 @@ the mean over ranks of a shared scalar's gradient is the true one. The ranks are
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -46,13 +48,13 @@ def _inputs() -> dict[str, Tensor]:
     return inputs
 
 
-def _leaves(rows: slice) -> dict[str, Tensor]:
+def _leaves(rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
     made = {name: value[rows].clone() for name, value in _inputs().items()}
-    for value in made.values():
+    for name, value in made.items():
         if value.is_floating_point():
-            value.requires_grad_()
+            made[name] = value.to(dtype).requires_grad_()
     for name, value in SCALARS.items():
-        made[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        made[name] = torch.tensor(value, dtype=dtype, requires_grad=True)
     return made
 
 
@@ -65,14 +67,18 @@ def _collect(loss: Tensor, made: dict[str, Tensor]) -> dict[str, Any]:
     return out
 
 
-def _run(case: str, rows: slice, group: Any) -> dict[str, Any]:
-    made = _leaves(rows)
+def _run(
+    case: str, rows: slice, group: Any, impl: str = "torch", dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    made = _leaves(rows, dtype)
     if case == "info_nce":
         ids, scale = made["pair_ids"], made["logit_scale"]
         features = {"image": made["patches"][:, 0].detach(), "text": made["tokens"][:, 0].detach()}
         features = {k: torch.nn.functional.normalize(v, dim=-1) for k, v in features.items()}
         made = {k: v.requires_grad_() for k, v in features.items()} | {"scale": scale}
-        loss = info_nce_loss(made["image"], made["text"], scale, pair_ids=ids, group=group)
+        loss = info_nce_loss(
+            made["image"], made["text"], scale, pair_ids=ids, group=group, impl=impl
+        )
         return _collect(loss, made)
     if case == "two_losses":
         ids, scale = made.pop("pair_ids"), made.pop("logit_scale")
@@ -80,20 +86,27 @@ def _run(case: str, rows: slice, group: Any) -> dict[str, Any]:
         made["logit_scale"] = scale
         loss = contrastive_loss_from_scores(s, logit_scale=scale, pair_ids=ids, group=group)
         return _collect(loss * 3.0, made)
-    loss = token_knowledge_patch_loss(**made, group=group, **CASES[case])
+    loss = token_knowledge_patch_loss(**made, group=group, impl=impl, **CASES[case])
     return _collect(loss, made)
 
 
 ALL = [*CASES, "two_losses", "info_nce"]
+INTERPRETED = ["attention_lse", "info_nce"] if importlib.util.find_spec("triton") else []
 
 
 def _rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    # in this process alone, and before any kernel is imported
+    os.environ["TRITON_INTERPRET"] = "1"
     store = dist.FileStore(f"{folder}/store", WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     start = sum(SHARES[:rank])
     rows = slice(start, start + SHARES[rank])
     results: dict[str, Any] = {case: _run(case, rows, dist.group.WORLD) for case in ALL}
+    for case in INTERPRETED:
+        results[f"triton_{case}"] = _run(
+            case, rows, dist.group.WORLD, impl="triton", dtype=torch.float32
+        )
     unit = torch.nn.functional.normalize(_inputs()["patches"][:, 0], dim=-1)[
         3 * rank : 3 * rank + 3
     ]
@@ -116,15 +129,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_two_ranks_give_the_loss_and_gradients_of_one_process(
-    case: str, ranks: list[dict[str, Any]]
+def _assert_one_process(
+    parts: list[dict[str, Any]], truth: dict[str, Any], tolerance: float
 ) -> None:
-    truth = _run(case, slice(0, sum(SHARES)), None)
-    parts = [part[case] for part in ranks]
     for part in parts:
         assert torch.equal(part["value"], parts[0]["value"])
-        assert part["value"].item() == pytest.approx(truth["value"].item(), rel=1e-12)
+        assert part["value"].item() == pytest.approx(truth["value"].item(), rel=tolerance)
     for name, want in truth.items():
         if name == "value":
             continue
@@ -132,7 +142,23 @@ def test_two_ranks_give_the_loss_and_gradients_of_one_process(
             got = torch.stack([part[name] for part in parts]).mean(0)
         else:
             got = torch.cat([part[name] for part in parts]) / WORLD
-        assert relative_error(got, want) <= 1e-11, name
+        assert relative_error(got, want) <= tolerance, name
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_two_ranks_give_the_loss_and_gradients_of_one_process(
+    case: str, ranks: list[dict[str, Any]]
+) -> None:
+    truth = _run(case, slice(0, sum(SHARES)), None)
+    _assert_one_process([part[case] for part in ranks], truth, 1e-11)
+
+
+@pytest.mark.parametrize("case", INTERPRETED)
+def test_two_ranks_of_triton_kernels_give_what_one_process_gives(
+    case: str, ranks: list[dict[str, Any]]
+) -> None:
+    truth = _run(case, slice(0, sum(SHARES)), None)
+    _assert_one_process([part[f"triton_{case}"] for part in ranks], truth, 1e-5)
 
 
 def test_clip_loss_over_ranks_is_the_loss_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:

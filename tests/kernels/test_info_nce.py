@@ -104,10 +104,8 @@ def test_nothing_of_batch_squared_is_kept_for_backward() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         value = info_nce_loss(image, text, 20.0)
-    node = value.grad_fn
-    assert node is not None
-    stats = [node.stats.row_lse, node.stats.column_lse, node.stats.positive]
-    assert sum(held.values()) + sum(x.numel() for x in stats) <= 3 * count * dim
+    # both features, both log-sum-exps, positives, weights, the scale
+    assert sum(held.values()) <= 2 * count * dim + 4 * count + 1
     value.backward()
 
 

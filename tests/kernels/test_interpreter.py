@@ -86,8 +86,14 @@ def test_losses_are_one_graph_to_torch_compile() -> None:
 
 @pytest.fixture(autouse=True)
 def _round_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter truncates float32 to bfloat16; every chip rounds to the nearest even."""
+    """The interpreter truncates float32 to bfloat16; every chip rounds to the nearest even.
+
+    And float32 tiles of 16 x 16, made for registers, would cost the interpreter minutes: 32 x 32.
+    """
     if INTERPRETING:
+        wide = tiling.Choice([(32, (32, 0, 0), 4)], [])
+        monkeypatch.setattr(tiling, "FLOAT32_OTHERS", {128: wide, 256: wide})
+        tiling.choose_tiling.cache_clear()
         import numpy as np
         import triton.language as tl
         import triton.runtime.interpreter as interpreter
