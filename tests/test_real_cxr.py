@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -52,11 +53,20 @@ def manifest(tmp_path: Path, shared_data: Path) -> Path:
         writer.writerow(["path", "text", "patient_id", "image_id", "split", "view", "sha256"])
         for row in chosen + validation:
             writer.writerow(
-                [row["path"], row["text"], row["patient_id"], row["image_id"], row["split"], "", ""]
+                [
+                    row["path"],
+                    row["text"],
+                    row["patient_id"],
+                    row["image_id"],
+                    row["split"],
+                    "",
+                    row["sha256"],
+                ]
             )
         for index, name in enumerate(DICOM):
             text = f"Test radiograph number {index}. No pleural effusion."
-            writer.writerow([name, text, f"dicom-{index}", f"dicom-{index}", "train", "", ""])
+            digest = hashlib.sha256((shared_data / name).read_bytes()).hexdigest()
+            writer.writerow([name, text, f"dicom-{index}", f"dicom-{index}", "train", "", digest])
     return path
 
 
@@ -72,7 +82,7 @@ def _train(
     )
 
 
-def test_real_images_of_every_kind_train_resume_and_end_with_a_report(
+def test_real_images_of_every_kind_train_and_end_with_a_report(
     manifest: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
