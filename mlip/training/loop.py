@@ -62,7 +62,8 @@ class Trainer:
     ) -> None:
         self.config, self.loader = config, loader
         self.merge_states, self.on_save = merge_states, on_save
-        checkpoint.remove_leftovers(config.run.dir)
+        if distributed.is_main():
+            checkpoint.remove_leftovers(config.run.dir)
         saved = checkpoint.load_newest(config, allow_mismatch=allow_mismatch)
         threads = randomness.set_threads(config, saved.state["threads"] if saved else None)
         keep_freed_memory()
