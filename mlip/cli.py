@@ -18,7 +18,10 @@ from mlip.config import Config, ConfigError, load
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
-    "prepare": ("mlip.dataloading.prepare", "check a manifest and its files, pack them"),
+    "prepare": (
+        "mlip.dataloading.prepare",
+        "turn raw downloads or own files into shards and a manifest",
+    ),
     "knowledge": ("mlip.knowledge.command", "build and look into concept tables"),
 }
 
