@@ -22,7 +22,9 @@ from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, default_group, gather, reduce_rows, sum_over_group
 from mlip.kernels.info_nce import reference
 
-MAX_TRITON_DIM = 512  # the backward kernel holds a row tile of D accumulators
+# the backward kernel holds a row tile of D accumulators
+MAX_TRITON_DIM = 512
+MAX_TRITON_DIM_FLOAT32 = 256
 
 
 @torch.library.custom_op(
@@ -176,16 +178,14 @@ def info_nce_loss(
     refusal = None
     if torch.float64 in dtypes:
         refusal = "the inputs are float64, and the kernels work in float32"
-    elif dim > MAX_TRITON_DIM:
-        refusal = f"D={dim} is above {MAX_TRITON_DIM}, the largest that fits on chip"
+    # float16 becomes bfloat16 as well: gradients of 1 / B^2 would underflow it
+    is_narrow = dtypes != (torch.float32, torch.float32) or torch.is_autocast_enabled(device.type)
+    largest = MAX_TRITON_DIM if is_narrow else MAX_TRITON_DIM_FLOAT32
+    if dim > largest and refusal is None:
+        refusal = f"D={dim} is above {largest}, the largest that fits on chip"
     is_triton = resolve(impl, device, refusal) == "triton"
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    compute = wide
-    if is_triton:
-        # float16 becomes bfloat16 as well: gradients of 1 / B^2 would underflow it
-        is_narrow = dtypes != (torch.float32, torch.float32)
-        if is_narrow or torch.is_autocast_enabled(device.type):
-            compute = torch.bfloat16
+    compute = torch.bfloat16 if is_triton and is_narrow else wide
     if isinstance(logit_scale, Tensor):
         scale = logit_scale.to(device=device, dtype=wide).reshape(())
     else:

@@ -161,24 +161,23 @@ def forward_tiling(dim: int, size: int) -> dict[str, int]:
 
 
 def backward_tiling(dim: int, size: int, is_large: bool) -> dict[str, int]:
-    """Tile map of the backward kernel; is_large: at least 160 KiB of shared memory a block."""
+    """Tile map of the backward kernel; is_large: 227 KiB of shared memory a block (sm_90)."""
     block_d = _block_dim(dim)
     if size == 4:
-        rows = 32 if block_d <= 128 else 16
-        return {"BLOCK_M": rows, "BLOCK_N": rows, "num_warps": 8, "num_stages": 1}
-    if block_d <= 128:
-        return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    if block_d <= 256:
-        rows = 128 if is_large else 64
-        return {"BLOCK_M": rows, "BLOCK_N": 64 if is_large else 32, "num_warps": 8, "num_stages": 1}
-    columns = 64 if is_large else 16
-    return {"BLOCK_M": 64, "BLOCK_N": columns, "num_warps": 8, "num_stages": 1}
+        rows, columns, stages = 16, 16, 1
+    elif block_d <= 128:
+        rows, columns, stages = (128, 64, 2) if is_large else (64, 64, 2)
+    elif block_d <= 256:
+        rows, columns, stages = (128, 64, 1) if is_large else (64, 32, 1)
+    else:
+        rows, columns, stages = (64, 64, 1) if is_large else (32, 32, 1)
+    return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": stages}
 
 
 @functools.cache
 def _device_facts(index: int) -> tuple[bool, int]:
     properties = torch.cuda.get_device_properties(index)
-    is_large = (properties.major, properties.minor) in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
+    is_large = (properties.major, properties.minor) in ((9, 0), (10, 0), (10, 3))
     return is_large, properties.multi_processor_count
 
 

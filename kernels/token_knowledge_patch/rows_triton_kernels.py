@@ -296,7 +296,8 @@ def _row_keywords(tokens, knowledge, weights, mask, is_narrow: bool) -> dict[str
         "HAS_ENTITY": knowledge is not None,
         # bfloat16 rows keep 8 bits: one tf32 product of 11 is enough for what they are made of
         "PRECISION": "tf32" if is_narrow else "tf32x3",
-        "num_warps": 16 if dim > 128 else 8,
+        "num_warps": 8,
+        "num_stages": 1,
     }
 
 

@@ -64,6 +64,7 @@ class Choice:
 
     best: list[Candidate]
     small: list[Candidate]
+    stages: int = 2
 
 
 # A stationary side shorter than 64 rows or patches asks more of the L2 cache than it delivers
@@ -84,13 +85,17 @@ TABLE: dict[tuple[str, int], Choice] = {
     ("backward_patches", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
     ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
 }
+# mma.sync of sm_80 holds its operands in registers: shorter segments
+TABLE_80: dict[tuple[str, int], Choice] = {
+    ("backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
+}
 CONTEXT: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("forward", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
-    ("turn", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("forward", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:]),
+    ("turn", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
     ("turn", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
     ("backward_rows", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
-    ("backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[1:]),
+    ("backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:], stages=1),
     ("backward_patches", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
     ("backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
 }
@@ -144,6 +149,8 @@ def choose_tiling(
         choice = FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
     else:
         choice = table[kind, width]
+        if limit < SHARED_MEMORY[9, 0] and pooling != "context":
+            choice = TABLE_80.get((kind, width), choice)
     best: tuple[float, Tiling] | None = None
     for is_small, candidate in [(False, c) for c in choice.best] + [
         (True, c) for c in choice.small
@@ -163,7 +170,7 @@ def choose_tiling(
             tiles = 2
         waste = tiles * span / patches
         if best is None or waste < 0.96 * best[0]:
-            best = (waste, Tiling(block_r, segments, tiles, warps, 2))
+            best = (waste, Tiling(block_r, segments, tiles, warps, choice.stages))
     if best is None:
         raise ValueError(
             f"no tiling of {kind} fits D={dim} into {limit} bytes of shared memory; "

@@ -139,7 +139,7 @@ def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             dim, size
         )
     constants |= {"BLOCK_D": max(16, dim), "WANT_SCALE": True}
-    tiling = triton_kernels.backward_tiling(dim, size, True)
+    tiling = triton_kernels.backward_tiling(dim, size, case["capability"] == 90)
     return triton_kernels._info_nce_bwd_kernel, constants | tiling
 
 
@@ -167,7 +167,8 @@ def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "HAS_MASK": True,
         "HAS_ENTITY": True,
         "PRECISION": "tf32",
-        "num_warps": 16 if dim > 128 else 8,
+        "num_warps": 8,
+        "num_stages": 1,
     }
     side = "fwd" if case["kind"] == "forward" else "bwd"
     return getattr(module, f"_rows_{side}_kernel"), constants

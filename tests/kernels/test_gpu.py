@@ -354,8 +354,17 @@ def test_changing_lengths_compile_nothing_new() -> None:
     assert compiled() - before <= 3
 
 
-@pytest.mark.parametrize(("count", "dim"), [(1, 64), (65, 100), (1000, 512), (3000, 256)])
-@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("count", "dim", "features"),
+    [
+        (1, 64, torch.float32),
+        (65, 100, torch.float32),
+        (3000, 256, torch.float32),
+        (65, 100, torch.bfloat16),
+        (1000, 512, torch.bfloat16),
+        (3000, 256, torch.bfloat16),
+    ],
+)
 def test_info_nce_is_exact(count: int, dim: int, features: torch.dtype) -> None:
     g = torch.Generator().manual_seed(10)
     image = F.normalize(torch.randn(count, dim, generator=g), dim=-1)
