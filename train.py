@@ -28,7 +28,7 @@ from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
 from mlip.training import randomness
 from mlip.training.deepspeed_json import read_json
-from mlip.training.lifecycle import StopRequest, guarded, locked_folder
+from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
 from mlip.transfer import evaluate_run, save_results
@@ -147,4 +147,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -110,6 +111,21 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
             code = _first_failure(place) or PEER
         _report(error, code, place)
         return code
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`.
+
+    After a stop or a lost peer the process group is still open, and the interpreter's shutdown can
+    abort inside the communication library's threads: the launcher would then see SIGABRT and not
+    the code. So anything but success ends at once, its output written.
+    """
+    if code == 0:
+        sys.exit(0)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _rank() -> int:

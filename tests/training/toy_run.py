@@ -24,7 +24,7 @@ from mlip.dataloading.sampler import rank_slice
 from mlip.keyed_random import keyed_normal
 from mlip.training import randomness
 from mlip.training.grad_cache import cached_forward
-from mlip.training.lifecycle import StopRequest, guarded, locked_folder
+from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
 
@@ -186,4 +186,4 @@ folder: list[Path] = []
 
 if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    sys.exit(guarded(lambda: main(given), lambda: folder[0] if folder else None))
+    leave(guarded(lambda: main(given), lambda: folder[0] if folder else None))
