@@ -114,14 +114,11 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with `code`.
+    """End this process with `code` at once, its output written.
 
-    After a stop or a lost peer the process group is still open, and the interpreter's shutdown can
-    abort inside the communication library's threads: the launcher would then see SIGABRT and not
-    the code. So anything but success ends at once, its output written.
+    The interpreter's own shutdown can abort inside the communication library's threads, after a
+    success as after a stop or a lost peer: the launcher would then see SIGABRT and not the code.
     """
-    if code == 0:
-        sys.exit(0)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
