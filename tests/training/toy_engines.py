@@ -17,6 +17,7 @@ import torch
 from mlip import distributed
 from mlip.training import faults, randomness
 from mlip.training.engine import build_engine
+from mlip.training.lifecycle import leave
 from mlip.training.step import MOMENTS, Engine, TrainingState
 from tests.training.toy_run import ToyObjective, make_batch, toy_config
 
@@ -117,3 +118,4 @@ if __name__ == "__main__":
     if distributed.is_main():
         out.write_text(json.dumps(found), encoding="utf-8")
     distributed.stop()
+    leave(0)
