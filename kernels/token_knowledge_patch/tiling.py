@@ -85,9 +85,16 @@ TABLE: dict[tuple[str, int], Choice] = {
     ("backward_patches", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
     ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
 }
-# mma.sync of sm_80 holds its operands in registers: shorter segments
-TABLE_80: dict[tuple[str, int], Choice] = {
-    ("backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
+# (pooling or "", kernel, dim) where the general line spills: mma.sync of sm_80 holds its operands
+# in registers, and a one-hot product is compiled otherwise than a softmax
+OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
+    ("", "backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
+    ("", "backward_rows", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
+    ("max", "backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
+    ("context", "forward", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+}
+OVERRIDES: dict[tuple[str, str, int], Choice] = {
+    ("max", "backward_rows", 256): Choice([(128, (32, 0, 0), 8)], SMALL),
 }
 CONTEXT: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
@@ -134,6 +141,17 @@ def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
     return Tiling(64, (seg0, seg1, seg2), 1, warps, 2)
 
 
+def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choice:
+    if size == 4:
+        return FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
+    overrides = OVERRIDES if limit >= SHARED_MEMORY[9, 0] else OVERRIDES_80
+    if (pooling, kind, width) in overrides:
+        return overrides[pooling, kind, width]
+    if pooling == "context":
+        return CONTEXT[kind, width]
+    return overrides.get(("", kind, width), TABLE[kind, width])
+
+
 @functools.cache
 def choose_tiling(
     kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
@@ -143,14 +161,7 @@ def choose_tiling(
         tiling = _resident(patches, dim, limit)
         if tiling is not None:
             return tiling
-    width = 128 if dim <= 128 else 256
-    table = CONTEXT if pooling == "context" else TABLE
-    if size == 4:
-        choice = FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
-    else:
-        choice = table[kind, width]
-        if limit < SHARED_MEMORY[9, 0] and pooling != "context":
-            choice = TABLE_80.get((kind, width), choice)
+    choice = _choice(kind, 128 if dim <= 128 else 256, size, limit, pooling)
     best: tuple[float, Tiling] | None = None
     for is_small, candidate in [(False, c) for c in choice.best] + [
         (True, c) for c in choice.small

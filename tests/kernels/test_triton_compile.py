@@ -37,7 +37,7 @@ def check(used: dict[str, Any]) -> None:
     assert used["shared"] <= SHARED_LIMIT[used["capability"]], used
     if used["op"] in ("rows", "patches"):
         # passes over the inputs alone, a hundredth of the work: a few spilled words at D = 256
-        assert used["STACK"] <= 64, used
+        assert used["STACK"] <= 128, used
         return
     if used["element"] == "bf16":
         assert used["STACK"] == 0 and used["STL"] == 0 and used["LDL"] == 0, used
