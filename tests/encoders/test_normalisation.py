@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mlip.encoders.normalisation import SynchronisedBatchNorm
+from tests.spawned_ranks import start_ranks
 
 
 def _make() -> tuple[SynchronisedBatchNorm, torch.Tensor, torch.Tensor]:
@@ -21,8 +20,7 @@ def _make() -> tuple[SynchronisedBatchNorm, torch.Tensor, torch.Tensor]:
     return norm, images, torch.randn(5, 3, 4, 4)
 
 
-def _run(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=2)
+def _work(rank: int, folder: Path) -> None:
     norm, images, weights = _make()
     mine = slice(0, 2) if rank == 0 else slice(2, 5)  # uneven on purpose
     x = images[mine].clone().requires_grad_()
@@ -31,12 +29,11 @@ def _run(rank: int, folder: str) -> None:
     (out * weights[mine]).sum().backward()
     result = {"out": out, "grad": x.grad, "weight": norm.weight.grad, "mean": norm.running_mean,
               "var": norm.running_var}  # fmt: skip
-    torch.save({k: v.detach() for k, v in result.items() if v is not None}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({k: v.detach() for k, v in result.items() if v is not None}, folder / f"{rank}.pt")
 
 
 def test_two_ranks_equal_one_process_for_output_gradient_and_statistics(tmp_path: Path) -> None:
-    mp.spawn(_run, args=(str(tmp_path),), nprocs=2)
+    start_ranks(_work, tmp_path)()
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     norm, images, weights = _make()
     x = images.clone().requires_grad_()

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from mlip.kernels._distributed import gather_rows
@@ -24,6 +24,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_scores,
 )
 from tests.kernels.oracle import make_inputs, relative_error
+from tests.spawned_ranks import start_ranks
 
 WORLD, SHARES = 2, (4, 2)
 SCALARS = {
@@ -94,12 +95,9 @@ ALL = [*CASES, "two_losses", "info_nce"]
 INTERPRETED = ["attention_lse", "info_nce"] if importlib.util.find_spec("triton") else []
 
 
-def _rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _work(rank: int, folder: Path) -> None:
     # in this process alone, and before any kernel is imported
     os.environ["TRITON_INTERPRET"] = "1"
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
     start = sum(SHARES[:rank])
     rows = slice(start, start + SHARES[rank])
     results: dict[str, Any] = {case: _run(case, rows, dist.group.WORLD) for case in ALL}
@@ -118,15 +116,14 @@ def _rank_main(rank: int, folder: str) -> None:
         results["ragged"] = "accepted"
     except ValueError as error:
         results["ragged"] = str(error)
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.start_processes(_rank_main, args=(folder,), nprocs=WORLD, start_method="spawn")
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    folder = tmp_path_factory.mktemp("ranks")
+    start_ranks(_work, folder, WORLD)()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def _assert_one_process(

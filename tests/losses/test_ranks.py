@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from tests.losses.loss_inputs import (
     rows_of,
     with_grad,
 )
+from tests.spawned_ranks import start_ranks
 
 CASES = {
     "global_contrastive": [],
@@ -108,20 +107,16 @@ def _run_all(rows: slice) -> dict[str, Any]:
     return results | {name: _run_objective(name, rows) for name in OBJECTIVES}
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=2)
-    torch.save(_run_all(slice(0, 4) if rank == 0 else slice(4, 9)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _work(rank: int, folder: Path) -> None:
+    torch.save(_run_all(slice(0, 4) if rank == 0 else slice(4, 9)), folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Any]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    ranks = mp.spawn(_rank, args=(str(folder),), nprocs=2, join=False)
+    finish = start_ranks(_work, folder)
     whole = _run_all(slice(0, 9))
-    while not ranks.join():
-        pass
+    finish()
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)], whole
 
 

@@ -1,0 +1,47 @@
+"""Start the gloo ranks of a test, raise what one of them raised, and let all leave safely.
+
+Needs nothing but torch, so that machines which only run the kernels' tests have it too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _run_rank(rank: int, work: Callable[[int, Path], None], folder: Path, world: int) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    work(rank, folder)  # what it raises reaches the parent with its traceback
+    # no rank closes its sockets while another still reads from them
+    store.set(f"done{rank}", "yes")
+    store.wait([f"done{other}" for other in range(world)])
+    # not through the interpreter's shutdown: it can abort inside gloo's threads after a success
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def start_ranks(
+    work: Callable[[int, Path], None], folder: Path, world: int = 2
+) -> Callable[[], None]:
+    """Start `work(rank, folder)` in `world` processes with a gloo group.
+
+    Returns: a function that waits for all; it raises what a rank raised, with the traceback.
+    """
+    ranks = mp.start_processes(
+        _run_rank, args=(work, folder, world), nprocs=world, join=False, start_method="spawn"
+    )
+
+    def finish() -> None:
+        while not ranks.join():
+            pass
+
+    return finish
