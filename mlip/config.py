@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from mlip.transfer_settings import Transfer
+from mlip.transfer_settings import check as check_transfer
 from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
 
 
@@ -127,6 +129,7 @@ class Vision:
     kind: Literal["resnet", "vit"] = "resnet"
     source: str | None = None  # local directory or hub id; None = random weights from `options`
     options: dict[str, Any] = field(default_factory=dict)  # transformers config values
+    stem: Literal["tower", "deep"] = "tower"  # ResNet: deep = three 3 x 3 convolutions, for lines
     patch_stage: int = 2  # ResNet: the stage whose grid gives the patches (0-based)
     patch_pool: int = 1  # average-pool the patch grid by this factor
     norm: Literal["batch", "group", "frozen"] = "batch"  # ResNet's normalisation
@@ -246,6 +249,9 @@ class Evaluate:
     bootstrap: int = 500  # resamples by patient behind each interval
     checkpoint: str | None = None  # None = the newest complete one of run.dir
     examples: int = 6  # pictures in the report
+    subset: str | None = None  # only rows of this subset (transfer.columns.subset), as 5x200
+    exclusive: bool = False  # exactly one label is true of an image: accuracy by the best score
+    thresholds: bool = True  # F1 at thresholds chosen on val, where the manifest has a val split
     show_text: bool = False  # real report text on the page; phantoms always show theirs
 
 
@@ -259,6 +265,7 @@ class Config:
     knowledge: Knowledge = field(default_factory=Knowledge)
     loss: Loss = field(default_factory=Loss)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    transfer: Transfer = field(default_factory=Transfer)
 
 
 def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -327,6 +334,7 @@ def _check_values(config: Config) -> None:
         if not holds:
             raise ConfigError(message)
 
+    check_transfer(config.transfer)
     data, batch, train = config.data, config.batch, config.train
     require(
         data.crop_px <= data.resize_px,

@@ -16,6 +16,7 @@ from mlip.config import Vision
 from mlip.encoders.attention import require_usable
 from mlip.encoders.normalisation import set_normalisation
 from mlip.encoders.pool import AttentionPool
+from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
 
 
 class PointwiseBlock(nn.Module):
@@ -65,6 +66,8 @@ class ResNetTower(nn.Module):
         if settings.source is None:
             config: Any = ResNetConfig(num_channels=channels, **settings.options)
             self.backbone = ResNetModel(config)
+            if settings.stem == "deep":
+                self.backbone.embedder = DeepStem(channels, config.embedding_size)
         else:
             self.backbone = ResNetModel.from_pretrained(
                 settings.source, local_files_only=offline, use_safetensors=True
@@ -157,6 +160,11 @@ class VisionEncoder(nn.Module):
     ) -> None:
         super().__init__()
         require_usable(attention)
+        if settings.stem == "deep" and (settings.kind != "resnet" or settings.source is not None):
+            raise ValueError(
+                "model.vision.stem=deep: expected a ResNet from random weights, got "
+                f"model.vision.kind={settings.kind}, source={settings.source}; set stem=tower"
+            )
         if settings.source is not None:
             check_source("model.vision.source", settings.source, offline)
         self.tower: ResNetTower | ViTTower
@@ -225,8 +233,10 @@ def receptive_field_px(settings: Vision) -> int:
     Source:  the usual recursion r += (kernel - 1) * jump over the layers.
     """
     config: Any = ResNetConfig(**settings.options)
-    field, jump = 1 + 6, 2  # 7 x 7 convolution of stride 2
-    field, jump = field + 2 * jump, jump * 2  # 3 x 3 pooling of stride 2
+    field, jump = 1, 1
+    for kernel, stride in DEEP_LAYERS if settings.stem == "deep" else TOWER_LAYERS:
+        field += (kernel - 1) * jump
+        jump *= stride
     kernels = (3, 3) if config.layer_type == "basic" else (1, 3, 1)
     for stage in range(settings.patch_stage + 1):
         for layer in range(config.depths[stage]):

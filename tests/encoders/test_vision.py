@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -38,9 +39,11 @@ def test_vit_gives_one_patch_per_16_px_square() -> None:
     assert grid == (4, 4) and patches.shape == (2, 16, 16) and pooled.shape == (2, 16)
 
 
-@pytest.mark.parametrize("patch_pool", [1, 2])
-def test_no_pixel_outside_the_stated_receptive_field_moves_a_patch(patch_pool: int) -> None:
-    settings = dataclasses.replace(RESNET, patch_pool=patch_pool, norm="frozen")
+@pytest.mark.parametrize(("patch_pool", "stem"), [(1, "tower"), (2, "tower"), (2, "deep")])
+def test_no_pixel_outside_the_stated_receptive_field_moves_a_patch(
+    patch_pool: int, stem: Literal["tower", "deep"]
+) -> None:
+    settings = dataclasses.replace(RESNET, patch_pool=patch_pool, stem=stem, norm="frozen")
     encoder = VisionEncoder(settings, channels=1, image_px=128).eval()
     touched = torch.zeros(128, 128, dtype=torch.bool)
     for seed in range(4):  # rectifiers hide some paths of any one image
@@ -113,6 +116,12 @@ def test_wrong_channels_are_refused(tmp_path: Path) -> None:
     settings = dataclasses.replace(RESNET, source=str(tmp_path), options={})
     with pytest.raises(ValueError, match="data.channels"):
         VisionEncoder(settings, channels=3, image_px=64)
+
+
+@pytest.mark.parametrize("settings", [VIT, dataclasses.replace(RESNET, source="folder")])
+def test_a_deep_stem_that_cannot_be_is_refused(settings: Vision) -> None:
+    with pytest.raises(ValueError, match="model.vision.stem=deep"):
+        VisionEncoder(dataclasses.replace(settings, stem="deep"), channels=3, image_px=64)
 
 
 def test_a_patch_stage_that_does_not_exist_is_refused() -> None:
