@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class LexiconError(ValueError):
     """A concept file that cannot be used; the message names file, concept and remedy."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # slots: a full UMLS is a million of them
 class Concept:
     """One thing a report can mention.
 
@@ -63,10 +64,13 @@ class Concept:
     source: str = "mlip"  # lexicon or ontology this row came from
     licensed: tuple[str, ...] = ()  # forms and definition that a licensed source added
 
-    @cached_property
+    @property
     def surface_forms(self) -> tuple[str, ...]:
         """Name and synonyms, lower case, without repeats."""
         return tuple(dict.fromkeys(s.lower() for s in (self.name, *self.synonyms)))
+
+
+_FIELDS = tuple(f.name for f in fields(Concept))
 
 
 class ConceptTable:
@@ -180,9 +184,19 @@ def load_concepts(path: str | Path | None = None) -> ConceptTable:
 
 def write_table(table: ConceptTable, path: str | Path) -> None:
     """A built table as JSON lines: first its provenance, then one concept a line."""
-    lines = [json.dumps({"provenance": table.provenance, "fingerprint": table.fingerprint})]
-    lines += [json.dumps(_to_json(concept), sort_keys=True) for concept in table]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = Path(path)
+    head = {"provenance": table.provenance, "fingerprint": table.fingerprint}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(json.dumps(head) + "\n")
+            for concept in table:
+                stream.write(json.dumps(_to_json(concept), sort_keys=True) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise LexiconError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_table(path: str | Path) -> ConceptTable:
@@ -193,7 +207,7 @@ def read_table(path: str | Path) -> ConceptTable:
     concepts: list[Concept] = []
     provenance: dict[str, Any] = {}
     fingerprint = None
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(Path(path)), start=1):
         if not line.strip():
             continue
         try:
@@ -230,6 +244,21 @@ def read_table(path: str | Path) -> ConceptTable:
     return table
 
 
+def _lines(path: Path) -> Iterator[str]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                number += 1
+                yield line
+    except OSError as error:
+        raise LexiconError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise LexiconError(
+            f"{path}: not UTF-8 after line {number}; convert it, for example with iconv"
+        ) from error
+
+
 def read_text(path: str | Path) -> str:
     """A whole UTF-8 file, with an error that names it.
 
@@ -256,8 +285,8 @@ def expand(lines: Iterable[str]) -> tuple[str, ...]:
 
 
 def _to_json(concept: Concept) -> dict[str, Any]:
-    row = asdict(concept)
-    row["mappings"] = {k: list(v) for k, v in sorted(concept.mappings.items())}
+    row = {name: getattr(concept, name) for name in _FIELDS}
+    row["mappings"] = dict(sorted(concept.mappings.items()))
     return {k: v for k, v in row.items() if v not in ((), {}, "", None)}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from mlip.knowledge.concepts import ConceptTable
+from mlip.knowledge.concepts import Concept, ConceptTable
 
 LICENSED_SOURCES = frozenset({"umls"})
+_SHARED_CODES = ("umls", "hpo", "doid", "radlex")
 
 
 def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
@@ -21,70 +23,70 @@ def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
     for concept in base:
         owned.update(concept.surface_forms)
         for vocabulary, codes in concept.mappings.items():
-            if vocabulary in ("umls", "hpo", "doid", "radlex"):
+            if vocabulary in _SHARED_CODES:
                 for code in codes:
                     by_code.setdefault((vocabulary, code), concept.id)
     for other in others:
-        renamed = {
-            concept.id: next(
-                (
-                    by_code[v, code]
-                    for v, codes in concept.mappings.items()
-                    for code in codes
-                    if (v, code) in by_code
-                ),
-                concept.id,
-            )
-            for concept in other
-        }
+        renamed: dict[str, str] = {}  # their id -> ours, where the two differ
         for concept in other:
-            target = renamed[concept.id]
+            for vocabulary in _SHARED_CODES:
+                for code in concept.mappings.get(vocabulary, ()):
+                    host = by_code.get((vocabulary, code))
+                    if host is not None and concept.id not in renamed:
+                        renamed[concept.id] = host
+        for concept in other:
+            target = renamed.get(concept.id, concept.id)
             fresh = tuple(s for s in (concept.name, *concept.synonyms) if s.lower() not in owned)
-            owned.update(s.lower() for s in fresh)
-            licensed = concept.source in LICENSED_SOURCES
+            if other is not others[-1]:  # nothing comes that could take them
+                owned.update(s.lower() for s in fresh)
             if target in concepts:
-                host = concepts[target]
-                take = not host.definition and bool(concept.definition)
-                concepts[target] = replace(
-                    host,
-                    synonyms=(*host.synonyms, *fresh),
-                    definition=concept.definition if take else host.definition,
-                    mappings={
-                        key: tuple(
-                            dict.fromkeys(
-                                (*host.mappings.get(key, ()), *concept.mappings.get(key, ()))
-                            )
-                        )
-                        for key in {**host.mappings, **concept.mappings}
-                    },
-                    licensed=(
-                        *host.licensed,
-                        *(fresh if licensed else ()),
-                        *((concept.definition,) if licensed and take else ()),
-                    ),
-                )
+                concepts[target] = _joined(concepts[target], concept, fresh)
             else:
-                concepts[target] = replace(
+                concepts[target] = _changed(
                     concept,
                     synonyms=tuple(s for s in fresh if s != concept.name),
                     parents=tuple(dict.fromkeys(renamed.get(p, p) for p in concept.parents)),
                     relations=tuple((r, renamed.get(t, t)) for r, t in concept.relations),
                 )
-    known = set(concepts)
-    cleaned = [
-        replace(
-            c,
-            parents=tuple(p for p in c.parents if p in known and p != c.id),
-            relations=tuple((r, t) for r, t in c.relations if t in known),
+    for identifier, concept in concepts.items():
+        concepts[identifier] = _changed(
+            concept,
+            parents=tuple(p for p in concept.parents if p in concepts and p != identifier),
+            relations=tuple((r, t) for r, t in concept.relations if t in concepts),
         )
-        for c in concepts.values()
-    ]
     provenance = {
         "source": "merged",
         "licensed": any(t.provenance.get("licensed") for t in (base, *others)),
         "parts": [t.provenance for t in (base, *others)],
     }
-    return without_cycles(ConceptTable(cleaned, provenance))
+    return without_cycles(ConceptTable(concepts.values(), provenance))
+
+
+def _joined(host: Concept, guest: Concept, fresh: tuple[str, ...]) -> Concept:
+    """The host with the names, codes and, where it has none, the definition of its guest."""
+    licensed = guest.source in LICENSED_SOURCES
+    take = not host.definition and bool(guest.definition)
+    return replace(
+        host,
+        synonyms=(*host.synonyms, *fresh),
+        definition=guest.definition if take else host.definition,
+        mappings={
+            key: tuple(dict.fromkeys((*host.mappings.get(key, ()), *guest.mappings.get(key, ()))))
+            for key in {**host.mappings, **guest.mappings}
+        },
+        licensed=(
+            *host.licensed,
+            *(fresh if licensed else ()),
+            *((guest.definition,) if licensed and take else ()),
+        ),
+    )
+
+
+def _changed(concept: Concept, **values: Any) -> Concept:
+    """The concept with other values; itself where none differs (memory: a million of them)."""
+    if all(getattr(concept, name) == value for name, value in values.items()):
+        return concept
+    return replace(concept, **values)
 
 
 def open_part(table: ConceptTable) -> ConceptTable:

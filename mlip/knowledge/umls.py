@@ -7,8 +7,11 @@ merging.open_part leaves.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from array import array
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
@@ -68,67 +71,43 @@ def read_umls(
     for name in ("MRCONSO.RRF", "MRSTY.RRF"):
         if not (folder / name).exists():
             raise LexiconError(f"{folder / name}: missing; point to the META folder of a release")
-    # CUIs as numbers: a set of a million strings would cost 60 MB more
+    # CUIs as numbers, edges as pairs of them: a full release is a million concepts
     types: dict[int, str] = {}
     for row in _rrf(folder / "MRSTY.RRF", progress):
         if row[1] in semantic_types:
             types.setdefault(int(row[0][1:]), row[1])
-    names: dict[int, list[str]] = {}
-    preferred: dict[int, tuple[int, str]] = {}
-    for row in _rrf(folder / "MRCONSO.RRF", progress):
-        cui = int(row[0][1:])
-        if cui not in types or row[1] not in languages or row[16] not in ("N", ""):
-            continue
-        if sources and row[11] not in sources:
-            continue
-        form = surface_form(row[14])
-        if form is None:
-            continue
-        rank = (row[2] == "P") + (row[4] == "PF") + (row[6] == "Y")
-        if rank > preferred.get(cui, (-1, ""))[0]:
-            preferred[cui] = (rank, form)
-        forms = names.setdefault(cui, [])
-        if form.lower() not in (f.lower() for f in forms):
-            forms.append(form)
+    names = _names(folder / "MRCONSO.RRF", types, languages, sources, progress)
     definitions: dict[int, str] = {}
     if (folder / "MRDEF.RRF").exists():
         for row in _rrf(folder / "MRDEF.RRF", progress):
             cui = int(row[0][1:])
             if cui in names and row[6] in ("N", "") and row[5].strip():
                 definitions.setdefault(cui, " ".join(row[5].split()))
-    parents: dict[int, list[int]] = {}
-    located: dict[int, list[int]] = {}
+    edges: tuple[array[int], array[int]] = (array("l"), array("l"))
     if relations and (folder / "MRREL.RRF").exists():
-        for row in _rrf(folder / "MRREL.RRF", progress):
-            # the manual: "CUI2 RELA CUI1"
-            if row[7] in ("isa", "has_finding_site"):
-                child, other = int(row[4][1:]), int(row[0][1:])
-            elif row[7] in ("inverse_isa", "finding_site_of"):
-                child, other = int(row[0][1:]), int(row[4][1:])
-            else:
-                continue
-            if child != other and child in names and other in names:
-                store = parents if row[7].endswith("isa") else located
-                if other not in store.setdefault(child, []):
-                    store[child].append(other)
+        edges = _edges(folder / "MRREL.RRF", names, progress)
+    cuis = list(names)  # the order of the release
+    ids = [f"umls:c{cui:07d}" for cui in cuis]
+    parents, located = (_targets(pairs, cuis) for pairs in edges)
     concepts = []
-    for cui, forms in names.items():
+    for place, cui in enumerate(cuis):
         kind, category = SEMANTIC_TYPES[types[cui]]
-        name = preferred[cui][1]
+        name, *others = names.pop(cui)
         concepts.append(
             Concept(
-                id=f"umls:c{cui:07d}",
+                id=ids[place],
                 name=name,
-                synonyms=tuple(form for form in forms if form != name),
-                definition=definitions.get(cui, ""),
+                synonyms=tuple(others),
+                definition=definitions.pop(cui, ""),
                 semantic_type=kind,
                 category=category,
-                parents=tuple(f"umls:c{p:07d}" for p in parents.get(cui, ())),
-                relations=tuple(("located_in", f"umls:c{p:07d}") for p in located.get(cui, ())),
-                mappings={"umls": (f"C{cui:07d}",)},
+                parents=tuple(ids[other] for other in parents(place)),
+                relations=tuple(("located_in", ids[other]) for other in located(place)),
+                mappings=_Code(cui),
                 source="umls",
             )
         )
+    del names, definitions, types
     files = {n: sha256(folder / n) for n in _COLUMNS if (folder / n).exists()}
     provenance = {
         "source": "umls",
@@ -142,6 +121,104 @@ def read_umls(
     }
     table = ConceptTable(concepts, provenance)
     return without_cycles(table)
+
+
+class _Code(Mapping[str, tuple[str, ...]]):
+    """{"umls": (CUI,)} in a fifth of the memory."""
+
+    __slots__ = ("cui",)
+
+    def __init__(self, cui: int) -> None:
+        self.cui = cui
+
+    def __getitem__(self, vocabulary: str) -> tuple[str, ...]:
+        if vocabulary != "umls":
+            raise KeyError(vocabulary)
+        return (f"C{self.cui:07d}",)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("umls",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _names(
+    path: Path,
+    types: Collection[int],
+    languages: Collection[str],
+    sources: Collection[str],
+    progress: Progress | None,
+) -> dict[int, tuple[str, ...]]:
+    """CUI -> its forms, the preferred one first.
+
+    A release keeps the rows of a CUI together; where a file does not, its later rows add to it.
+    """
+    names: dict[int, tuple[str, ...]] = {}
+    current, best = -1, -1
+    forms: dict[str, str] = {}  # lower case -> as written, the preferred one kept apart
+    preferred = ""
+
+    def close() -> None:
+        if forms:
+            earlier = names.get(current, ())
+            known = {form.lower() for form in earlier}
+            fresh = [form for low, form in forms.items() if low not in known]
+            if not earlier:
+                fresh = [preferred, *(f for f in fresh if f != preferred)]
+            names[current] = (*earlier, *fresh)
+
+    for row in _rrf(path, progress):
+        cui = int(row[0][1:])
+        if cui not in types or row[1] not in languages or row[16] not in ("N", ""):
+            continue
+        if sources and row[11] not in sources:
+            continue
+        form = surface_form(row[14])
+        if form is None:
+            continue
+        if cui != current:
+            close()
+            current, best, forms = cui, -1, {}
+        forms.setdefault(form.lower(), form)
+        rank = (row[2] == "P") + (row[4] == "PF") + (row[6] == "Y")
+        if rank > best:
+            best, preferred = rank, forms[form.lower()]
+    close()
+    return names
+
+
+def _edges(
+    path: Path, names: Collection[int], progress: Progress | None
+) -> tuple[array[int], array[int]]:
+    """(child, parent) and (finding, site) of MRREL, each as one flat array of CUIs."""
+    is_a, sites = array("l"), array("l")
+    for row in _rrf(path, progress):
+        # the manual: "CUI2 RELA CUI1"
+        if row[7] in ("isa", "has_finding_site"):
+            child, other = int(row[4][1:]), int(row[0][1:])
+        elif row[7] in ("inverse_isa", "finding_site_of"):
+            child, other = int(row[0][1:]), int(row[4][1:])
+        else:
+            continue
+        if child != other and child in names and other in names:
+            (is_a if row[7].endswith("isa") else sites).extend((child, other))
+    return is_a, sites
+
+
+def _targets(pairs: array[int], cuis: list[int]) -> Callable[[int], list[int]]:
+    """Place of a concept -> places of its targets, in the order of the release, without repeats."""
+    flat = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    order = np.argsort(np.array(cuis, dtype=np.int64), kind="stable")
+    ranked = np.array(cuis, dtype=np.int64)[order]
+    places = np.unique(order[np.searchsorted(ranked, flat)] if len(flat) else flat, axis=0)
+    starts = np.searchsorted(places[:, 0], np.arange(len(cuis) + 1))
+
+    def targets(place: int) -> list[int]:
+        found: list[int] = places[starts[place] : starts[place + 1], 1].tolist()
+        return found
+
+    return targets
 
 
 def surface_form(text: str) -> str | None:
