@@ -164,6 +164,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def synchronise() -> None:
+    """Wait for this rank's GPU; nothing on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def start(timeout_s: float) -> torch.device:
     """Join the launcher's process group (none without a launcher); this rank's device."""
     here = device()

@@ -15,7 +15,7 @@ from mlip.config import Config, ConfigError
 from mlip.distributed import max_over_ranks
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
-from mlip.training.grad_cache import cached_forward
+from mlip.training.grad_cache import cached_forward, equal_passes
 
 
 class Objective(nn.Module):
@@ -106,9 +106,13 @@ class Objective(nn.Module):
             kept = () if features.attention is None else (features.attention,)
             return features.embedding, features.tokens, *kept
 
-        image = cached_forward(image_tower, (batch.image,), settings.micro_images)
+        def passes(micro_size: int) -> int:
+            return equal_passes(len(batch), micro_size, batch.image.device)
+
+        image_size, text_size = settings.micro_images, settings.micro_texts
+        image = cached_forward(image_tower, (batch.image,), image_size, passes(image_size))
         texts = (batch.token_ids, batch.token_mask, batch.content_mask)
-        text = cached_forward(text_tower, texts, settings.micro_texts)
+        text = cached_forward(text_tower, texts, text_size, passes(text_size))
         return Features(
             image=ImageFeatures(embedding=image[0], patches=image[1], grid=grid[0]),
             text=TextFeatures(text[0], text[1], text[2] if len(text) == 3 else None),

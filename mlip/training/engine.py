@@ -20,7 +20,7 @@ from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.deepspeed_json import deepspeed_settings
-from mlip.training.grad_cache import set_recompute_context
+from mlip.training.grad_cache import num_micro_batches, set_recompute_context
 from mlip.training.step import (
     MOMENTS,
     Engine,
@@ -212,6 +212,23 @@ class DeepSpeedEngine(Engine):
                 parameter.data.copy_(value.view(parameter.ds_shape))
 
 
+def _require_equal_passes(config: Config) -> None:
+    """Stage 3 gathers parameters in every pass: a rank needs a row for each pass of the others.
+
+    Raises:  ConfigError where the rank with fewest pairs has less than passes.
+    """
+    pairs, ranks = config.batch.global_pairs, distributed.world_size()
+    for name in ("micro_images", "micro_texts"):
+        size = getattr(config.batch, name)
+        if pairs // ranks < num_micro_batches(-(-pairs // ranks), size):
+            raise ConfigError(
+                f"batch.global_pairs={pairs} on {ranks} ranks with batch.{name}={size} and "
+                f"train.zero_stage=3: a rank with {pairs // ranks} pairs cannot make the passes of "
+                f"one with {-(-pairs // ranks)}; set batch.{name}={size + 1} or more, or choose a "
+                "multiple of the ranks"
+            )
+
+
 def build_engine(
     objective: nn.Module, config: Config, user_json: dict[str, Any] | None = None
 ) -> Engine:
@@ -221,14 +238,8 @@ def build_engine(
              user's DeepSpeed JSON contradicts the config.
     """
     train = config.train
-    cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
-    uneven = config.batch.global_pairs % distributed.world_size() != 0
-    if train.zero_stage == 3 and cached and uneven:
-        raise ConfigError(
-            f"batch.global_pairs={config.batch.global_pairs} on {distributed.world_size()} ranks "
-            "with batch.micro_* and train.zero_stage=3: ranks would make different numbers of "
-            "passes and wait for each other for ever; choose a multiple of the ranks"
-        )
+    if train.zero_stage == 3:
+        _require_equal_passes(config)
     is_installed = importlib.util.find_spec("deepspeed") is not None
     wants = train.engine == "deepspeed" or train.offload or user_json is not None
     if not is_installed:
