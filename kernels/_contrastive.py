@@ -55,15 +55,17 @@ def make_pairing(
     Shapes:  like [M, ...] gives rows, device and dtype; the masks are this rank's, [M]
     """
     rows = like.shape[0]
-    for name, value in (
-        ("pair_ids", pair_ids),
-        ("image_valid", image_valid),
-        ("text_valid", text_valid),
+    for name, value, dtype in (
+        ("pair_ids", pair_ids, torch.int64),
+        ("image_valid", image_valid, torch.bool),
+        ("text_valid", text_valid, torch.bool),
     ):
-        if value is not None and tuple(value.shape) != (rows,):
+        if value is None:
+            continue
+        if tuple(value.shape) != (rows,) or value.dtype != dtype or value.device != like.device:
             raise ValueError(
-                f"expected {name} of shape [{rows}], one entry per pair of this rank, got "
-                f"{list(value.shape)}"
+                f"expected {name} {dtype} of shape [{rows}], one entry per pair of this rank, on "
+                f"{like.device}, got {value.dtype} {list(value.shape)} on {value.device}"
             )
     counts = row_counts(like.new_empty((rows, 0)), group)
     size, rank = group_size(group), group_rank(group)

@@ -20,6 +20,7 @@ from mlip.kernels._contrastive import (
 )
 from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, default_group, gather, reduce_rows, sum_over_group
+from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.info_nce import reference
 
 # the backward kernel holds a row tile of D accumulators
@@ -126,11 +127,17 @@ class _InfoNCE(torch.autograd.Function):
         return image_grad, text_grad, scale_grad, None, None, None
 
 
-def _check(image_features: Tensor, text_features: Tensor, pair_ids: Tensor | None) -> None:
+def _check(image_features: Tensor, text_features: Tensor, group: Group) -> None:
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "expected image_features and text_features of one shape [B, D], got "
             f"{list(image_features.shape)} and {list(text_features.shape)}"
+        )
+    # on a CPU a rank of a group may have no pair in an uneven last batch
+    if image_features.numel() == 0 and (group is None or image_features.device.type != "cpu"):
+        raise ValueError(
+            f"expected at least one pair and D > 0, got {list(image_features.shape)}; skip the "
+            "loss of an empty batch"
         )
     if image_features.device != text_features.device:
         raise ValueError(
@@ -141,13 +148,6 @@ def _check(image_features: Tensor, text_features: Tensor, pair_ids: Tensor | Non
         raise ValueError(
             f"expected floating-point features, got {image_features.dtype} and "
             f"{text_features.dtype}"
-        )
-    if pair_ids is not None and (
-        pair_ids.dtype != torch.int64 or tuple(pair_ids.shape) != (image_features.shape[0],)
-    ):
-        raise ValueError(
-            f"expected pair_ids int64 of shape [{image_features.shape[0]}], got {pair_ids.dtype} "
-            f"{list(pair_ids.shape)}"
         )
 
 
@@ -172,7 +172,7 @@ def info_nce_loss(
     Each rank's gradients are W times the true ones, so data-parallel averaging gives the gradient
     of the whole batch. On a GPU every rank must pass equal shapes.
     """
-    _check(image_features, text_features, pair_ids)
+    _check(image_features, text_features, group)
     dim, device = image_features.shape[1], image_features.device
     dtypes = (image_features.dtype, text_features.dtype)
     refusal = None
@@ -186,10 +186,7 @@ def info_nce_loss(
     is_triton = resolve(impl, device, refusal) == "triton"
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     compute = torch.bfloat16 if is_triton and is_narrow else wide
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.to(device=device, dtype=wide).reshape(())
-    else:
-        scale = torch.full((), logit_scale, dtype=wide, device=device)
+    scale = scalar_tensor("logit_scale", logit_scale, wide, device)
     with torch.autocast(device.type, enabled=False):
         image = image_features.to(compute).contiguous()
         text = text_features.to(compute).contiguous()

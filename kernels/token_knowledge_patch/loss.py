@@ -20,6 +20,7 @@ from mlip.kernels._contrastive import (
     pull,
 )
 from mlip.kernels._distributed import Group, sum_over_group
+from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.token_knowledge_patch.checks import AGGREGATIONS, POOLINGS, check_scale
 from mlip.kernels.token_knowledge_patch.op import scores_and_validity
 
@@ -84,10 +85,8 @@ def contrastive_loss_from_scores(
         raise ValueError(
             f"expected scores [M, N] in floating point, got {scores.dtype} {list(scores.shape)}"
         )
-    if pair_ids is not None and pair_ids.dtype != torch.int64:
-        raise ValueError(f"expected pair_ids of dtype int64, got {pair_ids.dtype}")
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    scale = torch.as_tensor(logit_scale, device=scores.device).to(dtype).reshape(())
+    scale = scalar_tensor("logit_scale", logit_scale, dtype, scores.device)
     with torch.autocast(scores.device.type, enabled=False):
         return _ContrastiveFromScores.apply(
             scores.to(dtype), scale, pair_ids, image_valid, text_valid, group
@@ -102,7 +101,18 @@ def token_knowledge_patch_loss(
     logit_scale: float | Tensor,
     pair_ids: Tensor | None = None,
     group: Group = None,
-    **scores_options: Any,
+    token_weights: Tensor | None = None,
+    knowledge_weights: Tensor | None = None,
+    knowledge_mask: Tensor | None = None,
+    patch_mask: Tensor | None = None,
+    attention_scale: float | Tensor = 10.0,
+    knowledge_scale: float | Tensor = 10.0,
+    knowledge_gain: float | Tensor = 0.5,
+    knowledge_share: float = 0.25,
+    pooling: str = "attention",
+    aggregation: str = "mean",
+    aggregation_scale: float | Tensor = 5.0,
+    impl: str = "auto",
 ) -> Tensor:
     """contrastive_loss_from_scores of token_knowledge_patch_scores, whose keywords it takes.
 
@@ -116,7 +126,22 @@ def token_knowledge_patch_loss(
             f"{tokens.shape[0]}; use token_knowledge_patch_scores for unequal sides"
         )
     scores, image_valid, text_valid = scores_and_validity(
-        patches, tokens, knowledge, group=group, **scores_options
+        patches,
+        tokens,
+        knowledge,
+        token_weights=token_weights,
+        knowledge_weights=knowledge_weights,
+        knowledge_mask=knowledge_mask,
+        patch_mask=patch_mask,
+        attention_scale=attention_scale,
+        knowledge_scale=knowledge_scale,
+        knowledge_gain=knowledge_gain,
+        knowledge_share=knowledge_share,
+        pooling=pooling,
+        aggregation=aggregation,
+        aggregation_scale=aggregation_scale,
+        group=group,
+        impl=impl,
     )
     return contrastive_loss_from_scores(
         scores,

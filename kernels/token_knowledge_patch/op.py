@@ -11,6 +11,7 @@ from torch import Tensor
 from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, row_counts
+from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.token_knowledge_patch.checks import check_inputs, check_options
 from mlip.kernels.token_knowledge_patch.operators import (
     pair_scores_bwd_op,
@@ -49,13 +50,6 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
     if knowledge is not None and knowledge.shape[1] > MAX_ENTITIES:
         return f"K={knowledge.shape[1]} entities a text are above {MAX_ENTITIES}"
     return None
-
-
-def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype).reshape(())
-    # filled on the device: copying a host number would synchronise and break CUDA graphs
-    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _needs_shift(scale: float | Tensor) -> bool:
@@ -127,7 +121,7 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
     device = patches.device
     both_wide = patches.dtype == torch.float32 and tokens.dtype == torch.float32
     scalars = [
-        _scalar(options[name], torch.float32, device)
+        scalar_tensor(name, options[name], torch.float32, device)
         for name in ("knowledge_scale", "knowledge_gain", "attention_scale", "aggregation_scale")
     ]
     token_weights, patch_mask = inputs["token_weights"], inputs["patch_mask"]
@@ -154,7 +148,7 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
         scores = _TritonScores.apply(
             *made,
             patch_mask,
-            None if token_weights is None else token_weights.detach().float().contiguous(),
+            None if token_weights is None else token_weights.detach().float(),
             inputs["knowledge_mask"],
             fixed,
             keep,
@@ -168,7 +162,7 @@ def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Gro
     is_wide = any(x.dtype == torch.float64 for x in features)
     dtype = torch.float64 if is_wide else torch.float32
     scalars = {
-        name: _scalar(options[name], dtype, patches.device)
+        name: scalar_tensor(name, options[name], dtype, patches.device)
         for name in ("knowledge_scale", "knowledge_gain", "attention_scale", "aggregation_scale")
     }
     mask = inputs["patch_mask"]
@@ -201,21 +195,21 @@ def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Gro
 def scores_and_validity(
     patches: Tensor,
     tokens: Tensor,
-    knowledge: Tensor | None = None,
+    knowledge: Tensor | None,
     *,
-    token_weights: Tensor | None = None,
-    knowledge_weights: Tensor | None = None,
-    knowledge_mask: Tensor | None = None,
-    patch_mask: Tensor | None = None,
-    attention_scale: float | Tensor = 10.0,
-    knowledge_scale: float | Tensor = 10.0,
-    knowledge_gain: float | Tensor = 0.5,
-    knowledge_share: float = 0.25,
-    pooling: str = "attention",
-    aggregation: str = "mean",
-    aggregation_scale: float | Tensor = 5.0,
-    group: Group = None,
-    impl: str = "auto",
+    token_weights: Tensor | None,
+    knowledge_weights: Tensor | None,
+    knowledge_mask: Tensor | None,
+    patch_mask: Tensor | None,
+    attention_scale: float | Tensor,
+    knowledge_scale: float | Tensor,
+    knowledge_gain: float | Tensor,
+    knowledge_share: float,
+    pooling: str,
+    aggregation: str,
+    aggregation_scale: float | Tensor,
+    group: Group,
+    impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The scores, and which images [M] and texts of this rank take part (None = all)."""
     check_inputs(

@@ -90,7 +90,9 @@ def query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
 
 @query_rows_bwd.register_fake
 def _(tokens, knowledge, weights, mask, scale, gain, grad):
-    entities = tokens.new_empty((0,)) if knowledge is None else torch.empty_like(knowledge)
+    # always contiguous, whatever the strides of knowledge: empty_like would keep those
+    like = tokens if knowledge is None else knowledge
+    entities = like.new_empty((0,) if knowledge is None else knowledge.shape)
     return tokens.new_empty(tokens.shape), entities, scale.new_empty(()), scale.new_empty(())
 
 

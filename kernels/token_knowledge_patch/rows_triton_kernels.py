@@ -36,6 +36,12 @@ def _unit_bwd(grad, unit, inverse):
 
 
 @triton.jit
+def _place(ptr, rows, columns, stride_r, stride_c):
+    # 64 bits before the product: with D outermost even one column can lie 2^31 elements away
+    return ptr + rows.to(tl.int64)[:, None] * stride_r + columns.to(tl.int64)[None, :] * stride_c
+
+
+@triton.jit
 def _patches_fwd_kernel(
     x_ptr, mask_ptr, v_ptr, bias_ptr, patches, stride_xm, stride_xp, stride_xd,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -49,7 +55,7 @@ def _patches_fwd_kernel(
         real = real & (tl.load(mask_ptr + m * patches + offs_p, mask=real, other=0) != 0)
     in_d = offs_d < DIM
     x = tl.load(
-        x_ptr + m * stride_xm + offs_p[:, None] * stride_xp + offs_d[None, :] * stride_xd,
+        _place(x_ptr + m * stride_xm, offs_p, offs_d, stride_xp, stride_xd),
         mask=real[:, None] & in_d[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -76,7 +82,7 @@ def _patches_bwd_kernel(
     in_d = offs_d < DIM
     mask = real[:, None] & in_d[None, :]
     x = tl.load(
-        x_ptr + m * stride_xm + offs_p[:, None] * stride_xp + offs_d[None, :] * stride_xd,
+        _place(x_ptr + m * stride_xm, offs_p, offs_d, stride_xp, stride_xd),
         mask=mask,
         other=0.0,
     ).to(tl.float32)
@@ -95,7 +101,7 @@ def _patches_bwd_kernel(
 def _load_strided(x_ptr, n, rows, real, stride_n, stride_r, stride_d, DIM, BLOCK_D: tl.constexpr):
     offs_d = tl.arange(0, BLOCK_D)
     return tl.load(
-        x_ptr + n * stride_n + rows[:, None] * stride_r + offs_d[None, :] * stride_d,
+        _place(x_ptr + n * stride_n, rows, offs_d, stride_r, stride_d),
         mask=real[:, None] & (offs_d < DIM)[None, :],
         other=0.0,
     ).to(tl.float32)
@@ -270,7 +276,7 @@ def _row_arguments(tokens, knowledge, weights, mask, scale, gain) -> list[object
     return [
         tokens,
         spare if knowledge is None else knowledge,
-        spare if weights is None else weights,
+        spare if weights is None else weights.contiguous(),
         spare if mask is None else mask.contiguous().view(torch.uint8),
         scale,
         gain,
@@ -312,7 +318,7 @@ def rows_fwd(
 ) -> Tensor:
     """Rows [N, T + K, D] in dtype of tokens [N, T, D] and knowledge [N, K, D].
 
-    weights [N, T] float32 contiguous (0 = masked) or None; mask [N, K] bool or None; scale, gain
+    weights [N, T] float32 (0 = masked) or None; mask [N, K] bool or None; scale, gain
     float32 [1]; any strides of tokens and knowledge
     """
     texts, length, dim = tokens.shape

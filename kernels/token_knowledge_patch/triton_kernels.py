@@ -278,8 +278,9 @@ def pair_scores_bwd(
             **shared,
             **by_patches.keywords(),
         )
-    gamma = tensors["gamma"][0]
-    d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / gamma
+    d_gamma = torch.zeros((), device=device)
+    if p.aggregation == "lse":
+        d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
     # ordered sums of at most four parts
     rows_grad = d_rows[0] if row_groups == 1 else d_rows.sum(0)
     patch_grad = d_v[0] if patch_groups == 1 else d_v.sum(0)
