@@ -20,7 +20,7 @@ from typing import Any
 
 from mlip import distributed
 from mlip.assembly import Corpus, build_objective, open_corpus
-from mlip.config import Config, load
+from mlip.config import Config, ConfigError, load
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import build_loader, merge_states
@@ -47,7 +47,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     # "--config FILE key=value" reads all as files: only overrides hold "="
     files = [item for item in options.config if "=" not in item]
     overrides = [item for item in options.config if "=" in item] + options.overrides
-    return options, load(files, overrides)
+    config = load(files, overrides)
+    if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
+        raise ConfigError(
+            "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "
+            "no average to evaluate when the training is over"
+        )
+    return options, config
 
 
 def provide_phantoms(config: Config) -> None:
@@ -110,11 +116,14 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
 def evaluate(config: Config, corpus: Corpus) -> None:
     """Score the newest checkpoint, read back from disk, and write the run's page."""
     folder = Path(config.run.dir)
-    opened = open_checkpoint(folder, device=distributed.device())
+    opened = open_checkpoint(
+        folder, device=distributed.device(), weights_of=config.evaluate.weights
+    )
     results = evaluate_run(
         *(opened.model, config, corpus.manifest, opened.tokenizer, opened.linker, opened.table),
         device=distributed.device(),
         run=opened.facts,
+        prototypes=opened.prototypes,
     )
     save_results(results, folder / "results.json")
     print(f"report: {write_report(folder, results)}")

@@ -168,7 +168,12 @@ def _open(config: Config, device: str) -> Any:
     from mlip.transfer.fingerprint import hash_of, preprocessing
 
     where = config.evaluate.checkpoint or config.run.dir
-    opened = open_checkpoint(where, device=device, lexicon=config.knowledge.lexicon)
+    opened = open_checkpoint(
+        where,
+        device=device,
+        lexicon=config.knowledge.lexicon,
+        weights_of=config.evaluate.weights,
+    )
     asked, trained = preprocessing(config), preprocessing(opened.config)
     if asked != trained:
         different = ", ".join(
@@ -208,6 +213,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         opened.table,
         device=device,
         run=opened.facts,
+        prototypes=opened.prototypes,
     )
     folder = Path(options.out or config.run.dir)
     saved = save_results(results, folder / "results.json")

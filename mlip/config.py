@@ -113,6 +113,7 @@ class Train:
     warmup_steps: int = 100
     min_lr_share: float = 0.0  # the cosine ends at lr times this
     clip_norm: float = 1.0
+    ema_decay: float = 0.0  # of an average of the weights, saved apart; 0 = none, 0.999 is usual
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -248,6 +249,7 @@ class Evaluate:
     retrieval_pool: int = 256  # recall is measured inside pools of this many pairs
     bootstrap: int = 500  # resamples by patient behind each interval
     checkpoint: str | None = None  # None = the newest complete one of run.dir
+    weights: Literal["trained", "ema"] = "trained"  # "ema": the average of train.ema_decay
     examples: int = 6  # pictures in the report
     subset: str | None = None  # only rows of this subset (transfer.columns.subset), as 5x200
     exclusive: bool = False  # exactly one label is true of an image: accuracy by the best score
@@ -370,6 +372,10 @@ def _check_values(config: Config) -> None:
     require(
         not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
         "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
+    )
+    require(
+        0.0 <= train.ema_decay < 1.0,
+        f"train.ema_decay={train.ema_decay}: expected 0 (no average) or more, and less than 1",
     )
     require(
         not (train.offload and train.zero_stage == 0),

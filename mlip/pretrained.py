@@ -66,6 +66,7 @@ class Pretrained:
     table: ConceptTable
     linker: Linker
     facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
+    prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
 
 
 def save_pretrained(
@@ -266,17 +267,29 @@ def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where
 
 
 def open_checkpoint(
-    path: str | Path, *, device: torch.device | str = "cpu", lexicon: str | None = None
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    lexicon: str | None = None,
+    weights_of: str = "trained",
 ) -> Pretrained:
     """The model of an export, of a training checkpoint, or of a run folder (its newest one).
 
-    Raises:  PretrainedError if the path is none of these; CheckpointError if none is intact.
+    weights_of  "trained", or "ema" for the average that train.ema_decay keeps
+    Raises:  PretrainedError if the path is none of these, or holds no average where one is asked
+             for; CheckpointError if none is intact.
     """
     from mlip.training import checkpoint as saved
 
     path = Path(path)
     if (path / SETTINGS).is_file() and (path / WEIGHTS).is_file():
-        return from_pretrained(path, device=device, lexicon=lexicon)
+        exported = from_pretrained(path, device=device, lexicon=lexicon)
+        if weights_of == "ema" and exported.facts.get("weights") != "ema":
+            raise PretrainedError(
+                f"{path}: was exported without the average of the weights; export the run again "
+                "with evaluate.weights=ema"
+            )
+        return exported
     if (path / "state.json").is_file():
         folder, run_dir = path, path.resolve().parent.parent
     elif (path / "checkpoints").is_dir():
@@ -295,9 +308,17 @@ def open_checkpoint(
     tokenizer = load_tokenizer(given if given is not None else run_dir / "tokenizer")
     table = load_concepts(lexicon or config.knowledge.lexicon)
     _check_concepts(folder, table, read.state.get("concept_table"), lexicon)
+    tensors = {**read.training.parameters, **read.training.buffers}
+    if weights_of == "ema":
+        if read.training.ema is None:
+            raise PretrainedError(
+                f"{folder}: holds no average of the weights; train with train.ema_decay above 0, "
+                "or set evaluate.weights=trained"
+            )
+        tensors |= read.training.ema.parameters
     weights = {
         name.removeprefix("model."): tensor
-        for name, tensor in {**read.training.parameters, **read.training.buffers}.items()
+        for name, tensor in tensors.items()
         if name.startswith("model.")
     }
     rows = weights["concept_vectors"].shape[0] if "concept_vectors" in weights else len(table)
@@ -313,8 +334,12 @@ def open_checkpoint(
         "step": step,
         "pairs_seen": read.state.get("pairs_seen", step * config.batch.global_pairs),
         "checkpoint": str(folder),
+        "weights": weights_of,
     }
-    return Pretrained(model.to(device), config, tokenizer, table, Linker(table), facts)
+    return Pretrained(
+        *(model.to(device), config, tokenizer, table, Linker(table), facts),
+        prototypes=read.training.parameters.get("losses.category.prototypes"),
+    )
 
 
 def _embedding_rows(weights: Mapping[str, Tensor]) -> int | None:

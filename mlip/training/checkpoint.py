@@ -4,6 +4,7 @@
   parameters.safetensors   float32, whole, by name: consolidated weights
   exp_avg.safetensors, exp_avg_sq.safetensors   AdamW's moments, by parameter name
   buffers.safetensors      persistent buffers
+  ema.safetensors          averaged weights by name, where train.ema_decay is set
   state.json               step, counts, random generators, loader, config, versions
   SHA256SUMS               of the files above; `sha256sum -c` checks them by hand
   COMPLETE                 written last: the hash of SHA256SUMS
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.config import Config, difference, from_dict
+from mlip.training.ema import EMAState
 from mlip.training.faults import fire
 from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import MOMENTS, TrainingState
@@ -40,6 +42,7 @@ logger = logging.getLogger("mlip")
 
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
+_EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
 
@@ -133,6 +136,7 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
         "parameters": training.parameters,
         **training.moments,
         "buffers": training.buffers,
+        **({_EMA: training.ema.parameters} if training.ema is not None else {}),
     }
     for kind, group in tensors.items():
         for name, tensor in group.items():
@@ -150,7 +154,11 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
         owned = {n: t.detach().cpu().contiguous().clone() for n, t in group.items()}
         save_file(owned, partial / f"{kind}.safetensors")
         fire("ckpt-write", step, run_dir)
-    text = json.dumps({**state, "optimizer_steps": training.optimizer_steps}, allow_nan=False)
+    counts = {
+        "optimizer_steps": training.optimizer_steps,
+        "ema_updates": training.ema.updates if training.ema is not None else None,
+    }
+    text = json.dumps({**state, **counts}, allow_nan=False)
     (partial / _STATE).write_text(text, encoding="utf-8")
     names = [*(f"{kind}.safetensors" for kind in tensors), _STATE]
     sums = "".join(f"{_sha256(partial / name)}  {name}\n" for name in names)
@@ -245,7 +253,9 @@ def read(folder: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
             )
-        tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in _TENSORS}
+        updates = state.get("ema_updates")
+        kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
+        tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     training = TrainingState(
@@ -253,6 +263,7 @@ def read(folder: Path) -> Checkpoint:
         moments={key: tensors[key] for key in MOMENTS},
         buffers=tensors["buffers"],
         optimizer_steps=int(state["optimizer_steps"]),
+        ema=None if updates is None else EMAState(tensors[_EMA], int(updates)),
     )
     return Checkpoint(folder, training, state)
 

@@ -20,6 +20,7 @@ from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.deepspeed_json import deepspeed_settings
+from mlip.training.ema import EMAState
 from mlip.training.grad_cache import num_micro_batches, set_recompute_context
 from mlip.training.step import (
     MOMENTS,
@@ -72,6 +73,7 @@ class DeepSpeedEngine(Engine):
         set_recompute_context(self._keep_gathered if self.stage == 3 else contextlib.nullcontext)
         # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
         self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer
+        self._start_ema()
 
     def _keep_gathered(self) -> Any:
         """Stage 3 during a recomputation: its forward hooks must not release the parameters.
@@ -124,8 +126,8 @@ class DeepSpeedEngine(Engine):
             elif self.stage > 0 and parameter._hp_mapping is not None:
                 parameter._hp_mapping.get_hp_fragment().clamp_(least, most)
 
-    def _partitions(self) -> list[Tensor]:
-        """The flat float32 tensors that the optimiser really updates on this rank."""
+    def _held(self) -> list[Tensor]:
+        """Flat parts of the masters from stage 1 on."""
         if self.stage == 3:
             return self.zero.fp32_partitioned_groups_flat
         if self.stage == 0:
@@ -139,7 +141,7 @@ class DeepSpeedEngine(Engine):
             # DeepSpeed links after the first group's first step, when the second has no state yet
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
-        held = self.optimizer.state.get(self._partitions()[0], {})
+        held = self.optimizer.state.get(self._held()[0], {})
         steps = int(held["step"]) if held else 0
         keeps = everywhere or distributed.is_main()
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
@@ -164,7 +166,23 @@ class DeepSpeedEngine(Engine):
             moments=moments,
             buffers=self._buffers(),
             optimizer_steps=steps,
+            ema=self._gather_ema(keeps),
         )
+
+    def _gather_ema(self, keeps: bool) -> EMAState | None:
+        """The average, whole and by name, where `keeps`; a collective call."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.ema is None:
+            return None
+        gathered: dict[str, Tensor] = {}
+        with self.ema.swapped():
+            for name, parameter in self.parameters.items():
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                full = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
+                if keeps:
+                    gathered[name] = full.detach().view(shape).cpu().clone()
+        return EMAState(gathered, self.ema.updates)
 
     def _whole_parameters(self) -> Any:
         if self.stage < 3:
@@ -176,15 +194,22 @@ class DeepSpeedEngine(Engine):
         self._check_names(state)
         self._load_buffers(state)
         if state.optimizer_steps:
-            for partition in self._partitions():
+            for partition in self._held():
                 seed_moments(self.optimizer, partition, state.optimizer_steps)
             if self.stage in (1, 2):
                 self.zero._lazy_init_hp_params_optimizer_state()
+        if state.ema is not None:
+            self._load_ema(state)
         for name, parameter in self.objective.named_parameters():
             self._set(parameter, state.parameters[name], None)
             if state.optimizer_steps and parameter.requires_grad:
                 for key in MOMENTS:
                     self._set(parameter, state.moments[key][name], key)
+        if state.ema is None:
+            self._load_ema(state)
+
+    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
+        self._set(parameter, value, None)
 
     def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
         """Overwrite a parameter and its master (key None) or one of its moments."""

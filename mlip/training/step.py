@@ -20,6 +20,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config
+from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
 from mlip.training.schedule import peak_lr, undecayed_names
 
@@ -50,6 +51,7 @@ class TrainingState:
     moments: dict[str, dict[str, Tensor]]  # "exp_avg", "exp_avg_sq" -> name -> tensor
     buffers: dict[str, Tensor]
     optimizer_steps: int  # AdamW's own count: skipped steps are not in it
+    ema: EMAState | None = None  # where train.ema_decay is set
 
 
 def build_optimizer(objective: nn.Module, config: Config) -> torch.optim.AdamW:
@@ -83,6 +85,7 @@ class Engine(abc.ABC):
     """One optimiser step at a time; the loop owns the step count and the learning rate."""
 
     name: str
+    ema: EMA | None = None
 
     def __init__(self, objective: nn.Module, config: Config) -> None:
         self.objective = objective
@@ -109,6 +112,8 @@ class Engine(abc.ABC):
             factor = factor * torch.nan  # gradients of this rank only
         self._backward(total * factor)
         grad_norm = self._update(lr)
+        if self.ema is not None and grad_norm is not None:
+            self.ema.update()
         fire("optimizer", step, folder)
         names = sorted(terms)
         values = torch.stack([total.detach().float(), *(terms[n].detach().float() for n in names)])
@@ -142,6 +147,30 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def load(self, state: TrainingState) -> None: ...
+
+    @abc.abstractmethod
+    def _held(self) -> list[Tensor]:
+        """The float32 tensors that the optimiser updates in place on this rank."""
+
+    def _start_ema(self) -> None:
+        decay = self.config.train.ema_decay
+        if decay > 0.0:
+            self.ema = EMA(self._held(), decay)
+
+    def _load_ema(self, state: TrainingState) -> None:
+        """Between two loads of parameters: the average, then (by the caller) the weights."""
+        if self.ema is None:
+            return
+        if state.ema is None:
+            self.ema.restart()  # switched on at a resume: the average starts from here
+            return
+        for name, parameter in self.parameters.items():
+            self._set_weights(parameter, state.ema.parameters[name])
+        self.ema.restart(state.ema.updates)
+
+    @abc.abstractmethod
+    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite a parameter, and its master where there is one."""
 
     @torch.no_grad()
     def scales(self) -> dict[str, float]:
@@ -181,6 +210,7 @@ class PlainEngine(Engine):
         super().__init__(objective, config)
         self.optimizer = build_optimizer(objective, config)
         distributed.broadcast_(p.data for p in objective.parameters())
+        self._start_ema()
 
     def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
         return self.objective(batch, step=step, progress=progress)
@@ -219,15 +249,29 @@ class PlainEngine(Engine):
             moments=moments,
             buffers=self._buffers(),
             optimizer_steps=steps,
+            ema=self.ema and EMAState(self._by_name(self.ema.shadow), self.ema.updates),
         )
+
+    def _held(self) -> list[Tensor]:
+        return list(self.parameters.values())
+
+    def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, tensors, strict=True))
+
+    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(value)
 
     @torch.no_grad()
     def load(self, state: TrainingState) -> None:
         self._check_names(state)
         self._load_buffers(state)
+        if state.ema is not None:
+            self._load_ema(state)
         for name, parameter in self.objective.named_parameters():
-            parameter.copy_(state.parameters[name])
+            self._set_weights(parameter, state.parameters[name])
             if state.optimizer_steps and parameter.requires_grad:
                 seed_moments(self.optimizer, parameter, state.optimizer_steps)
                 for key in MOMENTS:
                     self.optimizer.state[parameter][key].copy_(state.moments[key][name])
+        if state.ema is None:
+            self._load_ema(state)

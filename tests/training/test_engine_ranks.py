@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.toy_engines import CASES, MORE, STEPS, build, step
+from tests.training.toy_engines import CASES, DECAY, MORE, STEPS, build, step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def alone() -> dict[str, Any]:
     """The oracle: one process, the whole batch, no cache, plain torch."""
     engine = build(*CASES[0])
-    results = [step(engine, number) for number in range(STEPS)]
+    # an average by its definition, beside the engine's
+    ema = {n: p.detach().double() for n, p in engine.parameters.items()}
+    results = []
+    for number in range(STEPS):
+        results.append(step(engine, number))
+        decay = min(DECAY, (1 + number) / (10 + number))
+        for name, parameter in engine.parameters.items():
+            ema[name] = decay * ema[name] + (1 - decay) * parameter.detach().double()
     state = engine.state()
     parameters = {n: t.flatten().tolist() for n, t in state.parameters.items()}
     return {
@@ -50,6 +57,7 @@ def alone() -> dict[str, Any]:
         + [step(engine, number).total for number in range(STEPS, STEPS + MORE)],
         "grad_norms": [r.grad_norm for r in results],
         "parameters": parameters,
+        "ema": {n: t.float().flatten().tolist() for n, t in ema.items()},
     }
 
 
@@ -63,6 +71,15 @@ def test_two_ranks_equal_one_process_at_every_zero_stage(case, two_ranks, alone)
     for name, values in alone["parameters"].items():
         # AdamW's first steps divide by the gradient's own size: the error of a tiny one stays
         torch.testing.assert_close(found["parameters"][name], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_the_average_of_the_weights_is_that_of_one_process(case, two_ranks, alone):
+    # gathered from shards, saved and loaded (toy_engines holds that to the bit)
+    found = two_ranks["/".join(map(str, case))]["ema"]
+    assert found.keys() == alone["ema"].keys()
+    for name, values in alone["ema"].items():
+        torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

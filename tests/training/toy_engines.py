@@ -16,12 +16,13 @@ import torch
 
 from mlip import distributed
 from mlip.training import faults, randomness
+from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine
 from mlip.training.lifecycle import leave
 from mlip.training.step import MOMENTS, Engine, TrainingState
 from tests.training.toy_run import ToyObjective, make_batch, toy_config
 
-STEPS, MORE = 5, 3
+STEPS, MORE, DECAY = 5, 3, 0.9
 CASES = (  # engine, ZeRO stage, rows of a micro-batch, offload
     ("plain", 0, 0, False),
     ("plain", 0, 2, False),
@@ -44,6 +45,7 @@ def build(engine: str, stage: int, micro: int, offload: bool, *, seed: int = 1) 
         f"batch.micro_images={micro}",
         f"batch.micro_texts={micro}",
         f"run.dir={sys.argv[1] + '-events' if len(sys.argv) > 1 else '.'}",
+        f"train.ema_decay={DECAY}",
         "model.vision.norm=group",  # batch statistics are refused beside a cache
     )
     randomness.seed_everything(seed)
@@ -64,6 +66,7 @@ def copy_of(state: TrainingState) -> TrainingState:
         {key: own(state.moments[key]) for key in MOMENTS},
         own(state.buffers),
         state.optimizer_steps,
+        state.ema and EMAState(own(state.ema.parameters), state.ema.updates),
     )
 
 
@@ -71,6 +74,8 @@ def require_equal(left: TrainingState, right: TrainingState, case: object) -> No
     assert left.optimizer_steps == right.optimizer_steps, case
     groups = [(left.parameters, right.parameters), (left.buffers, right.buffers)]
     groups += [(left.moments[key], right.moments[key]) for key in MOMENTS]
+    assert left.ema is not None and right.ema is not None and left.ema.updates == right.ema.updates
+    groups.append((left.ema.parameters, right.ema.parameters))
     for a, b in groups:
         assert a.keys() == b.keys(), case
         for name in a:
@@ -105,6 +110,7 @@ def run_case(*case: Any) -> dict[str, Any]:
         "losses": [r.total for r in results] + on,
         "grad_norms": [r.grad_norm for r in results],
         "parameters": {n: t.flatten().tolist() for n, t in state.parameters.items()},
+        "ema": {n: t.flatten().tolist() for n, t in state.ema.parameters.items()},
         "scale": float(state.parameters["model.scales.stored.log_scale"]),
     }
 
