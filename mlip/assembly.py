@@ -138,12 +138,12 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
     projected = model.knowledge_projection(
         model.concept_vectors + model.state_embedding.weight[STATES.index(_PRESENT)]
     )
+    is_known = (model.concept_vectors != 0).any(dim=1).tolist()
     vectors, groups = [], []
     for row in rows:
         mentions = corpus.linker.link(corpus.manifest.text(int(row)))
-        present = sorted(
-            {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
-        )
+        found = {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
+        present = sorted(row for row in found if is_known[row])
         if present:
             vectors.append(projected[present].sum(dim=0))
             groups.append(report_category(present, categories, is_finding))

@@ -156,10 +156,14 @@ class MLIPModel(nn.Module):
     def encode_knowledge(
         self, entity_ids: Tensor, entity_state: Tensor, entity_mask: Tensor
     ) -> KnowledgeFeatures:
-        """Shapes:  [B, K] each -> KnowledgeFeatures; a report without mentions has all False."""
-        entities = self.knowledge_projection(
-            self.concept_vectors[entity_ids] + self.state_embedding(entity_state)
-        )
+        """Shapes:  [B, K] each -> KnowledgeFeatures; a report without mentions has all False.
+
+        A concept that the vectors know nothing of (zero row) counts as not mentioned: its state
+        alone would be a vector like any other.
+        """
+        vectors = self.concept_vectors[entity_ids]
+        entity_mask = entity_mask & (vectors != 0).any(dim=-1)
+        entities = self.knowledge_projection(vectors + self.state_embedding(entity_state))
         is_present = entity_mask & (entity_state == PRESENT)
         present = (entities * is_present.unsqueeze(-1)).sum(dim=1)
         return KnowledgeFeatures(

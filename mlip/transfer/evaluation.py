@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
@@ -36,9 +37,10 @@ from mlip.transfer.fingerprint import fingerprints, source_commit, versions
 from mlip.transfer.grounding import evaluate_grounding, phrase_maps
 from mlip.transfer.interval import Array
 from mlip.transfer.prompts import encode_prompts
+from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
 from mlip.transfer.retrieval import evaluate_retrieval
-from mlip.transfer.statistics import knowledge_statistics
+from mlip.transfer.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.zero_shot import combine, evaluate_zero_shot, finding_scores, prompt_texts
 
 SCHEMA = 1
@@ -54,13 +56,15 @@ def evaluate_run(
     *,
     device: torch.device | str = "cpu",
     run: Mapping[str, Any] | None = None,
+    prototypes: Tensor | None = None,
 ) -> dict[str, Any]:
     """Every score of the model on config.evaluate.split.
 
     run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
+    prototypes  [C, D] of the category level, where the checkpoint holds them
     Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
-             "fingerprints", "versions", "config", "examples"}; a task that the data cannot carry
-             is {"reason": why}
+             "prototypes", "pairs", "fingerprints", "versions", "config", "examples"}; a task that
+             the data cannot carry is {"reason": why}
     Raises:  ValueError if features are not finite, or boxes.csv is not usable.
     """
     began = time.perf_counter()
@@ -70,7 +74,9 @@ def evaluate_run(
     was_training = bool(model.training)
     model.eval()
     try:
-        results = _evaluate(model, config, manifest, tokenizer, linker, table, device)
+        results = _evaluate(
+            *(model, config, manifest, tokenizer, linker, table, device), prototypes=prototypes
+        )
     finally:
         model.train(was_training)
     facts = {
@@ -146,6 +152,7 @@ def encode_split(
     texts: list[TextBank] = []
     beside: dict[str, list[Any]] = {"pair_id": [], "has_text": []}
     mentions: list[Array] = []
+    seen = 0
     try:
         for batch in loader:
             if len(batch) == 0:
@@ -159,13 +166,15 @@ def encode_split(
             beside["pair_id"].append(batch.pair_id.numpy())
             beside["has_text"].append(batch.content_mask.any(dim=1).numpy())
             chosen = batch.entity_mask
+            report = chosen.nonzero()[:, 0] + seen
             mentions.append(
-                np.stack([batch.entity_ids[chosen], batch.entity_state[chosen]], axis=1)
+                np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
             )
+            seen += len(batch)
     finally:
         loader.close()
     joined = {key: np.concatenate(parts) for key, parts in beside.items() if parts}
-    joined["mentions"] = np.concatenate(mentions) if mentions else np.zeros((0, 2), np.int64)
+    joined["mentions"] = np.concatenate(mentions) if mentions else np.zeros((0, 3), np.int64)
     return join_images(images), join_texts(texts), joined
 
 
@@ -177,6 +186,7 @@ def _evaluate(
     linker: Any,
     table: Any,
     device: torch.device,
+    prototypes: Tensor | None,
 ) -> dict[str, Any]:
     rows = choose_rows(config, manifest)
     images, reports, beside = encode_split(
@@ -243,7 +253,26 @@ def _evaluate(
             bootstrap=config.evaluate.bootstrap,
             seed=config.run.seed,
         ),
-        "knowledge": knowledge_statistics(beside["mentions"], len(with_text), table, linker),
+        "knowledge": knowledge_statistics(
+            *(beside["mentions"], len(with_text), table, linker),
+            texts=(manifest.text(int(row)) for row in images.row_index[with_text]),
+        ),
+        "prototypes": prototype_statistics(
+            prototypes,
+            {
+                "image": (images.features.embedding, beside["has_text"]),
+                "report": (reports.text.embedding, beside["has_text"]),
+                "entities": (
+                    reports.knowledge.present_mean,
+                    reports.knowledge.has_present.numpy(),
+                ),
+            },
+            beside["mentions"],
+            table,
+            patients,
+            config.run.seed,
+        ),
+        "pairs": pair_statistics(config, manifest, tokenizer, linker, table),
     }
     if "oracle" in results["retrieval"]["scores"]:
         # not a score of the model: the ceiling to read the others by
