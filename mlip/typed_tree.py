@@ -102,6 +102,10 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         if value is None:
             return None
         return coerce(value, next(a for a in arguments if a is not types.NoneType), key)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key}: expected a list, got {value!r}")
+        return tuple(coerce(v, arguments[0], key) for v in value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise ConfigError(f"{key}: expected a list of {len(arguments)} values, got {value!r}")

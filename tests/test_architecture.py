@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # module prefix -> prefixes of ours it may import; the most specific rule holds
 ALLOWED = {
     "mlip.typed_tree": (),
-    "mlip.config": ("mlip.typed_tree",),
+    "mlip.transfer_settings": ("mlip.typed_tree",),
+    "mlip.config": ("mlip.typed_tree", "mlip.transfer_settings"),
     "mlip.batch": (),
     "mlip.keyed_random": (),
     "mlip.unit_length": (),
@@ -62,6 +63,7 @@ ALLOWED = {
         "mlip.kernels",
         "mlip.knowledge",
         "mlip.dataloading",
+        "mlip.encoders",
         "mlip.model",
         "mlip.keyed_random",
         "mlip.unit_length",
@@ -77,6 +79,8 @@ WALLS = {
     "transformers": ("mlip/encoders/", "dataloading/reports.py"),
     "xformers": ("mlip/encoders/attention.py",),
     "torchvision": (),
+    "pycocotools": ("mlip/transfer/average_precision.py",),
+    "torchmetrics": (),
     "timm": (),
     "pickle": (),
 }

@@ -1,0 +1,109 @@
+"""Settings of the tasks that train something on a checkpoint's image encoder (mlip evaluate).
+
+What does not live here: zero-shot, retrieval and grounding, which train nothing (config.Evaluate).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlip.typed_tree import ConfigError
+
+UNCERTAIN = ("one", "zero", "ignore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationColumns:
+    """Which manifest column holds which annotation, as `mlip prepare` names them; None = none."""
+
+    uncertain: str | None = None  # finding names joined by "|" that the publisher calls uncertain
+    negative: str | None = None  # finding names joined by "|" that are stated to be absent
+    boxes: str | None = None  # JSON [[x, y, w, h, class], ...]; None = boxes.csv beside it
+    mask: str | None = None  # run lengths, or path of a mask image (255 in, 127 ignore, 0 out)
+    subset: str | None = None  # name of a published list that holds the image
+    source_height: str | None = None  # px that boxes and masks are in; None = the file's own
+    source_width: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    task: Literal["none", "classification", "segmentation", "detection"] = "none"
+    start: Literal["checkpoint", "imagenet", "random"] = "checkpoint"  # weights of the encoder
+    encoder: Literal["frozen", "tuned"] = "frozen"  # frozen: in eval mode, running statistics too
+    columns: AnnotationColumns = field(default_factory=AnnotationColumns)
+    # class -> what an uncertain label of it counts as (one, zero, ignore); order = output order
+    classes: dict[str, Any] = field(default_factory=dict)
+    exclusive: bool = False  # exactly one class is true of an image: softmax instead of sigmoids
+    blank: Literal["zero", "ignore"] = "zero"  # a class that a row says nothing about
+    subset: str | None = None  # test only on rows of this subset (transfer.columns.subset)
+    val_share: float = 0.0  # share of training patients for val, where the manifest has no val
+    fractions: tuple[float, ...] = (1.0, 10.0, 100.0)  # % of the training patients
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order
+    balance: bool = False  # train on all positives and as many negatives (SIIM's protocol)
+    image_px: int = 0  # side of the encoder's input for masks and boxes; 0 = data.crop_px
+    fit: Literal["letterbox", "stretch"] = "letterbox"  # of an image that is not square
+    mask_source: Literal["mask", "boxes", "phantom"] = "mask"
+    probe: Literal["adamw", "logistic"] = "adamw"  # logistic: L-BFGS, its strength chosen on val
+    epochs: int = 50
+    max_steps: int = 0  # of one fit; 0 = by epochs
+    batch: int = 48
+    lr: float = 5e-4
+    encoder_lr: float = 0.0  # of a tuned encoder; 0 = lr
+    weight_decay: float = 1e-6
+    patience: int = 10  # epochs without a better val score before a fit stops
+    monitor: Literal["loss", "score"] = "loss"  # what val is watched for
+    augment: bool = True  # of training images where the encoder sees them anew each epoch
+    decoder_width: int = 0  # channels of the finest decoder level; 0 = as published
+    box_loss: Literal["grid", "objects"] = "grid"  # mean over the whole grid, or over objects
+    nms_iou: float = 0.5
+    score_cut: float = 0.001  # boxes below it are left out of the strict score
+    compat_score_cut: float = 0.5  # of the published form
+    iou_thresholds: tuple[float, ...] = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
+    cache_gib: float = 4.0  # decoded images kept in memory
+
+
+def check(transfer: Transfer) -> None:
+    """Raise ConfigError for a value that cannot be honoured."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    for name, policy in transfer.classes.items():
+        require(
+            policy in UNCERTAIN,
+            f"transfer.classes.{name}={policy!r}: expected what an uncertain label counts as: "
+            f"{', '.join(UNCERTAIN)}",
+        )
+    require(len(transfer.fractions) > 0, "transfer.fractions is empty: expected percentages")
+    require(
+        all(0.0 < f <= 100.0 for f in transfer.fractions),
+        f"transfer.fractions={list(transfer.fractions)}: expected percentages above 0, up to 100",
+    )
+    require(len(transfer.seeds) > 0, "transfer.seeds is empty: expected at least one seed")
+    require(
+        len(set(transfer.seeds)) == len(transfer.seeds),
+        f"transfer.seeds={list(transfer.seeds)}: a seed counted twice is one seed; name others",
+    )
+    require(0.0 <= transfer.val_share < 1.0, "transfer.val_share: expected 0 to below 1")
+    for name in ("epochs", "batch"):
+        require(getattr(transfer, name) >= 1, f"transfer.{name}: expected 1 or more")
+    require(transfer.patience >= 1, "transfer.patience: expected 1 epoch or more")
+    require(
+        not (transfer.task == "classification" and not transfer.classes),
+        "transfer.classes is empty: name each class and what its uncertain labels count as, for "
+        "example transfer.classes={Edema: one}",
+    )
+    require(
+        not (transfer.exclusive and len(transfer.classes) < 2),
+        "transfer.exclusive=true needs at least two classes",
+    )
+    require(
+        not (transfer.probe == "logistic" and transfer.encoder == "tuned"),
+        "transfer.probe=logistic works on frozen features; set transfer.encoder=frozen",
+    )
+    require(
+        all(0.0 < t < 1.0 for t in transfer.iou_thresholds) and len(transfer.iou_thresholds) > 0,
+        "transfer.iou_thresholds: expected overlaps between 0 and 1",
+    )
