@@ -85,9 +85,12 @@ def build_model(config: Config, corpus: Corpus) -> MLIPModel:
 
 
 def build_objective(config: Config, corpus: Corpus) -> Objective:
-    """Model and losses, the prototypes started from the training reports' present entities."""
+    """Model and losses, the prototypes started from the training reports' present entities.
+
+    Plain prototypes (loss.category.knowledge_terms false) keep their random start.
+    """
     objective = Objective(config, build_model(config, corpus))
-    if "category" in objective.losses:
+    if "category" in objective.losses and config.loss.category.knowledge_terms:
         category = config.loss.category
         vectors, groups = _report_vectors(config, corpus, objective.model)
         start = prototype_init(vectors, groups, category.prototypes, config.run.seed)

@@ -95,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_settings(export)
     export.add_argument("--out", required=True, help="folder to write")
+    export.add_argument(
+        "--include-concepts",
+        action="store_true",
+        help="write a concept table of other sources too; its licences are yours to keep",
+    )
     export.set_defaults(run=run_export)
 
     doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")
@@ -273,6 +278,7 @@ def run_export(options: argparse.Namespace) -> int:
         opened.tokenizer,
         opened.table,
         facts=opened.facts,
+        include_concepts=options.include_concepts,
     )
     print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes")
     return 0

@@ -5,7 +5,7 @@
   config.json           format, settings, tower sizes, fingerprints
   preprocessing.json    what pixels and tokens the model expects, for people and other programs
   tokenizer/            vocabulary
-  concepts.jsonl        concept table (the project's own lexicon only: others have licences)
+  concepts.jsonl        concept table: the project's own lexicon, another only where asked for
   SHA256SUMS            of the files above; checked when the folder is read
 
 No pickle anywhere: reading a folder from a stranger runs no code of theirs.
@@ -77,9 +77,13 @@ def save_pretrained(
     table: ConceptTable,
     *,
     facts: Mapping[str, Any] | None = None,
+    include_concepts: bool = False,
 ) -> Path:
     """Write the model's folder; it appears whole or not at all.
 
+    include_concepts  write a table of other sources too: its licences are the caller's to keep.
+                      Without it such a folder holds no text of theirs, and its reader needs the
+                      table beside it.
     Raises:  PretrainedError if the folder exists and holds something else.
     """
     folder = Path(folder)
@@ -92,7 +96,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, config, tokenizer, table, dict(facts or {}))
+        _fill(partial, model, config, tokenizer, table, dict(facts or {}), include_concepts)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -108,6 +112,7 @@ def _fill(
     tokenizer: ReportTokenizer,
     table: ConceptTable,
     facts: dict[str, Any],
+    include_concepts: bool,
 ) -> None:
     state = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
@@ -117,7 +122,7 @@ def _fill(
         json.dumps(contract, indent=1) + "\n", encoding="utf-8"
     )
     tokenizer.save(folder / "tokenizer")
-    if own_lexicon:
+    if own_lexicon or include_concepts:
         write_table(table, folder / "concepts.jsonl")
     described = {
         "model_type": "mlip",

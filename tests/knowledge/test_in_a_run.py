@@ -1,0 +1,195 @@
+"""Knowledge inside a model and a run: unknown concepts, prototype start, licences, switches."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlip.assembly import Corpus, build_objective
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN
+from mlip.config import Config, load, to_dict
+from mlip.knowledge.categories import category_index
+from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts, write_table
+from mlip.knowledge.linker import Linker
+from mlip.knowledge.merging import merge
+from mlip.model import MLIPModel
+from mlip.pretrained import from_pretrained, save_pretrained
+from tests.small_run import small_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRETS = ("okapi sign", "pleural quagga", "a striped shadow of purely invented origin")
+
+
+def licensed_table() -> ConceptTable:
+    """Our lexicon merged with made-up rows that count as UMLS."""
+    rows = [
+        Concept(
+            id="umls:c9999999", name=SECRETS[0], definition=SECRETS[2].capitalize(), source="umls"
+        ),
+        Concept(
+            id="umls:c0032227",
+            name=SECRETS[1],
+            mappings={"umls": ("C0032227",)},
+            source="umls",
+        ),
+    ]
+    table = merge(load_concepts(None), ConceptTable(rows, {"source": "umls", "licensed": True}))
+    assert SECRETS[1] in table["pleural_effusion"].synonyms
+    return table
+
+
+def files_holding(folder: Path, words: tuple[str, ...]) -> list[str]:
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        content = path.read_bytes().lower()
+        found += [f"{path.relative_to(folder)}: {w}" for w in words if w.encode() in content]
+    return found
+
+
+def test_a_concept_without_a_vector_has_no_weight_whatever_its_state():
+    # oracle: the same report without the mentions of that concept
+    run = small_run()
+    vectors = run.model.concept_vectors.clone()
+    vectors[7] = 0.0
+    model = MLIPModel(run.config, vocab_size=run.tokenizer.vocab_size, concept_vectors=vectors)
+    ids = torch.tensor([[3, 7, 7, 5], [7, 0, 0, 0]])
+    states = torch.tensor([[PRESENT, PRESENT, UNCERTAIN, ABSENT], [PRESENT, 0, 0, 0]])
+    mask = torch.tensor([[True] * 4, [True, False, False, False]])
+    found = model.encode_knowledge(ids, states, mask)
+    without = torch.tensor([[True, False, False, True], [False] * 4])
+    known = model.encode_knowledge(ids, states, without)
+    assert torch.equal(found.mask, without) and not found.has_present[1]
+    for field in ("row_weights", "present_mean", "has_present"):
+        assert torch.equal(getattr(found, field), getattr(known, field)), field
+    assert not found.present_mean[1].any() and not found.row_weights[1].any()
+
+
+def _objective(config: Config):
+    run = small_run()
+    corpus = Corpus(run.manifest, run.tokenizer, run.table, run.linker)
+    return build_objective(config, corpus)
+
+
+def _with_prototypes(config: Config, count: int, terms: bool) -> Config:
+    category = dataclasses.replace(config.loss.category, prototypes=count, knowledge_terms=terms)
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, category=category))
+
+
+def test_training_starts_the_prototypes_where_the_reports_findings_are():
+    run = small_run()
+    objective = _objective(_with_prototypes(run.config, 24, terms=True))
+    prototypes = objective.losses["category"].prototypes.detach()
+    assert torch.allclose(prototypes.norm(dim=1), torch.ones(24), atol=1e-5)
+    index, model, linker = run.table.index, objective.model, run.linker
+    ids = [
+        sorted(
+            {
+                index[m.concept_id]
+                for m in linker.link(run.manifest.text(row))
+                if m.state == "present"
+            }
+        )
+        for row in run.manifest.rows("train").tolist()
+    ]
+    ids = [row for row in ids if row]
+    width = max(map(len, ids))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids])
+    with torch.no_grad():
+        view = model.encode_knowledge(padded, torch.full_like(padded, PRESENT), mask).present_mean
+    # oracle: random directions of 32 dimensions, which the plain prototypes keep
+    plain = _objective(_with_prototypes(run.config, 24, terms=False))
+    random = plain.losses["category"].prototypes.detach()
+    near = (view @ prototypes.T).max(dim=1).values.mean()
+    assert near > 0.9 > (view @ random.T).max(dim=1).values.mean() + 0.2
+    assert torch.equal(plain.model.concept_vectors, model.concept_vectors)
+
+
+def test_categories_of_a_users_table_reach_the_prototypes():
+    table = ConceptTable([Concept(id="a", name="x1", category="p"), Concept(id="b", name="y1")])
+    assert category_index(table).tolist() == [0, 1]
+
+
+def test_the_demo_without_knowledge_differs_in_exactly_three_switches():
+    def flat(tree, prefix=""):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    demo = load([str(ROOT / "configs/demo.yaml")], [])
+    without = load(
+        [str(ROOT / "configs" / name) for name in ("demo.yaml", "demo_no_knowledge.yaml")]
+    )
+    before, after = dict(flat(to_dict(demo))), dict(flat(to_dict(without)))
+    assert {key: after[key] for key in after if after[key] != before[key]} == {
+        "run.dir": "runs/demo_no_knowledge",
+        "loss.local_alignment.knowledge_share": 0.0,
+        "loss.local_alignment.knowledge_gain": 0.0,
+        "loss.category.knowledge_terms": False,
+    }
+
+
+def test_without_knowledge_no_entity_reaches_the_local_score_or_the_category_level():
+    run = small_run()
+    local = dataclasses.replace(
+        run.config.loss.local_alignment, knowledge_share=0.0, knowledge_gain=0.0
+    )
+    config = dataclasses.replace(
+        run.config, loss=dataclasses.replace(run.config.loss, local_alignment=local)
+    )
+    vectors = run.model.concept_vectors
+    model = MLIPModel(config, vocab_size=run.tokenizer.vocab_size, concept_vectors=vectors)
+    torch.manual_seed(1)
+    patches, tokens = torch.randn(3, 4, 32), torch.randn(3, 6, 32)
+    content = torch.ones(3, 6, dtype=torch.bool)
+    ids, states = torch.tensor([[3], [5], [9]]), torch.zeros(3, 1, dtype=torch.long)
+    with torch.no_grad():
+        knowledge = model.encode_knowledge(ids, states, torch.ones(3, 1, dtype=torch.bool))
+        found = model.local_scores(patches, tokens, content, None, knowledge)
+        silent = model.local_scores(patches, tokens, content, None, None)
+        model.config = run.config
+        usual = model.local_scores(patches, tokens, content, None, knowledge)
+    assert torch.allclose(found, silent, atol=1e-6)
+    assert not torch.allclose(usual, silent, atol=1e-3)
+
+
+def test_an_export_holds_licensed_text_only_where_the_user_says_so(tmp_path):
+    run, table = small_run(), licensed_table()
+    write_table(table, tmp_path / "table.jsonl")
+    knowledge = dataclasses.replace(run.config.knowledge, lexicon=str(tmp_path / "table.jsonl"))
+    config = dataclasses.replace(run.config, knowledge=knowledge)
+    vectors = torch.nn.functional.normalize(torch.randn(len(table), 16), dim=1)
+    model = MLIPModel(config, vocab_size=run.tokenizer.vocab_size, concept_vectors=vectors)
+    parts = (model, config, run.tokenizer, table)
+    without = save_pretrained(tmp_path / "without", *parts)
+    assert files_holding(without, SECRETS) == []
+    opened = from_pretrained(without, lexicon=str(tmp_path / "table.jsonl"))
+    assert opened.table.fingerprint == table.fingerprint
+    included = save_pretrained(tmp_path / "with", *parts, include_concepts=True)
+    assert {line.split(":")[0] for line in files_holding(included, SECRETS)} == {"concepts.jsonl"}
+    assert from_pretrained(included).table.fingerprint == table.fingerprint
+
+
+@pytest.mark.long
+def test_a_run_on_a_licensed_table_leaves_none_of_its_text_in_what_it_writes(tmp_path):
+    # checkpoints, exports, logs, results and page; the reports themselves do not hold the words
+    table = licensed_table()
+    assert {m.concept_id for m in Linker(table).link("Okapi sign.")} == {"umls:c9999999"}
+    write_table(table, tmp_path / "table.jsonl")
+    run = small_run()
+    settings = [s for s in run.settings if not s.startswith("run.dir")]
+    settings += ["batch.global_pairs=8", "train.max_steps=2", "train.checkpoint_steps=1"]
+    settings += ["loss.category.prototypes=8", "run.threads=1", f"run.dir={tmp_path / 'run'}"]
+    settings += [f"knowledge.lexicon={tmp_path / 'table.jsonl'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *settings]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    written = {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert {"state.json", "parameters.safetensors", "results.json", "report.html"} <= written
+    assert files_holding(tmp_path / "run", SECRETS) == []
