@@ -122,6 +122,7 @@ class Train:
     keep_checkpoints: int = 2
     log_steps: int = 20
     max_nan_steps: int = 3  # non-finite losses in a row before the run stops
+    spike_factor: float = 0.0  # a loss this many times the recent median is run again; 0 = off
     tensorboard: bool = False
 
 
@@ -136,7 +137,8 @@ class Vision:
     norm: Literal["batch", "group", "frozen"] = "batch"  # ResNet's normalisation
     position_grid: bool = False  # learned position grid added to the patches before the neck
     neck_blocks: int = 0  # pointwise residual blocks after the grid (no receptive field added)
-    pool: Literal["tower", "attention"] = "tower"  # global feature: the tower's own, or attention
+    pool: Literal["tower", "attention", "mean_max"] = "tower"  # global feature: the tower's own, or
+    # of the patches: learned attention, or mean and maximum
     pool_heads: int = 8  # of attention pooling: each looks for its own few patches
     checkpointing: bool = False  # activation checkpointing inside the tower
 
@@ -372,6 +374,10 @@ def _check_values(config: Config) -> None:
     require(
         not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
         "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
+    )
+    require(
+        train.spike_factor == 0.0 or train.spike_factor > 1.0,
+        f"train.spike_factor={train.spike_factor}: expected 0 (off) or more than 1, for example 3",
     )
     require(
         0.0 <= train.ema_decay < 1.0,

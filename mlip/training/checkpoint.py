@@ -34,7 +34,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.config import Config, difference, from_dict
 from mlip.training.ema import EMAState
-from mlip.training.faults import fire
+from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import MOMENTS, TrainingState
 
@@ -71,6 +71,7 @@ FREE_SETTINGS = (
     "train.keep_checkpoints",
     "train.log_steps",
     "train.max_nan_steps",
+    "train.spike_factor",
     "train.tensorboard",
     "model.vision.checkpointing",
     "model.text.checkpointing",
@@ -122,6 +123,9 @@ def save(
             problem = str(error)
         except Exception as error:  # safetensors has error types of its own for a full disk
             problem = f"{final}: cannot be written: {error}"
+    else:
+        for phase in SAVE_PHASES:  # what can happen to a rank that waits for rank 0's save
+            fire(phase, step, run_dir)
     problem = distributed.broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(problem)
@@ -166,6 +170,7 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
     for name in (*names, _SUMS):
         _fsync(partial / name)
     fire("ckpt-fsync", step, run_dir)
+    fire("pointer-update", step, run_dir)
     (partial / _MARKER).write_text(_sha256(partial / _SUMS) + "\n", encoding="utf-8")
     _fsync(partial / _MARKER)
     _fsync(partial)

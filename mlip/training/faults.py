@@ -1,9 +1,14 @@
 """Faults on demand, for tests: FAULT=kind@rank:step:phase makes one rank fail at one place.
 
-kind: kill (SIGKILL), term (SIGTERM), hang (SIGSTOP), nan (in phase forward the rank's loss, in
-phase backward its gradients alone), error (RuntimeError). Several faults are joined by commas.
-Each fires once and leaves a line in events.jsonl, so that a test can tell that it did. Where the
-variable is not set nothing happens, at the cost of one dictionary look-up.
+kind   kill (SIGKILL), term (SIGTERM), hang (SIGSTOP), error (RuntimeError);
+       nan and inf spoil numbers of this rank alone: in phase load its images, forward its loss,
+       backward its gradients, optimizer one of its weights;
+       spike multiplies by 2**7: in phase forward the loss once, in phase optimizer one weight
+phase  where a step or a save is; `pointer-update` is the writing of the marker COMPLETE
+
+Several faults are joined by commas. Each fires once and leaves a line in events.jsonl, so that a
+test can tell that it did. Where the variable is not set nothing happens, at the cost of one
+dictionary look-up.
 """
 
 from __future__ import annotations
@@ -16,27 +21,26 @@ from mlip import distributed
 from mlip.config import ConfigError
 from mlip.training.lifecycle import record_event
 
-PHASES = (
-    "load",
-    "forward",
-    "backward",
-    "optimizer",
-    "ckpt-write",
-    "ckpt-fsync",
-    "ckpt-rename",
-    "retention-delete",
-)
-NAN_PHASES = ("forward", "backward")
-KINDS = ("kill", "term", "hang", "nan", "error")
+STEP_PHASES = ("load", "forward", "allreduce", "backward", "optimizer")
+SAVE_PHASES = ("ckpt-write", "ckpt-fsync", "pointer-update", "ckpt-rename", "retention-delete")
+PHASES = STEP_PHASES + SAVE_PHASES
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang": signal.SIGSTOP}
+# kind -> what the caller multiplies with, and the phases whose caller does
+SPOILS = {
+    "nan": (float("nan"), ("load", "forward", "backward", "optimizer")),
+    "inf": (float("inf"), ("load", "forward", "backward", "optimizer")),
+    "spike": (128.0, ("forward", "optimizer")),  # one exponent bit
+}
+KINDS = (*SIGNALS, "error", *SPOILS)
 
 _fired: set[str] = set()
 
 
-def fire(phase: str, step: int, folder: str | Path) -> bool:
-    """Fail here if FAULT says so; True where the caller is to make its numbers NaN."""
+def fire(phase: str, step: int, folder: str | Path) -> float | None:
+    """Fail here if FAULT says so; a number where the caller is to multiply its own with it."""
     wanted = os.environ.get("FAULT")
     if not wanted:
-        return False
+        return None
     for fault in wanted.split(","):
         kind, rank, at_step, at_phase = _parse(fault)
         here = (rank, at_step, at_phase) == (distributed.rank(), step, phase)
@@ -44,23 +48,23 @@ def fire(phase: str, step: int, folder: str | Path) -> bool:
             continue
         _fired.add(fault)
         record_event(Path(folder), "fault", fault=kind, step=step, phase=phase)
-        if kind == "nan":
-            return True
+        if kind in SPOILS:
+            return SPOILS[kind][0]
         if kind == "error":
             raise RuntimeError(f"fault injected at step {step}, phase {phase}")
-        signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang": signal.SIGSTOP}
-        os.kill(os.getpid(), signals[kind])
-    return False
+        os.kill(os.getpid(), SIGNALS[kind])
+    return None
 
 
 def _parse(fault: str) -> tuple[str, int, int, str]:
     try:
         kind, _, place = fault.partition("@")
         rank, step, phase = place.split(":")
-        if kind in KINDS and phase in PHASES and (kind != "nan" or phase in NAN_PHASES):
+        if kind in KINDS and phase in PHASES and phase in SPOILS.get(kind, (0.0, PHASES))[1]:
             return kind, int(rank), int(step), phase
     except ValueError:
         pass
     raise ConfigError(
-        f"FAULT={fault!r}: expected kind@rank:step:phase with kind of {KINDS} and phase of {PHASES}"
+        f"FAULT={fault!r}: expected kind@rank:step:phase with kind of {KINDS} and phase of "
+        f"{PHASES}; {tuple(SPOILS)} only in phases {SPOILS['nan'][1]}"
     )

@@ -29,6 +29,7 @@ import psutil
 
 from mlip import distributed
 from mlip.config import ConfigError
+from mlip.training import presence
 
 CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
 _REASONS = {
@@ -106,10 +107,12 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
         return 130  # 128 + SIGINT, as shells report it
     except Exception as error:
         code = exit_code(error)
+        # at once: other survivors end soon, and would look missing too
+        explained = presence.explain(error) if code == PEER else None
         place = folder()
         if code == PEER and place is not None:
             code = _first_failure(place) or PEER
-        _report(error, code, place)
+        _report(error, code, place, explained)
         return code
 
 
@@ -129,9 +132,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _report(error: Exception, code: int, folder: Path | None) -> None:
+def _report(error: Exception, code: int, folder: Path | None, explained: str | None) -> None:
     reason = _REASONS.get(code, "unexpected")
     text = " ".join(str(error).split()) or type(error).__name__
+    if explained is not None:
+        text = f"{explained}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
     if folder is not None and folder.is_dir():
@@ -139,6 +144,8 @@ def _report(error: Exception, code: int, folder: Path | None) -> None:
             log = folder / f"error-rank{_rank()}.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f" (traceback: {log})"
+            if explained is not None:
+                facts["waited"] = explained
             record_event(folder, "error", reason=reason, **facts)
             if _rank() != 0 and _find_event(folder, 1.0, lambda e: _is_same(e, facts)):
                 return  # rank 0 says the same

@@ -5,6 +5,7 @@ Everything it needs of the data is in DataSource, so that it runs on any loader 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.nn as nn
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, to_dict
-from mlip.training import checkpoint, randomness
+from mlip.training import checkpoint, presence, randomness
 from mlip.training.allocator import keep_freed_memory
 from mlip.training.engine import build_engine
 from mlip.training.faults import fire
@@ -106,6 +107,7 @@ class Trainer:
                  train.max_nan_steps skipped steps in a row; CheckpointError if the last save fails
         """
         every = self.config.train.checkpoint_steps
+        presence.start(self.config.run.dir)
         try:
             batches = iter(self.loader)
             while self.step < self.steps:
@@ -121,14 +123,21 @@ class Trainer:
                     self._save_or_go_on()
             self.save()
             self._event("trained", step=self.step, skipped_steps=self.skipped_steps)
+            presence.stop()  # not after an error: what explains it asks for the places of ranks
+        except Preempted:
+            presence.stop()
+            raise
         finally:
             self.log.close()
 
     def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         config, step = self.config, self.step
-        fire("load", step, config.run.dir)
+        presence.at(step, "load")
+        spoil = fire("load", step, config.run.dir)
         begin = time.perf_counter()
         batch = next(batches)
+        if spoil is not None:
+            batch = dataclasses.replace(batch, image=batch.image * spoil)
         epoch = step * config.batch.global_pairs / self.loader.num_rows
         lr = learning_rate(step, self.steps, config)
         result = self.engine.train_step(batch, step=step, progress=epoch, lr=lr, stop=stop.is_set)
@@ -146,7 +155,15 @@ class Trainer:
         return result.stop_requested
 
     def _watch(self, result: StepResult, batch: Batch) -> None:
-        """Count and report a skipped step; all ranks take the same branch."""
+        """Count and report a spike or a skipped step; all ranks take the same branch."""
+        if result.spike is not None:
+            parts = distributed.gather_objects(batch.row_index.tolist())
+            rows = [row for part in parts for row in part]
+            self._event("spike", step=self.step, cause=result.spike, manifest_rows=rows)
+            self.log.warn(
+                f"step {self.step}: the loss is over {self.config.train.spike_factor} times the "
+                f"recent ones; run again on the same batch, the cause is: {result.spike}"
+            )
         if not result.is_skipped:
             self.skipped_in_a_row = 0
             return
@@ -184,6 +201,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; a collective call."""
+        presence.at(self.step, "save")
         parts: Sequence[Any] = distributed.gather_objects(
             (self.loader.state_dict(), randomness.capture())
         )

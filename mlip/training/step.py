@@ -20,9 +20,11 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config
+from mlip.training import presence
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
 from mlip.training.schedule import peak_lr, undecayed_names
+from mlip.training.spikes import SpikeWatch, cause
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,6 +38,7 @@ class StepResult:
     grad_norm: float  # before clipping; not finite where the step was skipped
     is_skipped: bool
     stop_requested: bool  # some rank asked for a stop
+    spike: str | None = None  # cause of a loss far above the recent ones (spikes.py)
 
     def bad_terms(self) -> list[str]:
         """Names of the loss terms that are not finite on this rank."""
@@ -90,6 +93,8 @@ class Engine(abc.ABC):
     def __init__(self, objective: nn.Module, config: Config) -> None:
         self.objective = objective
         self.config = config
+        factor = config.train.spike_factor
+        self.spikes = SpikeWatch(factor) if factor > 0.0 else None
         self.device = next(objective.parameters()).device
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
 
@@ -99,32 +104,73 @@ class Engine(abc.ABC):
         """Forward, backward and update; ``stop`` is this rank's wish, the result's is anyone's."""
         self.objective.train()
         folder = self.config.run.dir
-        spoil_loss = fire("forward", step, folder)
-        total, terms = self._forward(batch.to(self.device), step, progress)
-        if spoil_loss:
-            total = total * torch.nan
-        flags = torch.stack([(~torch.isfinite(total.detach())).float(), total.new_tensor(stop)])
-        flags = distributed.max_over_ranks(flags)
+        batch = batch.to(self.device)
+        before = self._before_forward() if self.spikes is not None else None
+        presence.at(step, "forward")
+        spoil = fire("forward", step, folder)
+        total, terms = self._forward(batch, step, progress)
+        if spoil is not None:
+            total = total * spoil
+        limit = self.spikes.limit() if self.spikes is not None else float("inf")
+        value = total.detach()
+        flags = [(~torch.isfinite(value)).float(), total.new_tensor(stop), (value > limit).float()]
+        fire("allreduce", step, folder)
+        agreed = distributed.max_over_ranks(torch.stack(flags))
+        spike = None
+        if before is not None and bool(agreed[2] > 0) and not bool(agreed[0] > 0):
+            self._restore(before)
+            again, terms = self._forward(batch, step, progress)
+            spike = cause(float(value), float(again.detach()))
+            total = again
         # One rank's NaN must stop all: times NaN every gradient of every rank is NaN and the
         # update is skipped the way a NaN gradient is. Times 1.0 is exact.
-        factor = torch.where(flags[0] > 0, torch.nan, 1.0)
-        if fire("backward", step, folder):
-            factor = factor * torch.nan  # gradients of this rank only
+        factor = torch.where(agreed[0] > 0, torch.nan, 1.0)
+        presence.at(step, "backward")
+        if (spoil := fire("backward", step, folder)) is not None:
+            factor = factor * spoil  # gradients of this rank only
         self._backward(total * factor)
+        presence.at(step, "optimizer")
         grad_norm = self._update(lr)
         if self.ema is not None and grad_norm is not None:
             self.ema.update()
-        fire("optimizer", step, folder)
+        if (spoil := fire("optimizer", step, folder)) is not None:
+            self._spoil_a_weight(spoil)
         names = sorted(terms)
         values = torch.stack([total.detach().float(), *(terms[n].detach().float() for n in names)])
         numbers = values.tolist()
+        if self.spikes is not None and grad_norm is not None:
+            self.spikes.note(numbers[0])
         return StepResult(
             total=numbers[0],
             terms=dict(zip(names, numbers[1:], strict=True)),
             grad_norm=grad_norm if grad_norm is not None else float("nan"),
             is_skipped=grad_norm is None,
-            stop_requested=bool(flags[1] > 0),
+            stop_requested=bool(agreed[1] > 0),
+            spike=spike,
         )
+
+    def _before_forward(self) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """What a forward pass changes: generators and buffers."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return torch.get_rng_state(), cuda, {n: t.clone() for n, t in self._buffers().items()}
+
+    def _restore(self, before: tuple[Tensor, Tensor | None, dict[str, Tensor]]) -> None:
+        generator, cuda, buffers = before
+        torch.set_rng_state(generator)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        for name, buffer in self._buffers().items():
+            buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def _spoil_a_weight(self, factor: float) -> None:
+        """For fault injection: the largest entry of the first parameter that this rank holds."""
+        for parameter in self.parameters.values():
+            held = getattr(parameter, "ds_tensor", parameter.data).flatten()
+            if held.numel():
+                where = held.abs().argmax()
+                getattr(parameter, "ds_tensor", parameter.data).view(-1)[where] *= factor
+                return
 
     @abc.abstractmethod
     def _forward(

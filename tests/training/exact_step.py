@@ -97,11 +97,14 @@ def make_batch(step: int, pairs: int, rows: slice | None = None) -> Batch:
 def exact_engine(
     pairs: int, *, engine: str = "plain", stage: int = 0, passes: int = 1, more: tuple = ()
 ) -> Engine:
-    """An engine whose ranks cut their share into this many micro-batches (texts: one size more)."""
+    """An engine whose ranks cut their share into this many micro-batches (texts: one size more).
+
+    engine  "plain", "deepspeed", or "plain64": plain in float64
+    """
     largest = -(-pairs // distributed.world_size())
     micro = -(-largest // passes) if passes > 1 else 0
     config = exact_config(
-        f"train.engine={engine}",
+        f"train.engine={engine.removesuffix('64')}",
         f"train.zero_stage={stage}",
         f"batch.global_pairs={pairs}",
         f"batch.micro_images={micro}",
@@ -109,7 +112,8 @@ def exact_engine(
         f"batch.micro_texts={micro + (1 if micro > 1 else 0)}",
         *more,
     )
-    return build_engine(make_objective(config).to(distributed.device()), config)
+    objective = make_objective(config).to(distributed.device())
+    return build_engine(objective.double() if engine == "plain64" else objective, config)
 
 
 def loss_and_gradients(engine: Engine, pairs: int) -> dict[str, Any]:
@@ -117,9 +121,15 @@ def loss_and_gradients(engine: Engine, pairs: int) -> dict[str, Any]:
 
     The gradients are what the optimiser is about to get: averaged over ranks, before clipping.
     """
-    engine.train_step(make_batch(0, pairs), step=0, progress=PROGRESS, lr=0.0)
+
+    def share(step: int) -> Batch:
+        batch = make_batch(step, pairs)
+        dtype = next(iter(engine.parameters.values())).dtype
+        return replace(batch, image=batch.image.to(dtype)).to(engine.device)
+
+    engine.train_step(share(0), step=0, progress=PROGRESS, lr=0.0)
     engine.objective.train()
-    batch = make_batch(1, pairs).to(engine.device)
+    batch = share(1)
     total, terms = engine._forward(batch, 1, PROGRESS)
     engine._backward(total)
     return {

@@ -1,9 +1,10 @@
 """One config value, one loss and one gradient: whatever the ranks, micro-batches and ZeRO stage.
 
-Oracle: one process, the whole batch in one pass, plain torch, float32. Loss to 1e-6 relative; every
-parameter's gradient to 1e-5 of its largest entry. A gradient that nearly cancels has no such
-digits in float32 in any order of summing (the oracle's own error against float64 is as large):
-there the bound is 1e-7 of the model's largest gradient entry, and it may serve few.
+Oracle: one process, the whole batch in one pass, plain torch. In float64: loss and every gradient
+to 1e-9. In float32: loss to 1e-6 relative, every parameter's gradient to 1e-5 of its largest entry.
+The learned scales' gradients are sums over all pairs that nearly cancel: in float32 they have no
+such digits in any order of summing (the oracle itself is off by up to 3e-5 from float64); float64
+proves them, and in float32 they are held to 1e-6 of the model's largest gradient entry.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.training.exact_step import (
 PAIRS, UNEVEN = 16, 19
 # what the default suite runs on two ranks; the whole matrix is long
 FEW: list[Case] = [
-    ("plain", 0, 2, UNEVEN),
+    ("plain64", 0, 4, UNEVEN),
     ("deepspeed", 0, 2, PAIRS),
     ("deepspeed", 1, 4, PAIRS),
     ("deepspeed", 2, 2, PAIRS),
@@ -37,7 +38,7 @@ FEW: list[Case] = [
 ]
 MATRIX: list[Case] = [
     (engine, stage, passes, pairs)
-    for engine, stages in (("plain", (0,)), ("deepspeed", (0, 1, 2, 3)))
+    for engine, stages in (("plain64", (0,)), ("plain", (0,)), ("deepspeed", (0, 1, 2, 3)))
     for stage in stages
     for passes in (1, 2, 4)
     for pairs in (PAIRS, UNEVEN)
@@ -48,11 +49,14 @@ NEARLY_CANCELLED = {"model.scales.stored.attention_scale", "model.scales.stored.
 @pytest.fixture(scope="module")
 def oracles() -> dict[int, dict[str, Any]]:
     torch.set_num_threads(1)
-    return {pairs: whole_batch(pairs) for pairs in (PAIRS, UNEVEN)}
+    made = {pairs: whole_batch(pairs) for pairs in (PAIRS, UNEVEN)}
+    return made | {-pairs: whole_batch(pairs, double=True) for pairs in (PAIRS, UNEVEN)}
 
 
-def worst_relative(found: dict[str, Any], oracle: dict[str, Any], what: str) -> float:
-    """The largest gradient error in units of its bound, times 1e-5; raises where it is above."""
+def worst_relative(
+    found: dict[str, Any], oracle: dict[str, Any], what: str, bound: float = 1e-5
+) -> float:
+    """The largest error of a gradient relative to its largest entry; raises where above `bound`."""
     gradients = oracle["gradients"]
     assert found["gradients"].keys() == gradients.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
@@ -60,24 +64,26 @@ def worst_relative(found: dict[str, Any], oracle: dict[str, Any], what: str) -> 
     for name, expected in gradients.items():
         own = float(expected.abs().max())
         error = float((found["gradients"][name] - expected).abs().max())
-        if error <= 1e-5 * own:
+        if error <= bound * own:
             worst = max(worst, error / own if own else 0.0)
             continue
         # analytically zero (a key's bias shifts all its logits alike), or a cancelled scalar
         assert own < 1e-6 * largest or name in NEARLY_CANCELLED, (what, name, error / own)
-        assert error <= 1e-7 * largest, (what, name, error, largest)
+        assert error <= 0.1 * bound * largest, (what, name, error, largest)
     return worst
 
 
 def check(case: Case, folder: Path, oracles: dict[int, dict[str, Any]]) -> dict[str, float]:
     found = torch.load(folder / f"{name_of(case)}.pt", weights_only=True)
-    oracle = oracles[case[3]]
+    is_double = case[0] == "plain64"
+    oracle = oracles[-case[3] if is_double else case[3]]
     for name, expected in {"total": oracle["total"], **oracle["terms"]}.items():
         value = found["total"] if name == "total" else found["terms"][name]
-        assert abs(value - expected) <= 1e-6 * abs(expected), (case, name, value, expected)
+        bound = (1e-9 if is_double else 1e-6) * abs(expected)
+        assert abs(value - expected) <= bound, (case, name, value, expected)
     return {
         "loss_error": abs(found["total"] / oracle["total"] - 1.0),
-        "gradient_error": worst_relative(found, oracle, name_of(case)),
+        "gradient_error": worst_relative(found, oracle, name_of(case), 1e-9 if is_double else 1e-5),
     }
 
 

@@ -227,7 +227,17 @@ def test_events_of_two_writers_stay_whole_lines(tmp_path):
     assert len(events) == 600
 
 
-@pytest.mark.parametrize("fault", ["kill", "kill@0:1", "explode@0:1:load", "kill@0:1:lunch"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "kill",
+        "kill@0:1",
+        "explode@0:1:load",
+        "kill@0:1:lunch",
+        "nan@0:1:ckpt-write",
+        "spike@0:1:load",
+    ],
+)
 def test_a_fault_that_cannot_fire_is_an_error(tmp_path, monkeypatch, fault):
     # an injector that silently does nothing would let every test of it pass
     monkeypatch.setenv("FAULT", fault)
@@ -239,8 +249,8 @@ def test_a_fault_fires_once_at_its_place_and_is_counted(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "error@0:2:backward")
     monkeypatch.setattr(faults, "_fired", set())
     for step, phase in ((1, "backward"), (2, "forward")):
-        assert faults.fire(phase, step, tmp_path) is False
+        assert faults.fire(phase, step, tmp_path) is None
     with pytest.raises(RuntimeError, match="fault injected at step 2"):
         faults.fire("backward", 2, tmp_path)
-    assert faults.fire("backward", 2, tmp_path) is False
+    assert faults.fire("backward", 2, tmp_path) is None
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1

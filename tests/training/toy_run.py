@@ -23,7 +23,7 @@ from mlip.config import Config, load
 from mlip.dataloading.sampler import rank_slice
 from mlip.keyed_random import keyed_normal
 from mlip.training import randomness
-from mlip.training.grad_cache import cached_forward
+from mlip.training.grad_cache import cached_forward, equal_passes
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
@@ -100,7 +100,9 @@ class ToyObjective(nn.Module):
             hidden = self.model.image(image)
             return hidden, F.normalize(self.model.patch_head(hidden.tanh()), dim=-1)
 
-        image, patch = cached_forward(image_tower, (batch.image,), self.config.batch.micro_images)
+        size = self.config.batch.micro_images
+        passes = equal_passes(len(batch), size, batch.image.device)
+        image, patch = cached_forward(image_tower, (batch.image,), size, passes)
         (text,) = cached_forward(
             lambda ids: (self.model.text(ids).mean(dim=1),),
             (batch.token_ids,),
@@ -170,6 +172,11 @@ def make_trainer(config: Config, *, dropout: float = 0.0, **named: Any) -> Train
     )
 
 
+def run_rank(*arguments: str) -> int:
+    """The script as a function, for tests/rank_farm.py; its exit code."""
+    return guarded(lambda: main(list(arguments)), lambda: folder[0] if folder else None)
+
+
 def main(arguments: list[str]) -> None:
     config = toy_config(*arguments)
     folder.append(Path(config.run.dir))
@@ -186,4 +193,4 @@ folder: list[Path] = []
 
 if __name__ == "__main__":
     given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    leave(guarded(lambda: main(given), lambda: folder[0] if folder else None))
+    leave(run_rank(*given))

@@ -1,0 +1,100 @@
+"""Who is missing and in which collective: what a survivor can say of the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from mlip import distributed
+from mlip.training import presence
+
+
+@pytest.fixture
+def three_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """This process as rank 0 of three; the others are files."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    presence.start(tmp_path)
+    presence.at(6, "forward")
+
+    def seen(rank: int, **facts: Any) -> None:
+        entry = {"step": 6, "phase": "forward", "time": time.time(), "pid": os.getpid()}
+        entry |= {"host": socket.gethostname(), **facts}
+        (tmp_path / "ranks" / f"rank{rank}.json").write_text(json.dumps(entry))
+
+    yield seen
+    presence.stop()
+
+
+def _failed_collective() -> BaseException:
+    """What torch's own all_reduce raises where there is no process group, out of train_step."""
+
+    def train_step() -> None:
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        train_step()
+    return caught.value
+
+
+def test_a_silent_rank_is_named_with_the_collective_and_its_last_place(three_ranks):
+    three_ranks(1, time=time.time() - 60.0, phase="load", host="elsewhere")
+    three_ranks(2)
+    text = presence.explain(_failed_collective())
+    assert text is not None
+    assert text.startswith(
+        "in all_reduce of train_step (step 6, phase forward), waiting for rank 1"
+    )
+    assert "rank 1: alive, last sign 6" in text and "step 6, phase load" in text
+
+
+def test_a_dead_process_is_gone_and_a_missing_file_never_came(three_ranks):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    three_ranks(1, pid=dead.pid)
+    text = presence.explain(_failed_collective())
+    assert text is not None and "rank 1: gone" in text and "rank 2: never gave a sign" in text
+
+
+def test_a_rank_that_lives_but_is_behind_is_named_only_where_none_is_silent(three_ranks):
+    three_ranks(1, phase="load")
+    three_ranks(2)
+    text = presence.explain(_failed_collective())
+    assert text is not None and "rank 1: alive" in text and "phase load" in text
+    three_ranks(2, time=time.time() - 30.0)
+    text = presence.explain(_failed_collective())
+    assert text is not None and "rank 2" in text and "rank 1" not in text
+
+
+def test_where_all_are_at_one_place_nobody_is_accused(three_ranks):
+    three_ranks(1)
+    three_ranks(2)
+    text = presence.explain(_failed_collective())
+    assert text is not None and "every other rank still gives signs of life" in text
+
+
+def test_one_rank_writes_nothing_and_explains_nothing(tmp_path):
+    presence.start(tmp_path)
+    presence.at(1, "load")
+    assert not (tmp_path / "ranks").exists()
+    assert presence.explain(RuntimeError()) is None
+
+
+def test_the_sign_of_life_goes_on_while_the_main_thread_waits(three_ranks, tmp_path):
+    path = tmp_path / "ranks" / "rank0.json"
+    first = json.loads(path.read_text())
+    deadline = time.monotonic() + 20
+    while json.loads(path.read_text())["time"] == first["time"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(path.read_text())["phase"] == "forward"
