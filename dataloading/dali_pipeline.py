@@ -62,6 +62,7 @@ class DaliPipeline:
         if reason is not None:
             raise ValueError(f"data.pipeline=dali: {reason}")
         self.order, self.reader, self.transform = order, reader, transform
+        self._square = transform.placement(transform.resize_px, transform.resize_px)
         self.threads = max(1, config.data.workers)
         self.on_gpu = torch.cuda.is_available()
         self.device_id = (
@@ -102,8 +103,7 @@ class DaliPipeline:
         kept = np.flatnonzero([found for found, _, _ in filled]).astype(np.int64)
         rows = np.array([row for _, row, _ in filled], dtype=np.int64)[kept]
         image = image[torch.from_numpy(kept)] if len(kept) < self.batch_size else image
-        if self.transform.channels > 1:
-            image = image.repeat(1, self.transform.channels, 1, 1)
+        image = image.expand(-1, self.transform.channels, -1, -1)
         return Images(image, kept, rows, [item for _, _, bad in filled for item in bad])
 
     def close(self) -> None:
@@ -117,8 +117,8 @@ class DaliPipeline:
             raise failure
         images = outputs[0].as_tensor()
         if not self.on_gpu:
-            # a copy: DALI writes the next batch into the same memory
-            return torch.from_numpy(np.array(images))
+            # the dynamic executor's outputs are the caller's: no copy, no later batch in them
+            return torch.from_dlpack(images)
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         device = torch.device(f"cuda:{self.device_id}")
@@ -140,6 +140,7 @@ class DaliPipeline:
             num_threads=self.threads,
             device_id=self.device_id,
             prefetch_queue_depth=2,
+            exec_dynamic=True,
         )
         self._pipe.build()
 
@@ -185,17 +186,18 @@ class DaliPipeline:
                 raise
             height, width = pixels.shape
             encoded, wide = as_pgm(pixels), pixels.dtype == np.uint16
-        where = self.transform.placement(height, width)
+        side, slack = self.transform.resize_px, self.transform.resize_px - self.transform.crop_px
+        is_letterbox = height == width == side
+        where = self._square if is_letterbox else self.transform.placement(height, width)
         gain, offset = float(parameters.gain[place]), float(parameters.offset[place])
         if gain == 0.0:
             raise BadSample("undecodable", "brightness of zero")
-        side, slack = self.transform.resize_px, self.transform.resize_px - self.transform.crop_px
         largest = 65535.0 if wide else 255.0
         return self._packed(
             encoded,
             [
                 wide,
-                (where.height, where.width) == (height, width) == (side, side),
+                is_letterbox,
                 where.height,
                 where.width,
                 -where.top,

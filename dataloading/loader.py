@@ -6,18 +6,19 @@ in the state, so resuming at step s repeats nothing and skips nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mlip.batch import Batch
-from mlip.config import Config
+from mlip.batch import Batch, by_channel
+from mlip.config import Config, ConfigError, Data
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import IntArray, Manifest, connect
 from mlip.dataloading.producer import Producer
@@ -58,11 +59,13 @@ class Loader:
         seed: int,
         sentence_dropout: float,
         prefetch: int,
+        timeout_s: float = 0.0,
     ) -> None:
         self.order, self.pipeline, self.encoder = order, pipeline, encoder
         self.manifest, self.pair_id, self.ledger = manifest, pair_id, ledger
         self.seed, self.sentence_dropout = seed, sentence_dropout
         self.prefetch = max(1, prefetch)
+        self.timeout_s = timeout_s  # longest wait for one batch; 0 = for ever
         self.step = 0  # of the next batch
         self.wait_seconds = 0.0  # how long the last next() waited for data
         self._producer: Producer | None = None
@@ -96,7 +99,7 @@ class Loader:
             order = self.order
             last = order.num_steps if isinstance(order, SequentialOrder) else None
             self._producer = Producer(self.make, self.step, last, self.prefetch)
-        batch, images, plan = self._producer.take()
+        batch, images, plan = self._producer.take(self.timeout_s)
         self.wait_seconds = time.perf_counter() - begin
         self._account(images, plan)
         self.step += 1
@@ -174,9 +177,7 @@ class Loader:
         images = self.pipeline.load(plan)
         batch = self._batch(plan, images)
         if torch.cuda.is_available():
-            batch = Batch(
-                **{f.name: getattr(batch, f.name).pin_memory() for f in dataclasses.fields(Batch)}
-            )
+            batch = pinned(batch)
         return batch, images, plan
 
     def _batch(self, plan: Plan, images: Images) -> Batch:
@@ -217,10 +218,17 @@ class Loader:
         )
 
 
-def _pinned(batch: Batch) -> Batch:
-    """Host tensors in page-locked memory, so that copies to the GPU overlap the step."""
-    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
-    return Batch(**{k: v if v.is_cuda else v.pin_memory() for k, v in tensors.items()})
+def pinned(batch: Batch) -> Batch:
+    """Host tensors in page-locked memory, so that copies to the GPU overlap the step.
+
+    What is on the GPU already, the images of DALI, stays there: pinning it would be an error.
+    """
+
+    def pin(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_cuda else tensor.pin_memory()
+
+    tensors = {f.name: pin(getattr(batch, f.name)) for f in fields(Batch) if f.name != "image"}
+    return Batch(image=by_channel(batch.image, pin), **tensors)
 
 
 def build_loader(
@@ -248,6 +256,7 @@ def build_loader(
     from mlip.dataloading.manifest import ManifestError
 
     data = config.data
+    _check_settings(data)
     pairs_only = True if with_report is None else with_report
     allowed = manifest.rows(split, with_report=pairs_only)
     excluded = manifest.excluded(split, with_report=pairs_only)
@@ -289,7 +298,27 @@ def build_loader(
         seed=seed,
         sentence_dropout=data.augment.sentence_dropout if train else 0.0,
         prefetch=data.prefetch,
+        timeout_s=config.run.timeout_s,
     )
+
+
+def _check_settings(data: Data) -> None:
+    """Raises:  ConfigError for numbers that no pipeline can honour."""
+    for holds, name, expected in (
+        (data.workers >= 0, "workers", "0 or more"),
+        (data.prefetch >= 1, "prefetch", "1 or more"),
+        (0.0 <= data.bad_share <= 1.0, "bad_share", "0 to 1"),
+        (data.std > 0.0, "std", "more than 0"),
+        (data.crop_px >= 1, "crop_px", "1 or more"),
+    ):
+        if not holds:
+            raise ConfigError(f"data.{name}={getattr(data, name)}: expected {expected}")
+    for name in ("brightness", "contrast"):
+        # from 1 on an image could be drawn black or inverted
+        if not 0.0 <= getattr(data.augment, name) < 1.0:
+            raise ConfigError(
+                f"data.augment.{name}={getattr(data.augment, name)}: expected 0 or more, below 1"
+            )
 
 
 def _build_pipeline(

@@ -12,6 +12,7 @@ from typing import Any
 from mlip.dataloading.ledger import DataError
 
 _POLL_S = 0.1  # how soon the thread notices that nobody wants its items any more
+_HANGS_S = 10.0  # a thread that takes longer to end hangs in the file system, which nothing ends
 
 
 class Producer:
@@ -33,21 +34,33 @@ class Producer:
         _running.add(self)
         self._thread.start()
 
-    def take(self) -> Any:
-        """The next item; a failure of make() is raised here, and again at every later call."""
+    def take(self, timeout_s: float = 0.0) -> Any:
+        """The next item; a failure of make() is raised here, and again at every later call.
+
+        Units:   timeout_s seconds of waiting for one item, 0 = for ever
+        Raises:  DataError where make() does not come back in time: a file system that hangs gives
+                 no error of its own, and a run that waits for ever holds its GPUs.
+        """
         if self._failure is not None:
             raise self._failure
-        item = self._queue.get()
+        try:
+            item = self._queue.get(timeout=timeout_s or None)
+        except queue.Empty:
+            self._failure = DataError(
+                f"no batch for {timeout_s:g} s (run.timeout_s): the file system of data.root "
+                "hangs, or the files are too large for this time; mend it and resume"
+            )
+            raise self._failure from None
         if isinstance(item, BaseException):
             self._failure = item
             raise item
         return item
 
     def stop(self) -> None:
-        """End the thread; what it made ahead is dropped."""
+        """End the thread; what it made ahead is dropped. One that hangs in a read is left to it."""
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_HANGS_S)
 
     def _run(self, step: int, last: int | None) -> None:
         try:

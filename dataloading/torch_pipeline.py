@@ -46,8 +46,7 @@ class TorchPipeline:
         kept = np.flatnonzero([found for found, _, _ in results]).astype(np.int64)
         rows = np.array([row for _, row, _ in results], dtype=np.int64)[kept]
         image = torch.from_numpy(out if len(kept) == len(plan) else out[kept])
-        if self.transform.channels > 1:
-            image = image.repeat(1, self.transform.channels, 1, 1)
+        image = image.expand(-1, self.transform.channels, -1, -1)
         return Images(image, kept, rows, [item for _, _, bad in results for item in bad])
 
     def close(self) -> None:

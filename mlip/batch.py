@@ -7,6 +7,7 @@ T tokens, K entities of a report, D embedding size, C channels, H W pixels.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ STATES = ("present", "absent", "uncertain")
 class Batch:
     """One rank's share of a global batch: a slice of the global order, ranks in rank order."""
 
-    image: Tensor  # [B, C, H, W] float32, normalised with data.mean and data.std
+    # [B, C, H, W] float32, normalised with data.mean and data.std; C may be a view of one channel
+    image: Tensor
     token_ids: Tensor  # [B, T] int64, padded with the tokenizer's [PAD]
     token_mask: Tensor  # [B, T] bool, True = real token, [CLS] and [SEP] included
     content_mask: Tensor  # [B, T] bool, as token_mask without [CLS] and [SEP]
@@ -35,11 +37,22 @@ class Batch:
         return int(self.image.shape[0])
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-        }
-        return Batch(**moved)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        names = [f.name for f in dataclasses.fields(self) if f.name != "image"]
+        moved = {name: move(getattr(self, name)) for name in names}
+        return Batch(image=by_channel(self.image, move), **moved)
+
+
+def by_channel(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """move(image); where the channels of a grey image are one tensor seen C times, that one moves.
+
+    Shapes:  image [B, C, H, W] -> [B, C, H, W]
+    """
+    if image.shape[1] > 1 and image.stride(1) == 0:
+        return move(image[:, :1]).expand_as(image)
+    return move(image)
 
 
 @dataclass(frozen=True)

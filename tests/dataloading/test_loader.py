@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from mlip.batch import Batch
-from mlip.config import Config
+from mlip.batch import Batch, by_channel
+from mlip.config import Config, ConfigError
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.ledger import DataError, Ledger
 from mlip.dataloading.loader import Loader, build_loader, merge_states, pair_ids_by_concepts
@@ -409,3 +410,31 @@ def test_equal_sets_of_present_concepts_share_a_pair_id_when_asked(
             assert (loader.pair_id[a] == loader.pair_id[b]) == (sets[a] == sets[b])
     assert len(set(loader.pair_id[rows])) < len(rows)
     assert (pair_ids_by_concepts(loader.manifest, rows, loader.encoder) == loader.pair_id).all()
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("data.workers=-1", "data.workers=-1: expected 0 or more"),
+        ("data.prefetch=0", "data.prefetch=0"),
+        ("data.bad_share=1.5", "data.bad_share=1.5: expected 0 to 1"),
+        ("data.std=0.0", "data.std=0.0: expected more than 0"),
+        ("data.augment.brightness=1.0", "data.augment.brightness=1.0"),
+    ],
+)
+def test_numbers_that_no_pipeline_can_honour_are_refused(
+    corpus: Make, build: Any, override: str, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        build(corpus(override))
+
+
+def test_grey_channels_are_one_tensor_until_they_are_used(corpus: Make, build: Any) -> None:
+    """A batch of three channels costs the memory and the copies of one."""
+    batch = take(build(corpus("data.channels=3")), 1)[0]
+    moved: list[Tensor] = []
+    image = by_channel(batch.image, lambda part: moved.append(part) or part.double())
+    assert moved[0].shape == (6, 1, 32, 32) and image.dtype == torch.float64
+    assert torch.equal(image, batch.image.double())
+    assert batch.image.untyped_storage().nbytes() == 6 * 32 * 32 * 4
+    assert torch.equal(batch.to("cpu").image, batch.image)

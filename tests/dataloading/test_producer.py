@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
 
+from mlip.dataloading.ledger import DataError
 from mlip.dataloading.producer import Producer
 
 
@@ -47,3 +49,22 @@ def test_it_ends_by_itself_before_the_last_step() -> None:
     assert [producer.take() for _ in range(3)] == [0, 10, 20]
     producer.stop()
     assert maker.made == [0, 1, 2]
+
+
+def test_a_read_that_hangs_is_an_error_after_the_asked_time() -> None:
+    hung = threading.Event()
+
+    class Hanging:
+        def make(self, step: int) -> int:
+            if step == 1:
+                hung.wait(60)
+            return step
+
+    maker = Hanging()
+    producer = Producer(maker.make, 0, None, prefetch=1)
+    assert producer.take(timeout_s=30) == 0
+    for _ in range(2):  # and it stays an error
+        with pytest.raises(DataError, match="no batch for 0.2 s.*run.timeout_s"):
+            producer.take(timeout_s=0.2)
+    hung.set()
+    producer.stop()
