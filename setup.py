@@ -46,13 +46,14 @@ setup(
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "psutil>=6",
+        "pycocotools>=2.0.8",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19,<0.20"],
         "dali": ["nvidia-dali-cuda130>=2.3"],
         "gpu": ["deepspeed>=0.19,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
         "tensorboard": ["tensorboard>=2.17"],
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton"],
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.5"],
     },
     entry_points={"console_scripts": ["mlip = mlip.cli:main"]},
 )

@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     evaluate = commands.add_parser(
-        "evaluate", help="zero-shot, retrieval and grounding of a checkpoint: results and a page"
+        "evaluate",
+        help="zero-shot, retrieval, grounding, or a task of configs/transfer: results and a page",
     )
     _add_settings(evaluate)
     evaluate.add_argument("--out", help="folder of results.json and report.html (run.dir)")
@@ -208,6 +209,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     config = read_settings(options.settings)
     device = _device(options.device)
+    if config.transfer.task != "none":
+        from mlip.evaluate_transfer import evaluate_transfer
+
+        evaluate_transfer(config, Path(options.out or config.run.dir), device=device)
+        return 0
     opened, config = _open(config, device)
     results = evaluate_run(
         opened.model,

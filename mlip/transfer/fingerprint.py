@@ -33,6 +33,15 @@ def preprocessing(config: Config) -> dict[str, Any]:
     }
 
 
+def image_preprocessing(config: Config) -> dict[str, Any]:
+    """The part of `preprocessing` that decides pixels: all that a task without text depends on."""
+    return {
+        key: value
+        for key, value in preprocessing(config).items()
+        if key in ("resize_px", "crop_px", "channels", "mean", "std")
+    }
+
+
 def hash_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

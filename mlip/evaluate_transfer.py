@@ -1,0 +1,70 @@
+"""`mlip evaluate` with transfer.task set: checkpoint in, results.json, table and page out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlip.config import Config, ConfigError
+from mlip.dataloading.manifest import load_manifest
+from mlip.pretrained import PretrainedError, open_checkpoint
+from mlip.report_transfer import write_transfer_page
+from mlip.transfer.evaluation import save_results
+from mlip.transfer.fingerprint import hash_of, image_preprocessing
+from mlip.transfer.protocol import transfer_run
+from mlip.transfer.table import table_lines
+
+
+def evaluate_transfer(
+    config: Config, folder: Path, *, device: str, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run the task of config.transfer and write results.json and report.html into `folder`.
+
+    Raises:  ConfigError where a checkpoint is needed and none is named; PretrainedError where it
+             was trained on pixels prepared in another way.
+    """
+    config, vision, facts = open_vision(config, device)
+    results = transfer_run(
+        config, load_manifest(config.data), vision, facts=facts, device=device, say=say
+    )
+    page = write_transfer_page(folder, results)
+    kept = {key: value for key, value in results.items() if key != "pictures"}
+    saved = save_results(kept, folder / "results.json")
+    say("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
+    return results
+
+
+def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any]]:
+    """(settings with the checkpoint's tower, its vision encoder or None, facts of its training)."""
+    start, where = config.transfer.start, config.evaluate.checkpoint
+    if start == "imagenet" or (start == "random" and where is None):
+        return config, None, {}
+    if where is None:
+        raise ConfigError(
+            "transfer.start=checkpoint: say which one with checkpoint=DIR, or set transfer.start "
+            "to random or imagenet"
+        )
+    opened = open_checkpoint(where, device=device, weights_of=config.evaluate.weights)
+    if start == "checkpoint":
+        check_preprocessing(config, opened.config, where)
+    towers = dataclasses.replace(config, model=opened.config.model)
+    # a random start takes the checkpoint's shape and nothing of its training
+    return towers, opened.model.vision, opened.facts if start == "checkpoint" else {}
+
+
+def check_preprocessing(asked: Config, trained: Config, where: str) -> None:
+    """Refuse a checkpoint whose training saw pixels prepared in another way; both hashes shown."""
+    a, t = image_preprocessing(asked), image_preprocessing(trained)
+    if a == t:
+        return
+    different = [key for key in a if a[key] != t[key]]
+    shown = ", ".join(
+        f"data.{key} (trained with {t[key]!r}, asked {a[key]!r})" for key in different
+    )
+    remedy = " ".join(f"data.{key}={t[key]}" for key in different)
+    raise PretrainedError(
+        f"{where} was trained with image preprocessing {hash_of(t)[:12]}, the settings ask for "
+        f"{hash_of(a)[:12]}: {shown}; add {remedy}"
+    )

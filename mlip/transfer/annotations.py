@@ -1,0 +1,300 @@
+"""What annotators said about the images of a manifest: label states, boxes, masks, subsets.
+
+Columns are named in transfer.columns as `mlip prepare` writes them; a folder of one's own may have
+boxes.csv and mask images instead, generated studies have truth.jsonl. Arrays are copies or
+read-only: nothing a caller does to a box reaches the next epoch.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from mlip.config import Config
+from mlip.dataloading.datasets.rle import decode_masks
+from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
+from mlip.dataloading.ledger import BadSample
+from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.phantom_dataset import read_truth
+from mlip.dataloading.table import ManifestError, read_table
+from mlip.transfer.interval import Array
+
+UNSAID, NEGATIVE, POSITIVE, UNCERTAIN = -1, 0, 1, 2  # states of a label
+INSIDE, IGNORED = 255, 127  # values of a mask image, as V7 Labs' lung masks have them
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of one image in px of the source image."""
+
+    corners: Array  # [n, 4] float64 x0, y0, x1, y1; read-only
+    names: tuple[str, ...]
+    size: tuple[int, int] | None  # height, width they are in; None = the image file's
+
+
+class Annotations:
+    """Annotations by manifest row.
+
+    Raises:  ManifestError naming a column that is not there, a box outside its image, run lengths
+             or a mask file that cannot be used. Messages name rows, never patients.
+    """
+
+    def __init__(self, config: Config, manifest: Manifest) -> None:
+        self.manifest, self.transfer = manifest, config.transfer
+        columns = config.transfer.columns
+        wanted = {
+            name: column
+            for name in ("uncertain", "negative", "boxes", "mask", "subset")
+            + ("source_height", "source_width")
+            if (column := getattr(columns, name)) is not None
+        }
+        self._columns: dict[str, pa.ChunkedArray] = {}
+        if wanted:
+            try:
+                self._columns, found = read_table(Path(manifest.path), wanted)
+            except ManifestError as error:
+                # the reader speaks of data.columns
+                raise ManifestError(
+                    str(error).replace("data.columns", "transfer.columns")
+                ) from None
+            if found != manifest.fingerprint:
+                raise ManifestError(f"{manifest.path}: changed while it was read; start again")
+
+    def _text(self, name: str, row: int) -> str:
+        column = self._columns.get(name)
+        return (column[row].as_py() or "").strip() if column is not None else ""
+
+    def subset(self, row: int) -> str:
+        return self._text("subset", row)
+
+    def states(self, rows: Array, classes: Sequence[str]) -> Array:
+        """[rows, classes] int8: POSITIVE, NEGATIVE, UNCERTAIN or UNSAID.
+
+        Raises:  ManifestError if no labels column is set, a row states a class both ways, or no
+                 row of the whole manifest carries any of the classes (a misspelt name).
+        """
+        if self.manifest.label_column is None:
+            raise ManifestError(
+                "classification needs labels: set data.columns.labels to the column that holds "
+                "finding names joined by '|'"
+            )
+        place = {name: k for k, name in enumerate(classes)}
+        states = np.full((len(rows), len(classes)), UNSAID, dtype=np.int8)
+        for i, row in enumerate(np.asarray(rows).tolist()):
+            said = (
+                (POSITIVE, self.manifest.labels(row)),
+                (UNCERTAIN, _split(self._text("uncertain", row))),
+                (NEGATIVE, _split(self._text("negative", row))),
+            )
+            for state, names in said:
+                for name in names:
+                    k = place.get(name)
+                    if k is None:
+                        continue
+                    if states[i, k] not in (UNSAID, state):
+                        raise ManifestError(
+                            f"{self.manifest.path}: data row {row + 1} states {name!r} in two of "
+                            "the labels, uncertain and negative columns"
+                        )
+                    states[i, k] = state
+        return states
+
+    def names(self) -> set[str]:
+        """Every name that the labels, uncertain and negative columns hold."""
+        columns = [self.manifest.label_column, *map(self._columns.get, ("uncertain", "negative"))]
+        return {
+            name
+            for column in columns
+            if column is not None
+            for value in column.unique().to_pylist()
+            for name in _split(value or "")
+        }
+
+    def source_size(self, row: int) -> tuple[int, int] | None:
+        """(height, width) of the image that boxes and run lengths are in; None = the file's."""
+        text = self._text("source_height", row), self._text("source_width", row)
+        return (int(text[0]), int(text[1])) if all(text) else None
+
+    def boxes(self, row: int) -> Boxes:
+        """The row's boxes; a row without any has corners of shape [0, 4]."""
+        size = self.source_size(row)
+        if "boxes" in self._columns:
+            text = self._text("boxes", row)
+            try:
+                found = [(*map(float, b[:4]), str(b[4])) for b in (json.loads(text or "[]"))]
+            except (ValueError, TypeError, IndexError):
+                raise ManifestError(
+                    f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
+                    "[[x, y, width, height, class], ...]"
+                ) from None
+        else:
+            found = self._box_file.get(self.manifest.image_path(row), [])
+            size = size or self._phantom_size
+        xywh = np.array([b[:4] for b in found], dtype=np.float64).reshape(-1, 4)
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        if not np.isfinite(corners).all() or (xywh[:, 2:] <= 0).any():
+            raise ManifestError(
+                f"{self.manifest.path}: data row {row + 1}: a box has no positive width and height"
+            )
+        corners.flags.writeable = False
+        return Boxes(corners, tuple(str(b[4]) for b in found), size)
+
+    @property
+    def boxes_cover_all(self) -> bool:
+        """Whether an image without a box was looked at and found without.
+
+        True of a column of boxes and of generated studies; boxes.csv beside real images names the
+        images somebody drew in, and says nothing of the others.
+        """
+        return "boxes" in self._columns or self._phantom_size is not None
+
+    @cached_property
+    def _phantom_size(self) -> tuple[int, int] | None:
+        try:
+            meta = json.loads(Path(self.manifest.path).with_name("meta.json").read_text())
+            side = int(meta["settings"]["image_px"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return side, side
+
+    @cached_property
+    def _box_file(self) -> dict[str, list[tuple[Any, ...]]]:
+        path = Path(self.manifest.path).with_name("boxes.csv")
+        if not path.is_file():
+            raise ManifestError(
+                f"no boxes: set transfer.columns.boxes to the manifest's column of boxes, or put "
+                f"boxes.csv (path, label, x, y, w, h) at {path}"
+            )
+        found: dict[str, list[tuple[Any, ...]]] = {}
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = {"path", "label", "x", "y", "w", "h"} - set(reader.fieldnames or ())
+            if missing:
+                raise ManifestError(f"{path}: missing columns {', '.join(sorted(missing))}")
+            for entry in reader:
+                try:
+                    numbers = [float(entry[key]) for key in ("x", "y", "w", "h")]
+                except ValueError:
+                    raise ManifestError(
+                        f"{path}: a box of {entry['label']!r} is not numeric"
+                    ) from None
+                found.setdefault(entry["path"], []).append((*numbers, entry["label"]))
+        return found
+
+    def mask(self, row: int, image_size: tuple[int, int]) -> Array:
+        """[H, W] uint8 of INSIDE, IGNORED and 0, on the source image's pixel grid.
+
+        image_size  (height, width) of the image as read; a mask image must have it
+        """
+        if self.transfer.mask_source == "boxes":
+            return self._filled_boxes(row, image_size)
+        if self.transfer.mask_source == "phantom":
+            return self._phantom_mask(row)
+        text = self._text("mask", row)
+        if "mask" not in self._columns:
+            raise ManifestError(
+                "segmentation needs masks: set transfer.columns.mask to the manifest's column of "
+                "run lengths or mask files, or transfer.mask_source to boxes or phantom"
+            )
+        if text.lower().endswith((".png", ".jpg", ".jpeg")):
+            return self._mask_file(row, text, image_size)
+        height, width = self.source_size(row) or image_size
+        try:
+            return decode_masks(text or "-1", height, width) * np.uint8(INSIDE)
+        except ValueError as error:
+            raise ManifestError(
+                f"{self.manifest.path}: data row {row + 1}: mask of {width} x {height} px: {error}"
+            ) from None
+
+    def has_mask(self, row: int) -> bool:
+        """Whether annotators drew a mask image for the row (a blank cell of run lengths is
+        an empty mask, a blank cell of mask files is no annotation)."""
+        return bool(self._text("mask", row))
+
+    @cached_property
+    def masks_are_files(self) -> bool:
+        """Whether the mask column names mask images."""
+        column = self._columns.get("mask")
+        values = column.unique().to_pylist() if column is not None else []
+        return any((v or "").strip().lower().endswith((".png", ".jpg", ".jpeg")) for v in values)
+
+    def _mask_file(self, row: int, relative: str, image_size: tuple[int, int]) -> Array:
+        where = f"{self.manifest.path}: data row {row + 1}: mask file"
+        try:
+            content = read_bytes(self.manifest.root, relative)
+            mask = decode_grey(content, read_header(content))
+        except BadSample as error:
+            raise ManifestError(f"{where} cannot be read: {error}") from None
+        expected = self.source_size(row) or image_size
+        if mask.shape != expected:
+            raise ManifestError(
+                f"{where} is {mask.shape[1]} x {mask.shape[0]} px, its image "
+                f"{expected[1]} x {expected[0]} px: expected one size"
+            )
+        return np.where(mask >= 192, INSIDE, np.where(mask >= 64, IGNORED, 0)).astype(np.uint8)
+
+    def _filled_boxes(self, row: int, image_size: tuple[int, int]) -> Array:
+        boxes = self.boxes(row)
+        size = boxes.size or image_size
+        check_inside(boxes.corners, size, f"{self.manifest.path}: data row {row + 1}")
+        mask = np.zeros(size, dtype=np.uint8)
+        wanted = self.transfer.classes
+        for corners, name in zip(boxes.corners, boxes.names, strict=True):
+            if not wanted or name in wanted:
+                x0, y0, x1, y1 = np.rint(corners).astype(int).clip(0)
+                mask[y0:y1, x0:x1] = INSIDE
+        return mask
+
+    @cached_property
+    def _phantom_truth(self) -> dict[str, list[dict[str, Any]]]:
+        return read_truth(Path(self.manifest.path).parent)
+
+    def _phantom_mask(self, row: int) -> Array:
+        found = self._phantom_truth[Path(self.manifest.image_path(row)).stem]
+        size = self._phantom_size
+        if size is None:
+            raise ManifestError(
+                f"transfer.mask_source=phantom: {self.manifest.path} is no generated data set"
+            )
+        mask = np.zeros(size, dtype=np.uint8)
+        wanted = self.transfer.classes
+        for finding in found:
+            if not wanted or finding["concept_id"] in wanted:
+                mask[finding["mask"]] = INSIDE
+        return mask
+
+
+def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:
+    """Raise ManifestError for a box outside its image; one pixel of slack, boxes are rounded."""
+    height, width = size
+    outside = (
+        (corners[:, :2] < -1).any(axis=1)
+        | (corners[:, 2] > width + 1)
+        | (corners[:, 3] > height + 1)
+    )
+    if outside.any():
+        x0, y0, x1, y1 = corners[np.flatnonzero(outside)[0]]
+        raise ManifestError(
+            f"{where}: a box (x={x0:g} y={y0:g} w={x1 - x0:g} h={y1 - y0:g}) does not lie inside "
+            f"its {width} x {height} image"
+        )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split("|") if part.strip()]
+
+
+def resize_mask(mask: Array, height: int, width: int) -> Array:
+    """A mask on another grid by nearest neighbour: values stay INSIDE, IGNORED or 0."""
+    if mask.shape == (height, width):
+        return mask
+    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

@@ -1,0 +1,193 @@
+"""What a classifier's logits are worth: per class, macro, with intervals over patients.
+
+A score that cannot be computed is None with the reason: a class without both kinds of test rows,
+or one that the training draw showed in one kind only (its constant output would read as 0.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mlip.transfer.interval import Array, auroc, weighted_auroc, weighted_mean
+from mlip.transfer.scores import (
+    Measured,
+    average_precision,
+    best_threshold,
+    calibration_error,
+    confusion,
+    curve,
+    over_seeds,
+    weighted_average_precision,
+    weighted_f1,
+)
+
+IGNORED = -1  # a target that is not known
+KEYS = ("auroc", "auprc", "f1", "accuracy", "ece")
+Prediction = dict[str, Array]  # "val" and "test" logits [n, classes], "learnt" [classes] bool
+
+
+def label_scores(
+    predictions: Sequence[Prediction],
+    targets: Array,
+    val_targets: Array,
+    weights: Array,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """Independent labels, one prediction a seed.
+
+    Shapes:  targets [test, classes], val_targets [val, classes] of 1, 0, IGNORED; weights [R, test]
+    Returns: {"classes": [{class, n, positives, auroc, auprc, f1, accuracy, ece, ...}],
+             "macro": {auroc, auprc, f1}, "headline": "auroc"}; f1 and accuracy at val's threshold
+    """
+    table: list[dict[str, Any]] = []
+    kept: dict[str, list[list[Measured]]] = {"auroc": [], "auprc": [], "f1": []}
+    for k, name in enumerate(classes):
+        known, known_val = targets[:, k] != IGNORED, val_targets[:, k] != IGNORED
+        truth, w = targets[known, k] == 1, weights[:, known]
+        row: dict[str, Any] = {"class": name, "n": len(truth), "positives": int(truth.sum())}
+        found: dict[str, list[Measured | None]] = {key: [] for key in KEYS}
+        thresholds = []
+        for p in predictions:
+            logit = p["test"][known, k].astype(np.float64)
+            threshold = best_threshold(
+                p["val"][known_val, k].astype(np.float64), val_targets[known_val, k] == 1
+            )
+            thresholds.append(threshold)
+            measured = _binary(logit, truth, w, threshold) if p["learnt"][k] else {}
+            for key in KEYS:
+                found[key].append(measured.get(key))
+        reason = _reason(truth, predictions, k)
+        for key, values in found.items():
+            row[key] = over_seeds(values, reason)
+            if key in kept and all(v is not None for v in values):
+                kept[key].append([v for v in values if v is not None])
+        row["threshold_logits"] = thresholds
+        first = predictions[0]
+        if truth.any() and not truth.all() and first["learnt"][k]:
+            logit = first["test"][known, k]
+            row["curve"] = curve(logit, truth)
+            if thresholds[0] is not None:
+                called = (logit >= thresholds[0]).astype(int)
+                row["confusion"] = confusion(called, truth.astype(int), 2)
+        table.append(row)
+    return {
+        "classes": table,
+        "macro": {key: _macro(values, len(targets)) for key, values in kept.items()},
+        "headline": "auroc",
+    }
+
+
+def _reason(truth: Array, predictions: Sequence[Prediction], k: int) -> str:
+    if truth.all() or not truth.any():
+        return f"{int(truth.sum())} of {len(truth)} test rows carry the class"
+    if not any(p["learnt"][k] for p in predictions):
+        return "the training draw shows the class in one kind of rows only"
+    return "no row of val carries the class: there is no threshold"
+
+
+def exclusive_scores(
+    predictions: Sequence[Prediction], targets: Array, weights: Array, classes: Sequence[str]
+) -> dict[str, Any]:
+    """One class is true of each row: accuracy of the best class, AUROC of each against the rest."""
+    truth, n = targets.argmax(axis=1), len(targets)
+    found: dict[str, list[Measured | None]] = {"accuracy": [], "ece": []}
+    areas: list[list[Measured | None]] = [[] for _ in classes]
+    for p in predictions:
+        probability = softmax(p["test"].astype(np.float64))
+        right = (probability.argmax(axis=1) == truth).astype(np.float64)
+        confidence = probability.max(axis=1)
+        found["accuracy"].append((float(right.mean()), weighted_mean(right, weights), n))
+        error = float(calibration_error(confidence, right)[0])
+        found["ece"].append((error, calibration_error(confidence, right, weights), n))
+        for k in range(len(classes)):
+            value = auroc(probability[:, k], truth == k) if p["learnt"][k] else None
+            areas[k].append(
+                None
+                if value is None
+                else (value, weighted_auroc(probability[:, k], truth == k, weights), n)
+            )
+    first = softmax(predictions[0]["test"].astype(np.float64))
+    table = []
+    for k, name in enumerate(classes):
+        is_true = truth == k
+        row = {
+            "class": name,
+            "n": n,
+            "positives": int(is_true.sum()),
+            "auroc": over_seeds(areas[k], _reason(is_true, predictions, k)),
+        }
+        if is_true.any() and not is_true.all():
+            row["curve"] = curve(first[:, k], is_true)
+        table.append(row)
+    defined = [[m for m in ms if m is not None] for ms in areas if None not in ms]
+    return {
+        "classes": table,
+        "macro": {
+            **{key: over_seeds(values) for key, values in found.items()},
+            "auroc": _macro(defined, n),
+        },
+        "confusion": confusion(first.argmax(axis=1), truth, len(classes)),
+        "headline": "accuracy",
+    }
+
+
+def macro_auroc(logits: Array, targets: Array) -> float | None:
+    """Mean AUROC over the classes that have both kinds of rows; None where none has."""
+    values = []
+    for k in range(targets.shape[1]):
+        known = targets[:, k] != IGNORED
+        value = auroc(logits[known, k], targets[known, k] == 1)
+        if value is not None:
+            values.append(value)
+    return float(np.mean(values)) if values else None
+
+
+def _binary(
+    logit: Array, truth: Array, weights: Array, threshold: float | None
+) -> dict[str, Measured | None]:
+    """One class and one fit; a score without its ingredients is None."""
+    n = len(truth)
+    if truth.all() or not truth.any():
+        return {}
+    area, precision = auroc(logit, truth), average_precision(logit, truth)
+    assert area is not None and precision is not None
+    probability = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))  # exp overflows past 709
+    found: dict[str, Measured | None] = {
+        "auroc": (area, weighted_auroc(logit, truth, weights), n),
+        "auprc": (precision, weighted_average_precision(logit, truth, weights), n),
+        "ece": (
+            float(calibration_error(probability, truth)[0]),
+            calibration_error(probability, truth, weights),
+            n,
+        ),
+    }
+    if threshold is not None:
+        called = logit >= threshold
+        right = (called == truth).astype(np.float64)
+        f1 = float(weighted_f1(called, truth, np.ones((1, n)))[0])
+        found["accuracy"] = (float(right.mean()), weighted_mean(right, weights), n)
+        found["f1"] = (f1, weighted_f1(called, truth, weights), n)
+    return found
+
+
+def _macro(values: list[list[Measured]], n: int) -> dict[str, Any]:
+    """Mean over classes for each seed, then over seeds; values [class][seed]."""
+    if not values:
+        return over_seeds([], "no class has both kinds of rows in train and test")
+    seeds: list[Measured | None] = []
+    for of_seed in zip(*values, strict=True):
+        stacked = np.stack([m[1] for m in of_seed])
+        defined = np.isfinite(stacked)
+        # a rare class that a resample lost leaves that resample's mean
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = np.where(defined, stacked, 0.0).sum(axis=0) / defined.sum(axis=0)
+        seeds.append((float(np.mean([m[0] for m in of_seed])), means, n))
+    return over_seeds(seeds)
+
+
+def softmax(logits: Array) -> Array:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)

@@ -1,0 +1,224 @@
+"""Detection on an encoder's levels: boxes of one or several classes, encoder frozen or tuned.
+
+Source:  MGCA's ssl_detector and yolo_loss (protocols.md D.3): YOLOv3 head on the three coarsest
+levels, AdamW, early stopping on val. Ours: whole images letterboxed, boxes never edited in place,
+frozen encoders in eval mode, a head for ViT, mAP that counts every image beside the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.transfer.annotations import Annotations, check_inside
+from mlip.transfer.average_precision import (
+    Found,
+    Truth,
+    detection_scores,
+    match,
+    mean_average_precision,
+)
+from mlip.transfer.boxes import box_iou
+from mlip.transfer.encoder import Encoder, Start
+from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
+from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.yolo import YoloHead, decode, yolo_loss
+
+ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
+SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
+
+
+class Detection:
+    """The task for one manifest: rows, boxes, fits and their scores."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        annotations: Annotations,
+        images: Images,
+        device: torch.device,
+    ) -> None:
+        frame = frame_of(config)
+        assert frame is not None
+        self.config, self.transfer, self.manifest = config, config.transfer, manifest
+        self.annotations, self.images, self.device = annotations, images, device
+        self.frame, self.side = frame, frame.side
+        self.classes = list(config.transfer.classes) or [ANY_CLASS]
+        self._boxes: dict[int, Truth] = {}
+        self._size_of_box_file: dict[int, tuple[int, int]] = {}
+
+    def rows(self, split: str) -> Array:
+        """All rows of the split: an image without a box counts too.
+
+        Where boxes are a file beside the manifest, images it never names were not looked at,
+        unless the data is generated (and then boxed in full).
+        """
+        rows = self.manifest.rows(split, with_report=False)
+        if not self.annotations.boxes_cover_all:
+            kept = [len(self.annotations.boxes(r).corners) > 0 for r in rows.tolist()]
+            rows = rows[np.array(kept, dtype=bool)]
+        return rows
+
+    def truth(self, row: int) -> Truth:
+        """The row's boxes in px of the encoder's input; the arrays are read-only."""
+        if row not in self._boxes:
+            boxes = self.annotations.boxes(row)
+            size = boxes.size or self.images.read(row)[1]
+            check_inside(boxes.corners, size, f"{self.manifest.path}: data row {row + 1}")
+            place = {name: k for k, name in enumerate(self.transfer.classes)}
+            labels = [place.get(n, -1) if place else 0 for n in boxes.names]
+            kept = np.array([k >= 0 for k in labels], dtype=bool)
+            corners = self.frame.boxes(boxes.corners[kept], size)
+            chosen = np.array(labels, dtype=np.int64)[kept]
+            corners.flags.writeable = chosen.flags.writeable = False
+            self._boxes[row] = Truth(corners, chosen)
+        return self._boxes[row]
+
+    def positive(self, rows: Array) -> Array:
+        return np.array([len(self.truth(r).corners) > 0 for r in rows.tolist()], dtype=bool)
+
+    def _inputs(
+        self, rows: Array, epoch: int | None, seed: int
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Images, boxes and labels of a batch; augmented together where an epoch is given."""
+        pictures, boxes, labels = [], [], []
+        black = -self.config.data.mean / self.config.data.std
+        found = self.images.many(rows.tolist())
+        for (grey, _), row in zip(found, rows.tolist(), strict=True):
+            matrix = None if epoch is None else augmentation(self.side, seed, epoch, row)
+            pictures.append(warp(normalise(grey, self.config), matrix, fill=black))
+            truth = self.truth(row)
+            corners, kept = warp_boxes(truth.corners, matrix, self.side)
+            boxes.append(torch.from_numpy(corners.astype(np.float32)))
+            labels.append(torch.from_numpy(truth.labels[kept]))
+        return to_tensor(pictures, self.config).to(self.device), boxes, labels
+
+    def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
+        """(predict: rows -> Found per image, record)"""
+        transfer = self.transfer
+        is_frozen = transfer.encoder == "frozen"
+        if not self.positive(train).any():
+            raise ManifestError(
+                f"{self.manifest.path}: none of the {len(train)} training images drawn has a box "
+                "of the classes asked for: raise transfer.fractions, or check transfer.classes"
+            )
+        encoder: Encoder = start.encoder(
+            is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
+        ).to(self.device)
+        torch.manual_seed(seed)
+        head = YoloHead(encoder, self.side, len(self.classes), transfer.decoder_width)
+        head = head.to(self.device)
+
+        def loss_of(outputs: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Tensor:
+            return yolo_loss(outputs, head, boxes, labels, transfer.box_loss)
+
+        def losses(epoch: int) -> Iterator[Tensor]:
+            for rows in shuffled_batches(train, transfer.batch, seed, epoch):
+                image, boxes, labels = self._inputs(rows, epoch if transfer.augment else None, seed)
+                yield loss_of(head(encoder.levels(image)), boxes, labels)
+
+        def outputs(rows: Array) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
+            for at in range(0, len(rows), transfer.batch):
+                part = rows[at : at + transfer.batch]
+                image, boxes, labels = self._inputs(part, None, seed)
+                with torch.no_grad():
+                    yield len(part), head(encoder.levels(image)), boxes, labels
+
+        def predict(rows: Array) -> list[Found]:
+            return [
+                Found(*parts)
+                for _, raw, _, _ in outputs(rows)
+                for parts in decode(
+                    raw, head, score_cut=transfer.score_cut, nms_iou=transfer.nms_iou
+                )
+            ]
+
+        def validate() -> tuple[float, float | None]:
+            total, found = 0.0, []
+            for count, raw, boxes, labels in outputs(val):
+                total += float(loss_of(raw, boxes, labels)) * count
+                if transfer.monitor == "score":
+                    cut = {"score_cut": transfer.score_cut, "nms_iou": transfer.nms_iou}
+                    found += [Found(*parts) for parts in decode(raw, head, **cut)]
+            score = self._val_score(val, found) if transfer.monitor == "score" else None
+            return total / len(val), score
+
+        modules: list[nn.Module] = [head] if is_frozen else [head, encoder]
+        groups = parameter_groups(head, None if is_frozen else encoder, transfer)
+        return predict, fit(modules, groups, transfer, losses, validate)
+
+    def _val_score(self, val: Array, found: list[Found]) -> float | None:
+        truth = [self.truth(r) for r in val.tolist()]
+        matches = match(truth, found, self.transfer.iou_thresholds, len(self.classes))
+        value = float(mean_average_precision(matches, np.ones((1, len(val))))[0])
+        return value if np.isfinite(value) else None
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> list[Found]:
+        return fitted(test)
+
+    def score(self, predictions: list[list[Found]], val: Array, test: Array) -> dict[str, Any]:
+        """mAP of test in both forms over the seeds' fits."""
+        patients = self.manifest.patient_key[test]
+        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
+        return detection_scores(
+            [self.truth(r) for r in test.tolist()],
+            predictions,
+            weights,
+            thresholds=self.transfer.iou_thresholds,
+            classes=self.classes,
+            score_cut=self.transfer.score_cut,
+            compat_score_cut=self.transfer.compat_score_cut,
+        )
+
+    def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
+        """Test images whose true boxes the best predictions overlap least."""
+        shown = []
+        for i, row in enumerate(test.tolist()):
+            truth, found = self.truth(row), prediction[i]
+            best = np.argsort(-found.scores, kind="stable")[: max(1, len(truth.corners))]
+            corners = found.corners[best]
+            if len(truth.corners) == 0:
+                continue
+            overlap = 0.0
+            if len(corners):
+                pairs = box_iou(
+                    torch.tensor(truth.corners), torch.from_numpy(corners.astype(np.float64))
+                )
+                overlap = float(pairs.max(dim=1).values.mean())
+            shown.append(
+                {
+                    "row": row,
+                    "caption": f"mean overlap {overlap:.2f}",
+                    "overlap": overlap,
+                    "predicted_boxes": corners.tolist(),
+                    "scores": found.scores[best].tolist(),
+                }
+            )
+        shown.sort(key=lambda s: s["overlap"])
+        return shown[:most]
+
+
+def warp_boxes(corners: Array, matrix: Array | None, side: int) -> tuple[Array, Array]:
+    """(extents of the mapped boxes cut to the picture, which boxes are still there); new arrays."""
+    if matrix is None or len(corners) == 0:
+        return corners.copy(), np.arange(len(corners))
+    x0, y0, x1, y1 = corners.T
+    points = np.stack([[x0, x1, x1, x0], [y0, y0, y1, y1]])  # [2, 4, n]
+    moved = np.einsum("ij,jkn->ikn", matrix[:, :2], points) + matrix[:, 2][:, None, None]
+    whole = np.concatenate([moved.min(axis=1), moved.max(axis=1)]).T
+    cut = whole.clip(0.0, float(side))
+
+    def area(c: Array) -> Array:
+        return (c[:, 2] - c[:, 0]) * (c[:, 3] - c[:, 1])
+
+    kept = np.flatnonzero(area(cut) > SMALLEST_SHARE * area(whole))
+    return cut[kept], kept

@@ -1,0 +1,167 @@
+"""A trained task from manifest to results: fractions x seeds, val for choices, test once per fit.
+
+Results are plain JSON values; only "pictures" (for the page) holds arrays, and is not saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.config import Config, to_dict
+from mlip.dataloading.manifest import Manifest
+from mlip.encoders.vision import VisionEncoder
+from mlip.transfer.annotations import Annotations
+from mlip.transfer.classification import Classification
+from mlip.transfer.detection import Detection
+from mlip.transfer.draws import SPLITS, HeldOut, Splits, balance, divide, draw_fraction
+from mlip.transfer.encoder import open_start
+from mlip.transfer.fingerprint import (
+    hash_of,
+    image_preprocessing,
+    source_commit,
+    versions,
+)
+from mlip.transfer.frames import Images, frame_of
+from mlip.transfer.interval import Array
+from mlip.transfer.pictures import example_pictures
+from mlip.transfer.segmentation import Segmentation
+
+SCHEMA = 1
+TASKS: dict[str, Any] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "detection": Detection,
+}
+
+
+def transfer_run(
+    config: Config,
+    manifest: Manifest,
+    vision: VisionEncoder | None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The task of config.transfer, trained for every fraction and seed and scored on test.
+
+    vision   the checkpoint's encoder (None: transfer.start is imagenet or random)
+    facts    what is known of its training: step, pairs_seen, checkpoint
+    Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
+             fits}], "fingerprints", "versions", "config", "pictures"}
+    Raises:  ManifestError for data the task cannot use; ValueError for broken features.
+    """
+    began = time.perf_counter()
+    transfer = config.transfer
+    manifest = dataclasses.replace(manifest, keep_without_report=True)
+    images = Images(config, manifest, frame_of(config))
+    try:
+        annotations = Annotations(config, manifest)
+        device = torch.device(device)
+        task = TASKS[transfer.task](config, manifest, annotations, images, device)
+        splits = _splits(config, manifest, task, images)
+        fractions, used = [], {}
+        test = HeldOut(splits.test)
+        pictures: list[dict[str, Any]] = []
+        for percent in transfer.fractions:
+            fits, predictions = [], []
+            for seed in transfer.seeds:
+                start = open_start(config, vision, dict(facts or {}), seed)
+                used[seed] = start.weights_hash
+                rows = _training_rows(config, manifest, task, splits, percent, seed)
+                fitted, record = task.fit(start, rows, splits.val, seed)
+                predictions.append(
+                    task.predict(fitted, rows, splits.val, test.open((percent, seed)))
+                )
+                fits.append(
+                    {
+                        "seed": seed,
+                        "rows": len(rows),
+                        "patients": len(np.unique(manifest.patient_key[rows])),
+                        "rows_hash": hash_of(sorted(map(manifest.image_path, rows.tolist()))),
+                        **record.as_dict(),
+                    }
+                )
+                say(
+                    f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
+                    f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
+                )
+            scores = task.score(predictions, splits.val, splits.test)
+            fractions.append({"percent": percent, "scores": scores, "fits": fits})
+            pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
+    finally:
+        images.close()
+    return {
+        "schema": SCHEMA,
+        "kind": "transfer",
+        "run": {
+            "name": Path(config.run.dir).name,
+            "seeds": list(transfer.seeds),
+            "device": str(device),
+            "commit": source_commit(),
+            **(facts or {}),
+            "seconds": round(time.perf_counter() - began, 1),
+        },
+        "task": {
+            "name": transfer.task,
+            "encoder": transfer.encoder,
+            "start": transfer.start,
+            "classes": list(getattr(task, "classes", [])),
+        },
+        "data": _account(manifest, task, splits),
+        "fractions": fractions,
+        "fingerprints": {
+            "weights": [used[seed] for seed in transfer.seeds]
+            if len(set(used.values())) > 1
+            else next(iter(used.values())),
+            "splits": splits.hash,
+            "manifest": manifest.fingerprint,
+            "preprocessing": hash_of(image_preprocessing(config)),
+            "frame": hash_of(dataclasses.asdict(f) if (f := frame_of(config)) else "crop"),
+            "settings": hash_of(to_dict(config)),
+        },
+        "versions": versions(),
+        "config": to_dict(config),
+        "pictures": pictures,
+    }
+
+
+def _splits(config: Config, manifest: Manifest, task: Any, images: Images) -> Splits:
+    usable: dict[str, Array] = {}
+    bad: dict[str, int] = {}
+    for split in SPLITS:
+        usable[split], reasons = images.usable(task.rows(split))
+        for reason, count in reasons.items():
+            bad[reason] = bad.get(reason, 0) + count
+    splits = divide(manifest, config.transfer.val_share, usable)
+    return dataclasses.replace(splits, unreadable=bad)
+
+
+def _training_rows(
+    config: Config, manifest: Manifest, task: Any, splits: Splits, percent: float, seed: int
+) -> Array:
+    rows = splits.train
+    if config.transfer.balance:
+        rows = balance(rows, task.positive(rows), seed)
+    return draw_fraction(rows, manifest.patient_key[rows], percent, seed)
+
+
+def _account(manifest: Manifest, task: Any, splits: Splits) -> dict[str, Any]:
+    return {
+        "splits": {
+            split: {
+                "images": len(splits[split]),
+                "patients": len(np.unique(manifest.patient_key[splits[split]])),
+                "with_a_positive": int(task.positive(splits[split]).sum()),
+            }
+            for split in SPLITS
+        },
+        "unreadable": splits.unreadable,
+    }

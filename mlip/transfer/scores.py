@@ -1,0 +1,134 @@
+"""Threshold-free and calibration scores of a classifier under patient resampling.
+
+Values come from scikit-learn; the weighted forms serve many bootstrap resamples with one sort and
+are tested to give the library's value at weight one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score
+
+from mlip.transfer.interval import Array, Estimate, estimate, not_available
+
+CALIBRATION_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks"
+
+
+def average_precision(scores: Array, labels: Array) -> float | None:
+    """Area under the precision-recall curve (steps); None where a class is absent."""
+    if labels.all() or not labels.any():
+        return None
+    return float(average_precision_score(labels, scores))
+
+
+def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> Array:
+    """Average precision under each row of weights [R, N] -> [R]; NaN without a positive."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
+    label = labels[order].astype(bool)
+    result = np.full(len(weights), np.nan)
+    for first in range(0, len(weights), 64):  # 64 rows at a time bound the memory
+        chosen = weights[first : first + 64][:, order].astype(np.float64)
+        hits = np.cumsum(chosen * label, axis=1)[:, ends]
+        shown = np.cumsum(chosen, axis=1)[:, ends]
+        gained = np.diff(hits, axis=1, prepend=0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            precision = np.where(shown > 0, hits / shown, 0.0)
+            value = (gained * precision).sum(axis=1) / hits[:, -1]
+        # a resample without negatives has no precision-recall curve worth the name
+        value[(hits[:, -1] == 0) | (hits[:, -1] == shown[:, -1])] = np.nan
+        result[first : first + 64] = value
+    return result
+
+
+def calibration_error(confidence: Array, right: Array, weights: Array | None = None) -> Array:
+    """Expected calibration error: mean |confidence - share right| over bins, by their mass.
+
+    Shapes:  confidence, right [N] in [0, 1]; weights [R, N] (None = one row of ones) -> [R]
+    """
+    if weights is None:
+        weights = np.ones((1, len(confidence)))
+    edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, CALIBRATION_BINS - 1)
+    member = (place[:, None] == np.arange(CALIBRATION_BINS)[None, :]).astype(np.float64)
+    gap = weights @ (member * (confidence - right.astype(np.float64))[:, None])
+    total = weights.sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, np.abs(gap).sum(axis=1) / total, np.nan)
+
+
+def best_threshold(scores: Array, labels: Array) -> float | None:
+    """The score above or at which calling positive gives the highest F1; None without positives.
+
+    Chosen on val, used on test. Of equal ones the highest, which calls the fewest positive.
+    """
+    if not labels.any():
+        return None
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
+    hits = np.cumsum(labels[order])[ends]
+    f1 = 2.0 * hits / (ends + 1 + labels.sum())
+    return float(ranked[ends[int(np.argmax(f1))]])
+
+
+def weighted_f1(called: Array, labels: Array, weights: Array) -> Array:
+    """F1 of calls under each row of weights [R, N] -> [R]; NaN without a positive."""
+    hits = weights @ (called & labels).astype(np.float64)
+    both = weights @ (called.astype(np.float64) + labels.astype(np.float64))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(weights @ labels.astype(np.float64) > 0, 2.0 * hits / both, np.nan)
+
+
+def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
+    """Counts by true class (rows) and predicted class (columns)."""
+    table = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(table, (truth, predicted), 1)
+    return table.tolist()
+
+
+Measured = tuple[float, Array, int]  # value, its resamples [R], n
+
+
+def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -> dict[str, Any]:
+    """The mean over seeds with an interval over patients, and how much seeds differ.
+
+    One resample of patients serves all seeds, so the interval says what another draw of test
+    patients would do to the mean; "seed_sd" says what another seed does.
+    Returns: Estimate with "seeds" (each value or None) and "seed_sd" (None for one seed)
+    """
+    found = [m for m in measured if m is not None and np.isfinite(m[0])]
+    each = [None if m is None or not np.isfinite(m[0]) else float(m[0]) for m in measured]
+    mean: Estimate
+    if not found:
+        mean = not_available(reason)
+    else:
+        # a seed for which the score does not exist is shown, and does not count as a zero
+        value = float(np.mean([m[0] for m in found]))
+        mean = estimate(value, np.mean([m[1] for m in found], axis=0), found[0][2])
+    values = [v for v in each if v is not None]
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {**mean, "seeds": each, "seed_sd": deviation}
+
+
+def curve(scores: Array, labels: Array, most: int = 120) -> dict[str, list[float]]:
+    """Points of the ROC and precision-recall curves, thinned to `most`."""
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    false, true, _ = roc_curve(labels, scores)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+
+    def thin(values: Array) -> list[float]:
+        at = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+        return [round(float(v), 4) for v in values[at]]
+
+    return {
+        "false_positive_rate": thin(false),
+        "true_positive_rate": thin(true),
+        "recall": thin(recall[::-1]),
+        "precision": thin(precision[::-1]),
+    }

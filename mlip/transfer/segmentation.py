@@ -1,0 +1,182 @@
+"""Segmentation on an encoder's levels: one mask per image, encoder frozen or tuned.
+
+Source:  MGCA's ssl_segmenter and segmentation_dataset (protocols.md D.4): U-Net decoder (ViT:
+SETR-PUP), 10 focal - log(soft Dice), threshold 0.5. Ours: masks by nearest neighbour through the
+image's own letterbox, frozen encoders in eval mode, Dice in three forms with intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer.annotations import IGNORED, INSIDE, Annotations
+from mlip.transfer.decoders import make_decoder
+from mlip.transfer.dice import Counts, count, dice_per_image, dice_scores, join
+from mlip.transfer.encoder import Encoder, Start
+from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
+from mlip.transfer.interval import Array, patient_resamples
+
+FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # protocols.md D.4
+THRESHOLD_LOGIT = 0.0  # a probability of one half
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """10 focal(gamma 2) - log(soft Dice over the batch as one image, smooth 1); scalar.
+
+    Shapes:  logits [B, 1, H, W]; masks [B, H, W] uint8, IGNORED pixels have no part in it
+    Source:  MGCA's MixedLoss, in logits throughout.
+    """
+    seen = (masks != IGNORED).to(logits.dtype)
+    truth = (masks == INSIDE).to(logits.dtype)
+    shown = logits[:, 0]
+    entropy = F.binary_cross_entropy_with_logits(shown, truth, reduction="none")
+    # 1 - p of the true class, from its logarithm: nothing underflows
+    wrong = F.logsigmoid(-shown * (2.0 * truth - 1.0))
+    focal = ((FOCAL_GAMMA * wrong).exp() * entropy * seen).sum() / seen.sum().clamp_min(1.0)
+    probability = shown.sigmoid() * seen
+    overlap = (probability * truth).sum()
+    dice = (2.0 * overlap + DICE_SMOOTH) / (probability.sum() + truth.sum() + DICE_SMOOTH)
+    return FOCAL_WEIGHT * focal - dice.log()
+
+
+class Segmentation:
+    """The task for one manifest: rows, masks, fits and their scores."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        annotations: Annotations,
+        images: Images,
+        device: torch.device,
+    ) -> None:
+        frame = frame_of(config)
+        assert frame is not None
+        self.config, self.transfer, self.manifest = config, config.transfer, manifest
+        self.annotations, self.images, self.device = annotations, images, device
+        self.frame, self.side = frame, frame.side
+        self._masks: dict[int, Array] = {}
+
+    def rows(self, split: str) -> Array:
+        """Rows of the split that have a mask, empty ones included."""
+        rows = self.manifest.rows(split, with_report=False)
+        if self.transfer.mask_source == "mask" and self.annotations.masks_are_files:
+            rows = rows[np.array([self.annotations.has_mask(r) for r in rows.tolist()], dtype=bool)]
+        return rows
+
+    def mask(self, row: int) -> Array:
+        """[side, side] uint8 of INSIDE, IGNORED, 0; kept compressed."""
+        if row not in self._masks:
+            _, size = self.images.read(row)
+            mask = self.frame.mask(self.annotations.mask(row, size))
+            self._masks[row] = cv2.imencode(".png", mask)[1]
+        kept = cv2.imdecode(self._masks[row], cv2.IMREAD_GRAYSCALE)
+        assert kept is not None
+        return kept
+
+    def masks(self, rows: Array) -> Array:
+        return np.stack([self.mask(r) for r in rows.tolist()])
+
+    def positive(self, rows: Array) -> Array:
+        return np.array([(self.mask(r) == INSIDE).any() for r in rows.tolist()], dtype=bool)
+
+    def _inputs(self, rows: Array, epoch: int | None, seed: int) -> tuple[Tensor, Tensor]:
+        """Images and masks of a batch; augmented together where an epoch is given."""
+        pictures, masks = [], []
+        black = -self.config.data.mean / self.config.data.std
+        found = self.images.many(rows.tolist())
+        for (grey, _), row in zip(found, rows.tolist(), strict=True):
+            matrix = None if epoch is None else augmentation(self.side, seed, epoch, row)
+            pictures.append(warp(normalise(grey, self.config), matrix, fill=black))
+            masks.append(warp(self.mask(row), matrix, nearest=True))
+        return (
+            to_tensor(pictures, self.config).to(self.device),
+            torch.from_numpy(np.stack(masks)).to(self.device),
+        )
+
+    def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
+        """(predict: rows -> logits in batches, record)"""
+        transfer = self.transfer
+        is_frozen = transfer.encoder == "frozen"
+        encoder: Encoder = start.encoder(
+            is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
+        ).to(self.device)
+        torch.manual_seed(seed)
+        decoder = make_decoder(encoder, self.side, 1, transfer.decoder_width).to(self.device)
+
+        def losses(epoch: int) -> Iterator[Tensor]:
+            for rows in shuffled_batches(train, transfer.batch, seed, epoch):
+                image, masks = self._inputs(rows, epoch if transfer.augment else None, seed)
+                yield mask_loss(decoder(encoder.levels(image)), masks)
+
+        def logits(rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
+            for at in range(0, len(rows), transfer.batch):
+                part = rows[at : at + transfer.batch]
+                image, masks = self._inputs(part, None, seed)
+                with torch.no_grad():
+                    yield part, decoder(encoder.levels(image)), masks
+
+        def validate() -> tuple[float, float | None]:
+            total, counts = 0.0, []
+            for part, shown, masks in logits(val):
+                total += float(mask_loss(shown, masks)) * len(part)
+                counts.append(
+                    count((shown[:, 0] > THRESHOLD_LOGIT).cpu().numpy(), masks.cpu().numpy())
+                )
+            return total / len(val), float(dice_per_image(join(counts)).mean())
+
+        modules: list[nn.Module] = [decoder] if is_frozen else [decoder, encoder]
+        groups = parameter_groups(decoder, None if is_frozen else encoder, transfer)
+        return logits, fit(modules, groups, transfer, losses, validate)
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Any]:
+        """Counts of test, and the predicted masks as packed bits for the page."""
+        counts, packed = [], []
+        for _, shown, masks in fitted(test):
+            called = (shown[:, 0] > THRESHOLD_LOGIT).cpu().numpy()
+            if not bool(torch.isfinite(shown).all()):
+                raise ValueError("the decoder's logits hold NaN or infinite values")
+            counts.append(count(called, masks.cpu().numpy()))
+            packed.append(np.packbits(called.reshape(len(called), -1), axis=1))
+        return {"counts": join(counts), "masks": np.concatenate(packed)}
+
+    def score(self, predictions: list[dict[str, Any]], val: Array, test: Array) -> dict[str, Any]:
+        """Dice of test in its three forms over the seeds' fits."""
+        patients = self.manifest.patient_key[test]
+        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
+        by_seed: list[Counts] = [p["counts"] for p in predictions]
+        return {
+            "dice": dice_scores(by_seed, weights),
+            "images": len(test),
+            "images_with_truth": int((by_seed[0].truth > 0).sum()),
+            "headline": "dice.published",
+        }
+
+    def worst(self, prediction: dict[str, Any], test: Array, most: int) -> list[dict[str, Any]]:
+        """The test images with the lowest Dice (with credit), those with truth first."""
+        counts: Counts = prediction["counts"]
+        each = dice_per_image(counts)
+        order = np.lexsort((np.arange(len(each)), counts.truth == 0, each))[:most]
+        return [
+            {
+                "row": int(test[i]),
+                "caption": f"Dice {each[i]:.2f}",
+                "predicted": self.unpack(prediction, i),
+            }
+            for i in order.tolist()
+        ]
+
+    def unpack(self, prediction: dict[str, Any], i: int) -> Array:
+        bits = np.unpackbits(prediction["masks"][i], count=self.side * self.side)
+        return bits.reshape(self.side, self.side).astype(bool)

@@ -1,0 +1,71 @@
+"""A trained task's results as lines of text: one row a fraction and score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "f1": "F1 (threshold of val)",
+    "accuracy": "accuracy",
+    "ece": "ECE",
+    "published": "Dice, published form (empty = 1)",
+    "positive_only": "Dice, images with truth only",
+    "pooled": "Dice, all pixels pooled",
+    "strict": "mAP, strict (every image)",
+    "compat": "mAP, published form",
+}
+
+
+def rows_of(scores: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, Estimate with seeds) of a task's summary scores, the headline first."""
+    if "macro" in scores:
+        first = scores["headline"]
+        for key in sorted(scores["macro"], key=lambda k: (k != first, k)):
+            prefix = "macro " if key not in ("accuracy", "ece") else ""
+            yield prefix + NAMES[key], scores["macro"][key]
+    elif "dice" in scores:
+        for key in ("published", "positive_only", "pooled"):
+            yield NAMES[key], scores["dice"][key]
+    else:
+        for key in ("strict", "compat"):
+            yield NAMES[key], scores[key]
+
+
+def headline_of(scores: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    return next(iter(rows_of(scores)))
+
+
+def number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def interval_text(estimate: Mapping[str, Any]) -> str:
+    """value [low, high], n/a with its reason, and the spread of the seeds."""
+    if estimate["value"] is None:
+        return f"n/a ({estimate['reason']})"
+    text = number(estimate["value"])
+    if estimate["low"] is not None:
+        text += f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    if estimate.get("seed_sd") is not None:
+        text += f", seeds +- {estimate['seed_sd']:.3f}"
+    return text
+
+
+def table_lines(results: Mapping[str, Any]) -> list[str]:
+    task, test = results["task"], results["data"]["splits"]["test"]
+    lines = [
+        f"{task['name']}, encoder {task['encoder']}, start {task['start']}; "
+        f"{len(results['run']['seeds'])} seeds; test: {test['images']} images of "
+        f"{test['patients']} patients; 95 % intervals over patients"
+    ]
+    for fraction in results["fractions"]:
+        fits = fraction["fits"]
+        images = sorted({fit["rows"] for fit in fits})
+        shown = f"{images[0]}" if len(images) == 1 else f"{images[0]} to {images[-1]}"
+        lines.append(f"{fraction['percent']:g} % of the training patients ({shown} images)")
+        for name, estimate in rows_of(fraction["scores"]):
+            lines.append(f"  {name:34s} {interval_text(estimate)}")
+    return lines
