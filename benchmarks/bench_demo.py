@@ -1,10 +1,13 @@
-"""The demo over seeds, full MLIP beside CLIP-style: runs what is missing, prints the table.
+"""The demo over seeds, MLIP beside runs without its parts: runs what is missing, prints tables.
 
-    .venv/bin/python benchmarks/bench_demo.py --seeds 1 2 3 --clip-seeds 1 --write docs/results.md
+    .venv/bin/python benchmarks/bench_demo.py --variants mlip clip no_knowledge --seeds 1 2 3 \
+        --write docs/results.md
 
-Each run goes to runs/bench/<name>_<seed> through the deepspeed launcher, as `make demo` does,
+Each run goes to runs/bench/<variant>_<seed> through the deepspeed launcher, as `make demo` does,
 with test patients of its own stream (data.phantom.test_seed). A folder that holds results.json is
-not run again. With --write the table replaces what stands between the two marks of the file.
+not run again. Variants of one seed share training and test patients, so what a part brings is a
+difference paired by seed: the second table gives its mean and Student's 95 % interval over the
+seeds. With --write the tables replace what stands between the two marks of the file.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],
     "clip": ["configs/demo.yaml", "configs/demo_clip.yaml"],
+    "no_knowledge": ["configs/demo.yaml", "configs/demo_no_knowledge.yaml"],
 }
 
 
@@ -93,21 +100,49 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def differences(results: dict[str, list[dict[str, Any]]]) -> str:
+    """The first variant minus each other, paired by seed; empty with fewer than two of both."""
+    (first, runs), *others = results.items()
+    of_seed = {r["run"]["seed"]: measures(r) for r in runs}
+    columns: dict[str, dict[str, str]] = {}
+    for name, other in others:
+        pairs = [
+            (of_seed[seed], measures(r)) for r in other if (seed := r["run"]["seed"]) in of_seed
+        ]
+        if len(pairs) < 2:
+            continue
+        cells = columns.setdefault(f"{first} minus {name}, {len(pairs)} seeds", {})
+        for measure in pairs[0][0]:
+            if any(side[measure] is None for pair in pairs for side in pair):
+                continue
+            gaps = np.array([one[measure] - two[measure] for one, two in pairs])
+            half = float(stats.t.ppf(0.975, len(gaps) - 1) * stats.sem(gaps))
+            if half > 0:  # counts that are equal in every run say nothing
+                mean = gaps.mean()
+                cells[measure] = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+    if not columns:
+        return ""
+    lines = ["| " + " | ".join(["measure", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for measure in measures(runs[0]):
+        cells_of = [cells.get(measure, "") for cells in columns.values()]
+        if any(cells_of):
+            lines.append("| " + " | ".join([measure, *cells_of]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
-    parser.add_argument("--clip-seeds", type=int, nargs="*", default=[])
-    parser.add_argument("--test-seed", type=int, default=1_000_000, help="run s tests on this + s")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mlip"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--test-seed", type=int, default=2_000_000, help="run s tests on this + s")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {"mlip": [], "clip": []}
-    for seed in options.seeds:
-        results["mlip"].append(run("mlip", seed, options.test_seed))
-    for seed in options.clip_seeds:
-        results["clip"].append(run("clip", seed, options.test_seed))
-    text = table(results)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in options.variants:
+        results[name] = [run(name, seed, options.test_seed) for seed in options.seeds]
+    text = "\n\n".join(filter(None, [table(results), differences(results)]))
     print(text)
     if options.write:
         page = options.write.read_text(encoding="utf-8")

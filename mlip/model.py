@@ -54,7 +54,10 @@ class Scales(nn.Module):
                 "log_scale_local": scalar(INITIAL_LOG_SCALE),
                 "attention_scale": scalar(local.attention_scale, local.learn_scales),
                 "knowledge_scale": scalar(local.knowledge_scale, local.learn_scales),
-                "knowledge_gain": scalar(local.knowledge_gain, local.learn_scales),
+                # 0 switches enrichment off: it must not learn its way back
+                "knowledge_gain": scalar(
+                    local.knowledge_gain, local.learn_scales and local.knowledge_gain > 0
+                ),
                 "aggregation_scale": scalar(local.aggregation_scale, local.learn_scales),
             }
         )
@@ -205,6 +208,8 @@ class MLIPModel(nn.Module):
         local = self.config.loss.local_alignment
         learned = local.learn_scales
         scales = self.scales
+        if local.knowledge_gain == 0 and local.knowledge_share == 0:
+            knowledge = None  # nothing of it would show: its arithmetic is not paid either
         return token_knowledge_patch_scores(
             patches,
             tokens,

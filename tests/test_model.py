@@ -1,0 +1,45 @@
+"""MLIPModel: the switches of the local score that belong to the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlip.config import load
+from mlip.model import MLIPModel
+
+TINY = (
+    "data.channels=1",
+    "data.resize_px=64",
+    "data.crop_px=64",
+    "model.embed_dim=16",
+    "model.heads.hidden=16",
+    "model.vision.options={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1],"
+    " layer_type: basic}",
+    "model.vision.patch_stage=1",
+    "model.text.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
+    " intermediate_size: 16}",
+)
+
+
+def _make(*overrides: str) -> MLIPModel:
+    torch.manual_seed(0)
+    config = load([], [*TINY, *overrides])
+    return MLIPModel(config, vocab_size=40, concept_vectors=torch.randn(6, 12)).eval()
+
+
+@pytest.mark.parametrize(("gain", "share"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25)])
+def test_a_gain_of_zero_and_a_share_of_zero_keep_knowledge_out_for_good(
+    gain: float, share: float
+) -> None:
+    local = "loss.local_alignment"
+    model = _make(f"{local}.knowledge_gain={gain}", f"{local}.knowledge_share={share}")
+    # a gain of 0 is a switch: a learned one would come back after the first step
+    assert model.scales.stored["knowledge_gain"].requires_grad == (gain > 0)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    ids, state = torch.tensor([[0, 1], [2, 3]]), torch.zeros(2, 2, dtype=torch.long)
+    knowledge = model.encode_knowledge(ids, state, torch.ones(2, 2, dtype=torch.bool))
+    patches, tokens = torch.randn(2, 4, 16), torch.randn(2, 5, 16)
+    with_it = model.local_scores(patches, tokens, mask, None, knowledge)
+    without = model.local_scores(patches, tokens, mask, None, None)
+    assert torch.equal(with_it, without) == (gain == 0 and share == 0)
