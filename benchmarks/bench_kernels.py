@@ -183,13 +183,10 @@ def run_case(case: Case, peak_tflops: float | None) -> Case:
     def both() -> tuple[Tensor, ...]:
         return _forward_backward(loss, inputs)
 
-    row["peak_mib"] = None
     warm = both()  # compiles before memory is measured
     del warm
-    peak = harness.peak_bytes(both) if case["device"] == "cuda" else None
-    if peak is not None:
-        gradients = sum(x.numel() * x.element_size() for x in inputs[:2])
-        row["peak_mib"] = (peak - gradients) / 2**20
+    gradients = sum(x.nbytes for x in inputs[:2])
+    row["peak_mib"] = (harness.peak_bytes(both, case["device"]) - gradients) / 2**20
     row["forward"] = harness.measure(forward, case["device"])
     row["both"] = harness.measure(both, case["device"])
     row["forward_ms"], row["both_ms"] = row["forward"]["median_ms"], row["both"]["median_ms"]

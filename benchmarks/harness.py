@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -117,10 +118,10 @@ def measure(
     return _spread(times)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Most memory that one call of `run` adds on the GPU; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """Most memory that one call of `run` adds: of the GPU's allocator, or of torch's on the CPU."""
+    if device != "cuda":
+        return _peak_bytes_on_cpu(run)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -128,6 +129,21 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_bytes_on_cpu(run: Callable[[], Any]) -> int:
+    # counted event by event by torch's own profiler: exact, whatever else the process holds
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        made = run()
+    del made
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
 
 
 def matmul_peak_tflops(device: str) -> float | None:

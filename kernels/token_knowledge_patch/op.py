@@ -25,9 +25,8 @@ from mlip.kernels.token_knowledge_patch.reference import (
     UNSHIFTED_SCALE,
     pair_scores,
     prepare_rows_in_budget,
-    row_weights,
-    unit_rows,
 )
+from mlip.kernels.token_knowledge_patch.rows_reference import row_weights, unit_rows
 from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, MAX_ENTITIES
 
 

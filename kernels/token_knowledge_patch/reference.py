@@ -1,8 +1,9 @@
 """Token-knowledge-patch scores in plain torch: any device, float32 or float64 inside.
 
-The definition of correct for the Triton kernels, and product code for CPUs and old GPUs. Pairs are
-taken in tiles; similarities are kept for the backward pass while they fit MEMORY_BUDGET_BYTES and
-made again tile by tile where they do not. The backward formulas are derivation 2 of the README.
+The definition of correct for the Triton kernels, and product code for CPUs and old GPUs; how texts
+become rows is in rows_reference.py. Pairs are taken in tiles; similarities are kept for the
+backward pass while they fit half of MEMORY_BUDGET_BYTES and made again tile by tile where they do
+not. The backward formulas are derivations 2 and 3 of the README.
 """
 
 from __future__ import annotations
@@ -16,107 +17,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
 
 MEMORY_BUDGET_BYTES = 512 * 2**20
 # similarities of a tile: on a CPU a tile and its temporaries should stay in the cache
 CPU_TILE_ELEMENTS = 2**19
 GPU_TILE_ELEMENTS = 2**24
-NORM_FLOOR = 1e-6  # a row no longer than this is the zero row
 CONTEXT_FLOOR = 1e-6
 # |similarity| <= 1: up to this scale exp() neither overflows nor leaves the normal float32 range
 UNSHIFTED_SCALE = 80.0
-
-
-def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows over their length; the zero row, with gradient 0, where masked or at most NORM_FLOOR."""
-    if mask is not None:
-        # where, not multiply: a masked row may hold NaN
-        x = torch.where(mask[..., None], x, torch.zeros((), dtype=x.dtype, device=x.device))
-    x = x.to(dtype)
-    if x.shape[-1] == 0:
-        return x
-    # scaled by the largest entry first: a finite row, however long, must not overflow its square
-    largest = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-    scaled = x / largest
-    square = scaled.square().sum(-1, keepdim=True)
-    keep = square.detach().sqrt() * largest > NORM_FLOOR
-    zero = torch.zeros((), dtype=dtype, device=x.device)
-    # chosen before the root: its slope at 0 is infinite, and 0 times infinity is NaN
-    return torch.where(keep, scaled, zero) * torch.where(keep, square, zero + 1).rsqrt()
-
-
-def row_weights(
-    tokens_NTD: Tensor,
-    knowledge_NKD: Tensor | None,
-    token_weights_NT: Tensor | None,
-    knowledge_weights_NK: Tensor | None,
-    knowledge_mask_NK: Tensor | None,
-    knowledge_share: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight of every row, tokens then entities [N, T + K]: sums to 1, or 0 for an empty text.
-
-    Source:  method section 4 (ours): weight
-    """
-    zero = torch.zeros((), dtype=dtype, device=tokens_NTD.device)
-
-    def positive(weights: Tensor | None, like: Tensor) -> Tensor:
-        if weights is None:
-            return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
-        return torch.where(weights > 0, weights.to(dtype), zero)
-
-    def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = weights.sum(1, keepdim=True)
-        return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
-
-    u_NT, has_tokens = shares(positive(token_weights_NT, tokens_NTD))
-    if knowledge_NKD is None:
-        return u_NT
-    s_NK = positive(knowledge_weights_NK, knowledge_NKD)
-    if knowledge_mask_NK is not None:
-        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
-    s_NK, has_entities = shares(s_NK)
-    share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
-    return torch.cat([(1 - share) * u_NT, share * s_NK], 1)
-
-
-def prepare_rows(
-    tokens_NTD: Tensor,
-    knowledge_NKD: Tensor | None,
-    token_weights_NT: Tensor | None,
-    knowledge_weights_NK: Tensor | None,
-    knowledge_mask_NK: Tensor | None,
-    knowledge_scale: Tensor,
-    knowledge_gain: Tensor,
-    knowledge_share: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The query rows of every text, enriched tokens, then entities, and their weights.
-
-    Shapes:  tokens [N, T, D], knowledge [N, K, D] -> rows [N, T + K, D], weights [N, T + K]
-    Returns: rows of unit length or zero
-    Source:  method section 4 (ours): A, w', rows
-    """
-    weight = row_weights(
-        tokens_NTD,
-        knowledge_NKD,
-        token_weights_NT,
-        knowledge_weights_NK,
-        knowledge_mask_NK,
-        knowledge_share,
-        dtype,
-    )
-    token_mask = None if token_weights_NT is None else token_weights_NT > 0
-    token_NTD = unit_rows(tokens_NTD, token_mask, dtype)
-    if knowledge_NKD is None:
-        return token_NTD, weight
-    entity_NKD = unit_rows(knowledge_NKD, knowledge_mask_NK, dtype)
-    logits_NTK = torch.bmm(token_NTD, entity_NKD.mT) * knowledge_scale
-    if knowledge_mask_NK is not None:
-        logits_NTK = logits_NTK.masked_fill(~knowledge_mask_NK[:, None], torch.finfo(dtype).min)
-    # a text without entities has zero entity rows, so its uniform softmax adds exactly nothing
-    enriched = token_NTD + knowledge_gain * torch.bmm(logits_NTK.softmax(-1), entity_NKD)
-    return torch.cat([unit_rows(enriched, token_mask, dtype), entity_NKD], 1), weight
 
 
 def prepare_rows_in_budget(tokens_NTD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -125,8 +34,8 @@ def prepare_rows_in_budget(tokens_NTD: Tensor, *rest: Any) -> tuple[Tensor, Tens
     texts = tokens_NTD.shape[0]
     entities = 0 if knowledge is None else knowledge.shape[1]
     per_text = (tokens_NTD.shape[1] + entities) * tokens_NTD.shape[2]
-    # about ten float32 copies of the rows are alive in prepare_rows
-    step = max(1, MEMORY_BUDGET_BYTES // max(1, 40 * per_text))
+    # about eight copies of the rows are alive in prepare_rows, which may take an eighth
+    step = max(1, MEMORY_BUDGET_BYTES // max(1, 64 * per_text * dtype.itemsize))
     if step >= texts:
         return prepare_rows(tokens_NTD, *rest)
 
@@ -161,6 +70,7 @@ class Spec:
     patch_mask: Tensor | None  # [M, P]
     images: int
     patches: int
+    width: int  # numbers of the widest temporary of one row and image: patches, or D for contexts
 
 
 @dataclass
@@ -173,7 +83,7 @@ class Tile:
 
 def _tiles(spec: Spec, budget_elements: int, on_cpu: bool) -> Iterator[Tile]:
     limit = min(CPU_TILE_ELEMENTS if on_cpu else GPU_TILE_ELEMENTS, budget_elements)
-    texts, per_row = len(spec.bounds) - 1, spec.images * spec.patches
+    texts, per_row = len(spec.bounds) - 1, spec.images * spec.width
     first = 0
     while first < texts:
         last = first + 1
@@ -181,10 +91,16 @@ def _tiles(spec: Spec, budget_elements: int, on_cpu: bool) -> Iterator[Tile]:
             last += 1
         rows = slice(spec.bounds[first], spec.bounds[last])
         count = max(1, rows.stop - rows.start)
-        step = max(1, limit // max(1, count * spec.patches))
+        step = max(1, limit // max(1, count * spec.width))
         for start in range(0, spec.images, step):
             yield Tile(slice(first, last), slice(start, min(start + step, spec.images)), rows)
         first = last
+
+
+def _tile_budget_bytes(rows_RD: Tensor, patch_MPD: Tensor) -> int:
+    """What tiles and kept similarities may take beside the unit rows and their gradients."""
+    copies = 4 * (rows_RD.nbytes + patch_MPD.nbytes)
+    return max(MEMORY_BUDGET_BYTES - copies, MEMORY_BUDGET_BYTES // 4)
 
 
 def _softmax_terms(s: Tensor, spec: Spec, tile: Tile, alpha: Tensor) -> Tensor:
@@ -296,14 +212,15 @@ class _PairScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD, weight_R, patch_MPD, alpha, gamma, spec: Spec) -> Tensor:
         element = rows_RD.element_size()
-        budget = MEMORY_BUDGET_BYTES // element
+        budget = _tile_budget_bytes(rows_RD, patch_MPD) // element
         pairs = rows_RD.shape[0] * spec.images
         # an int64 argmax and r, or similarities with two statistics of each row
         stored = pairs * (8 // element + 1) if spec.pooling == "max" else pairs * (spec.patches + 2)
-        keep = any(ctx.needs_input_grad) and stored <= budget
+        keep = any(ctx.needs_input_grad) and stored <= budget // 2
         scores = rows_RD.new_zeros((spec.images, len(spec.bounds) - 1))
         tiles = []
-        for tile in _tiles(spec, budget // 8, rows_RD.device.type == "cpu"):
+        # a tile has up to eight temporaries of its own size: a quarter of the budget
+        for tile in _tiles(spec, budget // 32, rows_RD.device.type == "cpu"):
             s = _similarities(rows_RD, patch_MPD, tile)
             r, extra = _pool(s, patch_MPD, spec, tile, alpha)
             if keep:
@@ -395,5 +312,8 @@ def pair_scores(
         text_of_row = torch.div(text_of_row, max(rows_a_text, 1), rounding_mode="floor")
     # reading a scale on the GPU would synchronise, so there the maximum is always subtracted
     shift = not on_cpu or float(alpha.detach()) > UNSHIFTED_SCALE
-    spec = Spec(pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches)
+    width = max(patches, dim) if pooling == "context" else patches
+    spec = Spec(
+        pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches, width
+    )
     return _PairScores.apply(rows_RD, weight_R, patch_MPD, alpha, gamma, spec)

@@ -9,9 +9,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-# statistics of pairs (r, softmax statistic, g, h) beside the gradients' own buffers
-STATISTICS_BUDGET_BYTES = 2**30
-SMALLEST_STATISTICS_BYTES = 2**28
+# the memory law of the README: beside unit copies and scores a call may take
+# min(20 bytes a pair of row and image, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES
+WORKSPACE_CAP_BYTES = 2**30
+WORKSPACE_SLACK_BYTES = 2**26
+WORKSPACE_RESERVE_BYTES = 2**22  # row index, masks and the loss's own temporaries
+# where float32 gradients alone pass LARGE_GRADIENT_BYTES the law cannot hold (inputs of more than
+# 4 GiB an operand in float32); chunks must still be long enough to fill the chip
+LARGE_GRADIENT_BYTES = 2**29
+LARGE_FLOOR_BYTES = 2**28
+SMALL_FLOOR_BYTES = 2**25
 CONTEXT_BUDGET_BYTES = 2**27
 MAX_DIM = 256
 MAX_ENTITIES = 128
@@ -213,19 +220,29 @@ class Problem:
         return max(16, (texts * self.rows_a_text + 15) // 16 * 16)
 
 
-def statistics_bytes(p: Problem) -> int:
-    """What the statistics may take, after the float32 buffers of both gradients."""
+def workspace_bytes(p: Problem) -> int:
+    """What the law leaves after the float32 buffers of both gradients."""
+    pairs = p.images * p.texts * p.rows_a_text
+    law = min(20 * pairs, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES - WORKSPACE_RESERVE_BYTES
     gradients = 4 * p.dim * (p.texts * p.rows_a_text + p.images * p.padded)
-    return max(STATISTICS_BUDGET_BYTES - gradients, SMALLEST_STATISTICS_BYTES)
+    is_large = gradients > LARGE_GRADIENT_BYTES
+    return max(law - gradients, LARGE_FLOOR_BYTES if is_large else SMALL_FLOOR_BYTES)
+
+
+def chunk_bytes(p: Problem, texts: int) -> int:
+    """Of a chunk of texts: r, softmax statistic, g and h of its pairs, and a context's t."""
+    turned = p.size * p.dim if p.pooling == "context" else 0
+    return (16 + turned) * p.images * p.stride(texts)
 
 
 def text_chunks(p: Problem) -> list[tuple[int, int]]:
-    """Texts in ranges whose four statistics a pair of row and image fit the budget."""
-    each = 16 * p.images * p.stride(1)
-    step = max(1, statistics_bytes(p) // each)
+    """Texts in ranges whose statistics fit the workspace, beside some room for partial sums."""
+    budget = workspace_bytes(p)
     if p.pooling == "context":
-        turned = p.size * p.dim * p.images * p.stride(1)
-        step = max(1, min(step, CONTEXT_BUDGET_BYTES // turned))
+        budget = min(budget * 3 // 4, CONTEXT_BUDGET_BYTES)
+    if chunk_bytes(p, p.texts) <= budget:
+        return [(0, p.texts)]
+    step = max(1, budget // chunk_bytes(p, 1))
     return [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
 
 

@@ -7,6 +7,7 @@ are real is known to the device alone, grids are sized for all of them.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -30,14 +31,17 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
 from mlip.kernels.token_knowledge_patch.tiling import (
     SHARED_MEMORY,
     SHARED_MEMORY_OTHERS,
-    SMALLEST_STATISTICS_BYTES,
     Problem,
     block_dim,
     choose_tiling,
+    chunk_bytes,
     is_kept,
     text_chunks,
+    workspace_bytes,
 )
 
+# r and statistic of a chunk of texts where no backward pass will come
+FORWARD_CHUNK_BYTES = 2**28
 PARTIAL_BUDGET_BYTES = 2**25
 
 
@@ -85,10 +89,10 @@ def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index, torch.div(index, rows, rounding_mode="floor"), bounds
 
 
-def _groups(programs: int, target: int, partial_bytes: int) -> int:
+def _groups(programs: int, target: int, part_bytes: int, budget: int) -> int:
     """Into how many shares to split a pass that would leave the chip idle, at most four."""
-    by_need = triton.cdiv(target, max(programs, 1))
-    by_memory = max(1, PARTIAL_BUDGET_BYTES // max(partial_bytes, 1))
+    by_need = (target + programs // 2) // programs
+    by_memory = min(budget, PARTIAL_BUDGET_BYTES) // part_bytes
     return max(1, min(by_need, by_memory, 4))
 
 
@@ -138,7 +142,7 @@ def pair_scores_fwd(
     if not keep:
         # without a backward pass to come, smaller chunks: r is summed at once and dropped
         each = 8 * p.images * p.stride(1)
-        step = max(1, SMALLEST_STATISTICS_BYTES // each)
+        step = max(1, FORWARD_CHUNK_BYTES // each)
         chunks = [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
     like = tensors["v"]
     scores = torch.empty((p.images, p.texts), dtype=torch.float32, device=like.device)
@@ -179,39 +183,42 @@ def pair_scores_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32."""
     like = tensors["v"]
-    device = like.device
+    wide: Any = {"dtype": torch.float32, "device": like.device}
     limit, processors = _facts(like)
     block_d = block_dim(p.dim)
     by_rows = choose_tiling("backward_rows", p.patches, block_d, p.size, limit, p.pooling)
     by_patches = choose_tiling("backward_patches", p.patches, block_d, p.size, limit, p.pooling)
     total_rows = p.texts * p.rows_a_text
-    d_weight = torch.zeros(total_rows, device=device)
-    d_alpha, h_sum = torch.zeros((), device=device), torch.zeros((), device=device)
+    d_weight = torch.zeros(total_rows, **wide)
+    d_alpha, h_sum = torch.zeros((), **wide), torch.zeros((), **wide)
 
     chunks = text_chunks(p) if kept[0].numel() == 0 else [(0, p.texts)]
     widest = max(last - first for first, last in chunks)
-    g = torch.empty((p.images, p.stride(widest)), device=device)
+    g = torch.empty((p.images, p.stride(widest)), **wide)
     h = torch.empty_like(g)
     turned = torch.empty(
-        (*g.shape, p.dim) if p.pooling == "context" else 1, dtype=like.dtype, device=device
+        (*g.shape, p.dim) if p.pooling == "context" else 1, dtype=like.dtype, device=like.device
     )
     stats = kept if kept[0].numel() else _buffers(p, widest, like)
 
     programs = triton.cdiv(widest * p.rows_a_text, by_rows.block_r)
-    row_groups = min(p.images, _groups(programs, 2 * processors, total_rows * p.dim * 4))
-    d_rows = torch.zeros((row_groups, total_rows, p.dim), device=device)
+    spare = workspace_bytes(p) - chunk_bytes(p, widest)  # for partial sums, the rows' first
+    part_bytes = total_rows * p.dim * 4
+    row_groups = min(p.images, _groups(programs, 2 * processors, part_bytes, spare))
+    spare -= (row_groups - 1) * part_bytes
+    d_rows = torch.zeros((row_groups, total_rows, p.dim), **wide)
     programs = p.images * by_patches.tiles
-    patch_groups = _groups(programs, 2 * processors, like.numel() * 4)
+    patch_groups = _groups(programs, 2 * processors, like.numel() * 4, spare)
     if len(chunks) > 1:
         patch_groups = 1  # many chunks are many rows: the images alone fill the chip
-    d_v = torch.empty((patch_groups, *like.shape), device=device)
+    d_v = torch.empty((patch_groups, *like.shape), **wide)
 
     for first, last in chunks:
         if not kept[0].numel():
             _pair_fwd(p, tensors, first, last, stats)
         r, stat = stats
         blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
-        parts = torch.empty(blocks, device=device)
+        parts = torch.empty(blocks, **wide)
         _aggregate_bwd_kernel[(blocks,)](
             r,
             tensors["weight"],
@@ -238,7 +245,7 @@ def pair_scores_bwd(
         )
         h_sum += parts.sum()
         grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
-        alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, device=device)
+        alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, **wide)
         inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
         shared = _keywords(p)
         span = (first, last)
@@ -278,7 +285,7 @@ def pair_scores_bwd(
             **shared,
             **by_patches.keywords(),
         )
-    d_gamma = torch.zeros((), device=device)
+    d_gamma = torch.zeros((), **wide)
     if p.aggregation == "lse":
         d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
     # ordered sums of at most four parts

@@ -316,7 +316,7 @@ def test_offsets_beyond_32_bits_are_right() -> None:
 
 def test_statistics_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """M x rows above 2^31: the corner blocks equal those of small calls."""
-    monkeypatch.setattr(tiling, "STATISTICS_BUDGET_BYTES", 2**38)
+    monkeypatch.setattr(tiling, "WORKSPACE_CAP_BYTES", 2**38)
     batch, tokens = 4352, 128
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")

@@ -221,12 +221,13 @@ def test_chunks_of_texts_change_nothing(pooling: str, monkeypatch: pytest.Monkey
     whole, cut = leaves(inputs, torch.float32), leaves(inputs, torch.float32)
     value = token_knowledge_patch_scores(**whole, pooling=pooling, impl="triton")
     want = gradients(value, whole)
-    for name in ("STATISTICS_BUDGET_BYTES", "SMALLEST_STATISTICS_BYTES"):
-        monkeypatch.setattr(tiling, name, 2 * 16 * 2 * 16)
-    monkeypatch.setattr(
-        "mlip.kernels.token_knowledge_patch.triton_kernels.SMALLEST_STATISTICS_BYTES", 1
-    )
+    from mlip.kernels.token_knowledge_patch import triton_kernels
+
     problem = tiling.Problem(2, 5, 8, 20, 16, 4, pooling, "mean", False)
+    two_texts = 3 * tiling.chunk_bytes(problem, 1) - 1  # a context's share is three quarters
+    for module in (tiling, triton_kernels):
+        monkeypatch.setattr(module, "workspace_bytes", lambda p: two_texts)
+    monkeypatch.setattr(triton_kernels, "FORWARD_CHUNK_BYTES", 1)
     assert tiling.text_chunks(problem) == [(0, 2), (2, 4), (4, 5)]
     again = token_knowledge_patch_scores(**cut, pooling=pooling, impl="triton")
     assert torch.equal(again, value)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness import peak_bytes
 from mlip.kernels.token_knowledge_patch import reference, token_knowledge_patch_scores
 from tests.kernels.oracle import (
     gradients,
@@ -298,3 +299,27 @@ def test_any_strides_are_accepted() -> None:
     spread = token_knowledge_patch_scores(one.expand(1, 5, 8), inputs["tokens"])
     single = token_knowledge_patch_scores(one, inputs["tokens"])
     assert relative_error(spread, single) <= MACHINE
+
+
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("budget", [2**24, 2**26])
+def test_extra_memory_of_forward_and_backward_stays_below_the_budget(
+    budget: int, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: torch's own count of every allocation, less the gradients that are handed out.
+
+    The similarities alone (37 MB) pass the smaller budget, so they are made again there.
+    """
+    monkeypatch.setattr(reference, "MEMORY_BUDGET_BYTES", budget)
+    monkeypatch.setattr(reference, "CPU_TILE_ELEMENTS", 2**30)  # the budget alone bounds a tile
+    inputs = leaves(make_inputs(48, 48, 64, 64, 2, 16, seed=37), torch.float32)
+    wanted = [x for x in inputs.values() if x.requires_grad]
+
+    def step() -> tuple[Tensor, ...]:
+        value = token_knowledge_patch_scores(**inputs, pooling=pooling, aggregation="lse")
+        return torch.autograd.grad(value.sum(), wanted)
+
+    extra = peak_bytes(step, "cpu") - sum(x.nbytes for x in wanted)
+    assert extra <= budget
+    if pooling != "max":
+        assert (extra > 2**25) == (budget == 2**26), extra  # the similarities were kept, or not

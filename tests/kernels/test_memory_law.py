@@ -1,0 +1,63 @@
+"""What the Triton path allocates, counted without a GPU: its launchers run, its kernels do not.
+
+Oracle: the law that the README states. On a GPU test_gpu.py measures the same with real kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import peak_bytes
+from mlip.kernels.token_knowledge_patch import op, tiling, token_knowledge_patch_loss
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+MIB = 2**20
+
+
+class _NoKernel:
+    """Takes a grid and arguments as a Triton kernel does, and leaves its outputs as they are."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **keywords: None
+
+
+@pytest.fixture(autouse=True)
+def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlip.kernels.token_knowledge_patch import rows_triton_kernels, triton_kernels
+
+    for module in (rows_triton_kernels, triton_kernels):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, _NoKernel())
+    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    # an H100: with 132 multiprocessors passes are cut into partial sums, which cost memory
+    monkeypatch.setattr(triton_kernels, "_facts", lambda x: (tiling.SHARED_MEMORY[9, 0], 132))
+
+
+def law(batch: int, rows: int, patches: int, dim: int) -> int:
+    """Beside inputs and gradients: one unit copy, 8 N^2, min(20 N^2 J, 1 GiB) and 64 MiB."""
+    copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
+    return copies + 8 * batch**2 + min(20 * batch**2 * rows, 2**30) + 64 * MIB
+
+
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("batch", [16, 64, 128, 256])
+@pytest.mark.parametrize("dim", [128, 256])
+def test_launchers_allocate_what_the_law_allows(batch: int, dim: int, pooling: str) -> None:
+    patches, tokens, entities = 196, 112, 8
+    made = [
+        torch.zeros(batch, count, dim, dtype=torch.bfloat16, requires_grad=True)
+        for count in (patches, tokens, entities)
+    ]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        value = token_knowledge_patch_loss(*made, logit_scale=10.0, pooling=pooling)
+        return torch.autograd.grad(value, made)
+
+    extra = peak_bytes(step, "cpu") - sum(x.nbytes for x in made)
+    allowed = law(batch, tokens + entities, patches, dim)
+    assert extra <= allowed
