@@ -5,12 +5,15 @@ What does not live here: zero-shot, retrieval and grounding, which train nothing
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlip.typed_tree import ConfigError
 
 UNCERTAIN = ("one", "zero", "ignore")
+# what may differ between fractions
+BY_FRACTION = {"batch": int, "lr": float, "epochs": int, "patience": int, "max_steps": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class Transfer:
     subset: str | None = None  # test only on rows of this subset (transfer.columns.subset)
     val_share: float = 0.0  # share of training patients for val, where the manifest has no val
     fractions: tuple[float, ...] = (1.0, 10.0, 100.0)  # % of the training patients
+    by_fraction: dict[str, Any] = field(default_factory=dict)  # {1: {batch: 8, lr: 2.0e-4}}
     seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order
     balance: bool = False  # train on all positives and as many negatives (SIIM's protocol)
     image_px: int = 0  # side of the encoder's input for masks and boxes; 0 = data.crop_px
@@ -63,6 +67,16 @@ class Transfer:
     cache_gib: float = 4.0  # decoded images kept in memory
 
 
+def at_fraction(transfer: Transfer, percent: float) -> Transfer:
+    """The settings of fits on `percent` of the patients: by_fraction laid over the rest."""
+    for key, changes in transfer.by_fraction.items():
+        if float(key) == percent:
+            return dataclasses.replace(
+                transfer, **{name: BY_FRACTION[name](value) for name, value in changes.items()}
+            )
+    return transfer
+
+
 def check(transfer: Transfer) -> None:
     """Raise ConfigError for a value that cannot be honoured."""
 
@@ -81,6 +95,17 @@ def check(transfer: Transfer) -> None:
         all(0.0 < f <= 100.0 for f in transfer.fractions),
         f"transfer.fractions={list(transfer.fractions)}: expected percentages above 0, up to 100",
     )
+    for key, changes in transfer.by_fraction.items():
+        require(
+            _is_number(key) and float(key) in transfer.fractions,
+            f"transfer.by_fraction: {key!r} is none of transfer.fractions",
+        )
+        require(
+            isinstance(changes, dict)
+            and changes.keys() <= BY_FRACTION.keys()
+            and all(_is_number(value) for value in changes.values()),
+            f"transfer.by_fraction.{key}: expected numbers for {', '.join(BY_FRACTION)}",
+        )
     require(len(transfer.seeds) > 0, "transfer.seeds is empty: expected at least one seed")
     require(
         len(set(transfer.seeds)) == len(transfer.seeds),
@@ -107,3 +132,11 @@ def check(transfer: Transfer) -> None:
         all(0.0 < t < 1.0 for t in transfer.iou_thresholds) and len(transfer.iou_thresholds) > 0,
         "transfer.iou_thresholds: expected overlaps between 0 and 1",
     )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)

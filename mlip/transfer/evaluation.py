@@ -22,6 +22,7 @@ from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
+from mlip.transfer.annotations import Annotations
 from mlip.transfer.examples import collect_examples
 from mlip.transfer.features import (
     ImageBank,
@@ -41,7 +42,8 @@ from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
 from mlip.transfer.retrieval import evaluate_retrieval
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
-from mlip.transfer.zero_shot import combine, evaluate_zero_shot, finding_scores, prompt_texts
+from mlip.transfer.zero_shot import combine
+from mlip.transfer.zero_shot_run import logit_scales, zero_shot_run
 
 SCHEMA = 1
 
@@ -112,6 +114,8 @@ def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
 def choose_rows(config: Config, manifest: Manifest) -> Array:
     """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
     rows = manifest.rows(config.evaluate.split, with_report=False)
+    if config.evaluate.subset is not None:
+        rows = _of_subset(config, manifest, rows)
     if len(rows) == 0:
         raise ValueError(
             f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
@@ -122,6 +126,17 @@ def choose_rows(config: Config, manifest: Manifest) -> Array:
         generator = np.random.default_rng(config.run.seed)
         rows = np.sort(generator.choice(rows, size=most, replace=False))
     return rows
+
+
+def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
+    if config.transfer.columns.subset is None:
+        raise ValueError(
+            f"evaluate.subset={config.evaluate.subset!r}: set transfer.columns.subset to the "
+            "manifest's column of subsets"
+        )
+    annotations = Annotations(config, manifest)
+    kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
+    return rows[np.array(kept, dtype=bool)]
 
 
 @torch.no_grad()
@@ -229,7 +244,7 @@ def _evaluate(
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
         },
-        "zero_shot": _zero_shot(
+        "zero_shot": zero_shot_run(
             model, config, manifest, images, patients, encode, linker, table, is_phantom, device
         ),
         "retrieval": evaluate_retrieval(
@@ -327,52 +342,3 @@ class _PoolScores:
             "combined": combine(by_global, by_local, *logit_scales(self.model)),
             **known,
         }
-
-
-def logit_scales(model: Any) -> tuple[float, float]:
-    scales = model.scales
-    return scales.logit_scale().item(), scales.logit_scale_local().item()
-
-
-def _zero_shot(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    images: ImageBank,
-    patients: Array,
-    encode: Any,
-    linker: Any,
-    table: Any,
-    is_phantom: bool,
-    device: torch.device,
-) -> dict[str, Any]:
-    unknown: list[str] = []
-    if is_phantom:
-        prompts = truth.phantom_prompts(table)
-    elif manifest.label_column is None:
-        return {"reason": "data.columns.labels is not set: there is nothing to score against"}
-    else:
-        names = truth.label_names(manifest, images.row_index)
-        prompts, unknown = truth.lexicon_prompts(names, linker, table)
-    if not prompts:
-        return {"reason": "no label of this split names a concept of the table"}
-    labels = truth.label_matrix(
-        manifest, images.row_index, [p.finding for p in prompts], blank_is_negative=is_phantom
-    )
-    bank = encode(prompt_texts(prompts))
-    by_global = global_scores(images.features.embedding, bank)
-    by_local = local_scores(model, images.features.patches, bank, device=device)
-    similarities = {
-        "global": by_global,
-        "local": by_local,
-        "combined": combine(by_global, by_local, *logit_scales(model)),
-    }
-    found = evaluate_zero_shot(
-        {head: finding_scores(value, prompts) for head, value in similarities.items()},
-        labels,
-        prompts,
-        patients,
-        bootstrap=config.evaluate.bootstrap,
-        seed=config.run.seed,
-    )
-    return {**found, "labels_without_concept": unknown}

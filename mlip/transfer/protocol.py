@@ -32,6 +32,7 @@ from mlip.transfer.frames import Images, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
 from mlip.transfer.segmentation import Segmentation
+from mlip.transfer_settings import at_fraction
 
 SCHEMA = 1
 TASKS: dict[str, Any] = {
@@ -72,6 +73,7 @@ def transfer_run(
         pictures: list[dict[str, Any]] = []
         for percent in transfer.fractions:
             fits, predictions = [], []
+            task.transfer = at_fraction(transfer, percent)
             for seed in transfer.seeds:
                 start = open_start(config, vision, dict(facts or {}), seed)
                 used[seed] = start.weights_hash

@@ -19,10 +19,12 @@ from mlip.transfer.interval import (
     Estimate,
     auroc_estimate,
     estimate,
+    mean_estimate,
     not_available,
     patient_resamples,
     weighted_auroc,
 )
+from mlip.transfer.scores import best_threshold, weighted_f1
 
 HEADS = ("global", "local", "combined")
 
@@ -143,3 +145,66 @@ def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
         return {**not_available("no finding has both classes"), "finding": None}
     lowest = min(defined, key=lambda row: row[head]["value"])
     return {**lowest[head], "finding": lowest["finding"]}
+
+
+def f1_at_thresholds(
+    scores: Mapping[str, Array],
+    labels: Array,
+    val_scores: Mapping[str, Array],
+    val_labels: Array,
+    weights: Array,
+) -> dict[str, Any]:
+    """F1 of each finding and head at the threshold that was best on val, with intervals.
+
+    Shapes:  scores {head: [images, findings]}, labels alike with -1 = not said; weights [R, images]
+    Returns: {"findings": [{head: Estimate with "threshold"}], "macro": {head: Estimate}}; a finding
+             that val or test lacks is value None with the reason
+    """
+    table: list[dict[str, Any]] = [{} for _ in range(labels.shape[1])]
+    macro: dict[str, Estimate] = {}
+    for head, values in scores.items():
+        means, resampled = [], []
+        for f, row in enumerate(table):
+            known, known_val = labels[:, f] >= 0, val_labels[:, f] >= 0
+            truth = labels[known, f] > 0
+            cut = best_threshold(val_scores[head][known_val, f], val_labels[known_val, f] > 0)
+            if cut is None or not truth.any():
+                where = "val" if cut is None else "test"
+                reason = f"no {where} row carries the finding"
+                row[head] = {**not_available(reason, len(truth)), "threshold": cut}
+                continue
+            called = values[known, f] >= cut
+            value = float(weighted_f1(called, truth, np.ones((1, len(truth))))[0])
+            under = weighted_f1(called, truth, weights[:, known])
+            row[head] = {**estimate(value, under, len(truth)), "threshold": cut}
+            means.append(value)
+            resampled.append(under)
+        macro[head] = (
+            estimate(float(np.mean(means)), np.nanmean(np.stack(resampled), axis=0), len(labels))
+            if means
+            else not_available("no finding has a threshold")
+        )
+    return {"findings": table, "macro": macro}
+
+
+def exclusive_accuracy(
+    scores: Mapping[str, Array], labels: Array, weights: Array
+) -> dict[str, dict[str, Estimate]]:
+    """Share of images whose one finding scores highest, as CheXpert 5x200 is read.
+
+    "plain" compares scores as they are. "z_normalised" first takes each finding's mean and spread
+    over the evaluated images out (GLoRIA's habit): it then depends on who else is in the test set.
+    Rows without exactly one finding are left out.
+    """
+    one = (labels > 0).sum(axis=1) == 1
+    truth = (labels[one] > 0).argmax(axis=1)
+    found: dict[str, dict[str, Estimate]] = {}
+    for head, values in scores.items():
+        chosen = values[one]
+        spread = chosen.std(axis=0) if len(chosen) else np.ones(values.shape[1])
+        normal = (chosen - chosen.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+        found[head] = {
+            name: mean_estimate((shown.argmax(axis=1) == truth).astype(np.float64), weights[:, one])
+            for name, shown in (("plain", chosen), ("z_normalised", normal))
+        }
+    return found

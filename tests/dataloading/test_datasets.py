@@ -6,7 +6,6 @@ stated beside it by hand. The Open-i archive and ../shared/data are the real one
 
 import argparse
 import csv
-import gzip
 import io
 import json
 import shutil
@@ -15,7 +14,6 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -28,28 +26,20 @@ from mlip.dataloading.datasets.object_cxr import parse_annotation
 from mlip.dataloading.datasets.open_i import parse_report, read_reports
 from mlip.dataloading.datasets.rle import decode_masks, encode_mask
 from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
-from mlip.dataloading.dicom import write_radiograph
+from tests.raw_layouts import (
+    image,
+    make_chexpert,
+    make_covidx,
+    make_nih,
+    make_object_cxr,
+    make_rsna,
+    make_siim,
+    make_vindr,
+    table,
+)
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
-
-
-def table(path: Path, header: str, rows: list[list[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w", newline="")
-    with opened as file:
-        writer = csv.writer(file)
-        writer.writerow(header.split(","))
-        writer.writerows(rows)
-
-
-def image(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 65536, (24, 20)).astype(np.uint16)
-    if path.suffix in (".dcm", ".dicom"):
-        write_radiograph(path, pixels, patient_id=f"MRN{seed // 2}", study_id=f"ACC{seed}")
-    else:
-        cv2.imwrite(str(path), (pixels >> 8).astype(np.uint8))
 
 
 def collect(name: str, root: Path, **options: str):
@@ -188,26 +178,6 @@ def test_report_sections(text, expected):
     )
 
 
-CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
-
-
-def make_chexpert(root: Path, count: int = 10) -> None:
-    rows: dict[str, list] = {"train": [], "valid": []}
-    for i in range(count):
-        name = "valid" if i >= count - 2 else "train"
-        view = "view2_lateral.jpg" if i == 1 else "view1_frontal.jpg"
-        patient = 64541 + i if name == "valid" else i // 2
-        path = f"CheXpert-v1.0/{name}/patient{patient:05d}/study{i}/{view}"
-        image(root / path, i)
-        lateral = i == 1
-        labels = ["1.0" if j == i % 5 else "" for j in range(5)] + ["-1.0" if i == 0 else "", "0.0"]
-        side = ["Lateral", ""] if lateral else ["Frontal", "AP"]
-        rows[name].append([path, "Male", 60, *side, *labels])
-    for name, lines in rows.items():
-        header = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{CHEXPERT}"
-        table(root / "CheXpert-v1.0" / f"{name}.csv", header, lines)
-
-
 def test_chexpert(tmp_path):
     make_chexpert(tmp_path)
     collected = collect("chexpert", tmp_path)
@@ -243,15 +213,6 @@ def test_chexpert_5x200_list_leaves_no_image_of_its_patients_in_training(tmp_pat
         collect("chexpert", tmp_path, five_by_200="rule")
 
 
-def make_rsna(root: Path) -> None:
-    lines = []
-    for i in range(10):
-        image(root / "stage_2_train_images" / f"id{i}.dcm", i)
-        boxes = [[10.0 * k, 20.0, 30.0, 40.5, 1] for k in range(i % 3)] or [["", "", "", "", 0]]
-        lines += [[f"id{i}", *box] for box in boxes]
-    table(root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target", lines)
-
-
 def test_rsna_pneumonia(tmp_path):
     make_rsna(tmp_path)
     rows = by_id(collect("rsna_pneumonia", tmp_path))
@@ -274,14 +235,7 @@ def test_rsna_pneumonia(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_siim_pneumothorax_groups_masks_by_image_in_both_stages(tmp_path, stage):
-    lines = []
-    for i in range(10):
-        folder = f"dicom-images-train/1.2.{i}/1.3.{i}" if stage == 1 else "stage_2_images"
-        image(tmp_path / folder / f"1.2.276.{i}.dcm", i)
-        masks = ["-1"] if i < 6 else ["5 3 1 2"] if i < 9 else ["5 3", "100 7"]
-        lines += [[f"1.2.276.{i}", f" {mask}" if stage == 1 else mask] for mask in masks]
-    header = "ImageId, EncodedPixels" if stage == 1 else "ImageId,EncodedPixels"
-    table(tmp_path / ("train-rle.csv" if stage == 1 else "stage_2_train.csv"), header, lines)
+    make_siim(tmp_path, stage)
     collected = collect("siim_pneumothorax", tmp_path)
     rows = by_id(collected)
     assert len(rows) == 10 and collected.excluded == {}
@@ -313,12 +267,7 @@ def test_run_lengths_go_down_the_columns_and_come_back():
 
 
 def test_object_cxr(tmp_path):
-    for name, count in (("train", 7), ("dev", 3)):
-        lines = []
-        for i in range(count):
-            image(tmp_path / name / f"{name}{i}.jpg", i)
-            lines.append([f"{name}{i}.jpg", "0 10 20 30 60;2 1 1 5 9 3 2" if i % 2 else ""])
-        table(tmp_path / f"{name}.csv", "image_name,annotation", lines)
+    make_object_cxr(tmp_path)
     rows = by_id(collect("object_cxr", tmp_path))
     assert len(rows) == 10 and {rows[f"dev{i}.jpg"].split for i in range(3)} == {"test"}
     assert "test" not in {rows[f"train{i}.jpg"].split for i in range(7)}
@@ -333,15 +282,7 @@ def test_object_cxr(tmp_path):
 
 
 def test_covidx_keeps_a_test_patient_out_of_training(tmp_path):
-    lines = {"train": [], "test": []}
-    for i in range(10):
-        name = "test" if i >= 8 else "train"
-        label = ("normal", "pneumonia", "COVID-19")[i % 3]
-        file = f"a {i} (copy).jpg" if i == 2 else f"a{i}.png"
-        image(tmp_path / name / file, i)
-        lines[name].append(f"{'p1' if i in (0, 8) else i} {file} {label} rsna")
-    for name, content in lines.items():
-        (tmp_path / f"{name}_COVIDx9A.txt").write_text("\n".join(content) + "\n")
+    make_covidx(tmp_path)
     collected = collect("covidx", tmp_path)
     rows = by_id(collected)
     assert len(rows) == 9 and collected.excluded == {"patient_in_test": 1}
@@ -354,25 +295,7 @@ def test_covidx_keeps_a_test_patient_out_of_training(tmp_path):
 
 
 def test_nih_cxr14(tmp_path):
-    lines, listed = [], {"train_val": [], "test": []}
-    for i in range(10):
-        name = f"{i // 2:08d}_{i % 2:03d}.png"
-        image(tmp_path / f"images_{1 + i % 2:03d}" / "images" / name, i)
-        found = "No Finding" if i % 3 else "Mass|Pleural_Thickening"
-        lines.append(
-            [name, found, i, i // 2, 60, "M", "PA" if i % 2 else "AP", 2500, 2048, 0.1, 0.1]
-        )
-        if i != 9:
-            listed["test" if i >= 6 else "train_val"].append(name)
-    header = (
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
-        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-    )
-    table(tmp_path / "Data_Entry_2017_v2020.csv", header, lines)
-    boxes = [["00000000_000.png", "Infiltrate", 1.5, 2.5, 3.5, 4.5, "", "", ""]]
-    table(tmp_path / "BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,", boxes)
-    for name, names in listed.items():
-        (tmp_path / f"{name}_list.txt").write_text("\n".join(names))
+    make_nih(tmp_path)
     collected = collect("nih_cxr14", tmp_path)
     rows = by_id(collected)
     assert len(rows) == 9 and collected.excluded == {"not_in_split_lists": 1}
@@ -382,33 +305,15 @@ def test_nih_cxr14(tmp_path):
         rows["00000000_001.png"].labels == ""
         and len(rows["00000000_001.png"].negative.split("|")) == 14
     )
-    assert {rows[name].split for name in listed["test"]} == {"test"}
+    listed = (tmp_path / "test_list.txt").read_text().split()
+    assert len(listed) == 3 and {rows[name].split for name in listed} == {"test"}
     (tmp_path / "test_list.txt").unlink()
     with pytest.raises(DatasetError, match="test_list.txt.*nihcc.app.box.com"):
         collect("nih_cxr14", tmp_path)
 
 
 def test_vindr_cxr(tmp_path):
-    for name, count in (("train", 7), ("test", 3)):
-        labels, boxes = [], []
-        for i in range(count):
-            image(tmp_path / name / f"{name}{i}.dicom", i)
-            readers = ("R1", "R2", "R3") if name == "train" else ("",)
-            for place, reader in enumerate(readers):
-                cells = [f"{name}{i}", reader, int(place < 2), int(place == 0), 0]
-                labels.append(cells if name == "train" else [cells[0], *cells[2:]])
-            box = ["Nodule/Mass", 1, 2, 11, 22] if i % 2 else ["No finding", "", "", "", ""]
-            boxes.append([f"{name}{i}", *(["R1"] if name == "train" else []), *box])
-        reader = "rad_id," if name == "train" else ""
-        folder = tmp_path / "annotations"
-        table(
-            folder / f"image_labels_{name}.csv", f"image_id,{reader}Nodule/Mass,Edema,Other", labels
-        )
-        table(
-            folder / f"annotations_{name}.csv",
-            f"image_id,{reader}class_name,x_min,y_min,x_max,y_max",
-            boxes,
-        )
+    make_vindr(tmp_path)
     rows = by_id(collect("vindr_cxr", tmp_path))
     assert len(rows) == 10 and {rows[f"test{i}"].split for i in range(3)} == {"test"}
     row = rows["train1"]

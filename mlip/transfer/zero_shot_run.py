@@ -1,0 +1,131 @@
+"""Zero-shot scores of one split: prompts of its labels, three similarities, thresholds from val.
+
+The metrics live in zero_shot.py; here the model meets the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer import truth
+from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
+from mlip.transfer.frames import Crops, Images
+from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.zero_shot import (
+    combine,
+    evaluate_zero_shot,
+    exclusive_accuracy,
+    f1_at_thresholds,
+    finding_scores,
+    prompt_texts,
+)
+
+IMAGES_AT_ONCE = 64
+
+
+def zero_shot_run(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    images: ImageBank,
+    patients: Array,
+    encode: Callable[[list[str]], TextBank],
+    linker: Any,
+    table: Any,
+    is_phantom: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    """evaluate_zero_shot of the images, with F1 at val's thresholds and, where the labels exclude
+    each other, accuracy; {"reason": why} where there is nothing to score against."""
+    unknown: list[str] = []
+    if is_phantom:
+        prompts = truth.phantom_prompts(table)
+    elif manifest.label_column is None:
+        return {"reason": "data.columns.labels is not set: there is nothing to score against"}
+    else:
+        names = truth.label_names(manifest, images.row_index)
+        prompts, unknown = truth.lexicon_prompts(names, linker, table)
+    if not prompts:
+        return {"reason": "no label of this split names a concept of the table"}
+    findings = [p.finding for p in prompts]
+    bank = encode(prompt_texts(prompts))
+
+    def scores_of(embedding: Tensor, patches: Tensor) -> dict[str, Array]:
+        by_global = global_scores(embedding, bank)
+        by_local = local_scores(model, patches, bank, device=device)
+        both = combine(by_global, by_local, *logit_scales(model))
+        named = {"global": by_global, "local": by_local, "combined": both}
+        return {head: finding_scores(value, prompts) for head, value in named.items()}
+
+    def labels_of(rows: Array) -> Array:
+        return truth.label_matrix(manifest, rows, findings, blank_is_negative=is_phantom)
+
+    labels = labels_of(images.row_index)
+    scores = scores_of(images.features.embedding, images.features.patches)
+    settings = config.evaluate
+    found = evaluate_zero_shot(
+        scores, labels, prompts, patients, bootstrap=settings.bootstrap, seed=config.run.seed
+    )
+    weights = patient_resamples(patients, settings.bootstrap, config.run.seed)
+    if settings.thresholds and settings.split != "val":
+        found["f1"] = _f1(model, config, manifest, scores, labels, scores_of, labels_of, weights)
+        if "findings" in found["f1"]:
+            found["f1"]["findings"] = dict(zip(findings, found["f1"]["findings"], strict=True))
+    if settings.exclusive:
+        found["exclusive"] = exclusive_accuracy(scores, labels, weights)
+    return {**found, "labels_without_concept": unknown}
+
+
+def _f1(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    scores: Mapping[str, Array],
+    labels: Array,
+    scores_of: Callable[[Tensor, Tensor], dict[str, Array]],
+    labels_of: Callable[[Array], Array],
+    weights: Array,
+) -> dict[str, Any]:
+    rows = manifest.rows("val", with_report=False)
+    most = config.evaluate.max_studies
+    if most and len(rows) > most:
+        generator = np.random.default_rng(config.run.seed)
+        rows = np.sort(generator.choice(rows, size=most, replace=False))
+    if len(rows) == 0:
+        return {"reason": "the manifest has no val rows to choose thresholds on"}
+    rows, embedding, patches = encode_rows(model, config, manifest, rows)
+    on_val = scores_of(embedding, patches)
+    return f1_at_thresholds(scores, labels, on_val, labels_of(rows), weights)
+
+
+@torch.no_grad()
+def encode_rows(
+    model: Any, config: Config, manifest: Manifest, rows: Array
+) -> tuple[Array, Tensor, Tensor]:
+    """(rows that could be read, embeddings [n, D], patches [n, P, D]) of images alone."""
+    images = Images(config, manifest, None)
+    device = next(model.parameters()).device
+    try:
+        rows, _ = images.usable(rows)
+        crops = Crops(config, images, train=False, seed=0)
+        embeddings, patches = [], []
+        for at in range(0, len(rows), IMAGES_AT_ONCE):
+            batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
+            features = model.encode_image(batch.to(device))
+            embeddings.append(features.embedding.float().cpu())
+            patches.append(features.patches.float().cpu())
+    finally:
+        images.close()
+    return rows, torch.cat(embeddings), torch.cat(patches)
+
+
+def logit_scales(model: Any) -> tuple[float, float]:
+    scales = model.scales
+    return scales.logit_scale().item(), scales.logit_scale_local().item()

@@ -1,0 +1,142 @@
+"""Ten-row fakes of data sets in their publishers' exact layouts, written from the published pages.
+
+Shared by the tests of the collectors and of configs/transfer.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mlip.dataloading.dicom import write_radiograph
+
+CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
+HEIGHT, WIDTH = 24, 20  # px of every fake image
+
+
+def table(path: Path, header: str, rows: list[list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w", newline="")
+    with opened as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
+
+
+def image(path: Path, seed: int = 0, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 65536, size).astype(np.uint16)
+    if path.suffix in (".dcm", ".dicom"):
+        write_radiograph(path, pixels, patient_id=f"MRN{seed // 2}", study_id=f"ACC{seed}")
+    else:
+        cv2.imwrite(str(path), (pixels >> 8).astype(np.uint8))
+
+
+def make_chexpert(root: Path, count: int = 10) -> None:
+    rows: dict[str, list] = {"train": [], "valid": []}
+    for i in range(count):
+        name = "valid" if i >= count - 2 else "train"
+        view = "view2_lateral.jpg" if i == 1 else "view1_frontal.jpg"
+        patient = 64541 + i if name == "valid" else i // 2
+        path = f"CheXpert-v1.0/{name}/patient{patient:05d}/study{i}/{view}"
+        image(root / path, i)
+        lateral = i == 1
+        labels = ["1.0" if j == i % 5 else "" for j in range(5)] + ["-1.0" if i == 0 else "", "0.0"]
+        side = ["Lateral", ""] if lateral else ["Frontal", "AP"]
+        rows[name].append([path, "Male", 60, *side, *labels])
+    for name, lines in rows.items():
+        header = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{CHEXPERT}"
+        table(root / "CheXpert-v1.0" / f"{name}.csv", header, lines)
+
+
+def make_rsna(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    """Boxes lie inside a 1024-px source unless the images are smaller."""
+    lines = []
+    for i in range(10):
+        image(root / "stage_2_train_images" / f"id{i}.dcm", i, size)
+        boxes = [[10.0 * k, 20.0, 30.0, 40.5, 1] for k in range(i % 3)] or [["", "", "", "", 0]]
+        lines += [[f"id{i}", *box] for box in boxes]
+    table(root / "stage_2_train_labels.csv", "patientId,x,y,width,height,Target", lines)
+
+
+def make_siim(root: Path, stage: int) -> None:
+    lines = []
+    for i in range(10):
+        folder = f"dicom-images-train/1.2.{i}/1.3.{i}" if stage == 1 else "stage_2_images"
+        image(root / folder / f"1.2.276.{i}.dcm", i)
+        masks = ["-1"] if i < 6 else ["5 3 1 2"] if i < 9 else ["5 3", "100 7"]
+        lines += [[f"1.2.276.{i}", f" {mask}" if stage == 1 else mask] for mask in masks]
+    header = "ImageId, EncodedPixels" if stage == 1 else "ImageId,EncodedPixels"
+    table(root / ("train-rle.csv" if stage == 1 else "stage_2_train.csv"), header, lines)
+
+
+def make_object_cxr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    for name, count in (("train", 7), ("dev", 3)):
+        lines: list[list[object]] = []
+        for i in range(count):
+            image(root / name / f"{name}{i}.jpg", i, size)
+            lines.append([f"{name}{i}.jpg", "0 10 20 30 60;2 1 1 5 9 3 2" if i % 2 else ""])
+        table(root / f"{name}.csv", "image_name,annotation", lines)
+
+
+def make_covidx(root: Path) -> None:
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for i in range(10):
+        name = "test" if i >= 8 else "train"
+        label = ("normal", "pneumonia", "COVID-19")[i % 3]
+        file = f"a {i} (copy).jpg" if i == 2 else f"a{i}.png"
+        image(root / name / file, i)
+        lines[name].append(f"{'p1' if i in (0, 8) else i} {file} {label} rsna")
+    for name, content in lines.items():
+        (root / f"{name}_COVIDx9A.txt").write_text("\n".join(content) + "\n")
+
+
+def make_nih(root: Path) -> None:
+    lines: list[list[object]] = []
+    listed: dict[str, list[str]] = {"train_val": [], "test": []}
+    for i in range(10):
+        name = f"{i // 2:08d}_{i % 2:03d}.png"
+        image(root / f"images_{1 + i % 2:03d}" / "images" / name, i)
+        found = "No Finding" if i % 3 else "Mass|Pleural_Thickening"
+        lines.append(
+            [name, found, i, i // 2, 60, "M", "PA" if i % 2 else "AP", 2500, 2048, 0.1, 0.1]
+        )
+        if i != 9:
+            listed["test" if i >= 6 else "train_val"].append(name)
+    header = (
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,"
+        "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+    )
+    table(root / "Data_Entry_2017_v2020.csv", header, lines)
+    boxes: list[list[object]] = [["00000000_000.png", "Infiltrate", 1.5, 2.5, 3.5, 4.5, "", "", ""]]
+    table(root / "BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,", boxes)
+    for name, names in listed.items():
+        (root / f"{name}_list.txt").write_text("\n".join(names))
+
+
+def make_vindr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    for name, count in (("train", 7), ("test", 3)):
+        labels: list[list[object]] = []
+        boxes: list[list[object]] = []
+        for i in range(count):
+            image(root / name / f"{name}{i}.dicom", i, size)
+            readers = ("R1", "R2", "R3") if name == "train" else ("",)
+            for place, reader in enumerate(readers):
+                cells: list[object] = [f"{name}{i}", reader, int(place < 2), int(place == 0), 0]
+                labels.append(cells if name == "train" else [cells[0], *cells[2:]])
+            box = ["Nodule/Mass", 1, 2, 11, 22] if i % 2 else ["No finding", "", "", "", ""]
+            boxes.append([f"{name}{i}", *(["R1"] if name == "train" else []), *box])
+        reader = "rad_id," if name == "train" else ""
+        folder = root / "annotations"
+        table(
+            folder / f"image_labels_{name}.csv", f"image_id,{reader}Nodule/Mass,Edema,Other", labels
+        )
+        table(
+            folder / f"annotations_{name}.csv",
+            f"image_id,{reader}class_name,x_min,y_min,x_max,y_max",
+            boxes,
+        )
