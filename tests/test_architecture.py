@@ -58,6 +58,7 @@ ALLOWED = {
     ),
     "mlip.transfer": (
         "mlip.transfer",
+        "mlip.transfer_settings",
         "mlip.config",
         "mlip.batch",
         "mlip.kernels",

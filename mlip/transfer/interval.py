@@ -52,8 +52,9 @@ def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: 
     """
     _, patient = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     count = int(patient.max()) + 1 if len(patient) else 0
-    if count == 0:
-        return np.zeros((resamples, 0), dtype=np.int32)
+    if count < 2:
+        # one patient drawn again and again would look like certainty: no weight, no interval
+        return np.zeros((resamples, len(patient)), dtype=np.int32)
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(count, np.full(count, 1.0 / count), size=resamples)
     return drawn.astype(np.int32)[:, patient]
