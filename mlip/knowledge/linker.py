@@ -122,7 +122,7 @@ class Linker:
             lowered = _PARAGRAPH.sub(_PARAGRAPH_MARK, lowered)
         pieces = _PIECE.findall(lowered)
         codes, width = self._codes, self._codes.width
-        coded = "".join([codes[piece] for piece in pieces])
+        coded = "".join(map(codes.__getitem__, pieces))
         ends = list(accumulate(map(len, pieces)))
         rules, ids = self._rules, self._ids
         found: list[scope.Found] = []
@@ -158,7 +158,10 @@ class Linker:
         if events and counts:
             found += scope.resolve(events, rules, decide != 0)
         found.sort()
-        silent = self._silent
+        silent, make = (
+            self._silent,
+            tuple.__new__,
+        )  # a NamedTuple's own __new__ costs three times it
         mentions = []
         for start, end, row, state in found:
             if row in silent:
@@ -166,7 +169,7 @@ class Linker:
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
             stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))
-            mentions.append(Mention(ids[row], begin, stop, state))
+            mentions.append(make(Mention, (ids[row], begin, stop, state)))
         return mentions
 
     def known_words(self, text: str) -> tuple[int, int]:

@@ -139,6 +139,14 @@ def test_a_stop_ends_a_sentence_with_or_without_a_space_and_a_decimal_does_not()
     expect("Atelectasis vs. scar at the base.", atelectasis="uncertain", scar="uncertain")
 
 
+def test_the_stop_of_an_abbreviation_ends_no_sentence():
+    expect("No evidence of an approx. 3 cm nodule.", lung_nodule="absent")
+    expect("No effusion per Dr. Smith or pneumothorax.", pneumothorax="absent")
+    expect("No opacity, e.g. pneumonia or scar. Nodule.", scar="absent", lung_nodule="present")
+    expect("No nodule (i.e. granuloma) or mass.", granuloma="absent", lung_mass="absent")
+    expect("No pneumothorax on the A.P. view or effusion.", pleural_effusion="absent")
+
+
 def test_text_under_other_headings_is_left_out_until_a_report_heading_or_blank_line():
     text = "INDICATION: Pneumonia? COMPARISON: Old mass.\nFINDINGS: Small effusion."
     assert "pneumonia" not in states(text) and "lung_mass" not in states(text)
@@ -188,21 +196,30 @@ def test_empty_and_blank_texts_have_no_mentions():
     assert link("") == [] and link(" \n\n - \t") == []
 
 
-def test_a_megabyte_is_linked_in_linear_time():
-    sentence = "No effusion, consolidation or pneumothorax; the heart is mildly enlarged. "
-
-    def seconds(repeats: int) -> float:
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "No effusion, consolidation or pneumothorax; the heart is mildly enlarged. ",
+        "nodule, ",  # one list without a stop: the rules must not search all of it at each comma
+        "possible nodule and effusion not seen ",
+    ],
+)
+def test_a_megabyte_is_linked_in_linear_time(unit):
+    def seconds(size: int) -> float:
+        text = "no " + unit * (size // len(unit))
         start = time.process_time()
-        link(sentence * repeats)
+        assert link(text)
         return time.process_time() - start
 
-    seconds(10)
-    small, large = seconds(1400), seconds(14_000)  # 0.1 and 1 MB
-    assert large < 30 * small + 0.5
-    # without any stop the scope rules must not search the whole text for each cue
-    start = time.process_time()
-    link("no effusion, nodule is not seen and " * 3000)
-    assert time.process_time() - start < 20
+    seconds(1000)
+    small, large = seconds(50_000), seconds(1_000_000)
+    # twenty times the text; a square would take four hundred times
+    assert large < 60 * small + 1.0
+
+
+def test_a_list_of_forty_findings_is_still_under_one_negator():
+    found = {m.state for m in link("No " + "nodule, mass, " * 20 + "or effusion.")}
+    assert found == {"absent"}
 
 
 def test_a_report_in_another_language_is_counted_not_guessed():
