@@ -81,14 +81,15 @@ class Identity:
     patient: str
     study: str
     image: str
+    modality: str  # DX, CR, CT ..., "" where absent
 
 
 def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
-    """PatientID, StudyInstanceUID and SOPInstanceUID, "" where absent.
+    """PatientID, StudyInstanceUID, SOPInstanceUID and Modality, "" where absent.
 
     Raises:  DicomError where the header cannot be parsed.
     """
-    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID"]
+    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID", "Modality"]
     with error_wall("malformed"), open_regular(source) as (file, _):
         dataset = read_dataset(file, names)[2]
         return Identity(*(str(dataset.get(name) or "").strip(" \0") for name in names))
@@ -119,6 +120,8 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
         "lut": _describe_lut(header.voi_lut),
         "own_range": "no VOI LUT and no usable window: the image's own extremes",
     }
+    if tone.own_range is not None:
+        detail["own_range"] += f", {tone.own_range[0]:g} and {tone.own_range[1]:g}"
     if info.window:
         detail[tone.voi] = f"centre {info.window[0]:g}, width {info.window[1]:g}"
     for name, values in tone.steps:

@@ -26,6 +26,11 @@ _TAGS = (
     "PixelSpacing SpecificCharacterSet"
 ).split()
 
+_COLOURS = frozenset(
+    "MONOCHROME1|MONOCHROME2|PALETTE COLOR|RGB|HSV|ARGB|CMYK|YBR_FULL|YBR_FULL_422|"
+    "YBR_PARTIAL_422|YBR_PARTIAL_420|YBR_ICT|YBR_RCT|XYB".split("|")
+)
+
 
 @dataclass(frozen=True)
 class Lut:
@@ -84,7 +89,9 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         raise DicomError("missing_tag", "PhotometricInterpretation")
     samples = _integer(dataset, "SamplesPerPixel", "unsupported_photometric", default=1)
     if photometric not in ("MONOCHROME1", "MONOCHROME2") or samples != 1:
-        raise DicomError("unsupported_photometric", f"{samples} samples a pixel")
+        # the standard's own words only: anything else may be somebody's text
+        found = photometric if photometric in _COLOURS else "another value"
+        raise DicomError("unsupported_photometric", f"{found}, {samples} samples a pixel")
     allocated = _integer(dataset, "BitsAllocated", "bad_bits")
     stored = _integer(dataset, "BitsStored", "bad_bits")
     high = _integer(dataset, "HighBit", "bad_bits", default=stored - 1)

@@ -15,6 +15,7 @@ import secrets
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,8 @@ from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
+
+SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
     add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
     add("--timeout", type=float, default=10.0, metavar="S", help="processor seconds a file")
+    add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
     add("--id-map", type=Path, metavar="FILE", help="write hashed ids beside the originals: secret")
@@ -82,9 +86,7 @@ def _explain(path: Path) -> int:
     try:
         print("\n".join(explain(path)))
     except DicomError as error:
-        raise DicomError(
-            error.code, f"{path}{' ' + error.detail if error.detail else ''}"
-        ) from None
+        raise DatasetError(f"{path}: {error}") from None
     return 0
 
 
@@ -125,8 +127,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     collected = dataset.collect(root, options)
     check_rows(collected.rows)
     _print_counts(collected)
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
     keep_ids = collected.keeps_ids or arguments.keep_ids
+    _open_output(out, arguments, settings, keep_ids)
     plan = Plan(
         root=root,
         out=out,
@@ -140,7 +142,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
         verify=arguments.verify,
     )
     start = time.monotonic()
-    result = build_shards(collected.rows, plan, _Progress())
+    try:
+        result = build_shards(collected.rows, plan, _Progress())
+    except KeyboardInterrupt:
+        print(
+            "interrupted: finished shards are whole; the same command makes the rest",
+            file=sys.stderr,
+        )
+        raise
     for name, rows in collected.files.items():
         write_csv(rows, out / name)
     if arguments.id_map is not None:
@@ -150,6 +159,39 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if result.complete and result.images == 0:
         raise DatasetError(f"{out}: no image could be read; the reasons stand in refused.csv")
     return 0
+
+
+def _open_output(
+    out: Path, arguments: argparse.Namespace, settings: ImageSettings, keep_ids: bool
+) -> None:
+    """Makes --out, and refuses one that holds a set made otherwise: hours of work lie in it."""
+    asked = {
+        "dataset": arguments.dataset,
+        **asdict(settings),
+        "shard_images": arguments.shard_images,
+        "ids": "as they are" if keep_ids else "hashed",
+    }
+    path = out / SETTINGS_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else asked
+        different = [
+            f"{name} (there {found.get(name)!r}, asked {value!r})"
+            for name, value in asked.items()
+            if found.get(name) != value
+        ]
+        if different and not arguments.overwrite:
+            raise DatasetError(
+                f"--out {arguments.out}: holds a set made with other settings: "
+                f"{', '.join(different)}; choose another folder, or --overwrite to remake it"
+            )
+        if different or not path.is_file():
+            partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+            partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise DatasetError(f"--out {arguments.out}: cannot be used: {reason}") from None
 
 
 def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:

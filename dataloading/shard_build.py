@@ -37,6 +37,7 @@ from mlip.dataloading.shards import (
 from mlip.dataloading.worker_pool import Reply, WorkerPool
 
 FORMAT = 1  # part of every fingerprint: raise it when the bytes of a member change
+OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -95,6 +96,9 @@ def build_shards(
     missing = [s for s in mine if not is_complete(s.path, prints[s.number], verify=plan.verify)]
     try:
         if missing:
+            # an older manifest would name places in shards that are about to be replaced
+            for name in OUTPUTS:
+                (plan.out / name).unlink(missing_ok=True)
             _make(rows, keys, missing, prints, plan, progress)
         complete = all(
             is_complete(s.path, prints[s.number], verify=False) for s in shards if s not in missing
@@ -235,6 +239,8 @@ def _finish(
         if not index_path(shard.path).exists():
             continue
         index = pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
+        if complete:
+            index = _placed(index, shard, keys)
         refused.update(reason for reason in index.column("reason").to_pylist() if reason)
         images += sum(offset >= 0 for offset in index.column("offset").to_pylist())
         member_bytes += sum(index.column("size").to_pylist())
@@ -243,6 +249,20 @@ def _finish(
     if complete:
         _write_outputs(rows, keys, pa.concat_tables(indexes), plan)
     return Result(len(shards), made, complete, images, member_bytes, refused)
+
+
+def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:
+    """The shard's index with `row` as of now: a row more in an earlier split moves all later ones.
+
+    Raises:  ShardError where the index is not of these rows; the image would get another's report.
+    """
+    if index.column("key").to_pylist() != [keys[place] for place in shard.rows]:
+        raise ShardError(
+            f"{index_path(shard.path)}: is not the index of its shard: remove it and run the same "
+            "command again"
+        )
+    place = index.schema.get_field_index("row")
+    return index.set_column(place, index.schema.field(place), pa.array(shard.rows, pa.int64()))
 
 
 def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan) -> None:

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -157,6 +158,12 @@ class Member:
     sha256: str
 
 
+def _create(path: Path) -> BinaryIO:
+    """A new file that its owner alone may read: manifests hold reports, shards images."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o600), "wb")
+
+
 class ShardWriter:
     """One tar file that appears under its name only when `finish` has synced it.
 
@@ -167,7 +174,7 @@ class ShardWriter:
         self.path = path
         # two processes told to make the same shard must not write into one file
         self.partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-        self._file = open(self.partial, "wb")
+        self._file = _create(self.partial)
         self._offset = 0
 
     def add(self, name: str, content: bytes) -> Member:
@@ -224,7 +231,7 @@ def write_table(table: pa.Table, path: Path) -> None:
     """A Parquet file that is complete or not there."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as file:
+        with _create(partial) as file:
             pa.parquet.write_table(table, file, compression="zstd")
             file.flush()
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from mlip.dataloading.dicom import DicomError, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
 _MAX_REPORT_BYTES = 1 << 20
+_ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
@@ -32,13 +33,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
         raise DatasetError("option patient_level: expected a folder level of 1 or more")
+    # a file that states no modality may be a radiograph: it stays
+    modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
     seen: set[str] = set()
     for path in _files(root, excluded):
         kind = _kind(path)
-        if kind is None:
-            excluded["no_image" if path.suffix != ".txt" else "report_text"] += 1
+        if kind is None or kind == "archive":
+            excluded[kind or ("no_image" if path.suffix != ".txt" else "report_text")] += 1
             continue
         name = relative(path, root)
         parts = name.split("/")
@@ -49,6 +52,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 identity = read_identity(path)
             except DicomError as error:
                 excluded[error.code] += 1
+                continue
+            if identity.modality.upper() not in modalities:
+                excluded[f"modality_{_word(identity.modality)}"] += 1
                 continue
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
@@ -67,7 +73,12 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             )
         )
     if not rows:
-        raise DatasetError(f"{root}: no DICOM, JPEG or PNG file below it")
+        left_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
+        raise DatasetError(
+            f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
+            f"{left_out or 'nothing, it is empty'})"
+            + (": unpack the archives first" if excluded["archive"] else "")
+        )
     return Collected(rows, excluded, keeps_ids=False)
 
 
@@ -90,12 +101,19 @@ def _files(root: Path, excluded: Counter[str]) -> list[Path]:
 def _kind(path: Path) -> str | None:
     try:
         with open(path, "rb") as file:
-            head = file.read(132)
+            head = file.read(262)
     except OSError:
         return None
     if head[128:132] == b"DICM":
         return "dicom"
+    if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
+        return "archive"
     return "picture" if head.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")) else None
+
+
+def _word(text: str) -> str:
+    """A modality fit for a message; anything that is no code of the standard is not shown."""
+    return text.lower() if text.isalpha() and text.isascii() and len(text) <= 4 else "other"
 
 
 def _report(path: Path) -> str:
@@ -115,6 +133,10 @@ DATASET = Dataset(
     access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them",
     collect=collect,
     options={
-        "patient_level": ("1", "folder level that names the patient of files that are no DICOM")
+        "patient_level": ("1", "folder level that names the patient of files that are no DICOM"),
+        "modalities": (
+            "CR,DX,DR,RG,XR,OT",
+            "DICOM modalities to take; files that state none are taken too",
+        ),
     },
 )
