@@ -67,11 +67,14 @@ def row_counts(x: Tensor, group: Group) -> list[int]:
 
 
 def gather(x: Tensor, group: Group, counts: list[int]) -> Tensor:
-    """Every rank's rows in rank order, without gradient."""
-    if len(counts) == 1:
-        return x
+    """Every rank's rows in rank order, without gradient; x itself for one process."""
+    return x if len(counts) == 1 else gather_over_ranks(x, group, counts)
+
+
+def gather_over_ranks(x: Tensor, group: Group, counts: list[int]) -> Tensor:
+    """gather through the group's collective, of however many ranks."""
     if x.dtype == torch.bool:
-        return gather(x.to(torch.uint8), group, counts).bool()
+        return gather_over_ranks(x.to(torch.uint8), group, counts).bool()
     x = x.contiguous()
     if x.device.type != "cpu":
         out = x.new_empty((sum(counts), *x.shape[1:]))
@@ -86,9 +89,12 @@ def gather(x: Tensor, group: Group, counts: list[int]) -> Tensor:
 
 
 def reduce_rows(grad: Tensor, group: Group, counts: list[int]) -> Tensor:
-    """This rank's rows of the sum over ranks of `grad` [N, ...]."""
-    if len(counts) == 1:
-        return grad
+    """This rank's rows of the sum over ranks of `grad` [N, ...]; grad itself for one process."""
+    return grad if len(counts) == 1 else reduce_over_ranks(grad, group, counts)
+
+
+def reduce_over_ranks(grad: Tensor, group: Group, counts: list[int]) -> Tensor:
+    """reduce_rows through the group's collective, of however many ranks."""
     rank = group_rank(group)
     if grad.device.type != "cpu":
         out = grad.new_empty((counts[rank], *grad.shape[1:]))

@@ -40,12 +40,13 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], case
     )
 
 
-def _resources(compiled: Any) -> dict[str, int]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and the instructions that tell spills and tensor cores, of machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
 
         def run(tool: str, *options: str) -> str:
@@ -57,7 +58,7 @@ def _resources(compiled: Any) -> dict[str, int]:
     for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
     out["instructions"] = len(re.findall(r"/\*[0-9a-f]{4,5}\*/", assembly))
-    return out | {"shared": compiled.metadata.shared}
+    return out
 
 
 def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
@@ -188,7 +189,8 @@ def main() -> None:
         case["warps"] = constants.pop("num_warps", case.get("warps"))
         case["stages"] = constants.pop("num_stages", case.get("stages", 2))
         types = _types(kernel, case["element"], case["pooling"])
-        used = _resources(_compile(kernel, types, constants, case))
+        compiled = _compile(kernel, types, constants, case)
+        used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
         print(json.dumps(case | used), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The kernels on an NVIDIA GPU: exact, repeatable, within their memory law, never synchronising.
+"""The kernels on an NVIDIA GPU are exact at every size, dtype, mask and scale.
 
 Run by `make gpu-check`. Oracle: plain torch in float64 on the same (rounded) inputs.
 """
@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import (
-    TokenKnowledgePatchLoss,
-    contrastive_loss_from_scores,
-    tiling,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
+from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu, trainable
 from tests.kernels.oracle import gradients, leaves, make_inputs, poisoned, relative_error
 
 pytestmark = [
@@ -28,49 +25,7 @@ pytestmark = [
 ]
 
 VARIANTS = [(p, a) for p in ("attention", "context", "max") for a in ("mean", "lse")]
-FEATURES = ("patches", "tokens", "knowledge")
 GATE = {"attention": 5e-3, "max": 5e-3, "context": 1.5e-2}
-
-
-def on_gpu(inputs: dict[str, Any], features: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Inputs on the GPU: features in one dtype, weights in float32, masks as they are."""
-    out = {}
-    for name, value in inputs.items():
-        if not value.is_floating_point():
-            out[name] = value.cuda()
-        else:
-            out[name] = value.to("cuda", features if name in FEATURES else torch.float32)
-    return out
-
-
-def trainable(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-
-
-def compare(
-    inputs: dict[str, Any], tolerance: float, features: torch.dtype = torch.float32, **options: Any
-) -> None:
-    """Scores and gradients by Triton and by torch in the same dtype, both against float64."""
-    narrow = on_gpu(inputs, features)
-    results = []
-    for impl, made in (
-        ("triton", trainable(narrow)),
-        ("torch", leaves(narrow)),
-        ("torch", trainable(narrow)),
-    ):
-        value = token_knowledge_patch_scores(**made, impl=impl, **options)
-        results.append((value, gradients(value, made)))
-    (value, got), (truth, want), (same_value, same) = results
-    assert relative_error(value, truth) <= max(
-        tolerance, 2 * relative_error(same_value, truth) + 1e-6
-    )
-    for name in want if features == torch.float32 else FEATURES:
-        if name in want:
-            allowed = max(tolerance, 2 * relative_error(same[name], want[name]) + 1e-6)
-            assert relative_error(got[name], want[name]) <= allowed, name
 
 
 @pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
@@ -93,12 +48,23 @@ def test_loss_is_exact_and_masks_hide(pooling: str, aggregation: str, features) 
         assert relative_error(got[name], want[name]) <= (1e-5 if is_wide else GATE[pooling]), name
 
 
-@pytest.mark.parametrize("dim", [32, 96, 128, 192, 256])
-@pytest.mark.parametrize("patches", [1, 49, 50, 196, 197, 256, 576, 577])
-def test_any_size_is_exact_in_float32(dim: int, patches: int) -> None:
-    tokens = {1: 1, 49: 2, 50: 31, 196: 33, 197: 77, 256: 100, 576: 127, 577: 128}[patches]
-    inputs = make_inputs(3, 2, patches, tokens, 2, dim, seed=2, masks=False)
-    compare(inputs, 1e-5)
+@pytest.mark.parametrize(
+    ("patches", "tokens", "dims"),  # every size compiles kernels of its own: two dims each
+    [
+        (1, 1, (32, 256)),
+        (49, 2, (128, 192)),
+        (50, 31, (96, 256)),
+        (196, 33, (128, 256)),
+        (197, 77, (32, 192)),
+        (256, 100, (96, 128)),
+        (576, 127, (192, 256)),
+        (577, 128, (32, 128)),
+    ],
+)
+def test_any_size_is_exact_in_float32(patches: int, tokens: int, dims: tuple[int, int]) -> None:
+    for dim in dims:
+        inputs = make_inputs(3, 2, patches, tokens, 2, dim, seed=2, masks=False)
+        compare(inputs, 1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["attention", "context", "max"])
@@ -132,149 +98,6 @@ def test_any_attention_scale_is_exact(alpha: float, as_tensor: bool) -> None:
     compare(inputs, max(1e-5, alpha * 2**-22), attention_scale=scale)
 
 
-def _training_inputs(batch: int, tokens: int, patches: int, dim: int, fill: float = 0.6):
-    g = torch.Generator(device="cuda").manual_seed(6)
-    half = torch.bfloat16
-    made = {
-        "patches": torch.randn(batch, patches, dim, generator=g, device="cuda", dtype=half),
-        "tokens": torch.randn(batch, tokens, dim, generator=g, device="cuda", dtype=half),
-        "knowledge": torch.randn(batch, 8, dim, generator=g, device="cuda", dtype=half),
-        "token_weights": (torch.rand(batch, tokens, generator=g, device="cuda") < fill).float(),
-    }
-    for name in FEATURES:
-        made[name].requires_grad_()
-    return made
-
-
-@pytest.mark.parametrize("pooling", ["attention", "max", "context"])
-def test_a_hundred_repeats_are_bit_equal(pooling: str) -> None:
-    made = _training_inputs(48, 40, 100, 128)
-    first: list[Tensor] | None = None
-    for _ in range(100):
-        value = token_knowledge_patch_loss(**made, logit_scale=10.0, pooling=pooling)
-        now = [value, *torch.autograd.grad(value, [made[n] for n in FEATURES])]
-        first = now if first is None else first
-        assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
-
-
-def test_info_nce_repeats_bit_for_bit() -> None:
-    g = torch.Generator(device="cuda").manual_seed(7)
-    x, y = (
-        F.normalize(torch.randn(3000, 256, generator=g, device="cuda"), dim=-1)
-        .bfloat16()
-        .requires_grad_()
-        for _ in range(2)
-    )
-    runs = []
-    for _ in range(20):
-        value = info_nce_loss(x, y, 50.0)
-        runs.append([value, *torch.autograd.grad(value, [x, y])])
-    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
-
-
-@pytest.mark.parametrize("batch", [128, 384])
-def test_memory_follows_its_law(batch: int) -> None:
-    """Beside inputs and gradients: one unit copy, 8 N^2, min(20 N^2 J, 1 GiB) and 64 MiB."""
-    tokens, patches, dim = 112, 196, 128
-    made = _training_inputs(batch, tokens, patches, dim, fill=2.0)
-
-    def step() -> None:
-        value = token_knowledge_patch_loss(**made, logit_scale=10.0)
-        value.backward()
-
-    step()
-    for name in FEATURES:
-        made[name].grad = None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    used = torch.cuda.max_memory_allocated() - before
-    rows = tokens + 8
-    copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
-    law = 2 * copies + 8 * batch**2 + min(20 * batch**2 * rows, 2**30) + 64 * 2**20
-    assert used <= law, (used, law)
-
-
-def test_info_nce_needs_memory_in_proportion_to_the_batch() -> None:
-    used = []
-    for count in (8192, 32768):
-        x, y = (
-            F.normalize(torch.randn(count, 256, device="cuda"), dim=-1).bfloat16().requires_grad_()
-            for _ in range(2)
-        )
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        info_nce_loss(x, y, 20.0).backward()
-        torch.cuda.synchronize()
-        used.append(torch.cuda.max_memory_allocated() - before)
-        del x, y
-    assert used[1] <= 4.5 * used[0] + 2**25
-
-
-@pytest.mark.parametrize("learned", [False, True])
-def test_nothing_synchronises(learned: bool) -> None:
-    made = _training_inputs(16, 20, 49, 64)
-    ids = torch.arange(16, device="cuda") // 2
-    module = TokenKnowledgePatchLoss(learn_scales=learned).cuda()
-    mask = torch.ones(16, 49, dtype=torch.bool, device="cuda")
-    module(**made, patch_mask=mask, pair_ids=ids).backward()  # compiles, allocates
-    x, y = (F.normalize(made[n][:, 0], dim=-1) for n in ("patches", "tokens"))
-    info_nce_loss(x, y, 10.0, pair_ids=ids)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        module(**made, patch_mask=mask, pair_ids=ids).backward()
-        x, y = (F.normalize(made[n][:, 0], dim=-1) for n in ("patches", "tokens"))
-        info_nce_loss(x, y, 10.0, pair_ids=ids).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_cuda_graph_replays_forward_and_backward() -> None:
-    made = _training_inputs(16, 20, 49, 64)
-    leaves_ = [made[n] for n in FEATURES]
-
-    def step() -> tuple[Tensor, ...]:
-        value = token_knowledge_patch_loss(**made, logit_scale=10.0)
-        return value, *torch.autograd.grad(value, leaves_)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        made["tokens"].copy_(torch.randn_like(made["tokens"]))
-    graph.replay()
-    torch.cuda.synchronize()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_torch_compile_keeps_one_graph() -> None:
-    made = _training_inputs(16, 20, 49, 64)
-    leaves_ = [made[n] for n in FEATURES]
-
-    def run(patches: Tensor, tokens: Tensor, knowledge: Tensor) -> Tensor:
-        rest = made | {"patches": patches, "tokens": tokens, "knowledge": knowledge}
-        scores = token_knowledge_patch_scores(**rest)
-        return contrastive_loss_from_scores(scores, logit_scale=10.0) * 2.0
-
-    truth = run(*leaves_)
-    value = torch.compile(run, fullgraph=True)(*leaves_)
-    assert relative_error(value, truth) <= 1e-6
-    pairs = zip(
-        torch.autograd.grad(value, leaves_), torch.autograd.grad(truth, leaves_), strict=True
-    )
-    for got, want in pairs:
-        assert relative_error(got, want) <= 1e-3
-
-
 def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:
     inputs = on_gpu(make_inputs(4, 4, 49, 20, 3, 64, seed=8, masks=False))
     made = trainable(inputs)
@@ -299,59 +122,6 @@ def test_float16_gradients_do_not_underflow() -> None:
     got, want = gradients(value, made), gradients(truth, truth_leaves)
     for name in FEATURES:
         assert relative_error(got[name], want[name]) <= 1e-2, name
-
-
-def test_offsets_beyond_32_bits_are_right() -> None:
-    """Two images whose rows lie more than 2^31 elements apart, in a storage of 4.3 GB."""
-    dim, patches = 64, 49
-    far = 2**31 + 64
-    storage = torch.zeros(far + patches * dim, dtype=torch.bfloat16, device="cuda")
-    apart = torch.as_strided(storage, (2, patches, dim), (far, dim, 1))
-    with torch.no_grad():
-        apart.copy_(torch.randn(2, patches, dim, device="cuda"))
-    tokens = torch.randn(3, 8, dim, device="cuda", dtype=torch.bfloat16)
-    value = token_knowledge_patch_scores(apart, tokens)
-    assert torch.equal(value, token_knowledge_patch_scores(apart.contiguous(), tokens))
-
-
-def test_statistics_beyond_32_bits_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M x rows above 2^31: the corner blocks equal those of small calls."""
-    monkeypatch.setattr(tiling, "WORKSPACE_CAP_BYTES", 2**38)
-    batch, tokens = 4352, 128
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GiB of free GPU memory")
-    patches = torch.randn(batch, 16, 32, device="cuda", dtype=torch.bfloat16).requires_grad_()
-    text = torch.randn(batch, tokens, 32, device="cuda", dtype=torch.bfloat16)
-    value = token_knowledge_patch_scores(patches, text)
-    corner = token_knowledge_patch_scores(patches[-3:], text[-3:])
-    assert torch.equal(value[-3:, -3:], corner)
-    weights = torch.zeros_like(value)
-    weights[-3:, -3:] = 1.0
-    (got,) = torch.autograd.grad((value * weights).sum(), [patches])
-    (want,) = torch.autograd.grad(corner.sum(), [patches])
-    assert relative_error(got[-3:], want[-3:]) <= 1e-3
-    assert torch.count_nonzero(got[:-3]) == 0
-
-
-def test_changing_lengths_compile_nothing_new() -> None:
-    from mlip.kernels.token_knowledge_patch.forward_triton_kernels import _pair_fwd_kernel
-
-    patches = torch.randn(4, 49, 64, device="cuda", dtype=torch.bfloat16)
-
-    def compiled() -> int:
-        return sum(len(cache[0]) for cache in _pair_fwd_kernel.device_caches.values())
-
-    def run(tokens: int) -> None:
-        text = torch.randn(4, tokens, 64, device="cuda", dtype=torch.bfloat16)
-        token_knowledge_patch_scores(patches, text)
-
-    for tokens in (16, 17, 33):
-        run(tokens)
-    before = compiled()
-    for tokens in range(18, 60, 3):
-        run(tokens)
-    # integers divisible by 16 or equal to 1 are specialised by Triton: a handful, not one a length
-    assert compiled() - before <= 3
 
 
 @pytest.mark.parametrize(
