@@ -90,18 +90,20 @@ def measure(
 ) -> dict[str, float]:
     """Milliseconds of `run`, with the L2 cache flushed before each repeat on a GPU.
 
+    On a CPU of processor time, all threads together: other work on the machine changes it little.
     Repeats until budget_s is spent: at least 5, at most 100.
     """
-    for _ in range(warmup):
-        run()
     times: list[float] = []
     if device != "cuda":
-        start = time.perf_counter()
-        while len(times) < 5 or (time.perf_counter() - start < budget_s and len(times) < 100):
-            before = time.perf_counter()
+        run()
+        start = time.process_time()
+        while len(times) < 5 or (time.process_time() - start < budget_s and len(times) < 100):
+            before = time.process_time()
             run()
-            times.append(1e3 * (time.perf_counter() - before))
+            times.append(1e3 * (time.process_time() - before))
         return _spread(times)
+    for _ in range(warmup):
+        run()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -118,6 +118,8 @@ FLOAT32: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(64, (32, 0, 0), 4)], SMALL[3:]),
     ("forward", 256): Choice([(64, (16, 0, 0), 8)], SMALL[4:]),
 }
+# kernel -> tile map in place of the table's: bench_kernels.py --tune times candidates through it
+FORCED: dict[str, Tiling] = {}
 FLOAT32_OTHERS = {128: Choice([], SMALL[4:]), 256: Choice([(16, (16, 0, 0), 8)], SMALL[4:])}
 
 
@@ -159,36 +161,59 @@ def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choic
     return overrides.get(("", kind, width), TABLE[kind, width])
 
 
-@functools.cache
-def choose_tiling(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
-) -> Tiling:
-    """The tiling of a kernel for a padded dim, an element size in bytes and a shared memory."""
-    if kind == "forward" and size == 2 and pooling != "context":
-        tiling = _resident(patches, dim, limit)
-        if tiling is not None:
-            return tiling
+def _fitting(
+    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str
+) -> list[tuple[bool, Tiling]]:
+    """The lines of the table that fit, in its order, and whether each is one of `small`."""
     choice = _choice(kind, 128 if dim <= 128 else 256, size, limit, pooling)
-    best: tuple[float, Tiling] | None = None
-    for is_small, candidate in [(False, c) for c in choice.best] + [
-        (True, c) for c in choice.small
-    ]:
-        block_r, segments, warps = candidate
+    found = []
+    lines = [(False, c) for c in choice.best] + [(True, c) for c in choice.small]
+    for is_small, (block_r, segments, warps) in lines:
         span = sum(segments)
         # a context's backward pass streams t beside the rows, in as many stages
         streamed = 0
         if kind.startswith("backward") and pooling == "context":
             streamed = 2 * block_r * dim * size
         needed = shared_bytes(kind, block_r, span, dim, size, 2) + streamed
-        if needed + SHARED_MEMORY_SLACK > limit or (is_small and best is not None):
+        if needed + SHARED_MEMORY_SLACK > limit:
             continue
         tiles = -(-padded_patches(patches) // span)
         # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
         if kind == "forward" and tiles == 1:
             tiles = 2
-        waste = tiles * span / patches
+        found.append((is_small, Tiling(block_r, segments, tiles, warps, choice.stages)))
+    return found
+
+
+def fitting_tilings(
+    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
+) -> list[Tiling]:
+    """Every tile map that choose_tiling could use on this chip, for timing them."""
+    found = [tiling for _, tiling in _fitting(kind, patches, dim, size, limit, pooling)]
+    if kind == "forward" and size == 2 and pooling != "context":
+        resident = _resident(patches, dim, limit)
+        found = found if resident is None else [resident, *found]
+    return found
+
+
+@functools.cache
+def choose_tiling(
+    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
+) -> Tiling:
+    """The tiling of a kernel for a padded dim, an element size in bytes and a shared memory."""
+    if kind in FORCED:
+        return FORCED[kind]
+    if kind == "forward" and size == 2 and pooling != "context":
+        resident = _resident(patches, dim, limit)
+        if resident is not None:
+            return resident
+    best: tuple[float, Tiling] | None = None
+    for is_small, tiling in _fitting(kind, patches, dim, size, limit, pooling):
+        if is_small and best is not None:
+            break
+        waste = tiling.tiles * sum(tiling.segments) / patches
         if best is None or waste < 0.96 * best[0]:
-            best = (waste, Tiling(block_r, segments, tiles, warps, choice.stages))
+            best = (waste, tiling)
     if best is None:
         raise ValueError(
             f"no tiling of {kind} fits D={dim} into {limit} bytes of shared memory; "

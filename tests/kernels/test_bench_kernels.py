@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench_kernels, harness
+from benchmarks import bench_kernels, harness, kernel_measures
+from mlip.kernels.token_knowledge_patch import tiling
 
 SMALL = bench_kernels.similarity(4, 6, 5, 8, device="cpu")
 
@@ -43,3 +44,51 @@ def test_spread_and_table_are_plain() -> None:
     assert made == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0, "repeats": 6}
     text = harness.table([{"a": 1.23456, "b": None}], ["a", "b"])
     assert text.splitlines() == ["a      b", "1.235  -"]
+
+
+def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
+    at = kernel_measures.AT_256
+    rows = [
+        at | {"provider": "fused", "status": "ok", "both_ms": 2.0, "peak_mib": 100.0},
+        at | {"provider": "eager_fp32", "status": "ok", "both_ms": 18.0, "peak_mib": 12000.0},
+        at | {"provider": "chunked", "status": "out of memory"},
+        at | {"provider": "fused", "status": "ok", "both_ms": 1.25, "fill": 0.5},
+    ]
+    got = {row["measure"]: row["measured"] for row in kernel_measures.measures(rows)}
+    assert got["eager float32, B 256"] == "9.00x"
+    assert got["memory, eager / compile"] == "120.00x / not run"
+    assert got["chunked and checkpointed"] == "out of memory"
+    assert got["half-empty reports"] == "1.60x"
+    assert got["largest batch, T 112, D 128"] == "256"
+    assert got["inf-cl, 65536 x 512"] == "not run"
+
+
+def test_no_time_is_measured_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_kernels.OWN_GATE, "attention", 0.0)
+    row = bench_kernels.safely(SMALL | {"provider": "torch"}, None)
+    assert row["status"].startswith("failed: RuntimeError: no parity") and "both_ms" not in row
+
+
+def test_a_tile_map_under_test_takes_the_place_of_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = ("forward", 196, 128, 2, tiling.SHARED_MEMORY[9, 0])
+    fitting = tiling.fitting_tilings(*size)
+    assert fitting[0] == tiling.choose_tiling(*size) and len(set(fitting)) > 3
+    monkeypatch.setitem(tiling.FORCED, "forward", fitting[-1])
+    tiling.choose_tiling.cache_clear()
+    assert tiling.choose_tiling(*size) == fitting[-1]
+    monkeypatch.undo()
+    tiling.choose_tiling.cache_clear()
+
+
+@pytest.mark.parametrize("limit", [101376, 166912, 232448])
+def test_every_problem_has_a_tile_map_on_every_chip(limit: int) -> None:
+    for pooling in ("attention", "context", "max"):
+        kinds = ("forward", "backward_rows", "backward_patches")
+        for kind in (*kinds, "turn") if pooling == "context" else kinds:
+            for dim in (16, 64, 128, 256):
+                for size in (2, 4):
+                    for patches in (1, 49, 197, 577, 1024):
+                        made = tiling.choose_tiling(kind, patches, dim, size, limit, pooling)
+                        assert made.tiles * sum(made.segments) >= patches

@@ -1,0 +1,97 @@
+"""The table of kernels/README.md, computed from rows of bench_kernels.py and never from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+PAIR = {"op": "token_knowledge_patch", "pooling": "attention", "patches": 196, "fill": 1.0}
+AT_256 = PAIR | {"batch": 256, "tokens": 112, "dim": 128}
+MAX_256 = PAIR | {"batch": 256, "pooling": "max", "tokens": 64, "dim": 128}
+NCE = {"op": "info_nce", "dim": 512}
+
+
+def _find(rows: list[Row], provider: str, where: Row) -> Row | None:
+    for row in rows:
+        if row.get("provider") == provider and all(row.get(k) == v for k, v in where.items()):
+            return row
+    return None
+
+
+def _ratio(rows: list[Row], where: Row, baseline: str, column: str = "both_ms") -> str:
+    """How many times less the fused operator needs than a baseline, or why there is no number."""
+    ours, theirs = _find(rows, "fused", where), _find(rows, baseline, where)
+    for row in (ours, theirs):
+        if row is None:
+            return "not run"
+        if row["status"] != "ok":
+            return str(row["status"])
+    assert ours is not None and theirs is not None
+    return f"{theirs[column] / ours[column]:.2f}x"
+
+
+def _both_dims(rows: list[Row], baseline: str) -> str:
+    return " / ".join(_ratio(rows, AT_256 | {"dim": dim}, baseline) for dim in (128, 256))
+
+
+def _shares(rows: list[Row]) -> str:
+    row = _find(rows, "fused", AT_256)
+    if row is None or "forward_share" not in row:
+        return "not run" if row is None else str(row["status"])
+    return f"{100 * row['forward_share']:.0f} % / {100 * row['backward_share']:.0f} %"
+
+
+def _memory(rows: list[Row]) -> str:
+    names = ("eager_fp32", "compile_bf16")
+    return " / ".join(_ratio(rows, AT_256, name, "peak_mib") for name in names)
+
+
+def _largest_batch(rows: list[Row]) -> str:
+    wanted = {k: v for k, v in AT_256.items() if k != "batch"}
+    batches = [
+        row["batch"]
+        for row in rows
+        if row.get("provider") == "fused"
+        and row["status"] == "ok"
+        and all(row.get(k) == v for k, v in wanted.items())
+    ]
+    return str(max(batches)) if batches else "not run"
+
+
+def _half_empty(rows: list[Row]) -> str:
+    full, half = (_find(rows, "fused", AT_256 | {"fill": fill}) for fill in (1.0, 0.5))
+    if full is None or half is None or "both_ms" not in full or "both_ms" not in half:
+        return "not run"
+    return f"{full['both_ms'] / half['both_ms']:.2f}x"
+
+
+MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
+    ("eager float32, B 256", "6x", lambda rows: _ratio(rows, AT_256, "eager_fp32")),
+    ("compile float32, D 128", "2x", lambda rows: _ratio(rows, AT_256, "compile_fp32")),
+    ("compile bf16, D 128 / 256", "1.1x / 0.9x", lambda rows: _both_dims(rows, "compile_bf16")),
+    ("chunked and checkpointed", "2.5x", lambda rows: _ratio(rows, AT_256, "chunked")),
+    ("share of bf16 peak, fwd / bwd", "40 % / 45 %", _shares),
+    ("memory, eager / compile", "100x / 40x", _memory),
+    ("largest batch, T 112, D 128", "4096", _largest_batch),
+    ("half-empty reports", "1.5x", _half_empty),
+    ("inf-cl, 65536 x 512", "4x", lambda rows: _ratio(rows, NCE | {"batch": 65536}, "inf_cl")),
+    (
+        "eager InfoNCE, B 16384",
+        "1.3x",
+        lambda rows: _ratio(rows, NCE | {"batch": 16384}, "eager_bf16"),
+    ),
+    (
+        "late-interaction-kernels, max",
+        "1.5x",
+        lambda rows: _ratio(rows, MAX_256, "late_interaction_kernels"),
+    ),
+)
+
+
+def measures(rows: list[Row]) -> list[Row]:
+    """One row a line of the README's table: what is wanted and what was measured."""
+    return [
+        {"measure": name, "wanted": wanted, "measured": compute(rows)}
+        for name, wanted, compute in MEASURES
+    ]
