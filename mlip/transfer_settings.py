@@ -66,6 +66,11 @@ class Transfer:
     iou_thresholds: tuple[float, ...] = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
     cache_gib: float = 4.0  # decoded images kept in memory
 
+    def __post_init__(self) -> None:
+        # files are merged key by key: null is how a later one takes a class away
+        kept = {name: policy for name, policy in self.classes.items() if policy is not None}
+        object.__setattr__(self, "classes", kept)
+
 
 def at_fraction(transfer: Transfer, percent: float) -> Transfer:
     """The settings of fits on `percent` of the patients: by_fraction laid over the rest."""
@@ -97,8 +102,8 @@ def check(transfer: Transfer) -> None:
     )
     for key, changes in transfer.by_fraction.items():
         require(
-            _is_number(key) and float(key) in transfer.fractions,
-            f"transfer.by_fraction: {key!r} is none of transfer.fractions",
+            _is_number(key),
+            f"transfer.by_fraction: expected a percentage of transfer.fractions, got {key!r}",
         )
         require(
             isinstance(changes, dict)

@@ -75,9 +75,9 @@ def divide(manifest: Manifest, val_share: float, keep: dict[str, Array]) -> Spli
     """
     rows = dict(keep)
     if len(rows["val"]) == 0 and val_share > 0.0:
-        draws = patient_draws(manifest.patient_key[rows["train"]], 0)
-        inside = draws < val_share
-        rows["val"], rows["train"] = rows["train"][inside], rows["train"][~inside]
+        train = rows["train"]
+        rows["val"] = draw_fraction(train, manifest.patient_key[train], 100.0 * val_share, 0)
+        rows["train"] = np.setdiff1d(train, rows["val"])
     for split in SPLITS:
         patients = len(np.unique(manifest.patient_key[rows[split]]))
         if patients < 2:

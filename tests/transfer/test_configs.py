@@ -1,0 +1,248 @@
+"""Every file of configs/transfer on the ten-row fake of its data set, from raw files to a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlip.cli import main
+from mlip.config import load
+from mlip.dataloading import prepare
+from mlip.pretrained import save_pretrained
+from mlip.transfer_settings import at_fraction
+from tests import raw_layouts
+from tests.small_run import small_run
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "transfer"
+BIG = (80, 72)  # px: the fakes' boxes lie inside
+# data set -> how its fake is made, what `mlip prepare` is told
+RAW: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "chexpert": (raw_layouts.make_chexpert, []),
+    "rsna_pneumonia": (lambda root: raw_layouts.make_rsna(root, BIG), []),
+    "siim_pneumothorax": (lambda root: raw_layouts.make_siim(root, 1), []),
+    "object_cxr": (lambda root: raw_layouts.make_object_cxr(root, BIG), []),
+    "covidx": (raw_layouts.make_covidx, []),
+    "nih_cxr14": (raw_layouts.make_nih, []),
+    "vindr_cxr": (lambda root: raw_layouts.make_vindr(root, BIG), []),
+}
+ROWS = {
+    "chexpert_classification": "chexpert",
+    "rsna_classification": "rsna_pneumonia",
+    "covidx_classification": "covidx",
+    "rsna_segmentation": "rsna_pneumonia",
+    "siim_segmentation": "siim_pneumothorax",
+    "rsna_detection": "rsna_pneumonia",
+    "object_cxr_detection": "object_cxr",
+    "nih_classification": "nih_cxr14",
+    "vindr_detection": "vindr_cxr",
+}
+SMALL = [
+    *("data.resize_px=112", "data.crop_px=96", "data.channels=1", "data.workers=1"),
+    *("transfer.epochs=1", "transfer.seeds=[1]", "transfer.fractions=[100]"),
+    *("transfer.val_share=0.4", "transfer.batch=4"),
+    *("transfer.decoder_width=4", "evaluate.bootstrap=20", "evaluate.examples=2"),
+]
+DENSE = ["transfer.image_px=32"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = small_run()
+    out = tmp_path_factory.mktemp("checkpoint") / "export"
+    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The manifest of a data set's fake, made by `mlip prepare` once a module."""
+    made: dict[str, Path] = {}
+    folder = tmp_path_factory.mktemp("data")
+
+    def manifest(name: str) -> Path:
+        if name not in made:
+            make, options = RAW[name]
+            raw, out = folder / f"{name}-raw", folder / name
+            make(raw)
+            lists = _lists(name, folder)
+            arguments = [name, "--root", str(raw), "--out", str(out), "--workers", "1"]
+            arguments += ["--side", "96", *options, *lists]
+            parser = argparse.ArgumentParser()
+            prepare.add_arguments(parser)
+            assert prepare.run(parser.parse_args(arguments)) == 0
+            made[name] = out / "manifest.parquet"
+        return made[name]
+
+    return manifest
+
+
+def _lists(name: str, folder: Path) -> list[str]:
+    """Published split lists, where ten rows by hash would leave a split empty."""
+    ids = {"rsna_pneumonia": "id{}", "siim_pneumothorax": "1.2.276.{}"}.get(name)
+    if ids is None:
+        return []
+    where = folder / f"{name}-lists"
+    for split, members in (("train", (0, 1, 2, 8, 6)), ("validation", (3, 5)), ("test", (4, 7, 9))):
+        raw_layouts.table(where / f"{split}.csv", "ID", [[ids.format(i)] for i in members])
+    return ["--option", f"split_lists={where}"]
+
+
+def evaluate(row: str, manifest: Path, out: Path, *more: str) -> dict[str, Any]:
+    config = CONFIGS / f"{row}.yaml"
+    task = load([config]).transfer.task
+    settings = [*SMALL, *(DENSE if task != "classification" else []), f"data.manifest={manifest}"]
+    if row == "nih_classification":
+        # ten rows are five patients, of whom three may train: too few for train and val
+        settings.append("data.columns.patient_id=image_id")
+    assert main(["evaluate", str(config), *settings, *more, "--out", str(out)]) == 0
+    return json.loads((out / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_each_row_of_the_paper_runs_from_raw_files_to_a_page(
+    row: str, prepared: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    results = evaluate(row, prepared(ROWS[row]), tmp_path, f"checkpoint={checkpoint}")
+    assert results["kind"] == "transfer" and results["task"]["start"] == "checkpoint"
+    for key in ("splits", "preprocessing", "weights", "manifest"):
+        assert len(results["fingerprints"][key]) == 64
+    assert results["run"]["seeds"] == [1] and results["run"]["checkpoint"] == str(checkpoint)
+    (fraction,) = results["fractions"]
+    scores = fraction["scores"]
+    if "dice" in scores:
+        estimate = scores["dice"]["published"]
+    elif "strict" in scores:
+        estimate = scores["strict"]
+    else:
+        estimate = scores["macro"][scores["headline"]]
+    assert estimate["value"] is not None or estimate["reason"]
+    assert isinstance(estimate["n"], int)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Not for clinical use" in page and "http" not in page.split("</style>")[1]
+
+
+def test_uncertain_labels_follow_the_published_policy_and_test_is_the_valid_subset(
+    prepared: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    row = "chexpert_classification"
+    results = evaluate(row, prepared("chexpert"), tmp_path, f"checkpoint={checkpoint}")
+    assert results["data"]["splits"]["test"]["images"] == 2
+    classes = load([CONFIGS / f"{row}.yaml"]).transfer.classes
+    ones = {name for name, policy in classes.items() if policy == "one"}
+    assert ones == {"Atelectasis", "Edema", "Pleural Effusion"} and len(classes) == 5
+
+
+@pytest.mark.parametrize("baseline", ["random", "imagenet"])
+def test_baselines_lie_over_a_row(
+    baseline: str, prepared: Any, tmp_path: Path, checkpoint: Path
+) -> None:
+    more = [str(CONFIGS / f"baseline_{baseline}.yaml")]
+    if baseline == "random":
+        more.append(f"checkpoint={checkpoint}")
+    else:
+        from transformers import ResNetConfig, ResNetModel
+
+        tiny = ResNetConfig(
+            num_channels=1,
+            embedding_size=8,
+            hidden_sizes=[8, 16, 16],
+            depths=[1, 1, 1],
+            layer_type="basic",
+        )
+        ResNetModel(tiny).save_pretrained(tmp_path / "weights")
+        more.append(f"model.vision.source={tmp_path / 'weights'}")
+    results = evaluate("rsna_detection", prepared("rsna_pneumonia"), tmp_path / "out", *more)
+    assert results["task"]["start"] == baseline and "checkpoint" not in results["run"]
+
+
+@pytest.mark.parametrize("baseline", ["convirt", "gloria", "mgca"])
+def test_published_pre_trainings_are_settings_of_the_objective(baseline: str) -> None:
+    from mlip.assembly import build_objective, open_corpus
+    from mlip.dataloading.loader import build_loader
+
+    run = small_run()
+    settings = [*run.settings, "batch.global_pairs=8", "loss.category.prototypes=8"]
+    config = load([CONFIGS / f"baseline_{baseline}.yaml"], settings)
+    corpus = open_corpus(config)
+    objective = build_objective(config, corpus)
+    loader = build_loader(
+        config,
+        corpus.manifest,
+        split="train",
+        train=True,
+        tokenizer=corpus.tokenizer,
+        linker=corpus.linker,
+        table=corpus.table,
+    )
+    try:
+        total, _ = objective(next(iter(loader)), step=0, progress=2.0)
+    finally:
+        loader.close()
+    total.backward()
+    wanted = {
+        "convirt": {"global_contrastive"},
+        "gloria": {"global_contrastive", "local_alignment"},
+        "mgca": {"global_contrastive", "local_alignment", "category"},
+    }[baseline]
+    assert set(objective.losses) == wanted and float(total.detach()) > 0
+
+
+def test_a_checkpoint_of_another_preprocessing_is_refused_with_both_hashes(
+    prepared: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*SMALL, f"data.manifest={prepared('covidx')}", "data.crop_px=64"]
+    config = str(CONFIGS / "covidx_classification.yaml")
+    code = main(["evaluate", config, *settings, f"checkpoint={checkpoint}", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert code == 4 and "trained with 96, asked 64" in said and "add data.crop_px=96" in said
+    import re
+
+    first, second = re.search(
+        r"preprocessing (\w{12}), the settings ask for (\w{12})", said
+    ).groups()
+    assert first != second and not (tmp_path / "results.json").exists()
+
+
+def test_null_takes_a_class_away_and_a_fraction_may_have_settings_of_its_own() -> None:
+    config = load([CONFIGS / "covidx_classification.yaml"], ["transfer.classes={normal: null}"])
+    assert list(config.transfer.classes) == ["pneumonia", "COVID-19"]
+    transfer = load([CONFIGS / "rsna_detection.yaml"]).transfer
+    assert (at_fraction(transfer, 1.0).batch, at_fraction(transfer, 1.0).lr) == (8, 2e-4)
+    assert at_fraction(transfer, 10.0) == transfer
+    with pytest.raises(ValueError, match="by_fraction.1: expected numbers for batch"):
+        load([], ["transfer.by_fraction={1: {speed: 3}}"])
+
+
+def test_what_the_data_lacks_is_named(
+    prepared: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(CONFIGS / "covidx_classification.yaml")
+    base = [config, *SMALL, f"data.manifest={prepared('covidx')}", f"checkpoint={checkpoint}"]
+    for changes, expected in (
+        (["transfer.classes={normal: zero, Flu: zero}"], "no row carries the classes Flu"),
+        (["data.columns.labels=null"], "needs labels: set data.columns.labels"),
+        (["transfer.columns.uncertain=doubts"], "'doubts' (transfer.columns.uncertain"),
+        (["transfer.task=segmentation"], "set transfer.columns.mask"),
+        (["transfer.task=detection"], "no boxes: set transfer.columns.boxes"),
+        (["transfer.subset=none-such"], "split 'test' has 0 usable patients"),
+    ):
+        assert main(["evaluate", *base, *changes, "--out", str(tmp_path)]) == 3, changes
+        assert expected in capsys.readouterr().err
+    assert main(["evaluate", config, *SMALL]) == 2
+    assert "checkpoint=DIR" in capsys.readouterr().err
+
+
+def test_every_config_has_its_commands_on_top() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert set(ROWS) <= names
+    for path in CONFIGS.glob("*.yaml"):
+        head = path.read_text(encoding="utf-8").splitlines()
+        assert head[0].startswith("# ") and any(
+            "mlip evaluate configs/transfer/" in x for x in head
+        )
+        if path.stem in ROWS:
+            assert any(f"mlip prepare {ROWS[path.stem]} --root RAW --out" in line for line in head)

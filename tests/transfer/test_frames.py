@@ -1,0 +1,152 @@
+"""Images, masks and boxes through one geometry; what an encoder sees; draws by patient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mlip.config import load
+from mlip.dataloading.manifest import ManifestError
+from mlip.transfer.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.detection import warp_boxes
+from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
+from mlip.transfer.evaluation import encode_split
+from mlip.transfer.frames import Crops, Frame, Images, augmentation, warp
+from tests.small_run import small_run
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+@pytest.mark.parametrize("size", [(40, 100), (100, 40), (64, 64), (13, 17)])
+def test_mask_and_box_of_one_object_stay_together(fit: str, size: tuple[int, int]) -> None:
+    frame = Frame(64, fit)
+    mask = np.zeros(size, dtype=np.uint8)
+    y0, y1, x0, x1 = size[0] // 4, size[0] // 2, size[1] // 4, 3 * size[1] // 4
+    mask[y0:y1, x0:x1] = INSIDE
+    placed = frame.mask(mask)
+    assert set(np.unique(placed)) <= {0, INSIDE}  # nearest: nothing in between
+    box = frame.boxes(np.array([[x0, y0, x1, y1]], dtype=float), size)[0]
+    ys, xs = np.nonzero(placed)
+    # half a pixel of the coarser grid, where a mask's edge is rounded
+    slack = max(1.0, 64 / min(size))
+    found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    np.testing.assert_allclose(found, box, atol=slack)
+
+
+def test_a_letterboxed_image_keeps_its_shape_and_black_margin() -> None:
+    frame = Frame(64, "letterbox")
+    placed = frame.image(np.full((32, 128), 200, dtype=np.uint8))
+    assert (placed[:24] == 0).all() and (placed[40:] == 0).all() and (placed[24:40] == 200).all()
+    assert (Frame(64, "stretch").image(np.full((32, 128), 200, np.uint8)) == 200).all()
+
+
+def test_augmentation_moves_image_mask_and_boxes_alike_and_never_mirrors() -> None:
+    matrix = next(m for e in range(20) if (m := augmentation(64, 1, e, 5)) is not None)
+    assert np.linalg.det(matrix[:, :2]) > 0
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[20:30, 34:50] = INSIDE
+    corners = np.array([[34.0, 20, 50, 30]])
+    moved = warp(mask, matrix, nearest=True)
+    assert set(np.unique(moved)) <= {0, INSIDE}
+    boxes, kept = warp_boxes(corners, matrix, 64)
+    ys, xs = np.nonzero(moved)
+    found = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    np.testing.assert_allclose(found, boxes[0], atol=1.5)
+    assert kept.tolist() == [0] and corners.tolist() == [[34.0, 20, 50, 30]]
+    np.testing.assert_array_equal(
+        augmentation(64, 1, 3, 5) is None, augmentation(64, 1, 3, 5) is None
+    )
+
+
+def test_an_encoder_sees_the_pixels_of_pre_training() -> None:
+    run = small_run()
+    rows = run.manifest.rows("test", with_report=False)[:4]
+    bank, _, _ = encode_split(
+        run.model,
+        run.config,
+        run.manifest,
+        rows,
+        run.tokenizer,
+        run.linker,
+        run.table,
+        torch.device("cpu"),
+    )
+    images = Images(run.config, run.manifest, None)
+    try:
+        pixels = Crops(run.config, images, train=False, seed=0).batch(rows, 0)
+        with torch.no_grad():
+            found = run.model.encode_image(pixels).embedding
+    finally:
+        images.close()
+    torch.testing.assert_close(found, bank.features.embedding, rtol=1e-5, atol=1e-6)
+
+
+def test_unreadable_images_are_counted_by_reason() -> None:
+    run = small_run()
+    broken = dataclasses.replace(run.manifest, root=str(run.folder / "data" / "images"))
+    images = Images(run.config, broken, None)
+    try:
+        rows, bad = images.usable(run.manifest.rows("test", with_report=False)[:3])
+    finally:
+        images.close()
+    assert len(rows) == 0 and bad == {"missing": 3}
+
+
+def test_a_smaller_fraction_is_part_of_a_larger_one_and_patients_stay_whole() -> None:
+    rows = np.arange(400)
+    patients = (rows // 3).astype(np.uint64)
+    ten = draw_fraction(rows, patients, 10.0, seed=1)
+    one = draw_fraction(rows, patients, 1.0, seed=1)
+    assert set(one) < set(ten) and len(np.unique(patients[one])) == 2
+    assert len(np.unique(patients[ten])) == 13
+    for patient in np.unique(patients[ten]):
+        assert set(rows[patients == patient]) <= set(ten)
+    assert set(ten) != set(draw_fraction(rows, patients, 10.0, seed=2))
+    np.testing.assert_array_equal(ten, draw_fraction(rows, patients, 10.0, seed=1))
+    np.testing.assert_array_equal(draw_fraction(rows, patients, 100.0, 1), rows)
+    draws = patient_draws(np.arange(20_000, dtype=np.uint64), 7)
+    assert abs(draws.mean() - 0.5) < 5 * (1 / 12 / 20_000) ** 0.5
+
+
+def test_balancing_keeps_every_positive() -> None:
+    rows, positive = np.arange(20), np.arange(20) % 5 == 0
+    chosen = balance(rows, positive, seed=3)
+    assert set(rows[positive]) <= set(chosen) and len(chosen) == 8
+
+
+def test_a_split_of_one_patient_is_refused_and_says_what_to_do() -> None:
+    manifest = small_run().manifest
+    train, test = manifest.rows("train"), manifest.rows("test")
+    with pytest.raises(ManifestError, match="'val' has 0 usable patients.*transfer.val_share"):
+        divide(manifest, 0.0, {"train": train, "val": train[:0], "test": test})
+    with pytest.raises(ManifestError, match="'test' has 1 usable patients"):
+        divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test[:1]})
+    cut = divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test})
+    keys = manifest.patient_key
+    assert len(cut.val) and not set(keys[cut.val]) & set(keys[cut.train])
+    assert len(cut.hash) == 64
+
+
+def test_the_test_split_opens_once_for_each_fit() -> None:
+    held = HeldOut(np.arange(3))
+    assert held.open((1.0, 1)).tolist() == [0, 1, 2]
+    held.open((1.0, 2))
+    with pytest.raises(RuntimeError, match="already read"):
+        held.open((1.0, 1))
+
+
+def test_a_box_outside_its_image_is_an_error_that_shows_the_box() -> None:
+    check_inside(np.array([[0.0, 0, 20.5, 10]]), (10, 20), "row")
+    with pytest.raises(ManifestError, match="x=5 y=5 w=30 h=2.*20 x 10"):
+        check_inside(np.array([[5.0, 5, 35, 7]]), (10, 20), "row")
+
+
+def test_boxes_of_the_data_set_cannot_be_edited() -> None:
+    run = small_run()
+    config = load([], [*run.settings, "transfer.task=detection"])
+    annotations = Annotations(config, run.manifest)
+    row = next(r for r in range(len(run.manifest)) if len(annotations.boxes(r).corners))
+    with pytest.raises(ValueError, match="read-only"):
+        annotations.boxes(row).corners[0] /= 2.0
