@@ -32,6 +32,7 @@ from mlip.knowledge.concepts import (
     read_text,
     write_table,
 )
+from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
 from mlip.knowledge.linker import Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
@@ -42,7 +43,7 @@ _FEW_KNOWN_WORDS = 0.35  # English reports lie above 0.6, other languages below 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the sub-commands build, show, link and stats."""
+    """Add the sub-commands build, show, link, stats and embed."""
     commands = parser.add_subparsers(dest="action", required=True)
     build = commands.add_parser("build", help="merge the lexicon with ontologies into one table")
     build.add_argument("--out", type=Path, required=True, help="table to write (.jsonl)")
@@ -60,19 +61,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     link.add_argument("file", help="text file with one report; - reads standard input")
     link.add_argument("--json", action="store_true", help="one mention a line as JSON")
     stats = commands.add_parser("stats", help="what a table holds")
-    for command in (show, link, stats):
+    embed = commands.add_parser(
+        "embed", help="vectors learned from the relations, for knowledge.vectors (extra: graph)"
+    )
+    embed.add_argument("--out", type=Path, required=True, help="table to write (.safetensors)")
+    embed.add_argument("--model", default="transe", choices=sorted(MODELS))
+    embed.add_argument("--dim", type=int, default=64)
+    embed.add_argument("--epochs", type=int, default=300)
+    embed.add_argument("--seed", type=int, default=1)
+    for command in (show, link, stats, embed):
         command.add_argument("--lexicon", help="concept folder or file; default the project's own")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the chosen sub-command; 0, or 2 with a message where the input cannot be used."""
     console = Console(soft_wrap=True, highlight=False)
-    actions = {"build": _build, "show": _show, "link": _link, "stats": _stats}
+    actions = {"build": _build, "show": _show, "link": _link, "stats": _stats, "embed": _embed}
     try:
         return actions[arguments.action](arguments, console)
-    except LexiconError as error:
+    except ValueError as error:  # LexiconError is one
         print(f"mlip knowledge: {error}", file=sys.stderr)
         return 2
+
+
+def _embed(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.out.suffix != ".safetensors":
+        raise LexiconError(f"--out {arguments.out}: expected a name that ends in .safetensors")
+    table = load_concepts(arguments.lexicon)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("epochs", total=2 * arguments.epochs)
+        vectors, scores = graph_vectors(
+            table,
+            model=arguments.model,
+            dim=arguments.dim,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    write_vectors(vectors, arguments.out)
+    console.print(
+        f"{arguments.out}: {len(vectors)} of {len(table)} concepts have a relation and a vector "
+        f"({scores['edges']:.0f} edges); the others have no weight"
+    )
+    console.print(
+        f"{scores['held_out']:.0f} held-out edges: mean reciprocal rank {scores['mrr']:.3f}, "
+        f"hits@10 {scores['hits_at_10']:.3f} (chance {scores['chance']:.3f})"
+    )
+    console.print(f"use it with knowledge.vectors={arguments.out}")
+    return 0
 
 
 def _build(arguments: argparse.Namespace, console: Console) -> int:
