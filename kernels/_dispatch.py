@@ -5,7 +5,6 @@ Asks whether triton is there without importing it, so that a machine without it 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -17,6 +16,7 @@ logger = logging.getLogger("mlip")
 DISABLE_VARIABLE = "MLIP_DISABLE_TRITON"
 # Ampere: the first chips whose tensor cores multiply bfloat16
 MINIMUM_CAPABILITY = (8, 0)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _said: set[str] = set()
 
 
@@ -25,21 +25,17 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
 def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    # of the properties, which torch.compile takes for a constant
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major, properties.minor
 
 
 def _obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on this device, or None."""
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return f"{DISABLE_VARIABLE} is set"
-    if not has_triton():
+    if not HAS_TRITON:
         return "triton is not installed"
     if device.type == "cpu" and is_interpreting():
         return None
@@ -75,7 +71,8 @@ def resolve(impl: str, device: torch.device, refusal: str | None = None) -> str:
     # the interpreter is for tests: thousands of times slower than torch, so never chosen by itself
     if obstacle is None and device.type == "cuda":
         return "triton"
-    if device.type == "cuda" and obstacle is not None and obstacle not in _said:
-        _said.add(obstacle)
+    is_news = obstacle is not None and obstacle not in _said
+    if device.type == "cuda" and is_news and not torch.compiler.is_compiling():
+        _said.add(str(obstacle))
         logger.info("mlip.kernels runs in plain torch: %s", obstacle)
     return "torch"

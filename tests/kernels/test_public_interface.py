@@ -1,0 +1,219 @@
+"""The operators' signatures as promised, and the ways a user may call them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss
+from mlip.kernels.token_knowledge_patch import (
+    TokenKnowledgePatchLoss,
+    contrastive_loss_from_scores,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
+from tests.kernels.oracle import gradients, leaves, make_inputs, relative_error
+
+SCORES = {
+    "token_weights": None,
+    "knowledge_weights": None,
+    "knowledge_mask": None,
+    "patch_mask": None,
+    "attention_scale": 10.0,
+    "knowledge_scale": 10.0,
+    "knowledge_gain": 0.5,
+    "knowledge_share": 0.25,
+    "pooling": "attention",
+    "aggregation": "mean",
+    "aggregation_scale": 5.0,
+    "group": None,
+    "impl": "auto",
+}
+INPUTS = ("patches", "tokens", "knowledge")
+REQUIRED = inspect.Parameter.empty
+
+
+def parts(function: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Defaults of what may come by position, and of what comes by keyword alone."""
+    by_position, by_keyword = {}, {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        assert parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        is_keyword = parameter.kind is parameter.KEYWORD_ONLY
+        (by_keyword if is_keyword else by_position)[name] = parameter.default
+    return by_position, by_keyword
+
+
+def test_signatures_are_as_promised() -> None:
+    three = {"patches": REQUIRED, "tokens": REQUIRED, "knowledge": None}
+    assert parts(token_knowledge_patch_scores) == (three, SCORES)
+    more = {"logit_scale": REQUIRED, "pair_ids": None}
+    assert parts(token_knowledge_patch_loss) == (three, SCORES | more)
+    validity = {"image_valid": None, "text_valid": None, "group": None}
+    assert parts(contrastive_loss_from_scores) == ({"scores": REQUIRED}, more | validity)
+    positional, named = parts(info_nce_loss)
+    assert list(positional) == ["image_features", "text_features", "logit_scale"]
+    assert named == {"pair_ids": None, "group": None, "impl": "auto"}
+    options = {name: SCORES[name] for name in list(SCORES)[4:]}
+    options |= {"learn_scales": True, "logit_scale": 1 / 0.07}
+    assert parts(TokenKnowledgePatchLoss) == ({}, options)
+    positional, named = parts(TokenKnowledgePatchLoss().forward)
+    assert positional == three
+    masks = {name: None for name in list(SCORES)[:4]}
+    assert named == masks | {"pair_ids": None, "output_dict": False}
+
+
+def test_clip_loss_has_open_clips_signatures() -> None:
+    """Oracle: a copy of those of mlfoundations/open_clip 2.x; 3.x has no use_horovod."""
+    positional, named = parts(ClipLoss)
+    assert not named and list(positional.items()) == [
+        ("local_loss", False),
+        ("gather_with_grad", False),
+        ("cache_labels", False),
+        ("rank", 0),
+        ("world_size", 1),
+        ("use_horovod", False),
+    ]
+    positional, named = parts(ClipLoss().forward)
+    assert not named and list(positional.items()) == [
+        ("image_features", REQUIRED),
+        ("text_features", REQUIRED),
+        ("logit_scale", REQUIRED),
+        ("logit_bias", None),
+        ("output_dict", False),
+    ]
+
+
+def _square(seed: int = 0, **options: Any) -> dict[str, Any]:
+    inputs = make_inputs(4, 4, 5, 6, 3, 8, seed=seed, **options)
+    inputs["patch_mask"][-1] = True
+    return inputs
+
+
+def test_features_may_come_in_different_dtypes() -> None:
+    """Oracle: the same numbers in float64."""
+    kinds = {"patches": torch.bfloat16, "tokens": torch.float32, "knowledge": torch.float16}
+    inputs = _square()
+    mixed = {
+        k: v.to(kinds.get(k, torch.float32)) if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    made, truth_leaves = leaves_in_place(mixed), leaves(mixed)
+    value = token_knowledge_patch_loss(**made, logit_scale=10.0)
+    truth = token_knowledge_patch_loss(**truth_leaves, logit_scale=10.0)
+    assert value.dtype == torch.float32 and relative_error(value, truth) <= 1e-6
+    got, want = gradients(value, made), gradients(truth, truth_leaves)
+    for name, dtype in kinds.items():
+        assert got[name].dtype == dtype
+        assert relative_error(got[name], want[name]) <= 4e-3, name  # its own rounding
+
+
+def leaves_in_place(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+def test_slices_at_odd_offsets_and_inference_mode_change_nothing() -> None:
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in _square().items()}
+    want = token_knowledge_patch_loss(**inputs, logit_scale=10.0)
+    odd = dict(inputs)
+    for name in INPUTS:
+        flat = torch.full((inputs[name].numel() + 3,), torch.nan)
+        flat[3:] = inputs[name].flatten()
+        odd[name] = flat[3:].view(inputs[name].shape)
+        assert odd[name].data_ptr() % 16 != 0
+    assert torch.equal(token_knowledge_patch_loss(**odd, logit_scale=10.0), want)
+    with torch.inference_mode():
+        assert torch.equal(token_knowledge_patch_loss(**inputs, logit_scale=10.0), want)
+
+
+def test_an_expanded_gradient_is_taken() -> None:
+    made = leaves(_square())
+    value = token_knowledge_patch_scores(**made)
+    ones = torch.ones((), dtype=value.dtype)
+    got = torch.autograd.grad(value, [made["tokens"]], ones.expand_as(value), retain_graph=True)
+    want = torch.autograd.grad(value, [made["tokens"]], torch.ones_like(value))
+    assert torch.equal(got[0], want[0])
+
+
+def test_a_cached_gradient_equals_the_direct_one() -> None:
+    """Oracle: one graph. Features are detached, their gradients stored and pushed through later."""
+    inputs = _square(3)
+    tower = torch.nn.Linear(8, 8).double()
+    rest = {k: v for k, v in inputs.items() if k != "patches"}
+
+    def loss(patches: Tensor) -> Tensor:
+        return token_knowledge_patch_loss(patches, **rest, logit_scale=10.0)
+
+    (want,) = torch.autograd.grad(loss(tower(inputs["patches"])), [tower.weight])
+    features = tower(inputs["patches"]).detach().requires_grad_()
+    (cache,) = torch.autograd.grad(loss(features), [features])
+    total = torch.zeros_like(want)
+    for rows, part in zip(inputs["patches"].split(1), cache.split(1), strict=True):
+        total += torch.autograd.grad(tower(rows), [tower.weight], part)[0]
+    assert relative_error(total, want) <= 1e-12
+
+
+def test_torch_compile_gives_the_same_loss_and_gradients_on_a_cpu() -> None:
+    inputs = leaves(_square(5, masks=True), torch.float32)
+    wanted = [inputs["patches"], inputs["tokens"]]
+
+    def run(patches: Tensor, tokens: Tensor) -> Tensor:
+        rest = inputs | {"patches": patches * 2.0, "tokens": tokens}
+        unit = [F.normalize(x[:, 0], dim=-1) for x in (patches, tokens)]
+        return token_knowledge_patch_loss(**rest, logit_scale=10.0) + info_nce_loss(*unit, 10.0)
+
+    truth = run(*wanted)
+    value = torch.compile(run, backend="eager")(*wanted)
+    assert relative_error(value, truth) <= 1e-6
+    grads = [torch.autograd.grad(x, wanted) for x in (value, truth)]
+    for got, want in zip(*grads, strict=True):
+        assert relative_error(got, want) <= 1e-6
+
+
+def test_a_scale_that_the_options_do_not_use_gets_gradient_zero() -> None:
+    inputs = leaves(_square(7))
+    unused = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    value = token_knowledge_patch_loss(**inputs, logit_scale=10.0, aggregation_scale=unused)
+    assert gradients(value, {"unused": unused})["unused"].item() == 0.0
+
+
+def test_info_nce_is_exact_at_logit_scale_100() -> None:
+    g = torch.Generator().manual_seed(0)
+    made = [
+        F.normalize(torch.randn(40, 16, generator=g, dtype=torch.float64), dim=-1) for _ in "xy"
+    ]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        rows = [x.float().to(dtype).requires_grad_() for x in made]
+        value = info_nce_loss(*rows, 100.0)
+        results.append([value, *torch.autograd.grad(value, rows)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(4, 6, 8, device="meta")}, "tokens on cpu"),
+        ({"pair_ids": torch.zeros(4, dtype=torch.int64, device="meta")}, "pair_ids .* on cpu"),
+        ({"logit_scale": torch.ones(2)}, "logit_scale to be a number"),
+    ],
+)
+def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None:
+    arguments = {"logit_scale": 1.0} | _square()
+    with pytest.raises(ValueError, match=message):
+        token_knowledge_patch_loss(**(arguments | change))
+
+
+def test_masks_of_pairs_must_be_boolean_and_batches_not_empty() -> None:
+    with pytest.raises(ValueError, match="image_valid torch.bool"):
+        contrastive_loss_from_scores(torch.eye(3), logit_scale=1.0, image_valid=torch.ones(3))
+    with pytest.raises(ValueError, match="skip the loss of an empty batch"):
+        info_nce_loss(torch.zeros(0, 4), torch.zeros(0, 4), 1.0)
