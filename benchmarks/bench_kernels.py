@@ -239,9 +239,10 @@ def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
 
 def tune(device: str) -> list[Case]:
     """Time of the fused loss under every tile map that fits, one kernel varied at a time."""
-    from mlip.kernels.token_knowledge_patch import tiling, triton_kernels
+    from mlip.kernels._chip import chip_facts
+    from mlip.kernels.token_knowledge_patch import tiling
 
-    limit, _ = triton_kernels._facts(torch.empty(0, device=device))
+    limit, _ = chip_facts(torch.device(device))
     rows: list[Case] = []
     for dim in (128, 256):
         for kind in ("forward", "backward_rows", "backward_patches"):

@@ -4,13 +4,12 @@ a side for the gradients. No logit ever leaves the chip; no atomics; tensors in,
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlip.kernels._chip import SHARED_MEMORY, chip_facts
 from mlip.kernels._dispatch import is_interpreting
 
 # finite, because -inf minus -inf is NaN; any real logit is above NO_MAXIMUM
@@ -174,17 +173,6 @@ def backward_tiling(dim: int, size: int, is_large: bool) -> dict[str, int]:
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": stages}
 
 
-@functools.cache
-def _device_facts(index: int) -> tuple[bool, int]:
-    properties = torch.cuda.get_device_properties(index)
-    is_large = (properties.major, properties.minor) in ((9, 0), (10, 0), (10, 3))
-    return is_large, properties.multi_processor_count
-
-
-def _facts(x: Tensor) -> tuple[bool, int]:
-    return (True, 1) if x.device.type == "cpu" else _device_facts(x.device.index)
-
-
 def _precision(a: Tensor) -> dict[str, object]:
     # float32 operands: three tf32 products, as exact as float32; bfloat16 ignores it
     return {
@@ -213,7 +201,7 @@ def info_nce_statistics(
     columns = b.shape[0]
     tiling = forward_tiling(dim, a.element_size())
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
-    _, processors = _facts(a)
+    _, processors = chip_facts(a.device)
     # two programs a multiprocessor: row blocks first, then shares of the columns
     programs = min(blocks, 2 * processors)
     tiles = triton.cdiv(columns, tiling["BLOCK_N"])
@@ -263,8 +251,8 @@ def info_nce_gradient(
     lse, pulls: of a's rows and of b's; an lse of -inf (no negatives) must come as a finite number
     """
     rows, dim = a.shape
-    is_large, _ = _facts(a)
-    tiling = backward_tiling(dim, a.element_size(), is_large)
+    limit, _ = chip_facts(a.device)
+    tiling = backward_tiling(dim, a.element_size(), limit >= SHARED_MEMORY[9, 0])
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
     out = torch.empty((rows, dim), dtype=dtype, device=a.device)
     parts = torch.zeros(blocks if want_scale else 1, dtype=torch.float32, device=a.device)

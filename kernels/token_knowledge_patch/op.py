@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, row_counts
 from mlip.kernels._scalars import scalar_tensor
@@ -27,7 +28,7 @@ from mlip.kernels.token_knowledge_patch.reference import (
     prepare_rows_in_budget,
 )
 from mlip.kernels.token_knowledge_patch.rows_reference import row_weights, unit_rows
-from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, MAX_ENTITIES
+from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, block_dim, most_entities
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
         return "the inputs are float64, and the kernels work in float32"
     if patches.shape[2] > MAX_DIM:
         return f"D={patches.shape[2]} is above {MAX_DIM}, the largest that fits on chip"
-    if knowledge is not None and knowledge.shape[1] > MAX_ENTITIES:
-        return f"K={knowledge.shape[1]} entities a text are above {MAX_ENTITIES}"
+    most = most_entities(block_dim(patches.shape[2]), chip_facts(patches.device)[0])
+    if knowledge is not None and knowledge.shape[1] > most:
+        return f"K={knowledge.shape[1]} entities a text are above {most}, the most that fit on chip"
     return None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from mlip.kernels._chip import SHARED_MEMORY
+
 # the memory law of the README: beside unit copies and scores a call may take
 # min(20 bytes a pair of row and image, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES
 WORKSPACE_CAP_BYTES = 2**30
@@ -21,11 +23,6 @@ LARGE_FLOOR_BYTES = 2**28
 SMALL_FLOOR_BYTES = 2**25
 CONTEXT_BUDGET_BYTES = 2**27
 MAX_DIM = 256
-MAX_ENTITIES = 128
-# bytes of shared memory that one block may use, by compute capability (CUDA programming guide,
-# "technical specifications per compute capability"); all others have 99 KiB
-SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
-SHARED_MEMORY_OTHERS = 101376
 SHARED_MEMORY_SLACK = 8192  # barriers, reductions and index staging beside the tiles
 
 
@@ -59,6 +56,15 @@ def padded_patches(patches: int) -> int:
 
 def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def most_entities(dim: int, limit: int) -> int:
+    """Entities a text that the row kernels hold on chip: float32, twice, beside 48 rows of tokens.
+
+    The sum is an upper bound of what compilation reported (tests/kernels/test_triton_compile.py).
+    """
+    fits = [k for k in (16, 32, 64, 128) if 4 * dim * (2 * k + 48) + SHARED_MEMORY_SLACK <= limit]
+    return max(fits, default=0)
 
 
 Candidate = tuple[int, tuple[int, int, int], int]  # rows, segments, warps

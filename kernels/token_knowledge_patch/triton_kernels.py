@@ -6,13 +6,13 @@ are real is known to the device alone, grids are sized for all of them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import is_interpreting
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
     _aggregate_bwd_kernel,
@@ -29,8 +29,6 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     _pair_fwd_kernel,
 )
 from mlip.kernels.token_knowledge_patch.tiling import (
-    SHARED_MEMORY,
-    SHARED_MEMORY_OTHERS,
     Problem,
     block_dim,
     choose_tiling,
@@ -43,20 +41,6 @@ from mlip.kernels.token_knowledge_patch.tiling import (
 # r and statistic of a chunk of texts where no backward pass will come
 FORWARD_CHUNK_BYTES = 2**28
 PARTIAL_BUDGET_BYTES = 2**25
-
-
-@functools.cache
-def _device_facts(index: int) -> tuple[int, int]:
-    """Shared memory a block may use, and the number of multiprocessors."""
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    return SHARED_MEMORY.get(capability, SHARED_MEMORY_OTHERS), properties.multi_processor_count
-
-
-def _facts(x: Tensor) -> tuple[int, int]:
-    if x.device.type == "cpu":  # the interpreter: tilings of an H100, hardly any parallelism
-        return SHARED_MEMORY[(9, 0)], 1
-    return _device_facts(x.device.index)
 
 
 def _keywords(p: Problem) -> dict[str, object]:
@@ -98,7 +82,7 @@ def _groups(programs: int, target: int, part_bytes: int, budget: int) -> int:
 
 def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out) -> None:
     r, stat = out
-    limit, processors = _facts(r)
+    limit, processors = chip_facts(r.device)
     tiling = choose_tiling("forward", p.patches, block_dim(p.dim), p.size, limit, p.pooling)
     tiles = triton.cdiv((last - first) * p.rows_a_text, tiling.block_r)
     # eight programs a multiprocessor, each with at least four row tiles to keep its patches busy
@@ -184,7 +168,7 @@ def pair_scores_bwd(
     """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32."""
     like = tensors["v"]
     wide: Any = {"dtype": torch.float32, "device": like.device}
-    limit, processors = _facts(like)
+    limit, processors = chip_facts(like.device)
     block_d = block_dim(p.dim)
     by_rows = choose_tiling("backward_rows", p.patches, block_d, p.size, limit, p.pooling)
     by_patches = choose_tiling("backward_patches", p.patches, block_d, p.size, limit, p.pooling)

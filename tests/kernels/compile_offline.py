@@ -84,13 +84,13 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
 
 
 def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from mlip.kernels._chip import SHARED_MEMORY
     from mlip.kernels.token_knowledge_patch import (
         backward_triton_kernels,
         context_triton_kernels,
         forward_triton_kernels,
     )
     from mlip.kernels.token_knowledge_patch.tiling import (
-        SHARED_MEMORY,
         block_dim,
         choose_tiling,
         padded_patches,

@@ -21,12 +21,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from mlip.kernels import _chip  # noqa: E402
 from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
 from mlip.kernels.info_nce import op as info_nce_op  # noqa: E402
 from mlip.kernels.info_nce import triton_kernels as info_nce_kernels  # noqa: E402
 from mlip.kernels.token_knowledge_patch import (  # noqa: E402
     op,
-    tiling,
     token_knowledge_patch_loss,
     triton_kernels,
 )
@@ -55,8 +55,8 @@ class _AbsentDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        limits = tiling.SHARED_MEMORY
-        limit = limits.get(divmod(self.capability, 10), tiling.SHARED_MEMORY_OTHERS)
+        limits = _chip.SHARED_MEMORY
+        limit = limits.get(divmod(self.capability, 10), _chip.SHARED_MEMORY_OTHERS)
         return {"max_shared_mem": limit, "multiprocessor_count": PROCESSORS}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
@@ -78,8 +78,8 @@ def install(capability: int) -> _AbsentDriver:
     triton.runtime.driver.set_active(driver)
     limit = driver.get_device_properties(0)["max_shared_mem"]
     op.resolve = info_nce_op.resolve = lambda *_: "triton"
-    triton_kernels._facts = lambda x: (limit, PROCESSORS)
-    info_nce_kernels._facts = lambda x: (limit >= tiling.SHARED_MEMORY[9, 0], PROCESSORS)
+    chip = lambda _: (limit, PROCESSORS)  # noqa: E731
+    op.chip_facts = triton_kernels.chip_facts = info_nce_kernels.chip_facts = chip
     return driver
 
 

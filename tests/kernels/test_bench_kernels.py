@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_kernels, harness, kernel_measures
+from mlip.kernels import _chip
 from mlip.kernels.token_knowledge_patch import tiling
 
 SMALL = bench_kernels.similarity(4, 6, 5, 8, device="cpu")
@@ -72,7 +73,7 @@ def test_no_time_is_measured_without_parity(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_tile_map_under_test_takes_the_place_of_the_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    size = ("forward", 196, 128, 2, tiling.SHARED_MEMORY[9, 0])
+    size = ("forward", 196, 128, 2, _chip.SHARED_MEMORY[9, 0])
     fitting = tiling.fitting_tilings(*size)
     assert fitting[0] == tiling.choose_tiling(*size) and len(set(fitting)) > 3
     monkeypatch.setitem(tiling.FORCED, "forward", fitting[-1])

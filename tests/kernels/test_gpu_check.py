@@ -1,4 +1,4 @@
-"""`make gpu-check` needs torch, triton, numpy and pytest alone, and says so where a GPU is missing."""
+"""`make gpu-check` needs torch, triton, numpy and pytest alone, and says where a GPU is missing."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.kernels import _chip
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import (
     tiling,
@@ -401,7 +402,7 @@ def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) 
     from mlip.kernels.info_nce import triton_kernels
 
     image, text = info_nce_pair(300, 16, 3)
-    monkeypatch.setattr(triton_kernels, "_facts", lambda x: (True, 3))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 3))
     compare_info_nce(image.float(), text.float(), 1e-5, 20.0)
 
 
@@ -410,7 +411,7 @@ def test_scores_split_over_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     """Oracle: float64. With many multiprocessors each pass is cut into partial sums."""
     from mlip.kernels.token_knowledge_patch import triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "_facts", lambda x: (tiling.SHARED_MEMORY[9, 0], 64))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 64))
     inputs = make_inputs(3, 4, 20, 40, 2, 16, seed=12)
     for pooling in ("attention", "context", "max"):
         compare(inputs, 1e-5, pooling=pooling)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.harness import peak_bytes
+from mlip.kernels import _chip
 from mlip.kernels.token_knowledge_patch import op, tiling, token_knowledge_patch_loss
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -35,7 +36,7 @@ def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, name, _NoKernel())
     monkeypatch.setattr(op, "resolve", lambda *_: "triton")
     # an H100: with 132 multiprocessors passes are cut into partial sums, which cost memory
-    monkeypatch.setattr(triton_kernels, "_facts", lambda x: (tiling.SHARED_MEMORY[9, 0], 132))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 132))
 
 
 def law(batch: int, rows: int, patches: int, dim: int) -> int:

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from mlip.kernels.token_knowledge_patch import tiling
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_LIMIT = {80: 166912, 90: 232448}  # CUDA programming guide, bytes a block
+# CUDA programming guide, bytes a block; 86 stands for every chip that is neither A100 nor H100
+SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
 KINDS = ("forward", "backward_rows", "backward_patches")
 
 
@@ -108,7 +111,8 @@ def check_launch(row: dict[str, Any]) -> None:
             # InfoNCE hands out the images' gradient in their own type, the texts' in float32
             if name.endswith("_ptr") and name != "out_ptr":
                 assert kind == wanted.get(name, "*fp32"), (row["kernel"], name, kind)
-    if row["kernel"] in TENSOR_CORES:
+    # where few lines of the table fit a small chip, speed is not promised
+    if row["kernel"] in TENSOR_CORES and row["capability"] != 86:
         # up to four words saved once around InfoNCE's loop at D = 512, none inside any loop
         few = 4 if row["op"] == "info_nce" and row["dim"] == 512 else 0
         assert row["STL"] <= few and row["LDL"] <= few, row
@@ -134,8 +138,18 @@ def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+MOST_ENTITIES = {80: (128, 32), 86: (64, 16), 90: (128, 64)}  # at D = 128 and 256
+
+
+@pytest.mark.parametrize("capability", MOST_ENTITIES)
+def test_entities_are_bounded_by_shared_memory(capability: int) -> None:
+    limit = SHARED_LIMIT[capability]
+    most = tuple(tiling.most_entities(dim, limit) for dim in (128, 256))
+    assert most == MOST_ENTITIES[capability]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_every_kind_of_call_launches_kernels_that_fit_the_chip(
     capability: int, tmp_path: Path
 ) -> None:
@@ -143,7 +157,8 @@ def test_every_kind_of_call_launches_kernels_that_fit_the_chip(
     # sizes of 1 become constants of the kernel; as many entities as are allowed
     calls.append(call("attention", capability, batch=1, tokens=1, entities=1))
     calls.append(call("context", capability, batch=1, tokens=1, entities=1))
-    calls.append(call("attention", capability, entities=128, dim=256))
+    for dim, entities in zip((128, 256), MOST_ENTITIES[capability], strict=True):
+        calls.append(call("attention", capability, entities=entities, dim=dim))
     for batch, dim in ((1, 512), (300, 512)):
         calls.append({"op": "info_nce", "capability": capability, "batch": batch, "dim": dim})
     launch_all(calls, tmp_path)
