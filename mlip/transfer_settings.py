@@ -40,6 +40,7 @@ class Transfer:
     exclusive: bool = False  # exactly one class is true of an image: softmax instead of sigmoids
     blank: Literal["zero", "ignore"] = "zero"  # a class that a row says nothing about
     subset: str | None = None  # test only on rows of this subset (transfer.columns.subset)
+    subset_of: Literal["test", "all"] = "test"  # which splits are cut down to the subset
     val_share: float = 0.0  # share of training patients for val, where the manifest has no val
     fractions: tuple[float, ...] = (1.0, 10.0, 100.0)  # % of the training patients
     by_fraction: dict[str, Any] = field(default_factory=dict)  # {1: {batch: 8, lr: 2.0e-4}}

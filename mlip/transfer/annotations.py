@@ -76,6 +76,18 @@ class Annotations:
     def subset(self, row: int) -> str:
         return self._text("subset", row)
 
+    def of_subset(self, rows: Array, split: str) -> Array:
+        """The rows of transfer.subset, in the splits that it cuts down; else all of them."""
+        wanted = self.transfer.subset
+        if wanted is None or (split != "test" and self.transfer.subset_of == "test"):
+            return rows
+        if "subset" not in self._columns:
+            raise ManifestError(
+                f"transfer.subset={wanted!r}: set transfer.columns.subset to the manifest's column "
+                "of subsets"
+            )
+        return rows[np.array([self.subset(r) == wanted for r in rows.tolist()], dtype=bool)]
+
     def states(self, rows: Array, classes: Sequence[str]) -> Array:
         """[rows, classes] int8: POSITIVE, NEGATIVE, UNCERTAIN or UNSAID.
 

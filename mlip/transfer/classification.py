@@ -78,9 +78,7 @@ class Classification:
     def rows(self, split: str) -> Array:
         """Rows of the split that some class says something about."""
         rows = self.manifest.rows(split, with_report=False)
-        if split == "test" and self.transfer.subset is not None:
-            kept = [self.annotations.subset(r) == self.transfer.subset for r in rows.tolist()]
-            rows = rows[np.array(kept, dtype=bool)]
+        rows = self.annotations.of_subset(rows, split)
         targets = self.targets(rows)
         if self.transfer.exclusive:
             return rows[(targets == 1).sum(axis=1) == 1]

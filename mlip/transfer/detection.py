@@ -62,7 +62,7 @@ class Detection:
         Where boxes are a file beside the manifest, images it never names were not looked at,
         unless the data is generated (and then boxed in full).
         """
-        rows = self.manifest.rows(split, with_report=False)
+        rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
         if not self.annotations.boxes_cover_all:
             kept = [len(self.annotations.boxes(r).corners) > 0 for r in rows.tolist()]
             rows = rows[np.array(kept, dtype=bool)]

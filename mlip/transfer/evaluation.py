@@ -37,10 +37,11 @@ from mlip.transfer.features import (
 from mlip.transfer.fingerprint import fingerprints, source_commit, versions
 from mlip.transfer.grounding import evaluate_grounding, phrase_maps
 from mlip.transfer.interval import Array
+from mlip.transfer.large_retrieval import class_precision, whole_retrieval
 from mlip.transfer.prompts import encode_prompts
 from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
-from mlip.transfer.retrieval import evaluate_retrieval
+from mlip.transfer.retrieval import DIRECTIONS, evaluate_retrieval
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.zero_shot import combine
 from mlip.transfer.zero_shot_run import logit_scales, zero_shot_run
@@ -292,6 +293,20 @@ def _evaluate(
     if "oracle" in results["retrieval"]["scores"]:
         # not a score of the model: the ceiling to read the others by
         results["retrieval"]["oracle"] = results["retrieval"]["scores"].pop("oracle")
+    embeddings = (
+        images.features.embedding[torch.as_tensor(with_text)],
+        reports.text.embedding[torch.as_tensor(with_text)],
+    )
+    results["retrieval"]["whole"] = whole_retrieval(
+        *embeddings,
+        pair_id=beside["pair_id"][with_text],
+        patient_ids=patients[with_text],
+        bootstrap=config.evaluate.bootstrap,
+        seed=config.run.seed,
+    )
+    results["retrieval"]["by_class"] = _by_class(
+        config, manifest, images.row_index[with_text], embeddings, patients[with_text]
+    )
     results["examples"] = collect_examples(
         model,
         config,
@@ -310,6 +325,35 @@ def _evaluate(
         shows_id=is_phantom,
     )
     return results
+
+
+def _by_class(
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    embeddings: tuple[Tensor, Tensor],
+    patients: Array,
+) -> dict[str, Any]:
+    """Class precision of both directions among the rows that carry exactly one label."""
+    if manifest.label_column is None:
+        return {"reason": "data.columns.labels is not set"}
+    labels = [manifest.labels(row) for row in rows.tolist()]
+    one = np.flatnonzero([len(names) == 1 for names in labels])
+    classes = np.array([labels[i][0] for i in one.tolist()], dtype=str)
+    image, text = (e[torch.as_tensor(one)] for e in embeddings)
+    both = ((image, text), (text, image))
+    return {
+        direction: class_precision(
+            q,
+            c,
+            classes,
+            classes,
+            patients[one],
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        )
+        for direction, (q, c) in zip(DIRECTIONS, both, strict=True)
+    }
 
 
 class _PoolScores:

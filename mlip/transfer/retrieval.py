@@ -85,13 +85,14 @@ def evaluate_retrieval(
         "left_out": rows - len(members),
         "chance": {f"recall@{k}": chance_recall(size, np.concatenate(right), k) for k in CUTS},
         "scores": {
-            name: {d: _summary(np.concatenate(both[d]), weights) for d in DIRECTIONS}
+            name: {d: rank_summary(np.concatenate(both[d]), weights) for d in DIRECTIONS}
             for name, both in ranks.items()
         },
     }
 
 
-def _summary(ranks: Array, weights: Array) -> dict[str, Any]:
+def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
+    """Recall at each cut and the median rank, with intervals; weights [R, queries]."""
     summary: dict[str, Any] = {
         f"recall@{k}": mean_estimate((ranks <= k).astype(np.float64), weights) for k in CUTS
     }

@@ -70,7 +70,7 @@ class Segmentation:
 
     def rows(self, split: str) -> Array:
         """Rows of the split that have a mask, empty ones included."""
-        rows = self.manifest.rows(split, with_report=False)
+        rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
         if self.transfer.mask_source == "mask" and self.annotations.masks_are_files:
             rows = rows[np.array([self.annotations.has_mask(r) for r in rows.tolist()], dtype=bool)]
         return rows

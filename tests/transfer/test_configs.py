@@ -228,7 +228,11 @@ def test_what_the_data_lacks_is_named(
         (["transfer.columns.uncertain=doubts"], "'doubts' (transfer.columns.uncertain"),
         (["transfer.task=segmentation"], "set transfer.columns.mask"),
         (["transfer.task=detection"], "no boxes: set transfer.columns.boxes"),
-        (["transfer.subset=none-such"], "split 'test' has 0 usable patients"),
+        (["transfer.subset=valid"], "set transfer.columns.subset"),
+        (
+            ["transfer.subset=none-such", "transfer.columns.subset=subset"],
+            "split 'test' has 0 usable patients",
+        ),
     ):
         assert main(["evaluate", *base, *changes, "--out", str(tmp_path)]) == 3, changes
         assert expected in capsys.readouterr().err
