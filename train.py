@@ -32,7 +32,7 @@ from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
 from mlip.transfer import evaluate_run, save_results
-from mlip.transfer.fingerprint import source_commit, versions
+from mlip.transfer.fingerprint import hash_of_vocabulary, source_commit, versions
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -102,6 +102,7 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
             "commit": source_commit(),
             "versions": versions(),
             "concept_table": corpus.table.fingerprint,
+            "tokenizer": hash_of_vocabulary(corpus.tokenizer),
         },
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,

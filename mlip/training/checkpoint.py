@@ -99,7 +99,12 @@ def checkpoints_of(run_dir: str | Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        (path for path in folder.iterdir() if path.name.startswith(_PREFIX) and path.is_dir()),
+        (
+            path
+            for path in folder.iterdir()
+            # a link is none of ours: retention would reach what it leads to
+            if path.name.startswith(_PREFIX) and path.is_dir() and not path.is_symlink()
+        ),
         key=lambda path: path.name,
         reverse=True,
     )

@@ -126,6 +126,16 @@ class DeepSpeedEngine(Engine):
             elif self.stage > 0 and parameter._hp_mapping is not None:
                 parameter._hp_mapping.get_hp_fragment().clamp_(least, most)
 
+    def scales(self) -> dict[str, float]:
+        if self.stage < 3:
+            return super().scales()
+        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr]
+        # after a skipped step nothing is gathered, after any other small parameters are
+        if all(parameter.numel() > 0 for parameter in stored):
+            return super().scales()
+        with self._deepspeed.zero.GatheredParameters(stored):
+            return super().scales()
+
     def _held(self) -> list[Tensor]:
         """Flat parts of the masters from stage 1 on."""
         if self.stage == 3:

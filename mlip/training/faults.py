@@ -3,7 +3,7 @@
 kind   kill (SIGKILL), term (SIGTERM), hang (SIGSTOP), error (RuntimeError);
        nan and inf spoil numbers of this rank alone: in phase load its images, forward its loss,
        backward its gradients, optimizer one of its weights;
-       spike multiplies by 2**7: in phase forward the loss once, in phase optimizer one weight
+       spike multiplies by 128: in phase load the images, forward the loss once, optimizer a weight
 phase  where a step or a save is; `pointer-update` is the writing of the marker COMPLETE
 
 Several faults are joined by commas. Each fires once and leaves a line in events.jsonl, so that a
@@ -29,7 +29,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "hang": signal.SIGSTO
 SPOILS = {
     "nan": (float("nan"), ("load", "forward", "backward", "optimizer")),
     "inf": (float("inf"), ("load", "forward", "backward", "optimizer")),
-    "spike": (128.0, ("forward", "optimizer")),  # one exponent bit
+    "spike": (128.0, ("load", "forward", "optimizer")),  # an exponent bit or three
 }
 KINDS = (*SIGNALS, "error", *SPOILS)
 

@@ -106,13 +106,13 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
         print("mlip: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
     except Exception as error:
-        code = exit_code(error)
+        code, caught = exit_code(error), round(time.time(), 3)
         # at once: other survivors end soon, and would look missing too
         explained = presence.explain(error) if code == PEER else None
         place = folder()
         if code == PEER and place is not None:
             code = _first_failure(place) or PEER
-        _report(error, code, place, explained)
+        _report(error, code, place, {"caught": caught, "waited": explained})
         return code
 
 
@@ -132,11 +132,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _report(error: Exception, code: int, folder: Path | None, explained: str | None) -> None:
+def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str, Any]) -> None:
     reason = _REASONS.get(code, "unexpected")
     text = " ".join(str(error).split()) or type(error).__name__
-    if explained is not None:
-        text = f"{explained}: {text}"
+    if more["waited"] is not None:
+        text = f"{more['waited']}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
     if folder is not None and folder.is_dir():
@@ -144,9 +144,8 @@ def _report(error: Exception, code: int, folder: Path | None, explained: str | N
             log = folder / f"error-rank{_rank()}.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f" (traceback: {log})"
-            if explained is not None:
-                facts["waited"] = explained
-            record_event(folder, "error", reason=reason, **facts)
+            told = {key: value for key, value in more.items() if value is not None}
+            record_event(folder, "error", reason=reason, **facts, **told)
             if _rank() != 0 and _find_event(folder, 1.0, lambda e: _is_same(e, facts)):
                 return  # rank 0 says the same
     if not where and code == 1:

@@ -6,6 +6,7 @@ Everything it needs of the data is in DataSource, so that it runs on any loader 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, St
 from mlip.training.runlog import RunLog
 from mlip.training.schedule import learning_rate, total_steps
 from mlip.training.step import Engine, StepResult
+
+# facts of a run that a resumed one must share: they are content, which no setting shows
+IDENTITY = ("concept_table", "tokenizer")
 
 
 class DataSource(Protocol):
@@ -74,10 +78,10 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         randomness.seed_rank(config.run.seed)
+        self.facts = dict(facts or {})
         if saved is not None:
-            self._resume(saved)
-        self.facts = {
-            **(facts or {}),
+            self._resume(saved, allow_mismatch)
+        self.facts |= {
             "engine": self.engine.name,
             "threads": threads,
             "world_size": distributed.world_size(),
@@ -85,8 +89,25 @@ class Trainer:
         self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
         self.log.start(self.facts)
 
-    def _resume(self, saved: checkpoint.Checkpoint) -> None:
+    def _require_same_identity(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
+        """Raises:  CheckpointError where vocabulary or concepts are not those of the checkpoint."""
+        different = [
+            f"{key} (saved {saved.state[key][:12]}, now {self.facts[key][:12]})"
+            for key in IDENTITY
+            if key in saved.state and key in self.facts and saved.state[key] != self.facts[key]
+        ]
+        if not different:
+            return
+        text = f"{saved.folder} was trained with other content: {', '.join(different)}"
+        if not allow_mismatch:
+            raise CheckpointError(
+                f"{text}; restore it, choose another run.dir, or pass --allow-mismatch"
+            )
+        distributed.log_once(f"resuming although {text}", logging.WARNING)
+
+    def _resume(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
         state = saved.state
+        self._require_same_identity(saved, allow_mismatch)
         self.engine.load(saved.training)
         self.loader.load_state_dict(state["loader"])
         randomness.restore(state["rng"], seed=self.config.run.seed, step=saved.step)

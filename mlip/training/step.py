@@ -114,13 +114,14 @@ class Engine(abc.ABC):
         limit = self.spikes.limit() if self.spikes is not None else float("inf")
         value = total.detach()
         flags = [(~torch.isfinite(value)).float(), total.new_tensor(stop), (value > limit).float()]
+        flags.append(value.nan_to_num())  # the same on all ranks, or one of them computed wrongly
         fire("allreduce", step, folder)
         agreed = distributed.max_over_ranks(torch.stack(flags))
         spike = None
         if before is not None and bool(agreed[2] > 0) and not bool(agreed[0] > 0):
             self._restore(before)
             again, terms = self._forward(batch, step, progress)
-            spike = cause(float(value), float(again.detach()))
+            spike = cause(float(agreed[3]), float(again.detach()))
             total = again
         # One rank's NaN must stop all: times NaN every gradient of every rank is NaN and the
         # update is skipped the way a NaN gradient is. Times 1.0 is exact.
@@ -164,13 +165,12 @@ class Engine(abc.ABC):
 
     @torch.no_grad()
     def _spoil_a_weight(self, factor: float) -> None:
-        """For fault injection: the largest entry of the first parameter that this rank holds."""
-        for parameter in self.parameters.values():
-            held = getattr(parameter, "ds_tensor", parameter.data).flatten()
-            if held.numel():
-                where = held.abs().argmax()
-                getattr(parameter, "ds_tensor", parameter.data).view(-1)[where] *= factor
-                return
+        """For fault injection: one entry of the largest parameter, where this rank holds it."""
+        largest = max(self.parameters.values(), key=lambda p: getattr(p, "ds_numel", p.numel()))
+        # under ZeRO-3 the rank's part and, where it is gathered, the whole
+        for held in (largest.data, getattr(largest, "ds_tensor", None)):
+            if held is not None and held.numel():
+                held.view(-1)[held.view(-1).abs().argmax()] *= factor
 
     @abc.abstractmethod
     def _forward(
@@ -295,7 +295,7 @@ class PlainEngine(Engine):
             moments=moments,
             buffers=self._buffers(),
             optimizer_steps=steps,
-            ema=self.ema and EMAState(self._by_name(self.ema.shadow), self.ema.updates),
+            ema=EMAState(self._by_name(self.ema.shadow), self.ema.updates) if self.ema else None,
         )
 
     def _held(self) -> list[Tensor]:

@@ -235,7 +235,7 @@ def test_events_of_two_writers_stay_whole_lines(tmp_path):
         "explode@0:1:load",
         "kill@0:1:lunch",
         "nan@0:1:ckpt-write",
-        "spike@0:1:load",
+        "spike@0:1:backward",
     ],
 )
 def test_a_fault_that_cannot_fire_is_an_error(tmp_path, monkeypatch, fault):
