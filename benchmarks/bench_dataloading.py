@@ -8,7 +8,8 @@ from one to the next in turn, so what else the machine does meets all alike. Rat
 second (wall) and images a processor second, children included; ratios are medians over rounds.
 The DataLoader's side is the strongest plain one: grey, one channel, no report, 2 workers that keep
 running; ours makes the whole Batch. `full` is the same DataLoader on 2500 x 3000 px JPEG.
-`start`: a process reads the manifest, builds the loader and takes one batch.
+`start`: a process reads the manifest, builds the loader, plans its first step, and then trains the
+vocabulary, which happens once in a run's life.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from harness import environment, table, write_rows
 from numpy.typing import NDArray
 
 from mlip import config
+from mlip.assembly import open_tokenizer
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import train_tokenizer
@@ -312,10 +314,8 @@ def serve_start(manifest_path: Path) -> None:
     timed("first_plan", lambda: loader.order.plan(0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     steps |= {"imports_mib": round(resident), "peak_mib": round(peak)}
-    train = loader.manifest.rows("train").tolist()
-    texts = (loader.manifest.text(row) for row in train)
-    folder = Path(tempfile.mkdtemp(dir=manifest_path.parent)) / "run"
-    timed("vocabulary", lambda: train_tokenizer(texts, 4096, folder))
+    settings = config.load([], [f"run.dir={tempfile.mkdtemp(dir=manifest_path.parent)}"])
+    timed("vocabulary", lambda: open_tokenizer(settings, loader.manifest))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(steps | {"peak_with_vocabulary_mib": round(peak)}))
 
