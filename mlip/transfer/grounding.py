@@ -30,7 +30,8 @@ from mlip.transfer.interval import (
 from mlip.unit_length import unit_length
 
 KINDS = ("keyword", "sentence")  # a bare name; a sentence that also says the side
-COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr")
+COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr", "miou")
+IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the cosine, as BioViL's mIoU
 QUERIES_AT_ONCE = 256
 
 
@@ -172,6 +173,20 @@ def contrast_to_noise(pictures: Array, masks: Array) -> Array:
     return np.where((noise == 0) & (inside > 0) & (inside < total), 0.0, ratio)
 
 
+def mean_iou(pictures: Array, masks: Array) -> Array:
+    """Overlap of a map with the truth, averaged over IOU_THRESHOLDS of the cosine, [N].
+
+    Shapes:  pictures [N, H, W], masks [N, H, W] bool
+    Source:  BioViL (Boecking et al. 2022, section 4.3). Calling everything scores the truth's area.
+    """
+    total = np.zeros(len(pictures))
+    for threshold in IOU_THRESHOLDS:
+        called = pictures > threshold
+        both = (called & masks).sum(axis=(1, 2))
+        total += both / np.maximum((called | masks).sum(axis=(1, 2)), 1)
+    return total / len(IOU_THRESHOLDS)
+
+
 class PixelPrior:
     """The one pixel that training boxes of a finding cover most often, with and without side.
 
@@ -223,7 +238,7 @@ def evaluate_grounding(
 
     Shapes:  maps [phrases, images, P] (phrase_maps); patient_ids [images]
     Returns: {kind: {"findings": [...], "all": {...}, "findings_at_twice_area": int}} with, for
-             each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr
+             each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr, miou
     """
     result: dict[str, Any] = {}
     upsample = Upsampler(grid, size)
@@ -284,6 +299,7 @@ def _measure(
         columns["swapped"].append(swapped)
         columns["area"].append(masks.mean(axis=(1, 2)))
         columns["cnr"].append(contrast_to_noise(pictures, masks))
+        columns["miou"].append(mean_iou(pictures, masks))
         for key, with_side in (("prior", False), ("prior_with_side", True)):
             pixels = [
                 None if prior is None else prior.pixel(q.finding, q.side if with_side else None)
@@ -326,6 +342,7 @@ def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:
             columns["hit"][paired], columns["swapped"][paired], weights[:, paired]
         ),
         "cnr": mean_estimate(cnr[known], weights[:, known]),
+        "miou": mean_estimate(columns["miou"], weights),
     }
 
 

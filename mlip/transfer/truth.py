@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from mlip.config import Config
 from mlip.dataloading import phantom_oracle, phantom_reports
-from mlip.dataloading.image_file import read_bytes, read_header
+from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
+from mlip.transfer.annotations import INSIDE, Annotations, check_inside
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
 
@@ -127,9 +130,14 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     """Boxes of boxes.csv beside the manifest for these rows, cut to the model's crop.
 
     Columns: path (as in the manifest), label, x, y, w, h in pixels of the file; side is optional.
+    Where transfer.columns names a column of boxes or masks, that is read instead (a mask is the
+    extents of its parts, named by the row's one label).
     A box that the centre crop leaves less than half of is dropped: it cannot be pointed at.
     Raises:  ValueError naming the file and what is wrong with it.
     """
+    columns = config.transfer.columns
+    if columns.boxes is not None or columns.mask is not None:
+        return _annotated(config, manifest, rows)
     path = Path(manifest.path).with_name("boxes.csv")
     if not path.is_file():
         return {}
@@ -173,10 +181,47 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
 
 def _image_size(manifest: Manifest, row: int) -> tuple[int, int] | None:
     try:
-        header = read_header(read_bytes(manifest.root, manifest.image_path(row)))
+        content = read_bytes(manifest.root, manifest.image_path(row))
+        header = read_header(content)
+        if header.kind == "dicom":  # its size stands behind its own header
+            height, width = decode_grey(content, header).shape
+            return height, width
     except BadSample:
         return None  # the loader has left the image out already
     return header.height, header.width
+
+
+def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Box]]:
+    """Boxes of the manifest's own columns, through the evaluation crop."""
+    annotations = Annotations(config, manifest)
+    reader = SampleReader(manifest, config.data)
+    transform = Transform(config.data, train=False, seed=config.run.seed)
+    found: dict[int, list[Box]] = {}
+    for row in rows:
+        named: list[tuple[Array, str]] = []
+        size = annotations.source_size(row)
+        try:
+            if size is None:
+                height, width = reader.pixels(row, 0).shape
+                size = (int(height), int(width))
+        except BadSample:
+            continue  # the loader has left the image out already
+        if config.transfer.columns.boxes is not None:
+            boxes = annotations.boxes(row)
+            check_inside(boxes.corners, size, f"{manifest.path}: data row {row + 1}")
+            named = list(zip(boxes.corners, boxes.names, strict=True))
+        elif len(labels := manifest.labels(row)) == 1:
+            _, _, parts, _ = cv2.connectedComponentsWithStats(
+                (annotations.mask(row, size) == INSIDE).astype(np.uint8)
+            )
+            for x, y, w, h, _ in parts[1:].tolist():
+                named.append((np.array([x, y, x + w, y + h], dtype=float), labels[0]))
+        for corners, name in named:
+            x0, y0, x1, y1 = corners.tolist()
+            moved = _to_model((x0, y0, x1, y1), size, transform)
+            if moved is not None:
+                found.setdefault(row, []).append(Box(name, None, moved))
+    return found
 
 
 def _to_model(

@@ -188,3 +188,12 @@ def test_maps_follow_the_model_from_image_to_phrase() -> None:
     )
     maps = grounding.phrase_maps(run.model, features.patches, encode("nodule", "no nodule"))
     assert maps.shape == (2, 2, 9) and float(maps.abs().max()) <= 1.0 + 1e-5
+
+
+def test_mean_overlap_by_hand() -> None:
+    masks = np.zeros((2, 4, 4), dtype=bool)
+    masks[:, :2] = True
+    pictures = np.zeros((2, 4, 4))
+    pictures[0, :2] = 1.0  # exactly the truth at every threshold
+    pictures[1, :1] = 0.25  # half of it, at two thresholds of five
+    np.testing.assert_allclose(grounding.mean_iou(pictures, masks), [1.0, 2 / 5 * 0.5])

@@ -103,3 +103,38 @@ def test_a_rare_finding_does_not_cost_the_mean_its_interval() -> None:
     )
     macro = found["macro"]["global"]
     assert macro["low"] < macro["value"] < macro["high"]
+
+
+def test_f1_uses_the_threshold_of_val_and_never_of_test() -> None:
+    from sklearn.metrics import f1_score
+
+    from mlip.transfer.zero_shot import f1_at_thresholds
+
+    rng = np.random.default_rng(0)
+    val_labels = (rng.random((50, 2)) < 0.4).astype(np.int8)
+    val_scores = {"global": val_labels + rng.normal(0, 0.4, (50, 2))}
+    labels = (rng.random((80, 2)) < 0.4).astype(np.int8)
+    scores = {"global": labels + rng.normal(0, 0.4, (80, 2))}
+    weights = np.ones((10, 80))
+    found = f1_at_thresholds(scores, labels, val_scores, val_labels, weights)
+    for f in range(2):
+        row = found["findings"][f]["global"]
+        cuts = np.unique(val_scores["global"][:, f])
+        on_val = [f1_score(val_labels[:, f], val_scores["global"][:, f] >= c) for c in cuts]
+        assert row["threshold"] == pytest.approx(cuts[int(np.argmax(on_val))])
+        expected = f1_score(labels[:, f], scores["global"][:, f] >= row["threshold"])
+        assert row["value"] == pytest.approx(expected)
+    none = f1_at_thresholds(scores, labels, val_scores, np.zeros_like(val_labels), weights)
+    assert none["macro"]["global"]["value"] is None
+    assert "no val row" in none["findings"][0]["global"]["reason"]
+
+
+def test_accuracy_of_exclusive_findings_is_stated_with_and_without_normalising() -> None:
+    from mlip.transfer.zero_shot import exclusive_accuracy
+
+    labels = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [1, 1]], dtype=np.int8)
+    # the second finding scores high on everything: normalising over the test set mends that
+    scores = {"global": np.array([[1.0, 5], [1, 5], [0, 6], [0, 6], [9, 9]])}
+    found = exclusive_accuracy(scores, labels, np.ones((4, 5)))["global"]
+    assert found["plain"]["value"] == 0.5 and found["z_normalised"]["value"] == 1.0
+    assert found["plain"]["n"] == 4

@@ -1,0 +1,134 @@
+"""Labels, boxes and masks of a manifest's own columns; what is wrong with them is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from mlip.config import Config, load
+from mlip.dataloading.datasets.rle import encode_mask
+from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
+from mlip.transfer import truth
+from mlip.transfer.annotations import IGNORED, INSIDE, Annotations
+from mlip.transfer.classification import target_matrix
+
+HEIGHT, WIDTH = 40, 60
+
+
+def make(tmp_path: Path, *overrides: str, **columns: Any) -> tuple[Config, Manifest]:
+    """Two rows: a PNG and a DICOM file of the same size."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    write_radiograph(tmp_path / "b.dcm", pixels, patient_id="q", study_id="s")
+    rows = {
+        "image": ["a.png", "b.dcm"],
+        "patient_id": ["p", "q"],
+        "labels": ["Nodule", "Nodule"],
+        **columns,
+    }
+    pa.parquet.write_table(pa.table(rows), tmp_path / "m.parquet")
+    named = [f"transfer.columns.{name}={name}" for name in columns]
+    settings = [f"data.manifest={tmp_path / 'm.parquet'}", "data.columns.labels=labels"]
+    settings += [
+        "data.columns.report=null",
+        "data.columns.study_id=null",
+        "data.columns.split=null",
+    ]
+    settings += ["data.resize_px=60", "data.crop_px=60", *named, *overrides]
+    config = load([], settings)
+    return config, load_manifest(config.data)
+
+
+def test_label_states_and_what_policies_make_of_them(tmp_path: Path) -> None:
+    config, manifest = make(tmp_path, uncertain=["Edema", ""], negative=["Mass", "Edema"])
+    found = Annotations(config, manifest)
+    states = found.states(np.arange(2), ["Nodule", "Edema", "Mass"])
+    assert states.tolist() == [[1, 2, 0], [1, 0, -1]]
+    for policy, expected in (("one", 1), ("zero", 0), ("ignore", -1)):
+        classes = {"Nodule": "one", "Edema": policy, "Mass": "one"}
+        assert target_matrix(states, classes, "zero").tolist() == [[1, expected, 0], [1, 0, 0]]
+    assert target_matrix(states, classes, "ignore")[1].tolist() == [1, 0, -1]
+    assert found.names() == {"Nodule", "Edema", "Mass"}
+
+
+def test_a_label_stated_both_ways_is_refused(tmp_path: Path) -> None:
+    config, manifest = make(tmp_path, negative=["", "Nodule"])
+    with pytest.raises(ManifestError, match="data row 2 states 'Nodule' in two"):
+        Annotations(config, manifest).states(np.arange(2), ["Nodule"])
+
+
+def test_run_lengths_files_and_boxes_give_the_same_mask(tmp_path: Path) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[5:15, 10:30] = 1
+    config, manifest = make(tmp_path, mask=[encode_mask(mask), "-1"])
+    found = Annotations(config, manifest)
+    np.testing.assert_array_equal(found.mask(0, (HEIGHT, WIDTH)), mask * INSIDE)
+    assert not found.mask(1, (HEIGHT, WIDTH)).any() and not found.masks_are_files
+    picture = mask * 255
+    picture[20, 20] = 127
+    cv2.imwrite(str(tmp_path / "m.png"), picture)
+    config, manifest = make(tmp_path, mask=["m.png", ""])
+    found = Annotations(config, manifest)
+    drawn = found.mask(0, (HEIGHT, WIDTH))
+    assert drawn[20, 20] == IGNORED and found.masks_are_files
+    assert [found.has_mask(0), found.has_mask(1)] == [True, False]
+    boxes = [json.dumps([[10, 5, 20, 10, "Nodule"]]), ""]
+    config, manifest = make(tmp_path, "transfer.mask_source=boxes", boxes=boxes)
+    filled = Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
+    np.testing.assert_array_equal(filled, mask * INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("5 3000", "mask of 60 x 40 px: run lengths: leave the image"),
+        ("small.png", "is 10 x 10 px, its image 60 x 40"),
+        ("nowhere.png", "cannot be read: missing"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named(tmp_path: Path, cell: str, message: str) -> None:
+    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((10, 10), np.uint8))
+    config, manifest = make(tmp_path, mask=[cell, ""])
+    with pytest.raises(ManifestError, match=message):
+        Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize("cell", ["nonsense", "[[1, 2, 3]]", '[[1, 2, 0, 5, "a"]]'])
+def test_a_box_that_is_none_is_named(tmp_path: Path, cell: str) -> None:
+    config, manifest = make(tmp_path, boxes=[cell, ""])
+    with pytest.raises(ManifestError, match="data row 1: .*box"):
+        Annotations(config, manifest).boxes(0)
+
+
+def test_grounding_reads_the_manifests_own_boxes_and_masks_dicom_too(tmp_path: Path) -> None:
+    boxes = [json.dumps([[10, 5, 20, 10, "Nodule"]])] * 2
+    config, manifest = make(tmp_path, boxes=boxes)
+    found = truth.load_boxes(config, manifest, [0, 1])
+    # 60 x 40 in a square of 60: ten rows of margin above
+    expected = [truth.Box("Nodule", None, (10.0, 15.0, 30.0, 25.0))]
+    assert found == {0: expected, 1: expected}
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    mask[5:15, 10:30] = 1
+    config, manifest = make(tmp_path, mask=[encode_mask(mask)] * 2)
+    assert truth.load_boxes(config, manifest, [0, 1]) == {0: expected, 1: expected}
+    config, manifest = make(tmp_path)
+    (tmp_path / "boxes.csv").write_text("path,label,x,y,w,h\nb.dcm,Nodule,10,5,20,10\n")
+    assert truth.load_boxes(config, manifest, [0, 1]) == {1: expected}
+
+
+def test_a_list_that_is_a_subset_needs_its_column(tmp_path: Path) -> None:
+    config, manifest = make(tmp_path, "transfer.subset=gold", subset=["gold", ""])
+    found = Annotations(config, manifest)
+    assert found.of_subset(np.arange(2), "test").tolist() == [0]
+    assert found.of_subset(np.arange(2), "train").tolist() == [0, 1]
+    config, manifest = make(tmp_path, "transfer.subset=gold", "transfer.subset_of=all")
+    with pytest.raises(ManifestError, match="set transfer.columns.subset"):
+        Annotations(config, manifest).of_subset(np.arange(2), "train")
