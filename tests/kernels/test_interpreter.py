@@ -311,6 +311,30 @@ def test_rows_of_any_finite_length_are_normalised() -> None:
 
 
 @interpreted
+def test_zero_rows_of_tokens_and_entities_are_exact() -> None:
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=13, masks=False)
+    inputs["tokens"][0, 1] = 0.0
+    inputs["knowledge"][1, 0] = 0.0
+    compare(inputs, 1e-5)
+
+
+@interpreted
+def test_mixed_dtypes_are_multiplied_in_bfloat16_and_an_unused_scale_gets_gradient_zero() -> None:
+    inputs = make_inputs(2, 2, 20, 5, 0, 64, seed=14, masks=False)
+    mixed = {"patches": inputs["patches"].bfloat16(), "tokens": inputs["tokens"].float()}
+    made, truth_leaves = leaves_of(mixed), leaves(mixed)
+    unused = torch.tensor(5.0, requires_grad=True)
+    value = token_knowledge_patch_scores(**made, aggregation_scale=unused, impl="triton")
+    truth = token_knowledge_patch_scores(**truth_leaves, impl="torch")
+    assert relative_error(value, truth) <= 5e-3
+    got, want = gradients(value, made | {"unused": unused}), gradients(truth, truth_leaves)
+    for name, dtype in (("patches", torch.bfloat16), ("tokens", torch.float32)):
+        assert got[name].dtype == dtype
+        assert relative_error(got[name], want[name]) <= 1e-2, name
+    assert got["unused"].item() == 0.0
+
+
+@interpreted
 def test_statistics_are_kept_only_where_a_gradient_will_be_asked_for() -> None:
     inputs = leaves(make_inputs(2, 2, 20, 5, 0, 16, masks=False), torch.float32)
     held: list[int] = []
