@@ -127,6 +127,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     collected = dataset.collect(root, options)
     check_rows(collected.rows)
     _print_counts(collected)
+    if not collected.rows:
+        left_out = ", ".join(f"{rule} {n}" for rule, n in sorted(collected.excluded.items()))
+        raise DatasetError(f"{root}: no image is left (left out: {left_out or 'none'})")
     keep_ids = collected.keeps_ids or arguments.keep_ids
     _open_output(out, arguments, settings, keep_ids)
     plan = Plan(

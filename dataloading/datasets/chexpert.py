@@ -121,20 +121,15 @@ def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], li
                 f"{choice}: {len(paths - known)} of {len(paths)} paths are not in train.csv"
             )
         digest = hashlib.sha256(content).hexdigest()
-        return paths, [f"5x200 list: {len(paths)} images, SHA-256 {digest}"]
+        counts = [len(paths & set(_showing_alone(table, finding))) for finding in FIVE]
+        return paths, [
+            f"5x200 list: {len(paths)} images, SHA-256 {digest}",
+            "of them show one finding alone, as the rule of 5x200 wants: "
+            + ", ".join(f"{name} {n}" for name, n in zip(FIVE, counts, strict=True)),
+        ]
     chosen: set[str] = set()
     for finding in FIVE:
-        eligible = [
-            _inside(row["Path"])
-            for row in table
-            if row["Frontal/Lateral"] == "Frontal"
-            and _number(row[finding]) == 1.0
-            and all(
-                _number(row.get(other, "")) == 0.0
-                for other in (*FIVE, *_MUST_BE_ABSENT)
-                if other != finding
-            )
-        ]
+        eligible = _showing_alone(table, finding)
         # an order that depends on the path alone, not on the file's order or a generator
         eligible.sort(key=lambda path: hashlib.sha256(f"5x200 {path}".encode()).digest())
         if len(eligible) < 200:
@@ -147,17 +142,45 @@ def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], li
     return chosen, [f"5x200 by rule: {len(chosen)} images, SHA-256 of the sorted list {digest}"]
 
 
+def _showing_alone(table: list[dict[str, str]], finding: str) -> list[str]:
+    """Paths of the frontal images where one finding is 1 and all others are 0 or blank."""
+    return [
+        _inside(row["Path"])
+        for row in table
+        if row["Frontal/Lateral"] == "Frontal"
+        and _number(row[finding]) == 1.0
+        and all(
+            _number(row.get(other, "")) == 0.0
+            for other in (*FIVE, *_MUST_BE_ABSENT)
+            if other != finding
+        )
+    ]
+
+
 def _number(text: str) -> float:
     return float(text) if text else 0.0
 
 
 def _listed(text: str, name: str) -> list[str]:
-    """Paths of a JSON list or mapping, or of a CSV's Path column or only column."""
+    """Paths of a JSON list or mapping, or of a CSV's Path column or only column.
+
+    Published forms: {"73906": {"image_path": "train/...", "label": [0, 1, 0, 0, 0]}, ...},
+    {"Edema": ["train/...", ...], ...}, ["train/...", ...], a CSV with a Path column.
+    """
     if name.endswith(".json"):
-        content = json.loads(text)
-        if isinstance(content, dict):
-            content = [path for value in content.values() for path in value]
-        return [str(item["Path"] if isinstance(item, dict) else item) for item in content]
+        try:
+            content = json.loads(text)
+            items = list(content.values()) if isinstance(content, dict) else list(content)
+            if items and all(isinstance(item, list) for item in items):
+                items = [path for item in items for path in item]
+            return [
+                str(item.get("image_path") or item["Path"]) if isinstance(item, dict) else str(item)
+                for item in items
+            ]
+        except (ValueError, KeyError, TypeError):
+            raise DatasetError(
+                f"{name}: expected JSON with paths, as a list, by finding, or as image_path"
+            ) from None
     lines = list(csv.reader(text.splitlines()))
     place = lines[0].index("Path") if "Path" in lines[0] else 0
     return [line[place] for line in lines[int("Path" in lines[0]) :] if line]

@@ -22,6 +22,7 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "dcm", "dicom"})
 FRONTAL = frozenset({"PA", "AP", "FRONTAL"})
 
 
@@ -174,13 +175,19 @@ def assign_split(
 ) -> tuple[Callable[[str, str], str], list[str]]:
     """A function (image id, patient id) -> split, and notes: from lists, or by hash of the patient.
 
-    An id that stands in no list has split "".
+    Lists may leave out the suffix of a file's name. An id that stands in no list has split "".
     """
     if not lists:
         return lambda image, patient: split_by_patient(patient, salt, val, test), []
     split_of, digest = read_split_lists(Path(lists))
     note = f"split lists: {len(split_of)} ids, SHA-256 {digest}"
-    return lambda image, patient: split_of.get(image, ""), [note]
+
+    def listed(image: str, patient: str) -> str:
+        stem, dot, suffix = image.rpartition(".")
+        bare = stem if dot and suffix.lower() in _IMAGE_SUFFIXES else image
+        return split_of.get(image) or split_of.get(bare, "")
+
+    return listed, [note]
 
 
 def read_patients(path: Path) -> dict[str, str]:

@@ -28,7 +28,9 @@ import pytest
 from mlip import config
 from mlip.cli import main
 from mlip.dataloading import shard_build
-from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.datasets import DATASETS
+from mlip.dataloading.datasets.chexpert import FIVE
+from mlip.dataloading.datasets.rows import DatasetError, Row, assign_split
 from mlip.dataloading.dicom import DicomError, explain, write_radiograph
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import load_manifest
@@ -315,3 +317,76 @@ def test_an_index_of_other_rows_is_an_error_and_no_silent_mix_up(tmp_path: Path)
     pyarrow.parquet.write_table(mixed.replace_schema_metadata(table.schema.metadata), first)
     with pytest.raises(shard_build.ShardError, match="not the index of its shard"):
         build_shards(rows, plan_for(tmp_path))
+
+
+def write_chexpert(root: Path) -> list[str]:
+    """train.csv of 6 frontal images with one finding each (the last has two), no pixels."""
+    columns = "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(FIVE)
+    paths, lines = [], [columns]
+    for i in range(6):
+        labels = ["1.0" if j == i % 5 or (i == 5 and j == 1) else "" for j in range(5)]
+        paths.append(f"train/patient{i:05d}/study1/view1_frontal.jpg")
+        lines.append(f"CheXpert-v1.0/{paths[-1]},Male,60,Frontal,AP,{','.join(labels)}")
+    (root / "train.csv").write_text("\n".join(lines) + "\n")
+    valid = "CheXpert-v1.0/valid/patient64541/study1/view1_frontal.jpg,Male,60,Frontal,AP,1,,,,"
+    (root / "valid.csv").write_text(f"{columns}\n{valid}\n")
+    return paths
+
+
+@pytest.mark.parametrize("form", ["by_row", "by_finding", "list", "csv"])
+def test_5x200_lists_are_read_in_every_published_form(tmp_path: Path, form: str) -> None:
+    paths = write_chexpert(tmp_path)
+    content: Any = {
+        # the form of the list that papers share: row number -> path and one-hot label
+        "by_row": {str(7 * i): {"image_path": p, "label": [0, 1]} for i, p in enumerate(paths)},
+        "by_finding": {"Edema": paths[:2], "Consolidation": paths[2:]},
+        "list": [f"CheXpert-v1.0/{path}" for path in paths],
+    }.get(form)
+    file = tmp_path / ("list.csv" if form == "csv" else "list.json")
+    file.write_text(json.dumps(content) if content else "Path\n" + "\n".join(paths))
+    collected = DATASETS["chexpert"].collect(
+        tmp_path, {"views": "frontal", "five_by_200": str(file)}
+    )
+    listed = [row for row in collected.rows if row.subset == "5x200"]
+    assert sorted(row.image for row in listed) == paths
+    assert {row.split for row in listed} == {"test"}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert collected.notes[0] == f"5x200 list: 6 images, SHA-256 {digest}"
+    # five show one finding alone; the sixth, with two, is named by its absence
+    assert collected.notes[1].endswith(", ".join(f"{name} 1" for name in FIVE))
+
+
+def test_a_list_that_is_no_list_is_refused(tmp_path: Path) -> None:
+    write_chexpert(tmp_path)
+    (tmp_path / "list.json").write_text('{"a": {"file": 1}}')
+    with pytest.raises(DatasetError, match="expected JSON with paths"):
+        DATASETS["chexpert"].collect(
+            tmp_path, {"views": "frontal", "five_by_200": str(tmp_path / "list.json")}
+        )
+
+
+def test_split_lists_may_leave_out_the_suffix_but_never_a_part_of_an_id(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("ID,boxes,classes\n05677,693;43;626;305,1\n1.2.3.4,,\n")
+    (tmp_path / "validation.csv").write_text("ID,boxes,classes\n05677.5,,\n")
+    (tmp_path / "test.csv").write_text("ID\na.jpg\n")
+    split_of, notes = assign_split(str(tmp_path), "x", 0.2)
+    assert [split_of(name, "p") for name in ("05677.jpg", "05677", "1.2.3.4", "a.jpg")] == [
+        "train",
+        "train",
+        "train",
+        "test",
+    ]
+    # a UID's last number is no suffix
+    assert [split_of(name, "p") for name in ("1.2.3.4.99", "a", "b.png")] == ["", "", ""]
+    assert "4 ids, SHA-256" in notes[0]
+
+
+def test_rules_that_leave_nothing_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "raw"
+    root.mkdir()
+    (root / "manifest.csv").write_text("image,patient_id,split\na.png,p1,later\n")
+    assert prepare("manifest", "--root", root, "--out", tmp_path / "out") == 3
+    assert "no image is left (left out: no_split 1)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
