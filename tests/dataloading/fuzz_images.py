@@ -34,17 +34,16 @@ import pydicom
 from mlip.dataloading.dicom import CODES, DicomError, read_radiograph, write_radiograph
 from mlip.dataloading.image_file import decode_grey, read_header
 from mlip.dataloading.ledger import REASONS, BadSample
+from mlip.dataloading.phantom import generate_study
 
 LIMIT_SECONDS = 10.0
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "dicom"
 
 
 def corpus(kind: str) -> list[bytes]:
-    """Small seeds first made here, so that the script runs without any data set."""
-    rng = np.random.default_rng(7)
-    rows, columns = np.mgrid[0:160, 0:128]
-    smooth = 30_000 + 9_000 * np.sin(rows / 19) * np.cos(columns / 23)
-    image = (smooth + rng.normal(0, 400, smooth.shape)).clip(0, 65535).astype(np.uint16)
+    """A phantom in many encodings, so that the script runs without any data set; then real files."""
+    # 160 rows and 128 columns: sides that the mutators know
+    image = np.ascontiguousarray(generate_study(7, 1, 160).image[:, 16:144])
     if kind == "jpeg":
         return [
             cv2.imencode(".jpg", (image >> 8).astype(np.uint8), flags)[1].tobytes()
