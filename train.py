@@ -28,6 +28,7 @@ from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
 from mlip.training import randomness
 from mlip.training.deepspeed_json import read_json
+from mlip.training.determinism import require_deterministic
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
@@ -141,7 +142,7 @@ def main(arguments: list[str]) -> int:
         distributed.start(config.run.timeout_s)
         setup_logging()
         randomness.seed_everything(config.run.seed)
-        randomness.set_deterministic(config)
+        require_deterministic(config)
         with locked_folder(folder[0]):
             corpus = train(options, config, stop)
             is_main = distributed.is_main()

@@ -15,6 +15,7 @@ from mlip.config import Config, ConfigError
 from mlip.distributed import max_over_ranks
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
+from mlip.training.determinism import random_part
 from mlip.training.grad_cache import cached_forward, equal_passes
 
 
@@ -122,10 +123,6 @@ class Objective(nn.Module):
         )
 
 
-# where transformers keeps probabilities that no dropout module shows
-_PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")
-
-
 def _equal_widths(
     text: TextFeatures, content_mask: Tensor, knowledge: KnowledgeFeatures
 ) -> tuple[TextFeatures, Tensor, KnowledgeFeatures]:
@@ -153,14 +150,11 @@ def _equal_widths(
 
 def _require_exact(model: nn.Module) -> None:
     """Refuse what draws random numbers per rank or per pass; the losses themselves are keyed."""
-    for name, module in model.named_modules():
-        probabilities = [getattr(module, key, None) for key in _PROBABILITIES]
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            probabilities.append(module.p)
-        if any(isinstance(p, int | float) and p > 0 for p in probabilities):
-            tower = "model.text.options" if ".text" in f".{name}" else "model.vision.options"
-            raise ConfigError(
-                f"run.exact: the model's {name} drops at random, by rank and by micro-batch; set "
-                f"its probability to 0 in {tower} (hidden_dropout_prob, "
-                "attention_probs_dropout_prob, drop_path_rate)"
-            )
+    name = random_part(model)
+    if name is not None:
+        tower = "model.text.options" if ".text" in f".{name}" else "model.vision.options"
+        raise ConfigError(
+            f"run.exact: the model's {name} drops at random, by rank and by micro-batch; set "
+            f"its probability to 0 in {tower} (hidden_dropout_prob, "
+            "attention_probs_dropout_prob, drop_path_rate)"
+        )

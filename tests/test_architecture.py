@@ -55,6 +55,7 @@ ALLOWED = {
         "mlip.config",
         "mlip.distributed",
         "mlip.training.grad_cache",
+        "mlip.training.determinism",
     ),
     "mlip.transfer": (
         "mlip.transfer",

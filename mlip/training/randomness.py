@@ -54,14 +54,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def set_deterministic(config: Config) -> None:
-    """Ask torch for bit-repeatable kernels, and for an error where it has none."""
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-
-
 def capture() -> dict[str, Any]:
     """This rank's generators as JSON values."""
     version, internal, gauss = random.getstate()

@@ -170,7 +170,8 @@ class RunLog:
         (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         self.event("started", step=self.start_step, total_steps=self.total_steps)
         logger.info(
-            "step %d of %d; %d pairs a step on %d rank(s), engine %s, %s, %d thread(s) each",
+            "step %d of %d; %d pairs a step on %d rank(s), engine %s, %s, %d thread(s) each, "
+            "determinism %s",
             self.start_step,
             self.total_steps,
             self.global_pairs,
@@ -178,7 +179,13 @@ class RunLog:
             facts["engine"],
             self.config.train.precision,
             facts["threads"],
+            facts["determinism"],
         )
+
+    def say(self, text: str) -> None:
+        """A fact from rank 0."""
+        if self._is_main:
+            logger.info(text)
 
     def warn(self, text: str) -> None:
         """A warning from rank 0."""

@@ -1,0 +1,99 @@
+"""Which level of repeatability a run reaches, and refusal of what cannot be vouched for.
+
+D0  seeded only
+D1  same machine, ranks, threads and versions: the same bits from run to run
+D2  D1 through save, kill and resume
+D3  another number of ranks, workers or micro-batches: the same samples, losses equal to rounding
+D4  another machine or GPU: a curve within a tolerance (a matter of measuring, never promised here)
+
+What is not known to repeat is refused under run.deterministic, not hoped for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from mlip import distributed
+from mlip.config import Config, ConfigError
+
+# where transformers keeps probabilities that no dropout module shows
+_PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What holds, and why the rest does not."""
+
+    names: tuple[str, ...]
+    obstacles: tuple[str, ...]  # to bit equality, each with the setting to change
+    elastic_obstacle: str | None  # to D3
+
+    def __str__(self) -> str:
+        return "+".join(self.names)
+
+
+def random_part(module: nn.Module) -> str | None:
+    """The first part that drops at random from torch's generators, by rank and by pass; or None."""
+    for name, part in module.named_modules():
+        probabilities = [getattr(part, key, None) for key in _PROBABILITIES]
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            probabilities.append(part.p)
+        if any(isinstance(p, int | float) and p > 0 for p in probabilities):
+            return name
+    return None
+
+
+def levels(config: Config, module: nn.Module | None = None) -> Levels:
+    """Of this configuration on this rank's device; without the module, D3 is judged by settings."""
+    obstacles = _obstacles(config)
+    names = ["D0"] if obstacles else ["D2"]
+    dropping = random_part(module) if module is not None else None
+    elastic = None
+    if dropping is not None:
+        elastic = (
+            f"{dropping} drops at random by rank and by micro-batch (set its probability to 0)"
+        )
+    else:
+        names.append("D3")
+    return Levels(tuple(names), tuple(obstacles), elastic)
+
+
+def _obstacles(config: Config) -> list[str]:
+    found = []
+    device = distributed.device().type
+    if config.model.attention == "xformers":
+        found.append("model.attention=xformers adds atomically in its backward pass: set sdpa")
+    if device == "cuda":
+        if not torch.are_deterministic_algorithms_enabled():
+            found.append("GPU kernels of torch may add in any order: set run.deterministic=true")
+        if distributed.world_size() > 1 and not os.environ.get("NCCL_ALGO"):
+            found.append(
+                "NCCL chooses its algorithm, and with it the order of sums, at run time: set the "
+                "environment variable NCCL_ALGO=Ring"
+            )
+    elif device != "cpu":
+        found.append(f"nothing is known of device {device}")
+    return found
+
+
+def require_deterministic(config: Config) -> None:
+    """Ask torch for bit-repeatable kernels, and refuse what has none.
+
+    Raises:  ConfigError naming every setting in the way, where run.deterministic is set.
+    """
+    if not config.run.deterministic:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    obstacles = _obstacles(config)
+    if obstacles:
+        raise ConfigError(
+            "run.deterministic=true cannot be vouched for: "
+            + "; ".join(obstacles)
+            + "; or set run.deterministic=false"
+        )
