@@ -41,7 +41,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "dicom"
 
 
 def corpus(kind: str) -> list[bytes]:
-    """A phantom in many encodings, so that no data set is needed; then real files where they are."""
+    """A phantom in many encodings, so that no data set is needed; then real files."""
     # 160 rows and 128 columns: sides that the mutators know
     image = np.ascontiguousarray(generate_study(7, 1, 160).image[:, 16:144])
     if kind == "jpeg":

@@ -438,3 +438,32 @@ def test_grey_channels_are_one_tensor_until_they_are_used(corpus: Make, build: A
     assert torch.equal(image, batch.image.double())
     assert batch.image.untyped_storage().nbytes() == 6 * 32 * 32 * 4
     assert torch.equal(batch.to("cpu").image, batch.image)
+
+
+def test_only_what_is_on_the_host_is_pinned(corpus: Make, build: Any) -> None:
+    """Images that DALI made on the GPU are there already: torch refuses to pin them."""
+
+    class Told(Tensor):
+        """A host tensor that says where it would be on a GPU machine."""
+
+        on_gpu = False
+
+        @property
+        def is_cuda(self) -> bool:  # type: ignore[override]
+            return self.on_gpu
+
+        def pin_memory(self, device: Any = None) -> Tensor:  # type: ignore[override]
+            pinned.append(tuple(self.shape))
+            return self
+
+    class OnGpu(Told):
+        on_gpu = True
+
+    pinned: list[tuple[int, ...]] = []
+    batch = take(build(corpus("data.channels=3")), 1)[0]
+    others = {n: getattr(batch, n).as_subclass(Told) for n in vars(batch) if n != "image"}
+    loader_module.pinned(Batch(image=batch.image.as_subclass(OnGpu), **others))
+    assert sorted(pinned) == sorted(tuple(tensor.shape) for tensor in others.values())
+    pinned.clear()
+    loader_module.pinned(Batch(image=batch.image.as_subclass(Told), **others))
+    assert (6, 1, 32, 32) in pinned and (6, 3, 32, 32) not in pinned
