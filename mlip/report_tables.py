@@ -246,6 +246,8 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             for f, w in found["wordings"].items()
         ],
         "left_out": found.get("labels_without_concept") or [],
+        "f1": (found.get("f1") or {}).get("macro"),
+        "exclusive": found.get("exclusive"),
     }
 
 
@@ -295,6 +297,15 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": rows,
         "references": references,
         "has_oracle": bool(oracle),
+        "whole_rows": [
+            {"direction": DIRECTIONS[d], **row}
+            for d, row in (found.get("whole") or {}).get("scores", {}).items()
+        ],
+        "class_rows": [
+            {"direction": DIRECTIONS[d], **row}
+            for d, row in (found.get("by_class") or {}).items()
+            if d in DIRECTIONS and "reason" not in row
+        ],
         "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0)),
     }
 

@@ -30,6 +30,15 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {row['name']:<24}" + "".join(f"{_text(row[h]):<20}" for h in HEADS))
         macro = zero_shot["macro"]
         lines.append(f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS))
+        f1 = (zero_shot.get("f1") or {}).get("macro")
+        if f1:
+            lines.append(
+                f"{'F1 at val thresholds':<26}" + "".join(f"{_text(f1[h]):<20}" for h in HEADS)
+            )
+        for name in ("plain", "z_normalised") if "exclusive" in zero_shot else ():
+            of = zero_shot["exclusive"]
+            shown = "".join(f"{_text(of[h][name]):<20}" for h in HEADS)
+            lines.append(f"{'accuracy, ' + name:<26}{shown}")
     retrieval = results["retrieval"]
     if retrieval["scores"]:
         chance = retrieval["chance"]["recall@10"]
@@ -40,6 +49,12 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
                 for direction in both
             )
             lines.append(f"  {head:<24}{shown}")
+        for direction, row in (retrieval.get("by_class") or {}).items():
+            if direction == "reason" or "reason" in row:
+                continue
+            shown = "  ".join(f"@{k} {_text(row[f'precision@{k}'])}" for k in (5, 10, 100))
+            name = f"class precision {direction.replace('_', ' ')}"
+            lines.append(f"{name}: {shown}  chance {row['chance']:.3f}")
     else:
         lines.append("retrieval   n/a: fewer than two reports")
     grounding = results["grounding"]

@@ -120,3 +120,64 @@ def test_the_summary_says_each_headline_number() -> None:
     lines = "\n".join(summary_lines(small_results()))
     for part in ("zero-shot AUROC", "recall@10 of 16", "pointing by keyword", "Pneumothorax"):
         assert part in lines
+
+
+def test_all_rows_are_one_pool_too_and_pointing_has_its_overlap() -> None:
+    results = small_results()
+    whole = results["retrieval"]["whole"]
+    assert whole["n"] == results["data"]["reports"]
+    assert whole["scores"].keys() == {"image_to_text", "text_to_image"}
+    row = results["grounding"]["keyword"]["all"]
+    assert 0.0 <= row["miou"]["value"] <= 1.0
+    # this run has no val split: no threshold can be chosen, and that is said
+    assert "no val rows" in results["zero_shot"]["f1"]["reason"]
+
+
+def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
+    tmp_path: Path,
+) -> None:
+    """The settings of configs/transfer/chexpert_zero_shot.yaml, on generated studies."""
+    import csv
+
+    from mlip.config import load
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.report import render
+
+    run = small_run()
+    with open(run.folder / "data" / "manifest.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = ("Nodule", "Pneumothorax")
+    for i, row in enumerate(rows):
+        row["subset"] = "5x200" if row["split"] == "test" and i % 2 else ""
+        row["split"] = (
+            "val" if row["split"] == "train" and int(row["patient_id"][-1]) < 5 else (row["split"])
+        )
+        row["labels"] = named[i // 2 % 2]
+    path = tmp_path / "manifest.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    settings = [*run.settings, f"data.manifest={path}", f"data.root={run.folder / 'data'}"]
+    settings += ["transfer.columns.subset=subset", "evaluate.subset=5x200"]
+    settings += ["evaluate.exclusive=true", "evaluate.examples=0"]
+    config = load([], settings)
+    results = evaluate_run(
+        *(run.model, config, load_manifest(config.data), run.tokenizer, run.linker, run.table)
+    )
+    assert results["data"]["images"] == 16
+    assert results["zero_shot"]["exclusive"]["global"]["plain"]["n"] == 16
+    assert results["zero_shot"]["f1"]["macro"]["local"]["value"] is not None
+    by_class = results["retrieval"]["by_class"]["image_to_text"]
+    assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
+    lines = "\n".join(summary_lines(results))
+    for part in ("F1 at val thresholds", "accuracy, plain", "class precision image to text"):
+        assert part in lines
+    page = render(tmp_path, results)
+    for part in (
+        "F1 at thresholds chosen on val",
+        "whose one finding scores",
+        "Precision by class",
+    ):
+        assert part in page
+    assert "mIoU" in render(tmp_path, small_results())
