@@ -14,111 +14,31 @@ speed, forty-eight parts of the reports.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
 import json
 import platform
-import re
-import tarfile
+import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from mlip.knowledge.concepts import ConceptTable, load_concepts
-from mlip.knowledge.linker import Linker, Mention
-
-REPORTS = Path(__file__).resolve().parents[2] / "shared/data/text/NLMCXR_reports.tgz"
-MAPPING = Path(__file__).with_name("linker_mesh.yaml")
-BOOTSTRAP = 1000
-SPEED_PARTS = 48
-_SENTENCE_END = re.compile(r"(?<=[.?!;])\s+")
-
-
-@dataclass(frozen=True)
-class Report:
-    id: str
-    text: str
-    headings: tuple[str, ...]  # MeSH "major", lower case
-
-    @property
-    def is_test(self) -> bool:
-        return hashlib.sha256(self.id.encode()).digest()[0] % 2 == 1
-
-
-@dataclass(frozen=True)
-class Finding:
-    name: str
-    yardstick: bool
-    mesh: tuple[tuple[str, str], ...]  # (heading, qualifier or "")
-    concepts: frozenset[str]
-
-    def is_indexed(self, headings: Iterable[str]) -> bool:
-        for heading in headings:
-            head, *qualifiers = [part.strip() for part in heading.split("/")]
-            for wanted, qualifier in self.mesh:
-                if head == wanted and (not qualifier or qualifier in qualifiers):
-                    return True
-        return False
-
-
-def read_reports(path: Path = REPORTS) -> list[Report]:
-    """Indexed reports with findings or impression, in order of their id."""
-    reports = []
-    with tarfile.open(path) as archive:
-        for member in archive:
-            stream = archive.extractfile(member) if member.name.endswith(".xml") else None
-            if stream is None:
-                continue
-            root = ElementTree.fromstring(stream.read())
-            uid = root.find("uId")
-            assert uid is not None
-            sections = {a.get("Label"): (a.text or "").strip() for a in root.iter("AbstractText")}
-            text = "\n\n".join(
-                f"{label}: {sections[label]}"
-                for label in ("FINDINGS", "IMPRESSION")
-                if sections.get(label)
-            )
-            headings = tuple(
-                (m.text or "").strip().lower()
-                for mesh in root.iter("MeSH")
-                for m in mesh
-                if m.tag == "major"
-            )
-            if text and headings and "no indexing" not in headings:
-                reports.append(Report(uid.get("id", ""), text, headings))
-    return sorted(reports, key=lambda r: (len(r.id), r.id))
-
-
-def read_findings(table: ConceptTable, path: Path = MAPPING) -> list[Finding]:
-    findings = []
-    for name, row in yaml.safe_load(path.read_text(encoding="utf-8"))["findings"].items():
-        mesh = []
-        for heading in row["mesh"]:
-            head, _, qualifier = heading.lower().partition("/")
-            mesh.append((head, qualifier))
-        below = {i for c in row["concepts"] for i in (c, *table.descendants(c))}
-        below -= {i for c in row.get("without", []) for i in (c, *table.descendants(c))}
-        findings.append(Finding(name, row.get("yardstick", False), tuple(mesh), frozenset(below)))
-    return findings
-
-
-def sentences(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, normalised words) of each sentence, for telling seen from unseen ones."""
-    spans, start = [], 0
-    for match in [*_SENTENCE_END.finditer(text), None]:
-        end = match.start() if match else len(text)
-        words = " ".join(re.findall(r"[a-z0-9]+", text[start:end].lower()))
-        if words:
-            spans.append((start, end, words))
-        start = match.end() if match else end
-    return spans
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.intervals import share, with_interval  # noqa: E402
+from benchmarks.linker_reports import (  # noqa: E402
+    REPORTS,
+    Finding,
+    Report,
+    read_findings,
+    read_reports,
+    sentences,
+)
+from benchmarks.linker_speed import padded, speed, startup  # noqa: E402
+from benchmarks.linker_states import outcomes  # noqa: E402
+from benchmarks.negspacy_baseline import name_and_version, negspacy_states  # noqa: E402
+from mlip.knowledge.concepts import ConceptTable, load_concepts  # noqa: E402
+from mlip.knowledge.linker import Linker, Mention  # noqa: E402
 
 
 def counts(gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
@@ -130,22 +50,6 @@ def counts(gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def f1(tp: float, fp: float, fn: float) -> float:
     return 2 * tp / max(2 * tp + fp + fn, 1)
-
-
-def _share(hits: float, total: float) -> float:
-    return hits / max(total, 1)
-
-
-def with_interval(rows: np.ndarray, value: Callable[..., float], seed: int = 1) -> dict[str, Any]:
-    """A figure over rows [reports, k] with its 95 % bootstrap interval over reports."""
-    rng = np.random.default_rng(seed)
-    draws = [value(*rows[rng.integers(0, len(rows), len(rows))].sum(0)) for _ in range(BOOTSTRAP)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {
-        "value": round(float(value(*rows.sum(0))), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-    }
 
 
 def score(
@@ -231,7 +135,7 @@ def score(
         ("normal_with_any_of_all", predicted[normal].any(1)),
         ("normal_with_any_of_the_lexicon", np.array(said)[normal]),
     ):
-        result[name] = with_interval(np.stack([hit, np.ones_like(hit)], 1).astype(int), _share)
+        result[name] = with_interval(np.stack([hit, np.ones_like(hit)], 1).astype(int), share)
     return result
 
 
@@ -244,8 +148,6 @@ def rivals(
     top: list[int],
 ) -> dict[str, Any]:
     """negspacy on the same spans, as it comes and with negators inside a span in its favour."""
-    from negspacy_baseline import name_and_version, negspacy_states
-
     result: dict[str, Any] = {}
     ours = counts(gold[:, top], predicted[:, top])
     for name, inside in (("negspacy", False), ("negspacy_inside", True)):
@@ -302,54 +204,17 @@ def only_unseen(
     return result
 
 
-def speed(reports: list[Report], linker: Linker, repeats: int = 5) -> dict[str, Any]:
-    """Reports a second of one core by processor time: the median of the repeats of each part."""
-    parts = [p for p in np.array_split(np.arange(len(reports)), SPEED_PARTS) if len(p)]
-    seconds = np.zeros((repeats, len(parts)))
-    for repeat in range(repeats):
-        for column, part in enumerate(parts):
-            texts = [reports[i].text for i in part]
-            start = time.process_time()
-            for text in texts:
-                linker.link(text)
-            seconds[repeat, column] = time.process_time() - start
-    sizes = np.array([len(p) for p in parts])
-    rows = np.stack([sizes, np.median(seconds, axis=0)], axis=1)
-    return {
-        "reports": len(reports),
-        "mean_characters": round(sum(len(r.text) for r in reports) / len(reports), 1),
-        "best_per_s": round(len(reports) / seconds.sum(1).min()),
-        "per_s": {
-            key: round(value)
-            for key, value in with_interval(rows, lambda n, s: n / max(s, 1e-9)).items()
-        },
-    }
-
-
-def startup(repeats: int = 9) -> dict[str, float]:
-    """Seconds of processor time to read the lexicon and build the automaton, nothing cached."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        Linker(load_concepts(None))
-        seconds.append(time.process_time() - start)
-    low, middle, high = np.percentile(seconds, [0, 50, 100])
-    return {"value": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
-
-
 def states(linker: Linker, table: ConceptTable) -> dict[str, Any]:
     """Accuracy of the states of own sentences, both halves."""
-    from linker_states import outcomes
-
     result: dict[str, Any] = {}
     for name, sealed in (("open", False), ("sealed", True)):
         rows = outcomes(linker, table, sealed)
         result[name] = {
             "sentences": len(rows),
             "mentions": int(rows[:, 1].sum()),
-            "three_states": with_interval(rows[:, :2], _share),
+            "three_states": with_interval(rows[:, :2], share),
             "present_or_absent_mentions": int(rows[:, 3].sum()),
-            "present_or_absent": with_interval(rows[:, 2:], _share),
+            "present_or_absent": with_interval(rows[:, 2:], share),
         }
     return result
 
@@ -388,26 +253,6 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
     print(text)
-
-
-def padded(table: ConceptTable, forms: int) -> ConceptTable:
-    """The table with made-up terms of two to four words beside it, the size of a UMLS subset."""
-    from mlip.knowledge.concepts import Concept
-
-    rng = np.random.default_rng(1)
-    words = ["".join(p) for p in itertools.product(_SYLLABLES, repeat=3)]
-    common = ["lung", "chest", "left", "right", "acute", "disease", "heart", "of", "the", "pleural"]
-    sizes = rng.integers(1, 4, forms)
-    picks = rng.integers(0, len(words), (forms, 3))
-    extra = []
-    for row in range(forms):
-        chosen = [words[i] for i in picks[row, : sizes[row]]]
-        chosen.insert(row % (len(chosen) + 1), common[row % len(common)])
-        extra.append(Concept(id=f"x{row}", name=" ".join(chosen), category="made_up"))
-    return ConceptTable([*table, *extra])
-
-
-_SYLLABLES = [a + b for a in "bcdfghklmnprstv" for b in "aeiou"][:60]
 
 
 if __name__ == "__main__":
