@@ -46,7 +46,12 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
             "transfer.start=checkpoint: say which one with checkpoint=DIR, or set transfer.start "
             "to random or imagenet"
         )
-    opened = open_checkpoint(where, device=device, weights_of=config.evaluate.weights)
+    opened = open_checkpoint(
+        where,
+        device=device,
+        lexicon=config.knowledge.lexicon,
+        weights_of=config.evaluate.weights,
+    )
     if start == "checkpoint":
         check_preprocessing(config, opened.config, where)
     towers = dataclasses.replace(config, model=opened.config.model)

@@ -1,4 +1,7 @@
-"""What a checkpoint is worth: one task, one file; evaluation.py runs those that need no training.
+"""What a checkpoint is worth: one task, one file.
+
+evaluation.py runs the tasks that train nothing, protocol.py those that train something on the image
+encoder.
 
 The public entry is imported late, so that a metric can be used without the data loader.
 """
@@ -7,7 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-TASKS = ("zero_shot", "retrieval", "grounding")
+TASKS = (
+    *("zero_shot", "retrieval", "grounding"),
+    *("classification", "segmentation", "detection"),
+)
 
 
 def evaluate_run(*arguments: Any, **named: Any) -> dict[str, Any]:
