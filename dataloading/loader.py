@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlip.batch import Batch, by_channel
-from mlip.config import Config, ConfigError, Data
+from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import IntArray, Manifest, connect
 from mlip.dataloading.producer import Producer
@@ -256,7 +256,6 @@ def build_loader(
     from mlip.dataloading.manifest import ManifestError
 
     data = config.data
-    _check_settings(data)
     pairs_only = True if with_report is None else with_report
     allowed = manifest.rows(split, with_report=pairs_only)
     excluded = manifest.excluded(split, with_report=pairs_only)
@@ -300,25 +299,6 @@ def build_loader(
         prefetch=data.prefetch,
         timeout_s=config.run.timeout_s,
     )
-
-
-def _check_settings(data: Data) -> None:
-    """Raises:  ConfigError for numbers that no pipeline can honour."""
-    for holds, name, expected in (
-        (data.workers >= 0, "workers", "0 or more"),
-        (data.prefetch >= 1, "prefetch", "1 or more"),
-        (0.0 <= data.bad_share <= 1.0, "bad_share", "0 to 1"),
-        (data.std > 0.0, "std", "more than 0"),
-        (data.crop_px >= 1, "crop_px", "1 or more"),
-    ):
-        if not holds:
-            raise ConfigError(f"data.{name}={getattr(data, name)}: expected {expected}")
-    for name in ("brightness", "contrast"):
-        # from 1 on an image could be drawn black or inverted
-        if not 0.0 <= getattr(data.augment, name) < 1.0:
-            raise ConfigError(
-                f"data.augment.{name}={getattr(data.augment, name)}: expected 0 or more, below 1"
-            )
 
 
 def _build_pipeline(

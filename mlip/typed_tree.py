@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -65,12 +65,9 @@ def check_keys(
     for key, value in tree.items():
         full = f"{path}{key}"
         if key not in hints:
-            leaf = str(key)
-            known = all_keys(root)
-            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-            near = near or difflib.get_close_matches(full, known, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{where}: unknown key {full!r}; the nearest valid key is {near[0]!r}"
+                f"{where}: unknown key {full!r}; the nearest valid key is "
+                f"{_nearest(str(key), path, hints, all_keys(root))!r}"
             )
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
@@ -78,6 +75,22 @@ def check_keys(
                     f"{where}: {full} is a section, expected a mapping, got {value!r}"
                 )
             check_keys(value, hints[key], where=where, path=f"{full}.", root=root)
+
+
+def _nearest(leaf: str, path: str, siblings: Iterable[str], known: list[str]) -> str:
+    """The dotted key that was probably meant: the same name elsewhere, or the likest one here."""
+    last = {full: full.rsplit(".", 1)[-1] for full in known}
+    same = [full for full in known if last[full] == leaf]
+    here = [f"{path}{name}" for name in siblings] if path else known
+    likest = sorted(here, key=lambda full: -_likeness(leaf, last.get(full, full)))
+    return (same or likest)[0]
+
+
+def _likeness(given: str, name: str) -> float:
+    """0 to 1; the beginning of a name is as good as the whole of it."""
+    return max(
+        difflib.SequenceMatcher(None, given, text).ratio() for text in (name, name[: len(given)])
+    )
 
 
 def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:

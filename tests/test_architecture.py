@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "mlip.typed_tree": (),
     "mlip.transfer_settings": ("mlip.typed_tree",),
-    "mlip.config": ("mlip.typed_tree", "mlip.transfer_settings"),
+    "mlip.config_bounds": ("mlip.typed_tree",),
+    "mlip.config": ("mlip.typed_tree", "mlip.config_bounds", "mlip.transfer_settings"),
     "mlip.batch": (),
     "mlip.keyed_random": (),
     "mlip.unit_length": (),

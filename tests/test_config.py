@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mlip import config
+from mlip import config, typed_tree
 from mlip.config import ConfigError
+from mlip.config_bounds import BOUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,7 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
         ("run.sead=1", "run.seed"),
         ("seed=1", "run.seed"),
         ("loss.global.weight=1", "loss.global_contrastive"),
+        ("loss.globl.weight=1", "loss.global_contrastive"),
         ("batch.global_pair=8", "batch.global_pairs"),
     ],
 )
@@ -39,24 +41,42 @@ def test_an_unknown_key_names_the_nearest_valid_one(key: str, nearest: str) -> N
         config.load([], [key])
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "run.seed=abc",
-        "run.seed=1.5",
-        "run.exact=1",
-        "data.pipeline=fast",
-        "train.betas=[0.9]",
-        "train.zero_stage=4",
-        "batch.global_pairs=1",
-        "data.crop_px=999",
-        "loss.category.weight=-1",
-        "run=3",
-    ],
-)
+WRONG = """
+run.seed=abc run.seed=1.5 run.seed=-1 run.exact=1 run.threads=-1 run.timeout_s=0 run.dir=null run=3
+data.pipeline=fast data.channels=2 data.crop_px=0 data.crop_px=999 data.max_tokens=2 data.std=0
+data.mean=.inf data.vocab_size=0 data.max_entities=-1 data.bad_share=2 data.workers=-1
+data.prefetch=0 data.columns.image=null data.augment.brightness=1 data.augment.contrast=-0.1
+data.augment.rotation_degrees=-5 data.augment.sentence_dropout=1.5 data.phantom.studies=-1
+batch.global_pairs=1 batch.global_pairs=[32] batch.global_pairs=3.5 batch.micro_images=-1
+train.max_steps=-5 train.epochs=-1 train.lr=-1e-3 train.lr=.nan train.lr=fast train.lr=[1e-3]
+train.weight_decay=-1 train.betas=[0.9] train.betas=0.9 train.betas=[0.9,1.0] train.warmup_steps=-1
+train.min_lr_share=2 train.clip_norm=-1 train.ema_decay=1 train.precision=fp16 train.zero_stage=4
+train.checkpoint_steps=0 train.keep_checkpoints=0 train.log_steps=0 train.max_nan_steps=0
+train.spike_factor=0.5 model.embed_dim=0 model.vision.kind=vgg model.vision.patch_pool=0
+model.vision.patch_stage=-1 model.vision.options=3 model.heads.hidden=0 model.divergence.dropout=1
+knowledge.dim=0 knowledge.weight_present=-1 loss.matching.layers=0 loss.swapping.probability=2
+loss.category.weight=-1 loss.category.prototypes=1 loss.category.sinkhorn_temperature=0
+loss.local_alignment.knowledge_share=2 loss.local_alignment.aggregation_scale=0
+evaluate.max_studies=0 evaluate.retrieval_pool=1 evaluate.bootstrap=0 evaluate.examples=-1
+""".split()
+
+
+@pytest.mark.parametrize("override", WRONG)
 def test_a_wrong_value_is_an_error_that_names_its_key(override: str) -> None:
     with pytest.raises(ConfigError, match=override.split("=")[0].replace(".", r"\.")):
         config.load([], [override])
+
+
+def test_every_number_has_a_range_and_every_range_a_number() -> None:
+    # transfer_settings.py checks its own; the first two are lists of choices, a mean is any number
+    defaults = typed_tree.flatten(dataclasses.asdict(config.load()))
+    numbers = {
+        key
+        for key, value in defaults.items()
+        if not key.startswith("transfer.") and not isinstance(value, bool)
+        if isinstance(value, int | float) or key == "train.betas"
+    }
+    assert numbers - {"data.channels", "train.zero_stage", "data.mean"} == set(BOUNDS)
 
 
 def test_micro_batches_with_batch_statistics_are_refused() -> None:
