@@ -1,10 +1,13 @@
 """OBO, CSV and UMLS readers and the merging of their tables; bad lines are named."""
 
+import argparse
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from mlip.knowledge.command import add_arguments, run
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError, load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles, merge, open_part
@@ -203,6 +206,50 @@ def test_umls_files_are_filtered_and_joined(release):
         "MRREL.RRF",
     }
     assert {name for name, _, _ in seen} == set(table.provenance["sha256"])
+
+
+def test_rows_of_a_concept_that_stand_apart_are_brought_together(release):
+    with (release / "MRCONSO.RRF").open("a") as stream:
+        stream.write(conso("C0000010", "Sky lung sign", ts="S", pref="N"))
+        stream.write(conso("C0000010", "blue LUNG sign", ts="S", pref="N"))
+    sign = read_umls(release, sources=["SNOMEDCT_US"])["umls:c0000010"]
+    assert (sign.name, sign.synonyms) == ("Blue lung sign", ("Sky lung sign",))
+
+
+def test_rows_that_no_filter_lets_through_cost_no_memory(release):
+    def peak() -> int:
+        tracemalloc.start()
+        read_umls(release)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak()
+    before = peak()
+    with (release / "MRCONSO.RRF").open("a") as stream:
+        stream.writelines(conso(f"C{i:07d}", f"other word {i}") for i in range(100, 8100))
+    with (release / "MRREL.RRF").open("a") as stream:
+        stream.writelines(
+            rrf(16, c0="C0000010", c4=f"C{i:07d}", c7="isa") for i in range(100, 8100)
+        )
+    assert (release / "MRCONSO.RRF").stat().st_size > 600_000
+    assert peak() < before + 100_000
+
+
+def test_the_command_builds_a_licensed_table_with_filters_and_provenance(release, capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    out = release / "table.jsonl"
+    words = ["build", "--umls", str(release), "--types", "T033", "T023", "--out", str(out)]
+    assert run(parser.parse_args(words)) == 0
+    assert "under your licence" in capsys.readouterr().out
+    table = load_concepts(out)
+    assert "umls:c0000010" in table and "umls:c0032227" not in table
+    part = table.provenance["parts"][1]
+    assert part["sha256"]["MRCONSO.RRF"] == sha256(release / "MRCONSO.RRF")
+    assert part["filters"]["semantic_types"] == ["T023", "T033"]
+    assert table["umls:c0000010"].mappings == {"umls": ("C0000010",)}
+    assert not list(release.glob(".table*"))
 
 
 @pytest.mark.parametrize(
