@@ -148,7 +148,7 @@ def read_csv(path: str | Path) -> ConceptTable:
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(1 << 16):
             digest.update(block)
     return digest.hexdigest()
 
