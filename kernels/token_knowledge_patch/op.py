@@ -47,9 +47,11 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
         return "the inputs are float64, and the kernels work in float32"
     if patches.shape[2] > MAX_DIM:
         return f"D={patches.shape[2]} is above {MAX_DIM}, the largest that fits on chip"
-    most = most_entities(block_dim(patches.shape[2]), chip_facts(patches.device)[0])
-    if knowledge is not None and knowledge.shape[1] > most:
-        return f"K={knowledge.shape[1]} entities a text are above {most}, the most that fit on chip"
+    if knowledge is not None:
+        limit, _ = chip_facts(patches.device)
+        most = most_entities(block_dim(patches.shape[2]), tokens.element_size(), limit)
+        if knowledge.shape[1] > most:
+            return f"K={knowledge.shape[1]} entities are above {most}, the most that fit on chip"
     return None
 
 

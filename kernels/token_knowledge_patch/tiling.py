@@ -58,13 +58,21 @@ def block_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def most_entities(dim: int, limit: int) -> int:
-    """Entities a text that the row kernels hold on chip: float32, twice, beside 48 rows of tokens.
+# shared memory of the row kernels' backward pass, which holds a text's entities in float32, by
+# bytes a token element, padded D and K: what compilation reported (test_triton_compile.py); three
+# tf32 products of float32 tokens hold every operand twice
+ROW_KERNEL_BYTES = {
+    (2, 128): {16: 42496, 32: 59904, 64: 90624, 128: 172032},
+    (2, 256): {16: 83456, 32: 117248, 64: 180736},
+    (4, 128): {16: 81920, 64: 180224},
+    (4, 256): {16: 163840},
+}
 
-    The sum is an upper bound of what compilation reported (tests/kernels/test_triton_compile.py).
-    """
-    fits = [k for k in (16, 32, 64, 128) if 4 * dim * (2 * k + 48) + SHARED_MEMORY_SLACK <= limit]
-    return max(fits, default=0)
+
+def most_entities(dim: int, size: int, limit: int) -> int:
+    """Entities a text that fit on chip, by padded D, token element and a block's shared memory."""
+    sizes = ROW_KERNEL_BYTES[size, 128 if dim <= 128 else 256]
+    return max((count for count, needed in sizes.items() if needed <= limit), default=0)
 
 
 Candidate = tuple[int, tuple[int, int, int], int]  # rows, segments, warps
