@@ -38,7 +38,7 @@ def test_ten_thousand_mutants_end_in_pixels_or_in_a_code(kind):
 
 def test_the_harness_sees_a_crash_a_hang_and_a_leaked_exception():
     status, table = fuzz(
-        "--kind", "jpeg", "--count", "12", "--limit", "5", "--sabotage", "3:abort,5:hang,8:leak"
+        "--kind", "jpeg", "--count", "12", "--limit", "2", "--sabotage", "3:abort,5:hang,8:leak"
     )
     assert status == 1
     assert table["failures"] == [["crash", 3], ["hang", 5], ["crash", 8]]
