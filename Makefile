@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR := cpu
 
-.PHONY: setup demo test test-long lint format bench gpu-check clean
+.PHONY: setup demo test test-long faults lint format bench gpu-check clean
 
 $(VENV)/.ready: constraints/cpu.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: setup lint
 
 test-long: setup
 	$(PY) -m pytest -m 'long and not gpu'
+
+# Kills, hangs, damage, bad numbers, elastic resumes: at most 60 minutes on 2 cores; then the table.
+faults: setup
+	$(PY) benchmarks/bench_reliability.py --run
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -104,6 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.set_defaults(run=run_export)
 
     doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")
+    doctor.add_argument(
+        "--plan",
+        nargs="+",
+        metavar="CONFIG|key=value",
+        help="memory that a training needs on one rank; status 2 where it cannot fit",
+    )
+    doctor.add_argument("--ranks", type=int, help="of the planned run (the GPUs here, or 1)")
+    doctor.add_argument("--memory-gib", type=float, help="of one rank (what is here)")
     doctor.set_defaults(run=run_doctor)
 
     phantoms = commands.add_parser("phantoms", help="generate chest phantom studies with truth")
@@ -293,6 +301,16 @@ def run_export(options: argparse.Namespace) -> int:
 def run_doctor(options: argparse.Namespace) -> int:
     from mlip.doctor import examine, is_healthy, report
 
+    if options.plan:
+        from mlip.memory_plan import make_plan
+
+        text, refusal = make_plan(
+            read_settings(options.plan), ranks=options.ranks, memory_gib=options.memory_gib
+        )
+        print(text)
+        if refusal is not None:
+            raise ConfigError(refusal)
+        return 0
     checks = examine()
     print(report(checks))
     return 0 if is_healthy(checks) else 1

@@ -74,6 +74,12 @@ class Farm:
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in logs)
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 def start(
     function: Callable[..., int | None],
     world: int,
@@ -84,12 +90,9 @@ def start(
     """Start the ranks; ``function`` is importable by name."""
     place = folder or Path(tempfile.mkdtemp(prefix="mlip-ranks-"))
     place.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "FAULT": "",

@@ -177,6 +177,17 @@ def test_a_cache_without_replay_would_show(monkeypatch):
     assert any(not torch.equal(g, forgot[n]) for n, g in kept["gradients"].items())
 
 
+def test_activation_checkpointing_of_either_tower_changes_no_bit(oracles):
+    # an option inside a tower, beside the cache around it
+    plain = loss_and_gradients(exact_engine(PAIRS), PAIRS)
+    for more in (("vision",), ("text",), ("vision", "text")):
+        settings = tuple(f"model.{tower}.checkpointing=true" for tower in more)
+        found = loss_and_gradients(exact_engine(PAIRS, more=settings), PAIRS)
+        assert found["total"] == plain["total"]
+        for name, gradient in plain["gradients"].items():
+            assert torch.equal(gradient, found["gradients"][name]), (more, name)
+
+
 def test_the_cost_of_the_cache_is_counted():
     engine = exact_engine(PAIRS, passes=4)
     grad_cache.cost.start()

@@ -130,6 +130,26 @@ def test_a_failed_last_save_is_an_error(tmp_path, monkeypatch):
         _run(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["concept_table", "tokenizer"])
+def test_other_content_behind_the_same_settings_is_refused(tmp_path, key):
+    # a vocabulary or a lexicon that was edited in place: no setting shows it
+    def begin(value: str, **named: Any) -> Any:
+        return make_trainer(_config(tmp_path), facts={key: value}, **named)
+
+    begin("a" * 64).fit(StopRequest())
+    with pytest.raises(CheckpointError, match=f"{key} .saved aaaaaaaaaaaa, now bbbbbbbbbbbb"):
+        begin("b" * 64)
+    assert begin("b" * 64, allow_mismatch=True).step == 12
+
+
+def test_the_cost_of_the_gradient_cache_is_printed_once(tmp_path):
+    _run(tmp_path, "batch.micro_images=2", "batch.micro_texts=4", "model.vision.norm=group")
+    (event,) = _events(tmp_path, "cache_cost")
+    assert event["passes"] == 4 + 2 and 0.0 < event["share"] < 1.0
+    _run(tmp_path / "whole")
+    assert not _events(tmp_path / "whole", "cache_cost")
+
+
 def test_the_run_leaves_what_it_takes_to_repeat_it(tmp_path):
     _run(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())

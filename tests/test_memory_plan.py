@@ -1,0 +1,132 @@
+"""The memory plan: measured activations, what settings save, and the refusal with its remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from mlip.cli import main
+from mlip.config import Config, load
+from mlip.memory_plan import GIB, Measured, _batch, _bytes_kept, largest_that_fits, measure, plan
+from mlip.model import MLIPModel
+from tests.training.exact_step import SETTINGS
+
+MORE = ("data.vocab_size=100", "batch.global_pairs=64", "train.engine=deepspeed")
+MIB = 2**20
+# a model of round numbers, for the arithmetic
+ROUND = Measured(
+    parameters=1_000_000,
+    trainable=1_000_000,
+    buffers=0,
+    image_row=2.0 * MIB,
+    text_row=1.0 * MIB,
+    image_outputs=1_000.0,
+    text_outputs=1_000.0,
+    losses=(0.0, 1_000.0, 100.0),
+)
+
+
+def _config(*more: str) -> Config:
+    return load([], [*SETTINGS, *MORE, *more])
+
+
+def _plan(*more: str, ranks: int = 4, gib: float = 8.0) -> Any:
+    return plan(_config(*more), ROUND, ranks=ranks, memory=gib * GIB, is_gpu=True)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    return measure(_config())
+
+
+def test_activations_are_what_autograd_keeps_row_by_row(measured):
+    # oracle: the bytes that saved tensors of ten rows take, against ten times one row
+    config = _config()
+    model = MLIPModel(config, vocab_size=100, concept_vectors=torch.zeros(12, config.knowledge.dim))
+    batch = _batch(config, 10, 100, 12)
+    kept = _bytes_kept(model, lambda: model.encode_image(batch.image))
+    assert kept == pytest.approx(10 * measured.image_row, rel=0.05)
+    inputs = (batch.token_ids, batch.token_mask, batch.content_mask)
+    kept = _bytes_kept(model, lambda: model.encode_text(*inputs))
+    assert kept == pytest.approx(10 * measured.text_row, rel=0.05)
+
+
+def test_parameters_are_counted_and_losses_grow_with_the_square_of_the_batch(measured):
+    assert 12_000 < measured.trainable <= measured.parameters < 25_000
+    assert measured.losses[1] > 0 and measured.losses[2] > 0
+
+
+def test_activation_checkpointing_of_a_tower_keeps_less(measured):
+    deep = "num_hidden_layers: 4, num_attention_heads: 2, intermediate_size: 64"
+    towers = [
+        f"model.text.options={{hidden_size: 16, {deep}}}",
+        f"model.vision.options={{hidden_size: 16, patch_size: 8, {deep}}}",
+    ]
+    plain = measure(_config(*towers, "run.exact=false"))
+    for tower, key in (("vision", "image_row"), ("text", "text_row")):
+        less = measure(_config(*towers, "run.exact=false", f"model.{tower}.checkpointing=true"))
+        assert getattr(less, key) < 0.6 * getattr(plain, key)
+
+
+def test_each_zero_stage_divides_what_it_says_it_divides():
+    whole = _plan("train.zero_stage=0").parts
+    for stage in (1, 2, 3):
+        parts = _plan(f"train.zero_stage={stage}").parts
+        assert parts["optimiser"] < whole["optimiser"]
+        assert parts["gradients"] == whole["gradients"] / (4 if stage >= 2 else 1)
+        assert parts["parameters"] == whole["parameters"] / (4 if stage == 3 else 1)
+    assert whole["optimiser"] == 8e6 and whole["parameters"] == 4e6
+
+
+def test_offload_moves_the_optimiser_to_the_host_and_an_average_costs_its_share():
+    made = _plan("train.zero_stage=2", "train.offload=true")
+    assert "optimiser" not in made.parts and made.host_parts["optimiser"] == 3e6
+    assert _plan("train.zero_stage=2", "train.ema_decay=0.9").parts["average (EMA)"] == 1e6
+
+
+def test_micro_batches_keep_one_at_a_time_and_images_and_texts_have_their_own_size():
+    # 16 pairs a rank: images 2 MiB, reports 1 MiB each
+    whole = _plan().parts["activations"]
+    assert whole == pytest.approx(16 * 3 * MIB, rel=0.01)
+    assert _plan("batch.micro_images=4").parts["activations"] == pytest.approx(
+        (4 * 2 + 16) * MIB, rel=0.01
+    )
+    both = _plan("batch.micro_images=2", "batch.micro_texts=8").parts["activations"]
+    assert both == pytest.approx(8 * MIB, rel=0.01)
+
+
+@pytest.mark.parametrize("gib", [0.045, 0.03, 0.024])
+def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
+    config = _config("train.zero_stage=3", "train.engine=plain")
+    room = {"ranks": 1, "memory": gib * GIB, "is_gpu": True}
+    assert not plan(config, ROUND, **room).fits
+    named = largest_that_fits(config, ROUND, **room)
+    assert named is not None
+    changes = {k.removeprefix("batch."): int(v) for k, v in (x.split("=") for x in named.split())}
+    smaller = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **changes))
+    assert plan(smaller, ROUND, **room).fits
+    key = "global_pairs" if "global_pairs" in changes else "micro_images"
+    doubled = {**changes, key: 2 * changes[key]}
+    if key == "micro_images":
+        doubled["micro_texts"] = doubled[key]
+    larger = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **doubled))
+    assert not plan(larger, ROUND, **room).fits
+
+
+def test_nothing_is_named_where_nothing_fits():
+    room = {"ranks": 1, "memory": 1e6, "is_gpu": True}
+    assert largest_that_fits(_config(), ROUND, **room) is None
+
+
+def test_the_command_prints_the_plan_and_refuses_one_that_cannot_fit(tmp_path, capsys):
+    items = [*SETTINGS, *MORE]
+    assert main(["doctor", "--plan", *items, "--ranks", "2", "--memory-gib", "4"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("parameters", "gradients", "optimiser", "activations", "losses", "total"):
+        assert word in printed
+    assert main(["doctor", "--plan", *items, "--ranks", "2", "--memory-gib", "0.001"]) == 2
+    refused = capsys.readouterr().err
+    assert "does not fit" in refused and "largest setting that would fit: batch." in refused
