@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLS = ("sdpa", "xformers", "eager")
+_BIAS_ALIGNMENT = 8  # elements; xformers refuses other strides of attn_bias
 
 
 def attention(
@@ -69,9 +70,12 @@ def _xformers(
 
     bias = None
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
-        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        keys = key.shape[2]
+        # its kernels want rows of the bias to start at multiples of 8 elements
+        width = -(-keys // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
+        bias = query.new_zeros((*mask.shape[:-1], width))[..., :keys]
+        bias = bias.masked_fill_(~mask, torch.finfo(query.dtype).min)
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], keys)
     out = memory_efficient_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -79,8 +83,9 @@ def _xformers(
         attn_bias=bias,
         p=dropout,
         scale=scale,
-    )
-    return out.transpose(1, 2)
+    ).transpose(1, 2)
+    # the largest negative number everywhere is an even average, not nothing
+    return out if mask is None else out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
 
 
 def _for_transformers(impl: str) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -39,3 +42,29 @@ def test_a_row_that_may_attend_to_nothing_gives_zeros(impl: str) -> None:
 def test_xformers_without_a_gpu_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="model.attention=xformers"):
         require_usable("xformers")
+
+
+def test_xformers_is_called_in_its_own_layout_and_agrees_with_the_formula(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # a stand-in with xformers' contract: [B, S, heads, d], an additive bias whose rows start at
+    # multiples of 8 elements (its CUDA kernels refuse others); the real one needs a GPU
+    def memory_efficient_attention(query, key, value, attn_bias, p, scale):  # type: ignore[no-untyped-def]
+        assert p == 0.0 and attn_bias.shape == (2, 3, 5, 5)
+        assert all(stride % 8 == 0 for stride in attn_bias.stride()[:-1])
+        scores = torch.einsum("bshd,bthd->bhst", query, key) * scale + attn_bias
+        return torch.einsum("bhst,bthd->bshd", torch.softmax(scores, dim=-1), value)
+
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    query, key, value, mask = _inputs()
+    mask[0, :, 2] = False
+    out = attention(query, key, value, mask, impl="xformers", scale=0.7)
+    expected = attention(query, key, value, mask, impl="sdpa", scale=0.7)
+    torch.testing.assert_close(out, expected)
+    narrow = attention(query, key, value, mask[:, :, :1], impl="xformers", scale=0.7)
+    torch.testing.assert_close(
+        narrow, attention(query, key, value, mask[:, :, :1], impl="sdpa", scale=0.7)
+    )
