@@ -82,7 +82,7 @@ def _nearest(leaf: str, path: str, siblings: Iterable[str], known: list[str]) ->
     last = {full: full.rsplit(".", 1)[-1] for full in known}
     same = [full for full in known if last[full] == leaf]
     here = [f"{path}{name}" for name in siblings] if path else known
-    likest = sorted(here, key=lambda full: -_likeness(leaf, last.get(full, full)))
+    likest = sorted(here, key=lambda full: -_likeness(leaf, full.rsplit(".", 1)[-1]))
     return (same or likest)[0]
 
 
