@@ -137,8 +137,7 @@ class Vision:
     norm: Literal["batch", "group", "frozen"] = "batch"  # ResNet's normalisation
     position_grid: bool = False  # learned position grid added to the patches before the neck
     neck_blocks: int = 0  # pointwise residual blocks after the grid (no receptive field added)
-    pool: Literal["tower", "attention", "mean_max"] = "tower"  # global feature: the tower's own, or
-    # of the patches: learned attention, or mean and maximum
+    pool: Literal["tower", "attention"] = "tower"  # global feature: the tower's own, or attention
     pool_heads: int = 8  # of attention pooling: each looks for its own few patches
     checkpointing: bool = False  # activation checkpointing inside the tower
 
