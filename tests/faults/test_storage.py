@@ -74,9 +74,7 @@ def two_saves(tmp_path: Path) -> tuple[Path, Path]:
     return save(tmp_path, 1), save(tmp_path, 2)
 
 
-def test_truncation_at_fifty_offsets_falls_back_to_the_previous(
-    two_saves, tmp_path, record_property
-):
+def test_fifty_truncations_fall_back_to_the_previous(two_saves, tmp_path, record_property):
     good, bad = two_saves
     draw = random.Random(5)
     files = sorted(path for path in bad.iterdir())
