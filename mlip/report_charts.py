@@ -130,11 +130,17 @@ def _label(value: float, step: float) -> str:
     if abs(value) >= 10_000:
         return f"{value / 1000:g}k"
     if step < 1e-3:
-        return f"{value:.1e}" if value else "0"
+        return powers_of_ten(value) if value else "0"
     digits = max(0, -math.floor(math.log10(step))) if step < 1 else 0
     if step < 1 and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
         digits += 1
     return f"{value:.{digits}f}"
+
+
+def powers_of_ten(value: float) -> str:
+    """5e-4 for 0.0005: what format calls 5.0e-04 is too wide for a chart's margin."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def running_window(count: int) -> int:

@@ -109,8 +109,9 @@ def headline(results: Mapping[str, Any]) -> list[Markup]:
         )
         lines.append(
             Markup(
-                "The name of a finding points into its true box in <b>{:.0f} %</b> of cases{}."
-            ).format(100 * row["hit"]["value"], compared)
+                "The name of a finding points into its true box in <b>{:.0f} %</b> of cases "
+                "(chance {:.0f} %){}."
+            ).format(100 * row["hit"]["value"], 100 * row["area"], compared)
         )
     if not lines:
         lines.append(Markup("Nothing could be scored on this split; the tables below say why."))

@@ -14,6 +14,7 @@ from mlip.report_charts import (
     MUTED,
     ORANGE,
     line_chart,
+    powers_of_ten,
     running_window,
     smoothed,
 )
@@ -31,6 +32,8 @@ TERMS = {
 NAMES = {
     **TERMS,
     "grad_norm": "Gradient norm",
+    "logit": "Logit scale, global",
+    "logit_local": "Logit scale, local",
     "lr": "Learning rate",
     "pairs_per_s": "Pairs per second",
     "data_wait_s": "Waiting for data (s)",
@@ -122,5 +125,5 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return ""
     if value != 0 and abs(value) < 1e-3:
-        return f"{value:.1e}"
+        return powers_of_ten(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

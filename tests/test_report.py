@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlip.report import write_report
-from mlip.report_charts import Mark, line_chart, scale_marks
+from mlip.report_charts import Mark, line_chart, powers_of_ten, scale_marks
 from mlip.report_pictures import decode_png, encode_png, heat_uri
 from mlip.report_training import read_log, training_charts
 from mlip.transfer.examples import collect_examples
@@ -212,6 +212,14 @@ def test_marks_stand_where_their_values_are() -> None:
     drawn = str(scale_marks([[Mark(0.75)]], low=0.5, high=1.0, width=214))
     assert 'cx="107.0"' in drawn  # the middle
     assert "<circle" not in str(scale_marks([[Mark(None)]], low=0.0, high=1.0))
+
+
+def test_small_numbers_on_an_axis_fit_its_margin() -> None:
+    # by hand; format's 5.0e-04 was cut off at the left of a chart
+    shown = [powers_of_ten(x) for x in (5e-4, 2.5e-4, -1e-12)]
+    assert shown == ["5e-4", "2.5e-4", "-1e-12"]
+    drawn = str(line_chart([1, 2], [2e-4, 8.1e-4]))
+    assert ">2.5e-4<" in drawn and "e-0" not in drawn
 
 
 def test_a_constant_curve_is_a_flat_line_and_nan_is_left_out() -> None:
