@@ -26,13 +26,13 @@ def begin(folder: Path, *more: str, world: int = 2, fault: str = "") -> Farm:
 
 def run(folder: Path, *more: str, world: int = 2, fault: str = "") -> list[int]:
     """Exit codes of a run from its start or its last checkpoint to its end or its fault."""
-    return begin(folder, *more, world=world, fault=fault).wait(240)
+    return begin(folder, *more, world=world, fault=fault).wait(600)
 
 
 def finish(folder: Path, *more: str, world: int = 2) -> None:
     """Run to the last step; raises with the ranks' output where that fails."""
     farm = begin(folder, *more, world=world)
-    codes = farm.wait(240)
+    codes = farm.wait(600)
     assert codes == [0] * world, f"exit codes {codes}\n{farm.output()}"
 
 

@@ -1,4 +1,4 @@
-"""Script for 2 ranks: every ZeRO stage with and without the cache, in one process each.
+"""What each of 2 ranks does: every ZeRO stage with and without the cache, in one process each.
 
 Writes, on rank 0, losses and gradient norms per case to the file named first, and raises where a
 state does not come back bit for bit. The test that starts it compares with one process.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mlip import distributed
 from mlip.training import faults, randomness
 from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine
-from mlip.training.lifecycle import leave
 from mlip.training.step import MOMENTS, Engine, TrainingState
 from tests.training.toy_run import ToyObjective, make_batch, toy_config
 
@@ -36,6 +34,8 @@ CASES = (  # engine, ZeRO stage, rows of a micro-batch, offload
     ("deepspeed", 3, 2, True),
 )
 
+events: list[Path] = []  # the folder of this rank's events, once it is known
+
 
 def build(engine: str, stage: int, micro: int, offload: bool, *, seed: int = 1) -> Engine:
     config = toy_config(
@@ -44,7 +44,7 @@ def build(engine: str, stage: int, micro: int, offload: bool, *, seed: int = 1) 
         f"train.offload={str(offload).lower()}",
         f"batch.micro_images={micro}",
         f"batch.micro_texts={micro}",
-        f"run.dir={sys.argv[1] + '-events' if len(sys.argv) > 1 else '.'}",
+        f"run.dir={events[0] if events else '.'}",
         f"train.ema_decay={DECAY}",
         "model.vision.norm=group",  # batch statistics are refused beside a cache
     )
@@ -115,13 +115,12 @@ def run_case(*case: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    Path(f"{out}-events").mkdir(exist_ok=True)
+def run_all(out: str) -> None:
+    """Every case, one after another; rank 0 writes what it found."""
+    events.append(Path(f"{out}-events"))
+    events[0].mkdir(exist_ok=True)
     distributed.start(60.0)
-    torch.set_num_threads(1)
     found = {"/".join(map(str, case)): run_case(*case) for case in CASES}
     if distributed.is_main():
-        out.write_text(json.dumps(found), encoding="utf-8")
-    distributed.stop()
-    leave(0)
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
+    distributed.barrier()
