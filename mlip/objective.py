@@ -156,5 +156,5 @@ def _require_exact(model: nn.Module) -> None:
         raise ConfigError(
             f"run.exact: the model's {name} drops at random, by rank and by micro-batch; set "
             f"its probability to 0 in {tower} (hidden_dropout_prob, "
-            "attention_probs_dropout_prob, drop_path_rate)"
+            "attention_probs_dropout_prob)"
         )

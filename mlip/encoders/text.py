@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 
 from mlip.config import Text
 from mlip.encoders.attention import require_usable
+from mlip.encoders.options import tower_config
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.vision import check_source
 
@@ -38,7 +39,7 @@ class TextEncoder(nn.Module):
         name = f"mlip_{attention}"
         if settings.source is None:
             options = {"max_position_embeddings": max_tokens, **settings.options}
-            config = BertConfig(vocab_size=vocab_size, **options)
+            config = tower_config(BertConfig, "model.text.options", options, vocab_size=vocab_size)
             config._attn_implementation = name
             self.backbone = BertModel(config, add_pooling_layer=False)
         else:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTMo
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable
 from mlip.encoders.normalisation import set_normalisation
+from mlip.encoders.options import tower_config
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
 
@@ -64,7 +65,9 @@ class ResNetTower(nn.Module):
     def __init__(self, settings: Vision, channels: int, *, offline: bool) -> None:
         super().__init__()
         if settings.source is None:
-            config: Any = ResNetConfig(num_channels=channels, **settings.options)
+            config: Any = tower_config(
+                ResNetConfig, "model.vision.options", settings.options, num_channels=channels
+            )
             self.backbone = ResNetModel(config)
             if settings.stem == "deep":
                 self.backbone.embedder = DeepStem(channels, config.embedding_size)
@@ -117,7 +120,9 @@ class ViTTower(nn.Module):
         name = f"mlip_{attention}"
         if settings.source is None:
             options: dict[str, Any] = {"image_size": image_px, **settings.options}
-            config: Any = ViTConfig(num_channels=channels, **options)
+            config: Any = tower_config(
+                ViTConfig, "model.vision.options", options, num_channels=channels
+            )
             config._attn_implementation = name
             self.backbone = ViTModel(config, add_pooling_layer=False)
         else:

@@ -1,0 +1,44 @@
+"""Settings of a tower handed through to transformers, checked before they reach it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError  # what transformers' configs raise
+from transformers import PretrainedConfig
+
+
+def tower_config(
+    kind: type[PretrainedConfig], key: str, options: Mapping[str, Any], **given: Any
+) -> Any:
+    """The config of a tower from random weights: `given`, then the user's `options`.
+
+    transformers keeps a misspelt option as a new attribute and goes on: hiden_size would train
+    another model than the one asked for.
+    Raises:  ValueError for an option that the tower does not have, that another setting decides, or
+             whose value transformers refuses
+    """
+    known = set(kind().to_dict()) - _OF_ANY_MODEL
+    for name in options:
+        if name in _DECIDED:
+            raise ValueError(f"{key}: {name} follows from {_DECIDED[name]}; leave it out")
+        if name not in known:
+            raise ValueError(
+                f"{key}: {kind.__name__} has no option {name!r}; the nearest is "
+                f"{_nearest(name, known)!r}"
+            )
+    try:
+        return kind(**given, **options)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{key}: {kind.__name__} refuses these values: {error}") from error
+
+
+# what belongs to saved files and output heads of transformers, not to a tower
+_OF_ANY_MODEL = set(PretrainedConfig().to_dict())
+_DECIDED = {"num_channels": "data.channels", "vocab_size": "the tokenizer (data.vocab_size)"}
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    return difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
