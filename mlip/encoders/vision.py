@@ -68,7 +68,7 @@ class ResNetTower(nn.Module):
             config: Any = tower_config(
                 ResNetConfig, "model.vision.options", settings.options, num_channels=channels
             )
-            self.backbone = ResNetModel(config)
+            self.backbone: Any = ResNetModel(config)
             if settings.stem == "deep":
                 self.backbone.embedder = DeepStem(channels, config.embedding_size)
         else:
