@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -68,9 +68,10 @@ class ResNetTower(nn.Module):
             config: Any = tower_config(
                 ResNetConfig, "model.vision.options", settings.options, num_channels=channels
             )
-            self.backbone: Any = ResNetModel(config)
+            self.backbone = ResNetModel(config)
             if settings.stem == "deep":
-                self.backbone.embedder = DeepStem(channels, config.embedding_size)
+                tower: Any = self.backbone
+                tower.embedder = DeepStem(channels, config.embedding_size)
         else:
             self.backbone = ResNetModel.from_pretrained(
                 settings.source, local_files_only=offline, use_safetensors=True
