@@ -54,11 +54,12 @@ class _SynchronisedNorm(torch.autograd.Function):
         )
         sums = torch.stack([grad_weight.float(), grad_bias.float()])
         dist.all_reduce(sums)
-        # the part of the gradient that flows through the shared statistics, affine in x
+        # the part of the gradient that flows through the shared statistics is affine in x, so the
+        # fused kernel serves as the affine map: broadcasting over 16 channels is ten times slower
         slope = weight * inverse_std * inverse_std * sums[0] / count
         offset = weight * inverse_std * sums[1] / count - slope * mean
-        shape = (1, -1, 1, 1)
-        correction = x * slope.view(shape).to(x.dtype) + offset.view(shape).to(x.dtype)
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        correction = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 0.0)
         return grad_x - correction, grad_weight, grad_bias, None
 
 
