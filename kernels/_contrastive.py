@@ -97,6 +97,10 @@ class Statistics:
 
 
 def chunk_bounds(rows: int, columns: int) -> list[tuple[int, int]]:
+    if rows * columns <= CHUNK_ELEMENTS:
+        # asked first: to torch.compile a condition on a size of any value, where a loop over
+        # chunks fixes the size and a batch of another one is compiled again
+        return [(0, rows)] if rows > 0 else []
     step = max(1, CHUNK_ELEMENTS // max(columns, 1))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 

@@ -90,17 +90,18 @@ def _rows_step(
     return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_base"])
 def _pair_bwd_rows_kernel(
     rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
     rows_grad_ptr, alpha_part_ptr,
-    first_text, last_text, images, stride_rm, stride_part,
+    first_text, last_text, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
     POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d rows of BLOCK_R rows over a share of the images; patches stream past."""
+    """d rows of BLOCK_R rows over a share of the images; patches stream past. Row `row_base` is the
+    buffer's first."""
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     if tl.program_id(0) * BLOCK_R >= count:
@@ -142,7 +143,8 @@ def _pair_bwd_rows_kernel(
                 q, v2, first + SEG0 + SEG1, stat, g, h, alpha, acc, alpha_sum,
                 BLOCK_R, SEG2, POOLING, WANT_ALPHA, PRECISION, UPCAST,
             )  # fmt: skip
-    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64)
+    # the buffer of a chunk begins at its first text
+    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64) - row_base
     offs_d = tl.arange(0, BLOCK_D)
     out = rows_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
     tl.store(

@@ -71,11 +71,11 @@ def _context_turn_kernel(
         tl.store(g_ptr + place, tl.where(is_free, 0.0, g * r), mask=mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_base"])
 def _context_bwd_rows_kernel(
     rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
     turned_ptr, rows_grad_ptr, alpha_part_ptr,
-    first_text, last_text, images, stride_rm, stride_part,
+    first_text, last_text, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
     POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +116,8 @@ def _context_bwd_rows_kernel(
                 alpha_sum += tl.sum(dl * s, 1)
             ds = alpha * dl + h[:, None] * a
             acc = _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST)
-    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64)
+    # the buffer of a chunk begins at its first text
+    index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64) - row_base
     out = rows_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
     tl.store(out + index[:, None] * DIM + offs_d[None, :], acc, mask=mask)
     if WANT_ALPHA:

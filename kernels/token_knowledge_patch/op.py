@@ -15,6 +15,7 @@ from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, r
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.token_knowledge_patch.checks import check_inputs, check_options
 from mlip.kernels.token_knowledge_patch.operators import (
+    pair_scores_and_rows_bwd,
     pair_scores_bwd_op,
     pair_scores_op,
     query_rows,
@@ -104,15 +105,19 @@ class _TritonScores(torch.autograd.Function):
             ctx.saved_tensors
         )
         want_alpha = ctx.needs_input_grad[6]
-        d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd_op(
-            grad, *pair, *ctx.problem, want_alpha
-        )
-        d_rows = reduce_rows(d_rows, ctx.group, ctx.counts)
-        d_weight = reduce_rows(d_weight, ctx.group, ctx.counts)
+        inputs = (tokens, knowledge, seen, entity_mask, scale, gain)
+        if len(ctx.counts) == 1:
+            made = pair_scores_and_rows_bwd(*inputs, grad, *pair, *ctx.problem, want_alpha)
+            d_tokens, d_knowledge, d_scale, d_gain, d_weight, d_v, d_alpha, d_gamma = made
+        else:
+            # a row's gradient is the sum over ranks: it is whole only after the exchange
+            d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd_op(
+                grad, *pair, *ctx.problem, want_alpha
+            )
+            d_rows = reduce_rows(d_rows, ctx.group, ctx.counts)
+            d_weight = reduce_rows(d_weight, ctx.group, ctx.counts)
+            d_tokens, d_knowledge, d_scale, d_gain = query_rows_bwd(*inputs, d_rows)
         d_patches = unit_patches_bwd(patches, patch_mask, d_v)
-        d_tokens, d_knowledge, d_scale, d_gain = query_rows_bwd(
-            tokens, knowledge, seen, entity_mask, scale, gain, d_rows
-        )
         return (
             d_patches, d_tokens, None if knowledge is None else d_knowledge, d_weight, d_scale,
             d_gain, d_alpha, d_gamma, None, None, None, None, None,

@@ -82,10 +82,12 @@ def _(tokens, knowledge, weights, mask, scale, gain, narrow):
     schema=f"({_ROW_INPUTS}, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def query_rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad):
-    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import rows_bwd
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import RowsBackward
 
     with torch.cuda.device_of(tokens):
-        return rows_bwd(tokens, knowledge, weights, mask, scale, gain, grad.contiguous())
+        rows = RowsBackward(tokens, knowledge, weights, mask, scale, gain)
+        rows.take(grad.contiguous(), 0, tokens.shape[0])
+        return rows.gradients()
 
 
 @query_rows_bwd.register_fake
@@ -100,6 +102,7 @@ _PAIR_INPUTS = (
     "Tensor rows, Tensor weight, Tensor v, Tensor bias, Tensor alpha, Tensor gamma, Tensor? valid"
 )
 _PAIR_OPTIONS = "int patches, str pooling, str aggregation, bool shift"
+_PAIR_MADE = "Tensor scores, Tensor r, Tensor stat, Tensor index, Tensor text, Tensor bounds"
 
 
 def _problem(rows: Tensor, v: Tensor, patches: int, pooling: str, aggregation: str, shift: bool):
@@ -168,8 +171,7 @@ def _(rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation,
     "mlip_kernels::pair_scores_bwd",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, {_PAIR_INPUTS}, Tensor scores, Tensor r, Tensor stat, Tensor index, "
-        f"Tensor text, Tensor bounds, {_PAIR_OPTIONS}, bool want_alpha) "
+        f"(Tensor grad, {_PAIR_INPUTS}, {_PAIR_MADE}, {_PAIR_OPTIONS}, bool want_alpha) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -185,6 +187,7 @@ def pair_scores_bwd_op(
         d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
             problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha
         )
+    assert d_rows is not None  # nothing projects it here
     return d_rows.view(rows.shape), d_weight.view(weight.shape), d_v, d_alpha, d_gamma
 
 
@@ -195,3 +198,44 @@ def _(
 ):  # fmt: skip
     wide = weight.new_empty
     return wide(rows.shape), wide(weight.shape), wide(v.shape), wide(()), wide(())
+
+
+@torch.library.custom_op(
+    "mlip_kernels::pair_scores_and_rows_bwd",
+    mutates_args=(),
+    schema=(
+        f"({_ROW_INPUTS}, Tensor grad, {_PAIR_INPUTS.replace('weight,', 'row_weight,')}, "
+        f"{_PAIR_MADE}, {_PAIR_OPTIONS}, bool want_alpha) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def pair_scores_and_rows_bwd(
+    tokens, knowledge, weights, mask, scale, gain, grad, rows, row_weight, v, bias, alpha, gamma,
+    valid, scores, r, stat, index, text, bounds, patches, pooling, aggregation, shift, want_alpha,
+):  # fmt: skip
+    """pair_scores_bwd_op, then query_rows_bwd, without the float32 gradient of all rows between."""
+    from mlip.kernels.token_knowledge_patch.rows_triton_kernels import RowsBackward
+    from mlip.kernels.token_knowledge_patch.triton_kernels import pair_scores_bwd
+
+    problem = _problem(rows, v, patches, pooling, aggregation, shift)
+    tensors = _named(rows, row_weight, v, bias, alpha, gamma, (index, text, bounds))
+    with torch.cuda.device_of(v):
+        owner = RowsBackward(tokens, knowledge, weights, mask, scale, gain)
+        _, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
+            problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha, owner.take
+        )
+        return *owner.gradients(), d_weight.view(row_weight.shape), d_v, d_alpha, d_gamma
+
+
+@pair_scores_and_rows_bwd.register_fake
+def _(
+    tokens, knowledge, weights, mask, scale, gain, grad, rows, row_weight, v, bias, alpha, gamma,
+    valid, scores, r, stat, index, text, bounds, patches, pooling, aggregation, shift, want_alpha,
+):  # fmt: skip
+    like = tokens if knowledge is None else knowledge
+    entities = like.new_empty((0,) if knowledge is None else knowledge.shape)
+    wide = row_weight.new_empty
+    return (
+        tokens.new_empty(tokens.shape), entities, scale.new_empty(()), scale.new_empty(()),
+        wide(row_weight.shape), wide(v.shape), wide(()), wide(()),
+    )  # fmt: skip

@@ -156,20 +156,21 @@ def _rows_fwd_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_text"])
 def _rows_bwd_kernel(
     token_ptr, entity_ptr, weight_ptr, mask_ptr, scale_ptr, gain_ptr, grad_ptr,
     token_grad_ptr, entity_grad_ptr, scale_part_ptr, gain_part_ptr,
-    tokens, entities, stride_tn, stride_tt, stride_td, stride_en, stride_ek, stride_ed,
+    first_text, tokens, entities, stride_tn, stride_tt, stride_td, stride_en, stride_ek, stride_ed,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_ENTITY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one text's tokens, entities and both scalars; one program owns the text."""
-    n = tl.program_id(0).to(tl.int64)
+    chunk_text = tl.program_id(0).to(tl.int64)  # grad begins at the chunk's first text
+    n = first_text + chunk_text
     offs_d = tl.arange(0, BLOCK_D)
     in_d = offs_d < DIM
-    grad_base = grad_ptr + n * (tokens + entities) * DIM + offs_d[None, :]
+    grad_base = grad_ptr + chunk_text * (tokens + entities) * DIM + offs_d[None, :]
     if HAS_ENTITY:
         offs_k = tl.arange(0, BLOCK_K)
         real_k = offs_k < entities
@@ -334,30 +335,47 @@ def rows_fwd(
     return rows
 
 
-def rows_bwd(
-    tokens: Tensor,
-    knowledge: Tensor | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    scale: Tensor,
-    gain: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d tokens, d knowledge, d scale [], d gain []); an empty d knowledge where there is none."""
-    texts = tokens.shape[0]
-    token_grad = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
-    shape = (0,) if knowledge is None else knowledge.shape
-    dtype = tokens.dtype if knowledge is None else knowledge.dtype
-    entity_grad = torch.empty(shape, dtype=dtype, device=tokens.device)
-    parts = torch.zeros((2, texts), dtype=torch.float32, device=tokens.device)
-    _rows_bwd_kernel[(texts,)](
-        *_row_arguments(tokens, knowledge, weights, mask, scale, gain),
-        grad,
-        token_grad,
-        entity_grad if knowledge is not None else token_grad,
-        parts[0],
-        parts[1],
-        *_row_sizes(tokens, knowledge),
-        **_row_keywords(tokens, knowledge, weights, mask, tokens.dtype != torch.float32),
-    )
-    return token_grad, entity_grad, parts[0].sum(), parts[1].sum()
+class RowsBackward:
+    """Gradients of tokens, entities and both scalars from those of the rows, chunk by chunk.
+
+    Every text has one program and its own outputs: chunks of any size give the same bits.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        knowledge: Tensor | None,
+        weights: Tensor | None,
+        mask: Tensor | None,
+        scale: Tensor,
+        gain: Tensor,
+    ) -> None:
+        device = tokens.device
+        self._knowledge = knowledge
+        self._token_grad = torch.empty(tokens.shape, dtype=tokens.dtype, device=device)
+        shape = (0,) if knowledge is None else knowledge.shape
+        dtype = tokens.dtype if knowledge is None else knowledge.dtype
+        self._entity_grad = torch.empty(shape, dtype=dtype, device=device)
+        self._parts = torch.zeros((2, tokens.shape[0]), dtype=torch.float32, device=device)
+        self._arguments = _row_arguments(tokens, knowledge, weights, mask, scale, gain)
+        self._sizes = _row_sizes(tokens, knowledge)
+        is_narrow = tokens.dtype != torch.float32
+        self._keywords = _row_keywords(tokens, knowledge, weights, mask, is_narrow)
+
+    def take(self, grad: Tensor, first: int, last: int) -> None:
+        """Project grad [(last - first) (T + K), D] float32 of texts first to last."""
+        _rows_bwd_kernel[(last - first,)](
+            *self._arguments,
+            grad,
+            self._token_grad,
+            self._entity_grad if self._knowledge is not None else self._token_grad,
+            self._parts[0],
+            self._parts[1],
+            first,
+            *self._sizes,
+            **self._keywords,
+        )
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(d tokens, d knowledge, d scale [], d gain []); an empty d knowledge where is none."""
+        return self._token_grad, self._entity_grad, self._parts[0].sum(), self._parts[1].sum()

@@ -16,8 +16,8 @@ from mlip.kernels._chip import SHARED_MEMORY
 WORKSPACE_CAP_BYTES = 2**30
 WORKSPACE_SLACK_BYTES = 2**26
 WORKSPACE_RESERVE_BYTES = 2**22  # row index, masks and the loss's own temporaries
-# where float32 gradients alone pass LARGE_GRADIENT_BYTES the law cannot hold (inputs of more than
-# 4 GiB an operand in float32); chunks must still be long enough to fill the chip
+# where the float32 gradient of all patches passes LARGE_GRADIENT_BYTES, chunks must still be long
+# enough to fill the chip; what the law leaves then comes from the gradients not yet handed out
 LARGE_GRADIENT_BYTES = 2**29
 LARGE_FLOOR_BYTES = 2**28
 SMALL_FLOOR_BYTES = 2**25
@@ -72,7 +72,8 @@ ROW_KERNEL_BYTES = {
 def most_entities(dim: int, size: int, limit: int) -> int:
     """Entities a text that fit on chip, by padded D, token element and a block's shared memory."""
     sizes = ROW_KERNEL_BYTES[size, 128 if dim <= 128 else 256]
-    return max((count for count, needed in sizes.items() if needed <= limit), default=0)
+    # no max(default=): torch.compile cannot trace it, and the losses are to be one graph
+    return max([0, *(count for count, needed in sizes.items() if needed <= limit)])
 
 
 Candidate = tuple[int, tuple[int, int, int], int]  # rows, segments, warps
@@ -256,32 +257,45 @@ class Problem:
 
     def stride(self, texts: int) -> int:
         """Row stride of [M, rows of a chunk] buffers: a multiple of 16, so that loads vectorise."""
-        return max(16, (texts * self.rows_a_text + 15) // 16 * 16)
+        return (max(1, texts * self.rows_a_text) + 15) // 16 * 16
 
 
-def workspace_bytes(p: Problem) -> int:
-    """What the law leaves after the float32 buffers of both gradients."""
-    pairs = p.images * p.texts * p.rows_a_text
-    law = min(20 * pairs, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES - WORKSPACE_RESERVE_BYTES
-    gradients = 4 * p.dim * (p.texts * p.rows_a_text + p.images * p.padded)
+def _rows_gradient(p: Problem, texts: int) -> int:
+    return 4 * p.dim * p.rows_a_text * texts
+
+
+def workspace_bytes(p: Problem, is_whole: bool = False) -> int:
+    """What the law leaves for chunks of texts after the float32 buffer of d patches.
+
+    is_whole: the gradient of all rows is held at once, because ranks exchange it
+    """
+    rows = p.texts * p.rows_a_text
+    law = min(20 * p.images * rows, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES
+    # row index, weights and their gradient, the bias of patches
+    law -= WORKSPACE_RESERVE_BYTES + 16 * rows + 4 * p.images * p.padded
+    gradients = 4 * p.dim * p.images * p.padded + (_rows_gradient(p, p.texts) if is_whole else 0)
     is_large = gradients > LARGE_GRADIENT_BYTES
     return max(law - gradients, LARGE_FLOOR_BYTES if is_large else SMALL_FLOOR_BYTES)
 
 
-def chunk_bytes(p: Problem, texts: int) -> int:
-    """Of a chunk of texts: r, softmax statistic, g and h of its pairs, and a context's t."""
+def chunk_bytes(p: Problem, texts: int, is_whole: bool = False) -> int:
+    """Of a chunk of texts: r, softmax statistic, g and h of its pairs, a context's t, d rows."""
     turned = p.size * p.dim if p.pooling == "context" else 0
-    return (16 + turned) * p.images * p.stride(texts)
+    rows = 0 if is_whole else _rows_gradient(p, texts)
+    return (16 + turned) * p.images * p.stride(texts) + rows
 
 
-def text_chunks(p: Problem) -> list[tuple[int, int]]:
+def _chunk_budget(p: Problem, is_whole: bool) -> int:
+    budget = workspace_bytes(p, is_whole)
+    return min(budget * 3 // 4, CONTEXT_BUDGET_BYTES) if p.pooling == "context" else budget
+
+
+def text_chunks(p: Problem, is_whole: bool = False) -> list[tuple[int, int]]:
     """Texts in ranges whose statistics fit the workspace, beside some room for partial sums."""
-    budget = workspace_bytes(p)
-    if p.pooling == "context":
-        budget = min(budget * 3 // 4, CONTEXT_BUDGET_BYTES)
-    if chunk_bytes(p, p.texts) <= budget:
+    budget = _chunk_budget(p, is_whole)
+    if chunk_bytes(p, p.texts, is_whole) <= budget:
         return [(0, p.texts)]
-    step = max(1, budget // chunk_bytes(p, 1))
+    step = max(1, budget // chunk_bytes(p, 1, is_whole))
     return [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
 
 
@@ -290,4 +304,5 @@ def is_kept(p: Problem) -> bool:
 
     The context's backward pass works in chunks of its own and makes them again.
     """
-    return p.pooling != "context" and len(text_chunks(p)) == 1
+    # without the list of chunks: torch.compile asks this for batches of any size
+    return p.pooling != "context" and chunk_bytes(p, p.texts) <= _chunk_budget(p, False)

@@ -6,6 +6,7 @@ are real is known to the device alone, grids are sized for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ from mlip.kernels.token_knowledge_patch.tiling import (
 # r and statistic of a chunk of texts where no backward pass will come
 FORWARD_CHUNK_BYTES = 2**28
 PARTIAL_BUDGET_BYTES = 2**25
+PARTIAL_FLOOR_BYTES = 2**22
+MOST_PARTS = 4
+MOST_PARTS_OF_A_CHUNK = 32  # a context's chunk may be one text: few row tiles, many images
 
 
 def _keywords(p: Problem) -> dict[str, object]:
@@ -73,11 +77,17 @@ def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return index, torch.div(index, rows, rounding_mode="floor"), bounds
 
 
-def _groups(programs: int, target: int, part_bytes: int, budget: int) -> int:
-    """Into how many shares to split a pass that would leave the chip idle, at most four."""
+def _groups(
+    programs: int, target: int, part_bytes: int, budget: int, most: int = MOST_PARTS
+) -> int:
+    """Into how many shares to split a pass that would leave the chip idle."""
     by_need = (target + programs // 2) // programs
     by_memory = min(budget, PARTIAL_BUDGET_BYTES) // part_bytes
-    return max(1, min(by_need, by_memory, 4))
+    return max(1, min(by_need, by_memory, most))
+
+
+def _ordered_sum(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out) -> None:
@@ -164,8 +174,13 @@ def pair_scores_bwd(
     grad: Tensor,
     kept: tuple[Tensor, Tensor],
     want_alpha: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32."""
+    take_rows: Callable[[Tensor, int, int], None] | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32.
+
+    With take_rows d rows is None: each chunk of texts is handed to take_rows(d rows, first, last)
+    and its buffer used again.
+    """
     like = tensors["v"]
     wide: Any = {"dtype": torch.float32, "device": like.device}
     limit, processors = chip_facts(like.device)
@@ -176,7 +191,8 @@ def pair_scores_bwd(
     d_weight = torch.zeros(total_rows, **wide)
     d_alpha, h_sum = torch.zeros((), **wide), torch.zeros((), **wide)
 
-    chunks = text_chunks(p) if kept[0].numel() == 0 else [(0, p.texts)]
+    is_whole = take_rows is None
+    chunks = text_chunks(p, is_whole) if kept[0].numel() == 0 else [(0, p.texts)]
     widest = max(last - first for first, last in chunks)
     g = torch.empty((p.images, p.stride(widest)), **wide)
     h = torch.empty_like(g)
@@ -186,11 +202,16 @@ def pair_scores_bwd(
     stats = kept if kept[0].numel() else _buffers(p, widest, like)
 
     programs = triton.cdiv(widest * p.rows_a_text, by_rows.block_r)
-    spare = workspace_bytes(p) - chunk_bytes(p, widest)  # for partial sums, the rows' first
-    part_bytes = total_rows * p.dim * 4
-    row_groups = min(p.images, _groups(programs, 2 * processors, part_bytes, spare))
+    # for partial sums, the rows' first
+    spare = workspace_bytes(p, is_whole) - chunk_bytes(p, widest, is_whole)
+    held_rows = total_rows if is_whole else widest * p.rows_a_text
+    part_bytes = held_rows * p.dim * 4
+    most = MOST_PARTS
+    if len(chunks) > 1 and not is_whole:
+        most, spare = MOST_PARTS_OF_A_CHUNK, max(spare, PARTIAL_FLOOR_BYTES)
+    row_groups = min(p.images, _groups(programs, 2 * processors, part_bytes, spare, most))
     spare -= (row_groups - 1) * part_bytes
-    d_rows = torch.zeros((row_groups, total_rows, p.dim), **wide)
+    d_rows = torch.zeros((row_groups, held_rows, p.dim), **wide)
     programs = p.images * by_patches.tiles
     patch_groups = _groups(programs, 2 * processors, like.numel() * 4, spare)
     if len(chunks) > 1:
@@ -198,6 +219,8 @@ def pair_scores_bwd(
     d_v = torch.empty((patch_groups, *like.shape), **wide)
 
     for first, last in chunks:
+        if first > 0 and not is_whole:
+            d_rows.zero_()  # rows of weight 0 are never written
         if not kept[0].numel():
             _pair_fwd(p, tensors, first, last, stats)
         r, stat = stats
@@ -233,6 +256,7 @@ def pair_scores_bwd(
         inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
         shared = _keywords(p)
         span = (first, last)
+        row_base = 0 if is_whole else first * p.rows_a_text
         sizes = (p.images, r.stride(0), d_rows.stride(0))
         if p.pooling == "context":
             turning = choose_tiling("turn", p.patches, block_d, p.size, limit, p.pooling)
@@ -242,12 +266,12 @@ def pair_scores_bwd(
                 *inputs, r, stat, g, h, turned, *span, *sizes[:2], **shared, **turning.keywords()
             )
             _context_bwd_rows_kernel[grid](
-                *inputs, stat, g, h, turned, d_rows, alpha_parts, *span, *sizes,
+                *inputs, stat, g, h, turned, d_rows, alpha_parts, *span, row_base, *sizes,
                 WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
             )  # fmt: skip
         else:
             _pair_bwd_rows_kernel[grid](
-                *inputs, stat, g, h, d_rows, alpha_parts, *span, *sizes,
+                *inputs, stat, g, h, d_rows, alpha_parts, *span, row_base, *sizes,
                 WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
             )  # fmt: skip
         if want_alpha:
@@ -269,10 +293,10 @@ def pair_scores_bwd(
             **shared,
             **by_patches.keywords(),
         )
+        if take_rows is not None:
+            take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
     d_gamma = torch.zeros((), **wide)
     if p.aggregation == "lse":
         d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
-    # ordered sums of at most four parts
-    rows_grad = d_rows[0] if row_groups == 1 else d_rows.sum(0)
-    patch_grad = d_v[0] if patch_groups == 1 else d_v.sum(0)
-    return rows_grad, d_weight, patch_grad, d_alpha, d_gamma
+    rows_grad = _ordered_sum(d_rows) if is_whole else None
+    return rows_grad, d_weight, _ordered_sum(d_v), d_alpha, d_gamma

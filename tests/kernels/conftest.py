@@ -1,10 +1,16 @@
-"""Lets gpu_check.py share the GPU tests out: most of their time is compilation, on the CPU."""
+"""Shares the GPU tests out for gpu_check.py (most of their time is compilation, on the CPU), and
+makes Triton's interpreter round as a chip does."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import torch
+
+from mlip.kernels.token_knowledge_patch import tiling
 
 SHARE_VARIABLE = "MLIP_TEST_SHARE"  # "2/4": the third of four equal shares
 
@@ -15,3 +21,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if share:
         index, count = map(int, share.split("/"))
         items[:] = items[index::count]
+
+
+@pytest.fixture
+def round_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter truncates float32 to bfloat16; every chip rounds to the nearest even.
+
+    And float32 tiles of 16 x 16, made for registers, would cost the interpreter minutes: 32 x 32.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        wide = tiling.Choice([(32, (32, 0, 0), 4)], [])
+        monkeypatch.setattr(tiling, "FLOAT32_OTHERS", {128: wide, 256: wide})
+        tiling.choose_tiling.cache_clear()
+        import numpy as np
+        import triton.language as tl
+        import triton.runtime.interpreter as interpreter
+
+        plain = interpreter.InterpreterBuilder.cast_impl
+
+        def cast(self: Any, source: Any, target: Any) -> Any:
+            if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+                value = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+                bits = value.view(torch.int16).numpy().view(np.uint16)
+                return interpreter.TensorHandle(bits, target.scalar)
+            return plain(self, source, target)
+
+        for name in ("cast_impl", "create_fp_trunc"):
+            monkeypatch.setattr(interpreter.InterpreterBuilder, name, cast)
+    yield

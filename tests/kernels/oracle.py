@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.kernels.token_knowledge_patch import token_knowledge_patch_loss
+
 SCALES = ("attention_scale", "knowledge_scale", "knowledge_gain", "aggregation_scale")
 
 
@@ -188,3 +190,31 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     value, truth = value.detach().double(), truth.detach().double()
     size = truth.norm().item()
     return ((value - truth).norm() / (size if size > 0 else 1.0)).item()
+
+
+def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of projections whose float16 outputs go into the loss: by GradScaler, in float64.
+
+    scale: GradScaler's; unscale_ has divided the gradients by it again
+    """
+    inputs = make_inputs(3, 3, 20, 5, 2, 16, seed=61)
+    names = ("patches", "tokens", "knowledge")
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        made = {k: v.to(wide) if v.is_floating_point() else v for k, v in inputs.items()}
+        towers = {name: torch.eye(16, dtype=wide).requires_grad_() for name in names}
+        made |= {name: (made[name].half().to(wide) @ towers[name]).to(dtype) for name in names}
+        is_half = dtype == torch.float16
+        loss = token_knowledge_patch_loss(
+            **made, logit_scale=10.0, impl=impl if is_half else "torch"
+        )
+        if is_half:
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            optimizer = torch.optim.SGD(towers.values(), lr=0.0)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+        else:
+            loss.backward()
+        results.append({name: tower.grad for name, tower in towers.items()})
+    return results[0], results[1]

@@ -17,7 +17,13 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from tests.kernels.oracle import gradients, leaves, make_inputs, relative_error
+from tests.kernels.oracle import (
+    gradients,
+    leaves,
+    make_inputs,
+    relative_error,
+    scaled_half_gradients,
+)
 
 SCORES = {
     "token_weights": None,
@@ -220,3 +226,16 @@ def test_masks_of_pairs_must_be_boolean_and_batches_not_empty() -> None:
         contrastive_loss_from_scores(torch.eye(3), logit_scale=1.0, image_valid=torch.ones(3))
     with pytest.raises(ValueError, match="skip the loss of an empty batch"):
         info_nce_loss(torch.zeros(0, 4), torch.zeros(0, 4), 1.0)
+
+
+def test_gradients_of_float16_features_survive_a_grad_scaler() -> None:
+    """Oracle: float64 of the same rounded features."""
+    got, want = scaled_half_gradients("torch", 2.0**10)
+    for name in want:
+        assert torch.isfinite(got[name]).all()
+        assert relative_error(got[name], want[name]) <= 2e-3, name
+
+
+def test_a_loss_that_overflows_float16_is_a_step_that_the_grad_scaler_skips() -> None:
+    got, _ = scaled_half_gradients("torch", 2.0**40)
+    assert not all(torch.isfinite(grad).all() for grad in got.values())

@@ -1,0 +1,116 @@
+"""torch's own data-parallel wrappers over the losses: the gradient is that of the whole batch.
+
+Oracle: one process on all pairs, float64. Three uneven gloo ranks are spawned once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels.token_knowledge_patch import TokenKnowledgePatchLoss
+from tests.kernels.oracle import make_inputs, relative_error
+from tests.spawned_ranks import start_ranks
+
+WORLD, SHARES = 3, (3, 1, 2)
+FEATURES = ("patches", "tokens", "knowledge")
+
+
+class _Towers(nn.Module):
+    """A projection of each input and both losses, with learned scales."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.group = group
+        self.towers = nn.ModuleDict({name: nn.Linear(8, 6) for name in FEATURES})
+        self.loss = TokenKnowledgePatchLoss(aggregation="lse", group=group)
+        self.double()
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        made = inputs | {name: self.towers[name](inputs[name]) for name in FEATURES}
+        unit = [F.normalize(made[name].mean(1), dim=-1) for name in ("patches", "tokens")]
+        scale = self.loss.log_logit_scale.exp()
+        return self.loss(**made) + info_nce_loss(*unit, scale, group=self.group)
+
+
+def _share(rank: int) -> dict[str, Tensor]:
+    start = sum(SHARES[:rank])
+    return {k: v[start : start + SHARES[rank]] for k, v in _all().items()}
+
+
+def _all() -> dict[str, Tensor]:
+    inputs = make_inputs(6, 6, 7, 5, 3, 8, seed=51)
+    inputs["pair_ids"] = torch.tensor([3, 8, 1, 5, 3, 8])
+    return inputs
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def _by_shards(rank: int) -> dict[str, Any]:
+    """FSDP2 shards by the first dimension and refuses 0-dim parameters: the scales stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = _Towers(dist.group.WORLD)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for tower in model.towers.values():
+        fully_shard(tower, mesh=mesh)
+    value = model(_share(rank))
+    value.backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        if hasattr(p.grad, "full_tensor"):
+            grads[name] = p.grad.full_tensor()
+        else:
+            dist.all_reduce(p.grad)
+            grads[name] = p.grad / WORLD
+    return {"value": value.detach(), "grads": grads}
+
+
+def _work(rank: int, folder: Path) -> None:
+    model = DistributedDataParallel(_Towers(dist.group.WORLD))
+    value = model(_share(rank))
+    value.backward()
+    results = {"ddp": {"value": value.detach(), "grads": _gradients(model)}}
+    results["fsdp"] = _by_shards(rank)
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    start_ranks(_work, folder, WORLD)()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_averaged_gradients_are_those_of_the_whole_batch(
+    wrapper: str, ranks: list[dict[str, Any]]
+) -> None:
+    model = _Towers(None)
+    value = model(_all())
+    value.backward()
+    want = _gradients(model)
+    assert want.keys() == dict(model.named_parameters()).keys()
+    for part in ranks:
+        got = part[wrapper]
+        assert got["value"].item() == pytest.approx(value.item(), rel=1e-12)
+        assert got["grads"].keys() == want.keys()
+        for name in want:
+            assert relative_error(got["grads"][name], want[name]) <= 1e-11, name

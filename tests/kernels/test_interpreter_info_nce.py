@@ -1,0 +1,70 @@
+"""The InfoNCE kernels in Triton's interpreter, against plain torch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.kernels import _chip
+from mlip.kernels.info_nce import info_nce_loss
+from tests.kernels.interpreting import interpreted
+from tests.kernels.oracle import relative_error
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+pytestmark = pytest.mark.usefixtures("round_like_a_gpu")
+
+
+def info_nce_pair(count: int, dim: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    made = [torch.randn(count, dim, generator=g, dtype=torch.float64) for _ in range(2)]
+    return F.normalize(made[0], dim=-1), F.normalize(made[1], dim=-1)
+
+
+def compare_info_nce(image: Tensor, text: Tensor, tolerance: float, scale: float, ids=None) -> None:
+    results = []
+    for dtype, impl in ((image.dtype, "triton"), (torch.float64, "torch")):
+        made = [x.to(dtype).clone().requires_grad_() for x in (image, text)]
+        kappa = torch.tensor(scale, dtype=torch.float64 if impl == "torch" else torch.float32)
+        made.append(kappa.requires_grad_())
+        value = info_nce_loss(*made, pair_ids=ids, impl=impl)
+        results.append([value.detach(), *torch.autograd.grad(value, made)])
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= tolerance
+
+
+@interpreted
+@pytest.mark.parametrize(("count", "dim"), [(1, 16), (3, 20), (65, 24), (150, 130)])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_info_nce_is_exact(count: int, dim: int, with_ids: bool) -> None:
+    image, text = info_nce_pair(count, dim, 0)
+    ids = torch.arange(count) // 2 if with_ids else None
+    compare_info_nce(image.float(), text.float(), 1e-5, 20.0, ids)
+
+
+@interpreted
+def test_info_nce_in_bfloat16_stays_within_its_gate() -> None:
+    image, text = info_nce_pair(65, 64, 1)
+    compare_info_nce(image.bfloat16(), text.bfloat16(), 5e-3, 20.0)
+
+
+@interpreted
+def test_info_nce_keeps_the_gradient_of_a_confident_batch() -> None:
+    image, noise = info_nce_pair(32, 64, 2)
+    text = F.normalize(image + 0.05 * noise, dim=-1)
+    image, text = image.float(), text.float()
+    value = info_nce_loss(image, text, 40.0, impl="triton")
+    assert 0 < value.item() < 1e-8
+    compare_info_nce(image, text, 1e-4, 40.0)
+
+
+@interpreted
+def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: one program. With three multiprocessors rows and columns are split over programs."""
+    from mlip.kernels.info_nce import triton_kernels
+
+    image, text = info_nce_pair(300, 16, 3)
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 3))
+    compare_info_nce(image.float(), text.float(), 1e-5, 20.0)

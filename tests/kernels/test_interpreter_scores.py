@@ -1,0 +1,228 @@
+"""The token-knowledge-patch kernels in Triton's interpreter, against plain torch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlip.kernels import _chip
+from mlip.kernels.token_knowledge_patch import (
+    tiling,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
+from tests.kernels.interpreting import compare, interpreted, leaves_of
+from tests.kernels.oracle import (
+    gradients,
+    leaves,
+    make_inputs,
+    poisoned,
+    relative_error,
+    scaled_half_gradients,
+)
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+pytestmark = pytest.mark.usefixtures("round_like_a_gpu")
+VARIANTS = [(p, a) for p in ("attention", "context", "max") for a in ("mean", "lse")]
+LEARNED = {
+    "attention_scale": 7.0,
+    "knowledge_scale": 6.0,
+    "knowledge_gain": 0.4,
+    "aggregation_scale": 4.0,
+}
+
+
+@interpreted
+@pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
+def test_loss_and_all_gradients_are_exact_and_masks_hide(pooling: str, aggregation: str) -> None:
+    inputs = make_inputs(3, 3, 20, 9, 3, 24, seed=2)
+    inputs["patch_mask"][-1, 3:7] = True
+    extra = {k: torch.tensor(v, dtype=torch.float64) for k, v in LEARNED.items()}
+    extra["logit_scale"] = torch.tensor(9.0, dtype=torch.float64)
+    options = {"pooling": pooling, "aggregation": aggregation}
+    made, truth_leaves = leaves(poisoned(inputs) | extra, torch.float32), leaves(inputs | extra)
+    value = token_knowledge_patch_loss(**made, impl="triton", **options)
+    truth = token_knowledge_patch_loss(**truth_leaves, impl="torch", **options)
+    assert relative_error(value, truth) <= 1e-5
+    got, want = gradients(value, made), gradients(truth, truth_leaves)
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 1e-5, name
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("images", "texts", "patches", "tokens", "entities", "dim"),
+    [(2, 3, 1, 1, 0, 32), (2, 2, 50, 17, 1, 96), (1, 2, 209, 2, 17, 20), (2, 1, 64, 33, 0, 16)],
+)
+def test_any_size_is_exact(images, texts, patches, tokens, entities, dim) -> None:
+    inputs = make_inputs(images, texts, patches, tokens, entities, dim, seed=3, masks=False)
+    for pooling in ("attention", "context", "max"):
+        compare(inputs, 1e-5, pooling=pooling)
+
+
+@interpreted
+@pytest.mark.parametrize("alpha", [0.0, 79.0, 81.0, 200.0])
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_any_attention_scale_is_exact(alpha: float, pooling: str) -> None:
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=4)
+    # rounding the logit alpha * s to float32 alone moves a softmax weight by alpha * 2^-24
+    compare(inputs, max(1e-5, alpha * 2**-22), pooling=pooling, attention_scale=alpha)
+
+
+@interpreted
+@pytest.mark.parametrize(("pooling", "gate"), [("attention", 5e-3), ("context", 1.5e-2)])
+def test_bfloat16_stays_within_its_gate(pooling: str, gate: float) -> None:
+    inputs = make_inputs(2, 2, 100, 24, 3, 128, seed=5)
+    inputs["patch_mask"][-1] = True
+    compare(inputs, gate, features=torch.bfloat16, pooling=pooling)
+
+
+@interpreted
+def test_bfloat16_max_pooling_stays_within_its_gate_where_no_maximum_is_near_a_tie() -> None:
+    """Rounding may swap two nearly equal maxima: this seed's smallest gap is 0.0098."""
+    inputs = make_inputs(2, 2, 20, 12, 3, 128, seed=10)
+    inputs["patch_mask"][-1] = True
+    compare(inputs, 5e-3, features=torch.bfloat16, pooling="max")
+
+
+@interpreted
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+def test_chunks_of_texts_change_nothing(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: one chunk whose statistics the forward pass keeps."""
+    inputs = make_inputs(2, 5, 20, 6, 2, 16, seed=6)
+    whole, cut = leaves(inputs, torch.float32), leaves(inputs, torch.float32)
+    value = token_knowledge_patch_scores(**whole, pooling=pooling, impl="triton")
+    want = gradients(value, whole)
+    from mlip.kernels.token_knowledge_patch import triton_kernels
+
+    problem = tiling.Problem(2, 5, 8, 20, 16, 4, pooling, "mean", False)
+    two_texts = 3 * tiling.chunk_bytes(problem, 1) - 1  # a context's share is three quarters
+    for module in (tiling, triton_kernels):
+        monkeypatch.setattr(module, "workspace_bytes", lambda *_: two_texts)
+    monkeypatch.setattr(triton_kernels, "FORWARD_CHUNK_BYTES", 1)
+    assert tiling.text_chunks(problem) == [(0, 2), (2, 4), (4, 5)]
+    again = token_knowledge_patch_scores(**cut, pooling=pooling, impl="triton")
+    assert torch.equal(again, value)
+    got = gradients(again, cut)
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 1e-6, name
+    # a row's gradient adds over images alone: its text's chunk is not seen in any bit
+    assert all(torch.equal(got[name], want[name]) for name in ("tokens", "knowledge"))
+
+
+@interpreted
+def test_a_score_does_not_depend_on_its_neighbours_bit_for_bit() -> None:
+    inputs = {
+        k: v.float() if v.is_floating_point() else v
+        for k, v in make_inputs(3, 4, 20, 9, 3, 16, seed=7).items()
+    }
+    value = token_knowledge_patch_scores(**inputs, impl="triton")
+    order = torch.tensor([2, 0, 3, 1])
+    images = ("patches", "patch_mask")
+    shuffled = {k: v if k in images else v[order] for k, v in inputs.items()}
+    assert torch.equal(token_knowledge_patch_scores(**shuffled, impl="triton"), value[:, order])
+    part = {k: v[1:] if k in images else v[1:3] for k, v in inputs.items()}
+    assert torch.equal(token_knowledge_patch_scores(**part, impl="triton"), value[1:, 1:3])
+
+
+@interpreted
+def test_any_strides_are_read_in_place() -> None:
+    inputs = make_inputs(2, 3, 20, 5, 2, 16, seed=8)
+    names = ("patches", "tokens", "knowledge")
+    strided = inputs | {n: inputs[n].permute(2, 0, 1).contiguous().permute(1, 2, 0) for n in names}
+    strided = {k: v.float() if v.is_floating_point() else v for k, v in strided.items()}
+    assert not strided["tokens"].is_contiguous()
+    made = {k: v.requires_grad_() if k in names else v for k, v in strided.items()}
+    value = token_knowledge_patch_scores(**made, impl="triton")
+    truth_leaves = leaves(inputs)
+    truth = token_knowledge_patch_scores(**truth_leaves)
+    assert relative_error(value, truth) <= 1e-6
+    got, want = gradients(value, made), gradients(truth, truth_leaves)
+    for name in names:
+        assert relative_error(got[name], want[name]) <= 1e-5, name
+
+
+@interpreted
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_a_batch_without_anchors_loses_nothing_and_moves_nothing(aggregation: str) -> None:
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=9)
+    inputs["patch_mask"] = torch.zeros(2, 20, dtype=torch.bool)
+    made = leaves(inputs, torch.float32)
+    value = token_knowledge_patch_loss(
+        **made, logit_scale=10.0, aggregation=aggregation, impl="triton"
+    )
+    assert value.item() == 0.0
+    assert all(torch.count_nonzero(grad) == 0 for grad in gradients(value, made).values())
+
+
+@interpreted
+def test_the_lowest_of_equal_maxima_takes_the_gradient() -> None:
+    row = torch.tensor([0.6, 0.8])
+    patches = torch.stack([-row, *[row] * 40])[None].requires_grad_()
+    value = token_knowledge_patch_scores(
+        patches, torch.tensor([[[1.0, 0.0]]]), pooling="max", impl="triton"
+    )
+    (grad,) = torch.autograd.grad(value.sum(), [patches])
+    assert grad[0].abs().sum(1).nonzero()[:, 0].tolist() == [1]
+
+
+@interpreted
+def test_rows_of_any_finite_length_are_normalised() -> None:
+    patches = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(0))
+    scaled = patches.clone()
+    scaled[0, 1] *= 1e20
+    scaled[0, 2] *= 1e-20
+    scaled[0, 3] = 0.0
+    equal = patches.clone()
+    equal[0, 2:] = 0.0
+    tokens = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
+    made = scaled.requires_grad_()
+    value = token_knowledge_patch_scores(made, tokens, impl="triton")
+    assert relative_error(value, token_knowledge_patch_scores(equal, tokens)) <= 1e-6
+    (grad,) = torch.autograd.grad(value.sum(), [made])
+    assert torch.isfinite(grad).all() and torch.count_nonzero(grad[0, 2:]) == 0
+
+
+@interpreted
+def test_zero_rows_of_tokens_and_entities_are_exact() -> None:
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=13, masks=False)
+    inputs["tokens"][0, 1] = 0.0
+    inputs["knowledge"][1, 0] = 0.0
+    compare(inputs, 1e-5)
+
+
+@interpreted
+def test_mixed_dtypes_are_multiplied_in_bfloat16_and_an_unused_scale_gets_gradient_zero() -> None:
+    inputs = make_inputs(2, 2, 20, 5, 0, 64, seed=14, masks=False)
+    mixed = {"patches": inputs["patches"].bfloat16(), "tokens": inputs["tokens"].float()}
+    made, truth_leaves = leaves_of(mixed), leaves(mixed)
+    unused = torch.tensor(5.0, requires_grad=True)
+    value = token_knowledge_patch_scores(**made, aggregation_scale=unused, impl="triton")
+    truth = token_knowledge_patch_scores(**truth_leaves, impl="torch")
+    assert relative_error(value, truth) <= 5e-3
+    got, want = gradients(value, made | {"unused": unused}), gradients(truth, truth_leaves)
+    for name, dtype in (("patches", torch.bfloat16), ("tokens", torch.float32)):
+        assert got[name].dtype == dtype
+        assert relative_error(got[name], want[name]) <= 1e-2, name
+    assert got["unused"].item() == 0.0
+
+
+@interpreted
+def test_scores_split_over_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: float64. With many multiprocessors each pass is cut into partial sums."""
+    from mlip.kernels.token_knowledge_patch import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 64))
+    inputs = make_inputs(3, 4, 20, 40, 2, 16, seed=12)
+    for pooling in ("attention", "context", "max"):
+        compare(inputs, 1e-5, pooling=pooling)
+
+
+@interpreted
+def test_gradients_of_float16_features_survive_a_grad_scaler() -> None:
+    """Oracle: float64 of the same rounded features."""
+    got, want = scaled_half_gradients("triton", 2.0**10)
+    for name in want:
+        assert torch.isfinite(got[name]).all()
+        assert relative_error(got[name], want[name]) <= 1e-2, name  # of rows of 16 in bfloat16
