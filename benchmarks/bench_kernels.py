@@ -73,7 +73,8 @@ def short_grid(device: str) -> list[Case]:
             add(demo | {"fill": 0.5}, ["torch"])
         add(similarity(32, 64, 64, 128, pooling="max"), ["torch", "eager_fp32"])
         add(similarity(32, 64, 64, 128, pooling="context"), ["torch", "gloria_loop"])
-        add({"op": "info_nce", "batch": 2048, "dim": 512}, ["torch", "eager_fp32"])
+        for batch in (2048, 4096):
+            add({"op": "info_nce", "batch": batch, "dim": 512}, ["torch", "eager_fp32"])
         return cases
     add(similarity(256, 112, 196, 128), ["fused", "compile_bf16", "compile_fp32", "eager_fp32"])
     add(similarity(256, 112, 196, 128, fill=0.5), ["fused"])
