@@ -12,8 +12,7 @@ import hashlib
 import os
 import stat
 import struct
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,8 +28,7 @@ MIN_SIDE_PX = 8
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What the first bytes say; `plain` = any decoder gives the same grey picture of it."""
 
     kind: str  # "png" | "jpeg" | "dicom"

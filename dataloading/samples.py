@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,7 +38,11 @@ class Images:
 
 
 class SampleReader:
-    """Manifest row -> checked bytes and header, or decoded grey pixels."""
+    """Manifest row -> checked bytes and header, or decoded grey pixels.
+
+    Every exception of a library becomes a BadSample: a decoder may raise anything. StopIteration
+    is the worst of them: unconverted, it would look like the end of an epoch.
+    """
 
     def __init__(self, manifest: Manifest, data: Data) -> None:
         if data.verify != "none" and manifest.sha256 is None:
@@ -51,22 +54,29 @@ class SampleReader:
 
     def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         """Raises:  BadSample, DataError."""
+        try:
+            return self._read(row, epoch)
+        except (BadSample, DataError):
+            raise
+        except Exception as error:
+            raise BadSample("undecodable", type(error).__name__) from error
+
+    def _read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         manifest = self.manifest
-        with _wall():
-            path = manifest.image_path(row)
-            reference = parse_reference(path) if ".tar#" in path else None
-            if reference is not None:
-                content = shards.read_bytes(manifest.root, reference)
-            else:
-                content = read_bytes(manifest.root, path, manifest.image_name(row))
-            if self.verify == "hash" or (
-                self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
-            ):
-                expected = manifest.sha256_of(row)
-                if expected is None:
-                    raise BadSample("hash_mismatch", "the manifest has no hash for this row")
-                check_hash(content, expected)
-            return content, read_header(content)
+        path = manifest.image_path(row)
+        reference = parse_reference(path) if ".tar#" in path else None
+        if reference is not None:
+            content = shards.read_bytes(manifest.root, reference)
+        else:
+            content = read_bytes(manifest.root, path, manifest.image_name(row))
+        if self.verify == "hash" or (
+            self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
+        ):
+            expected = manifest.sha256_of(row)
+            if expected is None:
+                raise BadSample("hash_mismatch", "the manifest has no hash for this row")
+            check_hash(content, expected)
+        return content, read_header(content)
 
     def pixels(self, row: int, epoch: int) -> NDArray[Any]:
         """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
@@ -74,22 +84,12 @@ class SampleReader:
 
     def decode(self, content: bytes, header: Header) -> NDArray[Any]:
         """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
-        with _wall():
+        try:
             return decode_grey(content, header)
-
-
-@contextmanager
-def _wall() -> Iterator[None]:
-    """Every exception of a library becomes a BadSample: a decoder may raise anything.
-
-    StopIteration is the worst of them: unconverted, it would look like the end of an epoch.
-    """
-    try:
-        yield
-    except (BadSample, DataError):
-        raise
-    except Exception as error:
-        raise BadSample("undecodable", type(error).__name__) from error
+        except (BadSample, DataError):
+            raise
+        except Exception as error:
+            raise BadSample("undecodable", type(error).__name__) from error
 
 
 def fill_place(

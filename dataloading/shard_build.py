@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -275,13 +275,15 @@ def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan
         ).split()
     }
     refused = []
+    names = [field.name for field in fields(Row)]
     for entry in index.to_pylist():
         row = rows[entry["row"]]
         if entry["reason"]:
             image = row.image if plan.keep_ids else ""
             refused.append([entry["row"], entry["key"], row.split, entry["reason"], image])
             continue
-        values = asdict(row)
+        # not asdict: its deep copies took 0.2 ms a row
+        values = {name: getattr(row, name) for name in names}
         values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
         values["sha256"] = entry["sha256"]
         values["view"] = row.view or entry["view"]

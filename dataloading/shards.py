@@ -16,9 +16,10 @@ import stat
 import tarfile
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -55,8 +56,9 @@ class ShardError(ValueError):
     exit_code = 3
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
+    """One member; a tuple, as one is made at every read."""
+
     shard: str  # path of the tar relative to the manifest's root
     offset: int
     size: int
@@ -70,40 +72,46 @@ def parse_reference(text: str) -> Reference | None:
     match = _REFERENCE.match(text)
     if match is None:
         return None
-    return Reference(match["shard"], int(match["offset"]), int(match["size"]))
+    shard, offset, size = match.groups()
+    return Reference(shard, int(offset), int(size))
+
+
+class _Descriptor:
+    """A file descriptor that closes with its last reference: never under a thread that reads."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.number)
 
 
 class _Descriptors:
     """The most recently used shards' descriptors; safe in threads, os.pread shares no position."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[tuple[str, str], int] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str], _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, root: str, shard: str, offset: int, size: int) -> bytes:
-        # a duplicate is read: another thread may close the kept descriptor in the meantime, and
-        # its number may then stand for another file
+        key = (root, shard)
         with self._lock:
-            key = (root, shard)
             descriptor = self._open.get(key)
             if descriptor is None:
-                descriptor = _open_inside(root, shard)
-                self._open[key] = descriptor
+                descriptor = self._open[key] = _Descriptor(_open_inside(root, shard))
                 while len(self._open) > _OPEN_SHARDS:
-                    os.close(self._open.popitem(last=False)[1])
+                    self._open.popitem(last=False)
             else:
                 self._open.move_to_end(key)
-            duplicate = os.dup(descriptor)
-        try:
-            return os.pread(duplicate, size, offset)
-        finally:
-            os.close(duplicate)
+        # another thread may drop it from the table in the meantime: the reference here keeps the
+        # number from being closed and given to another file
+        return os.pread(descriptor.number, size, offset)
 
     def forget(self, root: str, shard: str) -> None:
         with self._lock:
-            descriptor = self._open.pop((root, shard), None)
-        if descriptor is not None:
-            os.close(descriptor)
+            self._open.pop((root, shard), None)
 
 
 _descriptors = _Descriptors()

@@ -5,10 +5,15 @@ reads one JSON line an item and answers with one JSON line whose "size" says how
 follow. One that crashes or works on an item for too long is killed and replaced; the item is tried
 once more, then given up as "crashed" or "timeout". Processor time is what counts, so that a busy
 machine costs no good file; waiting for a file system has a longer limit of its own.
+
+Items of a few milliseconds go out several to a message, and answers are taken several at a time;
+a worker still sends every answer before it begins the next item, so that the first item without an
+answer is the one that a dead or hung worker was on.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -22,6 +27,13 @@ from typing import Any
 
 # A worker that has one item waiting never idles while the parent writes a shard.
 _QUEUED = 2
+# Quick items: a message and a look at the clock for each would cost as much as a tenth of them.
+_QUEUED_QUICK = 8
+_QUICK_SECONDS = 0.02
+_GATHER_SECONDS = 0.004  # how long answers of quick items may gather before they are taken
+_PIPE_BYTES = 1 << 18  # eight small members: a worker must not wait while they gather
+_READ_BYTES = 1 << 18
+_LOOK_SECONDS = 0.1  # an item's processor time counts from here: no file read for a quick one
 _START_SECONDS = 600.0  # imports from a cold network file system, on a busy machine
 _TICK_HZ = os.sysconf("SC_CLK_TCK")
 
@@ -47,21 +59,30 @@ class _Worker:
     process: subprocess.Popen[bytes]
     tasks: deque[_Task] = field(default_factory=deque)
     since: float = 0.0  # when the first of its tasks became the first
-    cpu_since: float = 0.0  # its processor seconds then
+    cpu_since: float | None = None  # its processor seconds soon after, None until looked at
+    is_quick: bool = False  # its last items took a few milliseconds
     arrived: bytearray = field(default_factory=bytearray)  # of answers not yet whole
     ready: bool = False  # imports are over: from now on the clock runs
 
-    def send(self, task: _Task) -> bool:
+    def send(self, tasks: list[_Task]) -> bool:
         assert self.process.stdin is not None
         if not self.tasks:
             self._restart_clock()
-        self.tasks.append(task)
+        self.tasks.extend(tasks)
+        lines = [json.dumps(task.item).encode() + b"\n" for task in tasks]
+        block = memoryview(b"".join(lines))
         try:
-            self.process.stdin.write(json.dumps(task.item).encode() + b"\n")
-            self.process.stdin.flush()
+            while block:
+                block = block[self.process.stdin.write(block) :]
         except OSError:
             return False
         return True
+
+    def wants(self) -> int:
+        """How many more items it should have waiting."""
+        if not self.is_quick:
+            return _QUEUED - len(self.tasks)
+        return _QUEUED_QUICK - len(self.tasks) if len(self.tasks) <= _QUEUED_QUICK // 2 else 0
 
     def receive(self) -> list[Reply] | None:
         """The answers that have arrived whole, None where the worker died.
@@ -70,7 +91,7 @@ class _Worker:
         such a file has already taken in behind another one.
         """
         assert self.process.stdout is not None
-        block = os.read(self.process.stdout.fileno(), 1 << 20)
+        block = os.read(self.process.stdout.fileno(), _READ_BYTES)
         if not block:
             return None
         self.arrived += block
@@ -87,11 +108,13 @@ class _Worker:
                 break
             replies.append(Reply(fields, bytes(self.arrived[end + 1 : stop])))
             del self.arrived[:stop]
+        if replies:
+            self.is_quick = time.monotonic() - self.since < _QUICK_SECONDS * len(replies)
             self._restart_clock()
         return replies
 
     def _restart_clock(self) -> None:
-        self.since, self.cpu_since = time.monotonic(), self.cpu_seconds()
+        self.since, self.cpu_since = time.monotonic(), None
 
     def cpu_seconds(self) -> float:
         try:
@@ -108,6 +131,10 @@ class _Worker:
         waited = time.monotonic() - self.since
         if not self.ready:
             return waited > _START_SECONDS
+        if self.cpu_since is None:
+            if waited > _LOOK_SECONDS:
+                self.cpu_since = self.cpu_seconds()
+            return waited > wall_s
         return waited > wall_s or (waited > cpu_s and self.cpu_seconds() - self.cpu_since > cpu_s)
 
     def stop(self) -> None:
@@ -145,6 +172,9 @@ class WorkerPool:
     def _start(self) -> _Worker:
         # a codec's own message could quote the file: it goes nowhere
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENCV_LOG_LEVEL": "OFF"}
+        # pictures come and go: giving their memory back each time costs a tenth of a small file in
+        # page faults. glibc keeps at most this much; other C libraries do not read it.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "134217728"}
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -153,30 +183,38 @@ class WorkerPool:
             env=environment,
             bufsize=0,
         )
+        assert process.stdout is not None
+        try:
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:
+            pass  # over the user's limit for pipes: workers then wait a little more often
         return _Worker(process)
 
     def ordered(self, items: Iterable[dict[str, Any]]) -> Iterator[Reply]:
         """One Reply an item, in the items' order; reads only a few items ahead."""
         source = enumerate(items)
-        window = 8 * len(self._workers)  # bounds what a slow item makes its successors wait
         done: dict[int, Reply] = {}
         again: deque[_Task] = deque()
         taken, given, exhausted = 0, 0, False
         while True:
+            # bounds what a slow item makes its successors wait, and what is held meanwhile
+            window = (24 if all(w.is_quick for w in self._workers) else 8) * len(self._workers)
             for place in range(len(self._workers)):
-                while len(self._workers[place].tasks) < _QUEUED:
+                tasks: list[_Task] = []
+                while len(tasks) < self._workers[place].wants():
                     if again:
-                        task = again.popleft()
+                        tasks.append(again.popleft())
                     elif not exhausted and taken - given < window:
                         entry = next(source, None)
                         if entry is None:
                             exhausted = True
                             break
-                        task, taken = _Task(*entry), taken + 1
+                        tasks.append(_Task(*entry))
+                        taken += 1
                     else:
                         break
-                    if not self._workers[place].send(task):
-                        self._replace(place, "crashed", done, again)
+                if tasks and not self._workers[place].send(tasks):
+                    self._replace(place, "crashed", done, again)
             while given in done:
                 yield done.pop(given)
                 given += 1
@@ -192,6 +230,10 @@ class WorkerPool:
             if w.tasks and w.process.stdout is not None
         }
         ready, _, _ = select.select(list(busy), [], [], 0.2)
+        if ready and all(w.is_quick and len(w.tasks) > _QUEUED for w in self._workers):
+            # every worker has more to do: take several answers at once
+            time.sleep(_GATHER_SECONDS)
+            ready, _, _ = select.select(list(busy), [], [], 0.0)
         for stream in ready:
             place = busy[stream]
             worker = self._workers[place]
