@@ -16,8 +16,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.transfer.annotations import Annotations, check_inside
+from mlip.dataloading.manifest import ManifestError
+from mlip.transfer.annotations import check_inside
 from mlip.transfer.average_precision import (
     Found,
     Truth,
@@ -28,7 +28,7 @@ from mlip.transfer.average_precision import (
 from mlip.transfer.boxes import box_iou
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
-from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
+from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.yolo import YoloHead, decode, yolo_loss
 
@@ -36,22 +36,11 @@ ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one cl
 SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
 
 
-class Detection:
+class Detection(FramedTask):
     """The task for one manifest: rows, boxes, fits and their scores."""
 
-    def __init__(
-        self,
-        config: Config,
-        manifest: Manifest,
-        annotations: Annotations,
-        images: Images,
-        device: torch.device,
-    ) -> None:
-        frame = frame_of(config)
-        assert frame is not None
-        self.config, self.transfer, self.manifest = config, config.transfer, manifest
-        self.annotations, self.images, self.device = annotations, images, device
-        self.frame, self.side = frame, frame.side
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
         self.classes = list(config.transfer.classes) or [ANY_CLASS]
         self._boxes: dict[int, Truth] = {}
         self._size_of_box_file: dict[int, tuple[int, int]] = {}
@@ -90,17 +79,14 @@ class Detection:
         self, rows: Array, epoch: int | None, seed: int
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Images, boxes and labels of a batch; augmented together where an epoch is given."""
-        pictures, boxes, labels = [], [], []
-        black = -self.config.data.mean / self.config.data.std
-        found = self.images.many(rows.tolist())
-        for (grey, _), row in zip(found, rows.tolist(), strict=True):
-            matrix = None if epoch is None else augmentation(self.side, seed, epoch, row)
-            pictures.append(warp(normalise(grey, self.config), matrix, fill=black))
+        image, matrices = self._pictures(rows, epoch, seed)
+        boxes, labels = [], []
+        for row, matrix in zip(rows.tolist(), matrices, strict=True):
             truth = self.truth(row)
             corners, kept = warp_boxes(truth.corners, matrix, self.side)
             boxes.append(torch.from_numpy(corners.astype(np.float32)))
             labels.append(torch.from_numpy(truth.labels[kept]))
-        return to_tensor(pictures, self.config).to(self.device), boxes, labels
+        return image, boxes, labels
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> Found per image, record)"""

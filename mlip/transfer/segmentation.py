@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest
-from mlip.transfer.annotations import IGNORED, INSIDE, Annotations
+from mlip.transfer.annotations import IGNORED, INSIDE
 from mlip.transfer.decoders import make_decoder
 from mlip.transfer.dice import Counts, count, dice_per_image, dice_scores, join
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
-from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
+from mlip.transfer.framed_task import FramedTask
+from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # protocols.md D.4
@@ -50,22 +50,11 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return FOCAL_WEIGHT * focal - dice.log()
 
 
-class Segmentation:
+class Segmentation(FramedTask):
     """The task for one manifest: rows, masks, fits and their scores."""
 
-    def __init__(
-        self,
-        config: Config,
-        manifest: Manifest,
-        annotations: Annotations,
-        images: Images,
-        device: torch.device,
-    ) -> None:
-        frame = frame_of(config)
-        assert frame is not None
-        self.config, self.transfer, self.manifest = config, config.transfer, manifest
-        self.annotations, self.images, self.device = annotations, images, device
-        self.frame, self.side = frame, frame.side
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
         self._masks: dict[int, Array] = {}
 
     def rows(self, split: str) -> Array:
@@ -93,17 +82,12 @@ class Segmentation:
 
     def _inputs(self, rows: Array, epoch: int | None, seed: int) -> tuple[Tensor, Tensor]:
         """Images and masks of a batch; augmented together where an epoch is given."""
-        pictures, masks = [], []
-        black = -self.config.data.mean / self.config.data.std
-        found = self.images.many(rows.tolist())
-        for (grey, _), row in zip(found, rows.tolist(), strict=True):
-            matrix = None if epoch is None else augmentation(self.side, seed, epoch, row)
-            pictures.append(warp(normalise(grey, self.config), matrix, fill=black))
-            masks.append(warp(self.mask(row), matrix, nearest=True))
-        return (
-            to_tensor(pictures, self.config).to(self.device),
-            torch.from_numpy(np.stack(masks)).to(self.device),
-        )
+        image, matrices = self._pictures(rows, epoch, seed)
+        masks = [
+            warp(self.mask(row), matrix, nearest=True)
+            for row, matrix in zip(rows.tolist(), matrices, strict=True)
+        ]
+        return image, torch.from_numpy(np.stack(masks)).to(self.device)
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> logits in batches, record)"""
