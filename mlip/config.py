@@ -111,6 +111,7 @@ class Train:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 100
+    decay_share: float = 1.0  # of the steps after the warm-up: the last ones, in which lr falls
     min_lr_share: float = 0.0  # the cosine ends at lr times this
     clip_norm: float = 1.0  # 0 = not clipped
     ema_decay: float = 0.0  # of an average of the weights, saved apart; 0 = none, 0.999 is usual

@@ -33,14 +33,19 @@ def total_steps(config: Config, rows: int) -> int:
 def learning_rate(step: int, total_steps: int, config: Config) -> float:
     """The rate of 0-based optimiser step ``step``: linear warm-up, then a cosine to min_lr_share.
 
-    The last warm-up step and the first cosine step have the peak rate; the last step of the run
-    has the least.
+    With train.decay_share below 1 the rate stays at its peak in between and the cosine fills the
+    last share of the steps; 0 keeps the peak. The last warm-up step and the first after it have
+    the peak rate; the last step of the run has the least.
+    Source:  cosine: Loshchilov and Hutter 2017; constant, then a decay: Zhai et al. 2022
+             (arXiv 2106.04560), Haegele et al. 2024 (arXiv 2405.18392)
     """
     train = config.train
     warmup = min(train.warmup_steps, max(total_steps - 1, 0))
     if step < warmup:
         return peak_lr(config) * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    falling = train.decay_share * (total_steps - 1 - warmup)
+    left = total_steps - 1 - step
+    done = min(1.0, max(0.0, 1.0 - left / max(1.0, falling))) if falling > 0 else 0.0
     cosine = 0.5 * (1.0 + math.cos(math.pi * done))
     return peak_lr(config) * (train.min_lr_share + (1.0 - train.min_lr_share) * cosine)
 

@@ -27,6 +27,15 @@ def test_warm_up_is_linear_and_the_cosine_ends_at_its_floor():
     assert all(a >= b for a, b in zip(rates[3:], rates[4:], strict=False))
 
 
+def test_rate_stays_at_its_peak_until_the_last_share_of_the_steps():
+    rates = [learning_rate(s, 25, _config("train.decay_share=0.4")) for s in range(25)]
+    # steps 4 to 24 are 20 intervals, of which the last 8 fall: 16 to 24, half-way at 20
+    assert rates[4:17] == pytest.approx([0.1] * 13)
+    assert rates[20] == pytest.approx(0.05)
+    assert rates[24] == pytest.approx(0.0)
+    assert [learning_rate(s, 25, _config("train.decay_share=0")) for s in (4, 24)] == [0.1, 0.1]
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_runs_shorter_than_the_warm_up_have_a_positive_rate_at_every_step(steps):
     rates = [learning_rate(step, steps, _config()) for step in range(steps)]
