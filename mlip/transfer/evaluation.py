@@ -77,14 +77,14 @@ def evaluate_run(
     was_training = bool(model.training)
     model.eval()
     try:
-        results = _evaluate(
+        rows, results = _evaluate(
             *(model, config, manifest, tokenizer, linker, table, device), prototypes=prototypes
         )
     finally:
         model.train(was_training)
     facts = {
         "name": Path(config.run.dir).name,
-        "seed": config.run.seed,
+        "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
         "device": str(device),
         "commit": source_commit(),
@@ -95,7 +95,7 @@ def evaluate_run(
         "schema": SCHEMA,
         "run": facts,
         **results,
-        "fingerprints": fingerprints(model, config, manifest, tokenizer, table),
+        "fingerprints": fingerprints(model, config, manifest, tokenizer, table, rows),
         "versions": versions(),
         "config": to_dict(config),
     }
@@ -203,7 +203,8 @@ def _evaluate(
     table: Any,
     device: torch.device,
     prototypes: Tensor | None,
-) -> dict[str, Any]:
+) -> tuple[Array, dict[str, Any]]:
+    """(manifest rows that were scored, results)"""
     rows = choose_rows(config, manifest)
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
@@ -324,7 +325,7 @@ def _evaluate(
         shows_text=is_phantom or config.evaluate.show_text,
         shows_id=is_phantom,
     )
-    return results
+    return images.row_index, results
 
 
 def _by_class(

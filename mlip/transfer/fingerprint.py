@@ -14,6 +14,8 @@ import torch
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest
+from mlip.transfer.draws import SPLITS, splits_hash
+from mlip.transfer.interval import Array
 
 PACKAGES = ("torch", "numpy", "transformers", "scikit-learn", "deepspeed", "nvidia-dali-cuda130")
 
@@ -63,10 +65,24 @@ def hash_of_vocabulary(tokenizer: Any) -> str:
 
 
 def fingerprints(
-    model: torch.nn.Module, config: Config, manifest: Manifest, tokenizer: Any, table: Any
+    model: torch.nn.Module,
+    config: Config,
+    manifest: Manifest,
+    tokenizer: Any,
+    table: Any,
+    rows: Array,
 ) -> dict[str, str]:
+    """SHA-256 of all that an evaluation without training depends on.
+
+    rows     the rows that were scored
+    Returns: "splits" as a trained task has it (images of train, val and test, whether scored or
+             not); "rows" of the scored images alone: equal = the same patients, so comparable
+    """
+    of_split = {name: manifest.rows(name, with_report=False) for name in SPLITS}
     return {
         "weights": hash_of_weights(model),
+        "splits": splits_hash(manifest, of_split),
+        "rows": hash_of(sorted(manifest.image_path(row) for row in rows.tolist())),
         "settings": hash_of(to_dict(config)),
         "manifest": manifest.fingerprint,
         "preprocessing": hash_of(preprocessing(config)),

@@ -12,6 +12,7 @@ import torch
 
 from mlip.dataloading.phantom_types import CONCEPT_IDS
 from mlip.transfer import evaluate_run, save_results
+from mlip.transfer.draws import splits_hash
 from mlip.transfer.evaluation import choose_rows
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.summary import summary_lines
@@ -91,6 +92,28 @@ def test_fingerprints_name_weights_data_and_preprocessing() -> None:
         changed.scales.log_scale.add_(1e-6)
     assert results["fingerprints"]["weights"] == hash_of_weights(run.model)
     assert results["fingerprints"]["weights"] != hash_of_weights(changed)
+
+
+def test_a_result_names_its_splits_its_scored_rows_and_its_seed() -> None:
+    """The splits' hash is that of a trained task; one more image in any split changes it."""
+    import dataclasses
+
+    from mlip.transfer.fingerprint import fingerprints
+
+    run, results = small_run(), small_results()
+    rows = {name: run.manifest.rows(name, with_report=False) for name in ("train", "val", "test")}
+    found = results["fingerprints"]
+    assert found["splits"] == splits_hash(run.manifest, rows)
+    fewer = {**rows, "train": rows["train"][1:]}
+    assert found["splits"] != splits_hash(run.manifest, fewer)
+    assert results["run"]["seed"] == run.config.run.seed
+    assert {"weights", "splits", "rows", "preprocessing"} <= found.keys()
+    half = dataclasses.replace(
+        run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=9)
+    )
+    chosen = choose_rows(half, run.manifest)
+    other = fingerprints(run.model, half, run.manifest, run.tokenizer, run.table, chosen)
+    assert other["splits"] == found["splits"] and other["rows"] != found["rows"]
 
 
 def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error() -> None:
