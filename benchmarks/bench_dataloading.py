@@ -165,7 +165,7 @@ def loader_of(manifest_path: Path, kind: str, channels: int, workers: int) -> Lo
     )
     manifest = load_manifest(settings.data)
     vocabulary = Path(tempfile.mkdtemp(dir=manifest_path.parent)) / "tokenizer"
-    tokenizer = train_tokenizer([" ".join(SENTENCES)] * 4, 200, vocabulary)
+    tokenizer = train_tokenizer([" ".join(SENTENCES)] * 5, 200, vocabulary)
     nothing = NoLinks()
     return build_loader(
         settings,

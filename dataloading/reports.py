@@ -6,8 +6,9 @@ With mlip/encoders the only user of transformers, and only to read a foreign tok
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mlip.batch import STATES
+from mlip.dataloading.common_words import common_words
 from mlip.dataloading.report_text import (
     choose_sections,
     clean_report,
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
+logger = logging.getLogger("mlip")
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
@@ -159,21 +162,37 @@ def _special_tokens(directory: Path) -> dict[str, str]:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, directory: str | Path
+    texts: Iterable[str],
+    vocab_size: int,
+    directory: str | Path,
+    *,
+    patients: Iterable[Hashable] | None = None,
+    min_patients: int = 5,
+    public: Collection[str] = (),
 ) -> ReportTokenizer:
     """A lower-case WordPiece tokenizer trained on cleaned texts, saved, and loaded again.
 
-    The same texts in the same order give the same files, byte for byte.
+    patients: whose report each text is; None = each text has a patient of its own.
+    A word of fewer than min_patients patients' reports that is not public (lower case) is left out,
+    so no part of a name, id or date becomes a piece through it: it is read as the pieces of common
+    words that fit, in the end as single characters. The same texts give the same files, byte for
+    byte.
     Raises:  ValueError if there is no text or vocab_size cannot hold the characters.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    texts = [clean_report(text) for text in texts]
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
     characters: set[str] = set()
-    for text in texts:
-        characters.update(normalizer.normalize_str(text))
+
+    def words_of_reports() -> Iterable[tuple[Hashable, list[str]]]:
+        pairs = enumerate(texts) if patients is None else zip(patients, texts, strict=True)
+        for patient, text in pairs:
+            plain = normalizer.normalize_str(clean_report(text))
+            characters.update(plain)
+            yield patient, [word for word, _ in splitter.pre_tokenize_str(plain)]
+
+    common = common_words(words_of_reports(), min_patients, public)
     alphabet = sorted(c for c in characters if not c.isspace())
     if not alphabet:
         raise ValueError("tokenizer: expected at least one training report with text, got none")
@@ -186,8 +205,16 @@ def train_tokenizer(
             f"data.vocab_size={vocab_size}: expected more than the {len(first)} entries that "
             "special tokens and single characters take"
         )
+    logger.info(
+        "vocabulary: learnt from %d words; %d others (%.1f %% of the text) occur in the reports of "
+        "fewer than %d patients",
+        len(common.counts),
+        common.rare,
+        100 * common.rare_share,
+        min_patients,
+    )
     trainee = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    trainee.normalizer, trainee.pre_tokenizer = normalizer, splitter
+    trainee.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # the words are cut already
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=first,
@@ -195,7 +222,7 @@ def train_tokenizer(
         min_frequency=2,
         show_progress=False,
     )
-    trainee.train_from_iterator(texts, trainer)
+    trainee.train_from_iterator((f"{w} " * n for w, n in common.counts.items()), trainer)
     vocabulary = trainee.get_vocab()
     backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter

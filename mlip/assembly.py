@@ -21,7 +21,7 @@ from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_toke
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concepts import ConceptTable, load_concepts
-from mlip.knowledge.linker import Linker
+from mlip.knowledge.linker import Linker, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
@@ -74,8 +74,15 @@ def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer
         folder.parent.mkdir(parents=True, exist_ok=True)
         # evenly spaced: a million reports took minutes and 2 GiB for the same few thousand pieces
         rows = rows[:: -(-len(rows) // _VOCABULARY_REPORTS)]
-        texts = (manifest.text(int(row)) for row in rows)
-        train_tokenizer(texts, config.data.vocab_size, folder)
+        train_tokenizer(
+            (manifest.text(int(row)) for row in rows),
+            config.data.vocab_size,
+            folder,
+            patients=manifest.patient_key[rows].tolist(),
+            min_patients=config.data.vocab_min_patients,
+            # not the run's own table: that may be licensed, or hold names
+            public=lexicon_words(),
+        )
     distributed.barrier()
     return load_tokenizer(folder)
 

@@ -86,6 +86,8 @@ class Data:
     max_tokens: int = 112  # with [CLS] and [SEP]
     max_entities: int = 16  # linked mentions kept per report
     vocab_size: int = 4096  # of a vocabulary trained on the training split
+    # words of fewer patients' reports teach it no piece, so that no name becomes one
+    vocab_min_patients: int = 5
     sections: Literal["all", "findings", "impression"] = "all"
     empty_report: Literal["exclude", "image_only"] = "exclude"
     bad_share: float = 0.01  # stop with exit code 3 once more than this share of rows is bad

@@ -48,6 +48,7 @@ BOUNDS: dict[str, Range] = {
     "data.max_tokens": Range(3),  # [CLS], [SEP] and something to read
     "data.max_entities": FROM_1,
     "data.vocab_size": Range(100),  # five special tokens and an alphabet
+    "data.vocab_min_patients": FROM_1,
     "data.bad_share": SHARE,
     "data.workers": FROM_0,
     "data.prefetch": FROM_1,

@@ -44,7 +44,8 @@ def test_an_unknown_key_names_the_nearest_valid_one(key: str, nearest: str) -> N
 WRONG = """
 run.seed=abc run.seed=1.5 run.seed=-1 run.exact=1 run.threads=-1 run.timeout_s=0 run.dir=null run=3
 data.pipeline=fast data.channels=2 data.crop_px=0 data.crop_px=999 data.max_tokens=2 data.std=0
-data.mean=.inf data.vocab_size=0 data.max_entities=-1 data.bad_share=2 data.workers=-1
+data.mean=.inf data.vocab_size=0 data.vocab_min_patients=0 data.max_entities=-1 data.bad_share=2
+data.workers=-1
 data.prefetch=0 data.columns.image=null data.augment.brightness=1 data.augment.contrast=-0.1
 data.augment.rotation_degrees=-5 data.augment.sentence_dropout=1.5 data.phantom.studies=-1
 batch.global_pairs=1 batch.global_pairs=[32] batch.global_pairs=3.5 batch.micro_images=-1

@@ -258,6 +258,15 @@ def read_cues(path: Path = LEXICON_DIR / "_cues.yaml") -> dict[str, tuple[str, .
     return {kind: expand(lines) for kind, lines in content.items()}
 
 
+def lexicon_words() -> frozenset[str]:
+    """Every word of the project's own lexicon: terms, cues, definitions, plurals; lower case."""
+    table = load_concepts(None)
+    words = _words(table)
+    for concept in table:
+        words += _WORD.findall(concept.definition.lower())
+    return frozenset(form for word in words for form in (word, *_plurals(word)))
+
+
 def _words(table: ConceptTable) -> list[str]:
     """Every word of cues and terms, shorter ones first."""
     words: set[str] = set()

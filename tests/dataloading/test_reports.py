@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mlip.dataloading.reports import (
+    SPECIAL,
     ReportEncoder,
     ReportTokenizer,
     draw_sentences,
@@ -71,6 +72,53 @@ def test_pieces_never_cross_the_limit_of_the_vocabulary(tmp_path: Path) -> None:
         train_tokenizer(texts, 10, tmp_path / "b")
     with pytest.raises(ValueError, match="at least one training report"):
         train_tokenizer(["", "___"], 100, tmp_path / "c")
+
+
+def _planted(name: str, *, reports_of: tuple[int, ...]) -> tuple[list[str], list[int]]:
+    """Reports and their patients: twelve patients' plain ones, and one naming `name` for each
+    number of reports_of."""
+    texts = [f"Moderate cardiomegaly, film {i % 3}. No pneumothorax." for i in range(12)]
+    named = [f"{name} was seen on 17-03-1961, ward Xylophonia. Cardiomegaly." for _ in reports_of]
+    return [*texts, *named], [*range(12), *reports_of]
+
+
+@pytest.mark.parametrize("owners", [(50, 50, 50), (50, 51), (50, 51, 52, 53, 53, 53)])
+def test_a_word_of_few_patients_gives_no_piece_of_the_vocabulary(
+    tmp_path: Path, owners: tuple[int, ...]
+) -> None:
+    # what may stand in the vocabulary beyond single characters: parts of words of five patients
+    texts, patients = _planted("Zqwertus Obrovnik", reports_of=owners)
+    tokenizer = train_tokenizer(texts, 400, tmp_path / "t", patients=patients)
+    pieces = {p.removeprefix("##") for p in tokenizer.backend.get_vocab()} - set(SPECIAL)
+    common = "moderate cardiomegaly film no pneumothorax".split()
+    assert set(common) <= pieces
+    long = {piece for piece in pieces if len(piece) > 1}
+    assert all(any(piece in word for word in common) for piece in long)
+    saved = b"".join(f.read_bytes() for f in (tmp_path / "t").iterdir()).lower()
+    assert not any(part in saved for part in (b"zqw", b"wert", b"obr", b"vnik", b"1961"))
+    # and yet it is read, to the last character
+    (encoding,) = tokenizer.encode_batch(["Zqwertus 1961"])
+    assert tokenizer.unk_id not in encoding.ids
+    assert "".join(t.removeprefix("##") for t in encoding.tokens) == "zqwertus1961"
+
+
+def test_a_word_of_enough_patients_or_of_the_lexicon_is_a_piece(tmp_path: Path) -> None:
+    texts, patients = _planted("Zqwertus", reports_of=(50, 51, 52, 53, 54))
+    five = train_tokenizer(texts, 400, tmp_path / "five", patients=patients)
+    assert "zqwertus" in five.backend.get_vocab()
+    texts, patients = _planted("Zqwertus", reports_of=(50, 50))
+    public = train_tokenizer(texts, 400, tmp_path / "public", patients=patients, public={"ward"})
+    assert "ward" in public.backend.get_vocab() and "seen" not in public.backend.get_vocab()
+    lowered = train_tokenizer(texts, 400, tmp_path / "one", patients=patients, min_patients=1)
+    assert "zqwertus" in lowered.backend.get_vocab()
+
+
+def test_the_order_of_the_reports_does_not_change_the_vocabulary(tmp_path: Path) -> None:
+    texts, patients = _planted("Zqwertus", reports_of=(50, 51, 52, 53, 54))
+    train_tokenizer(texts, 400, tmp_path / "a", patients=patients)
+    train_tokenizer(texts[::-1], 400, tmp_path / "b", patients=patients[::-1])
+    for name in ("tokenizer.json", "vocab.txt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_missing_or_foreign_folder_is_named(tmp_path: Path) -> None:
