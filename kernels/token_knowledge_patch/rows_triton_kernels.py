@@ -36,6 +36,24 @@ def _unit_bwd(grad, unit, inverse):
 
 
 @triton.jit
+def _similarity(rows, entities, PRECISION: tl.constexpr):
+    """rows entities^T [R, K] of float32 rows [R, D] and entities [K, D], D a power of two."""
+    R: tl.constexpr = rows.shape[0]
+    K: tl.constexpr = entities.shape[0]
+    PARTS: tl.constexpr = min(8, rows.shape[1] // 32)
+    if K == 16 and PARTS > 1:
+        # [R, 16] is two tensor-core tiles for eight warps: one product keeps all of `rows` in every
+        # warp's registers, at D = 256 128 of a thread's 255 and 64 for entities (160 bytes went to
+        # the stack). Eighths of D, one a warp, need 16 and 16 and are added in a fixed order.
+        left = tl.permute(tl.reshape(rows, (R, PARTS, rows.shape[1] // PARTS)), (1, 0, 2))
+        right = tl.permute(tl.reshape(entities, (K, PARTS, rows.shape[1] // PARTS)), (1, 2, 0))
+        out = tl.sum(tl.dot(left, right, input_precision=PRECISION), 0)
+    else:  # more entities give every warp tiles of its own: there the parts spilled more
+        out = tl.dot(rows, tl.trans(entities), input_precision=PRECISION)
+    return out
+
+
+@triton.jit
 def _place(ptr, rows, columns, stride_r, stride_c):
     # 64 bits before the product: with D outermost even one column can lie 2^31 elements away
     return ptr + rows.to(tl.int64)[:, None] * stride_r + columns.to(tl.int64)[None, :] * stride_c
@@ -136,7 +154,7 @@ def _rows_fwd_kernel(
             entity_ptr, n, offs_k, real_k, stride_en, stride_ek, stride_ed, DIM, BLOCK_D
         )
         entity, _ = _unit(e)
-        raw = tl.dot(row, tl.trans(entity), input_precision=PRECISION)
+        raw = _similarity(row, entity, PRECISION)
         logit = tl.where(real_k[None, :], raw * tl.load(scale_ptr), MASKED)
         a = tl.exp(logit - tl.max(logit, 1)[:, None])
         # a text without entities has zero entity rows: its uniform softmax adds exactly nothing
@@ -204,7 +222,7 @@ def _rows_bwd_kernel(
             other=0.0,
         ).to(tl.float32)
         if HAS_ENTITY:
-            raw = tl.dot(token, tl.trans(entity), input_precision=PRECISION)
+            raw = _similarity(token, entity, PRECISION)
             logit = tl.where(real_k[None, :], raw * scale, MASKED)
             a = tl.exp(logit - tl.max(logit, 1)[:, None])
             a = a / tl.sum(a, 1)[:, None]
@@ -212,7 +230,7 @@ def _rows_bwd_kernel(
             row, inverse_r = _unit(tl.where(real_t[:, None], token + gain * added, 0.0))
             grad = _unit_bwd(grad, row, inverse_r)
             gain_sum += tl.sum(grad * added, 1)
-            a_grad = gain * tl.dot(grad, tl.trans(entity), input_precision=PRECISION)
+            a_grad = gain * _similarity(grad, entity, PRECISION)
             logit_grad = a * (a_grad - tl.sum(a * a_grad, 1)[:, None])
             scale_sum += tl.sum(logit_grad * raw, 1)
             logit_grad = logit_grad * scale

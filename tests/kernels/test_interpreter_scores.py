@@ -53,7 +53,7 @@ def test_loss_and_all_gradients_are_exact_and_masks_hide(pooling: str, aggregati
 @interpreted
 @pytest.mark.parametrize(
     ("images", "texts", "patches", "tokens", "entities", "dim"),
-    [(2, 3, 1, 1, 0, 32), (2, 2, 50, 17, 1, 96), (1, 2, 209, 2, 17, 20), (2, 1, 64, 33, 0, 16)],
+    [(2, 3, 1, 1, 1, 32), (2, 2, 50, 17, 5, 160), (1, 2, 209, 2, 17, 20), (2, 1, 64, 33, 0, 16)],
 )
 def test_any_size_is_exact(images, texts, patches, tokens, entities, dim) -> None:
     inputs = make_inputs(images, texts, patches, tokens, entities, dim, seed=3, masks=False)

@@ -42,8 +42,8 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
 def check(used: dict[str, Any]) -> None:
     assert used["shared"] <= SHARED_LIMIT[used["capability"]], used
     if used["op"] in ("rows", "patches"):
-        # passes over the inputs alone, a hundredth of the work: a few spilled words at D = 256
-        assert used["STACK"] <= 128, used
+        # passes over the inputs alone, a hundredth of the work: two spilled words at D = 256
+        assert used["STACK"] <= 32, used
         return
     if used["element"] == "bf16":
         assert used["STACK"] == 0 and used["STL"] == 0 and used["LDL"] == 0, used
@@ -139,7 +139,7 @@ def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
 
 
 # bf16 tokens at D = 128 and 256, then float32 tokens
-MOST_ENTITIES = {80: (64, 32, 16, 16), 86: (64, 16, 16, 0), 90: (128, 64, 64, 16)}
+MOST_ENTITIES = {80: (64, 32, 16, 16), 86: (64, 16, 16, 16), 90: (128, 64, 64, 16)}
 
 
 @pytest.mark.parametrize("capability", MOST_ENTITIES)
