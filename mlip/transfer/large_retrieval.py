@@ -16,13 +16,14 @@ from torch import Tensor
 from mlip.transfer.interval import Array, mean_estimate, not_available, patient_resamples
 from mlip.transfer.retrieval import CUTS, DIRECTIONS, chance_recall, rank_summary
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 16 * 2**20  # what is compared and sorted stays near the processor's caches
+CHUNK_COLUMNS = 1 << 14
 CLASS_CUTS = (5, 10, 50, 100)  # GLoRIA reports 5, 10, 100; ConVIRT's 8x200 set 5, 10, 50
 
 
 def _chunks(queries: int, candidates: int) -> tuple[int, int]:
     """Rows of queries and candidates whose float32 scores fit in CHUNK_BYTES."""
-    columns = min(candidates, 1 << 16)
+    columns = min(candidates, CHUNK_COLUMNS)
     return max(1, min(queries, CHUNK_BYTES // (4 * columns))), columns
 
 
@@ -36,31 +37,44 @@ def first_right_ranks(
     Shapes:  queries [Q, D], candidates [N, D] unit length
     Raises:  ValueError on values that are not finite, or a query without a right answer.
     """
-    for name, value in (("query", queries), ("candidate", candidates)):
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"retrieval: the {name} embeddings hold NaN or infinite values")
-    pair_q, pair_c = torch.as_tensor(query_pair), torch.as_tensor(candidate_pair)
     rows, columns = _chunks(len(queries), len(candidates))
+    for name, value in (("query", queries), ("candidate", candidates)):
+        # in parts: the test's own mask of a million rows would be larger than a chunk
+        if not all(bool(torch.isfinite(part).all()) for part in value.split(columns)):
+            raise ValueError(f"retrieval: the {name} embeddings hold NaN or infinite values")
+    # numbers of 32 bits: half of what a comparison of all pairs has to read
+    _, codes = np.unique(np.concatenate([query_pair, candidate_pair]), return_inverse=True)
+    pair_q, pair_c = torch.as_tensor(codes.astype(np.int32)).split([len(queries), len(candidates)])
     ranks, right = [], []
     for at in range(0, len(queries), rows):
         part, pair = queries[at : at + rows], pair_q[at : at + rows]
         best = torch.full((len(part),), -torch.inf)
         count = torch.zeros(len(part), dtype=torch.int64)
         for over in range(0, len(candidates), columns):
-            is_right = pair[:, None] == pair_c[None, over : over + columns]
+            query, answer = _right(pair, pair_c[over : over + columns])
+            if len(query) == 0:
+                continue
             score = part @ candidates[over : over + columns].T
-            best = torch.maximum(best, score.masked_fill(~is_right, -torch.inf).amax(dim=1))
-            count += is_right.sum(dim=1)
+            best.scatter_reduce_(0, query, score[query, answer], "amax")
+            count += torch.bincount(query, minlength=len(part))
         if not bool((count > 0).all()):
             raise ValueError("a query has no right answer among the candidates")
         rank = torch.ones(len(part), dtype=torch.int64)
         for over in range(0, len(candidates), columns):
-            is_right = pair[:, None] == pair_c[None, over : over + columns]
             score = part @ candidates[over : over + columns].T
-            rank += ((score >= best[:, None]) & ~is_right).sum(dim=1)
+            rank += (score >= best[:, None]).count_nonzero(dim=1)
+            query, answer = _right(pair, pair_c[over : over + columns])
+            also = query[score[query, answer] >= best[query]]
+            rank -= torch.bincount(also, minlength=len(part))
         ranks.append(rank)
         right.append(count)
     return torch.cat(ranks).numpy(), torch.cat(right).numpy()
+
+
+def _right(pair_q: Tensor, pair_c: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a query and a candidate are of one pair: indices of both."""
+    query, answer = (pair_q[:, None] == pair_c[None, :]).nonzero(as_tuple=True)
+    return query, answer
 
 
 def top_candidates(queries: Tensor, candidates: Tensor, most: int) -> Array:
@@ -77,12 +91,30 @@ def top_candidates(queries: Tensor, candidates: Tensor, most: int) -> Array:
         index = torch.empty(len(part), 0, dtype=torch.int64)
         for over in range(0, len(candidates), columns):
             own = part @ candidates[over : over + columns].T
-            place = torch.arange(over, over + own.shape[1]).expand(len(part), -1)
-            score, index = torch.cat([score, own], dim=1), torch.cat([index, place], dim=1)
+            place = _best_places(own, most)
+            score = torch.cat([score, own.gather(1, place)], dim=1)
+            index = torch.cat([index, place + over], dim=1)
             order = torch.argsort(score, dim=1, descending=True, stable=True)[:, :most]
             score, index = score.gather(1, order), index.gather(1, order)
         found.append(index)
     return torch.cat(found).numpy()
+
+
+def _best_places(score: Tensor, most: int) -> Tensor:
+    """The `most` best columns of each row (all where there are fewer), in ascending order.
+
+    A selection, not a sort of everything. Where several columns share the last score it takes any
+    of them; such rows are sorted in full, so that the first ones are taken.
+    """
+    if most >= score.shape[1]:
+        return torch.arange(score.shape[1]).expand(len(score), -1)
+    value, place = score.topk(most, dim=1, sorted=False)
+    place = place.sort(dim=1).values
+    tied = ((score >= value.amin(dim=1, keepdim=True)).count_nonzero(dim=1) > most).nonzero()[:, 0]
+    if len(tied):
+        whole = torch.argsort(score[tied], dim=1, descending=True, stable=True)[:, :most]
+        place[tied] = whole.sort(dim=1).values
+    return place
 
 
 def whole_retrieval(

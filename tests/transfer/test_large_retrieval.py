@@ -39,6 +39,20 @@ def test_chunks_give_the_ranks_of_the_whole_matrix(_small_chunks: None) -> None:
     np.testing.assert_array_equal(top_candidates(q, c, 9), order)
 
 
+def test_chunks_are_exact_where_most_scores_are_tied(_small_chunks: None) -> None:
+    """Small whole numbers: every score is exact and shared by many. Oracle: a stable sort."""
+    made = torch.Generator().manual_seed(3)
+    q = torch.randint(-1, 2, (40, 3), generator=made).float()
+    c = torch.randint(-1, 2, (300, 3), generator=made).float()
+    scores = (q @ c.T).numpy()
+    for most in (1, 4, 10, 299, 300):
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :most]
+        np.testing.assert_array_equal(top_candidates(q, c, most), order)
+    pair_q, pair_c = np.arange(40) % 7, np.arange(300) % 7
+    ranks, _ = first_right_ranks(q, c, pair_q, pair_c)
+    np.testing.assert_array_equal(ranks, first_right_rank(scores, pair_q, pair_c))
+
+
 def test_the_whole_pool_equals_one_pool_of_all_rows() -> None:
     q, c, pairs = _unit(30, 3), _unit(30, 4), np.arange(30) // 2
     ours = whole_retrieval(q, c, pairs, np.arange(30), bootstrap=20, seed=0)
