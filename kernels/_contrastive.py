@@ -21,7 +21,6 @@ from mlip.kernels._distributed import (
     group_rank,
     group_size,
     row_counts,
-    sum_over_group,
 )
 
 # rows are taken in chunks of at most this many logits: temporaries of 4 MB each, as fast as larger
@@ -71,13 +70,16 @@ def make_pairing(
     size, rank = group_size(group), group_rank(group)
     total = sum(counts)
 
-    def everywhere(x: Tensor | None) -> Tensor | None:
-        return x if x is None or size == 1 else gather(x, group, counts)
-
-    ids, texts = everywhere(pair_ids), everywhere(text_valid)
+    ids, images, texts = pair_ids, image_valid, text_valid
+    given = [x.long() for x in (ids, images, texts) if x is not None]
+    if size > 1 and given:
+        # one exchange for all three: to a small batch the number of exchanges is what costs
+        columns = list(gather(torch.stack(given, 1), group, counts).unbind(1))
+        texts = None if texts is None else columns.pop().bool()
+        images = None if images is None else columns.pop().bool()
+        ids = None if ids is None else columns.pop()
     anchor: Tensor | None = None
     if image_valid is not None or text_valid is not None:
-        images = everywhere(image_valid)
         both = [x for x in (images, texts) if x is not None]
         anchor = both[0] if len(both) == 1 else both[0] & both[1]
         count = anchor.sum().clamp(min=1).to(like.dtype)
@@ -91,9 +93,12 @@ def make_pairing(
 class Statistics:
     """What the backward pass needs beside the logits themselves."""
 
-    row_lse: Tensor  # [M] over an image's negatives
-    column_lse: Tensor  # [N] over a text's negatives
-    positive: Tensor  # [N]
+    row_lse: Tensor  # [..., N] over an image's negatives
+    column_lse: Tensor  # [..., N] over a text's negatives
+    positive: Tensor  # [..., N]
+
+    def __getitem__(self, index: int) -> Statistics:
+        return Statistics(self.row_lse[index], self.column_lse[index], self.positive[index])
 
 
 def chunk_bounds(rows: int, columns: int) -> list[tuple[int, int]]:
@@ -145,34 +150,43 @@ def logsumexp_statistics(
 def over_ranks(
     row: Tensor, column: Tensor, positive: Tensor, pairing: Pairing, group: Group
 ) -> Statistics:
-    """Statistics of the whole batch from this rank's rows and its part of the columns."""
-    size = group_size(group)
+    """Statistics of the whole batch from this rank's rows and its part of the columns.
+
+    Shapes:  row and positive [..., M], column [..., N], of any number of losses at once
+    """
+    counts = pairing.counts
+    size, longest = len(counts), max(counts)
     if size > 1:
-        positive = gather(positive, group, pairing.counts)
-        # gathered and added in rank order, so that every rank holds the same bits
-        column = torch.logsumexp(gather(column[None], group, [1] * size), 0)
+        # all three in one exchange, as wide as the longest rank
+        pad = (0, longest - row.shape[-1])
+        mine = torch.cat([F.pad(row, pad), F.pad(positive, pad), column], -1)
+        parts = gather(mine[None], group, [1] * size)
+        ranks = range(size)
+        row = torch.cat([parts[r, ..., : counts[r]] for r in ranks], -1)
+        positive = torch.cat([parts[r, ..., longest : longest + counts[r]] for r in ranks], -1)
+        # added in rank order, so that every rank holds the same bits
+        column = torch.logsumexp(parts[..., 2 * longest :], 0)
     return Statistics(row, column, positive)
 
 
-def _own(x: Tensor, rows: int, pairing: Pairing) -> Tensor:
-    return x[pairing.offset : pairing.offset + rows]
+def loss_value(stats: Statistics, pairing: Pairing) -> Tensor:
+    """The global losses [...], the same bits on every rank."""
+    # torch's own threshold of 20 would cost float64 its digits
+    row_terms = F.softplus(stats.row_lse - stats.positive, threshold=40.0) * pairing.weight
+    column_terms = F.softplus(stats.column_lse - stats.positive, threshold=40.0) * pairing.weight
+    return row_terms.sum(-1) + column_terms.sum(-1)
 
 
-def loss_value(stats: Statistics, pairing: Pairing, group: Group) -> Tensor:
-    """The global loss, the same bits on every rank."""
-    rows = stats.row_lse.shape[0]
-    own_weight = _own(pairing.weight, rows, pairing)
-    row_terms = F.softplus(stats.row_lse - _own(stats.positive, rows, pairing)) * own_weight
-    column_terms = F.softplus(stats.column_lse - stats.positive) * pairing.weight
-    return sum_over_group(row_terms.sum(), group) + column_terms.sum()
+def own_rows(x: Tensor, rows: int, pairing: Pairing) -> Tensor:
+    """This rank's entries of [..., N]."""
+    return x[..., pairing.offset : pairing.offset + rows]
 
 
-def pull(stats: Statistics, pairing: Pairing) -> tuple[Tensor, Tensor]:
+def pull(stats: Statistics, pairing: Pairing, rows: int) -> tuple[Tensor, Tensor]:
     """How strongly each anchor still pulls: sigmoid(lse - positive) * weight, [M] and [N]."""
-    rows = stats.row_lse.shape[0]
-    own = _own(stats.positive, rows, pairing)
-    row = torch.sigmoid(stats.row_lse - own) * _own(pairing.weight, rows, pairing)
-    return row, torch.sigmoid(stats.column_lse - stats.positive) * pairing.weight
+    row = torch.sigmoid(stats.row_lse - stats.positive) * pairing.weight
+    column = torch.sigmoid(stats.column_lse - stats.positive) * pairing.weight
+    return own_rows(row, rows, pairing), column
 
 
 def finite(lse: Tensor) -> Tensor:
@@ -185,12 +199,13 @@ def logits_gradient(
 ) -> Tensor:
     """d loss / d logits of a chunk, overwriting the logits `z` [c, N]."""
     stop = start + z.shape[0]
+    first = pairing.offset + start
     row_pull, column_pull = pulls
-    row_lse, column_lse = finite(stats.row_lse[start:stop]), finite(stats.column_lse)
+    row_lse = finite(stats.row_lse[first : first + stop - start])
+    column_lse = finite(stats.column_lse)
     _mask_in_place(z, start, pairing)
     grad = torch.exp(z - row_lse[:, None]).mul_(row_pull[start:stop, None])
     grad.add_(z.sub_(column_lse).exp_().mul_(column_pull))
-    first = pairing.offset + start
     pulled = row_pull[start:stop] + column_pull[first : first + stop - start]
     grad.diagonal(first).copy_(pulled.neg_())
     return grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mlip.kernels._contrastive import (
     loss_value,
     make_pairing,
     over_ranks,
+    own_rows,
     pull,
 )
 from mlip.kernels._dispatch import resolve
@@ -87,44 +89,81 @@ def _(image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull,
 
 
 class _InfoNCE(torch.autograd.Function):
+    """The mean loss over all pairings of image views [V, B, D] with text views [U, B, D]."""
+
     @staticmethod
-    def forward(ctx: Any, image, text, scale, pair_ids, group, is_triton):
-        pairing = make_pairing(scale.new_empty((image.shape[0], 0)), pair_ids, None, None, group)
-        every = gather(text, group, pairing.counts)
-        if is_triton:
-            parts = _statistics(image, every, scale, pairing.ids, pairing.offset)
-        else:
-            parts = reference.statistics(image, every, scale, pairing)
-        row, column, positive = parts
+    def forward(ctx: Any, images, texts, scale, pair_ids, group, is_triton):
+        rows = images.shape[1]
+        pairing = make_pairing(scale.new_empty((rows, 0)), pair_ids, None, None, group)
+        every = _gather_views(texts, group, pairing.counts)
+        parts = []
+        for image in images:
+            for text in every:
+                if is_triton:
+                    part = _statistics(image, text, scale, pairing.ids, pairing.offset)
+                else:
+                    part = reference.statistics(image, text, scale, pairing)
+                parts.append(part)
+        row, column, positive = (torch.stack(x) for x in zip(*parts, strict=True))
         stats = over_ranks(row, column, positive, pairing, group)
         ctx.save_for_backward(
-            image, text, scale, stats.row_lse, stats.column_lse, stats.positive,
+            images, texts, scale, stats.row_lse, stats.column_lse, stats.positive,
             pairing.weight, pairing.ids,
         )  # fmt: skip
         ctx.counts, ctx.offset = pairing.counts, pairing.offset
         ctx.group, ctx.is_triton = group, is_triton
-        return loss_value(stats, pairing, group)
+        return loss_value(stats, pairing).mean()
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
-        image, text, scale, row_lse, column_lse, positive, weight, ids = ctx.saved_tensors
+        images, texts, scale, row_lse, column_lse, positive, weight, ids = ctx.saved_tensors
         stats = Statistics(row_lse, column_lse, positive)
         pairing = Pairing(ctx.counts, ctx.offset, ids, None, None, None, weight)
-        every = gather(text, ctx.group, pairing.counts)
-        grad = sum_over_group(grad, ctx.group)
+        every = _gather_views(texts, ctx.group, pairing.counts)
+        grad = sum_over_group(grad, ctx.group) / row_lse.shape[0]
         want_scale = ctx.needs_input_grad[2]
-        if ctx.is_triton:
-            image_grad, text_grad, scale_grad = _gradients(
-                image, every, scale, grad, ids, finite(row_lse), finite(column_lse),
-                *pull(stats, pairing), ctx.offset, want_scale,
-            )  # fmt: skip
-        else:
-            image_grad, text_grad, scale_grad = reference.gradients(
-                image, every, scale, grad, stats, pairing, want_scale
-            )
-        text_grad = reduce_rows(text_grad, ctx.group, pairing.counts).to(text.dtype)
-        return image_grad, text_grad, scale_grad, None, None, None
+        rows = images.shape[1]
+        image_grads: dict[int, Tensor] = {}
+        text_grads: dict[int, Tensor] = {}
+        scale_grad = torch.zeros_like(scale)
+        for v, image in enumerate(images):
+            for u, text in enumerate(every):
+                own = stats[v * texts.shape[0] + u]
+                if ctx.is_triton:
+                    row_pull, column_pull = pull(own, pairing, rows)
+                    made = _gradients(
+                        image, text, scale, grad, ids,
+                        finite(own_rows(own.row_lse, rows, pairing)).contiguous(),
+                        finite(own.column_lse), row_pull.contiguous(), column_pull, ctx.offset,
+                        want_scale,
+                    )  # fmt: skip
+                else:
+                    made = reference.gradients(image, text, scale, grad, own, pairing, want_scale)
+                image_grads[v] = _add(image_grads.get(v), made[0])
+                text_grads[u] = _add(text_grads.get(u), made[1])
+                scale_grad = scale_grad + made[2]
+        text_grad = torch.stack(
+            list(text_grads.values()), 1
+        )  # [N, U, D], rows first for the exchange
+        text_grad = reduce_rows(text_grad, ctx.group, pairing.counts).to(texts.dtype)
+        image_grad = torch.stack(list(image_grads.values())).to(images.dtype)
+        return image_grad, text_grad.transpose(0, 1), scale_grad, None, None, None
+
+
+def _gather_views(texts: Tensor, group: Group, counts: list[int]) -> Sequence[Tensor]:
+    """Every rank's rows of each text view, in one exchange: [U, B, D] -> U of [N, D]."""
+    if len(counts) == 1:
+        return list(texts)
+    every = gather(texts.transpose(0, 1), group, counts)
+    return [view.contiguous() for view in every.unbind(1)]
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    # in float32 or better: bfloat16 would round after every view
+    if total is None:
+        return part
+    return (total if total.dtype == torch.float64 else total.float()) + part
 
 
 def _check(image_features: Tensor, text_features: Tensor, group: Group) -> None:
@@ -172,14 +211,46 @@ def info_nce_loss(
     Each rank's gradients are W times the true ones, so data-parallel averaging gives the gradient
     of the whole batch. On a GPU every rank must pass equal shapes.
     """
-    _check(image_features, text_features, group)
-    dim, device = image_features.shape[1], image_features.device
-    dtypes = (image_features.dtype, text_features.dtype)
+    return info_nce_views_loss(
+        [image_features], [text_features], logit_scale, pair_ids=pair_ids, group=group, impl=impl
+    )
+
+
+def info_nce_views_loss(
+    image_views: Sequence[Tensor],
+    text_views: Sequence[Tensor],
+    logit_scale: float | Tensor,
+    *,
+    pair_ids: Tensor | None = None,
+    group: Group = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The mean of info_nce_loss over every pairing of an image view with a text view.
+
+    One exchange over the ranks serves all pairings: 7 collectives forward and backward instead of
+    7 a pairing.
+
+    Shapes:  image_views V of [B, D], text_views U of [B, D], unit length; the rest as in
+             info_nce_loss
+    Returns: scalar in nats
+    Source:  views as in DeCLIP (Li et al. 2022, arXiv 2110.05208), section 3.2; the shared exchange
+             is ours
+    """
+    views = [*image_views, *text_views]
+    if not image_views or not text_views:
+        raise ValueError(
+            f"expected at least one image view and one text view, got {len(image_views)} and "
+            f"{len(text_views)}"
+        )
+    for view in views:
+        _check(image_views[0], view, group)
+    dim, device = views[0].shape[1], views[0].device
+    dtypes = {view.dtype for view in views}
     refusal = None
     if torch.float64 in dtypes:
         refusal = "the inputs are float64, and the kernels work in float32"
     # float16 becomes bfloat16 as well: gradients of 1 / B^2 would underflow it
-    is_narrow = dtypes != (torch.float32, torch.float32) or torch.is_autocast_enabled(device.type)
+    is_narrow = dtypes != {torch.float32} or torch.is_autocast_enabled(device.type)
     largest = MAX_TRITON_DIM if is_narrow else MAX_TRITON_DIM_FLOAT32
     if dim > largest and refusal is None:
         refusal = f"D={dim} is above {largest}, the largest that fits on chip"
@@ -188,9 +259,10 @@ def info_nce_loss(
     compute = torch.bfloat16 if is_triton and is_narrow else wide
     scale = scalar_tensor("logit_scale", logit_scale, wide, device)
     with torch.autocast(device.type, enabled=False):
-        image = image_features.to(compute).contiguous()
-        text = text_features.to(compute).contiguous()
-        return _InfoNCE.apply(image, text, scale, pair_ids, group, is_triton)
+        images, texts = (
+            torch.stack([view.to(compute) for view in side]) for side in (image_views, text_views)
+        )
+        return _InfoNCE.apply(images, texts, scale, pair_ids, group, is_triton)
 
 
 class ClipLoss(nn.Module):

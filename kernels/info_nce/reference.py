@@ -40,7 +40,7 @@ def gradients(
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d image [M, D], this rank's part of d text [N, D], d logit_scale [])."""
-    pulls = pull(stats, pairing)
+    pulls = pull(stats, pairing, image_MD.shape[0])
     image_grad = torch.empty_like(image_MD)
     text_grad = torch.zeros_like(text_ND)
     scale_grad = torch.zeros_like(logit_scale)

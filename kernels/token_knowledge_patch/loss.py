@@ -45,14 +45,14 @@ class _ContrastiveFromScores(torch.autograd.Function):
         stats = over_ranks(row, column, positive, pairing, group)
         ctx.save_for_backward(scores, logit_scale)
         ctx.stats, ctx.pairing, ctx.group = stats, pairing, group
-        return loss_value(stats, pairing, group)
+        return loss_value(stats, pairing)
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
         scores, logit_scale = ctx.saved_tensors
         grad = sum_over_group(grad, ctx.group)
-        pulls = pull(ctx.stats, ctx.pairing)
+        pulls = pull(ctx.stats, ctx.pairing, scores.shape[0])
         out, scale_grad = torch.empty_like(scores), torch.zeros_like(logit_scale)
         for start, stop in chunk_bounds(*scores.shape):
             dz = scores[start:stop] * logit_scale

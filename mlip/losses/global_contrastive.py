@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.divergence import DivergenceEncoder
-from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels.info_nce import info_nce_views_loss
 from mlip.losses.context import LossContext, mean_over_ranks
 
 
@@ -35,24 +35,20 @@ class GlobalContrastive(nn.Module):
         image = context.features.image.embedding
         text = context.features.text.embedding
 
-        def nce(image_features: Tensor, text_features: Tensor) -> Tensor:
-            return info_nce_loss(
-                image_features,
-                text_features,
-                context.scales.logit_scale(),
-                pair_ids=context.batch.pair_id,
-                group=context.group,
-            )
-
-        plain = nce(image, text)
-        if not (self.has_views and self.training):
-            return plain
-        keys = {"seed": context.seed, "step": context.step}
-        index = context.batch.global_index
-        image_view, image_divergence = self.divergence_image(image, index, **keys)
-        text_view, text_divergence = self.divergence_text(text, index, **keys)
-        divergence_B = 0.5 * (image_divergence + text_divergence)
-        is_counted_B = index >= 0
-        context.regularisers["divergence"] = mean_over_ranks(divergence_B, is_counted_B)
-        views = nce(image_view, text) + nce(image, text_view) + nce(image_view, text_view)
-        return 0.25 * (plain + views)
+        images, texts = [image], [text]
+        if self.has_views and self.training:
+            keys = {"seed": context.seed, "step": context.step}
+            index = context.batch.global_index
+            image_view, image_divergence = self.divergence_image(image, index, **keys)
+            text_view, text_divergence = self.divergence_text(text, index, **keys)
+            divergence_B = 0.5 * (image_divergence + text_divergence)
+            context.regularisers["divergence"] = mean_over_ranks(divergence_B, index >= 0)
+            images.append(image_view)
+            texts.append(text_view)
+        return info_nce_views_loss(
+            images,
+            texts,
+            context.scales.logit_scale(),
+            pair_ids=context.batch.pair_id,
+            group=context.group,
+        )

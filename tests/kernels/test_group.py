@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlip.kernels._distributed import gather_rows
-from mlip.kernels.info_nce import ClipLoss, info_nce_loss
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss
 from mlip.kernels.token_knowledge_patch import (
     contrastive_loss_from_scores,
     token_knowledge_patch_loss,
@@ -81,6 +81,17 @@ def _run(
             made["image"], made["text"], scale, pair_ids=ids, group=group, impl=impl
         )
         return _collect(loss, made)
+    if case == "info_nce_views":
+        ids, scale = made["pair_ids"], made["logit_scale"]
+        views = {f"image{i}": made["patches"][:, i].detach() for i in range(2)}
+        views |= {f"text{i}": made["tokens"][:, i].detach() for i in range(2)}
+        made = {
+            k: torch.nn.functional.normalize(v, dim=-1).requires_grad_() for k, v in views.items()
+        }
+        images, texts = [made["image0"], made["image1"]], [made["text0"], made["text1"]]
+        made["scale"] = scale
+        loss = info_nce_views_loss(images, texts, scale, pair_ids=ids, group=group, impl=impl)
+        return _collect(loss, made)
     if case == "two_losses":
         ids, scale = made.pop("pair_ids"), made.pop("logit_scale")
         s = token_knowledge_patch_scores(**made, group=group)
@@ -91,8 +102,10 @@ def _run(
     return _collect(loss, made)
 
 
-ALL = [*CASES, "two_losses", "info_nce"]
-INTERPRETED = ["attention_lse", "info_nce"] if importlib.util.find_spec("triton") else []
+ALL = [*CASES, "two_losses", "info_nce", "info_nce_views"]
+INTERPRETED = (
+    ["attention_lse", "info_nce", "info_nce_views"] if importlib.util.find_spec("triton") else []
+)
 
 
 def _work(rank: int, folder: Path) -> None:

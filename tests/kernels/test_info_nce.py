@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.kernels import _contrastive
-from mlip.kernels.info_nce import ClipLoss, info_nce_loss
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss
 from tests.kernels.oracle import contrastive, relative_error
 
 MACHINE = 1e-12
@@ -40,6 +40,26 @@ def test_loss_and_gradients_equal_cross_entropy(count: int, with_ids: bool) -> N
     )
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm().item() <= MACHINE * (1 + b.norm().item())
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (2, 2), (3, 1)])
+def test_views_give_the_mean_over_all_pairings(counts: tuple[int, int]) -> None:
+    """Oracle: cross-entropy of every pairing by itself, float64."""
+    images = [unit(7, 5, seed).requires_grad_() for seed in range(counts[0])]
+    texts = [unit(7, 5, 10 + seed).requires_grad_() for seed in range(counts[1])]
+    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(7) // 2
+    leaves = [*images, *texts, scale]
+    want = torch.stack([contrastive(scale * x @ y.T, ids) for x in images for y in texts]).mean()
+    got = info_nce_views_loss(images, texts, scale, pair_ids=ids)
+    grads = (torch.autograd.grad(loss, leaves) for loss in (got, want))
+    for a, b in zip([got, *next(grads)], [want, *next(grads)], strict=True):
+        assert (a - b).norm().item() <= MACHINE * (1 + b.norm().item())
+
+
+def test_no_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one image view"):
+        info_nce_views_loss([], [unit(2, 5, 0)], 1.0)
 
 
 def test_gradcheck_holds_in_features_and_scale() -> None:
