@@ -9,12 +9,14 @@ from typing import Any
 
 from mlip.config import Config, ConfigError
 from mlip.dataloading.manifest import load_manifest
-from mlip.pretrained import PretrainedError, open_checkpoint
+from mlip.pretrained import Pretrained, PretrainedError, open_checkpoint
 from mlip.report_transfer import write_transfer_page
 from mlip.transfer.evaluation import save_results
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
 from mlip.transfer.protocol import transfer_run
 from mlip.transfer.table import table_lines
+
+SEED = "{seed}"
 
 
 def evaluate_transfer(
@@ -37,8 +39,12 @@ def evaluate_transfer(
 
 
 def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any]]:
-    """(settings with the checkpoint's tower, its vision encoder or None, facts of its training)."""
+    """(settings with the checkpoint's tower, its encoder by seed or None, facts of its training).
+
+    "{seed}" in the checkpoint's path stands for each of transfer.seeds: pre-trainings of their own.
+    """
     start, where = config.transfer.start, config.evaluate.checkpoint
+    seeds = config.transfer.seeds
     if start == "imagenet" or (start == "random" and where is None):
         return config, None, {}
     if where is None:
@@ -46,17 +52,37 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
             "transfer.start=checkpoint: say which one with checkpoint=DIR, or set transfer.start "
             "to random or imagenet"
         )
+    if SEED in str(where):
+        opened = {
+            seed: _open(config, str(where).replace(SEED, str(seed)), device) for seed in seeds
+        }
+    else:
+        opened = dict.fromkeys(seeds, _open(config, where, device))
+    first = opened[seeds[0]]
+    for seed, own in opened.items():
+        if own.config.model.vision != first.config.model.vision:
+            raise PretrainedError(
+                f"{where}: the image towers of seeds {seeds[0]} and {seed} differ: expected one "
+                "design over all seeds"
+            )
+    towers = dataclasses.replace(config, model=first.config.model)
+    # a random start takes the checkpoint's shape and nothing of its training
+    facts = dict(first.facts) if start == "checkpoint" else {}
+    if facts and SEED in str(where):
+        facts["checkpoint"] = str(where)
+    return towers, {seed: own.model.vision for seed, own in opened.items()}, facts
+
+
+def _open(config: Config, where: Any, device: str) -> Pretrained:
     opened = open_checkpoint(
         where,
         device=device,
         lexicon=config.knowledge.lexicon,
         weights_of=config.evaluate.weights,
     )
-    if start == "checkpoint":
+    if config.transfer.start == "checkpoint":
         check_preprocessing(config, opened.config, where)
-    towers = dataclasses.replace(config, model=opened.config.model)
-    # a random start takes the checkpoint's shape and nothing of its training
-    return towers, opened.model.vision, opened.facts if start == "checkpoint" else {}
+    return opened
 
 
 def check_preprocessing(asked: Config, trained: Config, where: str) -> None:

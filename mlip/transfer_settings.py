@@ -52,6 +52,8 @@ class Transfer:
     probe: Literal["adamw", "logistic"] = "adamw"  # logistic: L-BFGS, its strength chosen on val
     epochs: int = 50
     max_steps: int = 0  # of one fit; 0 = by epochs
+    epoch_steps: int = 0  # fewest steps between two looks at val: small draws are gone over again
+    precision: Literal["fp32", "bf16"] = "fp32"  # of convolutions for masks and boxes
     batch: int = 48
     lr: float = 5e-4
     encoder_lr: float = 0.0  # of a tuned encoder; 0 = lr
@@ -65,7 +67,7 @@ class Transfer:
     score_cut: float = 0.001  # boxes below it are left out of the strict score
     compat_score_cut: float = 0.5  # of the published form
     iou_thresholds: tuple[float, ...] = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
-    cache_gib: float = 4.0  # decoded images kept in memory
+    cache_gib: float = 4.0  # decoded images kept, and as much again of a frozen encoder's levels
 
     def __post_init__(self) -> None:
         # files are merged key by key: null is how a later one takes a class away
@@ -120,6 +122,12 @@ def check(transfer: Transfer) -> None:
     require(0.0 <= transfer.val_share < 1.0, "transfer.val_share: expected 0 to below 1")
     for name in ("epochs", "batch"):
         require(getattr(transfer, name) >= 1, f"transfer.{name}: expected 1 or more")
+    for name in ("max_steps", "epoch_steps"):
+        require(getattr(transfer, name) >= 0, f"transfer.{name}: expected 0 or more")
+    require(
+        not (transfer.precision == "bf16" and transfer.task == "classification"),
+        "transfer.precision=bf16 is for segmentation and detection; set transfer.precision=fp32",
+    )
     require(transfer.patience >= 1, "transfer.patience: expected 1 epoch or more")
     require(
         not (transfer.task == "classification" and not transfer.classes),

@@ -6,6 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlip.transfer.interval import Array
+
+BLOCK = 200  # boxes compared with each other at once
+
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of corners x0, y0, x1, y1; 0 where a box has no area.
@@ -29,14 +33,23 @@ def keep_best(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, most: i
     """
     order = torch.argsort(scores, descending=True, stable=True)
     boxes, labels = boxes[order], labels[order]
-    overlaps = ((box_iou(boxes, boxes) > iou) & (labels[:, None] == labels[None, :])).numpy()
-    alive = np.ones(len(order), dtype=bool)
-    kept: list[int] = []
-    for i in range(len(order)):
-        if not alive[i]:
-            continue
-        kept.append(i)
+    kept = torch.empty(0, dtype=torch.int64)
+    # in blocks: most of a thousand boxes come after the last that is kept
+    for start in range(0, len(order), BLOCK):
+        own = torch.arange(start, min(start + BLOCK, len(order)))
+
+        def overlaps(others: Tensor, own: Tensor = own) -> Array:
+            same = labels[others][:, None] == labels[own][None, :]
+            return ((box_iou(boxes[others], boxes[own]) > iou) & same).numpy()
+
+        alive: Array = ~np.any(overlaps(kept), axis=0)
+        among = overlaps(own)
+        chosen: list[int] = []
+        for i in range(len(own)):
+            if alive[i] and len(kept) + len(chosen) < most:
+                chosen.append(start + i)
+                alive &= ~among[i]
+        kept = torch.cat([kept, torch.tensor(chosen, dtype=torch.int64)])
         if len(kept) == most:
             break
-        alive &= ~overlaps[i]
-    return order[torch.tensor(kept, dtype=torch.int64)]
+    return order[kept]

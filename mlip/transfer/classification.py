@@ -142,11 +142,12 @@ class Classification:
             )
 
         def losses(epoch: int) -> Iterator[Tensor]:
-            for rows in shuffled_batches(train, transfer.batch, seed, epoch):
+            fewest = transfer.epoch_steps
+            for number, rows in shuffled_batches(train, transfer.batch, seed, epoch, fewest):
                 if is_frozen:
                     x = self.features(start, encoder, rows).to(self.device)
                 else:
-                    x = encoder.pooled(crops.batch(rows, epoch).to(self.device))
+                    x = encoder.pooled(crops.batch(rows, number).to(self.device))
                 yield label_loss(head(x), target(rows).to(self.device), transfer.exclusive)
 
         def validate() -> tuple[float, float | None]:

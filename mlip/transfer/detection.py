@@ -76,17 +76,18 @@ class Detection(FramedTask):
         return np.array([len(self.truth(r).corners) > 0 for r in rows.tolist()], dtype=bool)
 
     def _inputs(
-        self, rows: Array, epoch: int | None, seed: int
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Images, boxes and labels of a batch; augmented together where an epoch is given."""
-        image, matrices = self._pictures(rows, epoch, seed)
+        self, encoder: Encoder, rows: Array, epoch: int | None, seed: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The encoder's levels, boxes and labels of a batch; augmented together where an epoch is
+        given."""
+        levels, matrices = self._levels(encoder, rows, epoch, seed)
         boxes, labels = [], []
         for row, matrix in zip(rows.tolist(), matrices, strict=True):
             truth = self.truth(row)
             corners, kept = warp_boxes(truth.corners, matrix, self.side)
             boxes.append(torch.from_numpy(corners.astype(np.float32)))
             labels.append(torch.from_numpy(truth.labels[kept]))
-        return image, boxes, labels
+        return levels, boxes, labels
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> Found per image, record)"""
@@ -101,23 +102,31 @@ class Detection(FramedTask):
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)
         torch.manual_seed(seed)
-        head = YoloHead(encoder, self.side, len(self.classes), transfer.decoder_width)
-        head = head.to(self.device)
+        head = self._head(YoloHead(encoder, self.side, len(self.classes), transfer.decoder_width))
+        self._start(start.weights_hash)
 
         def loss_of(outputs: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Tensor:
             return yolo_loss(outputs, head, boxes, labels, transfer.box_loss)
 
+        def predicted(levels: list[Tensor]) -> list[Tensor]:
+            with self._precision():
+                raw = head(levels)
+            return [r.float() for r in raw]
+
         def losses(epoch: int) -> Iterator[Tensor]:
-            for rows in shuffled_batches(train, transfer.batch, seed, epoch):
-                image, boxes, labels = self._inputs(rows, epoch if transfer.augment else None, seed)
-                yield loss_of(head(encoder.levels(image)), boxes, labels)
+            fewest = transfer.epoch_steps
+            for number, rows in shuffled_batches(train, transfer.batch, seed, epoch, fewest):
+                drawn = number if transfer.augment else None
+                levels, boxes, labels = self._inputs(encoder, rows, drawn, seed)
+                yield loss_of(predicted(levels), boxes, labels)
 
         def outputs(rows: Array) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
             for at in range(0, len(rows), transfer.batch):
                 part = rows[at : at + transfer.batch]
-                image, boxes, labels = self._inputs(part, None, seed)
                 with torch.no_grad():
-                    yield len(part), head(encoder.levels(image)), boxes, labels
+                    levels, boxes, labels = self._inputs(encoder, part, None, seed)
+                    raw = predicted(levels)
+                yield len(part), raw, boxes, labels
 
         def predict(rows: Array) -> list[Found]:
             return [

@@ -51,11 +51,20 @@ class Record:
         }
 
 
-def shuffled_batches(rows: Array, size: int, seed: int, epoch: int) -> Iterator[Array]:
-    """The rows in batches, in an order that (seed, epoch) decides."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(rows))
-    for start in range(0, len(rows), size):
-        yield rows[order[start : start + size]]
+def shuffled_batches(
+    rows: Array, size: int, seed: int, epoch: int, fewest: int = 0
+) -> Iterator[tuple[int, Array]]:
+    """(pass over the rows, batch), in an order that (seed, pass) decides.
+
+    fewest  an epoch goes over the rows again, in a new order, until it has had that many batches:
+            a draw of 20 images would else look at all of val after every second step
+    """
+    of_pass = math.ceil(len(rows) / size)
+    passes = max(1, math.ceil(fewest / of_pass))
+    for number in range((epoch - 1) * passes + 1, epoch * passes + 1):
+        order = np.random.default_rng((seed, number)).permutation(len(rows))
+        for start in range(0, len(rows), size):
+            yield number, rows[order[start : start + size]]
 
 
 def parameter_groups(head: nn.Module, encoder: nn.Module | None, transfer: Transfer) -> list[Any]:

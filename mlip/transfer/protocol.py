@@ -45,7 +45,7 @@ TASKS: dict[str, Any] = {
 def transfer_run(
     config: Config,
     manifest: Manifest,
-    vision: VisionEncoder | None,
+    vision: VisionEncoder | Mapping[int, VisionEncoder] | None,
     *,
     facts: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -53,7 +53,8 @@ def transfer_run(
 ) -> dict[str, Any]:
     """The task of config.transfer, trained for every fraction and seed and scored on test.
 
-    vision   the checkpoint's encoder (None: transfer.start is imagenet or random)
+    vision   the checkpoint's encoder, or one for each of transfer.seeds where every seed has a
+             pre-training of its own (None: transfer.start is imagenet or random)
     facts    what is known of its training: step, pairs_seen, checkpoint
     Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
              fits}], "fingerprints", "versions", "config", "pictures"}
@@ -75,7 +76,8 @@ def transfer_run(
             fits, predictions = [], []
             task.transfer = at_fraction(transfer, percent)
             for seed in transfer.seeds:
-                start = open_start(config, vision, dict(facts or {}), seed)
+                own = vision[seed] if isinstance(vision, Mapping) else vision
+                start = open_start(config, own, dict(facts or {}), seed)
                 used[seed] = start.weights_hash
                 rows = _training_rows(config, manifest, task, splits, percent, seed)
                 fitted, record = task.fit(start, rows, splits.val, seed)

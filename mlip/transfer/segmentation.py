@@ -80,14 +80,16 @@ class Segmentation(FramedTask):
     def positive(self, rows: Array) -> Array:
         return np.array([(self.mask(r) == INSIDE).any() for r in rows.tolist()], dtype=bool)
 
-    def _inputs(self, rows: Array, epoch: int | None, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and masks of a batch; augmented together where an epoch is given."""
-        image, matrices = self._pictures(rows, epoch, seed)
+    def _inputs(
+        self, encoder: Encoder, rows: Array, epoch: int | None, seed: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The encoder's levels and masks of a batch; augmented together where an epoch is given."""
+        levels, matrices = self._levels(encoder, rows, epoch, seed)
         masks = [
             warp(self.mask(row), matrix, nearest=True)
             for row, matrix in zip(rows.tolist(), matrices, strict=True)
         ]
-        return image, torch.from_numpy(np.stack(masks)).to(self.device)
+        return levels, torch.from_numpy(np.stack(masks)).to(self.device)
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> logits in batches, record)"""
@@ -97,19 +99,26 @@ class Segmentation(FramedTask):
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)
         torch.manual_seed(seed)
-        decoder = make_decoder(encoder, self.side, 1, transfer.decoder_width).to(self.device)
+        decoder = self._head(make_decoder(encoder, self.side, 1, transfer.decoder_width))
+        self._start(start.weights_hash)
 
         def losses(epoch: int) -> Iterator[Tensor]:
-            for rows in shuffled_batches(train, transfer.batch, seed, epoch):
-                image, masks = self._inputs(rows, epoch if transfer.augment else None, seed)
-                yield mask_loss(decoder(encoder.levels(image)), masks)
+            fewest = transfer.epoch_steps
+            for number, rows in shuffled_batches(train, transfer.batch, seed, epoch, fewest):
+                drawn = number if transfer.augment else None
+                levels, masks = self._inputs(encoder, rows, drawn, seed)
+                with self._precision():
+                    shown = decoder(levels)
+                yield mask_loss(shown.float(), masks)
 
         def logits(rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
             for at in range(0, len(rows), transfer.batch):
                 part = rows[at : at + transfer.batch]
-                image, masks = self._inputs(part, None, seed)
                 with torch.no_grad():
-                    yield part, decoder(encoder.levels(image)), masks
+                    levels, masks = self._inputs(encoder, part, None, seed)
+                    with self._precision():
+                        shown = decoder(levels)
+                yield part, shown.float(), masks
 
         def validate() -> tuple[float, float | None]:
             total, counts = 0.0, []

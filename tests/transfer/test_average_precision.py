@@ -141,3 +141,21 @@ def test_overlap_and_suppression_by_hand() -> None:
     assert keep_best(boxes, scores, labels, 0.5, 100).tolist() == [1, 3, 2]
     assert keep_best(boxes, scores, labels, 0.5, 2).tolist() == [1, 3]
     assert keep_best(boxes[:0], scores[:0], labels[:0], 0.5, 100).tolist() == []
+
+
+def test_suppression_in_blocks_is_the_greedy_one() -> None:
+    """Oracle: one box after the other against all that were kept; ties and labels included."""
+    made = torch.Generator().manual_seed(0)
+    centre = torch.rand(500, 2, generator=made) * 60
+    size = torch.rand(500, 2, generator=made) * 30
+    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+    scores = (torch.rand(500, generator=made) * 40).round() / 40
+    labels = torch.randint(0, 2, (500,), generator=made)
+    overlaps = (box_iou(boxes, boxes) > 0.4) & (labels[:, None] == labels[None, :])
+    kept: list[int] = []
+    for i in torch.argsort(scores, descending=True, stable=True).tolist():
+        if not overlaps[i, kept].any():
+            kept.append(i)
+    assert len(kept) > 100
+    for most in (1, 60, len(kept) - 1, 500):
+        assert keep_best(boxes, scores, labels, 0.4, most).tolist() == kept[:most]
