@@ -83,10 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("--device", default=None)
     ground.set_defaults(run=run_ground)
 
-    embed = commands.add_parser("embed", help="embeddings of a split as safetensors, resumable")
+    embed = commands.add_parser("embed", help="embeddings of a split as files, resumable")
     _add_settings(embed)
     embed.add_argument("--out", required=True, help="folder to write; run again to go on")
     embed.add_argument("--split", choices=("train", "val", "test"), help="(evaluate.split)")
+    embed.add_argument(
+        "--format", choices=("safetensors", "parquet"), default="safetensors", help="(safetensors)"
+    )
     embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
     embed.add_argument("--device", default=None)
     embed.set_defaults(run=run_embed)
@@ -274,6 +277,7 @@ def run_embed(options: argparse.Namespace) -> int:
         split=options.split or config.evaluate.split,
         with_patches=options.patches,
         device=device,
+        form=options.format,
         say=print,
     )
     print(f"{count} rows in {options.out}")

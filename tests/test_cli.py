@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -107,6 +108,43 @@ def test_embed_goes_on_where_it_stopped_and_refuses_another_model(
     assert {p: p.read_bytes() for p in parts} == before
     assert main([*command[:-1]]) == 4  # without --patches: another choice
     assert "differ in with_patches" in capsys.readouterr().err
+
+
+def test_parquet_embeddings_are_the_safetensors_ones_and_go_on_the_same_way(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the safetensors parts of the same model and split, read by pyarrow alone."""
+    from mlip.transfer import embed
+
+    monkeypatch.setattr(
+        embed.write_embeddings,
+        "__kwdefaults__",
+        {**embed.write_embeddings.__kwdefaults__, "part_rows": 20},
+    )
+    command = ["embed", *small_run().settings, f"checkpoint={model}", "--patches", "--out"]
+    assert main([*command, str(tmp_path / "s")]) == 0
+    parquet = [*command, str(tmp_path / "p"), "--format", "parquet"]
+    assert main(parquet) == 0
+    parts = sorted((tmp_path / "p").glob("part-*.parquet"))
+    assert len(parts) == 2
+    table, wanted = pq.read_table(parts[0]), load_file(tmp_path / "s" / "part-00000.safetensors")
+    assert set(table.column_names) == wanted.keys()
+    for name, tensor in wanted.items():
+        column = table[name].combine_chunks()
+        flat = column.flatten() if tensor.dim() > 1 else column
+        shape = table.schema.field(name).metadata
+        if tensor.dim() > 2:
+            assert json.loads(shape[b"shape"]) == list(tensor.shape[1:])
+        found = flat.to_numpy(zero_copy_only=False).reshape(tensor.shape)
+        np.testing.assert_array_equal(found, tensor.numpy())
+    parts[0].write_bytes(parts[0].read_bytes()[:100])  # cut off by a kill
+    capsys.readouterr()
+    assert main(parquet) == 0
+    said = capsys.readouterr().out
+    assert "part 1 of 2" in said and "part 2 of 2" not in said
+    assert pq.read_table(parts[0]).equals(table)
+    assert main([*command, str(tmp_path / "p")]) == 4  # the same folder in another form
+    assert "differ in form" in capsys.readouterr().err
 
 
 def test_evaluate_writes_results_and_a_page_and_refuses_another_preprocessing(

@@ -1,8 +1,10 @@
-"""`mlip embed`: embeddings of a split in parts of safetensors; run again to go on.
+"""`mlip embed`: embeddings of a split in parts of safetensors or Parquet; run again to go on.
 
-<out>/index.json            what the parts depend on, and their rows
+<out>/index.json              what the parts depend on, and their rows
 <out>/part-00000.safetensors  row_index, image, report, has_report, knowledge, has_knowledge,
                               and patches where asked for
+<out>/part-00000.parquet      the same columns: a vector is a list of fixed length of float32,
+                              patches are one list of patches x dimensions, row by row
 Rows are numbers of manifest rows: the join to files and patients stays in the manifest.
 """
 
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +31,7 @@ from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
 
 PART_ROWS = 2048
+FORMATS = ("safetensors", "parquet")
 
 
 class EmbedError(ValueError):
@@ -44,11 +49,13 @@ def write_embeddings(
     split: str,
     with_patches: bool,
     device: str,
+    form: str = "safetensors",
     part_rows: int = PART_ROWS,
     say: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Rows embedded in all; parts that are there and intact are kept.
 
+    form     one of FORMATS, the same numbers in both
     Raises:  EmbedError if `out` holds embeddings of another model, data or choice.
     """
     rows = manifest.rows(split, with_report=False)
@@ -62,19 +69,23 @@ def write_embeddings(
         "part_rows": part_rows,
         "with_patches": with_patches,
         "embed_dim": config.model.embed_dim,
+        "form": form,
     }
     _check_index(out / "index.json", index)
     parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
     written = 0
     for number, chosen in enumerate(parts):
-        path = out / f"part-{number:05d}.safetensors"
+        path = out / f"part-{number:05d}.{form}"
         count = _rows_of(path)
         if count is None:
             tensors = _encode(
                 opened, config, manifest, chosen, split, with_patches, torch.device(device)
             )
             partial = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(tensors, partial)
+            if form == "parquet":
+                pa.parquet.write_table(as_table(tensors), partial)
+            else:
+                save_file(tensors, partial)
             partial.replace(path)
             count = len(tensors["row_index"])
             say(f"part {number + 1} of {len(parts)}: {count} rows")
@@ -82,9 +93,26 @@ def write_embeddings(
     return written
 
 
+def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
+    """A column a tensor: numbers [N] as they are, vectors [N, ...] as lists of fixed length.
+
+    The shape of a vector with more than one dimension stands in its column's metadata.
+    """
+    fields, columns = [], []
+    for name, tensor in tensors.items():
+        values = pa.array(tensor.reshape(-1).numpy())
+        shape = {"shape": json.dumps(list(tensor.shape[1:]))} if tensor.dim() > 2 else None
+        if tensor.dim() > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, int(tensor[0].numel()))
+        fields.append(pa.field(name, values.type, nullable=False, metadata=shape))
+        columns.append(values)
+    return pa.table(columns, schema=pa.schema(fields))
+
+
 def _check_index(path: Path, index: dict[str, Any]) -> None:
     if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        # folders of earlier versions know one form and do not name it
+        old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
         different = sorted(k for k in index if old.get(k) != index[k])
         if different:
             raise EmbedError(
@@ -102,9 +130,11 @@ def _rows_of(path: Path) -> int | None:
     if not path.is_file():
         return None
     try:
+        if path.suffix == ".parquet":
+            return int(pa.parquet.ParquetFile(path).metadata.num_rows)
         with safe_open(path, framework="pt") as part:
             return int(part.get_slice("row_index").get_shape()[0])
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, pa.ArrowException):
         return None
 
 
