@@ -29,6 +29,7 @@ from mlip.transfer.boxes import box_iou
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
+from mlip.transfer.froc import froc_scores
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.yolo import YoloHead, decode, yolo_loss
 
@@ -161,11 +162,12 @@ class Detection(FramedTask):
         return fitted(test)
 
     def score(self, predictions: list[list[Found]], val: Array, test: Array) -> dict[str, Any]:
-        """mAP of test in both forms over the seeds' fits."""
+        """mAP of test in both forms and FROC over the seeds' fits."""
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
-        return detection_scores(
-            [self.truth(r) for r in test.tolist()],
+        truth = [self.truth(r) for r in test.tolist()]
+        scores = detection_scores(
+            truth,
             predictions,
             weights,
             thresholds=self.transfer.iou_thresholds,
@@ -173,6 +175,7 @@ class Detection(FramedTask):
             score_cut=self.transfer.score_cut,
             compat_score_cut=self.transfer.compat_score_cut,
         )
+        return {**scores, "froc": froc_scores(truth, predictions, weights)}
 
     def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
         """Test images whose true boxes the best predictions overlap least."""

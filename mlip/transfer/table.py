@@ -16,6 +16,7 @@ NAMES = {
     "pooled": "Dice, all pixels pooled",
     "strict": "mAP, strict (every image)",
     "compat": "mAP, published form",
+    "froc": "FROC, mean at 1/8 to 8 false an image",
 }
 
 
@@ -32,6 +33,9 @@ def rows_of(scores: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     else:
         for key in ("strict", "compat"):
             yield NAMES[key], scores[key]
+        yield NAMES["froc"], scores["froc"]["mean"]
+        for rate in ("0.5", "1", "2"):
+            yield f"boxes found at {rate} false an image", scores["froc"]["rates"][rate]
 
 
 def headline_of(scores: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -67,5 +71,5 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         shown = f"{images[0]}" if len(images) == 1 else f"{images[0]} to {images[-1]}"
         lines.append(f"{fraction['percent']:g} % of the training patients ({shown} images)")
         for name, estimate in rows_of(fraction["scores"]):
-            lines.append(f"  {name:34s} {interval_text(estimate)}")
+            lines.append(f"  {name:38s} {interval_text(estimate)}")
     return lines
