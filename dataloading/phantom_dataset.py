@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,15 +114,20 @@ def is_complete(folder: Path, mark: str) -> bool:
     return images == meta["studies"]
 
 
-def read_truth(folder: Path | str) -> dict[str, list[dict[str, Any]]]:
+def read_truth(
+    folder: Path | str, only: Container[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """image_id -> findings with concept_id, side, zone, size, contrast, box and mask.
 
+    only     image_ids to read: a mask of bools takes 20 KB, all of a large folder hundreds of MiB
     Shapes:  mask [H, W] bool; box x, y, w, h in pixels
     """
     truth: dict[str, list[dict[str, Any]]] = {}
     with (Path(folder) / "truth.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
+            if only is not None and row["image_id"] not in only:
+                continue
             shape = (row["image_px"], row["image_px"])
             for finding in row["findings"]:
                 finding["mask"] = mask_from_runs(finding.pop("mask_runs"), shape)

@@ -354,6 +354,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 **table,
                 "title": title,
                 "rows": rows,
+                "mask_rows": [row for row in rows if row.get("mask")],
                 "legend": legend(list(signs.values())),
                 "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), width=170),
             }

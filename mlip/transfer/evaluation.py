@@ -43,6 +43,7 @@ from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
 from mlip.transfer.retrieval import DIRECTIONS, evaluate_retrieval
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
+from mlip.transfer.truth_masks import load_masks
 from mlip.transfer.zero_shot import combine
 from mlip.transfer.zero_shot_run import logit_scales, zero_shot_run
 
@@ -233,8 +234,9 @@ def _evaluate(
     with_text = np.flatnonzero(beside["has_text"])
     oracle = truth.oracle_scores(manifest, images.row_index[with_text]) if is_phantom else None
     scores = _PoolScores(model, images, reports, with_text, device, oracle)
+    masks = load_masks(config, manifest, images.row_index.tolist())
     queries, phrases, names = make_queries(
-        images, manifest, boxes, table, is_phantom, config.run.seed
+        images, manifest, boxes, table, is_phantom, config.run.seed, masks
     )
     bank = encode(phrases) if phrases else None
     maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None

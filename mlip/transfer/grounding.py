@@ -27,10 +27,12 @@ from mlip.transfer.interval import (
     patient_resamples,
     weighted_mean,
 )
+from mlip.transfer.truth_masks import Mask
 from mlip.unit_length import unit_length
 
 KINDS = ("keyword", "sentence")  # a bare name; a sentence that also says the side
 COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr", "miou")
+MASK_COLUMNS = ("hit", "area", "cnr", "miou")  # the same against the pixels of a mask
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the cosine, as BioViL's mIoU
 QUERIES_AT_ONCE = 256
 
@@ -46,6 +48,7 @@ class Query:
     phrase: int  # row of the phrases' TextBank
     boxes: Array  # [n, 4] pixels, at least one
     swapped: int | None  # an image without the finding; None where there is none
+    masks: tuple[Mask, ...] = ()  # where annotators drew pixels: together the finding's
 
 
 @torch.no_grad()
@@ -239,6 +242,7 @@ def evaluate_grounding(
     Shapes:  maps [phrases, images, P] (phrase_maps); patient_ids [images]
     Returns: {kind: {"findings": [...], "all": {...}, "findings_at_twice_area": int}} with, for
              each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr, miou
+             and "mask": {n, hit, area, cnr, miou} against mask pixels, where queries have masks
     """
     result: dict[str, Any] = {}
     upsample = Upsampler(grid, size)
@@ -281,7 +285,8 @@ def _measure(
     upsample: Upsampler,
 ) -> dict[str, Array]:
     """One value a query and column; NaN where a control does not exist."""
-    columns: dict[str, list[Array]] = {key: [] for key in COLUMNS}
+    names = (*COLUMNS, *(f"mask_{key}" for key in MASK_COLUMNS))
+    columns: dict[str, list[Array]] = {key: [] for key in names}
     known_masks: dict[bytes, Array] = {}
     for start in range(0, len(queries), QUERIES_AT_ONCE):
         part = queries[start : start + QUERIES_AT_ONCE]
@@ -293,7 +298,10 @@ def _measure(
         pictures = upsample(maps[phrase, [q.image for q in part]])
         # where no image lacks the finding, its own stands in and the value is struck out below
         other = upsample(maps[phrase, [q.image if q.swapped is None else q.swapped for q in part]])
-        columns["hit"].append(_hits(pointed_pixel(pictures, upsample.grid), part))
+        points = pointed_pixel(pictures, upsample.grid)
+        columns["hit"].append(_hits(points, part))
+        for key, values in _against_masks(pictures, points, part).items():
+            columns[f"mask_{key}"].append(values)
         swapped = _hits(pointed_pixel(other, upsample.grid), part)
         swapped[[q.swapped is None for q in part]] = np.nan
         columns["swapped"].append(swapped)
@@ -316,6 +324,21 @@ def _measure(
         if len(known_masks) > 4 * QUERIES_AT_ONCE:
             known_masks.clear()
     return {key: np.concatenate(values) for key, values in columns.items()}
+
+
+def _against_masks(pictures: Array, points: Array, queries: Sequence[Query]) -> dict[str, Array]:
+    """MASK_COLUMNS of each query; NaN where it has no mask."""
+    found = {key: np.full(len(queries), np.nan) for key in MASK_COLUMNS}
+    own = np.flatnonzero([len(q.masks) > 0 for q in queries])
+    if len(own) == 0:
+        return found
+    masks = np.stack([np.any([m.pixels() for m in queries[i].masks], axis=0) for i in own])
+    x, y = np.floor(points[own]).astype(int).T
+    found["hit"][own] = masks[np.arange(len(own)), y, x]
+    found["area"][own] = masks.mean(axis=(1, 2))
+    found["cnr"][own] = contrast_to_noise(pictures[own], masks)
+    found["miou"][own] = mean_iou(pictures[own], masks)
+    return found
 
 
 def _hits(points: Array, queries: Sequence[Query]) -> Array:
@@ -343,7 +366,25 @@ def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:
         ),
         "cnr": mean_estimate(cnr[known], weights[:, known]),
         "miou": mean_estimate(columns["miou"], weights),
+        "mask": _mask_summary(columns, weights),
     }
+
+
+def _mask_summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any] | None:
+    """Scores against mask pixels; None where no query has a mask."""
+    drawn = np.isfinite(columns["mask_hit"])
+    if not drawn.any():
+        return None
+    found: dict[str, Any] = {"n": int(drawn.sum())}
+    for key in MASK_COLUMNS:
+        values = columns[f"mask_{key}"]
+        known = np.isfinite(values)
+        found[key] = (
+            float(values[known].mean())
+            if key == "area"
+            else mean_estimate(values[known], weights[:, known])
+        )
+    return found
 
 
 def _ratio(hits: Array, swapped: Array, weights: Array) -> Estimate:

@@ -14,6 +14,7 @@ from mlip.transfer import truth
 from mlip.transfer.features import ImageBank
 from mlip.transfer.grounding import PixelPrior, Query
 from mlip.transfer.interval import Array
+from mlip.transfer.truth_masks import Mask
 
 PRIOR_ROWS = 4000  # training rows behind the fixed pixel; more no longer move it
 
@@ -25,11 +26,14 @@ def make_queries(
     table: Any,
     is_phantom: bool,
     seed: int,
+    masks: Mapping[int, Sequence[Mask]] | None = None,
 ) -> tuple[list[Query], list[str], dict[str, str]]:
     """Queries, the phrases they point into, and findings' names for people.
 
     A name asks for all boxes of the finding; a sentence with a side for those of that side. Every
     wording is a query of its own, so that no wording is picked.
+
+    masks    the rows' masks, where there are any: a query takes those of its finding and side
     """
     by_image: list[dict[str, list[truth.Box]]] = []
     for row in images.row_index.tolist():
@@ -44,11 +48,24 @@ def make_queries(
     phrases: dict[str, int] = {}
     queries: list[Query] = []
 
-    def ask(i: int, finding: str, kind: str, side: str | None, text: str, chosen: Array) -> None:
+    def ask(
+        i: int,
+        finding: str,
+        kind: str,
+        side: str | None,
+        text: str,
+        chosen: Array,
+        only_side: bool = False,
+    ) -> None:
         free = without[finding]
         swapped = free[int(generator.integers(len(free)))] if free else None
         phrase = phrases.setdefault(text, len(phrases))
-        queries.append(Query(i, finding, side, kind, phrase, chosen, swapped))
+        drawn = tuple(
+            m
+            for m in (masks or {}).get(int(images.row_index[i]), ())
+            if m.finding == finding and (not only_side or m.side == side)
+        )
+        queries.append(Query(i, finding, side, kind, phrase, chosen, swapped, drawn))
 
     for i, found in enumerate(by_image):
         for finding, own in sorted(found.items()):
@@ -66,7 +83,7 @@ def make_queries(
                     continue
                 for side in sides:
                     chosen = np.array([box.corners for box in own if box.side == side])
-                    ask(i, finding, "sentence", side, text.format(side=side), chosen)
+                    ask(i, finding, "sentence", side, text.format(side=side), chosen, True)
     return queries, list(phrases), names
 
 

@@ -71,6 +71,8 @@ def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls(
         for row in rows.values():
             assert 0 < row["area"] < 1 and row["n"] > 0
             assert row["swapped"]["value"] is not None
+            # generated studies have a mask for every finding, inside its box
+            assert row["mask"]["n"] == row["n"] and 0 < row["mask"]["area"] <= row["area"]
 
 
 def test_the_saved_results_are_strict_json_without_report_text(tmp_path: Path) -> None:

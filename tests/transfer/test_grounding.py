@@ -12,6 +12,7 @@ from mlip.transfer import grounding
 from mlip.transfer.features import TextBank, local_scores
 from mlip.transfer.grounding import PixelPrior, Query, Upsampler
 from mlip.transfer.prompts import encode_prompts
+from mlip.transfer.truth_masks import Mask
 from tests.small_run import small_run
 
 GRID, SIZE = (4, 4), (64, 64)
@@ -197,3 +198,48 @@ def test_mean_overlap_by_hand() -> None:
     pictures[0, :2] = 1.0  # exactly the truth at every threshold
     pictures[1, :1] = 0.25  # half of it, at two thresholds of five
     np.testing.assert_allclose(grounding.mean_iou(pictures, masks), [1.0, 2 / 5 * 0.5])
+
+
+def _mask(pixels: np.ndarray, side: str | None = None) -> Mask:
+    return Mask("nodule", side, np.packbits(pixels.reshape(-1)), pixels.shape[0])
+
+
+def test_masks_are_scored_by_their_pixels_and_boxes_as_before() -> None:
+    """By hand: the finding is the left half of its box; a map hot on the box is half right."""
+    size, half = (64, 64), np.zeros((64, 64), dtype=bool)
+    half[16:48, 16:32] = True
+    box = np.array([[16.0, 16, 48, 48]])
+    heat = np.zeros((8, 8))
+    heat[2:6, 2:6] = 1.0
+    maps = heat.reshape(1, 1, 64)
+    queries = [Query(0, "nodule", None, "keyword", 0, box, None, (_mask(half),))]
+    row = evaluate(np.concatenate([maps, maps], axis=1), queries)["keyword"]["all"]
+    pictures = Upsampler((8, 8), size)(maps[0, 0])[None]
+    assert row["mask"]["n"] == 1 and row["mask"]["area"] == half.mean()
+    assert row["mask"]["miou"]["value"] == pytest.approx(
+        grounding.mean_iou(pictures, half[None])[0]
+    )
+    assert row["mask"]["cnr"]["value"] == pytest.approx(
+        grounding.contrast_to_noise(pictures, half[None])[0]
+    )
+    assert row["mask"]["miou"]["value"] < 0.55 < row["miou"]["value"]
+    point = grounding.pointed_pixel(pictures, (8, 8))[0]
+    assert row["mask"]["hit"]["value"] == float(half[int(point[1]), int(point[0])])
+
+
+def test_several_masks_of_a_query_are_one_and_queries_without_any_do_not_count() -> None:
+    left, right = np.zeros((2, 64, 64), dtype=bool)
+    left[8:24, 8:24], right[8:24, 40:56] = True, True
+    boxes = _boxes(2)
+    queries = [
+        Query(0, "nodule", None, "keyword", 0, boxes[0], None, (_mask(left), _mask(right))),
+        Query(1, "nodule", None, "keyword", 0, boxes[1], None),
+    ]
+    heat = np.full((8, 8), -1.0)
+    heat[1:3, 1:3], heat[1:3, 5:7] = 0.45, 0.45
+    row = evaluate(np.tile(heat.reshape(1, 1, 64), (1, 2, 1)), queries)["keyword"]["all"]
+    assert row["n"] == 2 and row["mask"]["n"] == 1
+    assert row["mask"]["area"] == pytest.approx(2 * 256 / 4096)
+    assert row["mask"]["hit"]["value"] == 1.0 and row["mask"]["cnr"]["value"] > 1
+    nothing = evaluate(np.zeros((1, 2, 64)), queries[1:])["keyword"]["all"]
+    assert nothing["mask"] is None
