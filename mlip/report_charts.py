@@ -166,8 +166,11 @@ def line_chart(
     width: int = 312,
     height: int = 150,
     is_smoothed: bool = True,
+    whole_steps: bool = False,
 ) -> Markup:
     """One curve: what was logged, faint, under its running mean.
+
+    whole_steps  no tick between two steps: of two epochs, none is number 1.25
 
     The vertical range holds the smoothed curve and most of the noise, not one early spike.
     """
@@ -211,6 +214,8 @@ def line_chart(
             f"{_label(value, step)}</text>"
         )
     x_step = _nice_step(x_high - x_low, 4)
+    if whole_steps:
+        x_step = float(max(1, math.ceil(x_step)))
     tick = math.ceil(x_low / x_step) * x_step
     while tick <= x_high + 1e-9:
         px = float(at(tick, bottom).split(",")[0])

@@ -64,8 +64,12 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "pictures": [_picture(p) for p in results.get("pictures", ())],
         "fits": [_fit(f["percent"], fit) for f in results["fractions"] for fit in f["fits"]],
         "charts": [
-            (f"seed {fit['seed']}", line_chart(range(1, fit["epochs"] + 1), fit["val_loss"]))
+            (
+                f"seed {fit['seed']}",
+                line_chart(range(1, fit["epochs"] + 1), fit["val_loss"], whole_steps=True),
+            )
             for fit in last["fits"]
+            if fit["epochs"] > 1  # a logistic probe is one fit, not a curve
         ],
         "splits": results["data"]["splits"],
         "unreadable": results["data"]["unreadable"],
@@ -95,7 +99,7 @@ def _meta(results: Mapping[str, Any]) -> list[str]:
 def _card(fraction: Mapping[str, Any]) -> dict[str, Any]:
     name, estimate = headline_of(fraction["scores"])
     return {
-        "label": f"{name}, {fraction['percent']:g} % of the labels",
+        "label": f"{name}, {fraction['percent']:g}\N{NO-BREAK SPACE}% of the labels",
         "value": None if estimate["value"] is None else f"{estimate['value']:.3f}",
         "range": estimate["reason"]
         if estimate["value"] is None
@@ -148,7 +152,7 @@ def _curves(scores: Mapping[str, Any]) -> list[tuple[str, Markup]]:
     precision = [(c["recall"], c["precision"]) for _, c in found]
     return [
         (
-            "ROC: sensitivity against false positive rate",
+            "ROC: sensitivity, false positives",
             unit_chart(roc, names, "false positive rate", "sensitivity", diagonal=True),
         ),
         (
@@ -217,11 +221,19 @@ def unit_chart(
     )
     key = Markup("").join(
         Markup(
-            '<span class="key"><span class="swatch" style="background:{}"></span>{}</span>'
-        ).format(PALETTE[i % len(PALETTE)], name)
+            '<span class="key"><span class="swatch{}" style="background:{}"></span>{}</span>'
+        ).format(*_swatch(i), name.replace("_", " "))
         for i, name in enumerate(names)
     )
     return Markup("".join(parts)) + Markup('<p class="legend">') + key + Markup("</p>")
+
+
+def _swatch(i: int) -> tuple[str, str]:
+    """(class, background) of a curve's key: a colour used again is dashed, as its curve is."""
+    colour = PALETTE[i % len(PALETTE)]
+    if i < len(PALETTE):
+        return "", colour
+    return " dash", f"repeating-linear-gradient(90deg,{colour} 0 5px,transparent 5px 8px)"
 
 
 def _confusions(scores: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -116,7 +116,10 @@ def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -
 
 
 def curve(scores: Array, labels: Array, most: int = 120) -> dict[str, list[float]]:
-    """Points of the ROC and precision-recall curves, thinned to `most`."""
+    """Points of the ROC and precision-recall curves, thinned to `most`.
+
+    Without the library's last point (recall 0, precision 1), which no threshold reaches.
+    """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
     false, true, _ = roc_curve(labels, scores)
@@ -129,6 +132,6 @@ def curve(scores: Array, labels: Array, most: int = 120) -> dict[str, list[float
     return {
         "false_positive_rate": thin(false),
         "true_positive_rate": thin(true),
-        "recall": thin(recall[::-1]),
-        "precision": thin(precision[::-1]),
+        "recall": thin(recall[-2::-1]),
+        "precision": thin(precision[-2::-1]),
     }
