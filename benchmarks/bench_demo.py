@@ -29,6 +29,7 @@ BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],
     "clip": ["configs/demo.yaml", "configs/demo_clip.yaml"],
+    "mgca": ["configs/demo.yaml", "configs/transfer/baseline_mgca.yaml"],
     "no_knowledge": ["configs/demo.yaml", "configs/demo_no_knowledge.yaml"],
 }
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
-import harness  # noqa: E402
-
+from benchmarks import harness  # noqa: E402
 from mlip.transfer.large_retrieval import first_right_ranks, top_candidates  # noqa: E402
 
 NEAR = 3.0  # of noise to signal in an image's embedding: its report is found, but not always first

@@ -1,11 +1,17 @@
-"""Fair baselines in one table: what pre-training is worth, on generated studies with known truth.
+"""What pre-training is worth downstream, against random weights and the baselines, in three tables.
 
-Every method has the same towers, data, steps, batch and seeds; only its losses differ. Random
-weights have the same tower; ImageNet weights are a folder of the user's (--imagenet DIR).
+  python benchmarks/bench_transfer.py phantoms     # mlip, random: 1 % and 10 % of 2,000 studies
+  python benchmarks/bench_transfer.py ablation     # + mgca, clip: same towers, data, budget, seeds
+  python benchmarks/bench_transfer.py real         # lungs, lung boxes, NIH pneumonia, case reports
 
-  python benchmarks/bench_transfer.py                       # 2,000 studies, 1,000 steps, 3 seeds
-  python benchmarks/bench_transfer.py --steps 100 --studies 500 --tasks classification
-Reruns go on: a finished pre-training or task is not done again. Writes table.md and results.json.
+Checkpoints are the folders <runs>/<method>_<seed> of benchmarks/bench_demo.py; a method without
+them is "not run" in the table (--pretrain STEPS makes them here, in one process). Seed s is
+pre-training s, label draw s and new weights s. The generated patients are new to every run.
+
+A cell is one method in one task, with all fractions and seeds. A finished cell is not run again, so
+a killed run goes on; a cell of other settings or another checkpoint is an error. Writes <table>.md
+and <table>.json into --out. Processor time on one core of two, at 3 seeds: about 26 minutes for
+phantoms, as many again for ablation's other two methods, 12 for real.
 """
 
 from __future__ import annotations
@@ -16,180 +22,289 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
 
-from mlip.transfer.table import headline_of, interval_text, rows_of  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary  # noqa: E402
 
 CONFIGS = ROOT / "configs"
-# name -> (what it is, overlays of configs/demo.yaml; None = no pre-training)
-METHODS: dict[str, tuple[str, list[str] | None]] = {
-    "mlip": ("full MLIP", []),
-    "mgca": ("MGCA family: in-pair tokens, plain prototypes", ["transfer/baseline_mgca.yaml"]),
-    "clip": ("global contrast only (CLIP, ConVIRT)", ["transfer/baseline_convirt.yaml"]),
-    "imagenet": ("ImageNet weights", None),
-    "random": ("random weights", None),
+SEEDS = (1, 2, 3)
+OVERLAYS = {
+    "mlip": [],
+    "mgca": ["transfer/baseline_mgca.yaml"],
+    "clip": ["demo_clip.yaml"],
 }
-TASKS = ("classification", "segmentation", "detection")
+PHANTOM_TASKS = ("phantom_classification", "phantom_segmentation", "phantom_detection")
+REAL_TASKS = ("lung_segmentation", "lung_detection", "nih_pneumonia_classification")
+# table -> its methods and tasks
+TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "phantoms": (("mlip", "random"), PHANTOM_TASKS),
+    "ablation": (("mlip", "mgca", "clip", "random"), PHANTOM_TASKS),
+    "real": (("mlip", "random"), (*REAL_TASKS, CASE_REPORTS)),
+}
+# patients that no pre-training has seen: bench_demo.py generates from seeds 1, 2, ...
+PHANTOMS = ("data.phantom.seed=3000001", "data.phantom.test_seed=4000001")
+# settings that make a fit cheap and are equal for all methods: a look at val every 25 steps
+CHEAP = (
+    *("transfer.precision=bf16", "transfer.epoch_steps=25", "transfer.epochs=100"),
+    *("transfer.max_steps=300", "transfer.patience=4"),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one task; its folder holds cell.json, results.json and report.html."""
+
+    method: str
+    task: str
+    seed: int | None  # None: all seeds in one command
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.task, self.method, *([str(self.seed)] if self.seed else [])])
 
 
 def main() -> int:
     options = parse()
-    out = Path(options.out).resolve()
+    out, runs = Path(options.out).resolve(), Path(options.runs).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for method in options.methods.split(","):
-        for seed in range(1, options.pretrain_seeds + 1):
-            run = pretrain(method, seed, options, out)
-            for task in options.tasks.split(","):
-                results = evaluate(method, seed, task, run, options, out)
-                if results is not None:
-                    found.setdefault(task, {}).setdefault(method, []).append(results)
-    text = table(found, options)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(summary(found, options), indent=1) + "\n")
+    methods, tasks = TABLES[options.table]
+    methods = tuple(options.methods.split(",")) if options.methods else methods
+    tasks = tuple(options.tasks.split(",")) if options.tasks else tasks
+    seeds = tuple(options.seeds)
+    if options.pretrain:
+        for method in methods:
+            for seed in seeds if method in OVERLAYS else ():
+                pretrain(method, seed, runs, options)
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in tasks:
+        for method in methods:
+            made = cells(method, task, seeds, runs, out, options)
+            if made:
+                found.setdefault(task, {})[method] = made
+    known = {m: without_labels(m, seeds, runs) for m in methods if options.table == "ablation"}
+    text = as_markdown(found, known, methods, seeds)
+    (out / f"{options.table}.md").write_text(text, encoding="utf-8")
+    (out / f"{options.table}.json").write_text(
+        json.dumps(summary(found, known, seeds), indent=1) + "\n", encoding="utf-8"
+    )
     print(text)
     return 0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--out", default="runs/bench_transfer", help="folder of runs, table.md and results.json")
-    add("--methods", default="mlip,mgca,clip,imagenet,random")
-    add("--tasks", default=",".join(TASKS))
-    add("--steps", type=int, default=1000, help="of each pre-training")
-    add("--studies", type=int, default=2000, help="generated for training")
+    add("table", choices=TABLES)
+    add("--out", default="runs/bench_transfer", help="folder of cells and tables")
+    add("--runs", default="runs/bench", help="folder of pre-trainings, <method>_<seed>")
+    add("--methods", help="some of the table's, joined by commas")
+    add("--tasks", help="some of the table's, joined by commas")
+    add("--seeds", type=int, nargs="+", default=list(SEEDS))
+    add("--fractions", default="[1,10]", help="%% of the generated training patients")
+    add("--studies", type=int, default=2000, help="generated for labels")
+    add("--val-studies", type=int, default=128)
     add("--test-studies", type=int, default=1000)
-    add("--val-studies", type=int, default=256)
-    add("--pretrain-seeds", type=int, default=1, help="pre-trainings of each method")
-    add("--seeds", default="[1,2,3]", help="of the label draws and new weights")
-    add("--fractions", default="[1,10]", help="%% of the training patients")
-    add("--imagenet", help="folder of ImageNet weights in transformers' format")
-    add("--set", action="append", default=[], metavar="key=value", help="setting of every run")
+    add("--manifest", default="../shared/data/manifest.csv", help="of the real images")
+    add("--pretrain", type=int, metavar="STEPS", help="make missing pre-trainings of STEPS steps")
+    add("--threads", type=int, default=1)
+    add("--set", action="append", default=[], metavar="key=value", help="setting of every cell")
     return parser.parse_args()
 
 
-def data_settings(options: argparse.Namespace, out: Path) -> list[str]:
-    return [
-        f"data.manifest={out / 'data' / 'manifest.csv'}",
-        f"data.phantom.studies={options.studies}",
-        f"data.phantom.val_studies={options.val_studies}",
-        f"data.phantom.test_studies={options.test_studies}",
-        *options.set,
-    ]
+def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> None:
+    run = runs / f"{method}_{seed}"
+    if (run / "results.json").is_file():
+        return
+    command = [sys.executable, "train.py", "--config", str(CONFIGS / "demo.yaml")]
+    command += [str(CONFIGS / name) for name in OVERLAYS[method]]
+    command += [f"run.dir={run}", f"run.seed={seed}", f"data.manifest={run}/data/manifest.csv"]
+    command += [f"data.phantom.seed={seed}", f"data.phantom.test_seed={2_000_000 + seed}"]
+    command += [f"data.phantom.studies={options.studies}", "train.engine=plain"]
+    command += [f"data.phantom.{split}_studies=64" for split in ("val", "test")]
+    command += [f"train.max_steps={options.pretrain}", f"train.checkpoint_steps={options.pretrain}"]
+    call(command, run.with_suffix(".log"), options.threads)
 
 
-def pretrain(method: str, seed: int, options: argparse.Namespace, out: Path) -> Path | None:
-    """The run folder of a pre-training; None for a method without one."""
-    overlays = METHODS[method][1]
-    if overlays is None:
-        return None
-    run = out / f"{method}-{seed}"
-    if not (run / "results.json").is_file():
-        command = [sys.executable, "train.py", "--config", str(CONFIGS / "demo.yaml")]
-        command += [str(CONFIGS / name) for name in overlays]
-        command += [f"run.dir={run}", f"run.seed={seed}", *data_settings(options, out)]
-        command += [f"train.max_steps={options.steps}", f"train.checkpoint_steps={options.steps}"]
-        command += ["evaluate.examples=0", "train.engine=plain"]
-        call(command, out / f"{method}-{seed}.log")
-    return run
-
-
-def evaluate(
+def cells(
     method: str,
-    seed: int,
     task: str,
-    run: Path | None,
-    options: argparse.Namespace,
+    seeds: tuple[int, ...],
+    runs: Path,
     out: Path,
-) -> dict[str, Any] | None:
-    """The task's results; None where the method has no weights here."""
-    folder = out / f"{method}-{seed}-{task}"
-    saved = folder / "results.json"
-    if not saved.is_file():
-        command = [sys.executable, "-m", "mlip.cli", "evaluate"]
-        command += [str(CONFIGS / "transfer" / f"phantom_{task}.yaml")]
-        command += [*data_settings(options, out), f"transfer.seeds={options.seeds}"]
-        command += [f"transfer.fractions={options.fractions}", "--out", str(folder)]
-        if run is not None:
-            command.append(f"checkpoint={run}")
-        elif method == "random":
-            command += ["transfer.start=random", f"checkpoint={out / 'mlip-1'}"]
-        elif options.imagenet is None:
-            return None
-        else:
-            command += ["transfer.start=imagenet", f"model.vision.source={options.imagenet}"]
-            command += ["data.channels=3"]
-        call(command, out / f"{method}-{seed}-{task}.log")
-    return json.loads(saved.read_text(encoding="utf-8"))
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """The results of a method in a task, one a command; [] where it has no checkpoint."""
+    shape = "mlip" if method == "random" else method  # a random tower has MLIP's shape
+    if not all(has_checkpoint(runs / f"{shape}_{seed}") for seed in seeds):
+        return []
+    pattern = str(runs / f"{shape}_{{seed}}")
+    origin = [weights_of(runs / f"{shape}_{seed}") for seed in seeds]
+    if task != CASE_REPORTS:
+        items = settings(method, task, pattern, seeds, options)
+        return [run_cell(Cell(method, task, None), items, origin, out, options)]
+    found = []
+    for seed, own in zip(seeds, origin, strict=True):
+        checkpoint = Path(pattern.format(seed=seed))
+        if method == "random":
+            checkpoint = untrained(checkpoint, seed, out / f"untrained-{seed}")
+        command = [str(CONFIGS / "real_cxr.yaml"), f"checkpoint={checkpoint}", f"run.seed={seed}"]
+        command += [f"data.manifest={options.manifest}", "data.verify=none"]
+        command += ["data.max_tokens=80", "evaluate.split=test", *options.set]
+        found.append(run_cell(Cell(method, task, seed), command, [own], out, options))
+    return found
 
 
-def call(command: list[str], log: Path) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run folder or an export lies there."""
+    return (run / "checkpoints").is_dir() or (run / "model.safetensors").is_file()
+
+
+def weights_of(run: Path) -> str | None:
+    """The hash of a run's or export's weights, as its own results or settings name it."""
+    for name in ("results.json", "config.json"):
+        if (run / name).is_file():
+            return json.loads((run / name).read_text(encoding="utf-8"))["fingerprints"]["weights"]
+    return None
+
+
+def settings(
+    method: str, task: str, pattern: str, seeds: tuple[int, ...], options: argparse.Namespace
+) -> list[str]:
+    """What `mlip evaluate` is told, without --out."""
+    items = [str(CONFIGS / "transfer" / f"{task}.yaml"), f"checkpoint={pattern}"]
+    items.append(f"transfer.seeds=[{','.join(map(str, seeds))}]")
+    if task in PHANTOM_TASKS:
+        items += [f"data.manifest={Path(options.out).resolve() / 'data' / 'manifest.csv'}"]
+        items += [f"data.phantom.studies={options.studies}", *PHANTOMS]
+        items += [f"data.phantom.val_studies={options.val_studies}"]
+        items += [f"data.phantom.test_studies={options.test_studies}"]
+        items += [f"transfer.fractions={options.fractions}"]
+    else:
+        items.append(f"data.manifest={options.manifest}")
+    if not task.endswith("classification"):
+        items += CHEAP
+    if method == "random":
+        items.append("transfer.start=random")
+    return [*items, *options.set]
+
+
+def untrained(checkpoint: Path, seed: int, folder: Path) -> Path:
+    """An export of the checkpoint's model with new weights in every part."""
+    if not (folder / "model.safetensors").is_file():
+        import torch
+
+        from mlip.model import MLIPModel
+        from mlip.pretrained import open_checkpoint, save_pretrained
+
+        opened = open_checkpoint(checkpoint)
+        torch.manual_seed(seed)
+        model = MLIPModel(
+            opened.config,
+            vocab_size=opened.tokenizer.vocab_size,
+            concept_vectors=opened.model.concept_vectors.clone(),
+        )
+        save_pretrained(folder, model.eval(), opened.config, opened.tokenizer, opened.table)
+    return folder
+
+
+def run_cell(
+    cell: Cell, items: list[str], origin: list[str | None], out: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The cell's results; computed where they are missing.
+
+    origin   hashes of the checkpoints' weights
+    Raises:  SystemExit where the cell was made with other settings or from other checkpoints: its
+             numbers answer another question.
+    """
+    folder = out / cell.name
+    told, saved = folder / "cell.json", folder / "results.json"
+    if saved.is_file() and told.is_file():
+        before = json.loads(told.read_text(encoding="utf-8"))
+        if before["settings"] != items or before["checkpoints"] != origin:
+            different = sorted(set(before["settings"]) ^ set(items)) or ["other checkpoints"]
+            raise SystemExit(
+                f"{folder} was made of something else ({', '.join(different)}): delete it or "
+                "name another --out"
+            )
+        return {**json.loads(saved.read_text(encoding="utf-8")), "cell": before}
+    ensure_phantoms(cell.task, items, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mlip.cli", "evaluate", *items, "--out", str(folder)]
+    spent, wall = call(command, out / f"{cell.name}.log", options.threads)
+    facts = {
+        "settings": items,
+        "checkpoints": origin,
+        "processor_s": round(spent, 1),
+        "wall_s": round(wall, 1),
+        "environment": harness.environment("cpu"),
+    }
+    told.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return {**json.loads(saved.read_text(encoding="utf-8")), "cell": facts}
+
+
+def ensure_phantoms(task: str, items: list[str], options: argparse.Namespace) -> None:
+    if task not in PHANTOM_TASKS:
+        return
+    data = Path(options.out).resolve() / "data"
+    if not (data / "manifest.csv").is_file():
+        own = [i for i in items if i.startswith("data.phantom.")]
+        command = [sys.executable, "-m", "mlip.cli", "phantoms", "--out", str(data), *own]
+        call([*command, "data.phantom.image_px=144", "--workers", "1"], data.with_suffix(".log"), 1)
+
+
+def call(command: list[str], log: Path, threads: int) -> tuple[float, float]:
+    """(processor seconds, wall seconds) of a command that has to succeed."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+    }
+    before, began = _children_s(), time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
         )
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    print(f"{log.stem}: {spent:.0f} s of processor time", flush=True)
+    spent, wall = _children_s() - before, time.perf_counter() - began
+    print(f"{log.stem}: {spent:.0f} s of processor time, {wall:.0f} s in all", flush=True)
     if done.returncode != 0:
         raise SystemExit(f"{log.stem} ended with {done.returncode}: see {log}")
+    return spent, wall
 
 
-def summary(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Every score of every method, with what it depends on."""
-    return {
-        "options": {k: v for k, v in vars(options).items() if k not in ("out", "imagenet")},
-        "tasks": {
-            task: {
-                method: [
-                    {
-                        "fractions": {
-                            f"{f['percent']:g}": dict(rows_of(f["scores"])) for f in r["fractions"]
-                        },
-                        "fingerprints": r["fingerprints"],
-                        "versions": r["versions"],
-                    }
-                    for r in results
-                ]
-                for method, results in methods.items()
-            }
-            for task, methods in found.items()
-        },
-    }
+def _children_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
-def table(found: dict[str, Any], options: argparse.Namespace) -> str:
-    """Markdown: tasks down, methods across rows, one column a fraction."""
-    lines = [
-        f"{options.studies} generated studies, {options.steps} steps of 64 pairs, "
-        f"label draws and new weights of seeds {options.seeds}; 95 % intervals over test patients.",
-        "",
-    ]
-    for task, methods in found.items():
-        first = next(iter(methods.values()))[0]
-        percents = [f["percent"] for f in first["fractions"]]
-        name = headline_of(first["fractions"][0]["scores"])[0]
-        lines += [f"**{task}**: {name}", ""]
-        lines.append("| method | " + " | ".join(f"{p:g} % of labels" for p in percents) + " |")
-        lines.append("|---|" + "---|" * len(percents))
-        for method, (title, _) in METHODS.items():
-            if method not in options.methods.split(","):
-                continue
-            for results in methods.get(method, [None]):
-                cells = ["not run"] * len(percents)
-                if results is not None:
-                    cells = [
-                        interval_text(headline_of(f["scores"])[1]) for f in results["fractions"]
-                    ]
-                lines.append(f"| {title} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def without_labels(
+    method: str, seeds: tuple[int, ...], runs: Path
+) -> dict[str, list[dict[str, Any] | None]]:
+    """Scores of a method's own runs that need no label, by seed; {} where it has no runs."""
+    files = [runs / f"{method}_{seed}" / "results.json" for seed in seeds]
+    if method not in OVERLAYS or not all(f.is_file() for f in files):
+        return {}
+    results = [json.loads(f.read_text(encoding="utf-8")) for f in files]
+    found: dict[str, list[dict[str, Any] | None]] = {}
+    for name, path in WITHOUT_LABELS.items():
+        found[name] = []
+        for result in results:
+            at: Any = result
+            for key in path:
+                at = at.get(key) if isinstance(at, dict) else None
+            found[name].append(at)
+    return found
 
 
 if __name__ == "__main__":
