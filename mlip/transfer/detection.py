@@ -49,12 +49,14 @@ class Detection(FramedTask):
     def rows(self, split: str) -> Array:
         """All rows of the split: an image without a box counts too.
 
-        Where boxes are a file beside the manifest, images it never names were not looked at,
-        unless the data is generated (and then boxed in full).
+        Where boxes are a file beside the manifest, an image in which it names none of the classes
+        was not looked at for them, unless the data is generated (and then boxed in full).
         """
         rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
         if not self.annotations.boxes_cover_all:
-            kept = [len(self.annotations.boxes(r).corners) > 0 for r in rows.tolist()]
+            wanted = self.transfer.classes
+            names = (self.annotations.boxes(r).names for r in rows.tolist())
+            kept = [any(not wanted or name in wanted for name in own) for own in names]
             rows = rows[np.array(kept, dtype=bool)]
         return rows
 

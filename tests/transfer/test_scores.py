@@ -101,6 +101,8 @@ def test_curves_start_and_end_where_they_must() -> None:
     assert points["false_positive_rate"][0] == 0.0 and points["false_positive_rate"][-1] == 1.0
     assert points["recall"][0] == 0.0 and points["recall"][-1] == 1.0
     assert len(points["precision"]) <= 120
+    # the highest score is of a negative: no point of precision 1 that no threshold reaches
+    assert points["precision"][0] == 0.0 and max(points["precision"]) < 0.6
 
 
 def test_seeds_are_averaged_under_the_same_patients_and_their_spread_is_stated() -> None:
