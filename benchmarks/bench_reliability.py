@@ -2,6 +2,7 @@
 
     python benchmarks/bench_reliability.py --run     # all of it, at most 60 minutes on 2 cores
     python benchmarks/bench_reliability.py --run -k "kill or hung"
+    python benchmarks/bench_reliability.py --run --missing    # go on after an interruption
     python benchmarks/bench_reliability.py           # the scoreboard of what is on disk
 
 Outcomes are in benchmarks/results/reliability.json, one entry a test, with commit and date; a test
@@ -13,10 +14,14 @@ from that file alone: a row without an outcome says "not run", a row of which an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import fcntl
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil
 import pytest
 
 from benchmarks.harness import RESULTS, ROOT, environment
@@ -180,28 +186,71 @@ ROWS = (
 
 
 class Recorder:
-    """A pytest plugin: each test's outcome, seconds and recorded properties, saved as it goes."""
+    """A pytest plugin: each test's outcome, time and recorded properties, on disk as it ends.
 
-    def __init__(self, path: Path) -> None:
+    Merged into the file under a lock, so that an interrupted run loses nothing and parts may run
+    beside one another. `missing` leaves out the tests that have passed or were skipped before.
+    """
+
+    def __init__(self, path: Path, *, missing: bool = False) -> None:
         self.path = path
-        self.held = read(path)
+        self.missing = missing
         self.facts = environment("cpu")
+        self.begin = (time.monotonic(), processor_seconds())
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        if not self.missing:
+            return
+        done = {name for name, o in read(self.path).items() if o["outcome"] != "failed"}
+        left_out = [item for item in items if item.nodeid in done]
+        items[:] = [item for item in items if item.nodeid not in done]
+        config.hook.pytest_deselected(items=left_out)
+
+    def pytest_runtest_logstart(self) -> None:
+        self.begin = (time.monotonic(), processor_seconds())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
-        self.held[report.nodeid] = {
+        wall, processor = self.begin
+        outcome = {
             "outcome": report.outcome,
-            "seconds": round(report.duration, 2),
+            "seconds": round(time.monotonic() - wall, 2),
+            "processor_seconds": round(processor_seconds() - processor, 2),
             "figures": dict(report.user_properties),
             "commit": self.facts["commit"],
             "modified": self.facts["modified"],
-            "date": self.facts["date"],
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.held, indent=1, sort_keys=True) + "\n")
-        partial.replace(self.path)
+        with _alone(self.path.parent):
+            held = read(self.path) | {report.nodeid: outcome}
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
+            partial.replace(self.path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which ends the lock
+
+
+def processor_seconds() -> float:
+    """Of this process and all it started, ended ones included; nothing else on the machine."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            t = process.cpu_times()
+            total += t.user + t.system + t.children_user + t.children_system
+    return total
 
 
 def read(path: Path = OUT) -> dict[str, dict[str, Any]]:
@@ -240,6 +289,9 @@ def show(held: Mapping[str, Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--run", action="store_true", help="run the tests first")
+    parser.add_argument(
+        "--missing", action="store_true", help="leave out what has passed before, of any commit"
+    )
     parser.add_argument("-k", default="", help="only tests that match, as pytest's -k")
     parser.add_argument("--out", type=Path, default=OUT, help="where outcomes are kept")
     options = parser.parse_args(arguments)
@@ -250,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(
             pytest.main(
                 [*wanted, *(str(ROOT / path) for path in PATHS)],
-                plugins=[Recorder(options.out)],
+                plugins=[Recorder(options.out, missing=options.missing)],
             )
         )
         print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
