@@ -23,6 +23,7 @@ from mlip import distributed
 
 _BEAT_S = 1.0
 _SILENT_BEATS = 3.5
+_DYING_S = 1.0  # how long a rank whose connections are closed may still look alive
 _ROOM = 256  # bytes of the file: each writing covers the one before
 _present: Presence | None = None
 
@@ -88,7 +89,13 @@ def explain(error: BaseException) -> str | None:
     if _present is None:
         return None
     place = f"in {collective_of(error)} (step {_present.step}, phase {_present.phase})"
-    missing = missing_ranks(_present.folder, (_present.step, _present.phase))
+    deadline = time.monotonic() + _DYING_S
+    silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
+    # a killed process closes its connections before the system shows it as dead
+    while not silent and time.monotonic() < deadline:
+        time.sleep(0.02)
+        silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
+    missing = silent or behind
     if not missing:
         return f"{place}; every other rank still gives signs of life from the same place"
     return f"{place}, waiting for " + "; ".join(missing)
@@ -106,8 +113,8 @@ def collective_of(error: BaseException) -> str:
     return f"{called} of {caller}" if caller else called
 
 
-def missing_ranks(folder: Path, own: tuple[int, str]) -> list[str]:
-    """Other ranks that are dead, stopped, silent, or else behind this one, each with its state."""
+def missing_ranks(folder: Path, own: tuple[int, str]) -> tuple[list[str], list[str]]:
+    """Other ranks that are dead, stopped or silent; and those behind this one; with states."""
     silent, behind = [], []
     for rank in range(distributed.world_size()):
         if rank == distributed.rank():
@@ -125,7 +132,7 @@ def missing_ranks(folder: Path, own: tuple[int, str]) -> list[str]:
             silent.append(text)
         elif (seen["step"], seen["phase"]) != own:
             behind.append(text)
-    return silent or behind
+    return silent, behind
 
 
 def _state(seen: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """This process as rank 0 of three; the others are files."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(presence, "_DYING_S", 0.05)
     presence.start(tmp_path)
     presence.at(6, "forward")
 
@@ -64,6 +65,19 @@ def test_a_dead_process_is_gone_and_a_missing_file_never_came(three_ranks):
     three_ranks(1, pid=dead.pid)
     text = presence.explain(_failed_collective())
     assert text is not None and "rank 1: gone" in text and "rank 2: never gave a sign" in text
+
+
+def test_a_process_that_is_seen_to_be_dead_a_moment_after_the_error_is_named(
+    three_ranks, monkeypatch
+):
+    # what a busy machine shows: the connection is closed, the process not yet a zombie
+    monkeypatch.setattr(presence, "_DYING_S", 60.0)
+    dying = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
+    three_ranks(1, pid=dying.pid)
+    three_ranks(2)
+    text = presence.explain(_failed_collective())
+    dying.wait()
+    assert text is not None and "waiting for rank 1: gone" in text and "rank 2" not in text
 
 
 def test_a_rank_that_lives_but_is_behind_is_named_only_where_none_is_silent(three_ranks):
