@@ -165,7 +165,8 @@ def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):
     power = torch.exp(torch.where(weight[:, None] > 0, (r - score[seg]) * gamma, -torch.inf))
     pulled = grad_r * power
     d_r = pulled * weight[:, None]
-    d_gamma = ((d_r * r).sum() - (grad * score).sum()) / gamma
+    # d r of a text's rows sums to its d S
+    d_gamma = (d_r * (r - score[seg])).sum(dtype=torch.float64) / gamma
     return d_r, pulled.sum(1) / gamma, d_gamma
 
 
@@ -183,8 +184,9 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
         g_total = g / total
         d_alpha = None
         if wants_alpha:
-            second = (e * s).mul_(s).sum(-1)
-            d_alpha = (g_total * second).sum() - (g * r * r).sum()
+            # centred: the mean of squares less the square of the mean would lose two digits
+            spread = (s - r[..., None]).square_().mul_(e).sum(-1)
+            d_alpha = (g_total * spread).sum(dtype=torch.float64)
         ds = torch.addcmul((g_total * (1 - alpha * r))[..., None], s, (g_total * alpha)[..., None])
         return ds.mul_(e), d_alpha, None
     a = e.div_(total[..., None])
@@ -196,7 +198,7 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
     y = torch.bmm(context, v.mT).transpose(0, 1)
     dl = (s - pull * y).div_(rho[..., None]).sub_(((1 - free) * r)[..., None])
     dl.mul_(a).mul_(g[..., None])
-    d_alpha = (dl * s).sum() if wants_alpha else None
+    d_alpha = (dl * s).sum(dtype=torch.float64) if wants_alpha else None
     k = a * (-g * free * r / rho.square())[..., None]
     d_patch = torch.bmm(k.permute(1, 2, 0), context)  # [m, P, D]
     return dl.mul_(alpha).add_(a.mul_((g / rho)[..., None])), d_alpha, d_patch
@@ -248,7 +250,8 @@ class _PairScores(torch.autograd.Function):
             grad = torch.where(spec.patch_mask.any(1)[:, None], grad, 0.0)
         d_rows, d_weight = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
         d_patch = torch.zeros_like(patch_MPD)
-        d_alpha, d_gamma = torch.zeros_like(alpha), torch.zeros_like(gamma)
+        # the scales' terms nearly cancel over all pairs: summed in float64 whatever the inputs
+        d_alpha, d_gamma = (torch.zeros_like(x, dtype=torch.float64) for x in (alpha, gamma))
         for index, tile in enumerate(ctx.tiles):
             seg = spec.text_of_row[tile.rows] - tile.texts.start
             g_tile = grad[tile.images, tile.texts].T
@@ -275,6 +278,7 @@ class _PairScores(torch.autograd.Function):
             own.view(-1, own.shape[2]).addmm_(ds.T, rows_RD[tile.rows])
             if context_grad is not None:
                 own += context_grad
+        d_alpha, d_gamma = d_alpha.to(alpha.dtype), d_gamma.to(gamma.dtype)
         return d_rows, d_weight, d_patch, d_alpha, d_gamma, None
 
 
