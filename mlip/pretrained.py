@@ -255,6 +255,7 @@ def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where
         config, vocab_size=vocab_size, concept_vectors=torch.zeros_like(weights["concept_vectors"])
     )
     own = model.state_dict()
+    weights = _under_all_names(model, weights, where)
     different = sorted(own.keys() ^ weights.keys())
     if different:
         raise PretrainedError(
@@ -267,8 +268,27 @@ def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where
                 f"{where}: {name} has shape {tuple(weights[name].shape)}, the settings ask for "
                 f"{tuple(tensor.shape)}"
             )
-    model.load_state_dict(dict(weights))
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _under_all_names(
+    model: MLIPModel, weights: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """A tensor that the model holds under several names is written once: here under each.
+
+    Raises:  PretrainedError where the names of one tensor come with different values.
+    """
+    whole, first = dict(weights), {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holder = first.setdefault(parameter, name)
+        if holder not in weights or name == holder:
+            continue
+        if not torch.equal(whole.setdefault(name, weights[holder]), weights[holder]):
+            raise PretrainedError(
+                f"{where}: {holder} and {name} are one tensor in this model and differ in the file"
+            )
+    return whole
 
 
 def open_checkpoint(
