@@ -76,6 +76,8 @@ def main() -> int:
     out, runs = Path(options.out).resolve(), Path(options.runs).resolve()
     out.mkdir(parents=True, exist_ok=True)
     methods, tasks = TABLES[options.table]
+    if options.imagenet:
+        methods = (*methods, "imagenet")
     methods = tuple(options.methods.split(",")) if options.methods else methods
     tasks = tuple(options.tasks.split(",")) if options.tasks else tasks
     seeds = tuple(options.seeds)
@@ -115,6 +117,7 @@ def parse() -> argparse.Namespace:
     add("--val-studies", type=int, default=128)
     add("--test-studies", type=int, default=1000)
     add("--manifest", default="../shared/data/manifest.csv", help="of the real images")
+    add("--imagenet", metavar="DIR", help="ImageNet weights in transformers' format: one row more")
     add("--pretrain", type=int, metavar="STEPS", help="make missing pre-trainings of STEPS steps")
     add("--threads", type=int, default=1)
     add("--set", action="append", default=[], metavar="key=value", help="setting of every cell")
@@ -144,6 +147,11 @@ def cells(
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """The results of a method in a task, one a command; [] where it has no checkpoint."""
+    if method == "imagenet":
+        if options.imagenet is None or task == CASE_REPORTS:  # no text tower to retrieve with
+            return []
+        items = settings(method, task, "", seeds, options)
+        return [run_cell(Cell(method, task, None), items, [options.imagenet], out, options)]
     shape = "mlip" if method == "random" else method  # a random tower has MLIP's shape
     if not all(has_checkpoint(runs / f"{shape}_{seed}") for seed in seeds):
         return []
@@ -181,7 +189,12 @@ def settings(
     method: str, task: str, pattern: str, seeds: tuple[int, ...], options: argparse.Namespace
 ) -> list[str]:
     """What `mlip evaluate` is told, without --out."""
-    items = [str(CONFIGS / "transfer" / f"{task}.yaml"), f"checkpoint={pattern}"]
+    items = [str(CONFIGS / "transfer" / f"{task}.yaml")]
+    if method == "imagenet":
+        items += ["transfer.start=imagenet", f"model.vision.source={options.imagenet}"]
+        items += ["data.channels=3", "model.vision.options={}"]
+    else:
+        items.append(f"checkpoint={pattern}")
     items.append(f"transfer.seeds=[{','.join(map(str, seeds))}]")
     if task in PHANTOM_TASKS:
         items += [f"data.manifest={Path(options.out).resolve() / 'data' / 'manifest.csv'}"]

@@ -10,6 +10,7 @@ METHODS = {
     "mlip": "full MLIP",
     "mgca": "MGCA family: in-pair tokens, plain prototypes",
     "clip": "global contrast only (CLIP)",
+    "imagenet": "ImageNet weights",
     "random": "random weights",
 }
 CASE_REPORTS = "case_reports"

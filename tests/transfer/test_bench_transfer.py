@@ -11,7 +11,7 @@ import pytest
 from benchmarks import bench_transfer
 from benchmarks.transfer_tables import as_markdown
 
-VALUES = {"mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
+VALUES = {"imagenet": 0.65, "mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
 
 
 def estimate(value: float, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def estimate(value: float, seeds: tuple[int, ...]) -> dict[str, Any]:
 
 def results_of(items: list[str]) -> dict[str, Any]:
     """What a cell's command would have written: the method's own value, whatever the task."""
-    method = next(m for m in VALUES if f"/{m}_" in " ".join(items))
+    method = next((m for m in VALUES if f"/{m}_" in " ".join(items)), "imagenet")
     method = "random" if "transfer.start=random" in items else method
     value = estimate(VALUES[method], (1, 2))
     fits = [{"rows": 20}]
@@ -103,7 +103,10 @@ def test_a_cell_of_other_settings_or_another_checkpoint_is_refused(
 def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]
 ) -> None:
-    text = run(tmp_path, monkeypatch, "ablation", "--tasks", "phantom_classification")
+    more = ("--tasks", "phantom_classification", "--imagenet", "weights/resnet")
+    text = run(tmp_path, monkeypatch, "ablation", *more)
+    assert "| ImageNet weights | macro AUROC | 0.650" in text
+    assert any("model.vision.source=weights/resnet" in command for command in commands)
     line = next(x for x in text.splitlines() if x.startswith("| MGCA"))
     assert line.count("not run") == 2
     assert "clip, 10 %: +0.100" in text
