@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlip.assembly import open_tokenizer
+from mlip.config import load
+from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import (
     SPECIAL,
     ReportEncoder,
@@ -111,6 +115,29 @@ def test_a_word_of_enough_patients_or_of_the_lexicon_is_a_piece(tmp_path: Path) 
     assert "ward" in public.backend.get_vocab() and "seen" not in public.backend.get_vocab()
     lowered = train_tokenizer(texts, 400, tmp_path / "one", patients=patients, min_patients=1)
     assert "zqwertus" in lowered.backend.get_vocab()
+
+
+@pytest.mark.parametrize(("owners", "learnt"), [((50,) * 6, False), (range(50, 55), True)])
+def test_a_run_counts_the_patients_of_its_manifest(
+    tmp_path: Path, owners: Any, learnt: bool
+) -> None:
+    texts, patients = _planted("Zqwertus", reports_of=tuple(owners))
+    with open(tmp_path / "manifest.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "report", "patient_id", "study_id", "split"])
+        for row, (text, patient) in enumerate(zip(texts, patients, strict=True)):
+            writer.writerow([f"{row}.png", text, f"p{patient}", f"s{row}", "train"])
+    config = load(
+        [],
+        [
+            f"data.manifest={tmp_path / 'manifest.csv'}",
+            f"run.dir={tmp_path / 'run'}",
+            "data.columns={image_id: null, view: null, sha256: null}",
+        ],
+    )
+    pieces = open_tokenizer(config, load_manifest(config.data)).backend.get_vocab()
+    assert ("zqwertus" in pieces) == learnt
+    assert "pneumothorax" in pieces
 
 
 def test_the_order_of_the_reports_does_not_change_the_vocabulary(tmp_path: Path) -> None:

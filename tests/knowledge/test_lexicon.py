@@ -61,6 +61,10 @@ def test_the_lexicon_has_250_concepts_of_every_kind(table):
     assert all(len(concept.definition.split()) >= 3 for concept in table)
 
 
+def test_every_concept_has_another_wording_than_its_name(table):
+    assert [c.id for c in table if len(c.surface_forms) < 2] == []
+
+
 def test_the_concepts_that_the_phantoms_speak_of_exist(table):
     for concept_id in (
         "pleural_effusion",
