@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.config import Data
-from mlip.dataloading.report_text import select_sections
+from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
 from mlip.dataloading.table import ManifestError, read_table
-from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, hash_bytes, hash_words, mix
+from mlip.dataloading.text_hash import hash_bytes, mix
 
 IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
@@ -38,18 +38,6 @@ _SPLIT_NAMES = {
     "testing": 2,
 }
 NO_SPLIT = -1
-
-# Why a row is left out, by code; 0 = it is not.
-RULES = (
-    "",
-    "no_report",
-    "blank_report",
-    "nan_report",
-    "one_word_report",
-    "no_section",
-    "no_split",
-)
-(_, NO_REPORT, BLANK_REPORT, NAN_REPORT, ONE_WORD_REPORT, NO_SECTION, NO_SPLIT_RULE) = range(7)
 
 # Shares of patients where the manifest has no split column.
 _TRAIN_SHARE, _VAL_SHARE = 0.8, 0.1
@@ -71,7 +59,7 @@ class Manifest:
     root: str  # real path of the folder that image paths are relative to
     fingerprint: str  # SHA-256 of the manifest's bytes
     image: pa.ChunkedArray
-    report: pa.ChunkedArray  # after data.sections; "" where a rule leaves the text out
+    report: TextStore  # after data.sections
     split: NDArray[np.int8]  # index into SPLITS, NO_SPLIT where blank
     pair_id: IntArray  # equal = same study or same text; the component's first row
     rule: NDArray[np.uint8]  # index into RULES
@@ -126,7 +114,7 @@ class Manifest:
 
     def text(self, row: int) -> str:
         """The report's chosen sections, "" for an image-only row."""
-        return self.report[row].as_py() if self.rule[row] == 0 else ""
+        return self.report[row] if self.rule[row] == 0 else ""
 
     def sha256_of(self, row: int) -> str | None:
         value = self.sha256[row].as_py() if self.sha256 is not None else None
@@ -169,7 +157,13 @@ def load_manifest(data: Data) -> Manifest:
         "sha256": columns.sha256,
         "labels": columns.labels,
     }
-    table, fingerprint = read_table(path, {k: v for k, v in wanted.items() if v is not None})
+    reports = ReportColumn(data.sections)
+    table, fingerprint = read_table(
+        path,
+        {k: v for k, v in wanted.items() if v is not None},
+        # texts are packed as they are read: a million of them unpacked are 290 MiB
+        {"report": reports} if columns.report is not None else {},
+    )
     if len(next(iter(table.values()))) == 0:
         raise ManifestError(f"{path}: the manifest has no rows")
     root = os.path.realpath(data.root if data.root is not None else path.parent)
@@ -186,7 +180,9 @@ def load_manifest(data: Data) -> Manifest:
     split = _splits(table.pop("split", None), patient, columns.split, path)
     _check_patients(patient_key, split, patient, path, fingerprint)
     # columns leave the table as they are used up
-    report, rule, text_hash = _reports(table.pop("report", None), len(split), data.sections)
+    if columns.report is None:
+        reports.append_missing(len(split))
+    rule, text_hash = reports.rule(), reports.text_hash()
     pair_id = _pair_ids(patient_key, table.pop("study_id", None), text_hash, rule == 0, fingerprint)
     rule[split == NO_SPLIT] = NO_SPLIT_RULE
     return Manifest(
@@ -194,7 +190,7 @@ def load_manifest(data: Data) -> Manifest:
         root=root,
         fingerprint=fingerprint,
         image=image,
-        report=report,
+        report=reports.texts,
         split=split,
         pair_id=pair_id,
         rule=rule,
@@ -307,29 +303,6 @@ def _check_patients(
             f"{path}: {len(crossing)} patients occur in more than one split, for example the one "
             f"hashed {hashed_id(first, fingerprint)}: expected every patient in one split only"
         )
-
-
-def _reports(
-    column: pa.ChunkedArray | None, rows: int, sections: str
-) -> tuple[pa.ChunkedArray, NDArray[np.uint8], HashArray]:
-    """Chosen sections, rule code and hash of the words of every row's text."""
-    rule = np.zeros(rows, dtype=np.uint8)
-    if column is None:
-        rule[:] = NO_REPORT
-        return (
-            pa.chunked_array([pa.nulls(rows, pa.large_string())]),
-            rule,
-            np.zeros(rows, dtype=np.uint64),
-        )
-    absent = pc.is_null(column).to_numpy()
-    report, without_section = select_sections(pc.fill_null(column, ""), sections)
-    text_hash, words = hash_words(report)
-    rule[words == 1] = ONE_WORD_REPORT
-    rule[np.isin(text_hash, HASH_OF_NAN_WORDS)] = NAN_REPORT
-    rule[words == 0] = BLANK_REPORT
-    rule[without_section] = NO_SECTION
-    rule[absent] = NO_REPORT
-    return report, rule, text_hash
 
 
 def _pair_ids(

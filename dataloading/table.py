@@ -7,8 +7,9 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +20,17 @@ import pyarrow.parquet
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
 _BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a megabyte happen
+_ROWS_AT_ONCE = 1 << 15  # of a Parquet file: about a block's worth
+_SMALL_BLOCK_BYTES = 1 << 20
+Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
+
+
+class Sink(Protocol):
+    """What takes a column's pieces in row order; cleared where reading starts again."""
+
+    def append(self, piece: pa.LargeStringArray) -> None: ...
+
+    def clear(self) -> None: ...
 
 
 class ManifestError(ValueError):
@@ -27,10 +39,16 @@ class ManifestError(ValueError):
     exit_code = 3
 
 
-def read_table(path: Path, wanted: Mapping[str, str]) -> tuple[dict[str, pa.ChunkedArray], str]:
+def read_table(
+    path: Path,
+    wanted: Mapping[str, str],
+    take: Mapping[str, Sink] | None = None,
+) -> tuple[dict[str, pa.ChunkedArray], str]:
     """Field -> text column for the wanted columns (field -> column name), and the SHA-256.
 
     Columns stay in the pieces they were read in: a copy of all texts would be half the memory.
+    `take` (field -> sink) gets a field's pieces in row order as they are read, in place of a
+    column of the result: at no time are all of them in memory.
 
     Raises:  ManifestError: unreadable, another format, ragged rows, missing or doubled columns.
     """
@@ -50,7 +68,9 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> tuple[dict[str, pa.Chun
     try:
         with open(path, "rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-        table = reader(path, wanted)
+        columns = _small_blocks(path, wanted, take or {}) if reader is _read_csv else None
+        if columns is None:
+            columns = _collect(reader(path, wanted), path, wanted, take or {})
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except pa.ArrowException:
@@ -58,11 +78,44 @@ def read_table(path: Path, wanted: Mapping[str, str]) -> tuple[dict[str, pa.Chun
         raise ManifestError(
             f"{path}: cannot be read as {path.suffix[1:]}: damaged, or not UTF-8"
         ) from None
-    columns = {field: _as_text(table.column(name), name, path) for field, name in wanted.items()}
-    del table
     # what parsing needed: 100 MiB of a million rows
     pa.default_memory_pool().release_unused()
     return columns, fingerprint
+
+
+def _small_blocks(
+    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink]
+) -> dict[str, pa.ChunkedArray] | None:
+    """A CSV's columns, None where it has to be read in large blocks: a row longer than a small one.
+
+    Arrow reads 32 blocks ahead of a slow taker, which are 512 MiB of large ones.
+    """
+    try:
+        return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take)
+    except pa.ArrowInvalid:
+        for sink in take.values():
+            sink.clear()
+        return None
+
+
+def _collect(
+    reader: Batches,
+    path: Path,
+    wanted: Mapping[str, str],
+    take: Mapping[str, Sink],
+) -> dict[str, pa.ChunkedArray]:
+    pieces: dict[str, list[pa.Array]] = {field: [] for field in wanted if field not in take}
+    schema, batches = reader
+    for name in wanted.values():
+        _check_type(schema.field(name).type, name, path)
+    for batch in batches:
+        for field, name in wanted.items():
+            piece = _as_text(batch.column(name))
+            if field in take:
+                take[field].append(piece)
+            else:
+                pieces[field].append(piece)
+    return {field: pa.chunked_array(parts, type=_TEXT) for field, parts in pieces.items()}
 
 
 def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> None:
@@ -83,7 +136,8 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
         raise ManifestError(f"{path}: columns that occur twice: {', '.join(doubled)}")
 
 
-def _read_csv(path: Path, wanted: Mapping[str, str]) -> pa.Table:
+def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int = 0) -> Batches:
+    block_bytes = block_bytes or _BLOCK_BYTES
     with open(path, "rb") as stream:
         head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
     try:
@@ -102,9 +156,9 @@ def _read_csv(path: Path, wanted: Mapping[str, str]) -> pa.Table:
         ragged += 1
         return "skip"
 
-    table = pa.csv.read_csv(
+    reader = pa.csv.open_csv(
         path,
-        read_options=pa.csv.ReadOptions(block_size=_BLOCK_BYTES),
+        read_options=pa.csv.ReadOptions(block_size=block_bytes),
         parse_options=pa.csv.ParseOptions(
             delimiter=delimiter, newlines_in_values=True, invalid_row_handler=count_ragged
         ),
@@ -116,14 +170,18 @@ def _read_csv(path: Path, wanted: Mapping[str, str]) -> pa.Table:
             null_values=[""],
         ),
     )
-    if ragged:
-        lines = _ragged_lines(path, delimiter, len(names))
-        raise ManifestError(
-            f"{path}: {ragged} rows do not have the header's {len(names)} columns"
-            f"{' (lines ' + ', '.join(map(str, lines)) + ')' if lines else ''}: quote cells that "
-            "hold the delimiter or a line break"
-        )
-    return table
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield from reader
+        if ragged:
+            lines = _ragged_lines(path, delimiter, len(names))
+            raise ManifestError(
+                f"{path}: {ragged} rows do not have the header's {len(names)} columns"
+                f"{' (lines ' + ', '.join(map(str, lines)) + ')' if lines else ''}: quote cells "
+                "that hold the delimiter or a line break"
+            )
+
+    return reader.schema, batches()
 
 
 def _ragged_lines(path: Path, delimiter: str, columns: int) -> list[int]:
@@ -141,13 +199,14 @@ def _ragged_lines(path: Path, delimiter: str, columns: int) -> list[int]:
     return lines
 
 
-def _read_parquet(path: Path, wanted: Mapping[str, str]) -> pa.Table:
-    schema = pa.parquet.read_schema(path)
-    _check_columns(list(schema.names), wanted, path)
-    return pa.parquet.read_table(path, columns=sorted(set(wanted.values())))
+def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Batches:
+    file = pa.parquet.ParquetFile(path)
+    _check_columns(list(file.schema_arrow.names), wanted, path)
+    columns = sorted(set(wanted.values()))
+    return file.schema_arrow, file.iter_batches(_ROWS_AT_ONCE, columns=columns)
 
 
-def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> pa.Table:
+def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
     names: dict[str, None] = {}
     with open(path, encoding="utf-8") as stream:
         for number, line in enumerate(stream, start=1):
@@ -164,7 +223,7 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> pa.Table:
     blocks = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
     texts = pa.schema([(name, pa.string()) for name in sorted(set(wanted.values()))])
     try:
-        return pa.json.read_json(
+        table = pa.json.read_json(
             path,
             read_options=blocks,
             parse_options=pa.json.ParseOptions(
@@ -173,14 +232,13 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> pa.Table:
         )
     except pa.ArrowInvalid:
         # some column holds numbers: let Arrow find the types, they become text below
-        return pa.json.read_json(path, read_options=blocks)
+        table = pa.json.read_json(path, read_options=blocks)
+    return table.schema, iter(table.to_batches())
 
 
-def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
-    kind = column.type
+def _check_type(kind: pa.DataType, name: str, path: Path) -> None:
     if pa.types.is_dictionary(kind):
-        column = pc.cast(column, kind.value_type)
-        kind = column.type
+        kind = kind.value_type
     if not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
@@ -189,4 +247,9 @@ def _as_text(column: pa.ChunkedArray, name: str, path: Path) -> pa.ChunkedArray:
     ):
         # a number with a point cannot be turned back into the identifier it was
         raise ManifestError(f"{path}: column {name!r}: expected text or integers, got {kind}")
-    return pc.cast(column, _TEXT)
+
+
+def _as_text(piece: pa.Array) -> pa.LargeStringArray:
+    if pa.types.is_dictionary(piece.type):
+        piece = pc.cast(piece, piece.type.value_type)
+    return pc.cast(piece, _TEXT)

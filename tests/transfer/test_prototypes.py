@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from mlip.batch import ABSENT, PRESENT
+from mlip.dataloading.report_column import TextStore
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.report_corpus import knowledge_context
 from mlip.transfer.prototypes import prototype_statistics
@@ -104,9 +104,9 @@ def test_pairs_that_are_no_negatives_are_counted_by_hand() -> None:
     config = dataclasses.replace(run.config, knowledge=knowledge)
     joined = pair_statistics(config, manifest, run.tokenizer, run.linker, run.table)
     before = joined["by_concepts"]["pairs_in_groups"]
-    texts = run.manifest.report.to_pylist()
+    texts = list(run.manifest.report)
     texts[rows[10]], texts[rows[11]] = "Pneumoperitoneum is seen.", "There is pneumoperitoneum."
-    manifest = dataclasses.replace(manifest, report=pa.chunked_array([texts]))
+    manifest = dataclasses.replace(manifest, report=TextStore.of(texts))
     joined = pair_statistics(config, manifest, run.tokenizer, run.linker, run.table)
     assert joined["by_text_or_study"] == text
     assert joined["by_concepts"]["pairs_in_groups"] == before + 2
