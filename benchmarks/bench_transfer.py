@@ -192,7 +192,7 @@ def settings(
     items = [str(CONFIGS / "transfer" / f"{task}.yaml")]
     if method == "imagenet":
         items += ["transfer.start=imagenet", f"model.vision.source={options.imagenet}"]
-        items += ["data.channels=3", "model.vision.options={}"]
+        items.append("data.channels=3")
     else:
         items.append(f"checkpoint={pattern}")
     items.append(f"transfer.seeds=[{','.join(map(str, seeds))}]")
