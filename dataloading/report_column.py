@@ -1,6 +1,6 @@
 """A manifest's report texts: sections chosen and rules applied as they are read, kept compressed.
 
-A million reports of 290 characters are 290 MiB as an Arrow column and a quarter of that here; a
+A million reports of 290 characters are 290 MiB as an Arrow column and a fraction of that here; a
 training run reads each text once (reports.py keeps its tokens), so reading may cost a little.
 """
 
