@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import warnings
+from importlib import metadata
 from typing import Any
 from unittest import mock
 
@@ -30,6 +32,10 @@ from mlip.training.step import (
     build_optimizer,
     seed_moments,
 )
+
+# From the first to before the second, as setup.py asks for: gathers, moments and the reduction of
+# one backward pass are reached through parts of DeepSpeed that it moves between minor versions.
+DEEPSPEED_VERSIONS = ((0, 19), (0, 20))
 
 
 class DeepSpeedEngine(Engine):
@@ -264,13 +270,28 @@ def _require_equal_passes(config: Config) -> None:
             )
 
 
+def _require_version() -> None:
+    """The gradient cache makes one backward pass, so that DeepSpeed reduces each gradient once.
+
+    Raises:  ConfigError naming the DeepSpeed found and those needed.
+    """
+    found = metadata.version("deepspeed")
+    least, below = DEEPSPEED_VERSIONS
+    if not least <= tuple(map(int, re.findall(r"\d+", found)[:2])) < below:
+        needed = f">={least[0]}.{least[1]},<{below[0]}.{below[1]}"
+        raise ConfigError(
+            f"DeepSpeed {found} is installed, ZeRO and the gradient cache need DeepSpeed {needed}: "
+            f"pip install 'deepspeed{needed}', or set train.engine=plain train.zero_stage=0"
+        )
+
+
 def build_engine(
     objective: nn.Module, config: Config, user_json: dict[str, Any] | None = None
 ) -> Engine:
     """The engine that train.engine asks for; auto = DeepSpeed under a launcher where installed.
 
-    Raises:  ConfigError where the settings need DeepSpeed and it is not installed, or where a
-             user's DeepSpeed JSON contradicts the config.
+    Raises:  ConfigError where the settings need DeepSpeed and it is not installed or of another
+             version, or where a user's DeepSpeed JSON contradicts the config.
     """
     train = config.train
     if train.zero_stage == 3:
@@ -285,5 +306,6 @@ def build_engine(
                 "pip install deepspeed, or set train.engine=plain train.zero_stage=0"
             )
     elif train.engine != "plain" and (wants or "RANK" in os.environ):
+        _require_version()
         return DeepSpeedEngine(objective, config, deepspeed_settings(config, user_json))
     return PlainEngine(objective, config)

@@ -66,6 +66,8 @@ _PEER_WORDS = re.compile(
     r"gloo|NCCL|peer|[Tt]imed? ?out|Connection (closed|reset|refused)|Broken pipe|"
     r"ProcessGroup|store.*(wait|get)"
 )
+# gloo names its source file: ZeRO-3 waits for a gather outside any function of torch.distributed
+_GLOO = re.compile(r"^\[[^\]]*/gloo/[^\]]*\]")
 
 
 def exit_code(error: BaseException) -> int:
@@ -81,7 +83,7 @@ def exit_code(error: BaseException) -> int:
     if module.startswith("torch.distributed") or type(error).__name__.startswith("Dist"):
         return PEER
     if isinstance(error, RuntimeError) and _PEER_WORDS.search(str(error)):
-        return PEER if _is_from_collective(error) else 1
+        return PEER if _GLOO.search(str(error)) or _is_from_collective(error) else 1
     return CONFIG if isinstance(error, ValueError) else 1
 
 

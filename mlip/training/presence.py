@@ -105,7 +105,9 @@ def collective_of(error: BaseException) -> str:
     """The collective that failed and who called it, from the error's traceback."""
     called, caller = "a collective", ""
     for frame in traceback.extract_tb(error.__traceback__):
-        if "torch/distributed" in frame.filename or "deepspeed/comm" in frame.filename:
+        if frame.filename.endswith(("zero/partition_parameters.py", "utils/nvtx.py")):
+            called = "all_gather" if frame.name == "wait" else called  # ZeRO-3's, begun before
+        elif "torch/distributed" in frame.filename or "deepspeed/comm" in frame.filename:
             if frame.name not in ("wrapper", "log_wrapper") and not frame.name.startswith("_"):
                 called = frame.name
         elif f"{os.sep}torch{os.sep}" not in frame.filename:

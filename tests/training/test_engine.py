@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,13 @@ class _Deepspeed:
 def installed(monkeypatch: pytest.MonkeyPatch):
     """Sets whether DeepSpeed is installed and whether a launcher started this process."""
 
-    def choose(is_installed: bool, *, launched: bool, ranks: int = 1) -> None:
+    def choose(
+        is_installed: bool, *, launched: bool, ranks: int = 1, version: str = "0.19.8"
+    ) -> None:
         found = importlib.util.find_spec("json") if is_installed else None
         monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: found)
         monkeypatch.setattr(engine, "DeepSpeedEngine", _Deepspeed)
+        monkeypatch.setattr(engine.metadata, "version", lambda name: version)
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         if launched:
             monkeypatch.setenv("RANK", "0")
@@ -68,6 +72,21 @@ def test_what_needs_deepspeed_says_so_where_it_is_not_installed(installed, overr
     installed(False, launched=True, ranks=ranks)
     with pytest.raises(ConfigError, match="DeepSpeed, which is not installed: pip install"):
         _build(*overrides)
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0", "0.9.5+cpu"])
+def test_another_deepspeed_is_refused_by_the_versions_found_and_needed(installed, version):
+    installed(True, launched=True, version=version)
+    needed = f"DeepSpeed {re.escape(version)} is installed, .* need DeepSpeed >=0.19,<0.20"
+    with pytest.raises(ConfigError, match=needed):
+        _build("train.zero_stage=2")
+    assert type(_build("train.engine=plain")) is PlainEngine
+
+
+def test_the_deepspeed_that_is_needed_is_the_one_that_is_installed():
+    (least, below) = (".".join(map(str, v)) for v in engine.DEEPSPEED_VERSIONS)
+    setup = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
+    assert set(re.findall(r"deepspeed[<>=][^\"]*", setup)) == {f"deepspeed>={least},<{below}"}
 
 
 def test_stage_3_refuses_passes_that_a_rank_has_no_row_for(installed):
