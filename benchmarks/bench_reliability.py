@@ -279,9 +279,13 @@ def show(held: Mapping[str, Outcome]) -> str:
     text = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines]
     commits = sorted({str(o.get("commit")) for o in held.values()})
     if held:
-        minutes = sum(o["seconds"] for o in held.values()) / 60
+        wall, processor = (
+            sum(o.get(key, 0.0) for o in held.values()) / 60
+            for key in ("seconds", "processor_seconds")
+        )
         text.append(
-            f"{len(held)} tests, {minutes:.1f} min of their own time, commit {', '.join(commits)}"
+            f"{len(held)} tests, {wall:.1f} min of their own time one after another, "
+            f"{processor:.1f} min of processor time, commit {', '.join(commits)}"
         )
     return "\n".join(text)
 
