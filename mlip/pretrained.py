@@ -279,7 +279,8 @@ def _under_all_names(
 
     Raises:  PretrainedError where the names of one tensor come with different values.
     """
-    whole, first = dict(weights), {}
+    whole = dict(weights)
+    first: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holder = first.setdefault(parameter, name)
         if holder not in weights or name == holder:
