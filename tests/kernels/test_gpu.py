@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels.info_nce import info_nce_loss, info_nce_views_loss
 from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
@@ -147,6 +147,21 @@ def test_info_nce_is_exact(count: int, dim: int, features: torch.dtype) -> None:
         scale_dtype = torch.float64 if impl == "torch" else torch.float32
         made.append(torch.tensor(30.0, device="cuda", dtype=scale_dtype, requires_grad=True))
         value = info_nce_loss(made[0], made[1], made[2], pair_ids=ids, impl=impl)
+        results.append([value.detach(), *torch.autograd.grad(value, made)])
+    tolerance = 1e-5 if features == torch.float32 else 5e-3
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) <= tolerance
+
+
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_info_nce_over_views_is_exact(features: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(13)
+    views = [F.normalize(torch.randn(300, 128, generator=g), dim=-1) for _ in range(4)]
+    narrow = [x.to("cuda", features) for x in views]
+    results = []
+    for impl, dtype in (("triton", features), ("torch", torch.float64)):
+        made = [x.to(dtype).clone().requires_grad_() for x in narrow]
+        value = info_nce_views_loss(made[:2], made[2:], 20.0, impl=impl)
         results.append([value.detach(), *torch.autograd.grad(value, made)])
     tolerance = 1e-5 if features == torch.float32 else 5e-3
     for got, want in zip(*results, strict=True):
