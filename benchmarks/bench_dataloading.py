@@ -7,7 +7,8 @@ python benchmarks/bench_dataloading.py start [--rows 1000000] [--write]
 from one to the next in turn, so what else the machine does meets all alike. Rates are images a
 second (wall) and images a processor second, children included; ratios are medians over rounds.
 The DataLoader's side is the strongest plain one: grey, one channel, no report, 2 workers that keep
-running; ours makes the whole Batch. `full` is the same DataLoader on 2500 x 3000 px JPEG.
+running; ours makes the whole Batch. `full` is the same DataLoader on 2500 x 3000 px JPEG. Every
+process, DataLoader workers too, keeps freed memory as training does (mlip/training/allocator.py).
 `start`: a process reads the manifest, builds the loader, plans its first step, and then trains the
 vocabulary, which happens once in a run's life.
 """
@@ -40,6 +41,7 @@ from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import train_tokenizer
 from mlip.dataloading.shard_worker import ImageSettings, convert, encode
 from mlip.dataloading.shards import ShardWriter
+from mlip.training.allocator import keep_freed_memory
 
 IMAGES = 2048  # different 256-px images; all stay in the page cache, as shards on fast disks do
 FULL_IMAGES = 12  # different full-size files
@@ -204,6 +206,7 @@ def cpu_seconds() -> float:
 def serve(name: str, folder: Path, channels: int, workers: int) -> None:
     """A number of batches on stdin -> one JSON line: seconds, processor seconds, images."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as training does; a DataLoader's workers are forked and keep theirs too
     batches = contestant(name, folder, channels, workers)
     # what was made ahead between two rounds is not of this round
     ahead = 6

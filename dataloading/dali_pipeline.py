@@ -71,7 +71,12 @@ class DaliPipeline:
         if reason is not None:
             raise ValueError(f"data.pipeline=dali: {reason}")
         self.order, self.reader, self.transform = order, reader, transform
-        self._square = transform.placement(transform.resize_px, transform.resize_px)
+        side = transform.resize_px
+        self._square = transform.placement(side, side)
+        self._black = as_pgm(np.zeros((side, side), np.uint8))  # where no sample fills a place
+        self._needs_branches = False  # set for good by the first image that is no usual one
+        self._has_branches = True  # the running graph
+        self._first: tuple[Any, ...] | None = None  # its first batch, made before it
         self.threads = max(1, config.data.workers)
         self.on_gpu = torch.cuda.is_available()
         self.device_id = (
@@ -97,13 +102,13 @@ class DaliPipeline:
         if self._pipe is None or plan.step != self._next:
             self._build(plan.step)
         try:
-            image = self._run()
+            image = self._image(plan.step)
         except RuntimeError:
             # One undecodable image fails its whole batch in DALI, and which one is not said: this
             # batch is decoded by our own decoder, which finds and replaces the bad one.
             self._decode_ourselves.add(plan.step)
             self._build(plan.step)
-            image = self._run()
+            image = self._image(plan.step)
             self._decode_ourselves.discard(plan.step)
         self._next = plan.step + 1
         self._plans.pop(plan.step, None)
@@ -117,6 +122,14 @@ class DaliPipeline:
 
     def close(self) -> None:
         self._pipe = None
+
+    def _image(self, step: int) -> torch.Tensor:
+        """A step's pixels; the graph is built anew where the first unusual image was met."""
+        image = self._run()
+        if self._needs_branches and not self._has_branches:
+            self._build(step)
+            image = self._run()
+        return image
 
     def _run(self) -> torch.Tensor:
         outputs = self._pipe.run()
@@ -141,9 +154,14 @@ class DaliPipeline:
         self._plans.clear()
         self._filled.clear()
         self._failure = None
+        # made first, as it says which graph is needed
+        self._has_branches = True
+        self._first = self._make(step)
+        self._has_branches = self._needs_branches
         self._pipe = _pipeline(
             self._batch,
             self.transform,
+            branches=self._has_branches,
             on_gpu=self.on_gpu,
             batch_size=self.batch_size,
             num_threads=self.threads,
@@ -155,13 +173,16 @@ class DaliPipeline:
 
     def _batch(self, iteration: int) -> tuple[Any, ...]:
         """A step's encoded images and arguments; called ahead of need."""
-        step = self._base + iteration
+        first, self._first = self._first, None
+        return self._make(self._base + iteration) if first is None else first
+
+    def _make(self, step: int) -> tuple[Any, ...]:
         side = self._square.height
         fields = np.zeros((self.batch_size, _ARGUMENTS))
         # what holds for a letterboxed 8-bit file, as shards have them
         fields[:, :6] = 0.0, 1.0, side, side, 0.0, 0.0
         fields[:, 9] = 1.0
-        encoded = [_NOTHING] * self.batch_size
+        encoded = [self._black] * self.batch_size
         degrees = np.zeros(self.batch_size)
         try:
             plan, parameters = self._plan(step)
@@ -179,12 +200,16 @@ class DaliPipeline:
                 encoded[place] = content
                 if unusual is not None:
                     fields[place, :6] = unusual
+                    self._needs_branches = True
         except Exception as error:
             self._failure = error
             for place in range(self.batch_size):
                 self._filled.setdefault((step, place), (False, -1, []))
-            fields[:, :2] = 0.0
-            encoded = [_NOTHING] * self.batch_size
+            encoded = [self._black] * self.batch_size
+            fields[:, :2] = 0.0, 1.0
+        if self._needs_branches and not self._has_branches:
+            # this batch is made again for the graph that can take it
+            encoded = [self._black] * self.batch_size
         fields[fields[:, 0] > 0.0, 8:10] *= 65535.0 / 255.0
         arguments = [fields.astype(np.float32)]
         if self.transform.rotation_degrees != 0.0:
@@ -245,17 +270,22 @@ class DaliPipeline:
     def _nothing(self, step: int, place: int, row: int, bad: list[Bad]) -> Sample:
         """A black picture in a place that no sample fills."""
         self._filled[step, place] = (False, row, bad)
-        side = self.transform.resize_px
-        return _NOTHING, [0.0, 0.0, side, side, 0.0, 0.0]
+        return self._black, None
 
 
 def _pipeline(
-    source: Callable[[int], tuple[Any, ...]], transform: Transform, *, on_gpu: bool, **options: Any
+    source: Callable[[int], tuple[Any, ...]],
+    transform: Transform,
+    *,
+    on_gpu: bool,
+    branches: bool,
+    **options: Any,
 ) -> Any:
     """The graph: decode -> letterbox where the file is no letterbox yet -> crop and normalise.
 
     Its branches are taken per sample: resampling an image to its own size would cost three
-    quarters of the time, and decoding 8 bits as 16 a third.
+    quarters of the time, and decoding 8 bits as 16 a third. Splitting and merging the batch for
+    them costs a tenth, so there is a graph without, for batches of 8-bit squares of resize_px.
     """
     pipeline_def, fn, types = _dali()
     side, size = float(transform.resize_px), float(transform.crop_px)
@@ -307,15 +337,23 @@ def _pipeline(
             **place,
         )
 
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> Any:
-        encoded, geometry, *matrix = fn.external_source(
+    def inputs() -> Any:
+        return fn.external_source(
             source=source,
             num_outputs=3 if rotates else 2,
             batch=True,
             dtype=[types.UINT8, types.FLOAT, types.FLOAT][: 3 if rotates else 2],
             ndim=[1, 1, 2][: 3 if rotates else 2],
         )
+
+    @pipeline_def
+    def straight() -> Any:
+        encoded, geometry, *matrix = inputs()
+        return finish(decode(encoded, types.UINT8), geometry, matrix)
+
+    @pipeline_def(enable_conditionals=True)
+    def branching() -> Any:
+        encoded, geometry, *matrix = inputs()
         is_wide, is_letterbox = geometry[0] > 0.5, geometry[1] > 0.5
         if is_wide:
             image = decode(encoded, types.UINT16)
@@ -333,7 +371,7 @@ def _pipeline(
             out = finish(squared, geometry, matrix)
         return out
 
-    return graph(**options)
+    return branching(**options) if branches else straight(**options)
 
 
 def as_pgm(pixels: NDArray[Any]) -> NDArray[np.uint8]:
@@ -347,6 +385,3 @@ def as_pgm(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.concatenate(
         [np.frombuffer(header, np.uint8), np.ascontiguousarray(body).reshape(-1).view(np.uint8)]
     )
-
-
-_NOTHING = as_pgm(np.zeros((8, 8), np.uint8))

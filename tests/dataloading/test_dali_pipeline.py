@@ -119,6 +119,68 @@ def test_bad_files_are_replaced_as_in_the_twin(
     assert begun[0] == 0 and len(begun) == 2
 
 
+SQUARES = np.array([1, 2, 3, 7, 8, 9, 13, 14, 15])  # the corpus' training files of 8 bits, 48 px
+AS_PREPARED = ["data.pipeline=dali", "data.resize_px=48", "data.crop_px=40"]
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_graph_without_branches_gives_the_same_bits(
+    corpus: Callable[..., Config], build: Any, train: bool
+) -> None:
+    config = corpus(*AS_PREPARED)
+    straight, branching = (build(config, train=train, rows=SQUARES) for _ in range(2))
+    branching.pipeline._needs_branches = True
+    twin = build(corpus(*AS_PREPARED[1:]), train=train, rows=SQUARES)
+    count = 5 if train else 2  # of evaluation the second is short
+    for a, b, c in zip(*(take(one, count) for one in (straight, branching, twin)), strict=True):
+        assert torch.equal(a.image, b.image)
+        assert_twins(a, b)
+        assert_twins(a, c)
+    assert not straight.pipeline._has_branches and branching.pipeline._has_branches
+
+
+def test_the_first_unusual_image_brings_the_branches_and_costs_no_batch(
+    corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.array([1, 2, 3, 7, 8, 9, 11, 12, 13, 14])  # 11 is no square, 12 has 16 bits
+    config = corpus(*AS_PREPARED, "batch.global_pairs=2")
+    dali, branching = (build(config, train=False, rows=rows) for _ in range(2))
+    branching.pipeline._needs_branches = True
+    twin = build(corpus(*AS_PREPARED[1:], "batch.global_pairs=2"), train=False, rows=rows)
+    begun: list[tuple[int, bool]] = []
+    begin = dali.pipeline._build
+
+    def build_and_note(step: int) -> None:
+        begin(step)
+        begun.append((step, dali.pipeline._has_branches))
+
+    monkeypatch.setattr(dali.pipeline, "_build", build_and_note)
+    for a, b, c in zip(*(take(one, 5) for one in (dali, branching, twin)), strict=True):
+        assert torch.equal(a.image, b.image)
+        assert_twins(a, c)
+    # step 3 holds both; DALI asks for a batch or two ahead
+    assert begun[0] == (0, False) and len(begun) == 2
+    assert 1 <= begun[1][0] <= 3 and begun[1][1]
+
+
+def test_a_damaged_file_is_replaced_without_branches_too(
+    corpus: Callable[..., Config], build: Any
+) -> None:
+    override = [*AS_PREPARED, "data.bad_share=0.9"]
+    config = corpus(*override)
+    manifest = load_manifest(config.data)
+    path = Path(manifest.root) / manifest.image_path(7)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    (Path(manifest.root) / manifest.image_path(2)).unlink()
+    dali, twin = build(config, rows=SQUARES), build(corpus(*override[1:]), rows=SQUARES)
+    for a, b in zip(take(dali, 5), take(twin, 5), strict=True):
+        assert_twins(a, b)
+    assert dali.ledger.bad == twin.ledger.bad == {2: "missing", 7: "undecodable"}
+    assert not dali.pipeline._has_branches
+
+
 def test_rotation_on_the_cpu_backend_is_refused_with_the_reason(
     corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
