@@ -8,7 +8,8 @@ from one to the next in turn, so what else the machine does meets all alike. Rat
 second (wall) and images a processor second, children included; ratios are medians over rounds.
 The DataLoader's side is the strongest plain one: grey, one channel, no report, 2 workers that keep
 running; ours makes the whole Batch. `full` is the same DataLoader on 2500 x 3000 px JPEG. Every
-process, DataLoader workers too, keeps freed memory as training does (mlip/training/allocator.py).
+process, DataLoader workers too, keeps freed memory as training does (mlip/training/allocator.py);
+only `dataloader_default` leaves the allocator as it comes, as most code does.
 `start`: a process reads the manifest, builds the loader, plans its first step, and then trains the
 vocabulary, which happens once in a run's life.
 """
@@ -47,7 +48,7 @@ IMAGES = 2048  # different 256-px images; all stay in the page cache, as shards 
 FULL_IMAGES = 12  # different full-size files
 BATCH = 64
 FULL_BATCH = 4
-CONTESTANTS = ("dali", "torch", "dataloader", "dataloader_rgb", "full")
+CONTESTANTS = ("dali", "torch", "dataloader", "dataloader_default", "dataloader_rgb", "full")
 SENTENCES = (
     "There is a small left pleural effusion.",
     "No pneumothorax is seen.",
@@ -206,7 +207,8 @@ def cpu_seconds() -> float:
 def serve(name: str, folder: Path, channels: int, workers: int) -> None:
     """A number of batches on stdin -> one JSON line: seconds, processor seconds, images."""
     torch.set_num_threads(1)
-    keep_freed_memory()  # as training does; a DataLoader's workers are forked and keep theirs too
+    if name != "dataloader_default":
+        keep_freed_memory()  # a DataLoader's workers are forked: they keep theirs too
     batches = contestant(name, folder, channels, workers)
     # what was made ahead between two rounds is not of this round
     ahead = 6
