@@ -146,7 +146,13 @@ def test_ctrl_c_says_what_to_do_and_the_same_command_makes_the_rest(tmp_path: Pa
     command += ["--workers", "1", "--shard-images", "1", "--side", "64"]
     # a terminal sends Ctrl-C to the whole group, workers too
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # tests that a shell started in the background inherit an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while not list((tmp_path / "out").glob("shards/*.parquet")) and time.monotonic() < deadline:
