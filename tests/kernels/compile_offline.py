@@ -148,8 +148,11 @@ def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from mlip.kernels.token_knowledge_patch import rows_triton_kernels as module
 
     dim = case["dim"]
+    # a real launch makes constants of strides that are 1: the usual case, features without a gap
+    unit = ("stride_td", "stride_ed") if case["op"] == "rows" else ("stride_xd",)
+    constants: dict[str, Any] = {} if case.get("strided") else dict.fromkeys(unit, 1)
     if case["op"] == "patches":
-        constants: dict[str, Any] = {
+        constants |= {
             "P_PAD": 208,
             "DIM": dim,
             "BLOCK_D": dim,
@@ -159,7 +162,7 @@ def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         }
         side = "fwd" if case["kind"] == "forward" else "bwd"
         return getattr(module, f"_patches_{side}_kernel"), constants
-    constants = {
+    constants |= {
         "DIM": dim,
         "BLOCK_D": dim,
         "BLOCK_T": 16,

@@ -42,8 +42,9 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
 def check(used: dict[str, Any]) -> None:
     assert used["shared"] <= SHARED_LIMIT[used["capability"]], used
     if used["op"] in ("rows", "patches"):
-        # passes over the inputs alone, a hundredth of the work: two spilled words at D = 256
-        assert used["STACK"] <= 32, used
+        # passes over the inputs alone, a hundredth of the work. Features with gaps between their
+        # elements take 64-bit products of every column: two words on the stack at D = 256
+        assert used["STACK"] <= (8 if used.get("strided") else 0), used
         return
     if used["element"] == "bf16":
         assert used["STACK"] == 0 and used["STL"] == 0 and used["LDL"] == 0, used
@@ -203,6 +204,7 @@ def test_all_other_kernels_compile_within_the_chip(capability: int, tmp_path: Pa
         for op in ("rows", "patches"):
             for kind in ("forward", "backward"):
                 cases.append({"op": op, "kind": kind, "dim": dim})
+                cases.append({"op": op, "kind": kind, "dim": dim, "strided": True})
     cases = [case | {"capability": capability} for case in cases]
     for kind in KINDS:
         cases.append(pair(kind, "attention", 128, 196, capability, element="fp32"))
