@@ -143,11 +143,10 @@ class _InfoNCE(torch.autograd.Function):
                 image_grads[v] = _add(image_grads.get(v), made[0])
                 text_grads[u] = _add(text_grads.get(u), made[1])
                 scale_grad = scale_grad + made[2]
-        text_grad = torch.stack(
-            list(text_grads.values()), 1
-        )  # [N, U, D], rows first for the exchange
+        # [N, U, D], rows first for the exchange
+        text_grad = _stack(list(text_grads.values()), 1)
         text_grad = reduce_rows(text_grad, ctx.group, pairing.counts).to(texts.dtype)
-        image_grad = torch.stack(list(image_grads.values())).to(images.dtype)
+        image_grad = _stack(list(image_grads.values()), 0).to(images.dtype)
         return image_grad, text_grad.transpose(0, 1), scale_grad, None, None, None
 
 
@@ -157,6 +156,11 @@ def _gather_views(texts: Tensor, group: Group, counts: list[int]) -> Sequence[Te
         return list(texts)
     every = gather(texts.transpose(0, 1), group, counts)
     return [view.contiguous() for view in every.unbind(1)]
+
+
+def _stack(views: list[Tensor], dim: int) -> Tensor:
+    # one view, the usual case, is not copied: at 65,536 x 512 each copy is 64 MiB or more
+    return views[0].unsqueeze(dim) if len(views) == 1 else torch.stack(views, dim)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -260,7 +264,8 @@ def info_nce_views_loss(
     scale = scalar_tensor("logit_scale", logit_scale, wide, device)
     with torch.autocast(device.type, enabled=False):
         images, texts = (
-            torch.stack([view.to(compute) for view in side]) for side in (image_views, text_views)
+            _stack([view.to(compute).contiguous() for view in side], 0)
+            for side in (image_views, text_views)
         )
         return _InfoNCE.apply(images, texts, scale, pair_ids, group, is_triton)
 
