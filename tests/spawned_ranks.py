@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,3 +46,14 @@ def start_ranks(
             pass
 
     return finish
+
+
+def save_result(result: Any, rank: int, folder: Path) -> None:
+    """For a rank: leave what `results_of_ranks` returns."""
+    torch.save(result, folder / f"rank{rank}.pt")
+
+
+def results_of_ranks(work: Callable[[int, Path], None], folder: Path, world: int = 2) -> list[Any]:
+    """What every rank's `work` left with `save_result`, in rank order."""
+    start_ranks(work, folder, world)()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

@@ -78,16 +78,17 @@ def test_an_empty_phrase_is_refused(
     assert "is empty: expected words" in capsys.readouterr().err
 
 
+def _embed_in_parts_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlip.transfer.embed import write_embeddings
+
+    defaults = {**write_embeddings.__kwdefaults__, "part_rows": rows}
+    monkeypatch.setattr(write_embeddings, "__kwdefaults__", defaults)
+
+
 def test_embed_goes_on_where_it_stopped_and_refuses_another_model(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlip.transfer import embed
-
-    monkeypatch.setattr(
-        embed.write_embeddings,
-        "__kwdefaults__",
-        {**embed.write_embeddings.__kwdefaults__, "part_rows": 12},
-    )
+    _embed_in_parts_of(12, monkeypatch)
     run = small_run()
     out = tmp_path / "embeddings"
     command = ["embed", *run.settings, f"checkpoint={model}", "--out", str(out), "--patches"]
@@ -114,13 +115,7 @@ def test_parquet_embeddings_are_the_safetensors_ones_and_go_on_the_same_way(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the safetensors parts of the same model and split, read by pyarrow alone."""
-    from mlip.transfer import embed
-
-    monkeypatch.setattr(
-        embed.write_embeddings,
-        "__kwdefaults__",
-        {**embed.write_embeddings.__kwdefaults__, "part_rows": 20},
-    )
+    _embed_in_parts_of(20, monkeypatch)
     command = ["embed", *small_run().settings, f"checkpoint={model}", "--patches", "--out"]
     assert main([*command, str(tmp_path / "s")]) == 0
     parquet = [*command, str(tmp_path / "p"), "--format", "parquet"]

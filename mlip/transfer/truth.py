@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,21 +191,32 @@ def _image_size(manifest: Manifest, row: int) -> tuple[int, int] | None:
     return header.height, header.width
 
 
-def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Box]]:
-    """Boxes of the manifest's own columns, through the evaluation crop."""
-    annotations = Annotations(config, manifest)
-    reader = SampleReader(manifest, config.data)
-    transform = Transform(config.data, train=False, seed=config.run.seed)
-    found: dict[int, list[Box]] = {}
+def sized_rows(
+    config: Config, annotations: Annotations, rows: Iterable[int]
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Each row with the (height, width) its annotations are in.
+
+    Rows whose image cannot be read are left out, as the loader has left them out already.
+    """
+    reader = SampleReader(annotations.manifest, config.data)
     for row in rows:
-        named: list[tuple[Array, str]] = []
         size = annotations.source_size(row)
         try:
             if size is None:
                 height, width = reader.pixels(row, 0).shape
                 size = (int(height), int(width))
         except BadSample:
-            continue  # the loader has left the image out already
+            continue
+        yield row, size
+
+
+def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Box]]:
+    """Boxes of the manifest's own columns, through the evaluation crop."""
+    annotations = Annotations(config, manifest)
+    transform = Transform(config.data, train=False, seed=config.run.seed)
+    found: dict[int, list[Box]] = {}
+    for row, size in sized_rows(config, annotations, rows):
+        named: list[tuple[Array, str]] = []
         if config.transfer.columns.boxes is not None:
             boxes = annotations.boxes(row)
             check_inside(boxes.corners, size, f"{manifest.path}: data row {row + 1}")

@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from mlip.config import Config
-from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
-from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import INSIDE, Annotations, resize_mask
 from mlip.transfer.interval import Array
-from mlip.transfer.truth import SIDES, phantom_meta
+from mlip.transfer.truth import SIDES, phantom_meta, sized_rows
 
 
 @dataclass(frozen=True)
@@ -66,21 +64,17 @@ def _of_phantoms(config: Config, manifest: Manifest, rows: Iterable[int]) -> dic
 
 def _of_column(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Mask]]:
     annotations = Annotations(config, manifest)
-    reader = SampleReader(manifest, config.data)
     transform = Transform(config.data, train=False, seed=config.run.seed)
+    looked_at = [
+        row
+        for row in rows
+        if len(manifest.labels(row)) == 1
+        and (not annotations.masks_are_files or annotations.has_mask(row))
+    ]
     found: dict[int, list[Mask]] = {}
-    for row in rows:
-        labels = manifest.labels(row)
-        if len(labels) != 1 or (annotations.masks_are_files and not annotations.has_mask(row)):
-            continue
-        size = annotations.source_size(row)
-        try:
-            if size is None:
-                height, width = reader.pixels(row, 0).shape
-                size = (int(height), int(width))
-        except BadSample:
-            continue  # the loader has left the image out already
-        mask = _to_model(annotations.mask(row, size) == INSIDE, labels[0], None, transform)
+    for row, size in sized_rows(config, annotations, looked_at):
+        label = manifest.labels(row)[0]
+        mask = _to_model(annotations.mask(row, size) == INSIDE, label, None, transform)
         if mask is not None:
             found[row] = [mask]
     return found

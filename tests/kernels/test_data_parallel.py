@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import TokenKnowledgePatchLoss
 from tests.kernels.oracle import make_inputs, relative_error
-from tests.spawned_ranks import start_ranks
+from tests.spawned_ranks import results_of_ranks, save_result
 
 WORLD, SHARES = 3, (3, 1, 2)
 FEATURES = ("patches", "tokens", "knowledge")
@@ -89,14 +89,12 @@ def _work(rank: int, folder: Path) -> None:
     value.backward()
     results = {"ddp": {"value": value.detach(), "grads": _gradients(model)}}
     results["fsdp"] = _by_shards(rank)
-    torch.save(results, folder / f"rank{rank}.pt")
+    save_result(results, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    start_ranks(_work, folder, WORLD)()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return results_of_ranks(_work, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])

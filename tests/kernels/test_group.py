@@ -24,7 +24,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_scores,
 )
 from tests.kernels.oracle import make_inputs, relative_error
-from tests.spawned_ranks import start_ranks
+from tests.spawned_ranks import results_of_ranks, save_result
 
 WORLD, SHARES = 2, (4, 2)
 SCALARS = {
@@ -129,14 +129,12 @@ def _work(rank: int, folder: Path) -> None:
         results["ragged"] = "accepted"
     except ValueError as error:
         results["ragged"] = str(error)
-    torch.save(results, folder / f"rank{rank}.pt")
+    save_result(results, rank, folder)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    start_ranks(_work, folder, WORLD)()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    return results_of_ranks(_work, tmp_path_factory.mktemp("ranks"), WORLD)
 
 
 def _assert_one_process(
