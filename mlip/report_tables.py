@@ -26,6 +26,7 @@ HEAD_MARKS = {
 }
 REFERENCES = {"prior": "Prior", "oracle": "Oracle"}
 DIRECTIONS = {"image_to_text": "image to report", "text_to_image": "report to image"}
+GROUNDING_PX = 132  # of the scale that stands beside nine columns in a page of 1000 px
 ENOUGH = 20  # phrases behind a ratio that the headline may quote
 SCORES = {"global": "Global head", "local": "Local score", "combined": "Combined"}
 KIND_TITLES = {
@@ -347,7 +348,9 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     Mark(hit["value"], hit["low"], hit["high"], BLUE, "dot", "hit rate"),
                 ],
             ]
-            drawing = scale_marks(lanes, low=0.0, high=1.0, width=170, grid=(0, 0.25, 0.5, 0.75, 1))
+            drawing = scale_marks(
+                lanes, low=0.0, high=1.0, width=GROUNDING_PX, grid=(0, 0.25, 0.5, 0.75, 1)
+            )
             rows.append({**row, "drawing": drawing})
         tables.append(
             {
@@ -356,7 +359,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "mask_rows": [row for row in rows if row.get("mask")],
                 "legend": legend(list(signs.values())),
-                "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), width=170),
+                "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), width=GROUNDING_PX),
             }
         )
     return tables
