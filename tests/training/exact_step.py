@@ -6,10 +6,14 @@ dropout off. Used by the proof that ranks, micro-batches and ZeRO stages change 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mlip import distributed
@@ -131,12 +135,32 @@ def loss_and_gradients(engine: Engine, pairs: int) -> dict[str, Any]:
     engine.objective.train()
     batch = share(1)
     total, terms = engine._forward(batch, 1, PROGRESS)
-    engine._backward(total)
+    with counted_reductions() as reductions:
+        engine._backward(total)
     return {
         "total": float(total.detach()),
         "terms": {name: float(value) for name, value in terms.items()},
         "gradients": {n: g.detach().cpu().clone() for n, g in gradients_of(engine).items()},
+        "reductions": len(reductions),
     }
+
+
+@contextlib.contextmanager
+def counted_reductions() -> Iterator[list[str]]:
+    """Names of the reducing collectives that are called meanwhile, DeepSpeed's and our own."""
+    called: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            called.append(name)
+            return function(*args, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor"):
+            patch.setattr(dist, name, noted(name, getattr(dist, name)))
+        yield called
 
 
 def gradients_of(engine: Engine) -> dict[str, Tensor]:

@@ -98,11 +98,28 @@ def test_two_ranks_give_the_loss_and_every_gradient_of_one_process(case, two_ran
     check(case, two_ranks, oracles)
 
 
+def reductions_by_engine(cases: list[Case], folder: Path) -> dict[tuple[str, int], set[int]]:
+    """(engine, stage) -> how often its backward pass reduced, over all its cases."""
+    counts: dict[tuple[str, int], set[int]] = {}
+    for case in cases:
+        found = torch.load(folder / f"{name_of(case)}.pt", weights_only=True)
+        counts.setdefault(case[:2], set()).add(found["reductions"])
+    return counts
+
+
+def test_gradients_are_reduced_once_whatever_the_number_of_passes(two_ranks):
+    # stage 3 stands here with one pass and with four; all stages in the long matrix
+    counts = reductions_by_engine(FEW, two_ranks)
+    assert len(counts["deepspeed", 3]) == 1, counts
+    assert min(counts["deepspeed", 3]) > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_whole_matrix_of_ranks_passes_and_stages(world, tmp_path, oracles, record_property):
     rank_farm.run(run_cases, world, MATRIX, str(tmp_path), timeout_s=1500)
     errors = [check(case, tmp_path, oracles) for case in MATRIX]
+    assert all(len(n) == 1 for n in reductions_by_engine(MATRIX, tmp_path).values())
     record_property("cases", len(errors))
     for key in ("loss_error", "gradient_error"):
         record_property(key, max(e[key] for e in errors))

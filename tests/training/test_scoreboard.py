@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.bench_reliability import ROWS, Recorder, read, scoreboard, show
+from benchmarks.bench_reliability import (
+    ROWS,
+    Recorder,
+    processor_seconds,
+    read,
+    scoreboard,
+    show,
+)
 
 
 def _outcome(outcome: str = "passed", **figures: float) -> dict[str, object]:
@@ -66,3 +77,28 @@ def test_outcomes_are_kept_from_run_to_run_and_survive_a_kill(tmp_path):
     held = read(path)
     assert {n: o["outcome"] for n, o in held.items()} == {"a": "failed", "b": "failed"}
     assert held["a"]["figures"] == {"cases": 3}
+
+
+def test_missing_leaves_out_what_has_passed_or_was_skipped_and_nothing_else(tmp_path):
+    path = tmp_path / "out.json"
+    held = {name: _outcome(name) for name in ("passed", "skipped", "failed")}
+    path.write_text(json.dumps(held))
+    left_out: list[SimpleNamespace] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    config = SimpleNamespace(hook=hook)
+
+    def collected(*, missing: bool) -> list[str]:
+        items = [SimpleNamespace(nodeid=n) for n in ("passed", "failed", "skipped", "new")]
+        Recorder(path, missing=missing).pytest_collection_modifyitems(config, items)  # type: ignore[arg-type]
+        return [item.nodeid for item in items]
+
+    assert collected(missing=False) == ["passed", "failed", "skipped", "new"] and not left_out
+    assert collected(missing=True) == ["failed", "new"]
+    assert [item.nodeid for item in left_out] == ["passed", "skipped"]
+
+
+def test_processor_time_counts_children_that_have_ended():
+    before = processor_seconds()
+    busy = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert processor_seconds() - before >= 0.3
