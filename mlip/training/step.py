@@ -3,7 +3,8 @@
 All engines give the same numbers: parameters are float32 (precision bf16 is autocast inside the
 model, so the masters are the parameters), gradients are averaged over ranks, a parameter without a
 gradient counts as a zero gradient, and a step with a non-finite loss or gradient on any rank is
-skipped by all.
+skipped by all. A skipped step leaves parameters, moments, average and buffers as they were: the
+batch statistics of one bad image would otherwise stay not finite, and no state could be saved.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ class Engine(abc.ABC):
         self.spikes = SpikeWatch(factor) if factor > 0.0 else None
         self.device = next(objective.parameters()).device
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self._kept: list[tuple[Tensor, Tensor]] | None = None  # a buffer, and it before the step
 
     def train_step(
         self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
@@ -105,7 +107,8 @@ class Engine(abc.ABC):
         self.objective.train()
         folder = self.config.run.dir
         batch = batch.to(self.device)
-        before = self._before_forward() if self.spikes is not None else None
+        self._keep_buffers()
+        before = self._generators() if self.spikes is not None else None
         presence.at(step, "forward")
         spoil = fire("forward", step, folder)
         total, terms = self._forward(batch, step, progress)
@@ -119,7 +122,8 @@ class Engine(abc.ABC):
         agreed = distributed.max_over_ranks(torch.stack(flags))
         spike = None
         if before is not None and bool(agreed[2] > 0) and not bool(agreed[0] > 0):
-            self._restore(before)
+            self._restore_generators(before)
+            self._restore_buffers()
             again, terms = self._forward(batch, step, progress)
             spike = cause(float(agreed[3]), float(again.detach()))
             total = again
@@ -132,7 +136,9 @@ class Engine(abc.ABC):
         self._backward(total * factor)
         presence.at(step, "optimizer")
         grad_norm = self._update(lr)
-        if self.ema is not None and grad_norm is not None:
+        if grad_norm is None:
+            self._restore_buffers()
+        elif self.ema is not None:
             self.ema.update()
         if (spoil := fire("optimizer", step, folder)) is not None:
             self._spoil_a_weight(spoil)
@@ -150,18 +156,27 @@ class Engine(abc.ABC):
             spike=spike,
         )
 
-    def _before_forward(self) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """What a forward pass changes: generators and buffers."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return torch.get_rng_state(), cuda, {n: t.clone() for n, t in self._buffers().items()}
+    @torch.no_grad()
+    def _keep_buffers(self) -> None:
+        if self._kept is None:  # every buffer is changed in place: the list stays true
+            self._kept = [(b, torch.empty_like(b)) for b in self._buffers().values()]
+        for buffer, kept in self._kept:
+            kept.copy_(buffer)
 
-    def _restore(self, before: tuple[Tensor, Tensor | None, dict[str, Tensor]]) -> None:
-        generator, cuda, buffers = before
+    @torch.no_grad()
+    def _restore_buffers(self) -> None:
+        for buffer, kept in self._kept or ():
+            buffer.copy_(kept)
+
+    def _generators(self) -> tuple[Tensor, Tensor | None]:
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return torch.get_rng_state(), cuda
+
+    def _restore_generators(self, before: tuple[Tensor, Tensor | None]) -> None:
+        generator, cuda = before
         torch.set_rng_state(generator)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
-        for name, buffer in self._buffers().items():
-            buffer.copy_(buffers[name])
 
     @torch.no_grad()
     def _spoil_a_weight(self, factor: float) -> None:

@@ -99,6 +99,16 @@ def test_a_nan_step_is_skipped_and_its_rows_are_named(tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in state.training.parameters.values())
 
 
+def test_bad_images_of_one_step_leave_nothing_behind_in_the_buffers(tmp_path, monkeypatch):
+    # the queue remembers features of the batch: not those of a step that was skipped
+    monkeypatch.setenv("FAULT", "nan@0:3:load")
+    _run(tmp_path, "train.checkpoint_steps=4")
+    (skipped,) = _events(tmp_path, "skipped")
+    assert skipped["step"] == 4 and not _events(tmp_path, "not_saved")
+    buffers = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0]).training.buffers
+    assert buffers["queue"].isfinite().all() and int(buffers["count"]) == 11
+
+
 def test_nan_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", ",".join(f"nan@0:{s}:forward" for s in (2, 5, 6, 7)))
     with pytest.raises(NumericError, match=r"step 8: .*3 in a row.*step_00000005") as caught:
