@@ -110,8 +110,10 @@ class Train:
     epochs: float = 50.0
     lr: float = 2e-5
     lr_reference_pairs: int = 144  # lr is scaled by sqrt(global_pairs / this); 0 = not scaled
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of weight matrices, for small towers
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
+    momentum: float = 0.95  # Muon's
     warmup_steps: int = 100
     decay_share: float = 1.0  # of the steps after the warm-up: the last ones, in which lr falls
     min_lr_share: float = 0.0  # the cosine ends at lr times this
@@ -365,6 +367,11 @@ def _check_values(config: Config) -> None:
     require(
         train.spike_factor == 0.0 or train.spike_factor > 1.0,
         f"train.spike_factor={train.spike_factor}: expected 0 (off) or more than 1, for example 3",
+    )
+    require(
+        train.optimizer == "adamw" or train.zero_stage == 0,
+        f"train.optimizer=muon needs whole matrices on every rank, train.zero_stage="
+        f"{train.zero_stage} splits them; set train.zero_stage=0, or train.optimizer=adamw",
     )
     require(
         not (train.offload and train.zero_stage == 0),

@@ -73,6 +73,7 @@ BOUNDS: dict[str, Range] = {
     "train.lr_reference_pairs": FROM_0,
     "train.weight_decay": FROM_0,
     "train.betas": SHARE_BELOW_1,
+    "train.momentum": SHARE_BELOW_1,
     "train.warmup_steps": FROM_0,
     "train.decay_share": SHARE,
     "train.min_lr_share": SHARE,

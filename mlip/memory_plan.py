@@ -24,6 +24,7 @@ from mlip.knowledge.concepts import load_concepts
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.grad_cache import num_micro_batches
+from mlip.training.muon import matrix_names
 
 GIB = 2**30
 _SPARE = 0.10  # of the memory: fragmentation, workspaces, the framework's own
@@ -39,6 +40,7 @@ class Measured:
 
     parameters: int  # elements
     trainable: int
+    matrices: int  # those of the trainable that Muon keeps one moment of; 0 with AdamW
     buffers: int
     image_row: float  # kept for the backward pass, of one image
     text_row: float
@@ -140,9 +142,11 @@ def measure(config: Config) -> Measured:
         batch = _batch(config, 2, vocab_size, concepts)
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.token_ids, batch.token_mask, batch.content_mask)
+    matrices = matrix_names(objective) if config.train.optimizer == "muon" else set()
     return Measured(
         parameters=sum(p.numel() for p in objective.parameters()),
         trainable=sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        matrices=sum(p.numel() for n, p in objective.named_parameters() if n in matrices),
         buffers=sum(b.numel() * b.element_size() for b in objective.buffers()),
         image_row=image_row,
         text_row=text_row,
@@ -198,7 +202,7 @@ def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gp
         "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1) + measured.buffers,
         "gradients": 4.0 * trainable / (ranks if stage >= 2 else 1),
     }
-    moments = 8.0 * trainable / (ranks if stage >= 1 else 1)
+    moments = (8.0 * trainable - 4.0 * measured.matrices) / (ranks if stage >= 1 else 1)
     # from stage 1 on DeepSpeed keeps a master of its part beside the parameters
     masters = 4.0 * trainable / ranks if stage >= 1 else 0.0
     average = 4.0 * trainable / (ranks if stage >= 1 else 1) if train.ema_decay > 0 else 0.0

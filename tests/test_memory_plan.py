@@ -20,6 +20,7 @@ MIB = 2**20
 ROUND = Measured(
     parameters=1_000_000,
     trainable=1_000_000,
+    matrices=0,
     buffers=0,
     image_row=2.0 * MIB,
     text_row=1.0 * MIB,
@@ -130,3 +131,12 @@ def test_the_command_prints_the_plan_and_refuses_one_that_cannot_fit(tmp_path, c
     assert main(["doctor", "--plan", *items, "--ranks", "2", "--memory-gib", "0.001"]) == 2
     refused = capsys.readouterr().err
     assert "does not fit" in refused and "largest setting that would fit: batch." in refused
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_adamw_two():
+    muon = dataclasses.replace(ROUND, matrices=750_000)
+    config = _config("train.optimizer=muon", "train.zero_stage=0")
+    parts = plan(config, muon, ranks=4, memory=8.0 * GIB, is_gpu=True).parts
+    assert parts["optimiser"] == 4.0 * 750_000 + 8.0 * 250_000
+    assert measure(_config()).matrices == 0
+    assert 0 < measure(config).matrices < measure(config).trainable

@@ -2,7 +2,7 @@
 
 <run.dir>/checkpoints/step_00000500/
   parameters.safetensors   float32, whole, by name: consolidated weights
-  exp_avg.safetensors, exp_avg_sq.safetensors   AdamW's moments, by parameter name
+  exp_avg.safetensors, exp_avg_sq.safetensors   the optimiser's moments, by parameter name
   buffers.safetensors      persistent buffers
   ema.safetensors          averaged weights by name, where train.ema_decay is set
   state.json               step, counts, random generators, loader, config, versions

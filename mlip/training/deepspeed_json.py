@@ -72,7 +72,7 @@ def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) ->
         "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip_norm,
         "zero_optimization": zero,
-        # the optimiser is torch's AdamW: DeepSpeed's own would be compiled at the first run
+        # torch's AdamW or our Muon: DeepSpeed's own AdamW would be compiled at the first run
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -106,7 +106,10 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
         "bf16.enabled": ("train.precision", train.precision == "bf16"),
         "bfloat16.enabled": ("train.precision", train.precision == "bf16"),
         "fp16.enabled": ("train.precision", False),
-        "optimizer.type": ("(the engine)", "AdamW"),
+        "optimizer.type": (
+            "train.optimizer",
+            {"adamw": "AdamW", "muon": "Muon"}[train.optimizer],
+        ),
         "optimizer.params.lr": ("train.lr, scaled by the batch", peak_lr(config)),
         "optimizer.params.betas": ("train.betas", list(train.betas)),
         "optimizer.params.eps": ("(the engine)", 1e-8),

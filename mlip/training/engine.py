@@ -163,7 +163,7 @@ class DeepSpeedEngine(Engine):
         moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
         for name, parameter in self.parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            for key in MOMENTS:
+            for key in self.moments[name]:
                 if not steps:
                     full = torch.zeros(shape)
                 elif self.stage == 0:
@@ -210,8 +210,9 @@ class DeepSpeedEngine(Engine):
         self._check_names(state)
         self._load_buffers(state)
         if state.optimizer_steps:
-            for partition in self._held():
-                seed_moments(self.optimizer, partition, state.optimizer_steps)
+            keys = self.moments.values() if self.stage == 0 else [MOMENTS] * len(self._held())
+            for partition, kept in zip(self._held(), keys, strict=True):
+                seed_moments(self.optimizer, partition, state.optimizer_steps, kept)
             if self.stage in (1, 2):
                 self.zero._lazy_init_hp_params_optimizer_state()
         if state.ema is not None:
@@ -219,7 +220,7 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self.objective.named_parameters():
             self._set(parameter, state.parameters[name], None)
             if state.optimizer_steps and parameter.requires_grad:
-                for key in MOMENTS:
+                for key in self.moments[name]:
                     self._set(parameter, state.moments[key][name], key)
         if state.ema is None:
             self._load_ema(state)

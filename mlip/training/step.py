@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlip.config import Config
 from mlip.training import presence
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
+from mlip.training.muon import Muon, matrix_names
 from mlip.training.schedule import peak_lr, undecayed_names
 from mlip.training.spikes import SpikeWatch, cause
 
@@ -49,39 +51,53 @@ class StepResult:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Parameters and AdamW moments by parameter name, whole and in float32, and buffers."""
+    """Parameters and the optimiser's moments by name, whole and in float32, and buffers."""
 
     parameters: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]  # "exp_avg", "exp_avg_sq" -> name -> tensor
+    # "exp_avg", "exp_avg_sq" -> name -> tensor; a matrix that Muon moves has the first only
+    moments: dict[str, dict[str, Tensor]]
     buffers: dict[str, Tensor]
-    optimizer_steps: int  # AdamW's own count: skipped steps are not in it
+    optimizer_steps: int  # the optimiser's own count: skipped steps are not in it
     ema: EMAState | None = None  # where train.ema_decay is set
 
 
 def build_optimizer(objective: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: decayed and not."""
+    """The optimiser that train.optimizer names, over the trainable parameters.
+
+    In groups: decayed and not, and for Muon the matrices that it moves.
+    """
+    train = config.train
     undecayed = undecayed_names(objective)
+    matrices = matrix_names(objective) if train.optimizer == "muon" else set()
     trainable = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    groups = [
+    decayed = [(n, p) for n, p in trainable if n not in undecayed]
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for n, p in trainable if n not in undecayed],
-            "weight_decay": config.train.weight_decay,
+            "params": [p for n, p in decayed if n not in matrices],
+            "weight_decay": train.weight_decay,
         },
         {"params": [p for n, p in trainable if n in undecayed], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in decayed if n in matrices],
+            "weight_decay": train.weight_decay,
+            "is_matrix": True,
+        },
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=peak_lr(config),
-        betas=config.train.betas,
-        fused=True,  # one pass over memory; 200 small tensors cost milliseconds without
-    )
+    groups = [group for group in groups if group["params"]]
+    # fused: one pass over memory; 200 small tensors cost milliseconds without
+    settings: dict[str, Any] = {"lr": peak_lr(config), "betas": train.betas, "fused": True}
+    if train.optimizer == "muon":
+        return Muon(groups, momentum=train.momentum, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
-def seed_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> None:
-    """AdamW's state for a parameter before its first step here, with the step count given."""
+def seed_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int, keys: Iterable[str] = MOMENTS
+) -> None:
+    """The state of a parameter before its first step here, with the step count given."""
     optimizer.state[parameter] = {
         "step": torch.tensor(float(steps), device=parameter.device),
-        **{key: torch.zeros_like(parameter) for key in MOMENTS},
+        **{key: torch.zeros_like(parameter) for key in keys},
     }
 
 
@@ -98,6 +114,9 @@ class Engine(abc.ABC):
         self.spikes = SpikeWatch(factor) if factor > 0.0 else None
         self.device = next(objective.parameters()).device
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        matrices = matrix_names(objective) if config.train.optimizer == "muon" else set()
+        # which moments the optimiser keeps of a parameter
+        self.moments = {n: MOMENTS[:1] if n in matrices else MOMENTS for n in self.parameters}
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # a buffer, and it before the step
 
     def train_step(
@@ -260,6 +279,17 @@ class Engine(abc.ABC):
             raise ValueError(
                 f"parameters of the model and of the checkpoint differ: {sorted(different)[:5]}"
             )
+        lacking = [
+            name
+            for name, keys in self.moments.items()
+            if state.optimizer_steps and any(name not in state.moments[key] for key in keys)
+        ]
+        if lacking:
+            raise ValueError(
+                f"the checkpoint lacks moments that train.optimizer={self.config.train.optimizer} "
+                f"needs, of {sorted(lacking)[:3]} and {max(0, len(lacking) - 3)} more; it was "
+                "trained with another train.optimizer: set that one"
+            )
 
 
 class PlainEngine(Engine):
@@ -303,7 +333,7 @@ class PlainEngine(Engine):
         for name, parameter in self.parameters.items():
             held = self.optimizer.state.get(parameter, {})
             steps = int(held["step"]) if held else 0
-            for key in MOMENTS:
+            for key in self.moments[name]:
                 moments[key][name] = held[key] if held else torch.zeros_like(parameter)
         return TrainingState(
             parameters={n: p.detach() for n, p in self.objective.named_parameters()},
@@ -331,8 +361,9 @@ class PlainEngine(Engine):
         for name, parameter in self.objective.named_parameters():
             self._set_weights(parameter, state.parameters[name])
             if state.optimizer_steps and parameter.requires_grad:
-                seed_moments(self.optimizer, parameter, state.optimizer_steps)
-                for key in MOMENTS:
+                keys = self.moments[name]
+                seed_moments(self.optimizer, parameter, state.optimizer_steps, keys)
+                for key in keys:
                     self.optimizer.state[parameter][key].copy_(state.moments[key][name])
         if state.ema is None:
             self._load_ema(state)
