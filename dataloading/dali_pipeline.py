@@ -2,34 +2,46 @@
 
 The only file that imports nvidia.dali. DALI's random operators and readers are not used: a callback
 keyed by (step, place) delivers checked bytes with their parameters, so samples, order and
-augmentation equal those of torch_pipeline.py and any step can be started from. Parameters of a
-batch cross into DALI as arrays: one small array a sample had cost 20 us an image.
+augmentation equal those of torch_pipeline.py and any step can be started from. On a GPU DALI also
+crops and normalises; on a CPU its operator for that takes four times as long as crop.py, which
+does it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mlip.config import Config
+from mlip.dataloading import dali_graph as graph
+from mlip.dataloading.buffers import Buffers
+from mlip.dataloading.crop import crop_batch, crop_one
+from mlip.dataloading.image_file import Header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Bad, Images, SampleReader, fill_place
 from mlip.dataloading.transforms import Parameters, Transform
 
-# one sample: the encoded image and, where they are not those of a letterboxed 8-bit file, the first
-# six of its arguments
-Sample = tuple[NDArray[np.uint8], "list[float] | None"]
+
+class Sample(NamedTuple):
+    """An encoded image as DALI gets it."""
+
+    content: bytes | NDArray[np.uint8]
+    height: int
+    width: int
+    is_wide: bool  # 16 bits
 
 
-# what comes with every encoded image: 16 bits, a letterbox already, height and width to scale to,
-# corner of the letterbox in the scaled image, crop as shares of the slack, and mean and std that
-# stand for contrast, brightness and normalising
-_ARGUMENTS = 10
+class Window(NamedTuple):
+    """What crop.py does with the images of one step."""
+
+    top: NDArray[np.int64]  # [B] px in the scaled image, negative where black is above it
+    left: NDArray[np.int64]
+    scale: NDArray[np.float32]
+    offset: NDArray[np.float32]
 
 
 def why_not_dali(config: Config) -> str | None:
@@ -47,11 +59,18 @@ def why_not_dali(config: Config) -> str | None:
     return None
 
 
-def _dali() -> tuple[Any, Any, Any]:
-    """pipeline_def, fn and types; DALI's stubs lack what its types module has at run time."""
+def _dali() -> graph.Dali:
+    """DALI's stubs lack what its types module has at run time."""
     from nvidia.dali import fn, pipeline_def, types
 
     return pipeline_def, fn, types
+
+
+def _tensors(samples: list[Sample]) -> Any:
+    """A batch as DALI keeps it: handed over as arrays, each would be looked at in Python again."""
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU
+
+    return TensorListCPU([TensorCPU(sample.content) for sample in samples])
 
 
 class DaliPipeline:
@@ -72,8 +91,8 @@ class DaliPipeline:
             raise ValueError(f"data.pipeline=dali: {reason}")
         self.order, self.reader, self.transform = order, reader, transform
         side = transform.resize_px
-        self._square = transform.placement(side, side)
-        self._black = as_pgm(np.zeros((side, side), np.uint8))  # where no sample fills a place
+        # where no sample fills a place
+        self._black = Sample(as_pgm(np.zeros((side, side), np.uint8)), side, side, False)
         self._needs_branches = False  # set for good by the first image that is no usual one
         self._has_branches = True  # the running graph
         self._first: tuple[Any, ...] | None = None  # its first batch, made before it
@@ -84,10 +103,14 @@ class DaliPipeline:
             if self.on_gpu
             else None
         )
+        # DALI rotates before it normalises
+        self.finishes_in_dali = self.on_gpu or transform.rotation_degrees != 0.0
         self.batch_size = max(1, len(order.plan(0)))
         self._pipe: Any = None
         self._base = self._next = 0
         self._plans: dict[int, tuple[Plan, Parameters]] = {}
+        self._windows: dict[int, Window] = {}
+        self._buffers = Buffers()
         self._filled: dict[tuple[int, int], tuple[bool, int, list[Bad]]] = {}
         self._decode_ourselves: set[int] = set()  # steps whose batch DALI refused
         self._own_rows: set[int] = set()  # rows found bad there: not shown to DALI again
@@ -125,19 +148,13 @@ class DaliPipeline:
 
     def _image(self, step: int) -> torch.Tensor:
         """A step's pixels; the graph is built anew where the first unusual image was met."""
-        image = self._run()
+        outputs = self._run()
         if self._needs_branches and not self._has_branches:
             self._build(step)
-            image = self._run()
-        return image
-
-    def _run(self) -> torch.Tensor:
-        outputs = self._pipe.run()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            self._pipe = None
-            raise failure
-        images = outputs[0].as_tensor()
+            outputs = self._run()
+        if not self.finishes_in_dali:
+            return self._cropped(outputs, self._windows.pop(step))
+        images = outputs.as_tensor()
         if not self.on_gpu:
             # the dynamic executor's outputs are the caller's: no copy, no later batch in them
             return torch.from_dlpack(images)
@@ -148,82 +165,135 @@ class DaliPipeline:
         out = torch.empty(self.batch_size, 1, size, size, device=device)
         return feed_ndarray(images, out, cuda_stream=torch.cuda.current_stream(device))
 
+    def _run(self) -> Any:
+        outputs = self._pipe.run()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            self._pipe = None
+            raise failure
+        return outputs[0]
+
+    def _cropped(self, images: Any, window: Window) -> torch.Tensor:
+        """[B, 1, crop_px, crop_px] of DALI's [H, W, 1] grey values."""
+        size = self.transform.crop_px
+        image = self._buffers.take(self.batch_size, 1, size, size)
+        out = image[:, 0].numpy()
+        if images.is_dense_tensor():
+            pixels = np.asarray(images.as_tensor())
+            crop_batch(pixels.reshape(pixels.shape[:3]), *window, out)
+            return image
+        for i, values in enumerate(zip(*window, strict=True)):
+            pixels = np.asarray(images[i])
+            crop_one(pixels.reshape(pixels.shape[:2]), *values, out[i])
+        return image
+
     def _build(self, step: int) -> None:
         self._pipe = None  # frees the old one first
         self._base = self._next = step
         self._plans.clear()
+        self._windows.clear()
         self._filled.clear()
         self._failure = None
         # made first, as it says which graph is needed
         self._has_branches = True
         self._first = self._make(step)
         self._has_branches = self._needs_branches
-        self._pipe = _pipeline(
-            self._batch,
-            self.transform,
-            branches=self._has_branches,
-            on_gpu=self.on_gpu,
-            batch_size=self.batch_size,
-            num_threads=self.threads,
-            device_id=self.device_id,
-            prefetch_queue_depth=2,
-            exec_dynamic=True,
-        )
+        options: dict[str, Any] = {
+            "branches": self._has_branches,
+            "batch_size": self.batch_size,
+            "num_threads": self.threads,
+            "device_id": self.device_id,
+            "prefetch_queue_depth": 2,
+            "exec_dynamic": True,
+        }
+        if self.finishes_in_dali:
+            options["on_gpu"] = self.on_gpu
+            self._pipe = graph.finished(_dali(), self._batch, self.transform, **options)
+        else:
+            self._pipe = graph.pixels(_dali(), self._batch, **options)
         self._pipe.build()
 
     def _batch(self, iteration: int) -> tuple[Any, ...]:
         """A step's encoded images and arguments; called ahead of need."""
         first, self._first = self._first, None
-        return self._make(self._base + iteration) if first is None else first
+        made = self._make(self._base + iteration) if first is None else first
+        # the graph without branches that leaves crops to us takes images only
+        return made if self._has_branches or self.finishes_in_dali else made[:1]
 
     def _make(self, step: int) -> tuple[Any, ...]:
-        side = self._square.height
-        fields = np.zeros((self.batch_size, _ARGUMENTS))
-        # what holds for a letterboxed 8-bit file, as shards have them
-        fields[:, :6] = 0.0, 1.0, side, side, 0.0, 0.0
-        fields[:, 9] = 1.0
-        encoded = [self._black] * self.batch_size
-        degrees = np.zeros(self.batch_size)
+        samples = [self._black] * self.batch_size
+        parameters = None
         try:
             plan, parameters = self._plan(step)
-            count, slack = len(plan), self.transform.resize_px - self.transform.crop_px
-            fields[:count, 6] = parameters.top / max(1, slack)
-            fields[:count, 7] = parameters.left / max(1, slack)
-            gain = parameters.gain.astype(np.float64)
-            usable = np.where(gain == 0.0, 1.0, gain)  # a gain of zero is refused sample by sample
-            # (x - mean) / std over 0..largest is gain * x / largest + offset
-            fields[:count, 8] = -parameters.offset / usable * 255.0
-            fields[:count, 9] = 255.0 / usable
-            degrees[:count] = parameters.degrees
-            for place in range(self.batch_size):
-                content, unusual = self._sample(step, place, plan, parameters)
-                encoded[place] = content
-                if unusual is not None:
-                    fields[place, :6] = unusual
-                    self._needs_branches = True
+            samples = [
+                self._sample(step, place, plan, parameters) for place in range(self.batch_size)
+            ]
         except Exception as error:
             self._failure = error
             for place in range(self.batch_size):
                 self._filled.setdefault((step, place), (False, -1, []))
-            encoded = [self._black] * self.batch_size
-            fields[:, :2] = 0.0, 1.0
+        arguments = self._arguments(step, samples, parameters)
         if self._needs_branches and not self._has_branches:
             # this batch is made again for the graph that can take it
-            encoded = [self._black] * self.batch_size
-        fields[fields[:, 0] > 0.0, 8:10] *= 65535.0 / 255.0
-        arguments = [fields.astype(np.float32)]
+            samples = [self._black] * self.batch_size
+        made = [_tensors(samples), arguments]
         if self.transform.rotation_degrees != 0.0:
-            arguments.append(np.stack([self._matrix(value) for value in degrees.tolist()]))
-        return encoded, *arguments
+            degrees = np.zeros(self.batch_size)
+            if parameters is not None:
+                degrees[: len(parameters)] = parameters.degrees
+            made.append(np.stack([self._matrix(value) for value in degrees.tolist()]))
+        return tuple(made)
+
+    def _arguments(
+        self, step: int, samples: list[Sample], parameters: Parameters | None
+    ) -> NDArray[np.float32]:
+        """What the graph reads of each sample, and what is left to crop.py."""
+        side, crop = self.transform.resize_px, self.transform.crop_px
+        height = np.array([sample.height for sample in samples])
+        width = np.array([sample.width for sample in samples])
+        is_wide = np.array([sample.is_wide for sample in samples])
+        scaled_h, scaled_w, top, left = self.transform.placements(height, width)
+        if self.finishes_in_dali:
+            fits = (height == side) & (width == side)
+        else:
+            fits = (height == scaled_h) & (width == scaled_w)
+        if is_wide.any() or not fits.all():
+            self._needs_branches = True
+        largest = np.where(is_wide, np.float32(65535.0), np.float32(255.0))
+        crop_y, crop_x = np.zeros((2, self.batch_size), dtype=np.int64)
+        gain, offset = np.ones((2, self.batch_size), dtype=np.float32)
+        if parameters is not None:
+            count = len(parameters)
+            crop_y[:count], crop_x[:count] = parameters.top, parameters.left
+            gain[:count], offset[:count] = parameters.gain, parameters.offset
+        self._windows[step] = Window(crop_y - top, crop_x - left, gain / largest, offset)
+        out = np.zeros((self.batch_size, graph.STD + 1))
+        out[:, graph.WIDE], out[:, graph.FITS] = is_wide, fits
+        out[:, graph.HEIGHT], out[:, graph.WIDTH] = scaled_h, scaled_w
+        if self.finishes_in_dali:
+            out[:, graph.CORNER_Y], out[:, graph.CORNER_X] = -top, -left
+            # as shares of the slack
+            out[:, graph.CROP_Y] = crop_y / max(1, side - crop)
+            out[:, graph.CROP_X] = crop_x / max(1, side - crop)
+            # (x - mean) / std over 0..largest is gain * x / largest + offset; a gain of zero is
+            # refused sample by sample
+            usable = np.where(gain == 0.0, 1.0, gain.astype(np.float64))
+            out[:, graph.MEAN] = -offset / usable * largest
+            out[:, graph.STD] = largest / usable
+        return out.astype(np.float32)
 
     def _sample(self, step: int, place: int, plan: Plan, parameters: Parameters) -> Sample:
-        """One sample's bytes and arguments, keyed by (step, place)."""
+        """One sample, keyed by (step, place)."""
         if place >= len(plan):
             return self._nothing(step, place, -1, [])
+        if self.finishes_in_dali and parameters.gain[place] == 0.0:
 
-        def use(row: int, epoch: int) -> Sample:
-            return self._arguments(row, epoch, parameters, place, step)
-
+            def use(row: int, epoch: int) -> Sample:
+                raise BadSample("undecodable", "brightness of zero")
+        elif step in self._decode_ourselves:
+            use = self._decoded
+        else:
+            use = self._encoded
         sample, row, bad = fill_place(self.order, plan, place, use)
         if sample is None:
             return self._nothing(step, place, row, bad)
@@ -236,30 +306,24 @@ class DaliPipeline:
             self._plans[step] = plan, self.transform.draw(plan.epoch, plan.global_index)
         return self._plans[step]
 
-    def _arguments(
-        self, row: int, epoch: int, parameters: Parameters, place: int, step: int
-    ) -> Sample:
+    def _encoded(self, row: int, epoch: int) -> Sample:
+        """A row's bytes for DALI's decoder, or what ours made of them where DALI's cannot."""
         content, header = self.reader.read(row, epoch)
-        suspect = step in self._decode_ourselves
-        if header.plain and not suspect and row not in self._own_rows:
-            encoded, height, width = np.frombuffer(content, np.uint8), header.height, header.width
-            wide = header.bits == 16
-        else:
-            try:
-                pixels = self.reader.decode(content, header)
-            except BadSample:
-                self._own_rows.add(row)
-                raise
-            height, width = pixels.shape
-            encoded, wide = as_pgm(pixels), pixels.dtype == np.uint16
-        if parameters.gain[place] == 0.0:
-            raise BadSample("undecodable", "brightness of zero")
-        side = self.transform.resize_px
-        is_letterbox = height == width == side
-        if is_letterbox and not wide:
-            return encoded, None
-        where = self._square if is_letterbox else self.transform.placement(height, width)
-        return encoded, [wide, is_letterbox, where.height, where.width, -where.top, -where.left]
+        if not header.plain or row in self._own_rows:
+            return self._raw(row, content, header)
+        return Sample(content, header.height, header.width, header.bits == 16)
+
+    def _decoded(self, row: int, epoch: int) -> Sample:
+        return self._raw(row, *self.reader.read(row, epoch))
+
+    def _raw(self, row: int, content: bytes, header: Header) -> Sample:
+        try:
+            pixels = self.reader.decode(content, header)
+        except BadSample:
+            self._own_rows.add(row)
+            raise
+        height, width = pixels.shape
+        return Sample(as_pgm(pixels), height, width, pixels.dtype == np.uint16)
 
     def _matrix(self, degrees: float) -> NDArray[np.float32]:
         """transform.rotation in DALI's coordinates, where pixel centres lie at one half."""
@@ -270,108 +334,7 @@ class DaliPipeline:
     def _nothing(self, step: int, place: int, row: int, bad: list[Bad]) -> Sample:
         """A black picture in a place that no sample fills."""
         self._filled[step, place] = (False, row, bad)
-        return self._black, None
-
-
-def _pipeline(
-    source: Callable[[int], tuple[Any, ...]],
-    transform: Transform,
-    *,
-    on_gpu: bool,
-    branches: bool,
-    **options: Any,
-) -> Any:
-    """The graph: decode -> letterbox where the file is no letterbox yet -> crop and normalise.
-
-    Its branches are taken per sample: resampling an image to its own size would cost three
-    quarters of the time, and decoding 8 bits as 16 a third. Splitting and merging the batch for
-    them costs a tenth, so there is a graph without, for batches of 8-bit squares of resize_px.
-    """
-    pipeline_def, fn, types = _dali()
-    side, size = float(transform.resize_px), float(transform.crop_px)
-    rotates = transform.rotation_degrees != 0.0
-
-    def decode(encoded: Any, dtype: Any) -> Any:
-        # GRAY always: ANY_DATA crashes on a grey JPEG
-        return fn.decoders.image(
-            encoded, device="mixed" if on_gpu else "cpu", output_type=types.GRAY, dtype=dtype
-        )
-
-    def letterbox(image: Any, geometry: Any) -> Any:
-        scaled = fn.resize(
-            image,
-            size=geometry[2:4],
-            # of DALI's filters the closest to the twin's area averaging: 0.4 / 255 apart
-            min_filter=types.INTERP_CUBIC,
-            mag_filter=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        return fn.slice(
-            scaled,
-            geometry[4:6],
-            [side, side],
-            axis_names="HW",
-            normalized_anchor=False,
-            normalized_shape=False,
-            out_of_bounds_policy="pad",
-            fill_values=0,
-        )
-
-    def finish(image: Any, geometry: Any, matrix: list[Any]) -> Any:
-        place = {"crop": [size, size], "crop_pos_y": geometry[6], "crop_pos_x": geometry[7]}
-        if rotates:
-            image = fn.warp_affine(
-                fn.cast(fn.crop(image, **place), dtype=types.FLOAT),
-                matrix=matrix[0],
-                size=[size, size],
-                fill_value=0.0,
-                interp_type=types.INTERP_LINEAR,
-            )
-            place = {}
-        return fn.crop_mirror_normalize(
-            image,
-            mean=geometry[8:9],
-            std=geometry[9:10],
-            dtype=types.FLOAT,
-            output_layout="CHW",
-            **place,
-        )
-
-    def inputs() -> Any:
-        return fn.external_source(
-            source=source,
-            num_outputs=3 if rotates else 2,
-            batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT][: 3 if rotates else 2],
-            ndim=[1, 1, 2][: 3 if rotates else 2],
-        )
-
-    @pipeline_def
-    def straight() -> Any:
-        encoded, geometry, *matrix = inputs()
-        return finish(decode(encoded, types.UINT8), geometry, matrix)
-
-    @pipeline_def(enable_conditionals=True)
-    def branching() -> Any:
-        encoded, geometry, *matrix = inputs()
-        is_wide, is_letterbox = geometry[0] > 0.5, geometry[1] > 0.5
-        if is_wide:
-            image = decode(encoded, types.UINT16)
-            if is_letterbox:
-                squared = image
-            else:
-                squared = letterbox(image, geometry)
-            out = finish(squared, geometry, matrix)
-        else:
-            image = decode(encoded, types.UINT8)
-            if is_letterbox:
-                squared = image
-            else:
-                squared = letterbox(image, geometry)
-            out = finish(squared, geometry, matrix)
-        return out
-
-    return branching(**options) if branches else straight(**options)
+        return self._black
 
 
 def as_pgm(pixels: NDArray[Any]) -> NDArray[np.uint8]:

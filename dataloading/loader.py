@@ -22,7 +22,8 @@ from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import IntArray, Manifest, connect
 from mlip.dataloading.producer import Producer
-from mlip.dataloading.reports import ReportEncoder, draw_sentences, kept_sentences
+from mlip.dataloading.report_batch import compose_batch
+from mlip.dataloading.reports import ReportEncoder, draw_sentences
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Images, SampleReader
 from mlip.dataloading.text_hash import HashArray
@@ -183,35 +184,17 @@ class Loader:
     def _batch(self, plan: Plan, images: Images) -> Batch:
         index, epoch = plan.global_index[images.kept], plan.epoch[images.kept]
         draws = draw_sentences(self.seed, epoch, index, self.sentence_dropout)
-        pieces = []
-        for i, row in enumerate(images.rows.tolist()):
-            report = self.encoder.of_row(row, self.manifest.text)
-            keep = kept_sentences(float(draws[i, 1]), len(report.ends))
-            pieces.append(self.encoder.compose(report, keep))
-        count = len(pieces)
-        longest = max((len(p.ids) for p in pieces), default=2)
-        most = max((len(p.entities) for p in pieces), default=0)
-        token_ids = np.full((count, longest), self.encoder.tokenizer.pad_id, dtype=np.int64)
-        lengths = np.empty(count, dtype=np.int64)
-        # at least one column: a batch without any mention keeps the shapes of all others
-        entities = np.zeros((count, max(1, most), 2), dtype=np.int64)
-        mentions = np.zeros(count, dtype=np.int64)
-        for i, piece in enumerate(pieces):
-            token_ids[i, : len(piece.ids)] = piece.ids
-            lengths[i] = len(piece.ids)
-            entities[i, : len(piece.entities)] = piece.entities
-            mentions[i] = len(piece.entities)
-        place = np.arange(longest)
-        token_mask = place < lengths[:, None]
-        content_mask = (place > 0) & (place < lengths[:, None] - 1)
+        text = self.manifest.text
+        reports = [self.encoder.of_row(row, text) for row in images.rows.tolist()]
+        made = compose_batch(self.encoder, reports, draws[:, 1])
         return Batch(
             image=images.image,
-            token_ids=torch.from_numpy(token_ids),
-            token_mask=torch.from_numpy(token_mask),
-            content_mask=torch.from_numpy(content_mask),
-            entity_ids=torch.from_numpy(np.ascontiguousarray(entities[:, :, 0])),
-            entity_state=torch.from_numpy(np.ascontiguousarray(entities[:, :, 1])),
-            entity_mask=torch.from_numpy(np.arange(entities.shape[1]) < mentions[:, None]),
+            token_ids=torch.from_numpy(made.token_ids),
+            token_mask=torch.from_numpy(made.token_mask),
+            content_mask=torch.from_numpy(made.content_mask),
+            entity_ids=torch.from_numpy(np.ascontiguousarray(made.entities[:, :, 0])),
+            entity_state=torch.from_numpy(np.ascontiguousarray(made.entities[:, :, 1])),
+            entity_mask=torch.from_numpy(made.entity_mask),
             pair_id=torch.from_numpy(self.pair_id[images.rows]),
             global_index=torch.from_numpy(index),
             row_index=torch.from_numpy(images.rows),

@@ -46,7 +46,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
+MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
 
 
 class ReportTokenizer:
@@ -371,7 +371,7 @@ def kept_sentences(draw: float, sentences: int) -> NDArray[np.bool_] | None:
     """
     if draw < 0.0 or sentences < 2:
         return None
-    bits = min(sentences, _MAX_SUBSET_BITS)
+    bits = min(sentences, MAX_SUBSET_BITS)
     subset = 1 + int(draw * ((1 << bits) - 1))
     keep = np.ones(sentences, dtype=bool)
     keep[:bits] = [(subset >> i) & 1 for i in range(bits)]

@@ -16,7 +16,6 @@ from mlip.dataloading.image_file import Header, check_hash, decode_grey, read_by
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
-from mlip.dataloading.shards import parse_reference
 
 T = TypeVar("T")
 Bad = tuple[int, int, str, bool]  # epoch, row, reason, met in the order (not as a replacement)
@@ -51,6 +50,7 @@ class SampleReader:
                 "data.verify=none"
             )
         self.manifest, self.verify = manifest, data.verify
+        self._references = shards.References(manifest.image_path, len(manifest))
 
     def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         """Raises:  BadSample, DataError."""
@@ -63,11 +63,11 @@ class SampleReader:
 
     def _read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         manifest = self.manifest
-        path = manifest.image_path(row)
-        reference = parse_reference(path) if ".tar#" in path else None
+        reference = self._references[row]
         if reference is not None:
             content = shards.read_bytes(manifest.root, reference)
         else:
+            path = manifest.image_path(row)
             content = read_bytes(manifest.root, path, manifest.image_name(row))
         if self.verify == "hash" or (
             self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0

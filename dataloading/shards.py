@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -74,6 +75,44 @@ def parse_reference(text: str) -> Reference | None:
         return None
     shard, offset, size = match.groups()
     return Reference(shard, int(offset), int(size))
+
+
+class References:
+    """The references of a manifest's image paths by row, parsed at the first read of each.
+
+    Numbers in place of text: parsing and looking up the path had cost 9 us an image and epoch.
+    Safe in threads; 20 bytes for every row that was read.
+    """
+
+    def __init__(self, path_of: Callable[[int], str], rows: int) -> None:
+        self._path_of = path_of
+        self._shard = np.zeros(rows, np.int32)  # 0 = not looked at, 1 = no reference
+        self._offset = np.zeros(rows, np.int64)
+        self._size = np.zeros(rows, np.int64)
+        self._names = ["", ""]
+        self._numbers: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> Reference | None:
+        number = self._shard.item(row)
+        if number == 0:
+            number = self._parse(row)
+        if number == 1:
+            return None
+        return Reference(self._names[number], self._offset.item(row), self._size.item(row))
+
+    def _parse(self, row: int) -> int:
+        reference = parse_reference(self._path_of(row))
+        if reference is None:
+            self._shard[row] = 1
+            return 1
+        with self._lock:
+            number = self._numbers.setdefault(reference.shard, len(self._names))
+            if number == len(self._names):
+                self._names.append(reference.shard)
+        self._offset[row], self._size[row] = reference.offset, reference.size
+        self._shard[row] = number  # last: another thread may read as soon as it stands there
+        return number
 
 
 class _Descriptor:

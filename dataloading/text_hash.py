@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mlip.dataloading.compiled import compiled
+
 HashArray = NDArray[np.uint64]
 Texts = Any  # a large_string column: pa.LargeStringArray or pa.ChunkedArray
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """njit with the compiled code kept on disk where some folder can be written."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        # numba found no writable cache folder (read-only installation without a home)
-        return numba.njit(nogil=True)(function)
 
 
 def _mix_loop(a: HashArray, b: HashArray, out: HashArray) -> None:
@@ -79,10 +71,10 @@ def _find_loop(
         out[i] = found
 
 
-_find_compiled = _compiled(_find_loop)
-_mix_compiled = _compiled(_mix_loop)
-_bytes_compiled = _compiled(_bytes_loop)
-_words_compiled = _compiled(_words_loop)
+_find_compiled = compiled(_find_loop)
+_mix_compiled = compiled(_mix_loop)
+_bytes_compiled = compiled(_bytes_loop)
+_words_compiled = compiled(_words_loop)
 
 
 def _pieces(

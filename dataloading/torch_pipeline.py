@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mlip.config import Data
+from mlip.dataloading.buffers import Buffers
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Bad, Images, SampleReader, fill_place
 from mlip.dataloading.transforms import Transform
@@ -26,13 +27,15 @@ class TorchPipeline:
         data: Data,
     ) -> None:
         self.order, self.reader, self.transform = order, reader, transform
+        self._buffers = Buffers()
         # with one worker the loader's own background thread does the work
         self._pool = ThreadPoolExecutor(data.workers, "mlip-image") if data.workers > 1 else None
 
     def load(self, plan: Plan) -> Images:
         """Raises:  DataError; a bad file is replaced or left out, never raised."""
         size = self.transform.crop_px
-        out = np.empty((len(plan), 1, size, size), dtype=np.float32)
+        image = self._buffers.take(len(plan), 1, size, size)
+        out = image.numpy()
         parameters = self.transform.draw(plan.epoch, plan.global_index)
 
         def fill(place: int) -> tuple[bool, int, list[Bad]]:
@@ -45,7 +48,8 @@ class TorchPipeline:
         results = list(run(fill, range(len(plan))))
         kept = np.flatnonzero([found for found, _, _ in results]).astype(np.int64)
         rows = np.array([row for _, row, _ in results], dtype=np.int64)[kept]
-        image = torch.from_numpy(out if len(kept) == len(plan) else out[kept])
+        if len(kept) < len(plan):
+            image = image[torch.from_numpy(kept)]
         image = image.expand(-1, self.transform.channels, -1, -1)
         return Images(image, kept, rows, [item for _, _, bad in results for item in bad])
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mlip.config import Data
+from mlip.dataloading.crop import crop_one
 from mlip.keyed_random import keyed_uniform
 
 cv2.setNumThreads(0)  # threads are ours: one image a thread
@@ -97,6 +98,16 @@ class Transform:
             scaled_h, scaled_w, (self.resize_px - scaled_h) // 2, (self.resize_px - scaled_w) // 2
         )
 
+    def placements(
+        self, height: NDArray[np.int64], width: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """`placement` of a batch: heights, widths, tops and lefts."""
+        side = self.resize_px
+        longest = np.maximum(height, width)
+        scaled_h = np.maximum(1, (2 * height * side + longest) // (2 * longest))
+        scaled_w = np.maximum(1, (2 * width * side + longest) // (2 * longest))
+        return scaled_h, scaled_w, (side - scaled_h) // 2, (side - scaled_w) // 2
+
     def rotation(self, degrees: float) -> NDArray[np.float64]:
         """[2, 3] map from output to input pixel of the crop, about its centre."""
         angle = np.deg2rad(degrees)
@@ -126,20 +137,18 @@ class Transform:
             )
         top = int(parameters.top[i]) - place.top
         left = int(parameters.left[i]) - place.left
-        crop = _window(image, top, left, self.crop_px)
         if parameters.degrees[i] != 0.0:
-            crop = cv2.warpAffine(
-                crop,
+            image = cv2.warpAffine(
+                _window(image, top, left, self.crop_px),
                 self.rotation(float(parameters.degrees[i])),
                 (self.crop_px, self.crop_px),
                 flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
                 borderMode=cv2.BORDER_CONSTANT,
                 borderValue=0,
             )
-        largest = 255.0 if image.dtype == np.uint8 else 65535.0
-        scale = np.float32(parameters.gain[i] / largest)
-        np.multiply(crop, scale, out=out, dtype=np.float32)
-        out += parameters.offset[i]
+            top = left = 0
+        largest = np.float32(255.0 if image.dtype == np.uint8 else 65535.0)
+        crop_one(image, top, left, parameters.gain[i] / largest, parameters.offset[i], out)
 
 
 def _window(image: NDArray, top: int, left: int, size: int) -> NDArray:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -70,8 +71,6 @@ def test_sixteen_bit_values_arrive_exactly(corpus: Callable[..., Config], build:
     override = ["data.resize_px=48", "data.crop_px=48", "data.mean=0.0", "data.std=1.0"]
     rows = np.array([0, 6, 12])
     dali = build(corpus("data.pipeline=dali", *override), train=False, rows=rows)
-    import cv2
-
     for batch in dali:
         for i, row in enumerate(batch.row_index.tolist()):
             path = Path(dali.manifest.root) / dali.manifest.image_path(row)
@@ -139,10 +138,35 @@ def test_the_graph_without_branches_gives_the_same_bits(
     assert not straight.pipeline._has_branches and branching.pipeline._has_branches
 
 
+def test_what_needs_no_scaling_is_the_twins_to_the_bit_without_branches(
+    tmp_path: Path, build: Any
+) -> None:
+    # as `mlip prepare` leaves them: the longest side is resize_px, the other is what it is
+    rng = np.random.default_rng(4)
+    lines = ["image,report,patient_id,study_id,split"]
+    for i, shape in enumerate([(48, 48), (48, 31), (25, 48), (48, 47), (8, 48), (48, 48)] * 2):
+        content = cv2.imencode(".jpg", rng.integers(0, 256, shape).astype(np.uint8))[1]
+        (tmp_path / f"{i}.jpg").write_bytes(content.tobytes())
+        lines.append(f"{i}.jpg,No effusion {i}.,p{i},s{i},train")
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    override = [f"data.manifest={tmp_path / 'm.csv'}", "batch.global_pairs=4"]
+    override += ["data.resize_px=48", "data.crop_px=40"]
+    twin, dali, branching = (
+        build(settings.load([], [*override, f"data.pipeline={kind}"]))
+        for kind in ("torch", "dali", "dali")
+    )
+    branching.pipeline._needs_branches = True
+    for a, b, c in zip(*(take(one, 9) for one in (twin, dali, branching)), strict=True):
+        for name in vars(a):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert torch.equal(a.image, c.image)
+    assert not dali.pipeline._has_branches and branching.pipeline._has_branches
+
+
 def test_the_first_unusual_image_brings_the_branches_and_costs_no_batch(
     corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = np.array([1, 2, 3, 7, 8, 9, 11, 12, 13, 14])  # 11 is no square, 12 has 16 bits
+    rows = np.array([1, 2, 3, 7, 8, 9, 11, 12, 13, 14])  # 12 has 16 bits
     config = corpus(*AS_PREPARED, "batch.global_pairs=2")
     dali, branching = (build(config, train=False, rows=rows) for _ in range(2))
     branching.pipeline._needs_branches = True
@@ -158,7 +182,7 @@ def test_the_first_unusual_image_brings_the_branches_and_costs_no_batch(
     for a, b, c in zip(*(take(one, 5) for one in (dali, branching, twin)), strict=True):
         assert torch.equal(a.image, b.image)
         assert_twins(a, c)
-    # step 3 holds both; DALI asks for a batch or two ahead
+    # step 3 holds it; DALI asks for a batch or two ahead
     assert begun[0] == (0, False) and len(begun) == 2
     assert 1 <= begun[1][0] <= 3 and begun[1][1]
 

@@ -200,6 +200,37 @@ def test_an_exif_orientation_leaves_the_direct_path() -> None:
     assert decode_grey(turned, read_header(turned)).shape == (60, 40)
 
 
+def test_a_header_does_not_depend_on_the_file_read_before() -> None:
+    other = np.random.default_rng(1).integers(0, 256, (33, 90)).astype(np.uint8)
+    colour = np.dstack([other] * 3)
+    plain = encode(".jpg", GREY)
+    comment = b"\xff\xfe\0\x06abcd"
+    exif = b"\xff\xe1\0\x0aExif\0\0\0\0"
+    progressive = cv2.imencode(".jpg", GREY, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    frame = plain.index(b"\xff\xc0")
+    files = [plain, encode(".jpg", other), encode(".jpg", colour), progressive]
+    files += [plain[:2] + extra + plain[2:] for extra in (comment, exif, b"\xff")]
+    # the same start with something else in the frame's place, and cut short within it
+    files += [plain[:frame] + comment + plain[frame:], plain[: frame + 6], plain[:-2]]
+    files += [plain[: frame + 1] + bytes([marker]) + plain[frame + 2 :] for marker in (0xC4, 0xC9)]
+
+    def answer(content: bytes) -> object:
+        try:
+            return read_header(content)
+        except BadSample as error:
+            return error.reason
+
+    alone = []
+    for content in files:
+        image_file._last_start = (b"\xff\xd8", True)
+        alone.append(answer(content))
+    assert len({repr(a) for a in alone}) == 5
+    for before in files:
+        for content, expected in zip(files, alone, strict=True):
+            answer(before)
+            assert answer(content) == expected
+
+
 def test_a_file_outside_the_root_is_never_even_opened(tmp_path: Path) -> None:
     script = """
 import sys

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,7 +33,13 @@ from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, convert, make_member, scaled_size
-from mlip.dataloading.shards import ShardError, ShardWriter, parse_reference, read_bytes
+from mlip.dataloading.shards import (
+    References,
+    ShardError,
+    ShardWriter,
+    parse_reference,
+    read_bytes,
+)
 from mlip.dataloading.transforms import Transform
 
 SPLITS = ("train", "train", "val", "train", "test")
@@ -445,6 +452,21 @@ def test_reference_has_one_form_and_any_other_path_is_none():
     assert reference is not None and str(reference) == "shards/train-00012.tar#1536+10234"
     for text in ("a.png", "a.tar#1", "a.tar#1+", "a.tar#-1+5", "a.tar#1+5x", "a#b.tar#1+2"):
         assert parse_reference(text) is None
+
+
+def test_references_by_row_are_the_parsed_paths_and_each_path_is_looked_at_once():
+    paths = [f"shards/{'train' if i % 3 else 'val'}-{i % 5}.tar#{i * 512}+{i}" for i in range(200)]
+    paths[7], paths[8] = "images/7.png", "shards/a.tar#5+12x"
+    looked: list[int] = []
+    references = References(lambda row: looked.append(row) or paths[row], len(paths))
+    order = np.random.default_rng(0).permutation(400).tolist()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda row: references[row % 200], order))
+    assert found == [parse_reference(paths[row % 200]) for row in order]
+    assert found.count(None) == 4 and set(looked) == set(range(200))
+    looked.clear()
+    assert [references[row] for row in range(200)] == [parse_reference(path) for path in paths]
+    assert not looked
 
 
 def test_reading_says_what_is_wrong_with_a_reference(built, tmp_path):

@@ -67,6 +67,16 @@ def test_letterbox_keeps_the_aspect_and_centres_on_black(shape: tuple[int, int])
     assert out.max() == 1.0
 
 
+def test_placements_of_a_batch_are_those_of_its_images() -> None:
+    transform = Transform(DATA, train=False, seed=1)
+    height, width = np.random.default_rng(0).integers(8, 4000, (2, 500))
+    height[:3], width[:3] = (64, 64, 16_384), (64, 40, 8)
+    batch = np.stack(transform.placements(height, width), axis=1)
+    for row, h, w in zip(batch.tolist(), height.tolist(), width.tolist(), strict=True):
+        place = transform.placement(h, w)
+        assert row == [place.height, place.width, place.top, place.left]
+
+
 def test_shrinking_averages_areas() -> None:
     image = np.random.default_rng(2).integers(0, 256, (256, 256)).astype(np.uint8)
     transform = Transform(
