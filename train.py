@@ -142,8 +142,8 @@ def main(arguments: list[str]) -> int:
         distributed.start(config.run.timeout_s)
         setup_logging()
         randomness.seed_everything(config.run.seed)
-        require_deterministic(config)
         with locked_folder(folder[0]):
+            require_deterministic(config)
             corpus = train(options, config, stop)
             is_main = distributed.is_main()
             distributed.barrier()

@@ -5,6 +5,8 @@ torch's own SyncBatchNorm refuses CPU tensors; this one runs on any device and b
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,10 +65,31 @@ class _SynchronisedNorm(torch.autograd.Function):
         return grad_x - correction, grad_weight, grad_bias, None
 
 
+_is_recomputing = False
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Around a forward pass that is made again: running statistics have seen this batch."""
+    global _is_recomputing
+    _is_recomputing = True
+    try:
+        yield
+    finally:
+        _is_recomputing = False
+
+
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are over all ranks; one rank: torch's own."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.training and not is_distributed() and _is_recomputing:
+            assert self.running_mean is not None and self.running_var is not None
+            # given and thrown away: without them other tensors would be saved than the first time
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(
+                input, mean, variance, self.weight, self.bias, True, self.momentum or 0.1, self.eps
+            )
         if not (self.training and is_distributed()):
             return super().forward(input)
         out, mean, variance, count = _SynchronisedNorm.apply(
@@ -74,6 +97,8 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         )
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None
+        if _is_recomputing:
+            return out
         with torch.no_grad():
             unbiased = variance * (count / (count - 1)).float()
             momentum = self.momentum if self.momentum is not None else 0.1

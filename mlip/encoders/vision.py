@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTMo
 
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable
-from mlip.encoders.normalisation import set_normalisation
+from mlip.encoders.normalisation import recomputing, set_normalisation
 from mlip.encoders.options import tower_config
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
@@ -230,7 +231,12 @@ def _maybe_checkpoint(function: nn.Module, x: Tensor, is_on: bool) -> Tensor:
         return function(x)
     from torch.utils.checkpoint import checkpoint
 
-    return checkpoint(function, x, use_reentrant=False)
+    return checkpoint(
+        function,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), recomputing()),
+    )
 
 
 def receptive_field_px(settings: Vision) -> int:

@@ -197,7 +197,9 @@ def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> N
 
 
 def _retain(run_dir: Path, keep: int, step: int) -> None:
-    for old in checkpoints_of(run_dir)[max(1, keep) :]:
+    # one of a later step was passed over as damaged: it must not push out a good one
+    held = [p for p in checkpoints_of(run_dir) if p.name <= f"{_PREFIX}{step:08d}"]
+    for old in held[max(1, keep) :]:
         # without its marker a half-deleted folder is never mistaken for a checkpoint
         (old / _MARKER).unlink(missing_ok=True)
         fire("retention-delete", step, run_dir)
@@ -266,13 +268,16 @@ def read(folder: Path) -> Checkpoint:
         updates = state.get("ema_updates")
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
         tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}
+        steps = int(state["optimizer_steps"])
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not what was written
+        raise CheckpointError(f"{folder}: {_STATE} is not of a checkpoint: {error!r}") from error
     training = TrainingState(
         parameters=tensors["parameters"],
         moments={key: tensors[key] for key in MOMENTS},
         buffers=tensors["buffers"],
-        optimizer_steps=int(state["optimizer_steps"]),
+        optimizer_steps=steps,
         ema=None if updates is None else EMAState(tensors[_EMA], int(updates)),
     )
     return Checkpoint(folder, training, state)

@@ -61,6 +61,11 @@ class Preempted(Exception):
     exit_code = PREEMPTED
 
 
+class FolderInUse(ConfigError):
+    """Another job holds run.dir. This one leaves nothing there: the other's ranks read its events
+    to tell why a peer is gone, and a word of a stranger would change their exit code."""
+
+
 # What gloo, NCCL and torch.distributed say when a peer died or did not answer in time.
 _PEER_WORDS = re.compile(
     r"gloo|NCCL|peer|[Tt]imed? ?out|Connection (closed|reset|refused)|Broken pipe|"
@@ -111,7 +116,7 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
         code, caught = exit_code(error), round(time.time(), 3)
         # at once: other survivors end soon, and would look missing too
         explained = presence.explain(error) if code == PEER else None
-        place = folder()
+        place = None if isinstance(error, FolderInUse) else folder()
         if code == PEER and place is not None:
             code = _first_failure(place) or PEER
         _report(error, code, place, {"caught": caught, "waited": explained})
@@ -136,6 +141,8 @@ def _rank() -> int:
 
 def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str, Any]) -> None:
     reason = _REASONS.get(code, "unexpected")
+    if isinstance(error, FolderInUse) and _rank() != 0:
+        return  # rank 0 says the same
     text = " ".join(str(error).split()) or type(error).__name__
     if more["waited"] is not None:
         text = f"{more['waited']}: {text}"
@@ -205,8 +212,10 @@ def _find_event(
 def locked_folder(folder: Path) -> Iterator[None]:
     """The run's folder, held by this job alone; the kernel frees it when the job dies.
 
-    Raises:  ConfigError on every rank where another job holds it or it cannot be written.
+    Raises:  FolderInUse on every rank where another job holds it; ConfigError where it cannot be
+             written.
     """
+    kind: type[ConfigError] = ConfigError
     refusal, descriptor = None, -1
     if distributed.is_main():
         try:
@@ -217,13 +226,14 @@ def locked_folder(folder: Path) -> Iterator[None]:
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace")
+            kind = FolderInUse
             refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
             refusal = f"run.dir={folder} cannot be written: {error.strerror}"
-    refusal = distributed.broadcast_object(refusal)
+    kind, refusal = distributed.broadcast_object((kind, refusal))
     try:
         if refusal is not None:
-            raise ConfigError(refusal)
+            raise kind(refusal)
         yield
     finally:
         if descriptor >= 0:

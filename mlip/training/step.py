@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,11 +270,13 @@ class Engine(abc.ABC):
                 f"buffers of the model and of the checkpoint differ: "
                 f"{sorted(own.keys() ^ state.buffers.keys())}"
             )
+        _require_shapes({n: b.shape for n, b in own.items()}, state.buffers)
         for name, buffer in own.items():
             buffer.copy_(state.buffers[name])
 
     def _check_names(self, state: TrainingState) -> None:
-        different = {n for n, _ in self.objective.named_parameters()} ^ state.parameters.keys()
+        own = dict(self.objective.named_parameters())
+        different = own.keys() ^ state.parameters.keys()
         if different:
             raise ValueError(
                 f"parameters of the model and of the checkpoint differ: {sorted(different)[:5]}"
@@ -289,6 +291,19 @@ class Engine(abc.ABC):
                 f"the checkpoint lacks moments that train.optimizer={self.config.train.optimizer} "
                 f"needs, of {sorted(lacking)[:3]} and {max(0, len(lacking) - 3)} more; it was "
                 "trained with another train.optimizer: set that one"
+            )
+        # ZeRO-3 keeps a part in the parameter's place, and would take any number of values
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in own.items()}
+        _require_shapes(shapes, state.parameters)
+
+
+def _require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:
+    """Raises:  ValueError naming the first tensor of another shape, which no resume can use."""
+    for name, shape in own.items():
+        if saved[name].shape != shape:
+            raise ValueError(
+                f"{name}: expected {list(shape)} from the settings, the checkpoint has "
+                f"{list(saved[name].shape)}; restore the settings or choose another run.dir"
             )
 
 

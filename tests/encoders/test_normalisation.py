@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from mlip.config import load
 from mlip.encoders.normalisation import SynchronisedBatchNorm
+from mlip.encoders.vision import VisionEncoder
 from tests.spawned_ranks import start_ranks
 
 
@@ -50,3 +52,49 @@ def test_two_ranks_equal_one_process_for_output_gradient_and_statistics(tmp_path
     for part in parts:
         close(part["mean"], norm.running_mean)  # type: ignore[arg-type]
         close(part["var"], norm.running_var)  # type: ignore[arg-type]
+
+
+SETTINGS = (
+    "model.vision.kind=resnet",
+    "model.vision.norm=batch",
+    "model.vision.options={embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1], "
+    "layer_type: basic}",
+    "model.vision.patch_stage=1",
+)
+
+
+def _trained(folder: Path, rank: int, images: torch.Tensor, checkpointing: bool) -> None:
+    """Gradients and buffers after two passes of a ResNet with batch statistics."""
+    config = load([], [*SETTINGS, f"model.vision.checkpointing={checkpointing}"])
+    torch.manual_seed(3)
+    tower = VisionEncoder(config.model.vision, channels=1, image_px=32).train()
+    for _ in range(2):
+        pooled, patches, _ = tower(images)
+        (pooled.square().sum() + patches.sin().sum()).backward()
+    held = {n: p.grad for n, p in tower.named_parameters()} | dict(tower.named_buffers())
+    torch.save(held, folder / f"{rank}-{checkpointing}.pt")
+
+
+def _both(rank: int, folder: Path) -> None:
+    images = torch.randn(5, 1, 32, 32, generator=torch.Generator().manual_seed(4))
+    mine = images if rank < 0 else images[:2] if rank == 0 else images[2:]
+    for checkpointing in (False, True):
+        _trained(folder, rank, mine, checkpointing)
+
+
+def _require_same(folder: Path, rank: int) -> None:
+    kept, again = (
+        torch.load(folder / f"{rank}-{on}.pt", weights_only=True) for on in (False, True)
+    )
+    assert kept.keys() == again.keys() and any("running_var" in name for name in kept)
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, again[name]), (rank, name)
+
+
+def test_activation_checkpointing_counts_a_batch_once_in_running_statistics(tmp_path):
+    # oracle: the same tower without; the second forward pass must move no statistic
+    _both(-1, tmp_path)
+    _require_same(tmp_path, -1)
+    start_ranks(_both, tmp_path)()
+    for rank in range(2):
+        _require_same(tmp_path, rank)

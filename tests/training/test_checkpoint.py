@@ -57,6 +57,27 @@ def _config(run_dir: Path, *overrides: str):
     return load([], [f"run.dir={run_dir}", *overrides])
 
 
+def test_a_damaged_newer_one_pushes_out_no_good_one(tmp_path):
+    # resumed from 8 because 12 was damaged, stopped at 9: with keep=1 only 12 would be left
+    for step in (8, 12):
+        _save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000012" / "COMPLETE").unlink()
+    _save(tmp_path, 9, keep=1)
+    newest, problems = checkpoint.find_newest(tmp_path)
+    assert newest is not None and newest.name == "step_00000009" and len(problems) == 1
+    _save(tmp_path, 12, keep=1)
+    assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == ["step_00000012"]
+    assert checkpoint.find_newest(tmp_path)[1] == []
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"x"', '{"format": 1}', "null"])
+def test_a_state_that_is_json_but_none_of_ours_is_a_checkpoint_error(tmp_path, content):
+    folder = _save(tmp_path, 1)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="step_00000001: "):
+        checkpoint.read(folder)
+
+
 def test_everything_comes_back_bit_for_bit(tmp_path):
     folder = _save(tmp_path, 3)
     read = checkpoint.load_newest(_config(tmp_path))

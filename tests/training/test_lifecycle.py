@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,29 @@ def test_a_second_job_on_a_folder_is_refused_and_names_the_first(tmp_path):
         pass
 
 
+def test_a_refused_job_leaves_no_word_in_the_first_ones_folder(tmp_path, monkeypatch, capsys):
+    # its event would be read as the first job's own: a survivor of a kill there would end with 2
+    def begin() -> None:
+        with locked_folder(tmp_path):
+            pass
+
+    with locked_folder(tmp_path):
+        assert guarded(begin, lambda: tmp_path) == 2
+        assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+        assert "settings error on rank 0" in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "1")
+        assert guarded(begin, lambda: tmp_path) == 2
+        assert capsys.readouterr().err == ""  # once a job
+
+        class DistBackendError(RuntimeError):
+            pass
+
+        def lose_a_peer() -> None:
+            raise DistBackendError("Connection closed by peer [127.0.0.1]:1234")
+
+        assert guarded(lose_a_peer, lambda: tmp_path) == 6
+
+
 def _hold(folder: Path, held: Any) -> None:
     with locked_folder(folder):
         held.set()
@@ -156,12 +180,25 @@ def test_the_lock_of_a_killed_job_is_free(tmp_path):
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_a_settings_error(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
-        with locked_folder(tmp_path / "run"):
-            pass
+def _try_as_nobody(folder: Path, said: Any) -> None:
+    if os.geteuid() == 0:  # root may write anywhere
+        os.setuid(65534)
+    try:
+        with locked_folder(folder):
+            said.put("locked")
+    except ConfigError as error:
+        said.put(str(error))
+
+
+def test_a_folder_that_cannot_be_written_is_a_settings_error():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        Path(name).chmod(0o555)
+        said = FORK.SimpleQueue()
+        job = FORK.Process(target=_try_as_nobody, args=(Path(name) / "run", said))
+        job.start()
+        answer = said.get()
+        job.join()
+    assert answer == f"run.dir={name}/run cannot be written: Permission denied"
 
 
 def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,26 @@ def require_equal(left: TrainingState, right: TrainingState, case: object) -> No
             assert torch.equal(a[name].cpu(), b[name].cpu()), (case, name)
 
 
+def require_refused(engine: Engine, state: TrainingState) -> None:
+    """A state with one tensor of another shape, as settings that differ would have; by name."""
+    for group, name in (("parameters", "model.patch_head.bias"), ("buffers", "queue")):
+        whole = getattr(state, group)
+        wrong = replace(state, **{group: {**whole, name: whole[name][:-1]}})
+        try:
+            engine.load(wrong)
+        except ValueError as error:
+            assert str(error).startswith(f"{name}: expected ["), error
+        else:
+            raise AssertionError((engine.name, name, "was taken"))
+
+
 def run_case(*case: Any) -> dict[str, Any]:
     engine = build(*case)
     results = [step(engine, number) for number in range(STEPS)]
     state = copy_of(engine.state())
     on = [step(engine, number).total for number in range(STEPS, STEPS + MORE)]
     other = build(*case, seed=99)
+    require_refused(other, state)
     other.load(state)
     require_equal(state, other.state(), case)
     resumed = [step(other, number).total for number in range(STEPS, STEPS + MORE)]
