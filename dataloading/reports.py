@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mlip.batch import STATES
 from mlip.dataloading.common_words import common_words
+from mlip.dataloading.keyed_draws import keyed_draws
 from mlip.dataloading.report_text import (
     choose_sections,
     clean_report,
     sentence_spans,
     split_sections,
 )
-from mlip.keyed_random import keyed_uniform
 
 __all__ = [
     "EncodedReport",
@@ -355,11 +354,7 @@ def draw_sentences(
     probability: float,
 ) -> NDArray[np.float64]:
     """Two uniform numbers a sample: [B, 2], the second -1 where no sentence is dropped."""
-    draws = np.empty((len(global_index), 2))
-    for value in np.unique(epoch):
-        here = epoch == value
-        index = torch.from_numpy(global_index[here])
-        draws[here] = keyed_uniform(seed, "sentences", int(value), index, 2).numpy()
+    draws = keyed_draws(seed, "sentences", epoch, global_index, 2)
     draws[draws[:, 0] >= probability, 1] = -1.0
     return draws
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mlip.config import Data
 from mlip.dataloading.crop import crop_one
-from mlip.keyed_random import keyed_uniform
+from mlip.dataloading.keyed_draws import keyed_draws
 
 cv2.setNumThreads(0)  # threads are ours: one image a thread
 
@@ -66,11 +65,7 @@ class Transform:
     def draw(self, epoch: NDArray[np.int64], global_index: NDArray[np.int64]) -> Parameters:
         """Parameters of a batch, a pure function of (seed, epoch, global index)."""
         count, slack = len(global_index), self.resize_px - self.crop_px
-        draws = np.empty((count, 5))
-        for value in np.unique(epoch):
-            here = epoch == value
-            index = torch.from_numpy(global_index[here])
-            draws[here] = keyed_uniform(self.seed, "augment", int(value), index, 5).numpy()
+        draws = keyed_draws(self.seed, "augment", epoch, global_index, 5)
         if self.random_crop:
             corner = (draws[:, :2] * (slack + 1)).astype(np.int64)
         else:
