@@ -84,7 +84,7 @@ P, S = "tests/faults/test_process.py::", "tests/faults/test_storage.py::"
 T = "tests/training/"
 ROWS = (
     Row(
-        "one loss and gradient: ranks x passes x ZeRO, 36 cases a world",
+        "one loss and gradient: ranks x passes x ZeRO, offload, checkpointing",
         "loss 1e-6, gradients 1e-5",
         (f"{T}test_exact.py::test_the_whole_matrix",),
         lambda o: (

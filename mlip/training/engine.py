@@ -271,6 +271,21 @@ def _require_equal_passes(config: Config) -> None:
             )
 
 
+def _require_one_recomputation(config: Config) -> None:
+    """Stage 3 gathers a tower's parameters for one recomputation, not for one inside another.
+
+    Raises:  ConfigError where a tower is both cached and checkpointed.
+    """
+    for tower, size in (("vision", "micro_images"), ("text", "micro_texts")):
+        if getattr(config.batch, size) > 0 and getattr(config.model, tower).checkpointing:
+            raise ConfigError(
+                f"batch.{size} with model.{tower}.checkpointing=true and train.zero_stage=3: "
+                "DeepSpeed releases parameters that the second recomputation still needs; set "
+                f"model.{tower}.checkpointing=false and a smaller batch.{size}, or "
+                "train.zero_stage=2"
+            )
+
+
 def _require_version() -> None:
     """The gradient cache makes one backward pass, so that DeepSpeed reduces each gradient once.
 
@@ -297,6 +312,7 @@ def build_engine(
     train = config.train
     if train.zero_stage == 3:
         _require_equal_passes(config)
+        _require_one_recomputation(config)
     is_installed = importlib.util.find_spec("deepspeed") is not None
     wants = train.engine == "deepspeed" or train.offload or user_json is not None
     if not is_installed:

@@ -47,6 +47,10 @@ SETTINGS = (
     "train.weight_decay=0.1",
     "train.lr_reference_pairs=0",
 )
+MEMORY_SAVERS = {
+    "offload": ("train.offload=true",),
+    "checkpointing": ("model.vision.checkpointing=true", "model.text.checkpointing=true"),
+}
 PROGRESS = 1.5  # the prototypes learn from the second epoch on
 
 
@@ -103,8 +107,10 @@ def exact_engine(
 ) -> Engine:
     """An engine whose ranks cut their share into this many micro-batches (texts: one size more).
 
-    engine  "plain", "deepspeed", or "plain64": plain in float64
+    engine  "plain", "deepspeed", or "plain64": plain in float64; behind it, each with a plus,
+            what of MEMORY_SAVERS is on
     """
+    engine, *savers = engine.split("+")
     largest = -(-pairs // distributed.world_size())
     micro = -(-largest // passes) if passes > 1 else 0
     config = exact_config(
@@ -114,6 +120,7 @@ def exact_engine(
         f"batch.micro_images={micro}",
         # another size than the images': nothing may tie the two together
         f"batch.micro_texts={micro + (1 if micro > 1 else 0)}",
+        *(setting for saver in savers for setting in MEMORY_SAVERS[saver]),
         *more,
     )
     objective = make_objective(config).to(distributed.device())

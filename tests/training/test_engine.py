@@ -99,6 +99,18 @@ def test_stage_3_refuses_passes_that_a_rank_has_no_row_for(installed):
     assert type(_build("train.zero_stage=3", *cached, "batch.micro_images=2")) is _Deepspeed
 
 
+@pytest.mark.parametrize(("tower", "size"), [("vision", "images"), ("text", "texts")])
+def test_stage_3_refuses_a_recomputation_inside_another(installed, tower, size):
+    # it would end in the first backward pass with a parameter of no elements
+    installed(True, launched=True, ranks=2)
+    inside = [f"model.{tower}.checkpointing=true", "model.vision.norm=group"]
+    both = [*inside, f"batch.micro_{size}=2"]
+    with pytest.raises(ConfigError, match=f"set model.{tower}.checkpointing=false and a smaller"):
+        _build("train.zero_stage=3", *both)
+    assert type(_build("train.zero_stage=3", *inside)) is _Deepspeed
+    assert type(_build("train.zero_stage=2", *both)) is _Deepspeed
+
+
 def test_deepspeed_is_imported_inside_functions_only():
     # oracle: the syntax tree; an import at the top would make every command need DeepSpeed
     tree = ast.parse(Path(engine.__file__).read_text(encoding="utf-8"))

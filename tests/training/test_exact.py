@@ -35,6 +35,8 @@ FEW: list[Case] = [
     ("deepspeed", 2, 2, PAIRS),
     ("deepspeed", 3, 1, PAIRS),
     ("deepspeed", 3, 4, UNEVEN),
+    ("deepspeed+offload", 3, 2, UNEVEN),
+    ("deepspeed+checkpointing", 3, 1, PAIRS),
 ]
 MATRIX: list[Case] = [
     (engine, stage, passes, pairs)
@@ -43,6 +45,8 @@ MATRIX: list[Case] = [
     for passes in (1, 2, 4)
     for pairs in (PAIRS, UNEVEN)
 ]
+MATRIX += [("deepspeed+offload", stage, 2, UNEVEN) for stage in (1, 2, 3)]
+MATRIX += [("deepspeed+checkpointing", s, 1 if s == 3 else 2, PAIRS) for s in (0, 1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
