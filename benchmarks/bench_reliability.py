@@ -42,6 +42,13 @@ PATHS = (
     "tests/encoders/test_normalisation.py",
     "tests/dataloading/test_worker_pool.py",
     "tests/dataloading/test_loader.py",
+    "tests/dataloading/test_ledger.py",
+    "tests/dataloading/test_manifest.py",
+    "tests/dataloading/test_image_file.py",
+    "tests/dataloading/test_dicom_errors.py",
+    "tests/dataloading/test_fuzz_images.py",
+    "tests/dataloading/test_phi_run.py",
+    "tests/kernels/test_token_knowledge_patch_reference.py",
 )
 Outcome = Mapping[str, Any]
 
@@ -81,10 +88,10 @@ def _sum(key: str, text: str) -> Callable[[list[Outcome]], str]:
 
 
 P, S = "tests/faults/test_process.py::", "tests/faults/test_storage.py::"
-T = "tests/training/"
+T, D = "tests/training/", "tests/dataloading/"
 ROWS = (
     Row(
-        "one loss and gradient: ranks x passes x ZeRO, offload, checkpointing",
+        "one loss and gradient: ranks x passes x ZeRO stages",
         "loss 1e-6, gradients 1e-5",
         (f"{T}test_exact.py::test_the_whole_matrix",),
         lambda o: (
@@ -105,6 +112,12 @@ ROWS = (
         "5 s",
         (f"{P}test_kill_of_each_rank",),
         _most("notice_s", "at most {:.2f} s"),
+    ),
+    Row(
+        "every step and tensor after the resume",
+        "20 of 20 kills, the same bits",
+        (f"{P}test_kill_of_each_rank",),
+        passed,
     ),
     Row(
         "F02 hang found, rank and collective named",
@@ -181,6 +194,24 @@ ROWS = (
             for x in o
         ),
     ),
+    Row("bad inputs: 10,000 DICOM, 10,000 JPEG mutants", "0 crashes, hangs, leaked errors",
+        (f"{D}test_fuzz_images.py::test_ten_thousand",), passed),
+    Row("every sample accounted for", "all",
+        (f"{D}test_ledger.py::", f"{D}test_loader.py::test_every_row"), passed),
+    Row("paths that lead outside refused", "all", (
+        f"{D}test_manifest.py::test_a_path", f"{D}test_manifest.py::test_a_nul",
+        f"{D}test_manifest.py::test_a_folder_link", f"{D}test_image_file.py::test_a_link_out"),
+        passed),
+    Row("memory on bombs", "256 MiB above idle",
+        (f"{D}test_dicom_errors.py::test_bombs", f"{D}test_image_file.py::test_a_declared_bomb"),
+        passed),
+    Row("planted identifiers in a run's files", "0 of 50", (f"{D}test_phi_run.py::test_fifty",),
+        passed),
+    Row("DICOM errors that name code and file", "all", (f"{D}test_dicom_errors.py::",), passed),
+    Row("float32 reference against float64", "1e-5 at any scale",
+        ("tests/kernels/test_token_knowledge_patch_reference.py::test_float32_stays",), passed),
+    Row("connections beyond this machine", "0", (), passed),
+    Row("cost of determinism", "5 % on a CPU", (), passed),
     Row("faults that fired", "all", (f"{P}",), _sum("fired", "{}")),
 )  # fmt: skip
 
