@@ -199,7 +199,9 @@ def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gp
     rows = -(-batch.global_pairs // ranks)
     trainable = measured.trainable
     held = {
-        "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1) + measured.buffers,
+        # buffers twice: a skipped step puts them back
+        "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1)
+        + 2.0 * measured.buffers,
         "gradients": 4.0 * trainable / (ranks if stage >= 2 else 1),
     }
     moments = (8.0 * trainable - 4.0 * measured.matrices) / (ranks if stage >= 1 else 1)
@@ -241,7 +243,10 @@ def _activations(config: Config, measured: Measured, rows: int) -> float:
 def largest_that_fits(
     config: Config, measured: Measured, *, ranks: int, memory: float, is_gpu: bool
 ) -> str | None:
-    """The nearest setting that would fit, as overrides; None where nothing does."""
+    """The largest setting that would fit, as overrides; None where nothing does.
+
+    The batch as it is in the largest micro-batches, else the largest batch in the smallest ones.
+    """
 
     def fits(candidate: Config) -> bool:
         return plan(candidate, measured, ranks=ranks, memory=memory, is_gpu=is_gpu).fits
@@ -254,23 +259,24 @@ def largest_that_fits(
         config.model.vision.kind == "resnet" and config.model.vision.norm == "batch"
     )
     if can_cache:
-        for micro in _halvings(rows):
-            if fits(with_batch(micro_images=micro, micro_texts=micro)):
-                return f"batch.micro_images={micro} batch.micro_texts={micro}"
+        micro = _largest(rows - 1, lambda n: fits(with_batch(micro_images=n, micro_texts=n)))
+        if micro > 0:
+            return f"batch.micro_images={micro} batch.micro_texts={micro}"
     cached = {"micro_images": 1, "micro_texts": 1} if can_cache else {}
-    for pairs in _halvings(rows):
-        if pairs * ranks >= 2 and fits(with_batch(global_pairs=pairs * ranks, **cached)):
-            more = "".join(f" batch.{key}={value}" for key, value in cached.items())
-            return f"batch.global_pairs={pairs * ranks}{more}"
-    return None
+    pairs = _largest(rows - 1, lambda n: fits(with_batch(global_pairs=n * ranks, **cached)))
+    if pairs * ranks < 2:
+        return None
+    more = "".join(f" batch.{key}={value}" for key, value in cached.items())
+    return f"batch.global_pairs={pairs * ranks}{more}"
 
 
-def _halvings(value: int) -> list[int]:
-    found = []
-    while value > 1:
-        value = -(-value // 2)
-        found.append(value)
-    return found
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 to `most` that fits, 0 where none does; what is smaller needs less."""
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
 
 
 def machine_memory() -> tuple[float, bool]:

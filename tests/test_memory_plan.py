@@ -110,10 +110,10 @@ def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
     smaller = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **changes))
     assert plan(smaller, ROUND, **room).fits
     key = "global_pairs" if "global_pairs" in changes else "micro_images"
-    doubled = {**changes, key: 2 * changes[key]}
+    one_more = {**changes, key: changes[key] + 1}
     if key == "micro_images":
-        doubled["micro_texts"] = doubled[key]
-    larger = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **doubled))
+        one_more["micro_texts"] = one_more[key]
+    larger = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **one_more))
     assert not plan(larger, ROUND, **room).fits
 
 
