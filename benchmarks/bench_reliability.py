@@ -228,6 +228,7 @@ class Recorder:
         self.missing = missing
         self.facts = environment("cpu")
         self.begin = (time.monotonic(), processor_seconds())
+        self.ended: dict[str, Outcome] = {}
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
@@ -246,7 +247,7 @@ class Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         wall, processor = self.begin
-        outcome = {
+        self.ended[report.nodeid] = {
             "outcome": report.outcome,
             "seconds": round(time.monotonic() - wall, 2),
             "processor_seconds": round(processor_seconds() - processor, 2),
@@ -255,9 +256,13 @@ class Recorder:
             "modified": self.facts["modified"],
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
+
+    def pytest_runtest_logfinish(self) -> None:
+        # not before: until its end a test may have put its own in os.open's place
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(self.path.parent):
-            held = read(self.path) | {report.nodeid: outcome}
+            held = {**read(self.path), **self.ended}
+            self.ended.clear()
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
             partial.replace(self.path)

@@ -69,7 +69,10 @@ def test_outcomes_are_kept_from_run_to_run_and_survive_a_kill(tmp_path):
             name, ("", 0, ""), {}, outcome, None, "call",  # type: ignore[arg-type]
             user_properties=[("cases", 3)], duration=0.5,
         )  # fmt: skip
-        Recorder(path).pytest_runtest_logreport(report)
+        recorder = Recorder(path)
+        recorder.pytest_runtest_logreport(report)
+        assert name not in read(path) or read(path)[name]["outcome"] != outcome  # not yet
+        recorder.pytest_runtest_logfinish()
 
     record("a", "passed")
     record("b", "failed")
