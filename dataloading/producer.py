@@ -32,6 +32,10 @@ class Producer:
             target=self._run, args=(first, last), name="mlip-loader", daemon=True
         )
         _running.add(self)
+        # again, as functions registered later run earlier: DALI's, registered at its import, takes
+        # the running pipeline away, and the thread would build a new one while the process ends
+        atexit.unregister(_stop_all)
+        atexit.register(_stop_all)
         self._thread.start()
 
     def take(self, timeout_s: float = 0.0) -> Any:
@@ -92,7 +96,6 @@ class Producer:
 _running: weakref.WeakSet[Producer] = weakref.WeakSet()
 
 
-@atexit.register
 def _stop_all() -> None:
     # a thread inside a decoder while the interpreter shuts down can crash the process
     for producer in list(_running):

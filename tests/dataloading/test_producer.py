@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -68,3 +70,22 @@ def test_a_read_that_hangs_is_an_error_after_the_asked_time() -> None:
             producer.take(timeout_s=0.2)
     hung.set()
     producer.stop()
+
+
+def test_at_the_end_of_a_process_the_thread_stops_before_libraries_do() -> None:
+    """One that outlives DALI's own end sees its pipeline vanish and builds a new one."""
+    script = """
+import threading
+from mlip.dataloading.producer import Producer
+import atexit
+# as a library does that is imported later than the producer
+atexit.register(lambda: print([t.name for t in threading.enumerate() if "mlip" in t.name]))
+class Maker:
+    def make(self, step):
+        return step
+maker = Maker()
+producer = Producer(maker.make, 0, None, prefetch=2)
+assert producer.take() == 0 and "mlip-loader" in [t.name for t in threading.enumerate()]
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[]\n", "")
