@@ -138,6 +138,28 @@ def test_the_graph_without_branches_gives_the_same_bits(
     assert not straight.pipeline._has_branches and branching.pipeline._has_branches
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_the_graphs_that_finish_in_dali_as_on_a_gpu_agree_with_each_other_and_the_twin(
+    corpus: Callable[..., Config], build: Any, train: bool
+) -> None:
+    straight, branching = (build(corpus(*AS_PREPARED), train=train, rows=SQUARES) for _ in "ab")
+    mixed = build(corpus("data.pipeline=dali"), train=train)  # every kind of file, 16 bits too
+    twins = [
+        build(corpus(*AS_PREPARED[1:]), train=train, rows=SQUARES),
+        build(corpus(), train=train),
+    ]
+    for loader in (straight, branching, mixed):
+        loader.pipeline.finishes_in_dali = True
+    branching.pipeline._needs_branches = True
+    count = 5 if train else 2
+    batches = [take(loader, count) for loader in (straight, branching, mixed, *twins)]
+    for a, b, c, like_a, like_c in zip(*batches, strict=True):
+        assert torch.equal(a.image, b.image)
+        assert_twins(like_a, a)
+        assert_twins(like_c, c)
+    assert not straight.pipeline._has_branches and mixed.pipeline._has_branches
+
+
 def test_what_needs_no_scaling_is_the_twins_to_the_bit_without_branches(
     tmp_path: Path, build: Any
 ) -> None:
