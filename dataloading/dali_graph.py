@@ -87,6 +87,14 @@ def finished(
             fill_values=0,
         )
 
+    def squared(dtype: Any, encoded: Any, arguments: Any, fits: Any) -> Any:
+        image = _decode(dali, encoded, dtype, device)
+        if fits:
+            out = image
+        else:
+            out = letterbox(image, arguments)
+        return out
+
     def finish(image: Any, arguments: Any, matrix: list[Any]) -> Any:
         place = {
             "crop": [size, size],
@@ -131,19 +139,9 @@ def finished(
         encoded, arguments, *matrix = inputs()
         is_wide, fits = arguments[WIDE] > 0.5, arguments[FITS] > 0.5
         if is_wide:
-            image = _decode(dali, encoded, types.UINT16, device)
-            if fits:
-                squared = image
-            else:
-                squared = letterbox(image, arguments)
-            out = finish(squared, arguments, matrix)
+            out = finish(squared(types.UINT16, encoded, arguments, fits), arguments, matrix)
         else:
-            image = _decode(dali, encoded, types.UINT8, device)
-            if fits:
-                squared = image
-            else:
-                squared = letterbox(image, arguments)
-            out = finish(squared, arguments, matrix)
+            out = finish(squared(types.UINT8, encoded, arguments, fits), arguments, matrix)
         return out
 
     return branching(**options) if branches else straight(**options)
