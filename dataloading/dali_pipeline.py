@@ -266,7 +266,8 @@ class DaliPipeline:
             count = len(parameters)
             crop_y[:count], crop_x[:count] = parameters.top, parameters.left
             gain[:count], offset[:count] = parameters.gain, parameters.offset
-        self._windows[step] = Window(crop_y - top, crop_x - left, gain / largest, offset)
+        if not self.finishes_in_dali:
+            self._windows[step] = Window(crop_y - top, crop_x - left, gain / largest, offset)
         out = np.zeros((self.batch_size, graph.STD + 1))
         out[:, graph.WIDE], out[:, graph.FITS] = is_wide, fits
         out[:, graph.HEIGHT], out[:, graph.WIDTH] = scaled_h, scaled_w

@@ -158,6 +158,8 @@ def test_the_graphs_that_finish_in_dali_as_on_a_gpu_agree_with_each_other_and_th
         assert_twins(like_a, a)
         assert_twins(like_c, c)
     assert not straight.pipeline._has_branches and mixed.pipeline._has_branches
+    # what only crop.py would take is not kept, step after step
+    assert not straight.pipeline._windows and not mixed.pipeline._windows
 
 
 def test_what_needs_no_scaling_is_the_twins_to_the_bit_without_branches(
