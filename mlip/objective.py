@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config, ConfigError
-from mlip.distributed import max_over_ranks
+from mlip.distributed import is_distributed, max_over_ranks
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.training.determinism import random_part
@@ -126,7 +126,12 @@ class Objective(nn.Module):
 def _equal_widths(
     text: TextFeatures, content_mask: Tensor, knowledge: KnowledgeFeatures
 ) -> tuple[TextFeatures, Tensor, KnowledgeFeatures]:
-    """The same with T and K padded to the widest rank's: gathered rows must have one shape."""
+    """The same with T and K padded to the widest rank's: gathered rows must have one shape.
+
+    Cost:    with several ranks on GPUs two synchronisations a step (the widths are read)
+    """
+    if not is_distributed():
+        return text, content_mask, knowledge
     widths = content_mask.new_tensor(
         [text.tokens.shape[1], knowledge.mask.shape[1]], dtype=torch.long
     )

@@ -77,7 +77,9 @@ class TextEncoder(nn.Module):
     def forward(
         self, token_ids: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        states = self.backbone(input_ids=token_ids, attention_mask=token_mask).last_hidden_state
+        # [B, 1, 1, T]: of a mask without heads transformers reads on the host whether all is real
+        mask = token_mask[:, None, None, :]
+        states = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
         kept = self._last_attention.cls_attention if self.keeps_attention else None
         pooled = states[:, 0] if self.pool is None else self.pool(states, token_mask)
         return pooled, states, kept

@@ -23,7 +23,8 @@ class Matching(nn.Module):
     and only it is computed. A pair is judged on the rank that owns its image: report vectors
     travel, patches never do.
 
-    Cost:    on a GPU one synchronisation a step (how many drawn images are this rank's)
+    Cost:    with several ranks on GPUs one synchronisation a step (how many drawn images are this
+             rank's); alone, rows without a partner are computed and left out of the mean
     Returns: scalar in nats, mean over the three judgements of every sample that has a partner
     Source:  MLIP section 3.4; hard negatives as ALBEF (Li et al. 2021); layers ours.
     """
@@ -60,8 +61,12 @@ class Matching(nn.Module):
         logits_B22 = self.classify(own_report_B2D, patch_BPD)
 
         is_mine_N = (false_image_N >= own.start) & (false_image_N < own.stop)
-        report_index = is_mine_N.nonzero().squeeze(1)
-        image_index = false_image_N[report_index] - first
+        if len(context.counts) == 1:
+            report_index = torch.arange(is_mine_N.shape[0], device=is_mine_N.device)
+        else:
+            report_index = is_mine_N.nonzero().squeeze(1)
+        is_judged = is_mine_N[report_index]
+        image_index = torch.where(is_judged, false_image_N[report_index] - first, 0)
         drawn = self.classify(report_ND[report_index].unsqueeze(1), patch_BPD[image_index])
 
         at_home = torch.stack(
@@ -69,7 +74,7 @@ class Matching(nn.Module):
         )
         away = _negative_log(drawn[:, 0], False)
         values = torch.cat([at_home.flatten(), away])
-        counted = torch.cat([is_counted_B.repeat_interleave(2), torch.ones_like(away).bool()])
+        counted = torch.cat([is_counted_B.repeat_interleave(2), is_judged])
         return mean_over_ranks(values, counted)
 
     def classify(self, reports: Tensor, patches: Tensor) -> Tensor:

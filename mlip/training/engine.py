@@ -132,13 +132,16 @@ class DeepSpeedEngine(Engine):
             elif self.stage > 0 and parameter._hp_mapping is not None:
                 parameter._hp_mapping.get_hp_fragment().clamp_(least, most)
 
-    def scales(self) -> dict[str, float]:
-        if self.stage < 3:
-            return super().scales()
-        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr]
+    def _scale_values(self) -> dict[str, Tensor]:
         # after a skipped step nothing is gathered, after any other small parameters are
-        if all(parameter.numel() > 0 for parameter in stored):
+        stored = self.objective.model.scales.parameters()  # type: ignore[union-attr,operator]
+        is_whole = self.stage < 3 or all(parameter.numel() > 0 for parameter in stored)
+        return super()._scale_values() if is_whole else {}
+
+    def scales(self) -> dict[str, float]:
+        if self._scale_values():
             return super().scales()
+        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr,operator]
         with self._deepspeed.zero.GatheredParameters(stored):
             return super().scales()
 

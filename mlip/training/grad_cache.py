@@ -73,9 +73,10 @@ def equal_passes(rows: int, micro_size: int, device: torch.device) -> int:
     ZeRO-3 gathers parameters in every pass: ranks that made different numbers of passes would wait
     for each other for ever.
     """
-    if micro_size <= 0:
-        return 1
-    count = torch.tensor([num_micro_batches(rows, micro_size)], device=device)
+    own = num_micro_batches(rows, micro_size)
+    if micro_size <= 0 or not distributed.is_distributed():
+        return own
+    count = torch.tensor([own], device=device)
     return int(distributed.max_over_ranks(count))
 
 

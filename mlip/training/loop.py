@@ -180,7 +180,7 @@ class Trainer:
             epoch=epoch,
             step_seconds=time.perf_counter() - begin,
             wait_seconds=self.loader.wait_seconds,
-            scales=self.engine.scales(),
+            scales=result.scales or self.engine.scales(),
         )
         self._watch(result, batch)
         return result.stop_requested

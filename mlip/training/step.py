@@ -25,6 +25,7 @@ from mlip.config import Config
 from mlip.training import presence
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
+from mlip.training.host_read import HostRead
 from mlip.training.muon import Muon, matrix_names
 from mlip.training.schedule import peak_lr, undecayed_names
 from mlip.training.spikes import SpikeWatch, cause
@@ -42,6 +43,7 @@ class StepResult:
     is_skipped: bool
     stop_requested: bool  # some rank asked for a stop
     spike: str | None = None  # cause of a loss far above the recent ones (spikes.py)
+    scales: dict[str, float] | None = None  # that this step used; None: ask Engine.scales()
 
     def bad_terms(self) -> list[str]:
         """Names of the loss terms that are not finite on this rank."""
@@ -135,7 +137,9 @@ class Engine(abc.ABC):
             total = total * spoil
         limit = self.spikes.limit() if self.spikes is not None else float("inf")
         value = total.detach()
-        flags = [(~torch.isfinite(value)).float(), total.new_tensor(stop), (value > limit).float()]
+        # filled on the device: a number copied from the host would wait for the forward pass
+        wish = torch.full_like(value, float(stop))
+        flags = [(~torch.isfinite(value)).float(), wish, (value > limit).float()]
         flags.append(value.nan_to_num())  # the same on all ranks, or one of them computed wrongly
         fire("allreduce", step, folder)
         agreed = distributed.max_over_ranks(torch.stack(flags))
@@ -153,6 +157,9 @@ class Engine(abc.ABC):
         if (spoil := fire("backward", step, folder)) is not None:
             factor = factor * spoil  # gradients of this rank only
         self._backward(total * factor)
+        names, scales = sorted(terms), self._scale_values()
+        values = [total.detach(), agreed[1], *(terms[n].detach() for n in names), *scales.values()]
+        read = HostRead(torch.stack([value.float() for value in values]))
         presence.at(step, "optimizer")
         grad_norm = self._update(lr)
         if grad_norm is None:
@@ -161,18 +168,17 @@ class Engine(abc.ABC):
             self.ema.update()
         if (spoil := fire("optimizer", step, folder)) is not None:
             self._spoil_a_weight(spoil)
-        names = sorted(terms)
-        values = torch.stack([total.detach().float(), *(terms[n].detach().float() for n in names)])
-        numbers = values.tolist()
+        whole, wish_of_any, *numbers = read.numbers()
         if self.spikes is not None and grad_norm is not None:
-            self.spikes.note(numbers[0])
+            self.spikes.note(whole)
         return StepResult(
-            total=numbers[0],
-            terms=dict(zip(names, numbers[1:], strict=True)),
+            total=whole,
+            terms=dict(zip(names, numbers, strict=False)),
             grad_norm=grad_norm if grad_norm is not None else float("nan"),
             is_skipped=grad_norm is None,
-            stop_requested=bool(agreed[1] > 0),
+            stop_requested=wish_of_any > 0,
             spike=spike,
+            scales=dict(zip(scales, numbers[len(names) :], strict=True)) if scales else None,
         )
 
     @torch.no_grad()
@@ -253,11 +259,14 @@ class Engine(abc.ABC):
         """Overwrite a parameter, and its master where there is one."""
 
     @torch.no_grad()
-    def scales(self) -> dict[str, float]:
-        """The logit scales, for the log."""
+    def _scale_values(self) -> dict[str, Tensor]:
+        """The logit scales where the rank holds them whole, each [] on the device; else none."""
         scales: Any = self.objective.model.scales  # type: ignore[union-attr]
-        local = scales.logit_scale_local()
-        return {"logit": float(scales.logit_scale()), "logit_local": float(local)}
+        return {"logit": scales.logit_scale(), "logit_local": scales.logit_scale_local()}
+
+    def scales(self) -> dict[str, float]:
+        """The logit scales, for the log; waits for all that the GPU has to do."""
+        return {name: float(value) for name, value in self._scale_values().items()}
 
     def _buffers(self) -> dict[str, Tensor]:
         names = {n for n, _ in self.objective.named_buffers()}

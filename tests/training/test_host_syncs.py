@@ -1,0 +1,158 @@
+"""A training step reads one number from the device, the gradient norm; all else is known by name.
+
+Oracles: on a CPU every operation that would make the host wait for a GPU, counted as it is
+dispatched, with the place in our code that asked for it; on a GPU torch's own sync debug mode.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlip.training.host_read import HostRead
+from mlip.training.step import Engine
+from tests.training.exact_step import exact_engine, make_batch
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRESS = 1.5  # the prototypes learn
+
+# a value that is read, or a result whose size depends on values
+READS = {"_local_scalar_dense", "equal", "is_nonzero", "allclose"}
+SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# a number that is copied to the device from ordinary memory waits for what is queued before it
+PYTHON_CALLS = {"tolist", "numpy", "cpu", "new_tensor", "tensor", "as_tensor"}
+
+# Whether to update at all is decided on the host: a step that is not finite is skipped. Everything
+# that a step tells (losses, scales, the wish to stop) is on its way before and waits for nothing
+# behind it (HostRead).
+ONE_READ = "mlip/training/step.py:_update"
+OF_THE_HOST = {"mlip/training/host_read.py:numbers": "waits for a copy made before the update"}
+# checks that read a tensor where that costs nothing; each asks for the tensor's device first
+ON_A_CPU_ONLY = {
+    "kernels/token_knowledge_patch/checks.py:check_inputs",
+    "kernels/token_knowledge_patch/checks.py:check_scale",
+    "kernels/token_knowledge_patch/reference.py:pair_scores",
+}
+
+
+def _place() -> str:
+    """File and function of ours that asked, the innermost; a library's alone where it is none."""
+    for frame in reversed(traceback.extract_stack()):
+        try:
+            path = Path(frame.filename).resolve().relative_to(ROOT)
+        except ValueError:
+            continue
+        if path.parts[0] in ("mlip", "kernels", "dataloading"):
+            return f"{path}:{frame.name}"
+    return "outside"
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, seen: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        by_values = name in INDEXING and any(
+            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in args[1]
+        )
+        if name in READS or name in SIZED_BY_VALUES or by_values:
+            self.seen.append((name, _place()))
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    """tolist and the like of a CPU tensor reach no operator."""
+
+    def __init__(self, seen: list[tuple[str, str]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in PYTHON_CALLS:
+            self.seen.append((name, _place()))
+        return func(*args, **(kwargs or {}))
+
+
+def _step(engine: Engine, number: int) -> Any:
+    batch = make_batch(number, 8)
+    return engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+
+
+def _waits(engine: Engine) -> list[tuple[str, str]]:
+    """(operation, place) of everything in the second step that would wait on a GPU."""
+    _step(engine, 0)
+    seen: list[tuple[str, str]] = []
+    with _Called(seen), _Dispatched(seen):
+        result = _step(engine, 1)
+    assert not result.is_skipped
+    return [(name, place) for name, place in seen if place not in ON_A_CPU_ONLY]
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_waits_for_the_device_once_and_reads_the_rest_without_waiting(passes: int) -> None:
+    waits = _waits(exact_engine(8, passes=passes))
+    reads = [wait for wait in waits if wait[1] not in OF_THE_HOST]
+    assert reads == [("_local_scalar_dense", ONE_READ)]
+
+
+def test_spikes_and_an_average_of_weights_add_one_read_and_none() -> None:
+    plain = [place for _, place in _waits(exact_engine(8))]
+    average = [p for _, p in _waits(exact_engine(8, more=("train.ema_decay=0.9",)))]
+    assert average == plain
+    watched = [p for _, p in _waits(exact_engine(8, more=("train.spike_factor=3",)))]
+    # whether a loss is far above the recent ones decides what is run next
+    assert watched == ["mlip/training/step.py:train_step", *plain]
+
+
+def test_the_counter_sees_what_it_must() -> None:
+    seen: list[tuple[str, str]] = []
+    x = torch.arange(4.0)
+    with _Called(seen), _Dispatched(seen):
+        float(x[0]), bool(x[1] > 0), x.nonzero(), x[x > 1], x.tolist(), x.new_tensor(1.0)
+        torch.equal(x, x), x.sum(), x[torch.tensor([1, 2])]
+    names = [name for name, _ in seen]
+    reads = ["_local_scalar_dense", "_local_scalar_dense", "nonzero", "index", "tolist"]
+    assert names == [*reads, "new_tensor", "equal", "tensor"]
+
+
+def test_what_a_step_tells_is_of_the_moment_before_its_update() -> None:
+    engine = exact_engine(8)
+    before = engine.scales()
+    result = _step(engine, 0)
+    assert result.scales == pytest.approx(before, rel=1e-6)
+    assert engine.scales()["logit"] != before["logit"]
+
+
+def test_a_host_read_holds_the_values_of_its_moment() -> None:
+    assert HostRead(torch.tensor([1.0, 2.5])).numbers() == [1.0, 2.5]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_torch_sees_one_wait_a_step() -> None:
+    engine = exact_engine(8)
+    batches = [make_batch(number, 8).to("cuda") for number in range(4)]
+    for number in range(3):
+        engine.train_step(batches[number], step=number, progress=PROGRESS, lr=0.01)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            engine.train_step(batches[3], step=3, progress=PROGRESS, lr=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.filename) for w in caught if "synchroniz" in str(w.message)]
+    assert len(waits) == 1 and waits[0].endswith("training/step.py"), waits
