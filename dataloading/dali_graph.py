@@ -71,18 +71,17 @@ def finished(
     Returns: a pipeline of one output, [1, crop_px, crop_px] float32
     """
     pipeline_def, fn, types = dali
-    side, size = float(transform.resize_px), float(transform.crop_px)
+    size = float(transform.crop_px)
     rotates = transform.rotation_degrees != 0.0
     device = "mixed" if on_gpu else "cpu"
 
     def letterbox(image: Any, arguments: Any) -> Any:
         return fn.slice(
             _scale(dali, image, arguments),
-            arguments[CORNER_Y : CORNER_X + 1],
-            [side, side],
+            # named: of inputs by place, constants would go to the GPU beside an anchor on the host
+            start=fn.cast(arguments[CORNER_Y : CORNER_X + 1], dtype=types.INT32),
+            shape=[transform.resize_px, transform.resize_px],
             axis_names="HW",
-            normalized_anchor=False,
-            normalized_shape=False,
             out_of_bounds_policy="pad",
             fill_values=0,
         )
