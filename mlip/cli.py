@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,26 @@ def _device(asked: str | None) -> str:
     if asked is not None:
         if asked.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"--device {asked}: torch sees no GPU here; leave --device out")
+        try:
+            torch.empty(1, device=asked)
+        except (RuntimeError, AssertionError):
+            raise ConfigError(
+                f"--device {asked}: torch has no such device here; expected cpu, cuda or cuda:1"
+            ) from None
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made and tried out before the work: after hours is too late to find out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
+        ) from None
 
 
 def _keep_memory(device: str) -> None:
@@ -184,32 +203,29 @@ def _keep_memory(device: str) -> None:
         keep_freed_memory()
 
 
+def _opened(config: Config, device: str) -> Any:
+    """The checkpoint of the settings (evaluate.checkpoint or run.dir) as it was trained."""
+    from mlip.pretrained import open_checkpoint
+
+    return open_checkpoint(
+        config.evaluate.checkpoint or config.run.dir,
+        device=device,
+        lexicon=config.knowledge.lexicon,
+        weights_of=config.evaluate.weights,
+    )
+
+
 def _open(config: Config, device: str) -> Any:
     """The checkpoint of the settings (evaluate.checkpoint or run.dir) and the settings to use.
 
     The towers are the checkpoint's; pixels and tokens must be prepared as it was trained.
     """
-    from mlip.pretrained import PretrainedError, open_checkpoint
-    from mlip.transfer.fingerprint import hash_of, preprocessing
+    from mlip.evaluate_transfer import check_preprocessing
+    from mlip.transfer.fingerprint import preprocessing
 
-    where = config.evaluate.checkpoint or config.run.dir
-    opened = open_checkpoint(
-        where,
-        device=device,
-        lexicon=config.knowledge.lexicon,
-        weights_of=config.evaluate.weights,
-    )
-    asked, trained = preprocessing(config), preprocessing(opened.config)
-    if asked != trained:
-        different = ", ".join(
-            f"data.{key} (trained with {trained[key]!r}, asked {asked[key]!r})"
-            for key in asked
-            if asked[key] != trained[key]
-        )
-        raise PretrainedError(
-            f"{where} was trained with preprocessing {hash_of(trained)[:12]}, the settings ask "
-            f"for {hash_of(asked)[:12]}: {different}; use the settings of the training run"
-        )
+    opened = _opened(config, device)
+    where = str(config.evaluate.checkpoint or config.run.dir)
+    check_preprocessing(preprocessing(config), preprocessing(opened.config), where)
     merged = dataclasses.replace(
         config,
         model=opened.config.model,
@@ -228,11 +244,12 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     config = read_settings(options.settings)
     device = _device(options.device)
+    folder = _writable(Path(options.out or config.run.dir))
     _keep_memory(device)
     if config.transfer.task != "none":
         from mlip.evaluate_transfer import evaluate_transfer
 
-        evaluate_transfer(config, Path(options.out or config.run.dir), device=device)
+        evaluate_transfer(config, folder, device=device)
         return 0
     opened, config = _open(config, device)
     results = evaluate_run(
@@ -246,7 +263,6 @@ def run_evaluate(options: argparse.Namespace) -> int:
         run=opened.facts,
         prototypes=opened.prototypes,
     )
-    folder = Path(options.out or config.run.dir)
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)
     print("\n".join(summary_lines(results)))
@@ -258,10 +274,12 @@ def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
     from mlip.transfer.ground_image import ground_image
 
-    opened = open_checkpoint(
-        options.checkpoint, device=_device(options.device), lexicon=options.lexicon
-    )
-    answer = ground_image(opened, Path(options.image), options.phrase, Path(options.out))
+    out, device = Path(options.out), _device(options.device)
+    _writable(out.parent)
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
+    opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
+    answer = ground_image(opened, Path(options.image), options.phrase, out)
     x, y = answer.point
     print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
     print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
@@ -283,7 +301,7 @@ def run_embed(options: argparse.Namespace) -> int:
         opened,
         config,
         load_manifest(config.data),
-        Path(options.out),
+        _writable(Path(options.out)),
         split=options.split or config.evaluate.split,
         with_patches=options.patches,
         device=device,
@@ -297,8 +315,8 @@ def run_embed(options: argparse.Namespace) -> int:
 def run_export(options: argparse.Namespace) -> int:
     from mlip.pretrained import save_pretrained
 
-    config = read_settings(options.settings)
-    opened, _ = _open(config, "cpu")
+    opened = _opened(read_settings(options.settings), "cpu")
+    _writable(Path(options.out).parent)
     folder = save_pretrained(
         options.out,
         opened.model,

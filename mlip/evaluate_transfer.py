@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +81,24 @@ def _open(config: Config, where: Any, device: str) -> Pretrained:
         weights_of=config.evaluate.weights,
     )
     if config.transfer.start == "checkpoint":
-        check_preprocessing(config, opened.config, where)
+        check_preprocessing(image_preprocessing(config), image_preprocessing(opened.config), where)
     return opened
 
 
-def check_preprocessing(asked: Config, trained: Config, where: str) -> None:
-    """Refuse a checkpoint whose training saw pixels prepared in another way; both hashes shown."""
-    a, t = image_preprocessing(asked), image_preprocessing(trained)
-    if a == t:
+def check_preprocessing(asked: Mapping[str, Any], trained: Mapping[str, Any], where: str) -> None:
+    """Refuse a checkpoint whose training prepared its input in another way; both hashes shown.
+
+    asked, trained  what mlip.transfer.fingerprint.preprocessing (or image_preprocessing) gave
+    Raises:         PretrainedError naming each setting and what to add.
+    """
+    different = [key for key in asked if asked[key] != trained[key]]
+    if not different:
         return
-    different = [key for key in a if a[key] != t[key]]
     shown = ", ".join(
-        f"data.{key} (trained with {t[key]!r}, asked {a[key]!r})" for key in different
+        f"data.{key} (trained with {trained[key]!r}, asked {asked[key]!r})" for key in different
     )
-    remedy = " ".join(f"data.{key}={t[key]}" for key in different)
+    remedy = " ".join(f"data.{key}={trained[key]}" for key in different)
     raise PretrainedError(
-        f"{where} was trained with image preprocessing {hash_of(t)[:12]}, the settings ask for "
-        f"{hash_of(a)[:12]}: {shown}; add {remedy}"
+        f"{where} was trained with preprocessing {hash_of(trained)[:12]}, the settings ask for "
+        f"{hash_of(asked)[:12]}: {shown}; add {remedy}"
     )

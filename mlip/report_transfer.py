@@ -25,7 +25,7 @@ from mlip.report_charts import (
     scale_marks,
 )
 from mlip.report_pictures import decode_png, picture_uri
-from mlip.transfer.table import headline_of, rows_of
+from mlip.transfer.table import headline_of, rows_of, seeds_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 STARTS = {
@@ -91,7 +91,7 @@ def _meta(results: Mapping[str, Any]) -> list[str]:
         f"{task['name']}, encoder {task['encoder']}",
         f"start: {STARTS[task['start']]}",
         f"{test['images']:,} test images of {test['patients']:,} patients",
-        f"{len(results['run']['seeds'])} seeds",
+        seeds_text(results),
         datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
     ]
 

@@ -18,6 +18,7 @@ from mlip.knowledge.concepts import ConceptTable, load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
+from mlip.pretrained import save_pretrained
 from mlip.transfer import evaluate_run
 
 SETTINGS = (
@@ -83,6 +84,14 @@ def small_run() -> SmallRun:
         concept_vectors=knowledge_vectors(table, config.knowledge),
     ).eval()
     return SmallRun(folder, settings, config, manifest, tokenizer, table, Linker(table), model)
+
+
+@cache
+def small_export() -> Path:
+    """The small run's model as `mlip export` writes it; nobody may change it."""
+    run = small_run()
+    out = run.folder / "export"
+    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table)
 
 
 @cache

@@ -13,15 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from mlip.cli import main
-from mlip.pretrained import save_pretrained
-from tests.small_run import small_run
+from tests.small_run import small_export, small_run
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = small_run()
-    out = tmp_path_factory.mktemp("model") / "export"
-    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table)
+def model() -> Path:
+    return small_export()
 
 
 def test_ground_writes_a_picture_of_the_whole_image(

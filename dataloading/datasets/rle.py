@@ -18,7 +18,11 @@ def decode_masks(text: str, height: int, width: int) -> NDArray[np.uint8]:
     """
     flat = np.zeros(height * width, np.uint8)
     for one in text.split("|"):
-        numbers = [int(n) for n in one.split()]
+        try:
+            numbers = [int(n) for n in one.split()]
+        except ValueError:
+            # the cell is not quoted: a column named by mistake may hold a report
+            raise ValueError("run lengths: expected whole numbers, or -1 for no object") from None
         if numbers in ([], [-1]):
             continue
         if len(numbers) % 2 or min(numbers) < 0:

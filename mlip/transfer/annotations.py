@@ -7,7 +7,6 @@ read-only: nothing a caller does to a box reaches the next epoch.
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +25,12 @@ from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.table import ManifestError, read_table
+from mlip.transfer.box_file import DrawnBox, box_file, read_box_file
 from mlip.transfer.interval import Array
 
 UNSAID, NEGATIVE, POSITIVE, UNCERTAIN = -1, 0, 1, 2  # states of a label
+LABEL_FORM = "finding names joined by '|', as `mlip prepare` writes them"
+MOST_NAME_CHARACTERS = 80  # twice the longest name of a public data set
 INSIDE, IGNORED = 255, 127  # values of a mask image, as V7 Labs' lung masks have them
 
 
@@ -68,6 +70,9 @@ class Annotations:
                 ) from None
             if found != manifest.fingerprint:
                 raise ManifestError(f"{manifest.path}: changed while it was read; start again")
+        check_labels(config, manifest)
+        for name in ("uncertain", "negative"):
+            _check_names(self._columns.get(name), f"transfer.columns.{name}", manifest.path)
 
     def _text(self, name: str, row: int) -> str:
         column = self._columns.get(name)
@@ -134,7 +139,14 @@ class Annotations:
     def source_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the image that boxes and run lengths are in; None = the file's."""
         text = self._text("source_height", row), self._text("source_width", row)
-        return (int(text[0]), int(text[1])) if all(text) else None
+        if not all(text):
+            return None
+        if not all(part.isdecimal() and int(part) > 0 for part in text):
+            raise ManifestError(
+                f"{self.manifest.path}: data row {row + 1}: transfer.columns.source_height and "
+                "source_width: expected whole numbers of px above 0"
+            )
+        return int(text[0]), int(text[1])
 
     def boxes(self, row: int) -> Boxes:
         """The row's boxes; a row without any has corners of shape [0, 4]."""
@@ -149,13 +161,15 @@ class Annotations:
                     "[[x, y, width, height, class], ...]"
                 ) from None
         else:
-            found = self._box_file.get(self.manifest.image_path(row), [])
+            drawn = self._box_file.get(self.manifest.image_path(row), [])
+            found = [(*box.xywh, box.label) for box in drawn]
             size = size or self._phantom_size
         xywh = np.array([b[:4] for b in found], dtype=np.float64).reshape(-1, 4)
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         if not np.isfinite(corners).all() or (xywh[:, 2:] <= 0).any():
             raise ManifestError(
-                f"{self.manifest.path}: data row {row + 1}: a box has no positive width and height"
+                f"{self.manifest.path}: data row {row + 1}: a box has no positive width and "
+                "height: expected x, y, width and height in px"
             )
         corners.flags.writeable = False
         return Boxes(corners, tuple(str(b[4]) for b in found), size)
@@ -179,27 +193,13 @@ class Annotations:
         return side, side
 
     @cached_property
-    def _box_file(self) -> dict[str, list[tuple[Any, ...]]]:
-        path = Path(self.manifest.path).with_name("boxes.csv")
-        if not path.is_file():
+    def _box_file(self) -> dict[str, list[DrawnBox]]:
+        found = read_box_file(self.manifest.path)
+        if found is None:
             raise ManifestError(
-                f"no boxes: set transfer.columns.boxes to the manifest's column of boxes, or put "
-                f"boxes.csv (path, label, x, y, w, h) at {path}"
+                "no boxes: set transfer.columns.boxes to the manifest's column of boxes, or put "
+                f"boxes.csv (path, label, x, y, w, h) at {box_file(self.manifest.path)}"
             )
-        found: dict[str, list[tuple[Any, ...]]] = {}
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = {"path", "label", "x", "y", "w", "h"} - set(reader.fieldnames or ())
-            if missing:
-                raise ManifestError(f"{path}: missing columns {', '.join(sorted(missing))}")
-            for entry in reader:
-                try:
-                    numbers = [float(entry[key]) for key in ("x", "y", "w", "h")]
-                except ValueError:
-                    raise ManifestError(
-                        f"{path}: a box of {entry['label']!r} is not numeric"
-                    ) from None
-                found.setdefault(entry["path"], []).append((*numbers, entry["label"]))
         return found
 
     def mask(self, row: int, image_size: tuple[int, int]) -> Array:
@@ -271,18 +271,45 @@ class Annotations:
         return read_truth(Path(self.manifest.path).parent)
 
     def _phantom_mask(self, row: int) -> Array:
-        found = self._phantom_truth[Path(self.manifest.image_path(row)).stem]
         size = self._phantom_size
         if size is None:
             raise ManifestError(
-                f"transfer.mask_source=phantom: {self.manifest.path} is no generated data set"
+                f"transfer.mask_source=phantom: {self.manifest.path} is no generated data set; set "
+                "it to mask or boxes"
             )
         mask = np.zeros(size, dtype=np.uint8)
         wanted = self.transfer.classes
-        for finding in found:
+        for finding in self._phantom_truth[Path(self.manifest.image_path(row)).stem]:
             if not wanted or finding["concept_id"] in wanted:
                 mask[finding["mask"]] = INSIDE
         return mask
+
+
+def check_labels(config: Config, manifest: Manifest) -> None:
+    """Raise ManifestError where the labels column holds something else than names of findings.
+
+    Names of labels stand in results, on pages and in errors: reports and identifiers must not.
+    """
+    columns = config.data.columns
+    if columns.labels is None:
+        return
+    for field in ("report", "patient_id", "study_id", "image_id", "image"):
+        if getattr(columns, field) == columns.labels:
+            raise ManifestError(
+                f"data.columns.labels and data.columns.{field} are both {columns.labels!r}: "
+                f"expected a column of {LABEL_FORM}, or data.columns.labels=null"
+            )
+    _check_names(manifest.label_column, "data.columns.labels", manifest.path)
+
+
+def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> None:
+    values = [] if column is None else column.unique().to_pylist()
+    longest = max((len(name) for value in values for name in _split(value or "")), default=0)
+    if longest > MOST_NAME_CHARACTERS:
+        raise ManifestError(
+            f"{path}: the column of {setting} holds texts of up to {longest} characters: expected "
+            f"{LABEL_FORM}"
+        )
 
 
 def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:

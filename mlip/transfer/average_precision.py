@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array
+from mlip.transfer.interval import Array, defined_mean
 from mlip.transfer.scores import Measured, over_seeds
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
@@ -171,9 +171,7 @@ def average_precisions(matches: Matches, weights: Array) -> Array:
 def mean_average_precision(matches: Sequence[Matches], weights: Array) -> Array:
     """mAP over overlaps and the classes that have a true box, [R]; NaN where none has."""
     each = np.stack([average_precisions(m, weights).mean(axis=1) for m in matches])
-    defined = np.isfinite(each)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(defined, each, 0.0).sum(axis=0) / defined.sum(axis=0)
+    return defined_mean(each)
 
 
 def compat_images(truth: Sequence[Truth], found: Sequence[Found], cut: float) -> Array:

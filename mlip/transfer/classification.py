@@ -19,7 +19,14 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.transfer.annotations import NEGATIVE, POSITIVE, UNCERTAIN, UNSAID, Annotations
+from mlip.transfer.annotations import (
+    LABEL_FORM,
+    NEGATIVE,
+    POSITIVE,
+    UNCERTAIN,
+    UNSAID,
+    Annotations,
+)
 from mlip.transfer.classification_scores import (
     IGNORED,
     exclusive_scores,
@@ -70,7 +77,8 @@ class Classification:
             raise ManifestError(
                 f"{manifest.path}: no row carries the classes {', '.join(missing)} "
                 f"(transfer.classes); the manifest has: "
-                f"{', '.join(sorted(annotations.names())[:30]) or 'no labels'}"
+                f"{', '.join(sorted(annotations.names())[:30]) or 'no labels'}; expected "
+                f"{LABEL_FORM}"
             )
         self._cache: dict[tuple[str, int], Tensor] = {}
         self._cache_of = ""
@@ -164,14 +172,20 @@ class Classification:
         self, start: Start, encoder: Encoder, train: Array, val: Array, target: Any
     ) -> tuple[Any, Record]:
         x, x_val = self.features(start, encoder, train), self.features(start, encoder, val)
-        predict, loss = fit_logistic(
+        exclusive = self.transfer.exclusive
+        predict = fit_logistic(
             x.numpy(),
             target(train).numpy(),
             x_val.numpy(),
             target(val).numpy(),
-            exclusive=self.transfer.exclusive,
+            exclusive=exclusive,
         )
-        record = Record(1, 1, 0, (loss[0],), (loss[1],), (None,))
+
+        def loss(features: Tensor, rows: Array) -> float:
+            logits = torch.from_numpy(predict(features.numpy()))
+            return float(label_loss(logits, target(rows), exclusive))
+
+        record = Record(1, 1, 0, (loss(x, train),), (loss(x_val, val),), (None,))
         return lambda rows: predict(self.features(start, encoder, rows).numpy()), record
 
     def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Array]:

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array, auroc, weighted_auroc, weighted_mean
+from mlip.transfer.interval import (
+    Array,
+    auroc,
+    defined_mean,
+    weighted_auroc,
+    weighted_mean,
+)
 from mlip.transfer.scores import (
     Measured,
     average_precision,
@@ -75,7 +81,10 @@ def label_scores(
         table.append(row)
     return {
         "classes": table,
-        "macro": {key: _macro(values, len(targets)) for key, values in kept.items()},
+        "macro": {
+            key: _macro(values, len(targets), [row[key]["reason"] for row in table])
+            for key, values in kept.items()
+        },
         "headline": "auroc",
     }
 
@@ -127,7 +136,7 @@ def exclusive_scores(
         "classes": table,
         "macro": {
             **{key: over_seeds(values) for key, values in found.items()},
-            "auroc": _macro(defined, n),
+            "auroc": _macro(defined, n, [row["auroc"]["reason"] for row in table]),
         },
         "confusion": confusion(first.argmax(axis=1), truth, len(classes)),
         "headline": "accuracy",
@@ -173,17 +182,19 @@ def _binary(
     return found
 
 
-def _macro(values: list[list[Measured]], n: int) -> dict[str, Any]:
-    """Mean over classes for each seed, then over seeds; values [class][seed]."""
+def _macro(values: list[list[Measured]], n: int, reasons: Sequence[str | None]) -> dict[str, Any]:
+    """Mean over classes for each seed, then over seeds; values [class][seed].
+
+    reasons  why each class of the table has no score, None where it has one
+    """
     if not values:
-        return over_seeds([], "no class has both kinds of rows in train and test")
+        first = next((reason for reason in reasons if reason), "not all seeds have a score")
+        return over_seeds(
+            [], first if len(reasons) == 1 else f"no class has it; the first: {first}"
+        )
     seeds: list[Measured | None] = []
     for of_seed in zip(*values, strict=True):
-        stacked = np.stack([m[1] for m in of_seed])
-        defined = np.isfinite(stacked)
-        # a rare class that a resample lost leaves that resample's mean
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means = np.where(defined, stacked, 0.0).sum(axis=0) / defined.sum(axis=0)
+        means = defined_mean(np.stack([m[1] for m in of_seed]))
         seeds.append((float(np.mean([m[0] for m in of_seed])), means, n))
     return over_seeds(seeds)
 

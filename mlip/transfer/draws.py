@@ -66,10 +66,16 @@ def balance(rows: Array, positive: Array, seed: int) -> Array:
     return np.sort(np.concatenate([rows[positive], others[chosen]]))
 
 
-def divide(manifest: Manifest, val_share: float, keep: dict[str, Array]) -> Splits:
+def divide(
+    manifest: Manifest,
+    val_share: float,
+    keep: dict[str, Array],
+    unreadable: dict[str, int] | None = None,
+) -> Splits:
     """Rows of each split; val is cut from train by patient where the manifest has none.
 
-    keep  split -> its rows that the task can use
+    keep        split -> its rows that the task can use
+    unreadable  reason -> rows of all splits whose image could not be read
     Raises:  ManifestError for a split without rows or with one patient: early stopping or an
              interval over patients needs two.
     """
@@ -86,11 +92,14 @@ def divide(manifest: Manifest, val_share: float, keep: dict[str, Array]) -> Spli
                 if split == "val" and val_share == 0.0
                 else ""
             )
+            if unreadable:
+                counts = ", ".join(f"{reason} {n}" for reason, n in unreadable.items())
+                hint += f"; images that could not be read: {counts} (data.root is {manifest.root})"
             raise ManifestError(
                 f"{manifest.path}: split {split!r} has {patients} usable patients: expected at "
                 f"least 2, for early stopping and for intervals over patients{hint}"
             )
-    return Splits(**rows, unreadable={}, hash=splits_hash(manifest, rows))
+    return Splits(**rows, unreadable=unreadable or {}, hash=splits_hash(manifest, rows))
 
 
 def splits_hash(manifest: Manifest, rows: dict[str, Array]) -> str:

@@ -26,7 +26,13 @@ from safetensors.torch import save_file
 from mlip.config import Config
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest
-from mlip.transfer.features import encode_images, encode_texts, join_images, join_texts
+from mlip.transfer.features import (
+    encode_images,
+    encode_texts,
+    join_images,
+    join_texts,
+    require_finite,
+)
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
 
@@ -59,6 +65,8 @@ def write_embeddings(
     Raises:  EmbedError if `out` holds embeddings of another model, data or choice.
     """
     rows = manifest.rows(split, with_report=False)
+    if len(rows) == 0:
+        raise EmbedError(f"{manifest.path}: split {split!r} has no rows; choose another --split")
     out.mkdir(parents=True, exist_ok=True)
     index = {
         "weights": hash_of_weights(opened.model),
@@ -78,6 +86,8 @@ def write_embeddings(
         path = out / f"part-{number:05d}.{form}"
         count = _rows_of(path)
         if count is None:
+            for left in out.glob(f".{path.name}.*"):
+                left.unlink()  # of a run that was killed while it wrote
             tensors = _encode(
                 opened, config, manifest, chosen, split, with_patches, torch.device(device)
             )
@@ -111,8 +121,14 @@ def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
 
 def _check_index(path: Path, index: dict[str, Any]) -> None:
     if path.is_file():
-        # folders of earlier versions know one form and do not name it
-        old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
+        try:
+            # folders of earlier versions know one form and do not name it
+            old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
+        except (ValueError, TypeError):
+            raise EmbedError(
+                f"{path}: damaged: what its parts hold is not known; delete the folder, or name "
+                "another one"
+            ) from None
         different = sorted(k for k in index if old.get(k) != index[k])
         if different:
             raise EmbedError(
@@ -177,6 +193,7 @@ def _encode(
     finally:
         loader.close()
     joined, reports = join_images(images), join_texts(texts)
+    require_finite(joined, reports)
     tensors = {
         "row_index": torch.from_numpy(joined.row_index.astype(np.int64)),
         "image": joined.features.embedding,

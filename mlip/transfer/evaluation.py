@@ -22,7 +22,7 @@ from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
-from mlip.transfer.annotations import Annotations
+from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
 from mlip.transfer.features import (
     ImageBank,
@@ -33,6 +33,7 @@ from mlip.transfer.features import (
     join_images,
     join_texts,
     local_scores,
+    require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, source_commit, versions
 from mlip.transfer.grounding import evaluate_grounding, phrase_maps
@@ -206,15 +207,12 @@ def _evaluate(
     prototypes: Tensor | None,
 ) -> tuple[Array, dict[str, Any]]:
     """(manifest rows that were scored, results)"""
+    check_labels(config, manifest)
     rows = choose_rows(config, manifest)
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
     )
-    for name, value in (("image", images.features.embedding), ("report", reports.text.embedding)):
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(
-                f"the {name} features hold NaN or infinite values: the checkpoint is broken"
-            )
+    require_finite(images, reports)
     meta = truth.phantom_meta(manifest)
     patients = manifest.patient_key[images.row_index]
     is_phantom = meta is not None

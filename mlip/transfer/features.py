@@ -113,7 +113,10 @@ def encode_images(
 
 def join_images(parts: list[ImageBank]) -> ImageBank:
     if not parts:
-        raise ValueError("no image was encoded: the split is empty; check evaluate.split")
+        raise ValueError(
+            "none of the images could be read (the reasons stand above): check data.root, the "
+            "folder that the manifest's paths are relative to"
+        )
     return ImageBank(
         features=ImageFeatures(
             embedding=torch.cat([p.features.embedding for p in parts]),
@@ -154,6 +157,18 @@ def join_texts(parts: list[TextBank]) -> TextBank:
             has_present=torch.cat([p.knowledge.has_present for p in parts]),
         ),
     )
+
+
+def require_finite(images: ImageBank, texts: TextBank) -> None:
+    """Raise ValueError where features are NaN or infinite: no score of them means anything."""
+    for name, values in (
+        ("image", (images.features.embedding, images.features.patches)),
+        ("report", (texts.text.embedding, texts.text.tokens[texts.content_mask])),
+    ):
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise ValueError(
+                f"the {name} features hold NaN or infinite values: the checkpoint is broken"
+            )
 
 
 def global_scores(images: Tensor, texts: TextBank) -> Array:

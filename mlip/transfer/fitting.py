@@ -102,7 +102,7 @@ def fit(
         for loss in losses(epoch):
             if not bool(torch.isfinite(loss)):
                 raise TransferError(
-                    f"the loss of epoch {epoch}, step {count + 1} is {float(loss)}: lower "
+                    f"the loss of epoch {epoch}, step {count + 1} is {loss.item()}: lower "
                     "transfer.lr, or check that the checkpoint's features are finite"
                 )
             optimiser.zero_grad(set_to_none=True)

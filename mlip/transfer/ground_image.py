@@ -48,7 +48,9 @@ def read_image(path: Path) -> Array:
         content = read_bytes(str(real.parent), real.name)
         return decode_grey(content, read_header(content))
     except BadSample as error:
-        raise ImageFileError(f"image {path}: {error}") from error
+        raise ImageFileError(
+            f"image {path}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
+        ) from error
 
 
 @torch.no_grad()
@@ -76,6 +78,8 @@ def ground_image(opened: Any, image: Path, phrase: str, out: Path) -> Answer:
         table=opened.table,
         device=device,
     )
+    if not bool(torch.isfinite(features.patches).all()):
+        raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
     heat = phrase_maps(model, features.patches.float().cpu(), bank)[0, 0].numpy()
     picture = Upsampler(features.grid, pixels.shape)(heat)
     x, y = pointed_pixel(picture, features.grid)
@@ -84,8 +88,9 @@ def ground_image(opened: Any, image: Path, phrase: str, out: Path) -> Answer:
     scale = grey.shape[1] / place.width, grey.shape[0] / place.height
     point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
     _write(out, grey, _on_file(picture, transform, grey.shape), point)
+    linked = opened.linker.link(phrase)
     mentions = tuple(
-        (opened.table[m.concept_id].name, _state(m.state)) for m in opened.linker.link(phrase)
+        dict.fromkeys((opened.table[m.concept_id].name, _state(m.state)) for m in linked)
     )
     return Answer(
         point, grey.shape[1], grey.shape[0], float(heat.max()), float(heat.mean()), mentions

@@ -98,6 +98,18 @@ def weighted_auroc(scores: Array, labels: Array, weights: Array) -> Array:
     return result
 
 
+def defined_mean(resampled: Array) -> Array:
+    """Mean over the first axis of the values that exist, NaN where none does.
+
+    A class so rare that a resample lost it leaves that resample's mean over classes.
+
+    Shapes:  resampled [classes, R] -> [R]
+    """
+    defined = np.isfinite(resampled)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, resampled, 0.0).sum(axis=0) / defined.sum(axis=0)
+
+
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Mean of values [N] under each row of weights [R, N] -> [R]; NaN where nothing weighs."""
     total = weights.sum(axis=1).astype(np.float64)

@@ -20,8 +20,8 @@ MOST_ITERATIONS = 300
 
 def fit_logistic(
     x: Array, targets: Array, x_val: Array, val_targets: Array, *, exclusive: bool
-) -> tuple[Callable[[Array], Array], tuple[float, float]]:
-    """(features -> logits [n, classes], mean losses on (train, val)).
+) -> Callable[[Array], Array]:
+    """features [n, d] -> logits [n, classes].
 
     Shapes:  x [n, d], targets [n, classes] of 1, 0 or -1 (not known)
     A class that train has in one kind only gets the constant logit 0: it says nothing, and its
@@ -35,7 +35,6 @@ def fit_logistic(
         return (features - mean) / spread
 
     models: list[Any] = []
-    losses: list[tuple[float, float]] = []
     columns = [None] if exclusive else list(range(targets.shape[1]))
     for k in columns:
         if k is None:
@@ -52,9 +51,7 @@ def fit_logistic(
             model = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS)
             model.fit(scaled(x[known]), y)
             tried.append((_loss(model, scaled(x_val[known_val]), y_val), model))
-        loss_val, best = min(tried, key=lambda pair: pair[0])
-        models.append(best)
-        losses.append((_loss(best, scaled(x[known]), y), loss_val))
+        models.append(min(tried, key=lambda pair: pair[0])[1])
 
     def predict(features: Array) -> Array:
         if exclusive:
@@ -67,8 +64,7 @@ def fit_logistic(
             axis=1,
         )
 
-    means = np.mean(losses, axis=0) if losses else np.full(2, np.nan)
-    return predict, (float(means[0]), float(means[1]))
+    return predict
 
 
 def _loss(model: Any, x: Array, y: Array) -> float:

@@ -144,8 +144,7 @@ def _splits(config: Config, manifest: Manifest, task: Any, images: Images) -> Sp
         usable[split], reasons = images.usable(task.rows(split))
         for reason, count in reasons.items():
             bad[reason] = bad.get(reason, 0) + count
-    splits = divide(manifest, config.transfer.val_share, usable)
-    return dataclasses.replace(splits, unreadable=bad)
+    return divide(manifest, config.transfer.val_share, usable, bad)
 
 
 def _training_rows(

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array, mean_estimate, not_available, patient_resamples
+from mlip.transfer.interval import (
+    Array,
+    estimate,
+    mean_estimate,
+    not_available,
+    patient_resamples,
+)
 
 CUTS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -101,12 +107,7 @@ def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
     order = np.argsort(ranks, kind="stable")
     reached = np.cumsum(weights[:, order], axis=1)
     middle = (reached >= reached[:, -1:] / 2.0).argmax(axis=1)
-    low, high = np.quantile(ranks[order][middle], [0.025, 0.975])
-    summary["median_rank"] = {
-        "value": float(np.median(ranks)),
-        "low": float(low),
-        "high": float(high),
-        "n": len(ranks),
-        "reason": None,
-    }
+    # a resample without weight (there is one patient) has no median
+    medians = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
+    summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks))
     return summary

@@ -42,6 +42,11 @@ def headline_of(scores: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return next(iter(rows_of(scores)))
 
 
+def seeds_text(results: Mapping[str, Any]) -> str:
+    count = len(results["run"]["seeds"])
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
 def number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
 
@@ -62,7 +67,7 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     task, test = results["task"], results["data"]["splits"]["test"]
     lines = [
         f"{task['name']}, encoder {task['encoder']}, start {task['start']}; "
-        f"{len(results['run']['seeds'])} seeds; test: {test['images']} images of "
+        f"{seeds_text(results)}; test: {test['images']} images of "
         f"{test['patients']} patients; 95 % intervals over patients"
     ]
     for fraction in results["fractions"]:

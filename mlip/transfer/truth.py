@@ -6,7 +6,6 @@ the wordings come from the concept table and the boxes from a boxes.csv beside t
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
 
@@ -133,49 +133,30 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     Where transfer.columns names a column of boxes or masks, that is read instead (a mask is the
     extents of its parts, named by the row's one label).
     A box that the centre crop leaves less than half of is dropped: it cannot be pointed at.
-    Raises:  ValueError naming the file and what is wrong with it.
+    Raises:  ManifestError naming the file and what is wrong with it.
     """
     columns = config.transfer.columns
     if columns.boxes is not None or columns.mask is not None:
         return _annotated(config, manifest, rows)
-    path = Path(manifest.path).with_name("boxes.csv")
-    if not path.is_file():
-        return {}
-    row_of = {manifest.image_path(row): row for row in rows}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"path", "label", "x", "y", "w", "h"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: expected the columns {', '.join(sorted(missing))} too")
-        entries = [(row_of[e["path"]], e) for e in reader if e["path"] in row_of]
+    drawn = read_box_file(manifest.path) or {}
     transform = Transform(config.data, train=False, seed=config.run.seed)
     meta = phantom_meta(manifest)
     fixed = (meta["settings"]["image_px"],) * 2 if meta is not None else None
-    sizes: dict[int, tuple[int, int] | None] = {}
     boxes: dict[int, list[Box]] = {}
-    for row, entry in entries:
-        if row not in sizes:
-            sizes[row] = fixed or _image_size(manifest, row)
-        size = sizes[row]
+    for row in rows:
+        own = drawn.get(manifest.image_path(row), [])
+        size = (fixed or _image_size(manifest, row)) if own else None
         if size is None:
             continue
-        try:
-            x, y, w, h = (float(entry[key]) for key in ("x", "y", "w", "h"))
-        except ValueError as error:
-            raise ValueError(f"{path}: a box of {entry['label']!r} is not numeric") from error
-        height, width = size
-        # one pixel of slack: published boxes are rounded
-        if w <= 0 or h <= 0 or min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
-            raise ValueError(
-                f"{path}: a box of {entry['label']!r} (x={x:g} y={y:g} w={w:g} h={h:g}) does not "
-                f"lie inside its {width} x {height} image"
-            )
-        corners = _to_model((x, y, x + w, y + h), size, transform)
-        if corners is not None:
-            side = (entry.get("side") or "").strip().lower()
-            boxes.setdefault(row, []).append(
-                Box(entry["label"], side if side in SIDES else None, corners)
-            )
+        where = f"{box_file(manifest.path)}: data row {row + 1} of the manifest"
+        corners = np.array([box.xywh for box in own])
+        corners[:, 2:] += corners[:, :2]
+        check_inside(corners, size, where)
+        for box, (x0, y0, x1, y1) in zip(own, corners.tolist(), strict=True):
+            moved = _to_model((x0, y0, x1, y1), size, transform)
+            if moved is not None:
+                side = box.side if box.side in SIDES else None
+                boxes.setdefault(row, []).append(Box(box.label, side, moved))
     return boxes
 
 

@@ -18,6 +18,7 @@ from mlip.transfer.interval import (
     Array,
     Estimate,
     auroc_estimate,
+    defined_mean,
     estimate,
     mean_estimate,
     not_available,
@@ -130,12 +131,8 @@ def _macro(table: list[dict[str, Any]], head: str, resampled: list[Array]) -> Es
     values = [row[head]["value"] for row in table if row[head]["value"] is not None]
     if not values:
         return not_available("no finding has both classes")
-    # One resample of patients serves all findings, so their errors stay correlated in the mean. A
-    # rare finding that a resample lost leaves that resample's mean.
-    stacked = np.stack(resampled)
-    defined = np.isfinite(stacked)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = np.where(defined, stacked, 0.0).sum(axis=0) / defined.sum(axis=0)
+    # one resample of patients serves all findings, so their errors stay correlated in the mean
+    means = defined_mean(np.stack(resampled))
     return estimate(float(np.mean(values)), means, max(r["n"] for r in table))
 
 
@@ -180,7 +177,7 @@ def f1_at_thresholds(
             means.append(value)
             resampled.append(under)
         macro[head] = (
-            estimate(float(np.mean(means)), np.nanmean(np.stack(resampled), axis=0), len(labels))
+            estimate(float(np.mean(means)), defined_mean(np.stack(resampled)), len(labels))
             if means
             else not_available("no finding has a threshold")
         )

@@ -101,6 +101,8 @@ def _f1(
     if len(rows) == 0:
         return {"reason": "the manifest has no val rows to choose thresholds on"}
     rows, embedding, patches = encode_rows(model, config, manifest, rows)
+    if len(rows) == 0:
+        return {"reason": "no image of val could be read: there are no thresholds"}
     on_val = scores_of(embedding, patches)
     return f1_at_thresholds(scores, labels, on_val, labels_of(rows), weights)
 
@@ -115,6 +117,8 @@ def encode_rows(
     try:
         rows, _ = images.usable(rows)
         crops = Crops(config, images, train=False, seed=0)
+        if len(rows) == 0:
+            return rows, torch.zeros(0, 0), torch.zeros(0, 0, 0)
         embeddings, patches = [], []
         for at in range(0, len(rows), IMAGES_AT_ONCE):
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)

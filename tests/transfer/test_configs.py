@@ -13,10 +13,9 @@ import pytest
 from mlip.cli import main
 from mlip.config import load
 from mlip.dataloading import prepare
-from mlip.pretrained import save_pretrained
 from mlip.transfer_settings import at_fraction
 from tests import raw_layouts
-from tests.small_run import small_run
+from tests.small_run import small_export, small_run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "transfer"
 BIG = (80, 72)  # px: the fakes' boxes lie inside
@@ -51,10 +50,8 @@ DENSE = ["transfer.image_px=32"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = small_run()
-    out = tmp_path_factory.mktemp("checkpoint") / "export"
-    return save_pretrained(out, run.model, run.config, run.tokenizer, run.table)
+def checkpoint() -> Path:
+    return small_export()
 
 
 @pytest.fixture(scope="module")
