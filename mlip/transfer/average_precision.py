@@ -2,7 +2,7 @@
 
 strict  every image counts: a box nobody predicted is missed, a box on an empty image is false
 compat  the published form, for comparison only: predictions of score 0.5 and more, and images
-        without a prediction or without a true box left out, which makes it higher
+        without a prediction or without a true box left out, which as a rule makes it higher
 
 pycocotools does the matching; the sums under resampling are ours and are tested to equal the
 tool's own at weight one.

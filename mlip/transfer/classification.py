@@ -222,7 +222,8 @@ class Classification:
         for i in order.tolist():
             k = int(surprise[i].argmax())
             name = self.classes[k]
-            said = f"{name}: labelled {'yes' if targets[i, k] == 1 else 'no'}"
+            score = float(logits[i, k].sigmoid())
+            said = f"{name}: labelled {'yes' if targets[i, k] == 1 else 'no'}, scored {score:.2f}"
             if self.transfer.exclusive:
                 called = self.classes[int(prediction["test"][i].argmax())]
                 said = f"labelled {self.classes[int(targets[i].argmax())]}, called {called}"

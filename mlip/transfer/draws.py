@@ -1,7 +1,8 @@
 """Which rows a fit may see: label fractions by patient, a val split by patient, a test read once.
 
-Everything follows from a hash of (seed, patient), so a smaller fraction is part of the larger one,
-and the same patients are drawn on every machine and in every order of the manifest.
+Everything follows from a hash of (seed, patient), so a smaller fraction is part of the larger one.
+A patient's hash is keyed by the manifest's content: the same file gives the same draws on every
+machine, an edited one may give others.
 """
 
 from __future__ import annotations

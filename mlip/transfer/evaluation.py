@@ -35,7 +35,7 @@ from mlip.transfer.features import (
     local_scores,
     require_finite,
 )
-from mlip.transfer.fingerprint import fingerprints, source_commit, versions
+from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
 from mlip.transfer.grounding import evaluate_grounding, phrase_maps
 from mlip.transfer.interval import Array
 from mlip.transfer.large_retrieval import class_precision, whole_retrieval
@@ -85,7 +85,7 @@ def evaluate_run(
     finally:
         model.train(was_training)
     facts = {
-        "name": Path(config.run.dir).name,
+        "name": run_name(config),
         "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
         "device": str(device),

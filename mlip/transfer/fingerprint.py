@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mlip.config import Config, to_dict
+from mlip.config import Config, Run, to_dict
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer.draws import SPLITS, splits_hash
 from mlip.transfer.interval import Array
@@ -42,6 +42,13 @@ def image_preprocessing(config: Config) -> dict[str, Any]:
         for key, value in preprocessing(config).items()
         if key in ("resize_px", "crop_px", "channels", "mean", "std")
     }
+
+
+def run_name(config: Config) -> str:
+    """What results and pages call an evaluation: its run folder, or the checkpoint where none is
+    named."""
+    named, checkpoint = config.run.dir, config.evaluate.checkpoint
+    return Path(checkpoint if checkpoint and named == Run().dir else named).name
 
 
 def hash_of(value: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from mlip.transfer.encoder import open_start
 from mlip.transfer.fingerprint import (
     hash_of,
     image_preprocessing,
+    run_name,
     source_commit,
     versions,
 )
@@ -106,7 +106,7 @@ def transfer_run(
         "schema": SCHEMA,
         "kind": "transfer",
         "run": {
-            "name": Path(config.run.dir).name,
+            "name": run_name(config),
             "seeds": list(transfer.seeds),
             "device": str(device),
             "commit": source_commit(),

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from mlip.cli import main
@@ -144,14 +146,14 @@ def test_baselines_lie_over_a_row(
         from transformers import ResNetConfig, ResNetModel
 
         tiny = ResNetConfig(
-            num_channels=1,
+            num_channels=3,  # as ImageNet's weights: they see the grey picture three times
             embedding_size=8,
             hidden_sizes=[8, 16, 16],
             depths=[1, 1, 1],
             layer_type="basic",
         )
         ResNetModel(tiny).save_pretrained(tmp_path / "weights")
-        more.append(f"model.vision.source={tmp_path / 'weights'}")
+        more += [f"model.vision.source={tmp_path / 'weights'}", "data.channels=3"]
     results = evaluate("rsna_detection", prepared("rsna_pneumonia"), tmp_path / "out", *more)
     assert results["task"]["start"] == baseline and "checkpoint" not in results["run"]
 
@@ -235,6 +237,92 @@ def test_what_the_data_lacks_is_named(
         assert expected in capsys.readouterr().err
     assert main(["evaluate", config, *SMALL]) == 2
     assert "checkpoint=DIR" in capsys.readouterr().err
+
+
+def _radiographs(folder: Path) -> Path:
+    """Ten rows in the layout of configs/real_cxr.yaml: text, labels, mask files, boxes.csv."""
+    header = "image_id,path,dataset,patient_id,split,view,text,findings,mask"
+    rows: list[list[object]] = []
+    boxes: list[list[object]] = []
+    for i in range(10):
+        raw_layouts.image(folder / f"{i}.png", i, BIG)
+        mask = np.zeros(BIG, dtype=np.uint8)
+        for name, left in (("Left_Lung", 40), ("Right_Lung", 8)):
+            mask[15:65, left : left + 22] = 255
+            boxes.append([f"{i}.png", name, left, 15, 22, 50])
+        cv2.imwrite(str(folder / f"{i}-mask.png"), mask)
+        split = ("train", "train", "val", "test")[i % 4]
+        finding = "Pneumonia" if i % 8 < 4 else "No_Finding"
+        text = "There is pneumonia." if i % 8 < 4 else "Clear lungs."
+        rows.append([i, f"{i}.png", "nih-chestxray14", f"p{i}", split, "PA", text, finding])
+        rows[-1].append(f"{i}-mask.png")
+    raw_layouts.table(folder / "manifest.csv", header, rows)
+    raw_layouts.table(folder / "boxes.csv", "path,label,x,y,w,h", boxes)
+    return folder / "manifest.csv"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *("phantom_classification", "phantom_segmentation", "phantom_detection"),
+        *("lung_segmentation", "lung_detection", "nih_pneumonia_classification"),
+    ],
+)
+def test_each_row_that_needs_no_download_runs(row: str, checkpoint: Path, tmp_path: Path) -> None:
+    is_phantom = row.startswith("phantom")
+    data = small_run().folder / "data" / "manifest.csv"
+    manifest = data if is_phantom else _radiographs(tmp_path / "data")
+    results = evaluate(row, manifest, tmp_path / "out", f"checkpoint={checkpoint}")
+    (fraction,) = results["fractions"]
+    scores, test = fraction["scores"], results["data"]["splits"]["test"]
+    assert test["images"] == (32 if is_phantom else 2) and test["with_a_positive"] > 0
+    if "dice" in scores:
+        values = [scores["dice"][form]["value"] for form in ("positive_only", "pooled")]
+    elif "strict" in scores:
+        values = [scores["strict"]["value"], scores["froc"]["mean"]["value"]]
+    else:
+        values = [row["auroc"]["value"] for row in scores["classes"]]
+    assert all(value is not None and 0.0 <= value <= 1.0 for value in values)
+
+
+def test_the_published_list_of_5x200_is_scored_from_raw_files(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Four images of one finding each: the row's own subset, prompts, accuracy and n."""
+    raw, out = tmp_path / "raw", tmp_path / "data"
+    raw_layouts.make_chexpert(raw)
+    listed = [
+        f"CheXpert-v1.0/train/patient{i // 2:05d}/study{i}/view1_frontal.jpg" for i in range(2, 6)
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(listed))
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    arguments = ["chexpert", "--root", str(raw), "--out", str(out), "--workers", "1"]
+    arguments += ["--side", "96", "--option", f"five_by_200={tmp_path / 'list.json'}"]
+    assert prepare.run(parser.parse_args(arguments)) == 0
+    config = CONFIGS / "chexpert_zero_shot.yaml"
+    settings = [*SMALL, "data.max_tokens=64", f"data.manifest={out / 'manifest.parquet'}"]
+    command = ["evaluate", str(config), *settings, f"checkpoint={checkpoint}"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["data"]["images"] == 4 and results["run"]["name"] == "chexpert_zero_shot"
+    zero_shot = results["zero_shot"]
+    named = {"Atelectasis", "Consolidation", "Edema", "Pleural Effusion"}
+    assert {row["finding"] for row in zero_shot["findings"]} == named
+    for wordings in zero_shot["wordings"].values():
+        assert len(set(wordings["positive"])) >= 3 and len(set(wordings["negative"])) >= 3
+    for head in ("global", "local", "combined"):
+        assert zero_shot["exclusive"][head]["plain"]["n"] == 4
+        assert 0.0 <= zero_shot["macro"][head]["value"] <= 1.0
+
+
+def test_every_config_is_run_here() -> None:
+    run = {*ROWS, "chexpert_zero_shot"} | {
+        *("phantom_classification", "phantom_segmentation", "phantom_detection"),
+        *("lung_segmentation", "lung_detection", "nih_pneumonia_classification"),
+        *(f"baseline_{name}" for name in ("random", "imagenet", "convirt", "gloria", "mgca")),
+    }
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == run
 
 
 def test_every_config_has_its_commands_on_top() -> None:

@@ -116,6 +116,66 @@ def test_a_frozen_probe_tells_rectangles_from_none_and_lots_stay_at_chance(probe
     page = render_transfer(results)
     for part in ("ROC: sensitivity", "Precision against recall", "Confusion", "Worst cases"):
         assert part in page
+    assert ", scored 0." in page and "Dashed orange" not in page  # nothing is outlined here
+
+
+def _without_test_truth(folder: Path) -> Path:
+    """The same studies, their test rows labelled the other way round and without box or mask."""
+    columns = pyarrow.parquet.read_table(_manifest()).to_pydict()
+    for i, split in enumerate(columns["split"]):
+        if split == "test":
+            columns["labels"][i] = "" if columns["labels"][i] else "thing"
+            columns["mask"][i], columns["boxes"][i] = "-1", "[]"
+    pa.parquet.write_table(pa.table(columns), folder / "m.parquet")
+    return folder / "m.parquet"
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        ("transfer.task=classification", "transfer.classes={thing: zero}"),
+        ("transfer.task=segmentation", "transfer.columns.mask=mask"),
+        ("transfer.task=detection", "transfer.columns.boxes=boxes"),
+    ],
+    ids=["classification", "segmentation", "detection"],
+)
+def test_no_truth_of_test_reaches_a_fit_and_test_is_opened_after_it(
+    task: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the fits of a manifest whose test rows say the opposite, digit by digit."""
+    from mlip.transfer.draws import HeldOut
+    from mlip.transfer.fitting import Record
+    from mlip.transfer.protocol import TASKS
+
+    name = task[0].partition("=")[2]
+    order: list[str] = []
+    opened, fitted = HeldOut.open, TASKS[name].fit
+
+    def open_and_note(self: HeldOut, fit: Any) -> Any:
+        order.append("open")
+        return opened(self, fit)
+
+    def fit_and_note(self: Any, start: Any, train: Any, val: Any, seed: int) -> tuple[Any, Record]:
+        is_test = self.manifest.split == 2
+        assert not is_test[train].any() and not is_test[val].any()
+        order.append("fit")
+        return fitted(self, start, train, val, seed)
+
+    monkeypatch.setattr(HeldOut, "open", open_and_note)
+    monkeypatch.setattr(TASKS[name], "fit", fit_and_note)
+    settings = (*task, "transfer.encoder=frozen", "transfer.epochs=2", "transfer.monitor=score")
+    settings += ("transfer.seeds=[1, 2]", "evaluate.examples=0")
+    first = run(*settings)["fractions"][0]
+    root = f"data.root={_manifest().parent}"
+    other = run(*settings, f"data.manifest={_without_test_truth(tmp_path)}", root)["fractions"][0]
+    assert order == ["fit", "open"] * 4
+    for mine, theirs in zip(first["fits"], other["fits"], strict=True):
+        for key in ("train_loss", "val_loss", "val_score", "best_epoch", "steps"):
+            assert mine[key] == theirs[key], key
+    if name == "classification":
+        cuts = [f["scores"]["classes"][0]["threshold_logits"] for f in (first, other)]
+        assert cuts[0] == cuts[1]
+    assert first["scores"] != other["scores"]
 
 
 def test_a_tuned_encoder_leaves_the_checkpoint_as_it_was() -> None:

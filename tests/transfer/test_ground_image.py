@@ -1,0 +1,98 @@
+"""`mlip ground` puts a hot patch where the file has it: PNG, wide and tall, DICOM of both tones.
+
+Oracle: the letterbox and crop by hand, and for DICOM the PNG of the same pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mlip.cli import main
+from mlip.dataloading.dicom import write_radiograph
+from mlip.transfer import ground_image
+from tests.small_run import small_export, small_run
+
+RESIZE, CROP = 112, 96
+
+
+def ground(
+    image: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> tuple[float, float, np.ndarray]:
+    """(x, y) that the command names, and the picture it wrote."""
+    command = ["ground", str(image), "left pleural effusion", "--checkpoint", str(small_export())]
+    assert main([*command, "--out", str(out)]) == 0
+    x, y = re.findall(r"[xy]=(-?\d+)", capsys.readouterr().out)[:2]
+    return float(x), float(y), cv2.imread(str(out)).astype(int)
+
+
+def one_hot_patch(monkeypatch: pytest.MonkeyPatch, row: int, column: int) -> tuple[int, int]:
+    """Every phrase points at this patch of the model's grid; the grid."""
+    blank = torch.zeros(1, 1, CROP, CROP)
+    grid = small_run().model.encode_image(blank).grid
+
+    def maps(model: object, patches: torch.Tensor, texts: object) -> torch.Tensor:
+        heat = torch.zeros(1, 1, patches.shape[1])
+        heat[0, 0, row * grid[1] + column] = 1.0
+        return heat
+
+    monkeypatch.setattr(ground_image, "phrase_maps", maps)
+    return grid
+
+
+@pytest.mark.parametrize(
+    "size", [(112, 112), (150, 300), (300, 150)], ids=["as is", "wide", "tall"]
+)
+@pytest.mark.parametrize("cell", [(3, 3), (3, 8), (8, 5)], ids=["left", "right", "low"])
+def test_the_point_and_the_heat_lie_where_the_patch_saw_the_file(
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    height, width = size
+    pixels = np.random.default_rng(0).integers(60, 120, size).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "image.png"), pixels)
+    rows, columns = one_hot_patch(monkeypatch, *cell)
+    x, y, picture = ground(tmp_path / "image.png", tmp_path / "map.png", capsys)
+    # the patch's centre in the crop, in the letterboxed square, in the file
+    scale = max(size) / RESIZE
+    left, top = (RESIZE - width / scale) / 2, (RESIZE - height / scale) / 2
+    margin = (RESIZE - CROP) / 2
+    wanted_x = ((cell[1] + 0.5) * CROP / columns + margin - left) * scale
+    wanted_y = ((cell[0] + 0.5) * CROP / rows + margin - top) * scale
+    assert 0 <= wanted_x < width and 0 <= wanted_y < height  # not in the letterbox's margin
+    assert (x, y) == pytest.approx((wanted_x, wanted_y), abs=1.5 * scale)
+    # left half the radiograph, right half the map: colour where the patch is and nowhere far off
+    half = (picture.shape[1] - max(4, picture.shape[0] * width // height // 100)) // 2
+    colour = np.ptp(picture, axis=2)
+    assert colour[:, :half].max() == 0
+    ys, xs = np.nonzero(colour > 60)
+    shown = half / width
+    centre = (xs.mean() - (picture.shape[1] - half)) / shown, ys.mean() / shown
+    assert centre == pytest.approx((wanted_x, wanted_y), abs=CROP / columns * scale)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_dicom_file_of_sixteen_bits_is_drawn_as_its_png(
+    photometric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ramp = np.linspace(3000, 62_000, 90 * 120).reshape(90, 120)
+    noise = np.random.default_rng(1).normal(0, 900, ramp.shape)
+    pixels = (ramp + noise).clip(0, 65_535).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "image.png"), pixels)
+    write_radiograph(
+        tmp_path / "image.dcm", pixels, patient_id="SECRET", study_id="s", photometric=photometric
+    )
+    x, y, wanted = ground(tmp_path / "image.png", tmp_path / "a.png", capsys)
+    found_x, found_y, found = ground(tmp_path / "image.dcm", tmp_path / "b.png", capsys)
+    assert (found_x, found_y) == (x, y)
+    assert np.abs(found - wanted).mean() < 1.0
+    assert found[:, :50].mean() == pytest.approx(wanted[:, :50].mean(), abs=1.0)
+    assert b"SECRET" not in (tmp_path / "b.png").read_bytes()
