@@ -1,0 +1,144 @@
+"""A run on the virtual GPU: nothing is left on the host, and the numbers are the CPU's.
+
+Both compute on the CPU, in one order. To the last bits: vectorised sums begin where memory lies.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+
+import train
+from mlip.dataloading.torch_pipeline import TorchPipeline
+from tests.small_run import small_run
+from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.virtual_gpu import GPU, virtual_gpu
+
+EVERYTHING = (
+    "train.precision=bf16",
+    "train.optimizer=muon",
+    "train.zero_stage=0",
+    "train.ema_decay=0.9",
+    "train.spike_factor=3.0",
+    "run.deterministic=true",
+    "batch.micro_images=3",
+    "batch.micro_texts=3",
+    "model.vision.norm=group",
+    "loss.local_alignment.token_weights=attention",
+)
+
+
+@pytest.fixture(autouse=True)
+def _restore_determinism() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _overrides(folder: Path, *more: str) -> list[str]:
+    settings = [s for s in small_run().settings if not s.startswith("run.dir")]
+    return [*settings, *TINY, "train.max_steps=2", "train.checkpoint_steps=1",
+            f"run.dir={folder}", *more]  # fmt: skip
+
+
+def _losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: e[k] for k in ("step", "total", "grad_norm")} | e["terms"] for e in lines]
+
+
+Plant = Callable[[torch.Tensor, nn.Module], Any]
+PLANTS: dict[str, tuple[type[Exception], Plant]] = {
+    "a sum with a host tensor": (RuntimeError, lambda x, layer: x + torch.ones(3, 4)),
+    "a layer on a host tensor": (RuntimeError, lambda x, layer: layer(torch.ones(3, 4))),
+    "joined with a host tensor": (RuntimeError, lambda x, layer: torch.cat([x, torch.ones(1, 4)])),
+    "looked up with host indices": (
+        RuntimeError,
+        lambda x, layer: nn.functional.embedding(torch.tensor([1]), x),
+    ),
+    "gathered with host indices": (
+        RuntimeError,
+        lambda x, layer: x.gather(1, torch.zeros(3, 1, dtype=torch.int64)),
+    ),
+    "read by NumPy": (TypeError, lambda x, layer: x.numpy()),
+    "pinned": (RuntimeError, lambda x, layer: x.pin_memory()),
+    "a host generator": (
+        RuntimeError,
+        lambda x, layer: torch.randn(2, device="cuda", generator=torch.Generator()),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANTS)
+def test_the_virtual_gpu_refuses_what_a_gpu_refuses(mistake: str) -> None:
+    error, plant = PLANTS[mistake]
+    with virtual_gpu():
+        x, layer = torch.randn(3, 4, device="cuda"), nn.Linear(4, 5).to("cuda")
+        with pytest.raises(error, match="same device|numpy|pin|generator"):
+            plant(x, layer)
+    assert torch.ones(1).device.type == "cpu" and not torch.cuda.is_available()
+
+
+def test_the_virtual_gpu_allows_what_a_gpu_allows_and_notes_what_makes_the_host_wait() -> None:
+    with virtual_gpu() as gpu:
+        layer = nn.Linear(4, 5).to("cuda")
+        x = torch.ones(3, 4).pin_memory().to("cuda", non_blocking=True)
+        gpu.waits.clear()
+        out = (layer(x)[torch.tensor([0, 2])] * torch.tensor(2.0)).sum()
+        out.backward()
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        optimizer.step()
+        assert layer.weight.is_cuda and layer.weight.grad is not None and layer.weight.grad.is_cuda
+        assert {v.device.type for v in optimizer.state[layer.weight].values()} == {"cuda"}
+        assert gpu.waits == []
+        assert out.item() == out.detach().cpu().numpy()
+        assert len(gpu.waits) == 2
+
+
+def test_a_run_and_its_evaluation_are_the_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images come as DALI leaves them, on the GPU."""
+    fewer = ("evaluate.bootstrap=10", "run.deterministic=true")
+    assert train.main(_overrides(tmp_path / "cpu", *fewer)) == 0
+    with virtual_gpu() as gpu:
+        load = TorchPipeline.load
+
+        def load_to_gpu(self: TorchPipeline, plan: Any) -> Any:
+            images = load(self, plan)
+            images.image = gpu.put(images.image.clone(), GPU)
+            return images
+
+        monkeypatch.setattr(TorchPipeline, "load", load_to_gpu)
+        assert train.main(_overrides(tmp_path / "gpu", *fewer)) == 0
+    for a, b in zip(_losses(tmp_path / "gpu"), _losses(tmp_path / "cpu"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    results = [json.loads((tmp_path / k / "results.json").read_text()) for k in ("cpu", "gpu")]
+    assert results[0].keys() == results[1].keys()
+    # a step reads its gradient norm, to know whether it counts; all else travels meanwhile
+    lines = Counter(wait for wait in gpu.waits if wait.startswith(("mlip/training/step", "mlip/l",
+                    "mlip/enc", "mlip/obj", "mlip/model", "mlip/div", "mlip/training/engine",
+                    "mlip/batch", "kernels")) and ":state" not in wait)  # fmt: skip
+    assert lines == {"mlip/training/step.py:_update (aten::_local_scalar_dense)": 2}
+
+
+def test_a_gpu_goes_on_from_the_checkpoint_of_a_cpu_with_every_setting_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "evaluate", lambda config, corpus: None)
+    whole, parts = tmp_path / "cpu", tmp_path / "gpu"
+    assert train.main(_overrides(whole, *EVERYTHING)) == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step_00000002")
+    (parts / "log.jsonl").unlink()
+    with virtual_gpu():
+        assert train.main(_overrides(parts, *EVERYTHING)) == 0
+    (made,), (_, expected) = _losses(parts), _losses(whole)
+    # the loss of the CPU's weights, in bfloat16; Muon's direction comes after it
+    assert made == pytest.approx(expected, rel=1e-2)

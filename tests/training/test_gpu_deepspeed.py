@@ -1,0 +1,297 @@
+"""The whole run on one NVIDIA GPU: launcher, DeepSpeed with NCCL, resume, repeats, xformers.
+
+Run by `make gpu-check`. One rank, so the plain engine and DeepSpeed compute the same step: equal
+forward pass, gradients and AdamW in float32; what differs is the order in which the gradient norm
+is summed. Runs are small (64 phantom studies) and take about 20 s each, most of it imports.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mlip import distributed
+from mlip.encoders.attention import attention, require_usable
+from mlip.encoders.normalisation import SynchronisedBatchNorm
+from mlip.training import checkpoint
+from tests.small_run import small_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+STEPS, EVERY, KILLED_IN = 50, 20, 33
+SETTINGS = (
+    f"train.max_steps={STEPS}",
+    f"train.checkpoint_steps={EVERY}",
+    "batch.global_pairs=16",
+    "train.warmup_steps=5",
+    "train.precision=bf16",
+    "run.deterministic=true",
+    "run.threads=4",
+    "loss.category.prototypes=8",
+    "evaluate.bootstrap=10",
+)
+ZERO_2 = ("train.engine=deepspeed", "train.zero_stage=2")
+PLAIN = ("train.engine=plain", "train.zero_stage=0")
+SHORT = ("train.max_steps=10", "train.precision=fp32")
+
+
+def _port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def _start(folder: Path, *settings: str, fault: str | None = None) -> Any:
+    """train.py under the `deepspeed` launcher, or under torchrun where it is not installed."""
+    if HAS_DEEPSPEED:
+        # the module behind the `deepspeed` command, which may lie outside the path
+        launcher = ["deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"]
+    else:
+        launcher = ["torch.distributed.run", "--nproc_per_node", "1"]
+    command = [sys.executable, "-m", *launcher, "--master_port", _port(), "train.py"]
+    command += [s for s in small_run().settings if not s.startswith("run.dir")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("FAULT", "DS_ACCELERATOR")}
+    environment |= {"FAULT": fault} if fault else {}
+    return subprocess.run(
+        [*command, *SETTINGS, f"run.dir={folder}", *settings],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def _finish(folder: Path, *settings: str) -> Path:
+    done = _start(folder, *settings)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@cache
+def _whole(*settings: str) -> Path:
+    """A run that nothing happened to, made once for all tests."""
+    return _finish(Path(mkdtemp(prefix="mlip-gpu-run-")), *settings)
+
+
+def _steps(folder: Path) -> dict[int, tuple[Any, ...]]:
+    """Step -> numbers; the last line of a step counts. A line that a kill cut is passed over."""
+    found = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        found[entry["step"]] = (entry["total"], entry["grad_norm"], entry["terms"], entry["lr"])
+    return found
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta.json").read_text())
+
+
+def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def _engine() -> tuple[str, ...]:
+    return ZERO_2 if HAS_DEEPSPEED else PLAIN
+
+
+def test_fifty_steps_through_the_launcher_end_with_a_page() -> None:
+    folder = _whole(*_engine())
+    assert sorted(_steps(folder)) == list(range(1, STEPS + 1))
+    meta = _meta(folder)
+    assert meta["engine"] == ("deepspeed" if HAS_DEEPSPEED else "plain")
+    assert meta["determinism"].startswith("D2"), meta["determinism"]
+    losses = [numbers[0] for numbers in _steps(folder).values()]
+    assert all(loss is not None for loss in losses)  # None = not finite
+    assert sum(losses[-10:]) < sum(losses[:10])  # it learns
+    assert (folder / "report.html").is_file()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Oracle: the run that nothing happened to, and its repetition to the bit by the way."""
+    whole = _whole(*_engine())
+    killed = _start(tmp_path, *_engine(), fault=f"kill@0:{KILLED_IN}:backward")
+    assert killed.returncode != 0 and max(_steps(tmp_path)) == KILLED_IN
+    assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == [f"step_{EVERY:08d}"]
+    _finish(tmp_path, *_engine())
+    assert [event["step"] for event in _events(tmp_path, "started")] == [0, EVERY]
+    assert len(_events(tmp_path, "fault")) == 1
+    assert _steps(tmp_path) == _steps(whole)
+    one, other = (
+        checkpoint.read(checkpoint.checkpoints_of(folder)[0]).training
+        for folder in (whole, tmp_path)
+    )
+    for name, tensor in one.parameters.items():
+        assert torch.equal(tensor, other.parameters[name]), name
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_the_plain_engine_repeats_to_the_bit(tmp_path: Path, pipeline: str) -> None:
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
+    settings = (*PLAIN, "train.max_steps=10", f"data.pipeline={pipeline}")
+    assert _steps(_finish(tmp_path, *settings)) == _steps(_whole(*settings))
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+def test_deepspeed_and_the_plain_engine_agree() -> None:
+    """In float32 over ten steps: sums of the gradient norm in another order, times AdamW.
+
+    A norm is off by about 1e-7 of itself and scales every gradient alike, which AdamW divides out;
+    2e-5 is what two ranks on CPUs are held to (tests/test_train.py), with room for ten steps.
+    """
+    zero, plain = (_steps(_whole(*engine, *SHORT)) for engine in (ZERO_2, PLAIN))
+    assert _meta(_whole(*ZERO_2, *SHORT))["engine"] == "deepspeed"
+    assert zero[1][0] == plain[1][0]  # the same forward pass of the same weights
+    for step in plain:
+        for a, b in zip(zero[step][:2], plain[step][:2], strict=True):
+            assert a == pytest.approx(b, rel=1e-4), step
+
+
+@pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
+def test_the_plain_engine_goes_on_from_deepspeeds_checkpoint(tmp_path: Path) -> None:
+    """Oracle: DeepSpeed's own next steps. In bf16, whose rounding a norm off by 1e-7 can turn."""
+    whole = _whole(*ZERO_2)
+    killed = _start(tmp_path, *ZERO_2, fault=f"kill@0:{EVERY}:load")
+    assert killed.returncode != 0
+    _finish(tmp_path, *PLAIN)
+    plain, zero = _steps(tmp_path), _steps(whole)
+    assert plain[EVERY + 1][0] == zero[EVERY + 1][0]
+    for step in range(EVERY + 1, EVERY + 6):
+        assert plain[step][0] == pytest.approx(zero[step][0], rel=2e-2), step
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The project's own process group, of one rank that counts as several."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    device = distributed.start(60.0)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    try:
+        yield device
+    finally:
+        distributed.stop()
+
+
+def test_every_collective_of_the_project_runs_over_nccl(one_rank: torch.device) -> None:
+    """On one rank each must give back what it got, whatever the dtype."""
+    assert one_rank.type == "cuda"
+    assert type(dist.group.WORLD._get_backend(one_rank)).__name__ == "ProcessGroupNCCL"
+    g = torch.Generator(device="cuda").manual_seed(0)
+    rows = torch.randn(6, 5, generator=g, device="cuda")
+    assert distributed.row_counts(6, one_rank) == [6]
+    for x in (rows, rows.bfloat16(), rows.double(), (rows * 99).long(), rows > 0):
+        assert torch.equal(distributed.gather_rows(x), x), x.dtype
+    leaf = rows.clone().requires_grad_()
+    distributed.gather_rows(leaf).square().sum().backward()
+    assert torch.equal(leaf.grad, 2 * rows)
+    leaf = rows.clone().requires_grad_()
+    distributed.sum_over_ranks(leaf).square().sum().backward()
+    assert torch.equal(leaf.grad, 2 * rows)
+    assert torch.equal(distributed.max_over_ranks(rows), rows)
+    tensors = [rows.clone(), rows.bfloat16(), rows[0].clone()]
+    distributed.average_(tensors, bucket_bytes=64)
+    distributed.broadcast_(tensors)
+    assert torch.equal(tensors[0], rows) and torch.equal(tensors[1], rows.bfloat16())
+    # objects travel over gloo
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.broadcast_object("x") == "x"
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_over_nccl_is_torchs(
+    one_rank: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    from mlip.encoders import normalisation
+
+    monkeypatch.setattr(normalisation, "is_distributed", lambda: True)
+    torch.manual_seed(0)
+    ours, torchs = SynchronisedBatchNorm(16).cuda(), torch.nn.BatchNorm2d(16).cuda()
+    x = torch.randn(8, 16, 12, 12, device="cuda").to(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    outputs = []
+    for norm in (ours, torchs):
+        leaf = x.to(dtype).requires_grad_()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            out = norm(leaf)
+        out.backward(grad.to(out.dtype))
+        outputs.append((out, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_var))
+    # bf16: half a unit of 2^-8 in values up to 4; float32: sums over 1,152 pixels in two orders
+    bound = 4 * 2**-8 if dtype == torch.bfloat16 else 1e-4
+    for ours_, torchs_ in zip(*outputs, strict=True):
+        scale = torchs_.float().abs().max().clamp_min(1.0)
+        assert (ours_.float() - torchs_.float()).abs().max() <= bound * scale
+
+
+def _usable_xformers() -> None:
+    """Skips with xformers' own reason where its kernels cannot run here."""
+    pytest.importorskip("xformers", reason="xformers is not installed")
+    try:
+        require_usable("xformers")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_which_operators_of_xformers_can_run_here_is_printed() -> None:
+    """For the record: a build for another CUDA loads no binary kernels, torch's own remain."""
+    pytest.importorskip("xformers", reason="xformers is not installed")
+    from xformers.ops import fmha
+
+    for way in ("ALL_FW_OPS", "ALL_BW_OPS"):
+        for operator in getattr(fmha, way, ()):
+            print(f"{way} {operator.NAME}: {'available' if operator.is_available() else 'not'}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_xformers_attention_is_sdpas(dtype: torch.dtype, is_masked: bool) -> None:
+    """Oracle: the written-out formula in float64; bound: twice torch SDPA's own error to it.
+
+    Shapes of BERT at 77 tokens, no multiple of the 8 that the kernels want of a bias, and of ViT.
+    """
+    _usable_xformers()
+    g = torch.Generator(device="cuda").manual_seed(0)
+    tokens = 77 if is_masked else 197
+    inputs = [torch.randn(4, 12, tokens, 64, generator=g, device="cuda") for _ in range(4)]
+    inputs = [x.to(dtype) for x in inputs]
+    mask = None
+    if is_masked:
+        lengths = torch.tensor([77, 40, 9, 1], device="cuda")
+        mask = (torch.arange(tokens, device="cuda")[None] < lengths[:, None])[:, None, None, :]
+
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        query, key, value, grad = (x.to(dtype).detach().requires_grad_() for x in inputs)
+        out = attention(query, key, value, mask, impl=impl, scale=64**-0.5)
+        return [out, *torch.autograd.grad(out, [query, key, value], grad.detach())]
+
+    # float64 SDPA is the formula, without a kernel of its own
+    truth = run("sdpa", torch.float64)
+    least = torch.finfo(dtype).eps
+    for ours, torchs, right in zip(run("xformers", dtype), run("sdpa", dtype), truth, strict=True):
+        scale = right.abs().max()
+        error, own = ((x.double() - right).abs().max() / scale for x in (ours, torchs))
+        assert error <= 2 * own + least, (float(error), float(own))
