@@ -64,16 +64,20 @@ def finished(
     *,
     on_gpu: bool,
     branches: bool,
+    one_decoder: bool = False,
     **options: Any,
 ) -> Any:
     """decode -> letterbox where the file is no letterbox yet -> crop and normalise, all in DALI.
 
+    one_decoder  on a GPU, all JPEG through CUDA kernels. Otherwise the card's JPEG engine takes a
+                 share of each batch: an image's place in the batch may change its last bit
     Returns: a pipeline of one output, [1, crop_px, crop_px] float32
     """
     pipeline_def, fn, types = dali
     size = float(transform.crop_px)
     rotates = transform.rotation_degrees != 0.0
     device = "mixed" if on_gpu else "cpu"
+    decoder = {"hw_decoder_load": 0.0} if on_gpu and one_decoder else {}
 
     def letterbox(image: Any, arguments: Any) -> Any:
         return fn.slice(
@@ -87,7 +91,7 @@ def finished(
         )
 
     def squared(dtype: Any, encoded: Any, arguments: Any, fits: Any) -> Any:
-        image = _decode(dali, encoded, dtype, device)
+        image = _decode(dali, encoded, dtype, device, **decoder)
         if fits:
             out = image
         else:
@@ -131,7 +135,8 @@ def finished(
     @pipeline_def
     def straight() -> Any:
         encoded, arguments, *matrix = inputs()
-        return finish(_decode(dali, encoded, types.UINT8, device), arguments, matrix)
+        image = _decode(dali, encoded, types.UINT8, device, **decoder)
+        return finish(image, arguments, matrix)
 
     @pipeline_def(enable_conditionals=True)
     def branching() -> Any:
@@ -146,10 +151,10 @@ def finished(
     return branching(**options) if branches else straight(**options)
 
 
-def _decode(dali: Dali, encoded: Any, dtype: Any, device: str) -> Any:
+def _decode(dali: Dali, encoded: Any, dtype: Any, device: str, **decoder: float) -> Any:
     _, fn, types = dali
     # GRAY always: ANY_DATA crashes on a grey JPEG
-    return fn.decoders.image(encoded, device=device, output_type=types.GRAY, dtype=dtype)
+    return fn.decoders.image(encoded, device=device, output_type=types.GRAY, dtype=dtype, **decoder)
 
 
 def _scale(dali: Dali, image: Any, arguments: Any) -> Any:

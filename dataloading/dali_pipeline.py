@@ -103,6 +103,8 @@ class DaliPipeline:
             if self.on_gpu
             else None
         )
+        self._stream: Any = None  # of copies on a GPU
+        self._one_decoder = config.run.deterministic
         # DALI rotates before it normalises
         self.finishes_in_dali = self.on_gpu or transform.rotation_degrees != 0.0
         self.batch_size = max(1, len(order.plan(0)))
@@ -158,12 +160,27 @@ class DaliPipeline:
         if not self.on_gpu:
             # the dynamic executor's outputs are the caller's: no copy, no later batch in them
             return torch.from_dlpack(images)
+        return self._copied(images)
+
+    def _copied(self, images: Any) -> torch.Tensor:
+        """DALI's GPU tensor in torch's memory, over a stream of this pipeline's own.
+
+        On torch's default stream the copy would queue behind the training step, and the loader's
+        thread with it: DALI waits for the copy before it uses its memory again.
+        """
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        device = torch.device(f"cuda:{self.device_id}")
+        device = torch.device("cuda", self.device_id)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
         size = self.transform.crop_px
-        out = torch.empty(self.batch_size, 1, size, size, device=device)
-        return feed_ndarray(images, out, cuda_stream=torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            out = torch.empty(self.batch_size, 1, size, size, device=device)
+            feed_ndarray(images, out, cuda_stream=self._stream)
+        self._stream.synchronize()
+        # allocated on this stream, read on the training's: not free before that is done with it
+        out.record_stream(torch.cuda.default_stream(device))
+        return out
 
     def _run(self) -> Any:
         outputs = self._pipe.run()
@@ -207,7 +224,7 @@ class DaliPipeline:
             "exec_dynamic": True,
         }
         if self.finishes_in_dali:
-            options["on_gpu"] = self.on_gpu
+            options |= {"on_gpu": self.on_gpu, "one_decoder": self._one_decoder}
             self._pipe = graph.finished(_dali(), self._batch, self.transform, **options)
         else:
             self._pipe = graph.pixels(_dali(), self._batch, **options)

@@ -70,6 +70,7 @@ class Loader:
         self.step = 0  # of the next batch
         self.wait_seconds = 0.0  # how long the last next() waited for data
         self._producer: Producer | None = None
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     @property
     def is_training(self) -> bool:
@@ -177,8 +178,10 @@ class Loader:
         plan = self.order.plan(step)
         images = self.pipeline.load(plan)
         batch = self._batch(plan, images)
-        if torch.cuda.is_available():
-            batch = pinned(batch)
+        if self._gpu is not None:
+            # a thread starts on the first GPU, and pinning would take memory there for each rank
+            with torch.cuda.device(self._gpu):
+                batch = pinned(batch)
         return batch, images, plan
 
     def _batch(self, plan: Plan, images: Images) -> Batch:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -16,10 +18,12 @@ from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
+from mlip.dataloading.transforms import Transform
+from tests.virtual_gpu import virtual_gpu
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
-from mlip.dataloading import dali_pipeline  # noqa: E402
+from mlip.dataloading import dali_graph, dali_pipeline  # noqa: E402
 from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali  # noqa: E402
 
 STD = 0.25  # data.std: turns a normalised difference into one of intensities
@@ -160,6 +164,83 @@ def test_the_graphs_that_finish_in_dali_as_on_a_gpu_agree_with_each_other_and_th
     assert not straight.pipeline._has_branches and mixed.pipeline._has_branches
     # what only crop.py would take is not kept, step after step
     assert not straight.pipeline._windows and not mixed.pipeline._windows
+
+
+@pytest.mark.parametrize("one_decoder", [False, True])
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("degrees", [0.0, 5.0])
+def test_the_graphs_of_a_gpu_keep_pixels_there_and_arguments_on_the_host(
+    corpus: Callable[..., Config], degrees: float, branches: bool, one_decoder: bool
+) -> None:
+    """Oracle: DALI's own account of its operators; building the graph would take a GPU."""
+    pipeline_def, fn, types = dali_pipeline._dali()
+    decoders: list[dict[str, Any]] = []
+
+    def image(encoded: Any, **settings: Any) -> Any:
+        decoders.append(settings)
+        return fn.decoders.image(encoded, **settings)
+
+    class Told:
+        """DALI's functions, and what the decoder was asked for."""
+
+        def __getattr__(self, name: str) -> Any:
+            return SimpleNamespace(image=image) if name == "decoders" else getattr(fn, name)
+
+    config = corpus(f"data.augment.rotation_degrees={degrees}")
+    pipeline = dali_graph.finished(
+        (pipeline_def, Told(), types),
+        lambda step: None,
+        Transform(config.data, train=True, seed=0),
+        on_gpu=True,
+        branches=branches,
+        one_decoder=one_decoder,
+        batch_size=4,
+        num_threads=1,
+        device_id=0,
+        exec_dynamic=True,
+    )
+    pipeline._build_graph()
+    seen = set()
+    for operator in pipeline._ops:
+        name = operator._op.schema.Name()
+        places = [node.device for node in operator.inputs]
+        assert name != "Constant", "a constant of its own is one more tensor to be copied"
+        if name in ("Resize", "Slice", "Crop", "WarpAffine", "CropMirrorNormalize"):
+            assert places[0] == "gpu" and set(places[1:]) <= {"cpu"}, (name, places)
+            assert [node.device for node in operator.outputs] == ["gpu"]
+            seen.add(name)
+    assert {"Resize", "Slice"} <= seen or not branches
+    assert all(settings["device"] == "mixed" for settings in decoders)
+    loads = {settings.get("hw_decoder_load") for settings in decoders}
+    assert loads == ({0.0} if one_decoder else {None})
+
+
+def test_a_copy_from_dali_waits_for_its_own_stream_and_outlives_the_thread(
+    corpus: Callable[..., Config], build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; the streams are stand-ins that note their order."""
+    from nvidia.dali.plugin import pytorch
+
+    done: list[str] = []
+    stream = mock.MagicMock()
+    stream.synchronize = lambda: done.append("waited")
+
+    def feed(source: Any, target: torch.Tensor, cuda_stream: Any) -> torch.Tensor:
+        assert cuda_stream is stream
+        done.append("copied")
+        return target
+
+    monkeypatch.setattr(pytorch, "feed_ndarray", feed)
+    record = lambda self, of: done.append(of)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record, raising=False)
+    with virtual_gpu():
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the training's")
+        pipeline = build(corpus("data.pipeline=dali")).pipeline
+        assert pipeline.on_gpu and pipeline.finishes_in_dali and pipeline.device_id == 0
+        for _ in range(2):
+            assert pipeline._copied(object()).shape == (6, 1, 32, 32)
+    assert done == ["copied", "waited", "the training's"] * 2
 
 
 def test_what_needs_no_scaling_is_the_twins_to_the_bit_without_branches(
