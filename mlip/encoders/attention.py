@@ -6,6 +6,7 @@ keep the last layer's [CLS] row for token weights without materialising the othe
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from typing import Any
 
@@ -61,6 +62,28 @@ def require_usable(impl: str) -> None:
                 "model.attention=xformers, but its memory-efficient attention needs a CUDA device "
                 "and none is visible; set model.attention=sdpa"
             )
+        obstacle = _xformers_obstacle()
+        if obstacle is not None:
+            raise ValueError(
+                f"model.attention=xformers, but no kernel of it runs here: {obstacle}; install "
+                "the build for this torch and CUDA, or set model.attention=sdpa"
+            )
+
+
+@functools.cache
+def _xformers_obstacle() -> str | None:
+    """Why a small masked call fails, forward or backward; None where it runs.
+
+    A build for another CUDA is imported with a warning and has no kernels at the first step.
+    """
+    made = [torch.ones(1, 1, 8, 8, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    query = made[0].requires_grad_()
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device="cuda")
+    try:
+        _xformers(query, made[1], made[2], mask, scale=1.0, dropout=0.0).sum().backward()
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        return str(error).strip().split("\n")[0]
+    return None
 
 
 def _xformers(

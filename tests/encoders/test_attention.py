@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import pytest
 import torch
 
 from mlip.encoders.attention import attention, require_usable
+from tests.virtual_gpu import virtual_gpu
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,6 +43,24 @@ def test_a_row_that_may_attend_to_nothing_gives_zeros(impl: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_xformers_without_a_gpu_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="model.attention=xformers"):
+        require_usable("xformers")
+
+
+def test_xformers_without_a_kernel_that_runs_is_refused_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # what a build for another CUDA says, on a machine that has a GPU
+    def memory_efficient_attention(*args: object, **kwargs: object) -> torch.Tensor:
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\n...")
+
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "xformers", found := ModuleType("xformers"))
+    found.__spec__ = ModuleSpec("xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    module = sys.modules["mlip.encoders.attention"]
+    monkeypatch.setattr(module, "_xformers_obstacle", module._xformers_obstacle.__wrapped__)
+    with virtual_gpu(), pytest.raises(ValueError, match="no kernel.*No operator found.*sdpa"):
         require_usable("xformers")
 
 
