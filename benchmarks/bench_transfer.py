@@ -94,9 +94,9 @@ def main() -> int:
     known = {m: without_labels(m, seeds, runs) for m in methods if options.table == "ablation"}
     text = as_markdown(found, known, methods, seeds)
     (out / f"{options.table}.md").write_text(text, encoding="utf-8")
-    (out / f"{options.table}.json").write_text(
-        json.dumps(summary(found, known, seeds), indent=1) + "\n", encoding="utf-8"
-    )
+    tree = json.dumps(summary(found, known, seeds), indent=1) + "\n"
+    # a result is passed on: where the checkout lay is nobody's business
+    (out / f"{options.table}.json").write_text(tree.replace(f"{ROOT}/", ""), encoding="utf-8")
     print(text)
     return 0
 

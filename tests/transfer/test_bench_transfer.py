@@ -112,7 +112,9 @@ def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     assert "clip, 10 %: +0.100" in text
     assert "zero-shot macro-AUROC, global head | 0.750 (0.750 to 0.750)" in text
     assert "recall@10 of 256, image to text | n/a" in text
-    saved = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    written = (tmp_path / "out" / "ablation.json").read_text()
+    assert '"configs/transfer/' in written and str(bench_transfer.ROOT) not in written
+    saved = json.loads(written)
     cell = saved["tasks"]["phantom_classification"]["clip"][0]
     assert cell["cell"]["checkpoints"] == ["clip1", "clip2"]
     assert as_markdown({}, {}, ("random",), (1,)).startswith("Seeds 1")
