@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR := cpu
 
-.PHONY: setup demo test test-long faults lint format bench gpu-check clean
+.PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step clean
 
 $(VENV)/.ready: constraints/cpu.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ format: setup
 # One NVIDIA GPU with torch, triton, numpy and pytest in the python3 at hand; no .venv.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
+
+# The same for the whole training step; needs transformers and scikit-learn too.
+gpu-step:
+	$(PYTHON) benchmarks/gpu_check.py --part step
 
 bench: setup
 	$(PY) benchmarks/bench_kernels.py

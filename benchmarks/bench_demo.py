@@ -25,7 +25,12 @@ import numpy as np
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+if str(ROOT) not in sys.path:  # as a script, sys.path begins with this folder
+    sys.path.append(str(ROOT))
+
+from benchmarks import harness  # noqa: E402
+
+MARK = "demo table"
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],
     "clip": ["configs/demo.yaml", "configs/demo_clip.yaml"],
@@ -146,10 +151,8 @@ def main() -> None:
     text = "\n\n".join(filter(None, [table(results), differences(results)]))
     print(text)
     if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN, 1)
-        after = rest.split(END, 1)[1]
-        options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        page = harness.replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
+        options.write.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

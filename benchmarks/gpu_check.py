@@ -1,10 +1,15 @@
-"""One command for a machine with one NVIDIA GPU: every GPU test of the kernels, then benchmarks.
+"""One command for a machine with one NVIDIA GPU: every GPU test of a part, then its benchmark.
 
-    python3 benchmarks/gpu_check.py          at most nine minutes, in the python3 that is there
+    python3 benchmarks/gpu_check.py                    kernels
+    python3 benchmarks/gpu_check.py --part step        the whole training step
+    python3 benchmarks/gpu_check.py --part data        DALI on the GPU (tests alone)
+    python3 benchmarks/gpu_check.py --part deepspeed   one NCCL rank and ZeRO (tests alone)
 
-Needs torch, triton, numpy and pytest; late-interaction-kernels and inf-cl are measured where they
-are installed. Tests run first, in processes of their own: no number is worth anything on red.
-Several processes share them out, because most of their time is compilation on the CPU.
+Each takes at most nine minutes, in the python3 that is there. Kernels need torch, triton, numpy and
+pytest; late-interaction-kernels and inf-cl are measured where they are installed. What the other
+parts need besides is in PARTS. Tests run first, in processes of their own: no number is worth
+anything on red. Several processes share the kernels' out, because most of their time is
+compilation on the CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +29,50 @@ TOTAL_S = 9 * 60
 TESTS_S = 4 * 60
 RESERVE_S = 20  # of writing results and printing
 MOST_SHARES = 4  # processes of tests: each holds a CUDA context of half a GiB
+BASE = ("torch", "triton", "numpy", "pytest")
+STEP = ("transformers", "sklearn", "yaml", "safetensors", "psutil")
+READING = ("pyarrow", "tokenizers", "cv2", "numba", "ahocorasick")
 
 
-def run_tests(environment: dict[str, str], seconds: float) -> int:
-    """0 if every share of the GPU tests passed; prints what failed."""
-    count = max(1, min(MOST_SHARES, (os.cpu_count() or 1) // 2))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels", "--durations=3"]
+@dataclass(frozen=True)
+class Part:
+    """What is tested, what is measured after it, and which packages both import."""
+
+    tests: str
+    needs: tuple[str, ...]
+    benchmark: str | None = None
+    tests_s: float = TESTS_S
+    is_shared: bool = False  # its tests know MLIP_TEST_SHARE
+
+
+PARTS = {
+    "kernels": Part("tests/kernels", BASE, "bench_kernels.py", is_shared=True),
+    "step": Part("tests/training/test_host_syncs.py", (*BASE, *STEP), "bench_step.py", tests_s=90),
+    "data": Part(
+        "tests/dataloading/test_dali_gpu.py",
+        (*BASE, *STEP, *READING, "nvidia.dali"),
+        tests_s=TOTAL_S - RESERVE_S,
+    ),
+    "deepspeed": Part(
+        "tests/training/test_gpu_deepspeed.py",
+        (*BASE, *STEP, "deepspeed"),
+        tests_s=TOTAL_S - RESERVE_S,
+    ),
+}
+
+
+def is_there(name: str) -> bool:
+    """Whether a package can be imported, without importing it; "a.b" as well."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the part before the dot
+        return False
+
+
+def run_tests(part: Part, environment: dict[str, str], seconds: float) -> int:
+    """0 if every share of the part's GPU tests passed; prints what failed."""
+    count = max(1, min(MOST_SHARES, (os.cpu_count() or 1) // 2)) if part.is_shared else 1
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", part.tests, "--durations=3"]
     command += ["-p", "no:cacheprovider"]
     end = time.monotonic() + seconds
     outcome = 0
@@ -61,12 +105,13 @@ def run_tests(environment: dict[str, str], seconds: float) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=PARTS, default="kernels")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--skip-benchmarks", action="store_true")
     arguments = parser.parse_args()
     start = time.monotonic()
-    needed = ("torch", "triton", "numpy", "pytest")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    part = PARTS[arguments.part]
+    missing = [name for name in part.needs if not is_there(name)]
     if missing:
         print(f"gpu-check needs {', '.join(missing)} in {sys.executable}", file=sys.stderr)
         return 2
@@ -84,10 +129,10 @@ def main() -> int:
     environment.pop("MLIP_DISABLE_TRITON", None)  # the switch would test torch against itself
     outcome = 0
     if not arguments.skip_tests:
-        outcome = run_tests(environment, TESTS_S)
-    if outcome == 0 and not arguments.skip_benchmarks:
+        outcome = run_tests(part, environment, part.tests_s)
+    if outcome == 0 and part.benchmark is not None and not arguments.skip_benchmarks:
         minutes = (TOTAL_S - RESERVE_S - (time.monotonic() - start)) / 60
-        script = str(ROOT / "benchmarks" / "bench_kernels.py")
+        script = str(ROOT / "benchmarks" / part.benchmark)
         # a row that has begun may end late: a minute of slack
         command = [sys.executable, script, "--minutes", f"{max(0.5, minutes - 1):.2f}"]
         try:

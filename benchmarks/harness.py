@@ -44,7 +44,8 @@ def environment(device: str) -> dict[str, Any]:
     """GPU or CPU, driver, versions and commit."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _run("git", "rev-parse", "--short=12", "HEAD"),
+        # a copy without its history is told where it is from
+        "commit": _run("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("MLIP_COMMIT"),
         "modified": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -159,13 +160,32 @@ def matmul_peak_tflops(device: str) -> float | None:
     return 2 * size**3 / (spent["median_ms"] * 1e-3) / 1e12
 
 
-def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """One JSON file a run: a list of rows."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    path = RESULTS / f"{name}-{stamp}.json"
+def write_rows(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
+    """One JSON file a run: a list of rows; `path` is written again where it is given."""
+    if path is None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        path = RESULTS / f"{name}-{stamp}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def read_rows(name: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Rows of every run of this name, oldest first."""
+    paths = sorted(folder.glob(f"{name}-*.json"))
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def replace_between(page: str, mark: str, text: str) -> str:
+    """`page` with `text` between its two comments `<!-- MARK: begin -->` and `... end -->`.
+
+    Raises:  ValueError where the page does not hold each of them once
+    """
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"expected one line {begin} and one line {end} in the page")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -56,12 +56,12 @@ def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
         at | {"provider": "fused", "status": "ok", "both_ms": 1.25, "fill": 0.5},
     ]
     got = {row["measure"]: row["measured"] for row in kernel_measures.measures(rows)}
-    assert got["eager float32, B 256"] == "9.00x"
-    assert got["memory, eager / compile"] == "120.00x / not run"
-    assert got["chunked and checkpointed"] == "out of memory"
-    assert got["half-empty reports"] == "1.60x"
-    assert got["largest batch, T 112, D 128"] == "256"
-    assert got["inf-cl, 65536 x 512"] == "not run"
+    assert got["against eager float32, B = 256"] == "9.00x"
+    assert got["extra memory against eager / compile, B = 256"] == "120.00x / not run"
+    assert got["against chunked and checkpointed torch"] == "out of memory"
+    assert got["half-empty reports against full ones"] == "1.60x"
+    assert got["largest batch on one card, T = 112, D = 128"] == "256"
+    assert got["`info_nce_loss` against inf-cl 1.2.1, 65536 x 512"] == "not run"
 
 
 def test_no_time_is_measured_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:

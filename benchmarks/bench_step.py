@@ -1,0 +1,333 @@
+"""Benchmark the whole training step: pairs/s, utilisation, time of each part, memory.
+
+    python benchmarks/bench_step.py                       all that fits the minutes
+    python benchmarks/bench_step.py --only batches parts  some of it
+    python benchmarks/bench_step.py --report              tables of the pages, from the newest rows
+
+ViT-B/16 at 224 px and BERT-base at 112 tokens with random weights, every loss on, bf16, fused
+AdamW, through the project's own engine; batches are those of step_batch.py. Without a GPU the same
+code runs at tiny sizes: that proves the path, its times mean nothing. "batches" are 256, 1,024 and
+the largest that fits; "scaling" goes from 64 to 8,192 with the gradient cache where a plain step
+does not fit; "variants" are the ways of step_variants.py at one batch. Rows are written as they
+are made; a row without a number says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machine
+    sys.path.append(str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks import harness, step_law, step_report  # noqa: E402
+from benchmarks.step_batch import in_pinned_memory, made_batch, padding_share  # noqa: E402
+from benchmarks.step_flops import nominal_tflops, step_flop  # noqa: E402
+from benchmarks.step_timing import Runner, profile  # noqa: E402
+from benchmarks.step_variants import (  # noqa: E402
+    COMPILES,
+    OURS,
+    VARIANTS,
+    NotAvailable,
+    graph_breaks,
+)
+from mlip.config import Config, load  # noqa: E402
+from mlip.kernels._dispatch import resolve  # noqa: E402
+from mlip.knowledge.concepts import load_concepts  # noqa: E402
+from mlip.knowledge.vectors import knowledge_vectors  # noqa: E402
+from mlip.model import MLIPModel  # noqa: E402
+from mlip.objective import Objective  # noqa: E402
+from mlip.training.engine import build_engine  # noqa: E402
+
+Row = dict[str, Any]
+SETTINGS = (
+    "train.engine=plain",
+    "train.zero_stage=0",
+    "train.precision=bf16",
+    "model.vision.kind=vit",
+)
+TINY = (
+    "data.crop_px=16",
+    "data.max_tokens=10",
+    "data.max_entities=3",
+    "model.embed_dim=16",
+    "model.heads.hidden=16",
+    "model.vision.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 32, patch_size: 8}",
+    "model.text.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 32}",
+    "knowledge.dim=16",
+    "loss.category.prototypes=8",
+)
+BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 64
+SECTIONS = ("batches", "parts", "profile", "variants", "scaling", "compiled")
+COMPILE_S = 150  # what two towers take to compile, generously: no start with less left
+FIRST_PAIRS = {"cuda": 64, "cpu": 4}
+LAST_PAIRS = {"cuda": 8192, "cpu": 16}
+BATCHES = {"cuda": (256, 1024), "cpu": (4, 8)}
+VARIANT_PAIRS = {"cuda": 256, "cpu": 4}
+
+
+class Bench:
+    """One engine, and the rows that were measured with it."""
+
+    def __init__(self, device: str, *, deadline: float, path: Path | None = None) -> None:
+        self.device, self.deadline, self.path = device, deadline, path
+        self.is_gpu = device == "cuda"
+        self.config = load([], SETTINGS if self.is_gpu else SETTINGS + TINY)
+        self.vocab_size = BERT_VOCABULARY if self.is_gpu else TINY_VOCABULARY
+        table = load_concepts()
+        self.concepts = len(table)
+        torch.manual_seed(self.config.run.seed)
+        vectors = knowledge_vectors(table, self.config.knowledge)
+        model = MLIPModel(self.config, vocab_size=self.vocab_size, concept_vectors=vectors)
+        objective = Objective(self.config, model).to(device)
+        self.engine = build_engine(objective, self.config)
+        self.peak_tflops = harness.matmul_peak_tflops(device)
+        self.facts = harness.environment(device)
+        self.rows: list[Row] = []
+        # most pairs that a plain step was seen to take, fewest that it could not
+        self.fits, self.fails = 0, float("inf")
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def keep(self, row: Row) -> Row:
+        row = row | {"environment": self.facts}
+        self.rows.append(row)
+        if self.path is not None:
+            harness.write_rows("step", self.rows, self.path)
+        shown = {k: v for k, v in row.items() if k not in ("environment", "spread", "profile")}
+        print(json.dumps(shown), flush=True)
+        return row
+
+    def settings(self, pairs: int, micro: int) -> Config:
+        batch = dataclasses.replace(
+            self.config.batch, global_pairs=pairs, micro_images=micro, micro_texts=micro
+        )
+        return dataclasses.replace(self.config, batch=batch)
+
+    def runner(self, pairs: int, micro: int) -> Runner:
+        """Steps of this size; two batches in turn, in page-locked memory as a loader hands them."""
+        config = self.settings(pairs, micro)
+        self.engine.config = self.engine.objective.config = config
+        sizes = {"vocab_size": self.vocab_size, "concepts": self.concepts}
+        batches = [made_batch(config, pairs, seed=seed, **sizes) for seed in range(2)]
+        if self.is_gpu:
+            batches = [in_pinned_memory(batch) for batch in batches]
+        return Runner(self.engine, batches)
+
+    def measure(self, runner: Runner) -> Row:
+        """Times and memory of a runner's steps."""
+        if self.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        many = self.is_gpu and len(runner.batches[0]) <= 1024
+        times = runner.times_ms(
+            warmup=3 if many else 1,
+            least=5 if many else 2,
+            budget_s=3.0 if self.is_gpu else 0.1,
+        )
+        spread = harness._spread(times)
+        batch, model = runner.batches[0], self.engine.objective.model
+        seconds = spread["median_ms"] / 1e3
+        real = step_flop(model, batch, self.config)
+        padded = step_flop(model, batch, self.config, real=False)
+        row: Row = {
+            "step_ms": spread["median_ms"],
+            "spread": spread,
+            "pairs_per_s": len(batch) / seconds,
+            "padding_share": padding_share(batch),
+            "tflop": real / 1e12,
+            "operators": resolve("auto", self.engine.device),
+        }
+        if self.is_gpu:
+            row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.peak_tflops:
+            nominal = nominal_tflops(self.facts["gpu"])
+            row |= {
+                "utilisation": real / seconds / 1e12 / self.peak_tflops,
+                "utilisation_with_padding": padded / seconds / 1e12 / self.peak_tflops,
+                "utilisation_of_nominal": nominal and real / seconds / 1e12 / nominal,
+                "matmul_peak_tflops": self.peak_tflops,
+                "nominal_tflops": nominal,
+            }
+        return row
+
+    def attempt(self, label: Row, work: Callable[[], Row], *, needs_s: float = 10.0) -> Row:
+        """`label` with what `work` measured, or with the reason why there is nothing."""
+        if self.seconds_left() < needs_s:
+            return self.keep(label | {"status": "not run: out of time"})
+        try:
+            row = label | {"status": "ok"} | work()
+        except NotAvailable as error:
+            row = label | {"status": str(error)}
+        except Exception as error:  # a failure is a result; it must not end the run
+            is_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(
+                error
+            )
+            text = f"failed: {type(error).__name__}: {str(error)[:300]}"
+            row = label | {"status": "out of memory" if is_memory else text}
+        self._let_go()
+        return self.keep(row)
+
+    def _let_go(self) -> None:
+        """What a step that ended early still holds."""
+        self.engine.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+    def plain(self, kind: str, pairs: int) -> Row:
+        """A step with all activations kept."""
+        label = {"kind": kind, "variant": OURS, "pairs": pairs, "micro": 0}
+        row = self.attempt(label, lambda: self.measure(self.runner(pairs, 0)))
+        if row["status"] == "ok":
+            self.fits = max(self.fits, pairs)
+        elif row["status"] == "out of memory":
+            self.fails = min(self.fails, pairs)
+        return row
+
+    def cached(self, kind: str, pairs: int) -> Row:
+        """A step with the gradient cache, in the largest micro-batches that fit."""
+        micro = max(1, min(self.fits, pairs) // 2)
+        while True:
+            label = {"kind": kind, "variant": OURS, "pairs": pairs, "micro": micro}
+            needs = 2e-3 * pairs if self.is_gpu else 0.0
+            row = self.attempt(
+                label, lambda m=micro: self.measure(self.runner(pairs, m)), needs_s=10 + needs
+            )
+            if row["status"] != "out of memory" or micro == 1:
+                return row
+            micro = max(1, micro // 4)
+
+    def step_of(self, kind: str, pairs: int) -> Row:
+        """Plain where it fits, else cached."""
+        if pairs < self.fails:
+            row = self.plain(kind, pairs)
+            if row["status"] != "out of memory":
+                return row
+        return self.cached(kind, pairs)
+
+    def batches(self) -> None:
+        """The named sizes, doubling from the largest that fitted until one does not, and one
+        between; then the named ones that did not fit, cached."""
+        for pairs in BATCHES[self.device]:
+            self.plain("batch", pairs)
+        pairs = 2 * self.fits
+        while 0 < pairs < self.fails and pairs <= LAST_PAIRS[self.device]:
+            if self.plain("batch", pairs)["status"] != "ok":
+                break
+            pairs *= 2
+        between = self.fits + self.fits // 2
+        if self.is_gpu and self.fits < between < self.fails < float("inf"):
+            self.plain("batch", between)
+        for pairs in BATCHES[self.device]:
+            if pairs >= self.fails:
+                self.cached("batch", pairs)
+
+    def parts(self) -> None:
+        for pairs in BATCHES[self.device]:
+            micro = 0 if pairs <= max(self.fits, FIRST_PAIRS[self.device]) else self.fits // 2
+
+            def work(pairs: int = pairs, micro: int = micro) -> Row:
+                runner = self.runner(pairs, micro)
+                runner.times_ms(warmup=1, least=1, budget_s=0.0)
+                return {"parts_ms": runner.parts_ms(3 if self.is_gpu else 1)}
+
+            self.attempt({"kind": "parts", "variant": OURS, "pairs": pairs, "micro": micro}, work)
+
+    def profile(self) -> None:
+        pairs = VARIANT_PAIRS[self.device]
+
+        def work() -> Row:
+            return {"profile": profile(self.runner(pairs, 0))}
+
+        self.attempt({"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}, work)
+
+    def variants(self, names: Iterable[str]) -> None:
+        """The ways of step_variants.py; one that does not fit is tried at half the pairs too."""
+        for name in names:
+            pairs = VARIANT_PAIRS[self.device]
+            while pairs >= 1:
+                row = self._variant(name, pairs)
+                if row["status"] != "out of memory" or pairs <= FIRST_PAIRS[self.device]:
+                    break
+                pairs //= 2
+                self._variant(OURS, pairs)
+
+    def _variant(self, name: str, pairs: int) -> Row:
+        def work() -> Row:
+            with VARIANTS[name](self.engine):
+                row = self.measure(self.runner(pairs, 0))
+                return row | ({"graph_breaks": graph_breaks()} if name in COMPILES else {})
+
+        label = {"kind": "variant", "variant": name, "pairs": pairs, "micro": 0}
+        return self.attempt(label, work, needs_s=COMPILE_S if name in COMPILES else 10.0)
+
+    def scaling(self) -> None:
+        """From FIRST_PAIRS to LAST_PAIRS by doubling, then the laws fitted to them."""
+        pairs, made = FIRST_PAIRS[self.device], []
+        while pairs <= LAST_PAIRS[self.device]:
+            made.append(self.step_of("scaling", pairs))
+            if not self.is_gpu:  # the cache is walked too
+                made.append(self.cached("scaling", pairs))
+            pairs *= 2
+        for law in step_law.laws(self.rows):
+            self.keep(law)
+
+    def run(self, sections: Iterable[str]) -> list[Row]:
+        wanted = set(sections)
+        light = [name for name in VARIANTS if name not in COMPILES]
+        steps: dict[str, Callable[[], None]] = {
+            "batches": self.batches,
+            "parts": self.parts,
+            "profile": self.profile,
+            "variants": lambda: self.variants(light),
+            "scaling": self.scaling,
+            "compiled": lambda: self.variants(COMPILES),
+        }
+        for name, step in steps.items():
+            if name in wanted:
+                step()
+        return self.rows
+
+
+COLUMNS = (
+    "kind variant pairs micro status step_ms pairs_per_s utilisation utilisation_with_padding "
+    "peak_gib padding_share graph_breaks"
+).split()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--minutes", type=float, default=8.5, help="rows that come later say so")
+    parser.add_argument("--report", action="store_true", help="write the pages' tables and stop")
+    parser.add_argument("--out", type=Path, help="file of the rows (benchmarks/results)")
+    arguments = parser.parse_args()
+    if arguments.report:
+        for page in step_report.write_pages():
+            print(f"written: {page}")
+        return
+    begin = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = harness.write_rows("step", [], arguments.out)
+    bench = Bench(device, deadline=begin + 60 * arguments.minutes, path=path)
+    print(json.dumps(bench.facts | {"matmul_peak_tflops": bench.peak_tflops}), flush=True)
+    rows = bench.run(arguments.only)
+    print(harness.table([row for row in rows if "status" in row], COLUMNS))
+    print(f"rows: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Writes the GPU tables of the pages, between their marks, from rows in benchmarks/results.
+
+docs/performance.md holds all of them; README.md and kernels/README.md one each, where they have
+the mark. A page without a GPU row says "not run".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, kernel_measures, step_measures
+from benchmarks.step_timing import PARTS
+
+Row = dict[str, Any]
+PICTURE = "performance_parts.svg"
+# Okabe and Ito's colours (2008), and two greys
+COLOURS = (
+    "#999999",
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#d55e00",
+    "#e69f00",
+    "#cc79a7",
+    "#cccccc",
+)
+
+
+def markdown(rows: list[Row]) -> str:
+    """Rows as a table; a cell that a row lacks is "-"."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row.get(c, "-")) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def origin(rows: list[Row]) -> str:
+    """Card, versions and commits of rows, or that there are none."""
+    if not rows:
+        return "Not run on a GPU yet."
+    facts = rows[-1]["environment"]
+    commits = sorted({str(row["environment"]["commit"]) for row in rows})
+    return (
+        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, "
+        f"triton {facts['triton']}, Python {facts['python']}, commit {', '.join(commits)}."
+    )
+
+
+def draw_parts(rows: list[Row], path: Path) -> None:
+    """A bar a batch, its parts in the order in which they run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams |= {"svg.hashsalt": "mlip", "font.size": 9}
+    shown = step_measures.with_parts(rows)
+    figure, axes = pyplot.subplots(figsize=(8.0, 1.4 + 0.5 * len(shown)))
+    names = [f"{row['pairs']:,} pairs" for row in shown]
+    starts = [0.0] * len(shown)
+    for part, colour in zip(PARTS, COLOURS, strict=True):
+        widths = [max(0.0, row["parts_ms"][part]) / row["pairs"] for row in shown]
+        axes.barh(names, widths, left=starts, color=colour, label=part, height=0.6)
+        starts = [a + b for a, b in zip(starts, widths, strict=True)]
+    axes.set_xlabel("ms a pair")
+    axes.invert_yaxis()
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.35), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) -> dict[str, str]:
+    """Text by mark; the picture is drawn into `folder`, or left as it is where that is None."""
+    made = step_measures.of_newest_gpu(step_rows)
+    of_kernels = step_measures.of_newest_gpu(kernel_rows)
+    kernels = kernel_measures.measures(of_kernels)
+    whole = [*step_measures.measures(made), *kernels]
+    parts = markdown(step_measures.parts_table(made))
+    if step_measures.with_parts(made):
+        if folder is not None:
+            draw_parts(made, folder / PICTURE)
+        parts = f"![time of each part of a step, by batch]({PICTURE})\n\n{parts}"
+    laws = step_measures.law_lines(made)
+    law = "\n".join(f"- {line}" for line in laws) if laws else "Fitted law: not run."
+    return {
+        "gpu origin": origin(made),
+        "gpu summary": markdown(whole),
+        "gpu kernels": f"{markdown(kernels)}\n\n{origin(of_kernels)}",
+        "gpu batches": markdown(step_measures.batch_table(made)),
+        "gpu parts": parts,
+        "gpu variants": markdown(step_measures.variant_table(made)),
+        "gpu scaling": f"{markdown(step_measures.scaling_table(made))}\n\n{law}",
+        "gpu profile": markdown(step_measures.profile_table(made)),
+    }
+
+
+# page -> marks that it must have, marks that are filled where it has them
+PAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "docs/performance.md": (
+        (
+            "gpu origin",
+            "gpu batches",
+            "gpu parts",
+            "gpu variants",
+            "gpu scaling",
+            "gpu profile",
+        ),
+        (),
+    ),
+    "kernels/README.md": (("gpu kernels",), ()),
+    "README.md": ((), ("gpu summary",)),
+}
+
+
+def write_pages(
+    root: Path = harness.ROOT, results: Path = harness.RESULTS, *, check: bool = False
+) -> list[Path]:
+    """The pages that changed; with `check` nothing is written.
+
+    Raises:  ValueError where a page lacks a mark that it must have
+    """
+    folder = None if check else root / "docs"
+    text = tables(harness.read_rows("step", results), harness.read_rows("kernels", results), folder)
+    changed = []
+    for name, (needed, optional) in PAGES.items():
+        page = before = (root / name).read_text(encoding="utf-8")
+        for mark in (*needed, *optional):
+            if mark in needed or f"<!-- {mark}: begin -->" in page:
+                page = harness.replace_between(page, mark, text[mark])
+        if page != before:
+            changed.append(root / name)
+            if not check:
+                (root / name).write_text(page, encoding="utf-8")
+    return changed

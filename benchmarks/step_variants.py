@@ -1,0 +1,174 @@
+"""The same training step in other ways: each a context that changes a ready engine and undoes it.
+
+`NotAvailable` says why a way cannot be measured here; that is a row too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.providers import pooled_scores
+from mlip.encoders.attention import require_usable
+from mlip.kernels._dispatch import DISABLE_VARIABLE
+from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
+
+Change = Callable[[Any], contextlib.AbstractContextManager[None]]
+
+
+class NotAvailable(Exception):
+    """This way of computing the step does not exist on this machine, or at all."""
+
+
+@contextlib.contextmanager
+def as_it_is(engine: Any) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def torch_operators(engine: Any) -> Iterator[None]:
+    """Our operators in their own plain-torch form: tiled, at most 512 MiB beside the inputs."""
+    before = os.environ.get(DISABLE_VARIABLE)
+    os.environ[DISABLE_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[DISABLE_VARIABLE]
+        else:
+            os.environ[DISABLE_VARIABLE] = before
+
+
+def flat_scores(
+    model: Any,
+    patches: Tensor,
+    tokens: Tensor,
+    content_mask: Tensor,
+    attention: Tensor | None,
+    knowledge: Any,
+    *,
+    group: Any = None,
+) -> Tensor:
+    """model.local_scores by one flat product of all rows with all patches: what one writes first.
+
+    The rows are made as the operator's reference makes them, then rounded to the towers' type.
+    """
+    local, scales = model.config.loss.local_alignment, model.scales
+    rows, weight = prepare_rows(
+        tokens,
+        knowledge.entities,
+        model.token_weights(content_mask, attention),
+        knowledge.row_weights,
+        knowledge.mask,
+        scales.knowledge_scale,
+        scales.knowledge_gain,
+        local.knowledge_share,
+        torch.float32,
+    )
+    case = {"pooling": local.pooling, "alpha": scales.attention_scale}
+    with torch.autocast(patches.device.type, enabled=False):
+        return pooled_scores(patches, rows.to(patches.dtype), weight, case, wide=True)
+
+
+@contextlib.contextmanager
+def eager_operators(engine: Any) -> Iterator[None]:
+    """The local score by one flat product, everything else of ours in plain torch."""
+    model = engine.objective.model
+
+    def scores(*features: Any, **more: Any) -> Tensor:
+        return flat_scores(model, *features, **more)
+
+    model.local_scores = scores
+    try:
+        with torch_operators(engine):
+            yield
+    finally:
+        del model.local_scores
+
+
+def attention_by(impl: str) -> Change:
+    @contextlib.contextmanager
+    def change(engine: Any) -> Iterator[None]:
+        try:
+            require_usable(impl)
+        except ValueError as error:
+            kind = "not installed" if "not installed" in str(error) else "not available"
+            raise NotAvailable(f"{kind}: {str(error).partition(';')[0]}") from error
+        model = engine.objective.model
+        configs = [model.text.backbone.config, model.vision.tower.backbone.config]
+        before = [config._attn_implementation for config in configs]
+        for config in configs:
+            config._attn_implementation = f"mlip_{impl}"
+        try:
+            yield
+        finally:
+            for config, name in zip(configs, before, strict=True):
+                config._attn_implementation = name
+
+    return change
+
+
+def towers(model: Any) -> list[torch.nn.Module]:
+    """What is compiled: fixed shapes, no choice made on values."""
+    heads = [model.image_head, model.patch_head, model.report_head, model.token_head]
+    return [model.vision, model.text, *heads]
+
+
+def compiled(mode: str | None = None) -> Change:
+    """torch.compile of both towers and their heads; "reduce-overhead" replays CUDA graphs."""
+
+    @contextlib.contextmanager
+    def change(engine: Any) -> Iterator[None]:
+        if mode == "reduce-overhead" and engine.device.type != "cuda":
+            raise NotAvailable("not available: CUDA graphs need a GPU")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        modules = towers(engine.objective.model)
+        for module in modules:
+            module.compile(mode=mode, dynamic=False)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module._compiled_call_impl = None
+            torch._dynamo.reset()
+
+    return change
+
+
+def graph_breaks() -> int:
+    """Places at which torch.compile has left a graph since it was last reset."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def unavailable(reason: str) -> Change:
+    @contextlib.contextmanager
+    def change(engine: Any) -> Iterator[None]:
+        raise NotAvailable(f"not available: {reason}")
+        yield
+
+    return change
+
+
+OURS = "ours"
+VARIANTS: dict[str, Change] = {
+    OURS: as_it_is,
+    "operators in torch, tiled": torch_operators,
+    "operators in torch, one flat product": eager_operators,
+    "attention=eager": attention_by("eager"),
+    "attention=xformers": attention_by("xformers"),
+    "attention, variable length": unavailable(
+        "model.attention has no packed form; padding is masked, not left out"
+    ),
+    "towers compiled": compiled(),
+    "towers compiled, CUDA graphs": compiled("reduce-overhead"),
+    "whole step as one CUDA graph": unavailable(
+        "the host reads the gradient norm to skip a step that is not finite"
+    ),
+}
+COMPILES = ("towers compiled", "towers compiled, CUDA graphs")
