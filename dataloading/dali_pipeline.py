@@ -170,7 +170,7 @@ class DaliPipeline:
         """
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        device = torch.device("cuda", self.device_id)
+        device = torch.device(f"cuda:{self.device_id}")
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         size = self.transform.crop_px

@@ -17,9 +17,13 @@ import torch
 import torch.nn as nn
 
 import train
+from mlip.config import load
+from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.torch_pipeline import TorchPipeline
+from mlip.transfer.protocol import transfer_run
 from tests.small_run import small_run
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.transfer import test_learning
 from tests.virtual_gpu import GPU, virtual_gpu
 
 EVERYTHING = (
@@ -106,7 +110,9 @@ def test_a_run_and_its_evaluation_are_the_cpus(
 ) -> None:
     """Images come as DALI leaves them, on the GPU."""
     fewer = ("evaluate.bootstrap=10", "run.deterministic=true")
-    assert train.main(_overrides(tmp_path / "cpu", *fewer)) == 0
+    with monkeypatch.context() as only_training:
+        only_training.setattr(train, "evaluate", lambda config, corpus: None)
+        assert train.main(_overrides(tmp_path / "cpu", *fewer)) == 0
     with virtual_gpu() as gpu:
         load = TorchPipeline.load
 
@@ -119,13 +125,37 @@ def test_a_run_and_its_evaluation_are_the_cpus(
         assert train.main(_overrides(tmp_path / "gpu", *fewer)) == 0
     for a, b in zip(_losses(tmp_path / "gpu"), _losses(tmp_path / "cpu"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
-    results = [json.loads((tmp_path / k / "results.json").read_text()) for k in ("cpu", "gpu")]
-    assert results[0].keys() == results[1].keys()
+    assert json.loads((tmp_path / "gpu" / "results.json").read_text())["run"]["step"] == 2
+    assert (tmp_path / "gpu" / "report.html").is_file()
     # a step reads its gradient norm, to know whether it counts; all else travels meanwhile
     lines = Counter(wait for wait in gpu.waits if wait.startswith(("mlip/training/step", "mlip/l",
                     "mlip/enc", "mlip/obj", "mlip/model", "mlip/div", "mlip/training/engine",
                     "mlip/batch", "kernels")) and ":state" not in wait)  # fmt: skip
     assert lines == {"mlip/training/step.py:_update (aten::_local_scalar_dense)": 2}
+
+
+TASKS = {
+    "segmentation": ("transfer.task=segmentation", "transfer.columns.mask=mask"),
+    "boxes": ("transfer.task=detection", "transfer.columns.boxes=boxes"),
+    "objects": (
+        *("transfer.task=detection", "transfer.columns.boxes=boxes"),
+        *("transfer.box_loss=objects", "transfer.augment=false"),
+    ),
+    "labels": ("transfer.task=classification", "transfer.classes={thing: zero}"),
+    "probe": (
+        *("transfer.task=classification", "transfer.classes={thing: zero}"),
+        "transfer.encoder=frozen",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_trained_task_of_the_transfer_runs_on_it(task: str) -> None:
+    settings = [*test_learning.SETTINGS, f"data.manifest={test_learning._manifest()}"]
+    config = load([], [*settings, *TASKS[task], "transfer.epochs=1", "evaluate.bootstrap=2"])
+    with virtual_gpu():
+        results = transfer_run(config, load_manifest(config.data), None, device="cuda")
+    assert results["fractions"][0]["scores"] and results["run"]["device"] == "cuda"
 
 
 def test_a_gpu_goes_on_from_the_checkpoint_of_a_cpu_with_every_setting_on(
