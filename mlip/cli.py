@@ -80,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     ground.add_argument("phrase", help='for example "left pleural effusion"')
     ground.add_argument("--checkpoint", required=True, help="run folder, checkpoint or export")
     ground.add_argument("--out", default="map.png", help="PNG to write (map.png)")
+    ground.add_argument(
+        "--words", action="store_true", help="below it a map of each word and linked concept"
+    )
     ground.add_argument("--lexicon", help="concept table, where the checkpoint has none")
     ground.add_argument("--device", default=None)
     ground.set_defaults(run=run_ground)
@@ -279,12 +282,16 @@ def run_ground(options: argparse.Namespace) -> int:
     if out.is_dir() or out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
-    answer = ground_image(opened, Path(options.image), options.phrase, out)
+    answer = ground_image(
+        opened, Path(options.image), options.phrase, out, with_parts=options.words
+    )
     x, y = answer.point
     print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
     print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
     linked = ", ".join(f"{name} ({state})" for name, state in answer.mentions) or "none"
     print(f"linked knowledge: {linked}")
+    for part in answer.parts:
+        print(f"  {part.name:<32} best patch {part.heat.max():+.3f}, mean {part.heat.mean():+.3f}")
     print(f"{options.out}\nNot for clinical use.")
     return 0
 

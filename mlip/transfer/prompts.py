@@ -30,7 +30,15 @@ class TextBatch:
 
 
 def make_text_batch(texts: Sequence[str], encoder: ReportEncoder) -> TextBatch:
-    pieces = [encoder.compose(encoder.encode(text)) for text in texts]
+    """Tokens and linked knowledge of the texts.
+
+    Raises:  ValueError for a text longer than the model reads.
+    """
+    reports = [encoder.encode(text) for text in texts]
+    longest, room = max(len(report.ids) for report in reports), encoder.max_tokens - 2
+    if longest > room:
+        raise ValueError(f"a phrase has {longest} tokens, the model reads {room}: shorten it")
+    pieces = [encoder.compose(report) for report in reports]
     longest = max(len(p.ids) for p in pieces)
     most = max(1, max(len(p.entities) for p in pieces))
     token_ids = np.full((len(pieces), longest), encoder.tokenizer.pad_id, dtype=np.int64)
@@ -51,6 +59,18 @@ def make_text_batch(texts: Sequence[str], encoder: ReportEncoder) -> TextBatch:
     )
 
 
+def phrase_encoder(config: Config, tokenizer: Any, linker: Any, table: Any) -> ReportEncoder:
+    """The encoder of training for texts that are met once."""
+    return ReportEncoder(
+        tokenizer,
+        linker,
+        table,
+        max_tokens=config.data.max_tokens,
+        max_entities=config.data.max_entities,
+        max_cache_bytes=0,
+    )
+
+
 def encode_prompts(
     model: Any,
     texts: Sequence[str],
@@ -63,16 +83,10 @@ def encode_prompts(
 ) -> TextBank:
     """A TextBank of free texts; knowledge is linked from each text, negation included.
 
-    Raises:  ValueError naming a text that has no word the tokenizer can use.
+    Raises:  ValueError naming a text that has no word the tokenizer can use, or for one that is
+             longer than the model reads.
     """
-    encoder = ReportEncoder(
-        tokenizer,
-        linker,
-        table,
-        max_tokens=config.data.max_tokens,
-        max_entities=config.data.max_entities,
-        max_cache_bytes=0,
-    )
+    encoder = phrase_encoder(config, tokenizer, linker, table)
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]

@@ -15,7 +15,9 @@ import torch
 
 from mlip.cli import main
 from mlip.dataloading.dicom import write_radiograph
-from mlip.transfer import ground_image
+from mlip.pretrained import from_pretrained
+from mlip.transfer import ground_image, grounding
+from mlip.transfer.prompts import encode_prompts
 from tests.small_run import small_export, small_run
 
 RESIZE, CROP = 112, 96
@@ -96,3 +98,60 @@ def test_a_dicom_file_of_sixteen_bits_is_drawn_as_its_png(
     assert np.abs(found - wanted).mean() < 1.0
     assert found[:, :50].mean() == pytest.approx(wanted[:, :50].mean(), abs=1.0)
     assert b"SECRET" not in (tmp_path / "b.png").read_bytes()
+
+
+def test_each_word_and_each_linked_concept_has_a_map_of_its_own_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(60, 120, (112, 112)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "image.png"), pixels)
+    command = ["ground", str(tmp_path / "image.png"), "no pneumothorax, left pleural effusion"]
+    command += ["--checkpoint", str(small_export()), "--out"]
+    assert main([*command, str(tmp_path / "a.png")]) == 0
+    assert "  left" not in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "b.png"), "--words"]) == 0
+    named = [line.split("best")[0].strip() for line in capsys.readouterr().out.splitlines()[3:-2]]
+    assert named == [
+        *("no", "pneumothorax", ",", "left", "pleural", "effusion"),
+        *("pneumothorax (absent)", "pleural effusion (present)"),
+    ]
+    plain, taller = (cv2.imread(str(tmp_path / f"{name}.png")) for name in "ab")
+    np.testing.assert_array_equal(taller[: plain.shape[0]], plain)
+    panels = taller[plain.shape[0] :]
+    assert panels.shape[0] == 2 * (ground_image.CAPTION_PX + plain.shape[1] // 4 - 8)
+    assert np.ptp(panels.astype(int), axis=2).max() > 60  # coloured
+
+
+def test_a_phrase_is_the_weighted_sum_of_its_rows_and_parts_are_those_rows() -> None:
+    """Oracle: the phrase's own map, which pools the rows before it meets the patches."""
+    run = small_run()
+    opened = from_pretrained(small_export())
+    phrase = "there is a left pleural effusion."
+    bank = encode_prompts(
+        run.model,
+        [phrase],
+        config=run.config,
+        tokenizer=run.tokenizer,
+        linker=run.linker,
+        table=run.table,
+        device=torch.device("cpu"),
+    )
+    patches = torch.randn(1, 16, run.config.model.embed_dim)
+    rows = grounding.token_maps(run.model, patches, bank)
+    _, weights = grounding.text_rows(run.model, bank)
+    whole = grounding.phrase_maps(run.model, patches, bank)[0]
+    torch.testing.assert_close((weights[..., None] * rows).sum(dim=1), whole, rtol=1e-4, atol=1e-5)
+    parts = ground_image.phrase_parts(opened, phrase, patches)
+    assert parts[-1].name == "pleural effusion (present)"
+    last = bank.content_mask.shape[1]  # the first entity's row
+    np.testing.assert_allclose(parts[-1].heat, rows[0, last].numpy(), atol=1e-5)
+    assert np.abs(np.stack([p.heat for p in parts])).max() <= 1.0 + 1e-5
+
+
+def test_a_phrase_longer_than_the_model_reads_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2.imwrite(str(tmp_path / "image.png"), np.zeros((64, 64), np.uint8))
+    command = ["ground", str(tmp_path / "image.png"), "left pleural effusion " * 40]
+    assert main([*command, "--checkpoint", str(small_export())]) == 2
+    assert "the model reads 62: shorten it" in capsys.readouterr().err
