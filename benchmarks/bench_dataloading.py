@@ -3,13 +3,17 @@
 python benchmarks/bench_dataloading.py rate  [--rounds 5] [--batches 40] [--channels 3] [--write]
 python benchmarks/bench_dataloading.py start [--rows 1000000] [--write]
 
-`rate`: every contestant is a process of its own that works only while it is asked to; rounds go
-from one to the next in turn, so what else the machine does meets all alike. Rates are images a
-second (wall) and images a processor second, children included; ratios are medians over rounds.
+`rate`: every contestant (input_contestants.py) is a process of its own that works only while it is
+asked to; rounds go from one to the next in turn, so what else the machine does meets all alike.
+Rates are images a second (wall) and images a processor second, children included; ratios are
+medians over rounds.
 The DataLoader's side is the strongest plain one: grey, one channel, no report, 2 workers that keep
 running; ours makes the whole Batch. `full` is the same DataLoader on 2500 x 3000 px JPEG. Every
 process, DataLoader workers too, keeps freed memory as training does (mlip/training/allocator.py);
 only `dataloader_default` leaves the allocator as it comes, as most code does.
+Names that end in `_gpu` hand their batches over on the GPU: ours through DALI's `mixed` decoding
+(shards, and `dali_full_gpu` full-size JPEG), the others from page-locked memory; where there is no
+GPU their rows say so. Ratios compare with DALI on the same device.
 `start`: a process reads the manifest, builds the loader, plans its first step, and then trains the
 vocabulary, which happens once in a run's life.
 """
@@ -18,175 +22,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import psutil
 import torch
 from harness import environment, table, write_rows
-from numpy.typing import NDArray
+from input_contestants import BATCH, CONTESTANTS, SENTENCES, batches_of, loader_of, make_files
 
 from mlip import config
 from mlip.assembly import open_tokenizer
-from mlip.dataloading.loader import Loader, build_loader
-from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.reports import train_tokenizer
-from mlip.dataloading.shard_worker import ImageSettings, convert, encode
-from mlip.dataloading.shards import ShardWriter
 from mlip.training.allocator import keep_freed_memory
 
-IMAGES = 2048  # different 256-px images; all stay in the page cache, as shards on fast disks do
-FULL_IMAGES = 12  # different full-size files
-BATCH = 64
-FULL_BATCH = 4
-CONTESTANTS = ("dali", "torch", "dataloader", "dataloader_default", "dataloader_rgb", "full")
-SENTENCES = (
-    "There is a small left pleural effusion.",
-    "No pneumothorax is seen.",
-    "The heart size is normal.",
-    "The lungs are clear.",
-    "A left chest tube is in place.",
-)
-
-
-def radiograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint16]:
-    """Smooth shapes and detector noise: JPEG spends about as many bytes on it as on a chest."""
-    smooth = cv2.resize(rng.random((14, 14)), (width, height), interpolation=cv2.INTER_CUBIC)
-    noise = cv2.GaussianBlur(rng.normal(0, 1, smooth.shape), (0, 0), 0.8)
-    return ((smooth + 0.01 * noise).clip(0, 1) * 65535).astype(np.uint16)
-
-
-def make_files(folder: Path) -> dict[str, float]:
-    """One shard of prepared images, the same images as files, and full-size JPEG files."""
-    rng = np.random.default_rng(0)
-    settings = ImageSettings()
-    for name in ("shards", "files", "full"):
-        (folder / name).mkdir()
-    writer = ShardWriter(folder / "shards" / "train-00000.tar")
-    lines = ["image,report,patient_id,study_id,split"]
-    sizes = []
-    for i in range(IMAGES):
-        member = encode(convert(radiograph(rng, 256, 256), settings), settings)
-        (folder / "files" / f"{i}.jpg").write_bytes(member)
-        place = writer.add(f"{i}.jpg", member)
-        sizes.append(place.size)
-        report = " ".join(SENTENCES[j] for j in rng.choice(5, 3, replace=False)) + f" Film {i}."
-        reference = f"shards/train-00000.tar#{place.offset}+{place.size}"
-        lines.append(f"{reference},{report},p{i},s{i},train")
-    writer.finish()
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    full = []
-    for i in range(FULL_IMAGES):
-        image = (radiograph(rng, 2500, 3000) >> 8).astype(np.uint8)
-        path = folder / "full" / f"{i}.jpg"
-        cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-        full.append(path.stat().st_size)
-    return {"member_kb": statistics.mean(sizes) / 1e3, "full_mb": statistics.mean(full) / 1e6}
-
-
-class Files(torch.utils.data.Dataset[torch.Tensor]):
-    """What people write: read, letterbox, crop, contrast and brightness, normalise."""
-
-    def __init__(self, folder: Path, channels: int, side_px: int = 256) -> None:
-        self.paths = sorted(str(path) for path in folder.glob("*.jpg"))
-        self.channels, self.side_px = channels, side_px
-
-    def __len__(self) -> int:
-        return 1 << 24  # endless for our purpose: no epoch ends inside a measurement
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        image = cv2.imread(self.paths[index % len(self.paths)], cv2.IMREAD_GRAYSCALE)
-        if max(image.shape) > self.side_px:
-            scale = self.side_px / max(image.shape)
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        if image.shape != (self.side_px, self.side_px):
-            below, right = self.side_px - image.shape[0], self.side_px - image.shape[1]
-            image = cv2.copyMakeBorder(
-                image, below // 2, below - below // 2, right // 2, right - right // 2, 0
-            )
-        top, left = np.random.randint(0, self.side_px - 224 + 1, 2)
-        bright, contrast = 1.0 + 0.1 * (2.0 * np.random.rand(2) - 1.0)
-        crop = image[top : top + 224, left : left + 224].astype(np.float32)
-        crop *= np.float32(bright * contrast / 0.25 / 255.0)
-        crop += np.float32((bright * 0.5 * (1.0 - contrast) - 0.5) / 0.25)
-        return torch.from_numpy(crop)[None].expand(self.channels, -1, -1)
-
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(0)
-
-
-def dataloader(folder: Path, channels: int, workers: int, batch_size: int = BATCH) -> Iterator[int]:
-    """Sizes of the batches of a torch DataLoader as its documentation recommends it."""
-    batches = torch.utils.data.DataLoader(
-        Files(folder, channels),
-        batch_size=batch_size,
-        shuffle=False,
-        num_workers=workers,
-        worker_init_fn=_one_thread,
-        persistent_workers=True,
-    )
-    for batch in batches:
-        yield len(batch)
-
-
-def ours(folder: Path, kind: str, channels: int, workers: int) -> Iterator[int]:
-    """Sizes of our loader's batches: images, tokens and all."""
-    loader = loader_of(folder / "manifest.csv", kind, channels, workers)
-    for batch in loader:
-        yield len(batch)
-
-
-class NoLinks:
-    """Linking happens once a report and is cached: a rate does not see it."""
-
-    index: dict[str, int] = {}
-
-    def link(self, text: str) -> list[Any]:
-        return []
-
-
-def loader_of(manifest_path: Path, kind: str, channels: int, workers: int) -> Loader:
-    settings = config.load(
-        [],
-        [
-            f"data.manifest={manifest_path}",
-            f"data.pipeline={kind}",
-            f"data.channels={channels}",
-            f"data.workers={workers}",
-            f"batch.global_pairs={BATCH}",
-        ],
-    )
-    manifest = load_manifest(settings.data)
-    vocabulary = Path(tempfile.mkdtemp(dir=manifest_path.parent)) / "tokenizer"
-    tokenizer = train_tokenizer([" ".join(SENTENCES)] * 5, 200, vocabulary)
-    nothing = NoLinks()
-    return build_loader(
-        settings,
-        manifest,
-        split="train",
-        train=True,
-        tokenizer=tokenizer,
-        linker=nothing,
-        table=nothing,
-    )
-
-
-def contestant(name: str, folder: Path, channels: int, workers: int) -> Iterator[int]:
-    if name in ("dali", "torch"):
-        return ours(folder, name, channels, workers)
-    if name == "full":
-        return dataloader(folder / "full", 1, workers, FULL_BATCH)
-    return dataloader(folder / "files", 3 if name == "dataloader_rgb" else 1, workers)
+AHEAD = 6  # batches made ahead between two rounds are not of this round
 
 
 def cpu_seconds() -> float:
@@ -209,18 +66,23 @@ def serve(name: str, folder: Path, channels: int, workers: int) -> None:
     torch.set_num_threads(1)
     if name != "dataloader_default":
         keep_freed_memory()  # a DataLoader's workers are forked: they keep theirs too
-    batches = contestant(name, folder, channels, workers)
-    # what was made ahead between two rounds is not of this round
-    ahead = 6
+    batches = batches_of(name, folder, channels, workers)
     next(batches)
     print("ready", flush=True)
     for line in sys.stdin:
-        for _ in range(ahead):
+        for _ in range(AHEAD):
             next(batches)
+        synchronise()
         spent, start = cpu_seconds(), time.perf_counter()
         images = sum(next(batches) for _ in range(int(line)))
+        synchronise()  # the last copies count
         seconds = time.perf_counter() - start
         print(json.dumps([seconds, cpu_seconds() - spent, images]), flush=True)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Child:
@@ -229,8 +91,15 @@ class Child:
     def __init__(self, name: str, folder: Path, arguments: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "serve", "--name", name, "--folder", str(folder)]
         command += ["--channels", str(arguments.channels), "--workers", str(arguments.workers)]
+        # what is of the CPU sees no GPU: DALI would decode there
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if CONTESTANTS[name].device == "cpu" else {}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=os.environ | hidden,
         )
         self._line()
 
@@ -258,37 +127,63 @@ class Child:
         self.process.wait()
 
 
+def obstacle(name: str) -> str | None:
+    """Why a contestant cannot take part on this machine, or None."""
+    if CONTESTANTS[name].device == "cuda" and not torch.cuda.is_available():
+        return "not run: no NVIDIA GPU here"
+    return None
+
+
 def rate(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    asked = arguments.only or list(CONTESTANTS)
+    running = [one for one in CONTESTANTS if one in asked and obstacle(one) is None]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = make_files(folder)
-        children = {one: Child(one, folder, arguments) for one in CONTESTANTS}
-        rounds: dict[str, list[tuple[float, float]]] = {one: [] for one in CONTESTANTS}
+        children = {one: Child(one, folder, arguments) for one in running}
+        rounds: dict[str, list[tuple[float, float]]] = {one: [] for one in running}
         for _ in range(arguments.rounds):
             for one, child in children.items():
-                batches = max(1, arguments.batches // 4) if one == "full" else arguments.batches
+                is_full = CONTESTANTS[one].is_full
+                batches = max(1, arguments.batches // 4) if is_full else arguments.batches
                 seconds, cpu, images = child.ask(batches)
                 rounds[one].append((images / seconds, images / cpu))
         memory = {one: child.peak_mib() for one, child in children.items()}
         for child in children.values():
             child.close()
-    facts = environment("cpu") | sizes
-    facts |= {"workers": arguments.workers, "channels": arguments.channels, "batch": BATCH}
+    facts = {"workers": arguments.workers, "channels": arguments.channels, "batch": BATCH} | sizes
     rows = []
     for one in CONTESTANTS:
-        row: dict[str, Any] = {"name": one, "rss_mib": round(memory[one])}
-        for place, kind in enumerate(("wall", "cpu")):
-            rates = [entry[place] for entry in rounds[one]]
-            row[f"images_per_{kind}_s"] = round(statistics.median(rates))
-            row[f"best_per_{kind}_s"] = round(max(rates))
-            ratios = [a[place] / b[place] for a, b in zip(rounds["dali"], rounds[one], strict=True)]
+        if one not in asked:
+            continue
+        device = CONTESTANTS[one].device
+        row: dict[str, Any] = {"name": one, "device": device}
+        if one in rounds:
+            base = rounds.get("dali" if device == "cpu" else "dali_gpu")
+            row |= rates_of(rounds[one], base) | {"rss_mib": round(memory[one])}
+            rows.append(row | environment(device) | facts)
+        else:
+            rows.append(row | {"status": obstacle(one)} | environment("cpu") | facts)
+    columns = ["name", "device", "images_per_wall_s", "best_per_wall_s", "images_per_cpu_s"]
+    columns += ["best_per_cpu_s", "dali_is_x_wall", "dali_is_x_cpu", "rss_mib", "status"]
+    print(table(rows, [*columns, "rounds_cpu"]))
+    return rows
+
+
+def rates_of(
+    rounds: list[tuple[float, float]], base: list[tuple[float, float]] | None
+) -> dict[str, Any]:
+    """Median and best rates, and how many times `base` (DALI on the same device) is as fast."""
+    row: dict[str, Any] = {}
+    for place, kind in enumerate(("wall", "cpu")):
+        rates = [entry[place] for entry in rounds]
+        row[f"images_per_{kind}_s"] = round(statistics.median(rates))
+        row[f"best_per_{kind}_s"] = round(max(rates))
+        if base is not None:
+            ratios = [a[place] / b[place] for a, b in zip(base, rounds, strict=True)]
             row[f"dali_is_x_{kind}"] = round(statistics.median(ratios), 2)
             row[f"rounds_{kind}"] = " ".join(f"{ratio:.2f}" for ratio in ratios)
-        rows.append(row | facts)
-    columns = ["name", "images_per_wall_s", "best_per_wall_s", "images_per_cpu_s"]
-    columns += ["best_per_cpu_s", "dali_is_x_wall", "dali_is_x_cpu", "rss_mib", "rounds_cpu"]
-    print(table(rows, columns))
-    return rows
+    return row
 
 
 def write_million(path: Path, rows: int) -> None:
@@ -346,6 +241,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of our batches")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, help="of the contestants")
     parser.add_argument("--write", action="store_true", help="keep the rows below results/")
     parser.add_argument("--name", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
