@@ -65,7 +65,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             if name == "train" and patient in patients_5x200 and not listed:
                 excluded["other_image_of_5x200_patient"] += 1
                 continue
-            positive, uncertain, negative = label_states(row, _OTHER)
+            positive, uncertain, negative = label_states(row, _OTHER, base / f"{name}.csv")
             official_test = name == "valid" or listed
             rows.append(
                 Row(

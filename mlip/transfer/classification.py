@@ -2,7 +2,7 @@
 
 Source:  MGCA's ssl_finetuner and CheXpert's uncertain-label policies (protocols.md D.2): features
 before the projection head, one linear layer, sigmoids (or a softmax where classes exclude each
-other), AdamW, early stopping on val. Ours: draws by patient, at least two seeds with intervals,
+other), AdamW, early stopping on val. Ours: draws by patient, several seeds with intervals,
 thresholds from val, calibration.
 """
 

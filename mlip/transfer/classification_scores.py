@@ -119,10 +119,10 @@ def exclusive_scores(
                 else (value, weighted_auroc(probability[:, k], truth == k, weights), n)
             )
     first = softmax(predictions[0]["test"].astype(np.float64))
-    table = []
+    table: list[dict[str, Any]] = []
     for k, name in enumerate(classes):
         is_true = truth == k
-        row = {
+        row: dict[str, Any] = {
             "class": name,
             "n": n,
             "positives": int(is_true.sum()),

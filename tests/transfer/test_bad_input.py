@@ -21,6 +21,7 @@ import torch
 
 from mlip.cli import main
 from mlip.pretrained import save_pretrained
+from tests import raw_layouts
 from tests.small_run import small_export, small_run
 
 ROWS, HEIGHT, WIDTH = 30, 40, 60
@@ -360,3 +361,19 @@ def test_a_place_that_cannot_be_written_to_is_found_out_before_the_work(
         assert "expected the name of a PNG file" in capsys.readouterr().err
     assert main(["evaluate", *settings, "--device", "tpu"]) == 2
     assert "expected cpu, cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["2.0", "nan", "yes"])
+def test_a_label_outside_the_range_ends_prepare_with_file_and_label(
+    value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw_layouts.make_chexpert(tmp_path)
+    table = tmp_path / "CheXpert-v1.0" / "train.csv"
+    lines = table.read_text().splitlines()
+    lines[4] = ",".join([*lines[4].split(",")[:-1], value])
+    table.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    code = main(["prepare", "chexpert", "--root", str(tmp_path), "--out", str(out)])
+    said = capsys.readouterr().err
+    assert code == 3 and "train.csv: label Support Devices: expected 1 (present)" in said
+    assert not (out / "manifest.parquet").exists()
