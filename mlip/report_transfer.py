@@ -74,6 +74,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         ],
         "splits": results["data"]["splits"],
         "unreadable": results["data"]["unreadable"],
+        "unused": {k: n for k, n in results["data"].get("unused", {}).items() if n},
         "settings": [(key, _shown(value)) for key, value in _flat(results["config"]["transfer"])],
         "provenance": _provenance(results),
     }

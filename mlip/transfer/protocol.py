@@ -68,7 +68,7 @@ def transfer_run(
         annotations = Annotations(config, manifest)
         device = torch.device(device)
         task = TASKS[transfer.task](config, manifest, annotations, images, device)
-        splits = _splits(config, manifest, task, images)
+        splits, unused = _splits(config, manifest, task, images)
         fractions, used = [], {}
         test = HeldOut(splits.test)
         pictures: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ def transfer_run(
             "start": transfer.start,
             "classes": list(getattr(task, "classes", [])),
         },
-        "data": _account(manifest, task, splits),
+        "data": {**_account(manifest, task, splits), "unused": unused},
         "fractions": fractions,
         "fingerprints": {
             "weights": [used[seed] for seed in transfer.seeds]
@@ -137,14 +137,20 @@ def transfer_run(
     }
 
 
-def _splits(config: Config, manifest: Manifest, task: Any, images: Images) -> Splits:
+def _splits(
+    config: Config, manifest: Manifest, task: Any, images: Images
+) -> tuple[Splits, dict[str, int]]:
+    """(the rows of each split, how many rows of the manifest's splits are none for the task)"""
     usable: dict[str, Array] = {}
     bad: dict[str, int] = {}
+    unused: dict[str, int] = {}
     for split in SPLITS:
-        usable[split], reasons = images.usable(task.rows(split))
+        rows = task.rows(split)
+        unused[split] = len(manifest.rows(split, with_report=False)) - len(rows)
+        usable[split], reasons = images.usable(rows)
         for reason, count in reasons.items():
             bad[reason] = bad.get(reason, 0) + count
-    return divide(manifest, config.transfer.val_share, usable, bad)
+    return divide(manifest, config.transfer.val_share, usable, bad), unused
 
 
 def _training_rows(

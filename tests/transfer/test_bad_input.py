@@ -291,6 +291,19 @@ def test_scores_of_one_patient_have_no_interval_and_nothing_private_is_written(
     require_silence(tmp_path, said.out + said.err)
 
 
+def test_rows_that_say_two_things_at_once_are_left_out_and_counted(tmp_path: Path) -> None:
+    both = {"labels": lambda i: "Edema|Mass" if i < 5 else ("Edema", "Mass", "")[i % 3]}
+    exclusive = ["transfer.classes={Edema: zero, Mass: zero}", "transfer.exclusive=true"]
+    assert evaluate(tmp_path, [*write(tmp_path, **both), *LABELS, *exclusive]) == 0
+    data = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
+    blank = [SPLITS[i % 5] for i in range(5, ROWS) if i % 3 == 2]
+    wanted = {s: SPLITS.count(s) + blank.count(s) for s in ("train", "val", "test")}
+    assert data["unused"] == wanted
+    kept = {split: entry["images"] for split, entry in data["splits"].items()}
+    assert {s: kept[s] + wanted[s] for s in kept} == {"train": 12, "val": 6, "test": 12}
+    assert "has no truth for" in (tmp_path / "out" / "report.html").read_text()
+
+
 @cache
 def _broken() -> Path:
     """An export whose image tower holds NaN."""
