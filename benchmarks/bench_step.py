@@ -183,8 +183,8 @@ class Bench:
     def _let_go(self) -> None:
         """What a step that ended early still holds."""
         self.engine.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def plain(self, kind: str, pairs: int) -> Row:

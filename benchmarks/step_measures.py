@@ -47,9 +47,15 @@ def find(rows: list[Row], kinds: tuple[str, ...], **where: Any) -> Row | None:
 
 
 def cell(row: Row | None, show: Callable[[Row], str]) -> str:
+    """A figure of the row, or why it has none."""
     if row is None:
         return NOT_RUN
     return show(row) if row["status"] == "ok" else str(row["status"])
+
+
+def _more(row: Row | None, show: Callable[[Row], str]) -> str:
+    """A further figure of a row: why there is none is said once a line."""
+    return "-" if row is not None and row["status"] != "ok" else cell(row, show)
 
 
 def _percent(value: float | None) -> str:
@@ -73,16 +79,16 @@ def batch_table(rows: list[Row]) -> list[Row]:
                     "pairs": f"{pairs:,}",
                     "micro-batch": "-" if row is None else (row["micro"] or "none"),
                     "pairs/s": cell(row, lambda r: f"{r['pairs_per_s']:,.0f}"),
-                    "step, ms": cell(row, lambda r: f"{r['step_ms']:.1f}"),
-                    "utilisation": cell(row, lambda r: _percent(r.get("utilisation"))),
-                    "with padding": cell(
+                    "step, ms": _more(row, lambda r: f"{r['step_ms']:.1f}"),
+                    "utilisation": _more(row, lambda r: _percent(r.get("utilisation"))),
+                    "with padding": _more(
                         row, lambda r: _percent(r.get("utilisation_with_padding"))
                     ),
-                    "of the nominal rate": cell(
+                    "of the nominal rate": _more(
                         row, lambda r: _percent(r.get("utilisation_of_nominal"))
                     ),
-                    "peak memory, GiB": cell(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
-                    "padding": cell(row, lambda r: _percent(r["padding_share"])),
+                    "peak memory, GiB": _more(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
+                    "padding": _more(row, lambda r: _percent(r["padding_share"])),
                 }
             )
     return table
@@ -117,14 +123,14 @@ def variant_table(rows: list[Row]) -> list[Row]:
                 "way": name,
                 "pairs": "-" if row is None else row["pairs"],
                 "step, ms": cell(row, lambda r: f"{r['step_ms']:.1f}"),
-                "times ours": cell(
+                "times ours": _more(
                     row,
                     lambda r, o=ours, known=is_known: (
                         f"{r['step_ms'] / o['step_ms']:.2f}" if known else NOT_RUN
                     ),
                 ),
-                "peak memory, GiB": cell(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
-                "graph breaks": cell(row, lambda r: str(r.get("graph_breaks", "-"))),
+                "peak memory, GiB": _more(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
+                "graph breaks": _more(row, lambda r: str(r.get("graph_breaks", "-"))),
             }
         )
     return table
@@ -140,8 +146,8 @@ def scaling_table(rows: list[Row]) -> list[Row]:
             "pairs": f"{row['pairs']:,}",
             "micro-batch": row["micro"] or "none",
             "time a pair, ms": cell(row, lambda r: f"{r['step_ms'] / r['pairs']:.3f}"),
-            "pairs/s": cell(row, lambda r: f"{r['pairs_per_s']:,.0f}"),
-            "peak memory, GiB": cell(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
+            "pairs/s": _more(row, lambda r: f"{r['pairs_per_s']:,.0f}"),
+            "peak memory, GiB": _more(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
         }
         for row in made
     ] or [{"pairs": "64 to 8,192", "micro-batch": "-", "time a pair, ms": NOT_RUN}]
@@ -184,7 +190,7 @@ def _largest(rows: list[Row]) -> str:
 def _gain(rows: list[Row], name: str) -> str:
     line = next(line for line in variant_table(rows) if line["way"] == name)
     value = str(line["times ours"])
-    return f"{value}x" if value[0].isdigit() else value
+    return f"{value}x" if value[0].isdigit() else str(line["step, ms"])
 
 
 MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_check
+
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +54,20 @@ def test_it_starts_with_nothing_else_installed_and_names_the_missing_gpu() -> No
     )
     assert run.returncode == 2, run.stderr[-3000:]
     assert "gpu-check needs an NVIDIA GPU" in run.stderr and "make test" in run.stderr
+
+
+@pytest.mark.parametrize("name", gpu_check.PARTS)
+def test_every_part_has_gpu_tests_and_ends_within_nine_minutes(name: str) -> None:
+    part = gpu_check.PARTS[name]
+    tests = ROOT / part.tests
+    files = sorted(tests.glob("test_*.py")) if tests.is_dir() else [tests]
+    assert any("mark.gpu" in file.read_text(encoding="utf-8") for file in files)
+    assert part.benchmark is None or (ROOT / "benchmarks" / part.benchmark).is_file()
+    assert part.tests_s <= gpu_check.TOTAL_S - gpu_check.RESERVE_S
+    # as `make gpu-check` has always asked for
+    assert part.needs[:4] == ("torch", "triton", "numpy", "pytest")
+    assert (part.needs == gpu_check.BASE) == (name == "kernels")
+
+
+def test_a_package_inside_a_missing_one_is_missing() -> None:
+    assert gpu_check.is_there("json.decoder") and not gpu_check.is_there("no_such.inner")
