@@ -2,7 +2,7 @@
 
 Run by `make gpu-check`. One rank, so the plain engine and DeepSpeed compute the same step but for
 the order of sums: ZeRO keeps convolution weights in another memory layout, and sums the gradient
-norm in flat parts. Runs are small (64 phantom studies) and take about 20 s each, most of it imports.
+norm in flat parts. Runs are small (64 phantom studies), about 20 s each, most of it imports.
 """
 
 from __future__ import annotations
@@ -157,14 +157,15 @@ def test_the_plain_engine_repeats_to_the_bit(tmp_path: Path, pipeline: str) -> N
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 def test_deepspeed_and_the_plain_engine_agree() -> None:
-    """In float32 without TF32. The first step differs by the order of sums; what AdamW makes of it
-    grows from step to step: on a CPU, at ten times this learning rate, to 4e-4 of the loss and 3 %
-    of the gradient norm in eight steps.
+    """In float32 without TF32; bounds are a hundredfold of what a CPU showed, rounded.
+
+    There the first step's loss and gradient norm were 6e-8 and 1e-6 apart, those of ten steps
+    4e-7 and 4e-5 at most: what AdamW makes of a difference grows (at train.lr=0.01 to 4e-4 and 3 %).
     """
     zero, plain = (_steps(_whole(*engine, *SHORT)) for engine in (ZERO_2, PLAIN))
     assert _meta(_whole(*ZERO_2, *SHORT))["engine"] == "deepspeed"
     for step in plain:
-        loss, norm = (1e-5, 1e-4) if step == 1 else (1e-3, 3e-2)
+        loss, norm = (1e-5, 1e-4) if step == 1 else (1e-4, 1e-2)
         assert zero[step][0] == pytest.approx(plain[step][0], rel=loss), step
         assert zero[step][1] == pytest.approx(plain[step][1], rel=norm), step
 
