@@ -160,7 +160,7 @@ def test_deepspeed_and_the_plain_engine_agree() -> None:
     """In float32 without TF32; bounds are a hundredfold of what a CPU showed, rounded.
 
     There the first step's loss and gradient norm were 6e-8 and 1e-6 apart, those of ten steps
-    4e-7 and 4e-5 at most: what AdamW makes of a difference grows (at train.lr=0.01 to 4e-4 and 3 %).
+    4e-7 and 4e-5 at most. What AdamW makes of a difference grows: 4e-4 and 3 % at train.lr=0.01.
     """
     zero, plain = (_steps(_whole(*engine, *SHORT)) for engine in (ZERO_2, PLAIN))
     assert _meta(_whole(*ZERO_2, *SHORT))["engine"] == "deepspeed"
