@@ -17,10 +17,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_step, harness, step_flops, step_law, step_measures, step_report
+from benchmarks import (
+    bench_step,
+    harness,
+    providers,
+    step_flops,
+    step_law,
+    step_measures,
+    step_report,
+)
 from benchmarks.bench_step import Bench
 from benchmarks.step_batch import FILL, made_batch, padding_share, report_lengths
-from benchmarks.step_timing import PARTS
+from benchmarks.step_timing import PARTS, Runner
 from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores, towers
 from mlip.batch import Batch
 from mlip.config import load
@@ -28,6 +36,7 @@ from mlip.dataloading.loader import build_loader
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from tests.small_run import small_run
+from tests.virtual_gpu import virtual_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = "deepspeed pydicom nvidia xformers imagecodecs ahocorasick pycocotools".split()
@@ -56,14 +65,14 @@ runpy.run_path("benchmarks/bench_step.py", run_name="__main__")
 '''
 
 
-def _bench(path: Path | None = None) -> Bench:
-    return Bench("cpu", deadline=time.monotonic() + 3600, path=path)
+def _bench_on(device: str = "cpu") -> Bench:
+    return Bench(device, deadline=time.monotonic() + 3600)
 
 
 @cache
 def _shared() -> Bench:
     """One engine for the tests that measure; nobody may read its rows."""
-    return _bench()
+    return _bench_on()
 
 
 @cache
@@ -135,7 +144,7 @@ def test_reports_fill_half_of_the_tokens() -> None:
 
 def _objective_of(attention: str = "eager") -> tuple[Any, Batch]:
     """The tiny model in float32, with products that the counter sees, and a batch."""
-    bench = _bench()
+    bench = _bench_on()
     objective = bench.engine.objective.float()
     fp32 = dataclasses.replace(
         bench.config, train=dataclasses.replace(bench.config.train, precision="fp32")
@@ -259,7 +268,7 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 
 
 def test_towers_and_heads_compile_without_a_graph_break() -> None:
-    bench = _bench()
+    bench = _bench_on()
     runner = bench.runner(4, 0)
     modules = towers(bench.engine.objective.model)
     for module in modules:
@@ -448,6 +457,51 @@ def test_the_pages_are_those_of_the_rows_at_hand() -> None:
 def test_a_page_that_lost_its_mark_is_an_error() -> None:
     with pytest.raises(ValueError, match="gpu parts: begin"):
         harness.replace_between("no mark", "gpu parts", "text")
+
+
+class _Event:
+    """torch.cuda.Event on the processor's clock."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.process_time()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "SETTINGS", bench_step.SETTINGS + bench_step.TINY)
+    monkeypatch.setattr(bench_step, "BERT_VOCABULARY", bench_step.TINY_VOCABULARY)
+    monkeypatch.setitem(bench_step.BATCHES, "cuda", (4,))
+    monkeypatch.setitem(bench_step.FIRST_PAIRS, "cuda", 4)
+    monkeypatch.setitem(bench_step.LAST_PAIRS, "cuda", 4)
+    monkeypatch.setitem(bench_step.VARIANT_PAIRS, "cuda", 4)
+    monkeypatch.setattr(harness, "matmul_peak_tflops", lambda device: 700.0)
+    once = Runner.times_ms
+    monkeypatch.setattr(
+        Runner, "times_ms", lambda self, **_: once(self, warmup=0, least=1, budget_s=0.0)
+    )
+    # a product of bf16 rows with a float32 result is a GPU's alone
+    monkeypatch.setattr(providers._WideProduct, "apply", lambda a, b: a.float() @ b.float().T)
+    with virtual_gpu(), monkeypatch.context() as card:
+        card.setattr(torch.cuda, "Event", _Event)
+        for name in ("reset_peak_memory_stats", "empty_cache"):
+            card.setattr(torch.cuda, name, lambda: None)
+        bench = _bench_on("cuda")
+        bench.run(["batches", "parts", "variants"])
+        bench.cached("scaling", 4)
+    states = {(row["kind"], row["variant"], row["micro"]): row["status"] for row in bench.rows}
+    kinds = ("not installed: ", "not available: ")
+    assert [s for s in states.values() if s != "ok" and not s.startswith(kinds)] == []
+    assert states["scaling", "ours", 2] == states["parts", "ours", 0] == "ok"
+    row = bench.rows[0]
+    assert row["utilisation_with_padding"] > row["utilisation"] > 0 and "peak_gib" in row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the whole benchmark")
