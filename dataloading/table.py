@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -43,12 +43,14 @@ def read_table(
     path: Path,
     wanted: Mapping[str, str],
     take: Mapping[str, Sink] | None = None,
+    numbers: Collection[str] = (),
 ) -> tuple[dict[str, pa.ChunkedArray], str]:
     """Field -> text column for the wanted columns (field -> column name), and the SHA-256.
 
     Columns stay in the pieces they were read in: a copy of all texts would be half the memory.
     `take` (field -> sink) gets a field's pieces in row order as they are read, in place of a
-    column of the result: at no time are all of them in memory.
+    column of the result: at no time are all of them in memory. Fields in `numbers` may hold numbers
+    with a point and truth values too: "1", "0.5", "true".
 
     Raises:  ManifestError: unreadable, another format, ragged rows, missing or doubled columns.
     """
@@ -68,9 +70,9 @@ def read_table(
     try:
         with open(path, "rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-        columns = _small_blocks(path, wanted, take or {}) if reader is _read_csv else None
+        columns = _small_blocks(path, wanted, take or {}, numbers) if reader is _read_csv else None
         if columns is None:
-            columns = _collect(reader(path, wanted), path, wanted, take or {})
+            columns = _collect(reader(path, wanted), path, wanted, take or {}, numbers)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except pa.ArrowException:
@@ -84,14 +86,14 @@ def read_table(
 
 
 def _small_blocks(
-    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink]
+    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], numbers: Collection[str]
 ) -> dict[str, pa.ChunkedArray] | None:
     """A CSV's columns, None where it has to be read in large blocks: a row longer than a small one.
 
     Arrow reads 32 blocks ahead of a slow taker, which are 512 MiB of large ones.
     """
     try:
-        return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take)
+        return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take, numbers)
     except pa.ArrowInvalid:
         for sink in take.values():
             sink.clear()
@@ -103,11 +105,12 @@ def _collect(
     path: Path,
     wanted: Mapping[str, str],
     take: Mapping[str, Sink],
+    numbers: Collection[str],
 ) -> dict[str, pa.ChunkedArray]:
     pieces: dict[str, list[pa.Array]] = {field: [] for field in wanted if field not in take}
     schema, batches = reader
-    for name in wanted.values():
-        _check_type(schema.field(name).type, name, path)
+    for field, name in wanted.items():
+        _check_type(schema.field(name).type, name, path, field in numbers)
     for batch in batches:
         for field, name in wanted.items():
             piece = _as_text(batch.column(name))
@@ -236,9 +239,11 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
     return table.schema, iter(table.to_batches())
 
 
-def _check_type(kind: pa.DataType, name: str, path: Path) -> None:
+def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    if may_be_number and (pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        return
     if not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)

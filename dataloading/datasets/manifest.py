@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
+from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.rows import (
     SPLIT_OF,
     Collected,
@@ -36,6 +37,7 @@ _USUAL = {
     "sha256": ("sha256", "sha_256"),
 }
 _NEEDED = ("image", "patient_id")
+_AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
@@ -55,7 +57,12 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 f"{path}: no column for {field}: give --option {field}=<column>; the file has "
                 f"{', '.join(names[:40])}"
             )
-    table = {field: column.to_pylist() for field, column in read_table(path, wanted)[0].items()}
+    findings = _findings(path, options, names)
+    if findings:
+        wanted.pop("labels", None)
+    states = {f"finding {name}": name for name in findings}
+    read = read_table(path, wanted | states, numbers=states)[0]
+    table = {field: column.to_pylist() for field, column in read.items()}
     count = len(table["image"])
     excluded: Counter[str] = Counter()
     rows = []
@@ -64,6 +71,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if not cell["image"] or not cell["patient_id"]:
             excluded["no_image_or_patient"] += 1
             continue
+        said = {name: cell[f"finding {name}"] for name in findings}
+        said = {name: _AS_NUMBER.get(value.lower(), value) for name, value in said.items()}
+        positive, uncertain, negative = label_states(said, (), path)
         split = SPLIT_OF.get(cell.get("split", "").lower(), "")
         if "split" in wanted and not split:
             excluded["no_split"] += 1
@@ -77,12 +87,43 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 split=split or split_by_patient(cell["patient_id"], "manifest", 0.1, 0.1),
                 view=cell.get("view", ""),
                 report=cell.get("report", ""),
-                labels=cell.get("labels", ""),
+                labels=positive if findings else cell.get("labels", ""),
+                uncertain=uncertain,
+                negative=negative,
                 sha256=cell.get("sha256", ""),
             )
         )
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
-    return Collected(rows, excluded, [f"columns: {columns}"], keeps_ids=False)
+    notes = [f"columns: {columns}"]
+    if findings:
+        notes.append(f"findings: {', '.join(findings)}")
+    return Collected(rows, excluded, notes, keeps_ids=False)
+
+
+def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str]:
+    """Columns of one finding each, as --option findings=A,B names them.
+
+    Raises:  DatasetError where one is missing or named twice, or labels are given too.
+    """
+    wanted = [name.strip() for name in options["findings"].split(",") if name.strip()]
+    missing = sorted(set(wanted) - set(names))
+    if missing or len(set(wanted)) < len(wanted):
+        wrong = f"missing: {', '.join(missing)}" if missing else "one is named twice"
+        raise DatasetError(
+            f"{path}: --option findings={options['findings']}: expected different columns of the "
+            f"file, commas between; {wrong}; the file has {', '.join(names[:40])}"
+        )
+    if wanted and options["labels"] not in ("", "none"):
+        raise DatasetError(
+            f"{path}: --option labels={options['labels']} and findings both say what is there: "
+            "give one of them"
+        )
+    if barred := [name for name in wanted if "|" in name]:
+        raise DatasetError(
+            f"{path}: --option findings: the name {barred[0]!r} holds '|', which stands between "
+            "names in the prepared manifest: rename the column"
+        )
+    return wanted
 
 
 def _names(path: Path) -> list[str]:
@@ -121,5 +162,10 @@ DATASET = Dataset(
             field: ("", f"column of {field}; empty = a usual name, none = no such column")
             for field in _USUAL
         },
+        "findings": (
+            "",
+            "columns of one finding each, commas between, that hold 1 (present), 0 (absent), "
+            "-1 (uncertain) or blank; in place of labels",
+        ),
     },
 )

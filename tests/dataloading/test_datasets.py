@@ -8,6 +8,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import shutil
 import tarfile
 import zipfile
@@ -407,6 +408,49 @@ def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
         collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
     named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
     assert [row.image for row in named.rows] == ["0.png"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_manifest_reads_a_column_a_finding_by_its_state(tmp_path, suffix):
+    frame = {
+        "image": ["0.png", "1.png", "2.png"],
+        "patient_id": ["a", "b", "c"],
+        "Edema": [1.0, 0.0, None],
+        "Pleural Effusion": [-1, 1, 1],
+        "Fracture": [True, False, None],
+        "Age": [61, 40, 39],
+    }
+    for i in range(3):
+        image(tmp_path / f"{i}.png", i)
+    path = tmp_path / f"manifest.{suffix}"
+    lines = [dict(zip(frame, cells, strict=True)) for cells in zip(*frame.values(), strict=True)]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(frame), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        table(path, ",".join(frame), [["" if v is None else v for v in x.values()] for x in lines])
+    rows = by_id(collect("manifest", tmp_path, findings="Edema, Pleural Effusion,Fracture"))
+    said = {key: (row.labels, row.uncertain, row.negative) for key, row in rows.items()}
+    assert said == {
+        "0.png": ("Edema|Fracture", "Pleural Effusion", ""),
+        "1.png": ("Pleural Effusion", "", "Edema|Fracture"),
+        "2.png": ("Pleural Effusion", "", ""),
+    }
+
+
+def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
+    header = "image,patient_id,Edema,labels,a|b"
+    table(tmp_path / "manifest.csv", header, [["0.png", "a", "yes", "Edema", 1]])
+    for options, message in (
+        ({"findings": "Edema"}, "manifest.csv: label Edema: expected 1"),
+        ({"findings": "Edema,Oedema"}, "missing: Oedema; the file has image, patient_id, Edema"),
+        ({"findings": "Edema,Edema"}, "one is named twice"),
+        ({"findings": "Edema", "labels": "labels"}, "labels=labels and findings both"),
+        ({"findings": "a|b"}, "holds '|'"),
+    ):
+        with pytest.raises(DatasetError, match=re.escape(message)):
+            collect("manifest", tmp_path, **options)
 
 
 def test_every_data_set_states_licence_and_access_and_refuses_an_empty_folder(tmp_path):
