@@ -102,7 +102,8 @@ class Annotations:
         if self.manifest.label_column is None:
             raise ManifestError(
                 "classification needs labels: set data.columns.labels to the column that holds "
-                "finding names joined by '|'"
+                "finding names joined by '|'; a table with a column a finding becomes one by "
+                "`mlip prepare manifest --option findings=A,B`"
             )
         place = {name: k for k, name in enumerate(classes)}
         states = np.full((len(rows), len(classes)), UNSAID, dtype=np.int8)
