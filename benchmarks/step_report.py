@@ -1,7 +1,7 @@
 """Writes the GPU tables of the pages, between their marks, from rows in benchmarks/results.
 
-docs/performance.md holds all of them; README.md and kernels/README.md one each, where they have
-the mark. A page without a GPU row says "not run".
+docs/performance.md holds all of them, README.md and kernels/README.md one each. A page without a
+GPU row says "not run".
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) ->
     law = "\n".join(f"- {line}" for line in laws) if laws else "Fitted law: not run."
     return {
         "gpu origin": origin(made),
-        "gpu summary": markdown(whole),
+        # the front page shows what was reached; what was not run stands on the pages it names
+        "gpu summary": markdown(whole) if made or of_kernels else origin([]),
         "gpu kernels": f"{markdown(kernels)}\n\n{origin(of_kernels)}",
         "gpu batches": markdown(step_measures.batch_table(made)),
         "gpu parts": parts,
@@ -97,21 +98,18 @@ def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) ->
     }
 
 
-# page -> marks that it must have, marks that are filled where it has them
-PAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+# page -> the marks that it must have
+PAGES: dict[str, tuple[str, ...]] = {
     "docs/performance.md": (
-        (
-            "gpu origin",
-            "gpu batches",
-            "gpu parts",
-            "gpu variants",
-            "gpu scaling",
-            "gpu profile",
-        ),
-        (),
+        "gpu origin",
+        "gpu batches",
+        "gpu parts",
+        "gpu variants",
+        "gpu scaling",
+        "gpu profile",
     ),
-    "kernels/README.md": (("gpu kernels",), ()),
-    "README.md": ((), ("gpu summary",)),
+    "kernels/README.md": ("gpu kernels",),
+    "README.md": ("gpu summary",),
 }
 
 
@@ -120,16 +118,15 @@ def write_pages(
 ) -> list[Path]:
     """The pages that changed; with `check` nothing is written.
 
-    Raises:  ValueError where a page lacks a mark that it must have
+    Raises:  ValueError where a page lacks a mark
     """
     folder = None if check else root / "docs"
     text = tables(harness.read_rows("step", results), harness.read_rows("kernels", results), folder)
     changed = []
-    for name, (needed, optional) in PAGES.items():
+    for name, marks in PAGES.items():
         page = before = (root / name).read_text(encoding="utf-8")
-        for mark in (*needed, *optional):
-            if mark in needed or f"<!-- {mark}: begin -->" in page:
-                page = harness.replace_between(page, mark, text[mark])
+        for mark in marks:
+            page = harness.replace_between(page, mark, text[mark])
         if page != before:
             changed.append(root / name)
             if not check:

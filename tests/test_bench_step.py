@@ -444,6 +444,7 @@ def test_without_a_gpu_row_every_cell_says_not_run(tmp_path: Path) -> None:
     step_report.write_pages(root, tmp_path)
     page = (root / "docs/performance.md").read_text(encoding="utf-8")
     assert "Not run on a GPU yet." in page and "Fitted law: not run." in page
+    assert "Not run on a GPU yet." in (root / "README.md").read_text(encoding="utf-8")
     measured = [row["measured"] for row in step_measures.measures([])]
     assert measured and set(measured) == {"not run"}
     assert not (root / "docs" / step_report.PICTURE).exists()
