@@ -153,6 +153,7 @@ class Text:
     tokenizer: str | None = None  # directory; None = `source`, or trained on the training split
     options: dict[str, Any] = field(default_factory=dict)
     pool: Literal["cls", "attention"] = "cls"  # global feature: [CLS], or attention over tokens
+    packed: bool = False  # padding is left out of all layers but attention
     checkpointing: bool = False
 
 

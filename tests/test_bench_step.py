@@ -254,7 +254,8 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 
     def state() -> tuple[Any, ...]:
         attention = [config._attn_implementation for config in configs]
-        return attention, os.environ.get("MLIP_DISABLE_TRITON"), "local_scores" in vars(model)
+        ours = os.environ.get("MLIP_DISABLE_TRITON"), "local_scores" in vars(model)
+        return attention, model.text.is_packed, *ours
 
     before = state()
     try:

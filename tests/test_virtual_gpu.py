@@ -36,6 +36,7 @@ EVERYTHING = (
     "batch.micro_images=3",
     "batch.micro_texts=3",
     "model.vision.norm=group",
+    "model.text.packed=true",
     "loss.local_alignment.token_weights=attention",
 )
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mlip.encoders.packing import Packing
+
 IMPLS = ("sdpa", "xformers", "eager")
 _BIAS_ALIGNMENT = 8  # elements; xformers refuses other strides of attn_bias
 
@@ -120,9 +122,13 @@ def _for_transformers(impl: str) -> Any:
         attention_mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
+        packing: Packing | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if packing is not None:
+            query, key, value = (packing.unpack_heads(rows) for rows in (query, key, value))
+            attention_mask = packing.attention_mask()
         if getattr(module, "keeps_cls_attention", False):
             # the [CLS] query alone: O(T) instead of the O(T^2) map that eager would keep
             with torch.no_grad():
@@ -131,7 +137,8 @@ def _for_transformers(impl: str) -> Any:
                     scores = scores.masked_fill(~attention_mask[:, :, :1], -torch.inf)
                 module.cls_attention = torch.softmax(scores, dim=-1)[:, :, 0].mean(dim=1)
         out = attention(query, key, value, attention_mask, impl=impl, scale=scale, dropout=dropout)
-        return out.transpose(1, 2).contiguous(), None
+        out = out.transpose(1, 2)
+        return out.contiguous() if packing is None else packing.pack(out), None
 
     return forward
 

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 from mlip.config import Text
 from mlip.encoders.attention import require_usable
 from mlip.encoders.options import tower_config
+from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.vision import check_source
 
@@ -68,6 +69,7 @@ class TextEncoder(nn.Module):
         self.pool = AttentionPool(self.dim) if settings.pool == "attention" else None
         self._last_attention.keeps_cls_attention = keeps_attention
         self.keeps_attention = keeps_attention
+        self.is_packed = settings.packed
 
     @property
     def _last_attention(self) -> Any:
@@ -77,12 +79,25 @@ class TextEncoder(nn.Module):
     def forward(
         self, token_ids: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        # [B, 1, 1, T]: of a mask without heads transformers reads on the host whether all is real
-        mask = token_mask[:, None, None, :]
-        states = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
+        if self.is_packed:
+            states = self._packed_states(token_ids, token_mask)
+        else:
+            # [B, 1, 1, T]: of a mask without heads transformers reads on the host if all is real
+            mask = token_mask[:, None, None, :]
+            states = self.backbone(input_ids=token_ids, attention_mask=mask).last_hidden_state
         kept = self._last_attention.cls_attention if self.keeps_attention else None
         pooled = states[:, 0] if self.pool is None else self.pool(states, token_mask)
         return pooled, states, kept
+
+    def _packed_states(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """The last states [B, T, d], zero where padded: all texts are one row of real tokens."""
+        packing = Packing.of(token_mask)
+        packed = self.backbone(
+            input_ids=packing.pack(token_ids),
+            position_ids=packing.positions(),
+            packing=packing,
+        ).last_hidden_state
+        return packing.unpack(packed)
 
 
 def token_states(encoder: nn.Module, token_ids: Tensor, token_mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mlip.config import Text
 from mlip.encoders.text import TextEncoder, token_states
@@ -40,6 +41,43 @@ def test_padding_does_not_change_a_report() -> None:
     torch.testing.assert_close(pooled, pooled_2, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(states[mask], states_2[wide], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attention, attention_2[:, :8], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_reports_give_the_states_and_gradients_of_padded_ones(
+    attention: str, checkpointing: bool
+) -> None:
+    results = []
+    mask = torch.arange(12) < torch.tensor([12, 2, 7])[:, None]
+    ids = torch.randint(5, 50, mask.shape, generator=torch.Generator().manual_seed(2))
+    for packed in (False, True):
+        torch.manual_seed(0)
+        options = OPTIONS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        encoder = TextEncoder(
+            Text(options=options, packed=packed, checkpointing=checkpointing, pool="attention"),
+            **{"vocab_size": 50, "max_tokens": 12, "attention": attention},
+            keeps_attention=True,
+        ).double()
+        pooled, states, attended = encoder(ids, mask)
+        assert attended is not None and states.shape == (3, 12, 16)
+        (pooled.square().sum() + states[mask].pow(3).sum()).backward()
+        gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
+        results.append([pooled, states[mask], attended, *gradients])
+    assert len(results[0]) == len(results[1]) > 30
+    for padded, without in zip(*results, strict=True):
+        torch.testing.assert_close(without, padded, rtol=1e-10, atol=1e-11)
+
+
+def test_packed_reports_cost_as_much_as_they_hold() -> None:
+    mask = torch.arange(12) < torch.tensor([12, 3, 3, 6])[:, None]  # half of it is real
+    counts = []
+    for packed in (False, True):
+        encoder = TextEncoder(Text(options=OPTIONS, packed=packed), vocab_size=50, max_tokens=12)
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.full(mask.shape, 7), mask)
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    assert counts[1] * 2 == counts[0] > 0
 
 
 def test_kept_attention_is_the_cls_row_of_the_last_layers_softmax() -> None:

@@ -117,6 +117,12 @@ def test_spikes_and_an_average_of_weights_add_one_read_and_none() -> None:
     assert watched == ["mlip/training/step.py:train_step", *plain]
 
 
+def test_packed_reports_add_the_read_of_how_many_tokens_are_real() -> None:
+    plain = [place for _, place in _waits(exact_engine(8))]
+    packed = [p for _, p in _waits(exact_engine(8, more=("model.text.packed=true",)))]
+    assert packed == ["mlip/encoders/packing.py:of", *plain]
+
+
 def test_the_counter_sees_what_it_must() -> None:
     seen: list[tuple[str, str]] = []
     x = torch.arange(4.0)

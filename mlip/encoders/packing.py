@@ -1,0 +1,47 @@
+"""Rows of a padded batch without its padding, and back: towers compute real tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the n real tokens of B texts lie in a padded batch of B x T.
+
+    Cost:    on a GPU one wait (n is read); reports half as long as the longest leave half of the
+             tower's linear layers out
+    Source:  ours; the sequence of sequences of variable-length attention, with attention itself
+             padded again, so that any implementation of it serves
+    """
+
+    mask: Tensor  # [B, T] bool, True = real token
+    index: Tensor  # [n] int64, positions in the flattened [B * T]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Packing:
+        return cls(mask, mask.flatten().nonzero().squeeze(1))
+
+    def positions(self) -> Tensor:
+        """The place of each token in its own text, [1, n] int64."""
+        return (self.index % self.mask.shape[1]).unsqueeze(0)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """Shapes:  [B, T, ...] -> [1, n, ...]"""
+        return padded.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """Shapes:  [1, n, ...] -> [B, T, ...], zero where there was padding"""
+        batch, tokens = self.mask.shape
+        padded = packed.new_zeros(batch * tokens, *packed.shape[2:])
+        return padded.index_copy(0, self.index, packed[0]).unflatten(0, (batch, tokens))
+
+    def unpack_heads(self, packed: Tensor) -> Tensor:
+        """Shapes:  [1, heads, n, d] -> [B, heads, T, d], zero where there was padding"""
+        return self.unpack(packed.transpose(1, 2)).transpose(1, 2)
+
+    def attention_mask(self) -> Tensor:
+        """Which keys each query may see, [B, 1, 1, T] bool."""
+        return self.mask[:, None, None, :]
