@@ -78,7 +78,8 @@ def _xformers_obstacle() -> str | None:
 
     A build for another CUDA is imported with a warning and has no kernels at the first step.
     """
-    made = [torch.ones(1, 1, 8, 8, dtype=torch.bfloat16, device="cuda") for _ in range(3)]
+    # float16: every card with kernels has it, bfloat16 only newer ones
+    made = [torch.ones(1, 1, 8, 8, dtype=torch.float16, device="cuda") for _ in range(3)]
     query = made[0].requires_grad_()
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device="cuda")
     try:

@@ -1,11 +1,11 @@
 """DALI on an NVIDIA GPU: `mixed` decoding against the CPU's, the loader against its torch twin.
 
-Run by `make gpu-check`. Two decoders of one JPEG may differ because each rounds its inverse DCT:
-IEEE 1180 (JPEG: ISO/IEC 10918-2) lets a compliant one err by at most 1 level at any pixel, so two
-differ by at most 2 in the luminance. Where colour is turned into grey too, DALI's own test of
-`mixed` against `cpu` bounds the mean difference of JPEG by 4 and of other formats by 1
-(NVIDIA/DALI, dali/test/python/decoder/test_image.py, _testimpl_image_decoder_consistency). Grey PNG
-and PGM hold the very values: no difference.
+Run by `python3 benchmarks/gpu_check.py --part data`. Two decoders of one JPEG may differ because
+each rounds its inverse DCT: IEEE 1180 (JPEG: ISO/IEC 10918-2) lets a compliant one err by at most 1
+level at any pixel, so two differ by at most 2 in the luminance. Where colour is turned into grey
+too, DALI's own test of `mixed` against `cpu` bounds the mean difference of JPEG by 4 and of other
+formats by 1 (NVIDIA/DALI, dali/test/python/decoder/test_image.py,
+_testimpl_image_decoder_consistency). Grey PNG and PGM hold the very values: no difference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The whole run on one NVIDIA GPU: launcher, DeepSpeed with NCCL, resume, repeats, xformers.
 
-Run by `make gpu-check`. One rank, so the plain engine and DeepSpeed compute the same step but for
-the order of sums: ZeRO keeps convolution weights in another memory layout, and sums the gradient
-norm in flat parts. Runs are small (64 phantom studies), about 20 s each, most of it imports.
+Run by `python3 benchmarks/gpu_check.py --part deepspeed`. One rank, so the plain engine and
+DeepSpeed compute the same step but for the order of sums: ZeRO keeps convolution weights in another
+memory layout, and sums the gradient norm in flat parts. Runs are small (64 phantom studies), about
+20 s each, most of it imports.
 """
 
 from __future__ import annotations
