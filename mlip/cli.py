@@ -187,10 +187,13 @@ def _device(asked: str | None) -> str:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, made and tried out before the work: after hours is too late to find out."""
+    """The folder, tried out before the work: after hours is too late to find out.
+
+    One that is not there yet is not made, its parent is tried: a mistake leaves nothing behind.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
             return folder
     except OSError as error:
         raise ConfigError(

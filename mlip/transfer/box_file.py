@@ -54,6 +54,8 @@ def read_box_file(manifest_path: str) -> dict[str, list[DrawnBox]] | None:
                         f"{path}: line {reader.line_num}: expected numbers for x, y, w and h, "
                         "width and height above 0"
                     )
+                if entry["path"] is None or entry["label"] is None:
+                    raise ManifestError(f"{path}: line {reader.line_num}: cut off before its end")
                 side = (entry.get("side") or "").strip().lower()
                 found.setdefault(entry["path"], []).append(
                     DrawnBox(entry["label"], side, (x, y, w, h))

@@ -210,7 +210,7 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(
     assert line.startswith("mlip evaluate: ")
     for part in parts:
         assert part in line
-    assert not (tmp_path / "out" / "results.json").exists()
+    assert not (tmp_path / "out").exists()
     require_silence(tmp_path, said.out + said.err)
 
 
@@ -222,13 +222,14 @@ def test_a_mistake_is_one_line_that_names_it_and_nothing_is_written(
         (b"path,label,x,y,w,h\n3.png,Edema,1,2,nan,4\n", "line 2: expected numbers"),
         (b"path,label,x,y,w,h\n3.png,Edema,1,2,0,4\n", "width and height above 0"),
         (b"path,label,x,y,w,h\n3.png,\xff\xfe,1,2,3,4\n", "not UTF-8"),
+        (b"path,x,y,w,h,label\n3.png,1,2,3,4\n", "line 2: cut off before its end"),
         (b"path,label,x,y\n3.png,Edema,1,2\n", "missing columns h, w"),
         (
             b"path,label,x,y,w,h\n" + b"".join(b"%d.png,Edema,1,2,99,4\n" % i for i in range(ROWS)),
             "does not lie inside its 60 x 40 image",
         ),
     ],
-    ids=["cut off", "nan", "flat", "latin", "columns", "outside"],
+    ids=["cut off", "nan", "flat", "latin", "unlabelled", "columns", "outside"],
 )
 def test_a_file_of_boxes_that_cannot_be_used_is_named(
     task: list[str], content: bytes, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
