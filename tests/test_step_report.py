@@ -1,0 +1,142 @@
+"""The pages of the whole-step benchmark are written from rows alone, and its law is recovered.
+
+Oracle: rows with figures chosen by hand, and what each cell must then say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import harness, step_flops, step_law, step_measures, step_report
+from benchmarks.step_timing import PARTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_law_is_recovered_and_needs_four_sizes() -> None:
+    sizes = [64, 128, 256, 512, 1024]
+    values = [9.0 + 0.6 * n + 2e-5 * n * n for n in sizes]
+    made, worst = step_law.fit(sizes, values)
+    assert made == pytest.approx([9.0, 0.6, 2e-5], rel=1e-6) and worst < 1e-9
+    rows = [
+        {"kind": "scaling", "status": "ok", "micro": 0, "pairs": n, "step_ms": v}
+        for n, v in zip(sizes, values, strict=True)
+    ]
+    assert [law["of"] for law in step_law.laws(rows)] == ["step_ms"]
+    assert step_law.laws(rows[:3]) == []
+    assert step_law.as_text(step_law.laws(rows)[0]) == "9 +0.6 B +2e-05 B^2 ms, within 0 %"
+
+
+def test_nominal_rates_are_found_by_the_card_s_name() -> None:
+    assert step_flops.nominal_tflops("NVIDIA H100 80GB HBM3") == 989.4
+    assert step_flops.nominal_tflops("NVIDIA H200") == 989.4
+    assert step_flops.nominal_tflops("NVIDIA A100-SXM4-80GB") == 312.0
+    assert step_flops.nominal_tflops("something new") is None
+
+
+GPU = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "driver": "580.1, 1980 MHz",
+    "cuda": "13.0",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "python": "3.12.3",
+    "commit": "0123456789ab",
+}
+
+
+def _gpu_rows() -> list[dict[str, Any]]:
+    base = {"variant": "ours", "pairs": 256, "micro": 0, "status": "ok", "environment": GPU}
+    figures = {
+        "step_ms": 160.0,
+        "pairs_per_s": 1600.0,
+        "utilisation": 0.371,
+        "utilisation_with_padding": 0.44,
+        "utilisation_of_nominal": 0.25,
+        "peak_gib": 31.5,
+        "padding_share": 0.497,
+    }
+    parts = {part: 10.0 + index for index, part in enumerate(PARTS)}
+    kernel = {"kernel": "sm90_gemm|x", "calls": 48.0, "ms": 30.0, "share": 0.19}
+    law = {"of": "step_ms", "unit": "ms", "is_cached": False, "pairs": [64, 512]}
+    return [
+        base | figures | {"kind": "batch"},
+        base | {"kind": "batch", "pairs": 1024, "status": "out of memory"},
+        base | figures | {"kind": "batch", "pairs": 1024, "micro": 256, "step_ms": 800.0},
+        base | {"kind": "parts", "parts_ms": parts},
+        base | figures | {"kind": "variant"},
+        base | figures | {"kind": "variant", "variant": "attention=eager", "step_ms": 240.0},
+        base | {"kind": "variant", "variant": "attention=xformers", "status": "not installed: x"},
+        base | figures | {"kind": "scaling", "pairs": 64, "step_ms": 45.0},
+        law | {"kind": "law", "coefficients": [9.0, 0.6, 2e-5], "largest_residual": 0.02}
+        | {"environment": GPU},
+        base | {"kind": "profile", "profile": [kernel]},
+    ]  # fmt: skip
+
+
+def _pages(folder: Path) -> Path:
+    """A copy of the pages with their marks, and README.md with its own."""
+    for name in step_report.PAGES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if "<!-- gpu summary: begin -->" not in text:
+        text += "\n<!-- gpu summary: begin -->\n<!-- gpu summary: end -->\n"
+        readme.write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
+    root, results = _pages(tmp_path / "root"), tmp_path / "results"
+    results.mkdir()
+    harness.write_rows("step", _gpu_rows(), results / "step-1.json")
+    cpu = _gpu_rows()[0] | {"environment": GPU | {"gpu": None}, "pairs_per_s": 3.0}
+    # later rows of a CPU, and of a run that came to nothing, hide no figure
+    worse = _gpu_rows()[0] | {"status": "not run: out of time"}
+    harness.write_rows("step", [cpu, worse], results / "step-2.json")
+    step_report.write_pages(root, results)
+    page = (root / "docs/performance.md").read_text(encoding="utf-8")
+    assert "NVIDIA H100 80GB HBM3, driver 580.1, 1980 MHz, CUDA 13.0, torch 2.11.0" in page
+    row = "| 256 | none | 1,600 | 160.0 | 37.1 % | 44.0 % | 25.0 % | 31.5 | 49.7 % |"
+    assert row in page
+    assert (
+        "| 1,024 | none | out of memory | - |" in page and "| 1,024 | 256 | 1,600 | 800.0 |" in page
+    )
+    assert "| vision forward | 11.00 | not run |" in page
+    assert "| attention=eager | 256 | 240.0 | 1.50 |" in page
+    assert "| attention=xformers | 256 | not installed: x | - |" in page
+    assert "| towers compiled | - | not run |" in page
+    assert "| 64 | none | 0.703 | 1,600 | 31.5 |" in page
+    assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 %" in page
+    assert "| `sm90_gemm x` | 48 | 30.00 | 19.0 % |" in page
+    picture = root / "docs" / step_report.PICTURE
+    assert f"]({step_report.PICTURE})" in page and "256 pairs" in picture.read_text("utf-8")
+    summary = (root / "README.md").read_text(encoding="utf-8")
+    assert "| whole step, utilisation, B = 256 | 35 % (aim 50 %) | 37.1 % |" in summary
+    assert "| half-empty reports against full ones | 1.5x | not run |" in summary
+    assert step_report.write_pages(root, results, check=True) == []
+
+
+def test_without_a_gpu_row_every_cell_says_not_run(tmp_path: Path) -> None:
+    root = _pages(tmp_path)
+    step_report.write_pages(root, tmp_path)
+    page = (root / "docs/performance.md").read_text(encoding="utf-8")
+    assert "Not run on a GPU yet." in page and "Fitted law: not run." in page
+    assert "Not run on a GPU yet." in (root / "README.md").read_text(encoding="utf-8")
+    measured = [row["measured"] for row in step_measures.measures([])]
+    assert measured and set(measured) == {"not run"}
+    assert not (root / "docs" / step_report.PICTURE).exists()
+
+
+def test_the_pages_are_those_of_the_rows_at_hand() -> None:
+    stale = step_report.write_pages(check=True)
+    assert stale == [], "run python benchmarks/bench_step.py --report"
+
+
+def test_a_page_that_lost_its_mark_is_an_error() -> None:
+    with pytest.raises(ValueError, match="gpu parts: begin"):
+        harness.replace_between("no mark", "gpu parts", "text")
