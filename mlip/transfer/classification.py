@@ -77,8 +77,8 @@ class Classification:
             raise ManifestError(
                 f"{manifest.path}: no row carries the classes {', '.join(missing)} "
                 f"(transfer.classes); the manifest has: "
-                f"{', '.join(sorted(annotations.names())[:30]) or 'no labels'}; expected "
-                f"{LABEL_FORM}"
+                f"{', '.join(annotations.shared_names()[:30]) or 'no label of two patients'}; "
+                f"expected {LABEL_FORM}"
             )
         self._cache: dict[tuple[str, int], Tensor] = {}
         self._cache_of = ""

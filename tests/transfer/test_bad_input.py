@@ -101,6 +101,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         3,
         ("the manifest has: 0.0, 1.0; expected finding names joined by '|'",),
     ),
+    "labels are accession numbers": (
+        {"labels": lambda i: f"Secretword{i:05d}"},
+        LABELS,
+        3,
+        ("the manifest has: no label of two patients; expected finding names",),
+    ),
     "labels are reports": ({}, [*LABELS, "data.columns.labels=report"], 3, ("columns.report",)),
     "labels are patients": ({}, ["data.columns.labels=patient_id"], 3, ("columns.patient_id",)),
     "labels are sentences": (
