@@ -137,16 +137,6 @@ class Annotations:
             for name in _split(value or "")
         }
 
-    def shared_names(self) -> list[str]:
-        """Names of the labels column that two patients have, sorted: an identifier is none."""
-        carriers: dict[str, set[int]] = {}
-        column = self.manifest.label_column
-        values = column.to_pylist() if column is not None else []
-        for value, patient in zip(values, self.manifest.patient_key.tolist(), strict=True):
-            for name in _split(value or ""):
-                carriers.setdefault(name, set()).add(patient)
-        return sorted(name for name, patients in carriers.items() if len(patients) > 1)
-
     def source_size(self, row: int) -> tuple[int, int] | None:
         """(height, width) of the image that boxes and run lengths are in; None = the file's."""
         text = self._text("source_height", row), self._text("source_width", row)
@@ -294,6 +284,17 @@ class Annotations:
             if not wanted or finding["concept_id"] in wanted:
                 mask[finding["mask"]] = INSIDE
         return mask
+
+
+def shared_names(manifest: Manifest) -> list[str]:
+    """Names of the labels column that two patients have, sorted; an identifier is none of them."""
+    carriers: dict[str, set[int]] = {}
+    column = manifest.label_column
+    values = column.to_pylist() if column is not None else []
+    for value, patient in zip(values, manifest.patient_key.tolist(), strict=True):
+        for name in _split(value or ""):
+            carriers.setdefault(name, set()).add(patient)
+    return sorted(name for name, patients in carriers.items() if len(patients) > 1)
 
 
 def check_labels(config: Config, manifest: Manifest) -> None:

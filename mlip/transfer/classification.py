@@ -26,6 +26,7 @@ from mlip.transfer.annotations import (
     UNCERTAIN,
     UNSAID,
     Annotations,
+    shared_names,
 )
 from mlip.transfer.classification_scores import (
     IGNORED,
@@ -77,7 +78,7 @@ class Classification:
             raise ManifestError(
                 f"{manifest.path}: no row carries the classes {', '.join(missing)} "
                 f"(transfer.classes); the manifest has: "
-                f"{', '.join(annotations.shared_names()[:30]) or 'no label of two patients'}; "
+                f"{', '.join(shared_names(manifest)[:30]) or 'no label of two patients'}; "
                 f"expected {LABEL_FORM}"
             )
         self._cache: dict[tuple[str, int], Tensor] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
+from mlip.transfer.annotations import shared_names
 from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.interval import Array, patient_resamples
@@ -80,7 +81,11 @@ def zero_shot_run(
             found["f1"]["findings"] = dict(zip(findings, found["f1"]["findings"], strict=True))
     if settings.exclusive:
         found["exclusive"] = exclusive_accuracy(scores, labels, weights)
-    return {**found, "labels_without_concept": unknown}
+    # results are passed on: what one patient alone has may be an identifier
+    told = sorted(set(unknown) & set(shared_names(manifest)))
+    if rare := len(unknown) - len(told):
+        told.append(f"{rare} more, each of one patient alone")
+    return {**found, "labels_without_concept": told}
 
 
 def _f1(

@@ -298,6 +298,18 @@ def test_scores_of_one_patient_have_no_interval_and_nothing_private_is_written(
     require_silence(tmp_path, said.out + said.err)
 
 
+def test_labels_of_one_patient_alone_are_counted_and_not_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = {"labels": lambda i: f"{'Edema' if i % 3 else 'Rarity'}|Secretword{i:05d}"}
+    assert evaluate(tmp_path, write(tmp_path, **mixed)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    left = results["zero_shot"]["labels_without_concept"]
+    assert left == ["Rarity", "12 more, each of one patient alone"]
+    said = capsys.readouterr()
+    require_silence(tmp_path, said.out + said.err)
+
+
 def test_rows_that_say_two_things_at_once_are_left_out_and_counted(tmp_path: Path) -> None:
     both = {"labels": lambda i: "Edema|Mass" if i < 5 else ("Edema", "Mass", "")[i % 3]}
     exclusive = ["transfer.classes={Edema: zero, Mass: zero}", "transfer.exclusive=true"]
