@@ -5,15 +5,20 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from mlip import config
+from mlip.batch import Batch
+from mlip.config import Config
+from mlip.dataloading.loader import Loader, build_loader
+from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
 
 SENTENCES = (
@@ -139,3 +144,25 @@ def linker() -> WordLinker:
 @pytest.fixture(scope="session")
 def concepts() -> type[WordTable]:
     return WordTable
+
+
+@pytest.fixture
+def build(tokenizer: ReportTokenizer, linker: Any, concepts: Any) -> Iterator[Any]:
+    """build(config, split="train", train=True, ...) -> Loader, closed at the end of the test."""
+    made: list[Loader] = []
+
+    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
+        manifest = load_manifest(config.data)
+        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
+        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    """The loader's next batches."""
+    iterator = iter(loader)
+    return [next(iterator) for _ in range(count)]

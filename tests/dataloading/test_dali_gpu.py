@@ -25,8 +25,8 @@ from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.image_file import read_header
 from mlip.dataloading.ledger import BadSample
-from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
+from tests.dataloading.conftest import take
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
@@ -43,26 +43,6 @@ EXACT_RUN = "run.deterministic=true"  # every JPEG through the same decoder
 AS_PREPARED = ["data.resize_px=48", "data.crop_px=40"]
 SQUARES = np.array([1, 2, 3, 7, 8, 9, 13, 14, 15])  # the corpus' training files of 8 bits, 48 px
 PNGS = np.array([1, 7, 13])  # of these the grey PNG
-
-
-@pytest.fixture
-def build(tokenizer: Any, linker: Any, concepts: Any) -> Any:
-    made: list[Loader] = []
-
-    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
-        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
-        manifest = load_manifest(config.data)
-        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
-        return made[-1]
-
-    yield make
-    for loader in made:
-        loader.close()
-
-
-def take(loader: Loader, count: int) -> list[Batch]:
-    iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
 
 
 def decoded(contents: list[bytes], wide: bool, device: str, **decoder: float) -> list[NDArray[Any]]:

@@ -16,9 +16,9 @@ import torch
 from mlip import config as settings
 from mlip.batch import Batch
 from mlip.config import Config
-from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.transforms import Transform
+from tests.dataloading.conftest import take
 from tests.virtual_gpu import virtual_gpu
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
@@ -27,26 +27,6 @@ from mlip.dataloading import dali_graph, dali_pipeline  # noqa: E402
 from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali  # noqa: E402
 
 STD = 0.25  # data.std: turns a normalised difference into one of intensities
-
-
-@pytest.fixture
-def build(tokenizer: Any, linker: Any, concepts: Any) -> Any:
-    made: list[Loader] = []
-
-    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
-        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
-        manifest = load_manifest(config.data)
-        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
-        return made[-1]
-
-    yield make
-    for loader in made:
-        loader.close()
-
-
-def take(loader: Loader, count: int) -> list[Batch]:
-    iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
 
 
 def assert_twins(a: Batch, b: Batch) -> None:

@@ -21,32 +21,12 @@ from mlip.batch import Batch, by_channel
 from mlip.config import Config, ConfigError
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.ledger import DataError, Ledger
-from mlip.dataloading.loader import Loader, build_loader, merge_states, pair_ids_by_concepts
+from mlip.dataloading.loader import build_loader, merge_states, pair_ids_by_concepts
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.dataloading.reports import ReportTokenizer
+from tests.dataloading.conftest import take
 
 Make = Callable[..., Config]
-
-
-@pytest.fixture
-def build(tokenizer: ReportTokenizer, linker: Any, concepts: Any) -> Any:
-    """build(config, split="train", train=True, ...) -> Loader, closed at the end of the test."""
-    made: list[Loader] = []
-
-    def make(config: Config, split: str = "train", train: bool = True, **kw: Any) -> Loader:
-        manifest = load_manifest(config.data)
-        parts = {"tokenizer": tokenizer, "linker": linker, "table": concepts}
-        made.append(build_loader(config, manifest, split=split, train=train, **parts, **kw))
-        return made[-1]
-
-    yield make
-    for loader in made:
-        loader.close()
-
-
-def take(loader: Loader, count: int) -> list[Batch]:
-    iterator = iter(loader)
-    return [next(iterator) for _ in range(count)]
 
 
 def same(a: Batch, b: Batch) -> bool:

@@ -27,6 +27,7 @@ from mlip import distributed
 from mlip.encoders.attention import attention, require_usable
 from mlip.encoders.normalisation import SynchronisedBatchNorm
 from mlip.training import checkpoint
+from tests.faults import jobs
 from tests.small_run import small_run
 
 pytestmark = [
@@ -94,18 +95,6 @@ def _whole(*settings: str) -> Path:
     return _finish(Path(mkdtemp(prefix="mlip-gpu-run-")), *settings)
 
 
-def _steps(folder: Path) -> dict[int, tuple[Any, ...]]:
-    """Step -> numbers; the last line of a step counts. A line that a kill cut is passed over."""
-    found = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        found[entry["step"]] = (entry["total"], entry["grad_norm"], entry["terms"], entry["lr"])
-    return found
-
-
 def _meta(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "meta.json").read_text())
 
@@ -121,11 +110,11 @@ def _engine() -> tuple[str, ...]:
 
 def test_fifty_steps_through_the_launcher_end_with_a_page() -> None:
     folder = _whole(*_engine())
-    assert sorted(_steps(folder)) == list(range(1, STEPS + 1))
+    assert sorted(jobs.steps(folder)) == list(range(1, STEPS + 1))
     meta = _meta(folder)
     assert meta["engine"] == ("deepspeed" if HAS_DEEPSPEED else "plain")
     assert meta["determinism"].startswith("D2"), meta["determinism"]
-    losses = [numbers[0] for numbers in _steps(folder).values()]
+    losses = [numbers[0] for numbers in jobs.steps(folder).values()]
     assert all(loss is not None for loss in losses)  # None = not finite
     assert (folder / "report.html").is_file()
 
@@ -134,12 +123,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Oracle: the run that nothing happened to, and its repetition to the bit by the way."""
     whole = _whole(*_engine())
     killed = _start(tmp_path, *_engine(), fault=f"kill@0:{KILLED_IN}:backward")
-    assert killed.returncode != 0 and max(_steps(tmp_path)) == KILLED_IN
+    assert killed.returncode != 0 and max(jobs.steps(tmp_path)) == KILLED_IN
     assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == [f"step_{EVERY:08d}"]
     _finish(tmp_path, *_engine())
     assert [event["step"] for event in _events(tmp_path, "started")] == [0, EVERY]
     assert len(_events(tmp_path, "fault")) == 1
-    assert _steps(tmp_path) == _steps(whole)
+    assert jobs.steps(tmp_path) == jobs.steps(whole)
     one, other = (
         checkpoint.read(checkpoint.checkpoints_of(folder)[0]).training
         for folder in (whole, tmp_path)
@@ -153,7 +142,7 @@ def test_the_plain_engine_repeats_to_the_bit(tmp_path: Path, pipeline: str) -> N
     if pipeline == "dali":
         pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
     settings = (*PLAIN, "train.max_steps=10", f"data.pipeline={pipeline}")
-    assert _steps(_finish(tmp_path, *settings)) == _steps(_whole(*settings))
+    assert jobs.steps(_finish(tmp_path, *settings)) == jobs.steps(_whole(*settings))
 
 
 @pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
@@ -163,7 +152,7 @@ def test_deepspeed_and_the_plain_engine_agree() -> None:
     There the first step's loss and gradient norm were 6e-8 and 1e-6 apart, those of ten steps
     4e-7 and 4e-5 at most. What AdamW makes of a difference grows: 4e-4 and 3 % at train.lr=0.01.
     """
-    zero, plain = (_steps(_whole(*engine, *SHORT)) for engine in (ZERO_2, PLAIN))
+    zero, plain = (jobs.steps(_whole(*engine, *SHORT)) for engine in (ZERO_2, PLAIN))
     assert _meta(_whole(*ZERO_2, *SHORT))["engine"] == "deepspeed"
     for step in plain:
         loss, norm = (1e-5, 1e-4) if step == 1 else (1e-4, 1e-2)
@@ -178,7 +167,7 @@ def test_the_plain_engine_goes_on_from_deepspeeds_checkpoint(tmp_path: Path) -> 
     killed = _start(tmp_path, *ZERO_2, fault=f"kill@0:{EVERY}:load")
     assert killed.returncode != 0
     _finish(tmp_path, *PLAIN)
-    plain, zero = _steps(tmp_path), _steps(whole)
+    plain, zero = jobs.steps(tmp_path), jobs.steps(whole)
     assert plain[EVERY + 1][0] == pytest.approx(zero[EVERY + 1][0], rel=1e-3)
     for step in range(EVERY + 1, EVERY + 6):
         assert plain[step][0] == pytest.approx(zero[step][0], rel=2e-2), step

@@ -63,18 +63,6 @@ def _run(launcher: str, folder: Path, *more: str, fault: str | None = None) -> A
     )
 
 
-def _steps(folder: Path) -> dict[int, tuple[Any, ...]]:
-    """Step -> numbers; json keeps every bit of a float. A line cut by a kill is passed over."""
-    found = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        found[entry["step"]] = (entry["total"], entry["grad_norm"], entry["terms"], entry["lr"])
-    return found
-
-
 def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "events.jsonl").read_text().splitlines()
     return [e for e in map(json.loads, lines) if e["event"] == kind]
@@ -113,7 +101,7 @@ def test_the_launchers_pass_on_kills_and_stops(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = _run("torchrun", whole, zero)
     assert done.returncode == 0, done.stderr[-3000:]
-    oracle = _steps(whole)
+    oracle = jobs.steps(whole)
     assert sorted(oracle) == list(range(1, STEPS + 1))
 
     # kill -9 of rank 1 in the middle of step 7; the other rank notices and ends
@@ -136,7 +124,7 @@ def test_the_launchers_pass_on_kills_and_stops(tmp_path):
     done = _run("torchrun", parts, zero)
     assert done.returncode == 0 and not leftover.exists(), done.stderr[-3000:]
     assert [event["step"] for event in _events(parts, "started")] == [0, 4, 9]
-    assert _steps(parts) == oracle
+    assert jobs.steps(parts) == oracle
     ends = [checkpoint.read(checkpoint.checkpoints_of(folder)[0]) for folder in (whole, parts)]
     assert ends[0].state["rng"] == ends[1].state["rng"]
     for name, tensor in ends[0].training.parameters.items():
@@ -157,7 +145,7 @@ def test_another_world_size_and_stage_go_on_where_the_first_stopped(tmp_path, be
     done = _run(after[0], tmp_path, f"train.zero_stage={after[1]}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "samples keep their order" in done.stderr
-    assert sorted(_steps(tmp_path)) == list(range(1, STEPS + 1))
+    assert sorted(jobs.steps(tmp_path)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.long
@@ -168,7 +156,7 @@ def test_killing_the_deepspeed_command_stops_and_saves(tmp_path):
     ranks: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "log.jsonl").is_file() or not _steps(tmp_path):
+        while not (tmp_path / "log.jsonl").is_file() or not jobs.steps(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         ranks = [p for p in psutil.Process(job.pid).children(recursive=True)]
