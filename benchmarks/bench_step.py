@@ -8,8 +8,9 @@ ViT-B/16 at 224 px and BERT-base at 112 tokens with random weights, every loss o
 AdamW, through the project's own engine; batches are those of step_batch.py. Without a GPU the same
 code runs at tiny sizes: that proves the path, its times mean nothing. "batches" are 256, 1,024 and
 the largest that fits; "scaling" goes from 64 to 8,192 with the gradient cache where a plain step
-does not fit; "variants" are the ways of step_variants.py at one batch. Rows are written as they
-are made; a row without a number says why.
+does not fit; "variants" are the ways of step_variants.py at one batch; "reading" feeds the step by
+the loader (step_reading.py), where the packages are that read images and reports. Rows are written
+as they are made; a row without a number says why.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import dataclasses
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machi
 
 import torch  # noqa: E402
 
-from benchmarks import harness, step_law, step_report  # noqa: E402
+from benchmarks import harness, step_law, step_reading, step_report  # noqa: E402
 from benchmarks.step_batch import in_pinned_memory, made_batch, padding_share  # noqa: E402
 from benchmarks.step_flops import nominal_tflops, step_flop  # noqa: E402
 from benchmarks.step_timing import Runner, profile  # noqa: E402
@@ -69,8 +72,8 @@ TINY = (
     "knowledge.dim=16",
     "loss.category.prototypes=8",
 )
-BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 64
-SECTIONS = ("batches", "parts", "profile", "variants", "scaling", "compiled")
+BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
+SECTIONS = ("batches", "parts", "profile", "reading", "variants", "scaling", "compiled")
 COMPILE_S = 150  # what two towers take to compile, generously: no start with less left
 FIRST_PAIRS = {"cuda": 64, "cpu": 4}
 LAST_PAIRS = {"cuda": 8192, "cpu": 16}
@@ -84,7 +87,8 @@ class Bench:
     def __init__(self, device: str, *, deadline: float, path: Path | None = None) -> None:
         self.device, self.deadline, self.path = device, deadline, path
         self.is_gpu = device == "cuda"
-        self.config = load([], SETTINGS if self.is_gpu else SETTINGS + TINY)
+        self.overrides = SETTINGS if self.is_gpu else SETTINGS + TINY
+        self.config = load([], self.overrides)
         self.vocab_size = BERT_VOCABULARY if self.is_gpu else TINY_VOCABULARY
         table = load_concepts()
         self.concepts = len(table)
@@ -254,6 +258,25 @@ class Bench:
 
         self.attempt({"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}, work)
 
+    def reading(self) -> None:
+        """The step fed by the loader, beside the same step on batches that it made before."""
+        pairs = VARIANT_PAIRS[self.device]
+        with tempfile.TemporaryDirectory() as name:
+            data = step_reading.Data(Path(name), step_reading.SIZES[self.device])
+            for source, feed in step_reading.FEEDS.items():
+                label = {"kind": "reading", "variant": source, "pairs": pairs, "micro": 0}
+                work = partial(self._fed, data, feed, pairs)
+                self.attempt(label, work, needs_s=30.0 if self.is_gpu else 0.0)
+
+    def _fed(self, data: step_reading.Data, feed: step_reading.Feed, pairs: int) -> Row:
+        step_reading.require(feed)
+        sizes = {"pairs": pairs, "vocab_size": self.vocab_size}
+        config = load([], [*self.overrides, *data.settings(feed, **sizes)])
+        self.engine.config = self.engine.objective.config = config
+        least, budget_s = (5, 3.0) if self.is_gpu else (2, 0.1)
+        row: Row = step_reading.fed_times(self.engine, config, least=least, budget_s=budget_s)
+        return row | {"pairs_per_s": 1e3 * pairs / row["step_ms"], "workers": config.data.workers}
+
     def variants(self, names: Iterable[str]) -> None:
         """The ways of step_variants.py; one that does not fit is tried at half the pairs too."""
         for name in names:
@@ -292,6 +315,7 @@ class Bench:
             "batches": self.batches,
             "parts": self.parts,
             "profile": self.profile,
+            "reading": self.reading,
             "variants": lambda: self.variants(light),
             "scaling": self.scaling,
             "compiled": lambda: self.variants(COMPILES),
@@ -304,7 +328,7 @@ class Bench:
 
 COLUMNS = (
     "kind variant pairs micro status step_ms pairs_per_s utilisation utilisation_with_padding "
-    "peak_gib padding_share graph_breaks"
+    "peak_gib padding_share graph_breaks held_step_ms wait_ms"
 ).split()
 
 

@@ -2,7 +2,7 @@
 
     python3 benchmarks/gpu_check.py                    kernels
     python3 benchmarks/gpu_check.py --part step        the whole training step
-    python3 benchmarks/gpu_check.py --part data        DALI on the GPU (tests alone)
+    python3 benchmarks/gpu_check.py --part data        DALI on the GPU, and the step fed by it
     python3 benchmarks/gpu_check.py --part deepspeed   one NCCL rank and ZeRO (tests alone)
 
 Each takes at most nine minutes, in the python3 that is there. Kernels need torch, triton, numpy and
@@ -41,6 +41,7 @@ class Part:
     tests: str
     needs: tuple[str, ...]
     benchmark: str | None = None
+    options: tuple[str, ...] = ()  # of the benchmark
     tests_s: float = TESTS_S
     is_shared: bool = False  # its tests know MLIP_TEST_SHARE
 
@@ -51,7 +52,8 @@ PARTS = {
     "data": Part(
         "tests/dataloading/test_dali_gpu.py",
         (*BASE, *STEP, *READING, "nvidia.dali"),
-        tests_s=TOTAL_S - RESERVE_S,
+        "bench_step.py",
+        options=("--only", "reading"),
     ),
     "deepspeed": Part(
         "tests/training/test_gpu_deepspeed.py",
@@ -134,7 +136,8 @@ def main() -> int:
         minutes = (TOTAL_S - RESERVE_S - (time.monotonic() - start)) / 60
         script = str(ROOT / "benchmarks" / part.benchmark)
         # a row that has begun may end late: a minute of slack
-        command = [sys.executable, script, "--minutes", f"{max(0.5, minutes - 1):.2f}"]
+        command = [sys.executable, script, *part.options]
+        command += ["--minutes", f"{max(0.5, minutes - 1):.2f}"]
         try:
             outcome = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=60 * minutes

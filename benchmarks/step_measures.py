@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.step_law import as_text
+from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS
 from benchmarks.step_variants import OURS, VARIANTS
 
@@ -136,6 +137,26 @@ def variant_table(rows: list[Row]) -> list[Row]:
     return table
 
 
+def reading_table(rows: list[Row]) -> list[Row]:
+    """The step fed by the loader, and how many times longer it takes than on held batches."""
+    table = []
+    for name in FEEDS:
+        row = find(rows, ("reading",), variant=name)
+        table.append(
+            {
+                "images from": name,
+                "pairs": "-" if row is None else row["pairs"],
+                "pairs/s": cell(row, lambda r: f"{r['pairs_per_s']:,.0f}"),
+                "step, ms": _more(row, lambda r: f"{r['step_ms']:.1f}"),
+                "on held batches, ms": _more(row, lambda r: f"{r['held_step_ms']:.1f}"),
+                "times held": _more(row, lambda r: f"{r['step_ms'] / r['held_step_ms']:.2f}"),
+                "host waits, ms": _more(row, lambda r: f"{r['wait_ms']:.2f}"),
+                "threads": _more(row, lambda r: str(r["workers"])),
+            }
+        )
+    return table
+
+
 def scaling_table(rows: list[Row]) -> list[Row]:
     made = sorted(
         (row for row in rows if row.get("kind") == "scaling"),
@@ -208,6 +229,14 @@ MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
         "whole step, pairs/s, B = 1,024",
         "-",
         lambda rows: cell(_step(rows, 1024), lambda r: f"{r['pairs_per_s']:,.0f}"),
+    ),
+    (
+        "whole step fed by DALI from shards, pairs/s, B = 256",
+        "-",
+        lambda rows: cell(
+            find(rows, ("reading",), variant=next(iter(FEEDS)), pairs=256),
+            lambda r: f"{r['pairs_per_s']:,.0f} ({r['step_ms'] / r['held_step_ms']:.2f}x held)",
+        ),
     ),
     ("whole step, largest batch without the gradient cache", "-", _largest),
     (

@@ -59,9 +59,11 @@ class Runner:
         self.clock = Clock(engine.device)
         self.done = 0
 
+    def next_batch(self) -> Batch:
+        return self.batches[self.done % len(self.batches)]
+
     def step(self) -> None:
-        batch = self.batches[self.done % len(self.batches)]
-        result = self.engine.train_step(batch, step=self.done, progress=PROGRESS, lr=LR)
+        result = self.engine.train_step(self.next_batch(), step=self.done, progress=PROGRESS, lr=LR)
         if result.is_skipped:
             raise RuntimeError(f"a step was skipped: {result.bad_terms() or 'a gradient'}")
         self.done += 1

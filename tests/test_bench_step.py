@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_step, harness, providers, step_flops
+from benchmarks import bench_step, harness, providers, step_flops, step_reading
 from benchmarks.bench_step import Bench
 from benchmarks.step_batch import FILL, made_batch, padding_share, report_lengths
+from benchmarks.step_reading import FEEDS, FedRunner
 from benchmarks.step_timing import PARTS, Runner
 from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores, towers
 from mlip.batch import Batch
@@ -200,6 +201,41 @@ def test_padding_is_counted_apart_and_what_is_left_out_is_small() -> None:
     assert matching < 1e-3 * tower
 
 
+def test_the_step_is_fed_by_the_real_loader_from_shards_and_from_full_size_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
+    bench = _shared()
+    monkeypatch.setattr(bench, "rows", [])
+    bench.reading()
+    assert [row["variant"] for row in bench.rows] == list(FEEDS)
+    assert [row["status"] for row in bench.rows] == ["ok"] * len(FEEDS)
+    for row in bench.rows:
+        assert row["step_ms"] > 0 and row["held_step_ms"] > 0 and row["wait_ms"] >= 0
+        assert row["pairs_per_s"] == pytest.approx(1e3 * row["pairs"] / row["step_ms"])
+
+
+def test_a_slow_loader_is_waited_for_and_each_of_its_batches_is_a_step_s() -> None:
+    bench = _shared()
+    batch = made_batch(bench.config, 4, vocab_size=bench.vocab_size, concepts=bench.concepts)
+
+    class Slow:
+        wait_seconds = 0.02
+
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def __next__(self) -> Batch:
+            self.taken += 1
+            return batch
+
+    loader = Slow()
+    runner = FedRunner(bench.engine, loader)
+    times = runner.times_ms(warmup=1, least=2, budget_s=0.0)
+    assert loader.taken == len(runner.waits_ms) == 1 + len(times)
+    assert runner.waits_ms == pytest.approx([20.0] * 3)
+
+
 @pytest.mark.parametrize("micro", [0, 2])
 def test_parts_add_up_to_the_step_and_only_a_cached_one_runs_towers_again(micro: int) -> None:
     bench = _shared()
@@ -350,6 +386,10 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
     monkeypatch.setitem(bench_step.FIRST_PAIRS, "cuda", 4)
     monkeypatch.setitem(bench_step.LAST_PAIRS, "cuda", 4)
     monkeypatch.setitem(bench_step.VARIANT_PAIRS, "cuda", 4)
+    monkeypatch.setitem(step_reading.SIZES, "cuda", step_reading.SIZES["cpu"])
+    # DALI's own copies to a GPU are not of torch
+    torch_alone = {name: feed for name, feed in FEEDS.items() if feed.pipeline == "torch"}
+    monkeypatch.setattr(step_reading, "FEEDS", torch_alone)
     monkeypatch.setattr(harness, "matmul_peak_tflops", lambda device: 700.0)
     once = Runner.times_ms
     monkeypatch.setattr(
@@ -362,12 +402,13 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
         for name in ("reset_peak_memory_stats", "empty_cache"):
             card.setattr(torch.cuda, name, lambda: None)
         bench = _bench_on("cuda")
-        bench.run(["batches", "parts", "variants"])
+        bench.run(["batches", "parts", "reading", "variants"])
         bench.cached("scaling", 4)
     states = {(row["kind"], row["variant"], row["micro"]): row["status"] for row in bench.rows}
     kinds = ("not installed: ", "not available: ")
     assert [s for s in states.values() if s != "ok" and not s.startswith(kinds)] == []
     assert states["scaling", "ours", 2] == states["parts", "ours", 0] == "ok"
+    assert [states["reading", name, 0] for name in torch_alone] == ["ok", "ok"]
     row = bench.rows[0]
     assert row["utilisation_with_padding"] > row["utilisation"] > 0 and "peak_gib" in row
 
@@ -376,7 +417,7 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
 def test_it_runs_end_to_end_with_nothing_but_what_a_bare_machine_has(tmp_path: Path) -> None:
     out = tmp_path / "step-0.json"
     command = [sys.executable, "-P", "-c", BLOCKED, "--out", str(out)]
-    command += ["--only", "batches", "parts", "profile", "variants", "scaling"]
+    command += ["--only", "batches", "parts", "profile", "reading", "variants", "scaling"]
     run = subprocess.run(
         command,
         cwd=ROOT,
@@ -390,6 +431,9 @@ def test_it_runs_end_to_end_with_nothing_but_what_a_bare_machine_has(tmp_path: P
     assert failed == []
     measured = [row for row in rows if "step_ms" in row]
     assert {row["kind"] for row in measured} == {"batch", "variant", "scaling"}
+    reading = {row["variant"]: row["status"] for row in rows if row["kind"] == "reading"}
+    assert tuple(reading) == tuple(FEEDS)
+    assert reading["shards, DALI"] == "not installed: ahocorasick, nvidia.dali"
     assert all(row["environment"]["torch"] and row["pairs_per_s"] > 0 for row in measured)
     assert any(row["micro"] > 0 for row in measured)
     profile = next(row for row in rows if row["kind"] == "profile")["profile"]

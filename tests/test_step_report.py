@@ -70,6 +70,9 @@ def _gpu_rows() -> list[dict[str, Any]]:
         base | figures | {"kind": "variant"},
         base | figures | {"kind": "variant", "variant": "attention=eager", "step_ms": 240.0},
         base | {"kind": "variant", "variant": "attention=xformers", "status": "not installed: x"},
+        base | figures | {"kind": "reading", "variant": "shards, DALI", "held_step_ms": 150.0}
+        | {"step_ms": 165.0, "wait_ms": 1.25, "workers": 15},
+        base | {"kind": "reading", "variant": "shards, torch", "status": "not installed: cv2"},
         base | figures | {"kind": "scaling", "pairs": 64, "step_ms": 45.0},
         law | {"kind": "law", "coefficients": [9.0, 0.6, 2e-5], "largest_residual": 0.02}
         | {"environment": GPU},
@@ -110,6 +113,8 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     assert "| attention=eager | 256 | 240.0 | 1.50 |" in page
     assert "| attention=xformers | 256 | not installed: x | - |" in page
     assert "| towers compiled | - | not run |" in page
+    assert "| shards, DALI | 256 | 1,600 | 165.0 | 150.0 | 1.10 | 1.25 | 15 |" in page
+    assert "| shards, torch | 256 | not installed: cv2 | - |" in page
     assert "| 64 | none | 0.703 | 1,600 | 31.5 |" in page
     assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 %" in page
     assert "| `sm90_gemm x` | 48 | 30.00 | 19.0 % |" in page
@@ -117,6 +122,10 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     assert f"]({step_report.PICTURE})" in page and "256 pairs" in picture.read_text("utf-8")
     summary = (root / "README.md").read_text(encoding="utf-8")
     assert "| whole step, utilisation, B = 256 | 35 % (aim 50 %) | 37.1 % |" in summary
+    assert (
+        "| whole step fed by DALI from shards, pairs/s, B = 256 | - | 1,600 (1.10x held) |"
+        in summary
+    )
     assert "| half-empty reports against full ones | 1.5x | not run |" in summary
     assert step_report.write_pages(root, results, check=True) == []
 
