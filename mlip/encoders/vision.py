@@ -136,6 +136,7 @@ class ViTTower(nn.Module):
                 attn_implementation=name,
             )
             config = self.backbone.config
+            _resample_positions(self.backbone, image_px)
         _check_channels(config.num_channels, channels, settings.source)
         if settings.checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -147,6 +148,24 @@ class ViTTower(nn.Module):
         states = self.backbone(image, interpolate_pos_encoding=True).last_hidden_state
         grid = (image.shape[2] // self.patch_px, image.shape[3] // self.patch_px)
         return states[:, 0], states[:, 1:], grid
+
+
+@torch.no_grad()
+def _resample_positions(backbone: Any, image_px: int) -> None:
+    """Give a pretrained ViT one position a patch of the images that it will see.
+
+    The model would resample them in every step, and on a GPU the gradient of that is a sum in any
+    order, which torch refuses under run.deterministic.
+    """
+    if backbone.config.image_size == image_px:
+        return
+    embeddings = backbone.embeddings
+    count = (image_px // backbone.config.patch_size) ** 2 + 1  # with [CLS]
+    patches = torch.empty(1, count, backbone.config.hidden_size)  # only its shape is read
+    positions = embeddings.interpolate_pos_encoding(patches, image_px, image_px)
+    embeddings.position_embeddings = nn.Parameter(positions.clone())
+    embeddings.patch_embeddings.image_size = (image_px, image_px)
+    backbone.config.image_size = image_px
 
 
 class VisionEncoder(nn.Module):

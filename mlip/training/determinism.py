@@ -68,6 +68,12 @@ def _obstacles(config: Config) -> list[str]:
     if config.model.attention == "xformers":
         found.append("model.attention=xformers adds atomically in its backward pass: set sdpa")
     if device == "cuda":
+        vision, crop_px = config.model.vision, config.data.crop_px
+        if vision.kind == "vit" and vision.options.get("image_size", crop_px) != crop_px:
+            found.append(
+                "model.vision.options.image_size is not data.crop_px: the gradient of resampled "
+                "positions is a sum in any order: leave image_size out"
+            )
         if not torch.are_deterministic_algorithms_enabled():
             found.append("GPU kernels of torch may add in any order: set run.deterministic=true")
         if distributed.world_size() > 1 and not os.environ.get("NCCL_ALGO"):

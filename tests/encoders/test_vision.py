@@ -8,7 +8,8 @@ from typing import Literal
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from mlip.config import Vision
 from mlip.encoders.normalisation import FrozenBatchNorm, SynchronisedBatchNorm
@@ -103,6 +104,31 @@ def test_weights_come_from_a_local_directory(tmp_path: Path) -> None:
     encoder = VisionEncoder(settings, channels=1, image_px=64)
     expected = saved.embedder.embedder.convolution.weight
     assert torch.equal(encoder.tower.backbone.embedder.embedder.convolution.weight, expected)
+
+
+@pytest.mark.parametrize("image_px", [32, 80, 96])
+def test_positions_of_a_pretrained_vit_are_resampled_once(tmp_path: Path, image_px: int) -> None:
+    torch.manual_seed(3)
+    saved = ViTModel(ViTConfig(image_size=80, **VIT.options), add_pooling_layer=False).eval()
+    saved.save_pretrained(tmp_path)
+    settings = dataclasses.replace(VIT, source=str(tmp_path), options={})
+    encoder = VisionEncoder(settings, channels=3, image_px=image_px).eval()
+    image = torch.randn(2, 3, image_px, image_px)
+    # oracle: transformers' own resampling at every call
+    expected = saved(image, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    operations = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        _, patches, grid = encoder(image)
+    assert grid == (image_px // 16, image_px // 16)
+    torch.testing.assert_close(patches, expected)
+    assert "aten::convolution" in operations
+    assert [name for name in operations if "upsample" in name] == []
 
 
 def test_a_missing_source_is_named_and_nothing_is_downloaded() -> None:
