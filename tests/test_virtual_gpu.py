@@ -5,6 +5,7 @@ Both compute on the CPU, in one order. To the last bits: vectorised sums begin w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import train
 from mlip.config import load
@@ -59,6 +61,7 @@ def _losses(folder: Path) -> list[dict[str, float]]:
 
 
 Plant = Callable[[torch.Tensor, nn.Module], Any]
+NOTHING = contextlib.nullcontext()
 PLANTS: dict[str, tuple[type[Exception], Plant]] = {
     "a sum with a host tensor": (RuntimeError, lambda x, layer: x + torch.ones(3, 4)),
     "a layer on a host tensor": (RuntimeError, lambda x, layer: layer(torch.ones(3, 4))),
@@ -88,6 +91,34 @@ def test_the_virtual_gpu_refuses_what_a_gpu_refuses(mistake: str) -> None:
         with pytest.raises(error, match="same device|numpy|pin|generator"):
             plant(x, layer)
     assert torch.ones(1).device.type == "cpu" and not torch.cuda.is_available()
+
+
+def _resized(mode: str) -> Plant:
+    return lambda x, layer: F.interpolate(x[None, None], scale_factor=2, mode=mode).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("sum_of", "is_refused"),
+    [
+        (_resized("bicubic"), True),
+        (_resized("nearest"), False),
+        (lambda x, layer: x.cumsum(dim=1), True),
+        (lambda x, layer: x.long().cumsum(dim=1), False),
+        (lambda x, layer: x.median(dim=1), True),
+        (lambda x, layer: F.adaptive_avg_pool2d(x[None], 2).sum().backward(), True),
+    ],
+    ids=["bicubic", "nearest", "running sum", "of integers", "median", "pooling"],
+)
+def test_a_sum_in_any_order_is_refused_where_determinism_is_asked_for(
+    sum_of: Plant, is_refused: bool
+) -> None:
+    with virtual_gpu():
+        x, layer = torch.randn(3, 4, device="cuda", requires_grad=True), nn.Linear(4, 5)
+        sum_of(x, layer)  # nobody asked
+        torch.use_deterministic_algorithms(True)
+        expected = pytest.raises(RuntimeError, match="deterministic") if is_refused else NOTHING
+        with expected:
+            sum_of(x, layer)
 
 
 def test_the_virtual_gpu_allows_what_a_gpu_allows_and_notes_what_makes_the_host_wait() -> None:

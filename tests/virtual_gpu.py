@@ -9,6 +9,7 @@ results the place that they would have. What only a GPU does (kernels, streams, 
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,6 +36,14 @@ _STRICT = ("aten::cat", "aten::stack", "aten::_fused_adamw_", "aten::_foreach_ad
 # the host has to know the values
 _WAITS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
           "aten::_unique2", "aten::is_nonzero")  # fmt: skip
+
+# refused under torch.use_deterministic_algorithms, as its documentation lists them (torch 2.13)
+_UNORDERED = re.compile(
+    r"aten::(upsample_(linear1d|bilinear2d|bicubic2d|trilinear3d)_backward|_upsample_\w+_aa_backward"
+    r"|avg_pool3d_backward|_?adaptive_avg_pool[23]d_backward|adaptive_max_pool2d_backward"
+    r"|fractional_max_pool[23]d_backward|max_unpool[23]d|reflection_pad[123]d_backward"
+    r"|nll_loss2d_\w+|_ctc_loss_backward|put_?|histc|median|grid_sampler_[23]d_backward)"
+)
 
 _FROM_NOTHING = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn",
                  "randperm", "scalar_tensor", "tensor", "zeros")  # fmt: skip
@@ -109,6 +118,8 @@ class VirtualGpu(TorchDispatchMode):
         places = [self.place(tensor) for tensor in tensors]
         if GPU in places and HOST in places:
             self._check(func, name, tensors, places, args)
+        if GPU in places and torch.are_deterministic_algorithms_enabled():
+            _check_order(name, tensors)
         if GPU in places and (name in _WAITS or name in _INDEXING and _has_mask(args)):
             self.wait(name)
         if name == "aten::copy_" and set(places) == {GPU, HOST}:
@@ -147,6 +158,16 @@ class VirtualGpu(TorchDispatchMode):
                 f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu; on "
                 f"the host lie tensors of the shapes {astray}"
             )
+
+
+def _check_order(name: str, tensors: list[torch.Tensor]) -> None:
+    is_sum = name in ("aten::cumsum", "aten::cumsum_") and tensors[0].is_floating_point()
+    is_weighted = name == "aten::bincount" and len(tensors) > 1
+    if is_sum or is_weighted or _UNORDERED.fullmatch(name):
+        raise RuntimeError(
+            f"{name} does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'"
+        )
 
 
 class _Move(torch.autograd.Function):
