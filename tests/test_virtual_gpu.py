@@ -37,7 +37,6 @@ EVERYTHING = (
     "run.deterministic=true",
     "batch.micro_images=3",
     "batch.micro_texts=3",
-    "model.vision.norm=group",
     "model.text.packed=true",
     "loss.local_alignment.token_weights=attention",
 )
@@ -50,8 +49,10 @@ def _restore_determinism() -> Iterator[None]:
 
 
 def _overrides(folder: Path, *more: str) -> list[str]:
-    settings = [s for s in small_run().settings if not s.startswith("run.dir")]
-    return [*settings, *TINY, "train.max_steps=2", "train.checkpoint_steps=1",
+    settings = [s for s in (*small_run().settings, *TINY) if not s.startswith("run.dir")]
+    if "model.vision.kind=vit" in more:  # options of one kind of tower are none of the other's
+        settings = [s for s in settings if not s.startswith("model.vision")]
+    return [*settings, "train.max_steps=2", "train.checkpoint_steps=1",
             f"run.dir={folder}", *more]  # fmt: skip
 
 
@@ -190,17 +191,25 @@ def test_every_trained_task_of_the_transfer_runs_on_it(task: str) -> None:
     assert results["fractions"][0]["scores"] and results["run"]["device"] == "cuda"
 
 
+VIT = (
+    "model.vision.kind=vit",
+    "model.vision.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 32}",
+)
+
+
+@pytest.mark.parametrize("tower", [("model.vision.norm=group",), VIT], ids=["resnet", "vit"])
 def test_a_gpu_goes_on_from_the_checkpoint_of_a_cpu_with_every_setting_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(train, "evaluate", lambda config, corpus: None)
     whole, parts = tmp_path / "cpu", tmp_path / "gpu"
-    assert train.main(_overrides(whole, *EVERYTHING)) == 0
+    assert train.main(_overrides(whole, *EVERYTHING, *tower)) == 0
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step_00000002")
     (parts / "log.jsonl").unlink()
     with virtual_gpu():
-        assert train.main(_overrides(parts, *EVERYTHING)) == 0
+        assert train.main(_overrides(parts, *EVERYTHING, *tower)) == 0
     (made,), (_, expected) = _losses(parts), _losses(whole)
     # the loss of the CPU's weights, in bfloat16; Muon's direction comes after it
     assert made == pytest.approx(expected, rel=1e-2)
