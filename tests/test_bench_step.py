@@ -1,34 +1,24 @@
-"""The whole-step benchmark: its batches are a loader's, its operations are torch's own count, and
-its rows say what happened. Its pages are test_step_report.py's."""
+"""The whole-step benchmark: parts add up, ways undo themselves, rows say what happened."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_step, harness, providers, step_flops, step_reading
+from benchmarks import bench_step, harness, providers, step_reading
 from benchmarks.bench_step import Bench
-from benchmarks.step_batch import FILL, made_batch, padding_share, report_lengths
-from benchmarks.step_reading import FEEDS, FedRunner
+from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
 from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores, towers
-from mlip.batch import Batch
-from mlip.config import load
-from mlip.dataloading.loader import build_loader
-from mlip.kernels.info_nce import info_nce_loss
-from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
-from tests.small_run import small_run
+from tests.step_bench import bench_on, objective_of, shared_bench
 from tests.virtual_gpu import virtual_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,187 +48,9 @@ runpy.run_path("benchmarks/bench_step.py", run_name="__main__")
 '''
 
 
-def _bench_on(device: str = "cpu") -> Bench:
-    return Bench(device, deadline=time.monotonic() + 3600)
-
-
-@cache
-def _shared() -> Bench:
-    """One engine for the tests that measure; nobody may read its rows."""
-    return _bench_on()
-
-
-@cache
-def _real_batch() -> tuple[Batch, Any]:
-    """A batch of the project's loader in three channels, and its settings."""
-    run = small_run()
-    config = load([], [*run.settings, "data.channels=3", "batch.global_pairs=16"])
-    loader = build_loader(
-        config,
-        run.manifest,
-        split="train",
-        train=True,
-        rank=0,
-        world_size=1,
-        tokenizer=run.tokenizer,
-        linker=run.linker,
-        table=run.table,
-    )
-    try:
-        return next(iter(loader)), config
-    finally:
-        loader.close()
-
-
-def _claims(batch: Batch) -> dict[str, Any]:
-    """What is true of a batch beside its sizes."""
-    lengths = batch.token_mask.sum(dim=1)
-    place = torch.arange(batch.token_mask.shape[1])
-    return {
-        "types": {f.name: getattr(batch, f.name).dtype for f in dataclasses.fields(batch)},
-        "dimensions": {f.name: getattr(batch, f.name).ndim for f in dataclasses.fields(batch)},
-        "one grey channel": batch.image.stride(1) == 0,
-        "image": tuple(batch.image.shape[1:]),
-        "padding behind": torch.equal(batch.token_mask, place < lengths[:, None]),
-        "no first and last": torch.equal(
-            batch.content_mask, (place > 0) & (place < lengths[:, None] - 1)
-        ),
-        "as wide as the longest": int(lengths.max()) == batch.token_ids.shape[1],
-        "as many entities as the most": int(batch.entity_mask.sum(dim=1).max())
-        == batch.entity_ids.shape[1],
-        "entities in front": torch.equal(
-            batch.entity_mask,
-            torch.arange(batch.entity_mask.shape[1]) < batch.entity_mask.sum(dim=1)[:, None],
-        ),
-        "nothing masked": int(batch.entity_ids[~batch.entity_mask].abs().sum()) == 0,
-        "padding": set(batch.token_ids[~batch.token_mask].tolist()),
-    }
-
-
-def test_a_made_batch_is_what_the_loader_makes() -> None:
-    real, config = _real_batch()
-    run = small_run()
-    made = made_batch(
-        config, len(real), vocab_size=run.tokenizer.vocab_size, concepts=len(run.table)
-    )
-    assert _claims(made) == _claims(real)
-    assert int(made.token_ids.max()) < run.tokenizer.vocab_size
-    assert int(made.entity_ids.max()) < len(run.table)
-
-
-def test_reports_fill_half_of_the_tokens() -> None:
-    lengths = report_lengths(4096, 112, torch.Generator().manual_seed(3))
-    assert float(lengths.double().mean()) == pytest.approx(FILL * 112, rel=0.03)
-    assert int(lengths.min()) >= 8 and int(lengths.max()) == 112
-    config = load([], ["data.crop_px=16"])
-    batch = made_batch(config, 4096, vocab_size=100, concepts=10)
-    assert padding_share(batch) == pytest.approx(0.5, abs=0.02)
-
-
-def _objective_of(attention: str = "eager") -> tuple[Any, Batch]:
-    """The tiny model in float32, with products that the counter sees, and a batch."""
-    bench = _bench_on()
-    objective = bench.engine.objective.float()
-    fp32 = dataclasses.replace(
-        bench.config, train=dataclasses.replace(bench.config.train, precision="fp32")
-    )
-    objective.config = objective.model.config = fp32
-    for tower in (objective.model.text, objective.model.vision.tower):
-        tower.backbone.config._attn_implementation = f"mlip_{attention}"
-    batch = made_batch(fp32, 6, vocab_size=bench.vocab_size, concepts=bench.concepts)
-    return objective, batch
-
-
-def test_operations_of_towers_and_heads_are_those_that_torch_counts() -> None:
-    objective, batch = _objective_of()
-    model, config = objective.model, objective.config
-    parts = step_flops.forward_parts(model, batch, config, real=False)
-    with FlopCounterMode(display=False) as forward:
-        image = model.encode_image(batch.image)
-        text = model.encode_text(batch.token_ids, batch.token_mask, batch.content_mask)
-    expected = parts["vision"] + parts["text"] + parts["heads"]
-    assert forward.get_total_flops() == expected
-    total = image.embedding.sum() + image.patches.sum() + text.embedding.sum() + text.tokens.sum()
-    with FlopCounterMode(display=False) as backward:
-        total.backward()
-    # images need no gradient: one product of the patch projection is not made
-    first = step_flops.patch_projection(len(batch), model.vision.tower.backbone.config)
-    assert backward.get_total_flops() == 2 * expected - first
-
-
-def test_operations_of_the_contrastive_levels_are_those_that_torch_counts() -> None:
-    bench = _shared()
-    batch = made_batch(bench.config, 6, vocab_size=bench.vocab_size, concepts=bench.concepts)
-    whole = dataclasses.replace(
-        batch,
-        content_mask=torch.ones_like(batch.content_mask),
-        entity_mask=torch.zeros_like(batch.entity_mask),
-    )
-    parts = step_flops.forward_parts(bench.engine.objective.model, whole, bench.config, real=True)
-    dim = bench.config.model.embed_dim
-    with FlopCounterMode(display=False) as local, torch.no_grad():
-        token_knowledge_patch_scores(torch.randn(6, 4, dim), torch.randn(6, 10, dim))
-    assert local.get_total_flops() == parts["local"]
-    with FlopCounterMode(display=False) as pairing, torch.no_grad():
-        info_nce_loss(torch.randn(6, dim), torch.randn(6, dim), 10.0)
-    assert step_flops.VIEW_PAIRINGS * pairing.get_total_flops() == parts["global"]
-
-
-def test_padding_is_counted_apart_and_what_is_left_out_is_small() -> None:
-    assert step_flops.transformer_forward([3, 5], 4, 8, 2) == 2 * (
-        2.0 * 8 * (4 * 16 + 2 * 4 * 8) + 4 * 4 * (9 + 25)
-    )
-    bench = _shared()
-    model = bench.engine.objective.model
-    batch = made_batch(bench.config, 8, vocab_size=bench.vocab_size, concepts=bench.concepts)
-    real, padded = (
-        step_flops.forward_parts(model, batch, bench.config, real=real) for real in (True, False)
-    )
-    assert real["text"] < padded["text"] and real["vision"] == padded["vision"]
-    # of matching at ViT-B/16: three judged pairs, two layers, four heads' rows against 196 patches
-    matching = 3 * 2 * (4 * 4.0 * 196 * 128)
-    tower = step_flops.transformer_forward([197], 768, 3072, 12)
-    assert matching < 1e-3 * tower
-
-
-def test_the_step_is_fed_by_the_real_loader_from_shards_and_from_full_size_files(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
-    bench = _shared()
-    monkeypatch.setattr(bench, "rows", [])
-    bench.reading()
-    assert [row["variant"] for row in bench.rows] == list(FEEDS)
-    assert [row["status"] for row in bench.rows] == ["ok"] * len(FEEDS)
-    for row in bench.rows:
-        assert row["step_ms"] > 0 and row["held_step_ms"] > 0 and row["wait_ms"] >= 0
-        assert row["pairs_per_s"] == pytest.approx(1e3 * row["pairs"] / row["step_ms"])
-
-
-def test_a_slow_loader_is_waited_for_and_each_of_its_batches_is_a_step_s() -> None:
-    bench = _shared()
-    batch = made_batch(bench.config, 4, vocab_size=bench.vocab_size, concepts=bench.concepts)
-
-    class Slow:
-        wait_seconds = 0.02
-
-        def __init__(self) -> None:
-            self.taken = 0
-
-        def __next__(self) -> Batch:
-            self.taken += 1
-            return batch
-
-    loader = Slow()
-    runner = FedRunner(bench.engine, loader)
-    times = runner.times_ms(warmup=1, least=2, budget_s=0.0)
-    assert loader.taken == len(runner.waits_ms) == 1 + len(times)
-    assert runner.waits_ms == pytest.approx([20.0] * 3)
-
-
 @pytest.mark.parametrize("micro", [0, 2])
 def test_parts_add_up_to_the_step_and_only_a_cached_one_runs_towers_again(micro: int) -> None:
-    bench = _shared()
+    bench = shared_bench()
     runner = bench.runner(4, micro)
     runner.step()
     parts = runner.parts_ms(1)
@@ -251,7 +63,7 @@ def test_parts_add_up_to_the_step_and_only_a_cached_one_runs_towers_again(micro:
 
 
 def test_the_flat_product_gives_the_operator_s_scores_and_gradients() -> None:
-    objective, batch = _objective_of("sdpa")
+    objective, batch = objective_of("sdpa")
     features = objective.encode(batch)
     model, image, text = objective.model, features.image, features.text
     made = []
@@ -269,7 +81,7 @@ def test_the_flat_product_gives_the_operator_s_scores_and_gradients() -> None:
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "compiled" not in name])
 def test_a_way_changes_the_engine_only_inside(name: str) -> None:
-    bench = _shared()
+    bench = shared_bench()
     model = bench.engine.objective.model
     configs = [model.text.backbone.config, model.vision.tower.backbone.config]
 
@@ -290,7 +102,7 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 
 
 def test_towers_and_heads_compile_without_a_graph_break() -> None:
-    bench = _bench_on()
+    bench = bench_on()
     runner = bench.runner(4, 0)
     modules = towers(bench.engine.objective.model)
     for module in modules:
@@ -323,7 +135,7 @@ def _without_room(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, plain: int, 
 def test_what_does_not_fit_is_a_row_and_goes_on_with_the_gradient_cache(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench = _shared()
+    bench = shared_bench()
     monkeypatch.setattr(bench, "rows", [])
     monkeypatch.setattr(bench, "fits", 0)
     monkeypatch.setattr(bench, "fails", float("inf"))
@@ -349,7 +161,7 @@ def test_what_does_not_fit_is_a_row_and_goes_on_with_the_gradient_cache(
 
 
 def test_late_and_failing_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = _shared()
+    bench = shared_bench()
     monkeypatch.setattr(bench, "rows", [])
     bench.attempt({"kind": "batch"}, lambda: {}, needs_s=1e9)
 
@@ -401,7 +213,7 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
         card.setattr(torch.cuda, "Event", _Event)
         for name in ("reset_peak_memory_stats", "empty_cache"):
             card.setattr(torch.cuda, name, lambda: None)
-        bench = _bench_on("cuda")
+        bench = bench_on("cuda")
         bench.run(["batches", "parts", "reading", "variants"])
         bench.cached("scaling", 4)
     states = {(row["kind"], row["variant"], row["micro"]): row["status"] for row in bench.rows}

@@ -1,0 +1,45 @@
+"""The step fed by the real loader: every source gives steps, and a wait is seen."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.step_batch import made_batch
+from benchmarks.step_reading import FEEDS, FedRunner
+from mlip.batch import Batch
+from tests.step_bench import shared_bench
+
+
+def test_the_step_is_fed_by_the_real_loader_from_shards_and_from_full_size_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
+    bench = shared_bench()
+    monkeypatch.setattr(bench, "rows", [])
+    bench.reading()
+    assert [row["variant"] for row in bench.rows] == list(FEEDS)
+    assert [row["status"] for row in bench.rows] == ["ok"] * len(FEEDS)
+    for row in bench.rows:
+        assert row["step_ms"] > 0 and row["held_step_ms"] > 0 and row["wait_ms"] >= 0
+        assert row["pairs_per_s"] == pytest.approx(1e3 * row["pairs"] / row["step_ms"])
+
+
+def test_a_slow_loader_is_waited_for_and_each_of_its_batches_is_a_step_s() -> None:
+    bench = shared_bench()
+    batch = made_batch(bench.config, 4, vocab_size=bench.vocab_size, concepts=bench.concepts)
+
+    class Slow:
+        wait_seconds = 0.02
+
+        def __init__(self) -> None:
+            self.taken = 0
+
+        def __next__(self) -> Batch:
+            self.taken += 1
+            return batch
+
+    loader = Slow()
+    runner = FedRunner(bench.engine, loader)
+    times = runner.times_ms(warmup=1, least=2, budget_s=0.0)
+    assert loader.taken == len(runner.waits_ms) == 1 + len(times)
+    assert runner.waits_ms == pytest.approx([20.0] * 3)
