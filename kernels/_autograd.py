@@ -36,7 +36,8 @@ def no_second_derivative(backward: Callable) -> Callable:
         if not torch.is_grad_enabled():
             return out
         # autograd.grad runs only nodes that lead to what it is asked for: hang the error on those
-        leads = [x for x in ctx.saved_tensors if x.requires_grad]
+        # (an input that was not given is saved as None)
+        leads = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
         return tuple(_Refuse.apply(x, *leads) if isinstance(x, Tensor) else x for x in out)
 
     return wrapped

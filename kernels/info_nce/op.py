@@ -311,14 +311,14 @@ class ClipLoss(nn.Module):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        logit_bias: Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         group = None
         if self.world_size > 1:
             group = default_group(self.world_size)
         loss = info_nce_loss(image_features, text_features, logit_scale, group=group)
-        if logit_bias is not None:
+        if isinstance(logit_bias, Tensor):
             # a constant added to every logit cancels in both softmaxes: its gradient is 0
             loss = loss + 0.0 * logit_bias.sum()
         return {"contrastive_loss": loss} if output_dict else loss

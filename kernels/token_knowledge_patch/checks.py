@@ -87,7 +87,10 @@ def check_inputs(
         if weight is None:
             continue
         if not weight.is_floating_point():
-            raise ValueError(f"expected {name} in floating point, got {weight.dtype}")
+            raise ValueError(
+                f"expected {name} bool or in floating point, got {weight.dtype}; for a mask of 0 "
+                "and 1 pass mask.bool()"
+            )
         if _is_readable(weight) and not bool((weight >= 0).all()):
             raise ValueError(
                 f"expected {name} >= 0 without NaN, got a minimum of {float(weight.min())}; 0 masks"

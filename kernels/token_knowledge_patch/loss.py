@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -208,6 +209,14 @@ class TokenKnowledgePatchLoss(nn.Module):
                 self.register_parameter(f"log_{name}", nn.Parameter(log))
             else:
                 self.register_buffer(f"log_{name}", log)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenKnowledgePatchLoss:
+        # averages of weights copy a model; a process group is a handle that cannot be copied
+        memo[id(self.group)] = self.group
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:

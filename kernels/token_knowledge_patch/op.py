@@ -31,6 +31,8 @@ from mlip.kernels.token_knowledge_patch.reference import (
 from mlip.kernels.token_knowledge_patch.rows_reference import row_weights, unit_rows
 from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, block_dim, most_entities
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class _TritonOptions:
@@ -44,8 +46,10 @@ class _TritonOptions:
 def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str | None:
     """Why the Triton kernels cannot take these inputs, or None."""
     features = [x for x in (patches, tokens, knowledge) if x is not None]
-    if any(x.dtype == torch.float64 for x in features):
-        return "the inputs are float64, and the kernels work in float32"
+    for x in features:
+        if x.dtype not in KERNEL_DTYPES:
+            kind = str(x.dtype).removeprefix("torch.")
+            return f"the inputs are {kind}, and the kernels work in float32"
     if patches.shape[2] > MAX_DIM:
         return f"D={patches.shape[2]} is above {MAX_DIM}, the largest that fits on chip"
     if knowledge is not None:
@@ -220,6 +224,10 @@ def scores_and_validity(
     impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The scores, and which images [M] and texts of this rank take part (None = all)."""
+    token_weights, knowledge_weights = (
+        x.float() if isinstance(x, Tensor) and x.dtype == torch.bool else x
+        for x in (token_weights, knowledge_weights)
+    )
     check_inputs(
         patches,
         tokens,
@@ -282,8 +290,8 @@ def token_knowledge_patch_scores(
     """S[m, n]: how well text n, its tokens enriched by its entities, aligns with image m.
 
     Shapes:  patches [M, P, D], tokens [N, T, D], knowledge [N, K, D], any length; token_weights
-             [N, T] >= 0, 0 = masked; knowledge_weights [N, K] >= 0, 0 = enriches tokens but is no
-             row; knowledge_mask [N, K] and patch_mask [M, P] bool, True = real
+             [N, T] >= 0 or bool, 0 = masked; knowledge_weights [N, K] >= 0 or bool, 0 = enriches
+             tokens but is no row; knowledge_mask [N, K] and patch_mask [M, P] bool, True = real
     Returns: [M, N] float32 (float64 for float64 inputs); with `group` N counts the texts of all
              ranks in rank order. A text without weight or an image without a patch has S = 0
     Units:   scales dimensionless, numbers or 0-dim tensors that may require grad

@@ -57,6 +57,20 @@ def test_views_give_the_mean_over_all_pairings(counts: tuple[int, int]) -> None:
         assert (a - b).norm().item() <= MACHINE * (1 + b.norm().item())
 
 
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_second_derivative_is_refused_and_a_first_one_with_its_graph_is_not(
+    with_ids: bool,
+) -> None:
+    """As `loss.backward(create_graph=True)` asks for it, with and without ids."""
+    image, text = unit(5, 4, 0).requires_grad_(), unit(5, 4, 1)
+    value = info_nce_loss(image, text, 10.0, pair_ids=torch.arange(5) if with_ids else None)
+    (plain,) = torch.autograd.grad(value, [image], retain_graph=True)
+    (grad,) = torch.autograd.grad(value, [image], create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), [image])
+
+
 def test_no_view_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one image view"):
         info_nce_views_loss([], [unit(2, 5, 0)], 1.0)
@@ -168,6 +182,7 @@ def test_clip_loss_takes_open_clips_call() -> None:
     made = loss(image, text, scale, logit_bias=bias, output_dict=True)
     assert made["contrastive_loss"].item() == pytest.approx(want.item(), rel=1e-6)
     assert torch.autograd.grad(made["contrastive_loss"], [bias])[0].item() == 0.0
+    assert loss(image, text, scale, logit_bias=-10.0).item() == pytest.approx(want.item(), rel=1e-6)
 
 
 def test_clip_loss_refuses_what_it_cannot_honour() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -123,6 +125,49 @@ def leaves_in_place(inputs: dict[str, Any]) -> dict[str, Any]:
         k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
         for k, v in inputs.items()
     }
+
+
+def test_weights_may_be_boolean_masks() -> None:
+    """As the tokenizers' own attention masks are, compared with 0."""
+    inputs = _square()
+    masks = {
+        name: (inputs[name] > 0.3) | (torch.arange(inputs[name].shape[1]) == 0)
+        for name in ("token_weights", "knowledge_weights")
+    }
+    value = token_knowledge_patch_loss(**inputs | masks, logit_scale=10.0)
+    floats = {name: mask.double() for name, mask in masks.items()}
+    assert torch.equal(value, token_knowledge_patch_loss(**inputs | floats, logit_scale=10.0))
+
+
+def test_features_of_eight_bits_are_left_to_torch() -> None:
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in _square().items()}
+    tiny = inputs | {"tokens": inputs["tokens"].to(torch.float8_e4m3fn)}
+    with pytest.raises(ValueError, match="the inputs are float8_e4m3fn|needs an NVIDIA GPU"):
+        token_knowledge_patch_loss(**tiny, logit_scale=10.0, impl="triton")
+    value = token_knowledge_patch_loss(**{"tokens": tiny["tokens"], "patches": inputs["patches"]},
+                                       logit_scale=10.0)  # fmt: skip
+    wide = {"tokens": tiny["tokens"].float(), "patches": inputs["patches"]}
+    assert torch.equal(value, token_knowledge_patch_loss(**wide, logit_scale=10.0))
+
+
+class _Handle:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("cannot pickle a process group")
+
+
+def test_a_copy_of_the_module_shares_its_group_and_nothing_else() -> None:
+    """As torch.optim.swa_utils.AveragedModel copies a model. Oracle: the gradients of each."""
+    module = TokenKnowledgePatchLoss(aggregation="lse")
+    module.group = handle = _Handle()
+    twin = copy.deepcopy(nn.Sequential(module))[0]
+    assert type(twin) is TokenKnowledgePatchLoss and twin.group is handle
+    module.group = twin.group = None
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in _square().items()}
+    value = twin(**inputs)
+    assert torch.equal(value, module(**inputs))
+    value.backward()
+    assert all(p.grad is not None for p in twin.parameters())
+    assert all(p.grad is None for p in module.parameters())
 
 
 def test_slices_at_odd_offsets_and_inference_mode_change_nothing() -> None:

@@ -203,6 +203,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weights shape": ({"token_weights": torch.ones(5, 7)}, r"shape \[5, 6\], got \[5, 7\]"),
     "negative": ({"token_weights": -torch.ones(5, 6)}, "token_weights >= 0"),
     "nan weight": ({"knowledge_weights": torch.full((5, 3), math.nan)}, "knowledge_weights >= 0"),
+    "integer mask": (
+        {"token_weights": torch.ones(5, 6, dtype=torch.int64)},
+        r"bool or in floating point, got torch.int64; .*mask.bool\(\)",
+    ),
     "mask dtype": ({"patch_mask": torch.ones(5, 5)}, "dtype bool"),
     "pooling": ({"pooling": "sum"}, "pooling one of"),
     "aggregation": ({"aggregation": "max"}, "aggregation one of"),
