@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mlip.config import Data
 from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
-from mlip.dataloading.table import ManifestError, read_table
+from mlip.dataloading.table import ManifestError, check_identifiers, read_table
 from mlip.dataloading.text_hash import hash_bytes, mix
 
 IntArray = NDArray[np.int64]
@@ -41,6 +41,8 @@ NO_SPLIT = -1
 
 # Shares of patients where the manifest has no split column.
 _TRAIN_SHARE, _VAL_SHARE = 0.8, 0.1
+
+_DOTTED = r"(^|/)(?:\./|/)+"
 
 # Shorter ids ("7") occur in any path by chance.
 _IDENTIFYING = 3
@@ -175,6 +177,9 @@ def load_manifest(data: Data) -> Manifest:
     image, patient = table["image"], table["patient_id"]
     _check_paths(image, root, path)
     _check_unique(image, table.get("image_id"), path)
+    for field in ("patient_id", "study_id", "image_id"):
+        if field in table:
+            check_identifiers(table[field], wanted[field] or "", path)
     patient_key = _keyed(patient, fingerprint)
     _check_no_blank(patient, "patient_id", columns.patient_id, path)
     split = _splits(table.pop("split", None), patient, columns.split, path)
@@ -244,7 +249,10 @@ def _check_paths(image: pa.ChunkedArray, root: str, path: Path) -> None:
 
 
 def _check_unique(image: pa.ChunkedArray, image_id: pa.ChunkedArray | None, path: Path) -> None:
-    for name, column in (("image path", image), ("image id", image_id)):
+    dotted = pc.any(pc.match_substring_regex(image, _DOTTED)).as_py()
+    # "./a.png" and "a.png" are one file
+    plain = pc.replace_substring_regex(image, _DOTTED, r"\1") if dotted else image
+    for name, column in (("image path", plain), ("image id", image_id)):
         if column is None:
             continue
         hashes = hash_bytes(column)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import hashlib
-import io
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +16,21 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
+from mlip.dataloading.csv_text import (
+    CsvError,
+    check_quotes,
+    looks_like_data,
+    read_header,
+    shown,
+)
+
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
 _BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a megabyte happen
 _ROWS_AT_ONCE = 1 << 15  # of a Parquet file: about a block's worth
 _SMALL_BLOCK_BYTES = 1 << 20
+_ROUNDED = r"^\s*\d([.,]\d+)?[eE]\+\d+\s*$"
+_JSONL = (".jsonl", ".ndjson")
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
@@ -58,8 +67,7 @@ def read_table(
         ".csv": _read_csv,
         ".tsv": _read_csv,
         ".parquet": _read_parquet,
-        ".jsonl": _read_jsonl,
-        ".ndjson": _read_jsonl,
+        **dict.fromkeys(_JSONL, _read_jsonl),
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -70,19 +78,52 @@ def read_table(
     try:
         with open(path, "rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
+        if reader is _read_csv:
+            check_quotes(path, read_header(path)[1])
         columns = _small_blocks(path, wanted, take or {}, numbers) if reader is _read_csv else None
         if columns is None:
             columns = _collect(reader(path, wanted), path, wanted, take or {}, numbers)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
-    except pa.ArrowException:
-        # Arrow's own messages quote cells
-        raise ManifestError(
-            f"{path}: cannot be read as {path.suffix[1:]}: damaged, or not UTF-8"
-        ) from None
+    except (CsvError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise _explained(error, path) from None
     # what parsing needed: 100 MiB of a million rows
     pa.default_memory_pool().release_unused()
     return columns, fingerprint
+
+
+def column_names(path: Path) -> list[str]:
+    """A table's columns, from as little of the file as tells them; of JSONL those of 100 rows.
+
+    Raises:  ManifestError as read_table.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            return list(pa.parquet.read_schema(path).names)
+        return _jsonl_names(path, set()) if suffix in _JSONL else read_header(path)[0]
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+    except (CsvError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise _explained(error, path) from None
+
+
+def _explained(error: Exception, path: Path) -> ManifestError:
+    """Without a word of Arrow's or Python's own: they quote cells."""
+    if isinstance(error, CsvError):
+        return ManifestError(f"{path}: {error}")
+    return ManifestError(f"{path}: cannot be read as {path.suffix[1:]}: damaged, or not UTF-8 text")
+
+
+def check_identifiers(column: pa.ChunkedArray, name: str, path: Path) -> None:
+    """Raises ManifestError where a spreadsheet has rounded identifiers: 1.23E+11 may be anybody."""
+    rounded = pc.fill_null(pc.match_substring_regex(column, _ROUNDED), False)
+    if count := pc.sum(rounded).as_py():
+        raise ManifestError(
+            f"{path}: column {name!r} holds {count} identifiers that a spreadsheet has rounded "
+            f"(like 1.23E+11), the first in data row {pc.index(rounded, True).as_py() + 1}: their "
+            "digits are lost; export the table again without opening it there"
+        )
 
 
 def _small_blocks(
@@ -126,12 +167,12 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
     if missing:
         parts = []
         for field, name in missing.items():
-            near = difflib.get_close_matches(name, names, n=1)
+            near = [] if looks_like_data(names) else difflib.get_close_matches(name, names, n=1)
             hint = f", nearest is {near[0]!r}" if near else ""
             parts.append(f"{name!r} (data.columns.{field}{hint})")
         raise ManifestError(
             f"{path}: missing columns: {'; '.join(parts)}. The manifest has: "
-            f"{', '.join(names[:40]) or 'no columns'}. Map them with data.columns.<field>=<name>, "
+            f"{shown(names)}. Map them with data.columns.<field>=<name>, "
             "or null where there is none"
         )
     doubled = sorted({n for n in wanted.values() if names.count(n) > 1})
@@ -141,16 +182,7 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
 
 def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int = 0) -> Batches:
     block_bytes = block_bytes or _BLOCK_BYTES
-    with open(path, "rb") as stream:
-        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
-    try:
-        line = head.split(b"\n", 1)[0].decode("utf-8").rstrip("\r")
-    except UnicodeDecodeError:
-        raise ManifestError(f"{path}: not UTF-8: save it as UTF-8 text") from None
-    if not line.strip():
-        raise ManifestError(f"{path}: the manifest is empty: expected a header line")
-    delimiter = max(",;\t", key=line.count)
-    names = next(csv.reader(io.StringIO(line), delimiter=delimiter))
+    names, delimiter = read_header(path)
     _check_columns(names, wanted, path)
     ragged = 0
 
@@ -209,11 +241,12 @@ def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Batches:
     return file.schema_arrow, file.iter_batches(_ROWS_AT_ONCE, columns=columns)
 
 
-def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
+def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
+    """Keys of the first 100 rows, of fewer where those in `enough` are found."""
     names: dict[str, None] = {}
     with open(path, encoding="utf-8") as stream:
         for number, line in enumerate(stream, start=1):
-            if number > 100 or set(wanted.values()) <= names.keys():
+            if number > 100 or (enough and enough <= names.keys()):
                 break
             try:
                 row = json.loads(line)
@@ -222,7 +255,11 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
             if not isinstance(row, dict):
                 raise ManifestError(f"{path}: line {number}: expected a JSON object")
             names.update(dict.fromkeys(row))
-    _check_columns(list(names), wanted, path)
+    return list(names)
+
+
+def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
+    _check_columns(_jsonl_names(path, set(wanted.values())), wanted, path)
     blocks = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
     texts = pa.schema([(name, pa.string()) for name in sorted(set(wanted.values()))])
     try:

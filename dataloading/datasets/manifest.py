@@ -5,14 +5,11 @@ Licence and access: whatever the user's own data stand under.
 
 from __future__ import annotations
 
-import csv
-import json
+import posixpath
 from collections import Counter
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
-
+from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.rows import (
     SPLIT_OF,
@@ -22,7 +19,7 @@ from mlip.dataloading.datasets.rows import (
     Row,
     split_by_patient,
 )
-from mlip.dataloading.table import read_table
+from mlip.dataloading.table import check_identifiers, column_names, read_table
 
 # field -> column names tried in this order where the user gives none
 _USUAL = {
@@ -37,46 +34,57 @@ _USUAL = {
     "sha256": ("sha256", "sha_256"),
 }
 _NEEDED = ("image", "patient_id")
+_IDENTIFIERS = {"patient_id", "study_id", "image_id"}
 _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """The manifest's rows; rows without a split get one by the hash of their patient."""
     path = _find(root, options["file"])
-    names = _names(path)
+    names = column_names(path)
+    # a header's blanks are no part of the usual names: "image, patient_id"
+    plain = {name.strip(): name for name in reversed(names)}
     wanted: dict[str, str] = {}
     for field, usual in _USUAL.items():
         given = options[field]
         if given == "none":
             continue
-        found = given or next((name for name in usual if name in names), "")
+        found = given or next((plain[name] for name in usual if name in plain), "")
         if found:
             wanted[field] = found
         elif field in _NEEDED:
             raise DatasetError(
                 f"{path}: no column for {field}: give --option {field}=<column>; the file has "
-                f"{', '.join(names[:40])}"
+                f"{shown(names)}"
             )
     findings = _findings(path, options, names)
     if findings:
         wanted.pop("labels", None)
     states = {f"finding {name}": name for name in findings}
     read = read_table(path, wanted | states, numbers=states)[0]
+    for field in _IDENTIFIERS & read.keys():
+        check_identifiers(read[field], wanted[field], path)
     table = {field: column.to_pylist() for field, column in read.items()}
     count = len(table["image"])
     excluded: Counter[str] = Counter()
     rows = []
+    place_of: dict[str, int] = {}
     for place in range(count):
         cell = {field: (column[place] or "").strip() for field, column in table.items()}
         if not cell["image"] or not cell["patient_id"]:
             excluded["no_image_or_patient"] += 1
             continue
+        if (first := place_of.setdefault(posixpath.normpath(cell["image"]), place)) != place:
+            raise DatasetError(
+                f"{path}: data rows {first + 1} and {place + 1} name the same image: expected one "
+                "row an image; join the texts of one image, an addendum for instance, in one row"
+            )
         said = {name: cell[f"finding {name}"] for name in findings}
         said = {name: _AS_NUMBER.get(value.lower(), value) for name, value in said.items()}
         positive, uncertain, negative = label_states(said, (), path)
         split = SPLIT_OF.get(cell.get("split", "").lower(), "")
         if "split" in wanted and not split:
-            excluded["no_split"] += 1
+            excluded["unknown_split" if cell["split"] else "no_split"] += 1
             continue
         rows.append(
             Row(
@@ -95,6 +103,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         )
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
     notes = [f"columns: {columns}"]
+    if count := sum("\\" in row.image for row in rows):
+        notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
     if findings:
         notes.append(f"findings: {', '.join(findings)}")
     return Collected(rows, excluded, notes, keeps_ids=False)
@@ -111,7 +121,7 @@ def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str
         wrong = f"missing: {', '.join(missing)}" if missing else "one is named twice"
         raise DatasetError(
             f"{path}: --option findings={options['findings']}: expected different columns of the "
-            f"file, commas between; {wrong}; the file has {', '.join(names[:40])}"
+            f"file, commas between; {wrong}; the file has {shown(names)}"
         )
     if wanted and options["labels"] not in ("", "none"):
         raise DatasetError(
@@ -124,21 +134,6 @@ def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str
             "names in the prepared manifest: rename the column"
         )
     return wanted
-
-
-def _names(path: Path) -> list[str]:
-    """Column names, from as little of the file as tells them; table.py judges the rest."""
-    try:
-        if path.suffix == ".parquet":
-            return list(pa.parquet.read_schema(path).names)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in (".jsonl", ".ndjson"):
-                lines = [json.loads(line) for _, line in zip(range(100), file, strict=False)]
-                return list(dict.fromkeys(name for line in lines for name in line))
-            head = file.readline(1 << 16)
-            return next(csv.reader([head], delimiter=max(",;\t", key=head.count)), [])
-    except (OSError, ValueError, TypeError, csv.Error, pa.ArrowException) as error:
-        raise DatasetError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
 def _find(root: Path, given: str) -> Path:
