@@ -28,7 +28,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """One row a recognised image file, in the order of paths.
 
     Patient and study: of a DICOM file its own ids; of others the folder named by `patient_level`,
-    counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt.
+    counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt, in UTF-8, or in
+    UTF-16 with its byte order mark.
     """
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
@@ -38,12 +39,20 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
     seen: set[str] = set()
+    texts: set[Path] = set()
+    used: set[Path] = set()
+    nameless = 0
     for path in _files(root, excluded):
-        kind = _kind(path)
-        if kind is None or kind == "archive":
-            excluded[kind or ("no_image" if path.suffix != ".txt" else "report_text")] += 1
-            continue
         name = relative(path, root)
+        if not _is_unicode(name):
+            excluded["name_not_utf8"] += 1
+            continue
+        kind = _kind(path)
+        if kind == "report_text":
+            texts.add(path)
+        if kind not in ("dicom", "picture"):
+            excluded[kind] += 1
+            continue
         parts = name.split("/")
         patient = parts[level - 1] if len(parts) > level else path.stem
         study, image = "/".join(parts[:-1]) or path.stem, name
@@ -56,12 +65,19 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             if identity.modality.upper() not in modalities:
                 excluded[f"modality_{_word(identity.modality)}"] += 1
                 continue
+            nameless += not identity.patient
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
             if image in seen:
                 excluded["duplicate_image"] += 1
                 continue
             seen.add(image)
+        beside = _text_beside(path, root)
+        used.add(beside or path)
+        report, fault = _read_text(beside) if beside else ("", "")
+        if fault:
+            excluded[fault] += 1
+            continue
         rows.append(
             Row(
                 image=name,
@@ -69,7 +85,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 study_id=study,
                 image_id=image,
                 split=split_by_patient(patient, "folder", 0.1, 0.1),
-                report=_report(path),
+                report=report,
             )
         )
     if not rows:
@@ -79,13 +95,28 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{left_out or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
         )
-    return Collected(rows, excluded, keeps_ids=False)
+    notes = []
+    if nameless:
+        notes.append(
+            f"{nameless} DICOM files state no patient: the folder of --option patient_level, or "
+            "the file's name, stands for it"
+        )
+    if count := len(texts - used):
+        notes.append(f"{count} of the .txt files belong to no image")
+    return Collected(rows, excluded, notes, keeps_ids=False)
 
 
 def _files(root: Path, excluded: Counter[str]) -> list[Path]:
-    """Regular files below root; links, pipes and devices are counted and left alone."""
+    """Regular files below root; what is not looked into is counted and left alone."""
+
+    def count_folder(error: OSError) -> None:
+        excluded["unreadable_folder"] += 1
+
     found = []
-    for folder, names, files in os.walk(root):
+    for folder, names, files in os.walk(root, onerror=count_folder):
+        # os.walk does not follow a link to a folder, and does not say so
+        excluded["link_or_special_file"] += sum(Path(folder, n).is_symlink() for n in names)
+        excluded["hidden"] += sum(n.startswith(".") for n in (*names, *files))
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
@@ -95,20 +126,41 @@ def _files(root: Path, excluded: Counter[str]) -> list[Path]:
                 excluded["link_or_special_file"] += 1
             else:
                 found.append(path)
+    for rule in ("link_or_special_file", "hidden"):
+        if not excluded[rule]:
+            del excluded[rule]
     return found
 
 
-def _kind(path: Path) -> str | None:
+def _is_unicode(name: str) -> bool:
+    """Whether a name's bytes were UTF-8: no table of ours could hold another one."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(path: Path) -> str:
+    """dicom or picture, else the rule that leaves the file out."""
+    suffix = path.suffix.lower()
     try:
         with open(path, "rb") as file:
             head = file.read(262)
     except OSError:
-        return None
+        return "unreadable_file"
     if head[128:132] == b"DICM":
-        return "dicom"
+        return "dicom" if path.name.upper() != "DICOMDIR" else "dicomdir"
     if head.startswith(_ARCHIVES) or head[257:262] == b"ustar":
         return "archive"
-    return "picture" if head.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")) else None
+    if head.startswith((PNG_SIGNATURE, b"\xff\xd8\xff")):
+        return "picture"
+    if suffix == ".txt":
+        return "report_text"
+    if not head:
+        return "empty_file"
+    # an old archive's files without preamble: said apart, they may be the whole export
+    return "not_dicom" if suffix in (".dcm", ".dicom", ".ima") else "no_image"
 
 
 def _word(text: str) -> str:
@@ -116,15 +168,32 @@ def _word(text: str) -> str:
     return text.lower() if text.isalpha() and text.isascii() and len(text) <= 4 else "other"
 
 
-def _report(path: Path) -> str:
-    for text in (
-        path.with_name(path.name + ".txt"),
-        path.with_suffix(".txt"),
-        path.parent.with_name(path.parent.name + ".txt"),
-    ):
-        if text.is_file() and not text.is_symlink() and text.stat().st_size <= _MAX_REPORT_BYTES:
-            return text.read_text(encoding="utf-8", errors="replace").strip()
-    return ""
+def _text_beside(path: Path, root: Path) -> Path | None:
+    stems = [path, path.with_suffix("")]
+    # the root's own neighbours are no part of the data set
+    stems += [path.parent] if path.parent != root else []
+    for stem in stems:
+        for suffix in (".txt", ".TXT"):
+            text = stem.with_name(stem.name + suffix)
+            if text.is_file() and not text.is_symlink():
+                return text
+    return None
+
+
+def _read_text(path: Path) -> tuple[str, str]:
+    """The report, or the rule that leaves its image out: a garbled text would be learnt from."""
+    try:
+        if path.stat().st_size > _MAX_REPORT_BYTES:
+            return "", "report_too_large"
+        content = path.read_bytes()
+    except OSError:
+        return "", "report_unreadable"
+    marked = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError:
+        return "", "report_not_utf8"
+    return (text.strip(), "") if "\0" not in text else ("", "report_not_utf8")
 
 
 DATASET = Dataset(

@@ -394,5 +394,5 @@ def test_rules_that_leave_nothing_are_an_error(
     root.mkdir()
     (root / "manifest.csv").write_text("image,patient_id,split\na.png,p1,later\n")
     assert prepare("manifest", "--root", root, "--out", tmp_path / "out") == 3
-    assert "no image is left (left out: no_split 1)" in capsys.readouterr().err
+    assert "no image is left (left out: unknown_split 1)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,159 @@
+"""A folder as it comes from a PACS: reports in any encoding, links, locked folders, odd names.
+
+Oracles: the texts and files that were written; every file below the root is a row or counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+
+from mlip.dataloading.datasets import DATASETS, folder
+from mlip.dataloading.datasets.rows import Collected
+from mlip.dataloading.dicom import write_radiograph
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.arange(1600, dtype=np.uint8).reshape(40, 40))
+    return path
+
+
+def film(path: Path, **changes: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40
+    write_radiograph(path, image, patient_id="P1", study_id="S1", image_id=path.name)
+    dataset = pydicom.dcmread(path)
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    pydicom.dcmwrite(path, dataset)
+    return path
+
+
+def collect(root: Path) -> Collected:
+    dataset = DATASETS["folder"]
+    collected = dataset.collect(root, {name: text for name, (text, _) in dataset.options.items()})
+    assert isinstance(collected, Collected)
+    return collected
+
+
+def reports(root: Path) -> dict[str, str]:
+    return {row.image: row.report for row in collect(root).rows}
+
+
+def test_a_report_is_read_in_its_encoding_or_leaves_its_image_out(tmp_path: Path) -> None:
+    """A text in another encoding became replacement characters, and was learnt from."""
+    text = "Kein Erguß, Herz mäßig groß."
+    encodings = {
+        "utf8": text.encode(),
+        "bom": text.encode("utf-8-sig"),
+        "utf16": text.encode("utf-16"),
+        "latin1": text.encode("latin-1"),
+        "utf16_without_mark": "No effusion.".encode("utf-16-le"),
+        "long": b"x" * ((1 << 20) + 1),
+    }
+    for name, content in encodings.items():
+        picture(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    assert reports(tmp_path) == {f"{n}.png": text for n in ("bom", "utf16", "utf8")}
+    assert collect(tmp_path).excluded == {
+        "report_text": 6,
+        "report_not_utf8": 2,
+        "report_too_large": 1,
+    }
+
+
+def test_a_text_is_found_whatever_its_case_and_never_outside_the_root(tmp_path: Path) -> None:
+    """root.txt beside the root once became the report of every image that lay in it directly."""
+    root = tmp_path / "root"
+    picture(root / "a.png")
+    picture(root / "b.PNG")
+    picture(root / "p" / "s" / "c.png")
+    (tmp_path / "root.txt").write_text("Somebody else's.")
+    (root / "b.TXT").write_text("Upper case.")
+    (root / "p" / "s.TXT").write_text("Of the study.")
+    (root / "lost.txt").write_text("Of no image.")
+    assert reports(root) == {"a.png": "", "b.PNG": "Upper case.", "p/s/c.png": "Of the study."}
+    assert "1 of the .txt files belong to no image" in collect(root).notes
+
+
+def test_what_is_not_looked_into_is_counted_by_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    picture(root / "good.png")
+    picture(root / "locked" / "x.png")
+    picture(root / "secret.png")
+    picture(tmp_path / "elsewhere" / "y.png")
+    os.symlink(tmp_path / "elsewhere", root / "linked")
+    os.symlink(root, root / "loop")
+    os.symlink("itself", root / "itself")
+    picture(root / ".thumbs" / "t.png")
+    (root / "._good.png").write_bytes(b"AppleDouble")
+    (root / "empty.dcm").write_bytes(b"")
+    film(root / "bare.dcm").write_bytes((root / "bare.dcm").read_bytes()[132:])
+    film(root / "DICOMDIR")
+    picture(root / "latin.png").rename(os.fsdecode(os.fsencode(root) + b"/r\xf6ntgen.png"))
+
+    scandir = os.scandir
+
+    def locked_scandir(path: Any) -> Iterator[Any]:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    def locked_open(path: Any, *arguments: Any, **named: Any) -> Any:
+        if str(path).endswith("secret.png"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "scandir", locked_scandir)
+    monkeypatch.setattr(folder, "open", locked_open, raising=False)
+    collected = collect(root)
+    assert [row.image for row in collected.rows] == ["good.png"]
+    assert collected.excluded == {
+        "link_or_special_file": 3,
+        "hidden": 2,
+        "unreadable_folder": 1,
+        "unreadable_file": 1,
+        "empty_file": 1,
+        "not_dicom": 1,
+        "dicomdir": 1,
+        "name_not_utf8": 1,
+    }
+
+
+def test_files_without_a_patient_are_said_to_be_grouped_by_folder(tmp_path: Path) -> None:
+    film(tmp_path / "p1" / "a.dcm", PatientID="")
+    film(tmp_path / "b.dcm")
+    collected = collect(tmp_path)
+    assert {row.image: row.patient_id for row in collected.rows} == {
+        "p1/a.dcm": "p1",
+        "b.dcm": "P1",
+    }
+    assert any(note.startswith("1 DICOM files state no patient") for note in collected.notes)
+
+
+def test_a_report_that_may_not_be_read_leaves_its_image_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("Clear lungs.")
+    read_bytes = Path.read_bytes
+
+    def locked(path: Path) -> bytes:
+        if path.suffix == ".txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", locked)
+    assert reports(tmp_path) == {"b.png": ""}
+    assert collect(tmp_path).excluded == {"report_text": 1, "report_unreadable": 1}
