@@ -22,6 +22,7 @@ from typing import Literal
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
+from mlip.dataloading.output_lock import sole_writer
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 
@@ -92,6 +93,8 @@ def _explain(path: Path) -> int:
 
 def _report_phi(path: Path) -> int:
     """Attribute, reason and number of files; status 1 where anything was found."""
+    if not os.path.lexists(path):
+        raise DatasetError(f"--check-phi {path}: no such file or folder")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     counts: Counter[tuple[str, str]] = Counter()
     checked = 0
@@ -131,19 +134,42 @@ def _prepare(arguments: argparse.Namespace) -> int:
         left_out = ", ".join(f"{rule} {n}" for rule, n in sorted(collected.excluded.items()))
         raise DatasetError(f"{root}: no image is left (left out: {left_out or 'none'})")
     keep_ids = collected.keeps_ids or arguments.keep_ids
-    _open_output(out, arguments, settings, keep_ids)
-    plan = Plan(
-        root=root,
-        out=out,
-        settings=settings,
-        salt=f"mlip {arguments.dataset}" if keep_ids else _salt(out),
-        keep_ids=keep_ids,
-        shard_images=arguments.shard_images,
-        workers=arguments.workers or len(os.sched_getaffinity(0)),
-        timeout_s=arguments.timeout,
-        part=part,
-        verify=arguments.verify,
-    )
+    try:
+        out.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with sole_writer(out, part) as is_ours:
+            if not is_ours:
+                raise DatasetError(
+                    f"--out {arguments.out}: another `mlip prepare` is at work there: wait for its "
+                    "end, choose another folder, or give each process its own --part I/N"
+                )
+            _open_output(out, arguments, settings, keep_ids)
+            plan = Plan(
+                root=root,
+                out=out,
+                settings=settings,
+                salt=f"mlip {arguments.dataset}" if keep_ids else _salt(out),
+                keep_ids=keep_ids,
+                shard_images=arguments.shard_images,
+                workers=arguments.workers or len(os.sched_getaffinity(0)),
+                timeout_s=arguments.timeout,
+                part=part,
+                verify=arguments.verify,
+            )
+            return _build(arguments, options, collected, plan)
+    except OSError as error:
+        raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
+
+
+def _build(
+    arguments: argparse.Namespace, options: dict[str, str], collected: Collected, plan: Plan
+) -> int:
+    if arguments.id_map is not None:
+        try:
+            write_id_map(collected.rows, plan, arguments.id_map)
+        except OSError as error:
+            raise DatasetError(
+                f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
+            ) from None
     start = time.monotonic()
     try:
         result = build_shards(collected.rows, plan, _Progress())
@@ -154,20 +180,20 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )
         raise
     for name, rows in collected.files.items():
-        write_csv(rows, out / name)
-    if arguments.id_map is not None:
-        write_id_map(collected.rows, plan, arguments.id_map)
+        write_csv(rows, plan.out / name)
     _record(arguments.dataset, options, collected, plan, result)
-    _print_result(collected, plan, result, time.monotonic() - start)
+    lost = _print_result(collected, plan, result, time.monotonic() - start)
+    if lost:
+        raise DatasetError(f"{plan.out}: {lost} rows are in no shard: run the same command again")
     if result.complete and result.images == 0:
-        raise DatasetError(f"{out}: no image could be read; the reasons stand in refused.csv")
+        raise DatasetError(f"{plan.out}: no image could be read; the reasons stand in refused.csv")
     return 0
 
 
 def _open_output(
     out: Path, arguments: argparse.Namespace, settings: ImageSettings, keep_ids: bool
 ) -> None:
-    """Makes --out, and refuses one that holds a set made otherwise: hours of work lie in it."""
+    """Refuses an --out that holds a set made otherwise: hours of work lie in it."""
     asked = {
         "dataset": arguments.dataset,
         **asdict(settings),
@@ -176,7 +202,6 @@ def _open_output(
     }
     path = out / SETTINGS_FILE
     try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else asked
         different = [
             f"{name} (there {found.get(name)!r}, asked {value!r})"
@@ -220,6 +245,8 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         raise DatasetError(f"--quality {arguments.quality}: expected 1 to 100")
     if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
         raise DatasetError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
+    if not 0.0 < arguments.timeout < float("inf"):
+        raise DatasetError(f"--timeout {arguments.timeout}: expected seconds above 0")
     return ImageSettings(
         side_px=arguments.side,
         bits=arguments.bits,
@@ -333,7 +360,8 @@ def _record(
     os.replace(partial, plan.out / "prepared.json")
 
 
-def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> None:
+def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> int:
+    """How many rows are lost: neither an image nor refused."""
     refused = sum(result.refused.values())
     print(
         f"{result.shards} shards, {result.made} of them made now in {seconds:.1f} s; "
@@ -343,7 +371,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
         print(f"refused, {reason}: {count}")
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
-        return
+        return 0
     lost = len(collected.rows) - result.images - refused
     print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")
     print(f"manifest: {plan.out / 'manifest.parquet'}")
+    return lost

@@ -93,7 +93,12 @@ def build_shards(
     shards = list(_cut(rows, folder, plan.shard_images))
     prints = [_fingerprint(rows, shard, plan) for shard in shards]
     mine = [s for s in shards if s.number % plan.part[1] == plan.part[0]]
-    missing = [s for s in mine if not is_complete(s.path, prints[s.number], verify=plan.verify)]
+    missing = [
+        shard
+        for shard in mine
+        if not is_complete(shard.path, prints[shard.number], verify=plan.verify)
+        or _had_less_time(shard, plan)
+    ]
     try:
         if missing:
             # an older manifest would name places in shards that are about to be replaced
@@ -146,11 +151,25 @@ def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
         try:
             status = os.stat(plan.root / row.image)
             state = f"{status.st_size} {status.st_mtime_ns}"
+            # a change of mode leaves size and time as they are
+            if not os.access(plan.root / row.image, os.R_OK):
+                state += " unreadable"
         except (OSError, ValueError):
             state = "absent"
         line = f"{row.image}\0{row.image_id}\0{row.sha256}\0{state}\n"
         digest.update(line.encode(errors="surrogatepass"))
     return digest.hexdigest()
+
+
+def _had_less_time(shard: _Shard, plan: Plan) -> bool:
+    """Whether a file was given up after less time than it may take now."""
+    index = pa.parquet.read_table(index_path(shard.path), columns=["reason"])
+    given = (index.schema.metadata or {}).get(b"timeout_s")
+    return (
+        given is not None
+        and float(given) < plan.timeout_s
+        and "timeout" in index.column("reason").to_pylist()
+    )
 
 
 def _make(
@@ -188,7 +207,11 @@ def _make(
                 writer.abandon()
                 raise
             schema = INDEX_SCHEMA.with_metadata(
-                {"fingerprint": prints[shard.number], "tar_bytes": str(size)}
+                {
+                    "fingerprint": prints[shard.number],
+                    "tar_bytes": str(size),
+                    "timeout_s": str(plan.timeout_s),
+                }
             )
             write_table(pa.Table.from_pylist(entries, schema=schema), index_path(shard.path))
 
@@ -235,6 +258,7 @@ def _finish(
     refused: Counter[str] = Counter()
     images = member_bytes = 0
     indexes = []
+    complete = complete and all(index_path(shard.path).exists() for shard in shards)
     for shard in shards:
         if not index_path(shard.path).exists():
             continue

@@ -17,7 +17,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading.image_file import check_hash, decode_grey, read_bytes, read_header
+from mlip.dataloading.image_file import (
+    check_hash,
+    check_size,
+    decode_grey,
+    read_bytes,
+    read_header,
+)
 from mlip.dataloading.ledger import BadSample, DataError
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
@@ -84,6 +90,7 @@ def make_member(
         header = read_header(content)
         if header.kind == "dicom":
             image, fields["view"] = _radiograph(content, settings.require_deid)
+            check_size(*image.shape)
         else:
             image = decode_grey(content, header)
         fields["source_height"], fields["source_width"] = image.shape

@@ -1,0 +1,161 @@
+"""`mlip prepare` run twice: at once, after a change of mode or of time, after a mistake.
+
+Oracle: the account it prints (rows = images + refused + lost) and the manifest's own rows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from mlip.cli import main
+from mlip.dataloading import shard_build
+from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.output_lock import sole_writer
+from mlip.dataloading.shard_build import Plan, build_shards
+from mlip.dataloading.shard_worker import ImageSettings, make_member
+
+
+def make_root(folder: Path, count: int, side: int = 40) -> Path:
+    root = folder / "raw"
+    root.mkdir()
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 255, (side, side), np.uint8)
+        cv2.imwrite(str(root / f"{i}.png"), noise)
+    return root
+
+
+def rows_of(root: Path) -> list[Row]:
+    names = sorted(path.name for path in root.glob("*.png"))
+    return [Row(name, f"p{name}", "", name, "train", report=f"Of {name}.") for name in names]
+
+
+def plan_for(root: Path, **changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "root": root,
+        "out": root.with_name("out"),
+        "settings": ImageSettings(side_px=32),
+        "salt": "s",
+        "keep_ids": True,
+        "shard_images": 2,
+    }
+    return Plan(**settings | changes)
+
+
+def prepare(*arguments: object) -> int:
+    return main(["prepare", *(str(argument) for argument in arguments)])
+
+
+def test_a_second_prepare_at_once_is_refused_and_the_first_loses_no_row(tmp_path: Path) -> None:
+    """Two at once each removed the other's shards: rows 120 = images 115 + lost 5, exit code 0."""
+    root = make_root(tmp_path, 60, side=600)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mlip.cli", "prepare", "folder", "--root", str(root)]
+    command += ["--out", str(out), "--workers", "1", "--shard-images", "2", "--side", "512"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (out / "settings.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    printed, error = first.communicate(timeout=300)
+    assert first.returncode == 0, error
+    assert "rows 60 = images 60 + refused 0 + lost 0" in printed
+    # where the machine was so slow that the first had ended, the second found all done
+    if second.returncode:
+        assert second.returncode == 3
+        assert "another `mlip prepare` is at work there" in second.stderr
+    assert len(pyarrow.parquet.read_table(out / "manifest.parquet")) == 60
+
+
+def test_parts_work_side_by_side_and_a_whole_run_does_not(tmp_path: Path) -> None:
+    with sole_writer(tmp_path, (0, 2)) as first, sole_writer(tmp_path, (1, 2)) as other:
+        assert first and other
+        with sole_writer(tmp_path, (0, 2)) as again, sole_writer(tmp_path, (0, 1)) as whole:
+            assert not again and not whole
+    with sole_writer(tmp_path, (0, 1)) as whole, sole_writer(tmp_path, (1, 2)) as part:
+        assert whole and not part
+
+
+def test_a_missing_index_is_no_complete_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_root(tmp_path, 6)
+    real = shard_build._remove_strangers
+
+    def lose_one(folder: Path, shards: Any) -> None:
+        real(folder, shards)
+        (folder / "train-00001.parquet").unlink()
+
+    monkeypatch.setattr(shard_build, "_remove_strangers", lose_one)
+    result = build_shards(rows_of(root), plan_for(root))
+    assert not result.complete and not (tmp_path / "out" / "manifest.parquet").exists()
+
+
+def test_files_that_may_be_read_now_are_taken_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of mode leaves size and time alone: the refusal once stood for good."""
+    root = make_root(tmp_path, 4)
+    locked = {str(root / "1.png")}
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in locked)
+    result = build_shards(rows_of(root), plan_for(root))
+    assert build_shards(rows_of(root), plan_for(root)).made == 0
+    locked.clear()
+    assert result.made == 2
+    assert build_shards(rows_of(root), plan_for(root)).made == 1
+
+
+def test_more_time_is_given_to_files_that_were_given_up(tmp_path: Path) -> None:
+    root = make_root(tmp_path, 4)
+    short = build_shards(rows_of(root), plan_for(root, timeout_s=1e-9))
+    if not short.refused["timeout"]:
+        pytest.skip("every file was done before the clock was looked at")
+    assert build_shards(rows_of(root), plan_for(root, timeout_s=1e-9)).made == 0
+    longer = build_shards(rows_of(root), plan_for(root, timeout_s=60.0))
+    assert longer.made >= 1 and longer.images == 4 and not longer.refused
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--id-map", "{}/nowhere/ids.csv"], "--id-map .*cannot be written: No such file"),
+        (["--id-map", "{}"], "--id-map .*cannot be written: Is a directory"),
+        (["--timeout", "-1"], "--timeout -1.0: expected seconds above 0"),
+        (["--timeout", "nan"], "--timeout nan: expected seconds above 0"),
+    ],
+)
+def test_a_mistake_is_found_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """An id map that could not be written was a traceback after hours of decoding."""
+    root = make_root(tmp_path, 1)
+    given = [argument.format(tmp_path) for argument in arguments]
+    assert prepare("folder", "--root", root, "--out", tmp_path / "out", *given) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(words, error)
+    assert not list(tmp_path.glob("out/shards/*"))
+
+
+def test_check_phi_of_nothing_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare("--check-phi", tmp_path / "nowhere") == 3
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_dicom_of_a_few_pixels_is_refused_as_a_picture_is(tmp_path: Path) -> None:
+    cells = np.arange(16, dtype=np.uint16).reshape(4, 4)
+    write_radiograph(tmp_path / "a.dcm", cells, patient_id="p", study_id="s")
+    fields, _ = make_member(str(tmp_path), {"image": "a.dcm"}, ImageSettings())
+    assert fields == {"reason": "undecodable"}
