@@ -17,6 +17,7 @@ from benchmarks.providers import pooled_scores
 from mlip.encoders.attention import require_usable
 from mlip.kernels._dispatch import DISABLE_VARIABLE
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
+from mlip.training.compiled import towers_and_heads
 
 Change = Callable[[Any], contextlib.AbstractContextManager[None]]
 
@@ -124,12 +125,6 @@ def packed_reports(engine: Any) -> Iterator[None]:
         text.is_packed = before
 
 
-def towers(model: Any) -> list[torch.nn.Module]:
-    """What is compiled: fixed shapes, no choice made on values."""
-    heads = [model.image_head, model.patch_head, model.report_head, model.token_head]
-    return [model.vision, model.text, *heads]
-
-
 def compiled(mode: str | None = None) -> Change:
     """torch.compile of both towers and their heads; "reduce-overhead" replays CUDA graphs."""
 
@@ -139,7 +134,7 @@ def compiled(mode: str | None = None) -> Change:
             raise NotAvailable("not available: CUDA graphs need a GPU")
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        modules = towers(engine.objective.model)
+        modules = towers_and_heads(engine.objective.model)
         for module in modules:
             module.compile(mode=mode, dynamic=False)
         try:

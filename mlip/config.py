@@ -122,6 +122,7 @@ class Train:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
+    compile: bool = False  # towers and heads by torch.compile: minutes first, then faster steps
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
@@ -373,6 +374,11 @@ def _check_values(config: Config) -> None:
         train.optimizer == "adamw" or train.zero_stage == 0,
         f"train.optimizer=muon needs whole matrices on every rank, train.zero_stage="
         f"{train.zero_stage} splits them; set train.zero_stage=0, or train.optimizer=adamw",
+    )
+    require(
+        not (train.compile and train.zero_stage == 3),
+        "train.compile with train.zero_stage=3: parameters come and go between the layers of a "
+        "compiled tower; set train.zero_stage to 0, 1 or 2, or train.compile=false",
     )
     require(
         not (train.offload and train.zero_stage == 0),

@@ -66,6 +66,7 @@ FREE_SETTINGS = (
     "batch.micro_texts",
     "train.engine",
     "train.zero_stage",
+    "train.compile",
     "train.offload",
     "train.checkpoint_steps",
     "train.keep_checkpoints",

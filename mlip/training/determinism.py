@@ -74,6 +74,11 @@ def _obstacles(config: Config) -> list[str]:
                 "model.vision.options.image_size is not data.crop_px: the gradient of resampled "
                 "positions is a sum in any order: leave image_size out"
             )
+        if config.train.compile:
+            found.append(
+                "train.compile: the kernels that torch generates have not been shown to repeat on "
+                "a GPU: set train.compile=false"
+            )
         if not torch.are_deterministic_algorithms_enabled():
             found.append("GPU kernels of torch may add in any order: set run.deterministic=true")
         if distributed.world_size() > 1 and not os.environ.get("NCCL_ALGO"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError
+from mlip.training.compiled import compile_towers
 from mlip.training.deepspeed_json import deepspeed_settings
 from mlip.training.ema import EMAState
 from mlip.training.grad_cache import num_micro_batches, set_recompute_context
@@ -310,9 +311,11 @@ def build_engine(
     """The engine that train.engine asks for; auto = DeepSpeed under a launcher where installed.
 
     Raises:  ConfigError where the settings need DeepSpeed and it is not installed or of another
-             version, or where a user's DeepSpeed JSON contradicts the config.
+             version, where a user's DeepSpeed JSON contradicts the config, or where train.compile
+             has no compiler.
     """
     train = config.train
+    compile_towers(objective, config)
     if train.zero_stage == 3:
         _require_equal_passes(config)
         _require_one_recomputation(config)

@@ -1,0 +1,55 @@
+"""train.compile: torch.compile of what a step spends its time in, the towers and their heads.
+
+They are compiled in place: names, parameters, hooks and checkpoints stay what they are, and the
+model that inference builds is never compiled. The losses stay as they are: their heavy parts are
+operators of this project already.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch.nn as nn
+
+from mlip.config import Config, ConfigError
+from mlip.distributed import is_distributed
+from mlip.encoders.heads import RowBatchNorm
+
+_COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
+
+
+def towers_and_heads(model: Any) -> list[nn.Module]:
+    """What is compiled: no choice in it is made on values.
+
+    A packed text tower is left out, and a head with batch norm: how many tokens are real is such a
+    choice.
+    """
+    heads = [model.image_head, model.patch_head, model.report_head, model.token_head]
+    texts = [] if model.text.is_packed else [model.text]
+    return [model.vision, *texts, *(h for h in heads if not isinstance(h.norm, RowBatchNorm))]
+
+
+def compile_towers(objective: nn.Module, config: Config) -> None:
+    """Have the towers and heads compiled when they first run, where train.compile is set.
+
+    A batch of another width or size is compiled once more, then for all sizes.
+    Raises:  ConfigError where a tower's layers wait for other ranks, or where nothing on PATH could
+             compile what torch generates
+    """
+    if not config.train.compile:
+        return
+    vision = config.model.vision
+    if vision.kind == "resnet" and vision.norm == "batch" and is_distributed():
+        raise ConfigError(
+            "train.compile=true on several ranks with model.vision.norm=batch: the statistics of "
+            "every layer cross ranks, so that nothing between them is worth compiling; set "
+            "model.vision.norm to group or frozen, or train.compile=false"
+        )
+    if not any(shutil.which(name) for name in _COMPILERS):
+        raise ConfigError(
+            "train.compile=true: torch compiles C++ (on a GPU its launchers), and none of "
+            f"{', '.join(_COMPILERS)} is on PATH; install one, or set train.compile=false"
+        )
+    for module in towers_and_heads(objective.model):
+        module.compile()

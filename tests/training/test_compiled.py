@@ -1,0 +1,123 @@
+"""train.compile changes how towers are computed, not what: eager towers are the oracle."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.bench_step import SETTINGS, TINY, TINY_VOCABULARY
+from benchmarks.step_batch import made_batch
+from mlip import distributed
+from mlip.batch import Batch
+from mlip.config import Config, ConfigError, load
+from mlip.model import MLIPModel
+from mlip.objective import Objective
+from mlip.training import compiled
+from mlip.training.compiled import compile_towers, towers_and_heads
+from mlip.training.engine import build_engine
+from mlip.training.step import Engine
+
+CONCEPTS = 20
+VIT = (*SETTINGS, *TINY, "train.precision=fp32")
+RESNET = (
+    *(s for s in VIT if not s.startswith("model.vision")),
+    "data.crop_px=32",
+    "model.vision={kind: resnet, norm: group, patch_stage: 1, options: {embedding_size: 8, "
+    "hidden_sizes: [8, 16], depths: [1, 1], layer_type: basic}}",
+)
+DROPOUT_0 = ("model.text.options.hidden_dropout_prob=0", "model.divergence.dropout=0",
+             "model.text.options.attention_probs_dropout_prob=0")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Any:
+    yield
+    torch._dynamo.reset()
+
+
+def _engine(settings: tuple[str, ...]) -> tuple[Engine, Config]:
+    config = load([], settings)
+    torch.manual_seed(0)
+    vectors = torch.randn(CONCEPTS, config.knowledge.dim)
+    model = MLIPModel(config, vocab_size=TINY_VOCABULARY, concept_vectors=vectors)
+    return build_engine(Objective(config, model), config), config
+
+
+def _batch(config: Config, pairs: int, seed: int = 0) -> Batch:
+    return made_batch(config, pairs, vocab_size=TINY_VOCABULARY, concepts=CONCEPTS, seed=seed)
+
+
+def _losses(engine: Engine, batches: list[Batch]) -> list[float]:
+    torch.manual_seed(5)
+    steps = enumerate(batches)
+    return [engine.train_step(b, step=s, progress=2.0, lr=1e-3).total for s, b in steps]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("tower", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("micro", [0, 3])
+def test_steps_are_those_of_eager_towers_whatever_the_batch_and_the_width(
+    tower: tuple[str, ...], micro: int
+) -> None:
+    cache = (f"batch.micro_images={micro}", f"batch.micro_texts={micro}")
+    settings = (*tower, *DROPOUT_0, *cache)
+    (eager, config), (made, _) = _engine(settings), _engine((*settings, "train.compile=true"))
+    assert list(made.objective.state_dict()) == list(eager.objective.state_dict())
+    batches = [_batch(config, 6), _batch(config, 6, seed=1), _batch(config, 5, seed=2)]
+    narrow = batches[1]
+    for name in ("token_ids", "token_mask", "content_mask"):
+        object.__setattr__(narrow, name, getattr(narrow, name)[:, :-2])
+    assert _losses(made, batches) == pytest.approx(_losses(eager, batches), rel=2e-5)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    for name, parameter in eager.parameters.items():
+        torch.testing.assert_close(made.parameters[name], parameter, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.long
+def test_dropout_in_compiled_towers_repeats_to_the_bit() -> None:
+    settings = (*VIT, "train.compile=true", "batch.micro_images=3", "batch.micro_texts=3")
+    runs = []
+    for _ in range(2):
+        engine, config = _engine(settings)
+        runs.append(_losses(engine, [_batch(config, 6), _batch(config, 6, seed=1)]))
+        torch._dynamo.reset()
+    assert runs[0] == runs[1]
+
+
+def test_what_chooses_by_values_is_left_as_it_is() -> None:
+    heads = [f"{name}_head" for name in ("image", "patch", "report", "token")]
+
+    def names(*more: str) -> list[str]:
+        model = _engine((*VIT, *more))[0].objective.model
+        named = {id(module): name for name, module in model.named_modules()}
+        return [named[id(module)] for module in towers_and_heads(model)]
+
+    assert names() == ["vision", "text", *heads]
+    assert names("model.text.packed=true") == ["vision", *heads]
+    assert names("model.heads.norm=batch") == ["vision", "text"]
+
+
+def test_nothing_is_compiled_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: seen.append(self))
+    _engine(VIT)
+    assert seen == []
+    engine, _ = _engine((*VIT, "train.compile=true"))
+    assert seen == towers_and_heads(engine.objective.model)
+
+
+def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="train.compile with train.zero_stage=3"):
+        load([], ["train.compile=true", "train.zero_stage=3"])
+    eager, config = _engine(RESNET)
+    config = load([], [*RESNET, "train.compile=true", "model.vision.norm=batch"])
+    monkeypatch.setattr(compiled, "is_distributed", lambda: True)
+    with pytest.raises(ConfigError, match="on several ranks with model.vision.norm=batch"):
+        compile_towers(eager.objective, config)
+    monkeypatch.setattr(compiled, "is_distributed", distributed.is_distributed)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="none of g\\+\\+.*is on PATH; install one"):
+        compile_towers(eager.objective, config)
