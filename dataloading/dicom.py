@@ -7,7 +7,7 @@ dicom_frame.py (codecs), dicom_tone.py (arithmetic), dicom_write.py, dicom_phi.p
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,13 @@ from mlip.dataloading.dicom_frame import read_cells
 from mlip.dataloading.dicom_header import Header, Lut, read_header
 from mlip.dataloading.dicom_phi import Leftover, check_phi
 from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular, read_dataset
-from mlip.dataloading.dicom_tone import apply_table, build_tone, needs_range, seen_cells
+from mlip.dataloading.dicom_tone import (
+    Tone,
+    apply_table,
+    build_tone,
+    needs_range,
+    seen_cells,
+)
 from mlip.dataloading.dicom_write import write_radiograph
 
 __all__ = [
@@ -60,7 +66,8 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
     Order: modality LUT or rescale; VOI LUT, else the first window; MONOCHROME1 inversion; scaled
     from [0, 1] to 0..65535 without any stretch of the single image. Where there is neither VOI
     LUT nor usable window, the image's own minimum and maximum take its place (padding left out),
-    which `own_range` records; such an image of one value becomes black.
+    which `own_range` records; such an image of one value becomes black. One under which an image
+    of several values shows a single one counts as unusable.
 
     Shapes:  image [H, W] uint16
     Raises:  DicomError, and nothing else, with a reason code out of CODES.
@@ -69,9 +76,28 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
     with error_wall("malformed"), open_regular(source) as (file, _):
         header, stream = read_header(file)
         cells = read_cells(header, stream)
-        tone = build_tone(header, seen_cells(cells) if needs_range(header) else None)
-        image = apply_table(cells, tone.table)
+        header, tone, image = _displayed(header, cells)
     return image, _info(header, tone.voi, tone.own_range)
+
+
+def _displayed(header: Header, cells: np.ndarray) -> tuple[Header, Tone, np.ndarray]:
+    """The image, and the header without the VOI LUT or window that shows nothing of it."""
+    while True:
+        seen = seen_cells(cells) if needs_range(header) else None
+        tone = build_tone(header, seen)
+        image = apply_table(cells, tone.table)
+        if needs_range(header) or not _is_flat(image) or np.count_nonzero(seen_cells(cells)) == 1:
+            return header, tone, image
+        if header.voi_lut is not None:
+            header = replace(header, voi_lut=None, notes=(*header.notes, "unusable_voi_lut"))
+        else:
+            header = replace(header, window=None, notes=(*header.notes, "unusable_window"))
+
+
+def _is_flat(image: np.ndarray) -> bool:
+    """Whether all pixels are equal; a few rows tell of nearly every image that they are not."""
+    few = image[:: max(1, len(image) // 16)]
+    return bool((few == image[0, 0]).all() and (image == image[0, 0]).all())
 
 
 @dataclass(frozen=True)
@@ -104,7 +130,7 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
         header, stream = read_header(file)
         cells = read_cells(header, stream)
         seen = seen_cells(cells)
-        tone = build_tone(header, seen)
+        header, tone, _ = _displayed(header, cells)
     info = _info(header, tone.voi, tone.own_range)
     sign = "signed" if header.signed else "unsigned"
     lines = [

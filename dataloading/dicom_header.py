@@ -23,8 +23,17 @@ _TAGS = (
     "NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation "
     "PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction "
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
-    "PixelSpacing SpecificCharacterSet"
+    "PixelSpacing PixelAspectRatio SpecificCharacterSet SharedFunctionalGroupsSequence "
+    "PerFrameFunctionalGroupsSequence"
 ).split()
+
+# Where the enhanced image objects keep what others have at the top (PS3.3 C.7.6.16).
+_GROUPS = {
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "PixelMeasuresSequence": ("PixelSpacing",),
+}
+_SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
 
 _COLOURS = frozenset(
     "MONOCHROME1|MONOCHROME2|PALETTE COLOR|RGB|HSV|ARGB|CMYK|YBR_FULL|YBR_FULL_422|"
@@ -84,6 +93,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
     frames = _integer(dataset, "NumberOfFrames", "multi_frame", default=1)
     if frames != 1:
         raise DicomError("multi_frame", f"{frames} frames")
+    _lift_groups(dataset)
     photometric = _text(dataset, "PhotometricInterpretation")
     if not photometric:
         raise DicomError("missing_tag", "PhotometricInterpretation")
@@ -111,6 +121,9 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
     voi_lut = _lut(dataset, "VOILUTSequence", representation == 1, notes)
     spacing = _numbers(dataset, "ImagerPixelSpacing") or _numbers(dataset, "PixelSpacing")
     valid_spacing = spacing is not None and len(spacing) == 2 and min(spacing) > 0
+    sides = _numbers(dataset, "PixelAspectRatio") or (spacing if valid_spacing else None)
+    if sides and len(sides) == 2 and min(sides) > 0 and max(sides) > _SQUARE * min(sides):
+        raise DicomError("non_square", f"{max(sides) / min(sides):.2f} to 1")
     return Header(
         transfer_syntax=syntax,
         rows=rows,
@@ -130,6 +143,17 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         voi_lut=voi_lut,
         notes=tuple(notes),
     )
+
+
+def _lift_groups(dataset: Dataset) -> None:
+    """Copies what the one frame's functional groups say to the top, unless it stands there."""
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group, tags in _GROUPS.items():
+            for item in (_value(dataset, name) or [])[:1]:
+                for inner in (_value(item, group) or [])[:1]:
+                    for tag in tags:
+                        if tag in inner and tag not in dataset:
+                            dataset[tag] = inner[tag]
 
 
 def _value(dataset: Dataset, name: str) -> Any:
@@ -259,4 +283,7 @@ def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | N
         values = values.astype(np.uint16)
         if int(values.max()) >> bits:
             raise DicomError("bad_lut", f"an entry over {bits} bits")
+        if name == "VOILUTSequence" and int(values.max()) < (1 << bits) >> 3:
+            # 12-bit entries called 16-bit ones: the film would be nearly black
+            raise DicomError("bad_lut", f"no entry over an eighth of what {bits} bits hold")
     return Lut(first, bits, values)

@@ -48,6 +48,7 @@ CODES = {
     "multi_frame": "not exactly one frame",
     "missing_tag": "a required attribute is absent",
     "bad_shape": "rows or columns are not positive numbers",
+    "non_square": "a pixel is not as high as it is wide: scale the image first",
     "bad_bits": "bits allocated, stored or high bit are not a valid combination",
     "bad_rescale": "rescale slope or intercept is not a usable number",
     "bad_lut": "a lookup table does not hold what its descriptor says",

@@ -36,7 +36,7 @@ from mlip.dataloading.shards import (
 )
 from mlip.dataloading.worker_pool import Reply, WorkerPool
 
-FORMAT = 1  # part of every fingerprint: raise it when the bytes of a member change
+FORMAT = 2  # part of every fingerprint: raise it when the bytes of a member change
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
