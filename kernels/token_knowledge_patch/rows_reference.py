@@ -32,7 +32,9 @@ class _UnitRows(torch.autograd.Function):
         length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
         keep = length * largest > NORM_FLOOR
         inverse = torch.where(keep, 1 / torch.where(keep, length, 1.0), 0.0)
-        unit.mul_(inverse)
+        # in place: one copy of the rows less. Not under torch.compile: torch 2.11 gives a Function
+        # whose result was changed in place the gradient 0 (pytorch issue 180642)
+        unit = unit * inverse if torch.compiler.is_compiling() else unit.mul_(inverse)
         ctx.save_for_backward(unit, inverse.div_(largest))
         return unit
 
