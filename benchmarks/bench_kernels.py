@@ -7,7 +7,8 @@
 
 Without a GPU the same providers run on the CPU at the sizes of the CPU demo. Parity with float64
 is measured before the clock starts and is part of the row. A failed cell is a row too: "out of
-memory", "not installed", "out of time".
+memory", "not installed", "out of time". Rows are written as they are made: a run that is stopped
+leaves those it had.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.kernel_measures import measures  # noqa: E402
 from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
 
 Case = dict[str, Any]
+COMPILED = ("compile_bf16", "compile_fp32", "chunked")  # providers that call torch.compile
 ATTENTION = ["fused", "compile_bf16", "compile_fp32", "eager_fp32", "chunked"]
 # pairs whose loss and gradients are made in float64 too: on a GPU those of the timed row itself, so
 # that a compiled provider is compiled once
@@ -187,6 +189,9 @@ def _flop(case: Case) -> tuple[float, float]:
 
 def run_case(case: Case, peak_tflops: float | None) -> Case:
     """One row."""
+    if case["provider"] in COMPILED:
+        # all share one code object, of which torch compiles eight variants; later ones run eagerly
+        torch.compiler.reset()
     loss = _provider(case)
     row = case | {"status": "ok"} | _parity(case, loss)
     make = _info_nce_inputs if case["op"] == "info_nce" else _similarity_inputs
@@ -225,9 +230,18 @@ def safely(case: Case, peak_tflops: float | None) -> Case:
         return case | {"status": "out of memory"}
     except Exception as error:  # a baseline's failure is a result; it must not end the run
         return case | {"status": f"failed: {type(error).__name__}: {str(error)[:200]}"}
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def gpu_is_lost() -> bool:
+    """Whether a kernel's error (an illegal address, say) ends every later call of this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
@@ -238,7 +252,7 @@ def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def tune(device: str) -> list[Case]:
+def tune(device: str, path: Path) -> None:
     """Time of the fused loss under every tile map that fits, one kernel varied at a time."""
     from mlip.kernels._chip import chip_facts
     from mlip.kernels.token_knowledge_patch import tiling
@@ -255,11 +269,13 @@ def tune(device: str) -> list[Case]:
                 case = similarity(256, 112, 196, dim, provider="fused", device=device)
                 label = {"kind": kind, "tiling": str(candidate), "chosen": candidate == chosen}
                 rows.append(safely(case, None) | label)
+                harness.write_rows("tune", rows, path)
                 columns = ("dim", *label, "status", "forward_ms", "both_ms")
                 print(json.dumps({k: rows[-1].get(k) for k in columns}), flush=True)
+                if gpu_is_lost():
+                    raise SystemExit(f"the GPU does not answer any more after {candidate}")
             del tiling.FORCED[kind]
             tiling.choose_tiling.cache_clear()
-    return rows
 
 
 COLUMNS = (
@@ -271,18 +287,24 @@ COLUMNS = (
 MEASURE_COLUMNS = ["measure", "wanted", "measured"]
 
 
-def run_grid(cases: list[Case], deadline: float, fresh: bool) -> list[Case]:
-    """Rows of a grid; what the deadline leaves out is said in its row."""
+def run_grid(
+    cases: list[Case], deadline: float, fresh: bool, path: Path | None = None
+) -> list[Case]:
+    """Rows of a grid, written to `path` one by one; what the deadline leaves out says so."""
     device = cases[0]["device"]
     facts = harness.environment(device)
     peak_tflops = harness.matmul_peak_tflops(device)
-    rows = []
+    rows: list[Case] = []
     for case in cases:
         if time.monotonic() > deadline:
             row = case | {"status": "not run: out of time"}
         else:
             row = (_in_fresh_process if fresh else safely)(case, peak_tflops)
         rows.append(row | {"environment": facts})
+        if path is not None:
+            harness.write_rows("kernels", rows, path)
+        # a lost GPU is lost to this process alone
+        fresh = fresh or gpu_is_lost()
         print(json.dumps({k: row[k] for k in COLUMNS if k in row}), flush=True)
     return rows
 
@@ -293,6 +315,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time every tile map")
     parser.add_argument("--minutes", type=float, default=10.0, help="budget of the short grid")
     parser.add_argument("--print", type=Path, help="print the table of an earlier run and stop")
+    parser.add_argument("--out", type=Path, help="file of the rows (benchmarks/results)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -309,12 +332,14 @@ def main() -> None:
     if arguments.tune:
         if device != "cuda":
             raise SystemExit("--tune needs an NVIDIA GPU: tile maps mean nothing on a CPU")
-        path = harness.write_rows("tune", tune(device))
+        path = harness.write_rows("tune", [], arguments.out)
+        tune(device, path)
     else:
         grid = full_grid(device) if arguments.full else short_grid(device)
         minutes = float("inf") if arguments.full else arguments.minutes
-        rows = run_grid(grid, time.monotonic() + 60 * minutes, arguments.full)
-        path = harness.write_rows("kernels", rows)
+        deadline = time.monotonic() + 60 * minutes
+        path = harness.write_rows("kernels", [], arguments.out)
+        rows = run_grid(grid, deadline, arguments.full, path)
         print(harness.table(rows, COLUMNS))
         if device == "cuda":
             print(harness.table(measures(rows), MEASURE_COLUMNS))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import bench_kernels, harness, kernel_measures
+from benchmarks import bench_kernels, harness, kernel_measures, providers
 from mlip.kernels import _chip
 from mlip.kernels.token_knowledge_patch import tiling
 
@@ -38,6 +41,61 @@ def test_a_row_without_a_number_says_why() -> None:
     late = bench_kernels.run_grid([SMALL | {"provider": "torch"}], time.monotonic() - 1, False)
     assert late[0]["status"] == "not run: out of time"
     assert late[0]["environment"]["torch"]
+
+
+def test_a_run_that_is_stopped_leaves_the_rows_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    plain, done = bench_kernels.safely, []
+
+    def safely(case: Any, peak: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(case)
+        return plain(case, peak)
+
+    monkeypatch.setattr(bench_kernels, "safely", safely)
+    cases = [SMALL | {"provider": name} for name in ("nothing", "torch")]
+    with pytest.raises(KeyboardInterrupt):
+        bench_kernels.run_grid(cases, time.monotonic() + 60, False, path)
+    (row,) = json.loads(path.read_text(encoding="utf-8"))
+    assert row["provider"] == "nothing" and row["status"].startswith("failed: ValueError")
+
+
+def test_after_an_error_that_takes_the_gpu_rows_come_from_fresh_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An illegal address in one provider must not turn the rows after it into its own error."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert not bench_kernels.gpu_is_lost()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(
+        bench_kernels, "_in_fresh_process", lambda case, _: case | {"status": "fresh"}
+    )
+    cases = [SMALL | {"provider": "nothing"}] * 3
+    rows = bench_kernels.run_grid(cases, time.monotonic() + 60, False)
+    assert [row["status"] for row in rows][1:] == ["fresh", "fresh"]
+
+
+def test_every_compiled_row_starts_without_the_graphs_of_the_rows_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch keeps eight variants of one function and runs the ninth without compiling it; the grid
+    has ten, with and without gradient. Oracle: the calls of torch.compiler.reset."""
+    calls: list[None] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append(None))
+    eager = providers.similarity_provider("eager_fp32", SMALL)
+    monkeypatch.setattr(providers, "similarity_provider", lambda *_: eager)
+    monkeypatch.setattr(harness, "measure", lambda *_: {"median_ms": 1.0})
+    for name in ("compile_fp32", "eager_fp32", "chunked"):
+        row = bench_kernels.safely(SMALL | {"provider": name}, None)
+        assert row["status"] == "ok", row
+    assert len(calls) == 2
 
 
 def test_spread_and_table_are_plain() -> None:

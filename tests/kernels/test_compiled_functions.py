@@ -1,8 +1,8 @@
 """torch.compile of the autograd Functions: what it records of them is what every torch computes.
 
 Oracle: the recorded graph. torch 2.11 gives a Function whose result was changed in place by a
-method (`x.mul_(y)`, then `return x`) the gradient 0 without a word (pytorch issue 180642); newer ones
-do not, so that comparing gradients shows it on that version alone.
+method (`x.mul_(y)`, then `return x`) the gradient 0 without a word (pytorch issue 180642); newer
+ones do not, so that comparing gradients shows it on that version alone.
 """
 
 from __future__ import annotations
