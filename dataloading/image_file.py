@@ -139,8 +139,9 @@ def _png_header(content: bytes) -> Header:
     width, height, bits, colour = struct.unpack(">IIBB", content[16:26])
     if content.find(b"IEND", max(33, len(content) - 4096)) < 0:
         raise BadSample("truncated", "no PNG end mark")
-    # palettes and alpha are read differently by different decoders
-    return Header("png", height, width, bits, plain=bits in (8, 16) and colour in (0, 2))
+    # palettes, alpha and an orientation are read differently by different decoders
+    plain = bits in (8, 16) and colour in (0, 2) and content.find(b"eXIf") < 0
+    return Header("png", height, width, bits, plain)
 
 
 # The last JPEG's bytes up to its frame header, and whether they let it be plain: one writer begins

@@ -200,6 +200,17 @@ def test_an_exif_orientation_leaves_the_direct_path() -> None:
     assert decode_grey(turned, read_header(turned)).shape == (60, 40)
 
 
+def test_an_orientation_in_a_png_leaves_the_direct_path() -> None:
+    """OpenCV turns it, the header's size is that of the unturned picture, DALI has its own mind."""
+    content = encode(".png", GREY)
+    exif = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+    chunk = b"eXIf" + exif
+    framed = struct.pack(">I", len(exif)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    turned = content[:33] + framed + content[33:]
+    assert read_header(content).plain and not read_header(turned).plain
+    assert decode_grey(turned, read_header(turned)).shape == (60, 40)
+
+
 def test_a_header_does_not_depend_on_the_file_read_before() -> None:
     other = np.random.default_rng(1).integers(0, 256, (33, 90)).astype(np.uint8)
     colour = np.dstack([other] * 3)

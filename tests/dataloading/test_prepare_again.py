@@ -154,6 +154,19 @@ def test_check_phi_of_nothing_is_an_error(
     assert "no such file or folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_twelve_bits_in_a_sixteen_bit_picture_are_refused_and_not_blackened(
+    tmp_path: Path, bits: int
+) -> None:
+    """Of 4,096 grey values sixteen were left, under a sixteenth of white, without a word."""
+    ramp = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    settings = ImageSettings(bits=bits, codec="png")  # type: ignore[arg-type]
+    for name, image, reason in (("low", ramp, "too_dark"), ("high", ramp * 40, "")):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), image)
+        fields, _ = make_member(str(tmp_path), {"image": f"{name}.png"}, settings)
+        assert fields["reason"] == reason
+
+
 def test_a_dicom_of_a_few_pixels_is_refused_as_a_picture_is(tmp_path: Path) -> None:
     cells = np.arange(16, dtype=np.uint16).reshape(4, 4)
     write_radiograph(tmp_path / "a.dcm", cells, patient_id="p", study_id="s")
