@@ -5,6 +5,7 @@ Training and every command build them here, so a checkpoint meets the same parts
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.unit_length import unit_length
 
+logger = logging.getLogger("mlip")
+
 _PRESENT = STATES[0]
+_FEW_LINKED = (
+    0.1  # share of the reports under which the knowledge level has nearly nothing to learn
+)
 # reports linked to start the prototypes: k-means over more changes the centres little
 _PROTOTYPE_REPORTS = 20_000
 _VOCABULARY_REPORTS = 20_000  # two million words; every word piece worth having is among them
@@ -48,11 +54,30 @@ def open_corpus(config: Config) -> Corpus:
     """Read the manifest and concepts; train the vocabulary on the training split where needed.
 
     A collective call: rank 0 trains, the others wait and read.
-    Raises:  ManifestError, LexiconError, ValueError for a tokenizer that is not there
+    Raises:  ManifestError, also where no two training reports differ; LexiconError; ValueError for
+             a tokenizer that is not there
     """
     manifest = load_manifest(config.data)
+    _check_pairs(config, manifest)
     table = load_concepts(config.knowledge.lexicon)
     return Corpus(manifest, open_tokenizer(config, manifest), table, Linker(table))
+
+
+def _check_pairs(config: Config, manifest: Manifest) -> None:
+    """What would be found out after the training, or never: equal texts have no negatives."""
+    rows = manifest.rows("train")
+    if len(rows) > 1 and (manifest.pair_id[rows] == manifest.pair_id[rows[0]]).all():
+        raise ManifestError(
+            f"manifest {manifest.path}: all {len(rows)} training rows have the same report or study, "
+            "so there is nothing to tell apart: check data.columns.report and data.columns.study_id"
+        )
+    split = config.evaluate.split
+    if len(manifest.rows(split, with_report=False)) == 0:
+        logger.warning(
+            "split %r (evaluate.split) has no rows: the evaluation after training will be refused; "
+            "set evaluate.split, or data.columns.split=null to split by patient",
+            split,
+        )
 
 
 def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer:
@@ -153,13 +178,22 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
     )
     is_known = (model.concept_vectors != 0).any(dim=1).tolist()
     vectors, groups = [], []
+    linked = 0
     for row in rows:
         mentions = corpus.linker.link(corpus.manifest.text(int(row)))
+        linked += bool(mentions)
         found = {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
         present = sorted(row for row in found if is_known[row])
         if present:
             vectors.append(projected[present].sum(dim=0))
             groups.append(report_category(present, categories, is_finding))
+    if linked < _FEW_LINKED * len(rows):
+        logger.warning(
+            "knowledge: %d of %d training reports name a concept of the lexicon (the project's own is "
+            "English): set knowledge.lexicon to a table in the reports' language",
+            linked,
+            len(rows),
+        )
     if not vectors:
         return projected.new_zeros(0, projected.shape[1]), torch.zeros(0, dtype=torch.int64)
     return unit_length(torch.stack(vectors)), torch.tensor(groups)

@@ -67,17 +67,17 @@ def _obstacles(config: Config) -> list[str]:
     device = distributed.device().type
     if config.model.attention == "xformers":
         found.append("model.attention=xformers adds atomically in its backward pass: set sdpa")
+    if config.train.compile:
+        found.append(
+            "train.compile: which kernels torch generates depends on the sizes that a process "
+            "meets first, and a resumed one meets others: set train.compile=false"
+        )
     if device == "cuda":
         vision, crop_px = config.model.vision, config.data.crop_px
         if vision.kind == "vit" and vision.options.get("image_size", crop_px) != crop_px:
             found.append(
                 "model.vision.options.image_size is not data.crop_px: the gradient of resampled "
                 "positions is a sum in any order: leave image_size out"
-            )
-        if config.train.compile:
-            found.append(
-                "train.compile: the kernels that torch generates have not been shown to repeat on "
-                "a GPU: set train.compile=false"
             )
         if not torch.are_deterministic_algorithms_enabled():
             found.append("GPU kernels of torch may add in any order: set run.deterministic=true")

@@ -57,8 +57,7 @@ def _losses(engine: Engine, batches: list[Batch]) -> list[float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("tower", [VIT, RESNET], ids=["vit", "resnet"])
-@pytest.mark.parametrize("micro", [0, 3])
+@pytest.mark.parametrize(("tower", "micro"), [(VIT, 0), (RESNET, 3)], ids=["vit", "resnet"])
 def test_steps_are_those_of_eager_towers_whatever_the_batch_and_the_width(
     tower: tuple[str, ...], micro: int
 ) -> None:
