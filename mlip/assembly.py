@@ -68,8 +68,8 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
     rows = manifest.rows("train")
     if len(rows) > 1 and (manifest.pair_id[rows] == manifest.pair_id[rows[0]]).all():
         raise ManifestError(
-            f"manifest {manifest.path}: all {len(rows)} training rows have the same report or study, "
-            "so there is nothing to tell apart: check data.columns.report and data.columns.study_id"
+            f"manifest {manifest.path}: all {len(rows)} training rows have the same report or "
+            "study, so there is nothing to tell apart: check data.columns.report and data.columns.study_id"
         )
     split = config.evaluate.split
     if len(manifest.rows(split, with_report=False)) == 0:
@@ -189,8 +189,8 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
             groups.append(report_category(present, categories, is_finding))
     if linked < _FEW_LINKED * len(rows):
         logger.warning(
-            "knowledge: %d of %d training reports name a concept of the lexicon (the project's own is "
-            "English): set knowledge.lexicon to a table in the reports' language",
+            "knowledge: %d of %d training reports name a concept of the lexicon (the project's "
+            "own is English): set knowledge.lexicon to a table in the reports' language",
             linked,
             len(rows),
         )

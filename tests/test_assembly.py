@@ -1,0 +1,64 @@
+"""What a run says at its start about data that would train in vain.
+
+Oracle: manifests of which it is known that no two texts differ, no split is there, no word links.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import pytest
+
+from mlip.assembly import build_objective, open_corpus
+from mlip.config import Config, load
+from mlip.dataloading.manifest import ManifestError
+from tests.small_run import SETTINGS
+
+
+def settings(folder: Path, reports: list[str], *, val: bool = True) -> Config:
+    path = folder / "m.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "patient_id", "study_id", "report", "split", "labels"])
+        for i, report in enumerate(reports):
+            split = "val" if val and i == 0 else "train"
+            table.writerow([f"{i}.png", f"p{i}", f"s{i}", report, split, ""])
+    given = [f"data.manifest={path}", f"run.dir={folder / 'run'}", "evaluate.split=val"]
+    return load(
+        [], [*SETTINGS, "data.phantom.studies=0", "data.vocab_size=300", *given, *overrides]
+    )
+
+
+def test_one_text_for_all_rows_is_an_error_and_no_loss_of_zero(tmp_path: Path) -> None:
+    """A wrongly mapped column trained to the end with contrastive losses of exactly 0."""
+    config = settings(tmp_path, ["Portable chest film."] * 8)
+    with pytest.raises(ManifestError, match="all 7 training rows have the same report") as caught:
+        open_corpus(config)
+    assert "Portable" not in str(caught.value)
+
+
+def test_a_split_without_rows_is_said_before_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    with caplog.at_level(logging.WARNING, logger="mlip"):
+        open_corpus(settings(tmp_path, texts))
+        assert "has no rows" not in caplog.text
+        open_corpus(settings(tmp_path, texts, val=False))
+    assert "split 'val' (evaluate.split) has no rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sentence, is_said", [("Kein Pleuraerguss, Bild {}.", True), ("No effusion, film {}.", False)]
+)
+def test_reports_that_name_no_concept_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sentence: str, is_said: bool
+) -> None:
+    """Reports in another language trained without knowledge, which nothing said."""
+    texts = [sentence.format(word) for word in "one two three four five six".split()]
+    config = settings(tmp_path, texts)
+    with caplog.at_level(logging.WARNING, logger="mlip"):
+        build_objective(config, open_corpus(config))
+    assert ("0 of 5 training reports name a concept" in caplog.text) is is_said
