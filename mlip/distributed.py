@@ -171,14 +171,26 @@ def synchronise() -> None:
 
 
 def start(timeout_s: float) -> torch.device:
-    """Join the launcher's process group (none without a launcher); this rank's device."""
+    """Join the launcher's process group (none without a launcher); this rank's device.
+
+    Raises:  ValueError where another program holds the port that rank 0 was to listen on
+    """
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
     if "RANK" in os.environ and not dist.is_initialized():
         # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise ValueError(
+                f"port {os.environ.get('MASTER_PORT')} of this machine is in use, most likely by "
+                "another training run; give this one a port of its own: deepspeed --master_port "
+                "N train.py ..., or torchrun --master_port N train.py ..."
+            ) from error
     return here
 
 

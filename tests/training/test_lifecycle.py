@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from mlip.training.lifecycle import (
     record_event,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")  # a spawned one would import torch first
 
 
@@ -293,3 +295,20 @@ def test_a_fault_fires_once_at_its_place_and_is_counted(tmp_path, monkeypatch):
         faults.fire("backward", 2, tmp_path)
     assert faults.fire("backward", 2, tmp_path) is None
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_port_that_another_run_holds_is_named_with_the_way_out(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        # a store listens on every address, so the port alone is what two runs share
+        launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": port,
+                    "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+        command = [sys.executable, "train.py", f"run.dir={tmp_path / 'run'}", "data.manifest=none"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | launched, capture_output=True, text=True
+        )
+    assert done.returncode == 2
+    assert f"port {port} of this machine is in use" in done.stderr
+    assert "deepspeed --master_port N train.py" in done.stderr and "Traceback" not in done.stderr
