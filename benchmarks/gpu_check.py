@@ -132,6 +132,8 @@ def main() -> int:
     outcome = 0
     if not arguments.skip_tests:
         outcome = run_tests(part, environment, part.tests_s)
+        if outcome != 0 and part.benchmark is not None:
+            print(f"{part.benchmark} was not run; --skip-tests runs it alone", file=sys.stderr)
     if outcome == 0 and part.benchmark is not None and not arguments.skip_benchmarks:
         minutes = (TOTAL_S - RESERVE_S - (time.monotonic() - start)) / 60
         script = str(ROOT / "benchmarks" / part.benchmark)

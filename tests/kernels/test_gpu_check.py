@@ -69,5 +69,25 @@ def test_every_part_has_gpu_tests_and_ends_within_nine_minutes(name: str) -> Non
     assert (part.needs == gpu_check.BASE) == (name == "kernels")
 
 
+def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour of a card is short: one wrong bound must not cost the figures too."""
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *_: 1)
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 1 and not ran
+    assert "bench_kernels.py was not run; --skip-tests runs it alone" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests"])
+    assert gpu_check.main() == 0 and ran[0][1].endswith("bench_kernels.py")
+
+
 def test_a_package_inside_a_missing_one_is_missing() -> None:
     assert gpu_check.is_there("json.decoder") and not gpu_check.is_there("no_such.inner")
