@@ -69,7 +69,8 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
     if len(rows) > 1 and (manifest.pair_id[rows] == manifest.pair_id[rows[0]]).all():
         raise ManifestError(
             f"manifest {manifest.path}: all {len(rows)} training rows have the same report or "
-            "study, so there is nothing to tell apart: check data.columns.report and data.columns.study_id"
+            "study, so there is nothing to tell apart: check data.columns.report and "
+            "data.columns.study_id"
         )
     split = config.evaluate.split
     if len(manifest.rows(split, with_report=False)) == 0:

@@ -26,9 +26,7 @@ def settings(folder: Path, reports: list[str], *, val: bool = True) -> Config:
             split = "val" if val and i == 0 else "train"
             table.writerow([f"{i}.png", f"p{i}", f"s{i}", report, split, ""])
     given = [f"data.manifest={path}", f"run.dir={folder / 'run'}", "evaluate.split=val"]
-    return load(
-        [], [*SETTINGS, "data.phantom.studies=0", "data.vocab_size=300", *given, *overrides]
-    )
+    return load([], [*SETTINGS, "data.phantom.studies=0", "data.vocab_size=300", *given])
 
 
 def test_one_text_for_all_rows_is_an_error_and_no_loss_of_zero(tmp_path: Path) -> None:
