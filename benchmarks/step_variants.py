@@ -17,7 +17,6 @@ from benchmarks.providers import pooled_scores
 from mlip.encoders.attention import require_usable
 from mlip.kernels._dispatch import DISABLE_VARIABLE
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
-from mlip.training.compiled import towers_and_heads
 
 Change = Callable[[Any], contextlib.AbstractContextManager[None]]
 
@@ -134,7 +133,7 @@ def compiled(mode: str | None = None) -> Change:
             raise NotAvailable("not available: CUDA graphs need a GPU")
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        modules = towers_and_heads(engine.objective.model)
+        modules = engine.objective.model.towers_and_heads()
         for module in modules:
             module.compile(mode=mode, dynamic=False)
         try:

@@ -18,7 +18,6 @@ from benchmarks.bench_step import Bench
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
 from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores
-from mlip.training.compiled import towers_and_heads
 from tests.step_bench import bench_on, objective_of, shared_bench
 from tests.virtual_gpu import virtual_gpu
 
@@ -105,7 +104,7 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 def test_towers_and_heads_compile_without_a_graph_break() -> None:
     bench = bench_on()
     runner = bench.runner(4, 0)
-    modules = towers_and_heads(bench.engine.objective.model)
+    modules = bench.engine.objective.model.towers_and_heads()
     for module in modules:
         module.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # a break is an error
     try:

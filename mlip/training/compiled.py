@@ -14,20 +14,8 @@ import torch.nn as nn
 
 from mlip.config import Config, ConfigError
 from mlip.distributed import is_distributed
-from mlip.encoders.heads import RowBatchNorm
 
 _COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
-
-
-def towers_and_heads(model: Any) -> list[nn.Module]:
-    """What is compiled: no choice in it is made on values.
-
-    A packed text tower is left out, and a head with batch norm: how many tokens are real is such a
-    choice.
-    """
-    heads = [model.image_head, model.patch_head, model.report_head, model.token_head]
-    texts = [] if model.text.is_packed else [model.text]
-    return [model.vision, *texts, *(h for h in heads if not isinstance(h.norm, RowBatchNorm))]
 
 
 def compile_towers(objective: nn.Module, config: Config) -> None:
@@ -51,5 +39,6 @@ def compile_towers(objective: nn.Module, config: Config) -> None:
             "train.compile=true: torch compiles C++ (on a GPU its launchers), and none of "
             f"{', '.join(_COMPILERS)} is on PATH; install one, or set train.compile=false"
         )
-    for module in towers_and_heads(objective.model):
+    model: Any = objective.model
+    for module in model.towers_and_heads():
         module.compile()

@@ -16,7 +16,7 @@ from mlip.config import Config, ConfigError, load
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training import compiled
-from mlip.training.compiled import compile_towers, towers_and_heads
+from mlip.training.compiled import compile_towers
 from mlip.training.engine import build_engine
 from mlip.training.step import Engine
 
@@ -92,7 +92,7 @@ def test_what_chooses_by_values_is_left_as_it_is() -> None:
     def names(*more: str) -> list[str]:
         model = _engine((*VIT, *more))[0].objective.model
         named = {id(module): name for name, module in model.named_modules()}
-        return [named[id(module)] for module in towers_and_heads(model)]
+        return [named[id(module)] for module in model.towers_and_heads()]
 
     assert names() == ["vision", "text", *heads]
     assert names("model.text.packed=true") == ["vision", *heads]
@@ -105,7 +105,7 @@ def test_nothing_is_compiled_that_was_not_asked_for(monkeypatch: pytest.MonkeyPa
     _engine(VIT)
     assert seen == []
     engine, _ = _engine((*VIT, "train.compile=true"))
-    assert seen == towers_and_heads(engine.objective.model)
+    assert seen == engine.objective.model.towers_and_heads()
 
 
 def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
