@@ -49,7 +49,9 @@ class _AbsentDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # a kernel keeps the target of the first call on a device: one device a chip, or a second
+        # capability in one process would be compiled for the first
+        return self.capability
 
     def get_current_stream(self, device: int) -> int:
         return 0
