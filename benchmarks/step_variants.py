@@ -125,7 +125,7 @@ def packed_reports(engine: Any) -> Iterator[None]:
 
 
 def compiled(mode: str | None = None) -> Change:
-    """torch.compile of both towers and their heads; "reduce-overhead" replays CUDA graphs."""
+    """torch.compile of both towers; "reduce-overhead" replays CUDA graphs."""
 
     @contextlib.contextmanager
     def change(engine: Any) -> Iterator[None]:
@@ -133,7 +133,7 @@ def compiled(mode: str | None = None) -> Change:
             raise NotAvailable("not available: CUDA graphs need a GPU")
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        modules = engine.objective.model.towers_and_heads()
+        modules = engine.objective.model.towers()
         for module in modules:
             module.compile(mode=mode, dynamic=False)
         try:

@@ -122,7 +122,7 @@ class Train:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = False  # towers and heads by torch.compile: minutes first, then faster steps
+    compile: bool = False  # towers by torch.compile: minutes first, then faster steps
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2

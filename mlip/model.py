@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config
-from mlip.encoders.heads import ProjectionHead, RowBatchNorm
+from mlip.encoders.heads import ProjectionHead
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
@@ -177,15 +177,13 @@ class MLIPModel(nn.Module):
             has_present=is_present.any(dim=1),
         )
 
-    def towers_and_heads(self) -> list[nn.Module]:
-        """What torch.compile can make one graph of: no choice in it is made on values.
+    def towers(self) -> list[nn.Module]:
+        """What torch.compile can make one graph of each: no choice in it is made on values.
 
-        A packed text tower and a head with batch norm are left out: which tokens are real is such a
-        choice.
+        A packed text tower is left out: how many tokens are real is such a choice. So are the
+        heads: all four have one forward, and torch keeps at most eight graphs of one function.
         """
-        heads = [self.image_head, self.patch_head, self.report_head, self.token_head]
-        texts = [] if self.text.is_packed else [self.text]
-        return [self.vision, *texts, *(h for h in heads if not isinstance(h.norm, RowBatchNorm))]
+        return [self.vision] if self.text.is_packed else [self.vision, self.text]
 
     def token_weights(self, content_mask: Tensor, attention: Tensor | None) -> Tensor:
         """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask.

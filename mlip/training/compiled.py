@@ -1,8 +1,8 @@
-"""train.compile: torch.compile of what a step spends its time in, the towers and their heads.
+"""train.compile: torch.compile of what a step spends its time in, the two towers.
 
 They are compiled in place: names, parameters, hooks and checkpoints stay what they are, and the
-model that inference builds is never compiled. The losses stay as they are: their heavy parts are
-operators of this project already.
+model that inference builds is never compiled. Heads and losses stay as they are: the
+heavy parts of the losses are operators of this project already.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COMPILERS = ("g++", "clang++", "gcc", "clang", "cc")
 
 
 def compile_towers(objective: nn.Module, config: Config) -> None:
-    """Have the towers and heads compiled when they first run, where train.compile is set.
+    """Have the towers compiled when they first run, where train.compile is set.
 
     A batch of another width or size is compiled once more, then for all sizes.
     Raises:  ConfigError where a tower's layers wait for other ranks, or where nothing on PATH could
@@ -40,5 +40,5 @@ def compile_towers(objective: nn.Module, config: Config) -> None:
             f"{', '.join(_COMPILERS)} is on PATH; install one, or set train.compile=false"
         )
     model: Any = objective.model
-    for module in model.towers_and_heads():
+    for module in model.towers():
         module.compile()

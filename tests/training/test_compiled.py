@@ -34,6 +34,7 @@ DROPOUT_0 = ("model.text.options.hidden_dropout_prob=0", "model.divergence.dropo
 
 @pytest.fixture(autouse=True)
 def _forget_what_was_compiled() -> Any:
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -70,7 +71,8 @@ def test_steps_are_those_of_eager_towers_whatever_the_batch_and_the_width(
     for name in ("token_ids", "token_mask", "content_mask"):
         object.__setattr__(narrow, name, getattr(narrow, name)[:, :-2])
     assert _losses(made, batches) == pytest.approx(_losses(eager, batches), rel=2e-5)
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    # three sizes, and the second pass of the cache: far from the limit at which torch gives up
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
     for name, parameter in eager.parameters.items():
         torch.testing.assert_close(made.parameters[name], parameter, rtol=1e-3, atol=2e-4, msg=name)
 
@@ -86,17 +88,14 @@ def test_dropout_in_compiled_towers_repeats_to_the_bit() -> None:
     assert runs[0] == runs[1]
 
 
-def test_what_chooses_by_values_is_left_as_it_is() -> None:
-    heads = [f"{name}_head" for name in ("image", "patch", "report", "token")]
-
+def test_a_packed_text_tower_chooses_by_values_and_is_left_as_it_is() -> None:
     def names(*more: str) -> list[str]:
         model = _engine((*VIT, *more))[0].objective.model
         named = {id(module): name for name, module in model.named_modules()}
-        return [named[id(module)] for module in model.towers_and_heads()]
+        return [named[id(module)] for module in model.towers()]
 
-    assert names() == ["vision", "text", *heads]
-    assert names("model.text.packed=true") == ["vision", *heads]
-    assert names("model.heads.norm=batch") == ["vision", "text"]
+    assert names() == ["vision", "text"]
+    assert names("model.text.packed=true") == ["vision"]
 
 
 def test_nothing_is_compiled_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +104,7 @@ def test_nothing_is_compiled_that_was_not_asked_for(monkeypatch: pytest.MonkeyPa
     _engine(VIT)
     assert seen == []
     engine, _ = _engine((*VIT, "train.compile=true"))
-    assert seen == engine.objective.model.towers_and_heads()
+    assert seen == engine.objective.model.towers()
 
 
 def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
