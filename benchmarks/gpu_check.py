@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machine
+    sys.path.append(str(ROOT))
+
 TOTAL_S = 9 * 60
 TESTS_S = 4 * 60
 RESERVE_S = 20  # of writing results and printing
@@ -119,12 +122,18 @@ def main() -> int:
         return 2
     import torch
 
+    from mlip.kernels._dispatch import missing_tools
+
     if not torch.cuda.is_available():
         print(
             "gpu-check needs an NVIDIA GPU and a CUDA build of torch; torch "
             f"{torch.__version__} sees none. On a CPU run: make test, make bench",
             file=sys.stderr,
         )
+        return 2
+    tools = missing_tools()
+    if tools is not None:
+        print(f"gpu-check cannot launch a kernel: {tools}", file=sys.stderr)
         return 2
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

@@ -149,7 +149,7 @@ def _fused(case: dict[str, Any], impl: str) -> Callable[..., Tensor]:
 def similarity_provider(name: str, case: dict[str, Any]) -> Callable[..., Tensor]:
     """loss(patches, tokens, weights, scale) by name."""
     if name == "fused":
-        return _fused(case, "auto")
+        return _fused(case, "triton")  # an error where it cannot run, never torch by its name
     if name == "torch":
         return _fused(case, "torch")
     if name == "eager_fp32":
@@ -190,7 +190,7 @@ def info_nce_provider(name: str) -> Callable[..., Tensor]:
         return cross_entropy_both_ways((image @ text.T).float(), scale)
 
     if name == "fused":
-        return lambda image, text, scale: info_nce_loss(image, text, scale)
+        return lambda image, text, scale: info_nce_loss(image, text, scale, impl="triton")
     if name == "torch":
         return lambda image, text, scale: info_nce_loss(image, text, scale, impl="torch")
     if name in ("eager_fp32", "eager_bf16"):

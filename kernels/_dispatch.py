@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -17,6 +20,25 @@ DISABLE_VARIABLE = "MLIP_DISABLE_TRITON"
 # Ampere: the first chips whose tensor cores multiply bfloat16
 MINIMUM_CAPABILITY = (8, 0)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def missing_tools() -> str | None:
+    """What Triton lacks to build the launcher of a kernel, which it does with a C compiler."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton finds no C compiler; install gcc or clang, or name one in CC"
+    scheme = sysconfig.get_default_scheme()
+    # where triton/runtime/build.py looks; a compiler may be told of other folders
+    headers = Path(
+        sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    )
+    is_told = any(os.environ.get(name) for name in ("CPATH", "C_INCLUDE_PATH"))
+    if not is_told and not (headers / "Python.h").is_file():
+        return f"triton needs Python.h, absent from {headers}; install python3-dev or its like"
+    return None
+
+
+# asked once: torch.compile cannot trace a look at the file system
+MISSING_TOOLS = missing_tools()
 _said: set[str] = set()
 
 
@@ -68,6 +90,9 @@ def resolve(impl: str, device: torch.device, refusal: str | None = None) -> str:
                 "TRITON_INTERPRET=1 before the first import to run CPU tensors in the interpreter"
             )
         return "triton"
+    if obstacle is None and device.type == "cuda":
+        # impl="triton" goes on: launchers may lie in its cache, and its own error says more
+        obstacle = MISSING_TOOLS
     # the interpreter is for tests: thousands of times slower than torch, so never chosen by itself
     if obstacle is None and device.type == "cuda":
         return "triton"

@@ -43,6 +43,13 @@ def test_a_row_without_a_number_says_why() -> None:
     assert late[0]["environment"]["torch"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels can run")
+@pytest.mark.parametrize("case", [SMALL, {"op": "info_nce", "batch": 4, "dim": 8, "device": "cpu"}])
+def test_a_fused_row_is_of_the_kernels_or_has_no_number(case: Any) -> None:
+    row = bench_kernels.safely(case | {"provider": "fused"}, None)
+    assert row["status"].startswith('failed: ValueError: impl="triton" cannot run'), row
+
+
 def test_a_run_that_is_stopped_leaves_the_rows_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,28 @@ def test_an_old_gpu_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
         _dispatch.resolve("triton", cuda)
     monkeypatch.setattr(_dispatch, "_capability", lambda index: (8, 0))
     assert _dispatch.resolve("auto", cuda) == "triton"
+
+
+def test_without_a_c_compiler_or_headers_auto_is_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton compiles a launcher in C at a kernel's first call; slim images have no compiler."""
+    assert _dispatch.missing_tools() is None  # this machine has both
+    with monkeypatch.context() as patch:
+        patch.delenv("CPATH", raising=False)
+        patch.delenv("C_INCLUDE_PATH", raising=False)
+        patch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+        assert "Python.h" in str(_dispatch.missing_tools())
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CC", raising=False)
+        assert "C compiler" in str(_dispatch.missing_tools())
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    cuda = torch.device("cuda", 0)
+    assert _dispatch.resolve("auto", cuda) == "triton"
+    monkeypatch.setattr(_dispatch, "MISSING_TOOLS", "triton finds no C compiler")
+    assert _dispatch.resolve("auto", cuda) == "torch"
+    assert _dispatch.resolve("triton", cuda) == "triton"
 
 
 def test_importing_the_ops_does_not_import_triton() -> None:
