@@ -37,7 +37,8 @@ from benchmarks.linker_reports import (  # noqa: E402
 from benchmarks.linker_speed import padded, speed, startup  # noqa: E402
 from benchmarks.linker_states import outcomes  # noqa: E402
 from benchmarks.negspacy_baseline import name_and_version, negspacy_states  # noqa: E402
-from mlip.knowledge.concepts import ConceptTable, load_concepts  # noqa: E402
+from mlip.knowledge.concept_files import load_concepts  # noqa: E402
+from mlip.knowledge.concepts import ConceptTable  # noqa: E402
 from mlip.knowledge.linker import Linker, Mention  # noqa: E402
 
 

@@ -46,7 +46,7 @@ from benchmarks.step_variants import (  # noqa: E402
 )
 from mlip.config import Config, load  # noqa: E402
 from mlip.kernels._dispatch import resolve  # noqa: E402
-from mlip.knowledge.concepts import load_concepts  # noqa: E402
+from mlip.knowledge.concept_files import load_concepts  # noqa: E402
 from mlip.knowledge.vectors import knowledge_vectors  # noqa: E402
 from mlip.model import MLIPModel  # noqa: E402
 from mlip.objective import Objective  # noqa: E402

@@ -10,7 +10,8 @@ import numpy as np
 
 from benchmarks.intervals import with_interval
 from benchmarks.linker_reports import Report
-from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import Linker
 
 SPEED_PARTS = 48

@@ -21,7 +21,8 @@ from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.knowledge.categories import category_index, prototype_init, report_category
-from mlip.knowledge.concepts import ConceptTable, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel

@@ -20,7 +20,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch, Features
 from mlip.config import Config
-from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.concept_files import load_concepts
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.grad_cache import num_micro_batches

@@ -30,7 +30,8 @@ from torch import Tensor
 from mlip import config as configuration
 from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
-from mlip.knowledge.concepts import ConceptTable, load_concepts, write_table
+from mlip.knowledge.concept_files import load_concepts, write_table
+from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing

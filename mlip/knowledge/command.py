@@ -1,6 +1,7 @@
 """The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
 
-What does not live here: any reading or matching (concepts.py, ontologies.py, umls.py, linker.py).
+What does not live here: any reading or matching (concept_files.py, ontologies.py, umls.py,
+linker.py).
 """
 
 from __future__ import annotations
@@ -26,12 +27,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlip.config import Knowledge
-from mlip.knowledge.concepts import (
-    LexiconError,
-    load_concepts,
-    read_text,
-    write_table,
-)
+from mlip.knowledge.concept_files import load_concepts, read_text, write_table
+from mlip.knowledge.concepts import LexiconError
 from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
 from mlip.knowledge.linker import Linker, Mention
 from mlip.knowledge.merging import merge

@@ -1,39 +1,19 @@
-"""Concepts of chest radiography and the table that holds them; reading a lexicon or a built table.
+"""Concepts of chest radiography and the table that holds them.
 
-What does not live here: how text is matched (linker.py), how ontologies are read (ontologies.py).
+What does not live here: how they are read (concept_files.py, ontologies.py, umls.py), how text is
+matched (linker.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-LEXICON_DIR = Path(__file__).with_name("lexicon")
 RELATIONS = ("located_in", "suggests", "device_at", "part_of")
-_ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
-
-
-# the C parser reads the lexicon in a tenth of the time; the pure one gives the same result
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML without silently repeated keys."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"{twice!r} occurs twice (line {node.start_mark.line + 1} ff.)")
-        result: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return result
 
 
 class LexiconError(ValueError):
@@ -69,8 +49,11 @@ class Concept:
         """Name and synonyms, lower case, without repeats."""
         return tuple(dict.fromkeys(s.lower() for s in (self.name, *self.synonyms)))
 
-
-_FIELDS = tuple(f.name for f in fields(Concept))
+    def as_json(self) -> dict[str, Any]:
+        """One line of a built table: every field that is not empty."""
+        row = {f.name: getattr(self, f.name) for f in fields(self)}
+        row["mappings"] = dict(sorted(self.mappings.items()))
+        return {k: v for k, v in row.items() if v not in ((), {}, "", None)}
 
 
 class ConceptTable:
@@ -111,7 +94,7 @@ class ConceptTable:
         """SHA-256 (hex) of every field of every concept in order: keys all caches."""
         digest = hashlib.sha256()
         for concept in self.concepts:
-            digest.update(json.dumps(_to_json(concept), sort_keys=True).encode())
+            digest.update(json.dumps(concept.as_json(), sort_keys=True).encode())
             digest.update(b"\n")
         return digest.hexdigest()
 
@@ -150,211 +133,3 @@ class ConceptTable:
             closure[start] = frozenset(seen - {start})
         cache[direction] = closure
         return closure
-
-
-def load_concepts(path: str | Path | None = None) -> ConceptTable:
-    """The table of a lexicon folder, a YAML, JSONL, CSV or OBO file; None = the project's own.
-
-    Raises:  LexiconError naming the file and the reason.
-    """
-    source = LEXICON_DIR if path is None else Path(path)
-    if not source.exists():
-        raise LexiconError(f"concept file {source}: does not exist; expected a folder or a file")
-    if source.is_dir():
-        files = sorted(f for f in source.glob("*.yaml") if not f.name.startswith("_"))
-        if not files:
-            raise LexiconError(f"concept folder {source}: no *.yaml file in it")
-        return _from_yaml(files)
-    suffixes = "".join(source.suffixes[-2:]) if source.suffix == ".gz" else source.suffix
-    if suffixes in (".yaml", ".yml"):
-        return _from_yaml([source])
-    if suffixes == ".jsonl":
-        return read_table(source)
-    from mlip.knowledge import ontologies
-
-    if suffixes == ".csv":
-        return ontologies.read_csv(source)
-    if suffixes in (".obo", ".obo.gz"):
-        return ontologies.read_obo(source)
-    raise LexiconError(
-        f"concept file {source}: expected a folder or a .yaml, .jsonl, .csv, .obo or .obo.gz "
-        "file; build UMLS files into a .jsonl table with `mlip knowledge build` first"
-    )
-
-
-def write_table(table: ConceptTable, path: str | Path) -> None:
-    """A built table as JSON lines: first its provenance, then one concept a line."""
-    path = Path(path)
-    head = {"provenance": table.provenance, "fingerprint": table.fingerprint}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(json.dumps(head) + "\n")
-            for concept in table:
-                stream.write(json.dumps(_to_json(concept), sort_keys=True) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise LexiconError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_table(path: str | Path) -> ConceptTable:
-    """The table that write_table wrote, its fingerprint checked.
-
-    Raises:  LexiconError naming file and line.
-    """
-    concepts: list[Concept] = []
-    provenance: dict[str, Any] = {}
-    fingerprint = None
-    for number, line in enumerate(_lines(Path(path)), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "provenance" in row:
-                provenance, fingerprint = row["provenance"], row.get("fingerprint")
-                continue
-            concepts.append(
-                Concept(
-                    **{
-                        **row,
-                        "synonyms": tuple(row.get("synonyms", ())),
-                        "parents": tuple(row.get("parents", ())),
-                        "relations": tuple((r, t) for r, t in row.get("relations", ())),
-                        "mappings": {k: tuple(v) for k, v in row.get("mappings", {}).items()},
-                        "apart": tuple(
-                            tuple(tuple(slot) for slot in term) for term in row.get("apart", ())
-                        ),
-                        "excludes": tuple(row.get("excludes", ())),
-                        "licensed": tuple(row.get("licensed", ())),
-                    }
-                )
-            )
-        except (ValueError, TypeError, AttributeError) as error:
-            raise LexiconError(
-                f"{path}, line {number}: expected one concept as a JSON object: {error}"
-            ) from error
-    table = ConceptTable(concepts, provenance)
-    if fingerprint is not None and fingerprint != table.fingerprint:
-        raise LexiconError(
-            f"{path}: the concepts do not match the fingerprint in line 1 (edited or cut off); "
-            "build the table again, or delete line 1 to accept the change"
-        )
-    return table
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8", newline="\n") as stream:
-            for line in stream:
-                number += 1
-                yield line
-    except OSError as error:
-        raise LexiconError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LexiconError(
-            f"{path}: not UTF-8 after line {number}; convert it, for example with iconv"
-        ) from error
-
-
-def read_text(path: str | Path) -> str:
-    """A whole UTF-8 file, with an error that names it.
-
-    Raises:  LexiconError where the file is missing or not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise LexiconError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LexiconError(
-            f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv"
-        ) from error
-
-
-def expand(lines: Iterable[str]) -> tuple[str, ...]:
-    """Terms with "[a|b|]" written out; an empty alternative leaves the word out."""
-    forms = []
-    for line in lines:
-        slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
-        for choice in itertools.product(*slots):
-            forms.append(" ".join("".join(choice).split()))
-    return tuple(dict.fromkeys(form for form in forms if form))
-
-
-def _to_json(concept: Concept) -> dict[str, Any]:
-    row = {name: getattr(concept, name) for name in _FIELDS}
-    row["mappings"] = dict(sorted(concept.mappings.items()))
-    return {k: v for k, v in row.items() if v not in ((), {}, "", None)}
-
-
-def _from_yaml(files: Iterable[Path]) -> ConceptTable:
-    concepts, hashes = [], {}
-    for file in files:
-        text = read_text(file)
-        hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
-        try:
-            content = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise LexiconError(f"{file}: not valid YAML: {error}") from error
-        if not isinstance(content, dict) or not isinstance(content.get("concepts"), dict):
-            raise LexiconError(
-                f"{file}: expected a mapping with the keys category, semantic_type and concepts"
-            )
-        for concept_id, row in content["concepts"].items():
-            concepts.append(_concept_from_yaml(file, str(concept_id), row, content))
-    return ConceptTable(concepts, {"source": "lexicon", "sha256": hashes})
-
-
-_YAML_KEYS = {"name", "synonyms", "definition", "semantic_type", "category", "is_a", "apart"} | {
-    "excludes",
-    "maps",
-    *RELATIONS,
-}
-
-
-def _concept_from_yaml(
-    file: Path, concept_id: str, row: Any, defaults: Mapping[str, Any]
-) -> Concept:
-    where = f"{file}, concept {concept_id}"
-    if not _ID.fullmatch(concept_id):
-        raise LexiconError(f"{where}: the id must be snake_case ASCII")
-    if not isinstance(row, dict):
-        raise LexiconError(f"{where}: expected a mapping, got {type(row).__name__}")
-    unknown = sorted(set(row) - _YAML_KEYS)
-    if unknown:
-        raise LexiconError(f"{where}: unknown key {unknown[0]!r}; known: {sorted(_YAML_KEYS)}")
-
-    def words(key: str, value: Any) -> tuple[str, ...]:
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str) and item.strip() for item in items):
-            raise LexiconError(
-                f"{where}: {key} must be text or a list of texts (quote numbers, yes, no, on, off)"
-            )
-        return tuple(item.strip() for item in items)
-
-    apart = tuple(
-        tuple(expand(words("apart", slot)) for slot in (term if isinstance(term, list) else [term]))
-        for term in row.get("apart", ())
-    )
-    if any(len(term) < 2 for term in apart):
-        raise LexiconError(f"{where}: each term of apart needs two slots or more")
-    return Concept(
-        id=concept_id,
-        name=words("name", row.get("name", concept_id.replace("_", " ")))[0],
-        synonyms=expand(words("synonyms", row.get("synonyms", []))),
-        definition=" ".join(str(row.get("definition", "")).split()),
-        semantic_type=str(row.get("semantic_type", defaults.get("semantic_type", "finding"))),
-        category=str(row.get("category", defaults.get("category", file.stem))),
-        parents=words("is_a", row.get("is_a", [])),
-        relations=tuple(
-            (relation, target)
-            for relation in RELATIONS
-            for target in words(relation, row.get(relation, []))
-        ),
-        mappings={k: words(f"maps.{k}", v) for k, v in (row.get("maps") or {}).items()},
-        apart=apart,
-        excludes=expand(words("excludes", row.get("excludes", []))),
-    )

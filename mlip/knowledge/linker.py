@@ -18,14 +18,8 @@ import ahocorasick
 import yaml
 
 from mlip.knowledge import scope
-from mlip.knowledge.concepts import (
-    LEXICON_DIR,
-    ConceptTable,
-    LexiconError,
-    expand,
-    load_concepts,
-    read_text,
-)
+from mlip.knowledge.concept_files import LEXICON_DIR, expand, load_concepts, read_text
+from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.scope import FLAG, Entry, State
 
 # a word or one other character, each with the blanks and hyphens behind it

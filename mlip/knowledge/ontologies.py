@@ -1,6 +1,6 @@
 """Open ontologies -> concept tables: OBO files and a user's own CSV.
 
-What does not live here: the project's lexicon (concepts.py), UMLS (umls.py), merging (merging.py).
+What does not live here: the lexicon (concept_files.py), UMLS (umls.py), merging (merging.py).
 """
 
 from __future__ import annotations

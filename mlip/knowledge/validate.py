@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles
 

@@ -9,7 +9,7 @@ from mlip.knowledge.categories import (
     prototype_init,
     report_category,
 )
-from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.concept_files import load_concepts
 
 
 def clusters(per_category: int, spread: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:

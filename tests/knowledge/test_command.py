@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mlip.knowledge.command import add_arguments, colour_view, run
-from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import link
 
 

@@ -13,7 +13,8 @@ from mlip.assembly import Corpus, build_objective
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import Config, load, to_dict
 from mlip.knowledge.categories import category_index
-from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts, write_table
+from mlip.knowledge.concept_files import load_concepts, write_table
+from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import merge
 from mlip.model import MLIPModel

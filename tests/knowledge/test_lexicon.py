@@ -7,15 +7,8 @@ import sys
 
 import pytest
 
-from mlip.knowledge.concepts import (
-    LEXICON_DIR,
-    Concept,
-    ConceptTable,
-    LexiconError,
-    load_concepts,
-    read_table,
-    write_table,
-)
+from mlip.knowledge.concept_files import LEXICON_DIR, load_concepts, read_table, write_table
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.validate import problems
 
 CHEXPERT = {
@@ -96,7 +89,9 @@ def test_codes_have_the_form_of_their_vocabulary(table):
 
 
 def test_the_fingerprint_is_stable_across_processes_and_changes_with_any_field(table):
-    script = "from mlip.knowledge.concepts import load_concepts; print(load_concepts().fingerprint)"
+    script = (
+        "from mlip.knowledge.concept_files import load_concepts; print(load_concepts().fingerprint)"
+    )
     other = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.strip()

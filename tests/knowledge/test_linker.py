@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker, Mention, default_linker, link
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlip.knowledge.command import add_arguments, run
-from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles, merge, open_part
 from mlip.knowledge.ontologies import read_csv, read_obo, sha256

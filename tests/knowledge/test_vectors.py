@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from mlip.config import Knowledge
-from mlip.knowledge.concepts import Concept, ConceptTable, load_concepts
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine, whiten
 
 

@@ -12,7 +12,7 @@ import pytest
 from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
 from mlip.dataloading.transforms import Transform
-from mlip.knowledge.concepts import load_concepts
+from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.transfer import truth
 
