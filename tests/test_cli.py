@@ -75,6 +75,18 @@ def test_an_empty_phrase_is_refused(
     assert "is empty: expected words" in capsys.readouterr().err
 
 
+def test_a_phrase_of_unknown_characters_points_nowhere(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every such phrase was the same three unknown tokens, and got a map and a point."""
+    run = small_run()
+    image = str(Path(run.manifest.root) / run.manifest.image_path(0))
+    out = tmp_path / "map.png"
+    asked = ["ground", image, "\u80f8\u6c34", "--checkpoint", str(model), "--out", str(out)]
+    assert main(asked) == 2
+    assert "the checkpoint's vocabulary knows" in capsys.readouterr().err and not out.exists()
+
+
 def _embed_in_parts_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlip.transfer.embed import write_embeddings
 

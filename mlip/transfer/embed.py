@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from mlip.config import Config
 from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.transfer.features import (
     encode_images,
     encode_texts,
@@ -62,11 +62,12 @@ def write_embeddings(
     """Rows embedded in all; parts that are there and intact are kept.
 
     form     one of FORMATS, the same numbers in both
-    Raises:  EmbedError if `out` holds embeddings of another model, data or choice.
+    Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
+             for a split without rows; DataError where no image can be read.
     """
     rows = manifest.rows(split, with_report=False)
     if len(rows) == 0:
-        raise EmbedError(f"{manifest.path}: split {split!r} has no rows; choose another --split")
+        raise ManifestError(f"{manifest.path}: split {split!r} has no rows; choose another --split")
     out.mkdir(parents=True, exist_ok=True)
     index = {
         "weights": hash_of_weights(opened.model),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
+from mlip.dataloading.ledger import DataError
 from mlip.transfer.interval import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.
@@ -113,7 +114,7 @@ def encode_images(
 
 def join_images(parts: list[ImageBank]) -> ImageBank:
     if not parts:
-        raise ValueError(
+        raise DataError(
             "none of the images could be read (the reasons stand above): check data.root, the "
             "folder that the manifest's paths are relative to"
         )

@@ -74,9 +74,15 @@ def ground_image(
 
     opened      what mlip.pretrained.open_checkpoint gave
     with_parts  below it a map of each word and of each linked concept, on one scale
-    Raises:  ImageFileError; ValueError for an empty phrase
+    Raises:  ImageFileError; ValueError for an empty phrase, or one without a known word
     """
-    model, config = opened.model, opened.config
+    model, config, tokenizer = opened.model, opened.config, opened.tokenizer
+    if set(tokenizer.encode_batch([phrase])[0].ids) == {tokenizer.unk_id}:
+        # all such phrases are the same one to the model: its map would point anywhere
+        raise ValueError(
+            f"the phrase {phrase!r} holds no word, part of a word or character that the "
+            "checkpoint's vocabulary knows; ask in the language of its training reports"
+        )
     device = next(model.parameters()).device
     grey = read_image(image)
     transform = Transform(config.data, train=False, seed=0)

@@ -107,13 +107,13 @@ def test_files_that_may_be_read_now_are_taken_by_the_same_command(
 
 
 def test_more_time_is_given_to_files_that_were_given_up(tmp_path: Path) -> None:
-    root = make_root(tmp_path, 4)
+    root = make_root(tmp_path, 1)
     short = build_shards(rows_of(root), plan_for(root, timeout_s=1e-9))
     if not short.refused["timeout"]:
         pytest.skip("every file was done before the clock was looked at")
     assert build_shards(rows_of(root), plan_for(root, timeout_s=1e-9)).made == 0
     longer = build_shards(rows_of(root), plan_for(root, timeout_s=60.0))
-    assert longer.made >= 1 and longer.images == 4 and not longer.refused
+    assert longer.made == 1 and longer.images == 1 and not longer.refused
 
 
 @pytest.mark.parametrize(

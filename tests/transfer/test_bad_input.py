@@ -193,7 +193,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
     "wrong root, nothing trained": (
         {},
         [f"data.root={Path(__file__).parent}"],
-        2,
+        3,
         ("none of the images could be read", "check data.root"),
     ),
     "another preprocessing": (
