@@ -43,6 +43,8 @@ def test_a_split_without_rows_is_said_before_the_training(
     texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
     with caplog.at_level(logging.WARNING, logger="mlip"):
         open_corpus(settings(tmp_path, texts))
+        # of val rows the labels alone are evaluated
+        open_corpus(settings(tmp_path, ["", *texts[1:]]))
         assert "has no rows" not in caplog.text
         open_corpus(settings(tmp_path, texts, val=False))
     assert "split 'val' (evaluate.split) has no rows" in caplog.text
