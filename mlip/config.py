@@ -18,7 +18,7 @@ import yaml
 from mlip.config_bounds import check_bounds
 from mlip.transfer_settings import Transfer
 from mlip.transfer_settings import check as check_transfer
-from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
+from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +288,7 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
     tree: dict[str, Any] = {}
     for file in files:
         try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            content = read_yaml(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"config file {file}: cannot be read: {error}") from error
         if not isinstance(content, dict | types.NoneType):
@@ -303,7 +303,7 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         if not separator:
             raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
         nested: Any = value

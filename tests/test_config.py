@@ -113,3 +113,15 @@ def test_every_shipped_file_loads_and_opens_with_its_command(path: Path) -> None
     config.load([*base, path])
     opening = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
     assert any(path.name in line and ("deepspeed" in line or "mlip" in line) for line in opening)
+
+
+def test_a_section_that_stands_twice_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+    """The later one won in silence: the first data section's manifest and columns were gone."""
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {manifest: a.csv, crop_px: 96}\nrun: {seed: 1}\ndata: {crop_px: 64}\n")
+    with pytest.raises(ConfigError, match="c.yaml.*'data' stands in lines 1 and 3"):
+        config.load([path])
+    with pytest.raises(ConfigError, match="override data: .*'crop_px' stands in lines 1 and 1"):
+        config.load([], ["data={crop_px: 64, crop_px: 96}"])
+    path.write_text("data: {crop_px: 96}\nrun: {seed: 1}\n")
+    assert config.load([path]).data.crop_px == 96
