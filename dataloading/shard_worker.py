@@ -27,8 +27,8 @@ from mlip.dataloading.image_file import (
 from mlip.dataloading.ledger import BadSample, DataError
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
-# An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as they
-# are: at 8 bits four would be left of them, and the film would be nearly black.
+# An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as
+# they are: at 8 bits four would be left of them, and the film would be nearly black.
 _DARK = 1 << 13
 
 

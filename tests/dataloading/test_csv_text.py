@@ -49,7 +49,7 @@ def test_quotes_are_judged_as_by_a_strict_reader_whatever_the_blocks(
 ) -> None:
     draw = random.Random(0)
     seen = {True: 0, False: 0}
-    for trial in range(1500):
+    for trial in range(700):
         monkeypatch.setattr(csv_text, "_BLOCK_BYTES", draw.choice([1, 2, 3, 7, 4096]))
         if trial % 2:
             cells = [["".join(draw.choices('ab",\n', k=4)) for _ in range(3)] for _ in range(3)]
@@ -70,7 +70,7 @@ def test_quotes_are_judged_as_by_a_strict_reader_whatever_the_blocks(
             assert sound, repr(text)
         except CsvError:
             assert not sound, repr(text)
-    assert min(seen.values()) > 200
+    assert min(seen.values()) > 100
 
 
 @pytest.mark.parametrize("mark", ["", '" x'])
