@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading import shard_build, worker_pool
+from mlip.dataloading import shard_build
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.output_lock import sole_writer
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.dataloading.worker_pool import Reply, WorkerPool
 
 
 def make_root(folder: Path, count: int) -> Path:
@@ -110,9 +111,15 @@ def test_more_time_is_given_to_files_that_were_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_root(tmp_path, 1)
-    # a worker still imports when it is looked at first: it is given up whatever the machine
-    overdue = lambda worker, cpu_s, wall_s: bool(worker.tasks) and cpu_s < 1.0  # noqa: E731
-    monkeypatch.setattr(worker_pool._Worker, "is_overdue", overdue)
+    ordered = WorkerPool.ordered
+
+    def by_the_limit(pool: WorkerPool, items: Any) -> Any:
+        """Any file takes a second here, whatever the machine."""
+        if pool._timeout_s > 1.0:
+            return ordered(pool, items)
+        return (Reply({}, b"", "timeout") for _ in items)
+
+    monkeypatch.setattr(WorkerPool, "ordered", by_the_limit)
     short = build_shards(rows_of(root), plan_for(root, timeout_s=0.5))
     assert short.refused == {"timeout": 1}
     assert build_shards(rows_of(root), plan_for(root, timeout_s=0.5)).made == 0
