@@ -61,7 +61,9 @@ class _SynchronisedNorm(torch.autograd.Function):
         slope = weight * inverse_std * inverse_std * sums[0] / count
         offset = weight * inverse_std * sums[1] / count - slope * mean
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        correction = F.batch_norm(x, zero, one, slope, offset, False, 0.0, 0.0)
+        # not F.batch_norm: torch 2.11's refuses an eps of 0
+        fused = torch.backends.cudnn.enabled
+        correction = torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, fused)
         return grad_x - correction, grad_weight, grad_bias, None
 
 
