@@ -1,0 +1,38 @@
+"""From a folder of one's own to embeddings by the commands that the README prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+import train
+from mlip.cli import main
+from tests.small_run import small_run
+from tests.test_train import _leave_the_process_as_it_was  # noqa: F401
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [str(ROOT / "configs" / name) for name in ("real_cxr.yaml", "prepared.yaml")]
+
+
+def test_what_prepare_wrote_is_trained_on_and_embedded_under_any_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, run = tmp_path / "own-256", tmp_path / "run"
+    root = small_run().folder / "data"
+    assert main(["prepare", "manifest", "--root", str(root), "--out", str(out)]) == 0
+    manifest = f"data.manifest={out / 'manifest.parquet'}"
+    # a first look: one step of a small batch, scored on the split that these studies have
+    small = ["train.max_steps=1", "batch.global_pairs=8", "evaluate.split=test",
+             "evaluate.bootstrap=4", "data.pipeline=torch"]  # fmt: skip
+    with monkeypatch.context() as place:
+        place.chdir(tmp_path)
+        assert train.main(["--config", *CONFIGS, manifest, f"run.dir={run}", *small]) == 0
+        assert (run / "report.html").is_file()
+        command = ["embed", *CONFIGS, f"checkpoint={run}", manifest, "--out", str(tmp_path / "e")]
+        assert main([*command, "evaluate.split=test", "--format", "parquet"]) == 0
+    parts = sorted((tmp_path / "e").rglob("*.parquet"))
+    rows = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts)
+    prepared = pyarrow.parquet.read_table(out / "manifest.parquet")["split"].to_pylist()
+    assert rows == prepared.count("test") > 0
