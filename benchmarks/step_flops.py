@@ -27,7 +27,14 @@ from mlip.batch import Batch
 from mlip.config import Config
 
 # dense bf16 rates that NVIDIA states, TFLOP/s, by what the card's name contains
-NOMINAL_TFLOPS = {"H200": 989.4, "H100 PCIe": 756.5, "H100": 989.4, "A100": 312.0, "L40S": 362.0}
+NOMINAL_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.4,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
 VIEW_PAIRINGS = 4
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mlip.dataloading import prepare
+from mlip.dataloading.datasets import DATASETS
+from mlip.dataloading.datasets.rows import Collected, Row
 from mlip.dataloading.dicom import write_radiograph
 
 CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
@@ -140,3 +143,18 @@ def make_vindr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
             f"image_id,{reader}class_name,x_min,y_min,x_max,y_max",
             boxes,
         )
+
+
+def collect(name: str, root: Path, **options: str) -> Collected:
+    """What a data set's collector finds below `root`, checked as `mlip prepare` checks it."""
+    known = {key: default for key, (default, _) in DATASETS[name].options.items()}
+    collected = DATASETS[name].collect(root, {**known, **options})
+    prepare.check_rows(collected.rows)
+    for row in collected.rows:
+        assert (root / row.image).is_file(), row.image
+        assert row.split in ("train", "val", "test") and row.patient_id
+    return collected
+
+
+def by_id(collected: Collected) -> dict[str, Row]:
+    return {row.image_id: row for row in collected.rows}

@@ -32,6 +32,7 @@ def test_a_law_is_recovered_and_needs_four_sizes() -> None:
 
 def test_nominal_rates_are_found_by_the_card_s_name() -> None:
     assert step_flops.nominal_tflops("NVIDIA H100 80GB HBM3") == 989.4
+    assert step_flops.nominal_tflops("NVIDIA H100 NVL") == 835.5
     assert step_flops.nominal_tflops("NVIDIA H200") == 989.4
     assert step_flops.nominal_tflops("NVIDIA A100-SXM4-80GB") == 312.0
     assert step_flops.nominal_tflops("something new") is None

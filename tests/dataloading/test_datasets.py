@@ -4,11 +4,8 @@ Oracle: the fakes are written here from the published layouts, and what must com
 stated beside it by hand. The Open-i archive and ../shared/data are the real ones.
 """
 
-import argparse
-import csv
 import io
 import json
-import re
 import shutil
 import tarfile
 import zipfile
@@ -16,18 +13,17 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 
-from mlip.dataloading import prepare
-from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.covidx import parse_line
 from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
 from mlip.dataloading.datasets.open_i import parse_report, read_reports
 from mlip.dataloading.datasets.rle import decode_masks, encode_mask
-from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
+from mlip.dataloading.datasets.rows import DatasetError
 from tests.raw_layouts import (
+    by_id,
+    collect,
     image,
     make_chexpert,
     make_covidx,
@@ -41,20 +37,6 @@ from tests.raw_layouts import (
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
-
-
-def collect(name: str, root: Path, **options: str):
-    known = {key: default for key, (default, _) in DATASETS[name].options.items()}
-    collected = DATASETS[name].collect(root, {**known, **options})
-    prepare.check_rows(collected.rows)
-    for row in collected.rows:
-        assert (root / row.image).is_file(), row.image
-        assert row.split in ("train", "val", "test") and row.patient_id
-    return collected
-
-
-def by_id(collected) -> dict[str, Row]:
-    return {row.image_id: row for row in collected.rows}
 
 
 REPORT = """                                 FINAL REPORT
@@ -368,197 +350,6 @@ def test_open_i_reads_the_real_archive():
     assert first.impression == "Normal chest x-XXXX." and first.mesh == ("normal",)
 
 
-def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
-    for i in range(4):
-        image(tmp_path / "raw" / f"x{i}.dcm", i)
-    for i in range(4):
-        image(tmp_path / "raw" / f"p{i // 2}" / f"s{i}" / "a.png", i)
-    (tmp_path / "raw" / "p0" / "s0" / "a.txt").write_text("Clear.")
-    (tmp_path / "raw" / "p0" / "s1.txt").write_text("Effusion.\n")
-    (tmp_path / "raw" / "x0.txt").write_text("Dicom report.")
-    (tmp_path / "raw" / "link.png").symlink_to(tmp_path / "raw" / "p0" / "s0" / "a.png")
-    (tmp_path / "raw" / "readme.md").write_text("no image")
-    collected = collect("folder", tmp_path / "raw")
-    rows = {row.image: row for row in collected.rows}
-    assert len(rows) == 8 and not collected.keeps_ids
-    assert collected.excluded == {"report_text": 3, "link_or_special_file": 1, "no_image": 1}
-    assert rows["x0.dcm"].patient_id == rows["x1.dcm"].patient_id == "MRN0"
-    assert rows["p0/s0/a.png"].patient_id == rows["p0/s1/a.png"].patient_id == "p0"
-    assert rows["p0/s0/a.png"].report == "Clear." and rows["p0/s1/a.png"].report == "Effusion."
-    assert rows["x0.dcm"].report == "Dicom report."
-    with pytest.raises(DatasetError, match="no DICOM, JPEG or PNG"):
-        (tmp_path / "empty").mkdir()
-        collect("folder", tmp_path / "empty")
-
-
-def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
-    for i in range(10):
-        image(tmp_path / f"{i}.png", i)
-    lines = [
-        [f"{i}.png", i // 2, f"Text {i}.", "validate" if i < 2 else "train"] for i in range(10)
-    ]
-    table(tmp_path / "manifest.csv", "Path,subject_id,text,split", lines)
-    rows = by_id(collect("manifest", tmp_path))
-    assert rows["0.png"].split == "val" and rows["0.png"].report == "Text 0."
-    assert rows["9.png"].patient_id == "4" and rows["9.png"].study_id == ""
-    free = collect("manifest", tmp_path, split="none", report="none")
-    assert {row.report for row in free.rows} == {""}
-    table(tmp_path / "other.csv", "file_name,subject_id", [["0.png", 1]])
-    with pytest.raises(DatasetError, match="no column for image.*file_name, subject_id"):
-        collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
-    named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
-    assert [row.image for row in named.rows] == ["0.png"]
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
-def test_manifest_reads_a_column_a_finding_by_its_state(tmp_path, suffix):
-    frame = {
-        "image": ["0.png", "1.png", "2.png"],
-        "patient_id": ["a", "b", "c"],
-        "Edema": [1.0, 0.0, None],
-        "Pleural Effusion": [-1, 1, 1],
-        "Fracture": [True, False, None],
-        "Age": [61, 40, 39],
-    }
-    for i in range(3):
-        image(tmp_path / f"{i}.png", i)
-    path = tmp_path / f"manifest.{suffix}"
-    lines = [dict(zip(frame, cells, strict=True)) for cells in zip(*frame.values(), strict=True)]
-    if suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.table(frame), path)
-    elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    else:
-        table(path, ",".join(frame), [["" if v is None else v for v in x.values()] for x in lines])
-    rows = by_id(collect("manifest", tmp_path, findings="Edema, Pleural Effusion,Fracture"))
-    said = {key: (row.labels, row.uncertain, row.negative) for key, row in rows.items()}
-    assert said == {
-        "0.png": ("Edema|Fracture", "Pleural Effusion", ""),
-        "1.png": ("Pleural Effusion", "", "Edema|Fracture"),
-        "2.png": ("Pleural Effusion", "", ""),
-    }
-
-
-def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
-    header = "image,patient_id,Edema,labels,a|b"
-    table(tmp_path / "manifest.csv", header, [["0.png", "a", "yes", "Edema", 1]])
-    for options, message in (
-        ({"findings": "Edema"}, "manifest.csv: label Edema: expected 1"),
-        ({"findings": "Edema,Oedema"}, "missing: Oedema; the file has image, patient_id, Edema"),
-        ({"findings": "Edema,Edema"}, "one is named twice"),
-        ({"findings": "Edema", "labels": "labels"}, "labels=labels and findings both"),
-        ({"findings": "a|b"}, "holds '|'"),
-    ):
-        with pytest.raises(DatasetError, match=re.escape(message)):
-            collect("manifest", tmp_path, **options)
-
-
-def test_every_data_set_states_licence_and_access_and_refuses_an_empty_folder(tmp_path):
-    for name, dataset in DATASETS.items():
-        assert dataset.licence and dataset.access and dataset.title
-        with pytest.raises(DatasetError) as caught:
-            collect(name, tmp_path)
-        assert str(tmp_path) in str(caught.value)
-        if name not in ("folder", "manifest"):
-            assert dataset.access in str(caught.value)
-
-
-def test_splits_follow_the_patient_in_the_asked_shares():
-    splits = Counter(split_by_patient(str(i), "x", val=0.1, test=0.2) for i in range(20_000))
-    for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
-        # 5 standard deviations of a binomial draw
-        assert abs(splits[split] - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
-    assert split_by_patient("7", "x", 0.1) == split_by_patient("7", "x", 0.1)
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([Row("a", "p", "", "1", "train"), Row("b", "p", "", "2", "test")], "more than one split"),
-        ([Row("a", "p", "", "1", "train"), Row("a", "q", "", "2", "train")], "repeat an image"),
-        ([Row("a", "p", "", "1", "train"), Row("b", "q", "", "1", "train")], "repeat an image_id"),
-        ([Row("../a", "p", "", "1", "train")], "out of the root"),
-        ([Row("/a", "p", "", "1", "train")], "out of the root"),
-        ([Row("a\0b", "p", "", "1", "train")], "out of the root"),
-        ([Row("~/a", "p", "", "1", "train")], "out of the root"),
-        ([Row("a//b", "p", "", "1", "train")], "out of the root"),
-    ],
-)
-def test_rows_that_leak_patients_or_leave_the_root_are_refused(rows, message):
-    with pytest.raises(DatasetError, match=message):
-        prepare.check_rows(rows)
-
-
-def mlip_prepare(*arguments: object) -> int:
-    parser = argparse.ArgumentParser()
-    prepare.add_arguments(parser)
-    return prepare.run(parser.parse_args([str(argument) for argument in arguments]))
-
-
-@needs_shared
-def test_real_radiographs_are_prepared_end_to_end(tmp_path, capsys):
-    assert mlip_prepare("manifest", "--root", SHARED, "--out", tmp_path / "out") == 0
-    printed = capsys.readouterr().out
-    assert "rows 1108 = images 1108 + refused 0 + lost 0" in printed
-    rows = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
-    with open(SHARED / "manifest.csv", newline="", encoding="utf-8") as file:
-        raw = list(csv.DictReader(file))
-    assert Counter(row["split"] for row in rows) == Counter(row["split"] for row in raw)
-    assert sorted(row["report"] for row in rows) == sorted(row["text"].strip() for row in raw)
-    assert all(max(row["height"], row["width"]) <= 256 for row in rows)
-    assert not {row["patient_id"] for row in rows} & {row["patient_id"] for row in raw}
-    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["ids"] == "hashed"
-
-
-def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_path, capsys):
-    make_rsna(tmp_path / "raw")
-    (tmp_path / "raw" / "stage_2_train_images" / "id3.dcm").write_bytes(b"\0" * 300)
-    out = tmp_path / "out"
-    settings = ["--bits", 16, "--side", 64, "--workers", 1]
-    assert mlip_prepare("rsna_pneumonia", "--root", tmp_path / "raw", "--out", out, *settings) == 0
-    printed = capsys.readouterr().out
-    assert "refused, unsupported: 1" in printed and "lost 0" in printed and "Licence" in printed
-    rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
-    assert {row["patient_id"] for row in rows} == {f"id{i}" for i in range(10) if i != 3}
-    assert {row["bits"] for row in rows} == {16}
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["folder"], "--root DIR --out DIR"),
-        (["folder", "--root", "nowhere", "--out", "x"], "no such folder"),
-        (["folder", "--root", ".", "--out", "./x"], "lies inside"),
-        (["folder", "--root", "/etc", "--out", "x", "--option", "a=b"], "patient_level"),
-        (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
-        (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
-        (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
-        (["folder", "--root", "/etc", "--out", "x", "--side", "9"], "32 to 4096"),
-    ],
-)
-def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DatasetError, match=message):
-        mlip_prepare(*arguments)
-    assert not (tmp_path / "x").exists()
-
-
-def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
-    for i in range(4):
-        image(tmp_path / "raw" / f"MRN{i}" / "a.png", i)
-    arguments = ["folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
-    with pytest.raises(DatasetError, match="outside --out"):
-        mlip_prepare(*arguments, "--id-map", tmp_path / "out" / "ids.csv")
-    mlip_prepare(*arguments, "--id-map", tmp_path / "ids.csv")
-    assert (tmp_path / "ids.csv").stat().st_mode & 0o777 == 0o600
-    with open(tmp_path / "ids.csv", newline="") as file:
-        back = {row["patient_hash"]: row["patient_id"] for row in csv.DictReader(file)}
-    table = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet")
-    hashed = table.column("patient_id").to_pylist()
-    assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
-    assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
-
-
 def test_hostile_archives_are_read_by_name_and_within_limits(tmp_path, monkeypatch):
     for name in ("normal", "link", "large", "many"):
         with tarfile.open(tmp_path / f"{name}.tgz", "w:gz") as archive:
@@ -594,14 +385,3 @@ def test_hostile_archives_are_read_by_name_and_within_limits(tmp_path, monkeypat
         with pytest.raises(DatasetError, match="bytes|more or larger"):
             read(name)
     assert not (tmp_path.parent / "escape.xml").exists()
-
-
-def test_list_explain_and_check_phi_print(tmp_path, capsys):
-    image(tmp_path / "a.dcm")
-    assert mlip_prepare("--list") == 0
-    assert "physionet.org" in capsys.readouterr().out
-    assert mlip_prepare("--explain", tmp_path / "a.dcm") == 0
-    assert "VOI linear" in capsys.readouterr().out
-    assert mlip_prepare("--check-phi", tmp_path) == 1
-    printed = capsys.readouterr().out
-    assert "PatientID" in printed and "MRN" not in printed and "1 DICOM files" in printed

@@ -1,0 +1,104 @@
+"""A folder or a table of one's own as `mlip prepare` reads it."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from mlip.dataloading.datasets.rows import DatasetError
+from tests.raw_layouts import (
+    by_id,
+    collect,
+    image,
+    table,
+)
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
+def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
+    for i in range(4):
+        image(tmp_path / "raw" / f"x{i}.dcm", i)
+    for i in range(4):
+        image(tmp_path / "raw" / f"p{i // 2}" / f"s{i}" / "a.png", i)
+    (tmp_path / "raw" / "p0" / "s0" / "a.txt").write_text("Clear.")
+    (tmp_path / "raw" / "p0" / "s1.txt").write_text("Effusion.\n")
+    (tmp_path / "raw" / "x0.txt").write_text("Dicom report.")
+    (tmp_path / "raw" / "link.png").symlink_to(tmp_path / "raw" / "p0" / "s0" / "a.png")
+    (tmp_path / "raw" / "readme.md").write_text("no image")
+    collected = collect("folder", tmp_path / "raw")
+    rows = {row.image: row for row in collected.rows}
+    assert len(rows) == 8 and not collected.keeps_ids
+    assert collected.excluded == {"report_text": 3, "link_or_special_file": 1, "no_image": 1}
+    assert rows["x0.dcm"].patient_id == rows["x1.dcm"].patient_id == "MRN0"
+    assert rows["p0/s0/a.png"].patient_id == rows["p0/s1/a.png"].patient_id == "p0"
+    assert rows["p0/s0/a.png"].report == "Clear." and rows["p0/s1/a.png"].report == "Effusion."
+    assert rows["x0.dcm"].report == "Dicom report."
+    with pytest.raises(DatasetError, match="no DICOM, JPEG or PNG"):
+        (tmp_path / "empty").mkdir()
+        collect("folder", tmp_path / "empty")
+
+
+def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
+    for i in range(10):
+        image(tmp_path / f"{i}.png", i)
+    lines = [
+        [f"{i}.png", i // 2, f"Text {i}.", "validate" if i < 2 else "train"] for i in range(10)
+    ]
+    table(tmp_path / "manifest.csv", "Path,subject_id,text,split", lines)
+    rows = by_id(collect("manifest", tmp_path))
+    assert rows["0.png"].split == "val" and rows["0.png"].report == "Text 0."
+    assert rows["9.png"].patient_id == "4" and rows["9.png"].study_id == ""
+    free = collect("manifest", tmp_path, split="none", report="none")
+    assert {row.report for row in free.rows} == {""}
+    table(tmp_path / "other.csv", "file_name,subject_id", [["0.png", 1]])
+    with pytest.raises(DatasetError, match="no column for image.*file_name, subject_id"):
+        collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
+    named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
+    assert [row.image for row in named.rows] == ["0.png"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_manifest_reads_a_column_a_finding_by_its_state(tmp_path, suffix):
+    frame = {
+        "image": ["0.png", "1.png", "2.png"],
+        "patient_id": ["a", "b", "c"],
+        "Edema": [1.0, 0.0, None],
+        "Pleural Effusion": [-1, 1, 1],
+        "Fracture": [True, False, None],
+        "Age": [61, 40, 39],
+    }
+    for i in range(3):
+        image(tmp_path / f"{i}.png", i)
+    path = tmp_path / f"manifest.{suffix}"
+    lines = [dict(zip(frame, cells, strict=True)) for cells in zip(*frame.values(), strict=True)]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table(frame), path)
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        table(path, ",".join(frame), [["" if v is None else v for v in x.values()] for x in lines])
+    rows = by_id(collect("manifest", tmp_path, findings="Edema, Pleural Effusion,Fracture"))
+    said = {key: (row.labels, row.uncertain, row.negative) for key, row in rows.items()}
+    assert said == {
+        "0.png": ("Edema|Fracture", "Pleural Effusion", ""),
+        "1.png": ("Pleural Effusion", "", "Edema|Fracture"),
+        "2.png": ("Pleural Effusion", "", ""),
+    }
+
+
+def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
+    header = "image,patient_id,Edema,labels,a|b"
+    table(tmp_path / "manifest.csv", header, [["0.png", "a", "yes", "Edema", 1]])
+    for options, message in (
+        ({"findings": "Edema"}, "manifest.csv: label Edema: expected 1"),
+        ({"findings": "Edema,Oedema"}, "missing: Oedema; the file has image, patient_id, Edema"),
+        ({"findings": "Edema,Edema"}, "one is named twice"),
+        ({"findings": "Edema", "labels": "labels"}, "labels=labels and findings both"),
+        ({"findings": "a|b"}, "holds '|'"),
+    ):
+        with pytest.raises(DatasetError, match=re.escape(message)):
+            collect("manifest", tmp_path, **options)

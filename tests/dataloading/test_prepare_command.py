@@ -1,0 +1,139 @@
+"""`mlip prepare` as a command: arguments, splits, and what it prints."""
+
+import argparse
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from mlip.dataloading import prepare
+from mlip.dataloading.datasets import DATASETS
+from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
+from tests.raw_layouts import (
+    collect,
+    image,
+    make_rsna,
+)
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+
+
+def test_every_data_set_states_licence_and_access_and_refuses_an_empty_folder(tmp_path):
+    for name, dataset in DATASETS.items():
+        assert dataset.licence and dataset.access and dataset.title
+        with pytest.raises(DatasetError) as caught:
+            collect(name, tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        if name not in ("folder", "manifest"):
+            assert dataset.access in str(caught.value)
+
+
+def test_splits_follow_the_patient_in_the_asked_shares():
+    splits = Counter(split_by_patient(str(i), "x", val=0.1, test=0.2) for i in range(20_000))
+    for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
+        # 5 standard deviations of a binomial draw
+        assert abs(splits[split] - 20_000 * share) < 5 * (20_000 * share * (1 - share)) ** 0.5
+    assert split_by_patient("7", "x", 0.1) == split_by_patient("7", "x", 0.1)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([Row("a", "p", "", "1", "train"), Row("b", "p", "", "2", "test")], "more than one split"),
+        ([Row("a", "p", "", "1", "train"), Row("a", "q", "", "2", "train")], "repeat an image"),
+        ([Row("a", "p", "", "1", "train"), Row("b", "q", "", "1", "train")], "repeat an image_id"),
+        ([Row("../a", "p", "", "1", "train")], "out of the root"),
+        ([Row("/a", "p", "", "1", "train")], "out of the root"),
+        ([Row("a\0b", "p", "", "1", "train")], "out of the root"),
+        ([Row("~/a", "p", "", "1", "train")], "out of the root"),
+        ([Row("a//b", "p", "", "1", "train")], "out of the root"),
+    ],
+)
+def test_rows_that_leak_patients_or_leave_the_root_are_refused(rows, message):
+    with pytest.raises(DatasetError, match=message):
+        prepare.check_rows(rows)
+
+
+def mlip_prepare(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    prepare.add_arguments(parser)
+    return prepare.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+@needs_shared
+def test_real_radiographs_are_prepared_end_to_end(tmp_path, capsys):
+    assert mlip_prepare("manifest", "--root", SHARED, "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "rows 1108 = images 1108 + refused 0 + lost 0" in printed
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    with open(SHARED / "manifest.csv", newline="", encoding="utf-8") as file:
+        raw = list(csv.DictReader(file))
+    assert Counter(row["split"] for row in rows) == Counter(row["split"] for row in raw)
+    assert sorted(row["report"] for row in rows) == sorted(row["text"].strip() for row in raw)
+    assert all(max(row["height"], row["width"]) <= 256 for row in rows)
+    assert not {row["patient_id"] for row in rows} & {row["patient_id"] for row in raw}
+    assert json.loads((tmp_path / "out" / "prepared.json").read_text())["ids"] == "hashed"
+
+
+def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_path, capsys):
+    make_rsna(tmp_path / "raw")
+    (tmp_path / "raw" / "stage_2_train_images" / "id3.dcm").write_bytes(b"\0" * 300)
+    out = tmp_path / "out"
+    settings = ["--bits", 16, "--side", 64, "--workers", 1]
+    assert mlip_prepare("rsna_pneumonia", "--root", tmp_path / "raw", "--out", out, *settings) == 0
+    printed = capsys.readouterr().out
+    assert "refused, unsupported: 1" in printed and "lost 0" in printed and "Licence" in printed
+    rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert {row["patient_id"] for row in rows} == {f"id{i}" for i in range(10) if i != 3}
+    assert {row["bits"] for row in rows} == {16}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["folder"], "--root DIR --out DIR"),
+        (["folder", "--root", "nowhere", "--out", "x"], "no such folder"),
+        (["folder", "--root", ".", "--out", "./x"], "lies inside"),
+        (["folder", "--root", "/etc", "--out", "x", "--option", "a=b"], "patient_level"),
+        (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
+        (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
+        (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
+        (["folder", "--root", "/etc", "--out", "x", "--side", "9"], "32 to 4096"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError, match=message):
+        mlip_prepare(*arguments)
+    assert not (tmp_path / "x").exists()
+
+
+def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
+    for i in range(4):
+        image(tmp_path / "raw" / f"MRN{i}" / "a.png", i)
+    arguments = ["folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
+    with pytest.raises(DatasetError, match="outside --out"):
+        mlip_prepare(*arguments, "--id-map", tmp_path / "out" / "ids.csv")
+    mlip_prepare(*arguments, "--id-map", tmp_path / "ids.csv")
+    assert (tmp_path / "ids.csv").stat().st_mode & 0o777 == 0o600
+    with open(tmp_path / "ids.csv", newline="") as file:
+        back = {row["patient_hash"]: row["patient_id"] for row in csv.DictReader(file)}
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet")
+    hashed = table.column("patient_id").to_pylist()
+    assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
+    assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
+
+
+def test_list_explain_and_check_phi_print(tmp_path, capsys):
+    image(tmp_path / "a.dcm")
+    assert mlip_prepare("--list") == 0
+    assert "physionet.org" in capsys.readouterr().out
+    assert mlip_prepare("--explain", tmp_path / "a.dcm") == 0
+    assert "VOI linear" in capsys.readouterr().out
+    assert mlip_prepare("--check-phi", tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "PatientID" in printed and "MRN" not in printed and "1 DICOM files" in printed
