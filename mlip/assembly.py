@@ -32,9 +32,8 @@ from mlip.unit_length import unit_length
 logger = logging.getLogger("mlip")
 
 _PRESENT = STATES[0]
-_FEW_LINKED = (
-    0.1  # share of the reports under which the knowledge level has nearly nothing to learn
-)
+# share of linked reports under which the knowledge level has nearly nothing to learn
+_FEW_LINKED = 0.1
 # reports linked to start the prototypes: k-means over more changes the centres little
 _PROTOTYPE_REPORTS = 20_000
 _VOCABULARY_REPORTS = 20_000  # two million words; every word piece worth having is among them

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import yaml
 
 from mlip.config_bounds import check_bounds
+from mlip.strict_yaml import read_yaml
 from mlip.transfer_settings import Transfer
 from mlip.transfer_settings import check as check_transfer
-from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, read_yaml
+from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,29 +12,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 
 class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or contradicts another one."""
-
-
-class _Strict(yaml.SafeLoader):
-    """Plain values only, as yaml.safe_load, and no key twice: the first one's would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if (name := str(key.value)) in keys and name != "<<":
-                raise yaml.YAMLError(f"{name!r} stands in lines {keys[name]} and {line}: join them")
-            keys[name] = line
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str) -> Any:
-    """The values of a YAML text.  Raises:  yaml.YAMLError, also for a key that stands twice."""
-    return yaml.load(text, _Strict)  # noqa: S506 - a SafeLoader
 
 
 def plain(value: Any) -> Any:

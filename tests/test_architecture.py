@@ -12,16 +12,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # module prefix -> prefixes of ours it may import; the most specific rule holds
 ALLOWED = {
+    "mlip.strict_yaml": (),
     "mlip.typed_tree": (),
     "mlip.transfer_settings": ("mlip.typed_tree",),
     "mlip.config_bounds": ("mlip.typed_tree",),
-    "mlip.config": ("mlip.typed_tree", "mlip.config_bounds", "mlip.transfer_settings"),
+    "mlip.config": (
+        "mlip.strict_yaml",
+        "mlip.typed_tree",
+        "mlip.config_bounds",
+        "mlip.transfer_settings",
+    ),
     "mlip.batch": (),
     "mlip.keyed_random": (),
     "mlip.unit_length": (),
     "mlip.distributed": (),
     "mlip.kernels": ("mlip.kernels",),
-    "mlip.knowledge": ("mlip.knowledge", "mlip.config"),
+    "mlip.knowledge": ("mlip.knowledge", "mlip.config", "mlip.strict_yaml"),
     "mlip.dataloading": (
         "mlip.dataloading",
         "mlip.config",

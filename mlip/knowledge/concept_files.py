@@ -18,22 +18,10 @@ import yaml
 
 from mlip.knowledge.concepts import RELATIONS, Concept, ConceptTable, LexiconError
 from mlip.knowledge.ontologies import read_csv, read_obo
+from mlip.strict_yaml import read_yaml
 
 LEXICON_DIR = Path(__file__).with_name("lexicon")
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
-
-
-# the C parser reads the lexicon in a tenth of the time; the pure one gives the same result
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML without silently repeated keys."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if len(set(keys)) < len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.YAMLError(f"{twice!r} occurs twice (line {node.start_mark.line + 1} ff.)")
-        result: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return result
 
 
 def load_concepts(path: str | Path | None = None) -> ConceptTable:
@@ -172,7 +160,7 @@ def _from_yaml(files: Iterable[Path]) -> ConceptTable:
         text = read_text(file)
         hashes[file.name] = hashlib.sha256(text.encode()).hexdigest()
         try:
-            content = yaml.load(text, Loader=_Loader)
+            content = read_yaml(text)
         except yaml.YAMLError as error:
             raise LexiconError(f"{file}: not valid YAML: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("concepts"), dict):

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ahocorasick
-import yaml
 
 from mlip.knowledge import scope
 from mlip.knowledge.concept_files import LEXICON_DIR, expand, load_concepts, read_text
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.scope import FLAG, Entry, State
+from mlip.strict_yaml import read_yaml
 
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
@@ -245,7 +245,7 @@ def read_cues(path: Path = LEXICON_DIR / "_cues.yaml") -> dict[str, tuple[str, .
 
     Raises:  LexiconError on an unknown kind
     """
-    content = yaml.safe_load(read_text(path))
+    content = read_yaml(read_text(path))
     unknown = sorted(set(content) - set(scope.KINDS))
     if unknown:
         raise LexiconError(f"{path}: unknown kind of cue {unknown[0]!r}; known: {scope.KINDS}")

@@ -130,7 +130,7 @@ def test_a_table_edited_or_cut_off_is_refused(table, tmp_path):
         ("concepts:\n  A-B: {name: x}\n", "snake_case"),
         ("concepts:\n  new_sign: {name: x, synonyms: [no, yes]}\n", "quote"),
         ("concepts:\n  new_sign: {name: x, apart: [[only one]]}\n", "two slots"),
-        ("concepts:\n  new_sign: {name: x}\n  new_sign: {name: y}\n", "twice"),
+        ("concepts:\n  new_sign: {name: x}\n  new_sign: {name: y}\n", "stands in lines 2 and 3"),
         ("concepts:\n  pneumothorax: {name: x}\n", "'pneumothorax' occurs twice"),
     ],
 )
