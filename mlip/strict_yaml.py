@@ -26,4 +26,4 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 def read_yaml(text: str) -> Any:
     """The values of a YAML text.  Raises:  yaml.YAMLError, also for a key that stands twice."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)
