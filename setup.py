@@ -29,7 +29,7 @@ setup(
     install_requires=[
         "torch>=2.11",  # no triton pin: torch's own metadata pins it on a GPU
         "numpy>=1.26,<2.4",  # numpy 2.4 breaks triton 3.6's interpreter
-        "transformers>=5.20,<6",
+        "transformers>=5.17,<6",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "pyyaml>=6",
