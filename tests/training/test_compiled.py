@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -35,8 +36,10 @@ DROPOUT_0 = ("model.text.options.hidden_dropout_prob=0", "model.divergence.dropo
 @pytest.fixture(autouse=True)
 def _forget_what_was_compiled() -> Any:
     torch._dynamo.utils.counters.clear()
+    limit = sys.getrecursionlimit()
     yield
     torch._dynamo.reset()
+    sys.setrecursionlimit(limit)  # the compiler doubles it: other tests nest up to it
 
 
 def _engine(settings: tuple[str, ...]) -> tuple[Engine, Config]:
