@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -14,9 +13,6 @@ from tests.raw_layouts import (
     image,
     table,
 )
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
 
 
 def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
