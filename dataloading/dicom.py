@@ -108,14 +108,15 @@ class Identity:
     study: str
     image: str
     modality: str  # DX, CR, CT ..., "" where absent
+    accession: str  # the order's number, by which a RIS names a study
 
 
 def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
-    """PatientID, StudyInstanceUID, SOPInstanceUID and Modality, "" where absent.
+    """PatientID, StudyInstanceUID, SOPInstanceUID, Modality and AccessionNumber, "" where absent.
 
     Raises:  DicomError where the header cannot be parsed.
     """
-    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID", "Modality"]
+    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID", "Modality", "AccessionNumber"]
     with error_wall("malformed"), open_regular(source) as (file, _):
         dataset = read_dataset(file, names)[2]
         return Identity(*(str(dataset.get(name) or "").strip(" \0") for name in names))

@@ -67,6 +67,7 @@ _OTHER = (
     "addendum",
 )
 _NAMES = sorted({*_WANTED["findings"], *_WANTED["impression"], *_OTHER}, key=len, reverse=True)
+HEADINGS = frozenset(_NAMES)  # lower case, blanks between words
 # A heading opens a line, or stands in capitals after a stop; a colon ends it.
 _HEADING = re.compile(
     r"(?:(?:^|\n)[ \t]*(?P<line>(?i:" + "|".join(_NAMES) + r"))"

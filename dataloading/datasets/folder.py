@@ -1,4 +1,4 @@
-"""`folder`: any tree of DICOM, JPEG and PNG files, with reports as .txt files beside them.
+"""`folder`: any tree of DICOM, JPEG and PNG files; reports as .txt beside them or in a table.
 
 Licence and access: whatever the user's own data stand under.
 """
@@ -17,6 +17,8 @@ from mlip.dataloading.datasets.rows import (
     relative,
     split_by_patient,
 )
+from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
+from mlip.dataloading.datasets.study_reports import StudyReports
 from mlip.dataloading.dicom import DicomError, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
@@ -29,8 +31,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 
     Patient and study: of a DICOM file its own ids; of others the folder named by `patient_level`,
     counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt, in UTF-8, or in
-    UTF-16 with its byte order mark.
+    UTF-16 with its byte order mark; with option reports, of the table's row of the DICOM study.
     """
+    table = StudyReports(options) if options["reports"] else None
+    if table is None and (given := [n for n in STUDY_REPORTS if options[n] != STUDY_REPORTS[n][0]]):
+        raise DatasetError(f"option {given[0]}: says something of a table: give option reports too")
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
         raise DatasetError("option patient_level: expected a folder level of 1 or more")
@@ -56,6 +61,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         parts = name.split("/")
         patient = parts[level - 1] if len(parts) > level else path.stem
         study, image = "/".join(parts[:-1]) or path.stem, name
+        identity = None
         if kind == "dicom":
             try:
                 identity = read_identity(path)
@@ -72,9 +78,12 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 excluded["duplicate_image"] += 1
                 continue
             seen.add(image)
-        beside = _text_beside(path, root)
-        used.add(beside or path)
-        report, fault = _read_text(beside) if beside else ("", "")
+        if table is not None:
+            report, fault = table.find(identity)
+        else:
+            beside = _text_beside(path, root)
+            used.add(beside or path)
+            report, fault = _read_text(beside) if beside else ("", "")
         if fault:
             excluded[fault] += 1
             continue
@@ -88,6 +97,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 report=report,
             )
         )
+    notes = table.account(excluded) if table is not None else []
     if not rows:
         left_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
         raise DatasetError(
@@ -95,14 +105,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{left_out or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
         )
-    notes = []
     if nameless:
         notes.append(
             f"{nameless} DICOM files state no patient: the folder of --option patient_level, or "
             "the file's name, stands for it"
         )
     if count := len(texts - used):
-        notes.append(f"{count} of the .txt files belong to no image")
+        why = "belong to no image" if table is None else "are not read: the table has the reports"
+        notes.append(f"{count} of the .txt files {why}")
     return Collected(rows, excluded, notes, keeps_ids=False)
 
 
@@ -199,7 +209,7 @@ def _read_text(path: Path) -> tuple[str, str]:
 DATASET = Dataset(
     title="a folder of your own",
     licence="your own",
-    access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them",
+    access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them or in a table",
     collect=collect,
     options={
         "patient_level": ("1", "folder level that names the patient of files that are no DICOM"),
@@ -207,5 +217,6 @@ DATASET = Dataset(
             "CR,DX,DR,RG,XR,OT",
             "DICOM modalities to take; files that state none are taken too",
         ),
+        **STUDY_REPORTS,
     },
 )

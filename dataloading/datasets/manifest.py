@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
+from mlip.dataloading.datasets.report_columns import find_report, joined_texts
 from mlip.dataloading.datasets.rows import (
     SPLIT_OF,
     Collected,
@@ -27,7 +28,6 @@ _USUAL = {
     "patient_id": ("patient_id", "subject_id", "PatientID", "patient"),
     "study_id": ("study_id", "StudyInstanceUID", "study"),
     "image_id": ("image_id", "dicom_id", "SOPInstanceUID"),
-    "report": ("report", "text", "Report", "caption", "findings_and_impression"),
     "split": ("split", "Split", "set"),
     "view": ("view", "ViewPosition", "view_position", "projection"),
     "labels": ("labels", "finding_labels", "Finding Labels"),
@@ -61,10 +61,18 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     if findings:
         wanted.pop("labels", None)
     states = {f"finding {name}": name for name in findings}
-    read = read_table(path, wanted | states, numbers=states)[0]
+    texts = []
+    if options["report"] != "none":
+        texts = find_report(path, names, options["report"], "report")
+    read = read_table(
+        path, wanted | states | {f"text {name}": name for name in texts}, numbers=states
+    )[0]
     for field in _IDENTIFIERS & read.keys():
         check_identifiers(read[field], wanted[field], path)
     table = {field: column.to_pylist() for field, column in read.items()}
+    parts = {name: table.pop(f"text {name}") for name in texts}
+    if texts:
+        table["report"] = list(joined_texts(parts))
     count = len(table["image"])
     excluded: Counter[str] = Counter()
     rows = []
@@ -101,6 +109,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 sha256=cell.get("sha256", ""),
             )
         )
+    if texts:
+        wanted["report"] = ", ".join(texts)
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
     notes = [f"columns: {columns}"]
     if count := sum("\\" in row.image for row in rows):
@@ -157,6 +167,11 @@ DATASET = Dataset(
             field: ("", f"column of {field}; empty = a usual name, none = no such column")
             for field in _USUAL
         },
+        "report": (
+            "",
+            "column of report, or several, commas between; empty = a usual name, else findings "
+            "and impression; none = no such column",
+        ),
         "findings": (
             "",
             "columns of one finding each, commas between, that hold 1 (present), 0 (absent), "

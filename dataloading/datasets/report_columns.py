@@ -1,0 +1,77 @@
+"""The report of each row of a user's table: one column, or its sections in several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mlip.dataloading.csv_text import shown
+from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.report_text import HEADINGS
+
+# usual names as plain_name writes them, tried in this order
+_WHOLE = "report reporttext text radiologyreport fulltext caption findingsandimpression".split()
+_SECTIONS = {
+    "FINDINGS": ("findings", "findingstext", "finding"),
+    "IMPRESSION": ("impression", "impressiontext", "conclusion"),
+}
+
+
+def plain_name(column: str) -> str:
+    """A column's name without case, blanks and marks: "Accession No." and accession_no are one."""
+    return re.sub(r"[\W_]+", "", column.lower())
+
+
+def find_report(path: Path, names: Sequence[str], given: str, option: str) -> list[str]:
+    """The column or columns of the report: those given, else a usual one, else its two sections.
+
+    Raises:  DatasetError where a given one is missing.
+    """
+    if given in names:
+        return [given]
+    if given:
+        wanted = [name.strip() for name in given.split(",") if name.strip()]
+        missing = [name for name in wanted if name not in names]
+        if missing or not wanted or len(set(wanted)) < len(wanted):
+            raise DatasetError(
+                f"{path}: --option {option}={given}: expected one column, or different ones with "
+                f"commas between{'; missing: ' if missing else ''}{', '.join(missing)}; the file "
+                f"has {shown(names)}"
+            )
+        return wanted
+    plain = {plain_name(name): name for name in reversed(names)}
+    for name in _WHOLE:
+        if name in plain:
+            return [plain[name]]
+    found = [
+        next((plain[name] for name in usual if name in plain), "") for usual in _SECTIONS.values()
+    ]
+    # one of them alone may as well be a column of labels
+    return found if all(found) else []
+
+
+def joined_texts(columns: Mapping[str, Sequence[str | None]]) -> Iterator[str]:
+    """Row by row the text; of several columns each under its heading, blank ones left out.
+
+    A column that is named like a section of a report opens with its heading, so that
+    `data.sections` finds it; any other is put behind the one before.
+    """
+    if len(columns) == 1:
+        yield from ((text or "").strip() for text in next(iter(columns.values())))
+        return
+    headings = [_heading(name) for name in columns]
+    for cells in zip(*columns.values(), strict=True):
+        parts = [(cell or "").strip() for cell in cells]
+        yield "\n".join(
+            f"{heading}{part}" for heading, part in zip(headings, parts, strict=True) if part
+        )
+
+
+def _heading(column: str) -> str:
+    name = plain_name(column)
+    for heading, usual in _SECTIONS.items():
+        if name in usual:
+            return f"{heading}: "
+    words = " ".join(re.sub(r"[\W_]+", " ", column).lower().split())
+    return f"{words.upper()}: " if words in HEADINGS else ""

@@ -1,0 +1,191 @@
+"""A RIS table joined to DICOM files: no image gets another study's or another patient's report.
+
+Oracles: the tables and headers that were written; every file and every row is joined or counted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pydicom
+import pytest
+
+from mlip.cli import main
+from mlip.dataloading.datasets.rows import Collected, DatasetError
+from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.report_text import choose_sections
+from mlip.dataloading.table import ManifestError
+from tests.raw_layouts import collect, table
+
+
+def film(path: Path, patient: str, study: str, **changes: Any) -> str:
+    """One file with accession number `study`; its StudyInstanceUID is returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = (np.arange(480, dtype=np.uint16) * 130).reshape(24, 20)
+    write_radiograph(path, pixels, patient_id=patient, study_id=study, image_id=path.name)
+    dataset = pydicom.dcmread(path)
+    dataset.AccessionNumber = study
+    for name, value in changes.items():
+        setattr(dataset, name, value)
+    pydicom.dcmwrite(path, dataset)
+    return str(dataset.StudyInstanceUID)
+
+
+def joined(root: Path, reports: Path, **options: str) -> tuple[dict[str, str], Collected]:
+    collected = collect("folder", root, reports=str(reports), **options)
+    return {row.image: row.report for row in collected.rows}, collected
+
+
+def test_reports_follow_the_accession_number_and_all_is_counted(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a1.dcm", "P1", "A1")
+    film(root / "a1b.dcm", "P1", "A1")
+    film(root / "a2.dcm", "P2", "A2 ")
+    film(root / "a9.dcm", "P3", "A9")
+    film(root / "none.dcm", "P3", "")
+    assert cv2.imwrite(str(root / "scan.png"), np.zeros((9, 9), np.uint8))
+    (root / "a9.txt").write_text("Not of the table.")
+    rows: list[list[object]] = [
+        [" A1", "Effusion."],
+        ["A2", ""],
+        ["A7", "Nobody's."],
+        ["", "Lost."],
+    ]
+    table(ris, "Accession No.,Report Text", rows)
+    texts, collected = joined(root, ris)
+    assert texts == {
+        "a1.dcm": "Effusion.",
+        "a1b.dcm": "Effusion.",
+        "a2.dcm": "",
+        "a9.dcm": "",
+        "none.dcm": "",
+        "scan.png": "",
+    }
+    assert collected.notes == [
+        "reports joined by AccessionNumber = column Accession No.",
+        "images with a report 2, with a blank one 1, not in the table 1, without AccessionNumber 2",
+        "studies of the table: 3, 1 without an image; rows without key or patient: 1",
+        "1 of the .txt files are not read: the table has the reports",
+    ]
+
+
+def test_a_column_of_uids_is_joined_by_the_study_uid_whatever_its_name(tmp_path: Path) -> None:
+    uids = [film(tmp_path / "pacs" / f"{i}.dcm", f"P{i}", f"A{i}") for i in range(2)]
+    rows: list[list[object]] = [[uid, f"Report {i}."] for i, uid in enumerate(uids)]
+    table(tmp_path / "ris.csv", "study_id,text", rows)
+    texts, collected = joined(tmp_path / "pacs", tmp_path / "ris.csv")
+    assert texts == {"0.dcm": "Report 0.", "1.dcm": "Report 1."}
+    assert collected.notes[0] == "reports joined by StudyInstanceUID = column study_id"
+
+
+def test_no_image_gets_the_report_of_another_patient(tmp_path: Path) -> None:
+    """Two sites number their orders alike: A1 is a study of each."""
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "one.dcm", "P1", "A1")
+    film(root / "two.dcm", "P2", "A1")
+    film(root / "other.dcm", "P3", "A1")
+    film(root / "nobody.dcm", "", "A1")
+    table(ris, "accession,MRN,report", [["A1", "P2", "Two's."], ["A1", "P1", "One's."]])
+    texts, collected = joined(root, ris)
+    assert texts == {"one.dcm": "One's.", "two.dcm": "Two's."}
+    assert collected.excluded == {"report_of_another_patient": 1, "report_patient_unknown": 1}
+    assert "patients compared with column MRN" in collected.notes[0]
+    with pytest.raises(DatasetError, match="data rows 1 and 2"):
+        joined(root, ris, report_patient="none")  # without patients they are one study's two texts
+    table(ris, "accession,pseudonym,report", [["A1", "x9", "One."]])
+    assert set(joined(root, ris)[0].values()) == {"One."}
+    with pytest.raises(DatasetError, match="4 images are of studies in it, none of the patient"):
+        joined(root, ris, report_patient="pseudonym")
+
+
+def test_repeated_rows_are_refused_or_put_together(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "A1")
+    rows: list[list[object]] = [["A1", ""], ["A1", "First."], ["A1", "First."]]
+    table(ris, "accession,report", rows)
+    assert joined(root, ris)[0] == {"a.dcm": "First."}
+    table(ris, "accession,report", [*rows, ["A1", "Addendum: more."], ["A1", "First."]])
+    with pytest.raises(DatasetError, match="1 rows repeat .* data rows 2 and 4.*=join"):
+        joined(root, ris)
+    texts, _ = joined(root, ris, report_repeats="join")
+    assert texts == {"a.dcm": "First.\n\nAddendum: more."}
+    with pytest.raises(DatasetError, match="refuse or join"):
+        joined(root, ris, report_repeats="last")
+
+
+def test_what_joins_nothing_stops_and_names_the_likely_reason(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "0042")
+    table(ris, "accession,report", [["42", "CANARY one."], ["0077", "CANARY two."]])
+    with pytest.raises(DatasetError, match="no image gets a report.*leading zeros") as caught:
+        joined(root, ris)
+    assert "CANARY" not in str(caught.value) and "42" not in str(caught.value)
+    table(ris, "accession,report", [["1.23E+11", "CANARY."]])
+    with pytest.raises(ManifestError, match="spreadsheet has rounded"):
+        joined(root, ris)
+    numbers = pa.table({"AccessionNumber": [42, 7], "report": ["Whole number.", "No."]})
+    pa.parquet.write_table(numbers, tmp_path / "ris.parquet")
+    film(root / "a.dcm", "P1", "42")
+    assert joined(root, tmp_path / "ris.parquet")[0] == {"a.dcm": "Whole number."}
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "message"),
+    [
+        ("order,report", {}, "report_key=<column>; the file has order, report"),
+        ("accession,letter", {}, "report_text=<column>; the file has accession, letter"),
+        ("accession,findings", {}, "report_text=<column>"),  # alone it may be labels
+        ("accession,report", {"report_key": "order"}, "report_key=order: no such column"),
+        ("accession,report", {"report_text": "a,b"}, "missing: a, b"),
+        ("accession,report", {"report_patient": "mrn"}, "report_patient=mrn: no such column"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(
+    tmp_path: Path, header: str, options: dict[str, str], message: str
+) -> None:
+    film(tmp_path / "pacs" / "a.dcm", "P1", "A1")
+    table(tmp_path / "ris.csv", header, [["A1", "Text."]])
+    with pytest.raises(DatasetError, match=message):
+        joined(tmp_path / "pacs", tmp_path / "ris.csv", **options)
+    with pytest.raises(DatasetError, match="give option reports too"):
+        collect("folder", tmp_path / "pacs", report_key="accession")
+
+
+def test_sections_in_columns_become_sections_of_the_report(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "A1")
+    cells: list[object] = ["A1", "Fever.", "Large effusion.", "Effusion, new.", "a.dcm", "P1"]
+    table(ris, "accession,History,Findings,impression_text,image,patient_id", [cells])
+    manifest = collect("manifest", root, file=str(ris)).rows[0].report
+    text = joined(root, ris)[0]["a.dcm"]
+    assert text == manifest == "FINDINGS: Large effusion.\nIMPRESSION: Effusion, new."
+    assert choose_sections(text, "impression") == "Effusion, new."
+    whole = joined(root, ris, report_text="History,Findings")[0]["a.dcm"]
+    assert whole == "HISTORY: Fever.\nFINDINGS: Large effusion."
+    assert choose_sections(whole, "all") == "Large effusion."
+    assert collect("manifest", root, file=str(ris), report="none").rows[0].report == ""
+
+
+def test_the_command_joins_a_ris_table_and_writes_no_identifier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(4):
+        film(tmp_path / "pacs" / f"f{i}.dcm", f"CANARYMRN{i}", f"CANARYACC{i}")
+    rows: list[list[object]] = [[f"CANARYACC{i}", f"CANARYMRN{i}", f"Text {i}."] for i in range(3)]
+    table(tmp_path / "ris.csv", "accession_number,patient_id,report", rows)
+    out = tmp_path / "out"
+    arguments = ["--root", str(tmp_path / "pacs"), "--out", str(out), "--workers", "1"]
+    assert main(["prepare", "folder", *arguments, "--option", f"reports={tmp_path}/ris.csv"]) == 0
+    printed = capsys.readouterr()
+    assert "images with a report 3" in printed.out and "lost 0" in printed.out
+    written = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
+    assert sorted(row["report"] for row in written) == ["", "Text 0.", "Text 1.", "Text 2."]
+    for text in (printed.out, printed.err, str(written)):
+        assert "CANARY" not in text
+    assert main(["prepare", "folder", *arguments, "--option", "reports=nowhere.csv"]) == 3
+    assert "nowhere.csv: cannot be read" in capsys.readouterr().err
