@@ -42,6 +42,7 @@ PATHS = (
     "tests/encoders/test_normalisation.py",
     "tests/dataloading/test_worker_pool.py",
     "tests/dataloading/test_loader.py",
+    "tests/dataloading/test_loader_batch.py",
     "tests/dataloading/test_ledger.py",
     "tests/dataloading/test_manifest.py",
     "tests/dataloading/test_image_file.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
+from mlip.dataloading.shard_build import build_shards
+from tests.dataloading.shard_sources import BuiltShards, contents, plan_for, source
 
 SENTENCES = (
     "There is a small left pleural effusion.",
@@ -160,6 +163,24 @@ def build(tokenizer: ReportTokenizer, linker: Any, concepts: Any) -> Iterator[An
     yield make
     for loader in made:
         loader.close()
+
+
+@pytest.fixture(scope="session")
+def built_shards(tmp_path_factory: pytest.TempPathFactory) -> BuiltShards:
+    """(folder, rows, contents) of one uninterrupted run; never changed by a test."""
+    folder = tmp_path_factory.mktemp("built")
+    rows = source(folder / "raw")
+    result = build_shards(rows, plan_for(folder))
+    assert result.complete and result.images == 20 and not result.refused
+    return folder, rows, contents(folder / "out")
+
+
+@pytest.fixture
+def copied_shards(built_shards: BuiltShards, tmp_path: Path) -> BuiltShards:
+    """A copy of the finished run that a test may damage; times are kept, so it counts as done."""
+    folder, rows, expected = built_shards
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
+    return tmp_path, rows, expected
 
 
 def take(loader: Loader, count: int) -> list[Batch]:

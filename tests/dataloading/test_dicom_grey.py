@@ -1,0 +1,155 @@
+"""read_radiograph's grey-scale chain: rescale, lookup tables, window, inversion, pixel for pixel.
+
+Oracle: the formulas of DICOM PS3.3 C.11.1 and C.11.2 in float64 (dicom_golden.py).
+"""
+
+import io
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+
+from mlip.dataloading.dicom import read_radiograph
+from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, golden, noise
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"WindowCenter": 1000, "WindowWidth": 777},
+        {"WindowCenter": 1000.25, "WindowWidth": 1},
+        {"WindowCenter": 2047.5, "WindowWidth": 100.5, "VOILUTFunction": "LINEAR_EXACT"},
+        {"WindowCenter": 900, "WindowWidth": 0.5, "VOILUTFunction": "LINEAR_EXACT"},
+        {"WindowCenter": 1500, "WindowWidth": 600, "VOILUTFunction": "SIGMOID"},
+        {"WindowCenter": [1800, 10], "WindowWidth": [1200, 20]},
+        {"RescaleSlope": 0.37, "RescaleIntercept": -211.5, "WindowCenter": 300, "WindowWidth": 800},
+        {
+            "RescaleSlope": -2.5,
+            "RescaleIntercept": 4000,
+            "WindowCenter": -90,
+            "WindowWidth": 5000,
+        },
+        {"WindowCenter": None, "WindowWidth": None},
+        {
+            "WindowCenter": None,
+            "WindowWidth": None,
+            "RescaleSlope": -3,
+            "RescaleIntercept": 7,
+        },
+        {"WindowCenter": None, "WindowWidth": None, "PixelPaddingValue": "lowest"},
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
+)
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_grey_scale_chain_equals_the_float64_path(tmp_path, changes, photometric, signed):
+    if "PixelPaddingValue" in changes:
+        changes = {**changes, "PixelPaddingValue": -2048 if signed else 0}
+    cells = noise(12)
+    if signed:
+        cells = (cells.astype(np.int16) - 2048) & 0x0FFF  # 12-bit two's complement, top bits 0
+    dataset, data = edited(
+        tmp_path,
+        noise(16),
+        cells=cells.astype(np.uint16),
+        BitsStored=12,
+        HighBit=11,
+        PixelRepresentation=int(signed),
+        PhotometricInterpretation=photometric,
+        **changes,
+    )
+    stored = noise(12).astype(np.int64) - 2048 if signed else noise(12).astype(np.int64)
+    image, info = read_radiograph(data)
+    assert_nearest(image, golden(dataset, stored))
+    assert (info.voi == "own_range") == (changes.get("WindowWidth", 1) is None)
+    if isinstance(changes.get("WindowCenter"), list):
+        assert info.notes == ("first_of_several_windows",)
+
+
+def lookup(count: int, first: int, bits: int, seed: int, vr: str = "US") -> Dataset:
+    item = Dataset()
+    item.add_new("LUTDescriptor", vr, [count, first, bits])
+    table = np.random.default_rng(seed).integers(0, 1 << bits, count)
+    table[-1] = (1 << bits) - 1
+    item.add_new("LUTData", "US", [int(v) for v in table])
+    return item
+
+
+@pytest.mark.parametrize("syntax", list(ENCODING), ids=lambda uid: uid.name)
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_modality_and_voi_lookup_tables_equal_the_float64_path(tmp_path, photometric, syntax):
+    big = syntax == pydicom.uid.ExplicitVRBigEndian
+    dataset, data = edited(
+        tmp_path,
+        noise(16),
+        syntax=syntax,
+        cells=noise(12).astype(">u2" if big else "<u2"),
+        BitsStored=12,
+        HighBit=11,
+        PhotometricInterpretation=photometric,
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        ModalityLUTSequence=[lookup(3000, 500, 16, 1)],
+        VOILUTSequence=[lookup(1024, 20000, 10, 2)],
+    )
+    image, info = read_radiograph(data)
+    assert_nearest(image, golden(dataset, noise(12)))
+    # both a LUT and a window are there: the LUT wins
+    assert (info.modality_step, info.voi, info.window) == ("lut", "lut", None)
+
+
+@pytest.mark.parametrize("syntax", list(ENCODING), ids=lambda uid: uid.name)
+def test_a_signed_lookup_table_starts_below_zero(tmp_path, syntax):
+    cells = (noise(12).astype(np.int16) - 2048) & 0x0FFF
+    big = syntax == pydicom.uid.ExplicitVRBigEndian
+    dataset, data = edited(
+        tmp_path,
+        noise(16),
+        syntax=syntax,
+        cells=cells.astype(">u2" if big else "<u2"),
+        BitsStored=12,
+        HighBit=11,
+        PixelRepresentation=1,
+        RescaleSlope=None,
+        RescaleIntercept=None,
+        VOILUTSequence=[lookup(4096, -2048, 12, 3, vr="SS")],
+    )
+    image, _ = read_radiograph(data)
+    assert_nearest(image, golden(dataset, noise(12).astype(int) - 2048))
+
+
+def test_bits_above_the_stored_ones_are_not_part_of_the_value(tmp_path):
+    _, clean = edited(tmp_path, noise(16), cells=noise(12), BitsStored=12, HighBit=11)
+    overlay = noise(12) | np.uint16(0x8000)  # a retired overlay bit in an unused position
+    _, data = edited(tmp_path, noise(16), cells=overlay, BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(read_radiograph(data)[0], read_radiograph(clean)[0])
+
+
+def test_constant_image_is_black_without_a_window(tmp_path):
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        _, data = edited(
+            tmp_path,
+            np.full((9, 7), 4321, np.uint16),
+            WindowCenter=None,
+            WindowWidth=None,
+            PhotometricInterpretation=photometric,
+        )
+        image, info = read_radiograph(data)
+        assert not image.any() and image.shape == (9, 7)
+        assert info.own_range == (4321.0, 4321.0) and not info.inverted
+
+
+@pytest.mark.parametrize("centre, width", [("nan", "10"), ("5", "0"), ("5", "-3"), ("x", "9")])
+def test_unusable_window_is_replaced_by_the_own_range_and_noted(tmp_path, centre, width):
+    _, plain = edited(tmp_path, noise(16), WindowCenter=None, WindowWidth=None)
+    _, data = edited(tmp_path, noise(16))
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    for name, value in (("WindowCenter", centre), ("WindowWidth", width)):
+        raw = dataset.get_item(name)
+        dataset._dict[raw.tag] = raw._replace(value=value.encode().ljust(4), length=4)
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    image, info = read_radiograph(buffer.getvalue())
+    np.testing.assert_array_equal(image, read_radiograph(plain)[0])
+    assert info.voi == "own_range" and info.notes == ("unusable_window",)

@@ -1,0 +1,227 @@
+"""Building shards: killed, damaged, full, repeated or shared out, the same bytes come out.
+
+Oracle: one uninterrupted run, byte for byte. A bad file is counted with its reason, and no good one
+is lost beside it.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import cv2
+import pyarrow.parquet
+import pytest
+
+from mlip.dataloading import shards as shard_files
+from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.shard_build import Plan, build_shards
+from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.shards import ShardError, read_bytes
+from tests.dataloading.shard_sources import contents, picture, plan_for, source
+
+
+def test_a_second_run_makes_nothing_and_changes_nothing(copied_shards):
+    folder, rows, expected = copied_shards
+    times = {p: p.stat().st_mtime_ns for p in (folder / "out" / "shards").iterdir()}
+    result = build_shards(rows, plan_for(folder, verify=True))
+    assert (result.made, result.complete, result.images) == (0, True, 20)
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+    assert contents(folder / "out") == expected
+
+
+def damage_truncate(shard: Path) -> None:
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def damage_remove(shard: Path) -> None:
+    shard.unlink()
+
+
+def damage_index(shard: Path) -> None:
+    path = shard.with_suffix(".parquet")
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def damage_leftover(shard: Path) -> None:
+    """What kill -9 leaves: a half-written file of a process that is gone, no finished shard."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    partial = shard.with_name(f".{shard.name}.{shard_files.socket.gethostname()}.{dead.pid}.part")
+    shard.rename(partial)
+    os.truncate(partial, 700)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_remove, damage_index, damage_leftover],
+    ids=lambda f: f.__name__,
+)
+def test_a_damaged_shard_is_found_and_made_again_alone(copied_shards, damage):
+    folder, rows, expected = copied_shards
+    damage(folder / "out" / "shards" / "train-00001.tar")
+    result = build_shards(rows, plan_for(folder))
+    assert result.made == 1 and result.complete
+    assert contents(folder / "out") == expected
+
+
+def test_a_flipped_bit_is_found_by_verify_and_by_the_readers_hash(copied_shards):
+    folder, rows, expected = copied_shards
+    path = folder / "out" / "shards" / "val-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    table = pyarrow.parquet.read_table(folder / "out" / "manifest.parquet").to_pylist()
+    row = next(r for r in table if r["image"].startswith("shards/val-00000.tar#512+"))
+    content = read_bytes(str(folder / "out"), row["image"])
+    assert hashlib.sha256(content).hexdigest() != row["sha256"]
+    assert build_shards(rows, plan_for(folder)).made == 0
+    assert build_shards(rows, plan_for(folder, verify=True)).made == 1
+    assert contents(folder / "out") == expected
+
+
+def test_a_changed_source_or_setting_remakes_what_depends_on_it(copied_shards):
+    folder, rows, _ = copied_shards
+    cv2.imwrite(str(folder / "raw" / "001.png"), picture(99))
+    assert build_shards(rows, plan_for(folder)).made == 1
+    smaller = ImageSettings(side_px=32, codec="png")
+    assert build_shards(rows, plan_for(folder, settings=smaller)).made == 5
+    shorter = build_shards(rows[:5], plan_for(folder, settings=smaller))
+    assert shorter.images == 5
+    assert len(list((folder / "out" / "shards").glob("*.tar"))) == 3  # the others are gone
+
+
+def test_parts_in_any_order_and_any_number_of_workers_give_the_same_bytes(built_shards, tmp_path):
+    folder, rows, expected = built_shards
+    for place, (part, workers) in enumerate([((2, 3), 1), ((0, 3), 2), ((1, 3), 1)]):
+        plan = replace(plan_for(folder), out=tmp_path / "out", part=part, workers=workers)
+        result = build_shards(rows, plan)
+        assert result.complete == (place == 2)
+        assert (tmp_path / "out" / "manifest.parquet").exists() == (place == 2)
+    assert contents(tmp_path / "out") == expected
+
+
+# a build in a process of its own, which imports as little as the command does
+BUILD = """
+import json, signal, sys
+from pathlib import Path
+from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.shard_build import Plan, build_shards
+from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.shards import ShardError
+
+job = json.loads(sys.argv[1])
+if job["file_limit"]:
+    import resource
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
+plan = job["plan"]
+plan.update(
+    root=Path(plan["root"]),
+    out=Path(plan["out"]),
+    settings=ImageSettings(**plan["settings"]),
+    part=tuple(plan["part"]),
+)
+try:
+    build_shards([Row(**row) for row in job["rows"]], Plan(**plan))
+except ShardError as error:
+    print(error)
+"""
+
+
+def build_command(rows: list[Row], plan: Plan, file_limit: int = 0) -> list[str]:
+    job = {"rows": [asdict(row) for row in rows], "plan": asdict(plan), "file_limit": file_limit}
+    return [sys.executable, "-c", BUILD, json.dumps(job, default=str)]
+
+
+def test_a_killed_run_is_finished_by_the_next_one(tmp_path, built_shards):
+    rows = source(tmp_path / "raw")
+    process = subprocess.Popen(build_command(rows, plan_for(tmp_path)))
+    first = tmp_path / "out" / "shards" / "train-00000.parquet"
+    deadline = time.monotonic() + 600
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    result = build_shards(rows, plan_for(tmp_path))
+    assert result.complete and result.images == 20
+    assert not list((tmp_path / "out").rglob("*.part"))
+    tars = {name: data for name, data in contents(tmp_path / "out").items() if name.endswith("tar")}
+    assert tars == {name: data for name, data in built_shards[2].items() if name.endswith("tar")}
+
+
+def test_every_bad_file_is_counted_with_its_reason_and_no_good_one_is_lost(tmp_path):
+    rows = source(tmp_path / "raw", 12)
+    raw = tmp_path / "raw"
+    (raw / "000.jpg").write_bytes((raw / "000.jpg").read_bytes()[:200])
+    (raw / "001.png").write_bytes(b"")
+    (raw / "002.png").write_bytes(b"not an image at all" * 20)
+    (raw / "003.dcm").write_bytes((raw / "003.dcm").read_bytes()[:-50])
+    (raw / "004.jpg").unlink()
+    (raw / "005.png").unlink()
+    (raw / "005.png").mkdir()
+    (raw / "006.png").unlink()
+    os.mkfifo(raw / "006.png")
+    (tmp_path / "secret.png").write_bytes((raw / "009.png").read_bytes())
+    (raw / "007.dcm").unlink()
+    (raw / "007.dcm").symlink_to(tmp_path / "secret.png")
+    rows[8].sha256 = "0" * 64
+    result = build_shards(rows, plan_for(tmp_path))
+    with open(tmp_path / "out" / "refused.csv", newline="") as file:
+        refused = list(csv.DictReader(file))
+    keys = pyarrow.parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert result.images + len(refused) == len(rows) == len(keys)
+    assert dict(result.refused) == {
+        "truncated": 1,
+        "empty_file": 1,
+        "unsupported": 1,
+        "pixel_length": 1,
+        "missing": 1,
+        "not_a_file": 2,
+        "outside_root": 1,
+        "hash_mismatch": 1,
+    }
+    kept = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").column("image_id")
+    assert sorted(kept.to_pylist()) == ["IMG10", "IMG11", "IMG9"]
+
+
+def test_a_full_disk_gives_a_clear_message_and_leaves_finished_shards_whole(copied_shards):
+    folder, rows, expected = copied_shards
+    for name in ("train-00001", "test-00000"):
+        (folder / "out" / "shards" / f"{name}.tar").unlink()
+    before = {p: p.read_bytes() for p in (folder / "out" / "shards").glob("*.tar")}
+    command = build_command(rows, plan_for(folder), file_limit=6_000)
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "full" in run.stdout and "run the same command again" in run.stdout
+    assert {p: p.read_bytes() for p in before} == before
+    assert not list((folder / "out").rglob("*.part"))
+    assert build_shards(rows, plan_for(folder)).made == 2
+    assert contents(folder / "out") == expected
+
+
+def test_hashed_ids_leave_no_identifier_in_any_output(tmp_path):
+    rows = source(tmp_path / "raw", 8)
+    (tmp_path / "raw" / "001.png").write_bytes(b"")
+    build_shards(rows, plan_for(tmp_path, keep_ids=False))
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    assert len({row["patient_id"] for row in table}) == 7
+    for path in (tmp_path / "out").rglob("*"):
+        text = path.name.encode() + (path.read_bytes() if path.is_file() else b"")
+        if path.suffix == ".parquet":
+            text += repr(pyarrow.parquet.read_table(path).to_pylist()).encode()
+        for canary in (b"MRN", b"ACC", b"IMG"):
+            assert canary not in text, path
+
+
+def test_doubled_image_ids_are_refused(tmp_path):
+    rows = source(tmp_path / "raw", 3)
+    rows[2].image_id = rows[0].image_id
+    with pytest.raises(ShardError, match="more than once"):
+        build_shards(rows, plan_for(tmp_path))

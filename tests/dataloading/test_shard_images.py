@@ -1,0 +1,89 @@
+"""What a shard keeps of an image: its pixels to a stated error, and no word of the source file.
+
+Oracles: direct decoding where nothing is scaled, block means where it is, the loader's own
+transform for the size, planted words for the metadata.
+"""
+
+import cv2
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from mlip import config
+from mlip.dataloading.dicom import read_radiograph
+from mlip.dataloading.shard_build import build_shards
+from mlip.dataloading.shard_worker import ImageSettings, convert, make_member, scaled_size
+from mlip.dataloading.shards import (
+    read_bytes,
+)
+from mlip.dataloading.transforms import Transform
+from tests.dataloading.shard_sources import picture, plan_for, source
+
+
+def test_sixteen_bits_are_exact_where_nothing_is_scaled(tmp_path):
+    rows = source(tmp_path / "raw", 4)
+    settings = ImageSettings(side_px=200, bits=16, codec="png")
+    build_shards(rows, plan_for(tmp_path, settings=settings))
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    for row in table:
+        content = read_bytes(str(tmp_path / "out"), row["image"])
+        stored = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+        path = tmp_path / "raw" / rows[int(row["image_id"][3:])].image
+        if path.suffix == ".dcm":
+            expected = read_radiograph(path)[0]
+        else:
+            expected = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+            if expected.dtype == np.uint8:
+                expected = expected.astype(np.uint16) * 257
+        np.testing.assert_array_equal(stored, expected)
+        assert row["bits"] == 16
+
+
+@pytest.mark.parametrize("shape", [(2500, 3000), (3000, 2500), (257, 13), (256, 256), (40, 30)])
+def test_stored_size_is_the_size_the_loader_would_scale_to(shape):
+    height, width = scaled_size(*shape, 256)
+    if max(shape) > 256:
+        place = Transform(config.Data(resize_px=256), train=False, seed=0).placement(*shape)
+        assert (height, width) == (place.height, place.width)
+    else:
+        assert (height, width) == shape
+
+
+def test_eight_bits_are_the_nearest_step_of_sixteen():
+    wide = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    eight = convert(wide, ImageSettings(side_px=256))
+    assert np.abs(eight.astype(float) - wide / 257).max() <= 0.5 + 1e-9
+    back = convert(np.arange(256, dtype=np.uint8).reshape(16, 16), ImageSettings(bits=16))
+    assert back.reshape(-1).tolist() == [257 * i for i in range(256)]
+
+
+def test_area_average_keeps_the_mean_and_jpeg_stays_close(tmp_path):
+    image = picture(3, 1000, 800)
+    cv2.imwrite(str(tmp_path / "a.png"), image)
+    item = {"image": "a.png"}
+    fields, member = make_member(str(tmp_path), item, ImageSettings(side_px=250))
+    stored = cv2.imdecode(np.frombuffer(member, np.uint8), cv2.IMREAD_UNCHANGED)
+    blocks = image.reshape(250, 4, 200, 4).mean(axis=(1, 3))
+    assert (fields["height"], fields["width"]) == stored.shape == (250, 200)
+    assert np.abs(stored - blocks).mean() < 1.0  # quality 95 on a smooth picture
+
+
+def test_no_metadata_of_a_source_file_survives(tmp_path):
+    good, data = cv2.imencode(".jpg", picture(1))
+    comment = b"\xff\xfe" + (2 + 6).to_bytes(2, "big") + b"CANARY"
+    (tmp_path / "a.jpg").write_bytes(data.tobytes()[:2] + comment + data.tobytes()[2:])
+    _, member = make_member(str(tmp_path), {"image": "a.jpg"}, ImageSettings())
+    assert good and member and b"CANARY" not in member
+
+
+def test_deidentification_can_be_required(tmp_path):
+    rows = source(tmp_path / "raw", 4)
+    import pydicom
+
+    dataset = pydicom.dcmread(tmp_path / "raw" / "003.dcm")
+    settings = ImageSettings(side_px=64, require_deid=True)
+    assert make_member(str(tmp_path / "raw"), {"image": "003.dcm"}, settings)[0]["reason"] == ""
+    dataset.PatientName = "CANARY"
+    dataset.save_as(tmp_path / "raw" / "003.dcm")
+    fields, _ = make_member(str(tmp_path / "raw"), {"image": rows[3].image}, settings)
+    assert fields == {"reason": "not_deidentified"}

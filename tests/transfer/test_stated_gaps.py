@@ -1,0 +1,99 @@
+"""A score that cannot be computed is n/a with its reason, never a number that looks like one.
+
+Through the real command. Oracle: the planted gap, by count; neither a report's words nor a
+patient's id ever come out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.transfer.small_manifest import (
+    LABELS,
+    ROWS,
+    SECRETS,
+    SPLITS,
+    evaluate,
+    require_silence,
+    write,
+)
+
+
+@pytest.mark.parametrize("probe", ["adamw", "logistic"])
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("test", "0 of 12 test rows carry the class"),
+        ("train", "the training draw shows the class in one kind of rows only"),
+        ("val", "no row of val carries the class: there is no threshold"),
+    ],
+)
+def test_a_class_without_positives_is_stated_and_never_one_half(
+    probe: str, split: str, reason: str, tmp_path: Path
+) -> None:
+    without = {"labels": lambda i: "Edema" if SPLITS[i % 5] != split and i % 2 else "Mass"}
+    settings = [*write(tmp_path, **without), *LABELS, f"transfer.probe={probe}"]
+    assert evaluate(tmp_path, settings) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (fraction,) = results["fractions"]
+    (row,) = fraction["scores"]["classes"]
+    for key in ("f1", "accuracy") if split == "val" else ("auroc", "auprc", "f1", "ece"):
+        assert row[key]["value"] is None and row[key]["reason"] == reason
+    macro = fraction["scores"]["macro"]["f1"]
+    assert macro["value"] is None and macro["reason"] == reason
+    assert (row["auroc"]["value"] is not None) == (split == "val")
+    assert np.isfinite(fraction["fits"][0]["val_loss"]).all()
+    assert reason in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_scores_of_one_patient_have_no_interval_and_nothing_private_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = write(tmp_path, patient_id=lambda i: SECRETS[0] if i % 5 >= 3 else f"p{i}")
+    assert evaluate(tmp_path, same) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    seen = 0
+
+    def walk(value: object) -> None:
+        nonlocal seen
+        if isinstance(value, dict):
+            if {"value", "low", "high", "n"} <= value.keys() and value["value"] is not None:
+                seen += 1
+                assert value["low"] is None and value["high"] is None, value
+            for child in value.values():
+                walk(child)
+
+    walk(results)
+    assert results["data"]["patients"] == 1 and seen > 20
+    said = capsys.readouterr()
+    require_silence(tmp_path, said.out + said.err)
+
+
+def test_labels_of_one_patient_alone_are_counted_and_not_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = {"labels": lambda i: f"{'Edema' if i % 3 else 'Rarity'}|Secretword{i:05d}"}
+    assert evaluate(tmp_path, write(tmp_path, **mixed)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    left = results["zero_shot"]["labels_without_concept"]
+    assert left == ["Rarity", "12 more, each of one patient alone"]
+    said = capsys.readouterr()
+    require_silence(tmp_path, said.out + said.err)
+
+
+def test_rows_that_say_two_things_at_once_are_left_out_and_counted(tmp_path: Path) -> None:
+    both = {"labels": lambda i: "Edema|Mass" if i < 5 else ("Edema", "Mass", "")[i % 3]}
+    exclusive = ["transfer.classes={Edema: zero, Mass: zero}", "transfer.exclusive=true"]
+    assert evaluate(tmp_path, [*write(tmp_path, **both), *LABELS, *exclusive]) == 0
+    data = json.loads((tmp_path / "out" / "results.json").read_text())["data"]
+    blank = [SPLITS[i % 5] for i in range(5, ROWS) if i % 3 == 2]
+    wanted = {s: SPLITS.count(s) + blank.count(s) for s in ("train", "val", "test")}
+    assert data["unused"] == wanted
+    kept = {split: entry["images"] for split, entry in data["splits"].items()}
+    assert {s: kept[s] + wanted[s] for s in kept} == {"train": 12, "val": 6, "test": 12}
+    assert "has no truth for" in (tmp_path / "out" / "report.html").read_text()
