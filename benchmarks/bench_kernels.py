@@ -41,6 +41,7 @@ ATTENTION = ["fused", "compile_bf16", "compile_fp32", "eager_fp32", "chunked"]
 PARITY_PAIRS = {"cuda": 256, "cpu": 8}
 PARITY_INFO_NCE = {"cuda": 4096, "cpu": 256}
 SCALE = 1 / 0.07
+CELL_S = 300  # most that a row of a process of its own may take, imports and compiling included
 # gradient errors against float64 above which a row is refused: the operator's own gate with the
 # rounding of a bf16 gradient (max pooling: bf16 swaps nearly equal maxima), and for a baseline what
 # tells another formula from a coarser arithmetic
@@ -226,9 +227,9 @@ def safely(case: Case, peak_tflops: float | None) -> Case:
         return run_case(case, peak_tflops)
     except providers.NotInstalled as error:
         return case | {"status": f"not installed: {error}"}
-    except torch.cuda.OutOfMemoryError:
-        return case | {"status": "out of memory"}
     except Exception as error:  # a baseline's failure is a result; it must not end the run
+        if harness.is_out_of_memory(error):
+            return case | {"status": "out of memory"}
         return case | {"status": f"failed: {type(error).__name__}: {str(error)[:200]}"}
 
 
@@ -246,7 +247,10 @@ def gpu_is_lost() -> bool:
 
 def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
     command = [sys.executable, __file__, "--cell", json.dumps(case), "--peak", str(peak_tflops)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CELL_S)
+    except subprocess.TimeoutExpired:  # a kernel that never ends must not cost the rows after it
+        return case | {"status": f"failed: no row within {CELL_S} s"}
     if done.returncode != 0:
         return case | {"status": f"failed: process ended with {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -314,6 +318,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="whole grid, a fresh process a row")
     parser.add_argument("--tune", action="store_true", help="time every tile map")
     parser.add_argument("--minutes", type=float, default=10.0, help="budget of the short grid")
+    parser.add_argument("--first", type=int, default=0, help="go on at this row of the grid")
     parser.add_argument("--print", type=Path, help="print the table of an earlier run and stop")
     parser.add_argument("--out", type=Path, help="file of the rows (benchmarks/results)")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -336,6 +341,9 @@ def main() -> None:
         tune(device, path)
     else:
         grid = full_grid(device) if arguments.full else short_grid(device)
+        if not 0 <= arguments.first < len(grid):
+            parser.error(f"--first: expected 0 to {len(grid) - 1}, got {arguments.first}")
+        grid = grid[arguments.first :]
         minutes = float("inf") if arguments.full else arguments.minutes
         deadline = time.monotonic() + 60 * minutes
         path = harness.write_rows("kernels", [], arguments.out)

@@ -176,20 +176,29 @@ class Bench:
         except NotAvailable as error:
             row = label | {"status": str(error)}
         except Exception as error:  # a failure is a result; it must not end the run
-            is_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(
-                error
-            )
+            is_memory = harness.is_out_of_memory(error)
             text = f"failed: {type(error).__name__}: {str(error)[:300]}"
             row = label | {"status": "out of memory" if is_memory else text}
+        row = self.keep(row)  # before the card is asked again: it may be lost
         self._let_go()
-        return self.keep(row)
+        return row
 
     def _let_go(self) -> None:
-        """What a step that ended early still holds."""
+        """What a step that ended early still holds.
+
+        Raises:  SystemExit where an error took the GPU from this process: no row can follow
+        """
         self.engine.optimizer.zero_grad(set_to_none=True)
         if self.is_gpu:
             gc.collect()
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise SystemExit(
+                    f"the GPU does not answer this process any more ({str(error)[:200]}); rows "
+                    "made so far are kept, --only runs the sections that are missing"
+                ) from error
 
     def plain(self, kind: str, pairs: int) -> Row:
         """A step with all activations kept."""

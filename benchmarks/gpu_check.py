@@ -113,6 +113,7 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, default="kernels")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--skip-benchmarks", action="store_true")
+    parser.add_argument("--out", type=Path, help="the benchmark's file of rows, written row by row")
     arguments = parser.parse_args()
     start = time.monotonic()
     part = PARTS[arguments.part]
@@ -149,6 +150,7 @@ def main() -> int:
         # a row that has begun may end late: a minute of slack
         command = [sys.executable, script, *part.options]
         command += ["--minutes", f"{max(0.5, minutes - 1):.2f}"]
+        command += ["--out", str(arguments.out)] if arguments.out else []
         try:
             outcome = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=60 * minutes

@@ -149,6 +149,13 @@ def _peak_bytes_on_cpu(run: Callable[[], Any]) -> int:
     return peak
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the card was full: not only torch's allocator says so, a library's workspace or a
+    kernel's code may be what found no room."""
+    words = ("out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
+
+
 def matmul_peak_tflops(device: str) -> float | None:
     """bf16 matrix-product rate of this very card and run, the denominator of every share."""
     if device != "cuda":
@@ -166,7 +173,10 @@ def write_rows(name: str, rows: list[dict[str, Any]], path: Path | None = None) 
         RESULTS.mkdir(parents=True, exist_ok=True)
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         path = RESULTS / f"{name}-{stamp}.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    # whole or not at all: a time limit may strike while the file is written
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
     return path
 
 

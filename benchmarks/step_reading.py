@@ -46,6 +46,7 @@ FEEDS = {
 }
 SIZES = {"cuda": Sizes(2048, 256, (2500, 3000)), "cpu": Sizes(16, 96, (110, 132))}
 FULL_FILES = 12  # different ones: reading is from the page cache in any case
+BATCH_S = 60  # a decoder that hangs costs its own row, not the rest of the minutes
 HELD = 4  # batches in memory for the step without a loader
 
 
@@ -74,6 +75,8 @@ class Data:
             f"data.vocab_size={vocab_size}",
             f"data.workers={max(1, len(os.sched_getaffinity(0)) - 1)}",  # one steps
             f"batch.global_pairs={pairs}",
+            f"run.timeout_s={BATCH_S}",
+            "evaluate.after_training=false",  # all studies are of the training split
         ]
 
     def studies(self) -> Path:

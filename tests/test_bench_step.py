@@ -175,13 +175,43 @@ def test_late_and_failing_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_a_library_calls_a_full_card_is_one_and_other_errors_are_not() -> None:
+    """The last two are of cuBLAS and of the driver that found no room for a kernel's code."""
+    full = (
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    )
+    assert all(harness.is_out_of_memory(error) for error in full)
+    assert not harness.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
+
+
+def test_a_lost_gpu_ends_the_run_after_the_row_that_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After an illegal address every call of the process fails: rows would repeat its error."""
+    bench = shared_bench()
+    monkeypatch.setattr(bench, "rows", [])
+    monkeypatch.setattr(bench, "is_gpu", True)
+
+    def lost(*_: object) -> dict[str, Any]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    with pytest.raises(SystemExit, match="illegal memory access.*--only runs the sections"):
+        bench.attempt({"kind": "batch"}, lost)
+    (row,) = bench.rows
+    assert row["status"].startswith("failed: RuntimeError: CUDA error: an illegal memory access")
+
+
 class _Event:
     """torch.cuda.Event on the processor's clock."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
 
-    def record(self) -> None:
+    def record(self, stream: Any = None) -> None:
         self.at = time.process_time()
 
     def elapsed_time(self, end: _Event) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,53 @@ def test_after_an_error_that_takes_the_gpu_rows_come_from_fresh_processes(
     cases = [SMALL | {"provider": "nothing"}] * 3
     rows = bench_kernels.run_grid(cases, time.monotonic() + 60, False)
     assert [row["status"] for row in rows][1:] == ["fresh", "fresh"]
+
+
+def test_a_row_that_never_ends_in_its_own_process_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: a process that would sleep for an hour."""
+    monkeypatch.setattr(bench_kernels, "CELL_S", 0.5)
+    plain = subprocess.run
+
+    def run(command: list[str], **settings: Any) -> Any:
+        assert command[2] == "--cell"
+        return plain([sys.executable, "-c", "import time; time.sleep(3600)"], **settings)
+
+    monkeypatch.setattr(bench_kernels.subprocess, "run", run)
+    row = bench_kernels._in_fresh_process(SMALL | {"provider": "torch"}, None)
+    assert row["status"] == "failed: no row within 0.5 s"
+
+
+def test_rows_that_an_earlier_run_has_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [SMALL | {"provider": name} for name in ("torch", "nothing", "absent")]
+    monkeypatch.setattr(bench_kernels, "short_grid", lambda device: cases)
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--first", "1", "--out", str(out)])
+    bench_kernels.main()
+    assert [row["provider"] for row in json.loads(out.read_text())] == ["nothing", "absent"]
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--first", "3"])
+    with pytest.raises(SystemExit):
+        bench_kernels.main()
+    assert list(tmp_path.iterdir()) == [out]  # nothing half-written beside it
+
+
+def test_rows_on_disk_are_whole_whenever_the_time_limit_strikes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = harness.write_rows("kernels", [{"a": 1}], tmp_path / "rows.json")
+    plain = Path.write_text
+
+    def killed(self: Path, text: str, **more: Any) -> int:
+        plain(self, text[: len(text) // 2], **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        harness.write_rows("kernels", [{"a": 1}, {"a": 2}], path)
+    assert json.loads(path.read_text(encoding="utf-8")) == [{"a": 1}]
 
 
 def test_every_compiled_row_starts_without_the_graphs_of_the_rows_before(

@@ -87,6 +87,10 @@ def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
     assert "bench_kernels.py was not run; --skip-tests runs it alone" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests"])
     assert gpu_check.main() == 0 and ran[0][1].endswith("bench_kernels.py")
+    assert "--out" not in ran[0]
+    # where a limit may strike, rows are written to what comes back
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests", "--out", "kept/rows.json"])
+    assert gpu_check.main() == 0 and ran[1][-2:] == ["--out", "kept/rows.json"]
 
 
 def test_a_package_inside_a_missing_one_is_missing() -> None:
