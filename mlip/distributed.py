@@ -73,9 +73,15 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def row_counts(rows: int, device: torch.device) -> list[int]:
-    """How many rows each rank holds, in rank order."""
+    """How many rows each rank holds, in rank order.
+
+    On a GPU every rank must hold equally many, as kernels/_distributed.py says: exchanging the
+    counts there would synchronise.
+    """
     if not is_distributed():
         return [rows]
+    if device.type != "cpu":
+        return [rows] * world_size()
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device))
     return [int(count) for count in counts]
@@ -102,7 +108,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
+        # a copy: autograd may hand the same tensor to another branch, which would get the sum
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         start = sum(ctx.counts[: rank()])
         return grad[start : start + ctx.counts[rank()]], None

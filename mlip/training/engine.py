@@ -258,6 +258,19 @@ class DeepSpeedEngine(Engine):
                 parameter.data.copy_(value.view(parameter.ds_shape))
 
 
+def _require_equal_shares(config: Config) -> None:
+    """NCCL exchanges equal shapes: ranks of other sizes would wait for ever or read each other's.
+
+    Raises:  ConfigError where several GPUs cannot share the batch evenly.
+    """
+    pairs, ranks = config.batch.global_pairs, distributed.world_size()
+    if distributed.device().type == "cuda" and pairs % ranks:
+        raise ConfigError(
+            f"batch.global_pairs={pairs} on {ranks} GPUs: the losses exchange rows of equal number "
+            f"there; set it to a multiple of {ranks}, such as {-(-pairs // ranks) * ranks}"
+        )
+
+
 def _require_equal_passes(config: Config) -> None:
     """Stage 3 gathers parameters in every pass: a rank needs a row for each pass of the others.
 
@@ -311,10 +324,11 @@ def build_engine(
     """The engine that train.engine asks for; auto = DeepSpeed under a launcher where installed.
 
     Raises:  ConfigError where the settings need DeepSpeed and it is not installed or of another
-             version, where a user's DeepSpeed JSON contradicts the config, or where train.compile
-             has no compiler.
+             version, where a user's DeepSpeed JSON contradicts the config, where train.compile has
+             no compiler, or where GPUs cannot share the batch evenly.
     """
     train = config.train
+    _require_equal_shares(config)
     compile_towers(objective, config)
     if train.zero_stage == 3:
         _require_equal_passes(config)

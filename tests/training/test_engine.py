@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlip import distributed
 from mlip.config import ConfigError
@@ -109,6 +110,17 @@ def test_stage_3_refuses_a_recomputation_inside_another(installed, tower, size):
         _build("train.zero_stage=3", *both)
     assert type(_build("train.zero_stage=3", *inside)) is _Deepspeed
     assert type(_build("train.zero_stage=2", *both)) is _Deepspeed
+
+
+def test_several_gpus_refuse_a_batch_that_they_cannot_share_evenly(installed, monkeypatch):
+    # NCCL would gather 2, 3 and 3 rows as if they were equally many: a hang, or others' rows
+    installed(True, launched=True, ranks=3)
+    assert type(_build("train.engine=plain")) is PlainEngine  # gloo pads
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    for name in ("plain", "deepspeed"):
+        with pytest.raises(ConfigError, match="global_pairs=8 on 3 GPUs.*multiple of 3, such as 9"):
+            _build(f"train.engine={name}")
+    assert type(_build("train.engine=deepspeed", "batch.global_pairs=9")) is _Deepspeed
 
 
 def test_deepspeed_is_imported_inside_functions_only():

@@ -1,0 +1,52 @@
+"""Collectives of mlip/distributed.py as autograd sees them; several real ranks are in
+tests/losses/test_ranks.py and tests/training/test_exact.py.
+
+Oracle: a reduction that doubles in place, as the sum over two ranks of equal gradients would.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mlip import distributed
+
+
+@pytest.fixture
+def as_if_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: x.mul_(2.0))
+
+    def all_gather(parts: list[torch.Tensor], x: torch.Tensor) -> None:
+        for part in parts:
+            part.copy_(x)
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+def test_the_gradient_of_a_neighbouring_branch_is_not_summed_over_ranks(
+    as_if_two_ranks: None, gathers: bool
+) -> None:
+    """Autograd hands one tensor to both sides of a sum; a reduction in place would change both."""
+    x = torch.ones(3, 2, requires_grad=True)
+    beside = torch.ones(6 if gathers else 3, 2, requires_grad=True)
+    other = beside * 1.0  # made first, so differentiated last
+    made = distributed.gather_rows(x, [3, 3]) if gathers else distributed.sum_over_ranks(x)
+    (made + other).backward(torch.full(made.shape, 5.0))
+    assert torch.equal(x.grad, torch.full((3, 2), 10.0))
+    assert torch.equal(beside.grad, torch.full(beside.shape, 5.0))
+
+
+def test_on_gpus_row_counts_are_known_without_an_exchange(
+    as_if_two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert distributed.row_counts(3, torch.device("cpu")) == [3, 3]
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the host would wait for the GPU")
+
+    monkeypatch.setattr(dist, "all_gather", refuse)
+    assert distributed.row_counts(3, torch.device("cuda", 0)) == [3, 3]
