@@ -175,14 +175,18 @@ class Loader:
 
     def make(self, step: int) -> tuple[Batch, Images, Plan]:
         """The batch of a step; called by the background thread."""
+        if self._gpu is None:
+            return self._made(step)
+        # A thread starts on the first GPU: to pin there, or to come back there from a stream of
+        # another, would take half a GiB of it for each rank.
+        with torch.cuda.device(self._gpu):
+            batch, images, plan = self._made(step)
+            return pinned(batch), images, plan
+
+    def _made(self, step: int) -> tuple[Batch, Images, Plan]:
         plan = self.order.plan(step)
         images = self.pipeline.load(plan)
-        batch = self._batch(plan, images)
-        if self._gpu is not None:
-            # a thread starts on the first GPU, and pinning would take memory there for each rank
-            with torch.cuda.device(self._gpu):
-                batch = pinned(batch)
-        return batch, images, plan
+        return self._batch(plan, images), images, plan
 
     def _batch(self, plan: Plan, images: Images) -> Batch:
         index, epoch = plan.global_index[images.kept], plan.epoch[images.kept]

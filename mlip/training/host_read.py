@@ -24,7 +24,8 @@ class HostRead:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            # of the values' GPU, which need not be this thread's current one
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def numbers(self) -> list[float]:
         """The values; waits for the copy alone."""

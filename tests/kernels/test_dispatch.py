@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,31 @@ import torch
 from mlip.kernels import _dispatch
 
 CPU = torch.device("cpu")
+
+
+def test_every_launching_operator_makes_its_tensors_gpu_the_current_one() -> None:
+    """Triton launches on the current GPU and its current stream, whatever the tensors are on.
+
+    Oracle: the syntax tree: launchers are imported inside operators, and called under the guard.
+    """
+    folder = Path(_dispatch.__file__).parent
+    seen = 0
+    for file in (folder / "token_knowledge_patch/operators.py", folder / "info_nce/op.py"):
+        for function in ast.parse(file.read_text(encoding="utf-8")).body:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            imports = [n for n in ast.walk(function) if isinstance(n, ast.ImportFrom)]
+            modules = [n for n in imports if "triton_kernels" in (n.module or "")]
+            launchers = {a.name for n in modules for a in n.names} - {"pack_rows"}
+            guards = [
+                n
+                for n in ast.walk(function)
+                if isinstance(n, ast.With) and "device_of" in ast.unparse(n.items[0])
+            ]
+            inside = {n.id for g in guards for n in ast.walk(g) if isinstance(n, ast.Name)}
+            assert launchers <= inside, (function.name, launchers - inside)
+            seen += bool(launchers)
+    assert seen == 9
 
 
 @pytest.fixture(autouse=True)

@@ -126,6 +126,7 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
         return value, *torch.autograd.grad(value, leaves_)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # the inputs are being made there
     with torch.cuda.stream(side):
         for _ in range(3):
             step()

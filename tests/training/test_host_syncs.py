@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlip.training.host_read import HostRead
 from mlip.training.step import Engine
 from tests.training.exact_step import exact_engine, make_batch
+from tests.virtual_gpu import virtual_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRESS = 1.5  # the prototypes learn
@@ -144,6 +145,19 @@ def test_what_a_step_tells_is_of_the_moment_before_its_update() -> None:
 
 def test_a_host_read_holds_the_values_of_its_moment() -> None:
     assert HostRead(torch.tensor([1.0, 2.5])).numbers() == [1.0, 2.5]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+def test_a_host_read_waits_on_the_gpu_of_its_values() -> None:
+    """The thread's current GPU may be another: its stream would say nothing of the copy."""
+    with virtual_gpu():
+        values = torch.tensor([1.0, 2.5]).to("cuda")
+        read = HostRead(values)
+        torch.cuda.current_stream.assert_called_once_with(values.device)  # type: ignore[attr-defined]
+        read._copied.record.assert_called_once_with(torch.cuda.current_stream.return_value)  # type: ignore
+        read._copied.synchronize.assert_not_called()  # type: ignore[union-attr]
+        assert read.numbers() == [1.0, 2.5]
+        read._copied.synchronize.assert_called_once_with()  # type: ignore[union-attr]
 
 
 @pytest.mark.gpu
