@@ -148,7 +148,9 @@ def main(arguments: list[str]) -> int:
             is_main = distributed.is_main()
             distributed.barrier()
             distributed.stop()
-            if is_main:
+            if is_main and not config.evaluate.after_training:
+                print("not evaluated (evaluate.after_training=false); `mlip evaluate` can do it")
+            elif is_main:
                 gc.collect()  # the engine's memory, before the model is built again
                 randomness.use_all_cores()
                 stop.raise_at_once()

@@ -54,17 +54,20 @@ def open_corpus(config: Config) -> Corpus:
     """Read the manifest and concepts; train the vocabulary on the training split where needed.
 
     A collective call: rank 0 trains, the others wait and read.
-    Raises:  ManifestError, also where no two training reports differ; LexiconError; ValueError for
-             a tokenizer that is not there
+    Raises:  ManifestError, also where no two training reports differ, or a run that is evaluated
+             after its training has no rows for that; LexiconError; ValueError for a tokenizer that
+             is not there
     """
     manifest = load_manifest(config.data)
-    _check_pairs(config, manifest)
+    # before the vocabulary: what a refused run leaves must not be taken up by the next one
+    _check_pairs(manifest)
+    _check_evaluation(config, manifest)
     table = load_concepts(config.knowledge.lexicon)
     return Corpus(manifest, open_tokenizer(config, manifest), table, Linker(table))
 
 
-def _check_pairs(config: Config, manifest: Manifest) -> None:
-    """What would be found out after the training, or never: equal texts have no negatives."""
+def _check_pairs(manifest: Manifest) -> None:
+    """What would never be found out: equal texts have no negatives."""
     rows = manifest.rows("train")
     if len(rows) > 1 and (manifest.pair_id[rows] == manifest.pair_id[rows[0]]).all():
         raise ManifestError(
@@ -72,13 +75,20 @@ def _check_pairs(config: Config, manifest: Manifest) -> None:
             "study, so there is nothing to tell apart: check data.columns.report and "
             "data.columns.study_id"
         )
-    split = config.evaluate.split
+
+
+def _check_evaluation(config: Config, manifest: Manifest) -> None:
+    """What would be found out hours later, when the training is over."""
     # rows without a report count: their labels and boxes are evaluated
-    if not (manifest.split == SPLITS.index(split)).any():
-        logger.warning(
-            "split %r (evaluate.split) has no rows: the evaluation after training will be refused; "
-            "set evaluate.split, or data.columns.split=null to split by patient",
-            split,
+    counts = {s: int((manifest.split == code).sum()) for code, s in enumerate(SPLITS)}
+    split = config.evaluate.split
+    if config.evaluate.after_training and counts[split] == 0:
+        found = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ManifestError(
+            f"manifest {manifest.path}: split {split!r} (evaluate.split) has no rows to evaluate "
+            f"after the training; rows by split: {found}. Set evaluate.split to one that has rows, "
+            "or data.columns.split=null to split by patient, or evaluate.after_training=false to "
+            "train without an evaluation"
         )
 
 

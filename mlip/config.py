@@ -253,6 +253,7 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
+    after_training: bool = True  # False = train.py ends with its last checkpoint, without scores
     split: Literal["train", "val", "test"] = "test"
     max_studies: int = 1000
     retrieval_pool: int = 256  # recall is measured inside pools of this many pairs

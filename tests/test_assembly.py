@@ -14,6 +14,7 @@ import pytest
 from mlip.assembly import build_objective, open_corpus
 from mlip.config import Config, load
 from mlip.dataloading.manifest import ManifestError
+from mlip.training.lifecycle import DATA, exit_code
 from tests.small_run import SETTINGS
 
 
@@ -37,17 +38,23 @@ def test_one_text_for_all_rows_is_an_error_and_no_loss_of_zero(tmp_path: Path) -
     assert "Portable" not in str(caught.value)
 
 
-def test_a_split_without_rows_is_said_before_the_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_split_without_rows_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    """It was a warning: the run trained for hours and was refused its evaluation."""
     texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
-    with caplog.at_level(logging.WARNING, logger="mlip"):
-        open_corpus(settings(tmp_path, texts))
-        # of val rows the labels alone are evaluated
-        open_corpus(settings(tmp_path, ["", *texts[1:]]))
-        assert "has no rows" not in caplog.text
-        open_corpus(settings(tmp_path, texts, val=False))
-    assert "split 'val' (evaluate.split) has no rows" in caplog.text
+    config = settings(tmp_path, texts, val=False)
+    with pytest.raises(ManifestError, match=r"'val' \(evaluate.split\) has no rows") as caught:
+        open_corpus(config)
+    assert "rows by split: train 6, val 0, test 0." in str(caught.value)
+    assert "evaluate.after_training=false" in str(caught.value)
+    assert exit_code(caught.value) == DATA
+    # a vocabulary of these rows would be taken up by the next try, whatever its rows
+    assert not Path(config.run.dir).exists()
+
+
+def test_labels_of_a_split_without_reports_can_be_evaluated(tmp_path: Path) -> None:
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    corpus = open_corpus(settings(tmp_path, ["", *texts[1:]]))
+    assert len(corpus.manifest.rows("val")) == 0
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ def test_bad_input_is_one_clear_line_and_its_exit_code(tmp_path, capsys, overrid
     assert len(lines) == 1 and says in lines[0], lines
 
 
+def test_a_run_without_held_out_rows_is_refused_at_once_and_trains_when_told_to(tmp_path, capsys):
+    # small_run has no val studies
+    without = _overrides(tmp_path, "evaluate.split=val", "train.max_steps=1")
+    assert train.main(without) == 3
+    (said,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("mlip: ")]
+    assert "split 'val' (evaluate.split) has no rows" in said
+    assert "train 32, val 0, test 32" in said and "evaluate.after_training=false" in said
+    # the same folder serves the next try
+    assert train.main([*without, "evaluate.after_training=false"]) == 0
+    assert "not evaluated (evaluate.after_training=false)" in capsys.readouterr().out
+    assert len(checkpoint.checkpoints_of(tmp_path)) == 1
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_checkpoint_of_other_settings_is_refused_with_4(tmp_path, capsys):
     assert train.main(_overrides(tmp_path, "train.max_steps=2")) == 0
     assert train.main(_overrides(tmp_path, "train.max_steps=3")) == 4
