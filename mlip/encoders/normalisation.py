@@ -33,7 +33,8 @@ class _SynchronisedNorm(torch.autograd.Function):
         variance = inverse_std.double() ** -2 - eps
         mean = mean.double()
         # float64 sums: mean and mean square nearly cancel where a channel hardly varies
-        sums = torch.cat([mean * pixels, (variance + mean**2) * pixels, mean.new_tensor([pixels])])
+        counted = mean.new_full((1,), pixels)  # filled there: a number copied over would be a wait
+        sums = torch.cat([mean * pixels, (variance + mean**2) * pixels, counted])
         dist.all_reduce(sums)
         count = sums[-1]
         channels = x.shape[1]
