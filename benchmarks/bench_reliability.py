@@ -211,7 +211,15 @@ ROWS = (
     Row("DICOM errors that name code and file", "all", (f"{D}test_dicom_errors.py::",), passed),
     Row("float32 reference against float64", "1e-5 at any scale",
         ("tests/kernels/test_token_knowledge_patch_reference.py::test_float32_stays",), passed),
-    Row("connections beyond this machine", "0", (), passed),
+    Row(
+        "connections beyond this machine",
+        "0",
+        ("tests/faults/test_offline.py::test_the_launcher",),
+        lambda o: (
+            f"{int(sum(_values(o, 'attempts')))} tried by "
+            f"{int(sum(_values(o, 'commands')))} commands"
+        ),
+    ),
     Row("cost of determinism", "5 % on a CPU", (), passed),
     Row("faults that fired", "all", (f"{P}",), _sum("fired", "{}")),
 )  # fmt: skip
