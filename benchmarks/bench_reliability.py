@@ -220,7 +220,12 @@ ROWS = (
             f"{int(sum(_values(o, 'commands')))} commands"
         ),
     ),
-    Row("cost of determinism", "5 % on a CPU", (), passed),
+    Row(
+        "cost of determinism",
+        "5 % on a CPU",
+        ("tests/faults/test_determinism_cost.py::",),
+        lambda o: f"{max(_values(o, 'cost'), default=float('nan')):.1%} of a step's processor time",
+    ),
     Row("faults that fired", "all", (f"{P}",), _sum("fired", "{}")),
 )  # fmt: skip
 
