@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mlip.dataloading.text_encoding import BOM, first_line_not_utf8, is_utf16
+
 _HEAD_BYTES = 1 << 16
 _BLOCK_BYTES = 4 << 20
-_BOM = b"\xef\xbb\xbf"
 _QUOTE = ord('"')
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx is a ZIP file, .xls an OLE one
 _SHOWN = 40  # columns that a message names
@@ -39,19 +40,22 @@ def read_header(path: Path) -> tuple[list[str], str]:
         raise CsvError(
             "is an Excel workbook, whatever its name says: save it from there as 'CSV UTF-8'"
         )
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if is_utf16(head):
         raise CsvError("not UTF-8 but UTF-16 ('Unicode text' of Excel): save it as 'CSV UTF-8'")
-    record = _first_record(head.removeprefix(_BOM))
+    record = _first_record(head.removeprefix(BOM))
     if b"\0" in record:
         raise CsvError("its first line holds NUL bytes: this is no text in UTF-8; save it as that")
     try:
         line = record.decode("utf-8")
     except UnicodeDecodeError:
-        raise CsvError("not UTF-8: save it as UTF-8 text") from None
+        place = first_line_not_utf8(path)
+        if place is not None:
+            raise CsvError(f"line {place} is not UTF-8: save the table as UTF-8 text") from None
+        line = record.decode("utf-8", errors="ignore")  # the head ends inside a character
     if not line.strip():
         raise CsvError(
             "its first line is blank: expected a header line with the columns' names"
-            if head.removeprefix(_BOM)
+            if head.removeprefix(BOM)
             else "the manifest is empty: expected a header line"
         )
     if re.fullmatch(r"sep=.", line.strip(), re.IGNORECASE):
@@ -100,7 +104,7 @@ def check_quotes(path: Path, delimiter: str) -> None:
     fits[[10, 13, _QUOTE, ord(delimiter)]] = True
     count, before = 0, b"\n"
     with open(path, "rb") as stream:
-        block = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
+        block = stream.read(_BLOCK_BYTES).removeprefix(BOM)
         while block:
             following = stream.read(_BLOCK_BYTES)
             text = np.frombuffer(before + block + (following[:1] or b"\n"), np.uint8)
@@ -119,7 +123,7 @@ def _walk(path: Path, delimiter: str) -> None:
     inside = escaped = False
     before = b"\n"
     with open(path, "rb") as stream:
-        block = stream.read(_BLOCK_BYTES).removeprefix(_BOM)
+        block = stream.read(_BLOCK_BYTES).removeprefix(BOM)
         while block:
             following = stream.read(_BLOCK_BYTES)
             text, last = before + block + (following[:1] or b"\n"), 1

@@ -23,6 +23,7 @@ from mlip.dataloading.csv_text import (
     read_header,
     shown,
 )
+from mlip.dataloading.text_encoding import BOM, first_line_not_utf8, is_utf16
 
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
@@ -112,7 +113,19 @@ def _explained(error: Exception, path: Path) -> ManifestError:
     """Without a word of Arrow's or Python's own: they quote cells."""
     if isinstance(error, CsvError):
         return ManifestError(f"{path}: {error}")
-    return ManifestError(f"{path}: cannot be read as {path.suffix[1:]}: damaged, or not UTF-8 text")
+    kind = path.suffix[1:].lower()
+    if kind == "parquet":
+        return ManifestError(f"{path}: cannot be read as parquet: damaged, or not UTF-8 text")
+    if (line := first_line_not_utf8(path)) is not None:
+        return ManifestError(
+            f"{path}: cannot be read as {kind}: line {line} is not UTF-8: save the table as UTF-8 "
+            "text"
+        )
+    mixed = "" if kind in ("csv", "tsv") else ", or a column of text in some rows and not in others"
+    return ManifestError(
+        f"{path}: cannot be read as {kind}: damaged, or a row of more than "
+        f"{_BLOCK_BYTES >> 20} MiB{mixed}"
+    )
 
 
 def check_identifiers(column: pa.ChunkedArray, name: str, path: Path) -> None:
@@ -238,13 +251,18 @@ def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Batches:
     file = pa.parquet.ParquetFile(path)
     _check_columns(list(file.schema_arrow.names), wanted, path)
     columns = sorted(set(wanted.values()))
-    return file.schema_arrow, file.iter_batches(_ROWS_AT_ONCE, columns=columns)
+    return file.schema_arrow, map(_checked, file.iter_batches(_ROWS_AT_ONCE, columns=columns))
 
 
 def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
     """Keys of the first 100 rows, of fewer where those in `enough` are found."""
     names: dict[str, None] = {}
-    with open(path, encoding="utf-8") as stream:
+    with open(path, "rb") as raw:
+        head = raw.read(2)
+    # without a byte-order mark a row still begins with an ASCII character, half of it zero
+    if is_utf16(head) or head.count(0) == 1:
+        raise ManifestError(f"{path}: not UTF-8 but UTF-16: save it as UTF-8 text")
+    with open(path, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if number > 100 or (enough and enough <= names.keys()):
                 break
@@ -261,19 +279,28 @@ def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
 def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
     _check_columns(_jsonl_names(path, set(wanted.values())), wanted, path)
     blocks = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
-    texts = pa.schema([(name, pa.string()) for name in sorted(set(wanted.values()))])
-    try:
-        table = pa.json.read_json(
-            path,
-            read_options=blocks,
-            parse_options=pa.json.ParseOptions(
-                explicit_schema=texts, newlines_in_values=False, unexpected_field_behavior="ignore"
-            ),
-        )
-    except pa.ArrowInvalid:
-        # some column holds numbers: let Arrow find the types, they become text below
-        table = pa.json.read_json(path, read_options=blocks)
-    return table.schema, iter(table.to_batches())
+    columns = sorted(set(wanted.values()))
+    texts = pa.json.ParseOptions(
+        explicit_schema=pa.schema([(name, pa.string()) for name in columns]),
+        newlines_in_values=False,
+        unexpected_field_behavior="ignore",
+    )
+    with open(path, "rb") as stream:
+        begin = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        try:
+            stream.seek(begin)
+            table = pa.json.read_json(stream, read_options=blocks, parse_options=texts)
+        except pa.ArrowInvalid:
+            # some column holds numbers: let Arrow find the types, they become text below
+            stream.seek(begin)
+            table = pa.json.read_json(stream, read_options=blocks).select(columns)
+    return table.schema, map(_checked, table.to_batches())
+
+
+def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch, whose texts are UTF-8; of a CSV alone Arrow looks at that by itself."""
+    batch.validate(full=True)
+    return batch
 
 
 def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -> None:
