@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlip.encoders import normalisation
 from mlip.training.host_read import HostRead
 from mlip.training.step import Engine
-from tests.training.exact_step import exact_engine, make_batch
+from tests.training.exact_step import PIXELS, exact_engine, make_batch
 from tests.virtual_gpu import virtual_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,3 +192,42 @@ def test_on_a_gpu_torch_sees_one_wait_a_step() -> None:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.filename) for w in caught if "synchroniz" in str(w.message)]
     assert len(waits) == 1 and waits[0].endswith("training/step.py"), waits
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_host_read_is_asked_for_at_once_and_waits_when_it_is_read() -> None:
+    values = torch.zeros(2, device="cuda")
+
+    def ask() -> HostRead:
+        return HostRead(values.add_(1.0).clone())
+
+    assert ask().numbers() == [1.0, 1.0]  # kernels and page-locked memory are there from now on
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)  # clock ticks: about 0.2 s
+    read = ask()
+    assert not torch.cuda.current_stream().query()  # the GPU is still asleep
+    assert read.numbers() == [2.0, 2.0]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_batch_is_copied_before_its_memory_serves_the_next_one() -> None:
+    """The loader's memory and the page-locked copies of it are used again and again, by a host that
+    is far ahead of the GPU. Oracle: every batch holds its own number."""
+    from mlip.dataloading.buffers import Buffers
+    from mlip.dataloading.loader import pinned
+
+    buffers, late = Buffers(), []
+    for number in range(24):
+        image = buffers.take(8, 1, PIXELS, PIXELS).fill_(float(number))
+        rest = make_batch(number, 8)
+        host = pinned(replace(rest, image=image.expand(-1, 3, -1, -1)))
+        del image
+        torch.cuda._sleep(20_000_000)  # clock ticks: about 10 ms
+        moved = host.to("cuda")
+        assert host.image.is_pinned() and moved.image.stride(1) == 0
+        late.append((moved.image.clone(), moved.token_ids.clone(), rest.token_ids))
+        del host, moved
+    torch.cuda.synchronize()
+    for number, (image, ids, expected) in enumerate(late):
+        assert bool((image == number).all()), number
+        assert torch.equal(ids.cpu(), expected), number
