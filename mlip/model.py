@@ -120,10 +120,13 @@ class MLIPModel(nn.Module):
         nn.init.normal_(self.state_embedding.weight, std=width**-0.5)
         self.knowledge_projection = nn.Linear(width, dim, bias=False)
         self.scales = Scales(config)
+        local = config.loss.local_alignment
+        self.scores_knowledge = local.knowledge_gain > 0 or local.knowledge_share > 0
         weights = torch.zeros(3)
-        weights[PRESENT] = config.knowledge.weight_present
-        weights[ABSENT] = config.knowledge.weight_absent
-        weights[UNCERTAIN] = config.knowledge.weight_uncertain
+        if self.scores_knowledge:
+            weights[PRESENT] = config.knowledge.weight_present
+            weights[ABSENT] = config.knowledge.weight_absent
+            weights[UNCERTAIN] = config.knowledge.weight_uncertain
         self.register_buffer("state_weights", weights, persistent=False)
 
     concept_vectors: Tensor
@@ -162,7 +165,8 @@ class MLIPModel(nn.Module):
         """Shapes:  [B, K] each -> KnowledgeFeatures; a report without mentions has all False.
 
         A concept that the vectors know nothing of (zero row) counts as not mentioned: its state
-        alone would be a vector like any other.
+        alone would be a vector like any other. With knowledge_gain and knowledge_share 0 no mention
+        is a row of the local score, so a report of mentions alone is an empty one.
         """
         vectors = self.concept_vectors[entity_ids]
         entity_mask = entity_mask & (vectors != 0).any(dim=-1)
@@ -189,14 +193,17 @@ class MLIPModel(nn.Module):
         """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask.
 
         Source:  method.md section 4: uniform, or [CLS] attention clipped to its 10..90 %
-                 quantiles over the report's real tokens, without gradient.
+                 quantiles over the report's real tokens, without gradient. Where that leaves no
+                 weight (attention on fewer than a tenth of the tokens, or on [CLS] alone): uniform.
         """
         if self.config.loss.local_alignment.token_weights == "uniform" or attention is None:
             return content_mask.float()
         shown = attention.detach().float().masked_fill(~content_mask, torch.nan)
         low = torch.nanquantile(shown, 0.1, dim=1, keepdim=True)
         high = torch.nanquantile(shown, 0.9, dim=1, keepdim=True)
-        return torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0) * content_mask
+        clipped = torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0) * content_mask
+        has_weight = (clipped > 0).any(dim=1, keepdim=True)
+        return torch.where(has_weight, clipped, content_mask.float())
 
     def local_scores(
         self,
@@ -216,7 +223,7 @@ class MLIPModel(nn.Module):
         local = self.config.loss.local_alignment
         learned = local.learn_scales
         scales = self.scales
-        if local.knowledge_gain == 0 and local.knowledge_share == 0:
+        if not self.scores_knowledge:
             knowledge = None  # nothing of it would show: its arithmetic is not paid either
         return token_knowledge_patch_scores(
             patches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,3 +44,30 @@ def test_a_gain_of_zero_and_a_share_of_zero_keep_knowledge_out_for_good(
     with_it = model.local_scores(patches, tokens, mask, None, knowledge)
     without = model.local_scores(patches, tokens, mask, None, None)
     assert torch.equal(with_it, without) == (gain == 0 and share == 0)
+    # oracle: method.md's s, 1 for a present mention; switched off no mention is a row, so that a
+    # report of mentions alone is empty and not an anchor whose score is always 0
+    assert knowledge.row_weights.tolist() == [[float(gain + share > 0)] * 2] * 2
+
+
+def test_attention_weights_are_clipped_to_the_reports_own_quantiles() -> None:
+    # oracle: numpy's quantiles (linear between order statistics) of the real tokens of each report
+    model = _make("loss.local_alignment.token_weights=attention")
+    attention = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(12) < torch.tensor([12, 3, 0])[:, None]
+    weights = model.token_weights(mask, attention)
+    for n, count in enumerate((12, 3)):
+        shown = attention[n, :count].numpy()
+        expected = np.clip(shown, *np.quantile(shown, [0.1, 0.9]))
+        np.testing.assert_allclose(weights[n, :count].numpy(), expected, rtol=1e-6)
+    assert not weights[~mask].any()
+
+
+def test_attention_that_leaves_no_token_a_weight_counts_tokens_alike() -> None:
+    # one token of twelve holds all of it: both quantiles are 0; [CLS] keeps all of it: all are 0.
+    # Weights of 0 would take the report's gradient and leave it an anchor of score 0
+    model = _make("loss.local_alignment.token_weights=attention")
+    attention = torch.zeros(2, 12)
+    attention[0, 3] = 1.0
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    assert torch.equal(model.token_weights(mask, attention), mask.float())
