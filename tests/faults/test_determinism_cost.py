@@ -1,7 +1,7 @@
 """What run.deterministic costs a step on a CPU, where a run repeats to the bit without it too.
 
 Oracle: the same step of the demo's model without torch's switch, in turn with it in one process, by
-processor time: what else the machine does weighs on both alike.
+processor time, which what else the machine does changes little and for both alike.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlip.training.engine import build_engine
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS, MOST = 12, 0.05
+ROUNDS, MOST = 40, 0.05
 VOCABULARY = 2000
 
 
@@ -57,12 +57,15 @@ def test_the_switch_costs_a_step_of_the_demo_at_most_a_twentieth(
         return time.process_time() - begin
 
     step_s()
-    ratios = []
-    for _ in range(ROUNDS):
-        torch.use_deterministic_algorithms(False)
-        without = step_s()
-        require_deterministic(config)
-        ratios.append(step_s() / without)
-    cost = statistics.median(ratios) - 1.0
+    took: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(ROUNDS):
+        for switched in (number % 2 == 0, number % 2 == 1):
+            torch.use_deterministic_algorithms(False)
+            if switched:
+                require_deterministic(config)
+            took[switched].append(step_s())
+    # the quickest quarter of each: a core's other hyperthread can only slow a step down
+    quick = {key: statistics.mean(sorted(times)[: ROUNDS // 4]) for key, times in took.items()}
+    cost = quick[True] / quick[False] - 1.0
     record_property("cost", cost)
-    assert cost <= MOST, ratios
+    assert cost <= MOST, took
