@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mlip import distributed
+from mlip.training.grad_cache import equal_passes
 
 
 @pytest.fixture
@@ -40,13 +41,17 @@ def test_the_gradient_of_a_neighbouring_branch_is_not_summed_over_ranks(
     assert torch.equal(beside.grad, torch.full(beside.shape, 5.0))
 
 
-def test_on_gpus_row_counts_are_known_without_an_exchange(
+def test_on_gpus_rows_and_passes_of_other_ranks_are_known_without_an_exchange(
     as_if_two_ranks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """There all ranks hold equally many rows: engine.py refuses a batch that cannot be shared so."""
     assert distributed.row_counts(3, torch.device("cpu")) == [3, 3]
+    assert equal_passes(3, 2, torch.device("cpu")) == 4  # the stand-in's reduction doubles
 
     def refuse(*_: object) -> None:
         raise AssertionError("the host would wait for the GPU")
 
-    monkeypatch.setattr(dist, "all_gather", refuse)
+    for name in ("all_gather", "all_reduce"):
+        monkeypatch.setattr(dist, name, refuse)
     assert distributed.row_counts(3, torch.device("cuda", 0)) == [3, 3]
+    assert equal_passes(3, 2, torch.device("cuda", 0)) == 2
