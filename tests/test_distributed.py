@@ -18,7 +18,7 @@ from mlip.training.grad_cache import equal_passes
 def as_if_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: x.mul_(2.0))
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: x.mul_(2))
 
     def all_gather(parts: list[torch.Tensor], x: torch.Tensor) -> None:
         for part in parts:
@@ -44,7 +44,7 @@ def test_the_gradient_of_a_neighbouring_branch_is_not_summed_over_ranks(
 def test_on_gpus_rows_and_passes_of_other_ranks_are_known_without_an_exchange(
     as_if_two_ranks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There all ranks hold equally many rows: engine.py refuses a batch that cannot be shared so."""
+    """All ranks hold equally many there: engine.py refuses a batch that cannot be shared so."""
     assert distributed.row_counts(3, torch.device("cpu")) == [3, 3]
     assert equal_passes(3, 2, torch.device("cpu")) == 4  # the stand-in's reduction doubles
 
