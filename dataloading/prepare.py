@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from mlip.config import require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
@@ -119,6 +120,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if not root.is_dir():
         raise DatasetError(f"--root {arguments.root}: no such folder")
     out = Path(os.path.realpath(arguments.out))
+    require_utf8("--out", str(out))
     if out == root or root in out.parents and arguments.dataset == "folder":
         raise DatasetError(f"--out {arguments.out}: lies inside --root; choose another folder")
     if arguments.id_map is not None and out in Path(os.path.realpath(arguments.id_map)).parents:

@@ -86,7 +86,7 @@ def read_table(
             columns = _collect(reader(path, wanted), path, wanted, take or {}, numbers)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
-    except (CsvError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (CsvError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
     # what parsing needed: 100 MiB of a million rows
     pa.default_memory_pool().release_unused()
@@ -105,7 +105,7 @@ def column_names(path: Path) -> list[str]:
         return _jsonl_names(path, set()) if suffix in _JSONL else read_header(path)[0]
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
-    except (CsvError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (CsvError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
 
 
@@ -113,6 +113,11 @@ def _explained(error: Exception, path: Path) -> ManifestError:
     """Without a word of Arrow's or Python's own: they quote cells."""
     if isinstance(error, CsvError):
         return ManifestError(f"{path}: {error}")
+    if isinstance(error, UnicodeEncodeError):
+        return ManifestError(
+            f"{str(path)!a}: expected a path in UTF-8, which Arrow needs: each \\udc.. is a byte "
+            "of another encoding; rename that file or folder"
+        )
     kind = path.suffix[1:].lower()
     if kind == "parquet":
         return ManifestError(f"{path}: cannot be read as parquet: damaged, or not UTF-8 text")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, ConfigError, load
+from mlip.config import Config, ConfigError, load, require_utf8
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
+        for name in ("out", "checkpoint"):
+            require_utf8(f"--{name}", str(getattr(options, name, None) or ""))
         return int(options.run(options) or 0)
     except BrokenPipeError:
         # `mlip ... | head`: the reader has seen enough

@@ -19,7 +19,7 @@ from mlip.config_bounds import check_bounds
 from mlip.strict_yaml import read_yaml
 from mlip.transfer_settings import Transfer
 from mlip.transfer_settings import check as check_transfer
-from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
+from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, require_utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +304,7 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
+        require_utf8(key, text)
         try:
             value = read_yaml(text)
         except yaml.YAMLError as error:

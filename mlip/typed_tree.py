@@ -17,6 +17,20 @@ class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or contradicts another one."""
 
 
+def require_utf8(name: str, text: str) -> None:
+    """Raises ConfigError where the name of a file or folder holds bytes that are not UTF-8.
+
+    Python carries them along; JSON, Arrow and safetensors do not, and would fail in mid-work.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{name}: expected a name in UTF-8, got {text!a}, where each \\udc.. is a byte of "
+            "another encoding; rename that file or folder, or choose another one"
+        ) from None
+
+
 def plain(value: Any) -> Any:
     """Dictionaries, lists and scalars only: what YAML and JSON can hold."""
     if isinstance(value, dict):
