@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -22,11 +24,13 @@ import train
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.torch_pipeline import TorchPipeline
+from mlip.losses import context
 from mlip.transfer.protocol import transfer_run
 from tests.small_run import small_run
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.training.exact_step import PROGRESS, exact_engine, make_batch
 from tests.transfer import test_learning
-from tests.virtual_gpu import GPU, virtual_gpu
+from tests.virtual_gpu import GPU, ROOT, virtual_gpu
 
 EVERYTHING = (
     "train.precision=bf16",
@@ -165,6 +169,52 @@ def test_a_run_and_its_evaluation_are_the_cpus(
                     "mlip/enc", "mlip/obj", "mlip/model", "mlip/div", "mlip/training/engine",
                     "mlip/batch", "kernels")) and ":state" not in wait)  # fmt: skip
     assert lines == {"mlip/training/step.py:_update (aten::_local_scalar_dense)": 2}
+
+
+def _two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collectives as if another rank held the same."""
+
+    def all_gather(parts: list[torch.Tensor], x: torch.Tensor, group: Any = None) -> None:
+        for part in parts:
+            part.copy_(x)
+
+    def all_reduce(x: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> None:
+        x.mul_(2 if op == dist.ReduceOp.SUM else 1)
+
+    replaced: dict[str, Any] = {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda group=None: 2,
+        "get_rank": lambda group=None: 0,
+        "all_gather": all_gather,
+        "all_gather_into_tensor": lambda out, x, group=None: out.copy_(torch.cat([x, x])),
+        "all_reduce": all_reduce,
+        "reduce_scatter_tensor": lambda out, x, group=None: out.copy_(2 * x[: len(out)]),
+        "broadcast": lambda x, src: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(dist, name, value)
+    monkeypatch.setattr(context, "world_group", object)
+
+
+def test_each_of_two_gpus_waits_where_the_page_says_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: the table of docs/performance.md; all losses, the gradient cache and a full queue."""
+    _two_equal_ranks(monkeypatch)
+    with virtual_gpu() as gpu:
+        engine = exact_engine(8, passes=2)
+        for number in range(2):
+            batch = make_batch(number, 8).to("cuda")
+            gpu.waits.clear()
+            result = engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+    assert not result.is_skipped
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+\.py)`.* \| (?:every step|several ranks) \|", page, re.MULTILINE)
+    # both widths are read in one place: they are copied over, then compared
+    assert Counter(Path(wait.partition(":")[0]).name for wait in gpu.waits) == {
+        name: 2 if name == "objective.py" else 1 for name in told
+    }
+    assert len(told) == 3
 
 
 TASKS = {
