@@ -18,7 +18,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
+from mlip.pretrained_model import Pretrained
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 
 FORMAT = 1
@@ -55,19 +55,6 @@ class PretrainedError(ValueError):
     """A folder that cannot be used as a model; the message names file and reason."""
 
     exit_code = 4
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A model and what belongs to it."""
-
-    model: MLIPModel
-    config: Config
-    tokenizer: ReportTokenizer
-    table: ConceptTable
-    linker: Linker
-    facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
-    prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
 
 
 def save_pretrained(
@@ -189,9 +176,9 @@ def from_pretrained(
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
-    model = _build(config, described["vocab_size"], weights, str(folder / WEIGHTS))
+    model = _build(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
     facts = {**described.get("facts", {}), "checkpoint": str(folder)}
-    return Pretrained(model.to(device), config, tokenizer, table, Linker(table), facts)
+    return Pretrained(model, config, tokenizer, table, Linker(table), facts)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

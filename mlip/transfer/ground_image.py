@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from mlip.batch import STATES
-from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
-from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.transforms import Transform
+from mlip.transfer import own_inputs
 from mlip.transfer.features import encode_texts
 from mlip.transfer.grounding import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.interval import Array
-from mlip.transfer.prompts import encode_prompts, make_text_batch, phrase_encoder
+from mlip.transfer.prompts import make_text_batch, phrase_encoder
 
 # The longer side of each half of the picture written: small images are enlarged by a whole
 # factor until a person can see them, a detector's 3,000 px are reduced.
@@ -48,24 +47,6 @@ class Answer:
     parts: tuple[Part, ...] = ()  # where asked for: each word, then each linked concept
 
 
-class ImageFileError(ValueError):
-    """An image that cannot be used; names file and reason."""
-
-    exit_code = 3
-
-
-def read_image(path: Path) -> Array:
-    """Grey pixels [H, W] uint8 or uint16 of a JPEG, PNG or DICOM file."""
-    real = path.resolve()
-    try:
-        content = read_bytes(str(real.parent), real.name)
-        return decode_grey(content, read_header(content))
-    except BadSample as error:
-        raise ImageFileError(
-            f"image {path}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
-        ) from error
-
-
 @torch.no_grad()
 def ground_image(
     opened: Any, image: Path, phrase: str, out: Path, *, with_parts: bool = False
@@ -76,41 +57,19 @@ def ground_image(
     with_parts  below it a map of each word and of each linked concept, on one scale
     Raises:  ImageFileError; ValueError for an empty phrase, or one without a known word
     """
-    model, config, tokenizer = opened.model, opened.config, opened.tokenizer
-    if set(tokenizer.encode_batch([phrase])[0].ids) == {tokenizer.unk_id}:
-        # all such phrases are the same one to the model: its map would point anywhere
-        raise ValueError(
-            f"the phrase {phrase!r} holds no word, part of a word or character that the "
-            "checkpoint's vocabulary knows; ask in the language of its training reports"
-        )
-    device = next(model.parameters()).device
-    grey = read_image(image)
-    transform = Transform(config.data, train=False, seed=0)
-    zero = np.zeros(1, dtype=np.int64)
-    pixels = np.empty((transform.crop_px, transform.crop_px), dtype=np.float32)
-    transform.apply(grey, transform.draw(zero, zero), 0, pixels)
-    shown = torch.from_numpy(pixels)[None, None].repeat(1, config.data.channels, 1, 1)
-    features = model.encode_image(shown.to(device))
-    bank = encode_prompts(
-        model,
-        [phrase],
-        config=config,
-        tokenizer=opened.tokenizer,
-        linker=opened.linker,
-        table=opened.table,
-        device=device,
-    )
-    if not bool(torch.isfinite(features.patches).all()):
-        raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
-    heat = phrase_maps(model, features.patches.float().cpu(), bank)[0, 0].numpy()
-    upsample = Upsampler(features.grid, pixels.shape)
+    bank = own_inputs.encode_texts(opened, [phrase])
+    grey = own_inputs.read_image(image)
+    transform = Transform(opened.config.data, train=False, seed=0)
+    features = own_inputs.encode_pixels(opened, own_inputs.model_input(grey, opened.config))
+    heat = phrase_maps(opened.model, features.patches, bank)[0, 0].numpy()
+    upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
     picture = upsample(heat)
     x, y = pointed_pixel(picture, features.grid)
     place = transform.placement(*grey.shape)
     margin = (transform.resize_px - transform.crop_px) // 2
     scale = grey.shape[1] / place.width, grey.shape[0] / place.height
     point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
-    parts = phrase_parts(opened, phrase, features.patches.float().cpu()) if with_parts else ()
+    parts = phrase_parts(opened, phrase, features.patches) if with_parts else ()
     below = [(p.name, _on_file(upsample(p.heat), transform, grey.shape)) for p in parts]
     _write(out, grey, _on_file(picture, transform, grey.shape), point, below)
     linked = opened.linker.link(phrase)
@@ -189,7 +148,7 @@ def _write(
         joined = np.concatenate([joined, _panels(grey, below, joined.shape[1])])
     done, data = cv2.imencode(".png", joined.clip(0, 255).round().astype(np.uint8))
     if not done:
-        raise ImageFileError(f"{out}: the picture could not be encoded as PNG")
+        raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(data.tobytes())
 

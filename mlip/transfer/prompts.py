@@ -29,14 +29,17 @@ class TextBatch:
     entity_mask: Tensor
 
 
-def make_text_batch(texts: Sequence[str], encoder: ReportEncoder) -> TextBatch:
+def make_text_batch(
+    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool = False
+) -> TextBatch:
     """Tokens and linked knowledge of the texts.
 
-    Raises:  ValueError for a text longer than the model reads.
+    cut  read a text as far as the model reads, as training does with reports
+    Raises:  ValueError for a text longer than the model reads, unless cut.
     """
     reports = [encoder.encode(text) for text in texts]
     longest, room = max(len(report.ids) for report in reports), encoder.max_tokens - 2
-    if longest > room:
+    if longest > room and not cut:
         raise ValueError(f"a phrase has {longest} tokens, the model reads {room}: shorten it")
     pieces = [encoder.compose(report) for report in reports]
     longest = max(len(p.ids) for p in pieces)
@@ -80,9 +83,11 @@ def encode_prompts(
     linker: Any,
     table: Any,
     device: torch.device,
+    cut: bool = False,
 ) -> TextBank:
     """A TextBank of free texts; knowledge is linked from each text, negation included.
 
+    cut  as of make_text_batch; texts are reports then, which no message quotes
     Raises:  ValueError naming a text that has no word the tokenizer can use, or for one that is
              longer than the model reads.
     """
@@ -90,9 +95,11 @@ def encode_prompts(
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]
-        batch = make_text_batch(chunk, encoder)
+        batch = make_text_batch(chunk, encoder, cut=cut)
         empty = (~batch.content_mask.any(dim=1)).nonzero()
         if len(empty):
-            raise ValueError(f"the phrase {chunk[int(empty[0])]!r} is empty: expected words")
+            place = int(empty[0])
+            named = f"report {start + place + 1}" if cut else f"the phrase {chunk[place]!r}"
+            raise ValueError(f"{named} is empty: expected words")
         parts.append(encode_texts(model, batch, device=device))
     return join_texts(parts)

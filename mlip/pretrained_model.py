@@ -1,0 +1,63 @@
+"""A model with what belongs to it, as mlip.pretrained opens one; for code of one's own.
+
+from mlip.pretrained import open_checkpoint
+
+mlip = open_checkpoint("runs/mine")  # or a folder of `mlip export`
+images = mlip.encode_images(["film.dcm", "film.png"])
+texts = mlip.encode_texts(["left pleural effusion", "no pneumothorax"])
+scores = mlip.similarity(images, texts)  # [2, 2], high = match
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mlip.batch import ImageFeatures
+from mlip.config import Config
+from mlip.dataloading.reports import ReportTokenizer
+from mlip.knowledge.concepts import ConceptTable
+from mlip.knowledge.linker import Linker
+from mlip.model import MLIPModel
+from mlip.transfer import own_inputs
+from mlip.transfer.features import TextBank
+from mlip.transfer.interval import Array
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model and what belongs to it; the methods prepare files and texts as in training."""
+
+    model: MLIPModel
+    config: Config
+    tokenizer: ReportTokenizer
+    table: ConceptTable
+    linker: Linker
+    facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
+    prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
+
+    def encode_images(self, paths: Sequence[str | Path]) -> ImageFeatures:
+        """mlip.transfer.own_inputs.encode_images: of JPEG, PNG or DICOM files."""
+        return own_inputs.encode_images(self, paths)
+
+    def encode_texts(self, texts: Sequence[str]) -> TextBank:
+        """mlip.transfer.own_inputs.encode_texts: of phrases."""
+        return own_inputs.encode_texts(self, texts)
+
+    def encode_reports(self, reports: Sequence[str]) -> TextBank:
+        """mlip.transfer.own_inputs.encode_reports: of whole reports, as training reads them."""
+        return own_inputs.encode_reports(self, reports)
+
+    def similarity(
+        self, images: ImageFeatures, texts: TextBank, head: own_inputs.Head = "global"
+    ) -> Array:
+        """mlip.transfer.own_inputs.similarity: every image with every text, [N, M]."""
+        return own_inputs.similarity(self, images, texts, head)
+
+    def heat_maps(self, images: ImageFeatures, texts: TextBank) -> Array:
+        """mlip.transfer.own_inputs.heat_maps: where, [N, M, rows, columns] of the patch grid."""
+        return own_inputs.heat_maps(self, images, texts)

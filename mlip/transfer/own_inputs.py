@@ -1,0 +1,166 @@
+"""Image files and free texts of one's own -> features and scores, prepared as in training.
+
+`Pretrained` (mlip/pretrained.py) offers these as methods; `mlip ground` is built on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.batch import ImageFeatures
+from mlip.config import Config
+from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
+from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.report_text import choose_sections
+from mlip.dataloading.transforms import Transform
+from mlip.transfer.features import TextBank, global_scores, local_scores
+from mlip.transfer.grounding import phrase_maps
+from mlip.transfer.interval import Array
+from mlip.transfer.prompts import encode_prompts
+
+Head = Literal["global", "local"]
+IMAGES_AT_ONCE = 16
+
+
+class ImageFileError(ValueError):
+    """An image that cannot be used; names file and reason."""
+
+    exit_code = 3
+
+
+def read_image(path: Path) -> Array:
+    """Grey pixels [H, W] uint8 or uint16 of a JPEG, PNG or DICOM file.
+
+    Raises:  ImageFileError
+    """
+    real = path.resolve()
+    try:
+        content = read_bytes(str(real.parent), real.name)
+        return decode_grey(content, read_header(content))
+    except BadSample as error:
+        raise ImageFileError(
+            f"image {path}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
+        ) from error
+    except DataError:
+        raise ImageFileError(f"image {path}: there is no such folder") from None
+
+
+def model_input(grey: Array, config: Config) -> Tensor:
+    """What the image tower sees of one picture: letterbox, central crop, normalised.
+
+    Shapes:  grey [H, W] uint8 or uint16 -> [1, C, crop_px, crop_px] float32
+    """
+    transform = Transform(config.data, train=False, seed=0)
+    zero = np.zeros(1, dtype=np.int64)
+    pixels = np.empty((transform.crop_px, transform.crop_px), dtype=np.float32)
+    transform.apply(grey, transform.draw(zero, zero), 0, pixels)
+    return torch.from_numpy(pixels)[None, None].repeat(1, config.data.channels, 1, 1)
+
+
+@torch.no_grad()
+def encode_pixels(opened: Any, pixels: Tensor) -> ImageFeatures:
+    """Features of model inputs, on the CPU in float32.
+
+    Shapes:  pixels [N, C, crop_px, crop_px] -> embedding [N, D] unit length, patches [N, P, D]
+    Raises:  ValueError for features that are not finite.
+    """
+    found = opened.model.encode_image(pixels.to(next(opened.model.parameters()).device))
+    embedding, patches = found.embedding.float().cpu(), found.patches.float().cpu()
+    if not all(bool(torch.isfinite(x).all()) for x in (embedding, patches)):
+        raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
+    return ImageFeatures(embedding=embedding, patches=patches, grid=found.grid)
+
+
+def encode_images(opened: Any, paths: Sequence[str | Path]) -> ImageFeatures:
+    """Features of image files as encode_pixels, in the order of the paths.
+
+    Raises:  ImageFileError; ValueError for no path at all, or features that are not finite.
+    """
+    if isinstance(paths, str | Path) or not paths:
+        raise ValueError("expected a list of image files, of one at least")
+    parts = []
+    for start in range(0, len(paths), IMAGES_AT_ONCE):
+        chunk = [Path(path) for path in paths[start : start + IMAGES_AT_ONCE]]
+        inputs = [model_input(read_image(path), opened.config) for path in chunk]
+        parts.append(encode_pixels(opened, torch.cat(inputs)))
+    return ImageFeatures(
+        embedding=torch.cat([part.embedding for part in parts]),
+        patches=torch.cat([part.patches for part in parts]),
+        grid=parts[0].grid,
+    )
+
+
+def encode_texts(opened: Any, texts: Sequence[str]) -> TextBank:
+    """Features of phrases with the knowledge linked from them, negation included.
+
+    Raises:  ValueError for a text without words, longer than the model reads, or in no word, part
+             of a word or character that the checkpoint's vocabulary knows.
+    """
+    _check_list(texts)
+    unknown = opened.tokenizer.unk_id
+    for text, coded in zip(texts, opened.tokenizer.encode_batch(list(texts)), strict=True):
+        if set(coded.ids) == {unknown}:
+            # all such texts are the same one to the model
+            raise ValueError(
+                f"the phrase {text!r} holds no word, part of a word or character that the "
+                "checkpoint's vocabulary knows; ask in the language of its training reports"
+            )
+    return _encode(opened, texts, cut=False)
+
+
+def encode_reports(opened: Any, reports: Sequence[str]) -> TextBank:
+    """Features of whole reports as training reads them: data.sections, as far as the model reads.
+
+    Raises:  ValueError, which quotes no report, for one without words in those sections.
+    """
+    _check_list(reports)
+    sections = opened.config.data.sections
+    chosen = [choose_sections(report, sections) or "" for report in reports]
+    return _encode(opened, chosen, cut=True)
+
+
+def _check_list(texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or not texts:
+        raise ValueError("expected a list of texts, of one at least")
+
+
+def _encode(opened: Any, texts: Sequence[str], *, cut: bool) -> TextBank:
+    return encode_prompts(
+        opened.model,
+        texts,
+        config=opened.config,
+        tokenizer=opened.tokenizer,
+        linker=opened.linker,
+        table=opened.table,
+        device=next(opened.model.parameters()).device,
+        cut=cut,
+    )
+
+
+def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) -> Array:
+    """Score of every image with every text, [N, M] float64; high = match.
+
+    head  "global": cosine of the two embeddings. "local": the token-knowledge-patch score S.
+    """
+    if head == "global":
+        return global_scores(images.embedding, texts)
+    if head == "local":
+        device = next(opened.model.parameters()).device
+        return local_scores(opened.model, images.patches, texts, device=device)
+    raise ValueError(f"head: expected 'global' or 'local', got {head!r}")
+
+
+@torch.no_grad()
+def heat_maps(opened: Any, images: ImageFeatures, texts: TextBank) -> Array:
+    """Cosine of every patch with every text, [N, M, rows, columns] float32; high = match.
+
+    The grid lies over the model's input (model_input), not over the file: `mlip ground` maps back.
+    """
+    heat = phrase_maps(opened.model, images.patches, texts).transpose(0, 1).numpy()
+    return heat.reshape(*heat.shape[:2], *images.grid)

@@ -1,0 +1,170 @@
+"""Files and texts of one's own give what training and evaluation make of them.
+
+Oracles: `mlip embed` of the same rows through the loader; scores of evaluation; the model itself
+for its export by torch.export.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mlip.dataloading.dicom import write_radiograph
+from mlip.pretrained import from_pretrained
+from mlip.pretrained_model import Pretrained
+from mlip.transfer.embed import write_embeddings
+from mlip.transfer.grounding import phrase_maps
+from mlip.transfer.own_inputs import ImageFileError, encode_pixels, model_input
+from tests.small_run import small_export, small_run
+
+
+@pytest.fixture(scope="module")
+def opened() -> Pretrained:
+    return from_pretrained(small_export())
+
+
+def test_features_are_those_of_the_loader(opened: Pretrained, tmp_path: Path) -> None:
+    run = small_run()
+    write_embeddings(
+        *(opened, run.config, run.manifest, tmp_path),
+        split="test",
+        with_patches=True,
+        device="cpu",
+    )
+    part = load_file(tmp_path / "part-00000.safetensors")
+    rows = part["row_index"].tolist()[:20]
+    files = [run.folder / "data" / run.manifest.image_path(row) for row in rows]
+    images = opened.encode_images(files)
+    texts = opened.encode_reports([run.manifest.text(row) for row in rows])
+    for own, loaded in (
+        (images.embedding, part["image"]),
+        (images.patches, part["patches"]),
+        (texts.text.embedding, part["report"]),
+        (texts.knowledge.present_mean, part["knowledge"]),
+    ):
+        torch.testing.assert_close(own, loaded[:20].float(), rtol=0, atol=2e-5)
+    by_global = opened.similarity(images, texts)
+    expected = part["image"][:20].double() @ part["report"][:20].double().T
+    np.testing.assert_allclose(by_global, expected.numpy(), atol=1e-4)
+    # one pair alone scores as it does among twenty
+    report = opened.encode_reports([run.manifest.text(rows[3])])
+    one = opened.similarity(opened.encode_images(files[3:4]), report, "local")
+    among = opened.similarity(images, texts, "local")
+    np.testing.assert_allclose(one[0, 0], among[3, 3], atol=1e-5)
+
+
+def test_a_report_is_read_as_training_reads_it(opened: Pretrained) -> None:
+    """Its sections, as far as the model reads; no message quotes it."""
+    long = "The heart is large. " * 40
+    whole, cut = opened.encode_reports(
+        [f"HISTORY: Fever. FINDINGS: {long}", f"FINDINGS: {long}Effusion."]
+    ).text.embedding
+    assert torch.equal(whole, cut)
+    with pytest.raises(ValueError, match="shorten it"):
+        opened.encode_texts([long])
+    with pytest.raises(ValueError, match="report 2 is empty") as caught:
+        opened.encode_reports(["Clear.", "[**Canary**]"])
+    assert "Canary" not in str(caught.value)
+
+
+def test_heat_maps_lie_on_the_patch_grid(opened: Pretrained) -> None:
+    run = small_run()
+    rows = run.manifest.rows("test")[:2]
+    images = opened.encode_images([run.folder / "data" / run.manifest.image_path(r) for r in rows])
+    texts = opened.encode_texts(["left pleural effusion", "no pneumothorax", "pacemaker"])
+    maps = opened.heat_maps(images, texts)
+    assert maps.shape == (2, 3, *images.grid)
+    flat = phrase_maps(opened.model, images.patches, texts).numpy()
+    np.testing.assert_array_equal(maps[1, 2].ravel(), flat[2, 1])
+
+
+def test_a_dicom_file_gives_the_features_of_its_pixels(opened: Pretrained, tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 65536, (140, 120)).astype(np.uint16)
+    write_radiograph(tmp_path / "film.dcm", grey, patient_id="P", study_id="S")
+    read = opened.encode_images([tmp_path / "film.dcm"])
+    made = encode_pixels(opened, model_input(grey, opened.config))
+    assert torch.equal(read.embedding, made.embedding) and torch.equal(read.patches, made.patches)
+
+
+def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ImageFileError, match=r"broken\.png"):
+        opened.encode_images([tmp_path / "broken.png"])
+    with pytest.raises(ImageFileError, match=r"film\.png: there is no such folder"):
+        opened.encode_images([tmp_path / "nowhere" / "film.png"])
+    for nothing in ([], str(tmp_path / "broken.png")):
+        with pytest.raises(ValueError, match="list of image files"):
+            opened.encode_images(nothing)
+    for nothing in ([], "effusion"):
+        with pytest.raises(ValueError, match="list of texts"):
+            opened.encode_texts(nothing)
+    with pytest.raises(ValueError, match="empty"):
+        opened.encode_texts(["effusion", " "])
+    images, texts = encode_pixels(opened, torch.zeros(1, 1, 96, 96)), opened.encode_texts(["heart"])
+    with pytest.raises(ValueError, match="expected 'global' or 'local', got 'both'"):
+        opened.similarity(images, texts, "both")  # type: ignore[arg-type]
+
+
+def test_the_page_of_evaluation_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block runs as it is printed, on a folder and files of those names."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    block = page.split("```python\n")[1].split("```")[0]
+    grey = np.random.default_rng(1).integers(0, 65536, (130, 120)).astype(np.uint16)
+    write_radiograph(tmp_path / "film.dcm", grey, patient_id="P", study_id="S")
+    assert cv2.imwrite(str(tmp_path / "film.png"), grey)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(small_export())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["by_global"].shape == (2, 3) and names["by_local"].shape == (2, 1)
+    assert names["heat"].shape[:2] == (2, 3)
+    # the window of the DICOM file spans the whole range: both files hold one picture
+    np.testing.assert_allclose(names["by_global"][0], names["by_global"][1], atol=1e-6)
+
+
+class _Images(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.model.encode_image(image)
+        return found.embedding, found.patches
+
+
+class _Texts(_Images):
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        found = self.model.encode_text(ids, mask, mask)
+        return found.embedding, found.tokens
+
+
+def test_both_towers_export_as_graphs_of_any_batch_and_length(opened: Pretrained) -> None:
+    """What serving runtimes take: torch.export, without a line of ours in the graph's way."""
+    batch, tokens = torch.export.Dim("batch", max=512), torch.export.Dim("tokens", min=4, max=64)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 200, (7, 33), generator=generator)
+    mask = torch.arange(33) < torch.tensor([33, 9, 4, 20, 33, 12, 5])[:, None]
+    text, image = _Texts(opened.model), _Images(opened.model)
+    inputs = torch.randn(5, 1, 96, 96, generator=generator)
+    cases: list[tuple[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...], tuple[object, ...]]] = [
+        (image, (inputs[:2],), (inputs,), ({0: batch},)),
+        (
+            text,
+            (ids[:2, :16].clone(), mask[:2, :16].clone()),
+            (ids, mask),
+            ({0: batch, 1: tokens},) * 2,
+        ),
+    ]
+    for module, example, others, shapes in cases:
+        graph = torch.export.export(module, example, dynamic_shapes=shapes).module()
+        with torch.no_grad():
+            for exported, own in zip(graph(*others), module(*others), strict=True):
+                torch.testing.assert_close(exported, own)
