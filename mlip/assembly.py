@@ -27,6 +27,7 @@ from mlip.knowledge.linker import Linker, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.transfer.readiness import check_evaluation
 from mlip.unit_length import unit_length
 
 logger = logging.getLogger("mlip")
@@ -79,10 +80,12 @@ def _check_pairs(manifest: Manifest) -> None:
 
 def _check_evaluation(config: Config, manifest: Manifest) -> None:
     """What would be found out hours later, when the training is over."""
+    if not config.evaluate.after_training:
+        return
     # rows without a report count: their labels and boxes are evaluated
     counts = {s: int((manifest.split == code).sum()) for code, s in enumerate(SPLITS)}
     split = config.evaluate.split
-    if config.evaluate.after_training and counts[split] == 0:
+    if counts[split] == 0:
         found = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ManifestError(
             f"manifest {manifest.path}: split {split!r} (evaluate.split) has no rows to evaluate "
@@ -90,6 +93,7 @@ def _check_evaluation(config: Config, manifest: Manifest) -> None:
             "or data.columns.split=null to split by patient, or evaluate.after_training=false to "
             "train without an evaluation"
         )
+    check_evaluation(config, manifest)
 
 
 def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer:

@@ -6,8 +6,10 @@ Oracle: manifests of which it is known that no two texts differ, no split is the
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,26 @@ def test_a_split_without_rows_is_refused_before_anything_is_made(tmp_path: Path)
     assert exit_code(caught.value) == DATA
     # a vocabulary of these rows would be taken up by the next try, whatever its rows
     assert not Path(config.run.dir).exists()
+
+
+def test_what_evaluation_could_not_use_stops_the_run_before_it_trains(tmp_path: Path) -> None:
+    """Each was found when the training was over."""
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    config = settings(tmp_path, texts)
+    boxes = Path(config.data.manifest).with_name("boxes.csv")
+    boxes.write_text("path,label,x,y,w\nx.png,effusion,1,2,3\n")
+    with pytest.raises(ManifestError, match=r"boxes\.csv.* h"):
+        open_corpus(config)
+    open_corpus(evaluated(config, after_training=False))
+    boxes.unlink()
+    with pytest.raises(
+        ValueError, match=r"evaluate\.subset='5x200': set transfer\.columns\.subset"
+    ):
+        open_corpus(evaluated(config, subset="5x200"))
+
+
+def evaluated(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, **changes))
 
 
 def test_labels_of_a_split_without_reports_can_be_evaluated(tmp_path: Path) -> None:
