@@ -1,7 +1,7 @@
 """What pre-training is worth downstream, against random weights and the baselines, in three tables.
 
   python benchmarks/bench_transfer.py phantoms     # mlip, random: 1 % and 10 % of 2,000 studies
-  python benchmarks/bench_transfer.py ablation     # + mgca, clip: same towers, data, budget, seeds
+  python benchmarks/bench_transfer.py ablation     # + no_knowledge, mgca, clip: else all the same
   python benchmarks/bench_transfer.py real         # lungs, lung boxes, NIH pneumonia, case reports
 
 Checkpoints are the folders <runs>/<method>_<seed> of benchmarks/bench_demo.py; a method without
@@ -11,7 +11,7 @@ pre-training s, label draw s and new weights s. The generated patients are new t
 A cell is one method in one task, with all fractions and seeds. A finished cell is not run again, so
 a killed run goes on; a cell of other settings or another checkpoint is an error. Writes <table>.md
 and <table>.json into --out. Processor time on one core of two, at 3 seeds: about 26 minutes for
-phantoms, as many again for ablation's other two methods, 12 for real.
+phantoms, 10 for each of ablation's other three methods, 12 for real.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ CONFIGS = ROOT / "configs"
 SEEDS = (1, 2, 3)
 OVERLAYS = {
     "mlip": [],
+    "no_knowledge": ["demo_no_knowledge.yaml"],
     "mgca": ["transfer/baseline_mgca.yaml"],
     "clip": ["demo_clip.yaml"],
 }
@@ -46,7 +47,7 @@ REAL_TASKS = ("lung_segmentation", "lung_detection", "nih_pneumonia_classificati
 # table -> its methods and tasks
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "phantoms": (("mlip", "random"), PHANTOM_TASKS),
-    "ablation": (("mlip", "mgca", "clip", "random"), PHANTOM_TASKS),
+    "ablation": (("mlip", "no_knowledge", "mgca", "clip", "random"), PHANTOM_TASKS),
     "real": (("mlip", "random"), (*REAL_TASKS, CASE_REPORTS)),
 }
 # patients that no pre-training has seen: bench_demo.py generates from seeds 1, 2, ...

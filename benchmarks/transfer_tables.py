@@ -8,6 +8,7 @@ from mlip.transfer.table import interval_text, rows_of
 
 METHODS = {
     "mlip": "full MLIP",
+    "no_knowledge": "MLIP without knowledge",
     "mgca": "MGCA family: in-pair tokens, plain prototypes",
     "clip": "global contrast only (CLIP)",
     "imagenet": "ImageNet weights",
