@@ -100,5 +100,8 @@ class DivergenceEncoder(nn.Module):
         query = self.query(y_BD).view(rows, 1, ATTENTION_HEADS, head_dim)
         pair = self.key_value(torch.stack([z_BD, y_BD], dim=1))
         key, value = pair.view(rows, 2, 2, ATTENTION_HEADS, head_dim).unbind(dim=2)
-        weight = torch.softmax((query * key).sum(dim=-1) * head_dim**-0.5, dim=1)
+        scores = (query * key).sum(dim=-1) * head_dim**-0.5
+        # a softmax is float32 or better whatever the parameters' dtype
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        weight = torch.softmax(wide, dim=1).to(value.dtype)
         return self.out((weight.unsqueeze(-1) * value).sum(dim=1).flatten(1))

@@ -68,10 +68,15 @@ class Scales(nn.Module):
         return super().__getattr__(name)
 
     def logit_scale(self) -> Tensor:
-        return self.log_scale.exp()
+        return self._exponential("log_scale")
 
     def logit_scale_local(self) -> Tensor:
-        return self.log_scale_local.exp()
+        return self._exponential("log_scale_local")
+
+    def _exponential(self, name: str) -> Tensor:
+        log_scale = self.stored[name].squeeze(0)
+        # in bfloat16 a scale of 14.29 would come out as 14.25
+        return (log_scale if log_scale.dtype == torch.float64 else log_scale.float()).exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:

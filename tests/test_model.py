@@ -49,6 +49,16 @@ def test_a_gain_of_zero_and_a_share_of_zero_keep_knowledge_out_for_good(
     assert knowledge.row_weights.tolist() == [[float(gain + share > 0)] * 2] * 2
 
 
+def test_logit_scales_are_float32_exponentials_of_whatever_is_stored() -> None:
+    # oracle: exp of the stored number in float64; in bfloat16 the result would be off by 1 in 500
+    scales = _make().bfloat16().scales
+    for name, scale in (("log_scale", scales.logit_scale()),
+                        ("log_scale_local", scales.logit_scale_local())):  # fmt: skip
+        assert scale.dtype == torch.float32
+        expected = scales.stored[name].detach().double().exp()[0]
+        torch.testing.assert_close(scale.detach().double(), expected, rtol=1e-6, atol=0.0)
+
+
 def test_attention_weights_are_clipped_to_the_reports_own_quantiles() -> None:
     # oracle: numpy's quantiles (linear between order statistics) of the real tokens of each report
     model = _make("loss.local_alignment.token_weights=attention")

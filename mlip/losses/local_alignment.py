@@ -82,7 +82,7 @@ class InPairAlignment(nn.Module):
         key, value = self.token_key_value(token_BTD).chunk(2, dim=-1)
         read_BPD = self.out_patch(_attend(self.patch_query(patch_BPD), key, value, mask))
 
-        weight_BT = mask.to(patch_BPD.dtype)
+        weight_BT = mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
         if attention is not None:
             shown_BT = torch.where(mask, attention.detach(), 0.0).to(weight_BT.dtype)
             has_weight = shown_BT.sum(dim=1, keepdim=True) > 0
@@ -98,11 +98,13 @@ class InPairAlignment(nn.Module):
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """One-head attention [B, L, D]; a row without any unmasked key gives zero."""
     logits = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    # a softmax is float32 or better whatever the parameters' dtype
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if mask is None:
-        return torch.softmax(logits, dim=-1) @ value
+        return torch.softmax(logits, dim=-1).to(value.dtype) @ value
     # the largest negative number, not -inf: an all-masked row must not become NaN
     logits = logits.masked_fill(~mask[:, None, :], torch.finfo(logits.dtype).min)
-    return (torch.softmax(logits, dim=-1) * mask[:, None, :]) @ value
+    return (torch.softmax(logits, dim=-1) * mask[:, None, :]).to(value.dtype) @ value
 
 
 def _matching(left: Tensor, right: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

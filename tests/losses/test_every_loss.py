@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlip.losses import LOSSES
 from mlip.losses.category import Category
@@ -143,6 +144,31 @@ def test_loss_is_the_same_at_the_same_step_and_finite_in_float32(case: str) -> N
     first = run()
     assert first.dtype == torch.float32 and bool(first.isfinite())
     assert torch.equal(first, run())
+
+
+class _NarrowExponentials(TorchDispatchMode):
+    """Notes every exponential, softmax and logarithm whose result has 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.__name__.split(".")[0].strip("_")
+        is_one = name in ("exp", "log", "softmax", "log_softmax", "logsumexp", "softplus")
+        if is_one and isinstance(out, Tensor) and out.dtype in (torch.bfloat16, torch.float16):
+            self.found.append(name)
+        return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exponentials_are_float32_whatever_the_parameters_are(case: str) -> None:
+    # method.md: all softmax, log-sum-exp and loss arithmetic in float32 or better
+    leaves = {n: x.bfloat16() for n, x in make_leaves(dtype=torch.float32).items()}
+    with _NarrowExponentials() as seen:
+        value = _make(case).bfloat16()(context_of(leaves, make_batch(), FakeScales()))
+    assert value.dtype == torch.float32 and seen.found == []
 
 
 @pytest.mark.parametrize("case", ["global_contrastive", "local_alignment", "category", "swapping"])
