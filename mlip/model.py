@@ -125,13 +125,10 @@ class MLIPModel(nn.Module):
         nn.init.normal_(self.state_embedding.weight, std=width**-0.5)
         self.knowledge_projection = nn.Linear(width, dim, bias=False)
         self.scales = Scales(config)
-        local = config.loss.local_alignment
-        self.scores_knowledge = local.knowledge_gain > 0 or local.knowledge_share > 0
         weights = torch.zeros(3)
-        if self.scores_knowledge:
-            weights[PRESENT] = config.knowledge.weight_present
-            weights[ABSENT] = config.knowledge.weight_absent
-            weights[UNCERTAIN] = config.knowledge.weight_uncertain
+        weights[PRESENT] = config.knowledge.weight_present
+        weights[ABSENT] = config.knowledge.weight_absent
+        weights[UNCERTAIN] = config.knowledge.weight_uncertain
         self.register_buffer("state_weights", weights, persistent=False)
 
     concept_vectors: Tensor
@@ -140,6 +137,12 @@ class MLIPModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.state_weights.device
+
+    @property
+    def scores_knowledge(self) -> bool:
+        """Whether mentions take part in the local score."""
+        local = self.config.loss.local_alignment
+        return local.knowledge_gain > 0 or local.knowledge_share > 0
 
     def _autocast(self) -> Any:
         if self.config.train.precision != "bf16":
@@ -181,7 +184,7 @@ class MLIPModel(nn.Module):
         return KnowledgeFeatures(
             entities=entities,
             mask=entity_mask,
-            row_weights=self.state_weights[entity_state] * entity_mask,
+            row_weights=self.state_weights[entity_state] * (entity_mask & self.scores_knowledge),
             present_mean=unit_length(present),
             has_present=is_present.any(dim=1),
         )

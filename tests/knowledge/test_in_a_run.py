@@ -150,11 +150,13 @@ def test_without_knowledge_no_entity_reaches_the_local_score_or_the_category_lev
     patches, tokens = torch.randn(3, 4, 32), torch.randn(3, 6, 32)
     content = torch.ones(3, 6, dtype=torch.bool)
     ids, states = torch.tensor([[3], [5], [9]]), torch.zeros(3, 1, dtype=torch.long)
+    mask = torch.ones(3, 1, dtype=torch.bool)
     with torch.no_grad():
-        knowledge = model.encode_knowledge(ids, states, torch.ones(3, 1, dtype=torch.bool))
+        knowledge = model.encode_knowledge(ids, states, mask)
         found = model.local_scores(patches, tokens, content, None, knowledge)
         silent = model.local_scores(patches, tokens, content, None, None)
         model.config = run.config
+        knowledge = model.encode_knowledge(ids, states, mask)
         usual = model.local_scores(patches, tokens, content, None, knowledge)
     assert torch.allclose(found, silent, atol=1e-6)
     assert not torch.allclose(usual, silent, atol=1e-3)
