@@ -22,7 +22,12 @@ _QUOTE = ord('"')
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx is a ZIP file, .xls an OLE one
 _SHOWN = 40  # columns that a message names
 # What stands in cells and hardly in a column's name: a number or an identifier, a file, a sentence.
-_DATA = re.compile(r"^\d|\d{4}|\.[A-Za-z]{3,5}$|[.!?] |^.{61}|(\S+\s+){6}", re.DOTALL)
+# AX-204, A-12-34 and DOE^JOHN are none either; sha256 is.
+_DATA = re.compile(
+    r"^\d|\d{4}|(?<!sha)(?<!sha[-_])\d{3}|\d[-/]\d|\^|\.[a-z]{3,5}$|[a-z]{4}\.$|[.!?] |^.{61}"
+    r"|(\S+\s+){6}",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 class CsvError(ValueError):

@@ -126,7 +126,11 @@ def test_usual_headers_are_shown_and_rows_of_data_are_not() -> None:
     usual = "Image Index,Follow-up #,OriginalImage[Width,PatientOrientationCodeSequence_CodeMeaning"
     assert shown(usual.split(",")) == ", ".join(usual.split(","))
     assert shown(["image", " patient_id"]) == "image, ' patient_id'"
-    for cell in ("a/b.dcm", "PAT00123", "2024-01-01", "0012", "No effusion. Clear.", "x" * 61):
+    assert shown(["Accession No.", "sha256", "SHA-256"]) == "Accession No., sha256, SHA-256"
+    identifiers = ("PAT00123", "AX-204", "A-12-34", "DOE^JOHN", "0012")
+    for cell in ("a/b.dcm", "2024-01-01", "No effusion. Clear.", "No Edema.", "x" * 61):
+        assert cell not in shown(["image", cell])
+    for cell in identifiers:
         assert cell not in shown(["image", cell])
 
 
