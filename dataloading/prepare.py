@@ -233,6 +233,11 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
                 f"--option {text}: expected NAME=VALUE with a name out of "
                 f"{', '.join(options) or 'none: this data set has no options'}"
             )
+        if not value:
+            # a variable of the shell that is not set: reports=$RIS would prepare without reports
+            raise DatasetError(
+                f"--option {text}: expected a value: leave it out where none is meant"
+            )
         options[name] = value
     return options
 

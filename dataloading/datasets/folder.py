@@ -19,7 +19,7 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.datasets.study_reports import StudyReports
-from mlip.dataloading.dicom import DicomError, read_identity
+from mlip.dataloading.dicom import DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
 _MAX_REPORT_BYTES = 1 << 20
@@ -43,6 +43,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
+    identities: list[Identity | None] = []
     seen: set[str] = set()
     texts: set[Path] = set()
     used: set[Path] = set()
@@ -78,15 +79,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 excluded["duplicate_image"] += 1
                 continue
             seen.add(image)
-        if table is not None:
-            report, fault = table.find(identity)
-        else:
-            beside = _text_beside(path, root)
-            used.add(beside or path)
-            report, fault = _read_text(beside) if beside else ("", "")
-        if fault:
-            excluded[fault] += 1
-            continue
+        report = ""
+        if table is None and (beside := _text_beside(path, root)):
+            used.add(beside)
+            report, fault = _read_text(beside)
+            if fault:
+                excluded[fault] += 1
+                continue
+        identities.append(identity)
         rows.append(
             Row(
                 image=name,
@@ -97,7 +97,10 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 report=report,
             )
         )
-    notes = table.account(excluded) if table is not None else []
+    notes = []
+    if table is not None:
+        rows = table.join(rows, identities, excluded)
+        notes = table.account(excluded)
     if not rows:
         left_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
         raise DatasetError(

@@ -64,6 +64,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     texts = []
     if options["report"] != "none":
         texts = find_report(path, names, options["report"], "report")
+        if ids := {wanted[field] for field in _IDENTIFIERS & wanted.keys()} & set(texts):
+            raise DatasetError(
+                f"{path}: {', '.join(sorted(ids))} holds identifiers and cannot be a report: name "
+                "another column with --option report, or report=none"
+            )
     read = read_table(
         path, wanted | states | {f"text {name}": name for name in texts}, numbers=states
     )[0]

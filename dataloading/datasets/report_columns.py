@@ -10,8 +10,9 @@ from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.rows import DatasetError
 from mlip.dataloading.report_text import HEADINGS
 
-# usual names as plain_name writes them, tried in this order
-_WHOLE = "report reporttext text radiologyreport fulltext caption findingsandimpression".split()
+# usual names as plain_name writes them, tried in this order; beside "Report Text" a column "Report"
+# is a state or a number
+_WHOLE = "reporttext radiologyreport report text fulltext caption findingsandimpression".split()
 _SECTIONS = {
     "FINDINGS": ("findings", "findingstext", "finding"),
     "IMPRESSION": ("impression", "impressiontext", "conclusion"),

@@ -6,8 +6,10 @@ see it: where the table names patients, the file must name the same one.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import find_report, joined_texts, plain_name
-from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.datasets.rows import DatasetError, Row
 from mlip.dataloading.dicom import Identity
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
@@ -67,6 +69,11 @@ class StudyReports:
                 f"{path}: no column of a usual name for it: give --option {missing}=<column>; "
                 f"the file has {shown(names)}"
             )
+        if ids := {key, patient} & set(texts):
+            raise DatasetError(
+                f"{path}: {', '.join(sorted(ids))} holds identifiers and cannot be a report: name "
+                "other columns with --option report_text"
+            )
         wanted = {"key": key, **{f"text {name}": name for name in texts}}
         if patient:
             wanted["patient"] = patient
@@ -74,11 +81,11 @@ class StudyReports:
         for field in ("key", "patient"):
             if field in read:
                 check_identifiers(read[field], wanted[field], path)
-        self._path, self._key, self._patient = path, key, patient
+        self._path, self._key, self._patient, self._columns = path, key, patient, texts
         self.is_uid = _holds_uids(read["key"])
         self._counts: Counter[str] = Counter()
         self._found: set[str] = set()
-        self._shortened = 0
+        self._rewritten = 0
         self._texts = self._index(read, texts, options["report_repeats"] == "join")
 
     @property
@@ -121,20 +128,49 @@ class StudyReports:
                 f"in data rows {one + 1} and {other + 1}: expected one report a study; give "
                 "--option report_repeats=join where they are addenda, which puts them together"
             )
+        self._put_together = len({one for one, _ in repeats})
         return index
 
-    def find(self, identity: Identity | None) -> tuple[str, str]:
+    def join(
+        self, rows: Sequence[Row], identities: Sequence[Identity | None], excluded: Counter[str]
+    ) -> list[Row]:
+        """The rows with the reports of their files' studies; those left out are counted by rule.
+
+        identities  what stands in the header of each row's file, None where there is no header
+        """
+        patients: dict[str, set[str]] = {}
+        if not self._patient:
+            for identity in identities:
+                if identity is not None and identity.patient:
+                    patients.setdefault(self._key_of(identity), set()).add(identity.patient)
+        # accession numbers of two sites, or studies that somebody numbered alike
+        shared = {key for key, names in patients.items() if len(names) > 1}
+        kept = []
+        for row, identity in zip(rows, identities, strict=True):
+            row.report, rule = self._find(identity, shared)
+            if rule:
+                excluded[rule] += 1
+            else:
+                kept.append(row)
+        return kept
+
+    def _key_of(self, identity: Identity) -> str:
+        return identity.study if self.is_uid else identity.accession
+
+    def _find(self, identity: Identity | None, shared: set[str]) -> tuple[str, str]:
         """The report of a file's study ("" where there is none), or the rule to leave it out by."""
-        key = "" if identity is None else identity.study if self.is_uid else identity.accession
+        key = "" if identity is None else self._key_of(identity)
         if identity is None or not key:
             self._counts["image without key"] += 1
             return "", ""
         of_patient = self._texts.get(key)
         if of_patient is None:
             self._counts["image not in table"] += 1
-            self._shortened += key.lstrip("0") != key and key.lstrip("0") in self._texts
+            self._rewritten += _bare(key) in self._bare_keys
             return "", ""
         self._found.add(key)
+        if key in shared:
+            return "", "report_of_several_patients"
         if not self._patient:
             text = of_patient[""]
         elif not identity.patient:
@@ -146,6 +182,10 @@ class StudyReports:
         self._counts["image with report" if text else "image with blank report"] += 1
         return text, ""
 
+    @cached_property
+    def _bare_keys(self) -> set[str]:
+        return {_bare(key) for key in self._texts} - {""}
+
     def account(self, excluded: Counter[str]) -> list[str]:
         """What was joined to what, for the user to read.
 
@@ -155,7 +195,10 @@ class StudyReports:
         if not count["image with report"]:
             raise DatasetError(f"{self._path}: {self._why_none(excluded)}")
         compared = f", patients compared with column {self._patient}" if self._patient else ""
-        notes = [f"reports joined by {self.attribute} = column {self._key}{compared}"]
+        notes = [
+            f"reports of column {', '.join(self._columns)} joined by {self.attribute} = column "
+            f"{self._key}{compared}"
+        ]
         notes.append(
             f"images with a report {count['image with report']}, with a blank one "
             f"{count['image with blank report']}, not in the table {count['image not in table']}, "
@@ -166,8 +209,10 @@ class StudyReports:
             f"studies of the table: {len(self._texts)}, {lost} without an image; rows without key "
             f"or patient: {count['row without key or patient']}"
         )
-        if self._shortened:
-            notes.append(self._zeros())
+        if self._put_together:
+            notes.append(f"studies whose several texts were put together: {self._put_together}")
+        if self._rewritten:
+            notes.append(self._other_writing())
         return notes
 
     def _why_none(self, excluded: Counter[str]) -> str:
@@ -178,19 +223,31 @@ class StudyReports:
                 f"{self._patient} names: expected the files' PatientID, leading zeros included; "
                 "where it holds pseudonyms give --option report_patient=none"
             )
+        if shared := excluded["report_of_several_patients"]:
+            return (
+                f"{shared} images share their {self.attribute} with images of another patient, so "
+                "nobody can tell whose report it is: give the column of patient ids with --option "
+                "report_patient, or join by StudyInstanceUID"
+            )
         reason = (
             f"no image gets a report: {count['image without key']} files have no "
             f"{self.attribute}, {count['image not in table']} have one that its column "
             f"{self._key} does not hold, {count['image with blank report']} a blank report; "
             "name the column with --option report_key"
         )
-        return f"{reason}. {self._zeros()}" if self._shortened else reason
+        return f"{reason}. {self._other_writing()}" if self._rewritten else reason
 
-    def _zeros(self) -> str:
+    def _other_writing(self) -> str:
         return (
-            f"{self._shortened} accession numbers stand in the table without their leading zeros "
-            "only, which spreadsheets take away: export that column as text"
+            f"{self._rewritten} images have a key that stands in the table in another writing "
+            "only: leading zeros, case, blanks or marks differ, which spreadsheets change: export "
+            "that column as text"
         )
+
+
+def _bare(key: str) -> str:
+    """A key without what spreadsheets take away or add: ="0042" and 42 are one."""
+    return re.sub(r"[\W_]+", "", key.lower()).lstrip("0")
 
 
 def _column(
@@ -207,7 +264,8 @@ def _column(
 
 
 def _holds_uids(column: pa.ChunkedArray) -> bool:
-    """Whether every key is a UID, so the column is of StudyInstanceUIDs."""
+    """Whether most keys are UIDs, so the column is of StudyInstanceUIDs; "n/a" stands in some."""
     texts = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
     said = pc.filter(texts, pc.not_equal(texts, ""))
-    return len(said) > 0 and bool(pc.all(pc.match_substring_regex(said, _UID)).as_py())
+    found = pc.sum(pc.match_substring_regex(said, _UID)).as_py() or 0
+    return bool(2 * found > len(said))

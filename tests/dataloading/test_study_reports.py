@@ -67,7 +67,7 @@ def test_reports_follow_the_accession_number_and_all_is_counted(tmp_path: Path) 
         "scan.png": "",
     }
     assert collected.notes == [
-        "reports joined by AccessionNumber = column Accession No.",
+        "reports of column Report Text joined by AccessionNumber = column Accession No.",
         "images with a report 2, with a blank one 1, not in the table 1, without AccessionNumber 2",
         "studies of the table: 3, 1 without an image; rows without key or patient: 1",
         "1 of the .txt files are not read: the table has the reports",
@@ -80,7 +80,17 @@ def test_a_column_of_uids_is_joined_by_the_study_uid_whatever_its_name(tmp_path:
     table(tmp_path / "ris.csv", "study_id,text", rows)
     texts, collected = joined(tmp_path / "pacs", tmp_path / "ris.csv")
     assert texts == {"0.dcm": "Report 0.", "1.dcm": "Report 1."}
-    assert collected.notes[0] == "reports joined by StudyInstanceUID = column study_id"
+    said = "reports of column text joined by StudyInstanceUID = column study_id"
+    assert collected.notes[0] == said
+
+
+def test_a_column_of_uids_may_hold_a_word_for_none(tmp_path: Path) -> None:
+    uids = [film(tmp_path / "pacs" / f"{i}.dcm", f"P{i}", f"A{i}") for i in range(3)]
+    rows: list[list[object]] = [[uids[0], "Zero."], [uids[1], "One."], ["n/a", "Nobody's."]]
+    table(tmp_path / "ris.csv", "StudyInstanceUID,report", rows)
+    texts, collected = joined(tmp_path / "pacs", tmp_path / "ris.csv")
+    assert texts == {"0.dcm": "Zero.", "1.dcm": "One.", "2.dcm": ""}
+    assert collected.notes[2].startswith("studies of the table: 3, 1 without an image")
 
 
 def test_no_image_gets_the_report_of_another_patient(tmp_path: Path) -> None:
@@ -98,9 +108,31 @@ def test_no_image_gets_the_report_of_another_patient(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="data rows 1 and 2"):
         joined(root, ris, report_patient="none")  # without patients they are one study's two texts
     table(ris, "accession,pseudonym,report", [["A1", "x9", "One."]])
-    assert set(joined(root, ris)[0].values()) == {"One."}
     with pytest.raises(DatasetError, match="4 images are of studies in it, none of the patient"):
         joined(root, ris, report_patient="pseudonym")
+
+
+def test_files_of_two_patients_that_share_a_key_get_no_report_without_patients(
+    tmp_path: Path,
+) -> None:
+    """Two sites number their orders alike and the table is of one: nobody can tell of which."""
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    uid = film(root / "one.dcm", "P1", "A1")
+    film(root / "two.dcm", "P2", "A1")
+    film(root / "nobody.dcm", "", "A1")
+    film(root / "three.dcm", "P3", "A3")
+    film(root / "third.dcm", "P3", "A3")
+    table(ris, "accession,report", [["A1", "One's."], ["A3", "Three's."]])
+    texts, collected = joined(root, ris)
+    assert texts == {"three.dcm": "Three's.", "third.dcm": "Three's."}
+    assert collected.excluded == {"report_of_several_patients": 3}
+    table(ris, "accession,report", [["A1", "One's."], ["A7", "Nobody's."]])
+    with pytest.raises(DatasetError, match="3 images share their AccessionNumber with"):
+        joined(root, ris)
+    table(ris, "study,report", [[uid, "One's."]])
+    texts, collected = joined(root, ris, report_key="study")
+    assert texts.pop("one.dcm") == "One's." and set(texts.values()) == {""}
+    assert not collected.excluded
 
 
 def test_repeated_rows_are_refused_or_put_together(tmp_path: Path) -> None:
@@ -112,8 +144,9 @@ def test_repeated_rows_are_refused_or_put_together(tmp_path: Path) -> None:
     table(ris, "accession,report", [*rows, ["A1", "Addendum: more."], ["A1", "First."]])
     with pytest.raises(DatasetError, match="1 rows repeat .* data rows 2 and 4.*=join"):
         joined(root, ris)
-    texts, _ = joined(root, ris, report_repeats="join")
+    texts, collected = joined(root, ris, report_repeats="join")
     assert texts == {"a.dcm": "First.\n\nAddendum: more."}
+    assert collected.notes[-1] == "studies whose several texts were put together: 1"
     with pytest.raises(DatasetError, match="refuse or join"):
         joined(root, ris, report_repeats="last")
 
@@ -127,6 +160,10 @@ def test_what_joins_nothing_stops_and_names_the_likely_reason(tmp_path: Path) ->
     assert "CANARY" not in str(caught.value) and "42" not in str(caught.value)
     table(ris, "accession,report", [["1.23E+11", "CANARY."]])
     with pytest.raises(ManifestError, match="spreadsheet has rounded"):
+        joined(root, ris)
+    film(root / "a.dcm", "P1", "AX-042")
+    table(ris, "accession,report", [['="ax-042"', "CANARY."]])
+    with pytest.raises(DatasetError, match="1 images have a key that stands .* in another writing"):
         joined(root, ris)
     numbers = pa.table({"AccessionNumber": [42, 7], "report": ["Whole number.", "No."]})
     pa.parquet.write_table(numbers, tmp_path / "ris.parquet")
@@ -154,6 +191,22 @@ def test_columns_that_are_not_there_are_named(
         joined(tmp_path / "pacs", tmp_path / "ris.csv", **options)
     with pytest.raises(DatasetError, match="give option reports too"):
         collect("folder", tmp_path / "pacs", report_key="accession")
+
+
+def test_a_report_is_neither_an_identifier_nor_a_state(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "A1")
+    cells: list[object] = ["A1", "P1", "Final", "Clear lungs.", "a.dcm"]
+    table(ris, "accession,patient_id,Report,Report Text,image", [cells])
+    texts, collected = joined(root, ris)
+    assert texts == {"a.dcm": "Clear lungs."}
+    assert collect("manifest", root, file=str(ris)).rows[0].report == "Clear lungs."
+    assert collected.notes[0].startswith("reports of column Report Text joined by")
+    for named in ("accession", "patient_id", "Report Text,patient_id"):
+        with pytest.raises(DatasetError, match=r"holds identifiers .* --option report_text"):
+            joined(root, ris, report_text=named)
+    with pytest.raises(DatasetError, match="patient_id holds identifiers"):
+        collect("manifest", root, file=str(ris), report="Report Text,patient_id")
 
 
 def test_sections_in_columns_become_sections_of_the_report(tmp_path: Path) -> None:
@@ -187,5 +240,7 @@ def test_the_command_joins_a_ris_table_and_writes_no_identifier(
     assert sorted(row["report"] for row in written) == ["", "Text 0.", "Text 1.", "Text 2."]
     for text in (printed.out, printed.err, str(written)):
         assert "CANARY" not in text
+    assert main(["prepare", "folder", *arguments, "--option", "reports="]) == 3
+    assert "--option reports=: expected a value" in capsys.readouterr().err
     assert main(["prepare", "folder", *arguments, "--option", "reports=nowhere.csv"]) == 3
     assert "nowhere.csv: cannot be read" in capsys.readouterr().err
