@@ -59,14 +59,23 @@ def test_it_starts_with_nothing_else_installed_and_names_the_missing_gpu() -> No
 @pytest.mark.parametrize("name", gpu_check.PARTS)
 def test_every_part_has_gpu_tests_and_ends_within_nine_minutes(name: str) -> None:
     part = gpu_check.PARTS[name]
-    tests = ROOT / part.tests
-    files = sorted(tests.glob("test_*.py")) if tests.is_dir() else [tests]
-    assert any("mark.gpu" in file.read_text(encoding="utf-8") for file in files)
+    for tests in (ROOT / path for path in part.tests):
+        files = sorted(tests.glob("test_*.py")) if tests.is_dir() else [tests]
+        assert any("mark.gpu" in file.read_text(encoding="utf-8") for file in files), tests
     assert part.benchmark is None or (ROOT / "benchmarks" / part.benchmark).is_file()
     assert part.tests_s <= gpu_check.TOTAL_S - gpu_check.RESERVE_S
     # as `make gpu-check` has always asked for
     assert part.needs[:4] == ("torch", "triton", "numpy", "pytest")
     assert (part.needs == gpu_check.BASE) == (name == "kernels")
+
+
+def test_every_file_with_gpu_tests_belongs_to_a_part() -> None:
+    """A GPU test that no part runs would wait for somebody to remember it."""
+    mark = "mark." + "gpu"
+    own = Path(__file__)
+    marked = {p for p in (ROOT / "tests").rglob("test_*.py") if mark in p.read_text() and p != own}
+    paths = [ROOT / path for part in gpu_check.PARTS.values() for path in part.tests]
+    assert marked and all(any(p.is_relative_to(path) for path in paths) for p in marked)
 
 
 def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
