@@ -13,15 +13,13 @@ import argparse
 import gc
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlip import distributed
-from mlip.assembly import Corpus, build_objective, open_corpus
+from mlip.assembly import Corpus, build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
-from mlip.dataloading import phantom_dataset
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import build_loader, merge_states
 from mlip.pretrained import open_checkpoint
@@ -55,19 +53,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
             "no average to evaluate when the training is over"
         )
     return options, config
-
-
-def provide_phantoms(config: Config) -> None:
-    """Generate the studies that data.phantom asks for, once, on rank 0."""
-    wanted = config.data.phantom
-    if wanted.studies == 0:
-        return
-    folder = Path(config.data.manifest).parent
-    if distributed.is_main():
-        phantom_dataset.write_dataset(folder, wanted)
-    # no collective: generation may take longer than run.timeout_s allows one rank to be silent
-    while not phantom_dataset.is_complete(folder, phantom_dataset.fingerprint(wanted)):
-        time.sleep(1.0)
 
 
 def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:

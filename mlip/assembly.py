@@ -6,6 +6,7 @@ Training and every command build them here, so a checkpoint meets the same parts
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import STATES
 from mlip.config import Config, Knowledge
+from mlip.dataloading import phantom_dataset
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
 from mlip.encoders.text import TextEncoder, token_states
@@ -49,6 +51,19 @@ class Corpus:
     tokenizer: ReportTokenizer
     table: ConceptTable
     linker: Linker
+
+
+def provide_phantoms(config: Config) -> None:
+    """Generate the studies that data.phantom asks for, once, on rank 0."""
+    wanted = config.data.phantom
+    if wanted.studies == 0:
+        return
+    folder = Path(config.data.manifest).parent
+    if distributed.is_main():
+        phantom_dataset.write_dataset(folder, wanted)
+    # no collective: generation may take longer than run.timeout_s allows one rank to be silent
+    while not phantom_dataset.is_complete(folder, phantom_dataset.fingerprint(wanted)):
+        time.sleep(1.0)
 
 
 def open_corpus(config: Config) -> Corpus:
