@@ -10,7 +10,7 @@ scores = mlip.similarity(images, texts)  # [2, 2], high = match
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +40,15 @@ class Pretrained:
     facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
     prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
 
-    def encode_images(self, paths: Sequence[str | Path]) -> ImageFeatures:
+    def encode_images(self, paths: Iterable[str | Path]) -> ImageFeatures:
         """mlip.transfer.own_inputs.encode_images: of JPEG, PNG or DICOM files."""
         return own_inputs.encode_images(self, paths)
 
-    def encode_texts(self, texts: Sequence[str]) -> TextBank:
+    def encode_texts(self, texts: Iterable[str]) -> TextBank:
         """mlip.transfer.own_inputs.encode_texts: of phrases."""
         return own_inputs.encode_texts(self, texts)
 
-    def encode_reports(self, reports: Sequence[str]) -> TextBank:
+    def encode_reports(self, reports: Iterable[str]) -> TextBank:
         """mlip.transfer.own_inputs.encode_reports: of whole reports, as training reads them."""
         return own_inputs.encode_reports(self, reports)
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,11 @@ from mlip.transfer.prompts import encode_prompts
 
 Head = Literal["global", "local"]
 IMAGES_AT_ONCE = 16
+_HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")
+_UNKNOWN = (
+    "holds no word, part of a word or character that the checkpoint's vocabulary knows; ask in the "
+    "language of its training reports"
+)
 
 
 class ImageFileError(ValueError):
@@ -68,22 +75,32 @@ def encode_pixels(opened: Any, pixels: Tensor) -> ImageFeatures:
     """Features of model inputs, on the CPU in float32.
 
     Shapes:  pixels [N, C, crop_px, crop_px] -> embedding [N, D] unit length, patches [N, P, D]
-    Raises:  ValueError for features that are not finite.
+    Raises:  ValueError for a model in training mode, or features that are not finite.
     """
-    found = opened.model.encode_image(pixels.to(next(opened.model.parameters()).device))
+    _require_eval(opened.model)
+    # its device and its dtype, which a caller may have changed
+    found = opened.model.encode_image(pixels.to(next(opened.model.parameters())))
     embedding, patches = found.embedding.float().cpu(), found.patches.float().cpu()
     if not all(bool(torch.isfinite(x).all()) for x in (embedding, patches)):
         raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
     return ImageFeatures(embedding=embedding, patches=patches, grid=found.grid)
 
 
-def encode_images(opened: Any, paths: Sequence[str | Path]) -> ImageFeatures:
+def _require_eval(model: Any) -> None:
+    """No switching here and back: another thread may be at work with the same model."""
+    if any(module.training for module in model.modules()):
+        raise ValueError(
+            "the model is in training mode, in which features depend on the other inputs of the "
+            "call and change the model's batch statistics: call .model.eval() first"
+        )
+
+
+def encode_images(opened: Any, paths: Iterable[str | Path]) -> ImageFeatures:
     """Features of image files as encode_pixels, in the order of the paths.
 
-    Raises:  ImageFileError; ValueError for no path at all, or features that are not finite.
+    Raises:  ImageFileError; ValueError as encode_pixels, for no path at all or what is none.
     """
-    if isinstance(paths, str | Path) or not paths:
-        raise ValueError("expected a list of image files, of one at least")
+    paths = _listed(paths, "image files", (str, os.PathLike))
     parts = []
     for start in range(0, len(paths), IMAGES_AT_ONCE):
         chunk = [Path(path) for path in paths[start : start + IMAGES_AT_ONCE]]
@@ -96,41 +113,58 @@ def encode_images(opened: Any, paths: Sequence[str | Path]) -> ImageFeatures:
     )
 
 
-def encode_texts(opened: Any, texts: Sequence[str]) -> TextBank:
+def encode_texts(opened: Any, texts: Iterable[str]) -> TextBank:
     """Features of phrases with the knowledge linked from them, negation included.
 
     Raises:  ValueError for a text without words, longer than the model reads, or in no word, part
-             of a word or character that the checkpoint's vocabulary knows.
+             of a word or character that the checkpoint's vocabulary knows; for what is no text, or
+             a model in training mode.
     """
-    _check_list(texts)
-    unknown = opened.tokenizer.unk_id
-    for text, coded in zip(texts, opened.tokenizer.encode_batch(list(texts)), strict=True):
-        if set(coded.ids) == {unknown}:
-            # all such texts are the same one to the model
-            raise ValueError(
-                f"the phrase {text!r} holds no word, part of a word or character that the "
-                "checkpoint's vocabulary knows; ask in the language of its training reports"
-            )
+    texts = _listed(texts, "texts", str)
+    if (place := _first_unknown(opened, texts)) is not None:
+        raise ValueError(f"the phrase {texts[place]!r} {_UNKNOWN}")
     return _encode(opened, texts, cut=False)
 
 
-def encode_reports(opened: Any, reports: Sequence[str]) -> TextBank:
+def encode_reports(opened: Any, reports: Iterable[str]) -> TextBank:
     """Features of whole reports as training reads them: data.sections, as far as the model reads.
 
-    Raises:  ValueError, which quotes no report, for one without words in those sections.
+    Raises:  ValueError as encode_texts, but for length and of those sections; it quotes no report.
     """
-    _check_list(reports)
+    reports = _listed(reports, "texts", str)
     sections = opened.config.data.sections
     chosen = [choose_sections(report, sections) or "" for report in reports]
+    if (place := _first_unknown(opened, chosen)) is not None:
+        raise ValueError(f"report {place + 1} {_UNKNOWN}")
     return _encode(opened, chosen, cut=True)
 
 
-def _check_list(texts: Sequence[str]) -> None:
-    if isinstance(texts, str) or not texts:
-        raise ValueError("expected a list of texts, of one at least")
+def _first_unknown(opened: Any, texts: list[str]) -> int | None:
+    """Place of the first text of unknown tokens only: all such texts are the same to the model."""
+    unknown = opened.tokenizer.unk_id
+    coded = opened.tokenizer.encode_batch(texts)
+    return next((i for i, one in enumerate(coded) if set(one.ids) == {unknown}), None)
+
+
+def _listed(things: Any, name: str, kind: type | tuple[type, ...]) -> list[Any]:
+    """A list, tuple, array, column or generator as a list; not one thing alone, nor a set."""
+    # results come in the order of what was asked, which a set does not have
+    wrong = isinstance(things, str | bytes | os.PathLike | set | frozenset)
+    items = [] if wrong else list(things)
+    if not items:
+        raise ValueError(f"expected a list of {name}, of one at least")
+    for place, item in enumerate(items, start=1):
+        if not isinstance(item, kind):
+            raise ValueError(
+                f"expected a list of {name}, number {place} is of type {type(item).__name__}"
+            )
+        if kind is str and _HALF_CHARACTER.search(str(item)):
+            raise ValueError(f"text {place} holds half a character (a surrogate): decode it anew")
+    return items
 
 
 def _encode(opened: Any, texts: Sequence[str], *, cut: bool) -> TextBank:
+    _require_eval(opened.model)
     return encode_prompts(
         opened.model,
         texts,
@@ -162,5 +196,5 @@ def heat_maps(opened: Any, images: ImageFeatures, texts: TextBank) -> Array:
 
     The grid lies over the model's input (model_input), not over the file: `mlip ground` maps back.
     """
-    heat = phrase_maps(opened.model, images.patches, texts).transpose(0, 1).numpy()
+    heat = phrase_maps(opened.model, images.patches, texts).transpose(0, 1).float().numpy()
     return heat.reshape(*heat.shape[:2], *images.grid)

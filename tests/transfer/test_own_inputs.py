@@ -107,9 +107,76 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
             opened.encode_texts(nothing)
     with pytest.raises(ValueError, match="empty"):
         opened.encode_texts(["effusion", " "])
+    for strange in (["effusion", None], ["effusion", "\udc80"], {"effusion", "heart"}):
+        with pytest.raises(ValueError, match=r"number 2 is of|text 2 holds|list of texts"):
+            opened.encode_texts(strange)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="list of image files, number 1 is of type ndarray"):
+        opened.encode_images(np.zeros((9, 9), np.uint8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the phrase '\u5de6' holds no word"):
+        opened.encode_texts(["\u5de6"])
+    with pytest.raises(ValueError, match="report 2 holds no word") as caught:
+        opened.encode_reports(["Clear.", "\u5de6\u4fa7"])
+    assert "\u5de6" not in str(caught.value)
     images, texts = encode_pixels(opened, torch.zeros(1, 1, 96, 96)), opened.encode_texts(["heart"])
     with pytest.raises(ValueError, match="expected 'global' or 'local', got 'both'"):
         opened.similarity(images, texts, "both")  # type: ignore[arg-type]
+
+
+def test_files_and_texts_come_in_any_order_that_stays(opened: Pretrained, tmp_path: Path) -> None:
+    names = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, name in enumerate(names):
+        assert cv2.imwrite(name, np.random.default_rng(i).integers(0, 256, (99, 90), np.uint8))
+    expected = opened.encode_images(names).embedding
+    for files in (np.array(names), map(Path, names), (name for name in names)):
+        assert torch.equal(opened.encode_images(files).embedding, expected)
+    words = ["left effusion", "edema"]
+    phrases, reports = opened.encode_texts(words), opened.encode_reports(words)
+    for texts in (np.array(words), iter(words)):
+        assert torch.equal(opened.encode_texts(texts).text.embedding, phrases.text.embedding)
+    assert torch.equal(
+        opened.encode_reports(np.array(words)).text.embedding, reports.text.embedding
+    )
+
+
+def test_a_model_in_training_mode_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    """Its features would depend on their batch, and the call would move its running statistics."""
+    own = from_pretrained(small_export())
+    assert cv2.imwrite(str(tmp_path / "film.png"), np.full((99, 90), 99, np.uint8))
+    files, words = [tmp_path / "film.png"], ["effusion"]
+    before = own.encode_images(files).embedding
+    buffers = {name: value.clone() for name, value in own.model.named_buffers()}
+    for part in (own.model, own.model.vision):  # one tower alone counts too
+        part.train()
+        for call in (
+            lambda: own.encode_images(files),
+            lambda: own.encode_texts(words),
+            lambda: own.encode_reports(words),
+        ):
+            with pytest.raises(ValueError, match=r"training mode.*\.eval\(\)"):
+                call()
+        assert part.training
+        own.model.eval()
+    assert all(torch.equal(value, buffers[name]) for name, value in own.model.named_buffers())
+    after = own.encode_images(files).embedding
+    assert torch.equal(after, before) and not after.requires_grad
+
+
+def test_half_a_model_and_autocast_give_float32(opened: Pretrained, tmp_path: Path) -> None:
+    """Bound: eight bits of mantissa, as texts have it."""
+    grey = np.random.default_rng(2).integers(0, 256, (99, 90), np.uint8)
+    assert cv2.imwrite(str(tmp_path / "film.png"), grey)
+    files, words = [tmp_path / "film.png"], ["effusion", "edema"]
+    whole = opened.encode_images(files)
+    half = from_pretrained(small_export())
+    half.model.to(torch.bfloat16)
+    images = half.encode_images(files)
+    assert images.embedding.dtype == torch.float32
+    torch.testing.assert_close(images.embedding, whole.embedding, rtol=0, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = opened.heat_maps(opened.encode_images(files), opened.encode_texts(words))
+    expected = opened.heat_maps(whole, opened.encode_texts(words))
+    assert maps.dtype == np.float32
+    np.testing.assert_allclose(maps, expected, atol=0.05)
 
 
 def test_the_page_of_evaluation_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
