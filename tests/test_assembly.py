@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
 from mlip.assembly import build_objective, open_corpus
@@ -67,6 +69,37 @@ def test_what_evaluation_could_not_use_stops_the_run_before_it_trains(tmp_path: 
         ValueError, match=r"evaluate\.subset='5x200': set transfer\.columns\.subset"
     ):
         open_corpus(evaluated(config, subset="5x200"))
+    named = dataclasses.replace(config.transfer.columns, subset="study_id")
+    transfer = dataclasses.replace(config.transfer, columns=named)
+    config = dataclasses.replace(config, transfer=transfer)
+    open_corpus(evaluated(config, subset="s0"))
+    with pytest.raises(ManifestError, match=r"none of the 1 rows of split 'val' .*subset='5x200'"):
+        open_corpus(evaluated(config, subset="5x200"))
+
+
+def test_boxes_of_the_evaluated_images_are_tried_and_boxes_of_others_refused(
+    tmp_path: Path,
+) -> None:
+    """A boxes.csv with other paths was taken for none, which the results said; a box of any row
+    behind the first 512 was looked at when the training was over."""
+    config = settings(tmp_path, [f"No effusion, film {number}." for number in range(600)])
+    rows = Path(config.data.manifest).read_text().replace(",train,", ",val,", 580)
+    Path(config.data.manifest).write_text(rows)
+    assert cv2.imwrite(str(tmp_path / "550.png"), np.zeros((90, 80), np.uint8))
+    boxes = tmp_path / "boxes.csv"
+    for path, width, fault in (
+        ("550.png", 30, ""),
+        ("599.png", 900, ""),  # of another split
+        ("550.png", 90, "data row 551 .* does not lie inside its 80 x 90 image"),
+        ("/data/550.png", 30, "none of its 1 paths is an image of the manifest"),
+    ):
+        boxes.write_text(f"path,label,x,y,w,h\n{path},effusion,5,5,{width},30\n")
+        if not fault:
+            open_corpus(config)
+            continue
+        with pytest.raises(ManifestError, match=fault) as caught:
+            open_corpus(config)
+        assert "/data/550" not in str(caught.value)
 
 
 def evaluated(config: Config, **changes: Any) -> Config:

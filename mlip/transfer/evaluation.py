@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
@@ -118,7 +118,13 @@ def choose_rows(config: Config, manifest: Manifest) -> Array:
     """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
     rows = manifest.rows(config.evaluate.split, with_report=False)
     if config.evaluate.subset is not None:
-        rows = _of_subset(config, manifest, rows)
+        whole, rows = len(rows), _of_subset(config, manifest, rows)
+        if whole > 0 and len(rows) == 0:
+            raise ManifestError(
+                f"{manifest.path}: none of the {whole} rows of split {config.evaluate.split!r} "
+                f"(evaluate.split) is of evaluate.subset={config.evaluate.subset!r} in column "
+                f"{config.transfer.columns.subset!r}; choose another subset or split"
+            )
     if len(rows) == 0:
         raise ValueError(
             f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "

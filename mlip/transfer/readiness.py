@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.table import ManifestError
 from mlip.transfer.annotations import Annotations
+from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.evaluation import choose_rows
 from mlip.transfer.truth import load_boxes
 
@@ -17,9 +22,32 @@ _SIZED_ROWS = 512
 def check_evaluation(config: Config, manifest: Manifest) -> None:
     """Reads what evaluation reads beside images and reports: columns, the subset, boxes.csv.
 
-    Raises:  ManifestError or ValueError as evaluate_run, which does all of it again.
+    Raises:  ManifestError or ValueError as evaluate_run, which does all of it again; ManifestError
+             too for a boxes.csv of other images, which evaluate_run takes for none.
     """
     # as there: rows without a usable report count
     manifest = dataclasses.replace(manifest, keep_without_report=True)
-    Annotations(config, manifest)
-    load_boxes(config, manifest, choose_rows(config, manifest)[:_SIZED_ROWS].tolist())
+    annotations = Annotations(config, manifest)
+    rows = choose_rows(config, manifest).tolist()
+    columns = config.transfer.columns
+    if columns.boxes is not None:
+        drawn = [row for row in rows if annotations.boxes(row).names]
+    elif columns.mask is not None:
+        drawn = [row for row in rows if annotations.has_mask(row)]
+    else:
+        drawn = _in_box_file(manifest, rows)
+    load_boxes(config, manifest, drawn[:_SIZED_ROWS])
+
+
+def _in_box_file(manifest: Manifest, rows: list[int]) -> list[int]:
+    drawn = read_box_file(manifest.path)
+    if not drawn:
+        return []
+    paths = pa.array(list(drawn), type=manifest.image.type)
+    if not pc.any(pc.is_in(manifest.image, value_set=paths)).as_py():
+        raise ManifestError(
+            f"{box_file(manifest.path)}: none of its {len(drawn)} paths is an image of the "
+            "manifest beside it: write them as the manifest does, or remove the file; of a set "
+            "that `mlip prepare` made take the boxes from transfer.columns.boxes"
+        )
+    return [row for row in rows if manifest.image_path(row) in drawn]
