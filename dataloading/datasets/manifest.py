@@ -64,7 +64,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     texts = []
     if options["report"] != "none":
         texts = find_report(path, names, options["report"], "report")
-        if ids := {wanted[field] for field in _IDENTIFIERS & wanted.keys()} & set(texts):
+        named = {wanted[field] for field in ("image", *_IDENTIFIERS) if field in wanted}
+        if ids := named & set(texts):
             raise DatasetError(
                 f"{path}: {', '.join(sorted(ids))} holds identifiers and cannot be a report: name "
                 "another column with --option report, or report=none"

@@ -29,7 +29,8 @@ def find_report(path: Path, names: Sequence[str], given: str, option: str) -> li
 
     Raises:  DatasetError where a given one is missing.
     """
-    if given in names:
+    # a column without a name, the row numbers of pandas for one, is nobody's choice
+    if given and given in names:
         return [given]
     if given:
         wanted = [name.strip() for name in given.split(",") if name.strip()]

@@ -205,8 +205,24 @@ def test_a_report_is_neither_an_identifier_nor_a_state(tmp_path: Path) -> None:
     for named in ("accession", "patient_id", "Report Text,patient_id"):
         with pytest.raises(DatasetError, match=r"holds identifiers .* --option report_text"):
             joined(root, ris, report_text=named)
-    with pytest.raises(DatasetError, match="patient_id holds identifiers"):
-        collect("manifest", root, file=str(ris), report="Report Text,patient_id")
+    for named in ("image", "Report Text,patient_id"):
+        with pytest.raises(DatasetError, match="(image|patient_id) holds identifiers"):
+            collect("manifest", root, file=str(ris), report=named)
+
+
+def test_a_column_without_a_name_is_no_report(tmp_path: Path) -> None:
+    """pandas writes row numbers under an empty name, spreadsheets a delimiter behind each row."""
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "A1")
+    for header in (",accession,image,patient_id,report", ",accession,image,patient_id,letter"):
+        table(ris, header, [[7, "A1", "a.dcm", "P1", "Clear."]])
+        if header.endswith("report"):
+            assert joined(root, ris)[0] == {"a.dcm": "Clear."}
+            assert collect("manifest", root, file=str(ris)).rows[0].report == "Clear."
+        else:
+            with pytest.raises(DatasetError, match="report_text=<column>"):
+                joined(root, ris)
+            assert collect("manifest", root, file=str(ris)).rows[0].report == ""
 
 
 def test_sections_in_columns_become_sections_of_the_report(tmp_path: Path) -> None:
