@@ -18,6 +18,15 @@ _SECTIONS = {
     "IMPRESSION": ("impression", "impressiontext", "conclusion"),
 }
 
+# what R, pandas, databases and spreadsheets write for an empty cell
+_NOTHING = frozenset({"na", "nan", "null", "none", "n/a", "#n/a", "<na>"})
+
+
+def said(cell: str | None) -> str:
+    """What a cell says without blanks around it; "" for the words that programs write for none."""
+    text = (cell or "").strip()
+    return "" if len(text) < 5 and text.lower() in _NOTHING else text
+
 
 def plain_name(column: str) -> str:
     """A column's name without case, blanks and marks: "Accession No." and accession_no are one."""
@@ -60,11 +69,11 @@ def joined_texts(columns: Mapping[str, Sequence[str | None]]) -> Iterator[str]:
     `data.sections` finds it; any other is put behind the one before.
     """
     if len(columns) == 1:
-        yield from ((text or "").strip() for text in next(iter(columns.values())))
+        yield from map(said, next(iter(columns.values())))
         return
     headings = [_heading(name) for name in columns]
     for cells in zip(*columns.values(), strict=True):
-        parts = [(cell or "").strip() for cell in cells]
+        parts = [said(cell) for cell in cells]
         yield "\n".join(
             f"{heading}{part}" for heading, part in zip(headings, parts, strict=True) if part
         )

@@ -16,7 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlip.dataloading.csv_text import shown
-from mlip.dataloading.datasets.report_columns import find_report, joined_texts, plain_name
+from mlip.dataloading.datasets.report_columns import (
+    find_report,
+    joined_texts,
+    plain_name,
+    said,
+)
 from mlip.dataloading.datasets.rows import DatasetError, Row
 from mlip.dataloading.dicom import Identity
 from mlip.dataloading.table import check_identifiers, column_names, read_table
@@ -97,9 +102,9 @@ class StudyReports:
         self, read: dict[str, pa.ChunkedArray], texts: Sequence[str], joins: bool
     ) -> dict[str, dict[str, str]]:
         """key -> patient ("" where none is compared) -> report."""
-        keys = [(cell or "").strip() for cell in read["key"].to_pylist()]
+        keys = [said(cell) for cell in read["key"].to_pylist()]
         patients = (
-            [(cell or "").strip() for cell in read["patient"].to_pylist()]
+            [said(cell) for cell in read["patient"].to_pylist()]
             if "patient" in read
             else [""] * len(keys)
         )
@@ -264,7 +269,7 @@ def _column(
 
 
 def _holds_uids(column: pa.ChunkedArray) -> bool:
-    """Whether most keys are UIDs, so the column is of StudyInstanceUIDs; "n/a" stands in some."""
+    """Whether most keys are UIDs, so the column is of StudyInstanceUIDs; words stand in some."""
     texts = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
     said = pc.filter(texts, pc.not_equal(texts, ""))
     found = pc.sum(pc.match_substring_regex(said, _UID)).as_py() or 0

@@ -86,7 +86,7 @@ def test_a_column_of_uids_is_joined_by_the_study_uid_whatever_its_name(tmp_path:
 
 def test_a_column_of_uids_may_hold_a_word_for_none(tmp_path: Path) -> None:
     uids = [film(tmp_path / "pacs" / f"{i}.dcm", f"P{i}", f"A{i}") for i in range(3)]
-    rows: list[list[object]] = [[uids[0], "Zero."], [uids[1], "One."], ["n/a", "Nobody's."]]
+    rows: list[list[object]] = [[uids[0], "Zero."], [uids[1], "One."], ["pending", "Nobody's."]]
     table(tmp_path / "ris.csv", "StudyInstanceUID,report", rows)
     texts, collected = joined(tmp_path / "pacs", tmp_path / "ris.csv")
     assert texts == {"0.dcm": "Zero.", "1.dcm": "One.", "2.dcm": ""}
@@ -149,6 +149,24 @@ def test_repeated_rows_are_refused_or_put_together(tmp_path: Path) -> None:
     assert collected.notes[-1] == "studies whose several texts were put together: 1"
     with pytest.raises(DatasetError, match="refuse or join"):
         joined(root, ris, report_repeats="last")
+
+
+def test_words_that_programs_write_for_an_empty_cell_are_blank(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    film(root / "a.dcm", "P1", "A1")
+    film(root / "b.dcm", "P2", "A2")
+    rows: list[list[object]] = [["A1", "nan", "Clear."], ["A2", "NA", "N/A"], ["NULL", "x", "y"]]
+    table(ris, "accession,findings,impression", [*rows, ["#N/A", "other", "texts"]])
+    texts, collected = joined(root, ris)
+    assert texts == {"a.dcm": "IMPRESSION: Clear.", "b.dcm": ""}
+    assert "images with a report 1, with a blank one 1," in collected.notes[1]
+    assert collected.notes[2].endswith("rows without key or patient: 2")
+    cells: list[list[object]] = [["a.dcm", "P1", "None"], ["b.dcm", "P2", "None seen."]]
+    table(ris, "image,patient_id,report", cells)
+    assert [row.report for row in collect("manifest", root, file=str(ris)).rows] == [
+        "",
+        "None seen.",
+    ]
 
 
 def test_what_joins_nothing_stops_and_names_the_likely_reason(tmp_path: Path) -> None:
