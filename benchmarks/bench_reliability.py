@@ -6,9 +6,11 @@
     python benchmarks/bench_reliability.py           # the scoreboard of what is on disk
 
 Outcomes are in benchmarks/results/reliability.json, one entry a test, with commit and date; a test
-that was not run stays as it was, and is marked where the commit is another. The scoreboard is made
-from that file alone: a row without an outcome says "not run", a row of which any test failed says
-"FAILED". A fault that did not fire fails its own test, so the rows count tests that passed.
+that was not run stays as it was, and is marked where the commit is another. A run puts its
+scoreboard into docs/reliability.md too, unless --out keeps its outcomes elsewhere. The scoreboard
+is made from that file alone: a row without an outcome says "not run", a row of which any test
+failed says "FAILED". A fault that did not fire fails its own test, so the rows count tests that
+passed.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ if __package__ in (None, ""):  # run as a script
 import psutil
 import pytest
 
-from benchmarks.harness import RESULTS, ROOT, environment
+from benchmarks.harness import RESULTS, ROOT, environment, replace_between
 
 OUT = RESULTS / "reliability.json"
+PAGE, MARK = ROOT / "docs" / "reliability.md", "scoreboard"
 PATHS = (
     "tests/faults",
     "tests/training",
@@ -340,6 +343,11 @@ def show(held: Mapping[str, Outcome]) -> str:
     return "\n".join(text)
 
 
+def as_block(held: Mapping[str, Outcome]) -> str:
+    """The scoreboard as the page shows it."""
+    return f"```text\n{show(held)}\n```"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--run", action="store_true", help="run the tests first")
@@ -361,6 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"{(time.monotonic() - begin) / 60:.1f} minutes")
     print(show(read(options.out)))
+    if options.run and options.out == OUT:
+        page = replace_between(PAGE.read_text(encoding="utf-8"), MARK, as_block(read(options.out)))
+        PAGE.write_text(page, encoding="utf-8")
     return code
 
 

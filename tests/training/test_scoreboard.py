@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.bench_reliability import (
+    PAGE,
     ROWS,
     Recorder,
+    as_block,
     processor_seconds,
     read,
     scoreboard,
@@ -59,6 +61,11 @@ def test_every_row_belongs_to_tests_that_exist():
             file, _, beginning = start.partition("::")
             files = sorted((root / file).glob("*.py")) if file.endswith("/") else [root / file]
             assert any(f"def {beginning}" in f.read_text() for f in files), start
+
+
+def test_the_page_shows_the_outcomes_on_disk():
+    # a run of bench_reliability.py puts them there
+    assert as_block(read()) in PAGE.read_text(encoding="utf-8")
 
 
 def test_outcomes_are_kept_from_run_to_run_and_survive_a_kill(tmp_path):
