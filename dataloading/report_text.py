@@ -26,7 +26,8 @@ _LIST_NUMBER = re.compile(r"(?:(?<=\n)|^|(?<=[.:;] ))\s*\(?\d{1,2}[.)]\s+(?=[A-Z
 _SPACES = re.compile(r"\s+")
 _SPACE_BEFORE_STOP = re.compile(r"\s+([.,;:])")
 _DOUBLED_STOP = re.compile(r"([.,;:])(?:\s*[.,;:])+(?=\s|$)")
-_QUOTES = str.maketrans(
+# what word processors and PDF files put in the place of plain letters: no vocabulary knows it
+_PLAIN = str.maketrans(
     {
         "\u2018": "'",
         "\u2019": "'",
@@ -36,7 +37,17 @@ _QUOTES = str.maketrans(
         "\u2014": "-",
         "\u2212": "-",
         "\u00a0": " ",
+        "\u2010": "-",
+        "\u2011": "-",
         "\u2026": "...",
+        **dict.fromkeys("\u00ad\u200c\u200d\u2060", ""),  # seen nowhere, inside of words
+        "\ufb00": "ff",
+        "\ufb01": "fi",
+        "\ufb02": "fl",
+        "\ufb03": "ffi",
+        "\ufb04": "ffl",
+        "\ufb05": "st",
+        "\ufb06": "st",
     }
 )
 
@@ -89,7 +100,7 @@ def clean_report(text: str) -> str:
     Kept as they are: words, case, negations, decimals, units. Removed: control characters, lone
     surrogates, de-identification marks, list numbers.
     """
-    text = text[:MAX_CHARACTERS].translate(_QUOTES)
+    text = text[:MAX_CHARACTERS].translate(_PLAIN)[:MAX_CHARACTERS]
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = _DEIDENTIFICATION.sub(" ", text)
     text = _LIST_NUMBER.sub(" ", text)

@@ -27,6 +27,8 @@ from mlip.dataloading.report_text import (
         ("isn\u2019t enlarged \u2013 stable", "isn't enlarged - stable"),
         ("nul\x00 and \ud800 lone \ufeff", "nul and lone"),
         ("\u202eright to left", "right to left"),
+        ("Pleural ef\u00adfusion, in\ufb01ltrate", "Pleural effusion, infiltrate"),
+        ("right\u2011sided", "right-sided"),
         ("Without effusion; not large, never", "Without effusion; not large, never"),
         ("", ""),
         ("___", ""),
@@ -40,6 +42,7 @@ def test_cleaning_is_idempotent_and_bounded() -> None:
     text = "1. Small effusion ___ . No 2.5 cm nodule;; heart \n\n 3) Normal. "
     assert clean_report(clean_report(text)) == clean_report(text)
     assert len(clean_report("word " * 1_000_000)) <= MAX_CHARACTERS
+    assert len(clean_report("\ufb03" * MAX_CHARACTERS)) == MAX_CHARACTERS
 
 
 @pytest.mark.parametrize(
