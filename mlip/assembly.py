@@ -77,9 +77,10 @@ def open_corpus(config: Config) -> Corpus:
     manifest = load_manifest(config.data)
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
     _check_pairs(manifest)
-    _check_evaluation(config, manifest)
     table = load_concepts(config.knowledge.lexicon)
-    return Corpus(manifest, open_tokenizer(config, manifest), table, Linker(table))
+    linker = Linker(table)
+    _check_evaluation(config, manifest, linker, table)
+    return Corpus(manifest, open_tokenizer(config, manifest), table, linker)
 
 
 def _check_pairs(manifest: Manifest) -> None:
@@ -93,7 +94,9 @@ def _check_pairs(manifest: Manifest) -> None:
         )
 
 
-def _check_evaluation(config: Config, manifest: Manifest) -> None:
+def _check_evaluation(
+    config: Config, manifest: Manifest, linker: Linker, table: ConceptTable
+) -> None:
     """What would be found out hours later, when the training is over."""
     if not config.evaluate.after_training:
         return
@@ -108,7 +111,7 @@ def _check_evaluation(config: Config, manifest: Manifest) -> None:
             "or data.columns.split=null to split by patient, or evaluate.after_training=false to "
             "train without an evaluation"
         )
-    check_evaluation(config, manifest)
+    check_evaluation(config, manifest, linker, table)
 
 
 def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer:

@@ -22,14 +22,14 @@ from mlip.training.lifecycle import DATA, exit_code
 from tests.small_run import SETTINGS
 
 
-def settings(folder: Path, reports: list[str], *, val: bool = True) -> Config:
+def settings(folder: Path, reports: list[str], *, val: bool = True, labels: str = "") -> Config:
     path = folder / "m.csv"
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "patient_id", "study_id", "report", "split", "labels"])
         for i, report in enumerate(reports):
             split = "val" if val and i == 0 else "train"
-            table.writerow([f"{i}.png", f"p{i}", f"s{i}", report, split, ""])
+            table.writerow([f"{i}.png", f"p{i}", f"s{i}", report, split, labels])
     given = [f"data.manifest={path}", f"run.dir={folder / 'run'}", "evaluate.split=val"]
     return load([], [*SETTINGS, "data.phantom.studies=0", "data.vocab_size=300", *given])
 
@@ -75,6 +75,18 @@ def test_what_evaluation_could_not_use_stops_the_run_before_it_trains(tmp_path: 
     open_corpus(evaluated(config, subset="s0"))
     with pytest.raises(ManifestError, match=r"none of the 1 rows of split 'val' .*subset='5x200'"):
         open_corpus(evaluated(config, subset="5x200"))
+
+
+@pytest.mark.parametrize("labels, is_said", [("K35.8|J90", True), ("J90|pleural effusion", False)])
+def test_labels_of_which_none_names_a_concept_are_said_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: str, is_said: bool
+) -> None:
+    """The results said it, when the training was over. Labels themselves are not shown."""
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    with caplog.at_level(logging.WARNING, logger="mlip"):
+        open_corpus(settings(tmp_path, texts, labels=labels))
+    assert ("none of the 2 labels of split val" in caplog.text) == is_said
+    assert "K35" not in caplog.text
 
 
 def test_boxes_of_the_evaluated_images_are_tried_and_boxes_of_others_refused(

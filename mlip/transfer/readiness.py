@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,22 +15,25 @@ from mlip.dataloading.table import ManifestError
 from mlip.transfer.annotations import Annotations
 from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.evaluation import choose_rows
-from mlip.transfer.truth import load_boxes
+from mlip.transfer.truth import label_names, lexicon_prompts, load_boxes, phantom_meta
 
+logger = logging.getLogger("mlip")
 # rows whose boxes are laid on their images: each opens a file
 _SIZED_ROWS = 512
 
 
-def check_evaluation(config: Config, manifest: Manifest) -> None:
+def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any) -> None:
     """Reads what evaluation reads beside images and reports: columns, the subset, boxes.csv.
 
+    Warns where labels are there and none names a concept: zero-shot would have nothing to score.
     Raises:  ManifestError or ValueError as evaluate_run, which does all of it again; ManifestError
              too for a boxes.csv of other images, which evaluate_run takes for none.
     """
     # as there: rows without a usable report count
     manifest = dataclasses.replace(manifest, keep_without_report=True)
     annotations = Annotations(config, manifest)
-    rows = choose_rows(config, manifest).tolist()
+    chosen = choose_rows(config, manifest)
+    rows = chosen.tolist()
     columns = config.transfer.columns
     if columns.boxes is not None:
         drawn = [row for row in rows if annotations.boxes(row).names]
@@ -37,6 +42,15 @@ def check_evaluation(config: Config, manifest: Manifest) -> None:
     else:
         drawn = _in_box_file(manifest, rows)
     load_boxes(config, manifest, drawn[:_SIZED_ROWS])
+    if manifest.label_column is not None and phantom_meta(manifest) is None:
+        names = label_names(manifest, chosen)
+        if names and not lexicon_prompts(names, linker, table)[0]:
+            logger.warning(
+                "none of the %d labels of split %s (data.columns.labels) names a concept of the "
+                "table: the evaluation will have no zero-shot scores",
+                len(names),
+                config.evaluate.split,
+            )
 
 
 def _in_box_file(manifest: Manifest, rows: list[int]) -> list[int]:
