@@ -102,7 +102,7 @@ def require_deterministic(config: Config) -> None:
     torch.use_deterministic_algorithms(True)
     # Else it fills every tensor before an operator writes it: 4 % of a step on a CPU, a kernel each
     # on a GPU. Our own operators write all they make: tests/conftest.py fills theirs with NaN.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     obstacles = _obstacles(config)
     if obstacles:
