@@ -87,7 +87,7 @@ class StudyReports:
             if field in read:
                 check_identifiers(read[field], wanted[field], path)
         self._path, self._key, self._patient, self._columns = path, key, patient, texts
-        self.is_uid = _holds_uids(read["key"])
+        self._is_uid = _holds_uids(read["key"])
         self._counts: Counter[str] = Counter()
         self._found: set[str] = set()
         self._rewritten = 0
@@ -96,7 +96,7 @@ class StudyReports:
     @property
     def attribute(self) -> str:
         """The DICOM attribute that the key column holds."""
-        return "StudyInstanceUID" if self.is_uid else "AccessionNumber"
+        return "StudyInstanceUID" if self._is_uid else "AccessionNumber"
 
     def _index(
         self, read: dict[str, pa.ChunkedArray], texts: Sequence[str], joins: bool
@@ -160,7 +160,7 @@ class StudyReports:
         return kept
 
     def _key_of(self, identity: Identity) -> str:
-        return identity.study if self.is_uid else identity.accession
+        return identity.study if self._is_uid else identity.accession
 
     def _find(self, identity: Identity | None, shared: set[str]) -> tuple[str, str]:
         """The report of a file's study ("" where there is none), or the rule to leave it out by."""
@@ -271,6 +271,6 @@ def _column(
 def _holds_uids(column: pa.ChunkedArray) -> bool:
     """Whether most keys are UIDs, so the column is of StudyInstanceUIDs; words stand in some."""
     texts = pc.utf8_trim_whitespace(pc.fill_null(column, ""))
-    said = pc.filter(texts, pc.not_equal(texts, ""))
-    found = pc.sum(pc.match_substring_regex(said, _UID)).as_py() or 0
-    return bool(2 * found > len(said))
+    keys = pc.filter(texts, pc.not_equal(texts, ""))
+    found = pc.sum(pc.match_substring_regex(keys, _UID)).as_py() or 0
+    return bool(2 * found > len(keys))
