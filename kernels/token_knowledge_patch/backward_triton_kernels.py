@@ -16,6 +16,13 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     _load_rows,
 )
 
+# an attention scale in this range takes the short way. Up to the upper bound a weight without its
+# bound stays below 2^58 on padding; from the lower bound on, d alpha may be read off d row
+PLAIN_LEAST = tl.constexpr(1.0)
+PLAIN_MOST = tl.constexpr(40.0)
+# the softmax statistic of a row that is not there: every weight 0
+ABSENT = tl.constexpr(1e30)
+
 
 @triton.jit
 def _aggregate_bwd_kernel(
@@ -62,87 +69,83 @@ def _aggregate_bwd_kernel(
 
 @triton.jit
 def _similarity_gradient(
-    s, first, stat, g, h, alpha, SEG: tl.constexpr, POOLING: tl.constexpr
+    s, stat, g, h, alpha, BOUNDED: tl.constexpr
 ):  # fmt: skip
-    """ds [rows, SEG] of similarities s [rows, SEG], and the unscaled softmax part of d alpha."""
-    if POOLING == "max":
-        hit = (first + tl.arange(0, SEG))[None, :] == stat[:, None]
-        return tl.where(hit, g[:, None], 0.0), s
-    # a real weight is at most 1; a padded patch has s = 0, and without the bound its weight could
-    # overflow and turn the zero it multiplies into NaN
-    a = tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
+    """ds [rows, SEG] of similarities s [rows, SEG], and the softmax part of d alpha."""
+    x = s * (alpha * LOG2_E) - stat[:, None]
+    if BOUNDED:
+        # a real weight is at most 1; a padded patch has s = 0, and without the bound its weight
+        # could overflow and turn the zero it multiplies into NaN
+        x = tl.minimum(x, 0.0)
+    a = tl.exp2(x)
     ds = a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
     return ds, a * s * (g[:, None] * s - h[:, None])
 
 
 @triton.jit
 def _rows_step(
-    q, v, first, stat, g, h, alpha, acc, alpha_sum,
-    BLOCK_R: tl.constexpr, SEG: tl.constexpr, POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr,
+    q, v, stat, g, h, alpha, acc, alpha_sum,
+    BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = tl.zeros([BLOCK_R, SEG], tl.float32)
-    if POOLING != "max":
-        s = _dot(q, tl.trans(v), s, PRECISION, UPCAST)
-    ds, da = _similarity_gradient(s, first, stat, g, h, alpha, SEG, POOLING)
+    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    ds, da = _similarity_gradient(s, stat, g, h, alpha, not PLAIN)
     if WANT_ALPHA:
-        alpha_sum += tl.sum(da, 1)
+        alpha_sum += tl.sum(ds * s, 1) if PLAIN else tl.sum(da, 1)
     return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
-@triton.jit(do_not_specialize=["row_base"])
-def _pair_bwd_rows_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
-    rows_grad_ptr, alpha_part_ptr,
-    first_text, last_text, row_base, images, stride_rm, stride_part,
+@triton.jit
+def _rows_over_images(
+    rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr, alpha_part_ptr,
+    alpha, start, count, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d rows of BLOCK_R rows over a share of the images; patches stream past. Row `row_base` is the
-    buffer's first."""
-    start = tl.load(bounds_ptr + first_text)
-    count = tl.load(bounds_ptr + last_text) - start
-    if tl.program_id(0) * BLOCK_R >= count:
-        return
+    """d rows and d alpha of this program's rows over its share of the images, stored."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < count
-    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
-    alpha = tl.load(alpha_ptr)
+    q = _load_rows(rows_ptr, start + tl.program_id(0) * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     alpha_sum = tl.zeros([BLOCK_R], tl.float32)
     SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
+    WHOLE: tl.constexpr = TILES * SPAN == P_PAD
     share = tl.cdiv(images, tl.num_programs(1))
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, images)
     # images and their tiles in one loop: a short inner loop would drain the load pipeline
-    for step in range(begin * TILES, end * TILES):
+    for step in tl.range(begin * TILES, end * TILES, disable_licm=True):
         m = tl.full([], 0, tl.int64) + step // TILES
         first = (step % TILES) * SPAN
         place = m * stride_rm + offs_r
-        stat = tl.load(stat_ptr + place, mask=mask_r, other=0)
+        stat = tl.load(stat_ptr + place, mask=mask_r, other=ABSENT)
         g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
-        v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+        if PLAIN and WANT_ALPHA:
+            alpha_sum -= tl.where(first == 0, h, 0.0)
+        v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
         acc, alpha_sum = _rows_step(
-            q, v0, first, stat, g, h, alpha, acc, alpha_sum,
-            BLOCK_R, SEG0, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+            q, v0, stat, g, h, alpha, acc, alpha_sum,
+            BLOCK_R, SEG0, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
         )  # fmt: skip
         if SEG1 > 0:
-            v1, _ = _load_patches(v_ptr, bias_ptr, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1)
+            first += SEG0
+            v1, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v1, first + SEG0, stat, g, h, alpha, acc, alpha_sum,
-                BLOCK_R, SEG1, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+                q, v1, stat, g, h, alpha, acc, alpha_sum,
+                BLOCK_R, SEG1, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
         if SEG2 > 0:
-            v2, _ = _load_patches(
-                v_ptr, bias_ptr, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2
-            )
+            first += SEG1
+            v2, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v2, first + SEG0 + SEG1, stat, g, h, alpha, acc, alpha_sum,
-                BLOCK_R, SEG2, POOLING, WANT_ALPHA, PRECISION, UPCAST,
+                q, v2, stat, g, h, alpha, acc, alpha_sum,
+                BLOCK_R, SEG2, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
+    if PLAIN and WANT_ALPHA:
+        # ds = g a (1 + alpha (s - r)) makes the sum of ds s over patches h + alpha d alpha
+        alpha_sum /= alpha
     # the buffer of a chunk begins at its first text
     index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64) - row_base
     offs_d = tl.arange(0, BLOCK_D)
@@ -157,16 +160,49 @@ def _pair_bwd_rows_kernel(
         tl.store(alpha_part_ptr + part, tl.sum(alpha_sum, 0))
 
 
+@triton.jit(do_not_specialize=["row_base"])
+def _pair_bwd_rows_kernel(
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_grad_ptr, alpha_part_ptr,
+    first_text, last_text, row_base, images, stride_rm, stride_part,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d rows of BLOCK_R rows over a share of the images; patches stream past. Row `row_base` is the
+    buffer's first."""
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    if tl.program_id(0) * BLOCK_R >= count:
+        return
+    alpha = tl.load(alpha_ptr)
+    # float32 operands are for exactness: there d alpha is summed in the form that cancels least
+    if WANT_ALPHA and (PRECISION != "tf32x3"):
+        if (alpha >= PLAIN_LEAST) & (alpha <= PLAIN_MOST):
+            _rows_over_images(
+                rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr,
+                alpha_part_ptr, alpha, start, count, row_base, images, stride_rm, stride_part,
+                P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, WANT_ALPHA, True,
+                PRECISION, UPCAST,
+            )  # fmt: skip
+            return
+    _rows_over_images(
+        rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr,
+        alpha_part_ptr, alpha, start, count, row_base, images, stride_rm, stride_part,
+        P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, WANT_ALPHA, False,
+        PRECISION, UPCAST,
+    )  # fmt: skip
+
+
 @triton.jit
 def _patches_step(
-    q, v, first, stat, g, h, alpha, acc,
-    BLOCK_R: tl.constexpr, SEG: tl.constexpr, POOLING: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    q, v, stat, g, h, alpha, acc,
+    BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = tl.zeros([BLOCK_R, SEG], tl.float32)
-    if POOLING != "max":
-        s = _dot(q, tl.trans(v), s, PRECISION, UPCAST)
-    ds, _ = _similarity_gradient(s, first, stat, g, h, alpha, SEG, POOLING)
+    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
+    # and nobody reads that column's gradient
+    ds, _ = _similarity_gradient(s, stat, g, h, alpha, False)
     # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
     return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 
@@ -187,55 +223,49 @@ def _store_patches(
 
 @triton.jit
 def _pair_bwd_patches_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
     patch_grad_ptr, first_text, last_text, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    POOLING: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d patches of one tile of one image over a share of the rows, which stream past in order."""
     m = (tl.program_id(0) // TILES).to(tl.int64)
+    here = m * stride_rm
     SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
-    first = (tl.program_id(0) % TILES) * SPAN
+    WHOLE: tl.constexpr = TILES * SPAN == P_PAD
+    first0 = (tl.program_id(0) % TILES) * SPAN
+    first1 = first0 + SEG0
+    first2 = first1 + SEG1
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     alpha = tl.load(alpha_ptr)
-    v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+    v0, _ = _load_patches(v_ptr, bias_ptr, first0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
     acc0 = tl.zeros([BLOCK_D, SEG0], tl.float32)
     if SEG1 > 0:
-        v1, _ = _load_patches(v_ptr, bias_ptr, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1)
+        v1, _ = _load_patches(v_ptr, bias_ptr, first1, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
         acc1 = tl.zeros([BLOCK_D, SEG1], tl.float32)
     if SEG2 > 0:
-        v2, _ = _load_patches(v_ptr, bias_ptr, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2)
+        v2, _ = _load_patches(v_ptr, bias_ptr, first2, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE)
         acc2 = tl.zeros([BLOCK_D, SEG2], tl.float32)
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
+    for tile in tl.range(begin, tl.minimum(begin + share, tiles), disable_licm=True):
         offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r < count
-        q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
-        place = m * stride_rm + offs_r
-        stat = tl.load(stat_ptr + place, mask=mask_r, other=0)
-        g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
-        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
-        acc0 = _patches_step(
-            q, v0, first, stat, g, h, alpha, acc0, BLOCK_R, SEG0, POOLING, PRECISION, UPCAST
-        )
+        q = _load_rows(rows_ptr, start + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
+        stat = tl.load(stat_ptr + here + offs_r, mask=mask_r, other=ABSENT)
+        g = tl.load(g_ptr + here + offs_r, mask=mask_r, other=0.0)
+        h = tl.load(h_ptr + here + offs_r, mask=mask_r, other=0.0)
+        acc0 = _patches_step(q, v0, stat, g, h, alpha, acc0, BLOCK_R, SEG0, PRECISION, UPCAST)
         if SEG1 > 0:
-            acc1 = _patches_step(
-                q, v1, first + SEG0, stat, g, h, alpha, acc1,
-                BLOCK_R, SEG1, POOLING, PRECISION, UPCAST,
-            )  # fmt: skip
+            acc1 = _patches_step(q, v1, stat, g, h, alpha, acc1, BLOCK_R, SEG1, PRECISION, UPCAST)
         if SEG2 > 0:
-            acc2 = _patches_step(
-                q, v2, first + SEG0 + SEG1, stat, g, h, alpha, acc2,
-                BLOCK_R, SEG2, POOLING, PRECISION, UPCAST,
-            )  # fmt: skip
+            acc2 = _patches_step(q, v2, stat, g, h, alpha, acc2, BLOCK_R, SEG2, PRECISION, UPCAST)
     out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
-    _store_patches(out, acc0, first, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)
+    _store_patches(out, acc0, first0, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)
     if SEG1 > 0:
-        _store_patches(out, acc1, first + SEG0, m, P_PAD, DIM, BLOCK_D, SEG1, ACCUMULATE)
+        _store_patches(out, acc1, first1, m, P_PAD, DIM, BLOCK_D, SEG1, ACCUMULATE)
     if SEG2 > 0:
-        _store_patches(out, acc2, first + SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2, ACCUMULATE)
+        _store_patches(out, acc2, first2, m, P_PAD, DIM, BLOCK_D, SEG2, ACCUMULATE)

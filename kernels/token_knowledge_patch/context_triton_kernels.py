@@ -31,13 +31,14 @@ def _weights(
 
 @triton.jit
 def _context_turn_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr, h_ptr,
     turned_ptr, first_text, last_text, images, stride_rm,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    POOLING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """t of BLOCK_R rows and a share of the images; h = g / |c|, and in g's place its floor term."""
+    WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     if tl.program_id(0) * BLOCK_R >= count:
@@ -46,7 +47,7 @@ def _context_turn_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_r = offs_r < count
     mask = mask_r[:, None] & (offs_d < DIM)[None, :]
-    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+    q = _load_rows(rows_ptr, start + tl.program_id(0) * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
     alpha = tl.load(alpha_ptr)
     for image in range(tl.program_id(1), images, tl.num_programs(1)):
         m = tl.full([], 0, tl.int64) + image
@@ -55,7 +56,7 @@ def _context_turn_kernel(
         context = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
         for tile in range(0, TILES):
             v, unused_bias = _load_patches(
-                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0
+                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
             )
             unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
             context = _dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
@@ -78,10 +79,10 @@ def _context_bwd_rows_kernel(
     first_text, last_text, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    POOLING: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d rows of BLOCK_R rows over a share of the images."""
+    WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     if tl.program_id(0) * BLOCK_R >= count:
@@ -90,7 +91,7 @@ def _context_bwd_rows_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_r = offs_r < count
     mask = mask_r[:, None] & (offs_d < DIM)[None, :]
-    q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+    q = _load_rows(rows_ptr, start + tl.program_id(0) * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
     alpha = tl.load(alpha_ptr)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     alpha_sum = tl.zeros([BLOCK_R], tl.float32)
@@ -104,9 +105,9 @@ def _context_bwd_rows_kernel(
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
         at = turned_ptr + place[:, None] * DIM + offs_d[None, :]
         turned = tl.load(at, mask=mask, other=0.0)
-        for tile in range(0, TILES):
+        for tile in tl.range(0, TILES, disable_licm=True):
             v, unused_bias = _load_patches(
-                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0
+                v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
             )
             s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
             y = tl.zeros([BLOCK_R, SEG0], tl.float32)
@@ -127,29 +128,29 @@ def _context_bwd_rows_kernel(
 
 @triton.jit
 def _context_bwd_patches_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
     turned_ptr, patch_grad_ptr, first_text, last_text, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    POOLING: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d patches of one tile of one image over a share of the rows."""
     m = (tl.program_id(0) // TILES).to(tl.int64)
     first = (tl.program_id(0) % TILES) * SEG0
+    WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     alpha = tl.load(alpha_ptr)
     offs_d = tl.arange(0, BLOCK_D)
-    v, unused_bias = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+    v, unused_bias = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
     acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * share
-    for tile in range(begin, tl.minimum(begin + share, tiles)):
+    for tile in tl.range(begin, tl.minimum(begin + share, tiles), disable_licm=True):
         offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r < count
-        q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+        q = _load_rows(rows_ptr, start + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
         place = m * stride_rm + offs_r
         turned = tl.load(
             turned_ptr + place[:, None] * DIM + offs_d[None, :],

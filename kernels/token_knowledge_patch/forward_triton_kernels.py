@@ -15,6 +15,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
 CONTEXT_FLOOR = tl.constexpr(1e-6)
+# no similarity is above 1, so up to this scale exp() needs no row maximum: 576 e^80 < 3e38
+UNSHIFTED_SCALE = tl.constexpr(80.0)
 
 
 @triton.jit
@@ -29,32 +31,32 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def _load_patches(
     v_ptr, bias_ptr, first, m, P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    SEG: tl.constexpr,
+    SEG: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Patches first .. first + SEG of image m [SEG, D] and their biases [SEG]."""
+    """Patches first .. first + SEG of image m [SEG, D] and their biases [SEG].
+
+    WHOLE: the tiles of an image end where it does.
+    """
     offs_p = first + tl.arange(0, SEG)
     offs_d = tl.arange(0, BLOCK_D)
+    at = v_ptr + m * (P_PAD * DIM) + offs_p[:, None] * DIM + offs_d[None, :]
+    bias_at = bias_ptr + m * P_PAD + offs_p
+    if WHOLE:
+        return tl.load(at, mask=(offs_d < DIM)[None, :], other=0.0), tl.load(bias_at)
     inside = offs_p < P_PAD
-    base = v_ptr + m * (P_PAD * DIM)
-    v = tl.load(
-        base + offs_p[:, None] * DIM + offs_d[None, :],
-        mask=inside[:, None] & (offs_d < DIM)[None, :],
-        other=0.0,
-    )
-    return v, tl.load(bias_ptr + m * P_PAD + offs_p, mask=inside, other=MASKED)
+    v = tl.load(at, mask=inside[:, None] & (offs_d < DIM)[None, :], other=0.0)
+    return v, tl.load(bias_at, mask=inside, other=MASKED)
 
 
 @triton.jit
 def _load_rows(
-    rows_ptr, index_ptr, offs_r, mask_r, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    rows_ptr, first, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    index = tl.load(index_ptr + offs_r, mask=mask_r, other=0).to(tl.int64)
+    """Packed rows first .. first + BLOCK_R [BLOCK_R, D]; the buffer goes on past the last one."""
+    offs_r = tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
-    return tl.load(
-        rows_ptr + index[:, None] * DIM + offs_d[None, :],
-        mask=mask_r[:, None] & (offs_d < DIM)[None, :],
-        other=0.0,
-    )
+    at = rows_ptr + first.to(tl.int64) * DIM + offs_r[:, None] * DIM + offs_d[None, :]
+    return tl.load(at, mask=(offs_d < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -66,8 +68,10 @@ def _absorb(
     """Fold SEG patches into the running pooled state of BLOCK_R rows."""
     s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     if POOLING == "max":
-        x = tl.where(bias[None, :] < 0, -2.0, s)
-        best, at = tl.max(x, 1, return_indices=True, return_indices_tie_break_left=True)
+        x = s + bias[None, :]
+        best = tl.max(x, 1)
+        # the lowest index that reaches it: half the instructions of a maximum that carries indices
+        at = tl.min(tl.where(x == best[:, None], tl.arange(0, SEG)[None, :], SEG), 1)
         # strictly greater: the lowest index keeps a tie
         better = best > top
         where = tl.where(better, first + at, where)
@@ -95,34 +99,31 @@ def _absorb(
 
 
 @triton.jit
-def _pair_fwd_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr,
-    first_text, last_text, stride_rm,
+def _pool_rows(
+    rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, alpha2, start, count, stride_rm,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
     POOLING: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """r[m, row] and its softmax statistic (or argmax) for one image and every row of a chunk.
-
-    The image's patches stay on chip (TILES == 1) while row tiles stream past; larger images are
-    streamed tile by tile under a stationary row tile.
-    """
+    """Every row tile of this program's share; SHIFT subtracts a running row maximum."""
     m = tl.program_id(0).to(tl.int64)
-    start = tl.load(bounds_ptr + first_text)
-    count = tl.load(bounds_ptr + last_text) - start
-    alpha2 = tl.load(alpha_ptr) * LOG2_E
     SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
+    WHOLE: tl.constexpr = TILES * SPAN == P_PAD
     WIDE: tl.constexpr = BLOCK_D if POOLING == "context" else 1
     if TILES == 1:
-        v0, b0 = _load_patches(v_ptr, bias_ptr, 0, m, P_PAD, DIM, BLOCK_D, SEG0)
+        v0, b0 = _load_patches(v_ptr, bias_ptr, 0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
         if SEG1 > 0:
-            v1, b1 = _load_patches(v_ptr, bias_ptr, SEG0, m, P_PAD, DIM, BLOCK_D, SEG1)
+            v1, b1 = _load_patches(v_ptr, bias_ptr, SEG0, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
         if SEG2 > 0:
-            v2, b2 = _load_patches(v_ptr, bias_ptr, SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2)
-    for tile in range(tl.program_id(1), tl.cdiv(count, BLOCK_R), tl.num_programs(1)):
+            v2, b2 = _load_patches(
+                v_ptr, bias_ptr, SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE
+            )
+    for tile in tl.range(
+        tl.program_id(1), tl.cdiv(count, BLOCK_R), tl.num_programs(1), disable_licm=True
+    ):
         offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r < count
-        q = _load_rows(rows_ptr, index_ptr, start + offs_r, mask_r, DIM, BLOCK_D)
+        q = _load_rows(rows_ptr, start + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
         if POOLING == "max":
             top = tl.full([BLOCK_R], -2.0, tl.float32)
         elif SHIFT:
@@ -151,14 +152,16 @@ def _pair_fwd_kernel(
         else:
             for step in range(0, TILES):
                 first = step * SPAN
-                v0, b0 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0)
+                v0, b0 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
                 top, total, part, where, context = _absorb(
                     q, v0, b0, first, top, total, part, where, context, alpha2,
                     BLOCK_R, SEG0, POOLING, SHIFT, PRECISION, UPCAST,
                 )  # fmt: skip
                 if SEG1 > 0:
                     first += SEG0
-                    v1, b1 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1)
+                    v1, b1 = _load_patches(
+                        v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE
+                    )
                     top, total, part, where, context = _absorb(
                         q, v1, b1, first, top, total, part, where, context, alpha2,
                         BLOCK_R, SEG1, POOLING, SHIFT, PRECISION, UPCAST,
@@ -177,6 +180,37 @@ def _pair_fwd_kernel(
                 r = part / safe
             tl.store(r_ptr + out, tl.where(some, r, 0.0), mask=mask_r)
             tl.store(stat_ptr + out, tl.where(some, top + tl.log2(safe), 0.0), mask=mask_r)
+
+
+@triton.jit
+def _pair_fwd_kernel(
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr,
+    first_text, last_text, stride_rm,
+    P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
+    POOLING: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """r[m, row] and its softmax statistic (or argmax) for one image and every row of a chunk.
+
+    The image's patches stay on chip (TILES == 1) while row tiles stream past; larger images are
+    streamed tile by tile under a stationary row tile.
+    """
+    start = tl.load(bounds_ptr + first_text)
+    count = tl.load(bounds_ptr + last_text) - start
+    alpha = tl.load(alpha_ptr)
+    # the scale is known here and not on the host, which never reads a tensor
+    if (POOLING == "max") or (alpha <= UNSHIFTED_SCALE):
+        _pool_rows(
+            rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, alpha * LOG2_E, start, count,
+            stride_rm, P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, POOLING, False,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        _pool_rows(
+            rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, alpha * LOG2_E, start, count,
+            stride_rm, P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, POOLING, True,
+            PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit

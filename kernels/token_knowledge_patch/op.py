@@ -15,6 +15,7 @@ from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, r
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.token_knowledge_patch.checks import check_inputs, check_options
 from mlip.kernels.token_knowledge_patch.operators import (
+    pack_rows,
     pair_scores_and_rows_bwd,
     pair_scores_bwd_op,
     pair_scores_op,
@@ -24,7 +25,6 @@ from mlip.kernels.token_knowledge_patch.operators import (
     unit_patches_bwd,
 )
 from mlip.kernels.token_knowledge_patch.reference import (
-    UNSHIFTED_SCALE,
     pair_scores,
     prepare_rows_in_budget,
 )
@@ -38,7 +38,6 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class _TritonOptions:
     pooling: str
     aggregation: str
-    shift: bool
     narrow: bool  # unit rows in bfloat16
     group: Group
 
@@ -58,15 +57,6 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
         if knowledge.shape[1] > most:
             return f"K={knowledge.shape[1]} entities are above {most}, the most that fit on chip"
     return None
-
-
-def _needs_shift(scale: float | Tensor) -> bool:
-    """Whether exp() needs the row maximum; a scale on the GPU is never read, so there it does."""
-    if isinstance(scale, Tensor):
-        if scale.device.type != "cpu" or torch.compiler.is_compiling():
-            return True
-        return float(scale.detach()) > UNSHIFTED_SCALE
-    return scale > UNSHIFTED_SCALE
 
 
 class _TritonScores(torch.autograd.Function):
@@ -90,14 +80,13 @@ class _TritonScores(torch.autograd.Function):
         rows, weight = (gather(x, options.group, counts) for x in (rows, weight))
         v, bias = unit_patches(patches, patch_mask, options.narrow)
         valid = None if patch_mask is None else patch_mask.any(1).to(torch.int8)
-        problem = (patches.shape[1], options.pooling, options.aggregation, options.shift)
-        made = pair_scores_op(
-            rows, weight, v, bias, attention_scale, aggregation_scale, valid, *problem, keep
-        )
+        problem = (patches.shape[1], options.pooling, options.aggregation)
+        inputs = (*pack_rows(rows, weight), weight, v, bias)
+        inputs = (*inputs, attention_scale, aggregation_scale, valid)
+        made = pair_scores_op(*inputs, *problem, keep)
         ctx.save_for_backward(
             patches, tokens, knowledge, knowledge_scale, knowledge_gain, patch_mask,
-            token_weights, knowledge_mask,
-            rows, weight, v, bias, attention_scale, aggregation_scale, valid, *made,
+            token_weights, knowledge_mask, *inputs, *made,
         )  # fmt: skip
         ctx.problem, ctx.counts, ctx.group = problem, counts, options.group
         return made[0]
@@ -140,7 +129,6 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
     fixed = _TritonOptions(
         options["pooling"],
         options["aggregation"],
-        _needs_shift(options["attention_scale"]),
         # float16 becomes bfloat16 as well: gradients of 1 / (B T P) would underflow it
         not both_wide or torch.is_autocast_enabled(device.type),
         group,

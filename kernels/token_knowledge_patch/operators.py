@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlip.kernels.token_knowledge_patch.tiling import Problem, is_kept, padded_patches
+from mlip.kernels.token_knowledge_patch.tiling import (
+    ROW_TAIL,
+    Problem,
+    is_kept,
+    padded_patches,
+)
 
 
 @torch.library.custom_op(
@@ -98,31 +103,49 @@ def _(tokens, knowledge, weights, mask, scale, gain, grad):
     return tokens.new_empty(tokens.shape), entities, scale.new_empty(()), scale.new_empty(())
 
 
-_PAIR_INPUTS = (
-    "Tensor rows, Tensor weight, Tensor v, Tensor bias, Tensor alpha, Tensor gamma, Tensor? valid"
+@torch.library.custom_op(
+    "mlip_kernels::pack_rows",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-_PAIR_OPTIONS = "int patches, str pooling, str aggregation, bool shift"
-_PAIR_MADE = "Tensor scores, Tensor r, Tensor stat, Tensor index, Tensor text, Tensor bounds"
+def pack_rows(rows, weight):
+    from mlip.kernels.token_knowledge_patch.triton_kernels import pack_rows as pack
+
+    return pack(rows, weight)
 
 
-def _problem(rows: Tensor, v: Tensor, patches: int, pooling: str, aggregation: str, shift: bool):
+@pack_rows.register_fake
+def _(rows, weight):
+    packed = rows.new_empty((weight.numel() + ROW_TAIL, rows.shape[2]))
+    index = weight.new_empty((weight.numel(),), dtype=torch.int32)
+    bounds = weight.new_empty((weight.shape[0] + 1,), dtype=torch.int32)
+    return packed, index, torch.empty_like(index), bounds
+
+
+_PAIR_INPUTS = (
+    "Tensor rows, Tensor index, Tensor text, Tensor bounds, Tensor weight, Tensor v, Tensor bias, "
+    "Tensor alpha, Tensor gamma, Tensor? valid"
+)
+_PAIR_OPTIONS = "int patches, str pooling, str aggregation"
+_PAIR_MADE = "Tensor scores, Tensor r, Tensor stat"
+
+
+def _problem(weight: Tensor, v: Tensor, patches: int, pooling: str, aggregation: str):
     return Problem(
         images=v.shape[0],
-        texts=rows.shape[0],
-        rows_a_text=rows.shape[1],
+        texts=weight.shape[0],
+        rows_a_text=weight.shape[1],
         patches=patches,
-        dim=rows.shape[2],
-        size=rows.element_size(),
+        dim=v.shape[2],
+        size=v.element_size(),
         pooling=pooling,
         aggregation=aggregation,
-        shift=shift,
     )
 
 
-def _named(rows, weight, v, bias, alpha, gamma, packed) -> dict[str, Tensor]:
-    index, text, bounds = packed
+def _named(rows, index, text, bounds, weight, v, bias, alpha, gamma) -> dict[str, Tensor]:
     return {
-        "rows": rows.contiguous(),
+        "rows": rows,
         "weight": weight.contiguous(),
         "v": v.contiguous(),
         "bias": bias,
@@ -137,34 +160,32 @@ def _named(rows, weight, v, bias, alpha, gamma, packed) -> dict[str, Tensor]:
 @torch.library.custom_op(
     "mlip_kernels::pair_scores",
     mutates_args=(),
-    schema=(
-        f"({_PAIR_INPUTS}, {_PAIR_OPTIONS}, bool keep) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+    schema=f"({_PAIR_INPUTS}, {_PAIR_OPTIONS}, bool keep) -> (Tensor, Tensor, Tensor)",
 )
 def pair_scores_op(
-    rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation, shift, keep
-):
-    from mlip.kernels.token_knowledge_patch.triton_kernels import pack_rows, pair_scores_fwd
+    rows, index, text, bounds, weight, v, bias, alpha, gamma, valid, patches, pooling,
+    aggregation, keep,
+):  # fmt: skip
+    from mlip.kernels.token_knowledge_patch.triton_kernels import pair_scores_fwd
 
-    problem = _problem(rows, v, patches, pooling, aggregation, shift)
-    packed = pack_rows(weight)
-    tensors = _named(rows, weight, v, bias, alpha, gamma, packed)
+    problem = _problem(weight, v, patches, pooling, aggregation)
+    tensors = _named(rows, index, text, bounds, weight, v, bias, alpha, gamma)
     with torch.cuda.device_of(v):
-        return *pair_scores_fwd(problem, tensors, valid, keep), *packed
+        return pair_scores_fwd(problem, tensors, valid, keep)
 
 
 @pair_scores_op.register_fake
-def _(rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation, shift, keep):
-    problem = _problem(rows, v, patches, pooling, aggregation, shift)
+def _(
+    rows, index, text, bounds, weight, v, bias, alpha, gamma, valid, patches, pooling,
+    aggregation, keep,
+):  # fmt: skip
+    problem = _problem(weight, v, patches, pooling, aggregation)
     shape = (0,)
     if keep and is_kept(problem):
         shape = (problem.images, problem.stride(problem.texts))
     scores = weight.new_empty((problem.images, problem.texts))
     stat = weight.new_empty(shape, dtype=torch.int32 if pooling == "max" else torch.float32)
-    index = weight.new_empty((weight.numel(),), dtype=torch.int32)
-    bounds = weight.new_empty((problem.texts + 1,), dtype=torch.int32)
-    return scores, weight.new_empty(shape), stat, index, torch.empty_like(index), bounds
+    return scores, weight.new_empty(shape), stat
 
 
 @torch.library.custom_op(
@@ -176,28 +197,30 @@ def _(rows, weight, v, bias, alpha, gamma, valid, patches, pooling, aggregation,
     ),
 )
 def pair_scores_bwd_op(
-    grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
-    patches, pooling, aggregation, shift, want_alpha,
+    grad, rows, index, text, bounds, weight, v, bias, alpha, gamma, valid, scores, r, stat,
+    patches, pooling, aggregation, want_alpha,
 ):  # fmt: skip
     from mlip.kernels.token_knowledge_patch.triton_kernels import pair_scores_bwd
 
-    problem = _problem(rows, v, patches, pooling, aggregation, shift)
-    tensors = _named(rows, weight, v, bias, alpha, gamma, (index, text, bounds))
+    problem = _problem(weight, v, patches, pooling, aggregation)
+    tensors = _named(rows, index, text, bounds, weight, v, bias, alpha, gamma)
     with torch.cuda.device_of(v):
         d_rows, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
             problem, tensors, valid, scores, grad.contiguous(), (r, stat), want_alpha
         )
     assert d_rows is not None  # nothing projects it here
-    return d_rows.view(rows.shape), d_weight.view(weight.shape), d_v, d_alpha, d_gamma
+    d_rows = d_rows.view(*weight.shape, v.shape[2])
+    return d_rows, d_weight.view(weight.shape), d_v, d_alpha, d_gamma
 
 
 @pair_scores_bwd_op.register_fake
 def _(
-    grad, rows, weight, v, bias, alpha, gamma, valid, scores, r, stat, index, text, bounds,
-    patches, pooling, aggregation, shift, want_alpha,
+    grad, rows, index, text, bounds, weight, v, bias, alpha, gamma, valid, scores, r, stat,
+    patches, pooling, aggregation, want_alpha,
 ):  # fmt: skip
     wide = weight.new_empty
-    return wide(rows.shape), wide(weight.shape), wide(v.shape), wide(()), wide(())
+    d_rows = wide((*weight.shape, v.shape[2]))
+    return d_rows, wide(weight.shape), wide(v.shape), wide(()), wide(())
 
 
 @torch.library.custom_op(
@@ -210,15 +233,15 @@ def _(
     ),
 )
 def pair_scores_and_rows_bwd(
-    tokens, knowledge, weights, mask, scale, gain, grad, rows, row_weight, v, bias, alpha, gamma,
-    valid, scores, r, stat, index, text, bounds, patches, pooling, aggregation, shift, want_alpha,
+    tokens, knowledge, weights, mask, scale, gain, grad, rows, index, text, bounds, row_weight, v,
+    bias, alpha, gamma, valid, scores, r, stat, patches, pooling, aggregation, want_alpha,
 ):  # fmt: skip
     """pair_scores_bwd_op, then query_rows_bwd, without the float32 gradient of all rows between."""
     from mlip.kernels.token_knowledge_patch.rows_triton_kernels import RowsBackward
     from mlip.kernels.token_knowledge_patch.triton_kernels import pair_scores_bwd
 
-    problem = _problem(rows, v, patches, pooling, aggregation, shift)
-    tensors = _named(rows, row_weight, v, bias, alpha, gamma, (index, text, bounds))
+    problem = _problem(row_weight, v, patches, pooling, aggregation)
+    tensors = _named(rows, index, text, bounds, row_weight, v, bias, alpha, gamma)
     with torch.cuda.device_of(v):
         owner = RowsBackward(tokens, knowledge, weights, mask, scale, gain)
         _, d_weight, d_v, d_alpha, d_gamma = pair_scores_bwd(
@@ -229,8 +252,8 @@ def pair_scores_and_rows_bwd(
 
 @pair_scores_and_rows_bwd.register_fake
 def _(
-    tokens, knowledge, weights, mask, scale, gain, grad, rows, row_weight, v, bias, alpha, gamma,
-    valid, scores, r, stat, index, text, bounds, patches, pooling, aggregation, shift, want_alpha,
+    tokens, knowledge, weights, mask, scale, gain, grad, rows, index, text, bounds, row_weight, v,
+    bias, alpha, gamma, valid, scores, r, stat, patches, pooling, aggregation, want_alpha,
 ):  # fmt: skip
     like = tokens if knowledge is None else knowledge
     entities = like.new_empty((0,) if knowledge is None else knowledge.shape)

@@ -7,6 +7,7 @@ benchmarks/bench_kernels.py --tune times every line of it on the card at hand.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlip.kernels._chip import SHARED_MEMORY
@@ -23,6 +24,7 @@ LARGE_FLOOR_BYTES = 2**28
 SMALL_FLOOR_BYTES = 2**25
 CONTEXT_BUDGET_BYTES = 2**27
 MAX_DIM = 256
+ROW_TAIL = 128  # rows behind the packed ones: the longest row tile of the table
 SHARED_MEMORY_SLACK = 8192  # barriers, reductions and index staging beside the tiles
 
 
@@ -90,8 +92,9 @@ class Choice:
 
 
 # A stationary side shorter than 64 rows or patches asks more of the L2 cache than it delivers
-# (README, tile maps), so those lines are for small shared memory only. Every line of `best`
-# in bfloat16 compiles for sm_80 and sm_90 without spills (tests/kernels/test_triton_compile.py).
+# (README, tile maps), so those lines are for small shared memory only. What the lines of `best`
+# keep on the stack in bfloat16 is bounded in tests/kernels/test_triton_compile.py: four words on
+# sm_90, none in most.
 SMALL: list[Candidate] = [
     (64, (64, 0, 0), 8),
     (64, (32, 0, 0), 8),
@@ -102,9 +105,17 @@ SMALL: list[Candidate] = [
 TABLE: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("forward", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("backward_rows", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_rows", 128): Choice(
+        [(128, (128, 64, 16), 8), (128, (128, 64, 0), 8), (128, (64, 32, 16), 8)]
+        + [(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)],
+        SMALL,
+    ),
     ("backward_rows", 256): Choice([(128, (64, 0, 0), 8), (128, (32, 0, 0), 8)], SMALL),
-    ("backward_patches", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_patches", 128): Choice(
+        [(128, (16, 64, 128), 8), (128, (64, 32, 16), 8), (128, (128, 0, 0), 8)]
+        + [(128, (64, 0, 0), 8)],
+        SMALL,
+    ),
     ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
 }
 # (pooling or "", kernel, dim) where the general line spills: mma.sync of sm_80 holds its operands
@@ -112,20 +123,34 @@ TABLE: dict[tuple[str, int], Choice] = {
 OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
     ("", "backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
     ("", "backward_rows", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
-    ("max", "backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("context", "forward", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("", "backward_patches", 128): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
+    **{
+        ("context", kind, 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:])
+        for kind in ("forward", "turn", "backward_rows", "backward_patches")
+    },
 }
 OVERRIDES: dict[tuple[str, str, int], Choice] = {
-    ("max", "backward_rows", 256): Choice([(128, (32, 0, 0), 8)], SMALL),
+    ("max", "backward_patches", 256): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
 }
+# lines that only bench_kernels.py --tune tries: two small programs a multiprocessor overlap
+# products and exponentials, one large program issues fewer instructions; no count says which wins
+ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
+    ("forward", 128): [(128, (128, 16, 64), 8)],
+    ("forward", 256): [(64, (128, 16, 64), 8)],
+    ("backward_rows", 128): [(64, (128, 64, 16), 4), (64, (64, 32, 16), 4)],
+    ("backward_patches", 128): [(64, (64, 32, 16), 4)],
+    ("backward_patches", 256): [(64, (64, 0, 0), 4)],
+}
+# gathers one patch for every row: no patch is held, any chip has room
+MAX_ROWS = Choice([], [(64, (16, 0, 0), 8)])
 CONTEXT: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("forward", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:]),
-    ("turn", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("turn", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("turn", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
-    ("backward_rows", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("backward_rows", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:], stages=1),
-    ("backward_patches", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
 }
 # three tf32 products a dot hold three times the operands: small tiles, correct first
@@ -142,7 +167,8 @@ def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages
     """Shared memory of a tiling: its stationary side once, its streamed side once a stage."""
     rows, patches = block_r * dim * size, span * dim * size
     if kind == "resident":
-        return patches + stages * rows
+        # the loops with and without a row maximum share all but one stage
+        return patches + (stages + 1) * rows
     if kind == "backward_patches":
         return patches + stages * rows + block_r * min(span, 128) * size
     return rows + stages * patches
@@ -158,14 +184,17 @@ def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
         left -= part
     if left > 0:
         return None
-    warps = 8 if dim >= 256 else 4
     if shared_bytes("resident", 64, sum(segments), dim, 2, 2) + SHARED_MEMORY_SLACK > limit:
         return None
+    if len(segments) == 3:  # the short one in the middle: two words fewer on the stack at D = 256
+        segments = [segments[0], segments[2], segments[1]]
     seg0, seg1, seg2 = (segments + [0, 0])[:3]
-    return Tiling(64, (seg0, seg1, seg2), 1, warps, 2)
+    return Tiling(64, (seg0, seg1, seg2), 1, 4, 2)
 
 
 def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choice:
+    if (pooling, kind) == ("max", "backward_rows"):
+        return MAX_ROWS
     if size == 4:
         return FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
     overrides = OVERRIDES if limit >= SHARED_MEMORY[9, 0] else OVERRIDES_80
@@ -177,12 +206,13 @@ def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choic
 
 
 def _fitting(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str
-) -> list[tuple[bool, Tiling]]:
+    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str,
+    others: Sequence[Candidate] = (),
+) -> list[tuple[bool, Tiling]]:  # fmt: skip
     """The lines of the table that fit, in its order, and whether each is one of `small`."""
     choice = _choice(kind, 128 if dim <= 128 else 256, size, limit, pooling)
     found = []
-    lines = [(False, c) for c in choice.best] + [(True, c) for c in choice.small]
+    lines = [(False, c) for c in choice.best] + [(True, c) for c in (*choice.small, *others)]
     for is_small, (block_r, segments, warps) in lines:
         span = sum(segments)
         # a context's backward pass streams t beside the rows, in as many stages
@@ -190,12 +220,14 @@ def _fitting(
         if kind.startswith("backward") and pooling == "context":
             streamed = 2 * block_r * dim * size
         needed = shared_bytes(kind, block_r, span, dim, size, 2) + streamed
-        if needed + SHARED_MEMORY_SLACK > limit:
+        if needed + SHARED_MEMORY_SLACK > limit and choice is not MAX_ROWS:
             continue
         tiles = -(-padded_patches(patches) // span)
         # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
-        if kind == "forward" and tiles == 1:
+        if kind == "forward" and tiles == 1 and segments[1] == 0:
             tiles = 2
+        if kind == "forward" and tiles > 1 and segments[2] > 0:
+            continue  # streamed in two segments at most
         found.append((is_small, Tiling(block_r, segments, tiles, warps, choice.stages)))
     return found
 
@@ -203,8 +235,12 @@ def _fitting(
 def fitting_tilings(
     kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
 ) -> list[Tiling]:
-    """Every tile map that choose_tiling could use on this chip, for timing them."""
-    found = [tiling for _, tiling in _fitting(kind, patches, dim, size, limit, pooling)]
+    """Every tile map worth timing on this chip, those that choose_tiling could use first."""
+    others = []
+    if size == 2 and pooling == "attention":
+        others = ALTERNATIVES.get((kind, 128 if dim <= 128 else 256), [])
+    lines = _fitting(kind, patches, dim, size, limit, pooling, others)
+    found = [tiling for _, tiling in lines]
     if kind == "forward" and size == 2 and pooling != "context":
         resident = _resident(patches, dim, limit)
         found = found if resident is None else [resident, *found]
@@ -249,7 +285,6 @@ class Problem:
     size: int
     pooling: str
     aggregation: str
-    shift: bool
 
     @property
     def padded(self) -> int:

@@ -29,7 +29,12 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     _aggregate_fwd_kernel,
     _pair_fwd_kernel,
 )
+from mlip.kernels.token_knowledge_patch.max_triton_kernels import (
+    _max_bwd_patches_kernel,
+    _max_bwd_rows_kernel,
+)
 from mlip.kernels.token_knowledge_patch.tiling import (
+    ROW_TAIL,
     Problem,
     block_dim,
     choose_tiling,
@@ -52,17 +57,18 @@ def _keywords(p: Problem) -> dict[str, object]:
         "P_PAD": p.padded,
         "DIM": p.dim,
         "BLOCK_D": block_dim(p.dim),
-        "POOLING": p.pooling,
         # float32 operands: three tf32 products, as exact as float32; bfloat16 ignores it
         "PRECISION": "tf32x3" if p.size == 4 else "ieee",
         "UPCAST": is_interpreting(),
     }
 
 
-def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(index [N J], text [N J], bounds [N + 1]) of the rows of positive weight, in order.
+def pack_rows(rows_NJD: Tensor, weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(packed [N J + ROW_TAIL, D], index [N J], text [N J], bounds [N + 1]): the rows of positive
+    weight one behind another, in order, and where each came from.
 
-    Entries of index and text past bounds[N] are 0 and never used; nothing is read on the host.
+    Entries of index and text past bounds[N] are 0 and never used; nothing is read on the host. A
+    row tile of a kernel may reach past the last row: the tail is there for it to read.
     """
     texts, rows = weight_NJ.shape
     real = (weight_NJ > 0).reshape(-1)
@@ -74,7 +80,11 @@ def pack_rows(weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     numbers = torch.arange(texts * rows, dtype=torch.int32, device=weight_NJ.device)
     index.scatter_(0, where, numbers)
     index = index[:-1]
-    return index, torch.div(index, rows, rounding_mode="floor"), bounds
+    flat = rows_NJD.reshape(texts * rows, -1)
+    packed = flat.new_empty((texts * rows + ROW_TAIL, flat.shape[1]))
+    packed[texts * rows :] = 0
+    torch.index_select(flat, 0, index, out=packed[: texts * rows])
+    return packed, index, torch.div(index, rows, rounding_mode="floor"), bounds
 
 
 def _groups(
@@ -99,7 +109,6 @@ def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out
     groups = min(max(1, tiles // 4), max(1, triton.cdiv(8 * processors, p.images)))
     _pair_fwd_kernel[(p.images, groups)](
         tensors["rows"],
-        tensors["index"],
         tensors["bounds"],
         tensors["v"],
         tensors["bias"],
@@ -109,7 +118,7 @@ def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out
         first,
         last,
         r.stride(0),
-        SHIFT=p.shift,
+        POOLING=p.pooling,
         **_keywords(p),
         **tiling.keywords(),
     )
@@ -128,8 +137,8 @@ def pair_scores_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores [M, N], r, stat); the statistics are empty where backward makes them again.
 
-    tensors: rows [N J, D], weight [N J], index, text, bounds, v [M, P_PAD, D], bias [M, P_PAD],
-             alpha [1], gamma [1]; valid [M] int8 or None
+    tensors: rows [N J + ROW_TAIL, D], index, text and bounds of pack_rows, weight [N J],
+             v [M, P_PAD, D], bias [M, P_PAD], alpha [1], gamma [1]; valid [M] int8 or None
     """
     keep = keep and is_kept(p)
     chunks = [(0, p.texts)]
@@ -253,46 +262,46 @@ def pair_scores_bwd(
         h_sum += parts.sum()
         grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
         alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, **wide)
-        inputs = [tensors[name] for name in ("rows", "index", "bounds", "v", "bias", "alpha")]
-        shared = _keywords(p)
-        span = (first, last)
         row_base = 0 if is_whole else first * p.rows_a_text
-        sizes = (p.images, r.stride(0), d_rows.stride(0))
-        if p.pooling == "context":
-            turning = choose_tiling("turn", p.patches, block_d, p.size, limit, p.pooling)
-            blocks = triton.cdiv((last - first) * p.rows_a_text, turning.block_r)
-            shares = min(p.images, triton.cdiv(4 * processors, blocks))
-            _context_turn_kernel[(blocks, shares)](
-                *inputs, r, stat, g, h, turned, *span, *sizes[:2], **shared, **turning.keywords()
-            )
-            _context_bwd_rows_kernel[grid](
-                *inputs, stat, g, h, turned, d_rows, alpha_parts, *span, row_base, *sizes,
-                WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
+        span, across = (first, last), r.stride(0)
+        row_sizes = (*span, row_base, p.images, across, d_rows.stride(0))
+        patch_grid = (p.images * by_patches.tiles, patch_groups)
+        patch_sizes = (*span, across, d_v.stride(0))
+        rows, index, bounds, v = (tensors[name] for name in ("rows", "index", "bounds", "v"))
+        if p.pooling == "max":
+            _max_bwd_rows_kernel[grid](
+                index, bounds, v, stat, g, d_rows, *row_sizes,
+                P_PAD=p.padded, DIM=p.dim, BLOCK_D=block_d, BLOCK_R=by_rows.block_r,
+                num_warps=by_rows.warps,
+            )  # fmt: skip
+            _max_bwd_patches_kernel[patch_grid](
+                rows, bounds, stat, g, d_v, *patch_sizes,
+                ACCUMULATE=first > 0, **_keywords(p), **by_patches.keywords(),
             )  # fmt: skip
         else:
-            _pair_bwd_rows_kernel[grid](
-                *inputs, stat, g, h, d_rows, alpha_parts, *span, row_base, *sizes,
-                WANT_ALPHA=want_alpha, **shared, **by_rows.keywords(),
+            made = [stat, g, h]
+            inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
+            by_row, by_patch = _pair_bwd_rows_kernel, _pair_bwd_patches_kernel
+            if p.pooling == "context":
+                turning = choose_tiling("turn", p.patches, block_d, p.size, limit, p.pooling)
+                blocks = triton.cdiv((last - first) * p.rows_a_text, turning.block_r)
+                shares = min(p.images, triton.cdiv(4 * processors, blocks))
+                _context_turn_kernel[(blocks, shares)](
+                    rows, *inputs, r, *made, turned, *span, p.images, across,
+                    **_keywords(p), **turning.keywords(),
+                )  # fmt: skip
+                made.append(turned)
+                by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
+            by_row[grid](
+                rows, index, *inputs, *made, d_rows, alpha_parts, *row_sizes,
+                WANT_ALPHA=want_alpha, **_keywords(p), **by_rows.keywords(),
+            )  # fmt: skip
+            by_patch[patch_grid](
+                rows, *inputs, *made, d_v, *patch_sizes,
+                ACCUMULATE=first > 0, **_keywords(p), **by_patches.keywords(),
             )  # fmt: skip
         if want_alpha:
             d_alpha += alpha_parts.sum()
-        is_context = p.pooling == "context"
-        kernel = _context_bwd_patches_kernel if is_context else _pair_bwd_patches_kernel
-        kernel[(p.images * by_patches.tiles, patch_groups)](
-            *inputs,
-            stat,
-            g,
-            h,
-            *([turned] if is_context else []),
-            d_v,
-            first,
-            last,
-            r.stride(0),
-            d_v.stride(0),
-            ACCUMULATE=first > 0,
-            **shared,
-            **by_patches.keywords(),
-        )
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
     d_gamma = torch.zeros((), **wide)

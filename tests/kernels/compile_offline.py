@@ -40,8 +40,29 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], case
     )
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and the instructions that tell spills and tensor cores, of machine code."""
+def product_loops(assembly: str) -> list[int]:
+    """Instructions of every innermost loop with a tensor-core product, in the order of the code."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_\S+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,5}\*/\s+(.*?);", line):
+            instructions.append(found[1])
+            jump = re.search(r"\bBRA\b.*`\((\.L_\S+)\)", found[1])
+            if jump and jump[1] in labels:
+                loops.append((labels[jump[1]], len(instructions)))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [
+        last - first
+        for first, last in sorted(inner)
+        if any("MMA" in text for text in instructions[first:last])
+    ]
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack, loops and instructions that tell spills and tensor cores, of a cubin."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -54,10 +75,10 @@ def resources(cubin: bytes) -> dict[str, int]:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, assembly = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm")
-    out = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL"):
+    out: dict[str, Any] = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+    for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
-    out["instructions"] = len(re.findall(r"/\*[0-9a-f]{4,5}\*/", assembly))
+    out["loops"] = product_loops(assembly)
     return out
 
 
@@ -68,7 +89,7 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
             types[name] = f"*{element}"
         elif name in ("a_ptr", "b_ptr"):
             types[name] = f"*{element}"
-        elif name in ("index_ptr", "bounds_ptr", "text_ptr"):
+        elif name in ("index_ptr", "bounds_ptr", "text_ptr", "where_ptr"):
             types[name] = "*i32"
         elif name == "stat_ptr":
             types[name] = "*i32" if pooling == "max" else "*fp32"
@@ -89,6 +110,7 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         backward_triton_kernels,
         context_triton_kernels,
         forward_triton_kernels,
+        max_triton_kernels,
     )
     from mlip.kernels.token_knowledge_patch.tiling import (
         block_dim,
@@ -106,23 +128,25 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "P_PAD": padded_patches(case["patches"]),
         "DIM": dim,
         "BLOCK_D": block_dim(dim),
-        "POOLING": pooling,
         "PRECISION": "ieee" if size == 2 else "tf32x3",
         "UPCAST": False,
     }
     if kind == "forward":
-        constants["SHIFT"] = case.get("shift", False)
+        constants["POOLING"] = pooling
         return forward_triton_kernels._pair_fwd_kernel, constants
     if kind == "turn":
         return context_triton_kernels._context_turn_kernel, constants
     flag = "WANT_ALPHA" if kind == "backward_rows" else "ACCUMULATE"
     constants[flag] = case.get("extra", False)
-    if pooling == "context":
-        module, prefix = context_triton_kernels, "_context_bwd"
-    else:
-        module, prefix = backward_triton_kernels, "_pair_bwd"
+    module, prefix = {
+        "attention": (backward_triton_kernels, "_pair_bwd"),
+        "context": (context_triton_kernels, "_context_bwd"),
+        "max": (max_triton_kernels, "_max_bwd"),
+    }[pooling]
     side = "rows" if kind == "backward_rows" else "patches"
-    return getattr(module, f"{prefix}_{side}_kernel"), constants
+    kernel = getattr(module, f"{prefix}_{side}_kernel")
+    names = inspect.signature(kernel.fn).parameters
+    return kernel, {n: constants[n] for n in constants if n in names}
 
 
 def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -194,6 +218,11 @@ def main() -> None:
         types = _types(kernel, case["element"], case["pooling"])
         compiled = _compile(kernel, types, constants, case)
         used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+        if case["op"] == "pair" and used["loops"]:
+            # of the first loop, which an attention scale of usual size takes: thread instructions
+            # for every pair of a row and a real patch
+            pairs = constants["BLOCK_R"] * case["patches"] / constants["TILES"]
+            used["an_element"] = round(used["loops"][0] * 32 * case["warps"] / pairs, 2)
         print(json.dumps(case | used), flush=True)
 
 

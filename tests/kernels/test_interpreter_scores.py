@@ -96,7 +96,7 @@ def test_chunks_of_texts_change_nothing(pooling: str, monkeypatch: pytest.Monkey
     want = gradients(value, whole)
     from mlip.kernels.token_knowledge_patch import triton_kernels
 
-    problem = tiling.Problem(2, 5, 8, 20, 16, 4, pooling, "mean", False)
+    problem = tiling.Problem(2, 5, 8, 20, 16, 4, pooling, "mean")
     two_texts = 3 * tiling.chunk_bytes(problem, 1) - 1  # a context's share is three quarters
     for module in (tiling, triton_kernels):
         monkeypatch.setattr(module, "workspace_bytes", lambda *_: two_texts)
