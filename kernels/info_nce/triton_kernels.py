@@ -13,6 +13,8 @@ from mlip.kernels._chip import SHARED_MEMORY, chip_facts
 from mlip.kernels._dispatch import is_interpreting
 
 # finite, because -inf minus -inf is NaN; any real logit is above NO_MAXIMUM
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOG_2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
 MAX_DIM = 512  # of the backward kernel, which holds a row tile of D accumulators
@@ -28,122 +30,194 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(ptr, offs_r, mask_r, offs_d, DIM: tl.constexpr):
-    return tl.load(
-        ptr + offs_r[:, None] * DIM + offs_d[None, :],
-        mask=mask_r[:, None] & (offs_d < DIM)[None, :],
-        other=0.0,
-    )
+def _tile_pointers(ptr, offs_r, last, offs_d, DIM: tl.constexpr):
+    """Pointers of rows [R, D]; a row past the last is the last one, so that no load has a mask."""
+    rows = tl.minimum(offs_r, last).to(tl.int64)
+    return ptr + rows[:, None] * DIM + offs_d[None, :]
 
 
 @triton.jit
-def _info_nce_fwd_kernel(
-    a_ptr, b_ptr, scale_ptr, ids_a_ptr, ids_b_ptr,
+def _load_part(at, k, offs_k, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    if DIM % BLOCK_K == 0:
+        return tl.load(at + k)
+    return tl.load(at + k, mask=(offs_k < DIM - k)[None, :], other=0.0)
+
+
+@triton.jit
+def _is_bounded(bound_ptr, count):
+    # no logit is above the bound: sums of `count` powers of e stay in range, and no power is lost
+    bound = tl.load(bound_ptr) * LOG2_E
+    return (bound <= 124.0) & (bound + tl.log2(count.to(tl.float32)) <= 127.0)
+
+
+@triton.jit
+def _statistics_of_blocks(
+    a_ptr, b_ptr, scale, ids_a_ptr, ids_b_ptr,
     row_max_ptr, row_sum_ptr, column_max_ptr, column_sum_ptr, positive_ptr,
     rows, columns, offset, split,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_IDS: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Running maxima and sums over negatives, of rows within a share of the columns, and of columns
-    within this program's row blocks; every positive logit."""
-    scale = tl.load(scale_ptr)
+    """This program's row blocks against its share of the columns; BOUNDED needs no maxima."""
+    scale2 = scale * LOG2_E
     row_out = tl.program_id(1).to(tl.int64) * rows
     column_out = tl.program_id(0).to(tl.int64) * columns
     begin = tl.program_id(1) * split
     end = tl.minimum(begin + split, columns)
+    offs_k = tl.arange(0, BLOCK_K)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
-        offs_m = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < rows
+        own_n = offs_m + offset
+        first_own = block * BLOCK_M + offset
+        a_at = _tile_pointers(a_ptr, offs_m, rows - 1, offs_k, DIM)
         top = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         if HAS_IDS:
             ids_a = tl.load(ids_a_ptr + offs_m, mask=mask_m, other=0)
         for first in range(begin, end, BLOCK_N):
-            offs_n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+            offs_n = first + tl.arange(0, BLOCK_N)
             mask_n = offs_n < end
-            z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            b_at = _tile_pointers(b_ptr, offs_n, columns - 1, offs_k, DIM)
+            s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for k in range(0, DIM, BLOCK_K):
-                offs_k = k + tl.arange(0, BLOCK_K)
-                a = _load_tile(a_ptr, offs_m, mask_m, offs_k, DIM)
-                b = _load_tile(b_ptr, offs_n, mask_n, offs_k, DIM)
-                z = _dot(a, tl.trans(b), z, PRECISION, UPCAST)
-            z = z * scale
-            own = (offs_m + offset)[:, None] == offs_n[None, :]
-            here = (offs_m + offset >= first) & (offs_m + offset < first + BLOCK_N)
-            positive = tl.sum(tl.where(own, z, 0.0), 1)
-            tl.store(positive_ptr + offs_m, positive, mask=mask_m & here)
-            drop = own | ~(mask_m[:, None] & mask_n[None, :])
+                a = _load_part(a_at, k, offs_k, DIM, BLOCK_K)
+                b = _load_part(b_at, k, offs_k, DIM, BLOCK_K)
+                s = _dot(a, tl.trans(b), s, PRECISION, UPCAST)
+            # of a tile without a positive and without an end every logit counts
+            has_own = (first_own < first + BLOCK_N) & (first_own + BLOCK_M > first)
+            is_cut = (block * BLOCK_M + BLOCK_M > rows) | (first + BLOCK_N > end)
+            if BOUNDED:
+                x = tl.exp2(s * scale2)
+            else:
+                x = s * scale2
+            NOTHING: tl.constexpr = 0.0 if BOUNDED else MASKED
             if HAS_IDS:
                 ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
-                drop = drop | (ids_a[:, None] == ids_b[None, :])
-            z = tl.where(drop, MASKED, z)
-            new = tl.maximum(top, tl.max(z, 1))
-            total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new[:, None]), 1)
-            top = new
+                x = tl.where(ids_a[:, None] == ids_b[None, :], NOTHING, x)
+            if has_own | is_cut:
+                own = own_n[:, None] == offs_n[None, :]
+                here = (own_n >= first) & (own_n < first + BLOCK_N)
+                positive = tl.sum(tl.where(own, s, 0.0), 1) * scale
+                tl.store(positive_ptr + offs_m, positive, mask=mask_m & here)
+                x = tl.where(own | ~(mask_m[:, None] & mask_n[None, :]), NOTHING, x)
             # this program alone owns its row of the column statistics, block after block
-            peak = tl.maximum(tl.max(z, 0), NO_MAXIMUM)
-            mass = tl.sum(tl.exp(z - peak[None, :]), 0)
-            if block >= tl.num_programs(0):
-                old = tl.load(column_max_ptr + column_out + offs_n, mask=mask_n, other=NO_MAXIMUM)
-                held = tl.load(column_sum_ptr + column_out + offs_n, mask=mask_n, other=0.0)
-                higher = tl.maximum(old, peak)
-                mass = mass * tl.exp(peak - higher) + held * tl.exp(old - higher)
-                peak = higher
-            tl.store(column_max_ptr + column_out + offs_n, peak, mask=mask_n)
+            if BOUNDED:
+                total += tl.sum(x, 1)
+                mass = tl.sum(x, 0)
+                if block >= tl.num_programs(0):
+                    mass += tl.load(column_sum_ptr + column_out + offs_n, mask=mask_n, other=0.0)
+                else:
+                    zero = tl.zeros([BLOCK_N], tl.float32)
+                    tl.store(column_max_ptr + column_out + offs_n, zero, mask=mask_n)
+            else:
+                new = tl.maximum(top, tl.max(x, 1))
+                total = total * tl.exp2(top - new) + tl.sum(tl.exp2(x - new[:, None]), 1)
+                top = new
+                peak = tl.maximum(tl.max(x, 0), NO_MAXIMUM)
+                mass = tl.sum(tl.exp2(x - peak[None, :]), 0)
+                peak *= LOG_2
+                if block >= tl.num_programs(0):
+                    old = tl.load(
+                        column_max_ptr + column_out + offs_n, mask=mask_n, other=NO_MAXIMUM
+                    )
+                    held = tl.load(column_sum_ptr + column_out + offs_n, mask=mask_n, other=0.0)
+                    higher = tl.maximum(old, peak)
+                    mass = mass * tl.exp(peak - higher) + held * tl.exp(old - higher)
+                    peak = higher
+                tl.store(column_max_ptr + column_out + offs_n, peak, mask=mask_n)
             tl.store(column_sum_ptr + column_out + offs_n, mass, mask=mask_n)
-        tl.store(row_max_ptr + row_out + offs_m, top, mask=mask_m)
+        if BOUNDED:
+            top = tl.zeros([BLOCK_M], tl.float32)
+        tl.store(row_max_ptr + row_out + offs_m, top * LOG_2, mask=mask_m)
         tl.store(row_sum_ptr + row_out + offs_m, total, mask=mask_m)
+
+
+@triton.jit
+def _info_nce_fwd_kernel(
+    a_ptr, b_ptr, scale_ptr, bound_ptr, ids_a_ptr, ids_b_ptr,
+    row_max_ptr, row_sum_ptr, column_max_ptr, column_sum_ptr, positive_ptr,
+    rows, columns, offset, split,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Maxima and sums over negatives, of rows within a share of the columns, and of columns within
+    this program's row blocks; every positive logit."""
+    scale = tl.load(scale_ptr)
+    if _is_bounded(bound_ptr, tl.maximum(rows, columns)):
+        _statistics_of_blocks(
+            a_ptr, b_ptr, scale, ids_a_ptr, ids_b_ptr, row_max_ptr, row_sum_ptr, column_max_ptr,
+            column_sum_ptr, positive_ptr, rows, columns, offset, split,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_K, HAS_IDS, True, PRECISION, UPCAST,
+        )  # fmt: skip
+    else:
+        _statistics_of_blocks(
+            a_ptr, b_ptr, scale, ids_a_ptr, ids_b_ptr, row_max_ptr, row_sum_ptr, column_max_ptr,
+            column_sum_ptr, positive_ptr, rows, columns, offset, split,
+            DIM, BLOCK_M, BLOCK_N, BLOCK_K, HAS_IDS, False, PRECISION, UPCAST,
+        )  # fmt: skip
 
 
 @triton.jit
 def _info_nce_bwd_kernel(
     a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
-    lse_a_ptr, lse_b_ptr, pull_a_ptr, pull_b_ptr, out_ptr, scale_part_ptr,
+    shift_a_ptr, shift_b_ptr, own_ptr, out_ptr, scale_part_ptr,
     rows, columns, offset,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_M rows of a; the same kernel serves both sides, roles exchanged."""
+    """The gradient of BLOCK_M rows of a; the same kernel serves both sides, roles exchanged.
+
+    shift: of rows and columns, what takes a logit in powers of two to its share of d z (_shift);
+    own: d z of every row's positive
+    """
+    EXACT: tl.constexpr = PRECISION == "tf32x3"
     scale = tl.load(scale_ptr)
-    offs_m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    grad = tl.load(grad_ptr)
+    scale2 = scale * LOG2_E
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < rows
-    a = _load_tile(a_ptr, offs_m, mask_m, offs_d, DIM)
-    lse_a = tl.load(lse_a_ptr + offs_m, mask=mask_m, other=0.0)
-    pull_a = tl.load(pull_a_ptr + offs_m, mask=mask_m, other=0.0)
+    own_n = offs_m + offset
+    a = _load_part(_tile_pointers(a_ptr, offs_m, rows - 1, offs_d, DIM), 0, offs_d, DIM, BLOCK_D)
+    shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=0.0)
+    if EXACT:
+        rest_a = tl.load(shift_a_ptr + rows + offs_m, mask=mask_m, other=0.0)
+    own = tl.load(own_ptr + offs_m, mask=mask_m, other=0.0)
     if HAS_IDS:
         ids_a = tl.load(ids_a_ptr + offs_m, mask=mask_m, other=0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     scale_sum = tl.zeros([BLOCK_M], tl.float32)
-    for first in range(0, columns, BLOCK_N):
-        offs_n = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+    for first in tl.range(0, columns, BLOCK_N, disable_licm=True):
+        offs_n = first + tl.arange(0, BLOCK_N)
         mask_n = offs_n < columns
-        b = _load_tile(b_ptr, offs_n, mask_n, offs_d, DIM)
-        lse_b = tl.load(lse_b_ptr + offs_n, mask=mask_n, other=0.0)
-        pull_b = tl.load(pull_b_ptr + offs_n, mask=mask_n, other=0.0)
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        s = _dot(a, tl.trans(b), s, PRECISION, UPCAST)
-        z = s * scale
-        own = (offs_m + offset)[:, None] == offs_n[None, :]
-        drop = ~(mask_m[:, None] & mask_n[None, :])
+        b_at = _tile_pointers(b_ptr, offs_n, columns - 1, offs_d, DIM)
+        b = _load_part(b_at, 0, offs_d, DIM, BLOCK_D)
+        shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=0.0)
+        s = _dot(a, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
+        z = s * scale2
+        if EXACT:
+            rest_b = tl.load(shift_b_ptr + columns + offs_n, mask=mask_n, other=0.0)
+            dz = tl.exp2((z + shift_a[:, None]) + rest_a[:, None])
+            dz += tl.exp2((z + shift_b[None, :]) + rest_b[None, :])
+        else:
+            dz = tl.exp2(z + shift_a[:, None]) + tl.exp2(z + shift_b[None, :])
+        dz = tl.where(mask_n[None, :], dz, 0.0)
         if HAS_IDS:
             ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
-            drop = drop | (ids_a[:, None] == ids_b[None, :])
-        dz = pull_a[:, None] * tl.exp(z - lse_a[:, None])
-        dz += pull_b[None, :] * tl.exp(z - lse_b[None, :])
-        dz = tl.where(drop, 0.0, dz)
-        dz = tl.where(own, -(pull_a[:, None] + pull_b[None, :]), dz)
+            dz = tl.where(ids_a[:, None] == ids_b[None, :], 0.0, dz)
+        dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
         if WANT_SCALE:
             scale_sum += tl.sum(dz * s, 1)
         acc = _dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)
-    grad = tl.load(grad_ptr)
     tl.store(
-        out_ptr + offs_m[:, None] * DIM + offs_d[None, :],
+        out_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_d[None, :],
         (acc * (scale * grad)).to(out_ptr.dtype.element_ty),
         mask=mask_m[:, None] & (offs_d < DIM)[None, :],
     )
     if WANT_SCALE:
+        scale_sum = tl.where(mask_m, scale_sum, 0.0)
         tl.store(scale_part_ptr + tl.program_id(0), tl.sum(scale_sum, 0) * grad)
 
 
@@ -167,7 +241,7 @@ def backward_tiling(dim: int, size: int, is_large: bool) -> dict[str, int]:
     elif block_d <= 128:
         rows, columns, stages = (128, 64, 2) if is_large else (64, 64, 2)
     elif block_d <= 256:
-        rows, columns, stages = (128, 64, 1) if is_large else (64, 32, 1)
+        rows, columns, stages = (128, 64, 2) if is_large else (64, 32, 1)
     else:
         rows, columns, stages = (64, 64, 1) if is_large else (32, 32, 1)
     return {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": 8, "num_stages": stages}
@@ -187,6 +261,10 @@ def _merge(top: Tensor, total: Tensor) -> Tensor:
         return top[0] + total[0].log()
     peak = top.amax(0)
     return peak + (total * torch.exp(top - peak)).sum(0).log()
+
+
+def _longest(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
 
 
 def info_nce_statistics(
@@ -211,10 +289,12 @@ def info_nce_statistics(
     row = torch.empty((2, splits, rows), dtype=torch.float32, device=a.device)
     column = torch.empty((2, programs, columns), dtype=torch.float32, device=a.device)
     positive = torch.empty(rows, dtype=torch.float32, device=a.device)
+    bound = scale * _longest(a) * _longest(b)  # Cauchy and Schwarz: no logit is larger
     _info_nce_fwd_kernel[(programs, splits)](
         a,
         b,
         scale,
+        bound,
         scale if ids_a is None else ids_a,
         scale if ids_b is None else ids_b,
         row[0],
@@ -232,6 +312,19 @@ def info_nce_statistics(
         **tiling,
     )
     return _merge(row[0], row[1]), _merge(column[0], column[1]), positive
+
+
+def _shift(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
+    """pull e^-lse as a power of two, [R] float32, or [2, R]: whole powers and the rest of each.
+
+    A pull of 0 is a shift of -1e30, which leaves nothing of any logit. Rounding a shift of a
+    hundred shows in float32 gradients; bfloat16 rows do not resolve it.
+    """
+    shift = (torch.log2(pull.double()) - lse.double() * LOG2_E.value).clamp_min(MASKED.value)
+    if not is_exact:
+        return shift.float()
+    whole = shift.round()
+    return torch.stack([whole, shift - whole]).float()
 
 
 def info_nce_gradient(
@@ -254,6 +347,12 @@ def info_nce_gradient(
     limit, _ = chip_facts(a.device)
     tiling = backward_tiling(dim, a.element_size(), limit >= SHARED_MEMORY[9, 0])
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
+    is_exact = a.dtype == torch.float32
+    shifts = [_shift(p, x, is_exact) for p, x in zip(pulls, lse, strict=True)]
+    # the positive of row m is column m + offset, where there is one
+    first, last = max(0, -offset), min(rows, b.shape[0] - offset)
+    own = -pulls[0]
+    own[first:last] -= pulls[1][first + offset : last + offset]
     out = torch.empty((rows, dim), dtype=dtype, device=a.device)
     parts = torch.zeros(blocks if want_scale else 1, dtype=torch.float32, device=a.device)
     _info_nce_bwd_kernel[(blocks,)](
@@ -263,8 +362,8 @@ def info_nce_gradient(
         grad,
         scale if ids is None else ids[0],
         scale if ids is None else ids[1],
-        *lse,
-        *pulls,
+        *shifts,
+        own,
         out,
         parts,
         rows,

@@ -45,6 +45,45 @@ def test_info_nce_is_exact(count: int, dim: int, with_ids: bool) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("scale", [0.0, 75.0, 80.0, 100.0, 400.0])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_info_nce_is_exact_at_any_scale(scale: float, with_ids: bool) -> None:
+    """Up to about 75 (of unit rows) logits need no maximum; above they do."""
+    image, text = info_nce_pair(150, 16, 4)
+    ids = torch.arange(150) % 60 if with_ids else None
+    # rounding a logit to float32 alone moves its power by scale * 2^-24
+    compare_info_nce(image.float(), text.float(), max(1e-5, scale * 2**-21), scale, ids)
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [60.0, 100.0])
+def test_info_nce_is_exact_where_no_pair_is_alike(scale: float) -> None:
+    """Every logit is near -scale: no power may be lost. Gradients nearly cancel: torch in float32
+    is itself off by 1.4e-4."""
+    image, noise = info_nce_pair(40, 32, 5)
+    one = torch.zeros(32, dtype=torch.float64)
+    one[0] = 1.0
+    image = F.normalize(one + 0.01 * image, dim=-1)
+    text = F.normalize(-one + 0.01 * noise, dim=-1)
+    image, text = image.float(), text.float()
+    results = []
+    for dtype, impl in ((torch.float32, "triton"), (torch.float64, "torch")):
+        made = [x.to(dtype).requires_grad_() for x in (image, text)]
+        value = info_nce_loss(*made, scale, impl=impl)
+        results.append([value.detach(), *torch.autograd.grad(value, made)])
+    assert relative_error(results[0][0], results[1][0]) <= 1e-6
+    for got, want in zip(results[0][1:], results[1][1:], strict=True):
+        assert relative_error(got, want) <= 3e-4
+
+
+@interpreted
+def test_info_nce_of_long_rows_is_exact() -> None:
+    """Rows ought to have unit length; where they do not, the bound of logits grows with them."""
+    image, text = info_nce_pair(40, 32, 6)
+    compare_info_nce(30.0 * image.float(), 5.0 * text.float(), 5e-5, 2.0)
+
+
+@interpreted
 def test_info_nce_in_bfloat16_stays_within_its_gate() -> None:
     image, text = info_nce_pair(65, 64, 1)
     compare_info_nce(image.bfloat16(), text.bfloat16(), 5e-3, 20.0)
