@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 
 # before any library reads them
@@ -16,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # notes torch's functions when imported: before a fixture replaces two
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -24,6 +25,9 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    # it notes torch's functions when imported: before a fixture below replaces two of them
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch._dynamo")
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,8 @@ def _info_nce_bwd_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < rows
-    own_n = offs_m + offset
+    # of a rank's share some rows have their positive elsewhere
+    own_n = tl.where(offs_m + offset < columns, offs_m + offset, -1)
     a = _load_part(_tile_pointers(a_ptr, offs_m, rows - 1, offs_d, DIM), 0, offs_d, DIM, BLOCK_D)
     shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=0.0)
     if EXACT:
