@@ -64,20 +64,24 @@ def _(image, text, scale, ids, offset):
 def _gradients(
     image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, want_scale
 ):
-    from mlip.kernels.info_nce.triton_kernels import info_nce_gradient
+    from mlip.kernels.info_nce.triton_kernels import info_nce_gradient, shift_of
 
     pair = None
     if ids is not None:
         pair = (ids[offset : offset + image.shape[0]].contiguous(), ids)
+    is_exact = image.dtype == torch.float32
+    own = (row_pull + column_pull[offset : offset + image.shape[0]]).neg_()
     with torch.cuda.device_of(image):
+        rows = shift_of(row_pull, row_lse, is_exact)
+        columns = shift_of(column_pull, column_lse, is_exact)
         image_grad, scale_grad = info_nce_gradient(
-            image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull), offset,
-            image.dtype, want_scale,
+            image, text, scale, grad, pair, (rows, columns), own, offset, 0, image.dtype,
+            want_scale,
         )  # fmt: skip
         # float32: the parts of all ranks are still to be added
         text_grad, _ = info_nce_gradient(
-            text, image, scale, grad, None if pair is None else pair[::-1], (column_lse, row_lse),
-            (column_pull, row_pull), -offset, torch.float32, False,
+            text, image, scale, grad, None if pair is None else pair[::-1], (columns, rows), own,
+            -offset, -offset, torch.float32, False,
         )  # fmt: skip
     return image_grad, text_grad, scale_grad
 

@@ -17,7 +17,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
-MAX_DIM = 512  # of the backward kernel, which holds a row tile of D accumulators
+LENGTH_SHARES = 128  # programs that look for the longest row
+SHIFT_BLOCK = 1024
 
 
 @triton.jit
@@ -44,9 +45,37 @@ def _load_part(at, k, offs_k, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _is_bounded(bound_ptr, count):
-    # no logit is above the bound: sums of `count` powers of e stay in range, and no power is lost
-    bound = tl.load(bound_ptr) * LOG2_E
+def _longest_of(x_ptr, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr):
+    longest = tl.full([], 0.0, tl.float32)
+    offs_d = tl.arange(0, BLOCK_D)
+    for first in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
+        offs_r = tl.minimum(first + tl.arange(0, BLOCK_R), rows - 1).to(tl.int64)
+        at = x_ptr + offs_r[:, None] * DIM + offs_d[None, :]
+        x = tl.load(at, mask=(offs_d < DIM)[None, :], other=0.0).to(tl.float32)
+        longest = tl.maximum(longest, tl.max(tl.sum(x * x, 1), 0))
+    return longest
+
+
+@triton.jit
+def _longest_kernel(
+    a_ptr, b_ptr, out_ptr, rows, columns,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """out[2, programs]: the largest squared length of a share of the rows of a, and of b."""
+    out = out_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if tl.program_id(1) == 0:
+        tl.store(out, _longest_of(a_ptr, rows, DIM, BLOCK_D, BLOCK_R))
+    else:
+        tl.store(out, _longest_of(b_ptr, columns, DIM, BLOCK_D, BLOCK_R))
+
+
+@triton.jit
+def _is_bounded(longest_ptr, scale, count, SHARES: tl.constexpr):
+    # no logit is above scale |a| |b|: sums of `count` powers of e stay in range, none is lost
+    offs = tl.arange(0, SHARES)
+    a = tl.max(tl.load(longest_ptr + offs), 0)
+    b = tl.max(tl.load(longest_ptr + SHARES + offs), 0)
+    bound = tl.abs(scale) * LOG2_E * tl.sqrt(a) * tl.sqrt(b)
     return (bound <= 124.0) & (bound + tl.log2(count.to(tl.float32)) <= 127.0)
 
 
@@ -135,16 +164,16 @@ def _statistics_of_blocks(
 
 @triton.jit
 def _info_nce_fwd_kernel(
-    a_ptr, b_ptr, scale_ptr, bound_ptr, ids_a_ptr, ids_b_ptr,
+    a_ptr, b_ptr, scale_ptr, longest_ptr, ids_a_ptr, ids_b_ptr,
     row_max_ptr, row_sum_ptr, column_max_ptr, column_sum_ptr, positive_ptr,
     rows, columns, offset, split,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_IDS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_IDS: tl.constexpr, SHARES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums over negatives, of rows within a share of the columns, and of columns within
     this program's row blocks; every positive logit."""
     scale = tl.load(scale_ptr)
-    if _is_bounded(bound_ptr, tl.maximum(rows, columns)):
+    if _is_bounded(longest_ptr, scale, tl.maximum(rows, columns), SHARES):
         _statistics_of_blocks(
             a_ptr, b_ptr, scale, ids_a_ptr, ids_b_ptr, row_max_ptr, row_sum_ptr, column_max_ptr,
             column_sum_ptr, positive_ptr, rows, columns, offset, split,
@@ -159,18 +188,40 @@ def _info_nce_fwd_kernel(
 
 
 @triton.jit
+def _shift_kernel(
+    pull_ptr, lse_ptr, out_ptr, count, EXACT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """pull e^-lse as a power of two, whole powers and the rest apart where EXACT."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < count
+    pull = tl.load(pull_ptr + offs, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + offs, mask=mask, other=0.0)
+    # nothing pulls: a shift that leaves nothing of any logit
+    some = pull > 0
+    power = tl.log2(tl.where(some, pull, 1.0))
+    if EXACT:
+        shift = power.to(tl.float64) - lse.to(tl.float64) * LOG2_E
+        whole = tl.floor(shift + 0.5)
+        tl.store(out_ptr + offs, tl.where(some, whole.to(tl.float32), MASKED), mask=mask)
+        rest = (shift - whole).to(tl.float32)
+        tl.store(out_ptr + count + offs, tl.where(some, rest, 0.0), mask=mask)
+    else:
+        tl.store(out_ptr + offs, tl.where(some, power - lse * LOG2_E, MASKED), mask=mask)
+
+
+@triton.jit
 def _info_nce_bwd_kernel(
     a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
     shift_a_ptr, shift_b_ptr, own_ptr, out_ptr, scale_part_ptr,
-    rows, columns, offset,
+    rows, columns, offset, own_first,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M rows of a; the same kernel serves both sides, roles exchanged.
 
-    shift: of rows and columns, what takes a logit in powers of two to its share of d z (_shift);
-    own: d z of every row's positive
+    shift: of rows and columns, what takes a logit in powers of two to its share of d z; own: of
+    pairs, d z of the positive; row 0 of a belongs to pair own_first
     """
     EXACT: tl.constexpr = PRECISION == "tf32x3"
     scale = tl.load(scale_ptr)
@@ -179,13 +230,13 @@ def _info_nce_bwd_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     mask_m = offs_m < rows
-    # of a rank's share some rows have their positive elsewhere
-    own_n = tl.where(offs_m + offset < columns, offs_m + offset, -1)
+    own_n = offs_m + offset  # of a rank's share some texts have theirs elsewhere
     a = _load_part(_tile_pointers(a_ptr, offs_m, rows - 1, offs_d, DIM), 0, offs_d, DIM, BLOCK_D)
     shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=0.0)
     if EXACT:
         rest_a = tl.load(shift_a_ptr + rows + offs_m, mask=mask_m, other=0.0)
-    own = tl.load(own_ptr + offs_m, mask=mask_m, other=0.0)
+    has_own = mask_m & (own_n >= 0) & (own_n < columns)
+    own = tl.load(own_ptr + own_first + offs_m, mask=has_own, other=0.0)
     if HAS_IDS:
         ids_a = tl.load(ids_a_ptr + offs_m, mask=mask_m, other=0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -208,7 +259,7 @@ def _info_nce_bwd_kernel(
         if HAS_IDS:
             ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
             dz = tl.where(ids_a[:, None] == ids_b[None, :], 0.0, dz)
-        dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
+        dz = tl.where((own_n[:, None] == offs_n[None, :]) & mask_n[None, :], own[:, None], dz)
         if WANT_SCALE:
             scale_sum += tl.sum(dz * s, 1)
         acc = _dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)
@@ -264,10 +315,6 @@ def _merge(top: Tensor, total: Tensor) -> Tensor:
     return peak + (total * torch.exp(top - peak)).sum(0).log()
 
 
-def _longest(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).amax()
-
-
 def info_nce_statistics(
     a: Tensor, b: Tensor, scale: Tensor, ids_a: Tensor | None, ids_b: Tensor | None, offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,12 +337,16 @@ def info_nce_statistics(
     row = torch.empty((2, splits, rows), dtype=torch.float32, device=a.device)
     column = torch.empty((2, programs, columns), dtype=torch.float32, device=a.device)
     positive = torch.empty(rows, dtype=torch.float32, device=a.device)
-    bound = scale * _longest(a) * _longest(b)  # Cauchy and Schwarz: no logit is larger
+    longest = torch.empty((2, LENGTH_SHARES), dtype=torch.float32, device=a.device)
+    block_d = _block_dim(dim)
+    _longest_kernel[(LENGTH_SHARES, 2)](
+        a, b, longest, rows, columns, DIM=dim, BLOCK_D=block_d, BLOCK_R=max(1, 8192 // block_d)
+    )
     _info_nce_fwd_kernel[(programs, splits)](
         a,
         b,
         scale,
-        bound,
+        longest,
         scale if ids_a is None else ids_a,
         scale if ids_b is None else ids_b,
         row[0],
@@ -309,23 +360,24 @@ def info_nce_statistics(
         split,
         DIM=dim,
         HAS_IDS=ids_a is not None,
+        SHARES=LENGTH_SHARES,
         **_precision(a),
         **tiling,
     )
     return _merge(row[0], row[1]), _merge(column[0], column[1]), positive
 
 
-def _shift(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
-    """pull e^-lse as a power of two, [R] float32, or [2, R]: whole powers and the rest of each.
+def shift_of(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
+    """pull e^-lse of rows as a power of two, [R] float32, or [2, R]: whole powers and the rest.
 
-    A pull of 0 is a shift of -1e30, which leaves nothing of any logit. Rounding a shift of a
-    hundred shows in float32 gradients; bfloat16 rows do not resolve it.
+    Rounding a shift of a hundred shows in float32 gradients; bfloat16 rows do not resolve it. An
+    lse of -inf (no negatives) must come as a finite number
     """
-    shift = (torch.log2(pull.double()) - lse.double() * LOG2_E.value).clamp_min(MASKED.value)
-    if not is_exact:
-        return shift.float()
-    whole = shift.round()
-    return torch.stack([whole, shift - whole]).float()
+    count = lse.shape[0]
+    out = torch.empty((2 if is_exact else 1, count), dtype=torch.float32, device=lse.device)
+    grid = (triton.cdiv(count, SHIFT_BLOCK),)
+    _shift_kernel[grid](pull, lse, out, count, EXACT=is_exact, BLOCK=SHIFT_BLOCK)
+    return out
 
 
 def info_nce_gradient(
@@ -334,26 +386,22 @@ def info_nce_gradient(
     scale: Tensor,
     grad: Tensor,
     ids: tuple[Tensor, Tensor] | None,
-    lse: tuple[Tensor, Tensor],
-    pulls: tuple[Tensor, Tensor],
+    shifts: tuple[Tensor, Tensor],
+    own: Tensor,
     offset: int,
+    own_first: int,
     dtype: torch.dtype,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """(d a [M, D] in dtype, d scale [] in float32 or 0).
 
-    lse, pulls: of a's rows and of b's; an lse of -inf (no negatives) must come as a finite number
+    shifts: shift_of a's rows and of b's; own: d z of every pair; row m of a is of pair
+    own_first + m, and its positive is row m + offset of b, where they are
     """
     rows, dim = a.shape
     limit, _ = chip_facts(a.device)
     tiling = backward_tiling(dim, a.element_size(), limit >= SHARED_MEMORY[9, 0])
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
-    is_exact = a.dtype == torch.float32
-    shifts = [_shift(p, x, is_exact) for p, x in zip(pulls, lse, strict=True)]
-    # the positive of row m is column m + offset, where there is one
-    first, last = max(0, -offset), min(rows, b.shape[0] - offset)
-    own = -pulls[0]
-    own[first:last] -= pulls[1][first + offset : last + offset]
     out = torch.empty((rows, dim), dtype=dtype, device=a.device)
     parts = torch.zeros(blocks if want_scale else 1, dtype=torch.float32, device=a.device)
     _info_nce_bwd_kernel[(blocks,)](
@@ -370,6 +418,7 @@ def info_nce_gradient(
         rows,
         b.shape[0],
         offset,
+        own_first,
         DIM=dim,
         BLOCK_D=_block_dim(dim),
         HAS_IDS=ids is not None,

@@ -109,9 +109,10 @@ def _(tokens, knowledge, weights, mask, scale, gain, grad):
     schema="(Tensor rows, Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def pack_rows(rows, weight):
-    from mlip.kernels.token_knowledge_patch.triton_kernels import pack_rows as pack
+    from mlip.kernels.token_knowledge_patch.pack_triton_kernels import pack_rows as pack
 
-    return pack(rows, weight)
+    with torch.cuda.device_of(rows):
+        return pack(rows, weight)
 
 
 @pack_rows.register_fake

@@ -34,7 +34,6 @@ from mlip.kernels.token_knowledge_patch.max_triton_kernels import (
     _max_bwd_rows_kernel,
 )
 from mlip.kernels.token_knowledge_patch.tiling import (
-    ROW_TAIL,
     Problem,
     block_dim,
     choose_tiling,
@@ -61,30 +60,6 @@ def _keywords(p: Problem) -> dict[str, object]:
         "PRECISION": "tf32x3" if p.size == 4 else "ieee",
         "UPCAST": is_interpreting(),
     }
-
-
-def pack_rows(rows_NJD: Tensor, weight_NJ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(packed [N J + ROW_TAIL, D], index [N J], text [N J], bounds [N + 1]): the rows of positive
-    weight one behind another, in order, and where each came from.
-
-    Entries of index and text past bounds[N] are 0 and never used; nothing is read on the host. A
-    row tile of a kernel may reach past the last row: the tail is there for it to read.
-    """
-    texts, rows = weight_NJ.shape
-    real = (weight_NJ > 0).reshape(-1)
-    rank = torch.cumsum(real, 0, dtype=torch.int32)
-    bounds = torch.zeros(texts + 1, dtype=torch.int32, device=weight_NJ.device)
-    bounds[1:] = rank[rows - 1 :: rows]
-    where = torch.where(real, rank - 1, texts * rows).to(torch.int64)
-    index = torch.zeros(texts * rows + 1, dtype=torch.int32, device=weight_NJ.device)
-    numbers = torch.arange(texts * rows, dtype=torch.int32, device=weight_NJ.device)
-    index.scatter_(0, where, numbers)
-    index = index[:-1]
-    flat = rows_NJD.reshape(texts * rows, -1)
-    packed = flat.new_empty((texts * rows + ROW_TAIL, flat.shape[1]))
-    packed[texts * rows :] = 0
-    torch.index_select(flat, 0, index, out=packed[: texts * rows])
-    return packed, index, torch.div(index, rows, rounding_mode="floor"), bounds
 
 
 def _groups(

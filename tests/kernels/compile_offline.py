@@ -160,9 +160,9 @@ def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "UPCAST": False,
     }
     if case["kind"] == "forward":
-        return triton_kernels._info_nce_fwd_kernel, constants | triton_kernels.forward_tiling(
-            dim, size
-        )
+        constants["SHARES"] = triton_kernels.LENGTH_SHARES
+        tiling = triton_kernels.forward_tiling(dim, size)
+        return triton_kernels._info_nce_fwd_kernel, constants | tiling
     constants |= {"BLOCK_D": max(16, dim), "WANT_SCALE": True}
     tiling = triton_kernels.backward_tiling(dim, size, case["capability"] == 90)
     return triton_kernels._info_nce_bwd_kernel, constants | tiling

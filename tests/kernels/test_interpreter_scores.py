@@ -112,6 +112,24 @@ def test_chunks_of_texts_change_nothing(pooling: str, monkeypatch: pytest.Monkey
 
 
 @interpreted
+def test_rows_of_positive_weight_are_packed_in_order_and_zeros_follow() -> None:
+    from mlip.kernels.token_knowledge_patch.pack_triton_kernels import pack_rows
+
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, 70, 24, generator=g)
+    weight = torch.rand(5, 70, generator=g) - 0.4
+    weight[2] = 0.0
+    rows[weight <= 0] = torch.nan
+    packed, index, text, bounds = pack_rows(rows, weight)
+    real = (weight > 0).reshape(-1).nonzero()[:, 0]
+    count = len(real)
+    assert bounds.tolist() == [0, *(weight > 0).sum(1).cumsum(0).tolist()]
+    assert torch.equal(index[:count].long(), real) and torch.equal(text[:count].long(), real // 70)
+    assert torch.equal(packed[:count], rows.reshape(-1, 24)[real])
+    assert torch.count_nonzero(packed[count : count + tiling.ROW_TAIL]) == 0
+
+
+@interpreted
 def test_a_score_does_not_depend_on_its_neighbours_bit_for_bit() -> None:
     inputs = {
         k: v.float() if v.is_floating_point() else v

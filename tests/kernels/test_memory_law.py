@@ -28,11 +28,15 @@ class _NoKernel:
 
 @pytest.fixture(autouse=True)
 def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlip.kernels.token_knowledge_patch import rows_triton_kernels, triton_kernels
+    from mlip.kernels.token_knowledge_patch import (
+        pack_triton_kernels,
+        rows_triton_kernels,
+        triton_kernels,
+    )
 
     # no poisoned torch.empty: nothing is computed, and memory that nobody writes costs no page
     monkeypatch.undo()
-    for module in (rows_triton_kernels, triton_kernels):
+    for module in (pack_triton_kernels, rows_triton_kernels, triton_kernels):
         for name in vars(module):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, _NoKernel())

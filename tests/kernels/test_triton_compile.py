@@ -79,14 +79,14 @@ def pair(kind: str, pooling: str, dim: int, patches: int, capability: int, **mor
 
 
 POINTERS = {
-    "*i32": ("index_ptr", "text_ptr", "bounds_ptr"),
+    "*i32": ("index_ptr", "text_ptr", "bounds_ptr", "count_ptr"),
     "*i64": ("ids_a_ptr", "ids_b_ptr"),
     "*u8": ("mask_ptr",),
     "*i8": ("valid_ptr",),
     # of the inputs' own type: what is multiplied, and the gradients that are handed out
     "*bf16": (
         "a_ptr", "b_ptr", "x_ptr", "v_ptr", "rows_ptr", "token_ptr", "entity_ptr", "turned_ptr",
-        "x_grad_ptr", "token_grad_ptr", "entity_grad_ptr",
+        "x_grad_ptr", "token_grad_ptr", "entity_grad_ptr", "packed_ptr",
     ),
 }  # fmt: skip
 TENSOR_CORES = {
@@ -147,7 +147,8 @@ def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
     assert made == {
         "_rows_fwd_kernel", "_patches_fwd_kernel", "_pair_fwd_kernel", "_aggregate_fwd_kernel",
         "_aggregate_bwd_kernel", "_pair_bwd_rows_kernel", "_pair_bwd_patches_kernel",
-        "_patches_bwd_kernel", "_rows_bwd_kernel", "_info_nce_fwd_kernel", "_info_nce_bwd_kernel",
+        "_patches_bwd_kernel", "_rows_bwd_kernel", "_count_rows_kernel", "_pack_rows_kernel",
+        "_info_nce_fwd_kernel", "_info_nce_bwd_kernel", "_longest_kernel", "_shift_kernel",
     }  # fmt: skip
 
 
