@@ -171,11 +171,11 @@ def test_words_that_programs_write_for_an_empty_cell_are_blank(tmp_path: Path) -
 
 def test_what_joins_nothing_stops_and_names_the_likely_reason(tmp_path: Path) -> None:
     root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
-    film(root / "a.dcm", "P1", "0042")
-    table(ris, "accession,report", [["42", "CANARY one."], ["0077", "CANARY two."]])
+    film(root / "a.dcm", "P1", "0066042")
+    table(ris, "accession,report", [["66042", "CANARY one."], ["0077", "CANARY two."]])
     with pytest.raises(DatasetError, match="no image gets a report.*leading zeros") as caught:
         joined(root, ris)
-    assert "CANARY" not in str(caught.value) and "42" not in str(caught.value)
+    assert "CANARY" not in str(caught.value) and "66042" not in str(caught.value)
     table(ris, "accession,report", [["1.23E+11", "CANARY."]])
     with pytest.raises(ManifestError, match="spreadsheet has rounded"):
         joined(root, ris)
