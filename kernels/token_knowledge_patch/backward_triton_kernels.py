@@ -68,30 +68,39 @@ def _aggregate_bwd_kernel(
 
 
 @triton.jit
-def _similarity_gradient(
-    s, stat, g, h, alpha, BOUNDED: tl.constexpr
-):  # fmt: skip
-    """ds [rows, SEG] of similarities s [rows, SEG], and the softmax part of d alpha."""
-    x = s * (alpha * LOG2_E) - stat[:, None]
-    if BOUNDED:
-        # a real weight is at most 1; a padded patch has s = 0, and without the bound its weight
-        # could overflow and turn the zero it multiplies into NaN
-        x = tl.minimum(x, 0.0)
-    a = tl.exp2(x)
-    ds = a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
-    return ds, a * s * (g[:, None] * s - h[:, None])
+def _weight(s, stat, alpha):
+    return tl.exp2(s * (alpha * LOG2_E) - stat[:, None])
+
+
+@triton.jit
+def _similarity_gradient(s, a, g, h, alpha):
+    """ds [rows, SEG] of similarities s and softmax weights a [rows, SEG]."""
+    return a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
 
 
 @triton.jit
 def _rows_step(
-    q, v, stat, g, h, alpha, acc, alpha_sum,
+    q, v, bias, stat, g, h, alpha, acc, alpha_sum,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    ds, da = _similarity_gradient(s, stat, g, h, alpha, not PLAIN)
-    if WANT_ALPHA:
-        alpha_sum += tl.sum(ds * s, 1) if PLAIN else tl.sum(da, 1)
+    if PLAIN:
+        a = _weight(s, stat, alpha)
+        ds = _similarity_gradient(s, a, g, h, alpha)
+        if WANT_ALPHA:
+            alpha_sum += tl.sum(ds * s, 1)
+    elif WANT_ALPHA:
+        # g (s - r)^2 by patch, the form that cancels least; padding has weight 0
+        a = tl.exp2(s * (alpha * LOG2_E) - stat[:, None] + bias[None, :])
+        ds = _similarity_gradient(s, a, g, h, alpha)
+        away = g[:, None] * s - h[:, None]
+        alpha_sum += tl.where(g != 0, tl.sum(a * away * away, 1) / g, 0.0)
+    else:
+        # a real weight is at most 1; padding has s = 0, and without the bound its weight could
+        # overflow and turn the zero it multiplies into NaN
+        a = tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
+        ds = _similarity_gradient(s, a, g, h, alpha)
     return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
@@ -124,23 +133,23 @@ def _rows_over_images(
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
         if PLAIN and WANT_ALPHA:
             alpha_sum -= tl.where(first == 0, h, 0.0)
-        v0, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
+        v0, b0 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
         acc, alpha_sum = _rows_step(
-            q, v0, stat, g, h, alpha, acc, alpha_sum,
+            q, v0, b0, stat, g, h, alpha, acc, alpha_sum,
             BLOCK_R, SEG0, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
         )  # fmt: skip
         if SEG1 > 0:
             first += SEG0
-            v1, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
+            v1, b1 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v1, stat, g, h, alpha, acc, alpha_sum,
+                q, v1, b1, stat, g, h, alpha, acc, alpha_sum,
                 BLOCK_R, SEG1, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
         if SEG2 > 0:
             first += SEG1
-            v2, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE)
+            v2, b2 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v2, stat, g, h, alpha, acc, alpha_sum,
+                q, v2, b2, stat, g, h, alpha, acc, alpha_sum,
                 BLOCK_R, SEG2, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
     if PLAIN and WANT_ALPHA:
@@ -202,7 +211,7 @@ def _patches_step(
     s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
     # and nobody reads that column's gradient
-    ds, _ = _similarity_gradient(s, stat, g, h, alpha, False)
+    ds = _similarity_gradient(s, _weight(s, stat, alpha), g, h, alpha)
     # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
     return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 

@@ -218,3 +218,37 @@ def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], d
             loss.backward()
         results.append({name: tower.grad for name, tower in towers.items()})
     return results[0], results[1]
+
+
+# below, at, between, and above the bounds where a kernel takes another way
+LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 80.0, 81.0, 200.0)
+
+
+def learned_scale_errors(
+    alpha: float, features: torch.dtype, device: str, dim: int, patches: int
+) -> dict[str, float]:
+    """Relative errors of the loss and all gradients with a learned attention scale, by Triton.
+
+    Tokens are like patches of their image, so that no gradient is a sum that nearly cancels.
+    """
+    g = torch.Generator().manual_seed(71)
+    made = torch.randn(6, patches, dim, generator=g)
+    tokens = torch.randn(6, 16, dim, generator=g) + 2.0 * made[:, :16]
+    knowledge = torch.randn(6, 3, dim, generator=g)
+    weights = (torch.rand(6, 16, generator=g) < 0.7).float()
+    weights[:, 0] = 1.0
+    narrow = {"patches": made, "tokens": tokens, "knowledge": knowledge}
+    results = []
+    for impl, dtype in (("triton", features), ("torch", torch.float64)):
+        wide = torch.float64 if impl == "torch" else torch.float32
+        inputs = {
+            name: x.to(features).to(device, dtype).requires_grad_() for name, x in narrow.items()
+        }
+        scale = torch.tensor(alpha, dtype=wide, device=device, requires_grad=True)
+        loss = token_knowledge_patch_loss(
+            **inputs, token_weights=weights.to(device, wide), attention_scale=scale,
+            logit_scale=20.0, impl=impl,
+        )  # fmt: skip
+        inputs["attention_scale"] = scale
+        results.append({"loss": loss.detach(), **gradients(loss, inputs)})
+    return {name: relative_error(results[0][name], want) for name, want in results[1].items()}

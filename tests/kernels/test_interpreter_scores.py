@@ -13,7 +13,9 @@ from mlip.kernels.token_knowledge_patch import (
 )
 from tests.kernels.interpreting import compare, interpreted, leaves_of
 from tests.kernels.oracle import (
+    LEARNED_SCALES,
     gradients,
+    learned_scale_errors,
     leaves,
     make_inputs,
     poisoned,
@@ -76,6 +78,15 @@ def test_bfloat16_stays_within_its_gate(pooling: str, gate: float) -> None:
     inputs = make_inputs(2, 2, 100, 24, 3, 128, seed=5)
     inputs["patch_mask"][-1] = True
     compare(inputs, gate, features=torch.bfloat16, pooling=pooling)
+
+
+@interpreted
+@pytest.mark.parametrize("alpha", LEARNED_SCALES)
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_a_learned_attention_scale_is_exact_on_every_way(alpha: float, features) -> None:
+    errors = learned_scale_errors(alpha, features, "cpu", 64, 50)
+    most = max(1e-5, alpha * 2**-20) if features == torch.float32 else 1.5e-2
+    assert all(error <= most for error in errors.values()), errors
 
 
 @interpreted
