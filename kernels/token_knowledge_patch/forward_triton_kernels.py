@@ -15,8 +15,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
 CONTEXT_FLOOR = tl.constexpr(1e-6)
-# no similarity is above 1, so up to this scale exp() needs no row maximum: 576 e^80 < 3e38
-UNSHIFTED_SCALE = tl.constexpr(80.0)
+# no similarity is above 1.004 (bfloat16 rows), so up to this scale exp() needs no row maximum:
+# MAX_PATCHES e^75.3 < 3e38
+UNSHIFTED_SCALE = tl.constexpr(75.0)
 
 
 @triton.jit
@@ -171,10 +172,13 @@ def _pool_rows(
             tl.store(r_ptr + out, tl.where(top > -1.5, top, 0.0), mask=mask_r)
             tl.store(stat_ptr + out, where, mask=mask_r)
         else:
-            some = total > 0
+            some = (total > 0) | (total != total)  # NaN of the inputs stays NaN
             safe = tl.where(some, total, 1.0)
             if POOLING == "context":
-                rho = tl.sqrt(tl.sum(context * context, 1)) / safe
+                # a mean first: the square of a sum of e^(alpha s) leaves float32 from alpha = 44 on
+                small = 1.0 / safe
+                context *= small[:, None]
+                rho = tl.sqrt(tl.sum(context * context, 1)) / (safe * small)
                 r = part / safe / tl.maximum(rho, CONTEXT_FLOOR)
             else:
                 r = part / safe
@@ -199,7 +203,7 @@ def _pair_fwd_kernel(
     count = tl.load(bounds_ptr + last_text) - start
     alpha = tl.load(alpha_ptr)
     # the scale is known here and not on the host, which never reads a tensor
-    if (POOLING == "max") or (alpha <= UNSHIFTED_SCALE):
+    if (POOLING == "max") or (tl.abs(alpha) <= UNSHIFTED_SCALE):
         _pool_rows(
             rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, alpha * LOG2_E, start, count,
             stride_rm, P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, POOLING, False,

@@ -51,11 +51,11 @@ def _max_bwd_rows_kernel(
 
 @triton.jit
 def _numbered(first, dtype, SEG: tl.constexpr):
-    """[16, SEG]: what `_is_chosen` multiplies with to subtract a patch's number."""
+    """[16, SEG]: what a row's two digits are multiplied with to subtract a patch's number."""
     part = tl.arange(0, 16)[:, None]
     patch = (first + tl.arange(0, SEG))[None, :]
-    made = tl.where(part == 0, 16, tl.where(part == 1, 1, 0))
-    made = tl.where(part == 2, -(patch - patch % 16), tl.where(part == 3, -(patch % 16), made))
+    made = tl.where(part == 0, 256, tl.where(part == 1, 1, 0))
+    made = tl.where(part == 2, -(patch - patch % 256), tl.where(part == 3, -(patch % 256), made))
     return made.to(tl.float32).to(dtype)
 
 
@@ -64,8 +64,8 @@ def _patches_step(
     q, chooser, numbers, g, acc,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # where - patch by a product of depth 16, exact in bfloat16 (multiples of 16 and numbers below
-    # 16): it leaves the comparison where the next product wants its operand
+    # where - patch by a product of depth 16, exact in bfloat16 (digits below 256 and multiples of
+    # 256, up to MAX_PATCHES): it leaves the comparison where the next product wants its operand
     gap = tl.zeros([BLOCK_R, SEG], tl.float32)
     gap = _dot(chooser, numbers, gap, PRECISION, UPCAST)
     ds = tl.where(gap == 0, g[:, None], 0.0)
@@ -108,8 +108,8 @@ def _max_bwd_patches_kernel(
         where = tl.load(where_ptr + place, mask=mask_r, other=0)
         g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
         made = tl.where(part < 4, 1, 0)
-        made = tl.where(part == 0, where[:, None] // 16, made)
-        made = tl.where(part == 1, where[:, None] % 16, made)
+        made = tl.where(part == 0, where[:, None] // 256, made)
+        made = tl.where(part == 1, where[:, None] % 256, made)
         chooser = made.to(tl.float32).to(dtype)
         acc0 = _patches_step(q, chooser, numbers0, g, acc0, BLOCK_R, SEG0, PRECISION, UPCAST)
         if SEG1 > 0:

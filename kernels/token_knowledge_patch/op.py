@@ -29,7 +29,12 @@ from mlip.kernels.token_knowledge_patch.reference import (
     prepare_rows_in_budget,
 )
 from mlip.kernels.token_knowledge_patch.rows_reference import row_weights, unit_rows
-from mlip.kernels.token_knowledge_patch.tiling import MAX_DIM, block_dim, most_entities
+from mlip.kernels.token_knowledge_patch.tiling import (
+    MAX_DIM,
+    MAX_PATCHES,
+    block_dim,
+    most_entities,
+)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,6 +56,8 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
             return f"the inputs are {kind}, and the kernels work in float32"
     if patches.shape[2] > MAX_DIM:
         return f"D={patches.shape[2]} is above {MAX_DIM}, the largest that fits on chip"
+    if patches.shape[1] > MAX_PATCHES:
+        return f"P={patches.shape[1]} patches are above {MAX_PATCHES}, the most that kernels number"
     if knowledge is not None:
         limit, _ = chip_facts(patches.device)
         most = most_entities(block_dim(patches.shape[2]), tokens.element_size(), limit)

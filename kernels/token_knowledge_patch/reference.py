@@ -25,7 +25,7 @@ CPU_TILE_ELEMENTS = 2**19
 GPU_TILE_ELEMENTS = 2**24
 CONTEXT_FLOOR = 1e-6
 # |similarity| <= 1: up to this scale exp() neither overflows nor leaves the normal float32 range
-UNSHIFTED_SCALE = 80.0
+UNSHIFTED_SCALE = 75.0
 
 
 def prepare_rows_in_budget(tokens_NTD: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ LARGE_FLOOR_BYTES = 2**28
 SMALL_FLOOR_BYTES = 2**25
 CONTEXT_BUDGET_BYTES = 2**27
 MAX_DIM = 256
+MAX_PATCHES = 2**16  # two digits of 8 bits number them (max pooling); sums of e^75 stay in range
 ROW_TAIL = 128  # rows behind the packed ones: the longest row tile of the table
 SHARED_MEMORY_SLACK = 8192  # barriers, reductions and index staging beside the tiles
 

@@ -221,7 +221,7 @@ def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], d
 
 
 # below, at, between, and above the bounds where a kernel takes another way
-LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 80.0, 81.0, 200.0)
+LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 75.0, 76.0, 200.0)
 
 
 def learned_scale_errors(

@@ -98,7 +98,7 @@ def test_bfloat16_is_within_its_gate(pooling: str, patches: int, dim: int) -> No
     assert relative_error(value, truth) <= 5e-3
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1e-3, 10.0, 79.0, 81.0, 200.0])
+@pytest.mark.parametrize("alpha", [0.0, 1e-3, 10.0, 74.0, 76.0, 200.0])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_any_attention_scale_is_exact(alpha: float, as_tensor: bool) -> None:
     inputs = make_inputs(3, 4, 50, 9, 2, 32, seed=5)

@@ -48,8 +48,12 @@ def test_loss_and_all_gradients_are_exact_and_masks_hide(pooling: str, aggregati
     truth = token_knowledge_patch_loss(**truth_leaves, impl="torch", **options)
     assert relative_error(value, truth) <= 1e-5
     got, want = gradients(value, made), gradients(truth, truth_leaves)
+    # a weight's gradient is a difference that float32 does not resolve better than torch does
+    plain = leaves(inputs | extra, torch.float32)
+    same = gradients(token_knowledge_patch_loss(**plain, impl="torch", **options), plain)
     for name in want:
-        assert relative_error(got[name], want[name]) <= 1e-5, name
+        allowed = max(1e-5, 2 * relative_error(same[name], want[name]))
+        assert relative_error(got[name], want[name]) <= allowed, name
 
 
 @interpreted
@@ -64,7 +68,7 @@ def test_any_size_is_exact(images, texts, patches, tokens, entities, dim) -> Non
 
 
 @interpreted
-@pytest.mark.parametrize("alpha", [0.0, 79.0, 81.0, 200.0])
+@pytest.mark.parametrize("alpha", [0.0, 74.0, 76.0, 200.0])
 @pytest.mark.parametrize("pooling", ["attention", "context"])
 def test_any_attention_scale_is_exact(alpha: float, pooling: str) -> None:
     inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=4)
@@ -153,6 +157,50 @@ def test_a_score_does_not_depend_on_its_neighbours_bit_for_bit() -> None:
     assert torch.equal(token_knowledge_patch_scores(**shuffled, impl="triton"), value[:, order])
     part = {k: v[1:] if k in images else v[1:3] for k, v in inputs.items()}
     assert torch.equal(token_knowledge_patch_scores(**part, impl="triton"), value[1:, 1:3])
+
+
+@interpreted
+@pytest.mark.parametrize("alpha", [50.0, 74.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_row_like_every_patch_is_exact(alpha: float, sign: float) -> None:
+    """Powers of e^alpha or e^-alpha throughout: neither they nor a context's square are lost."""
+    g = torch.Generator().manual_seed(15)
+    base = torch.randn(32, generator=g, dtype=torch.float64)
+    patches, tokens = (
+        base + 0.05 * torch.randn(2, n, 32, generator=g, dtype=torch.float64) for n in (40, 5)
+    )
+    for pooling in ("attention", "context"):
+        made = leaves({"patches": patches, "tokens": sign * tokens}, torch.float32)
+        truth_leaves = leaves({"patches": patches, "tokens": sign * tokens})
+        options = {"pooling": pooling, "attention_scale": alpha}
+        value = token_knowledge_patch_scores(**made, impl="triton", **options)
+        truth = token_knowledge_patch_scores(**truth_leaves, impl="torch", **options)
+        assert relative_error(value, truth) <= 1e-6
+        got, want = gradients(value, made), gradients(truth, truth_leaves)
+        assert all(relative_error(got[name], want[name]) <= 1e-4 for name in want)
+
+
+@interpreted
+def test_max_pooling_numbers_thousands_of_patches() -> None:
+    g = torch.Generator().manual_seed(16)
+    patches = torch.randn(1, 4224, 16, generator=g).bfloat16()
+    tokens = (patches[:, [0, 255, 256, 4090, 4100, 4117, 4133, 4223]].float() * 2.0).bfloat16()
+    made = patches.clone().requires_grad_()
+    value = token_knowledge_patch_scores(made, tokens, pooling="max", impl="triton")
+    (grad,) = torch.autograd.grad(value.sum(), [made])
+    chosen = (torch.nn.functional.normalize(tokens.float(), dim=-1)
+              @ torch.nn.functional.normalize(patches.float(), dim=-1).mT).argmax(-1)  # fmt: skip
+    assert grad[0].float().norm(dim=1).nonzero()[:, 0].tolist() == sorted(chosen[0].tolist())
+
+
+@interpreted
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_a_patch_that_is_not_a_number_shows_in_the_score(pooling: str) -> None:
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=17, masks=False)
+    inputs["patches"][1, 3, 2] = torch.nan
+    made = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    value = token_knowledge_patch_scores(**made, pooling=pooling, impl="triton")
+    assert torch.isfinite(value[0]).all() and torch.isnan(value[1]).all()
 
 
 @interpreted

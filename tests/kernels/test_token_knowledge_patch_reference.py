@@ -155,7 +155,7 @@ def test_rows_of_any_finite_length_are_normalised_and_zero_rows_have_no_gradient
     assert torch.count_nonzero(grad[0, 0]) == 8
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1e-3, 79.0, 81.0, 200.0])
+@pytest.mark.parametrize("alpha", [0.0, 1e-3, 74.0, 76.0, 200.0])
 @pytest.mark.parametrize("pooling", ["attention", "context"])
 def test_float32_stays_within_1e_5_of_float64_at_any_attention_scale(
     alpha: float, pooling: str
