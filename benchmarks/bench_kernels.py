@@ -270,7 +270,7 @@ def tune(device: str, path: Path) -> None:
             for candidate in tiling.fitting_tilings(*size):
                 tiling.FORCED[kind] = candidate
                 tiling.choose_tiling.cache_clear()
-                case = similarity(256, 112, 196, dim, provider="fused", device=device)
+                case = similarity(256, 112, 196, dim, provider="fused", device=device, learned=True)
                 label = {"kind": kind, "tiling": str(candidate), "chosen": candidate == chosen}
                 rows.append(safely(case, None) | label)
                 harness.write_rows("tune", rows, path)

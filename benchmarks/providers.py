@@ -132,6 +132,10 @@ def _late_interaction(case: dict[str, Any]) -> Callable[..., Tensor]:
 
 
 def _fused(case: dict[str, Any], impl: str) -> Callable[..., Tensor]:
+    alpha = case["alpha"]
+    if case.get("learned"):  # as in a training run: the scale is on the device and has a gradient
+        alpha = torch.tensor(alpha, device=case["device"], requires_grad=True)
+
     def run(patches: Tensor, tokens: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
         return token_knowledge_patch_loss(
             patches,
@@ -139,7 +143,7 @@ def _fused(case: dict[str, Any], impl: str) -> Callable[..., Tensor]:
             token_weights=weights,
             logit_scale=scale,
             pooling=case["pooling"],
-            attention_scale=case["alpha"],
+            attention_scale=alpha,
             impl=impl,
         )
 
