@@ -129,6 +129,8 @@ OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
         ("context", kind, 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:])
         for kind in ("forward", "turn", "backward_rows", "backward_patches")
     },
+    ("context", "forward", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:]),
+    ("context", "backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:], stages=1),
 }
 OVERRIDES: dict[tuple[str, str, int], Choice] = {
     ("max", "backward_patches", 256): Choice([(128, (64, 32, 16), 8), (128, (64, 0, 0), 8)], SMALL),
@@ -146,11 +148,11 @@ ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
 MAX_ROWS = Choice([], [(64, (16, 0, 0), 8)])
 CONTEXT: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("forward", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:]),
+    ("forward", 256): Choice([(64, (32, 0, 0), 4)], SMALL[2:]),
     ("turn", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("turn", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
     ("backward_rows", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:], stages=1),
+    ("backward_rows", 256): Choice([(64, (32, 0, 0), 4)], SMALL[2:], stages=1),
     ("backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
 }
