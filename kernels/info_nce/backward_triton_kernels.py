@@ -82,11 +82,11 @@ def _info_nce_bwd_kernel(
             dz += tl.exp2((z + shift_b[None, :]) + rest_b[None, :])
         else:
             dz = tl.exp2(z + shift_a[:, None]) + tl.exp2(z + shift_b[None, :])
-        dz = tl.where(mask_n[None, :], dz, 0.0)
         if HAS_IDS:
             ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
             dz = tl.where(ids_a[:, None] == ids_b[None, :], 0.0, dz)
-        dz = tl.where((own_n[:, None] == offs_n[None, :]) & mask_n[None, :], own[:, None], dz)
+        dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
+        dz = tl.where(mask_n[None, :], dz, 0.0)
         if WANT_SCALE:
             scale_sum += tl.sum(dz * s, 1)
         acc = _dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)

@@ -16,8 +16,8 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     _load_rows,
 )
 
-# an attention scale in this range takes the short way. Up to the upper bound a weight without its
-# bound stays below 2^58 on padding; from the lower bound on, d alpha may be read off d row
+# a learned attention scale in this range takes the short way. Up to the upper bound a weight on
+# padding stays below 2^58; from the lower bound on, d alpha may be told from a sum over ds by alpha
 PLAIN_LEAST = tl.constexpr(1.0)
 PLAIN_MOST = tl.constexpr(40.0)
 # the softmax statistic of a row that is not there: every weight 0
@@ -68,8 +68,8 @@ def _aggregate_bwd_kernel(
 
 
 @triton.jit
-def _weight(s, stat, alpha):
-    return tl.exp2(s * (alpha * LOG2_E) - stat[:, None])
+def _log2_weight(s, stat, alpha):
+    return s * (alpha * LOG2_E) - stat[:, None]
 
 
 @triton.jit
@@ -85,22 +85,22 @@ def _rows_step(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    if PLAIN:
-        a = _weight(s, stat, alpha)
-        ds = _similarity_gradient(s, a, g, h, alpha)
+    x = _log2_weight(s, stat, alpha)
+    # padding has s = 0: a weight that overflowed there would turn the zero it multiplies into NaN
+    if not PLAIN:
         if WANT_ALPHA:
+            x += bias[None, :]  # no weight at all, as the sum below needs it
+        else:
+            x = tl.minimum(x, 0.0)  # a real weight is at most 1
+    a = tl.exp2(x)
+    ds = _similarity_gradient(s, a, g, h, alpha)
+    if WANT_ALPHA:
+        if PLAIN:
             alpha_sum += tl.sum(ds * s, 1)
-    elif WANT_ALPHA:
-        # g (s - r)^2 by patch, the form that cancels least; padding has weight 0
-        a = tl.exp2(s * (alpha * LOG2_E) - stat[:, None] + bias[None, :])
-        ds = _similarity_gradient(s, a, g, h, alpha)
-        away = g[:, None] * s - h[:, None]
-        alpha_sum += tl.where(g != 0, tl.sum(a * away * away, 1) / g, 0.0)
-    else:
-        # a real weight is at most 1; padding has s = 0, and without the bound its weight could
-        # overflow and turn the zero it multiplies into NaN
-        a = tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
-        ds = _similarity_gradient(s, a, g, h, alpha)
+        else:
+            # g (s - r)^2 by patch, the form that cancels least
+            away = g[:, None] * s - h[:, None]
+            alpha_sum += tl.where(g != 0, tl.sum(a * away * away, 1) / g, 0.0)
     return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
@@ -211,7 +211,7 @@ def _patches_step(
     s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
     # and nobody reads that column's gradient
-    ds = _similarity_gradient(s, _weight(s, stat, alpha), g, h, alpha)
+    ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), g, h, alpha)
     # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
     return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 
