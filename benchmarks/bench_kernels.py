@@ -30,12 +30,13 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks import harness, providers  # noqa: E402
+from benchmarks.kernel_grids import Case, full_grid, short_grid, similarity  # noqa: E402
 from benchmarks.kernel_measures import measures  # noqa: E402
 from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
 
-Case = dict[str, Any]
-COMPILED = ("compile_bf16", "compile_fp32", "chunked")  # providers that call torch.compile
-ATTENTION = ["fused", "compile_bf16", "compile_fp32", "eager_fp32", "chunked"]
+OURS = ("fused", "fused_products", "torch")
+# providers that call torch.compile
+COMPILED = ("compile_bf16", "compile_fp32", "chunked", "chunked_analytic")
 # pairs whose loss and gradients are made in float64 too: on a GPU those of the timed row itself, so
 # that a compiled provider is compiled once
 PARITY_PAIRS = {"cuda": 256, "cpu": 8}
@@ -47,70 +48,6 @@ CELL_S = 300  # most that a row of a process of its own may take, imports and co
 # tells another formula from a coarser arithmetic
 OWN_GATE = {"attention": 6e-3, "context": 1.7e-2, "max": 0.3, "info_nce": 1e-2}
 BASELINE_GATE = 0.5
-
-
-def similarity(batch: int, tokens: int, patches: int, dim: int, **more: Any) -> Case:
-    return {
-        "op": "token_knowledge_patch",
-        "batch": batch,
-        "tokens": tokens,
-        "patches": patches,
-        "dim": dim,
-        "pooling": "attention",
-        "alpha": 10.0,
-        "fill": 1.0,
-    } | more
-
-
-def short_grid(device: str) -> list[Case]:
-    """The rows of the README's table, most telling first."""
-    cases: list[Case] = []
-
-    def add(case: Case, names: list[str]) -> None:
-        cases.extend(case | {"provider": name, "device": device} for name in names)
-
-    if device != "cuda":
-        for batch in (32, 64):
-            demo = similarity(batch, 64, 64, 128)
-            add(demo, ["torch", "eager_fp32"])
-            add(demo | {"fill": 0.5}, ["torch"])
-        add(similarity(32, 64, 64, 128, pooling="max"), ["torch", "eager_fp32"])
-        add(similarity(32, 64, 64, 128, pooling="context"), ["torch", "gloria_loop"])
-        for batch in (2048, 4096):
-            add({"op": "info_nce", "batch": batch, "dim": 512}, ["torch", "eager_fp32"])
-        return cases
-    add(similarity(256, 112, 196, 128), ["fused", "compile_bf16", "compile_fp32", "eager_fp32"])
-    add(similarity(256, 112, 196, 128, fill=0.5), ["fused"])
-    add(similarity(256, 112, 196, 256), ["fused", "compile_bf16"])
-    add(similarity(256, 64, 196, 128, pooling="max"), ["fused", "late_interaction_kernels"])
-    add({"op": "info_nce", "batch": 65536, "dim": 512}, ["fused", "inf_cl"])
-    add({"op": "info_nce", "batch": 16384, "dim": 512}, ["fused", "eager_bf16"])
-    add(similarity(256, 112, 196, 128), ["chunked"])
-    add(similarity(1024, 112, 196, 128), ["fused"])
-    add(similarity(4096, 112, 196, 128), ["fused"])
-    add(similarity(256, 64, 196, 128, pooling="context"), ["fused", "compile_bf16"])
-    add(similarity(64, 64, 196, 128), ["fused", "compile_bf16", "gloria_loop"])
-    return cases
-
-
-def full_grid(device: str) -> list[Case]:
-    cases: list[Case] = []
-    shapes = ((32, 49, 128), (64, 196, 128), (77, 196, 256), (112, 196, 256), (128, 576, 256))
-    for batch in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        for tokens, patches, dim in shapes:
-            for fill in (1.0, 0.5, 0.25):
-                base = similarity(batch, tokens, patches, dim, fill=fill, device=device)
-                cases += [base | {"provider": name} for name in ATTENTION]
-            base = similarity(batch, tokens, patches, dim, device=device)
-            context = base | {"pooling": "context"}
-            cases += [context | {"provider": n} for n in ("fused", "compile_bf16", "gloria_loop")]
-            best = base | {"pooling": "max"}
-            names = ("fused", "compile_bf16", "late_interaction_kernels")
-            cases += [best | {"provider": n} for n in names]
-    for batch in (4096, 16384, 65536, 262144):
-        base = {"op": "info_nce", "batch": batch, "dim": 512, "device": device}
-        cases += [base | {"provider": n} for n in ("fused", "eager_bf16", "compile_bf16", "inf_cl")]
-    return cases
 
 
 def _similarity_inputs(case: Case, batch: int) -> list[Tensor]:
@@ -169,7 +106,7 @@ def _parity(case: Case, loss: Any) -> dict[str, float | None]:
     names = ("loss_error", "image_gradient_error", "text_gradient_error")
     if case["provider"] == "gloria_loop":  # another formula: there is nothing to agree with
         return dict.fromkeys(names)
-    is_own = case["provider"] in ("fused", "torch")
+    is_own = case["provider"] in OURS
     gate = OWN_GATE[case.get("pooling", "info_nce")] if is_own else BASELINE_GATE
     if not max(errors) <= gate:
         raise RuntimeError(f"no parity with float64: errors {errors}, allowed {gate}")
@@ -188,8 +125,41 @@ def _flop(case: Case) -> tuple[float, float]:
     return forward * unit, backward * unit
 
 
+def _flat_product(case: Case, peak_tflops: float | None) -> Case:
+    """The product of all rows with all patches alone, written in bf16 or float32."""
+    rows, patches = case["batch"] * case["tokens"], case["batch"] * case["patches"]
+    narrow = torch.bfloat16 if case["device"] == "cuda" else torch.float32
+    q, v = (
+        torch.randn(count, case["dim"], device=case["device"], dtype=narrow)
+        for count in (rows, patches)
+    )
+    widen = {} if case["provider"] == "bf16" or not q.is_cuda else {"out_dtype": torch.float32}
+
+    def product() -> Tensor:
+        return torch.mm(q, v.T, **widen)
+
+    spent = harness.measure(product, case["device"])
+    row = case | {"status": "ok", "forward": spent, "forward_ms": spent["median_ms"]}
+    if peak_tflops:
+        row["forward_share"] = _product_share(case, row["forward_ms"], peak_tflops)
+    return row
+
+
+def _product_share(case: Case, ms: float, peak_tflops: float) -> float:
+    """Share of the peak at which all rows by all patches would take ms."""
+    flop = 2.0 * case["batch"] ** 2 * case["tokens"] * case["patches"] * case["dim"]
+    return flop / ms / 1e9 / peak_tflops
+
+
 def run_case(case: Case, peak_tflops: float | None) -> Case:
     """One row."""
+    if case["op"] == "flat_product":
+        return _flat_product(case, peak_tflops)
+    with providers.in_force(case["provider"]):
+        return _loss_row(case, peak_tflops)
+
+
+def _loss_row(case: Case, peak_tflops: float | None) -> Case:
     if case["provider"] in COMPILED:
         # all share one code object, of which torch compiles eight variants; later ones run eagerly
         torch.compiler.reset()
@@ -212,6 +182,8 @@ def run_case(case: Case, peak_tflops: float | None) -> Case:
     row["forward"] = harness.measure(forward, case["device"])
     row["both"] = harness.measure(both, case["device"])
     row["forward_ms"], row["both_ms"] = row["forward"]["median_ms"], row["both"]["median_ms"]
+    if "host_ms" in row["both"]:
+        row["host_ms"] = row["both"]["host_ms"]
     if peak_tflops:
         ahead, back = _flop(case)
         spent = max(row["both_ms"] - row["forward_ms"], 1e-6)
@@ -283,7 +255,7 @@ def tune(device: str, path: Path) -> None:
 
 
 COLUMNS = (
-    "op pooling batch tokens patches dim fill provider status forward_ms both_ms peak_mib "
+    "op pooling batch tokens patches dim fill provider status forward_ms both_ms host_ms peak_mib "
     "forward_share backward_share loss_error image_gradient_error"
 ).split()
 

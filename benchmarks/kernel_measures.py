@@ -6,9 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
-PAIR = {"op": "token_knowledge_patch", "pooling": "attention", "patches": 196, "fill": 1.0}
+PAIR = {
+    "op": "token_knowledge_patch",
+    "pooling": "attention",
+    "patches": 196,
+    "fill": 1.0,
+    "learned": False,
+}
 AT_256 = PAIR | {"batch": 256, "tokens": 112, "dim": 128}
 MAX_256 = PAIR | {"batch": 256, "pooling": "max", "tokens": 64, "dim": 128}
+SHORT_256 = PAIR | {"batch": 256, "tokens": 64, "dim": 128}
 NCE = {"op": "info_nce", "dim": 512}
 
 
@@ -64,6 +71,36 @@ def _largest_batch(rows: list[Row]) -> str:
     return str(max(batches)) if batches else "not run"
 
 
+def _against_the_product(rows: list[Row]) -> str:
+    ours = _find(rows, "fused", SHORT_256)
+    sizes = {k: SHORT_256[k] for k in ("batch", "tokens", "patches", "dim")}
+    product = _find(rows, "bf16", {"op": "flat_product"} | sizes)
+    return _joined(
+        [
+            "not run"
+            if row is None
+            else f"{row['forward_ms']:.2f} ms"
+            if row["status"] == "ok"
+            else str(row["status"])
+            for row in (ours, product)
+        ]
+    )
+
+
+def _backward_designs(rows: list[Row]) -> str:
+    """How many times longer the backward pass by library products takes than ours."""
+    cells = []
+    for dim in (128, 256):
+        made = [_find(rows, name, AT_256 | {"dim": dim}) for name in ("fused", "fused_products")]
+        wrong = [row for row in made if row is None or row["status"] != "ok"]
+        if wrong:
+            cells.append("not run" if wrong[0] is None else str(wrong[0]["status"]))
+            continue
+        ours, theirs = (row["both_ms"] - row["forward_ms"] for row in made if row is not None)
+        cells.append(f"{theirs / ours:.2f}x")
+    return _joined(cells)
+
+
 def _half_empty(rows: list[Row]) -> str:
     full, half = (_find(rows, "fused", AT_256 | {"fill": fill}) for fill in (1.0, 0.5))
     if full is None or half is None or "both_ms" not in full or "both_ms" not in half:
@@ -87,6 +124,21 @@ MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
         "against chunked and checkpointed torch",
         "2.5x",
         lambda rows: _ratio(rows, AT_256, "chunked"),
+    ),
+    (
+        "against chunks with the derivative by hand",
+        "-",
+        lambda rows: _ratio(rows, AT_256, "chunked_analytic"),
+    ),
+    (
+        "forward pass / the flat product alone, B = 256, T = 64, D = 128",
+        "0.27 ms at the peak",
+        _against_the_product,
+    ),
+    (
+        "backward by two passes against library products, D = 128 / 256",
+        "-",
+        _backward_designs,
     ),
     ("share of the measured bf16 matrix peak, forward / backward", "40 % / 45 %", _shares),
     ("extra memory against eager / compile, B = 256", "100x / 40x less", _memory),

@@ -7,6 +7,7 @@ weights (0 = padding); no entities: none of the baselines knows them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_loss
+
+CHUNK_BYTES = 2**28  # of similarities, where a baseline makes them a few texts at a time
 
 
 class NotInstalled(Exception):
@@ -100,6 +103,73 @@ def _chunked(case: dict[str, Any], step: int = 16) -> Callable[..., Tensor]:
     return run
 
 
+class _AnalyticScores(torch.autograd.Function):
+    """S [M, N] of unit rows, a few texts at a time, by attention pooling; its derivative by hand:
+    three products, similarities of bf16 rows in bf16, nothing kept but the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, q: Tensor, share: Tensor, pool: Any, gradient: Any) -> Tensor:
+        ctx.save_for_backward(v, q, share)
+        ctx.gradient = gradient
+        columns = []
+        for first, last in _text_steps(v, q):
+            r = pool(_similarities(v, q[first:last]))
+            columns.append(torch.einsum("ntm,nt->mn", r, share[first:last]))
+        return torch.cat(columns, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, q, share = ctx.saved_tensors
+        flat_v = v.reshape(-1, v.shape[2])
+        d_q, d_v = torch.empty_like(q), torch.zeros_like(flat_v, dtype=torch.float32)
+        for first, last in _text_steps(v, q):
+            part = q[first:last]
+            g = grads[0].T[first:last, None, :] * share[first:last, :, None]  # [n, T, M]
+            ds = ctx.gradient(_similarities(v, part), g).reshape(-1, flat_v.shape[0])
+            d_q[first:last] = (ds @ flat_v).view(part.shape)
+            d_v += ds.T @ part.reshape(-1, part.shape[2])
+        return d_v.view(v.shape).to(v.dtype), d_q, None, None, None
+
+
+def _text_steps(v: Tensor, q: Tensor) -> list[tuple[int, int]]:
+    a_text = q.shape[1] * v.shape[0] * v.shape[1] * v.element_size()
+    step = max(1, CHUNK_BYTES // a_text)
+    return [(first, min(first + step, len(q))) for first in range(0, len(q), step)]
+
+
+def _similarities(v: Tensor, q: Tensor) -> Tensor:
+    """[n, T, M, P] of unit patches [M, P, D] and rows [n, T, D]."""
+    flat = q.reshape(-1, q.shape[2]) @ v.reshape(-1, v.shape[2]).T
+    return flat.view(*q.shape[:2], *v.shape[:2])
+
+
+def _chunked_analytic(case: dict[str, Any]) -> Callable[..., Tensor]:
+    if case["pooling"] != "attention":
+        raise ValueError(f"expected attention pooling, got {case['pooling']}")
+    alpha = case["alpha"]
+
+    def pool(s: Tensor) -> Tensor:
+        s = s.float()
+        return (torch.softmax(alpha * s, -1) * s).sum(-1)
+
+    def gradient(s: Tensor, g: Tensor) -> Tensor:
+        wide = s.float()
+        a = torch.softmax(alpha * wide, -1)
+        r = (a * wide).sum(-1, keepdim=True)
+        return (g[..., None] * a * (1 + alpha * (wide - r))).to(s.dtype)
+
+    if case["device"] == "cuda":
+        pool, gradient = torch.compile(pool), torch.compile(gradient)
+
+    def run(patches: Tensor, tokens: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+        v, q = F.normalize(patches, dim=-1), F.normalize(tokens, dim=-1)
+        share = (weights / weights.sum(1, keepdim=True)).float()
+        scores = _AnalyticScores.apply(v, q, share, pool, gradient)
+        return cross_entropy_both_ways(scores, scale)
+
+    return run
+
+
 def _gloria(case: dict[str, Any]) -> Callable[..., Tensor]:
     """A loop over texts with a double softmax, as GLoRIA's published loss (Huang et al. 2021)."""
 
@@ -152,7 +222,7 @@ def _fused(case: dict[str, Any], impl: str) -> Callable[..., Tensor]:
 
 def similarity_provider(name: str, case: dict[str, Any]) -> Callable[..., Tensor]:
     """loss(patches, tokens, weights, scale) by name."""
-    if name == "fused":
+    if name in ("fused", "fused_products"):
         return _fused(case, "triton")  # an error where it cannot run, never torch by its name
     if name == "torch":
         return _fused(case, "torch")
@@ -166,11 +236,22 @@ def similarity_provider(name: str, case: dict[str, Any]) -> Callable[..., Tensor
         return torch.compile(_similarity_loss(case, False, False), dynamic=False)
     if name == "chunked":
         return _chunked(case)
+    if name == "chunked_analytic":
+        return _chunked_analytic(case)
     if name == "gloria_loop":
         return _gloria(case)
     if name == "late_interaction_kernels":
         return _late_interaction(case)
     raise ValueError(f"no provider {name!r}")
+
+
+def in_force(name: str) -> contextlib.AbstractContextManager[None]:
+    """What has to hold while a provider runs, its backward pass included."""
+    if name != "fused_products":
+        return contextlib.nullcontext()
+    from benchmarks import backward_by_products
+
+    return backward_by_products.in_place()
 
 
 def _inf_cl() -> Callable[..., Tensor]:

@@ -25,7 +25,7 @@ def of_newest_gpu(rows: list[Row]) -> list[Row]:
         return []
     card = on_gpu[-1]["environment"]["gpu"]
     names = ("kind", "variant", "pairs", "micro", "of", "is_cached", "op", "provider")
-    names += ("batch", "tokens", "patches", "dim", "pooling", "fill")
+    names += ("batch", "tokens", "patches", "dim", "pooling", "fill", "learned")
     latest: dict[str, Row] = {}
     for row in on_gpu:
         # a run that came to no result does not hide one that did

@@ -51,7 +51,8 @@ MOST_PARTS = 4
 MOST_PARTS_OF_A_CHUNK = 32  # a context's chunk may be one text: few row tiles, many images
 
 
-def _keywords(p: Problem) -> dict[str, object]:
+def pair_keywords(p: Problem) -> dict[str, object]:
+    """What every kernel of the pair scores is specialised on, tile map apart."""
     return {
         "P_PAD": p.padded,
         "DIM": p.dim,
@@ -94,7 +95,7 @@ def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out
         last,
         r.stride(0),
         POOLING=p.pooling,
-        **_keywords(p),
+        **pair_keywords(p),
         **tiling.keywords(),
     )
 
@@ -148,6 +149,57 @@ def pair_scores_fwd(
     if keep:
         return scores, out[0], out[1]
     return scores, out[0].new_empty(0), out[1].new_empty(0)
+
+
+def aggregate_bwd(
+    p: Problem,
+    tensors: dict[str, Tensor],
+    valid: Tensor | None,
+    scores: Tensor,
+    grad: Tensor,
+    r: Tensor,
+    out: tuple[Tensor, Tensor, Tensor],
+    first: int,
+    last: int,
+) -> Tensor:
+    """Writes g = dS dS/dr and h = g r of texts first .. last [M, stride], and d weight [N J].
+
+    Returns the sum of h [].
+    """
+    blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
+    parts = torch.empty(blocks, dtype=torch.float32, device=r.device)
+    _aggregate_bwd_kernel[(blocks,)](
+        r,
+        tensors["weight"],
+        tensors["index"],
+        tensors["text"],
+        tensors["bounds"],
+        scores if valid is None else valid,
+        tensors["gamma"],
+        scores,
+        grad,
+        *out,
+        parts,
+        first,
+        last,
+        p.images,
+        r.stride(0),
+        scores.stride(0),
+        HAS_VALID=valid is not None,
+        LSE=p.aggregation == "lse",
+        BLOCK_M=16,
+        BLOCK_R=64,
+    )
+    return parts.sum()
+
+
+def gamma_gradient(
+    p: Problem, tensors: dict[str, Tensor], scores: Tensor, grad: Tensor, h_sum: Tensor
+) -> Tensor:
+    """d gamma [] from the sum of h = dS dS/dr r over all pairs."""
+    if p.aggregation != "lse":
+        return torch.zeros_like(h_sum)
+    return (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
 
 
 def pair_scores_bwd(
@@ -208,33 +260,7 @@ def pair_scores_bwd(
         if not kept[0].numel():
             _pair_fwd(p, tensors, first, last, stats)
         r, stat = stats
-        blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
-        parts = torch.empty(blocks, **wide)
-        _aggregate_bwd_kernel[(blocks,)](
-            r,
-            tensors["weight"],
-            tensors["index"],
-            tensors["text"],
-            tensors["bounds"],
-            scores if valid is None else valid,
-            tensors["gamma"],
-            scores,
-            grad,
-            g,
-            h,
-            d_weight,
-            parts,
-            first,
-            last,
-            p.images,
-            r.stride(0),
-            scores.stride(0),
-            HAS_VALID=valid is not None,
-            LSE=p.aggregation == "lse",
-            BLOCK_M=16,
-            BLOCK_R=64,
-        )
-        h_sum += parts.sum()
+        h_sum += aggregate_bwd(p, tensors, valid, scores, grad, r, (g, h, d_weight), first, last)
         grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
         alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, **wide)
         row_base = 0 if is_whole else first * p.rows_a_text
@@ -251,7 +277,7 @@ def pair_scores_bwd(
             )  # fmt: skip
             _max_bwd_patches_kernel[patch_grid](
                 rows, bounds, stat, g, d_v, *patch_sizes,
-                ACCUMULATE=first > 0, **_keywords(p), **by_patches.keywords(),
+                ACCUMULATE=first > 0, **pair_keywords(p), **by_patches.keywords(),
             )  # fmt: skip
         else:
             made = [stat, g, h]
@@ -263,24 +289,22 @@ def pair_scores_bwd(
                 shares = min(p.images, triton.cdiv(4 * processors, blocks))
                 _context_turn_kernel[(blocks, shares)](
                     rows, *inputs, r, *made, turned, *span, p.images, across,
-                    **_keywords(p), **turning.keywords(),
+                    **pair_keywords(p), **turning.keywords(),
                 )  # fmt: skip
                 made.append(turned)
                 by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
             by_row[grid](
                 rows, index, *inputs, *made, d_rows, alpha_parts, *row_sizes,
-                WANT_ALPHA=want_alpha, **_keywords(p), **by_rows.keywords(),
+                WANT_ALPHA=want_alpha, **pair_keywords(p), **by_rows.keywords(),
             )  # fmt: skip
             by_patch[patch_grid](
                 rows, *inputs, *made, d_v, *patch_sizes,
-                ACCUMULATE=first > 0, **_keywords(p), **by_patches.keywords(),
+                ACCUMULATE=first > 0, **pair_keywords(p), **by_patches.keywords(),
             )  # fmt: skip
         if want_alpha:
             d_alpha += alpha_parts.sum()
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
-    d_gamma = torch.zeros((), **wide)
-    if p.aggregation == "lse":
-        d_gamma = (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
+    d_gamma = gamma_gradient(p, tensors, scores, grad, h_sum)
     rows_grad = _ordered_sum(d_rows) if is_whole else None
     return rows_grad, d_weight, _ordered_sum(d_v), d_alpha, d_gamma

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BIG_STRIDES = ("stride_rm", "stride_part", "stride_sm")
+BIG_STRIDES = ("stride_rm", "stride_part", "stride_sm", "stride_ds")
 
 
 def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], case: dict[str, Any]):
@@ -87,9 +87,9 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
     for name in inspect.signature(kernel.fn).parameters:
         if name in ("rows_ptr", "v_ptr", "turned_ptr", "x_ptr", "token_ptr", "entity_ptr"):
             types[name] = f"*{element}"
-        elif name in ("a_ptr", "b_ptr"):
+        elif name in ("a_ptr", "b_ptr", "ds_ptr"):
             types[name] = f"*{element}"
-        elif name in ("index_ptr", "bounds_ptr", "text_ptr", "where_ptr"):
+        elif name in ("index_ptr", "bounds_ptr", "text_ptr", "where_ptr", "count_ptr"):
             types[name] = "*i32"
         elif name == "stat_ptr":
             types[name] = "*i32" if pooling == "max" else "*fp32"
@@ -136,6 +136,14 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return forward_triton_kernels._pair_fwd_kernel, constants
     if kind == "turn":
         return context_triton_kernels._context_turn_kernel, constants
+    if case["op"] == "products":
+        from benchmarks import backward_by_products
+
+        tiling = backward_by_products.tile_map(case["patches"], dim, size, limit)
+        case["warps"], case["stages"] = tiling.warps, tiling.stages
+        shape = {k: v for k, v in tiling.keywords().items() if not k.startswith("num_")}
+        constants |= shape | {"WANT_ALPHA": case.get("extra", False)}
+        return backward_by_products._similarity_gradient_kernel, constants
     flag = "WANT_ALPHA" if kind == "backward_rows" else "ACCUMULATE"
     constants[flag] = case.get("extra", False)
     module, prefix = {
@@ -206,6 +214,7 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     makers = {
         "pair": _pair_case,
+        "products": _pair_case,
         "info_nce": _info_nce_case,
         "rows": _rows_case,
         "patches": _rows_case,
@@ -218,7 +227,7 @@ def main() -> None:
         types = _types(kernel, case["element"], case["pooling"])
         compiled = _compile(kernel, types, constants, case)
         used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
-        if case["op"] == "pair" and used["loops"]:
+        if case["op"] in ("pair", "products") and used["loops"]:
             # of the first loop, which an attention scale of usual size takes: thread instructions
             # for every pair of a row and a real patch
             pairs = constants["BLOCK_R"] * case["patches"] / constants["TILES"]

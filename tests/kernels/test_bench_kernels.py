@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import bench_kernels, harness, kernel_measures, providers
+from benchmarks import bench_kernels, harness, kernel_grids, kernel_measures, providers
 from mlip.kernels import _chip
 from mlip.kernels.token_knowledge_patch import tiling
 
-SMALL = bench_kernels.similarity(4, 6, 5, 8, device="cpu")
+SMALL = kernel_grids.similarity(4, 6, 5, 8, device="cpu")
 
 
 @pytest.mark.parametrize("pooling", ["attention", "context", "max"])
@@ -26,6 +28,18 @@ def test_every_provider_computes_the_same_loss(pooling: str, provider: str) -> N
     loss = bench_kernels._provider(case)
     errors = bench_kernels._parity(case, loss)
     assert all(error is not None and error < 1e-5 for error in errors.values())
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2**28])
+def test_the_derivative_by_hand_is_the_derivative(
+    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(providers, "CHUNK_BYTES", chunk_bytes)
+    case = SMALL | {"provider": "chunked_analytic", "fill": 0.5}
+    errors = bench_kernels._parity(case, bench_kernels._provider(case))
+    assert all(error is not None and error < 1e-5 for error in errors.values())
+    with pytest.raises(ValueError, match="expected attention pooling, got max"):
+        bench_kernels._provider(case | {"pooling": "max"})
 
 
 @pytest.mark.parametrize("provider", ["torch", "eager_fp32"])
@@ -154,6 +168,52 @@ def test_every_compiled_row_starts_without_the_graphs_of_the_rows_before(
     assert len(calls) == 2
 
 
+class _PretendGpu:
+    """A device that runs what it is given in order, each launch costing the host 5 us."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.synchronized = 0
+
+    def launch(self, device_s: float, host_s: float = 5e-6) -> None:
+        self.host += host_s
+        self.device = max(self.device, self.host) + device_s
+
+    def synchronize(self) -> None:
+        self.synchronized += 1
+        self.host = max(self.host, self.device)
+
+    def event(self, enable_timing: bool) -> Any:
+        gpu, event = self, SimpleNamespace()
+        event.record = lambda: setattr(event, "at", max(gpu.device, gpu.host))
+        event.synchronize = gpu.synchronize
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize(("launches", "device_ms"), [(12, 0.2), (1, 30.0)])
+def test_a_gpu_is_timed_with_the_host_ahead_of_it(
+    launches: int, device_ms: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve short kernels behind 1.2 ms of Python take 0.2 ms of a training step. Oracle: the sum
+    of the pretended kernels' times; events around an idle device would show 1.2 ms."""
+    gpu = _PretendGpu()
+    cuda = SimpleNamespace(Event=gpu.event, synchronize=gpu.synchronize)
+    flush = SimpleNamespace(zero_=lambda: gpu.launch(8e-5))
+    pretended = SimpleNamespace(empty=lambda *_, **__: flush, uint8=torch.uint8, cuda=cuda)
+    monkeypatch.setattr(harness, "torch", pretended)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
+
+    def run() -> None:
+        for _ in range(launches):
+            gpu.launch(1e-3 * device_ms / launches, host_s=1e-4)
+
+    row = harness.measure(run, "cuda", budget_s=0.01)
+    assert row["median_ms"] == pytest.approx(device_ms)
+    assert row["host_ms"] == pytest.approx(0.1 * launches)
+    assert row["repeats"] >= 5
+
+
 def test_spread_and_table_are_plain() -> None:
     made: dict[str, Any] = harness._spread([5.0, 1.0, 3.0, 2.0, 4.0, 100.0])
     assert made == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0, "repeats": 6}
@@ -164,18 +224,51 @@ def test_spread_and_table_are_plain() -> None:
 def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
     at = kernel_measures.AT_256
     rows = [
-        at | {"provider": "fused", "status": "ok", "both_ms": 2.0, "peak_mib": 100.0},
+        at
+        | {"provider": "fused", "status": "ok", "both_ms": 2.0, "forward_ms": 0.7}
+        | {"peak_mib": 100.0},
         at | {"provider": "eager_fp32", "status": "ok", "both_ms": 18.0, "peak_mib": 12000.0},
         at | {"provider": "chunked", "status": "out of memory"},
         at | {"provider": "fused", "status": "ok", "both_ms": 1.25, "fill": 0.5},
     ]
+    short = kernel_measures.SHORT_256
+    sizes = {k: short[k] for k in ("batch", "tokens", "patches", "dim")}
+    rows += [
+        at | {"provider": "fused", "status": "ok", "both_ms": 9.0, "learned": True},
+        at | {"provider": "fused_products", "status": "ok", "both_ms": 3.1, "forward_ms": 0.5},
+        short | {"provider": "fused", "status": "ok", "forward_ms": 0.5},
+        sizes | {"op": "flat_product", "provider": "bf16", "status": "ok", "forward_ms": 0.3},
+    ]
     got = {row["measure"]: row["measured"] for row in kernel_measures.measures(rows)}
+    assert (
+        got["backward by two passes against library products, D = 128 / 256"] == "2.00x / not run"
+    )
+    product = "forward pass / the flat product alone, B = 256, T = 64, D = 128"
+    assert got[product] == "0.50 ms / 0.30 ms"
     assert got["against eager float32, B = 256"] == "9.00x"
     assert got["extra memory against eager / compile, B = 256"] == "120.00x / not run"
     assert got["against chunked and checkpointed torch"] == "out of memory"
     assert got["half-empty reports against full ones"] == "1.60x"
     assert got["largest batch on one card, T = 112, D = 128"] == "256"
     assert got["`info_nce_loss` against inf-cl 1.2.1, 65536 x 512"] == "not run"
+
+
+def test_the_flat_product_is_a_row_of_its_own() -> None:
+    sizes = kernel_grids.flat_product(4, 6, 5, 8)
+    row = bench_kernels.safely(sizes | {"provider": "fp32", "device": "cpu"}, 100.0)
+    assert row["status"] == "ok" and row["forward_ms"] > 0
+    flop = 2 * (4 * 6) * (4 * 5) * 8
+    assert row["forward_share"] * row["forward_ms"] * 1e-3 * 100e12 == pytest.approx(flop)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_row_of_a_grid_has_a_provider(device: str) -> None:
+    for case in kernel_grids.short_grid(device) + kernel_grids.full_grid(device):
+        if case["op"] == "flat_product":
+            assert case["provider"] in ("bf16", "fp32")
+            continue
+        with contextlib.suppress(providers.NotInstalled):
+            assert callable(bench_kernels._provider(case | {"device": "cpu"}))
 
 
 def test_no_time_is_measured_without_parity(monkeypatch: pytest.MonkeyPatch) -> None:
