@@ -52,7 +52,11 @@ class Part:
 PARTS = {
     "kernels": Part(("tests/kernels",), BASE, "bench_kernels.py", is_shared=True),
     "step": Part(
-        ("tests/training/test_gpu_objective.py", "tests/training/test_host_syncs.py"),
+        (
+            "tests/training/test_gpu_objective.py",
+            "tests/training/test_host_syncs.py",
+            "tests/encoders/test_variable_length.py",
+        ),
         (*BASE, *STEP),
         "bench_step.py",
         tests_s=90,

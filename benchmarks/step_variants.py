@@ -147,6 +147,13 @@ def compiled(mode: str | None = None) -> Change:
 
 
 @contextlib.contextmanager
+def packed_and_varlen(engine: Any) -> Iterator[None]:
+    """model.attention=varlen: packed reports attend without a padded copy."""
+    with packed_reports(engine), attention_by("varlen")(engine):
+        yield
+
+
+@contextlib.contextmanager
 def packed_and_compiled(engine: Any) -> Iterator[None]:
     """Both settings at once: a packed text tower itself is not compiled."""
     with packed_reports(engine), compiled()(engine):
@@ -175,6 +182,7 @@ VARIANTS: dict[str, Change] = {
     "attention=eager": attention_by("eager"),
     "attention=xformers": attention_by("xformers"),
     "reports packed": packed_reports,
+    "reports packed, attention=varlen": packed_and_varlen,
     "towers compiled": compiled(),
     "reports packed, towers compiled": packed_and_compiled,
     "towers compiled, CUDA graphs": compiled("reduce-overhead"),

@@ -176,7 +176,8 @@ class Divergence:
 @dataclass(frozen=True, kw_only=True)
 class Model:
     embed_dim: int = 128
-    attention: Literal["sdpa", "xformers", "eager"] = "sdpa"
+    # varlen: sdpa, with no padded copy of packed reports
+    attention: Literal["sdpa", "xformers", "eager", "varlen"] = "sdpa"
     vision: Vision = field(default_factory=Vision)
     text: Text = field(default_factory=Text)
     heads: Heads = field(default_factory=Heads)
@@ -382,6 +383,10 @@ def _check_values(config: Config) -> None:
         not (train.compile and train.zero_stage == 3),
         "train.compile with train.zero_stage=3: parameters come and go between the layers of a "
         "compiled tower; set train.zero_stage to 0, 1 or 2, or train.compile=false",
+    )
+    require(
+        config.model.attention != "varlen" or config.model.text.packed,
+        "model.attention=varlen is for packed reports; set model.text.packed=true",
     )
     require(
         not (train.offload and train.zero_stage == 0),

@@ -85,6 +85,12 @@ def test_micro_batches_with_batch_statistics_are_refused() -> None:
         config.load([], ["batch.micro_images=8"])
 
 
+def test_attention_of_packed_reports_wants_packed_reports() -> None:
+    with pytest.raises(ConfigError, match="set model.text.packed=true"):
+        config.load([], ["model.attention=varlen"])
+    config.load([], ["model.attention=varlen", "model.text.packed=true"])
+
+
 def test_a_config_survives_its_own_dictionary() -> None:
     loaded = config.load([ROOT / "configs" / "demo.yaml"], ["run.seed=5"])
     assert config.from_dict(config.to_dict(loaded)) == loaded

@@ -1,4 +1,5 @@
-"""The one attention function of both towers: torch SDPA, xformers where usable, or plain eager.
+"""The one attention function of both towers: torch SDPA, xformers where usable, plain eager, or
+SDPA over texts of any length one behind another.
 
 Registered with transformers under "mlip_<impl>", so that BERT and ViT run through it, and able to
 keep the last layer's [CLS] row for token weights without materialising the other rows.
@@ -19,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mlip.encoders.packing import Packing
 
-IMPLS = ("sdpa", "xformers", "eager")
+IMPLS = ("sdpa", "xformers", "eager", "varlen")
 _BIAS_ALIGNMENT = 8  # elements; xformers refuses other strides of attn_bias
 
 
@@ -49,6 +50,30 @@ def attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
     )
+
+
+def variable_length_attention(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, *, scale: float, dropout: float
+) -> Tensor:
+    """Attention of every text's tokens to its own, without a padded copy; no mask is needed.
+
+    Shapes:  query, key, value [1, heads, n, d] -> [1, n, heads, d]; n real tokens of all texts
+    Source:  torch's SDPA of jagged nested tensors: flash or memory-efficient kernels on a GPU
+    """
+    offsets, longest = packing.offsets, packing.mask.shape[1]
+
+    def jagged(rows: Tensor) -> Tensor:
+        values = rows[0].transpose(0, 1).contiguous()
+        # both lengths are given, or torch reads them from the device; every text has a [CLS]
+        nested = torch.nested.nested_tensor_from_jagged(
+            values, offsets, min_seqlen=1, max_seqlen=longest
+        )
+        return nested.transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        jagged(query), jagged(key), jagged(value), dropout_p=dropout, scale=scale
+    )
+    return out.transpose(1, 2).values().unsqueeze(0)
 
 
 def require_usable(impl: str) -> None:
@@ -127,16 +152,24 @@ def _for_transformers(impl: str) -> Any:
         **_: Any,
     ) -> tuple[Tensor, None]:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        keeps_cls = getattr(module, "keeps_cls_attention", False)
+        # on a CPU nested tensors are a loop over texts, slower than padding
+        is_jagged = impl == "varlen" and packing is not None and query.is_cuda
+        rows = query, key, value
         if packing is not None:
-            query, key, value = (packing.unpack_heads(rows) for rows in (query, key, value))
             attention_mask = packing.attention_mask()
-        if getattr(module, "keeps_cls_attention", False):
+            if not is_jagged or keeps_cls:
+                query, key, value = (packing.unpack_heads(x) for x in rows)
+        if keeps_cls:
             # the [CLS] query alone: O(T) instead of the O(T^2) map that eager would keep
             with torch.no_grad():
                 scores = (query[:, :, :1] @ key.transpose(-2, -1)).float() * scale
                 if attention_mask is not None:
                     scores = scores.masked_fill(~attention_mask[:, :, :1], -torch.inf)
                 module.cls_attention = torch.softmax(scores, dim=-1)[:, :, 0].mean(dim=1)
+        if is_jagged:
+            assert packing is not None
+            return variable_length_attention(*rows, packing, scale=scale, dropout=dropout), None
         out = attention(query, key, value, attention_mask, impl=impl, scale=scale, dropout=dropout)
         out = out.transpose(1, 2)
         return out.contiguous() if packing is None else packing.pack(out), None
@@ -146,5 +179,5 @@ def _for_transformers(impl: str) -> Any:
 
 for _impl in IMPLS:
     ALL_ATTENTION_FUNCTIONS.register(f"mlip_{_impl}", _for_transformers(_impl))
-    # boolean masks, True = attend, for all three
+    # boolean masks, True = attend, for all of them
     ALL_MASK_ATTENTION_FUNCTIONS.register(f"mlip_{_impl}", sdpa_mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,15 +15,17 @@ class Packing:
     Cost:    on a GPU one wait (n is read); reports half as long as the longest leave half of the
              tower's linear layers out
     Source:  ours; the sequence of sequences of variable-length attention, with attention itself
-             padded again, so that any implementation of it serves
+             padded again where its implementation knows no such thing
     """
 
     mask: Tensor  # [B, T] bool, True = real token
     index: Tensor  # [n] int64, positions in the flattened [B * T]
+    offsets: Tensor  # [B + 1] int64: text b has the rows from offsets[b] to before offsets[b + 1]
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing:
-        return cls(mask, mask.flatten().nonzero().squeeze(1))
+        ends = mask.sum(1).cumsum(0)
+        return cls(mask, mask.flatten().nonzero().squeeze(1), F.pad(ends, (1, 0)))
 
     def positions(self) -> Tensor:
         """The place of each token in its own text, [1, n] int64."""

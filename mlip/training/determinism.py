@@ -67,6 +67,11 @@ def _obstacles(config: Config) -> list[str]:
     device = distributed.device().type
     if config.model.attention == "xformers":
         found.append("model.attention=xformers adds atomically in its backward pass: set sdpa")
+    if config.model.attention == "varlen" and device == "cuda":
+        found.append(
+            "model.attention=varlen runs nested tensors, whose order of additions has not been "
+            "looked into: set sdpa"
+        )
     if config.train.compile:
         found.append(
             "train.compile: which kernels torch generates depends on the sizes that a process "

@@ -44,7 +44,7 @@ def test_padding_does_not_change_a_report() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
 def test_packed_reports_give_the_states_and_gradients_of_padded_ones(
     attention: str, checkpointing: bool
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_gpu_is_seeded_only_until_determinism_is_asked_for(on_gpus):
     [
         (2, "cuda", "run.seed=1", "NCCL_ALGO=Ring"),
         (1, "cuda", "model.attention=xformers", "model.attention=xformers"),
+        (1, "cuda", "model={attention: varlen, text: {packed: true}}", "model.attention=varlen"),
         (1, "cuda", "model.vision={kind: vit, options: {image_size: 384}}", "leave image_size out"),
         (1, "cpu", "train.compile=true", "set train.compile=false"),
         (1, "mps", "run.seed=1", "nothing is known of device mps"),
