@@ -263,7 +263,7 @@ class Bench:
         pairs = VARIANT_PAIRS[self.device]
 
         def work() -> Row:
-            return {"profile": profile(self.runner(pairs, 0))}
+            return profile(self.runner(pairs, 0))
 
         self.attempt({"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}, work)
 

@@ -188,7 +188,11 @@ def profile_table(rows: list[Row]) -> list[Row]:
     row = find(rows, ("profile",))
     if row is None or row["status"] != "ok":
         return [{"kernel": cell(row, str), "calls a step": "-", "ms a step": "-", "share": "-"}]
-    return [
+    step = _step(rows, row["pairs"])
+    is_known = step is not None and step["status"] == "ok"
+    busy = f"{_percent(row['device_ms'] / step['step_ms'])} of a step" if is_known else NOT_RUN
+    whole = {"kernel": "all", "calls a step": "-", "ms a step": f"{row['device_ms']:.2f}"}
+    return [whole | {"share": busy}] + [
         {
             "kernel": f"`{line['kernel'][:70].replace('|', ' ')}`",
             "calls a step": f"{line['calls']:.0f}",

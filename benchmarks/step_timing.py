@@ -174,8 +174,9 @@ class _Spans:
         return made | {"between": self.clock.ms(begin, end) - sum(made.values())}
 
 
-def profile(runner: Runner, steps: int = 3, most: int = 15) -> list[dict[str, Any]]:
-    """The operations or kernels that take most of the device's time, a step's worth each."""
+def profile(runner: Runner, steps: int = 3, most: int = 15) -> dict[str, Any]:
+    """The operations or kernels that take most of the device's time, a step's worth each, and the
+    time of all of them: what a step takes beyond it, the GPU stands idle."""
     from torch.profiler import ProfilerActivity
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -196,7 +197,7 @@ def profile(runner: Runner, steps: int = 3, most: int = 15) -> list[dict[str, An
     events = [e for e in made.key_averages() if not on_gpu or _is_on_device(e)]
     whole = sum(spent_us(event) for event in events)
     events.sort(key=spent_us, reverse=True)
-    return [
+    lines = [
         {
             "kernel": event.key[:120],
             "calls": event.count / steps,
@@ -205,6 +206,7 @@ def profile(runner: Runner, steps: int = 3, most: int = 15) -> list[dict[str, An
         }
         for event in events[:most]
     ]
+    return {"profile": lines, "device_ms": whole / steps / 1e3}
 
 
 def _is_on_device(event: Any) -> bool:

@@ -291,5 +291,7 @@ def test_it_runs_end_to_end_with_nothing_but_what_a_bare_machine_has(tmp_path: P
     assert reading["shards, DALI"] == "not installed: ahocorasick, nvidia.dali"
     assert all(row["environment"]["torch"] and row["pairs_per_s"] > 0 for row in measured)
     assert any(row["micro"] > 0 for row in measured)
-    profile = next(row for row in rows if row["kind"] == "profile")["profile"]
+    row = next(row for row in rows if row["kind"] == "profile")
+    profile = row["profile"]
     assert profile and profile[0]["ms"] >= profile[-1]["ms"] > 0.0
+    assert row["device_ms"] >= sum(line["ms"] for line in profile)

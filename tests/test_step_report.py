@@ -77,7 +77,7 @@ def _gpu_rows() -> list[dict[str, Any]]:
         base | figures | {"kind": "scaling", "pairs": 64, "step_ms": 45.0},
         law | {"kind": "law", "coefficients": [9.0, 0.6, 2e-5], "largest_residual": 0.02}
         | {"environment": GPU},
-        base | {"kind": "profile", "profile": [kernel]},
+        base | {"kind": "profile", "profile": [kernel], "device_ms": 152.0},
     ]  # fmt: skip
 
 
@@ -118,6 +118,7 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     assert "| shards, torch | 256 | not installed: cv2 | - |" in page
     assert "| 64 | none | 0.703 | 1,600 | 31.5 |" in page
     assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 %" in page
+    assert "| all | - | 152.00 | 95.0 % of a step |" in page
     assert "| `sm90_gemm x` | 48 | 30.00 | 19.0 % |" in page
     picture = root / "docs" / step_report.PICTURE
     assert f"]({step_report.PICTURE})" in page and "256 pairs" in picture.read_text("utf-8")
