@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlip.kernels._arithmetic import dot
 from mlip.kernels._chip import chip_facts
 from mlip.kernels.token_knowledge_patch import triton_kernels
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
@@ -26,7 +27,6 @@ from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
     _similarity_gradient,
 )
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
-    _dot,
     _load_patches,
     _load_rows,
 )
@@ -46,7 +46,7 @@ def _gradient_step(
     P_PAD: tl.constexpr, BLOCK_R: tl.constexpr, SEG: tl.constexpr, WHOLE: tl.constexpr,
     WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), g, h, alpha)
     offs_p = first + tl.arange(0, SEG)
     mask = inside[:, None] if WHOLE else inside[:, None] & (offs_p < P_PAD)[None, :]

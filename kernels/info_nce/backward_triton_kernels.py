@@ -5,10 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mlip.kernels._arithmetic import LOG2_E, dot
 from mlip.kernels.info_nce.forward_triton_kernels import (
-    LOG2_E,
     MASKED,
-    _dot,
     _load_part,
     _tile_pointers,
 )
@@ -74,7 +73,7 @@ def _info_nce_bwd_kernel(
         b_at = _tile_pointers(b_ptr, offs_n, columns - 1, offs_d, DIM)
         b = _load_part(b_at, 0, offs_d, DIM, BLOCK_D)
         shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=0.0)
-        s = _dot(a, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
+        s = dot(a, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         z = s * scale2
         if EXACT:
             rest_b = tl.load(shift_b_ptr + columns + offs_n, mask=mask_n, other=0.0)
@@ -89,7 +88,7 @@ def _info_nce_bwd_kernel(
         dz = tl.where(mask_n[None, :], dz, 0.0)
         if WANT_SCALE:
             scale_sum += tl.sum(dz * s, 1)
-        acc = _dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)
+        acc = dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)
     tl.store(
         out_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_d[None, :],
         (acc * (scale * grad)).to(out_ptr.dtype.element_ty),

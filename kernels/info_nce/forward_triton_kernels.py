@@ -8,20 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from mlip.kernels._arithmetic import LOG2_E, dot
+
 LOG_2 = tl.constexpr(0.6931471805599453)
 # finite, because -inf minus -inf is NaN; any real logit is above NO_MAXIMUM
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    # the interpreter keeps bfloat16 as raw bits and multiplies those: widen there
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -106,7 +98,7 @@ def _statistics_of_blocks(
             for k in range(0, DIM, BLOCK_K):
                 a = _load_part(a_at, k, offs_k, DIM, BLOCK_K)
                 b = _load_part(b_at, k, offs_k, DIM, BLOCK_K)
-                s = _dot(a, tl.trans(b), s, PRECISION, UPCAST)
+                s = dot(a, tl.trans(b), s, PRECISION, UPCAST)
             # of a tile without a positive and without an end every logit counts
             has_own = (first_own < first + BLOCK_N) & (first_own + BLOCK_M > first)
             is_cut = (block * BLOCK_M + BLOCK_M > rows) | (first + BLOCK_N > end)

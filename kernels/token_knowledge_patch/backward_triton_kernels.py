@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mlip.kernels._arithmetic import LOG2_E, dot
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
-    LOG2_E,
-    _dot,
     _load_patches,
     _load_rows,
 )
@@ -84,7 +83,7 @@ def _rows_step(
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     x = _log2_weight(s, stat, alpha)
     # padding has s = 0: a weight that overflowed there would turn the zero it multiplies into NaN
     if not PLAIN:
@@ -101,7 +100,7 @@ def _rows_step(
             # g (s - r)^2 by patch, the form that cancels least
             away = g[:, None] * s - h[:, None]
             alpha_sum += tl.where(g != 0, tl.sum(a * away * away, 1) / g, 0.0)
-    return _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
+    return dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
 @triton.jit
@@ -208,12 +207,12 @@ def _patches_step(
     q, v, stat, g, h, alpha, acc,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
     # and nobody reads that column's gradient
     ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), g, h, alpha)
     # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
-    return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
+    return dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 
 
 @triton.jit

@@ -10,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mlip.kernels._arithmetic import LOG2_E, dot
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     CONTEXT_FLOOR,
-    LOG2_E,
-    _dot,
     _load_patches,
     _load_rows,
 )
@@ -24,7 +23,7 @@ def _weights(
     q, v, stat, alpha, BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # bounded for the same reason as in _similarity_gradient
     return s, tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
 
@@ -59,7 +58,7 @@ def _context_turn_kernel(
                 v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
             )
             unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
-            context = _dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
+            context = dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
         g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
         r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
         rho = tl.sqrt(tl.sum(context * context, 1))
@@ -111,12 +110,12 @@ def _context_bwd_rows_kernel(
             )
             s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
             y = tl.zeros([BLOCK_R, SEG0], tl.float32)
-            y = _dot(turned, tl.trans(v), y, PRECISION, UPCAST)
+            y = dot(turned, tl.trans(v), y, PRECISION, UPCAST)
             dl = a * (h[:, None] * y - floor[:, None])
             if WANT_ALPHA:
                 alpha_sum += tl.sum(dl * s, 1)
             ds = alpha * dl + h[:, None] * a
-            acc = _dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST)
+            acc = dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST)
     # the buffer of a chunk begins at its first text
     index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64) - row_base
     out = rows_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
@@ -161,10 +160,10 @@ def _context_bwd_patches_kernel(
         floor = tl.load(floor_ptr + place, mask=mask_r, other=0.0)
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
         unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
-        y = _dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
+        y = dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
         dl = alpha * a * (h[:, None] * y - floor[:, None])
-        acc = _dot(tl.trans(q), dl.to(q.dtype), acc, PRECISION, UPCAST)
-        acc = _dot(tl.trans(turned), (h[:, None] * a).to(q.dtype), acc, PRECISION, UPCAST)
+        acc = dot(tl.trans(q), dl.to(q.dtype), acc, PRECISION, UPCAST)
+        acc = dot(tl.trans(turned), (h[:, None] * a).to(q.dtype), acc, PRECISION, UPCAST)
     offs_p = first + tl.arange(0, SEG0)
     out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
     at = out + m * (P_PAD * DIM) + offs_p[None, :] * DIM + offs_d[:, None]

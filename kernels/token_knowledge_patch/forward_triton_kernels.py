@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from mlip.kernels._arithmetic import LOG2_E, dot
+
 # additive bias of a masked patch, and a row maximum that any real logit exceeds; both finite,
 # because -inf minus -inf is NaN
 MASKED = tl.constexpr(-1e30)
@@ -18,15 +19,6 @@ CONTEXT_FLOOR = tl.constexpr(1e-6)
 # no similarity is above 1.004 (bfloat16 rows), so up to this scale exp() needs no row maximum:
 # MAX_PATCHES e^75.3 < 3e38
 UNSHIFTED_SCALE = tl.constexpr(75.0)
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    # the interpreter keeps bfloat16 as raw bits and multiplies those: widen there
-    if UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -67,7 +59,7 @@ def _absorb(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Fold SEG patches into the running pooled state of BLOCK_R rows."""
-    s = _dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     if POOLING == "max":
         x = s + bias[None, :]
         best = tl.max(x, 1)
@@ -93,7 +85,7 @@ def _absorb(
         if POOLING == "context":
             # the same rounded weights on both sides of q . c / |c|: their bias cancels
             narrow = p.to(v.dtype)
-            context = _dot(narrow, v, context, PRECISION, UPCAST)
+            context = dot(narrow, v, context, PRECISION, UPCAST)
             p = narrow.to(tl.float32)
         part += tl.sum(p * s, 1)
     return top, total, part, where, context

@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mlip.kernels._arithmetic import dot
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import _store_patches
-from mlip.kernels.token_knowledge_patch.forward_triton_kernels import _dot, _load_rows
+from mlip.kernels.token_knowledge_patch.forward_triton_kernels import _load_rows
 
 
 @triton.jit(do_not_specialize=["row_base"])
@@ -67,9 +68,9 @@ def _patches_step(
     # where - patch by a product of depth 16, exact in bfloat16 (digits below 256 and multiples of
     # 256, up to MAX_PATCHES): it leaves the comparison where the next product wants its operand
     gap = tl.zeros([BLOCK_R, SEG], tl.float32)
-    gap = _dot(chooser, numbers, gap, PRECISION, UPCAST)
+    gap = dot(chooser, numbers, gap, PRECISION, UPCAST)
     ds = tl.where(gap == 0, g[:, None], 0.0)
-    return _dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
+    return dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 
 
 @triton.jit
