@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlip.kernels._arithmetic import dot
 from mlip.kernels._chip import chip_facts
+from mlip.kernels._common_triton_kernels import dot
 from mlip.kernels.token_knowledge_patch import triton_kernels
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
     ABSENT,

@@ -58,6 +58,7 @@ SETTINGS = (
     "train.zero_stage=0",
     "train.precision=bf16",
     "model.vision.kind=vit",
+    "model.text.packed=true",
 )
 TINY = (
     "data.crop_px=16",
@@ -145,7 +146,7 @@ class Bench:
         batch, model = runner.batches[0], self.engine.objective.model
         seconds = spread["median_ms"] / 1e3
         real = step_flop(model, batch, self.config)
-        padded = step_flop(model, batch, self.config, real=False)
+        padded = step_flop(model, batch, self.config, real=model.text.is_packed)
         row: Row = {
             "step_ms": spread["median_ms"],
             "spread": spread,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mlip.batch import ABSENT, PRESENT, UNCERTAIN, Batch, by_channel
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN, Batch
 from mlip.config import Config
 
 FILL = 0.5  # mean length over data.max_tokens, [CLS] and [SEP] included
@@ -70,8 +70,7 @@ def made_batch(
 
 def in_pinned_memory(batch: Batch) -> Batch:
     """As mlip.dataloading.loader hands batches to a GPU."""
-    pinned = {name: value.pin_memory() for name, value in vars(batch).items() if name != "image"}
-    return Batch(image=by_channel(batch.image, Tensor.pin_memory), **pinned)
+    return batch.each(Tensor.pin_memory)
 
 
 def padding_share(batch: Batch) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlip.batch import Batch, by_channel
+from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import IntArray, Manifest, connect
@@ -217,8 +216,7 @@ def pinned(batch: Batch) -> Batch:
     def pin(tensor: Tensor) -> Tensor:
         return tensor if tensor.is_cuda else tensor.pin_memory()
 
-    tensors = {f.name: pin(getattr(batch, f.name)) for f in fields(Batch) if f.name != "image"}
-    return Batch(image=by_channel(batch.image, pin), **tensors)
+    return batch.each(pin)
 
 
 def build_loader(

@@ -32,17 +32,25 @@ class Batch:
     pair_id: Tensor  # [B] int64: equal = same study or same text, never each other's negatives
     global_index: Tensor  # [B] int64, position in the run's endless global order: keys all noise
     row_index: Tensor  # [B] int64, row of the manifest
+    # [B] int64, always on the host: real tokens of each report, for what must know their number
+    # without waiting for a GPU; None = not counted
+    token_counts: Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.image.shape[0])
 
     def to(self, device: torch.device | str) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        names = [f.name for f in dataclasses.fields(self) if f.name != "image"]
+    def each(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor moved, tokens counted while they are on the host."""
+        counts = self.token_counts
+        if counts is None and self.token_mask.device.type == "cpu":
+            counts = self.token_mask.sum(1)
+        stay = ("image", "token_counts")
+        names = [f.name for f in dataclasses.fields(self) if f.name not in stay]
         moved = {name: move(getattr(self, name)) for name in names}
-        return Batch(image=by_channel(self.image, move), **moved)
+        return Batch(image=by_channel(self.image, move), token_counts=counts, **moved)
 
 
 def by_channel(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:

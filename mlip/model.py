@@ -158,11 +158,17 @@ class MLIPModel(nn.Module):
         return ImageFeatures(embedding=unit_length(embedding), patches=patches, grid=grid)
 
     def encode_text(
-        self, token_ids: Tensor, token_mask: Tensor, content_mask: Tensor
+        self,
+        token_ids: Tensor,
+        token_mask: Tensor,
+        content_mask: Tensor,
+        token_counts: Tensor | None = None,
     ) -> TextFeatures:
-        """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T]."""
+        """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T];
+        token_counts [B] as in Batch, which only a packed text tower asks for."""
+        counts = () if token_counts is None or not self.text.is_packed else (token_counts,)
         with self._autocast():
-            pooled, states, attention = self.text(token_ids, token_mask)
+            pooled, states, attention = self.text(token_ids, token_mask, *counts)
             embedding = self.report_head(pooled)
             tokens = self.token_head(states, content_mask)
         return TextFeatures(embedding=unit_length(embedding), tokens=tokens, attention=attention)

@@ -112,7 +112,9 @@ class Objective(nn.Module):
 
         image_size, text_size = settings.micro_images, settings.micro_texts
         image = cached_forward(image_tower, (batch.image,), image_size, passes(image_size))
-        texts = (batch.token_ids, batch.token_mask, batch.content_mask)
+        texts = [batch.token_ids, batch.token_mask, batch.content_mask]
+        if batch.token_counts is not None:
+            texts.append(batch.token_counts)
         text = cached_forward(text_tower, texts, text_size, passes(text_size))
         return Features(
             image=ImageFeatures(embedding=image[0], patches=image[1], grid=grid[0]),

@@ -18,7 +18,7 @@ from benchmarks import bench_step, harness, providers, step_reading
 from benchmarks.bench_step import Bench
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
-from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores
+from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores, padded_reports
 from mlip.encoders import attention as attention_module
 from tests.step_bench import bench_on, objective_of, shared_bench
 from tests.virtual_gpu import virtual_gpu
@@ -106,13 +106,15 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 def test_towers_compile_without_a_graph_break() -> None:
     bench = bench_on()
     runner = bench.runner(4, 0)
-    modules = bench.engine.objective.model.towers()
-    for module in modules:
-        module.compile(backend="aot_eager", fullgraph=True, dynamic=False)  # a break is an error
-    try:
-        runner.step()
-    finally:
-        torch._dynamo.reset()
+    with padded_reports(bench.engine):
+        modules = bench.engine.objective.model.towers()
+        for module in modules:
+            # a break is an error
+            module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        try:
+            runner.step()
+        finally:
+            torch._dynamo.reset()
     assert len(modules) == 2
 
 
@@ -256,7 +258,9 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
     assert states["scaling", "ours", 2] == states["parts", "ours", 0] == "ok"
     assert [states["reading", name, 0] for name in torch_alone] == ["ok", "ok"]
     row = bench.rows[0]
-    assert row["utilisation_with_padding"] > row["utilisation"] > 0 and "peak_gib" in row
+    assert row["utilisation_with_padding"] == row["utilisation"] > 0 and "peak_gib" in row
+    padded = next(row for row in bench.rows if row["variant"] == "reports padded")
+    assert padded["utilisation_with_padding"] > padded["utilisation"] > 0
 
 
 def _padded_attention(

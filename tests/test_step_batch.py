@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from typing import Any
 
@@ -42,9 +41,10 @@ def _claims(batch: Batch) -> dict[str, Any]:
     """What is true of a batch beside its sizes."""
     lengths = batch.token_mask.sum(dim=1)
     place = torch.arange(batch.token_mask.shape[1])
+    tensors = vars(batch.to("cpu"))  # as an engine has it
     return {
-        "types": {f.name: getattr(batch, f.name).dtype for f in dataclasses.fields(batch)},
-        "dimensions": {f.name: getattr(batch, f.name).ndim for f in dataclasses.fields(batch)},
+        "types": {name: value.dtype for name, value in tensors.items()},
+        "dimensions": {name: value.ndim for name, value in tensors.items()},
         "one grey channel": batch.image.stride(1) == 0,
         "image": tuple(batch.image.shape[1:]),
         "padding behind": torch.equal(batch.token_mask, place < lengths[:, None]),

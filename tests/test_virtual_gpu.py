@@ -196,13 +196,14 @@ def _two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "world_group", object)
 
 
+@pytest.mark.parametrize("packed", ["false", "true"])
 def test_each_of_two_gpus_waits_where_the_page_says_and_nowhere_else(
-    monkeypatch: pytest.MonkeyPatch,
+    packed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the table of docs/performance.md; all losses, the gradient cache and a full queue."""
     _two_equal_ranks(monkeypatch)
     with virtual_gpu() as gpu:
-        engine = exact_engine(8, passes=2)
+        engine = exact_engine(8, passes=2, more=(f"model.text.packed={packed}",))
         for number in range(2):
             batch = make_batch(number, 8).to("cuda")
             gpu.waits.clear()

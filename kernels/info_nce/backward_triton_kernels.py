@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._arithmetic import LOG2_E, dot
+from mlip.kernels._common_triton_kernels import LOG2_E, dot
 from mlip.kernels.info_nce.forward_triton_kernels import (
     MASKED,
     _load_part,

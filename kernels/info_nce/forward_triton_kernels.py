@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._arithmetic import LOG2_E, dot
+from mlip.kernels._common_triton_kernels import LOG2_E, dot
 
 LOG_2 = tl.constexpr(0.6931471805599453)
 # finite, because -inf minus -inf is NaN; any real logit is above NO_MAXIMUM

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._arithmetic import LOG2_E, dot
+from mlip.kernels._common_triton_kernels import LOG2_E, dot
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     CONTEXT_FLOOR,
     _load_patches,

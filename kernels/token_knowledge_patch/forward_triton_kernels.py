@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._arithmetic import LOG2_E, dot
+from mlip.kernels._common_triton_kernels import LOG2_E, dot
 
 # additive bias of a masked patch, and a row maximum that any real logit exceeds; both finite,
 # because -inf minus -inf is NaN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,8 +13,8 @@ from torch import Tensor
 class Packing:
     """Where the n real tokens of B texts lie in a padded batch of B x T.
 
-    Cost:    on a GPU one wait (n is read); reports half as long as the longest leave half of the
-             tower's linear layers out
+    Cost:    reports half as long as the longest leave half of the tower's linear layers out; on a
+             GPU one wait, for n, where the host does not know it
     Source:  ours; the sequence of sequences of variable-length attention, with attention itself
              padded again where its implementation knows no such thing
     """
@@ -23,9 +24,11 @@ class Packing:
     offsets: Tensor  # [B + 1] int64: text b has the rows from offsets[b] to before offsets[b + 1]
 
     @classmethod
-    def of(cls, mask: Tensor) -> Packing:
-        ends = mask.sum(1).cumsum(0)
-        return cls(mask, mask.flatten().nonzero().squeeze(1), F.pad(ends, (1, 0)))
+    def of(cls, mask: Tensor, real: int | None = None) -> Packing:
+        """Of mask [B, T], with n where the host knows it."""
+        flat, ends = mask.flatten(), mask.sum(1).cumsum(0)
+        index = flat.nonzero() if real is None else torch.nonzero_static(flat, size=real)
+        return cls(mask, index.squeeze(1), F.pad(ends, (1, 0)))
 
     def positions(self) -> Tensor:
         """The place of each token in its own text, [1, n] int64."""

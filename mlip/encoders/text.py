@@ -19,8 +19,10 @@ from mlip.encoders.vision import check_source
 class TextEncoder(nn.Module):
     """BERT of any size: (token_ids, token_mask) -> (global [B, d], tokens [B, T, d], attention).
 
-    Shapes:  token_ids [B, T] int64, token_mask [B, T] bool; attention [B, T] float32, the last
-             layer's [CLS] -> token weights (head mean, detached), or None unless kept
+    Shapes:  token_ids [B, T] int64, token_mask [B, T] bool; token_counts [B] int64, real tokens of
+             each text, on the host, so that packing waits for no GPU, or None; attention [B, T]
+             float32, the last layer's [CLS] -> token weights (head mean, detached), or None unless
+             kept
     Raises:  ValueError for a source that is not there or a vocabulary larger than the model's
     Source:  MLIP section 3 (a clinical BERT).
     """
@@ -77,10 +79,11 @@ class TextEncoder(nn.Module):
         return self.backbone.encoder.layer[-1].attention.self
 
     def forward(
-        self, token_ids: Tensor, token_mask: Tensor
+        self, token_ids: Tensor, token_mask: Tensor, token_counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.is_packed:
-            states = self._packed_states(token_ids, token_mask)
+            real = None if token_counts is None else int(token_counts.sum())
+            states = self._packed_states(token_ids, Packing.of(token_mask, real))
         else:
             # [B, 1, 1, T]: of a mask without heads transformers reads on the host if all is real
             mask = token_mask[:, None, None, :]
@@ -89,9 +92,8 @@ class TextEncoder(nn.Module):
         pooled = states[:, 0] if self.pool is None else self.pool(states, token_mask)
         return pooled, states, kept
 
-    def _packed_states(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+    def _packed_states(self, token_ids: Tensor, packing: Packing) -> Tensor:
         """The last states [B, T, d], zero where padded: all texts are one row of real tokens."""
-        packing = Packing.of(token_mask)
         packed = self.backbone(
             input_ids=packing.pack(token_ids),
             position_ids=packing.positions(),

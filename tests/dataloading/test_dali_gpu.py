@@ -171,8 +171,11 @@ def assert_twins(a: Batch, b: Batch, levels: float = 2.0) -> None:
 def test_pixels_never_visit_the_host(corpus: Callable[..., Config], build: Any) -> None:
     batch = take(build(corpus("data.pipeline=dali", "data.channels=3")), 1)[0]
     assert batch.image.is_cuda and batch.image.stride(1) == 0  # three channels are one
-    assert all(getattr(batch, n).is_pinned() for n in vars(batch) if n != "image")
+    others = [n for n in vars(batch) if n not in ("image", "token_counts")]
+    assert all(getattr(batch, n).is_pinned() for n in others)
+    assert torch.equal(batch.token_counts, batch.token_mask.sum(1))  # stays where it is
     moved = batch.to("cuda")
+    assert moved.token_counts is batch.token_counts and moved.token_mask.is_cuda
     assert moved.image.data_ptr() == batch.image.data_ptr()
     assert all(getattr(moved, name).is_cuda for name in vars(moved))
 

@@ -91,7 +91,8 @@ def make_leaves(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, 
 
 
 def rows_of(batch: Batch, rows: Any) -> Batch:
-    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+    named = {name: value for name, value in vars(batch).items() if value is not None}
+    return Batch(**{name: value[rows] for name, value in named.items()})
 
 
 def features_of(leaves: dict[str, Tensor], batch: Batch) -> Features:

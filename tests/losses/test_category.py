@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -18,6 +17,7 @@ from tests.losses.loss_inputs import (
     context_of,
     make_batch,
     make_leaves,
+    rows_of,
     with_grad,
 )
 
@@ -109,7 +109,7 @@ def test_known_value_of_two_samples_on_two_prototypes() -> None:
     # q = sigmoid(+-1/0.05), p = sigmoid(+-1/0.2) for every view
     loss = _make("loss.category.prototypes=2", dim=2).eval()
     loss.prototypes.data = 3.0 * torch.eye(2, dtype=torch.float64)
-    batch = dataclasses.replace(make_batch(), **{n: v[:2] for n, v in vars(make_batch()).items()})
+    batch = rows_of(make_batch(), slice(2))
     leaves = {n: v[:2, ..., :2] for n, v in make_leaves().items()}
     leaves["image"] = leaves["text"] = torch.eye(2, dtype=torch.float64)
     leaves["entities"] = leaves["image"][:, None].expand_as(leaves["entities"])

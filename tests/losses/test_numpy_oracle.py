@@ -210,7 +210,8 @@ def _both(rows: list[int]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     tensors = dict(objective.named_parameters()) | dict(objective.named_buffers())
     tensors |= {f"leaf.{n}": x for n, x in leaves.items()}
     values = {n: x.detach().numpy() for n, x in tensors.items()}  # the same memory
-    given = {n: x.detach().numpy() for n, x in (vars(batch) | leaves).items()}
+    known = {n: x for n, x in (vars(batch) | leaves).items() if x is not None}
+    given = {n: x.detach().numpy() for n, x in known.items()}
 
     def draw(make: Any, stream: str, width: int) -> Any:
         return make(config.run.seed, stream, 4, batch.global_index, width).double().numpy()
