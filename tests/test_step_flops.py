@@ -18,9 +18,19 @@ def test_operations_of_towers_and_heads_are_those_that_torch_counts() -> None:
     objective, batch = objective_of()
     model, config = objective.model, objective.config
     parts = step_flops.forward_parts(model, batch, config, real=False)
+    texts = (batch.token_ids, batch.token_mask, batch.content_mask)
+    with FlopCounterMode(display=False) as packed:
+        model.encode_text(*texts)
+    model.text.is_packed = False
+    with FlopCounterMode(display=False) as padded:
+        model.encode_text(*texts)
+    real = step_flops.forward_parts(model, batch, config, real=True)
+    # attention alone is padded again: a part of what the padding of the layers costs
+    saved = padded.get_total_flops() - packed.get_total_flops()
+    assert 0.5 * (parts["text"] - real["text"]) < saved <= parts["text"] - real["text"]
     with FlopCounterMode(display=False) as forward:
         image = model.encode_image(batch.image)
-        text = model.encode_text(batch.token_ids, batch.token_mask, batch.content_mask)
+        text = model.encode_text(*texts)
     expected = parts["vision"] + parts["text"] + parts["heads"]
     assert forward.get_total_flops() == expected
     total = image.embedding.sum() + image.patches.sum() + text.embedding.sum() + text.tokens.sum()
