@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from mlip.config import Text
-from mlip.encoders.attention import require_usable
+from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.options import tower_config
 from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
@@ -67,6 +67,8 @@ class TextEncoder(nn.Module):
             )
         if settings.checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.backbone.encoder.layer:
+            round_once(layer.attention.self)
         self.dim = int(config.hidden_size)
         self.pool = AttentionPool(self.dim) if settings.pool == "attention" else None
         self._last_attention.keeps_cls_attention = keeps_attention

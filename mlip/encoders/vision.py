@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from mlip.config import Vision
-from mlip.encoders.attention import require_usable
+from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.normalisation import recomputing, set_normalisation
 from mlip.encoders.options import tower_config
 from mlip.encoders.pool import AttentionPool
@@ -140,6 +140,9 @@ class ViTTower(nn.Module):
         _check_channels(config.num_channels, channels, settings.source)
         if settings.checkpointing:
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        layers: Any = self.backbone.layers
+        for layer in layers:
+            round_once(layer.attention)
         self.patch_px = int(config.patch_size)
         self.patch_dim = self.global_dim = int(config.hidden_size)
         self.pools_patches = settings.pool == "attention"

@@ -177,7 +177,8 @@ def test_pixels_never_visit_the_host(corpus: Callable[..., Config], build: Any) 
     moved = batch.to("cuda")
     assert moved.token_counts is batch.token_counts and moved.token_mask.is_cuda
     assert moved.image.data_ptr() == batch.image.data_ptr()
-    assert all(getattr(moved, name).is_cuda for name in vars(moved))
+    on_host = [name for name in vars(moved) if not getattr(moved, name).is_cuda]
+    assert on_host == ["token_counts"]
 
 
 def test_crop_and_augmentation_are_the_twins(corpus: Callable[..., Config], build: Any) -> None:

@@ -9,7 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from mlip.config import Text, Vision
 from mlip.encoders.attention import attention, require_usable
+from mlip.encoders.text import TextEncoder
+from mlip.encoders.vision import VisionEncoder
 from tests.virtual_gpu import virtual_gpu
 
 
@@ -88,3 +91,59 @@ def test_xformers_is_called_in_its_own_layout_and_agrees_with_the_formula(
     torch.testing.assert_close(
         narrow, attention(query, key, value, mask[:, :, :1], impl="sdpa", scale=0.7)
     )
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def _tower(kind: str) -> tuple[torch.nn.Module, list[torch.nn.Module], tuple[torch.Tensor, ...]]:
+    """A tower in evaluation mode, its self-attentions, and what it is given."""
+    torch.manual_seed(0)
+    if kind == "vit":
+        settings = Vision(kind="vit", options=TINY | {"patch_size": 8})
+        vision = VisionEncoder(settings, channels=1, image_px=16).eval()
+        parts = [layer.attention for layer in vision.tower.backbone.layers]
+        return vision, parts, (torch.randn(2, 1, 16, 16),)
+    text = TextEncoder(Text(options=TINY), vocab_size=20, max_tokens=6).eval()
+    parts = [layer.attention.self for layer in text.backbone.encoder.layer]
+    mask = torch.arange(6) < torch.tensor([[6], [3]])
+    return text, parts, (torch.randint(20, (2, 6)), mask)
+
+
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_states_are_rounded_once_for_query_key_and_value_and_to_the_same_numbers(kind: str) -> None:
+    """Oracle: the same tower whose products each round for themselves."""
+    with virtual_gpu():
+        tower, parts, given = _tower(kind)
+        tower, given = tower.to("cuda"), tuple(x.to("cuda") for x in given)
+        seen: list[torch.Tensor] = []
+        for part in parts:
+            for linear in [m for n, m in part.named_children() if n[0] in "qkv"]:
+                linear.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        results = []
+        for hooks in ("rounded once", "by each"):
+            if hooks == "by each":
+                for part in parts:
+                    part._forward_pre_hooks.clear()
+            with torch.autocast("cuda", torch.bfloat16):
+                states = tower(*given)[1]
+            weights = torch.linspace(-1, 1, states.shape[-1], device="cuda")
+            gradients = torch.autograd.grad((states.float() * weights).sum(), parts[0].parameters())
+            results.append([states.detach(), *gradients])
+        once, by_each = seen[:6], seen[6:]
+        assert all(x.dtype == torch.bfloat16 for x in once)
+        assert len({id(x) for x in once}) == len(parts) == 2
+        assert all(x.dtype == torch.float32 for x in by_each) and len(by_each) == 6
+        assert torch.equal(results[0][0], results[1][0])
+        # a bias of keys has no gradient but rounding: held to the largest
+        largest = max(float(x.norm()) for x in results[1][1:])
+        for ours, theirs in zip(results[0][1:], results[1][1:], strict=True):
+            assert float((ours - theirs).norm()) <= 2e-3 * largest
+        seen.clear()
+        tower(*given)  # without autocast nothing is rounded
+        assert all(x.dtype == torch.float32 for x in seen) and seen
