@@ -29,7 +29,6 @@ class FindingSpec:
     size_words: tuple[str, ...]  # from small to large, as reports write them; () = never said
     has_side: bool
     zones: tuple[Zone, ...]  # () = no zone is ever said
-    is_gated_for_pointing: bool  # False = listed only: a width has no place to point at
 
 
 FINDINGS: tuple[FindingSpec, ...] = (
@@ -42,7 +41,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("small", "moderate", "large"),
         has_side=True,
         zones=(),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="pneumothorax",
@@ -53,7 +51,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("small", "moderate", "large"),
         has_side=True,
         zones=(),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="consolidation",
@@ -64,7 +61,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("small", "moderate", "large"),
         has_side=True,
         zones=("upper", "mid", "lower"),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="lung_nodule",
@@ -75,7 +71,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("small", "medium sized", "large"),
         has_side=True,
         zones=("upper", "mid", "lower"),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="cardiomegaly",
@@ -86,7 +81,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("mild", "moderate", "marked"),
         has_side=False,
         zones=(),
-        is_gated_for_pointing=False,
     ),
     FindingSpec(
         concept_id="atelectasis",
@@ -97,7 +91,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=("minor", "moderate", "extensive"),
         has_side=True,
         zones=("mid", "lower"),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="pacemaker",
@@ -108,7 +101,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=(),
         has_side=True,
         zones=(),
-        is_gated_for_pointing=True,
     ),
     FindingSpec(
         concept_id="central_venous_catheter",
@@ -119,7 +111,6 @@ FINDINGS: tuple[FindingSpec, ...] = (
         size_words=(),
         has_side=True,
         zones=(),
-        is_gated_for_pointing=True,
     ),
 )
 
