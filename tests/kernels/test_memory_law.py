@@ -1,6 +1,7 @@
 """What the Triton path allocates, counted without a GPU: its launchers run, its kernels do not.
 
-Oracle: the law that the README states. On a GPU test_gpu.py measures the same with real kernels.
+Oracle: the law that the README states. On a GPU test_gpu_runtime.py measures the same with real
+kernels.
 """
 
 from __future__ import annotations
