@@ -42,7 +42,7 @@ format: setup
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
 
-# The same for the whole training step; needs transformers and scikit-learn too.
+# The same for the whole training step; needs what docs/performance.md lists.
 gpu-step:
 	$(PYTHON) benchmarks/gpu_check.py --part step
 

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_ontology.py --folder /tmp/made_up_umls --out FILE.json
 
-The release is written once into --folder (about 5 GB at the default size; no UMLS text is in it)
+The release is written once into --folder (about 3.6 GiB at the default size; no UMLS text is in it)
 and kept. Each measurement runs in a process of its own; its peak is the resident set's.
 The sizes are those of a full release as its public statistics tell them: 3.4 million concepts,
 17 million names of which seven in ten are English, a third of the concepts of a type that is read.
