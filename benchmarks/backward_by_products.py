@@ -154,7 +154,7 @@ def pair_scores_bwd(
     total, device = p.texts * p.rows_a_text, r.device
     wide: Any = {"dtype": torch.float32, "device": device}
     g, h, d_weight = torch.empty_like(r), torch.empty_like(r), torch.zeros(total, **wide)
-    h_sum = triton_kernels.aggregate_bwd(
+    d_gamma = triton_kernels.aggregate_bwd(
         p, tensors, valid, scores, grad, r, (g, h, d_weight), 0, p.texts
     )
     count, v = tensors["bounds"][-1:], tensors["v"]
@@ -188,7 +188,6 @@ def pair_scores_bwd(
     # back to the places the rows came from; those that are not there share one that is dropped
     place = torch.where(numbers[:total] < count, tensors["index"], total).long()
     d_rows = torch.zeros((total + 1, p.dim), **wide).index_copy_(0, place, d_packed)[:total]
-    d_gamma = triton_kernels.gamma_gradient(p, tensors, scores, grad, h_sum)
     d_v = d_v.view(v.shape)
     if take_rows is None:
         return d_rows, d_weight, d_v, d_alpha, d_gamma

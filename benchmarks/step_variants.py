@@ -135,7 +135,8 @@ def compiled(mode: str | None = None) -> Change:
         torch._dynamo.utils.counters.clear()
         modules = engine.objective.model.towers()
         for module in modules:
-            module.compile(mode=mode, dynamic=False)
+            # as train.compile does it; a CUDA graph is of one size
+            module.compile(mode=mode, dynamic=None if mode is None else False)
         try:
             yield
         finally:
@@ -147,7 +148,7 @@ def compiled(mode: str | None = None) -> Change:
 
 
 def padded_and_compiled(mode: str | None = None) -> Change:
-    """Of padded reports the text tower is compiled too, and replayed; of packed ones it is not."""
+    """Padding gives every batch the same sizes, which a CUDA graph needs."""
 
     @contextlib.contextmanager
     def change(engine: Any) -> Iterator[None]:

@@ -43,10 +43,10 @@ class Batch:
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor moved, tokens counted while they are on the host."""
+        """The same batch with every tensor moved, its tokens counted while they are on the host."""
         counts = self.token_counts
-        if counts is None and self.token_mask.device.type == "cpu":
-            counts = self.token_mask.sum(1)
+        if self.token_mask.device.type == "cpu":
+            counts = self.token_mask.sum(1)  # anew: a count of an earlier mask would pack wrongly
         stay = ("image", "token_counts")
         names = [f.name for f in dataclasses.fields(self) if f.name not in stay]
         moved = {name: move(getattr(self, name)) for name in names}

@@ -389,6 +389,10 @@ def _check_values(config: Config) -> None:
         "model.attention=varlen is for packed reports; set model.text.packed=true",
     )
     require(
+        not (train.compile and config.model.attention == "varlen"),
+        "train.compile with model.attention=varlen: nested tensors are not compiled; set sdpa",
+    )
+    require(
         not (train.offload and train.zero_stage == 0),
         "train.offload needs train.zero_stage of 1 or more",
     )

@@ -166,9 +166,12 @@ class MLIPModel(nn.Module):
     ) -> TextFeatures:
         """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T];
         token_counts [B] as in Batch, which only a packed text tower asks for."""
-        counts = () if token_counts is None or not self.text.is_packed else (token_counts,)
+        real: tuple[int, ...] = ()
+        if self.text.is_packed and token_counts is not None:
+            # outside the tower: torch.compile takes a number of any value, not one that is read
+            real = (int(token_counts.sum()),)
         with self._autocast():
-            pooled, states, attention = self.text(token_ids, token_mask, *counts)
+            pooled, states, attention = self.text(token_ids, token_mask, *real)
             embedding = self.report_head(pooled)
             tokens = self.token_head(states, content_mask)
         return TextFeatures(embedding=unit_length(embedding), tokens=tokens, attention=attention)
@@ -198,10 +201,10 @@ class MLIPModel(nn.Module):
     def towers(self) -> list[nn.Module]:
         """What torch.compile can make one graph of each: no choice in it is made on values.
 
-        A packed text tower is left out: how many tokens are real is such a choice. So are the
-        heads: all four have one forward, and torch keeps at most eight graphs of one function.
+        The heads are left out: all four have one forward, and torch keeps at most eight graphs of
+        one function.
         """
-        return [self.vision] if self.text.is_packed else [self.vision, self.text]
+        return [self.vision, self.text]
 
     def token_weights(self, content_mask: Tensor, attention: Tensor | None) -> Tensor:
         """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask.

@@ -18,7 +18,13 @@ from benchmarks import bench_step, harness, providers, step_reading
 from benchmarks.bench_step import Bench
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
-from benchmarks.step_variants import VARIANTS, NotAvailable, flat_scores, padded_reports
+from benchmarks.step_variants import (
+    VARIANTS,
+    NotAvailable,
+    as_it_is,
+    flat_scores,
+    padded_reports,
+)
 from mlip.encoders import attention as attention_module
 from tests.step_bench import bench_on, objective_of, shared_bench
 from tests.virtual_gpu import virtual_gpu
@@ -103,14 +109,15 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
     assert state() == before
 
 
-def test_towers_compile_without_a_graph_break() -> None:
+@pytest.mark.parametrize("reports", [as_it_is, padded_reports])
+def test_towers_compile_without_a_graph_break(reports: Any) -> None:
     bench = bench_on()
     runner = bench.runner(4, 0)
-    with padded_reports(bench.engine):
+    with reports(bench.engine):
         modules = bench.engine.objective.model.towers()
         for module in modules:
             # a break is an error
-            module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+            module.compile(backend="aot_eager", fullgraph=True)
         try:
             runner.step()
         finally:

@@ -88,7 +88,10 @@ def test_micro_batches_with_batch_statistics_are_refused() -> None:
 def test_attention_of_packed_reports_wants_packed_reports() -> None:
     with pytest.raises(ConfigError, match="set model.text.packed=true"):
         config.load([], ["model.attention=varlen"])
-    config.load([], ["model.attention=varlen", "model.text.packed=true"])
+    packed = ["model.attention=varlen", "model.text.packed=true"]
+    config.load([], packed)
+    with pytest.raises(ConfigError, match="train.compile with model.attention=varlen"):
+        config.load([], [*packed, "train.compile=true"])
 
 
 def test_a_config_survives_its_own_dictionary() -> None:

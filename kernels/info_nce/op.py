@@ -41,7 +41,8 @@ MAX_TRITON_DIM_FLOAT32 = 256
 def _statistics(image, text, scale, ids, offset):
     from mlip.kernels.info_nce.triton_kernels import info_nce_statistics
 
-    own = None if ids is None else ids[offset : offset + image.shape[0]].contiguous()
+    ids = None if ids is None else ids.contiguous()  # the kernels know no stride of ids
+    own = None if ids is None else ids[offset : offset + image.shape[0]]
     with torch.cuda.device_of(image):  # Triton launches on the current device
         return info_nce_statistics(image, text, scale, own, ids, offset)
 
@@ -68,7 +69,8 @@ def _gradients(
 
     pair = None
     if ids is not None:
-        pair = (ids[offset : offset + image.shape[0]].contiguous(), ids)
+        ids = ids.contiguous()
+        pair = (ids[offset : offset + image.shape[0]], ids)
     is_exact = image.dtype == torch.float32
     own = (row_pull + column_pull[offset : offset + image.shape[0]]).neg_()
     with torch.cuda.device_of(image):

@@ -30,7 +30,7 @@ def _aggregate_bwd_kernel(
     first_text, last_text, images, stride_rm, stride_sm,
     HAS_VALID: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """g = dS * dS/dr and h = g * r for BLOCK_R rows and all images; d weight; sum of h."""
+    """g = dS * dS/dr and h = g * r for BLOCK_R rows and all images; d weight; gamma * d gamma."""
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -40,7 +40,7 @@ def _aggregate_bwd_kernel(
     weight = tl.load(weight_ptr + index, mask=mask_r, other=0.0)
     gamma = tl.load(gamma_ptr)
     weight_grad = tl.zeros([BLOCK_R], tl.float32)
-    h_sum = tl.zeros([BLOCK_R], tl.float32)
+    gamma_sum = tl.zeros([BLOCK_R], tl.float32)
     for first in range(0, images, BLOCK_M):
         offs_m = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask = (offs_m < images)[:, None] & mask_r[None, :]
@@ -56,14 +56,15 @@ def _aggregate_bwd_kernel(
             pulled = grad * tl.exp(gamma * (r - score))
             weight_grad += tl.sum(pulled, 0) / gamma
             g = pulled * weight[None, :]
+            # by pair, since the sum of g r and that of dS S nearly cancel
+            gamma_sum += tl.sum(g * (r - score), 0)
         else:
             weight_grad += tl.sum(grad * r, 0)
             g = grad * weight[None, :]
-        h_sum += tl.sum(g * r, 0)
         tl.store(g_ptr + place, g, mask=mask)
         tl.store(h_ptr + place, g * r, mask=mask)
     tl.store(weight_grad_ptr + index, weight_grad, mask=mask_r)
-    tl.store(gamma_part_ptr + tl.program_id(0), tl.sum(h_sum, 0))
+    tl.store(gamma_part_ptr + tl.program_id(0), tl.sum(gamma_sum, 0))
 
 
 @triton.jit
@@ -97,9 +98,9 @@ def _rows_step(
         if PLAIN:
             alpha_sum += tl.sum(ds * s, 1)
         else:
-            # g (s - r)^2 by patch, the form that cancels least
-            away = g[:, None] * s - h[:, None]
-            alpha_sum += tl.where(g != 0, tl.sum(a * away * away, 1) / g, 0.0)
+            # g (s - r)^2 by patch, the form that cancels least; g apart, whose square underflows
+            away = s - tl.where(g != 0, h / g, 0.0)[:, None]
+            alpha_sum += tl.where(g != 0, g * tl.sum(a * away * away, 1), 0.0)
     return dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 

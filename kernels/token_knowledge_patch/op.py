@@ -173,6 +173,9 @@ def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Gro
         for name in ("knowledge_scale", "knowledge_gain", "attention_scale", "aggregation_scale")
     }
     mask = inputs["patch_mask"]
+    # without entities nothing depends on these: a gradient of zero, which data-parallel training
+    # waits for, as the kernels give it
+    idle = [] if knowledge is not None else [scalars["knowledge_scale"], scalars["knowledge_gain"]]
     with torch.autocast(patches.device.type, enabled=False):
         rows, weight = prepare_rows_in_budget(
             tokens,
@@ -196,6 +199,9 @@ def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Gro
             pooling=options["pooling"],
             aggregation=options["aggregation"],
         )
+        for scalar in idle:
+            if scalar.requires_grad:
+                scores = scores + 0.0 * scalar
     return scores, weight, None if mask is None else mask.any(1)
 
 

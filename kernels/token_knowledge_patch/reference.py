@@ -249,7 +249,8 @@ class _PairScores(torch.autograd.Function):
         if spec.patch_mask is not None:
             grad = torch.where(spec.patch_mask.any(1)[:, None], grad, 0.0)
         d_rows, d_weight = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
-        d_patch = torch.zeros_like(patch_MPD)
+        # in rows whatever the strides of patches, which may be a grid of features turned around
+        d_patch = torch.zeros_like(patch_MPD, memory_format=torch.contiguous_format)
         # the scales' terms nearly cancel over all pairs: summed in float64 whatever the inputs
         d_alpha, d_gamma = (torch.zeros_like(x, dtype=torch.float64) for x in (alpha, gamma))
         for index, tile in enumerate(ctx.tiles):

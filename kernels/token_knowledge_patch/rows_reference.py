@@ -72,7 +72,8 @@ def row_weights(
         return torch.where(weights > 0, weights.to(dtype), zero)
 
     def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
-        total = weights.sum(1, keepdim=True)
+        # in float64 the order of the sum, which a batch or a layout may change, is rounded away
+        total = weights.sum(1, keepdim=True, dtype=torch.float64).to(dtype)
         return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
 
     u_NT, has_tokens = shares(positive(token_weights_NT, tokens_NTD))

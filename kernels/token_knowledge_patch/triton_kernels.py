@@ -164,7 +164,7 @@ def aggregate_bwd(
 ) -> Tensor:
     """Writes g = dS dS/dr and h = g r of texts first .. last [M, stride], and d weight [N J].
 
-    Returns the sum of h [].
+    Returns their part of d gamma [].
     """
     blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
     parts = torch.empty(blocks, dtype=torch.float32, device=r.device)
@@ -190,16 +190,7 @@ def aggregate_bwd(
         BLOCK_M=16,
         BLOCK_R=64,
     )
-    return parts.sum()
-
-
-def gamma_gradient(
-    p: Problem, tensors: dict[str, Tensor], scores: Tensor, grad: Tensor, h_sum: Tensor
-) -> Tensor:
-    """d gamma [] from the sum of h = dS dS/dr r over all pairs."""
-    if p.aggregation != "lse":
-        return torch.zeros_like(h_sum)
-    return (h_sum - torch.dot(grad.reshape(-1), scores.reshape(-1))) / tensors["gamma"][0]
+    return parts.sum() / tensors["gamma"][0] if p.aggregation == "lse" else parts.new_zeros(())
 
 
 def pair_scores_bwd(
@@ -225,7 +216,7 @@ def pair_scores_bwd(
     by_patches = choose_tiling("backward_patches", p.patches, block_d, p.size, limit, p.pooling)
     total_rows = p.texts * p.rows_a_text
     d_weight = torch.zeros(total_rows, **wide)
-    d_alpha, h_sum = torch.zeros((), **wide), torch.zeros((), **wide)
+    d_alpha, d_gamma = torch.zeros((), **wide), torch.zeros((), **wide)
 
     is_whole = take_rows is None
     chunks = text_chunks(p, is_whole) if kept[0].numel() == 0 else [(0, p.texts)]
@@ -260,7 +251,7 @@ def pair_scores_bwd(
         if not kept[0].numel():
             _pair_fwd(p, tensors, first, last, stats)
         r, stat = stats
-        h_sum += aggregate_bwd(p, tensors, valid, scores, grad, r, (g, h, d_weight), first, last)
+        d_gamma += aggregate_bwd(p, tensors, valid, scores, grad, r, (g, h, d_weight), first, last)
         grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
         alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, **wide)
         row_base = 0 if is_whole else first * p.rows_a_text
@@ -305,6 +296,5 @@ def pair_scores_bwd(
             d_alpha += alpha_parts.sum()
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
-    d_gamma = gamma_gradient(p, tensors, scores, grad, h_sum)
     rows_grad = _ordered_sum(d_rows) if is_whole else None
     return rows_grad, d_weight, _ordered_sum(d_v), d_alpha, d_gamma

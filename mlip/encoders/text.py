@@ -81,10 +81,9 @@ class TextEncoder(nn.Module):
         return self.backbone.encoder.layer[-1].attention.self
 
     def forward(
-        self, token_ids: Tensor, token_mask: Tensor, token_counts: Tensor | None = None
+        self, token_ids: Tensor, token_mask: Tensor, real: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.is_packed:
-            real = None if token_counts is None else int(token_counts.sum())
             states = self._packed_states(token_ids, Packing.of(token_mask, real))
         else:
             # [B, 1, 1, T]: of a mask without heads transformers reads on the host if all is real

@@ -185,6 +185,16 @@ def gradients(value: Tensor, inputs: dict[str, Any], seed: int = 1) -> dict[str,
     }
 
 
+# orders in memory of [batch, places, D]: feature maps, a sequence first, features first
+LAYOUTS = [(0, 2, 1), (1, 0, 2), (2, 0, 1)]
+
+
+def laid_out(x: Tensor, order: tuple[int, int, int]) -> Tensor:
+    """The same numbers with the dimensions in this order in memory."""
+    back = [order.index(dim) for dim in range(3)]
+    return x.permute(order).contiguous().permute(back)
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Frobenius norm of the difference over that of the truth (absolute where it is 0)."""
     value, truth = value.detach().double(), truth.detach().double()

@@ -45,6 +45,19 @@ def test_info_nce_is_exact(count: int, dim: int, with_ids: bool) -> None:
 
 
 @interpreted
+def test_ids_of_any_strides_are_read_as_they_are() -> None:
+    """A column of a table, and one id for all. Oracle: the same ids one behind another."""
+    image, text = (x.float().requires_grad_() for x in info_nce_pair(6, 16, 0))
+    table = torch.stack([torch.arange(6) // 2, torch.arange(6) + 100], 1)
+    for ids in (table[:, 0], torch.zeros(1, dtype=torch.int64).expand(6)):
+        made = []
+        for given in (ids, ids.contiguous()):
+            value = info_nce_loss(image, text, 10.0, pair_ids=given, impl="triton")
+            made.append([value, *torch.autograd.grad(value, [image, text])])
+        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
+@interpreted
 @pytest.mark.parametrize("scale", [0.0, 75.0, 80.0, 100.0, 400.0])
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_info_nce_is_exact_at_any_scale(scale: float, with_ids: bool) -> None:

@@ -13,8 +13,10 @@ from mlip.kernels.token_knowledge_patch import (
 )
 from tests.kernels.interpreting import compare, interpreted, leaves_of
 from tests.kernels.oracle import (
+    LAYOUTS,
     LEARNED_SCALES,
     gradients,
+    laid_out,
     learned_scale_errors,
     leaves,
     make_inputs,
@@ -204,20 +206,59 @@ def test_a_patch_that_is_not_a_number_shows_in_the_score(pooling: str) -> None:
 
 
 @interpreted
-def test_any_strides_are_read_in_place() -> None:
+@pytest.mark.parametrize("order", LAYOUTS)
+def test_any_strides_are_read_in_place(order: tuple[int, int, int]) -> None:
     inputs = make_inputs(2, 3, 20, 5, 2, 16, seed=8)
-    names = ("patches", "tokens", "knowledge")
-    strided = inputs | {n: inputs[n].permute(2, 0, 1).contiguous().permute(1, 2, 0) for n in names}
-    strided = {k: v.float() if v.is_floating_point() else v for k, v in strided.items()}
-    assert not strided["tokens"].is_contiguous()
-    made = {k: v.requires_grad_() if k in names else v for k, v in strided.items()}
+    turned = {
+        n: laid_out(x, order) if x.ndim == 3 else x.T.contiguous().T for n, x in inputs.items()
+    }
+    assert not turned["tokens"].is_contiguous() and not turned["token_weights"].is_contiguous()
+    made, truth_leaves = leaves(turned, torch.float32), leaves(inputs)
     value = token_knowledge_patch_scores(**made, impl="triton")
-    truth_leaves = leaves(inputs)
     truth = token_knowledge_patch_scores(**truth_leaves)
     assert relative_error(value, truth) <= 1e-6
     got, want = gradients(value, made), gradients(truth, truth_leaves)
-    for name in names:
+    for name in ("patches", "tokens", "knowledge"):
         assert relative_error(got[name], want[name]) <= 1e-5, name
+
+
+@interpreted
+@pytest.mark.parametrize("gamma", [5.0, 20.0, 50.0])
+def test_a_learned_aggregation_scale_keeps_its_digits(gamma: float) -> None:
+    """Its gradient is the small difference of two sums over all pairs. Oracle: float64."""
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.randn(6, 24, 32, generator=generator)
+    tokens = torch.randn(6, 20, 32, generator=generator) + 2 * patches[:, :20]
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        scale = torch.tensor(gamma, dtype=dtype, requires_grad=True)
+        loss = token_knowledge_patch_loss(
+            patches.to(dtype), tokens.to(dtype), logit_scale=30.0, aggregation="lse",
+            aggregation_scale=scale, impl=impl,
+        )  # fmt: skip
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert abs(found[0] / found[1] - 1.0) <= 1e-5, found
+
+
+@interpreted
+@pytest.mark.parametrize("alpha", [0.5, 10.0, 60.0])
+def test_gradients_of_a_confident_batch_reach_a_learned_attention_scale(alpha: float) -> None:
+    """Incoming gradients of 1e-23, whose square is no float32. Oracle: float64."""
+    generator = torch.Generator().manual_seed(0)
+    patches, tokens = (
+        torch.eye(4, 32)[:, None] + 0.08 * torch.randn(4, count, 32, generator=generator)
+        for count in (24, 8)
+    )
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        scale = torch.tensor(alpha, dtype=dtype, requires_grad=True)
+        loss = token_knowledge_patch_loss(
+            patches.to(dtype), tokens.to(dtype), logit_scale=70.0, attention_scale=scale, impl=impl
+        )
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert 0 < abs(found[1]) < 1e-20
+    # the loss itself is e^-53, whose exponent float32 rounds
+    assert abs(found[0] / found[1] - 1.0) <= 1e-4, found
 
 
 @interpreted

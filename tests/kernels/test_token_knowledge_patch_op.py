@@ -15,6 +15,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
+from mlip.kernels.token_knowledge_patch.rows_reference import row_weights
 from tests.kernels.oracle import (
     contrastive,
     gradients,
@@ -251,6 +252,27 @@ def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggreg
     assert ("log_attention_scale" in dict(module.named_parameters())) == (pooling != "max")
     assert ("log_aggregation_scale" in dict(module.named_parameters())) == (aggregation == "lse")
     assert set(module(**inputs, output_dict=True)) == {"contrastive_loss"}
+
+
+def test_a_text_weighs_the_same_whatever_its_batch_and_its_layout() -> None:
+    """A sum of float32 weights in another order is another sum, and with it every score."""
+    generator = torch.Generator().manual_seed(0)
+    weights, tokens = torch.rand(256, 112, generator=generator), torch.zeros(256, 112, 1)
+    made = row_weights(tokens, None, weights, None, None, 0.0, torch.float32)
+    turned = weights.T.contiguous().T
+    assert torch.equal(row_weights(tokens, None, turned, None, None, 0.0, torch.float32), made)
+    alone = row_weights(tokens[:1], None, turned[:1], None, None, 0.0, torch.float32)
+    assert torch.equal(alone, made[:1])
+
+
+@pytest.mark.parametrize("entities", [None, 0])
+def test_without_entities_every_learned_scale_still_has_a_gradient(entities: int | None) -> None:
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    module = TokenKnowledgePatchLoss()
+    knowledge = None if entities is None else torch.zeros(3, entities, 8)
+    module(torch.randn(3, 5, 8), torch.randn(3, 4, 8), knowledge).backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+    assert module.log_knowledge_scale.grad == 0.0
 
 
 def test_clamping_stops_the_logit_scale_at_100() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from mlip.kernels.token_knowledge_patch import reference, token_knowledge_patch_scores
 from tests.kernels.oracle import (
+    LAYOUTS,
     gradients,
+    laid_out,
     leaves,
     make_inputs,
     poisoned,
@@ -288,13 +290,28 @@ def test_scaling_token_weights_and_adding_padding_changes_nothing() -> None:
     assert relative_error(token_knowledge_patch_scores(**longer), value) <= MACHINE
 
 
-def test_any_strides_are_accepted() -> None:
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("order", LAYOUTS)
+def test_any_strides_are_accepted_forward_and_backward(
+    order: tuple[int, int, int], pooling: str
+) -> None:
+    """Feature maps turned to patches, a sequence first, features first. Oracle: a copy in rows."""
     inputs = make_inputs(seed=31)
-    value = token_knowledge_patch_scores(**inputs)
-    names = ("patches", "tokens", "knowledge")
-    strided = inputs | {n: inputs[n].permute(2, 0, 1).contiguous().permute(1, 2, 0) for n in names}
-    assert not strided["tokens"].is_contiguous()
-    assert relative_error(token_knowledge_patch_scores(**strided), value) <= MACHINE
+    turned = {
+        n: laid_out(x, order) if x.ndim == 3 else x.T.contiguous().T for n, x in inputs.items()
+    }
+    assert not turned["patches"].is_contiguous() and not turned["patch_mask"].is_contiguous()
+    made, plain = leaves(turned), leaves(inputs)
+    value = token_knowledge_patch_scores(**made, pooling=pooling)
+    truth = token_knowledge_patch_scores(**plain, pooling=pooling)
+    assert relative_error(value, truth) <= MACHINE
+    got, want = gradients(value, made), gradients(truth, plain)
+    for name in want:
+        assert relative_error(got[name], want[name]) <= 1e-12, name
+
+
+def test_one_patch_may_stand_for_all() -> None:
+    inputs = make_inputs(seed=31)
     one = inputs["patches"][:1, :1]
     spread = token_knowledge_patch_scores(one.expand(1, 5, 8), inputs["tokens"])
     single = token_knowledge_patch_scores(one, inputs["tokens"])

@@ -22,8 +22,8 @@ from mlip.training.engine import build_engine
 from mlip.training.step import Engine
 
 CONCEPTS = 20
-# padded reports: of packed ones only the image tower is compiled
 VIT = (*SETTINGS, *TINY, "train.precision=fp32", "model.text.packed=false")
+PACKED = (*VIT, "model.text.packed=true")
 RESNET = (
     *(s for s in VIT if not s.startswith("model.vision")),
     "data.crop_px=32",
@@ -62,7 +62,9 @@ def _losses(engine: Engine, batches: list[Batch]) -> list[float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("tower", "micro"), [(VIT, 0), (RESNET, 3)], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    ("tower", "micro"), [(VIT, 0), (PACKED, 0), (RESNET, 3)], ids=["vit", "packed", "resnet"]
+)
 def test_steps_are_those_of_eager_towers_whatever_the_batch_and_the_width(
     tower: tuple[str, ...], micro: int
 ) -> None:
@@ -90,16 +92,6 @@ def test_dropout_in_compiled_towers_repeats_to_the_bit() -> None:
         runs.append(_losses(engine, [_batch(config, 6), _batch(config, 6, seed=1)]))
         torch._dynamo.reset()
     assert runs[0] == runs[1]
-
-
-def test_a_packed_text_tower_chooses_by_values_and_is_left_as_it_is() -> None:
-    def names(*more: str) -> list[str]:
-        model = _engine((*VIT, *more))[0].objective.model
-        named = {id(module): name for name, module in model.named_modules()}
-        return [named[id(module)] for module in model.towers()]
-
-    assert names() == ["vision", "text"]
-    assert names("model.text.packed=true") == ["vision"]
 
 
 def test_nothing_is_compiled_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ ON_A_CPU_ONLY = {
     "kernels/token_knowledge_patch/checks.py:check_inputs",
     "kernels/token_knowledge_patch/checks.py:check_scale",
     "kernels/token_knowledge_patch/reference.py:pair_scores",
-    "mlip/encoders/text.py:forward",  # how many tokens are real: counts that stay on the host
+    "mlip/model.py:encode_text",  # how many tokens are real: counts that stay on the host
 }
 
 
