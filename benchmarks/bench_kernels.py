@@ -2,7 +2,7 @@
 
     python benchmarks/bench_kernels.py                 a short grid that fits ten minutes
     python benchmarks/bench_kernels.py --full          the whole grid, a fresh process a row
-    python benchmarks/bench_kernels.py --tune          time every tile map of tiling.py
+    python benchmarks/bench_kernels.py --tune          time the tile maps of attention in bf16
     python benchmarks/bench_kernels.py --print FILE    the table of an earlier run
 
 Without a GPU the same providers run on the CPU at the sizes of the CPU demo. Parity with float64
@@ -288,7 +288,7 @@ def run_grid(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="whole grid, a fresh process a row")
-    parser.add_argument("--tune", action="store_true", help="time every tile map")
+    parser.add_argument("--tune", action="store_true", help="time the tile maps of attention")
     parser.add_argument("--minutes", type=float, default=10.0, help="budget of the short grid")
     parser.add_argument("--first", type=int, default=0, help="go on at this row of the grid")
     parser.add_argument("--print", type=Path, help="print the table of an earlier run and stop")

@@ -24,7 +24,7 @@ def _weights(
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    # bounded for the same reason as in _similarity_gradient
+    # a real weight is at most 1; one on padding would overflow and turn the zero it meets into NaN
     return s, tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
 
 

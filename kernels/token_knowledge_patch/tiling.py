@@ -1,7 +1,7 @@
 """Which tile map each pair-score kernel uses, by size, element and shared memory: a fixed table.
 
 A table and not an autotuner: nothing is timed inside a training step, whatever lengths come.
-benchmarks/bench_kernels.py --tune times every line of it on the card at hand.
+benchmarks/bench_kernels.py --tune times its lines for attention in bf16 on the card at hand.
 """
 
 from __future__ import annotations
