@@ -93,14 +93,15 @@ def _rows_step(
         else:
             x = tl.minimum(x, 0.0)  # a real weight is at most 1
     a = tl.exp2(x)
-    ds = _similarity_gradient(s, a, g, h, alpha)
-    if WANT_ALPHA:
-        if PLAIN:
+    if WANT_ALPHA and not PLAIN:
+        # g (s - r)^2 by patch, the form that cancels least; g apart, whose square underflows
+        away = s - tl.where(g != 0, h / g, 0.0)[:, None]
+        alpha_sum += tl.where(g != 0, g * tl.sum(a * away * away, 1), 0.0)
+        ds = a * (g[:, None] + (alpha * g)[:, None] * away)
+    else:
+        ds = _similarity_gradient(s, a, g, h, alpha)
+        if WANT_ALPHA:
             alpha_sum += tl.sum(ds * s, 1)
-        else:
-            # g (s - r)^2 by patch, the form that cancels least; g apart, whose square underflows
-            away = s - tl.where(g != 0, h / g, 0.0)[:, None]
-            alpha_sum += tl.where(g != 0, g * tl.sum(a * away * away, 1), 0.0)
     return dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
