@@ -19,10 +19,10 @@ from mlip.encoders.vision import check_source
 class TextEncoder(nn.Module):
     """BERT of any size: (token_ids, token_mask) -> (global [B, d], tokens [B, T, d], attention).
 
-    Shapes:  token_ids [B, T] int64, token_mask [B, T] bool; token_counts [B] int64, real tokens of
-             each text, on the host, so that packing waits for no GPU, or None; attention [B, T]
-             float32, the last layer's [CLS] -> token weights (head mean, detached), or None unless
-             kept
+    Shapes:  token_ids [B, T] int64, token_mask [B, T] bool; attention [B, T] float32, the last
+             layer's [CLS] -> token weights (head mean, detached), or None unless kept
+    Units:   real counts the real tokens of all texts, where the host knows them: packing then waits
+             for no GPU
     Raises:  ValueError for a source that is not there or a vocabulary larger than the model's
     Source:  MLIP section 3 (a clinical BERT).
     """
