@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from benchmarks.providers import wide_product
 from mlip.kernels._chip import chip_facts
 from mlip.kernels._common_triton_kernels import dot
 from mlip.kernels.token_knowledge_patch import triton_kernels
@@ -119,15 +120,6 @@ def tile_map(patches: int, dim: int, size: int, limit: int) -> Tiling:
     if tiling.tiles == 1:
         return tiling
     return choose_tiling("backward_patches", patches, block_dim(dim), size, limit)
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, of operands that may be bfloat16."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if not a.is_cuda:  # out_dtype is for CUDA alone
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def pair_scores_bwd(

@@ -133,10 +133,10 @@ def _flat_product(case: Case, peak_tflops: float | None) -> Case:
         torch.randn(count, case["dim"], device=case["device"], dtype=narrow)
         for count in (rows, patches)
     )
-    widen = {} if case["provider"] == "bf16" or not q.is_cuda else {"out_dtype": torch.float32}
+    multiply = torch.mm if case["provider"] == "bf16" else providers.wide_product
 
     def product() -> Tensor:
-        return torch.mm(q, v.T, **widen)
+        return multiply(q, v.T)
 
     spent = harness.measure(product, case["device"])
     row = case | {"status": "ok", "forward": spent, "forward_ms": spent["median_ms"]}

@@ -32,13 +32,22 @@ def cross_entropy_both_ways(scores_MN: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)) / 2
 
 
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, of operands that may be bfloat16."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if not a.is_cuda:  # out_dtype is for CUDA alone
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 class _WideProduct(torch.autograd.Function):
     """bf16 x bf16 -> float32 with bf16 gradients: torch.mm(out_dtype) has no derivative."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
-        return torch.mm(a, b.T, out_dtype=torch.float32)
+        return wide_product(a, b.T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

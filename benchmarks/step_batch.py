@@ -65,7 +65,6 @@ def made_batch(
         pair_id=torch.where(number % _SAME_STUDY == 1, number - 1, number),
         global_index=number + seed * pairs,
         row_index=number,
-        token_counts=lengths,
     )
 
 

@@ -204,7 +204,6 @@ class Loader:
             pair_id=torch.from_numpy(self.pair_id[images.rows]),
             global_index=torch.from_numpy(index),
             row_index=torch.from_numpy(images.rows),
-            token_counts=torch.from_numpy(made.token_mask.sum(1)),
         )
 
 

@@ -40,17 +40,18 @@ class Batch:
         return int(self.image.shape[0])
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on a device; its tokens are counted while they are on the host."""
+        moved = self.each(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.token_mask.device.type != "cpu":
+            return moved
+        return dataclasses.replace(moved, token_counts=self.token_mask.sum(1))
 
     def each(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with every tensor moved, its tokens counted while they are on the host."""
-        counts = self.token_counts
-        if self.token_mask.device.type == "cpu":
-            counts = self.token_mask.sum(1)  # anew: a count of an earlier mask would pack wrongly
+        """The same batch with every tensor moved but the counts, which stay on the host."""
         stay = ("image", "token_counts")
         names = [f.name for f in dataclasses.fields(self) if f.name not in stay]
         moved = {name: move(getattr(self, name)) for name in names}
-        return Batch(image=by_channel(self.image, move), token_counts=counts, **moved)
+        return Batch(image=by_channel(self.image, move), token_counts=self.token_counts, **moved)
 
 
 def by_channel(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,7 +31,8 @@ Make = Callable[..., Config]
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+    names = [name for name, value in vars(a).items() if value is not None]
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def damage(config: Config, rows: list[int]) -> list[str]:

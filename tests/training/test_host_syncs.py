@@ -128,8 +128,8 @@ def test_packed_reports_wait_only_where_nobody_counted_their_tokens(
     plain = [place for _, place in _waits(exact_engine(8))]
     packed = [p for _, p in _waits(exact_engine(8, more=("model.text.packed=true",)))]
     assert packed == plain
-    each = Batch.each
-    monkeypatch.setattr(Batch, "each", lambda *a: replace(each(*a), token_counts=None))
+    plain_to = Batch.to
+    monkeypatch.setattr(Batch, "to", lambda *a: replace(plain_to(*a), token_counts=None))
     packed = [p for _, p in _waits(exact_engine(8, more=("model.text.packed=true",)))]
     assert packed == ["mlip/encoders/packing.py:of", *plain]
 
