@@ -34,7 +34,7 @@ from benchmarks.kernel_grids import Case, full_grid, short_grid, similarity  # n
 from benchmarks.kernel_measures import measures  # noqa: E402
 from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
 
-OURS = ("fused", "fused_products", "torch")
+OURS = ("fused", "torch")
 # providers that call torch.compile
 COMPILED = ("compile_bf16", "compile_fp32", "chunked", "chunked_analytic")
 # pairs whose loss and gradients are made in float64 too: on a GPU those of the timed row itself, so
@@ -155,11 +155,6 @@ def run_case(case: Case, peak_tflops: float | None) -> Case:
     """One row."""
     if case["op"] == "flat_product":
         return _flat_product(case, peak_tflops)
-    with providers.in_force(case["provider"]):
-        return _loss_row(case, peak_tflops)
-
-
-def _loss_row(case: Case, peak_tflops: float | None) -> Case:
     if case["provider"] in COMPILED:
         # all share one code object, of which torch compiles eight variants; later ones run eagerly
         torch.compiler.reset()
@@ -236,7 +231,7 @@ def tune(device: str, path: Path) -> None:
     limit, _ = chip_facts(torch.device(device))
     rows: list[Case] = []
     for dim in (128, 256):
-        for kind in ("forward", "backward_rows", "backward_patches"):
+        for kind in ("forward", "gradient"):
             size = (kind, 196, dim, 2, limit)
             chosen = tiling.choose_tiling(*size)
             for candidate in tiling.fitting_tilings(*size):

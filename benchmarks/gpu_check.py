@@ -31,7 +31,7 @@ if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machi
 TOTAL_S = 9 * 60
 TESTS_S = 4 * 60
 RESERVE_S = 20  # of writing results and printing
-MOST_SHARES = 4  # processes of tests: each holds a CUDA context of half a GiB
+MOST_SHARES = 8  # processes of tests: each holds a CUDA context of half a GiB
 BASE = ("torch", "triton", "numpy", "pytest")
 STEP = ("transformers", "sklearn", "yaml", "safetensors", "psutil")
 READING = ("pyarrow", "tokenizers", "cv2", "numba", "ahocorasick")

@@ -88,7 +88,7 @@ def _spread(times_ms: list[float]) -> dict[str, float]:
 
 
 def measure(
-    run: Callable[[], Any], device: str, budget_s: float = 2.0, warmup: int = 3
+    run: Callable[[], Any], device: str, budget_s: float = 1.0, warmup: int = 3
 ) -> dict[str, float]:
     """Milliseconds of `run` on a device that is never idle while it runs, caches cold.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Case = dict[str, Any]
-ATTENTION = ["fused", "fused_products", "compile_bf16", "compile_fp32", "eager_fp32"]
+ATTENTION = ["fused", "compile_bf16", "compile_fp32", "eager_fp32"]
 ATTENTION += ["chunked", "chunked_analytic"]
 
 
@@ -49,8 +49,6 @@ def short_grid(device: str) -> list[Case]:
     add(similarity(256, 112, 196, 128), ["fused", "compile_bf16", "compile_fp32", "eager_fp32"])
     add(similarity(256, 112, 196, 128, fill=0.5), ["fused"])
     add(similarity(256, 112, 196, 256), ["fused", "compile_bf16"])
-    add(similarity(256, 112, 196, 128), ["fused_products"])
-    add(similarity(256, 112, 196, 256), ["fused_products"])
     add(similarity(256, 64, 196, 128), ["fused"])
     add(flat_product(256, 64, 196, 128), ["bf16", "fp32"])
     add(similarity(256, 64, 196, 128, pooling="max"), ["fused", "late_interaction_kernels"])
@@ -59,9 +57,9 @@ def short_grid(device: str) -> list[Case]:
     add(similarity(256, 112, 196, 128), ["chunked", "chunked_analytic"])
     add(similarity(256, 112, 196, 128, learned=True), ["fused"])
     add(similarity(1024, 112, 196, 128), ["fused"])
-    add(similarity(4096, 112, 196, 128), ["fused"])
     add(similarity(256, 64, 196, 128, pooling="context"), ["fused", "compile_bf16"])
     add(similarity(64, 64, 196, 128), ["fused", "compile_bf16", "gloria_loop"])
+    add(similarity(4096, 112, 196, 128), ["fused"])
     return cases
 
 

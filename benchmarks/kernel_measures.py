@@ -87,20 +87,6 @@ def _against_the_product(rows: list[Row]) -> str:
     )
 
 
-def _backward_designs(rows: list[Row]) -> str:
-    """How many times longer the backward pass by library products takes than ours."""
-    cells = []
-    for dim in (128, 256):
-        made = [_find(rows, name, AT_256 | {"dim": dim}) for name in ("fused", "fused_products")]
-        wrong = [row for row in made if row is None or row["status"] != "ok"]
-        if wrong:
-            cells.append("not run" if wrong[0] is None else str(wrong[0]["status"]))
-            continue
-        ours, theirs = (row["both_ms"] - row["forward_ms"] for row in made if row is not None)
-        cells.append(f"{theirs / ours:.2f}x")
-    return _joined(cells)
-
-
 def _half_empty(rows: list[Row]) -> str:
     full, half = (_find(rows, "fused", AT_256 | {"fill": fill}) for fill in (1.0, 0.5))
     if full is None or half is None or "both_ms" not in full or "both_ms" not in half:
@@ -134,11 +120,6 @@ MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
         "forward pass / the flat product alone, B = 256, T = 64, D = 128",
         "0.27 ms at the peak",
         _against_the_product,
-    ),
-    (
-        "backward by two passes against library products, D = 128 / 256",
-        "-",
-        _backward_designs,
     ),
     ("share of the measured bf16 matrix peak, forward / backward", "40 % / 45 %", _shares),
     ("extra memory against eager / compile, B = 256", "100x / 40x less", _memory),

@@ -7,7 +7,6 @@ weights (0 = padding); no entities: none of the baselines knows them.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mlip.kernels._products import wide_product
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_loss
 
@@ -30,15 +30,6 @@ def cross_entropy_both_ways(scores_MN: Tensor, scale: Tensor) -> Tensor:
     z = scale * scores_MN
     labels = torch.arange(z.shape[0], device=z.device)
     return (F.cross_entropy(z, labels) + F.cross_entropy(z.T, labels)) / 2
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, of operands that may be bfloat16."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if not a.is_cuda:  # out_dtype is for CUDA alone
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 class _WideProduct(torch.autograd.Function):
@@ -231,7 +222,7 @@ def _fused(case: dict[str, Any], impl: str) -> Callable[..., Tensor]:
 
 def similarity_provider(name: str, case: dict[str, Any]) -> Callable[..., Tensor]:
     """loss(patches, tokens, weights, scale) by name."""
-    if name in ("fused", "fused_products"):
+    if name == "fused":
         return _fused(case, "triton")  # an error where it cannot run, never torch by its name
     if name == "torch":
         return _fused(case, "torch")
@@ -252,15 +243,6 @@ def similarity_provider(name: str, case: dict[str, Any]) -> Callable[..., Tensor
     if name == "late_interaction_kernels":
         return _late_interaction(case)
     raise ValueError(f"no provider {name!r}")
-
-
-def in_force(name: str) -> contextlib.AbstractContextManager[None]:
-    """What has to hold while a provider runs, its backward pass included."""
-    if name != "fused_products":
-        return contextlib.nullcontext()
-    from benchmarks import backward_by_products
-
-    return backward_by_products.in_place()
 
 
 def _inf_cl() -> Callable[..., Tensor]:

@@ -1,4 +1,8 @@
-"""Backward Triton kernels of symmetric InfoNCE: one pass a side, logits made again."""
+"""Backward Triton kernels of symmetric InfoNCE.
+
+Of bfloat16 rows one kernel writes the gradient of every cosine, for library products to multiply;
+of float32 rows one pass a side makes the logits again and multiplies on chip.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +40,96 @@ def _shift_kernel(
 
 
 @triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile, which stay in the registers they are in."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _write_ds(
+    s, total, scale, factor, ids_a, shift_a, own_n, mask_m, ids_b_ptr, shift_b_ptr, own_at, ds_at,
+    offs_n, columns, stride_ds, is_edge, HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr,
+):  # fmt: skip
+    """Write ds of a piece of a tile of cosines; returns total [BLOCK_M] and its sums of d z s."""
+    mask_n = offs_n < columns
+    shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=MASKED)
+    z = s * (scale * LOG2_E)
+    dz = tl.exp2(z + shift_a[:, None]) + tl.exp2(z + shift_b[None, :])
+    if HAS_IDS:
+        ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
+        dz = tl.where(ids_a[:, None] == ids_b[None, :], 0.0, dz)
+    if is_edge:
+        own = tl.load(own_at, mask=mask_m, other=0.0)
+        dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
+        dz = tl.where(mask_m[:, None] & mask_n[None, :], dz, 0.0)
+    # up to the stride, a multiple of 16: whole words, whatever the number of columns
+    mask = mask_m[:, None] & (offs_n < stride_ds)[None, :]
+    ds = (dz * factor).to(ds_at.dtype.element_ty)
+    tl.store(ds_at[:, None] + offs_n[None, :], ds, mask=mask)
+    if WANT_SCALE:
+        total += tl.sum(dz * s, 1)
+    return total
+
+
+@triton.jit
+def _info_nce_ds_kernel(
+    a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
+    shift_a_ptr, shift_b_ptr, own_ptr, ds_ptr, scale_part_ptr,
+    rows, columns, offset, stride_ds,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """ds [rows, stride_ds]: d loss / d cosine, a tile a program, 0 past the columns.
+
+    shift: of rows and columns, what takes a logit in powers of two to its share of d z; own: d z
+    of the rows' positives, which are the columns offset + m
+    """
+    # GROUP row tiles go down the columns side by side: what they read stays in L2
+    per_group = GROUP * tl.cdiv(columns, BLOCK_N)
+    first_block = tl.program_id(0) // per_group * GROUP
+    height = tl.minimum(tl.cdiv(rows, BLOCK_M) - first_block, GROUP)
+    within = tl.program_id(0) % per_group
+    first_m = (first_block + within % height) * BLOCK_M
+    first_n = within // height * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    a_at = _tile_pointers(a_ptr, offs_m, rows - 1, offs_k, DIM)
+    b_at = _tile_pointers(b_ptr, offs_n, columns - 1, offs_k, DIM)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, DIM, BLOCK_K):
+        a = _load_part(a_at, k, offs_k, DIM, BLOCK_K)
+        b = _load_part(b_at, k, offs_k, DIM, BLOCK_K)
+        s = dot(a, tl.trans(b), s, "ieee", UPCAST)
+    scale = tl.load(scale_ptr)
+    grad = tl.load(grad_ptr)
+    mask_m = offs_m < rows
+    shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=MASKED)
+    ids_a = offs_m
+    if HAS_IDS:
+        ids_a = tl.load(ids_a_ptr + offs_m, mask=mask_m, other=0)
+    has_own = (first_m + offset < first_n + BLOCK_N) & (first_m + offset + BLOCK_M > first_n)
+    # of a tile without a positive and without an end every logit counts
+    is_edge = has_own | (first_m + BLOCK_M > rows) | (first_n + BLOCK_N > columns)
+    ds_at = ds_ptr + offs_m.to(tl.int64) * stride_ds
+    # in pieces, one after another: gradients of a whole tile beside its cosines are too many for
+    # 128 registers
+    PIECE: tl.constexpr = BLOCK_N // 4
+    left, right = _halves(s, BLOCK_M, BLOCK_N)
+    pieces = _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for piece in tl.static_range(4):
+        offs_n = first_n + piece * PIECE + tl.arange(0, PIECE)
+        total = _write_ds(
+            pieces[piece], total, scale, scale * grad, ids_a, shift_a, offs_m + offset, mask_m,
+            ids_b_ptr, shift_b_ptr, own_ptr + offs_m, ds_at, offs_n, columns, stride_ds, is_edge,
+            HAS_IDS, WANT_SCALE,
+        )  # fmt: skip
+    if WANT_SCALE:
+        tl.store(scale_part_ptr + tl.program_id(0), tl.sum(total, 0) * grad)
+
+
+@triton.jit
 def _info_nce_bwd_kernel(
     a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
     shift_a_ptr, shift_b_ptr, own_ptr, out_ptr, scale_part_ptr,
@@ -44,12 +138,11 @@ def _info_nce_bwd_kernel(
     HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_M rows of a; the same kernel serves both sides, roles exchanged.
+    """The gradient of BLOCK_M float32 rows of a; serves both sides, roles exchanged.
 
     shift: of rows and columns, what takes a logit in powers of two to its share of d z; own: of
     pairs, d z of the positive; row 0 of a belongs to pair own_first
     """
-    EXACT: tl.constexpr = PRECISION == "tf32x3"
     scale = tl.load(scale_ptr)
     grad = tl.load(grad_ptr)
     scale2 = scale * LOG2_E
@@ -59,8 +152,7 @@ def _info_nce_bwd_kernel(
     own_n = offs_m + offset  # of a rank's share some texts have theirs elsewhere
     a = _load_part(_tile_pointers(a_ptr, offs_m, rows - 1, offs_d, DIM), 0, offs_d, DIM, BLOCK_D)
     shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=0.0)
-    if EXACT:
-        rest_a = tl.load(shift_a_ptr + rows + offs_m, mask=mask_m, other=0.0)
+    rest_a = tl.load(shift_a_ptr + rows + offs_m, mask=mask_m, other=0.0)
     has_own = mask_m & (own_n >= 0) & (own_n < columns)
     own = tl.load(own_ptr + own_first + offs_m, mask=has_own, other=0.0)
     if HAS_IDS:
@@ -73,14 +165,11 @@ def _info_nce_bwd_kernel(
         b_at = _tile_pointers(b_ptr, offs_n, columns - 1, offs_d, DIM)
         b = _load_part(b_at, 0, offs_d, DIM, BLOCK_D)
         shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=0.0)
+        rest_b = tl.load(shift_b_ptr + columns + offs_n, mask=mask_n, other=0.0)
         s = dot(a, tl.trans(b), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         z = s * scale2
-        if EXACT:
-            rest_b = tl.load(shift_b_ptr + columns + offs_n, mask=mask_n, other=0.0)
-            dz = tl.exp2((z + shift_a[:, None]) + rest_a[:, None])
-            dz += tl.exp2((z + shift_b[None, :]) + rest_b[None, :])
-        else:
-            dz = tl.exp2(z + shift_a[:, None]) + tl.exp2(z + shift_b[None, :])
+        dz = tl.exp2((z + shift_a[:, None]) + rest_a[:, None])
+        dz += tl.exp2((z + shift_b[None, :]) + rest_b[None, :])
         if HAS_IDS:
             ids_b = tl.load(ids_b_ptr + offs_n, mask=mask_n, other=0)
             dz = tl.where(ids_a[:, None] == ids_b[None, :], 0.0, dz)
@@ -88,10 +177,10 @@ def _info_nce_bwd_kernel(
         dz = tl.where(mask_n[None, :], dz, 0.0)
         if WANT_SCALE:
             scale_sum += tl.sum(dz * s, 1)
-        acc = dot(dz.to(b.dtype), b, acc, PRECISION, UPCAST)
+        acc = dot(dz, b, acc, PRECISION, UPCAST)
     tl.store(
         out_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_d[None, :],
-        (acc * (scale * grad)).to(out_ptr.dtype.element_ty),
+        acc * (scale * grad),
         mask=mask_m[:, None] & (offs_d < DIM)[None, :],
     )
     if WANT_SCALE:

@@ -25,9 +25,8 @@ from mlip.kernels._distributed import Group, default_group, gather, reduce_rows,
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.info_nce import reference
 
-# the backward kernel holds a row tile of D accumulators
-MAX_TRITON_DIM = 512
-MAX_TRITON_DIM_FLOAT32 = 256
+MAX_TRITON_DIM = 512  # what is tested; no kernel of bfloat16 rows holds all of D
+MAX_TRITON_DIM_FLOAT32 = 256  # the backward kernel holds a row tile of D accumulators
 
 
 @torch.library.custom_op(
@@ -65,27 +64,17 @@ def _(image, text, scale, ids, offset):
 def _gradients(
     image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, want_scale
 ):
-    from mlip.kernels.info_nce.triton_kernels import info_nce_gradient, shift_of
+    from mlip.kernels.info_nce.triton_kernels import info_nce_gradients
 
     pair = None
     if ids is not None:
         ids = ids.contiguous()
         pair = (ids[offset : offset + image.shape[0]], ids)
-    is_exact = image.dtype == torch.float32
-    own = (row_pull + column_pull[offset : offset + image.shape[0]]).neg_()
     with torch.cuda.device_of(image):
-        rows = shift_of(row_pull, row_lse, is_exact)
-        columns = shift_of(column_pull, column_lse, is_exact)
-        image_grad, scale_grad = info_nce_gradient(
-            image, text, scale, grad, pair, (rows, columns), own, offset, 0, image.dtype,
-            want_scale,
+        return info_nce_gradients(
+            image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull),
+            offset, want_scale,
         )  # fmt: skip
-        # float32: the parts of all ranks are still to be added
-        text_grad, _ = info_nce_gradient(
-            text, image, scale, grad, None if pair is None else pair[::-1], (columns, rows), own,
-            -offset, -offset, torch.float32, False,
-        )  # fmt: skip
-    return image_grad, text_grad, scale_grad
 
 
 @_gradients.register_fake

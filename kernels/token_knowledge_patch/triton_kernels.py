@@ -15,11 +15,7 @@ from torch import Tensor
 
 from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import is_interpreting
-from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
-    _aggregate_bwd_kernel,
-    _pair_bwd_patches_kernel,
-    _pair_bwd_rows_kernel,
-)
+from mlip.kernels.token_knowledge_patch.backward_triton_kernels import _aggregate_bwd_kernel
 from mlip.kernels.token_knowledge_patch.context_triton_kernels import (
     _context_bwd_patches_kernel,
     _context_bwd_rows_kernel,
@@ -33,6 +29,7 @@ from mlip.kernels.token_knowledge_patch.max_triton_kernels import (
     _max_bwd_patches_kernel,
     _max_bwd_rows_kernel,
 )
+from mlip.kernels.token_knowledge_patch.products_triton_kernels import AttentionBackward
 from mlip.kernels.token_knowledge_patch.tiling import (
     Problem,
     block_dim,
@@ -154,19 +151,20 @@ def pair_scores_fwd(
 def aggregate_bwd(
     p: Problem,
     tensors: dict[str, Tensor],
-    valid: Tensor | None,
-    scores: Tensor,
-    grad: Tensor,
+    of_scores: tuple[Tensor, Tensor, Tensor],
     r: Tensor,
-    out: tuple[Tensor, Tensor, Tensor],
-    first: int,
-    last: int,
+    d_weight: Tensor,
+    span: tuple[int, int],
+    made: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """Writes g = dS dS/dr and h = g r of texts first .. last [M, stride], and d weight [N J].
+    """Writes d weight [N J] of a chunk's real rows and, where asked for, g = dS dS/dr and h = g r
+    of them [M, stride].
 
-    Returns their part of d gamma [].
+    of_scores: valid or scores, scores, d scores
+    Returns:   their part of d gamma []
     """
-    blocks = triton.cdiv((last - first) * p.rows_a_text, 64)
+    valid, scores, grad = of_scores
+    blocks = triton.cdiv((span[1] - span[0]) * p.rows_a_text, 64)
     parts = torch.empty(blocks, dtype=torch.float32, device=r.device)
     _aggregate_bwd_kernel[(blocks,)](
         r,
@@ -174,23 +172,121 @@ def aggregate_bwd(
         tensors["index"],
         tensors["text"],
         tensors["bounds"],
-        scores if valid is None else valid,
+        valid,
         tensors["gamma"],
         scores,
         grad,
-        *out,
+        *((r, r) if made is None else made),
+        d_weight,
         parts,
-        first,
-        last,
+        *span,
         p.images,
         r.stride(0),
         scores.stride(0),
-        HAS_VALID=valid is not None,
+        HAS_VALID=valid is not scores,
         LSE=p.aggregation == "lse",
+        STORE=made is not None,
         BLOCK_M=16,
         BLOCK_R=64,
     )
     return parts.sum() / tensors["gamma"][0] if p.aggregation == "lse" else parts.new_zeros(())
+
+
+class _TwoPasses:
+    """The backward pass of max and context pooling: rows and patches have a pass each, in which one
+    program owns its output.
+
+    texts: of the largest of the chunks
+    """
+
+    def __init__(
+        self,
+        p: Problem,
+        tensors: dict[str, Tensor],
+        texts: int,
+        want_alpha: bool,
+        room: tuple[bool, bool],
+    ) -> None:
+        like = tensors["v"]
+        wide: Any = {"dtype": torch.float32, "device": like.device}
+        limit, self._processors = chip_facts(like.device)
+        size = (p.patches, block_dim(p.dim), p.size, limit, p.pooling)
+        self._p, self._tensors, self._want_alpha = p, tensors, want_alpha
+        self._by_rows = choose_tiling("backward_rows", *size)
+        self._by_patches = choose_tiling("backward_patches", *size)
+        if p.pooling == "context":
+            self._turning = choose_tiling("turn", *size)
+        self.g = torch.empty((p.images, p.stride(texts)), **wide)
+        self.h = torch.empty_like(self.g)
+        turned = (*self.g.shape, p.dim) if p.pooling == "context" else (1,)
+        self._turned = torch.empty(turned, dtype=like.dtype, device=like.device)
+
+        is_whole, is_one_chunk = room
+        programs = triton.cdiv(texts * p.rows_a_text, self._by_rows.block_r)
+        # for partial sums, the rows' first
+        spare = workspace_bytes(p, is_whole) - chunk_bytes(p, texts, is_whole)
+        held_rows = p.texts * p.rows_a_text if is_whole else texts * p.rows_a_text
+        part_bytes = held_rows * p.dim * 4
+        most = MOST_PARTS
+        if not (is_one_chunk or is_whole):
+            most, spare = MOST_PARTS_OF_A_CHUNK, max(spare, PARTIAL_FLOOR_BYTES)
+        groups = _groups(programs, 2 * self._processors, part_bytes, spare, most)
+        self.row_parts = min(p.images, groups)
+        spare -= (self.row_parts - 1) * part_bytes
+        programs = p.images * self._by_patches.tiles
+        groups = _groups(programs, 2 * self._processors, like.numel() * 4, spare)
+        # many chunks are many rows: the images alone fill the chip
+        self.patch_parts = groups if is_one_chunk else 1
+
+    def run(
+        self,
+        stats: tuple[Tensor, Tensor],
+        d_rows: Tensor,
+        d_v: Tensor,
+        span: tuple[int, int],
+        row_base: int,
+    ) -> Tensor:
+        """Parts of the gradient of a chunk's real rows to d_rows [row_parts, rows, D], of patches
+        to d_v [patch_parts, M, P_PAD, D] (written by the first chunk, added to by others).
+
+        Returns: d alpha of the chunk [], 0 where it is not wanted
+        """
+        p, tensors = self._p, self._tensors
+        r, stat = stats
+        rows, index, bounds, v = (tensors[name] for name in ("rows", "index", "bounds", "v"))
+        capacity = (span[1] - span[0]) * p.rows_a_text
+        grid = (triton.cdiv(capacity, self._by_rows.block_r), self.row_parts)
+        patch_grid = (p.images * self._by_patches.tiles, self.patch_parts)
+        row_sizes = (*span, row_base, p.images, r.stride(0), d_rows.stride(0))
+        patch_sizes = (*span, r.stride(0), d_v.stride(0))
+        alpha = r.new_zeros(grid[0] * grid[1] if self._want_alpha else 1)
+        by_patches = self._by_patches.keywords() | {"ACCUMULATE": span[0] > 0}
+        if p.pooling == "max":
+            _max_bwd_rows_kernel[grid](
+                index, bounds, v, stat, self.g, d_rows, *row_sizes,
+                P_PAD=p.padded, DIM=p.dim, BLOCK_D=block_dim(p.dim),
+                BLOCK_R=self._by_rows.block_r, num_warps=self._by_rows.warps,
+            )  # fmt: skip
+            _max_bwd_patches_kernel[patch_grid](
+                rows, bounds, stat, self.g, d_v, *patch_sizes, **pair_keywords(p), **by_patches
+            )
+            return alpha.sum()
+        inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
+        made = [stat, self.g, self.h]
+        blocks = triton.cdiv(capacity, self._turning.block_r)
+        shares = min(p.images, triton.cdiv(4 * self._processors, blocks))
+        _context_turn_kernel[(blocks, shares)](
+            rows, *inputs, r, *made, self._turned, *span, p.images, r.stride(0),
+            **pair_keywords(p), **self._turning.keywords(),
+        )  # fmt: skip
+        _context_bwd_rows_kernel[grid](
+            rows, index, *inputs, *made, self._turned, d_rows, alpha, *row_sizes,
+            WANT_ALPHA=self._want_alpha, **pair_keywords(p), **self._by_rows.keywords(),
+        )  # fmt: skip
+        _context_bwd_patches_kernel[patch_grid](
+            rows, *inputs, *made, self._turned, d_v, *patch_sizes, **pair_keywords(p), **by_patches
+        )
+        return alpha.sum()
 
 
 def pair_scores_bwd(
@@ -210,90 +306,43 @@ def pair_scores_bwd(
     """
     like = tensors["v"]
     wide: Any = {"dtype": torch.float32, "device": like.device}
-    limit, processors = chip_facts(like.device)
-    block_d = block_dim(p.dim)
-    by_rows = choose_tiling("backward_rows", p.patches, block_d, p.size, limit, p.pooling)
-    by_patches = choose_tiling("backward_patches", p.patches, block_d, p.size, limit, p.pooling)
     total_rows = p.texts * p.rows_a_text
     d_weight = torch.zeros(total_rows, **wide)
     d_alpha, d_gamma = torch.zeros((), **wide), torch.zeros((), **wide)
+    of_scores = (scores if valid is None else valid, scores, grad)
 
     is_whole = take_rows is None
-    chunks = text_chunks(p, is_whole) if kept[0].numel() == 0 else [(0, p.texts)]
+    is_kept_here = kept[0].numel() > 0
+    chunks = [(0, p.texts)] if is_kept_here else text_chunks(p, is_whole)
     widest = max(last - first for first, last in chunks)
-    g = torch.empty((p.images, p.stride(widest)), **wide)
-    h = torch.empty_like(g)
-    turned = torch.empty(
-        (*g.shape, p.dim) if p.pooling == "context" else 1, dtype=like.dtype, device=like.device
-    )
-    stats = kept if kept[0].numel() else _buffers(p, widest, like)
-
-    programs = triton.cdiv(widest * p.rows_a_text, by_rows.block_r)
-    # for partial sums, the rows' first
-    spare = workspace_bytes(p, is_whole) - chunk_bytes(p, widest, is_whole)
+    stats = kept if is_kept_here else _buffers(p, widest, like)
     held_rows = total_rows if is_whole else widest * p.rows_a_text
-    part_bytes = held_rows * p.dim * 4
-    most = MOST_PARTS
-    if len(chunks) > 1 and not is_whole:
-        most, spare = MOST_PARTS_OF_A_CHUNK, max(spare, PARTIAL_FLOOR_BYTES)
-    row_groups = min(p.images, _groups(programs, 2 * processors, part_bytes, spare, most))
-    spare -= (row_groups - 1) * part_bytes
-    d_rows = torch.zeros((row_groups, held_rows, p.dim), **wide)
-    programs = p.images * by_patches.tiles
-    patch_groups = _groups(programs, 2 * processors, like.numel() * 4, spare)
-    if len(chunks) > 1:
-        patch_groups = 1  # many chunks are many rows: the images alone fill the chip
-    d_v = torch.empty((patch_groups, *like.shape), **wide)
+    two_passes = products = None
+    if p.pooling == "attention":
+        products = AttentionBackward(p, tensors, widest, want_alpha, chip_facts(like.device))
+        row_parts = patch_parts = 1
+    else:
+        two_passes = _TwoPasses(p, tensors, widest, want_alpha, (is_whole, len(chunks) == 1))
+        row_parts, patch_parts = two_passes.row_parts, two_passes.patch_parts
+    d_rows = torch.zeros((row_parts, held_rows, p.dim), **wide)
+    # products add to what is there; a pass of its own writes before it adds
+    make = torch.empty if products is None else torch.zeros
+    d_v = make((patch_parts, *like.shape), **wide)
 
-    for first, last in chunks:
+    for span in chunks:
+        first, last = span
+        row_base = 0 if is_whole else first * p.rows_a_text
         if first > 0 and not is_whole:
             d_rows.zero_()  # rows of weight 0 are never written
-        if not kept[0].numel():
+        if not is_kept_here:
             _pair_fwd(p, tensors, first, last, stats)
-        r, stat = stats
-        d_gamma += aggregate_bwd(p, tensors, valid, scores, grad, r, (g, h, d_weight), first, last)
-        grid = (triton.cdiv((last - first) * p.rows_a_text, by_rows.block_r), row_groups)
-        alpha_parts = torch.zeros(grid[0] * grid[1] if want_alpha else 1, **wide)
-        row_base = 0 if is_whole else first * p.rows_a_text
-        span, across = (first, last), r.stride(0)
-        row_sizes = (*span, row_base, p.images, across, d_rows.stride(0))
-        patch_grid = (p.images * by_patches.tiles, patch_groups)
-        patch_sizes = (*span, across, d_v.stride(0))
-        rows, index, bounds, v = (tensors[name] for name in ("rows", "index", "bounds", "v"))
-        if p.pooling == "max":
-            _max_bwd_rows_kernel[grid](
-                index, bounds, v, stat, g, d_rows, *row_sizes,
-                P_PAD=p.padded, DIM=p.dim, BLOCK_D=block_d, BLOCK_R=by_rows.block_r,
-                num_warps=by_rows.warps,
-            )  # fmt: skip
-            _max_bwd_patches_kernel[patch_grid](
-                rows, bounds, stat, g, d_v, *patch_sizes,
-                ACCUMULATE=first > 0, **pair_keywords(p), **by_patches.keywords(),
-            )  # fmt: skip
+        made = None if two_passes is None else (two_passes.g, two_passes.h)
+        d_gamma += aggregate_bwd(p, tensors, of_scores, stats[0], d_weight, span, made)
+        if products is not None:
+            d_alpha += products.run(stats, of_scores, d_rows[0], d_v[0], span, row_base)
         else:
-            made = [stat, g, h]
-            inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
-            by_row, by_patch = _pair_bwd_rows_kernel, _pair_bwd_patches_kernel
-            if p.pooling == "context":
-                turning = choose_tiling("turn", p.patches, block_d, p.size, limit, p.pooling)
-                blocks = triton.cdiv((last - first) * p.rows_a_text, turning.block_r)
-                shares = min(p.images, triton.cdiv(4 * processors, blocks))
-                _context_turn_kernel[(blocks, shares)](
-                    rows, *inputs, r, *made, turned, *span, p.images, across,
-                    **pair_keywords(p), **turning.keywords(),
-                )  # fmt: skip
-                made.append(turned)
-                by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
-            by_row[grid](
-                rows, index, *inputs, *made, d_rows, alpha_parts, *row_sizes,
-                WANT_ALPHA=want_alpha, **pair_keywords(p), **by_rows.keywords(),
-            )  # fmt: skip
-            by_patch[patch_grid](
-                rows, *inputs, *made, d_v, *patch_sizes,
-                ACCUMULATE=first > 0, **pair_keywords(p), **by_patches.keywords(),
-            )  # fmt: skip
-        if want_alpha:
-            d_alpha += alpha_parts.sum()
+            assert two_passes is not None
+            d_alpha += two_passes.run(stats, d_rows, d_v, span, row_base)
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
     rows_grad = _ordered_sum(d_rows) if is_whole else None

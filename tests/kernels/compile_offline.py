@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BIG_STRIDES = ("stride_rm", "stride_part", "stride_sm", "stride_ds")
+BIG_STRIDES = ("stride_rm", "stride_part", "stride_sm", "stride_ds", "stride_gm", "columns")
 
 
 def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], case: dict[str, Any]):
@@ -107,10 +107,10 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
 def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from mlip.kernels._chip import SHARED_MEMORY
     from mlip.kernels.token_knowledge_patch import (
-        backward_triton_kernels,
         context_triton_kernels,
         forward_triton_kernels,
         max_triton_kernels,
+        products_triton_kernels,
     )
     from mlip.kernels.token_knowledge_patch.tiling import (
         block_dim,
@@ -121,33 +121,31 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     kind, pooling, dim = case["kind"], case["pooling"], case["dim"]
     size = 2 if case["element"] == "bf16" else 4
     limit = SHARED_MEMORY[divmod(case["capability"], 10)]
-    tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, limit, pooling)
-    constants: dict[str, Any] = tiling.keywords()
-    case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
-    constants |= {
-        "P_PAD": padded_patches(case["patches"]),
+    shape = {
         "DIM": dim,
         "BLOCK_D": block_dim(dim),
         "PRECISION": "ieee" if size == 2 else "tf32x3",
         "UPCAST": False,
     }
+    constants: dict[str, Any]
+    if kind == "products":
+        constants = shape | products_triton_kernels.PRODUCT_TILE
+        case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
+        return products_triton_kernels._products_kernel, constants
+    tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, limit, pooling)
+    constants = shape | {"P_PAD": padded_patches(case["patches"])} | tiling.keywords()
+    case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
     if kind == "forward":
         constants["POOLING"] = pooling
         return forward_triton_kernels._pair_fwd_kernel, constants
     if kind == "turn":
         return context_triton_kernels._context_turn_kernel, constants
-    if case["op"] == "products":
-        from benchmarks import backward_by_products
-
-        tiling = backward_by_products.tile_map(case["patches"], dim, size, limit)
-        case["warps"], case["stages"] = tiling.warps, tiling.stages
-        shape = {k: v for k, v in tiling.keywords().items() if not k.startswith("num_")}
-        constants |= shape | {"WANT_ALPHA": case.get("extra", False)}
-        return backward_by_products._similarity_gradient_kernel, constants
+    if kind == "gradient":
+        constants["WANT_ALPHA"] = case.get("extra", False)
+        return products_triton_kernels._similarity_gradient_kernel, constants
     flag = "WANT_ALPHA" if kind == "backward_rows" else "ACCUMULATE"
     constants[flag] = case.get("extra", False)
     module, prefix = {
-        "attention": (backward_triton_kernels, "_pair_bwd"),
         "context": (context_triton_kernels, "_context_bwd"),
         "max": (max_triton_kernels, "_max_bwd"),
     }[pooling]
@@ -171,9 +169,14 @@ def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         constants["SHARES"] = triton_kernels.LENGTH_SHARES
         tiling = triton_kernels.forward_tiling(dim, size)
         return triton_kernels._info_nce_fwd_kernel, constants | tiling
-    constants |= {"BLOCK_D": max(16, dim), "WANT_SCALE": True}
-    tiling = triton_kernels.backward_tiling(dim, size, case["capability"] == 90)
-    return triton_kernels._info_nce_bwd_kernel, constants | tiling
+    constants["WANT_SCALE"] = True
+    if size == 2:
+        del constants["PRECISION"]
+        tiling = triton_kernels.ds_tiling(dim, case["capability"] == 90)
+        tiling.pop("maxnreg", None)  # an option of real launches alone: see launch_offline.py
+        return triton_kernels._info_nce_ds_kernel, constants | tiling
+    constants["BLOCK_D"] = max(16, dim)
+    return triton_kernels._info_nce_bwd_kernel, constants | triton_kernels.backward_tiling()
 
 
 def _rows_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -214,7 +217,6 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     makers = {
         "pair": _pair_case,
-        "products": _pair_case,
         "info_nce": _info_nce_case,
         "rows": _rows_case,
         "patches": _rows_case,
@@ -227,7 +229,7 @@ def main() -> None:
         types = _types(kernel, case["element"], case["pooling"])
         compiled = _compile(kernel, types, constants, case)
         used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
-        if case["op"] in ("pair", "products") and used["loops"]:
+        if "BLOCK_R" in constants and used["loops"]:
             # of the first loop, which an attention scale of usual size takes: thread instructions
             # for every pair of a row and a real patch
             pairs = constants["BLOCK_R"] * case["patches"] / constants["TILES"]

@@ -110,7 +110,9 @@ def test_any_attention_scale_is_exact(alpha: float, as_tensor: bool) -> None:
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
 def test_a_learned_attention_scale_is_exact_on_every_way(alpha: float, features) -> None:
     errors = learned_scale_errors(alpha, features, "cuda", 128, 196)
-    most = max(1e-5, alpha * 2**-20) if features == torch.float32 else 1.5e-2
+    # rounding to bfloat16 moves a softmax logit by up to alpha 2^-9: 0.4 at 200
+    narrow = 1.5e-2 if alpha <= 100 else 2.5e-2
+    most = max(1e-5, alpha * 2**-20) if features == torch.float32 else narrow
     assert all(error <= most for error in errors.values()), errors
 
 
@@ -155,7 +157,8 @@ def test_float16_gradients_do_not_underflow() -> None:
 def test_info_nce_is_exact(count: int, dim: int, features: torch.dtype, scale: float) -> None:
     g = torch.Generator().manual_seed(10)
     image = F.normalize(torch.randn(count, dim, generator=g), dim=-1)
-    text = F.normalize(image + 0.3 * torch.randn(count, dim, generator=g) / dim**0.5, dim=-1)
+    # cosines of pairs near 0.3: nearer pairs at scale 100 leave gradients that float32 cannot hold
+    text = F.normalize(image + 3.0 * torch.randn(count, dim, generator=g) / dim**0.5, dim=-1)
     ids = (torch.arange(count) // 2).cuda()
     results = []
     narrow = [x.to("cuda", features) for x in (image, text)]
@@ -167,8 +170,10 @@ def test_info_nce_is_exact(count: int, dim: int, features: torch.dtype, scale: f
         results.append([value.detach(), *torch.autograd.grad(value, made)])
     # rounding a logit to float32 alone moves its power by scale * 2^-24
     tolerance = max(1e-5, scale * 2**-21) if features == torch.float32 else 5e-3
-    for got, want in zip(*results, strict=True):
-        assert relative_error(got, want) <= tolerance
+    # the terms of d scale are of both signs and nearly cancel
+    for got, want, terms in zip(*results, (1, 1, 1, 20), strict=True):
+        assert count == 1 or want.abs().mean() > 1e-12  # one pair has no negative, and no gradient
+        assert relative_error(got, want) <= terms * tolerance
 
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.kernels import _contrastive
-from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss
+from benchmarks.harness import peak_bytes
+from mlip.kernels import _chip, _contrastive
+from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss, op
 from tests.kernels.oracle import contrastive, relative_error
 
 MACHINE = 1e-12
@@ -141,6 +142,47 @@ def test_nothing_of_batch_squared_is_kept_for_backward() -> None:
     # both features, both log-sum-exps, positives, weights, the scale
     assert sum(held.values()) <= 2 * count * dim + 4 * count + 1
     value.backward()
+
+
+def memory_law(count: int, dim: int, processors: int) -> int:
+    """The law at the top of info_nce/triton_kernels.py for bf16 pairs, in bytes.
+
+    With what that leaves out: both gradients, some thirty vectors, and what an allocator rounds up
+    """
+    forward = 8 * count * min(-(-count // 128), 2 * processors)
+    width = -(-count // 64) * 64
+    chunk = min(count, max(128, 2**28 // (2 * width) // 128 * 128))
+    backward = chunk * (2 * width + 4 * dim) + 4 * count * dim
+    return max(forward, backward) + 4 * count * dim + 128 * count + 4 * 2**20
+
+
+@pytest.mark.parametrize("dim", [256, 512])
+@pytest.mark.parametrize("count", [8191, 32768, 65536])
+def test_launchers_allocate_what_the_law_allows(
+    count: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted without a GPU: launchers run, kernels and products do not. test_gpu_runtime.py
+    measures it with real ones."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from mlip.kernels.info_nce import triton_kernels
+
+    class NoKernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **keywords: None
+
+    def no_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.empty(a.shape[0], b.shape[1]) if out is None else out
+
+    monkeypatch.undo()  # no poisoned torch.empty: memory that nobody writes costs no page
+    for name in vars(triton_kernels):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, NoKernel())
+    monkeypatch.setattr(triton_kernels, "wide_product", no_product)
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 132))
+    monkeypatch.setattr(op, "resolve", lambda *_: "triton")
+    x, y = (torch.empty(count, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    used = peak_bytes(lambda: torch.autograd.grad(info_nce_loss(x, y, 20.0), (x, y)), "cpu")
+    assert used <= memory_law(count, dim, 132)
 
 
 @pytest.mark.parametrize(

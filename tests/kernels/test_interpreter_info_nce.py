@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.kernels import _chip
-from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels._contrastive import Pairing, Statistics, finite, pull
+from mlip.kernels.info_nce import info_nce_loss, op, reference
 from tests.kernels.interpreting import interpreted
 from tests.kernels.oracle import relative_error
 
@@ -120,3 +121,47 @@ def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) 
     image, text = info_nce_pair(300, 16, 3)
     monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 3))
     compare_info_nce(image.float(), text.float(), 1e-5, 20.0)
+
+
+@interpreted
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_chunks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch, with_ids: bool) -> None:
+    """Three chunks of a row tile each and odd ends, gradients in bfloat16. Oracle: float64."""
+    from mlip.kernels.info_nce import triton_kernels
+
+    image, text = info_nce_pair(301, 24, 7)
+    ids = torch.arange(301) // 2 if with_ids else None
+    monkeypatch.setattr(triton_kernels, "DS_BYTES", 1)
+    compare_info_nce(image.bfloat16(), text.bfloat16(), 5e-3, 20.0, ids)
+
+
+@interpreted
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_share_of_the_rows_gets_its_share_of_gradients(
+    features: torch.dtype, with_ids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the middle of three ranks: 150 of 300 images against every text. Oracle: float64."""
+    from mlip.kernels.info_nce import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "DS_BYTES", 1)
+    count, rows, offset = 300, 150, 57
+    image, text = (x.to(features).double() for x in info_nce_pair(count, 24, 8))
+    ids = torch.arange(count) // 2 if with_ids else None
+    scale, grad = torch.tensor(20.0).double(), torch.tensor(3.0).double()
+    weight = torch.full((count,), 0.5 / count).double()
+    whole = Pairing([count], 0, ids, None, None, None, weight)
+    stats = Statistics(*reference.statistics(image, text, scale, whole))
+    share = Pairing([offset, rows, count - offset - rows], offset, ids, None, None, None, weight)
+    own = image[offset : offset + rows]
+    want = reference.gradients(own, text, scale, grad, stats, share, True)
+    pulls = pull(stats, share, rows)
+    numbers = [stats.row_lse[offset : offset + rows], stats.column_lse]
+    got = op._gradients(
+        own.to(features), text.to(features), scale.float(), grad.float(), ids,
+        *(finite(x).float().contiguous() for x in numbers),
+        *(x.float().contiguous() for x in pulls), offset, True,
+    )  # fmt: skip
+    assert got[0].dtype == features and got[1].dtype == torch.float32
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) <= (1e-5 if features == torch.float32 else 5e-3)
