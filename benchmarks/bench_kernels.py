@@ -231,7 +231,11 @@ def tune(device: str, path: Path) -> None:
     limit, _ = chip_facts(torch.device(device))
     rows: list[Case] = []
     for dim in (128, 256):
-        for kind in ("forward", "gradient"):
+        by_products = tiling.takes_products(
+            tiling.Problem(256, 256, 112, 196, dim, 2, "attention", "")
+        )
+        backward = ("gradient",) if by_products else ("backward_rows", "backward_patches")
+        for kind in ("forward", *backward):
             size = (kind, 196, dim, 2, limit)
             chosen = tiling.choose_tiling(*size)
             for candidate in tiling.fitting_tilings(*size):

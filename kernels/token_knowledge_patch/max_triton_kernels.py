@@ -78,25 +78,17 @@ def _max_bwd_patches_kernel(
     rows_ptr, bounds_ptr, where_ptr, g_ptr, patch_grad_ptr,
     first_text, last_text, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
-    ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SEG0: tl.constexpr, TILES: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d patches of one tile of one image over a share of the rows, which stream past in order."""
     m = (tl.program_id(0) // TILES).to(tl.int64)
-    first0 = (tl.program_id(0) % TILES) * (SEG0 + SEG1 + SEG2)
-    first1 = first0 + SEG0
-    first2 = first1 + SEG1
+    first = (tl.program_id(0) % TILES) * SEG0
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     dtype = rows_ptr.dtype.element_ty
-    numbers0 = _numbered(first0, dtype, SEG0)
-    acc0 = tl.zeros([BLOCK_D, SEG0], tl.float32)
-    if SEG1 > 0:
-        numbers1 = _numbered(first1, dtype, SEG1)
-        acc1 = tl.zeros([BLOCK_D, SEG1], tl.float32)
-    if SEG2 > 0:
-        numbers2 = _numbered(first2, dtype, SEG2)
-        acc2 = tl.zeros([BLOCK_D, SEG2], tl.float32)
+    numbers = _numbered(first, dtype, SEG0)
+    acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
     part = tl.arange(0, 16)[None, :]
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
@@ -112,14 +104,6 @@ def _max_bwd_patches_kernel(
         made = tl.where(part == 0, where[:, None] // 256, made)
         made = tl.where(part == 1, where[:, None] % 256, made)
         chooser = made.to(tl.float32).to(dtype)
-        acc0 = _patches_step(q, chooser, numbers0, g, acc0, BLOCK_R, SEG0, PRECISION, UPCAST)
-        if SEG1 > 0:
-            acc1 = _patches_step(q, chooser, numbers1, g, acc1, BLOCK_R, SEG1, PRECISION, UPCAST)
-        if SEG2 > 0:
-            acc2 = _patches_step(q, chooser, numbers2, g, acc2, BLOCK_R, SEG2, PRECISION, UPCAST)
+        acc = _patches_step(q, chooser, numbers, g, acc, BLOCK_R, SEG0, PRECISION, UPCAST)
     out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
-    _store_patches(out, acc0, first0, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)
-    if SEG1 > 0:
-        _store_patches(out, acc1, first1, m, P_PAD, DIM, BLOCK_D, SEG1, ACCUMULATE)
-    if SEG2 > 0:
-        _store_patches(out, acc2, first2, m, P_PAD, DIM, BLOCK_D, SEG2, ACCUMULATE)
+    _store_patches(out, acc, first, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)

@@ -14,7 +14,7 @@ from mlip.kernels._chip import SHARED_MEMORY
 
 # the memory law of the README: beside unit copies and scores a call may take
 # min(20 bytes a pair of row and image, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES, and a backward
-# pass of attention pooling gradient_bytes
+# pass by products gradient_bytes
 WORKSPACE_CAP_BYTES = 2**30
 WORKSPACE_SLACK_BYTES = 2**26
 WORKSPACE_RESERVE_BYTES = 2**22  # row index, masks and the loss's own temporaries
@@ -25,7 +25,7 @@ LARGE_FLOOR_BYTES = 2**28
 SMALL_FLOOR_BYTES = 2**25
 CONTEXT_BUDGET_BYTES = 2**27
 # a block of similarity gradients: `gradient_rows`
-GRADIENT_BYTES = 2**27
+GRADIENT_BYTES = 2**29
 GRADIENT_CAP_BYTES = 2**30
 GRADIENT_ROWS = 1024
 GRADIENT_UNIT = 128
@@ -109,19 +109,28 @@ SMALL: list[Candidate] = [
     (32, (16, 0, 0), 4),
     (16, (16, 0, 0), 4),
 ]
-# One product a loop where D is above 128, and one segment a loop in a backward pass that adds up in
-# registers: descriptors of more products than that leave the uniform registers, and ptxas 12.8
-# (Triton 3.6's) then lets a product read one that is being loaded again (README, tile maps).
+# One product a loop where D is above 128, and one segment where a backward pass adds the gradient
+# of patches up in registers: descriptors of more products than that leave the uniform registers,
+# and ptxas 12.8 (Triton 3.6's) then lets a product read one while it is loaded again (README).
 TABLE: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("forward", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("gradient", 128): Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_rows", 128): Choice(
+        [(128, (128, 64, 16), 8), (128, (128, 64, 0), 8), (128, (64, 32, 16), 8)]
+        + [(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)],
+        SMALL,
+    ),
+    ("backward_rows", 256): Choice([(128, (64, 0, 0), 8), (128, (32, 0, 0), 8)], SMALL),
+    ("backward_patches", 128): Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("gradient", 256): Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
 }
 # (pooling or "", kernel, dim) where the general line spills: mma.sync of sm_80 holds its operands
 # in registers, and a one-hot product is compiled otherwise than a softmax
 OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
-    ("", "gradient", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("", "backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
+    ("", "backward_rows", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
+    ("", "backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("", "gradient", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
     **{
         ("context", kind, 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:])
@@ -134,15 +143,12 @@ OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
 ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
     ("forward", 128): [(128, (128, 16, 64), 8)],
     ("forward", 256): [(128, (128, 0, 0), 8), (128, (32, 0, 0), 4)],
-    ("gradient", 128): [(128, (128, 16, 64), 8), (64, (128, 0, 0), 4), (128, (256, 0, 0), 8)],
+    ("backward_rows", 128): [(64, (128, 64, 16), 4), (64, (64, 32, 16), 4)],
+    ("backward_patches", 128): [(64, (64, 0, 0), 4)],
     ("gradient", 256): [(64, (128, 0, 0), 4), (64, (64, 0, 0), 4)],
 }
 # gathers one patch for every row: no patch is held, any chip has room
 MAX_ROWS = Choice([], [(64, (16, 0, 0), 8)])
-MAX_PATCH_ROWS = {
-    128: Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
-    256: Choice([(128, (64, 0, 0), 8)], SMALL),
-}
 CONTEXT: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("forward", 256): Choice([(64, (32, 0, 0), 4)], SMALL[2:]),
@@ -174,7 +180,7 @@ def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages
     return rows + stages * patches
 
 
-def _resident(kind: str, patches: int, dim: int, limit: int) -> Tiling | None:
+def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
     """All patches of an image on chip in at most three power-of-two segments, or None."""
     if dim > 128 and padded_patches(patches) not in (16, 32, 64, 128):
         return None  # one product a loop: TABLE
@@ -188,9 +194,7 @@ def _resident(kind: str, patches: int, dim: int, limit: int) -> Tiling | None:
         return None
     if shared_bytes("resident", 64, sum(segments), dim, 2, 2) + SHARED_MEMORY_SLACK > limit:
         return None
-    if kind == "gradient":
-        segments.reverse()  # no descriptor is loaded again while a product is in flight
-    elif len(segments) == 3:  # the short one in the middle: fewer words on the stack
+    if len(segments) == 3:  # the short one in the middle: fewer words on the stack
         segments = [segments[0], segments[2], segments[1]]
     seg0, seg1, seg2 = (segments + [0, 0])[:3]
     return Tiling(64, (seg0, seg1, seg2), 1, 4, 2)
@@ -206,8 +210,6 @@ def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choic
         return overrides[pooling, kind, width]
     if pooling == "context":
         return CONTEXT[kind, width]
-    if kind == "backward_patches":
-        return MAX_PATCH_ROWS[width]
     return overrides.get(("", kind, width), TABLE[kind, width])
 
 
@@ -247,19 +249,10 @@ def fitting_tilings(
         others = ALTERNATIVES.get((kind, 128 if dim <= 128 else 256), [])
     lines = _fitting(kind, patches, dim, size, limit, pooling, others)
     found = [tiling for _, tiling in lines]
-    resident = _resident_for(kind, patches, dim, size, limit, pooling)
-    return found if resident is None else [resident, *found]
-
-
-def _resident_for(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str
-) -> Tiling | None:
-    """The map of the kernels that hold an image's patches while rows stream past."""
-    # mma.sync of sm_80 would hold a gradient's patches in registers
-    holds = kind == "forward" or (kind == "gradient" and limit >= SHARED_MEMORY[9, 0])
-    if not holds or size != 2 or pooling == "context":
-        return None
-    return _resident(kind, patches, dim, limit)
+    if kind == "forward" and size == 2 and pooling != "context":
+        resident = _resident(patches, dim, limit)
+        found = found if resident is None else [resident, *found]
+    return found
 
 
 @functools.cache
@@ -269,9 +262,10 @@ def choose_tiling(
     """The tiling of a kernel for a padded dim, an element size in bytes and a shared memory."""
     if kind in FORCED:
         return FORCED[kind]
-    resident = _resident_for(kind, patches, dim, size, limit, pooling)
-    if resident is not None:
-        return resident
+    if kind == "forward" and size == 2 and pooling != "context":
+        resident = _resident(patches, dim, limit)
+        if resident is not None:
+            return resident
     best: tuple[float, Tiling] | None = None
     for is_small, tiling in _fitting(kind, patches, dim, size, limit, pooling):
         if is_small and best is not None:
@@ -328,12 +322,17 @@ def workspace_bytes(p: Problem, is_whole: bool = False) -> int:
 
 
 def chunk_bytes(p: Problem, texts: int, is_whole: bool = False) -> int:
-    """Of a chunk of texts: r and softmax statistic of its pairs, g and h of other poolings than
-    attention (which has them a block of rows at a time), a context's t, d rows."""
-    each = 8 if p.pooling == "attention" else 16
+    """Of a chunk of texts: r and softmax statistic of its pairs, g and h (which products have a
+    block of rows at a time), a context's t, d rows."""
+    each = 8 if takes_products(p) else 16
     each += p.size * p.dim if p.pooling == "context" else 0
     rows = 0 if is_whole else _rows_gradient(p, texts)
     return each * p.images * p.stride(texts) + rows
+
+
+def takes_products(p: Problem) -> bool:
+    """Whether the backward pass is that of products_triton_kernels.py."""
+    return p.pooling == "attention" and p.size == 2 and p.dim > 128
 
 
 def gradient_rows(p: Problem, texts: int) -> int:
@@ -347,7 +346,7 @@ def gradient_rows(p: Problem, texts: int) -> int:
 
 
 def gradient_bytes(p: Problem, texts: int) -> int:
-    """Of a block of rows: the gradient of similarities, g and h, rows and their products."""
+    """Of a block of rows: the gradient of similarities, g and h, the rows and their gradient."""
     return gradient_rows(p, texts) * (p.images * (p.size * p.padded + 8) + (p.size + 4) * p.dim)
 
 

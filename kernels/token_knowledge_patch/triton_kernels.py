@@ -15,7 +15,11 @@ from torch import Tensor
 
 from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import is_interpreting
-from mlip.kernels.token_knowledge_patch.backward_triton_kernels import _aggregate_bwd_kernel
+from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
+    _aggregate_bwd_kernel,
+    _pair_bwd_patches_kernel,
+    _pair_bwd_rows_kernel,
+)
 from mlip.kernels.token_knowledge_patch.context_triton_kernels import (
     _context_bwd_patches_kernel,
     _context_bwd_rows_kernel,
@@ -29,13 +33,14 @@ from mlip.kernels.token_knowledge_patch.max_triton_kernels import (
     _max_bwd_patches_kernel,
     _max_bwd_rows_kernel,
 )
-from mlip.kernels.token_knowledge_patch.products_triton_kernels import AttentionBackward
+from mlip.kernels.token_knowledge_patch.products_triton_kernels import ProductsBackward
 from mlip.kernels.token_knowledge_patch.tiling import (
     Problem,
     block_dim,
     choose_tiling,
     chunk_bytes,
     is_kept,
+    takes_products,
     text_chunks,
     workspace_bytes,
 )
@@ -193,10 +198,10 @@ def aggregate_bwd(
 
 
 class _TwoPasses:
-    """The backward pass of max and context pooling: rows and patches have a pass each, in which one
-    program owns its output.
+    """A pass over rows and one over patches, in which one program owns its output: the backward
+    pass where products do not serve.
 
-    texts: of the largest of the chunks
+    texts: of the largest of the chunks; room: whether d rows are held whole, and in one chunk
     """
 
     def __init__(
@@ -241,6 +246,7 @@ class _TwoPasses:
     def run(
         self,
         stats: tuple[Tensor, Tensor],
+        _of_scores: tuple[Tensor, Tensor, Tensor],
         d_rows: Tensor,
         d_v: Tensor,
         span: tuple[int, int],
@@ -261,6 +267,8 @@ class _TwoPasses:
         patch_sizes = (*span, r.stride(0), d_v.stride(0))
         alpha = r.new_zeros(grid[0] * grid[1] if self._want_alpha else 1)
         by_patches = self._by_patches.keywords() | {"ACCUMULATE": span[0] > 0}
+        if p.pooling != "context":  # one segment
+            del by_patches["SEG1"], by_patches["SEG2"]
         if p.pooling == "max":
             _max_bwd_rows_kernel[grid](
                 index, bounds, v, stat, self.g, d_rows, *row_sizes,
@@ -273,20 +281,29 @@ class _TwoPasses:
             return alpha.sum()
         inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
         made = [stat, self.g, self.h]
+        by_row, by_patch = _pair_bwd_rows_kernel, _pair_bwd_patches_kernel
+        if p.pooling == "context":
+            self._turn(span, r, [*inputs, r, *made])
+            made.append(self._turned)
+            by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
+        by_row[grid](
+            rows, index, *inputs, *made, d_rows, alpha, *row_sizes,
+            WANT_ALPHA=self._want_alpha, **pair_keywords(p), **self._by_rows.keywords(),
+        )  # fmt: skip
+        by_patch[patch_grid](
+            rows, *inputs, *made, d_v, *patch_sizes, **pair_keywords(p), **by_patches
+        )
+        return alpha.sum()
+
+    def _turn(self, span: tuple[int, int], r: Tensor, inputs: list[Tensor]) -> None:
+        """A context's t of a chunk's rows."""
+        p, capacity = self._p, (span[1] - span[0]) * self._p.rows_a_text
         blocks = triton.cdiv(capacity, self._turning.block_r)
         shares = min(p.images, triton.cdiv(4 * self._processors, blocks))
         _context_turn_kernel[(blocks, shares)](
-            rows, *inputs, r, *made, self._turned, *span, p.images, r.stride(0),
+            self._tensors["rows"], *inputs, self._turned, *span, p.images, r.stride(0),
             **pair_keywords(p), **self._turning.keywords(),
         )  # fmt: skip
-        _context_bwd_rows_kernel[grid](
-            rows, index, *inputs, *made, self._turned, d_rows, alpha, *row_sizes,
-            WANT_ALPHA=self._want_alpha, **pair_keywords(p), **self._by_rows.keywords(),
-        )  # fmt: skip
-        _context_bwd_patches_kernel[patch_grid](
-            rows, *inputs, *made, self._turned, d_v, *patch_sizes, **pair_keywords(p), **by_patches
-        )
-        return alpha.sum()
 
 
 def pair_scores_bwd(
@@ -317,17 +334,15 @@ def pair_scores_bwd(
     widest = max(last - first for first, last in chunks)
     stats = kept if is_kept_here else _buffers(p, widest, like)
     held_rows = total_rows if is_whole else widest * p.rows_a_text
-    two_passes = products = None
-    if p.pooling == "attention":
-        products = AttentionBackward(p, tensors, widest, want_alpha, chip_facts(like.device))
-        row_parts = patch_parts = 1
+    made: tuple[Tensor, Tensor] | None = None
+    way: ProductsBackward | _TwoPasses
+    if takes_products(p):
+        way = ProductsBackward(p, tensors, widest, want_alpha, chip_facts(like.device))
     else:
-        two_passes = _TwoPasses(p, tensors, widest, want_alpha, (is_whole, len(chunks) == 1))
-        row_parts, patch_parts = two_passes.row_parts, two_passes.patch_parts
-    d_rows = torch.zeros((row_parts, held_rows, p.dim), **wide)
-    # products add to what is there; a pass of its own writes before it adds
-    make = torch.empty if products is None else torch.zeros
-    d_v = make((patch_parts, *like.shape), **wide)
+        way = _TwoPasses(p, tensors, widest, want_alpha, (is_whole, len(chunks) == 1))
+        made = (way.g, way.h)
+    d_rows = torch.zeros((way.row_parts, held_rows, p.dim), **wide)
+    d_v = torch.empty((way.patch_parts, *like.shape), **wide)
 
     for span in chunks:
         first, last = span
@@ -336,13 +351,8 @@ def pair_scores_bwd(
             d_rows.zero_()  # rows of weight 0 are never written
         if not is_kept_here:
             _pair_fwd(p, tensors, first, last, stats)
-        made = None if two_passes is None else (two_passes.g, two_passes.h)
         d_gamma += aggregate_bwd(p, tensors, of_scores, stats[0], d_weight, span, made)
-        if products is not None:
-            d_alpha += products.run(stats, of_scores, d_rows[0], d_v[0], span, row_base)
-        else:
-            assert two_passes is not None
-            d_alpha += two_passes.run(stats, d_rows, d_v, span, row_base)
+        d_alpha += way.run(stats, of_scores, d_rows, d_v, span, row_base)
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
     rows_grad = _ordered_sum(d_rows) if is_whole else None

@@ -61,6 +61,25 @@ def product_loops(assembly: str) -> list[int]:
     ]
 
 
+def reloaded_descriptors(assembly: str) -> int:
+    """Registers of a product's descriptors that are loaded again before the wait for that product.
+
+    ptxas 12.8 makes wrong code of kernels that do so: illegal addresses on the card, or other bits
+    from run to run, where uniform registers do not hold the descriptors of a loop's products.
+    """
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(.*?);", assembly, re.M)
+    in_flight: set[int] = set()
+    count = 0
+    for instruction in found:
+        if product := re.search(r"HGMMA.*gdesc\[UR(\d+)\]", instruction):
+            in_flight |= set(range(int(product[1]), int(product[1]) + 4))
+        elif "WARPGROUP.DEPBAR" in instruction:
+            in_flight.clear()
+        elif load := re.match(r"(?:@!?\w+ )?R2UR\S*\s+UR(\d+)", instruction):
+            count += int(load[1]) in in_flight
+    return count
+
+
 def resources(cubin: bytes) -> dict[str, Any]:
     """Registers, stack, loops and instructions that tell spills and tensor cores, of a cubin."""
     import triton
@@ -79,6 +98,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
     for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
     out["loops"] = product_loops(assembly)
+    out["reloaded"] = reloaded_descriptors(assembly)
     return out
 
 
@@ -107,6 +127,7 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
 def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from mlip.kernels._chip import SHARED_MEMORY
     from mlip.kernels.token_knowledge_patch import (
+        backward_triton_kernels,
         context_triton_kernels,
         forward_triton_kernels,
         max_triton_kernels,
@@ -127,13 +148,10 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "PRECISION": "ieee" if size == 2 else "tf32x3",
         "UPCAST": False,
     }
-    constants: dict[str, Any]
-    if kind == "products":
-        constants = shape | products_triton_kernels.PRODUCT_TILE
-        case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
-        return products_triton_kernels._products_kernel, constants
     tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, limit, pooling)
-    constants = shape | {"P_PAD": padded_patches(case["patches"])} | tiling.keywords()
+    constants: dict[str, Any] = (
+        shape | {"P_PAD": padded_patches(case["patches"])} | tiling.keywords()
+    )
     case["warps"], case["stages"] = constants.pop("num_warps"), constants.pop("num_stages")
     if kind == "forward":
         constants["POOLING"] = pooling
@@ -142,10 +160,12 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return context_triton_kernels._context_turn_kernel, constants
     if kind == "gradient":
         constants["WANT_ALPHA"] = case.get("extra", False)
+        del constants["SEG1"], constants["SEG2"]  # one segment
         return products_triton_kernels._similarity_gradient_kernel, constants
     flag = "WANT_ALPHA" if kind == "backward_rows" else "ACCUMULATE"
     constants[flag] = case.get("extra", False)
     module, prefix = {
+        "attention": (backward_triton_kernels, "_pair_bwd"),
         "context": (context_triton_kernels, "_context_bwd"),
         "max": (max_triton_kernels, "_max_bwd"),
     }[pooling]

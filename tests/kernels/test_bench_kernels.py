@@ -287,7 +287,7 @@ def test_a_tile_map_under_test_takes_the_place_of_the_table(
 
 
 KINDS = {
-    "attention": ("forward", "gradient"),
+    "attention": ("forward", "backward_rows", "backward_patches"),
     "context": ("forward", "turn", "backward_rows", "backward_patches"),
     "max": ("forward", "backward_rows", "backward_patches"),
 }

@@ -54,15 +54,17 @@ def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def law(batch: int, rows: int, patches: int, dim: int, pooling: str) -> int:
-    """Beside inputs and gradients: one unit copy, 8 N^2, min(20 N^2 J, 1 GiB) and 64 MiB; a backward
-    pass of attention pooling also a block of similarity gradients: 1,024 rows by all patches, at
-    least 128 MiB (or all rows) and at most 1 GiB, two numbers a pair of its rows, and the rows."""
+    """Beside inputs and gradients: one unit copy, 8 N^2, min(20 N^2 J, 1 GiB) and 64 MiB.
+
+    Attention pooling at D above 128: also a block of similarity gradients (1,024 rows by all
+    patches, at least 512 MiB or all rows, at most 1 GiB), two numbers a pair of its rows, the rows.
+    """
     copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
     whole = copies + 8 * batch**2 + min(20 * batch**2 * rows, 2**30) + 64 * MIB
-    if pooling != "attention":
+    if pooling != "attention" or dim <= 128:
         return whole
     row = 2 * batch * tiling.padded_patches(patches)
-    block = min(max(128 * MIB, 1024 * row), 1024 * MIB, (batch * rows + 127) * row)
+    block = min(max(512 * MIB, 1024 * row), 1024 * MIB, (batch * rows + 127) * row)
     return whole + block + block // row * (8 * batch + 6 * dim)
 
 

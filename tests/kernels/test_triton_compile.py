@@ -21,8 +21,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 # CUDA programming guide, bytes a block; 86 stands for every chip that is neither A100 nor H100
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
+# see reloaded_descriptors: kernels that failed on an H200 had four to thirteen of them, those that
+# passed hundreds of repeats at most one
+MOST_RELOADED = 1
 KINDS = {
-    "attention": ("forward", "gradient"),
+    "attention": ("forward", "backward_rows", "backward_patches"),
     "context": ("forward", "turn", "backward_rows", "backward_patches"),
     "max": ("forward", "backward_rows", "backward_patches"),
 }
@@ -45,6 +48,7 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
 
 def check(used: dict[str, Any]) -> None:
     assert used["shared"] <= SHARED_LIMIT[used["capability"]], used
+    assert used["reloaded"] <= MOST_RELOADED, used
     if used["op"] in ("rows", "patches"):
         # passes over the inputs alone, a hundredth of the work. Features with gaps between their
         # elements take 64-bit products of every column: two words on the stack at D = 256
@@ -94,7 +98,8 @@ POINTERS = {
     ),
 }  # fmt: skip
 TENSOR_CORES = {
-    "_pair_fwd_kernel", "_similarity_gradient_kernel", "_context_turn_kernel",
+    "_pair_fwd_kernel", "_pair_bwd_rows_kernel", "_pair_bwd_patches_kernel", "_context_turn_kernel",
+    "_similarity_gradient_kernel",
     "_context_bwd_rows_kernel", "_context_bwd_patches_kernel", "_max_bwd_patches_kernel",
     "_info_nce_fwd_kernel", "_info_nce_ds_kernel", "_info_nce_bwd_kernel",
 }  # fmt: skip
@@ -117,6 +122,7 @@ def call(pooling: str, capability: int, **more: Any) -> dict[str, Any]:
 
 def check_launch(row: dict[str, Any]) -> None:
     assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+    assert row["reloaded"] <= MOST_RELOADED, row
     assert row["grids"], row
     for grid in row["grids"]:
         assert all(0 < n <= most for n, most in zip(grid, MOST_PROGRAMS, strict=True)), row
@@ -144,15 +150,16 @@ def launch_all(calls: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]
 
 def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
     """Oracle: Triton's own argument binder and ptxas; only the driver is not there."""
-    calls = [call("attention", 90, learned=True, aggregation="lse")]
+    calls = [call("attention", 90, learned=True, aggregation="lse", dim=dim) for dim in (128, 256)]
     calls.append({"op": "info_nce", "capability": 90, "batch": 300, "dim": 256})
     made = {row["kernel"] for row in launch_all(calls, tmp_path)}
     assert made == {
-        "_rows_fwd_kernel", "_patches_fwd_kernel", "_pair_fwd_kernel", "_aggregate_fwd_kernel",
-        "_aggregate_bwd_kernel", "_pull_kernel", "_similarity_gradient_kernel",
-        "_block_rows_kernel", "_place_rows_kernel", "_patches_bwd_kernel", "_rows_bwd_kernel",
-        "_count_rows_kernel", "_pack_rows_kernel", "_info_nce_fwd_kernel", "_info_nce_ds_kernel",
-        "_longest_kernel", "_shift_kernel",
+        "_aggregate_bwd_kernel", "_aggregate_fwd_kernel", "_block_rows_kernel",
+        "_count_rows_kernel", "_info_nce_ds_kernel", "_info_nce_fwd_kernel", "_longest_kernel",
+        "_pack_rows_kernel", "_pair_bwd_patches_kernel", "_pair_bwd_rows_kernel",
+        "_pair_fwd_kernel", "_patches_bwd_kernel", "_patches_fwd_kernel", "_place_rows_kernel",
+        "_pull_kernel", "_rows_bwd_kernel", "_rows_fwd_kernel", "_shift_kernel",
+        "_similarity_gradient_kernel",
     }  # fmt: skip
 
 
@@ -160,15 +167,16 @@ def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
 # take 1/16 of a clock of a multiprocessor for such a pair (D = 128), four schedulers 128 a clock
 MOST_INSTRUCTIONS = {
     ("attention", "forward"): 7.3,
-    ("attention", "gradient"): 11.6,
+    ("attention", "backward_rows"): 9.3,
+    ("attention", "backward_patches"): 10.6,
     ("max", "forward"): 7.5,
-    ("max", "backward_patches"): 6.9,
+    ("max", "backward_patches"): 9.6,
 }
 
 
 def test_the_loops_of_pair_kernels_stay_short(tmp_path: Path) -> None:
     cases = [
-        pair(kind, pooling, 128, 196, 90, extra=kind == "gradient")
+        pair(kind, pooling, 128, 196, 90, extra=kind == "backward_rows")
         for pooling, kind in MOST_INSTRUCTIONS
     ]
     for used in compile_all(cases, tmp_path):
@@ -237,9 +245,6 @@ def test_all_other_kernels_compile_within_the_chip(capability: int, tmp_path: Pa
     for kind in ("forward", "backward"):
         for dim, element in ((128, "bf16"), (256, "bf16"), (512, "bf16"), (128, "fp32")):
             cases.append({"op": "info_nce", "kind": kind, "dim": dim, "element": element})
-    cases += [
-        pair("products", "attention", dim, 196, capability, element="fp32") for dim in (128, 256)
-    ]
     for dim in (128, 256):
         for op in ("rows", "patches"):
             for kind in ("forward", "backward"):
