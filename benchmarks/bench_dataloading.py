@@ -43,7 +43,7 @@ from mlip import config
 from mlip.assembly import open_tokenizer
 from mlip.training.allocator import keep_freed_memory
 
-AHEAD = 6  # batches made ahead between two rounds are not of this round
+AHEAD = 6  # batches made ahead between two rounds are not of this round; of many workers, two each
 
 
 def cpu_seconds() -> float:
@@ -70,7 +70,7 @@ def serve(name: str, folder: Path, channels: int, workers: int) -> None:
     next(batches)
     print("ready", flush=True)
     for line in sys.stdin:
-        for _ in range(AHEAD):
+        for _ in range(max(AHEAD, 2 * workers + 2)):
             next(batches)
         synchronise()
         spent, start = cpu_seconds(), time.perf_counter()

@@ -34,7 +34,7 @@ RESERVE_S = 20  # of writing results and printing
 MOST_SHARES = 8  # processes of tests: each holds a CUDA context of half a GiB
 BASE = ("torch", "triton", "numpy", "pytest")
 STEP = ("transformers", "sklearn", "yaml", "safetensors", "psutil")
-READING = ("pyarrow", "tokenizers", "cv2", "numba", "ahocorasick")
+READING = ("pyarrow", "tokenizers", "cv2", "numba", "ahocorasick", "pydicom", "imagecodecs")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ PARTS = {
     ),
     "deepspeed": Part(
         ("tests/training/test_gpu_deepspeed.py",),
-        (*BASE, *STEP, "deepspeed"),
+        (*BASE, *STEP, *READING, "deepspeed"),
         tests_s=TOTAL_S - RESERVE_S,
     ),
 }

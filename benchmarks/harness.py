@@ -43,11 +43,13 @@ def _run(*command: str) -> str | None:
 
 def environment(device: str) -> dict[str, Any]:
     """GPU or CPU, driver, versions and commit."""
+    # a copy without its history, or with that of another day, is told where it is from
+    told = os.environ.get("MLIP_COMMIT")
+    changes = None if told else _run("git", "status", "--porcelain", "--untracked-files=no")
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        # a copy without its history is told where it is from
-        "commit": _run("git", "rev-parse", "--short=12", "HEAD") or os.environ.get("MLIP_COMMIT"),
-        "modified": bool(_run("git", "status", "--porcelain", "--untracked-files=no")),
+        "commit": told or _run("git", "rev-parse", "--short=12", "HEAD"),
+        "modified": bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
