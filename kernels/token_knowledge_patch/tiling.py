@@ -109,9 +109,8 @@ SMALL: list[Candidate] = [
     (32, (16, 0, 0), 4),
     (16, (16, 0, 0), 4),
 ]
-# One product a loop where D is above 128, and one segment where a backward pass adds the gradient
-# of patches up in registers: descriptors of more products than that leave the uniform registers,
-# and ptxas 12.8 (Triton 3.6's) then lets a product read one while it is loaded again (README).
+# A backward pass that adds the gradient of patches up in registers has one segment: with three, an
+# H200 gave illegal addresses or other bits from run to run (README, tile maps).
 TABLE: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("forward", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
@@ -142,7 +141,7 @@ OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
 # lines that only bench_kernels.py --tune tries: no count of instructions says which wins
 ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
     ("forward", 128): [(128, (128, 16, 64), 8)],
-    ("forward", 256): [(128, (128, 0, 0), 8), (128, (32, 0, 0), 4)],
+    ("forward", 256): [(64, (128, 16, 64), 8), (128, (128, 0, 0), 8)],
     ("backward_rows", 128): [(64, (128, 64, 16), 4), (64, (64, 32, 16), 4)],
     ("backward_patches", 128): [(64, (64, 0, 0), 4)],
     ("gradient", 256): [(64, (128, 0, 0), 4), (64, (64, 0, 0), 4)],
@@ -180,10 +179,10 @@ def shared_bytes(kind: str, block_r: int, span: int, dim: int, size: int, stages
     return rows + stages * patches
 
 
-def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
+def _resident(patches: int, dim: int, limit: int, pooling: str) -> Tiling | None:
     """All patches of an image on chip in at most three power-of-two segments, or None."""
-    if dim > 128 and padded_patches(patches) not in (16, 32, 64, 128):
-        return None  # one product a loop: TABLE
+    if (pooling, dim > 128) == ("max", True) and padded_patches(patches) not in (16, 32, 64, 128):
+        return None  # never seen right on a card: TABLE
     segments: list[int] = []
     left = padded_patches(patches)
     while left > 0 and len(segments) < 3:
@@ -194,7 +193,7 @@ def _resident(patches: int, dim: int, limit: int) -> Tiling | None:
         return None
     if shared_bytes("resident", 64, sum(segments), dim, 2, 2) + SHARED_MEMORY_SLACK > limit:
         return None
-    if len(segments) == 3:  # the short one in the middle: fewer words on the stack
+    if len(segments) == 3:  # the short one in the middle: two words fewer on the stack at D = 256
         segments = [segments[0], segments[2], segments[1]]
     seg0, seg1, seg2 = (segments + [0, 0])[:3]
     return Tiling(64, (seg0, seg1, seg2), 1, 4, 2)
@@ -250,7 +249,7 @@ def fitting_tilings(
     lines = _fitting(kind, patches, dim, size, limit, pooling, others)
     found = [tiling for _, tiling in lines]
     if kind == "forward" and size == 2 and pooling != "context":
-        resident = _resident(patches, dim, limit)
+        resident = _resident(patches, dim, limit, pooling)
         found = found if resident is None else [resident, *found]
     return found
 
@@ -263,7 +262,7 @@ def choose_tiling(
     if kind in FORCED:
         return FORCED[kind]
     if kind == "forward" and size == 2 and pooling != "context":
-        resident = _resident(patches, dim, limit)
+        resident = _resident(patches, dim, limit, pooling)
         if resident is not None:
             return resident
     best: tuple[float, Tiling] | None = None

@@ -61,25 +61,6 @@ def product_loops(assembly: str) -> list[int]:
     ]
 
 
-def reloaded_descriptors(assembly: str) -> int:
-    """Registers of a product's descriptors that are loaded again before the wait for that product.
-
-    ptxas 12.8 makes wrong code of kernels that do so: illegal addresses on the card, or other bits
-    from run to run, where uniform registers do not hold the descriptors of a loop's products.
-    """
-    found = re.findall(r"^\s*/\*[0-9a-f]{4,5}\*/\s+(.*?);", assembly, re.M)
-    in_flight: set[int] = set()
-    count = 0
-    for instruction in found:
-        if product := re.search(r"HGMMA.*gdesc\[UR(\d+)\]", instruction):
-            in_flight |= set(range(int(product[1]), int(product[1]) + 4))
-        elif "WARPGROUP.DEPBAR" in instruction:
-            in_flight.clear()
-        elif load := re.match(r"(?:@!?\w+ )?R2UR\S*\s+UR(\d+)", instruction):
-            count += int(load[1]) in in_flight
-    return count
-
-
 def resources(cubin: bytes) -> dict[str, Any]:
     """Registers, stack, loops and instructions that tell spills and tensor cores, of a cubin."""
     import triton
@@ -98,7 +79,6 @@ def resources(cubin: bytes) -> dict[str, Any]:
     for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
     out["loops"] = product_loops(assembly)
-    out["reloaded"] = reloaded_descriptors(assembly)
     return out
 
 
