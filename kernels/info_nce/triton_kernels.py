@@ -57,8 +57,7 @@ def ds_tiling(dim: int, is_large: bool) -> dict[str, int]:
     """Tile map of the kernel of gradients of cosines; is_large: 227 KiB of shared memory a block.
 
     There two programs share a multiprocessor, so that one multiplies while the other makes powers:
-    three stages and 128 registers. With four stages, or all of D in one step, ptxas 12.8 refills
-    a descriptor of a product that is still running.
+    three stages and 128 registers.
     """
     block_k = min(64, max(16, _block_dim(dim) // 2))
     tiling = forward_tiling(dim, 2) | {"BLOCK_K": block_k, "GROUP": 16}

@@ -195,7 +195,7 @@ def _place_rows_kernel(
 ):  # fmt: skip
     """A block's real rows, where they came from. Row `row_base` is the buffer's first."""
     begin, count = _block(bounds_ptr, first_text, last_text, first_row, most_rows)
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     real = offs_r < count
     mask = real[:, None] & (offs_d < DIM)[None, :]

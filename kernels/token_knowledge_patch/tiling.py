@@ -14,7 +14,7 @@ from mlip.kernels._chip import SHARED_MEMORY
 
 # the memory law of the README: beside unit copies and scores a call may take
 # min(20 bytes a pair of row and image, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES, and a backward
-# pass by products gradient_bytes
+# pass by products a block of gradient_rows
 WORKSPACE_CAP_BYTES = 2**30
 WORKSPACE_SLACK_BYTES = 2**26
 WORKSPACE_RESERVE_BYTES = 2**22  # row index, masks and the loss's own temporaries
@@ -119,16 +119,14 @@ TABLE: dict[tuple[str, int], Choice] = {
         + [(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)],
         SMALL,
     ),
-    ("backward_rows", 256): Choice([(128, (64, 0, 0), 8), (128, (32, 0, 0), 8)], SMALL),
     ("backward_patches", 128): Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
-    ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
-    ("gradient", 256): Choice([(128, (128, 0, 0), 8), (128, (64, 0, 0), 8)], SMALL),
+    ("backward_patches", 256): Choice([(128, (64, 0, 0), 8)], SMALL),  # of max pooling
+    ("gradient", 256): Choice([(128, (64, 0, 0), 8)], SMALL),
 }
 # (pooling or "", kernel, dim) where the general line spills: mma.sync of sm_80 holds its operands
 # in registers, and a one-hot product is compiled otherwise than a softmax
 OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
     ("", "backward_rows", 128): Choice([(128, (32, 0, 0), 8)], SMALL),
-    ("", "backward_rows", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
     ("", "backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("", "gradient", 256): Choice([(64, (64, 0, 0), 8), (64, (32, 0, 0), 8)], SMALL[2:]),
     **{
@@ -340,13 +338,11 @@ def gradient_rows(p: Problem, texts: int) -> int:
     gradient of patches), within GRADIENT_CAP_BYTES."""
     row = p.size * p.images * p.padded
     most = min(max(GRADIENT_BYTES // row, GRADIENT_ROWS), GRADIENT_CAP_BYTES // row)
-    needed = -(-texts * p.rows_a_text // GRADIENT_UNIT) * GRADIENT_UNIT
-    return max(GRADIENT_UNIT, min(most // GRADIENT_UNIT * GRADIENT_UNIT, needed))
-
-
-def gradient_bytes(p: Problem, texts: int) -> int:
-    """Of a block of rows: the gradient of similarities, g and h, the rows and their gradient."""
-    return gradient_rows(p, texts) * (p.images * (p.size * p.padded + 8) + (p.size + 4) * p.dim)
+    most = max(GRADIENT_UNIT, most // GRADIENT_UNIT * GRADIENT_UNIT)
+    rows = max(1, texts * p.rows_a_text)
+    # blocks of one length: the library multiplies what is not there in the last one too
+    blocks = -(-rows // most)
+    return -(-rows // (blocks * GRADIENT_UNIT)) * GRADIENT_UNIT
 
 
 def _chunk_budget(p: Problem, is_whole: bool) -> int:

@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # CUDA programming guide, bytes a block; 86 stands for every chip that is neither A100 nor H100
 SHARED_LIMIT = {80: 166912, 86: 101376, 90: 232448}
 KINDS = {
-    "attention": ("forward", "backward_rows", "backward_patches"),
+    ("attention", 128): ("forward", "backward_rows", "backward_patches"),
+    ("attention", 256): ("forward", "gradient"),
     "context": ("forward", "turn", "backward_rows", "backward_patches"),
     "max": ("forward", "backward_rows", "backward_patches"),
 }
@@ -226,7 +227,7 @@ def test_all_pair_kernels_compile_within_the_chip(
 ) -> None:
     cases = []
     for pooling in ("attention", "context", "max"):
-        for kind in KINDS[pooling]:
+        for kind in KINDS.get((pooling, dim)) or KINDS[pooling]:
             cases.append(pair(kind, pooling, dim, patches, capability, extra=True))
             cases.append(pair(kind, pooling, dim, patches, capability))
     for used in compile_all(cases, tmp_path):
