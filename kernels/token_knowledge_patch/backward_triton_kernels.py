@@ -96,12 +96,13 @@ def _similarity_gradient(s, a, g, h, alpha):
 
 
 @triton.jit
-def _rows_step(
-    q, v, bias, stat, g, h, alpha, acc, alpha_sum,
-    BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+def _bounded_gradient(
+    s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr
 ):  # fmt: skip
-    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    """(ds, alpha_sum and its part of d alpha) of similarities [rows, SEG], finite on padding too.
+
+    PLAIN: an attention scale from PLAIN_LEAST to PLAIN_MOST
+    """
     x = _log2_weight(s, stat, alpha)
     # padding has s = 0: a weight that overflowed there would turn the zero it multiplies into NaN
     if not PLAIN:
@@ -119,6 +120,17 @@ def _rows_step(
         ds = _similarity_gradient(s, a, g, h, alpha)
         if WANT_ALPHA:
             alpha_sum += tl.sum(ds * s, 1)
+    return ds, alpha_sum
+
+
+@triton.jit
+def _rows_step(
+    q, v, bias, stat, g, h, alpha, acc, alpha_sum,
+    BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    ds, alpha_sum = _bounded_gradient(s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     return dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlip.kernels._common_triton_kernels import LOG2_E, dot
+from mlip.kernels._common_triton_kernels import dot
 from mlip.kernels._dispatch import is_interpreting
 from mlip.kernels._products import wide_product
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
     ABSENT,
     PLAIN_LEAST,
     PLAIN_MOST,
+    _bounded_gradient,
     _pull,
 )
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import _load_patches, _load_rows
@@ -75,25 +76,9 @@ def _similarity_step(
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """ds [BLOCK_R, SEG], written at `at`; PLAIN: an attention scale of the range above."""
+    """ds [BLOCK_R, SEG], written at `at`."""
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    x = s * (alpha * LOG2_E) - stat[:, None]
-    # padding has s = 0: a weight that overflowed there would turn the zero it multiplies into NaN
-    if not PLAIN:
-        if WANT_ALPHA:
-            x += bias[None, :]  # no weight at all, as the sum below needs it
-        else:
-            x = tl.minimum(x, 0.0)  # a real weight is at most 1
-    a = tl.exp2(x)
-    if WANT_ALPHA and not PLAIN:
-        # g (s - r)^2 by patch, the form that cancels least; g apart, whose square underflows
-        away = s - tl.where(g != 0, h / g, 0.0)[:, None]
-        alpha_sum += tl.where(g != 0, g * tl.sum(a * away * away, 1), 0.0)
-        ds = a * (g[:, None] + (alpha * g)[:, None] * away)
-    else:
-        ds = a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
-        if WANT_ALPHA:
-            alpha_sum += tl.sum(ds * s, 1)
+    ds, alpha_sum = _bounded_gradient(s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     tl.store(at, ds.to(at.dtype.element_ty), mask=mask)
     return alpha_sum
 
@@ -223,11 +208,12 @@ class ProductsBackward:
     ) -> None:
         like = tensors["v"]
         wide: Any = {"dtype": torch.float32, "device": like.device}
+        narrow: Any = {"dtype": like.dtype, "device": like.device}
         self._p, self._tensors, self._want_alpha = p, tensors, want_alpha
         self._columns = p.images * p.padded
         self._block = gradient_rows(p, texts)
-        self._ds = like.new_empty((self._block, self._columns))
-        self._rows = like.new_empty((self._block, p.dim))
+        self._ds = torch.empty((self._block, self._columns), **narrow)
+        self._rows = torch.empty((self._block, p.dim), **narrow)
         self._g = torch.empty((p.images, self._block), **wide)
         self._h = torch.empty_like(self._g)
         limit, processors = chip
@@ -264,7 +250,9 @@ class ProductsBackward:
         if span[0] == 0:
             d_v.zero_()
         firsts = range(0, (span[1] - span[0]) * p.rows_a_text, block)
-        alpha = self._g.new_empty((len(firsts), self._grid[0] * self._grid[1]))
+        alpha = torch.empty(
+            (len(firsts), self._grid[0] * self._grid[1]), dtype=torch.float32, device=v.device
+        )
         for number, first in enumerate(firsts):
             at = (*span, first, block)
             _pull_kernel[(triton.cdiv(block, 128), triton.cdiv(p.images, 16))](

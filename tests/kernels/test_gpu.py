@@ -170,8 +170,9 @@ def test_info_nce_is_exact(count: int, dim: int, features: torch.dtype, scale: f
         results.append([value.detach(), *torch.autograd.grad(value, made)])
     # rounding a logit to float32 alone moves its power by scale * 2^-24
     tolerance = max(1e-5, scale * 2**-21) if features == torch.float32 else 5e-3
-    # the terms of d scale are of both signs and nearly cancel
-    for got, want, terms in zip(*results, (1, 1, 1, 20), strict=True):
+    # the terms of d scale are of both signs and nearly cancel: 4.1e-4 of float32 on an H200
+    cancelled = 20 if features == torch.float32 else 1
+    for got, want, terms in zip(*results, (1, 1, 1, cancelled), strict=True):
         assert count == 1 or want.abs().mean() > 1e-12  # one pair has no negative, and no gradient
         assert relative_error(got, want) <= terms * tolerance
 
