@@ -52,27 +52,45 @@ class Clock:
 
 
 class Runner:
-    """Steps of an engine over a few batches in turn, each with its own step number."""
+    """Steps of an engine over a few batches in turn, each with its own step number.
+
+    As in the training loop on a GPU, a step's numbers are read when the next one is queued.
+    """
 
     def __init__(self, engine: Any, batches: Sequence[Batch]) -> None:
         self.engine, self.batches = engine, batches
         self.clock = Clock(engine.device)
         self.done = 0
+        self._started: Any = None  # the step whose numbers have not been read
 
     def next_batch(self) -> Batch:
         return self.batches[self.done % len(self.batches)]
 
     def step(self) -> None:
-        result = self.engine.train_step(self.next_batch(), step=self.done, progress=PROGRESS, lr=LR)
+        batch = self.next_batch()
+        started = self.engine.start_step(batch, step=self.done, progress=PROGRESS, lr=LR)
+        self.done += 1
+        before, self._started = self._started, started
+        if before is not None:
+            self._read(before)
+
+    def settle(self) -> None:
+        """Wait for all that was started."""
+        self.clock.settle()
+        if self._started is not None:
+            self._read(self._started)
+        self._started = None
+
+    def _read(self, started: Any) -> None:
+        result = started.result()
         if result.is_skipped:
             raise RuntimeError(f"a step was skipped: {result.bad_terms() or 'a gradient'}")
-        self.done += 1
 
     def times_ms(self, *, warmup: int, least: int, budget_s: float) -> list[float]:
         """Milliseconds of each step: at least `least`, and until the budget is spent."""
         for _ in range(warmup):
             self.step()
-        self.clock.settle()
+        self.settle()
         points = [self.clock.now()]
         start = time.perf_counter()
         while len(points) <= least or (
@@ -80,20 +98,22 @@ class Runner:
         ):
             self.step()
             points.append(self.clock.now())
-        self.clock.settle()
+        self.settle()
         return [self.clock.ms(a, b) for a, b in zip(points, points[1:], strict=False)]
 
     def parts_ms(self, steps: int) -> dict[str, float]:
         """Mean milliseconds of each of PARTS; they add up to the step."""
         totals = dict.fromkeys(PARTS, 0.0)
+        marks = []
         with _Spans(self.engine, self.clock) as spans:
-            for _ in range(steps):
+            for _ in range(1 + steps):
                 begin = self.clock.now()
-                spans.clear()
                 self.step()
-                end = self.clock.now()
-                self.clock.settle()
-                for name, spent in spans.parts(begin, end).items():
+                marks.append((begin, self.clock.now(), spans.taken()))
+            self.settle()
+            # not the first: before it the GPU had nothing to do
+            for begin, end, of_step in marks[1:]:
+                for name, spent in spans.parts(begin, end, of_step).items():
                     totals[name] += spent / steps
         return totals
 
@@ -107,8 +127,10 @@ class _Spans:
         self._undo = contextlib.ExitStack()
         self._in_backward = False
 
-    def clear(self) -> None:
-        self._spans.clear()
+    def taken(self) -> list[tuple[str, Any, Any]]:
+        """The marks since it was last asked."""
+        taken, self._spans = self._spans, []
+        return taken
 
     def __enter__(self) -> _Spans:
         for name in ("_keep_buffers", "_forward", "_backward", "_update"):
@@ -154,13 +176,13 @@ class _Spans:
         ):
             self._undo.callback(handle.remove)
 
-    def parts(self, begin: Any, end: Any) -> dict[str, float]:
+    def parts(self, begin: Any, end: Any, of_step: list[tuple[str, Any, Any]]) -> dict[str, float]:
         """What the marks of one step say, once the device has come to them."""
 
         def spent(name: str) -> float:
-            return sum(self.clock.ms(a, b) for label, a, b in self._spans if label == name)
+            return sum(self.clock.ms(a, b) for label, a, b in of_step if label == name)
 
-        to_device = next(a for label, a, _ in self._spans if label == "_keep_buffers")
+        to_device = next(a for label, a, _ in of_step if label == "_keep_buffers")
         vision, text, again = spent("vision"), spent("text"), spent("again")
         made = {
             "data": self.clock.ms(begin, to_device),
@@ -183,11 +205,11 @@ def profile(runner: Runner, steps: int = 3, most: int = 15) -> dict[str, Any]:
     on_gpu = runner.clock.is_gpu
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     runner.step()
-    runner.clock.settle()
+    runner.settle()
     with torch.profiler.profile(activities=activities) as made:
         for _ in range(steps):
             runner.step()
-        runner.clock.settle()
+        runner.settle()
 
     def spent_us(event: Any) -> float:
         return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)

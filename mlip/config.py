@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import yaml
 
+from mlip.config_agreement import check_agreement
 from mlip.config_bounds import check_bounds
 from mlip.strict_yaml import read_yaml
 from mlip.transfer_settings import Transfer
-from mlip.transfer_settings import check as check_transfer
 from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, require_utf8
 
 
@@ -121,6 +121,8 @@ class Train:
     clip_norm: float = 1.0  # 0 = not clipped
     ema_decay: float = 0.0  # of an average of the weights, saved apart; 0 = none, 0.999 is usual
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
+    # with precision bf16: what a transformer's layers add to, and its LayerNorms' results
+    residual: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
     compile: bool = False  # towers by torch.compile: minutes first, then faster steps
@@ -316,7 +318,8 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         check_keys(nested, Config, where="override")
         merge(tree, nested)
     config = build(Config, tree, "")
-    _check_values(config)
+    check_bounds(flatten(to_dict(config)))
+    check_agreement(config)
     return config
 
 
@@ -324,7 +327,8 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     """The Config that to_dict gave, checked again in full."""
     check_keys(tree, Config, where="saved config")
     config = build(Config, tree, "")
-    _check_values(config)
+    check_bounds(flatten(to_dict(config)))
+    check_agreement(config)
     return config
 
 
@@ -341,58 +345,3 @@ def difference(left: Config, right: Config) -> dict[str, tuple[Any, Any]]:
         for key in sorted(a.keys() | b.keys())
         if a.get(key) != b.get(key)
     }
-
-
-def _check_values(config: Config) -> None:
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
-
-    check_bounds(flatten(to_dict(config)))
-    check_transfer(config.transfer)
-    data, batch, train = config.data, config.batch, config.train
-    require(
-        data.crop_px <= data.resize_px,
-        f"data.crop_px={data.crop_px} is larger than data.resize_px={data.resize_px}",
-    )
-    require(
-        train.max_steps > 0 or train.epochs > 0,
-        "train.max_steps and train.epochs are both 0: nothing would be trained",
-    )
-    cached = batch.micro_images > 0 or batch.micro_texts > 0
-    vision = config.model.vision
-    require(
-        not (cached and vision.kind == "resnet" and vision.norm == "batch"),
-        "batch.micro_images/micro_texts with model.vision.norm=batch: a statistic of a "
-        "micro-batch is not a statistic of the batch; set model.vision.norm to group or frozen",
-    )
-    require(
-        not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
-        "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
-    )
-    require(
-        train.spike_factor == 0.0 or train.spike_factor > 1.0,
-        f"train.spike_factor={train.spike_factor}: expected 0 (off) or more than 1, for example 3",
-    )
-    require(
-        train.optimizer == "adamw" or train.zero_stage == 0,
-        f"train.optimizer=muon needs whole matrices on every rank, train.zero_stage="
-        f"{train.zero_stage} splits them; set train.zero_stage=0, or train.optimizer=adamw",
-    )
-    require(
-        not (train.compile and train.zero_stage == 3),
-        "train.compile with train.zero_stage=3: parameters come and go between the layers of a "
-        "compiled tower; set train.zero_stage to 0, 1 or 2, or train.compile=false",
-    )
-    require(
-        config.model.attention != "varlen" or config.model.text.packed,
-        "model.attention=varlen is for packed reports; set model.text.packed=true",
-    )
-    require(
-        not (train.compile and config.model.attention == "varlen"),
-        "train.compile with model.attention=varlen: nested tensors are not compiled; set sdpa",
-    )
-    require(
-        not (train.offload and train.zero_stage == 0),
-        "train.offload needs train.zero_stage of 1 or more",
-    )

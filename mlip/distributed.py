@@ -155,6 +155,16 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return total
 
 
+def max_of_numbers(numbers: Sequence[int]) -> list[int]:
+    """The maximum over ranks of each number that the hosts know; no GPU is asked or waited for."""
+    if not is_distributed():
+        return list(numbers)
+    # on the host, where `start` has gloo beside NCCL
+    most = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return [int(number) for number in most.tolist()]
+
+
 def max_over_ranks(x: Tensor) -> Tensor:
     """The elementwise maximum over ranks, without gradient."""
     if not is_distributed():

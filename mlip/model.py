@@ -103,6 +103,7 @@ class MLIPModel(nn.Module):
             channels=data.channels,
             image_px=data.crop_px,
             attention=model.attention,
+            residual=config.train.residual,
             offline=offline,
         )
         self.text = TextEncoder(
@@ -110,6 +111,7 @@ class MLIPModel(nn.Module):
             vocab_size=vocab_size,
             max_tokens=data.max_tokens,
             attention=model.attention,
+            residual=config.train.residual,
             keeps_attention=config.loss.local_alignment.token_weights == "attention",
             offline=offline,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config, ConfigError
-from mlip.distributed import is_distributed, max_over_ranks
+from mlip.distributed import max_of_numbers
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.training.determinism import random_part
@@ -128,19 +128,12 @@ class Objective(nn.Module):
 def _equal_widths(
     text: TextFeatures, content_mask: Tensor, knowledge: KnowledgeFeatures
 ) -> tuple[TextFeatures, Tensor, KnowledgeFeatures]:
-    """The same with T and K padded to the widest rank's: gathered rows must have one shape.
-
-    Cost:    with several ranks on GPUs two synchronisations a step (the widths are read)
-    """
-    if not is_distributed():
+    """The same with T and K padded to the widest rank's: gathered rows must have one shape."""
+    tokens, entities = text.tokens.shape[1], knowledge.mask.shape[1]
+    widest = max_of_numbers([tokens, entities])
+    more_tokens, more_entities = widest[0] - tokens, widest[1] - entities
+    if more_tokens == more_entities == 0:
         return text, content_mask, knowledge
-    widths = content_mask.new_tensor(
-        [text.tokens.shape[1], knowledge.mask.shape[1]], dtype=torch.long
-    )
-    widest = max_over_ranks(widths)
-    if torch.equal(widest, widths):
-        return text, content_mask, knowledge
-    more_tokens, more_entities = (widest - widths).tolist()
     text = dataclasses.replace(
         text,
         tokens=F.pad(text.tokens, (0, 0, 0, more_tokens)),

@@ -15,10 +15,12 @@ ALLOWED = {
     "mlip.strict_yaml": (),
     "mlip.typed_tree": (),
     "mlip.transfer_settings": ("mlip.typed_tree",),
+    "mlip.config_agreement": ("mlip.typed_tree", "mlip.transfer_settings"),
     "mlip.config_bounds": ("mlip.typed_tree",),
     "mlip.config": (
         "mlip.strict_yaml",
         "mlip.typed_tree",
+        "mlip.config_agreement",
         "mlip.config_bounds",
         "mlip.transfer_settings",
     ),

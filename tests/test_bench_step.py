@@ -24,6 +24,7 @@ from benchmarks.step_variants import (
     as_it_is,
     flat_scores,
     padded_reports,
+    rounded_residual,
 )
 from mlip.encoders import attention as attention_module
 from tests.step_bench import bench_on, objective_of, shared_bench
@@ -91,12 +92,15 @@ def test_the_flat_product_gives_the_operator_s_scores_and_gradients() -> None:
 def test_a_way_changes_the_engine_only_inside(name: str) -> None:
     bench = shared_bench()
     model = bench.engine.objective.model
-    configs = [model.text.backbone.config, model.vision.tower.backbone.config]
+    backbones = [model.text.backbone, model.vision.tower.backbone]
+    configs = [backbone.config for backbone in backbones]
 
     def state() -> tuple[Any, ...]:
         attention = [config._attn_implementation for config in configs]
         ours = os.environ.get("MLIP_DISABLE_TRITON"), "local_scores" in vars(model)
-        return attention, model.text.is_packed, *ours
+        norms = [type(m) for m in model.modules() if isinstance(m, torch.nn.LayerNorm)]
+        hooks = [len(tower.embeddings._forward_hooks) for tower in backbones]
+        return attention, model.text.is_packed, norms, hooks, *ours
 
     before = state()
     try:
@@ -109,7 +113,7 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
     assert state() == before
 
 
-@pytest.mark.parametrize("reports", [as_it_is, padded_reports])
+@pytest.mark.parametrize("reports", [as_it_is, padded_reports, rounded_residual])
 def test_towers_compile_without_a_graph_break(reports: Any) -> None:
     bench = bench_on()
     runner = bench.runner(4, 0)

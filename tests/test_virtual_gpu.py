@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,11 +163,12 @@ def test_a_run_and_its_evaluation_are_the_cpus(
         assert a == pytest.approx(b, rel=1e-5)
     assert json.loads((tmp_path / "gpu" / "results.json").read_text())["run"]["step"] == 2
     assert (tmp_path / "gpu" / "report.html").is_file()
-    # a step reads its gradient norm, to know whether it counts; all else travels meanwhile
-    lines = Counter(wait for wait in gpu.waits if wait.startswith(("mlip/training/step", "mlip/l",
+    # whether a step counts is known on the GPU alone; its numbers travel while the next one runs
+    lines = [wait for wait in gpu.waits if wait.startswith(("mlip/training/step", "mlip/l",
                     "mlip/enc", "mlip/obj", "mlip/model", "mlip/div", "mlip/training/engine",
-                    "mlip/batch", "kernels")) and ":state" not in wait)  # fmt: skip
-    assert lines == {"mlip/training/step.py:_update (aten::_local_scalar_dense)": 2}
+                    "mlip/training/plain", "mlip/training/ema", "mlip/training/host",
+                    "mlip/batch", "kernels")) and ":state" not in wait]  # fmt: skip
+    assert lines == []
 
 
 def _two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,11 +211,7 @@ def test_each_of_two_gpus_waits_where_the_page_says_and_nowhere_else(
     assert not result.is_skipped
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `(\w+\.py)`.* \| (?:every step|several ranks) \|", page, re.MULTILINE)
-    # both widths are read in one place: they are copied over, then compared
-    assert Counter(Path(wait.partition(":")[0]).name for wait in gpu.waits) == {
-        name: 2 if name == "objective.py" else 1 for name in told
-    }
-    assert len(told) == 3
+    assert [Path(wait.partition(":")[0]).name for wait in gpu.waits] == told == ["matching.py"]
 
 
 TASKS = {

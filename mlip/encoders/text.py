@@ -13,6 +13,7 @@ from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.options import tower_config
 from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
+from mlip.encoders.residual import round_residual
 from mlip.encoders.vision import check_source
 
 
@@ -34,6 +35,7 @@ class TextEncoder(nn.Module):
         vocab_size: int,
         max_tokens: int,
         attention: str = "sdpa",
+        residual: str = "fp32",
         keeps_attention: bool = False,
         offline: bool = True,
     ) -> None:
@@ -69,6 +71,8 @@ class TextEncoder(nn.Module):
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in self.backbone.encoder.layer:
             round_once(layer.attention.self)
+        if residual == "bf16":
+            round_residual(self.backbone)
         self.dim = int(config.hidden_size)
         self.pool = AttentionPool(self.dim) if settings.pool == "attention" else None
         self._last_attention.keeps_cls_attention = keeps_attention

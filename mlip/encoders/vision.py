@@ -18,6 +18,7 @@ from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.normalisation import recomputing, set_normalisation
 from mlip.encoders.options import tower_config
 from mlip.encoders.pool import AttentionPool
+from mlip.encoders.residual import round_residual
 from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
 
 
@@ -116,7 +117,14 @@ class ViTTower(nn.Module):
     """transformers' ViT; patches from the last layer, global vector from [CLS]."""
 
     def __init__(
-        self, settings: Vision, channels: int, image_px: int, attention: str, *, offline: bool
+        self,
+        settings: Vision,
+        channels: int,
+        image_px: int,
+        attention: str,
+        *,
+        residual: str,
+        offline: bool,
     ) -> None:
         super().__init__()
         name = f"mlip_{attention}"
@@ -143,6 +151,8 @@ class ViTTower(nn.Module):
         layers: Any = self.backbone.layers
         for layer in layers:
             round_once(layer.attention)
+        if residual == "bf16":
+            round_residual(self.backbone)
         self.patch_px = int(config.patch_size)
         self.patch_dim = self.global_dim = int(config.hidden_size)
         self.pools_patches = settings.pool == "attention"
@@ -185,6 +195,7 @@ class VisionEncoder(nn.Module):
         channels: int,
         image_px: int,
         attention: str = "sdpa",
+        residual: str = "fp32",
         offline: bool = True,
     ) -> None:
         super().__init__()
@@ -200,7 +211,9 @@ class VisionEncoder(nn.Module):
         if settings.kind == "resnet":
             self.tower = ResNetTower(settings, channels, offline=offline)
         else:
-            self.tower = ViTTower(settings, channels, image_px, attention, offline=offline)
+            self.tower = ViTTower(
+                settings, channels, image_px, attention, residual=residual, offline=offline
+            )
         self.patch_dim, self.global_dim = self.tower.patch_dim, self.tower.global_dim
         grid = self._grid(channels, image_px)
         self.neck = Neck(self.patch_dim, grid, settings)

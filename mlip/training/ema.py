@@ -32,21 +32,34 @@ class EMA:
 
     def __init__(self, held: Sequence[Tensor], decay: float) -> None:
         self.held, self.decay = list(held), decay
-        self.updates = 0
         self.shadow = [tensor.detach().clone() for tensor in self.held]
+        # counted where the held tensors are: whether a step counts is known there first
+        self._updates = torch.zeros((), dtype=torch.float64, device=self.held[0].device)
+
+    @property
+    def updates(self) -> int:
+        """Steps that moved the average; waits for the device."""
+        return int(self._updates)
 
     @torch.no_grad()
-    def update(self) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, [t.detach() for t in self.held], 1.0 - decay)
-        self.updates += 1
+    def update(self, is_skipped: Tensor) -> None:
+        """One step on, or none where `is_skipped`, bool [], is true."""
+        count = self._updates
+        is_skipped = is_skipped.to(
+            count.device
+        )  # elsewhere only where ZeRO holds the masters on the CPU
+        decay = torch.clamp((1.0 + count) / (10.0 + count), max=self.decay)
+        weight = torch.where(is_skipped, 0.0, 1.0 - decay)
+        for shadow, tensor in zip(self.shadow, self.held, strict=True):
+            shadow.lerp_(tensor.detach(), weight.to(shadow.dtype))
+        count += torch.where(is_skipped, 0.0, 1.0)
 
     @torch.no_grad()
     def restart(self, updates: int = 0) -> None:
         """Take the values that `held` has now."""
         for shadow, tensor in zip(self.shadow, self.held, strict=True):
             shadow.copy_(tensor)
-        self.updates = updates
+        self._updates.fill_(float(updates))
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

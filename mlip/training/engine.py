@@ -25,10 +25,10 @@ from mlip.training.compiled import compile_towers
 from mlip.training.deepspeed_json import deepspeed_settings
 from mlip.training.ema import EMAState
 from mlip.training.grad_cache import num_micro_batches, set_recompute_context
+from mlip.training.plain_engine import PlainEngine
 from mlip.training.step import (
     MOMENTS,
     Engine,
-    PlainEngine,
     TrainingState,
     build_optimizer,
     seed_moments,
@@ -97,9 +97,14 @@ class DeepSpeedEngine(Engine):
     def _backward(self, total: Tensor) -> None:
         self.engine.backward(total)
 
-    def _update(self, lr: float) -> float | None:
+    def _update(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # filled on the device: DeepSpeed has read the norm, or its overflow, already
+        return torch.full((), self._stepped(), device=self.device)
+
+    def _stepped(self) -> float:
+        """DeepSpeed's step; the gradient norm, NaN where DeepSpeed or we skipped it."""
         if self.stage == 0:
             # without ZeRO, DeepSpeed would apply a NaN gradient
             norm = torch.nn.utils.get_total_norm(
@@ -107,12 +112,12 @@ class DeepSpeedEngine(Engine):
             )
             if not norm < float("inf"):
                 self.zero.zero_grad(set_to_none=True)
-                return None
+                return float("nan")
             self.engine.step()
         else:
             self.engine.step()
             if self.zero.overflow:
-                return None
+                return float("nan")
             norm = self.engine.get_global_grad_norm()
         self._clamp_scales()
         return float(norm)

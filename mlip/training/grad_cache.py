@@ -77,8 +77,7 @@ def equal_passes(rows: int, micro_size: int, device: torch.device) -> int:
     own = num_micro_batches(rows, micro_size)
     if micro_size <= 0 or not distributed.is_distributed() or device.type != "cpu":
         return own
-    count = torch.tensor([own], device=device)
-    return int(distributed.max_over_ranks(count))
+    return distributed.max_of_numbers([own])[0]
 
 
 def cached_forward(

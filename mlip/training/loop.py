@@ -1,6 +1,7 @@
 """The training loop: resume, step, watch the numbers, log, save; knows nothing of chests.
 
-Everything it needs of the data is in DataSource, so that it runs on any loader of Batch.
+Everything it needs of the data is in DataSource, so that it runs on any loader of Batch. On a GPU
+the numbers of a step are read when the next one is under way; before a save, all are.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.nn as nn
+from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import Batch
@@ -25,10 +28,23 @@ from mlip.training.faults import fire
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.runlog import RunLog
 from mlip.training.schedule import learning_rate, total_steps
-from mlip.training.step import Engine, StepResult
+from mlip.training.step import Engine, StepResult, StepUnderWay
 
 # facts of a run that a resumed one must share: they are content, which no setting shows
 IDENTITY = ("concept_table", "tokenizer")
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A step whose numbers have not been read yet, and what the log says beside them."""
+
+    step: int  # steps done with it
+    numbers: StepUnderWay
+    row_index: Tensor
+    lr: float
+    epoch: float
+    begin: float  # when its batch was asked for
+    wait_seconds: float
 
 
 class DataSource(Protocol):
@@ -79,6 +95,12 @@ class Trainer:
         self.is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        # A GPU is given the next step before the numbers of one are read, so that it never waits
+        # for the host; on a CPU there is nothing to gain, and a line comes when its step is done.
+        self.reads_late = self.engine.device.type == "cuda"
+        self._under_way: _UnderWay | None = None
+        self._read_at = 0.0
+        self.stop_requested = False  # by any rank, in a step whose numbers have been read
         randomness.seed_rank(config.run.seed)
         self.facts = dict(facts or {})
         if saved is not None:
@@ -135,15 +157,18 @@ class Trainer:
         try:
             batches = iter(self.loader)
             while self.step < self.steps:
-                stop_requested = self._one_step(batches, stop)
-                if stop_requested and self.step < self.steps:
+                self._one_step(batches, stop)
+                is_due = every > 0 and self.step % every == 0
+                if self.stop_requested or is_due or self.step == self.steps:
+                    self._read_numbers()  # those of all steps that a save would hold
+                if self.stop_requested and self.step < self.steps:
                     self.save()
                     self._event("stopped", step=self.step)
                     raise Preempted(
                         f"stopped on request after step {self.step} of {self.steps}; saved: the "
                         "same command goes on from there"
                     )
-                if every > 0 and self.step % every == 0 and self.step < self.steps:
+                if is_due and self.step < self.steps:
                     self._save_or_go_on()
             self.save()
             self._event("trained", step=self.step, skipped_steps=self.skipped_steps)
@@ -154,7 +179,8 @@ class Trainer:
         finally:
             self.log.close()
 
-    def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+    def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> None:
+        """Start a step and read the numbers of one: of this, or on a GPU of the one before."""
         config, step = self.config, self.step
         presence.at(step, "load")
         spoil = fire("load", step, config.run.dir)
@@ -167,23 +193,51 @@ class Trainer:
         # the third step here: the first two warm up allocators and kernels
         is_measured = self.is_cached and step == self.log.start_step + 2
         if is_measured:
+            self._read_numbers()  # so that the time is of this step alone
             grad_cache.cost.start()
         began = time.perf_counter()
-        result = self.engine.train_step(batch, step=step, progress=epoch, lr=lr, stop=stop.is_set)
+        numbers = self.engine.start_step(batch, step=step, progress=epoch, lr=lr, stop=stop.is_set)
         self.step += 1
         if is_measured:
+            numbers.result()
             self._tell_cache_cost(time.perf_counter() - began)
-        self.log.step(
-            self.step,
-            result,
+        if self.reads_late:
+            self._read_numbers()
+        self._under_way = _UnderWay(
+            step=self.step,
+            numbers=numbers,
+            row_index=batch.row_index,
             lr=lr,
             epoch=epoch,
-            step_seconds=time.perf_counter() - begin,
+            begin=begin,
             wait_seconds=self.loader.wait_seconds,
+        )
+        if not self.reads_late:
+            self._read_numbers()
+
+    def _read_numbers(self) -> None:
+        """Wait for the numbers of the step under way, if there is one, log and watch them.
+
+        Raises:  NumericError after train.max_nan_steps skipped steps in a row
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return
+        result = under_way.numbers.result()
+        now = time.perf_counter()
+        # a step that was started before the one before it was read has taken the time since then
+        step_seconds, self._read_at = now - max(under_way.begin, self._read_at), now
+        self.log.step(
+            under_way.step,
+            result,
+            lr=under_way.lr,
+            epoch=under_way.epoch,
+            step_seconds=step_seconds,
+            wait_seconds=under_way.wait_seconds,
             scales=result.scales or self.engine.scales(),
         )
-        self._watch(result, batch)
-        return result.stop_requested
+        self.stop_requested |= result.stop_requested
+        self._watch(result, under_way)
 
     def _tell_cache_cost(self, step_seconds: float) -> None:
         """What the gradient cache costs, measured on this rank: the second forward passes."""
@@ -196,14 +250,15 @@ class Trainer:
             f"batch.micro_texts={self.config.batch.micro_texts})"
         )
 
-    def _watch(self, result: StepResult, batch: Batch) -> None:
+    def _watch(self, result: StepResult, under_way: _UnderWay) -> None:
         """Count and report a spike or a skipped step; all ranks take the same branch."""
+        step, own_rows = under_way.step, under_way.row_index
         if result.spike is not None:
-            parts = distributed.gather_objects(batch.row_index.tolist())
+            parts = distributed.gather_objects(own_rows.tolist())
             rows = [row for part in parts for row in part]
-            self._event("spike", step=self.step, cause=result.spike, manifest_rows=rows)
+            self._event("spike", step=step, cause=result.spike, manifest_rows=rows)
             self.log.warn(
-                f"step {self.step}: the loss is over {self.config.train.spike_factor} times the "
+                f"step {step}: the loss is over {self.config.train.spike_factor} times the "
                 f"recent ones; run again on the same batch, the cause is: {result.spike}"
             )
         if not result.is_skipped:
@@ -211,15 +266,15 @@ class Trainer:
             return
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        reports = distributed.gather_objects((batch.row_index.tolist(), result.bad_terms()))
+        reports = distributed.gather_objects((own_rows.tolist(), result.bad_terms()))
         rows = [row for report in reports for row in report[0]]
         terms = sorted({term for report in reports for term in report[1]})
         what = f"loss terms {', '.join(terms)}" if terms else "a gradient"
         text = (
-            f"step {self.step}: {what} not finite; the step was skipped on all ranks "
+            f"step {step}: {what} not finite; the step was skipped on all ranks "
             f"({self.skipped_in_a_row} in a row)"
         )
-        self._event("skipped", step=self.step, terms=terms, manifest_rows=rows)
+        self._event("skipped", step=step, terms=terms, manifest_rows=rows)
         self.log.warn(f"{text}; its {len(rows)} manifest rows are in events.jsonl")
         if self.skipped_in_a_row >= self.config.train.max_nan_steps:
             kept = checkpoint.checkpoints_of(self.config.run.dir)

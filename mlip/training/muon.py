@@ -81,18 +81,25 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def _move(self, group: dict[str, Any]) -> None:
+        # as torch's fused AdamW: where the device finds found_inf at 1 nothing changes
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+
+        def put(target: Tensor, moved: Tensor) -> None:
+            target.copy_(moved if found_inf is None else torch.where(found_inf > 0, target, moved))
+
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"] = torch.zeros_like(parameter)
-            state["step"] += 1.0
-            mean = state["exp_avg"].lerp_(parameter.grad, 1.0 - self.momentum)
+            mean = state["exp_avg"].lerp(parameter.grad, 1.0 - self.momentum)
             ahead = parameter.grad.lerp(mean, self.momentum).flatten(1)
             by_shape[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
+            put(state["step"], state["step"] + 1.0)
+            put(state["exp_avg"], mean)
         # one batched product for all matrices of a shape: a tower has dozens alike
         for (rows, columns), moves in by_shape.items():
             stacked = torch.stack([ahead for _, ahead in moves])
@@ -100,5 +107,5 @@ class Muon(torch.optim.AdamW):
                 stacked = stacked.bfloat16()
             step = -group["lr"] * _RMS * max(rows, columns) ** 0.5
             for (parameter, _), direction in zip(moves, orthogonalised(stacked), strict=True):
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.view(parameter.shape), alpha=step)
+                kept = parameter * (1.0 - group["lr"] * group["weight_decay"])
+                put(parameter, kept.add_(direction.view(parameter.shape), alpha=step))

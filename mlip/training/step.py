@@ -1,10 +1,12 @@
-"""One optimiser step: what every engine promises, and the engine in plain torch.
+"""One optimiser step: what every engine promises.
 
 All engines give the same numbers: parameters are float32 (precision bf16 is autocast inside the
 model, so the masters are the parameters), gradients are averaged over ranks, a parameter without a
 gradient counts as a zero gradient, and a step with a non-finite loss or gradient on any rank is
 skipped by all. A skipped step leaves parameters, moments, average and buffers as they were: the
 batch statistics of one bad image would otherwise stay not finite, and no state could be saved.
+The device decides that by itself, so that the host can hand it the next step without having read
+the numbers of this one.
 """
 
 from __future__ import annotations
@@ -103,6 +105,31 @@ def seed_moments(
     }
 
 
+class StepUnderWay:
+    """A step that the device has been given; its numbers are on their way to the host."""
+
+    def __init__(self, read: HostRead, terms: list[str], scales: list[str], **more: Any) -> None:
+        self._read, self._terms, self._scales, self._more = read, terms, scales, more
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """What the step did; waits for the device until it has done it."""
+        if self._result is None:
+            grad_norm, total, wish, *numbers = self._read.numbers()
+            scales = dict(zip(self._scales, numbers[len(self._terms) :], strict=True))
+            is_skipped = not math.isfinite(grad_norm)
+            self._result = StepResult(
+                total=total,
+                terms=dict(zip(self._terms, numbers, strict=False)),
+                grad_norm=float("nan") if is_skipped else grad_norm,
+                is_skipped=is_skipped,
+                stop_requested=wish > 0,
+                scales=scales or None,
+                **self._more,
+            )
+        return self._result
+
+
 class Engine(abc.ABC):
     """One optimiser step at a time; the loop owns the step count and the learning rate."""
 
@@ -115,27 +142,37 @@ class Engine(abc.ABC):
         factor = config.train.spike_factor
         self.spikes = SpikeWatch(factor) if factor > 0.0 else None
         self.device = next(objective.parameters()).device
+        self._modules = list(objective.modules())  # walking the tree takes the host milliseconds
         self.parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
         matrices = matrix_names(objective) if config.train.optimizer == "muon" else set()
         # which moments the optimiser keeps of a parameter
         self.moments = {n: MOMENTS[:1] if n in matrices else MOMENTS for n in self.parameters}
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # a buffer, and it before the step
+        self._under_way: StepUnderWay | None = None  # the newest
 
     def train_step(
         self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
     ) -> StepResult:
-        """Forward, backward and update; ``stop`` is this rank's wish, the result's is anyone's."""
-        self.objective.train()
+        """A step, and what it did; ``stop`` is this rank's wish, the result's is anyone's."""
+        return self.start_step(batch, step=step, progress=progress, lr=lr, stop=stop).result()
+
+    def start_step(
+        self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
+    ) -> StepUnderWay:
+        """Forward, backward and update; on a GPU they are queued, and nothing of them is read."""
+        if not all(module.training for module in self._modules):
+            self.objective.train()
         folder = self.config.run.dir
         batch = batch.to(self.device)
         self._keep_buffers()
-        before = self._generators() if self.spikes is not None else None
+        before, limit = None, float("inf")
+        if self.spikes is not None:
+            before, limit = self._generators(), self._spike_limit(self.spikes)
         presence.at(step, "forward")
         spoil = fire("forward", step, folder)
         total, terms = self._forward(batch, step, progress)
         if spoil is not None:
             total = total * spoil
-        limit = self.spikes.limit() if self.spikes is not None else float("inf")
         value = total.detach()
         # filled on the device: a number copied from the host would wait for the forward pass
         wish = torch.full_like(value, float(stop))
@@ -159,27 +196,27 @@ class Engine(abc.ABC):
         self._backward(total * factor)
         names, scales = sorted(terms), self._scale_values()
         values = [total.detach(), agreed[1], *(terms[n].detach() for n in names), *scales.values()]
-        read = HostRead(torch.stack([value.float() for value in values]))
+        told = torch.stack([value.float() for value in values])  # before the scales move
         presence.at(step, "optimizer")
         grad_norm = self._update(lr)
-        if grad_norm is None:
-            self._restore_buffers()
-        elif self.ema is not None:
-            self.ema.update()
+        is_skipped = ~torch.isfinite(grad_norm)
+        self._restore_buffers(is_skipped)
+        if self.ema is not None:
+            self.ema.update(is_skipped)
+        read = HostRead(torch.cat([grad_norm.float().reshape(1), told]))
         if (spoil := fire("optimizer", step, folder)) is not None:
             self._spoil_a_weight(spoil)
-        whole, wish_of_any, *numbers = read.numbers()
-        if self.spikes is not None and grad_norm is not None:
-            self.spikes.note(whole)
-        return StepResult(
-            total=whole,
-            terms=dict(zip(names, numbers, strict=False)),
-            grad_norm=grad_norm if grad_norm is not None else float("nan"),
-            is_skipped=grad_norm is None,
-            stop_requested=wish_of_any > 0,
-            spike=spike,
-            scales=dict(zip(scales, numbers[len(names) :], strict=True)) if scales else None,
-        )
+        self._under_way = StepUnderWay(read, names, list(scales), spike=spike)
+        return self._under_way
+
+    def _spike_limit(self, spikes: SpikeWatch) -> float:
+        """What counts as a spike after the step before, whose loss is read for it."""
+        if self._under_way is not None:
+            before = self._under_way.result()
+            if not before.is_skipped:
+                spikes.note(before.total)
+            self._under_way = None
+        return spikes.limit()
 
     @torch.no_grad()
     def _keep_buffers(self) -> None:
@@ -189,9 +226,10 @@ class Engine(abc.ABC):
             kept.copy_(buffer)
 
     @torch.no_grad()
-    def _restore_buffers(self) -> None:
+    def _restore_buffers(self, where: Tensor | None = None) -> None:
+        """Buffers as they were before the step; where `where` (bool []) is given, if it is true."""
         for buffer, kept in self._kept or ():
-            buffer.copy_(kept)
+            buffer.copy_(kept if where is None else torch.where(where, kept, buffer))
 
     def _generators(self) -> tuple[Tensor, Tensor | None]:
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
@@ -221,8 +259,11 @@ class Engine(abc.ABC):
     def _backward(self, total: Tensor) -> None: ...
 
     @abc.abstractmethod
-    def _update(self, lr: float) -> float | None:
-        """Clip, step, clamp the scales; the gradient norm, or None where it is not finite."""
+    def _update(self, lr: float) -> Tensor:
+        """Clip, step, clamp the scales; the gradient norm before clipping, [] on the device.
+
+        Where it is not finite, parameters and moments are as they were.
+        """
 
     @abc.abstractmethod
     def state(self, *, everywhere: bool = True) -> TrainingState:
@@ -314,80 +355,3 @@ def _require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) 
                 f"{name}: expected {list(shape)} from the settings, the checkpoint has "
                 f"{list(saved[name].shape)}; restore the settings or choose another run.dir"
             )
-
-
-class PlainEngine(Engine):
-    """Data-parallel training in plain torch: whole parameters and optimiser on every rank."""
-
-    name = "plain"
-
-    def __init__(self, objective: nn.Module, config: Config) -> None:
-        super().__init__(objective, config)
-        self.optimizer = build_optimizer(objective, config)
-        distributed.broadcast_(p.data for p in objective.parameters())
-        self._start_ema()
-
-    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
-        return self.objective(batch, step=step, progress=progress)
-
-    def _backward(self, total: Tensor) -> None:
-        total.backward()
-
-    def _update(self, lr: float) -> float | None:
-        for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        distributed.average_([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.config.train.clip_norm or float("inf")
-        )
-        grad_norm = float(norm)
-        is_finite = grad_norm < float("inf")  # False for NaN too
-        if is_finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.objective.model.scales.clamp_()  # type: ignore[union-attr,operator]
-        self.optimizer.zero_grad(set_to_none=True)
-        return grad_norm if is_finite else None
-
-    def state(self, *, everywhere: bool = True) -> TrainingState:
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
-        steps = 0
-        for name, parameter in self.parameters.items():
-            held = self.optimizer.state.get(parameter, {})
-            steps = int(held["step"]) if held else 0
-            for key in self.moments[name]:
-                moments[key][name] = held[key] if held else torch.zeros_like(parameter)
-        return TrainingState(
-            parameters={n: p.detach() for n, p in self.objective.named_parameters()},
-            moments=moments,
-            buffers=self._buffers(),
-            optimizer_steps=steps,
-            ema=EMAState(self._by_name(self.ema.shadow), self.ema.updates) if self.ema else None,
-        )
-
-    def _held(self) -> list[Tensor]:
-        return list(self.parameters.values())
-
-    def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.parameters, tensors, strict=True))
-
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.copy_(value)
-
-    @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
-        self._check_names(state)
-        self._load_buffers(state)
-        if state.ema is not None:
-            self._load_ema(state)
-        for name, parameter in self.objective.named_parameters():
-            self._set_weights(parameter, state.parameters[name])
-            if state.optimizer_steps and parameter.requires_grad:
-                keys = self.moments[name]
-                seed_moments(self.optimizer, parameter, state.optimizer_steps, keys)
-                for key in keys:
-                    self.optimizer.state[parameter][key].copy_(state.moments[key][name])
-        if state.ema is None:
-            self._load_ema(state)

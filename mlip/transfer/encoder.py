@@ -166,6 +166,7 @@ def open_start(
             channels=config.data.channels,
             image_px=config.data.crop_px,
             attention=config.model.attention,
+            residual=config.train.residual,
             offline=config.run.offline,
         ).eval()
     finally:

@@ -14,6 +14,8 @@ from mlip.training.lifecycle import CheckpointError
 from tests.small_run import small_run
 from tests.training.test_loop import _own_signals_and_faults, _run  # noqa: F401
 
+COUNTS, SKIPPED = torch.tensor(False), torch.tensor(True)
+
 
 def test_the_average_is_the_recursion_and_early_steps_forget_the_start():
     # oracle: the recursion by hand, in Python floats
@@ -21,10 +23,11 @@ def test_the_average_is_the_recursion_and_early_steps_forget_the_start():
     ema, expected = EMA([weight], 0.99), 1.0
     for n in range(30):
         weight.fill_(float(n))
-        ema.update()
+        ema.update(COUNTS)
+        ema.update(SKIPPED)  # changes nothing, the count neither
         decay = min(0.99, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
-    assert float(ema.shadow[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(ema.shadow[0]) == pytest.approx(expected, rel=1e-6) and ema.updates == 30
     assert expected > 18.0  # decay 0.99 from the start would give 4
 
 

@@ -14,7 +14,7 @@ from mlip import distributed
 from mlip.config import ConfigError
 from mlip.training import engine
 from mlip.training.engine import build_engine
-from mlip.training.step import PlainEngine
+from mlip.training.plain_engine import PlainEngine
 from tests.training.toy_run import ToyObjective, toy_config
 
 

@@ -1,9 +1,14 @@
-"""The loop in one process on a toy objective: resume, non-finite numbers, saves that fail."""
+"""The loop in one process on a toy objective: resume, non-finite numbers, saves that fail.
+
+Every test runs both ways of the loop: reading a step's numbers when it is done, as on a CPU, and
+when the next one is under way, as on a GPU.
+"""
 
 from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,22 @@ import torch
 
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
+from mlip.training.loop import Trainer
 from tests.training.toy_run import make_trainer, toy_config
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "late"])
+def reads_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    def make(*args: Any, **named: Any) -> Trainer:
+        trainer = make_trainer(*args, **named)
+        trainer.reads_late = request.param
+        return trainer
+
+    monkeypatch.setattr(f"{__name__}.trainer_of", make)
+    return request.param
+
+
+trainer_of = make_trainer  # as the test at hand wants it
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +67,21 @@ def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 def _run(folder: Path, *more: str, dropout: float = 0.3) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    make_trainer(_config(folder, *more), dropout=dropout).fit(StopRequest())
+    trainer_of(_config(folder, *more), dropout=dropout).fit(StopRequest())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, reads_late):
     # oracle: the same run without a stop; dropout on, so the generators must come back too
     _run(tmp_path / "whole")
+    last = 7 if reads_late else 6
     monkeypatch.setenv("FAULT", "term@0:4:backward")
-    with pytest.raises(Preempted, match="after step 6 of 12"):
+    with pytest.raises(Preempted, match=f"after step {last} of 12"):
         _run(tmp_path / "parts")
     assert len(_events(tmp_path / "parts", "fault")) == 1
     # the signal came in the fifth step's backward pass; ranks agree on it in the sixth step
-    assert [c.name for c in checkpoint.checkpoints_of(tmp_path / "parts")] == ["step_00000006"]
+    assert [c.name for c in checkpoint.checkpoints_of(tmp_path / "parts")] == [
+        f"step_0000000{last}"
+    ]
     torch.manual_seed(12345)  # what happens between must not matter
     _run(tmp_path / "parts")
     assert _numbers(tmp_path / "parts") == _numbers(tmp_path / "whole")
@@ -77,6 +100,61 @@ def test_a_resume_that_forgot_the_generators_would_show(tmp_path, monkeypatch):
     monkeypatch.setattr("mlip.training.randomness.restore", lambda *a, **k: torch.manual_seed(3))
     _run(tmp_path / "parts")
     assert _numbers(tmp_path / "parts") != _numbers(tmp_path / "whole")
+
+
+def test_a_stop_in_the_last_steps_is_a_run_that_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "term@0:10:backward")
+    _run(tmp_path)
+    assert _events(tmp_path, "trained") and not _events(tmp_path, "stopped")
+    assert sorted(_log(tmp_path)) == list(range(1, 13))
+
+
+def test_both_ways_log_and_save_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "nan@0:3:forward,nan@0:7:backward")
+    logs, ends = [], []
+    for late in (True, False):
+        monkeypatch.setattr(faults, "_fired", set())
+        folder = tmp_path / str(late)
+        folder.mkdir()
+        trainer = make_trainer(_config(folder, "train.checkpoint_steps=4"), dropout=0.3)
+        trainer.reads_late = late
+        trainer.fit(StopRequest())
+        of_the_clock = ("time", "pairs_per_s", "data_wait_s", "memory_gib")
+        logs.append([{k: e[k] for k in e if k not in of_the_clock} for e in _log(folder).values()])
+        ends.append(checkpoint.read(checkpoint.checkpoints_of(folder)[0]))
+    assert logs[0] == logs[1] and [e["step"] for e in logs[0]] == list(range(1, 13))
+    assert [e["step"] for e in logs[0] if e.get("is_skipped")] == [4, 8]
+    for key in ("skipped_steps", "skipped_in_a_row", "loader", "rng", "optimizer_steps"):
+        assert ends[0].state[key] == ends[1].state[key], key
+    for name, tensor in ends[0].training.parameters.items():
+        assert torch.equal(tensor, ends[1].training.parameters[name]), name
+
+
+def test_times_of_steps_add_up_to_the_run_either_way(tmp_path):
+    """A device that takes 50 ms a step, one after another: counted once each, none left out."""
+    tmp_path.mkdir(exist_ok=True)
+    trainer = trainer_of(_config(tmp_path))
+    start, free_at = trainer.engine.start_step, 0.0
+
+    def queued(*args: Any, **named: Any) -> Any:
+        nonlocal free_at
+        started = start(*args, **named)
+        free_at = done_at = max(free_at, time.perf_counter()) + 0.05
+        plain = started.result
+
+        def result() -> Any:
+            time.sleep(max(0.0, done_at - time.perf_counter()))
+            return plain()
+
+        started.result = result  # type: ignore[method-assign]
+        return started
+
+    trainer.engine.start_step = queued  # type: ignore[method-assign]
+    begin = time.perf_counter()
+    trainer.fit(StopRequest())
+    seconds = [8 / entry["pairs_per_s"] for entry in _log(tmp_path).values()]
+    assert len(seconds) == 12
+    assert 0.99 * 12 * 0.05 < sum(seconds) < 1.01 * (time.perf_counter() - begin)
 
 
 def test_a_finished_run_trains_no_further(tmp_path):
@@ -144,7 +222,7 @@ def test_a_failed_last_save_is_an_error(tmp_path, monkeypatch):
 def test_other_content_behind_the_same_settings_is_refused(tmp_path, key):
     # a vocabulary or a lexicon that was edited in place: no setting shows it
     def begin(value: str, **named: Any) -> Any:
-        return make_trainer(_config(tmp_path), facts={key: value}, **named)
+        return trainer_of(_config(tmp_path), facts={key: value}, **named)
 
     begin("a" * 64).fit(StopRequest())
     with pytest.raises(CheckpointError, match=f"{key} .saved aaaaaaaaaaaa, now bbbbbbbbbbbb"):

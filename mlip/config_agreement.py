@@ -1,0 +1,69 @@
+"""What two settings must agree on; the range of each alone is in config_bounds.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlip.transfer_settings import check as check_transfer
+from mlip.typed_tree import ConfigError
+
+
+def check_agreement(config: Any) -> None:
+    """Raises:  ConfigError naming settings that cannot stand together, and what to change."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    check_transfer(config.transfer)
+    data, batch, train = config.data, config.batch, config.train
+    require(
+        data.crop_px <= data.resize_px,
+        f"data.crop_px={data.crop_px} is larger than data.resize_px={data.resize_px}",
+    )
+    require(
+        train.max_steps > 0 or train.epochs > 0,
+        "train.max_steps and train.epochs are both 0: nothing would be trained",
+    )
+    cached = batch.micro_images > 0 or batch.micro_texts > 0
+    vision = config.model.vision
+    require(
+        not (cached and vision.kind == "resnet" and vision.norm == "batch"),
+        "batch.micro_images/micro_texts with model.vision.norm=batch: a statistic of a "
+        "micro-batch is not a statistic of the batch; set model.vision.norm to group or frozen",
+    )
+    require(
+        not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
+        "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
+    )
+    require(
+        train.spike_factor == 0.0 or train.spike_factor > 1.0,
+        f"train.spike_factor={train.spike_factor}: expected 0 (off) or more than 1, for example 3",
+    )
+    require(
+        train.residual == "fp32" or train.precision == "bf16",
+        "train.residual=bf16 with train.precision=fp32: nothing is rounded there; set "
+        "train.precision=bf16, or train.residual=fp32",
+    )
+    require(
+        train.optimizer == "adamw" or train.zero_stage == 0,
+        f"train.optimizer=muon needs whole matrices on every rank, train.zero_stage="
+        f"{train.zero_stage} splits them; set train.zero_stage=0, or train.optimizer=adamw",
+    )
+    require(
+        not (train.compile and train.zero_stage == 3),
+        "train.compile with train.zero_stage=3: parameters come and go between the layers of a "
+        "compiled tower; set train.zero_stage to 0, 1 or 2, or train.compile=false",
+    )
+    require(
+        config.model.attention != "varlen" or config.model.text.packed,
+        "model.attention=varlen is for packed reports; set model.text.packed=true",
+    )
+    require(
+        not (train.compile and config.model.attention == "varlen"),
+        "train.compile with model.attention=varlen: nested tensors are not compiled; set sdpa",
+    )
+    require(
+        not (train.offload and train.zero_stage == 0),
+        "train.offload needs train.zero_stage of 1 or more",
+    )

@@ -1,0 +1,95 @@
+"""The engine in plain torch: whole parameters and the optimiser's whole state on every rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from mlip import distributed
+from mlip.batch import Batch
+from mlip.config import Config
+from mlip.training.ema import EMAState
+from mlip.training.step import (
+    MOMENTS,
+    Engine,
+    TrainingState,
+    build_optimizer,
+    seed_moments,
+)
+
+
+class PlainEngine(Engine):
+    """Data-parallel training in plain torch: whole parameters and optimiser on every rank."""
+
+    name = "plain"
+
+    def __init__(self, objective: nn.Module, config: Config) -> None:
+        super().__init__(objective, config)
+        self.optimizer = build_optimizer(objective, config)
+        distributed.broadcast_(p.data for p in objective.parameters())
+        self._start_ema()
+
+    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
+        return self.objective(batch, step=step, progress=progress)
+
+    def _backward(self, total: Tensor) -> None:
+        total.backward()
+
+    def _update(self, lr: float) -> Tensor:
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.average_([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.config.train.clip_norm or float("inf")
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # the fused optimiser's own way to leave everything as it is, without asking the host
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.objective.model.scales.clamp_()  # type: ignore[union-attr,operator]
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self, *, everywhere: bool = True) -> TrainingState:
+        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
+        steps = 0
+        for name, parameter in self.parameters.items():
+            held = self.optimizer.state.get(parameter, {})
+            steps = int(held["step"]) if held else 0
+            for key in self.moments[name]:
+                moments[key][name] = held[key] if held else torch.zeros_like(parameter)
+        return TrainingState(
+            parameters={n: p.detach() for n, p in self.objective.named_parameters()},
+            moments=moments,
+            buffers=self._buffers(),
+            optimizer_steps=steps,
+            ema=EMAState(self._by_name(self.ema.shadow), self.ema.updates) if self.ema else None,
+        )
+
+    def _held(self) -> list[Tensor]:
+        return list(self.parameters.values())
+
+    def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.parameters, tensors, strict=True))
+
+    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(value)
+
+    @torch.no_grad()
+    def load(self, state: TrainingState) -> None:
+        self._check_names(state)
+        self._load_buffers(state)
+        if state.ema is not None:
+            self._load_ema(state)
+        for name, parameter in self.objective.named_parameters():
+            self._set_weights(parameter, state.parameters[name])
+            if state.optimizer_steps and parameter.requires_grad:
+                keys = self.moments[name]
+                seed_moments(self.optimizer, parameter, state.optimizer_steps, keys)
+                for key in keys:
+                    self.optimizer.state[parameter][key].copy_(state.moments[key][name])
+        if state.ema is None:
+            self._load_ema(state)
