@@ -150,7 +150,9 @@ def compiled(mode: str | None = None) -> Change:
             raise NotAvailable("not available: CUDA graphs need a GPU")
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        modules = engine.objective.model.towers()
+        model = engine.objective.model
+        modules = model.towers()
+        model.round_weights_together(False)
         for module in modules:
             # as train.compile does it; a CUDA graph is of one size
             module.compile(mode=mode, dynamic=None if mode is None else False)
@@ -160,6 +162,7 @@ def compiled(mode: str | None = None) -> Change:
             for module in modules:
                 module._compiled_call_impl = None
             torch._dynamo.reset()
+            model.round_weights_together()
 
     return change
 

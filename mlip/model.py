@@ -16,6 +16,7 @@ from torch import Tensor
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config
 from mlip.encoders.heads import ProjectionHead
+from mlip.encoders.rounded_weights import RoundedTogether
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
@@ -132,6 +133,9 @@ class MLIPModel(nn.Module):
         weights[ABSENT] = config.knowledge.weight_absent
         weights[UNCERTAIN] = config.knowledge.weight_uncertain
         self.register_buffer("state_weights", weights, persistent=False)
+        self._image_weights: Any
+        self._text_weights: Any
+        self.round_weights_together(False)
 
     concept_vectors: Tensor
     state_weights: Tensor
@@ -151,9 +155,17 @@ class MLIPModel(nn.Module):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def round_weights_together(self, is_on: bool = True) -> None:
+        """Have a tower's and its heads' weights rounded at once, for an engine that may."""
+        if not is_on:
+            self._image_weights = self._text_weights = contextlib.nullcontext
+            return
+        self._image_weights = RoundedTogether([self.vision, self.image_head, self.patch_head])
+        self._text_weights = RoundedTogether([self.text, self.report_head, self.token_head])
+
     def encode_image(self, image: Tensor) -> ImageFeatures:
         """Shapes:  image [B, C, H, W] normalised -> embedding [B, D] unit, patches [B, P, D]."""
-        with self._autocast():
+        with self._autocast(), self._image_weights():
             pooled, patches, grid = self.vision(image)
             embedding = self.image_head(pooled)
             patches = self.patch_head(patches)
@@ -172,7 +184,7 @@ class MLIPModel(nn.Module):
         if self.text.is_packed and token_counts is not None:
             # outside the tower: torch.compile takes a number of any value, not one that is read
             real = (int(token_counts.sum()),)
-        with self._autocast():
+        with self._autocast(), self._text_weights():
             pooled, states, attention = self.text(token_ids, token_mask, *real)
             embedding = self.report_head(pooled)
             tokens = self.token_head(states, content_mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -29,6 +31,11 @@ class PlainEngine(Engine):
         self.optimizer = build_optimizer(objective, config)
         distributed.broadcast_(p.data for p in objective.parameters())
         self._start_ema()
+        model: Any = objective.model
+        # whole parameters, and nobody waits for a gradient before the backward pass is over;
+        # a compiled tower rounds them in its own kernels
+        if not config.train.compile and hasattr(model, "round_weights_together"):
+            model.round_weights_together()
 
     def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
         return self.objective(batch, step=step, progress=progress)
