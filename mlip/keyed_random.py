@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from mlip.kernels.keyed_uniform import splitmix_uniform
+from mlip.kernels.keyed_uniform.reference import GAMMA, MIX_1, MIX_2
+
 # Streams keep draws of different purpose apart under one seed.
 STREAMS = {
     "divergence_image": 1,
@@ -28,34 +31,13 @@ STREAMS = {
 }
 
 
-def _signed(value: int) -> int:
-    """The two's-complement int64 of an unsigned 64-bit constant."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-# Constants of splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-# generators", OOPSLA): the golden-ratio increment and the two mixing multipliers.
-_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
 _ALL = (1 << 64) - 1
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's >> copies the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
 def _mix_word(x: int) -> int:
-    """_mix on one Python integer in [0, 2^64)."""
-    x = ((x ^ (x >> 30)) * (_MIX_1 & _ALL)) & _ALL
-    x = ((x ^ (x >> 27)) * (_MIX_2 & _ALL)) & _ALL
+    """splitmix64's mixing of one Python integer in [0, 2^64)."""
+    x = ((x ^ (x >> 30)) * MIX_1) & _ALL
+    x = ((x ^ (x >> 27)) * MIX_2) & _ALL
     return x ^ (x >> 31)
 
 
@@ -67,12 +49,8 @@ def keyed_uniform(seed: int, stream: str, step: int, index: Tensor, width: int =
     """
     word = seed & _ALL
     for part in (STREAMS[stream], step):
-        word = _mix_word((word + (part + 1) * _GAMMA) & _ALL)
-    key = _mix((index + 1) * _GAMMA + _signed(word))
-    lane = torch.arange(1, width + 1, dtype=torch.int64, device=index.device)
-    bits = _mix(key[:, None] + lane[None, :] * _GAMMA)
-    # 53 bits plus one half: never 0 and never 1, so logarithms and quantiles stay finite
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+        word = _mix_word((word + (part + 1) * GAMMA) & _ALL)
+    return splitmix_uniform(word, index, width)
 
 
 def keyed_normal(seed: int, stream: str, step: int, index: Tensor, width: int) -> Tensor:

@@ -19,4 +19,5 @@ def unit_length(x: Tensor) -> Tensor:
     scaled = x / largest.clamp_min(torch.finfo(x.dtype).tiny)
     length = scaled.norm(dim=-1, keepdim=True)
     is_zero = length * largest <= ZERO_LENGTH
-    return torch.where(is_zero, 0.0, scaled / torch.where(is_zero, 1.0, length))
+    # torch.where would fill a tensor for each number first, and another in the backward pass
+    return (scaled / length.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)

@@ -25,7 +25,7 @@ ALLOWED = {
         "mlip.transfer_settings",
     ),
     "mlip.batch": (),
-    "mlip.keyed_random": (),
+    "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.unit_length": (),
     "mlip.distributed": (),
     "mlip.kernels": ("mlip.kernels",),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from mlip.kernels.keyed_uniform import splitmix_uniform
 from mlip.keyed_random import STREAMS, keyed_normal, keyed_uniform
 
 INDEX = torch.arange(20_000)
@@ -54,3 +56,20 @@ def test_large_and_negative_seeds_are_keys_too() -> None:
 
 def test_streams_have_distinct_numbers() -> None:
     assert len(set(STREAMS.values())) == len(STREAMS)
+
+
+@pytest.mark.parametrize(
+    ("word", "index", "width", "named"),
+    [
+        (-1, INDEX, 1, "word: expected 0"),
+        (1 << 64, INDEX, 1, "word: expected 0"),
+        (1, INDEX.int(), 1, "index .20000. torch.int32"),
+        (1, INDEX[:, None], 1, "index .20000, 1. torch.int64"),
+        (1, INDEX, 0, "width 0"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused(
+    word: int, index: torch.Tensor, width: int, named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        splitmix_uniform(word, index, width)

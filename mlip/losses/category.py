@@ -158,4 +158,4 @@ def _inverse(x: Tensor) -> Tensor:
 
 def _finite(x: Tensor) -> Tensor:
     """0 in place of the -inf of an empty sum."""
-    return torch.where(x == -torch.inf, 0.0, x)
+    return x.masked_fill(x == -torch.inf, 0.0)

@@ -176,6 +176,6 @@ def mean_over_ranks(value: Tensor, is_counted: Tensor) -> Tensor:
     Shapes:  value [...], is_counted [...] bool -> scalar in float32 or better
     """
     value = value if value.dtype == torch.float64 else value.float()
-    kept = torch.where(is_counted, value, 0.0).sum()
+    kept = value.masked_fill(~is_counted, 0.0).sum()
     total, count = sum_over_ranks(torch.stack([kept, is_counted.sum().to(kept.dtype)]))
     return total / count.detach().clamp_min(1.0)

@@ -28,7 +28,7 @@ def draw_partners(context: LossContext, stream: str, cosine: Tensor) -> Tensor:
     logits_BN = context.scales.logit_scale().to(cosine.dtype) * cosine
     logits_BN = logits_BN.masked_fill(~context.partner_allowed, -torch.inf)[:, order_N]
     peak_B1 = logits_BN.amax(dim=1, keepdim=True)
-    peak_B1 = torch.where(peak_B1.isfinite(), peak_B1, 0.0)
+    peak_B1 = peak_B1.masked_fill(~peak_B1.isfinite(), 0.0)
     mass_BN = (torch.exp(logits_BN - peak_B1) * _STEPS).nan_to_num(0.0).long()
     cumulative_BN = mass_BN.cumsum(dim=1)
     total_B1 = cumulative_BN[:, -1:]

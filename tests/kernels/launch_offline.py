@@ -25,6 +25,7 @@ from mlip.kernels import _chip  # noqa: E402
 from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
 from mlip.kernels.info_nce import op as info_nce_op  # noqa: E402
 from mlip.kernels.info_nce import triton_kernels as info_nce_kernels  # noqa: E402
+from mlip.kernels.keyed_uniform import op as keyed_op  # noqa: E402
 from mlip.kernels.token_knowledge_patch import (  # noqa: E402
     op,
     token_knowledge_patch_loss,
@@ -79,13 +80,17 @@ def install(capability: int) -> _AbsentDriver:
     driver = _AbsentDriver(capability)
     triton.runtime.driver.set_active(driver)
     limit = driver.get_device_properties(0)["max_shared_mem"]
-    op.resolve = info_nce_op.resolve = lambda *_: "triton"
+    op.resolve = info_nce_op.resolve = keyed_op.resolve = lambda *_: "triton"
     chip = lambda _: (limit, PROCESSORS)  # noqa: E731
     op.chip_facts = triton_kernels.chip_facts = info_nce_kernels.chip_facts = chip
     return driver
 
 
 def _run(call: dict[str, Any]) -> None:
+    if call["op"] == "keyed_uniform":
+        for word in call["words"]:
+            keyed_op.splitmix_uniform(word, torch.arange(call["batch"]), call["width"])
+        return
     dtype = getattr(torch, call.get("dtype", "bfloat16"))
     if call["op"] == "info_nce":
         image, text = (torch.randn(call["batch"], call["dim"], dtype=dtype) for _ in range(2))

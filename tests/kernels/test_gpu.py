@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mlip.kernels.info_nce import info_nce_loss, info_nce_views_loss
+from mlip.kernels.keyed_uniform import splitmix_uniform
 from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
@@ -34,6 +35,14 @@ pytestmark = [
 
 VARIANTS = [(p, a) for p in ("attention", "context", "max") for a in ("mean", "lse")]
 GATE = {"attention": 5e-3, "max": 5e-3, "context": 1.5e-2}
+
+
+@pytest.mark.parametrize("width", [1, 3, 512])
+def test_keyed_draws_are_the_cpu_s_to_the_bit(width: int) -> None:
+    index = torch.cat([torch.arange(1000), torch.tensor([-1, 2**62, -(2**63)])])
+    for word in (0, 7, 2**63 - 16, 2**63, 2**64 - 1):
+        made = splitmix_uniform(word, index.cuda(), width, impl="triton").cpu()
+        assert torch.equal(made, splitmix_uniform(word, index, width))
 
 
 @pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)

@@ -159,6 +159,16 @@ def test_a_real_call_launches_kernels_that_fit_the_chip(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_keyed_draws_compile_once_whatever_the_key(capability: int, tmp_path: Path) -> None:
+    words = [0x9E3779B97F4A7C15, 1 << 63, (1 << 62) + 7]  # by sign, and by divisors
+    case = {"op": "keyed_uniform", "capability": capability, "batch": 100, "width": 48}
+    (row,) = _json_lines("launch_offline.py", [case | {"words": words}], tmp_path)
+    assert row["kernel"] == "_keyed_uniform_kernel" and len(row["grids"]) == len(words)
+    assert row["types"]["index_ptr"] == "*i64" and row["types"]["out_ptr"] == "*fp64"
+    assert row["types"]["word"] == "i64" and row["STACK"] == row["shared"] == 0
+
+
 # thread instructions a pair of a row and a patch, P = 196, learned attention scale: tensor cores
 # take 1/16 of a clock of a multiprocessor for such a pair (D = 128), four schedulers 128 a clock
 MOST_INSTRUCTIONS = {
