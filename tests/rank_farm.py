@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.temporary import shared_folder
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.rank_farm_imports"])
@@ -88,7 +89,7 @@ def start(
     folder: Path | None = None,
 ) -> Farm:
     """Start the ranks; ``function`` is importable by name."""
-    place = folder or Path(tempfile.mkdtemp(prefix="mlip-ranks-"))
+    place = folder or shared_folder("ranks")
     place.mkdir(parents=True, exist_ok=True)
     shared = {
         "MASTER_ADDR": "127.0.0.1",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import save_pretrained
 from mlip.transfer import evaluate_run
+from tests.temporary import shared_folder
 
 SETTINGS = (
     "data.resize_px=112",
@@ -66,7 +66,7 @@ class SmallRun:
 @cache
 def small_run() -> SmallRun:
     """Made once per test process; nobody may change it."""
-    folder = Path(mkdtemp(prefix="mlip-small-run-"))
+    folder = shared_folder("small-run")
     settings = (
         *SETTINGS,
         f"run.dir={folder / 'run'}",

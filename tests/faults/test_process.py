@@ -11,13 +11,13 @@ import random
 import signal
 import time
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 
 from mlip.training import checkpoint
 from mlip.training.faults import SAVE_PHASES, STEP_PHASES
 from tests.faults import jobs
+from tests.temporary import shared_folder
 
 pytestmark = pytest.mark.long
 SEEDS = (1, 2, 3)
@@ -26,7 +26,7 @@ SEEDS = (1, 2, 3)
 @functools.cache
 def whole(*settings: str) -> Path:
     """The run that nothing happened to."""
-    folder = Path(mkdtemp(prefix="mlip-whole-")) / "run"
+    folder = shared_folder("whole") / "run"
     jobs.finish(folder, *settings)
     return folder
 

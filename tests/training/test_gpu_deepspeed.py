@@ -16,7 +16,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -29,6 +28,7 @@ from mlip.encoders.normalisation import SynchronisedBatchNorm
 from mlip.training import checkpoint
 from tests.faults import jobs
 from tests.small_run import small_run
+from tests.temporary import shared_folder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +92,7 @@ def _finish(folder: Path, *settings: str) -> Path:
 @cache
 def _whole(*settings: str) -> Path:
     """A run that nothing happened to, made once for all tests."""
-    return _finish(Path(mkdtemp(prefix="mlip-gpu-run-")), *settings)
+    return _finish(shared_folder("gpu-run"), *settings)
 
 
 def _meta(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import cv2
@@ -16,6 +15,7 @@ import numpy as np
 
 from mlip.cli import main
 from tests.small_run import small_export
+from tests.temporary import shared_folder
 
 ROWS, HEIGHT, WIDTH = 30, 40, 60
 SPLITS = ("train", "train", "val", "test", "test")
@@ -34,7 +34,7 @@ BOXES = ["transfer.task=detection", "transfer.columns.boxes=boxes"]
 
 @cache
 def pictures() -> Path:
-    folder = Path(mkdtemp(prefix="mlip-bad-input-"))
+    folder = shared_folder("bad-input")
     generator = np.random.default_rng(0)
     for i in range(ROWS):
         pixels = generator.integers(0, 255, (HEIGHT, WIDTH)).astype(np.uint8)

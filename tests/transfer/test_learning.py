@@ -10,7 +10,6 @@ import dataclasses
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import cv2
@@ -24,6 +23,7 @@ from mlip.dataloading.datasets.rle import encode_mask
 from mlip.dataloading.manifest import load_manifest
 from mlip.report_transfer import render_transfer
 from mlip.transfer.protocol import transfer_run
+from tests.temporary import shared_folder
 
 SIDE = 48
 SETTINGS = [
@@ -40,7 +40,7 @@ SETTINGS = [
 @cache
 def _manifest() -> Path:
     """160 pictures of noise, three of four with a rectangle that is brighter."""
-    folder = Path(mkdtemp(prefix="mlip-rectangles-"))
+    folder = shared_folder("rectangles")
     rng = np.random.default_rng(0)
     columns: dict[str, list[str]] = {
         name: [] for name in ("image", "patient_id", "split", "labels", "boxes", "mask", "lot")
