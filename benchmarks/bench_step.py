@@ -75,7 +75,8 @@ TINY = (
 )
 BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
 SECTIONS = ("batches", "parts", "profile", "reading", "variants", "scaling", "compiled")
-COMPILE_S = 150  # what two towers take to compile, generously: no start with less left
+# what two towers, or a layer of each, take to compile, generously: no start with less left
+COMPILE_S, LAYERS_S = 150, 60
 FIRST_PAIRS = {"cuda": 64, "cpu": 4}
 LAST_PAIRS = {"cuda": 8192, "cpu": 16}
 BATCHES = {"cuda": (256, 1024), "cpu": (4, 8)}
@@ -305,7 +306,8 @@ class Bench:
                 return row | ({"graph_breaks": graph_breaks()} if name in COMPILES else {})
 
         label = {"kind": "variant", "variant": name, "pairs": pairs, "micro": 0}
-        return self.attempt(label, work, needs_s=COMPILE_S if name in COMPILES else 10.0)
+        needs_s = LAYERS_S if "layers" in name else COMPILE_S if name in COMPILES else 10
+        return self.attempt(label, work, needs_s=needs_s)
 
     def scaling(self) -> None:
         """From FIRST_PAIRS to LAST_PAIRS by doubling, then the laws fitted to them."""

@@ -23,6 +23,7 @@ from benchmarks.step_variants import (
     NotAvailable,
     as_it_is,
     flat_scores,
+    layers,
     padded_reports,
     rounded_residual,
 )
@@ -114,21 +115,24 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 
 
 @pytest.mark.parametrize("reports", [as_it_is, padded_reports, rounded_residual])
-def test_towers_compile_without_a_graph_break(reports: Any) -> None:
+@pytest.mark.parametrize("by_layer", [False, True], ids=["towers", "layers"])
+def test_towers_compile_without_a_graph_break(reports: Any, by_layer: bool) -> None:
     bench = bench_on()
     runner = bench.runner(4, 0)
     with reports(bench.engine):
         model = bench.engine.objective.model
-        modules = model.towers()
+        modules = layers(model) if by_layer else model.towers()
         model.round_weights_together(False)  # as with train.compile
         for module in modules:
             # a break is an error
             module.compile(backend="aot_eager", fullgraph=True)
         try:
+            torch._dynamo.utils.counters.clear()
             runner.step()
+            made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         finally:
             torch._dynamo.reset()
-    assert len(modules) == 2
+    assert made == 2 == len({type(module) for module in modules})  # one a tower
 
 
 def _without_room(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, plain: int, micro: int) -> None:
