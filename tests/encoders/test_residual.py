@@ -55,14 +55,17 @@ def _layers(tower: Any) -> list[nn.Module]:
 
 def _gradients(tower: nn.Module, kind: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Of a sum with fixed random weights; in autocast's type, or in the tower's own."""
-    inputs = _inputs(kind)
+    place = next(tower.parameters()).device
+    inputs = tuple(x.to(place) for x in _inputs(kind))
     if dtype is None and next(tower.parameters()).dtype == torch.float64:
         inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(place.type, dtype or torch.bfloat16, enabled=dtype is not None):
         pooled, states = tower(*inputs)[:2]
     torch.manual_seed(2)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
-    loss = (torch.randn(states.shape) * states).sum() + pooled.to(states.dtype).square().sum()
+    loss = (torch.randn(states.shape).to(place) * states).sum() + pooled.to(
+        states.dtype
+    ).square().sum()
     loss.backward()
     return {n: p.grad.double() for n, p in tower.named_parameters() if p.grad is not None}
 
@@ -99,6 +102,19 @@ def test_gradients_are_those_of_float64_to_what_bf16_states_cost(kind: str) -> N
     print(f"{kind}: float32 stream {wide:.4f}, bf16 stream {narrow:.4f}")
     assert wide < 0.02 and narrow < 0.04
     assert narrow < 3.0 * wide
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["vit", "bert"])
+def test_on_a_gpu_layers_hand_on_bf16_with_the_gradients_of_a_cpu(kind: str) -> None:
+    exact = _gradients(_tower(kind, "fp32").double(), kind, None)
+    tower = _tower(kind, "bf16").cuda()
+    seen = []
+    for layer in _layers(tower):
+        layer.register_forward_hook(lambda _, given, made: seen.append(given[0].dtype))
+    found = _gradients(tower, kind, torch.bfloat16)
+    assert set(seen) == {torch.bfloat16}
+    assert _error({name: grad.cpu() for name, grad in found.items()}, exact) < 0.04
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])

