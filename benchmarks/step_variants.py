@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.providers import pooled_scores
 from mlip.encoders.attention import require_usable
-from mlip.encoders.residual import RoundedLayerNorm, round_residual
+from mlip.encoders.residual import RoundedLayerNorm, round_norms, round_residual
 from mlip.kernels._dispatch import DISABLE_VARIABLE
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
 
@@ -131,15 +131,17 @@ def rounded_residual(engine: Any) -> Iterator[None]:
     model = engine.objective.model
     backbones = [model.text.backbone, model.vision.tower.backbone]
     hooks = [round_residual(backbone) for backbone in backbones]
+    for head in model.heads():
+        round_norms(head)
     model.round_weights_together()  # those of the norms too
     try:
         yield
     finally:
-        for hook, backbone in zip(hooks, backbones, strict=True):
+        for hook in hooks:
             hook.remove()
-            for module in backbone.modules():
-                if isinstance(module, RoundedLayerNorm):
-                    module.__class__ = torch.nn.LayerNorm
+        for module in model.modules():
+            if isinstance(module, RoundedLayerNorm):
+                module.__class__ = torch.nn.LayerNorm
         model.round_weights_together()
 
 

@@ -156,11 +156,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def max_of_numbers(numbers: Sequence[int]) -> list[int]:
-    """The maximum over ranks of each number that the hosts know; no GPU is asked or waited for."""
+    """The maximum over ranks of each number that the hosts know.
+
+    Over gloo, which `start` has beside NCCL, no GPU is asked or waited for; a group of NCCL alone
+    exchanges them by the GPU.
+    """
     if not is_distributed():
         return list(numbers)
-    # on the host, where `start` has gloo beside NCCL
-    most = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    place = "cpu" if "cpu:" in dist.get_backend_config() else device()
+    most = torch.tensor(numbers, dtype=torch.int64, device=place)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return [int(number) for number in most.tolist()]
 

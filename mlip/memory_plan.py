@@ -25,6 +25,7 @@ from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.grad_cache import num_micro_batches
 from mlip.training.muon import matrix_names
+from mlip.training.plain_engine import rounds_weights_together
 
 GIB = 2**30
 _SPARE = 0.10  # of the memory: fragmentation, workspaces, the framework's own
@@ -204,6 +205,8 @@ def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gp
         + 2.0 * measured.buffers,
         "gradients": 4.0 * trainable / (ranks if stage >= 2 else 1),
     }
+    if not is_sharded and rounds_weights_together(config):
+        held["gradients"] += 2.0 * trainable  # until they are widened together
     moments = (8.0 * trainable - 4.0 * measured.matrices) / (ranks if stage >= 1 else 1)
     # from stage 1 on DeepSpeed keeps a master of its part beside the parameters
     masters = 4.0 * trainable / ranks if stage >= 1 else 0.0

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Config
 from mlip.encoders.heads import ProjectionHead
+from mlip.encoders.residual import round_norms
 from mlip.encoders.rounded_weights import RoundedTogether
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
@@ -121,6 +122,9 @@ class MLIPModel(nn.Module):
         self.patch_head = ProjectionHead(self.vision.patch_dim, dim, heads)
         self.report_head = ProjectionHead(self.text.dim, dim, heads)
         self.token_head = ProjectionHead(self.text.dim, dim, heads)
+        if config.train.residual == "bf16":
+            for head in self.heads():
+                round_norms(head)
         self.register_buffer("concept_vectors", concept_vectors.float().clone())
         width = concept_vectors.shape[1]
         self.state_embedding = nn.Embedding(3, width)
@@ -211,6 +215,9 @@ class MLIPModel(nn.Module):
             present_mean=unit_length(present),
             has_present=is_present.any(dim=1),
         )
+
+    def heads(self) -> list[nn.Module]:
+        return [self.image_head, self.patch_head, self.report_head, self.token_head]
 
     def towers(self) -> list[nn.Module]:
         """What torch.compile can make one graph of each: no choice in it is made on values.

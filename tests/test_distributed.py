@@ -12,12 +12,14 @@ import torch.distributed as dist
 
 from mlip import distributed
 from mlip.training.grad_cache import equal_passes
+from tests.virtual_gpu import virtual_gpu
 
 
 @pytest.fixture
 def as_if_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: "cpu:gloo,cuda:nccl")
     monkeypatch.setattr(dist, "all_reduce", lambda x, **_: x.mul_(2))
 
     def all_gather(parts: list[torch.Tensor], x: torch.Tensor) -> None:
@@ -55,3 +57,22 @@ def test_on_gpus_rows_and_passes_of_other_ranks_are_known_without_an_exchange(
         monkeypatch.setattr(dist, name, refuse)
     assert distributed.row_counts(3, torch.device("cuda", 0)) == [3, 3]
     assert equal_passes(3, 2, torch.device("cuda", 0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("backends", "place"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda")]
+)
+def test_numbers_of_the_hosts_go_over_gloo_and_by_the_gpu_where_there_is_none(
+    as_if_two_ranks: None, monkeypatch: pytest.MonkeyPatch, backends: str, place: str
+) -> None:
+    """A job of its own may have started NCCL alone, which takes no tensor of a host."""
+    places = []
+
+    def all_reduce(x: torch.Tensor, op: object) -> None:
+        places.append(x.device.type)
+
+    monkeypatch.setattr(dist, "get_backend_config", lambda group=None: backends)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with virtual_gpu():
+        assert distributed.max_of_numbers([3, 5]) == [3, 5]
+    assert places == [place]

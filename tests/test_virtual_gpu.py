@@ -185,6 +185,7 @@ def _two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         "is_initialized": lambda: True,
         "get_world_size": lambda group=None: 2,
         "get_rank": lambda group=None: 0,
+        "get_backend_config": lambda group=None: "cpu:gloo,cuda:nccl",
         "all_gather": all_gather,
         "all_gather_into_tensor": lambda out, x, group=None: out.copy_(torch.cat([x, x])),
         "all_reduce": all_reduce,

@@ -29,4 +29,5 @@ def splitmix_uniform(word: int, index: Tensor, width: int = 1, *, impl: str = "a
         return reference.uniform(word, index, width)
     from mlip.kernels.keyed_uniform import triton_kernels
 
-    return triton_kernels.uniform(word, index, width)
+    with torch.cuda.device_of(index):  # Triton launches on the current device
+        return triton_kernels.uniform(word, index, width)

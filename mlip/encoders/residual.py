@@ -1,4 +1,5 @@
-"""The residual stream of a transformer tower in autocast's type: train.residual=bf16.
+"""The residual stream of a transformer tower in autocast's type, and norms that keep to it:
+train.residual=bf16.
 
 autocast runs every LayerNorm in float32, and with it what the layers add to: each norm reads and
 writes four bytes a number, each addition widens one of its sides, and each product rounds what the
@@ -35,15 +36,23 @@ class RoundedLayerNorm(nn.LayerNorm):
             return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
+def round_norms(module: nn.Module) -> None:
+    """Have the LayerNorms inside stay in autocast's type.
+
+    Parameters, their names and what is saved stay what they are.
+    """
+    for child in module.modules():
+        if type(child) is nn.LayerNorm:
+            child.__class__ = RoundedLayerNorm  # in place: hooks and other names of it stay
+
+
 def round_residual(backbone: nn.Module) -> RemovableHandle:
     """Keep the states between the layers of a transformers' ViT or BERT in autocast's type.
 
-    Parameters, their names and what is saved stay what they are. Returns the embeddings' hook.
+    Returns the hook on the embeddings: a ViT's end in a sum with float32 positions, which would
+    widen all that follows.
     """
-    for module in backbone.modules():
-        if type(module) is nn.LayerNorm:
-            module.__class__ = RoundedLayerNorm  # in place: hooks and other names of it stay
-    # a ViT's embeddings end in a sum with float32 positions, which would widen all that follows
+    round_norms(backbone)
     return backbone.get_submodule("embeddings").register_forward_hook(_round_output)
 
 

@@ -26,13 +26,19 @@ class _RoundTogether(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a weight without a gradient stays without
         rounded = [torch.empty_like(weight, dtype=dtype) for weight in weights]
         torch._foreach_copy_(rounded, list(weights))
+        # else a frozen tower would keep all its activations, for gradients that nobody asks for
+        wanted = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(
+            *(r for r, is_wanted in zip(rounded, wanted, strict=True) if not is_wanted)
+        )
         return tuple(rounded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         given = [grad for grad in grads if grad is not None]
         wide = [torch.empty_like(grad, dtype=torch.float32) for grad in given]
-        torch._foreach_copy_(wide, given)
+        if given:
+            torch._foreach_copy_(wide, given)
         made = iter(wide)
         return None, *(None if grad is None else next(made) for grad in grads)
 
@@ -44,6 +50,9 @@ class RoundedTogether:
     Afterwards the parameters are back in their places; a layer that a checkpoint computes again
     later rounds its own, as always. Does nothing where autocast is off. For engines that keep whole
     parameters where they are and want gradients after the backward pass, not during it.
+
+    Cost:    until a tower's backward pass is over, its gradients in that type, 2 bytes a weight; in
+             later passes of a gradient cache a float32 set beside those that are there, too
     Source:  ours.
     """
 

@@ -160,7 +160,9 @@ class ViTTower(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         states = self.backbone(image, interpolate_pos_encoding=True).last_hidden_state
         grid = (image.shape[2] // self.patch_px, image.shape[3] // self.patch_px)
-        return states[:, 0], states[:, 1:], grid
+        # one split: two slices would each fill a gradient of all states, to be added
+        first, patches = states.split([1, states.shape[1] - 1], dim=1)
+        return first.squeeze(1), patches, grid
 
 
 @torch.no_grad()

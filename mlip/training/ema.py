@@ -50,8 +50,10 @@ class EMA:
         )  # elsewhere only where ZeRO holds the masters on the CPU
         decay = torch.clamp((1.0 + count) / (10.0 + count), max=self.decay)
         weight = torch.where(is_skipped, 0.0, 1.0 - decay)
-        for shadow, tensor in zip(self.shadow, self.held, strict=True):
-            shadow.lerp_(tensor.detach(), weight.to(shadow.dtype))
+        # three operations for all tensors; a weight on the device knows no lerp of many
+        moved = torch._foreach_sub([tensor.detach() for tensor in self.held], self.shadow)
+        torch._foreach_mul_(moved, weight.to(self.shadow[0].dtype))
+        torch._foreach_add_(self.shadow, moved)
         count += torch.where(is_skipped, 0.0, 1.0)
 
     @torch.no_grad()

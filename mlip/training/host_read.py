@@ -27,6 +27,11 @@ class HostRead:
             # of the values' GPU, which need not be this thread's current one
             self._copied.record(torch.cuda.current_stream(values.device))
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the copy is made; asks, and waits for nothing."""
+        return self._copied is None or self._copied.query()
+
     def numbers(self) -> list[float]:
         """The values; waits for the copy alone."""
         if self._copied is not None:

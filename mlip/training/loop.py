@@ -6,6 +6,7 @@ the numbers of a step are read when the next one is under way; before a save, al
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -32,6 +33,7 @@ from mlip.training.step import Engine, StepResult, StepUnderWay
 
 # facts of a run that a resumed one must share: they are content, which no setting shows
 IDENTITY = ("concept_table", "tokenizer")
+LAST_STEP_S = 5.0  # how long a step under way is waited for when an error ends the run
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,9 @@ class Trainer:
         except Preempted:
             presence.stop()
             raise
+        except Exception:
+            self._tell_last_step()
+            raise
         finally:
             self.log.close()
 
@@ -223,6 +228,12 @@ class Trainer:
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return
+        result = self._log(under_way)
+        self.stop_requested |= result.stop_requested
+        self._watch(result, under_way)
+
+    def _log(self, under_way: _UnderWay) -> StepResult:
+        """The step's line in the log."""
         result = under_way.numbers.result()
         now = time.perf_counter()
         # a step that was started before the one before it was read has taken the time since then
@@ -234,10 +245,28 @@ class Trainer:
             epoch=under_way.epoch,
             step_seconds=step_seconds,
             wait_seconds=under_way.wait_seconds,
-            scales=result.scales or self.engine.scales(),
+            scales=result.scales,
         )
-        self.stop_requested |= result.stop_requested
-        self._watch(result, under_way)
+        return result
+
+    def _tell_last_step(self) -> None:
+        """After an error: the line of a step that was done and not read yet, which may explain it.
+
+        No other rank is asked, and a GPU that does not come to an end is not waited for.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return
+        with contextlib.suppress(RuntimeError):  # a lost GPU; the error at hand says more
+            deadline = time.monotonic() + LAST_STEP_S
+            while not under_way.numbers.is_done and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not under_way.numbers.is_done:
+                return
+            result = self._log(under_way)
+            if result.is_skipped:
+                rows, terms = under_way.row_index.tolist(), result.bad_terms()
+                self.log.event("skipped", step=under_way.step, terms=terms, manifest_rows=rows)
 
     def _tell_cache_cost(self, step_seconds: float) -> None:
         """What the gradient cache costs, measured on this rank: the second forward passes."""

@@ -83,9 +83,10 @@ class Muon(torch.optim.AdamW):
     def _move(self, group: dict[str, Any]) -> None:
         # as torch's fused AdamW: where the device finds found_inf at 1 nothing changes
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_skipped = None if found_inf is None else found_inf > 0
 
         def put(target: Tensor, moved: Tensor) -> None:
-            target.copy_(moved if found_inf is None else torch.where(found_inf > 0, target, moved))
+            target.copy_(moved if is_skipped is None else torch.where(is_skipped, target, moved))
 
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
@@ -98,7 +99,7 @@ class Muon(torch.optim.AdamW):
             mean = state["exp_avg"].lerp(parameter.grad, 1.0 - self.momentum)
             ahead = parameter.grad.lerp(mean, self.momentum).flatten(1)
             by_shape[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
-            put(state["step"], state["step"] + 1.0)
+            state["step"] += 1.0 if found_inf is None else 1.0 - found_inf
             put(state["exp_avg"], mean)
         # one batched product for all matrices of a shape: a tower has dozens alike
         for (rows, columns), moves in by_shape.items():

@@ -21,6 +21,17 @@ from mlip.training.step import (
 )
 
 
+def rounds_weights_together(config: Config) -> bool:
+    """Whether the weights of a tower are rounded at once: whole parameters, and nobody waits for a
+    gradient before the backward pass is over.
+
+    A compiled tower rounds them in its own kernels, and the passes of a gradient cache would each
+    widen a whole set of gradients beside the one there is.
+    """
+    is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
+    return config.train.precision == "bf16" and not config.train.compile and not is_cached
+
+
 class PlainEngine(Engine):
     """Data-parallel training in plain torch: whole parameters and optimiser on every rank."""
 
@@ -31,10 +42,8 @@ class PlainEngine(Engine):
         self.optimizer = build_optimizer(objective, config)
         distributed.broadcast_(p.data for p in objective.parameters())
         self._start_ema()
-        model: Any = objective.model
-        # whole parameters, and nobody waits for a gradient before the backward pass is over;
-        # a compiled tower rounds them in its own kernels
-        if not config.train.compile and hasattr(model, "round_weights_together"):
+        if rounds_weights_together(config) and hasattr(objective.model, "round_weights_together"):
+            model: Any = objective.model
             model.round_weights_together()
 
     def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:

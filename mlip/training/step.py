@@ -44,8 +44,8 @@ class StepResult:
     grad_norm: float  # before clipping; not finite where the step was skipped
     is_skipped: bool
     stop_requested: bool  # some rank asked for a stop
+    scales: dict[str, float]  # that this step used
     spike: str | None = None  # cause of a loss far above the recent ones (spikes.py)
-    scales: dict[str, float] | None = None  # that this step used; None: ask Engine.scales()
 
     def bad_terms(self) -> list[str]:
         """Names of the loss terms that are not finite on this rank."""
@@ -108,24 +108,37 @@ def seed_moments(
 class StepUnderWay:
     """A step that the device has been given; its numbers are on their way to the host."""
 
-    def __init__(self, read: HostRead, terms: list[str], scales: list[str], **more: Any) -> None:
-        self._read, self._terms, self._scales, self._more = read, terms, scales, more
+    def __init__(
+        self,
+        read: HostRead,
+        terms: list[str],
+        scales: dict[str, float] | list[str],
+        spike: str | None,
+    ) -> None:
+        """terms, scales: names of what `read` brings; or the scales, where they were read before"""
+        self._read, self._terms, self._scales, self._spike = read, terms, scales, spike
         self._result: StepResult | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._result is not None or self._read.is_there
 
     def result(self) -> StepResult:
         """What the step did; waits for the device until it has done it."""
         if self._result is None:
-            grad_norm, total, wish, *numbers = self._read.numbers()
-            scales = dict(zip(self._scales, numbers[len(self._terms) :], strict=True))
-            is_skipped = not math.isfinite(grad_norm)
+            is_skipped, grad_norm, total, wish, *numbers = self._read.numbers()
+            scales = self._scales
+            if not isinstance(scales, dict):
+                scales = dict(zip(scales, numbers[len(self._terms) :], strict=True))
             self._result = StepResult(
                 total=total,
                 terms=dict(zip(self._terms, numbers, strict=False)),
                 grad_norm=float("nan") if is_skipped else grad_norm,
-                is_skipped=is_skipped,
+                is_skipped=is_skipped > 0,
                 stop_requested=wish > 0,
-                scales=scales or None,
-                **self._more,
+                scales=scales,
+                spike=self._spike,
             )
         return self._result
 
@@ -165,14 +178,13 @@ class Engine(abc.ABC):
         folder = self.config.run.dir
         batch = batch.to(self.device)
         self._keep_buffers()
-        before, limit = None, float("inf")
-        if self.spikes is not None:
-            before, limit = self._generators(), self._spike_limit(self.spikes)
+        before = self._generators() if self.spikes is not None else None
         presence.at(step, "forward")
         spoil = fire("forward", step, folder)
         total, terms = self._forward(batch, step, progress)
         if spoil is not None:
             total = total * spoil
+        limit = self._spike_limit(self.spikes) if self.spikes is not None else float("inf")
         value = total.detach()
         # filled on the device: a number copied from the host would wait for the forward pass
         wish = torch.full_like(value, float(stop))
@@ -197,16 +209,18 @@ class Engine(abc.ABC):
         names, scales = sorted(terms), self._scale_values()
         values = [total.detach(), agreed[1], *(terms[n].detach() for n in names), *scales.values()]
         told = torch.stack([value.float() for value in values])  # before the scales move
+        known = list(scales) or self.scales()
         presence.at(step, "optimizer")
         grad_norm = self._update(lr)
         is_skipped = ~torch.isfinite(grad_norm)
         self._restore_buffers(is_skipped)
         if self.ema is not None:
             self.ema.update(is_skipped)
-        read = HostRead(torch.cat([grad_norm.float().reshape(1), told]))
+        outcome = torch.stack([is_skipped.float(), grad_norm.float()])
+        read = HostRead(torch.cat([outcome, told]))
         if (spoil := fire("optimizer", step, folder)) is not None:
             self._spoil_a_weight(spoil)
-        self._under_way = StepUnderWay(read, names, list(scales), spike=spike)
+        self._under_way = StepUnderWay(read, names, known, spike)
         return self._under_way
 
     def _spike_limit(self, spikes: SpikeWatch) -> float:

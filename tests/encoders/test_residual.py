@@ -17,6 +17,7 @@ from mlip.encoders.residual import RoundedLayerNorm
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.memory_plan import measure
+from mlip.model import MLIPModel
 
 LAYERS = 6
 SIZES: dict[str, Any] = {
@@ -127,6 +128,20 @@ def test_without_autocast_and_in_what_is_saved_nothing_changes(kind: str) -> Non
     norms = [m for m in rounded.modules() if isinstance(m, nn.LayerNorm)]
     backbone_norms = [m for m in norms if isinstance(m, RoundedLayerNorm)]
     assert len(backbone_norms) == 2 * LAYERS + 1  # and the ViT's last, or BERT's embeddings'
+
+
+def test_heads_keep_to_the_type_too() -> None:
+    """2,048 numbers a patch and a token: in float32 they are most of what a head moves."""
+    config = load([], ["train.precision=bf16", "train.residual=bf16", "model.embed_dim=16"])
+    model = MLIPModel(config, vocab_size=30, concept_vectors=torch.zeros(3, config.knowledge.dim))
+    for head in model.heads():
+        seen: list[torch.dtype] = []
+        head.get_submodule("activation").register_forward_hook(
+            lambda _, given, made, seen=seen: seen.extend((given[0].dtype, made.dtype))
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            head(torch.randn(4, head.get_submodule("first").in_features))
+        assert seen == [torch.bfloat16] * 2
 
 
 def test_a_rounded_norm_is_torch_s_to_one_rounding() -> None:

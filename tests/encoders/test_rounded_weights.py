@@ -49,9 +49,17 @@ def _engine(way: str, *, is_together: bool) -> Engine:
         engine = build_engine(make_objective(config).to(distributed.device()), config)
     else:
         engine = exact_engine(8, passes=passes, more=more)
-    assert isinstance(engine.objective.model._image_weights, RoundedTogether)
     engine.objective.model.round_weights_together(is_together)
     return engine
+
+
+def test_it_is_off_where_it_would_cost_memory_or_is_done_elsewhere() -> None:
+    def is_on(*more: str, passes: int = 1) -> bool:
+        engine = exact_engine(8, passes=passes, more=more)
+        return isinstance(engine.objective.model._image_weights, RoundedTogether)
+
+    assert is_on(*BF16) and not is_on() and not is_on(*BF16, passes=2)
+    assert not is_on(*BF16, "train.compile=true")
 
 
 class _Counted(TorchDispatchMode):
@@ -126,13 +134,41 @@ def test_a_shared_layer_a_frozen_one_and_one_that_is_not_used() -> None:
         tower, idle = _tower(), nn.Linear(3, 3)
         tower[2].requires_grad_(False)
         rounded = RoundedTogether([tower, idle] if is_together else [])
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
         with torch.autocast("cpu", torch.bfloat16), rounded():
-            out = tower(torch.randn(4, 5, generator=torch.Generator().manual_seed(1)))
-        out.float().square().sum().backward()
+            out = tower(x)
+        with _Counted() as counted:
+            out.float().square().sum().backward()
         assert idle.weight.grad is None and tower[2].weight.grad is None
         found.append((out, tower[0].weight.grad, tower[0].bias.grad))
+        # a product for the frozen layer's input, none for its weight; the first one's input is data
+        assert counted.calls["aten::mm"] == 4
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_frozen_tower_keeps_no_activations() -> None:
+    tower = _tower().requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), RoundedTogether([tower, nn.Linear(2, 2)])():
+        assert not tower(torch.randn(4, 5)).requires_grad
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        return None
+
+
+def test_a_loss_that_hands_back_no_gradient_at_all() -> None:
+    tower = _tower()
+    with torch.autocast("cpu", torch.bfloat16), RoundedTogether([tower])():
+        out = tower(torch.randn(4, 5))
+    _NoGradient.apply(out).sum().backward()
+    assert all(p.grad is None for p in tower.parameters())
 
 
 def test_parameters_are_back_in_their_places_after_an_error_and_untouched_without_autocast() -> (

@@ -18,6 +18,7 @@ import torch
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer
+from mlip.training.step import StepUnderWay
 from tests.training.toy_run import make_trainer, toy_config
 
 
@@ -128,6 +129,25 @@ def test_both_ways_log_and_save_the_same(tmp_path, monkeypatch):
         assert ends[0].state[key] == ends[1].state[key], key
     for name, tensor in ends[0].training.parameters.items():
         assert torch.equal(tensor, ends[1].training.parameters[name]), name
+
+
+def test_a_bad_step_before_an_error_is_told(tmp_path, monkeypatch):
+    # read late, it had not been read when the next step's batch failed
+    monkeypatch.setenv("FAULT", "nan@0:4:forward,error@0:5:load")
+    with pytest.raises(RuntimeError, match="fault injected at step 5"):
+        _run(tmp_path)
+    assert sorted(_log(tmp_path)) == [1, 2, 3, 4, 5]
+    (skipped,) = _events(tmp_path, "skipped")
+    assert skipped["step"] == 5 and skipped["manifest_rows"] == list(range(32, 40))
+
+
+def test_a_gpu_that_does_not_come_to_an_end_is_not_waited_for(tmp_path, monkeypatch, reads_late):
+    monkeypatch.setenv("FAULT", "error@0:5:load")
+    monkeypatch.setattr("mlip.training.loop.LAST_STEP_S", 0.05)
+    monkeypatch.setattr(StepUnderWay, "is_done", False)
+    with pytest.raises(RuntimeError, match="fault injected at step 5"):
+        _run(tmp_path)
+    assert sorted(_log(tmp_path)) == [1, 2, 3, 4, 5][: 4 if reads_late else 5]
 
 
 def test_times_of_steps_add_up_to_the_run_either_way(tmp_path):
