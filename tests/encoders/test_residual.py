@@ -130,18 +130,30 @@ def test_without_autocast_and_in_what_is_saved_nothing_changes(kind: str) -> Non
     assert len(backbone_norms) == 2 * LAYERS + 1  # and the ViT's last, or BERT's embeddings'
 
 
-def test_heads_keep_to_the_type_too() -> None:
-    """2,048 numbers a patch and a token: in float32 they are most of what a head moves."""
-    config = load([], ["train.precision=bf16", "train.residual=bf16", "model.embed_dim=16"])
-    model = MLIPModel(config, vocab_size=30, concept_vectors=torch.zeros(3, config.knowledge.dim))
-    for head in model.heads():
+def _model(residual: str) -> MLIPModel:
+    config = load([], ["train.precision=bf16", f"train.residual={residual}", "model.embed_dim=16"])
+    return MLIPModel(config, vocab_size=30, concept_vectors=torch.zeros(3, config.knowledge.dim))
+
+
+def test_norms_of_heads_are_rounded_ones_where_asked_for() -> None:
+    for residual, kind in (("fp32", nn.LayerNorm), ("bf16", RoundedLayerNorm)):
+        assert [type(head.get_submodule("norm")) for head in _model(residual).heads()] == [kind] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", ["fp32", "bf16"])
+def test_on_a_gpu_heads_keep_to_the_type_too(residual: str) -> None:
+    """2,048 numbers a patch and a token, which autocast widens on a GPU (a CPU's leaves them)."""
+    expected = torch.bfloat16 if residual == "bf16" else torch.float32
+    for head in _model(residual).cuda().heads():
         seen: list[torch.dtype] = []
         head.get_submodule("activation").register_forward_hook(
             lambda _, given, made, seen=seen: seen.extend((given[0].dtype, made.dtype))
         )
-        with torch.autocast("cpu", torch.bfloat16):
-            head(torch.randn(4, head.get_submodule("first").in_features))
-        assert seen == [torch.bfloat16] * 2
+        width = head.get_submodule("first").in_features
+        with torch.autocast("cuda", torch.bfloat16):
+            head(torch.randn(4, width, device="cuda"))
+        assert seen == [expected] * 2
 
 
 def test_a_rounded_norm_is_torch_s_to_one_rounding() -> None:
