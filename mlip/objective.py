@@ -55,6 +55,10 @@ class Objective(nn.Module):
         total: Tensor | float = 0.0
         # losses are float32 or better whatever precision the caller's towers run in
         with torch.autocast(batch.pair_id.device.type, enabled=False):
+            for loss in self.losses.values():
+                # what the host will have to read is asked for before the long ones are queued
+                if (prepare := getattr(loss, "prepare", None)) is not None:
+                    context.prepared[loss] = prepare(context)
             for name, loss in self.losses.items():
                 value = loss(context)
                 terms[name] = value.detach()

@@ -65,6 +65,28 @@ def test_no_local_scores_are_computed_where_no_loss_wants_them() -> None:
     assert bool(total.isfinite())
 
 
+def test_draws_are_made_before_the_local_scores_and_for_their_own_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With several ranks the host reads their number: until then a GPU has the scores to do."""
+    objective, told = _make(), []
+    drawn = objective.losses["matching"].prepare
+    scores = objective.model.local_scores
+
+    def prepare(context: Any) -> Any:
+        told.append("draws")
+        return drawn(context)
+
+    def local_scores(*args: Any, **kwargs: Any) -> Tensor:
+        told.append("scores")
+        return scores(*args, **kwargs)
+
+    monkeypatch.setattr(objective.losses["matching"], "prepare", prepare)
+    monkeypatch.setattr(objective.model, "local_scores", local_scores)
+    _run(objective)
+    assert told == ["draws", "scores"]  # once: the loss takes what was prepared
+
+
 def test_with_everything_off_but_the_global_loss_it_is_clip() -> None:
     overrides = [o for o in NO_LOSS if "global" not in o]
     objective = _make(*overrides, "model.divergence.kind=none")

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from mlip.batch import PRESENT, Batch, Features
@@ -51,6 +52,7 @@ class LossContext:
         self.seed = seed
         self.step = step
         self.progress = progress  # epochs done, a fraction included
+        self.prepared: dict[nn.Module, Any] = {}  # what a loss's `prepare` made of this step
         self.regularisers: dict[str, Tensor] = {}  # terms of weight 1 that a loss adds by itself
         self._local_scores = local_scores
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,10 +11,21 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.distributed import gather_rows
+from mlip.host_read import HostRead
 from mlip.losses.context import LossContext, mean_over_ranks
 from mlip.losses.partner import draw_partners
 
 FEED_FORWARD_FACTOR = 4  # width of the feed-forward block over D, as in transformers
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Who is shown whom: a wrong text to every own image, a wrong image to every report."""
+
+    false_text_B: Tensor  # [B] int64
+    false_image_N: Tensor  # [N] int64 among all ranks' images; -1 where the report has no partner
+    is_mine_N: Tensor  # [N] bool: that image is this rank's
+    count: HostRead | None  # of is_mine_N, with several ranks
 
 
 class Matching(nn.Module):
@@ -23,8 +36,9 @@ class Matching(nn.Module):
     and only it is computed. A pair is judged on the rank that owns its image: report vectors
     travel, patches never do.
 
-    Cost:    with several ranks on GPUs one synchronisation a step (how many drawn images are this
-             rank's); alone, rows without a partner are computed and left out of the mean
+    Cost:    with several ranks the host must know how many drawn images are this rank's: `prepare`
+             asks early, so that a GPU has other losses to compute meanwhile; alone, rows without a
+             partner are computed and left out of the mean
     Returns: scalar in nats, mean over the three judgements of every sample that has a partner
     Source:  MLIP section 3.4; hard negatives as ALBEF (Li et al. 2021); layers ours.
     """
@@ -44,37 +58,44 @@ class Matching(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.classifier = nn.Linear(dim, 2)
 
-    def forward(self, context: LossContext) -> Tensor:
+    def prepare(self, context: LossContext) -> Drawn:
+        """The draws, which need the embeddings alone."""
         image_BD, own = context.features.image.embedding.detach(), context.own
         image_ND, text_ND = context.views_all[0], context.views_all[1]
         false_text_B = draw_partners(context, "match_text", image_BD @ text_ND.T.to(image_BD.dtype))
-        own_text_BD = text_ND[own]
-        false_image_B = draw_partners(context, "match_image", own_text_BD @ image_ND.T)
-        is_counted_B = context.has_partner
-        false_image_N = gather_rows(torch.where(is_counted_B, false_image_B, -1), context.counts)
+        false_image_B = draw_partners(context, "match_image", text_ND[own] @ image_ND.T)
+        false_image_B = torch.where(context.has_partner, false_image_B, -1)
+        false_image_N = gather_rows(false_image_B, context.counts)
+        is_mine_N = (false_image_N >= own.start) & (false_image_N < own.stop)
+        several = len(context.counts) > 1
+        count = HostRead(is_mine_N.sum().reshape(1)) if several else None
+        return Drawn(false_text_B, false_image_N, is_mine_N, count)
 
+    def forward(self, context: LossContext) -> Tensor:
+        drawn: Drawn = context.prepared.pop(self, None) or self.prepare(context)
+        own, first = context.own, context.first
         dtype = self.report.weight.dtype
         report_ND = self.report(context.text_embedding_all.to(dtype))
         patch_BPD = self.patch_norm(context.features.image.patches.to(dtype))
-        first = context.first
-        own_report_B2D = torch.stack([report_ND[own], report_ND[false_text_B]], dim=1)
+        own_report_B2D = torch.stack([report_ND[own], report_ND[drawn.false_text_B]], dim=1)
         logits_B22 = self.classify(own_report_B2D, patch_BPD)
 
-        is_mine_N = (false_image_N >= own.start) & (false_image_N < own.stop)
-        if len(context.counts) == 1:
+        is_mine_N = drawn.is_mine_N
+        if drawn.count is None:
             report_index = torch.arange(is_mine_N.shape[0], device=is_mine_N.device)
         else:
-            report_index = is_mine_N.nonzero().squeeze(1)
+            mine = int(drawn.count.numbers()[0])
+            report_index = torch.nonzero_static(is_mine_N, size=mine).squeeze(1)
         is_judged = is_mine_N[report_index]
-        image_index = torch.where(is_judged, false_image_N[report_index] - first, 0)
-        drawn = self.classify(report_ND[report_index].unsqueeze(1), patch_BPD[image_index])
+        image_index = torch.where(is_judged, drawn.false_image_N[report_index] - first, 0)
+        away_Q2 = self.classify(report_ND[report_index].unsqueeze(1), patch_BPD[image_index])[:, 0]
 
         at_home = torch.stack(
             [_negative_log(logits_B22[:, 0], True), _negative_log(logits_B22[:, 1], False)], dim=1
         )
-        away = _negative_log(drawn[:, 0], False)
+        away = _negative_log(away_Q2, False)
         values = torch.cat([at_home.flatten(), away])
-        counted = torch.cat([is_counted_B.repeat_interleave(2), is_judged])
+        counted = torch.cat([context.has_partner.repeat_interleave(2), is_judged])
         return mean_over_ranks(values, counted)
 
     def classify(self, reports: Tensor, patches: Tensor) -> Tensor:

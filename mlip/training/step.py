@@ -24,10 +24,10 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config
+from mlip.host_read import HostRead
 from mlip.training import presence
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
-from mlip.training.host_read import HostRead
 from mlip.training.muon import Muon, matrix_names
 from mlip.training.schedule import peak_lr, undecayed_names
 from mlip.training.spikes import SpikeWatch, cause

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlip.batch import Batch
 from mlip.encoders import normalisation
-from mlip.training.host_read import HostRead
+from mlip.host_read import HostRead
 from mlip.training.step import Engine
 from tests.training.exact_step import PIXELS, exact_engine, make_batch
 from tests.virtual_gpu import virtual_gpu
@@ -37,7 +37,7 @@ PYTHON_CALLS = {"tolist", "numpy", "cpu", "new_tensor", "tensor", "as_tensor"}
 
 # Whether a step counts is decided on the device. What it tells (losses, norm, scales, the wish to
 # stop) is read from a copy that waits for nothing behind it, by the loop once the next is queued.
-OF_THE_HOST = {"mlip/training/host_read.py:numbers": "the numbers of a step, when they are wanted"}
+OF_THE_HOST = {"mlip/host_read.py:numbers": "the numbers of a step, when they are wanted"}
 # checks that read a tensor where that costs nothing; each asks for the tensor's device first
 ON_A_CPU_ONLY = {
     "kernels/token_knowledge_patch/checks.py:check_inputs",
