@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import importlib.util
 import json
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from benchmarks.step_flops import nominal_tflops, step_flop  # noqa: E402
 from benchmarks.step_timing import Runner, profile  # noqa: E402
 from benchmarks.step_variants import (  # noqa: E402
     COMPILES,
+    ENGINES,
     OURS,
     VARIANTS,
     NotAvailable,
@@ -75,6 +77,7 @@ TINY = (
 )
 BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
 SECTIONS = ("batches", "parts", "profile", "reading", "variants", "scaling", "compiled")
+ON_REQUEST = ("deepspeed",)  # its engines replace the one that the other sections measure
 # what two towers, or a layer of each, take to compile, generously: no start with less left
 COMPILE_S, LAYERS_S = 150, 60
 FIRST_PAIRS = {"cuda": 64, "cpu": 4}
@@ -92,18 +95,19 @@ class Bench:
         self.overrides = SETTINGS if self.is_gpu else SETTINGS + TINY
         self.config = load([], self.overrides)
         self.vocab_size = BERT_VOCABULARY if self.is_gpu else TINY_VOCABULARY
-        table = load_concepts()
-        self.concepts = len(table)
-        torch.manual_seed(self.config.run.seed)
-        vectors = knowledge_vectors(table, self.config.knowledge)
-        model = MLIPModel(self.config, vocab_size=self.vocab_size, concept_vectors=vectors)
-        objective = Objective(self.config, model).to(device)
-        self.engine = build_engine(objective, self.config)
+        self.concepts = len(load_concepts())
+        self.engine = self._built(self.config)
         self.peak_tflops = harness.matmul_peak_tflops(device)
         self.facts = harness.environment(device)
         self.rows: list[Row] = []
         # most pairs that a plain step was seen to take, fewest that it could not
         self.fits, self.fails = 0, float("inf")
+
+    def _built(self, config: Config) -> Any:
+        torch.manual_seed(config.run.seed)
+        vectors = knowledge_vectors(load_concepts(), config.knowledge)
+        model = MLIPModel(config, vocab_size=self.vocab_size, concept_vectors=vectors)
+        return build_engine(Objective(config, model).to(self.device), config)
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -309,6 +313,22 @@ class Bench:
         needs_s = LAYERS_S if "layers" in name else COMPILE_S if name in COMPILES else 10
         return self.attempt(label, work, needs_s=needs_s)
 
+    def deepspeed(self) -> None:
+        """The named sizes under DeepSpeed, one rank: engines that take this one's place in turn."""
+        for name, settings in ENGINES.items():
+            is_there = importlib.util.find_spec("deepspeed") is not None
+            if is_there:
+                self.engine = None
+                gc.collect()
+                self.config = load([], [*self.overrides, *settings])
+                self.engine = self._built(self.config)
+            for pairs in BATCHES[self.device]:
+                label = {"kind": "variant", "variant": name, "pairs": pairs, "micro": 0}
+                if is_there:
+                    self.attempt(label, lambda p=pairs: self.measure(self.runner(p, 0)))
+                else:
+                    self.keep(label | {"status": "not installed: deepspeed"})
+
     def scaling(self) -> None:
         """From FIRST_PAIRS to LAST_PAIRS by doubling, then the laws fitted to them."""
         pairs, made = FIRST_PAIRS[self.device], []
@@ -331,6 +351,7 @@ class Bench:
             "variants": lambda: self.variants(light),
             "scaling": self.scaling,
             "compiled": lambda: self.variants(COMPILES),
+            "deepspeed": self.deepspeed,
         }
         for name, step in steps.items():
             if name in wanted:
@@ -346,7 +367,7 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=SECTIONS + ON_REQUEST, default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=8.5, help="rows that come later say so")
     parser.add_argument("--report", action="store_true", help="write the pages' tables and stop")
     parser.add_argument("--out", type=Path, help="file of the rows (benchmarks/results)")

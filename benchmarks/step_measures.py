@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.step_law import as_text
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS
-from benchmarks.step_variants import OURS, VARIANTS
+from benchmarks.step_variants import ENGINES, OURS, VARIANTS
 
 Row = dict[str, Any]
 NOT_RUN = "not run"
@@ -115,26 +115,29 @@ def parts_table(rows: list[Row]) -> list[Row]:
 def variant_table(rows: list[Row]) -> list[Row]:
     """Each way of computing the step, and how many times longer it takes than ours."""
     table = []
-    for name in VARIANTS:
-        row = find(rows, ("variant",), variant=name)
-        ours = row and find(rows, ("variant", "batch", "scaling"), variant=OURS, pairs=row["pairs"])
-        is_known = ours is not None and ours["status"] == "ok"
-        table.append(
-            {
-                "way": name,
-                "pairs": "-" if row is None else row["pairs"],
-                "step, ms": cell(row, lambda r: f"{r['step_ms']:.1f}"),
-                "times ours": _more(
-                    row,
-                    lambda r, o=ours, known=is_known: (
-                        f"{r['step_ms'] / o['step_ms']:.2f}" if known else NOT_RUN
-                    ),
-                ),
-                "peak memory, GiB": _more(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
-                "graph breaks": _more(row, lambda r: str(r.get("graph_breaks", "-"))),
-            }
-        )
+    made = [row for row in rows if row.get("kind") == "variant"]
+    for name in (*VARIANTS, *ENGINES):
+        tried = sorted((r for r in made if r["variant"] == name), key=lambda r: r["pairs"])
+        for row in tried or [None]:
+            table.append(_variant_line(rows, name, row))
     return table
+
+
+def _variant_line(rows: list[Row], name: str, row: Row | None) -> Row:
+    ours = row and find(rows, ("variant", "batch", "scaling"), variant=OURS, pairs=row["pairs"])
+    is_known = ours is not None and ours["status"] == "ok"
+
+    def times_ours(row: Row) -> str:
+        return f"{row['step_ms'] / ours['step_ms']:.2f}" if ours and is_known else NOT_RUN
+
+    return {
+        "way": name,
+        "pairs": "-" if row is None else f"{row['pairs']:,}",
+        "step, ms": cell(row, lambda r: f"{r['step_ms']:.1f}"),
+        "times ours": _more(row, times_ours),
+        "peak memory, GiB": _more(row, lambda r: f"{r.get('peak_gib', 0):.1f}"),
+        "graph breaks": _more(row, lambda r: str(r.get("graph_breaks", "-"))),
+    }
 
 
 def reading_table(rows: list[Row]) -> list[Row]:
@@ -213,7 +216,7 @@ def _largest(rows: list[Row]) -> str:
 
 
 def _gain(rows: list[Row], name: str) -> str:
-    line = next(line for line in variant_table(rows) if line["way"] == name)
+    line = _variant_line(rows, name, find(rows, ("variant",), variant=name))
     value = str(line["times ours"])
     return f"{value}x" if value[0].isdigit() else str(line["step, ms"])
 

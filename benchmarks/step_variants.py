@@ -234,4 +234,9 @@ VARIANTS: dict[str, Change] = {
         "a step's number keys its draws, and its epoch and rate are numbers of the host"
     ),
 }
+# ways that need an engine of their own: its settings
+ENGINES = {
+    "DeepSpeed, ZeRO-1": ("train.engine=deepspeed", "train.zero_stage=1"),
+    "DeepSpeed, ZeRO-2": ("train.engine=deepspeed", "train.zero_stage=2"),
+}
 COMPILES = tuple(name for name in VARIANTS if "compiled" in name)

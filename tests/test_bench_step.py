@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_step, harness, providers, step_reading
+from benchmarks import bench_step, harness, providers, step_measures, step_reading
 from benchmarks.bench_step import Bench
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
 from benchmarks.step_variants import (
+    ENGINES,
     VARIANTS,
     NotAvailable,
     as_it_is,
@@ -317,3 +318,34 @@ def test_it_runs_end_to_end_with_nothing_but_what_a_bare_machine_has(tmp_path: P
     profile = row["profile"]
     assert profile and profile[0]["ms"] >= profile[-1]["ms"] > 0.0
     assert row["device_ms"] >= sum(line["ms"] for line in profile)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the whole benchmark")
+def test_the_step_under_deepspeed_is_measured_by_engines_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    out = tmp_path / "step-0.json"
+    command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), "--out", str(out)]
+    run = subprocess.run(
+        [*command, "--only", "deepspeed"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    sizes = bench_step.BATCHES["cpu"]
+    assert [(row["variant"], row["pairs"]) for row in rows] == [
+        (name, pairs) for name in ENGINES for pairs in sizes
+    ]
+    assert {row["status"] for row in rows} == {"ok"} and all(row["step_ms"] > 0 for row in rows)
+    table = step_measures.variant_table(rows)
+    assert [line["pairs"] for line in table if line["way"] in ENGINES] == ["4", "8"] * len(ENGINES)
+
+
+def test_without_deepspeed_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_on()
+    engine = bench.engine
+    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda name: None)
+    bench.deepspeed()
+    assert {row["status"] for row in bench.rows} == {"not installed: deepspeed"}
+    assert bench.engine is engine and len(bench.rows) == 2 * len(ENGINES)
