@@ -33,7 +33,7 @@ from mlip.training.step import Engine, StepResult, StepUnderWay
 
 # facts of a run that a resumed one must share: they are content, which no setting shows
 IDENTITY = ("concept_table", "tokenizer")
-LAST_STEP_S = 5.0  # how long a step under way is waited for when an error ends the run
+LAST_STEP_S = 1.0  # how long a step under way is waited for when an error ends the run
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,7 @@ class Trainer:
         if is_measured:
             numbers.result()
             self._tell_cache_cost(time.perf_counter() - began)
-        if self.reads_late:
-            self._read_numbers()
+        before = self._under_way
         self._under_way = _UnderWay(
             step=self.step,
             numbers=numbers,
@@ -219,15 +218,20 @@ class Trainer:
         )
         if not self.reads_late:
             self._read_numbers()
+        elif before is not None:
+            self._read(before)
 
     def _read_numbers(self) -> None:
-        """Wait for the numbers of the step under way, if there is one, log and watch them.
+        """Those of the step under way, if there is one: after this none is."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._read(under_way)
+
+    def _read(self, under_way: _UnderWay) -> None:
+        """Wait for the numbers of a step, log and watch them.
 
         Raises:  NumericError after train.max_nan_steps skipped steps in a row
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
-            return
         result = self._log(under_way)
         self.stop_requested |= result.stop_requested
         self._watch(result, under_way)

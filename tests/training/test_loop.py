@@ -207,12 +207,16 @@ def test_bad_images_of_one_step_leave_nothing_behind_in_the_buffers(tmp_path, mo
     assert buffers["queue"].isfinite().all() and int(buffers["count"]) == 11
 
 
-def test_nan_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_nan_steps_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
+    tmp_path, monkeypatch, reads_late
+):
     monkeypatch.setenv("FAULT", ",".join(f"nan@0:{s}:forward" for s in (2, 5, 6, 7)))
     with pytest.raises(NumericError, match=r"step 8: .*3 in a row.*step_00000005") as caught:
         _run(tmp_path, "train.checkpoint_steps=5")
     assert caught.value.exit_code == 5
     assert [c.name for c in checkpoint.checkpoints_of(tmp_path)] == ["step_00000005"]
+    # the one that was under way is told too
+    assert sorted(_log(tmp_path)) == list(range(1, 10 if reads_late else 9))
 
 
 def test_a_failed_save_between_is_said_and_the_run_goes_on(tmp_path, monkeypatch):
