@@ -112,6 +112,11 @@ def build_shards(
         return _finish(rows, keys, shards, plan, len(missing), complete)
     except OSError as error:
         raise _explained(error, plan) from error
+    except KeyboardInterrupt:
+        # it may have come between the making of a file and the place that removes it
+        remove_partials(folder, os.getpid())
+        remove_partials(plan.out, os.getpid())
+        raise
 
 
 def member_keys(rows: list[Row], salt: str) -> list[str]:

@@ -254,12 +254,13 @@ class ShardWriter:
         self.partial.unlink(missing_ok=True)
 
 
-def remove_partials(folder: Path) -> int:
-    """Removes half-written files of this machine's dead processes; how many there were."""
+def remove_partials(folder: Path, of: int | None = None) -> int:
+    """Removes half-written files of process `of`, or of this machine's dead ones; how many."""
     count = 0
     for path in folder.glob(f".*.{socket.gethostname()}.*.part"):
         number = path.name.split(".")[-2]
-        if number.isdigit() and not os.path.exists(f"/proc/{number}"):
+        is_dead = number.isdigit() and not os.path.exists(f"/proc/{number}")
+        if is_dead if of is None else number == str(of):
             path.unlink(missing_ok=True)
             count += 1
     return count

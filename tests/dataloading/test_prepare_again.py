@@ -21,6 +21,7 @@ from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.output_lock import sole_writer
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.dataloading.shards import ShardWriter
 from mlip.dataloading.worker_pool import Reply, WorkerPool
 
 
@@ -173,3 +174,19 @@ def test_a_dicom_of_a_few_pixels_is_refused_as_a_picture_is(tmp_path: Path) -> N
     write_radiograph(tmp_path / "a.dcm", cells, patient_id="p", study_id="s")
     fields, _ = make_member(str(tmp_path), {"image": "a.dcm"}, ImageSettings())
     assert fields == {"reason": "undecodable"}
+
+
+def test_ctrl_c_just_after_a_file_was_made_leaves_no_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_root(tmp_path, 3)
+    made = ShardWriter.__init__
+
+    def interrupted(self: ShardWriter, path: Path) -> None:
+        made(self, path)
+        raise KeyboardInterrupt  # nobody has the writer yet, and could abandon it
+
+    monkeypatch.setattr(ShardWriter, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(rows_of(root), plan_for(root))
+    assert not list(plan_for(root).out.rglob("*.part"))
