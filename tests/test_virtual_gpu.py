@@ -25,8 +25,10 @@ from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.torch_pipeline import TorchPipeline
 from mlip.losses import context
 from mlip.transfer.protocol import transfer_run
+from tests import rank_farm
 from tests.small_run import small_run
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.training.deepspeed_waits import find_waits
 from tests.training.exact_step import PROGRESS, exact_engine, make_batch
 from tests.transfer import test_learning
 from tests.virtual_gpu import GPU, ROOT, virtual_gpu
@@ -213,6 +215,19 @@ def test_each_of_two_gpus_waits_where_the_page_says_and_nowhere_else(
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `(\w+\.py)`.* \| (?:every step|several ranks) \|", page, re.MULTILINE)
     assert gpu.waits == told == []
+
+
+def test_under_deepspeed_stages_1_and_2_wait_for_nothing_and_skip_on_the_gpu(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    if torch.version.cuda is not None:
+        pytest.skip("the virtual GPU needs a CPU build of torch")
+    out = tmp_path / "found.json"
+    rank_farm.run(find_waits, 1, [1, 2], str(out))
+    found = json.loads(out.read_text(encoding="utf-8"))
+    for stage in ("1", "2"):
+        assert found[stage] == {"waits": [], "is_skipped": [False, True], "engine": "deepspeed"}
 
 
 TASKS = {

@@ -37,6 +37,8 @@ from mlip.training.step import (
 # From the first to before the second, as setup.py asks for: gathers, moments and the reduction of
 # one backward pass are reached through parts of DeepSpeed that it moves between minor versions.
 DEEPSPEED_VERSIONS = ((0, 19), (0, 20))
+# what ZeRO-1 and -2 ask the device by: whether a norm is finite, and to mark one that is not
+QUESTIONS = ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace")
 
 
 class DeepSpeedEngine(Engine):
@@ -56,9 +58,16 @@ class DeepSpeedEngine(Engine):
         distributed.start_alone()
         import deepspeed
         import deepspeed.ops
+        from deepspeed.runtime.zero import stage_1_and_2
         from deepspeed.utils import logger
 
-        self._deepspeed = deepspeed
+        self._deepspeed, self._stages_1_and_2 = deepspeed, stage_1_and_2
+        # where masters are on the CPU, the host has to have the norm
+        self.steps_unread = (
+            self.stage in (1, 2)
+            and not config.train.offload
+            and all(hasattr(stage_1_and_2, name) for name in QUESTIONS)
+        )
         logger.setLevel("WARNING")
         # DeepSpeed calls collectives by names that torch renames; nothing a user could act on
         warnings.filterwarnings(
@@ -100,8 +109,36 @@ class DeepSpeedEngine(Engine):
     def _update(self, lr: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.steps_unread:
+            return self._stepped_unread()
         # filled on the device: DeepSpeed has read the norm, or its overflow, already
         return torch.full((), self._stepped(), device=self.device)
+
+    def _stepped_unread(self) -> Tensor:
+        """DeepSpeed's step of stages 1 and 2, and the gradient norm, which nobody waits for.
+
+        DeepSpeed asks the device whether the norm is finite, and leaves the step out where it is
+        not. Here the torch optimiser inside is told on the device, and leaves itself out: the
+        partitions that are gathered afterwards are those of before.
+        """
+        norms: list[Tensor] = []
+
+        def is_invalid(norm: Tensor) -> bool:
+            norms.append(norm)
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            return False
+
+        def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
+            norm.masked_fill_(~torch.isfinite(norm), val)  # theirs copies the number from the host
+
+        with mock.patch.multiple(
+            self._stages_1_and_2,
+            is_invalid_grad_norm=is_invalid,
+            mask_nan_or_inf_with_val_inplace=mask,
+        ):
+            self.engine.step()
+        self._clamp_scales()
+        return norms[0]
 
     def _stepped(self) -> float:
         """DeepSpeed's step; the gradient norm, NaN where DeepSpeed or we skipped it."""

@@ -123,7 +123,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Oracle: the run that nothing happened to, and its repetition to the bit by the way."""
     whole = _whole(*_engine())
     killed = _start(tmp_path, *_engine(), fault=f"kill@0:{KILLED_IN}:backward")
-    assert killed.returncode != 0 and max(jobs.steps(tmp_path)) == KILLED_IN
+    # the step before was done, and its numbers had not been read yet
+    assert killed.returncode != 0 and max(jobs.steps(tmp_path)) == KILLED_IN - 1
     assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == [f"step_{EVERY:08d}"]
     _finish(tmp_path, *_engine())
     assert [event["step"] for event in _events(tmp_path, "started")] == [0, EVERY]
@@ -135,6 +136,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     )
     for name, tensor in one.parameters.items():
         assert torch.equal(tensor, other.parameters[name]), name
+
+
+def test_a_bad_step_is_skipped_and_the_run_goes_on(tmp_path: Path) -> None:
+    done = _start(tmp_path, *_engine(), "train.max_steps=10", fault="nan@0:4:backward")
+    assert done.returncode == 0, done.stderr[-4000:]
+    (skipped,) = _events(tmp_path, "skipped")
+    assert skipped["step"] == 5 and len(skipped["manifest_rows"]) == 16
+    steps = jobs.steps(tmp_path)
+    assert sorted(steps) == list(range(1, 11)) and steps[5][1] is None
+    assert all(steps[step][1] is not None for step in steps if step != 5)
+    state = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0])
+    assert state.state["skipped_steps"] == 1 and state.state["optimizer_steps"] == 9
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali"])
