@@ -49,9 +49,9 @@ setup(
         "pycocotools>=2.0.8",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.19,<0.20"],
+        "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "dali": ["nvidia-dali-cuda130>=2.3"],
-        "gpu": ["deepspeed>=0.19,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
+        "gpu": ["deepspeed>=0.19.8,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
         "tensorboard": ["tensorboard>=2.17"],
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.5"],

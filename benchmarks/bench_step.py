@@ -96,7 +96,7 @@ class Bench:
         self.config = load([], self.overrides)
         self.vocab_size = BERT_VOCABULARY if self.is_gpu else TINY_VOCABULARY
         self.concepts = len(load_concepts())
-        self.engine = self._built(self.config)
+        self.engine, self.is_of = self._built(self.config), OURS
         self.peak_tflops = harness.matmul_peak_tflops(device)
         self.facts = harness.environment(device)
         self.rows: list[Row] = []
@@ -194,7 +194,8 @@ class Bench:
 
         Raises:  SystemExit where an error took the GPU from this process: no row can follow
         """
-        self.engine.optimizer.zero_grad(set_to_none=True)
+        if self.engine is not None:
+            self.engine.optimizer.zero_grad(set_to_none=True)
         if self.is_gpu:
             gc.collect()
             try:
@@ -315,19 +316,28 @@ class Bench:
 
     def deepspeed(self) -> None:
         """The named sizes under DeepSpeed, one rank: engines that take this one's place in turn."""
-        for name, settings in ENGINES.items():
-            is_there = importlib.util.find_spec("deepspeed") is not None
-            if is_there:
-                self.engine = None
-                gc.collect()
-                self.config = load([], [*self.overrides, *settings])
-                self.engine = self._built(self.config)
+        for name in ENGINES:
             for pairs in BATCHES[self.device]:
+
+                def work(name: str = name, pairs: int = pairs) -> Row:
+                    self._become(name)
+                    return self.measure(self.runner(pairs, 0))
+
                 label = {"kind": "variant", "variant": name, "pairs": pairs, "micro": 0}
-                if is_there:
-                    self.attempt(label, lambda p=pairs: self.measure(self.runner(p, 0)))
-                else:
-                    self.keep(label | {"status": "not installed: deepspeed"})
+                self.attempt(label, work)
+
+    def _become(self, name: str) -> None:
+        """Replace the engine by one of ENGINES; nothing of the one before stays on the card."""
+        if importlib.util.find_spec("deepspeed") is None:
+            raise NotAvailable("not installed: deepspeed")
+        if self.is_of == name:
+            return
+        if self.engine is not None and self.engine.name == "deepspeed":
+            self.engine.engine.destroy()  # hooks on gradients hold it
+        self.engine = None
+        gc.collect()
+        self.config = load([], [*self.overrides, *ENGINES[name]])
+        self.engine, self.is_of = self._built(self.config), name
 
     def scaling(self) -> None:
         """From FIRST_PAIRS to LAST_PAIRS by doubling, then the laws fitted to them."""

@@ -1,7 +1,8 @@
 """Every setting of a run, typed and frozen, and how YAML files and overrides become one Config.
 
 What does not live here: any default that depends on data, and any logic beyond validation. The
-DeepSpeed dictionary is derived from these classes in training/engine.py; there is no second truth.
+DeepSpeed dictionary is derived from these classes (training/deepspeed_json.py); there is no second
+truth.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ ALLOWED = {
 }
 FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")
 WALLS = {
-    "deepspeed": ("mlip/training/engine.py",),
+    "deepspeed": ("mlip/training/deepspeed_engine.py",),
     "nvidia": ("dataloading/dali_pipeline.py",),
     "triton": ("triton_kernels.py",),
     "pydicom": ("dataloading/dicom",),
@@ -164,7 +164,7 @@ def test_only_distributed_modules_call_torch_distributed() -> None:
         "mlip/distributed.py",
         "kernels/_distributed.py",
         "mlip/encoders/normalisation.py",
-        "mlip/training/engine.py",
+        "mlip/training/deepspeed_engine.py",
     }
     users = {
         str(path.relative_to(ROOT))

@@ -299,7 +299,7 @@ def virtual_gpu() -> Iterator[VirtualGpu]:
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "set_device": lambda device: None,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: gpu.wait("synchronize"),
         "get_rng_state": lambda device="cuda": torch.get_rng_state(),
         "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
         "max_memory_allocated": lambda device=None: 0,

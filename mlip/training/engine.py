@@ -1,303 +1,21 @@
-"""The engine that DeepSpeed runs, ZeRO 0 to 3, and the choice between it and plain torch.
-
-The only file that imports deepspeed, and only when it is asked for.
-"""
+"""Which engine trains, plain torch or DeepSpeed, and what settings must hold for it."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-import re
-import warnings
-from importlib import metadata
 from typing import Any
-from unittest import mock
 
-import torch
 import torch.nn as nn
-from torch import Tensor
 
 from mlip import distributed
-from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.compiled import compile_towers
+from mlip.training.deepspeed_engine import DeepSpeedEngine, require_version
 from mlip.training.deepspeed_json import deepspeed_settings
-from mlip.training.ema import EMAState
-from mlip.training.grad_cache import num_micro_batches, set_recompute_context
+from mlip.training.grad_cache import num_micro_batches
 from mlip.training.plain_engine import PlainEngine
-from mlip.training.step import (
-    MOMENTS,
-    Engine,
-    TrainingState,
-    build_optimizer,
-    seed_moments,
-)
-
-# From the first to before the second, as setup.py asks for: gathers, moments and the reduction of
-# one backward pass are reached through parts of DeepSpeed that it moves between minor versions.
-DEEPSPEED_VERSIONS = ((0, 19), (0, 20))
-# what ZeRO-1 and -2 ask the device by: whether a norm is finite, and to mark one that is not
-QUESTIONS = ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace")
-
-
-class DeepSpeedEngine(Engine):
-    """The same step under DeepSpeed: ZeRO partitions the moments, gradients and parameters.
-
-    DeepSpeed runs in float32 throughout (bf16 is autocast in the model), which gives every stage
-    the same numerics and makes the parameters their own masters.
-    """
-
-    name = "deepspeed"
-
-    def __init__(self, objective: nn.Module, config: Config, settings: dict[str, Any]) -> None:
-        super().__init__(objective, config)
-        self.stage = config.train.zero_stage
-        if self.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        distributed.start_alone()
-        import deepspeed
-        import deepspeed.ops
-        from deepspeed.runtime.zero import stage_1_and_2
-        from deepspeed.utils import logger
-
-        self._deepspeed, self._stages_1_and_2 = deepspeed, stage_1_and_2
-        # where masters are on the CPU, the host has to have the norm
-        self.steps_unread = (
-            self.stage in (1, 2)
-            and not config.train.offload
-            and all(hasattr(stage_1_and_2, name) for name in QUESTIONS)
-        )
-        logger.setLevel("WARNING")
-        # DeepSpeed calls collectives by names that torch renames; nothing a user could act on
-        warnings.filterwarnings(
-            "ignore", message="`torch.distributed.*is deprecated", category=FutureWarning
-        )
-        # a C++ extension for inference that would be compiled for half a minute at the start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(verbose=False)
-        distributed.broadcast_(p.data for p in objective.parameters())
-        if self.stage > 0:
-            # ZeRO flattens parameters and views them as bytes: no channels_last weights
-            for parameter in objective.parameters():
-                parameter.data = parameter.data.contiguous()
-        # its own broadcast views parameters as bytes, which fails for a scalar (0.19.8)
-        with mock.patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model"):
-            self.engine, self.zero, _, _ = deepspeed.initialize(
-                model=objective, optimizer=build_optimizer(objective, config), config=settings
-            )
-        set_recompute_context(self._keep_gathered if self.stage == 3 else contextlib.nullcontext)
-        # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
-        self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer
-        self._start_ema()
-
-    def _keep_gathered(self) -> Any:
-        """Stage 3 during a recomputation: its forward hooks must not release the parameters.
-
-        The backward pass that asked for the recomputation has gathered its module's already and
-        goes on with them right after; the module's own backward hook releases them.
-        """
-        coordinator = self.zero.parameter_offload.get_param_coordinator()
-        return mock.patch.object(coordinator, "release_sub_module")
-
-    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
-        return self.engine(batch, step=step, progress=progress)
-
-    def _backward(self, total: Tensor) -> None:
-        self.engine.backward(total)
-
-    def _update(self, lr: float) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.steps_unread:
-            return self._stepped_unread()
-        # filled on the device: DeepSpeed has read the norm, or its overflow, already
-        return torch.full((), self._stepped(), device=self.device)
-
-    def _stepped_unread(self) -> Tensor:
-        """DeepSpeed's step of stages 1 and 2, and the gradient norm, which nobody waits for.
-
-        DeepSpeed asks the device whether the norm is finite, and leaves the step out where it is
-        not. Here the torch optimiser inside is told on the device, and leaves itself out: the
-        partitions that are gathered afterwards are those of before.
-        """
-        norms: list[Tensor] = []
-
-        def is_invalid(norm: Tensor) -> bool:
-            norms.append(norm)
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-            return False
-
-        def mask(norm: Tensor, device: object = None, val: float = -1.0) -> None:
-            norm.masked_fill_(~torch.isfinite(norm), val)  # theirs copies the number from the host
-
-        with mock.patch.multiple(
-            self._stages_1_and_2,
-            is_invalid_grad_norm=is_invalid,
-            mask_nan_or_inf_with_val_inplace=mask,
-        ):
-            self.engine.step()
-        self._clamp_scales()
-        return norms[0]
-
-    def _stepped(self) -> float:
-        """DeepSpeed's step; the gradient norm, NaN where DeepSpeed or we skipped it."""
-        if self.stage == 0:
-            # without ZeRO, DeepSpeed would apply a NaN gradient
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in self.parameters.values() if p.grad is not None]
-            )
-            if not norm < float("inf"):
-                self.zero.zero_grad(set_to_none=True)
-                return float("nan")
-            self.engine.step()
-        else:
-            self.engine.step()
-            if self.zero.overflow:
-                return float("nan")
-            norm = self.engine.get_global_grad_norm()
-        self._clamp_scales()
-        return float(norm)
-
-    @torch.no_grad()
-    def _clamp_scales(self) -> None:
-        """Scales.clamp_ on what the rank holds: the parameter and its part of the master."""
-        scales: Any = self.objective.model.scales  # type: ignore[union-attr]
-        for name, (least, most) in scales.BOUNDS.items():
-            parameter = scales.stored[name]
-            if not parameter.requires_grad:
-                continue
-            parameter.data.clamp_(least, most)
-            if self.stage == 3:
-                parameter.ds_tensor.data.clamp_(least, most)
-                held = self.zero.get_local_fp32_param(parameter)  # a copy where offloaded
-                self.zero.set_local_hp_param(held.clamp(least, most), parameter)
-            elif self.stage > 0 and parameter._hp_mapping is not None:
-                parameter._hp_mapping.get_hp_fragment().clamp_(least, most)
-
-    def _scale_values(self) -> dict[str, Tensor]:
-        # after a skipped step nothing is gathered, after any other small parameters are
-        stored = self.objective.model.scales.parameters()  # type: ignore[union-attr,operator]
-        is_whole = self.stage < 3 or all(parameter.numel() > 0 for parameter in stored)
-        return super()._scale_values() if is_whole else {}
-
-    def scales(self) -> dict[str, float]:
-        if self._scale_values():
-            return super().scales()
-        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr,operator]
-        with self._deepspeed.zero.GatheredParameters(stored):
-            return super().scales()
-
-    def _held(self) -> list[Tensor]:
-        """Flat parts of the masters from stage 1 on."""
-        if self.stage == 3:
-            return self.zero.fp32_partitioned_groups_flat
-        if self.stage == 0:
-            return list(self.parameters.values())
-        return self.zero.single_partition_of_fp32_groups
-
-    def state(self, *, everywhere: bool = True) -> TrainingState:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self.stage in (1, 2):
-            # DeepSpeed links after the first group's first step, when the second has no state yet
-            self.zero._hp_optimizer_states_linked = False
-            self.zero._lazy_init_hp_params_optimizer_state()
-        held = self.optimizer.state.get(self._held()[0], {})
-        steps = int(held["step"]) if held else 0
-        keeps = everywhere or distributed.is_main()
-        moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS}
-        for name, parameter in self.parameters.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            for key in self.moments[name]:
-                if not steps:
-                    full = torch.zeros(shape)
-                elif self.stage == 0:
-                    full = self.optimizer.state[parameter][key]
-                else:
-                    full = safe_get_full_optimizer_state(parameter, key)
-                if keeps:
-                    moments[key][name] = full.view(shape).cpu()
-        parameters: dict[str, Tensor] = {}
-        with self._whole_parameters():
-            if keeps:
-                for name, parameter in self.objective.named_parameters():
-                    parameters[name] = parameter.detach().cpu().clone()
-        return TrainingState(
-            parameters=parameters,
-            moments=moments,
-            buffers=self._buffers(),
-            optimizer_steps=steps,
-            ema=self._gather_ema(keeps),
-        )
-
-    def _gather_ema(self, keeps: bool) -> EMAState | None:
-        """The average, whole and by name, where `keeps`; a collective call."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if self.ema is None:
-            return None
-        gathered: dict[str, Tensor] = {}
-        with self.ema.swapped():
-            for name, parameter in self.parameters.items():
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                full = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
-                if keeps:
-                    gathered[name] = full.detach().view(shape).cpu().clone()
-        return EMAState(gathered, self.ema.updates)
-
-    def _whole_parameters(self) -> Any:
-        if self.stage < 3:
-            return contextlib.nullcontext()
-        return self._deepspeed.zero.GatheredParameters(list(self.objective.parameters()))
-
-    @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
-        self._check_names(state)
-        self._load_buffers(state)
-        if state.optimizer_steps:
-            keys = self.moments.values() if self.stage == 0 else [MOMENTS] * len(self._held())
-            for partition, kept in zip(self._held(), keys, strict=True):
-                seed_moments(self.optimizer, partition, state.optimizer_steps, kept)
-            if self.stage in (1, 2):
-                self.zero._lazy_init_hp_params_optimizer_state()
-        if state.ema is not None:
-            self._load_ema(state)
-        for name, parameter in self.objective.named_parameters():
-            self._set(parameter, state.parameters[name], None)
-            if state.optimizer_steps and parameter.requires_grad:
-                for key in self.moments[name]:
-                    self._set(parameter, state.moments[key][name], key)
-        if state.ema is None:
-            self._load_ema(state)
-
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self._set(parameter, value, None)
-
-    def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Overwrite a parameter and its master (key None) or one of its moments."""
-        value = value.to(self.device)
-        if self.stage == 0:
-            (parameter if key is None else self.optimizer.state[parameter][key]).copy_(value)
-            return
-        if self.stage < 3:
-            if key is None:
-                parameter.data.copy_(value)
-            if parameter.requires_grad:
-                parameter.set_full_hp_param(value, key)
-            return
-        # DeepSpeed's set_full_hp_param fails where a parameter does not divide by the world size:
-        # the last rank's part is padded
-        size = parameter.ds_tensor.numel()
-        part = value.new_zeros(size * distributed.world_size())
-        part[: value.numel()] = value.flatten()
-        part = part[size * distributed.rank() :][:size]
-        if parameter.requires_grad:
-            self.zero.set_local_hp_param(part, parameter, key)
-        if key is None:
-            parameter.ds_tensor.data.copy_(part)
-            if parameter.data.numel() == value.numel():  # small ones stay whole on every rank
-                parameter.data.copy_(value.view(parameter.ds_shape))
+from mlip.training.step import Engine
 
 
 def _require_equal_shares(config: Config) -> None:
@@ -345,21 +63,6 @@ def _require_one_recomputation(config: Config) -> None:
             )
 
 
-def _require_version() -> None:
-    """The gradient cache makes one backward pass, so that DeepSpeed reduces each gradient once.
-
-    Raises:  ConfigError naming the DeepSpeed found and those needed.
-    """
-    found = metadata.version("deepspeed")
-    least, below = DEEPSPEED_VERSIONS
-    if not least <= tuple(map(int, re.findall(r"\d+", found)[:2])) < below:
-        needed = f">={least[0]}.{least[1]},<{below[0]}.{below[1]}"
-        raise ConfigError(
-            f"DeepSpeed {found} is installed, ZeRO and the gradient cache need DeepSpeed {needed}: "
-            f"pip install 'deepspeed{needed}', or set train.engine=plain train.zero_stage=0"
-        )
-
-
 def build_engine(
     objective: nn.Module, config: Config, user_json: dict[str, Any] | None = None
 ) -> Engine:
@@ -385,6 +88,6 @@ def build_engine(
                 "pip install deepspeed, or set train.engine=plain train.zero_stage=0"
             )
     elif train.engine != "plain" and (wants or "RANK" in os.environ):
-        _require_version()
+        require_version()
         return DeepSpeedEngine(objective, config, deepspeed_settings(config, user_json))
     return PlainEngine(objective, config)

@@ -270,7 +270,9 @@ class Trainer:
             result = self._log(under_way)
             if result.is_skipped:
                 rows, terms = under_way.row_index.tolist(), result.bad_terms()
-                self.log.event("skipped", step=under_way.step, terms=terms, manifest_rows=rows)
+                # with several ranks each tells its own rows
+                kind = "skipped_here" if distributed.is_distributed() else "skipped"
+                self.log.event(kind, step=under_way.step, terms=terms, manifest_rows=rows)
 
     def _tell_cache_cost(self, step_seconds: float) -> None:
         """What the gradient cache costs, measured on this rank: the second forward passes."""

@@ -12,7 +12,7 @@ import torch
 
 from mlip import distributed
 from mlip.config import ConfigError
-from mlip.training import engine
+from mlip.training import deepspeed_engine, engine
 from mlip.training.engine import build_engine
 from mlip.training.plain_engine import PlainEngine
 from tests.training.toy_run import ToyObjective, toy_config
@@ -35,7 +35,7 @@ def installed(monkeypatch: pytest.MonkeyPatch):
         found = importlib.util.find_spec("json") if is_installed else None
         monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: found)
         monkeypatch.setattr(engine, "DeepSpeedEngine", _Deepspeed)
-        monkeypatch.setattr(engine.metadata, "version", lambda name: version)
+        monkeypatch.setattr(deepspeed_engine.metadata, "version", lambda name: version)
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         if launched:
             monkeypatch.setenv("RANK", "0")
@@ -75,17 +75,17 @@ def test_what_needs_deepspeed_says_so_where_it_is_not_installed(installed, overr
         _build(*overrides)
 
 
-@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0", "0.9.5+cpu"])
+@pytest.mark.parametrize("version", ["0.18.9", "0.19.7", "0.20.0", "1.0", "0.9.5+cpu"])
 def test_another_deepspeed_is_refused_by_the_versions_found_and_needed(installed, version):
     installed(True, launched=True, version=version)
-    needed = f"DeepSpeed {re.escape(version)} is installed, .* need DeepSpeed >=0.19,<0.20"
+    needed = f"DeepSpeed {re.escape(version)} is installed, .* need DeepSpeed >=0.19.8,<0.20"
     with pytest.raises(ConfigError, match=needed):
         _build("train.zero_stage=2")
     assert type(_build("train.engine=plain")) is PlainEngine
 
 
 def test_the_deepspeed_that_is_needed_is_the_one_that_is_installed():
-    (least, below) = (".".join(map(str, v)) for v in engine.DEEPSPEED_VERSIONS)
+    (least, below) = (".".join(map(str, v)) for v in deepspeed_engine.DEEPSPEED_VERSIONS)
     setup = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
     assert set(re.findall(r"deepspeed[<>=][^\"]*", setup)) == {f"deepspeed>={least},<{below}"}
 
