@@ -45,12 +45,12 @@ class EMA:
     def update(self, is_skipped: Tensor) -> None:
         """One step on, or none where `is_skipped`, bool [], is true."""
         count = self._updates
-        is_skipped = is_skipped.to(
-            count.device
-        )  # elsewhere only where ZeRO holds the masters on the CPU
+        # elsewhere only where ZeRO holds the masters on the CPU
+        is_skipped = is_skipped.to(count.device)
         decay = torch.clamp((1.0 + count) / (10.0 + count), max=self.decay)
         weight = torch.where(is_skipped, 0.0, 1.0 - decay)
-        # three operations for all tensors; a weight on the device knows no lerp of many
+        # three operations for all tensors and a copy of them meanwhile, when gradients are gone: a
+        # lerp of many takes no weight that is on the device
         moved = torch._foreach_sub([tensor.detach() for tensor in self.held], self.shadow)
         torch._foreach_mul_(moved, weight.to(self.shadow[0].dtype))
         torch._foreach_add_(self.shadow, moved)
