@@ -1,4 +1,5 @@
-"""What each of 2 ranks does: the toy run, its steps read at once and when the next is under way."""
+"""What each of 2 ranks does: the toy run, its steps read at once and when the next is under way,
+to its end, to a stop, and to an error behind a step that is not finite."""
 
 from __future__ import annotations
 
@@ -12,25 +13,30 @@ from tests.training.toy_run import make_trainer, toy_config
 
 NAN = "nan@1:3:forward"  # of one rank alone, in the fourth step
 STOP = "term@1:6:load"  # before the seventh
+ERROR = "nan@1:4:forward,error@0:5:load,error@1:5:load"
 
 
-def run_both(folder: str) -> None:
-    """Into folder/at-once and folder/late; raises where the stop is not the end of the second."""
+def run_all(folder: str) -> None:
+    """Into folder/at-once, /stopped and /error, the latter two late; raises at another end."""
     stop = StopRequest()
     distributed.start(60.0)
-    for name, is_late in (("at-once", False), ("late", True)):
+    for name, is_late, fault, end in (
+        ("at-once", False, NAN, None),
+        ("error", True, ERROR, RuntimeError),
+        ("stopped", True, f"{NAN},{STOP}", Preempted),
+    ):
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
         distributed.barrier()
-        os.environ["FAULT"] = f"{NAN},{STOP}" if is_late else NAN
+        os.environ["FAULT"] = fault
         faults._fired.clear()
         config = toy_config(f"run.dir={place}", "train.max_steps=12", "train.engine=plain")
         trainer = make_trainer(config, dropout=0.2)
         trainer.reads_late = is_late
-        was_stopped = False
+        ended: type[BaseException] | None = None
         try:
             trainer.fit(stop)
-        except Preempted:
-            was_stopped = True
-        assert was_stopped == is_late, name
+        except (Preempted, RuntimeError) as error:
+            ended = type(error)
+        assert ended is end, (name, ended)
     distributed.barrier()

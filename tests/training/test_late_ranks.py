@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mlip.training import checkpoint
 from tests import rank_farm
-from tests.training.late_ranks import run_both
+from tests.training.late_ranks import run_all
 from tests.training.test_loop import _events, _numbers
 
 
-def test_two_ranks_that_read_late_skip_and_stop_together(tmp_path: Path) -> None:
-    rank_farm.run(run_both, 2, str(tmp_path))
-    late, now = _numbers(tmp_path / "late"), _numbers(tmp_path / "at-once")
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("late")
+    rank_farm.run(run_all, 2, str(folder))
+    return folder
+
+
+def test_two_ranks_that_read_late_skip_and_stop_together(runs: Path) -> None:
+    late, now = _numbers(runs / "stopped"), _numbers(runs / "at-once")
     # the wish of the seventh step is read when the eighth is under way, which is saved
     assert len(now) == 12 and late == now[:8] and late[3][1] is None
-    (event,) = _events(tmp_path / "late", "stopped")
+    (event,) = _events(runs / "stopped", "stopped")
     assert event["step"] == 8
-    for name in ("late", "at-once"):
-        (skipped,) = _events(tmp_path / name, "skipped")
+    for name in ("stopped", "at-once"):
+        (skipped,) = _events(runs / name, "skipped")
         assert skipped["step"] == 4 and len(skipped["manifest_rows"]) == 8
-    assert [c.name for c in checkpoint.checkpoints_of(tmp_path / "late")] == ["step_00000008"]
+    assert [c.name for c in checkpoint.checkpoints_of(runs / "stopped")] == ["step_00000008"]
+
+
+def test_after_an_error_each_rank_tells_its_own_rows_of_the_step_before(runs: Path) -> None:
+    """No collective may be asked of ranks that are on their way out."""
+    told = _events(runs / "error", "skipped_here")
+    assert sorted(event["rank"] for event in told) == [0, 1] and not _events(
+        runs / "error", "skipped"
+    )
+    assert {event["step"] for event in told} == {5}
+    rows = sorted(row for event in told for row in event["manifest_rows"])
+    assert rows == list(range(32, 40)) and all(len(e["manifest_rows"]) == 4 for e in told)
+    assert len(_numbers(runs / "error")) == 5
