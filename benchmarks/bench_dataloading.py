@@ -2,9 +2,11 @@
 
 python benchmarks/bench_dataloading.py rate  [--rounds 5] [--batches 40] [--channels 3] [--write]
 python benchmarks/bench_dataloading.py start [--rows 1000000] [--write]
+python benchmarks/bench_dataloading.py report     # the pages' tables, from the newest rows
 
 `rate`: every contestant (input_contestants.py) is a process of its own that works only while it is
-asked to; rounds go from one to the next in turn, so what else the machine does meets all alike.
+asked to, and until what it makes ahead is made; rounds go from one to the next in turn, so what
+else the machine does meets all alike.
 Rates are images a second (wall) and images a processor second, children included; ratios are
 medians over rounds.
 The DataLoader's side is the strongest plain one: grey, one channel, no report, 2 workers that keep
@@ -36,13 +38,23 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from harness import environment, table, write_rows
-from input_contestants import BATCH, CONTESTANTS, SENTENCES, batches_of, loader_of, make_files
 
-from mlip import config
-from mlip.assembly import open_tokenizer
-from mlip.training.allocator import keep_freed_memory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import data_report  # noqa: E402
+from benchmarks.harness import environment, table, write_rows  # noqa: E402
+from benchmarks.input_contestants import (  # noqa: E402
+    BATCH,
+    CONTESTANTS,
+    SENTENCES,
+    batches_of,
+    loader_of,
+    make_files,
+)
+from mlip import config  # noqa: E402
+from mlip.assembly import open_tokenizer  # noqa: E402
+from mlip.training.allocator import keep_freed_memory  # noqa: E402
 
+RESTS_S = 0.2
 AHEAD = 6  # batches made ahead between two rounds are not of this round; of many workers, two each
 
 
@@ -86,7 +98,7 @@ def synchronise() -> None:
 
 
 class Child:
-    """One contestant's process, stopped in its tracks while others are measured."""
+    """One contestant's process; it rests while others are measured."""
 
     def __init__(self, name: str, folder: Path, arguments: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "serve", "--name", name, "--folder", str(folder)]
@@ -114,12 +126,29 @@ class Child:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{batches}\n")
         seconds, cpu, images = json.loads(self._line())
+        self._rest()
         return seconds, cpu, images
 
-    def peak_mib(self) -> float:
+    def _rest(self) -> None:
+        """Wait until what it makes ahead is made: four full-size batches take both cores 0.3 s,
+        which the next contestant's clock would count as its own."""
+        spent = self._cpu_seconds()
+        while True:
+            time.sleep(RESTS_S)
+            now = self._cpu_seconds()
+            if now - spent < 0.1 * RESTS_S:
+                return
+            spent = now
+
+    def _family(self) -> list[psutil.Process]:
         process = psutil.Process(self.process.pid)
-        family = [process, *process.children(recursive=True)]
-        return sum(member.memory_info().rss for member in family) / 2**20
+        return [process, *process.children(recursive=True)]
+
+    def _cpu_seconds(self) -> float:
+        return sum(sum(member.cpu_times()[:2]) for member in self._family())
+
+    def peak_mib(self) -> float:
+        return sum(member.memory_info().rss for member in self._family()) / 2**20
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -235,7 +264,7 @@ def start(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rate", "start", "serve", "serve-start"))
+    parser.add_argument("what", choices=("rate", "start", "report", "serve", "serve-start"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of our batches")
@@ -250,6 +279,9 @@ def main() -> None:
         serve(arguments.name, arguments.folder, arguments.channels, arguments.workers)
     elif arguments.what == "serve-start":
         serve_start(arguments.folder)
+    elif arguments.what == "report":
+        for page in data_report.write_pages():
+            print(page)
     else:
         rows = {"rate": rate, "start": start}[arguments.what](arguments)
         if arguments.write:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.harness import environment  # noqa: E402
 from benchmarks.intervals import share, with_interval  # noqa: E402
 from benchmarks.linker_reports import (  # noqa: E402
     REPORTS,
@@ -234,7 +234,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "lexicon": {"concepts": len(table), "fingerprint": table.fingerprint},
         "startup_s": startup(),
-        "machine": {"python": platform.python_version(), "processor": platform.machine()},
+        "environment": environment("cpu"),
     }
     if arguments.half == "speed":
         if arguments.forms:

@@ -120,10 +120,15 @@ def main() -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, release, options.folder / "table.jsonl")))
         return
+    # not above: it imports torch, which would be in the measured processes' memory
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from benchmarks.harness import environment
+
     if not release.exists():
         write_release(release, options.concepts, options.relations)
     result: dict[str, object] = {
-        "bytes": {p.name: p.stat().st_size for p in sorted(release.glob("*.RRF"))}
+        "bytes": {p.name: p.stat().st_size for p in sorted(release.glob("*.RRF"))},
+        "environment": environment("cpu"),
     }
     for kind in ("read", "build"):
         command = [sys.executable, __file__, "--folder", str(options.folder), "--measure", kind]

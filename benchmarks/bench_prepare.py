@@ -1,11 +1,13 @@
 """`mlip prepare` against the cores' own decode limit, and its memory over many images.
 
 python benchmarks/bench_prepare.py [--images 2000] [--workers 2] [--kind jpeg|dicom] [--height 2500]
+    [--write]
 
 Both run on the same files with the same number of processes, one after the other, `--repeats` times
-in turn: the limit decodes, scales and encodes in processes that share nothing and write nothing.
-The share is given by wall clock and by processor seconds, starts of processes included: on a
-machine with other work only the second one means something.
+in turn: the limit decodes, scales and encodes in processes that share nothing and write nothing,
+and keep freed memory as the workers of `prepare` do (without, they fault a picture in anew each).
+The share is given by wall clock and by processor seconds; on a machine with other work only the
+second one means something. Starts of processes are counted for `prepare` alone.
 Resident memory is the parent's and its children's, sampled every 0.2 s.
 """
 
@@ -17,10 +19,12 @@ import multiprocessing
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -30,6 +34,7 @@ from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.training.allocator import keep_freed_memory
 
 
 def make_sources(root: Path, count: int, kind: str, height: int, width: int) -> list[Row]:
@@ -54,21 +59,27 @@ def make_sources(root: Path, count: int, kind: str, height: int, width: int) -> 
     return rows
 
 
-def decode_share(job: tuple[str, list[str], ImageSettings]) -> int:
+def decode_share(job: tuple[str, list[str], ImageSettings]) -> tuple[int, float]:
+    """Images made, and this process' seconds of processor for them."""
     cv2.setNumThreads(0)
     root, names, settings = job
-    return sum(not make_member(root, {"image": name}, settings)[0]["reason"] for name in names)
+    start = time.process_time()
+    made = sum(not make_member(root, {"image": name}, settings)[0]["reason"] for name in names)
+    return made, time.process_time() - start
 
 
-def limit(root: Path, rows: list[Row], settings: ImageSettings, workers: int) -> float:
-    """Images a second of processes that only decode, scale and encode."""
+def limit(
+    root: Path, rows: list[Row], settings: ImageSettings, workers: int
+) -> tuple[float, float]:
+    """Images a second, and a processor second, of processes that only decode, scale and encode."""
     names = [row.image for row in rows]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, keep_freed_memory) as pool:
         pool.map(decode_share, [(str(root), names[:8], settings)] * workers)  # imports, compiling
         start = time.monotonic()
         jobs = [(str(root), names[i::workers], settings) for i in range(workers)]
-        assert sum(pool.map(decode_share, jobs)) == len(rows)
-        return len(rows) / (time.monotonic() - start)
+        made, spent = zip(*pool.map(decode_share, jobs), strict=True)
+        assert sum(made) == len(rows)
+        return len(rows) / (time.monotonic() - start), len(rows) / sum(spent)
 
 
 def cpu_seconds() -> float:
@@ -108,6 +119,48 @@ class Memory:
         return max(self.samples[:third]), max(self.samples[-third:])
 
 
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Rates of both, their shares, and the memory of `prepare`."""
+    (folder / "raw").mkdir()
+    size = (arguments.height, arguments.width)
+    rows = make_sources(folder / "raw", arguments.images, arguments.kind, *size)
+    settings = ImageSettings()
+    rates: dict[str, list[float]] = {"limit": [], "prepare": []}
+    cpu: dict[str, list[float]] = {"limit": [], "prepare": []}
+    memory = []
+    for repeat in range(arguments.repeats):
+        wall_rate, cpu_rate = limit(folder / "raw", rows, settings, arguments.workers)
+        rates["limit"].append(wall_rate)
+        cpu["limit"].append(cpu_rate)
+        plan = Plan(
+            root=folder / "raw",
+            out=folder / f"out{repeat}",
+            settings=settings,
+            salt="bench",
+            keep_ids=True,
+            workers=arguments.workers,
+        )
+        sampler, start, spent = Memory(), time.monotonic(), cpu_seconds()
+        result = build_shards(rows, plan)
+        rates["prepare"].append(len(rows) / (time.monotonic() - start))
+        memory.append(sampler.stop())
+        cpu["prepare"].append(len(rows) / (cpu_seconds() - spent))
+        assert result.images == len(rows)
+    best = {name: max(values) for name, values in rates.items()}
+    best_cpu = {name: max(values) for name, values in cpu.items()}
+    return {
+        "images": len(rows),
+        "kind": arguments.kind,
+        "source_px": list(size),
+        "workers": arguments.workers,
+        "images_per_s": {k: [round(v, 1) for v in vs] for k, vs in rates.items()},
+        "images_per_cpu_s": {k: [round(v, 1) for v in vs] for k, vs in cpu.items()},
+        "share_of_limit": round(best["prepare"] / best["limit"], 3),
+        "share_of_limit_cpu": round(best_cpu["prepare"] / best_cpu["limit"], 3),
+        "rss_mib_first_and_last_third": [[round(v) for v in pair] for pair in memory],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2000)
@@ -117,54 +170,20 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=3000)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where sources and shards go")
+    parser.add_argument("--write", action="store_true", help="keep the row below results/")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        (folder / "raw").mkdir()
-        size = (arguments.height, arguments.width)
-        rows = make_sources(folder / "raw", arguments.images, arguments.kind, *size)
-        settings = ImageSettings()
-        rates: dict[str, list[float]] = {"limit": [], "prepare": []}
-        cpu: dict[str, list[float]] = {"limit": [], "prepare": []}
-        memory = []
-        for repeat in range(arguments.repeats):
-            spent = cpu_seconds()
-            rates["limit"].append(limit(folder / "raw", rows, settings, arguments.workers))
-            cpu["limit"].append(len(rows) / (cpu_seconds() - spent))
-            plan = Plan(
-                root=folder / "raw",
-                out=folder / f"out{repeat}",
-                settings=settings,
-                salt="bench",
-                keep_ids=True,
-                workers=arguments.workers,
-            )
-            sampler, start, spent = Memory(), time.monotonic(), cpu_seconds()
-            result = build_shards(rows, plan)
-            rates["prepare"].append(len(rows) / (time.monotonic() - start))
-            memory.append(sampler.stop())
-            cpu["prepare"].append(len(rows) / (cpu_seconds() - spent))
-            assert result.images == len(rows)
-        best = {name: max(values) for name, values in rates.items()}
-        best_cpu = {name: max(values) for name, values in cpu.items()}
-        print(
-            json.dumps(
-                {
-                    "images": len(rows),
-                    "kind": arguments.kind,
-                    "source_px": list(size),
-                    "workers": arguments.workers,
-                    "images_per_s": {k: [round(v, 1) for v in vs] for k, vs in rates.items()},
-                    "images_per_cpu_s": {k: [round(v, 1) for v in vs] for k, vs in cpu.items()},
-                    "share_of_limit": round(best["prepare"] / best["limit"], 3),
-                    "share_of_limit_cpu": round(best_cpu["prepare"] / best_cpu["limit"], 3),
-                    "rss_mib_first_and_last_third": [[round(v) for v in pair] for pair in memory],
-                },
-                indent=1,
-            )
-        )
+        row = measure(arguments, folder)
     finally:
         shutil.rmtree(folder)
+    print(json.dumps(row, indent=1))
+    if arguments.write:
+        # here alone: it imports torch, which the limit's processes need not wait for
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from benchmarks.harness import environment, write_rows
+
+        print(write_rows("dataloading_prepare", [row | environment("cpu")]))
 
 
 if __name__ == "__main__":

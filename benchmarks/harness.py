@@ -225,6 +225,34 @@ def replace_between(page: str, mark: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
+def write_pages(
+    text: dict[str, str], pages: dict[str, tuple[str, ...]], root: Path, *, check: bool
+) -> list[Path]:
+    """Put text by mark into the pages that have these marks; the pages that changed.
+
+    With `check` nothing is written.
+    Raises:  ValueError where a page lacks a mark
+    """
+    changed = []
+    for name, marks in pages.items():
+        page = before = (root / name).read_text(encoding="utf-8")
+        for mark in marks:
+            page = replace_between(page, mark, text[mark])
+        if page != before:
+            changed.append(root / name)
+            if not check:
+                (root / name).write_text(page, encoding="utf-8")
+    return changed
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table of a page; a cell that a row lacks is "-"."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(row.get(c, "-")) for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
     """Rows as aligned text."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, kernel_measures, step_measures
+from benchmarks.harness import markdown
 from benchmarks.step_timing import PARTS
 
 Row = dict[str, Any]
@@ -25,14 +26,6 @@ COLOURS = (
     "#cc79a7",
     "#cccccc",
 )
-
-
-def markdown(rows: list[Row]) -> str:
-    """Rows as a table; a cell that a row lacks is "-"."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row.get(c, "-")) for c in columns) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def origin(rows: list[Row]) -> str:
@@ -124,13 +117,4 @@ def write_pages(
     """
     folder = None if check else root / "docs"
     text = tables(harness.read_rows("step", results), harness.read_rows("kernels", results), folder)
-    changed = []
-    for name, marks in PAGES.items():
-        page = before = (root / name).read_text(encoding="utf-8")
-        for mark in marks:
-            page = harness.replace_between(page, mark, text[mark])
-        if page != before:
-            changed.append(root / name)
-            if not check:
-                (root / name).write_text(page, encoding="utf-8")
-    return changed
+    return harness.write_pages(text, PAGES, root, check=check)

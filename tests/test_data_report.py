@@ -1,0 +1,86 @@
+"""Tables of the input path's pages come from rows, and are those of the rows at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import data_report, harness
+
+FACTS = {
+    "date": "2026-11-27T10:00:00+00:00",
+    "commit": "abc",
+    "modified": False,
+    "python": "3.11",
+    "torch": "2.13",
+    "cpu": "a CPU",
+}
+
+
+def _pages(folder: Path) -> Path:
+    for name, marks in data_report.PAGES.items():
+        page = folder / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n" for mark in marks)
+        page.write_text(text, encoding="utf-8")
+    return folder
+
+
+def _rate(name: str, rounds: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "images_per_wall_s": 9000,
+        "best_per_wall_s": 9500,
+        "images_per_cpu_s": 6000,
+        "best_per_cpu_s": 6500,
+        "dali_is_x_wall": 1.5,
+        "dali_is_x_cpu": 2.1,
+        "rounds_cpu": rounds,
+        **FACTS,
+        **more,
+    }
+
+
+def test_tables_are_made_of_the_newest_row_of_each_kind(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    older = [_rate("dataloader", "9.00", commit="old"), {"name": "dali_gpu", "status": "not run"}]
+    newer = [_rate("dali", "1.00 1.00"), _rate("dataloader", "1.90 2.30", modified=True)]
+    harness.write_rows("", older, results / "dataloading_rate-1.json")
+    harness.write_rows("", newer, results / "dataloading_rate-2.json")
+    prepared = {
+        "images": 10000,
+        "kind": "jpeg",
+        "source_px": [500, 600],
+        "images_per_s": {"limit": [700.0], "prepare": [600.0, 640.0]},
+        "share_of_limit": 0.9,
+        "share_of_limit_cpu": 0.85,
+        "rss_mib_first_and_last_third": [[300, 310], [305, 312]],
+        **FACTS,
+    }
+    larger = prepared | {"source_px": [1024, 1024], "share_of_limit_cpu": 0.93}
+    harness.write_rows("", [larger, prepared], results / "dataloading_prepare-1.json")
+    root = _pages(tmp_path / "root")
+    assert data_report.write_pages(root, results, check=True) == [
+        root / name for name in data_report.PAGES
+    ]
+    data_report.write_pages(root, results)
+    page = (root / "docs/data.md").read_text(encoding="utf-8")
+    assert "| 9,000 (9,500) | 6,000 (6,500) | 1.50 | 2.10 (1.90 to 2.30) |" in page
+    assert "commit abc, abc and changes, 2026-11-27." in page
+    assert "9.00" not in page and "old" not in page
+    assert "| 10,000 JPEG of 500 x 600 px | 640 | 0.85 | 0.90 | 300 to 310 and 305 to 312 |" in page
+    assert page.index("500 x 600 px") < page.index("1024 x 1024 px")
+    assert data_report.write_pages(root, results, check=True) == []
+
+
+def test_without_rows_every_table_says_not_run(tmp_path: Path) -> None:
+    root = _pages(tmp_path)
+    data_report.write_pages(root, tmp_path)
+    page = (root / "docs/data.md").read_text(encoding="utf-8")
+    assert page.count("Not run.") == 3 and page.count("not run") == 3
+
+
+def test_the_pages_are_those_of_the_rows_at_hand() -> None:
+    stale = data_report.write_pages(check=True)
+    assert stale == [], "run python benchmarks/bench_dataloading.py report"
