@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mlip.dataloading.report_markup import plain_reports
 from mlip.dataloading.report_text import select_sections
 from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, HashArray, hash_words
 
@@ -27,8 +28,11 @@ RULES = (
     "one_word_report",
     "no_section",
     "no_split",
+    "rtf_report",
 )
-(_, NO_REPORT, BLANK_REPORT, NAN_REPORT, ONE_WORD_REPORT, NO_SECTION, NO_SPLIT_RULE) = range(7)
+(_, NO_REPORT, BLANK_REPORT, NAN_REPORT, ONE_WORD_REPORT, NO_SECTION, NO_SPLIT_RULE, RTF_REPORT) = (
+    range(8)
+)
 
 _GROUP = 32  # texts compressed together: alone they shrink half as well, and one read unpacks all
 _LEVEL = 1  # of zstd: higher levels take longer for a tenth less
@@ -115,13 +119,15 @@ class ReportColumn:
     def append(self, column: pa.LargeStringArray) -> None:
         absent = pc.is_null(column).to_numpy(zero_copy_only=False)
         filled = pa.chunked_array([pc.fill_null(column, "")])
-        report, without_section = select_sections(filled, self._sections)
+        plain, is_rtf = plain_reports(filled)
+        report, without_section = select_sections(plain, self._sections)
         text_hash, words = hash_words(report)
         rule = np.zeros(len(column), dtype=np.uint8)
         rule[words == 1] = ONE_WORD_REPORT
         rule[np.isin(text_hash, HASH_OF_NAN_WORDS)] = NAN_REPORT
         rule[words == 0] = BLANK_REPORT
         rule[without_section] = NO_SECTION
+        rule[is_rtf] = RTF_REPORT
         rule[absent] = NO_REPORT
         self._rules.append(rule)
         self._hashes.append(text_hash)

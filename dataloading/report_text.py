@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.dataloading.text_hash import contains_byte
+from mlip.knowledge.report_lines import joined_lines
 
 # A report of a megabyte is a fault of the export; sections of a chest report are under 10,000.
 MAX_CHARACTERS = 20_000
@@ -22,10 +23,10 @@ _DEIDENTIFICATION = re.compile(
     r"\[\*\*[^\]]{0,200}\*\*\]|_{2,}|\bX{3,}\b|<[A-Z_]{2,20}>|\[(?:REDACTED|DEIDENTIFIED)\]",
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b-\u200f\u202a-\u202e\ufeff]")
-_LIST_NUMBER = re.compile(r"(?:(?<=\n)|^|(?<=[.:;] ))\s*\(?\d{1,2}[.)]\s+(?=[A-Z])")
-_SPACES = re.compile(r"\s+")
-_SPACE_BEFORE_STOP = re.compile(r"\s+([.,;:])")
-_DOUBLED_STOP = re.compile(r"([.,;:])(?:\s*[.,;:])+(?=\s|$)")
+_LIST_NUMBER = re.compile(r"(?<=[.:;] )\s*\(?\d{1,2}[.)]\s+(?=[A-Z])")
+_SPACES = re.compile(r"[^\S\n]+")
+_SPACE_BEFORE_STOP = re.compile(r"[^\S\n]+([.,;:])")
+_DOUBLED_STOP = re.compile(r"([.,;:])(?:[^\S\n]*[.,;:])+(?=\s|$)")
 # what word processors and PDF files put in the place of plain letters: no vocabulary knows it
 _PLAIN = str.maketrans(
     {
@@ -95,18 +96,19 @@ _STOP = re.compile(r"[.!?]+(?=\s|$)|[.!?]+(?=[A-Z][a-z])|\n\s*\n")
 
 
 def clean_report(text: str) -> str:
-    """The report on one line, without marks that stand for removed identifiers.
+    """The report, a line a paragraph, without marks that stand for removed identifiers.
 
-    Kept as they are: words, case, negations, decimals, units. Removed: control characters, lone
-    surrogates, de-identification marks, list numbers.
+    Kept as they are: words, case, negations, decimals, units, blank lines. Removed: control
+    characters, lone surrogates, de-identification marks, marks and numbers of lists. A line that
+    ends a statement gets the full stop that it lacks (report_lines.py).
     """
     text = text[:MAX_CHARACTERS].translate(_PLAIN)[:MAX_CHARACTERS]
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = _DEIDENTIFICATION.sub(" ", text)
+    text = joined_lines(_DEIDENTIFICATION.sub(" ", text))
     text = _LIST_NUMBER.sub(" ", text)
     text = _SPACES.sub(" ", text)
     text = _SPACE_BEFORE_STOP.sub(r"\1", text)
-    return _DOUBLED_STOP.sub(r"\1", text).strip(" ,;:")
+    return _DOUBLED_STOP.sub(r"\1", text)[:MAX_CHARACTERS].strip(" ,;:\n")
 
 
 def split_sections(text: str) -> dict[str, str]:
@@ -116,12 +118,12 @@ def split_sections(text: str) -> dict[str, str]:
     for heading in _HEADING.finditer(text):
         body = text[start : heading.start()].strip()
         if body:
-            sections[name] = f"{sections[name]}\n{body}" if name in sections else body
+            sections[name] = f"{sections[name]}\n\n{body}" if name in sections else body
         name = (heading["line"] or heading["capitals"]).lower()
         start = heading.end()
     body = text[start:].strip()
     if body:
-        sections[name] = f"{sections[name]}\n{body}" if name in sections else body
+        sections[name] = f"{sections[name]}\n\n{body}" if name in sections else body
     return sections
 
 
@@ -137,7 +139,7 @@ def choose_sections(text: str, sections: str) -> str | None:
     names = _WANTED.get(sections, (*_WANTED["findings"], *_WANTED["impression"]))
     chosen = [body for name, body in found.items() if name in names]
     if chosen:
-        return "\n".join(chosen)
+        return "\n\n".join(chosen)
     has_either = any(name in found for group in _WANTED.values() for name in group)
     return text if sections == "all" and not has_either else None
 

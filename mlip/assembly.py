@@ -20,6 +20,7 @@ from mlip.batch import STATES
 from mlip.config import Config, Knowledge
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
+from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.knowledge.categories import category_index, prototype_init, report_category
@@ -214,7 +215,7 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
     vectors, groups = [], []
     linked = 0
     for row in rows:
-        mentions = corpus.linker.link(corpus.manifest.text(int(row)))
+        mentions = corpus.linker.link(clean_report(corpus.manifest.text(int(row))))
         linked += bool(mentions)
         found = {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
         present = sorted(row for row in found if is_known[row])

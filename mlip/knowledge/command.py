@@ -33,6 +33,7 @@ from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
 from mlip.knowledge.linker import Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
+from mlip.knowledge.report_lines import joined_lines
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
@@ -185,7 +186,8 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _link(arguments: argparse.Namespace, console: Console) -> int:
-    text = sys.stdin.read() if arguments.file == "-" else read_text(arguments.file)
+    # as training reads it: a line that ends a statement ends a denial
+    text = joined_lines(sys.stdin.read() if arguments.file == "-" else read_text(arguments.file))
     linker = Linker(load_concepts(arguments.lexicon))
     mentions = linker.link(text)
     if arguments.json:

@@ -25,7 +25,8 @@ from mlip.strict_yaml import read_yaml
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
-_PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|-))")
+# a blank line, or a line that opens an item of a list
+_PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|[-*\u2022]|\(?\d{1,2}[.)]\s+[a-z]))")
 _PARAGRAPH_MARK = "\x03"
 _BLANKS = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + "-"  # [\s\-] of _PIECE
 _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER

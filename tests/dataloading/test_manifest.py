@@ -303,7 +303,7 @@ def test_image_names_in_messages_leave_out_a_patient_id(tmp_path: Path) -> None:
         ("findings", {0: "Small effusion on the left.", 2: "No headings at all here."}),
         ("impression", {0: "Effusion is present.", 1: "Normal chest film.",
                         2: "No headings at all here."}),
-        ("all", {0: "Small effusion on the left.\nEffusion is present.", 1: "Normal chest film.",
+        ("all", {0: "Small effusion on the left.\n\nEffusion is present.", 1: "Normal chest film.",
                  2: "No headings at all here.", 3: "HISTORY: cough for days"}),
     ],
 )  # fmt: skip

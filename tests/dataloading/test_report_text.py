@@ -18,7 +18,7 @@ from mlip.dataloading.report_text import (
 @pytest.mark.parametrize(
     "raw, clean",
     [
-        ("No  effusion.\n\nHeart\tis normal.", "No effusion. Heart is normal."),
+        ("No  effusion.\n\nHeart\tis normal.", "No effusion.\n\nHeart is normal."),
         ("Compared to ___, no change.", "Compared to, no change."),
         ("Seen by Dr. [**Last Name 123**] at 5.", "Seen by Dr. at 5."),
         ("XXXX view. No XXXX.", "view. No."),
@@ -99,7 +99,7 @@ def test_sections_of_a_report_with_line_headings() -> None:
     [
         ("findings", "There is a small effusion.  Finding unchanged."),
         ("impression", "Small effusion."),
-        ("all", "There is a small effusion.  Finding unchanged.\nSmall effusion."),
+        ("all", "There is a small effusion.  Finding unchanged.\n\nSmall effusion."),
     ],
 )
 def test_asked_sections_are_taken(sections: str, text: str) -> None:

@@ -1,0 +1,77 @@
+"""Reports that a system has exported with their markup: HTML becomes plain text, RTF is left out.
+
+As text, "nbsp" and "par" would be words of the vocabulary, and a paragraph of a list would not end
+the denial before it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+# Elements that reports are written with; "<5 mm" and "<NAME>" are none. Those of a block end a
+# paragraph, a cell of a table ends a statement.
+_BLOCKS = "p|div|ul|ol|dl|table|h[1-6]|hr|body|html|head|title|blockquote|section|article|pre"
+_LINES = "br|li|tr|td|th|dt|dd"
+_INLINE = "a|b|i|u|s|em|strong|span|font|small|big|sub|sup|center|tbody|thead|col|colgroup|meta"
+_HIDDEN = re.compile(r"(?is)<(style|script|head)\b[^<>]*>.*?</\1\s*>|<!--.*?-->|<!doctype[^<>]*>")
+_ELEMENT = re.compile(
+    rf"(?i)\s*<(?P<end>/)?(?:(?P<block>{_BLOCKS})|(?P<line>{_LINES}))(?:\s[^<>]*)?/?>\s*"
+    rf"|</?(?:{_INLINE})(?:\s[^<>]*)?/?>"
+)
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+# RE2 pattern of what the slow path must look at
+_MAY_BE_MARKUP = (
+    r"(?i)&(#x?[0-9a-f]+|[a-z][a-z0-9]+);|</?("
+    + "|".join((_BLOCKS, _LINES, _INLINE, "style", "script"))
+    + r")[\s/>]|^\s*\{\\rtf"
+)
+_RTF = re.compile(r"\s*\{\\rtf")
+
+
+def is_rtf(text: str) -> bool:
+    return _RTF.match(text) is not None
+
+
+def without_markup(text: str) -> str:
+    """A report's words without HTML: blocks become paragraphs, <br> a line, cells items."""
+    text = _HIDDEN.sub(" ", _ENTITY.sub(lambda match: html.unescape(match.group()), text))
+
+    def plain(element: re.Match[str]) -> str:
+        if element["block"]:
+            return "\n\n"
+        if element["line"] is None:
+            return ""
+        if element["line"].lower() == "br":
+            return "\n"
+        return "" if element["end"] else "\n- "
+
+    return _ELEMENT.sub(plain, text).strip() if "<" in text else text
+
+
+def plain_reports(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:
+    """without_markup over a column; only rows that may hold markup leave the fast path.
+
+    Returns: (texts, [R] bool True where the text is RTF, which is not read)
+    """
+    chunks, rtf = [], []
+    for chunk in column.chunks:
+        suspects = pc.match_substring_regex(chunk, _MAY_BE_MARKUP)
+        suspects = suspects.to_numpy(zero_copy_only=False)
+        refused = np.zeros(len(chunk), dtype=bool)
+        if suspects.any():
+            texts = chunk.filter(pa.array(suspects)).to_pylist()
+            refused[suspects] = [is_rtf(text) for text in texts]
+            plain = pa.array([without_markup(text) for text in texts], type=pa.large_string())
+            chunk = pc.replace_with_mask(chunk, pa.array(suspects), plain)
+        chunks.append(chunk)
+        rtf.append(refused)
+    return (
+        pa.chunked_array(chunks, type=pa.large_string()),
+        np.concatenate([np.zeros(0, dtype=bool), *rtf]),
+    )

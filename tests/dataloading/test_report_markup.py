@@ -1,0 +1,50 @@
+"""Reports with markup: HTML becomes text, RTF is left out and counted."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from mlip.dataloading.report_column import RULES, ReportColumn
+from mlip.dataloading.report_markup import without_markup
+from mlip.dataloading.report_text import clean_report
+
+
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("Heart&nbsp;is&nbsp;enlarged", "Heart is enlarged"),
+        ("<p>No pneumothorax</p><p>Cardiomegaly</p>", "No pneumothorax\n\nCardiomegaly"),
+        ("<UL><LI>No effusion</LI><li>edema</li></UL>", "No effusion. edema"),
+        ("No effusion<br/>Heart <b>normal</b>", "No effusion. Heart normal"),
+        ("<table><tr><td>Heart</td><td>normal</td></tr></table>", "Heart. normal"),
+        ("<style>p { color: red }</style><!-- x -->Clear.", "Clear."),
+        ("Nodule &lt;5 mm, R&amp;D", "Nodule <5 mm, R&D"),
+        ("Nodule <5 mm in <NAME>", "Nodule <5 mm in"),
+        ("AT&T; pH < 7 & > 6", "AT&T; pH < 7 & > 6"),
+    ],
+)
+def test_html_becomes_plain_text(text: str, clean: str) -> None:
+    assert clean_report(without_markup(text)) == clean
+
+
+def test_a_column_is_read_without_markup_and_rtf_is_counted() -> None:
+    column = ReportColumn("findings")
+    texts = [
+        "<p>INDICATION: pain</p><p>FINDINGS: No effusion.</p>",
+        r"{\rtf1\ansi FINDINGS: No effusion.\par}",
+        "FINDINGS: Clear lungs.",
+        "FINDINGS: Heart &gt; half.",
+        None,
+    ]
+    column.append(pa.array(texts, pa.large_string()))
+    assert list(column.texts)[0] == "No effusion."
+    assert list(column.texts)[2:4] == ["Clear lungs.", "Heart > half."]
+    assert [RULES[code] for code in column.rule()] == ["", "rtf_report", "", "", "no_report"]
+
+
+def test_a_column_without_markup_is_left_as_it_is() -> None:
+    column = ReportColumn("all")
+    texts = ["No effusion < 5 mm.", "a & b", "", "{curly}"]
+    column.append(pa.array(texts, pa.large_string()))
+    assert list(column.texts) == texts
