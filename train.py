@@ -52,6 +52,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "
             "no average to evaluate when the training is over"
         )
+    if config.evaluate.checkpoint is not None and config.evaluate.after_training:
+        raise ConfigError(
+            f"evaluate.checkpoint={config.evaluate.checkpoint}: train.py evaluates the run it has "
+            "trained; leave it out, or set evaluate.after_training=false and use `mlip evaluate`"
+        )
     return options, config
 
 

@@ -143,7 +143,7 @@ class Vision:
     options: dict[str, Any] = field(default_factory=dict)  # transformers config values
     stem: Literal["tower", "deep"] = "tower"  # ResNet: deep = three 3 x 3 convolutions, for lines
     patch_stage: int = 2  # ResNet: the stage whose grid gives the patches (0-based)
-    patch_pool: int = 1  # average-pool the patch grid by this factor
+    patch_pool: int = 1  # ResNet: average-pool the patch grid by this factor
     norm: Literal["batch", "group", "frozen"] = "batch"  # ResNet's normalisation
     position_grid: bool = False  # learned position grid added to the patches before the neck
     neck_blocks: int = 0  # pointwise residual blocks after the grid (no receptive field added)

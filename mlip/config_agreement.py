@@ -28,6 +28,13 @@ def check_agreement(config: Any) -> None:
     cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision
     require(
+        vision.kind == "resnet"
+        or (vision.patch_pool, vision.patch_stage, vision.norm) == (1, 2, "batch"),
+        f"model.vision.kind={vision.kind}: patch_pool={vision.patch_pool}, patch_stage="
+        f"{vision.patch_stage} and norm={vision.norm} are of a ResNet and would do nothing; "
+        "leave them out (a ViT's grid is that of its patch_size)",
+    )
+    require(
         not (cached and vision.kind == "resnet" and vision.norm == "batch"),
         "batch.micro_images/micro_texts with model.vision.norm=batch: a statistic of a "
         "micro-batch is not a statistic of the batch; set model.vision.norm to group or frozen",
@@ -62,6 +69,12 @@ def check_agreement(config: Any) -> None:
     require(
         not (train.compile and config.model.attention == "varlen"),
         "train.compile with model.attention=varlen: nested tensors are not compiled; set sdpa",
+    )
+    require(
+        train.engine != "plain" or not (train.offload or train.zero_stage >= 2),
+        f"train.engine=plain with train.offload={train.offload}, train.zero_stage="
+        f"{train.zero_stage}: plain torch shares nothing out; set train.offload=false and "
+        "train.zero_stage to 0 or 1, or train.engine=deepspeed",
     )
     require(
         not (train.offload and train.zero_stage == 0),

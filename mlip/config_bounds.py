@@ -41,14 +41,15 @@ SHARE, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, is_open_above=True)
 
 BOUNDS: dict[str, Range] = {
     "run.seed": Range(0, 2**63 - 1),
-    "run.threads": FROM_0,
-    "run.timeout_s": ABOVE_0,
-    "data.resize_px": FROM_1,
-    "data.crop_px": FROM_1,
-    "data.std": ABOVE_0,
-    "data.max_tokens": Range(3),  # [CLS], [SEP] and something to read
-    "data.max_entities": FROM_1,
-    "data.vocab_size": Range(100),  # five special tokens and an alphabet
+    "run.threads": Range(0, 4096),  # torch ends the process at numbers that no machine has
+    "run.timeout_s": Range(0, 1e7, is_open_below=True),
+    "data.resize_px": Range(1, 16384),
+    "data.crop_px": Range(1, 16384),
+    "data.mean": Range(-100, 100),
+    "data.std": Range(0, 100, is_open_below=True),
+    "data.max_tokens": Range(3, 65536),  # [CLS], [SEP] and something to read
+    "data.max_entities": Range(1, 65536),
+    "data.vocab_size": Range(100, 10_000_000),  # five special tokens and an alphabet
     "data.vocab_min_patients": FROM_1,
     "data.bad_share": SHARE,
     "data.workers": FROM_0,
@@ -65,14 +66,14 @@ BOUNDS: dict[str, Range] = {
     "data.phantom.image_px": FROM_1,
     "data.phantom.seed": FROM_0,
     "data.phantom.test_seed": FROM_0,
-    "batch.global_pairs": Range(2),  # one pair has no negative
+    "batch.global_pairs": Range(2, 10_000_000),  # one pair has no negative
     "batch.micro_images": FROM_0,
     "batch.micro_texts": FROM_0,
     "train.max_steps": FROM_0,
     "train.epochs": FROM_0,
-    "train.lr": FROM_0,
+    "train.lr": Range(0, 1000),
     "train.lr_reference_pairs": FROM_0,
-    "train.weight_decay": FROM_0,
+    "train.weight_decay": Range(0, 1000),
     "train.betas": SHARE_BELOW_1,
     "train.momentum": SHARE_BELOW_1,
     "train.warmup_steps": FROM_0,
@@ -95,9 +96,9 @@ BOUNDS: dict[str, Range] = {
     "model.divergence.beta_kl": FROM_0,
     "model.divergence.beta_spread": FROM_0,
     "knowledge.dim": FROM_1,
-    "knowledge.weight_present": FROM_0,
-    "knowledge.weight_uncertain": FROM_0,
-    "knowledge.weight_absent": FROM_0,
+    "knowledge.weight_present": Range(0, 1e6),
+    "knowledge.weight_uncertain": Range(0, 1e6),
+    "knowledge.weight_absent": Range(0, 1e6),
     "loss.global_contrastive.weight": FROM_0,
     "loss.local_alignment.weight": FROM_0,
     # the model keeps the learned ones inside the same ranges (model.Scales.BOUNDS)

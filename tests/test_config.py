@@ -44,7 +44,10 @@ def test_an_unknown_key_names_the_nearest_valid_one(key: str, nearest: str) -> N
 WRONG = """
 run.seed=abc run.seed=1.5 run.seed=-1 run.exact=1 run.threads=-1 run.timeout_s=0 run.dir=null run=3
 data.pipeline=fast data.channels=2 data.crop_px=0 data.crop_px=999 data.max_tokens=2 data.std=0
-data.mean=.inf data.vocab_size=0 data.vocab_min_patients=0 data.max_entities=-1 data.bad_share=2
+run.threads=1000000 run.timeout_s=1e19 data.resize_px=1000000000 data.max_tokens=1000000000
+batch.global_pairs=1000000000 train.lr=1e300
+data.mean=.inf data.mean=9e18 data.vocab_size=0
+data.vocab_min_patients=0 data.max_entities=-1 data.bad_share=2
 data.workers=-1
 data.prefetch=0 data.columns.image=null data.augment.brightness=1 data.augment.contrast=-0.1
 data.augment.rotation_degrees=-5 data.augment.sentence_dropout=1.5 data.phantom.studies=-1
@@ -69,7 +72,7 @@ def test_a_wrong_value_is_an_error_that_names_its_key(override: str) -> None:
 
 
 def test_every_number_has_a_range_and_every_range_a_number() -> None:
-    # transfer_settings.py checks its own; the first two are lists of choices, a mean is any number
+    # transfer_settings.py checks its own; two are lists of choices
     defaults = typed_tree.flatten(dataclasses.asdict(config.load()))
     numbers = {
         key
@@ -77,12 +80,26 @@ def test_every_number_has_a_range_and_every_range_a_number() -> None:
         if not key.startswith("transfer.") and not isinstance(value, bool)
         if isinstance(value, int | float) or key == "train.betas"
     }
-    assert numbers - {"data.channels", "train.zero_stage", "data.mean"} == set(BOUNDS)
+    assert numbers - {"data.channels", "train.zero_stage"} == set(BOUNDS)
 
 
 def test_micro_batches_with_batch_statistics_are_refused() -> None:
     with pytest.raises(ConfigError, match="model.vision.norm"):
         config.load([], ["batch.micro_images=8"])
+
+
+@pytest.mark.parametrize("setting", ["patch_pool=2", "patch_stage=1", "norm=group"])
+def test_what_a_vit_does_not_have_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}.* of a ResNet and would do nothing"):
+        config.load([], ["model.vision.kind=vit", f"model.vision.{setting}"])
+    config.load([], [f"model.vision.{setting}"])
+
+
+@pytest.mark.parametrize("setting", ["train.offload=true", "train.zero_stage=2"])
+def test_the_plain_engine_refuses_what_it_would_not_do(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.engine=plain with .*{setting.split('=')[0]}"):
+        config.load([], ["train.engine=plain", setting.replace("true", "True")])
+    config.load([], [setting])
 
 
 def test_attention_of_packed_reports_wants_packed_reports() -> None:

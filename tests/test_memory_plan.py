@@ -101,7 +101,7 @@ def test_micro_batches_keep_one_at_a_time_and_images_and_texts_have_their_own_si
 
 @pytest.mark.parametrize("gib", [0.045, 0.03, 0.024])
 def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
-    config = _config("train.zero_stage=3", "train.engine=plain")
+    config = _config("train.engine=plain")
     room = {"ranks": 1, "memory": gib * GIB, "is_gpu": True}
     assert not plan(config, ROUND, **room).fits
     named = largest_that_fits(config, ROUND, **room)

@@ -111,6 +111,7 @@ def test_nearly_every_parameter_moves_between_two_checkpoints(tmp_path):
     [
         ("train.max_stepz=3", 2, "unknown key 'train.max_stepz'; the nearest valid key is"),
         ("train.zero_stage=7", 2, "train.zero_stage: expected one of 0, 1, 2, 3"),
+        ("evaluate.checkpoint=runs/other", 2, "train.py evaluates the run it has trained"),
         ("data.columns.report=texts", 3, "texts"),
     ],
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError  # what transformers' configs raise
 from transformers import PretrainedConfig
+
+_Tower = TypeVar("_Tower")
 
 
 def tower_config(
@@ -33,6 +35,18 @@ def tower_config(
         return kind(**given, **options)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{key}: {kind.__name__} refuses these values: {error}") from error
+
+
+def build_tower(make: Callable[[], _Tower], key: str) -> _Tower:
+    """What `make` builds from a tower_config: some values transformers refuses only then.
+
+    Raises:  ValueError naming `key`
+    """
+    try:
+        return make()
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{key}: no tower can be built with these values: {said}") from error
 
 
 # what belongs to saved files and output heads of transformers, not to a tower

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel
 
 from mlip.config import Text
 from mlip.encoders.attention import require_usable, round_once
-from mlip.encoders.options import tower_config
+from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.residual import round_residual
@@ -46,7 +46,9 @@ class TextEncoder(nn.Module):
             options = {"max_position_embeddings": max_tokens, **settings.options}
             config = tower_config(BertConfig, "model.text.options", options, vocab_size=vocab_size)
             config._attn_implementation = name
-            self.backbone = BertModel(config, add_pooling_layer=False)
+            self.backbone = build_tower(
+                lambda: BertModel(config, add_pooling_layer=False), "model.text.options"
+            )
         else:
             check_source("model.text.source", settings.source, offline)
             self.backbone = BertModel.from_pretrained(

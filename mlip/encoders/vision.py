@@ -16,7 +16,7 @@ from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTMo
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.normalisation import recomputing, set_normalisation
-from mlip.encoders.options import tower_config
+from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.residual import round_residual
 from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
@@ -70,7 +70,7 @@ class ResNetTower(nn.Module):
             config: Any = tower_config(
                 ResNetConfig, "model.vision.options", settings.options, num_channels=channels
             )
-            self.backbone = ResNetModel(config)
+            self.backbone = build_tower(lambda: ResNetModel(config), "model.vision.options")
             if settings.stem == "deep":
                 tower: Any = self.backbone
                 tower.embedder = DeepStem(channels, config.embedding_size)
@@ -107,8 +107,16 @@ class ResNetTower(nn.Module):
             x = _maybe_checkpoint(stage, x, self.settings.checkpointing and self.training)
             if index == self.settings.patch_stage:
                 grid_BCHW = x
-        if self.settings.patch_pool > 1:
-            grid_BCHW = F.avg_pool2d(grid_BCHW, self.settings.patch_pool)
+        pool = self.settings.patch_pool
+        if pool > 1:
+            height, width = grid_BCHW.shape[2:]
+            if height % pool or width % pool:
+                raise ValueError(
+                    f"model.vision.patch_pool={pool}: expected a divisor of the grid of patches, "
+                    f"which is {height} x {width} at stage {self.settings.patch_stage} of an image "
+                    f"of {image.shape[2]} x {image.shape[3]} px; the rest would not be seen"
+                )
+            grid_BCHW = F.avg_pool2d(grid_BCHW, pool)
         grid = (grid_BCHW.shape[2], grid_BCHW.shape[3])
         return x.mean(dim=(2, 3)), grid_BCHW.flatten(2).transpose(1, 2), grid
 
@@ -134,7 +142,9 @@ class ViTTower(nn.Module):
                 ViTConfig, "model.vision.options", options, num_channels=channels
             )
             config._attn_implementation = name
-            self.backbone = ViTModel(config, add_pooling_layer=False)
+            self.backbone = build_tower(
+                lambda: ViTModel(config, add_pooling_layer=False), "model.vision.options"
+            )
         else:
             self.backbone = ViTModel.from_pretrained(
                 settings.source,
@@ -154,6 +164,11 @@ class ViTTower(nn.Module):
         if residual == "bf16":
             round_residual(self.backbone)
         self.patch_px = int(config.patch_size)
+        if image_px % self.patch_px:
+            raise ValueError(
+                f"data.crop_px={image_px}: expected a multiple of the ViT's patch_size, "
+                f"{self.patch_px}; the rest would not be seen"
+            )
         self.patch_dim = self.global_dim = int(config.hidden_size)
         self.pools_patches = settings.pool == "attention"
 

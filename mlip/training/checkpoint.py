@@ -45,6 +45,7 @@ _TENSORS = ("parameters", *MOMENTS, "buffers")
 _EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
+_PASSED_OVER = "PASSED_OVER"  # in a damaged one
 
 # Settings that change how a step is computed or shown, but not which numbers come out, and the
 # places of files (the manifest's content is compared by the loader's own state).
@@ -77,7 +78,9 @@ FREE_SETTINGS = (
     "model.vision.checkpointing",
     "model.text.checkpointing",
     "knowledge.cache_dir",
+    "data.columns.labels",
     "evaluate.",
+    "transfer.",
 )
 
 
@@ -200,7 +203,11 @@ def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> N
 def _retain(run_dir: Path, keep: int, step: int) -> None:
     # one of a later step was passed over as damaged: it must not push out a good one
     held = [p for p in checkpoints_of(run_dir) if p.name <= f"{_PREFIX}{step:08d}"]
-    for old in held[max(1, keep) :]:
+    good = [p for p in held if not (p / _PASSED_OVER).exists()]
+    kept = good[: max(1, keep)]
+    # damaged ones may still help who looks into them, as long as good ones are few
+    superfluous = [p for p in held if p not in kept and (p in good or len(kept) >= keep)]
+    for old in superfluous:
         # without its marker a half-deleted folder is never mistaken for a checkpoint
         (old / _MARKER).unlink(missing_ok=True)
         fire("retention-delete", step, run_dir)
@@ -211,7 +218,10 @@ def remove_leftovers(run_dir: str | Path) -> None:
     """Delete what a killed save left; only the job that holds the folder's lock may call it."""
     folder = Path(run_dir) / "checkpoints"
     for partial in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(partial)
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
 
 
 def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
@@ -295,6 +305,7 @@ def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint |
     if distributed.is_main():
         try:
             found = find_newest(config.run.dir)
+            _mark_passed_over(config.run.dir, found[0])
         except CheckpointError as error:
             problem = str(error)
     found, problem = distributed.broadcast_object((found, problem))
@@ -308,6 +319,14 @@ def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint |
     checkpoint = read(folder)
     check_config(checkpoint, config, allow_mismatch=allow_mismatch)
     return checkpoint
+
+
+def _mark_passed_over(run_dir: str | Path, taken: Path | None) -> None:
+    """Those newer than the one taken are damaged: none may count among those that are kept."""
+    for folder in checkpoints_of(run_dir):
+        if folder == taken:
+            return
+        (folder / _PASSED_OVER).touch()
 
 
 def check_config(checkpoint: Checkpoint, config: Config, *, allow_mismatch: bool) -> None:

@@ -262,6 +262,7 @@ class DeepSpeedEngine(Engine):
             for partition, kept in zip(self._held(), keys, strict=True):
                 seed_moments(self.optimizer, partition, state.optimizer_steps, kept)
             if self.stage in (1, 2):
+                self.zero._hp_optimizer_states_linked = False  # to moments of steps made before
                 self.zero._lazy_init_hp_params_optimizer_state()
         if state.ema is not None:
             self._load_ema(state)

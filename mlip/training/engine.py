@@ -69,8 +69,8 @@ def build_engine(
     """The engine that train.engine asks for; auto = DeepSpeed under a launcher where installed.
 
     Raises:  ConfigError where the settings need DeepSpeed and it is not installed or of another
-             version, where a user's DeepSpeed JSON contradicts the config, where train.compile has
-             no compiler, or where GPUs cannot share the batch evenly.
+             version, where a user's DeepSpeed JSON contradicts the config or would not be used,
+             where train.compile has no compiler, or where GPUs cannot share the batch evenly.
     """
     train = config.train
     _require_equal_shares(config)
@@ -79,6 +79,11 @@ def build_engine(
         _require_equal_passes(config)
         _require_one_recomputation(config)
     is_installed = importlib.util.find_spec("deepspeed") is not None
+    if train.engine == "plain" and user_json is not None:
+        raise ConfigError(
+            "--deepspeed_config with train.engine=plain: nothing of it would be used; leave it "
+            "out, or set train.engine=deepspeed"
+        )
     wants = train.engine == "deepspeed" or train.offload or user_json is not None
     if not is_installed:
         if wants or (train.zero_stage >= 2 and distributed.world_size() > 1):

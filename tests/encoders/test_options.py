@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import BertConfig, PretrainedConfig, ResNetConfig, ViTConfig
+from transformers import BertConfig, BertModel, PretrainedConfig, ResNetConfig, ViTConfig, ViTModel
 
-from mlip.encoders.options import tower_config
+from mlip.encoders.options import build_tower, tower_config
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,22 @@ def test_an_option_that_cannot_be_honoured_names_the_setting(
 ) -> None:
     with pytest.raises(ValueError, match=f"model.text.options: .*{expected}"):
         tower_config(kind, "model.text.options", options)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "options"),
+    [
+        (ViTModel, ViTConfig, {"hidden_act": "nope"}),
+        (BertModel, BertConfig, {"num_attention_heads": 0}),
+        (BertModel, BertConfig, {"pad_token_id": 100000}),
+    ],
+)
+def test_values_that_no_tower_can_have_name_the_setting(
+    model: Any, kind: type[PretrainedConfig], options: dict[str, Any]
+) -> None:
+    given = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1} | options
+    with pytest.raises(ValueError, match="^model.x.options: "):
+        build_tower(lambda: model(tower_config(kind, "model.x.options", given)), "model.x.options")
 
 
 def test_options_win_over_defaults_and_keep_their_values() -> None:

@@ -153,3 +153,13 @@ def test_a_deep_stem_that_cannot_be_is_refused(settings: Vision) -> None:
 def test_a_patch_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="patch_stage"):
         VisionEncoder(dataclasses.replace(RESNET, patch_stage=2), channels=1, image_px=64)
+
+
+def test_patches_that_do_not_tile_the_image_are_refused() -> None:
+    # 24-px patches of 64 px saw 48 x 48 px; a grid of 8 x 8 pooled by 5 lost three rows
+    vit = dataclasses.replace(VIT, options={**VIT.options, "patch_size": 24})
+    with pytest.raises(ValueError, match="data.crop_px=64: expected a multiple .* 24"):
+        VisionEncoder(vit, channels=1, image_px=64)
+    for pool in (5, 9):
+        with pytest.raises(ValueError, match=f"patch_pool={pool}: expected a divisor .* 8 x 8"):
+            VisionEncoder(dataclasses.replace(RESNET, patch_pool=pool), channels=1, image_px=64)

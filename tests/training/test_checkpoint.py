@@ -70,6 +70,33 @@ def test_a_damaged_newer_one_pushes_out_no_good_one(tmp_path):
     assert checkpoint.find_newest(tmp_path)[1] == []
 
 
+def test_a_damaged_one_that_a_resume_passed_over_never_counts_among_those_kept(tmp_path):
+    _save(tmp_path, 2)
+    bad = _save(tmp_path, 3)
+    (bad / "state.json").write_bytes(b"x")
+    resumed = checkpoint.load_newest(_config(tmp_path))
+    assert resumed is not None and resumed.step == 2
+    _save(tmp_path, 4, keep=3)
+    assert bad.exists()  # room enough: kept for who wants to look
+    _save(tmp_path, 6, keep=2)
+    kept = [p.name for p in checkpoint.checkpoints_of(tmp_path)]
+    assert kept == ["step_00000006", "step_00000004"]
+
+
+def test_what_a_killed_save_left_is_deleted_whatever_it_is(tmp_path):
+    folder = _save(tmp_path, 1).parent
+    (folder / ".writing-file").write_text("x")
+    (folder / ".writing-link").symlink_to(tmp_path)
+    checkpoint.remove_leftovers(tmp_path)
+    assert [p.name for p in folder.iterdir()] == ["step_00000001"] and tmp_path.exists()
+
+
+@pytest.mark.parametrize("key", ["transfer.epochs=3", "data.columns.labels=null"])
+def test_settings_that_move_no_number_of_training_may_change(tmp_path, key):
+    _save(tmp_path, 1)
+    assert checkpoint.load_newest(_config(tmp_path, key)) is not None
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '"x"', '{"format": 1}', "null"])
 def test_a_state_that_is_json_but_none_of_ours_is_a_checkpoint_error(tmp_path, content):
     folder = _save(tmp_path, 1)

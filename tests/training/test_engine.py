@@ -65,6 +65,12 @@ def test_a_launcher_gets_deepspeed_and_plain_python_does_not(installed):
     assert type(_build(user_json={"zero_optimization": {"stage": 1}})) is _Deepspeed
 
 
+def test_the_plain_engine_refuses_a_deepspeed_json(installed):
+    installed(True, launched=False)
+    with pytest.raises(ConfigError, match="--deepspeed_config with train.engine=plain"):
+        _build("train.engine=plain", user_json={"zero_optimization": {"stage": 1}})
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks"),
     [(["train.engine=deepspeed"], 1), (["train.offload=true"], 1), (["train.zero_stage=2"], 2)],

@@ -107,6 +107,8 @@ def run_case(*case: Any) -> dict[str, Any]:
     require_equal(state, other.state(), case)
     resumed = [step(other, number).total for number in range(STEPS, STEPS + MORE)]
     assert on == resumed, (case, on, resumed)
+    engine.load(state)  # of an engine that has made steps since
+    require_equal(state, engine.state(), case)
     before = copy_of(other.state())
     for phase in ("forward", "backward"):  # the loss, then the gradients, of the last rank only
         faults._fired.clear()
