@@ -304,19 +304,20 @@ def run_embed(options: argparse.Namespace) -> int:
     config = read_settings(options.settings)
     device = _device(options.device)
     _keep_memory(device)
+    out = require_writable(Path(options.out))
     opened, config = _open(config, device)
-    count = write_embeddings(
+    embedded = write_embeddings(
         opened,
         config,
         load_manifest(config.data),
-        require_writable(Path(options.out)),
+        out,
         split=options.split or config.evaluate.split,
         with_patches=options.patches,
         device=device,
         form=options.format,
         say=print,
     )
-    print(f"{count} rows in {options.out}")
+    print(f"{embedded} in {options.out}")
     return 0
 
 
