@@ -172,6 +172,9 @@ def load_manifest(data: Data) -> Manifest:
             f"data.root={data.root!r}: expected the folder that image paths are relative to, "
             "but there is no such folder"
         )
+    for field in ("patient_id", "study_id"):
+        if field in table:  # "77" and "77 " of two exports are one patient, in one split
+            table[field] = pc.utf8_trim_whitespace(table[field])
     image, patient = table["image"], table["patient_id"]
     _check_paths(image, root, path)
     _check_unique(image, table.get("image_id"), path)

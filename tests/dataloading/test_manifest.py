@@ -112,6 +112,7 @@ def faulty(lines: list[str], **kw: str) -> Callable[[Path], Path]:
     "make, words",
     [
         (faulty([*GOOD, "f.png,Two words.,p1,s9,test"]), "1 patients occur in more than one split"),
+        (faulty([*GOOD, "f.png,Two words., p1\t,s9,test"]), "1 patients occur in more than one"),
         (faulty([*GOOD, GOOD[0]]), "1 image paths occur more than once.*data row 1"),
         (faulty([*GOOD, "f.png,Two words.,p9"]), "1 rows do not have the header's 5.*lines 7"),
         (
@@ -289,6 +290,15 @@ def test_without_a_split_column_patients_fall_by_hash_and_stay_together(tmp_path
     fewer = write(tmp_path, lines[:100], name="fewer.csv", header=header)
     fewer_split = load(fewer, "data.columns.split=null").split
     assert (fewer_split == manifest.split[:100]).all()
+
+
+def test_white_space_around_an_id_makes_no_other_patient_and_no_other_study(tmp_path: Path) -> None:
+    lines = ["a.png,One text.,000077,s1,train", "b.png,Another text., 000077 ,s1 ,train"]
+    manifest = load(write(tmp_path, lines))
+    assert manifest.patient_key[0] == manifest.patient_key[1]
+    assert manifest.pair_id.tolist() == [0, 0]
+    drawn = load(write(tmp_path, lines), "data.columns.split=null").split
+    assert drawn[0] == drawn[1]
 
 
 def test_messages_name_an_image_by_its_row_and_never_by_its_path(tmp_path: Path) -> None:
