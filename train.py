@@ -21,7 +21,7 @@ from mlip import distributed
 from mlip.assembly import Corpus, build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
 from mlip.dataloading.ledger import Ledger
-from mlip.dataloading.loader import build_loader, merge_states
+from mlip.dataloading.loader import build_loader, listed_bad, merge_states
 from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
 from mlip.training import randomness
@@ -77,8 +77,8 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
     )
 
     def keep_ledger(state: Mapping[str, Any]) -> None:
-        ledger, name_of = Ledger.from_state(state["ledger"]), corpus.manifest.image_name
-        bad = [{"row": r + 1, "image": name_of(r), "reason": w} for r, w in ledger.bad.items()]
+        ledger = Ledger.from_state(state["ledger"])
+        bad = listed_bad(corpus.manifest, ledger)
         for name, content in (("ledger", ledger.summary()), ("quarantine", bad)):
             path = Path(config.run.dir) / f"{name}.json"
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -39,14 +39,16 @@ class Header(NamedTuple):
 
 
 def read_bytes(root: str, relative: str, name: str = "") -> bytes:
-    """The content of root/relative, read through one descriptor; `name` stands for it in errors.
+    """The content of root/relative, read through one descriptor.
+
+    name     what stands for it in errors, which never hold its path: that may name a patient
 
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
              root is gone.
     """
     path = os.path.join(root, relative)
     if not _is_inside(root, os.path.dirname(relative)):
-        raise _outside(name or relative)
+        raise _outside(name)
     try:
         descriptor = _open(path)
     except OSError as error:
@@ -54,7 +56,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
             # the last part is a link: looked at before it is followed
             target = os.path.realpath(path)
             if not target.startswith(root.rstrip("/") + "/"):
-                raise _outside(name or relative) from None
+                raise _outside(name) from None
             return read_bytes(root, os.path.relpath(target, root), name)
         if not os.path.isdir(root):
             raise DataError(
@@ -68,7 +70,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         # the descriptor's own path: no link can be swapped between this check and the read
         real = os.readlink(f"/proc/self/fd/{descriptor}")
         if not real.startswith(root.rstrip("/") + "/"):
-            raise _outside(name or relative)
+            raise _outside(name)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("not_a_file")
         if status.st_size == 0:
@@ -98,9 +100,10 @@ def _is_inside(root: str, folder: str) -> bool:
 
 
 def _outside(name: str) -> DataError:
+    called = f"image {name}" if name else "an image"
     return DataError(
-        f"image {name} leads outside data.root through a link: copy the file into the folder or "
-        "set data.root to a folder that holds all images"
+        f"{called} leads outside data.root through a link: copy the file into the folder or set "
+        "data.root to a folder that holds all images"
     )
 
 

@@ -134,11 +134,8 @@ class Loader:
         self.ledger = ledger
 
     def quarantine(self) -> list[dict[str, Any]]:
-        """Every bad row met so far: data row of the manifest, image and reason."""
-        return [
-            {"data_row": row + 1, "image": self.manifest.image_name(row), "reason": reason}
-            for row, reason in sorted(self.ledger.bad.items())
-        ]
+        """Every bad row that this rank met so far, as listed_bad."""
+        return listed_bad(self.manifest, self.ledger)
 
     def close(self) -> None:
         """Stop the background thread and free the pipeline."""
@@ -205,6 +202,14 @@ class Loader:
             global_index=torch.from_numpy(index),
             row_index=torch.from_numpy(images.rows),
         )
+
+
+def listed_bad(manifest: Manifest, ledger: Ledger) -> list[dict[str, Any]]:
+    """The ledger's bad rows: data row of the manifest, its image as twelve hex digits, reason."""
+    return [
+        {"row": row + 1, "image": manifest.image_hash(row), "reason": reason}
+        for row, reason in sorted(ledger.bad.items())
+    ]
 
 
 def pinned(batch: Batch) -> Batch:

@@ -44,9 +44,6 @@ _TRAIN_SHARE, _VAL_SHARE = 0.8, 0.1
 
 _DOTTED = r"(^|/)(?:\./|/)+"
 
-# Shorter ids ("7") occur in any path by chance.
-_IDENTIFYING = 3
-
 # Up to this many rows every folder's real path is checked at load; beyond, when a file is opened.
 _CHECK_LINKS_ROWS = 20_000
 
@@ -107,12 +104,13 @@ class Manifest:
         """The image's path relative to root."""
         return self.image[row].as_py()
 
+    def image_hash(self, row: int) -> str:
+        """Twelve hex digits of the image's path, as pages and the quarantine's list show it."""
+        return hashed_id(self.image_path(row), self.fingerprint)
+
     def image_name(self, row: int) -> str:
-        """How logs and errors call a row's image: its path, unless that holds the patient id."""
-        path, patient = self.image_path(row), self.patient[row].as_py()
-        if len(patient) >= _IDENTIFYING and patient in path:
-            return f"of data row {row + 1} (hashed {hashed_id(path, self.fingerprint)})"
-        return path
+        """How logs and errors call a row's image: never by its path, which may name the patient."""
+        return f"of data row {row + 1} (hashed {self.image_hash(row)})"
 
     def text(self, row: int) -> str:
         """The report's chosen sections, "" for an image-only row."""
@@ -174,6 +172,9 @@ def load_manifest(data: Data) -> Manifest:
             f"data.root={data.root!r}: expected the folder that image paths are relative to, "
             "but there is no such folder"
         )
+    for field in ("patient_id", "study_id"):
+        if field in table:  # "77" and "77 " of two exports are one patient, in one split
+            table[field] = pc.utf8_trim_whitespace(table[field])
     image, patient = table["image"], table["patient_id"]
     _check_paths(image, root, path)
     _check_unique(image, table.get("image_id"), path)
@@ -238,13 +239,14 @@ def _check_paths(image: pa.ChunkedArray, root: str, path: Path) -> None:
         )
     if len(image) > _CHECK_LINKS_ROWS:
         return
-    folders = pc.unique(pc.replace_substring_regex(image, r"[^/]*$", ""))
-    for folder in folders.to_pylist():
+    folders = pc.replace_substring_regex(image, r"[^/]*$", "")
+    for folder in pc.unique(folders).to_pylist():
         real = os.path.realpath(os.path.join(root, folder))
         if real != root and not real.startswith(root.rstrip("/") + "/"):
+            first = pc.index(folders, folder).as_py()
             raise ManifestError(
-                f"{path}: image folder {folder!r} leads outside the root through a link: set "
-                "data.root to a folder that holds all images"
+                f"{path}: the folder of the image of data row {first + 1} leads outside the root "
+                "through a link: set data.root to a folder that holds all images"
             )
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,18 +66,20 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     A complete folder with the same fingerprint is reused. `workers` None = one per core.
 
     Raises:  ValueError where the settings contradict each other, or where `folder` holds
-             something that is no phantom data set; RuntimeError where a worker failed.
+             something that is no phantom data set; OSError where the studies cannot be written;
+             RuntimeError where a worker failed otherwise.
     """
     folder = Path(folder)
     _check(settings)
     mark = fingerprint(settings)
     if is_complete(folder, mark):
         return folder / "manifest.csv"
-    if folder.exists() and any(folder.iterdir()) and _read_meta(folder) is None:
-        raise ValueError(
-            f"{folder}: expected no folder, an empty one or generated phantom studies; it holds "
-            f"other files, so nothing was written; name another folder"
-        )
+    if folder.exists() and _read_meta(folder) is None:
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ValueError(
+                f"{folder}: expected no folder, an empty one or generated phantom studies; it is "
+                "or holds other files, so nothing was written; name another folder"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
@@ -211,6 +214,8 @@ def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:
             _, errors = helper.communicate()
             if helper.returncode != 0:
                 last = (errors.strip().splitlines() or ["no message"])[-1]
+                if found := re.match(r"\w+Error: \[Errno (\d+)\]", last):  # a full disk, say
+                    raise OSError(int(found[1]), os.strerror(int(found[1])), str(partial))
                 raise RuntimeError(f"a phantom worker ended with {helper.returncode}: {last}")
     finally:
         for helper in helpers:

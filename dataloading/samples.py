@@ -65,10 +65,13 @@ class SampleReader:
         manifest = self.manifest
         reference = self._references[row]
         if reference is not None:
-            content = shards.read_bytes(manifest.root, reference)
+            try:
+                content = shards.read_bytes(manifest.root, reference)
+            except DataError as error:
+                raise DataError(f"image {manifest.image_name(row)}: {error}") from None
         else:
-            path = manifest.image_path(row)
-            content = read_bytes(manifest.root, path, manifest.image_name(row))
+            name = manifest.image_name(row)
+            content = read_bytes(manifest.root, manifest.image_path(row), name)
         if self.verify == "hash" or (
             self.verify == "sample" and (row + epoch) % _VERIFY_EVERY == 0
         ):

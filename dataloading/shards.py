@@ -169,7 +169,7 @@ def _open_inside(root: str, shard: str) -> int:
     real = os.readlink(f"/proc/self/fd/{descriptor}")
     if not real.startswith(os.path.realpath(root).rstrip("/") + "/"):
         os.close(descriptor)
-        raise DataError(f"shard {shard!r} leads outside data.root through a link")
+        raise DataError("its shard leads outside data.root through a link")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise BadSample("not_a_file", "shard")

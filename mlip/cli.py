@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlip.config import Config, ConfigError, load, require_utf8
+from mlip.output_file import refusal, require_writable
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     try:
         for name in ("out", "checkpoint"):
-            require_utf8(f"--{name}", str(getattr(options, name, None) or ""))
+            given = getattr(options, name, None)
+            require_utf8(f"--{name}", str(given or ""))
+            if given == "":
+                raise ConfigError(f"--{name} is empty: expected the name of a file or folder")
         return int(options.run(options) or 0)
     except BrokenPipeError:
         # `mlip ... | head`: the reader has seen enough
@@ -51,12 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mlip: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from mlip.training.lifecycle import exit_code
+        from mlip.training.lifecycle import CONFIG, exit_code
 
-        code = exit_code(error)
+        code, told = exit_code(error), str(error)
         if code == 1:
-            raise  # not a mistake we know: the traceback is what helps
-        print(f"mlip {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+            unwritten = refusal(error, getattr(options, "out", None))
+            if unwritten is None:
+                raise  # not a mistake we know: the traceback is what helps
+            code, told = CONFIG, unwritten
+        print(f"mlip {options.command}: {' '.join(told.split())}", file=sys.stderr)
         return code
 
 
@@ -156,7 +162,11 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
         command = importlib.import_module(module)
         own = argparse.ArgumentParser(prog=f"mlip {name}", description=text)
         command.add_arguments(own)
-        return int(command.run(own.parse_args(options.rest)) or 0)
+        if "" in options.rest or "--out=" in options.rest:
+            raise ConfigError("an argument is empty: expected a value, or leave it out")
+        asked = own.parse_args(options.rest)
+        options.out = getattr(asked, "out", None)  # for the line where it cannot be written
+        return int(command.run(asked) or 0)
 
     parser.set_defaults(run=run)
 
@@ -186,21 +196,6 @@ def _device(asked: str | None) -> str:
             ) from None
         return asked
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, tried out before the work: after hours is too late to find out.
-
-    One that is not there yet is not made, its parent is tried: a mistake leaves nothing behind.
-    """
-    try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
-            return folder
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
-        ) from None
 
 
 def _keep_memory(device: str) -> None:
@@ -252,7 +247,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     config = read_settings(options.settings)
     device = _device(options.device)
-    folder = _writable(Path(options.out or config.run.dir))
+    options.out = options.out or config.run.dir
+    folder = require_writable(Path(options.out))
     _keep_memory(device)
     if config.transfer.task != "none":
         from mlip.evaluate_transfer import evaluate_transfer
@@ -283,7 +279,7 @@ def run_ground(options: argparse.Namespace) -> int:
     from mlip.transfer.ground_image import ground_image
 
     out, device = Path(options.out), _device(options.device)
-    _writable(out.parent)
+    require_writable(out.parent)
     if out.is_dir() or out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
@@ -308,29 +304,31 @@ def run_embed(options: argparse.Namespace) -> int:
     config = read_settings(options.settings)
     device = _device(options.device)
     _keep_memory(device)
+    out = require_writable(Path(options.out))
     opened, config = _open(config, device)
-    count = write_embeddings(
+    embedded = write_embeddings(
         opened,
         config,
         load_manifest(config.data),
-        _writable(Path(options.out)),
+        out,
         split=options.split or config.evaluate.split,
         with_patches=options.patches,
         device=device,
         form=options.format,
         say=print,
     )
-    print(f"{count} rows in {options.out}")
+    print(f"{embedded} in {options.out}")
     return 0
 
 
 def run_export(options: argparse.Namespace) -> int:
     from mlip.pretrained import save_pretrained
 
+    out = Path(options.out)
+    require_writable(out.absolute().parent)  # where it is written first
     opened = _opened(read_settings(options.settings), "cpu")
-    _writable(Path(options.out).parent)
     folder = save_pretrained(
-        options.out,
+        require_writable(out),
         opened.model,
         opened.config,
         opened.tokenizer,

@@ -75,11 +75,12 @@ def save_pretrained(
     Raises:  PretrainedError if the folder exists and holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
-        raise PretrainedError(
-            f"{folder}: expected no folder, an empty one or an earlier export; it holds other "
-            "files, so nothing was written; name another folder"
-        )
+    if folder.exists() and not (folder / SETTINGS).is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise PretrainedError(
+                f"{folder}: expected no folder, an empty one or an earlier export; it is or holds "
+                "other files, so nothing was written; name another folder"
+            )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

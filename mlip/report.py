@@ -8,7 +8,6 @@ loads anything: it opens on a machine without a network.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import jinja2
 
 from mlip import config as configuration
+from mlip.output_file import whole_file
 from mlip.report_corpus import knowledge_context, ledger_context
 from mlip.report_examples import example_context
 from mlip.report_tables import (
@@ -67,9 +67,8 @@ def write_report(
     page = render(run_dir, results, ledger)
     path = run_dir / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

@@ -5,7 +5,6 @@ One self-contained HTML file beside results.json; the page lives in templates/tr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from mlip.output_file import whole_file
 from mlip.report_charts import (
     INK,
     MUTED,
@@ -39,9 +39,8 @@ def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
     """folder/report.html of what mlip.transfer.protocol.transfer_run gave."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(render_transfer(results), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(render_transfer(results), encoding="utf-8")
     return path
 
 

@@ -35,6 +35,7 @@ from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.report_lines import joined_lines
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
+from mlip.output_file import require_writable
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
 _FEW_KNOWN_WORDS = 0.35  # English reports lie above 0.6, other languages below 0.2
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _embed(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".safetensors":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .safetensors")
+    require_writable(arguments.out.parent)
     table = load_concepts(arguments.lexicon)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -113,6 +115,7 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
 def _build(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".jsonl":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
+    require_writable(arguments.out.parent)
     tables = [] if arguments.no_lexicon else [load_concepts(None)]
     for path in arguments.obo:
         tables.append(read_obo(path, under=arguments.under))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 
 from mlip.knowledge.concepts import RELATIONS, Concept, ConceptTable, LexiconError
 from mlip.knowledge.ontologies import read_csv, read_obo
+from mlip.output_file import whole_file
 from mlip.strict_yaml import read_yaml
 
 LEXICON_DIR = Path(__file__).with_name("lexicon")
@@ -56,17 +56,13 @@ def write_table(table: ConceptTable, path: str | Path) -> None:
     """A built table as JSON lines: first its provenance, then one concept a line."""
     path = Path(path)
     head = {"provenance": table.provenance, "fingerprint": table.fingerprint}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as stream:
+        with whole_file(path) as new, new.open("w", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps(head) + "\n")
             for concept in table:
                 stream.write(json.dumps(concept.as_json(), sort_keys=True) + "\n")
-        partial.replace(path)
     except OSError as error:
         raise LexiconError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_table(path: str | Path) -> ConceptTable:

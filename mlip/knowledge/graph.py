@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlip.knowledge.concepts import ConceptTable
+from mlip.output_file import whole_file
 
 MODELS = {"transe": "TransE", "rotate": "RotatE", "distmult": "DistMult", "complex": "ComplEx"}
 _LEARNING_RATE = 0.01  # of the library's own examples
@@ -105,7 +106,8 @@ def graph_vectors(
 
 def write_vectors(vectors: dict[str, Tensor], path: str | Path) -> None:
     """A safetensors table that knowledge.vectors takes."""
-    save_file(vectors, str(path))
+    with whole_file(Path(path)) as partial:
+        save_file(vectors, str(partial))
 
 
 def _train(

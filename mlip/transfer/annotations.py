@@ -21,7 +21,7 @@ import pyarrow as pa
 from mlip.config import Config
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
-from mlip.dataloading.ledger import BadSample
+from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.table import ManifestError, read_table
@@ -245,7 +245,7 @@ class Annotations:
         try:
             content = read_bytes(self.manifest.root, relative)
             mask = decode_grey(content, read_header(content))
-        except BadSample as error:
+        except (BadSample, DataError) as error:
             raise ManifestError(f"{where} cannot be read: {error}") from None
         expected = self.source_size(row) or image_size
         if mask.shape != expected:

@@ -16,7 +16,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.dataloading.manifest import ManifestError
 from mlip.transfer.annotations import check_inside
 from mlip.transfer.average_precision import (
     Found,
@@ -96,11 +95,7 @@ class Detection(FramedTask):
         """(predict: rows -> Found per image, record)"""
         transfer = self.transfer
         is_frozen = transfer.encoder == "frozen"
-        if not self.positive(train).any():
-            raise ManifestError(
-                f"{self.manifest.path}: none of the {len(train)} training images drawn has a box "
-                "of the classes asked for: raise transfer.fractions, or check transfer.classes"
-            )
+        self._require_truth(train, "a box")
         encoder: Encoder = start.encoder(
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)

@@ -1,7 +1,8 @@
 """Dice of masks in the forms that are published and the ones that say more.
 
 published      per image, an empty truth counting 1 if nothing is predicted and 0 otherwise, then
-               the mean: where most images are empty it mostly says how often the model is silent
+               the mean: where most images are empty it mostly says how often the model is silent,
+               and where all are it has no value
 positive_only  the mean over images with something to find
 pooled         all pixels of all images as one image
 """
@@ -73,6 +74,10 @@ def dice_scores(by_seed: Sequence[Counts], weights: Array) -> dict[str, Any]:
     for counts in by_seed:
         each, n = dice_per_image(counts), len(counts.truth)
         positive = counts.truth > 0
+        if not positive.any():
+            for values in found.values():
+                values.append(None)
+            continue
         found["published"].append((float(each.mean()), weighted_mean(each, weights), n))
         found["positive_only"].append(
             (
@@ -80,12 +85,8 @@ def dice_scores(by_seed: Sequence[Counts], weights: Array) -> dict[str, Any]:
                 weighted_mean(each[positive], weights[:, positive]),
                 int(positive.sum()),
             )
-            if positive.any()
-            else None
         )
         pooled = float(pooled_dice(counts, ones)[0])
-        found["pooled"].append(
-            (pooled, pooled_dice(counts, weights), n) if np.isfinite(pooled) else None
-        )
+        found["pooled"].append((pooled, pooled_dice(counts, weights), n))
     reason = "no test image has anything to find"
     return {key: over_seeds(values, reason) for key, values in found.items()}

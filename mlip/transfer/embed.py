@@ -1,6 +1,7 @@
 """`mlip embed`: embeddings of a split in parts of safetensors or Parquet; run again to go on.
 
-<out>/index.json              what the parts depend on, and their rows
+<out>/index.json              what the parts depend on; of each its SHA-256, its rows, and the rows
+                              whose image could not be read, with the reason
 <out>/part-00000.safetensors  row_index, image, report, has_report, knowledge, has_knowledge,
                               and patches where asked for
 <out>/part-00000.parquet      the same columns: a vector is a list of fixed length of float32,
@@ -10,9 +11,11 @@ Rows are numbers of manifest rows: the join to files and patients stays in the m
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mlip.config import Config
+from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.manifest import RULES, Manifest, ManifestError
+from mlip.dataloading.samples import SampleReader
+from mlip.output_file import whole_file
 from mlip.transfer.features import (
     encode_images,
     encode_texts,
@@ -46,6 +51,20 @@ class EmbedError(ValueError):
     exit_code = 4
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """What a folder of embeddings holds of a split."""
+
+    rows: int
+    asked: int  # rows of the split that no rule leaves out
+    missing: Mapping[str, int]  # reason -> rows whose image could not be read
+
+    def __str__(self) -> str:
+        return f"{self.rows} of {self.asked} rows" + (
+            f" ({_listed(self.missing)})" if self.missing else ""
+        )
+
+
 def write_embeddings(
     opened: Any,
     config: Config,
@@ -58,16 +77,25 @@ def write_embeddings(
     form: str = "safetensors",
     part_rows: int = PART_ROWS,
     say: Callable[[str], None] = lambda line: None,
-) -> int:
-    """Rows embedded in all; parts that are there and intact are kept.
+) -> Embedded:
+    """Embed what is not there yet: parts that are whole are kept.
+
+    A part that lacks rows is made again as soon as one of their images can be read.
 
     form     one of FORMATS, the same numbers in both
     Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
-             for a split without rows; DataError where no image can be read.
+             for a split without rows; DataError where more than data.bad_share of the images, or
+             all of them, cannot be read.
     """
     rows = manifest.rows(split, with_report=False)
+    left_out = _left_out(manifest, split)
     if len(rows) == 0:
-        raise ManifestError(f"{manifest.path}: split {split!r} has no rows; choose another --split")
+        raise ManifestError(
+            f"{manifest.path}: split {split!r} has no usable rows of {len(manifest)} "
+            f"({left_out or 'none at all'}): choose another --split"
+        )
+    if left_out:
+        say(f"left out: {left_out}")
     out.mkdir(parents=True, exist_ok=True)
     index = {
         "weights": hash_of_weights(opened.model),
@@ -80,28 +108,83 @@ def write_embeddings(
         "embed_dim": config.model.embed_dim,
         "form": form,
     }
-    _check_index(out / "index.json", index)
+    done = _read_index(out / "index.json", index)
+    reader = SampleReader(manifest, config.data)
+    missing: dict[int, str] = {}
     parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
-    written = 0
     for number, chosen in enumerate(parts):
         path = out / f"part-{number:05d}.{form}"
-        count = _rows_of(path)
-        if count is None:
+        known = done.get(path.name)
+        if known is None or known["sha256"] != _sha256(path) or _is_mended(reader, known):
             for left in out.glob(f".{path.name}.*"):
                 left.unlink()  # of a run that was killed while it wrote
-            tensors = _encode(
+            tensors, bad = _encode(
                 opened, config, manifest, chosen, split, with_patches, torch.device(device)
             )
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            if form == "parquet":
-                pa.parquet.write_table(as_table(tensors), partial)
-            else:
-                save_file(tensors, partial)
-            partial.replace(path)
-            count = len(tensors["row_index"])
-            say(f"part {number + 1} of {len(parts)}: {count} rows")
-        written += count
-    return written
+            known = done[path.name] = {
+                "sha256": _write_part(tensors, path),
+                "rows": len(chosen) - len(bad),
+                "missing": {str(row): reason for row, reason in sorted(bad.items())},
+            }
+            _write_index(out / "index.json", {**index, "parts": done})
+            say(f"part {number + 1} of {len(parts)}: {known['rows']} of {len(chosen)} rows")
+        missing |= {int(row): reason for row, reason in known["missing"].items()}
+        _check_share(missing, len(rows), config.data.bad_share)
+    return Embedded(len(rows) - len(missing), len(rows), Counter(missing.values()))
+
+
+def _left_out(manifest: Manifest, split: str) -> str:
+    """Rows of the split that a rule leaves out, by rule; "" where none is."""
+    counts = manifest.excluded(split, with_report=False)
+    by_rule = {rule: n for rule, n in counts.items() if rule in RULES and rule != "no_split"}
+    hint = "; data.empty_report=image_only embeds them without a report"
+    return _listed(by_rule) + hint if by_rule else ""
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> None:
+    """As in training: a folder that is not mounted is told after the first part, not at the end."""
+    if missing and (len(missing) > bad_share * rows or len(missing) == rows):
+        raise DataError(
+            f"{len(missing)} of {rows} rows have a bad image "
+            f"({_listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "
+            f"{int(bad_share * rows)}: repair the files, check data.root, or raise it; finished "
+            "parts are kept, run again to go on"
+        )
+
+
+def _is_mended(reader: SampleReader, known: Mapping[str, Any]) -> bool:
+    """Whether an image that the part lacks can be read by now."""
+    for row in known["missing"]:
+        try:
+            reader.pixels(int(row), 0)
+        except BadSample:
+            continue
+        return True
+    return False
+
+
+def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
+    """SHA-256 of the part's file; None where no row has an image, and there is no file."""
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return None
+    with whole_file(path) as partial:
+        if path.suffix == ".parquet":
+            pa.parquet.write_table(as_table(tensors), partial)
+        else:
+            save_file(tensors, partial)
+        return _sha256(partial)
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
@@ -120,7 +203,11 @@ def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
     return pa.table(columns, schema=pa.schema(fields))
 
 
-def _check_index(path: Path, index: dict[str, Any]) -> None:
+def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the parts by their names, {} in a new folder.
+
+    Raises:  EmbedError where the index is damaged, or of other embeddings than `index` asks for.
+    """
     if path.is_file():
         try:
             # folders of earlier versions know one form and do not name it
@@ -136,23 +223,14 @@ def _check_index(path: Path, index: dict[str, Any]) -> None:
                 f"{path.parent} holds embeddings that differ in {', '.join(different)}: name "
                 "another folder, or delete this one"
             )
-        return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+        return dict(old.get("parts", {}))  # earlier versions kept none: theirs are made again
+    _write_index(path, index)
+    return {}
 
 
-def _rows_of(path: Path) -> int | None:
-    """Rows of a finished part; None where it is missing or cut off."""
-    if not path.is_file():
-        return None
-    try:
-        if path.suffix == ".parquet":
-            return int(pa.parquet.ParquetFile(path).metadata.num_rows)
-        with safe_open(path, framework="pt") as part:
-            return int(part.get_slice("row_index").get_shape()[0])
-    except (OSError, SafetensorError, pa.ArrowException):
-        return None
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -164,7 +242,8 @@ def _encode(
     split: str,
     with_patches: bool,
     device: torch.device,
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
     loader = build_loader(
         config,
         manifest,
@@ -193,6 +272,8 @@ def _encode(
                 texts.append(encode_texts(opened.model, batch, device=device))
     finally:
         loader.close()
+    if not images:
+        return {}, loader.ledger.bad
     joined, reports = join_images(images), join_texts(texts)
     require_finite(joined, reports)
     tensors = {
@@ -205,4 +286,4 @@ def _encode(
     }
     if with_patches:
         tensors["patches"] = joined.features.patches
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, loader.ledger.bad

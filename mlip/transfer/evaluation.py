@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.output_file import whole_file
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
@@ -107,10 +107,9 @@ def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
     """The results without their pictures as JSON, written beside and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     kept = {key: value for key, value in results.items() if key != "examples"}
-    partial.write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
     return path
 
 

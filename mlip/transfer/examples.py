@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest, hashed_id
+from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import ImageBank, TextBank, global_scores
 from mlip.transfer.grounding import Query, Upsampler, pointed_pixel, token_maps
@@ -38,8 +38,7 @@ def picture(image: Array) -> str:
 
 def study_name(manifest: Manifest, row: int, shows_id: bool) -> str:
     """The file's stem for generated studies, a salted hash for real ones."""
-    path = manifest.image_path(row)
-    return Path(path).stem if shows_id else hashed_id(path, manifest.fingerprint)
+    return Path(manifest.image_path(row)).stem if shows_id else manifest.image_hash(row)
 
 
 def collect_examples(

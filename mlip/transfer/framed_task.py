@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.transfer.annotations import Annotations
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
@@ -37,6 +37,19 @@ class FramedTask:
         self.frame, self.side = frame, frame.side
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_of, self._room = "", 0.0
+
+    def positive(self, rows: Array) -> Array:
+        """Which of the rows have something to find, [n] bool."""
+        raise NotImplementedError
+
+    def _require_truth(self, train: Array, kind: str) -> None:
+        """Raise ManifestError before a fit that could learn nothing but silence."""
+        if not self.positive(train).any():
+            raise ManifestError(
+                f"{self.manifest.path}: none of the {len(train)} training images drawn has {kind} "
+                "of the classes asked for: raise transfer.fractions, or check transfer.classes and "
+                "transfer.columns"
+            )
 
     def _start(self, weights_hash: str) -> None:
         """Levels of another encoder are let go before a fit."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlip.batch import STATES
 from mlip.dataloading.transforms import Transform
+from mlip.output_file import whole_file
 from mlip.transfer import own_inputs
 from mlip.transfer.features import encode_texts
 from mlip.transfer.grounding import Upsampler, phrase_maps, pointed_pixel, token_maps
@@ -150,7 +151,8 @@ def _write(
     if not done:
         raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(data.tobytes())
+    with whole_file(out) as partial:
+        partial.write_bytes(data.tobytes())
 
 
 def _sized(grey: Array, scale: float) -> Array:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest, hashed_id
+from mlip.dataloading.manifest import Manifest
 from mlip.transfer.annotations import INSIDE
 from mlip.transfer.examples import picture
 from mlip.transfer.frames import Crops, normalise
@@ -31,7 +31,7 @@ def example_pictures(
         grey = _grey(config, task, row)
         side = float(grey.shape[0])
         entry: dict[str, Any] = {
-            "study": hashed_id(manifest.image_path(row), manifest.fingerprint),
+            "study": manifest.image_hash(row),
             "caption": case["caption"],
             "image": picture(grey),
             "truth_lines": [],

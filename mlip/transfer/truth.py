@@ -162,7 +162,8 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
 
 def _image_size(manifest: Manifest, row: int) -> tuple[int, int] | None:
     try:
-        content = read_bytes(manifest.root, manifest.image_path(row))
+        name = manifest.image_name(row)
+        content = read_bytes(manifest.root, manifest.image_path(row), name)
         header = read_header(content)
         if header.kind == "dicom":  # its size stands behind its own header
             height, width = decode_grey(content, header).shape

@@ -97,8 +97,11 @@ def test_a_link_out_of_the_root_stops_the_run_and_one_inside_is_fine(tmp_path: P
     (root / "neighbour").symlink_to(tmp_path / "rootling")  # shares the root's name as a prefix
     assert read_bytes(str(root), "in.png") == b"good"
     for name in ("out.png", "neighbour/x.png"):
-        with pytest.raises(DataError, match="outside data.root"):
+        with pytest.raises(DataError, match="^an image leads outside data.root") as caught:
             read_bytes(str(root), name)
+        assert name not in str(caught.value)
+        with pytest.raises(DataError, match="^image of data row 3 leads outside data.root"):
+            read_bytes(str(root), name, "of data row 3")
 
 
 def test_a_root_that_is_gone_stops_the_run_instead_of_quarantining_all(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def faulty(lines: list[str], **kw: str) -> Callable[[Path], Path]:
     "make, words",
     [
         (faulty([*GOOD, "f.png,Two words.,p1,s9,test"]), "1 patients occur in more than one split"),
+        (faulty([*GOOD, "f.png,Two words., p1\t,s9,test"]), "1 patients occur in more than one"),
         (faulty([*GOOD, GOOD[0]]), "1 image paths occur more than once.*data row 1"),
         (faulty([*GOOD, "f.png,Two words.,p9"]), "1 rows do not have the header's 5.*lines 7"),
         (
@@ -187,8 +188,9 @@ def test_a_folder_link_out_of_the_root_refuses_the_manifest(tmp_path: Path) -> N
     (tmp_path / "root").mkdir()
     os.symlink(tmp_path / "outside", tmp_path / "root" / "images")
     path = write(tmp_path / "root", ["images/x.png,Two words.,p1,s1,train"])
-    with pytest.raises(ManifestError, match="through a link"):
+    with pytest.raises(ManifestError, match="data row 1 leads.*through a link") as caught:
         load(path)
+    assert "images" not in str(caught.value).replace("holds all images", "")
 
 
 def test_dots_inside_a_name_are_no_escape(tmp_path: Path) -> None:
@@ -290,11 +292,23 @@ def test_without_a_split_column_patients_fall_by_hash_and_stay_together(tmp_path
     assert (fewer_split == manifest.split[:100]).all()
 
 
-def test_image_names_in_messages_leave_out_a_patient_id(tmp_path: Path) -> None:
-    lines = ["p10/p10000032/x.png,Two words.,10000032,s1,train", "b.png,Two words.,77,s2,train"]
+def test_white_space_around_an_id_makes_no_other_patient_and_no_other_study(tmp_path: Path) -> None:
+    lines = ["a.png,One text.,000077,s1,train", "b.png,Another text., 000077 ,s1 ,train"]
     manifest = load(write(tmp_path, lines))
-    assert "10000032" not in manifest.image_name(0) and "data row 1" in manifest.image_name(0)
-    assert manifest.image_name(1) == "b.png"
+    assert manifest.patient_key[0] == manifest.patient_key[1]
+    assert manifest.pair_id.tolist() == [0, 0]
+    drawn = load(write(tmp_path, lines), "data.columns.split=null").split
+    assert drawn[0] == drawn[1]
+
+
+def test_messages_name_an_image_by_its_row_and_never_by_its_path(tmp_path: Path) -> None:
+    """Folders are often named after patients; the patient's number need not stand in them."""
+    lines = ["DOE_JANE/x.png,Two words.,10000032,s1,train", "b.png,Two words.,77,s2,train"]
+    manifest = load(write(tmp_path, lines))
+    for row in (0, 1):
+        name = manifest.image_name(row)
+        assert name == f"of data row {row + 1} (hashed {manifest.image_hash(row)})"
+    assert len({manifest.image_hash(row) for row in (0, 1)}) == 2
 
 
 @pytest.mark.parametrize(

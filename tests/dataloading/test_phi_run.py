@@ -51,7 +51,8 @@ def planted_manifest(folder: Path) -> list[str]:
         patient, date = CANARIES[i % 10], DATES[i % 10]
         # a patient stays in one split: test rows take the names beside theirs
         patient = patient if row["split"] == "train" else f"{patient}T"
-        place = Path(patient) / date / f"{i}.png"
+        # a folder's name is a patient's as often as the patient's number is
+        place = Path(CANARIES[20 + i % 20]) / date / f"{i}.png"
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source.parent / row["image"], folder / place)
         sentence = f"Seen by {next(words)} on {date}. " if i < 40 else ""

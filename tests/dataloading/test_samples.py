@@ -47,6 +47,22 @@ def test_members_of_a_shard_read_like_files(tmp_path: Path) -> None:
         reader.pixels(4, epoch=0)
 
 
+def test_a_shard_that_leads_out_of_the_root_is_told_by_the_row(tmp_path: Path) -> None:
+    """In a manifest of one's own the path of a shard may name a patient as any other path."""
+    root = tmp_path / "root"
+    root.mkdir()
+    writer = ShardWriter(tmp_path / "elsewhere.tar")
+    member = writer.add("0.png", b"content")
+    writer.finish()
+    (root / "DOE_JANE.tar").symlink_to(tmp_path / "elsewhere.tar")
+    place = f"DOE_JANE.tar#{member.offset}+{member.size}"
+    (root / "m.csv").write_text(f"image,report,patient_id,study_id,split\n{place},No.,p,s,train\n")
+    data = config.load([], [f"data.manifest={root / 'm.csv'}"]).data
+    with pytest.raises(DataError, match="image of data row 1 .* leads outside") as caught:
+        SampleReader(load_manifest(data), data).read(0, 0)
+    assert "DOE" not in str(caught.value)
+
+
 def use_all_but(bad: set[int]) -> Any:
     def use(row: int, epoch: int) -> str:
         if row in bad:

@@ -97,13 +97,16 @@ def test_run_lengths_files_and_boxes_give_the_same_mask(tmp_path: Path) -> None:
         ("5 3000", "mask of 60 x 40 px: run lengths: leave the image"),
         ("small.png", "is 10 x 10 px, its image 60 x 40"),
         ("nowhere.png", "cannot be read: missing"),
+        ("DOE_JANE/m.png", "cannot be read: an image leads outside data.root"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_named(tmp_path: Path, cell: str, message: str) -> None:
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((10, 10), np.uint8))
+    (tmp_path / "DOE_JANE").symlink_to("/")
     config, manifest = make(tmp_path, mask=[cell, ""])
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(ManifestError, match=message) as caught:
         Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
+    assert "data row 1" in str(caught.value) and "DOE" not in str(caught.value)
 
 
 @pytest.mark.parametrize("cell", ["nonsense", "[[1, 2, 3]]", '[[1, 2, 0, 5, "a"]]'])

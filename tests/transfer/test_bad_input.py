@@ -72,6 +72,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         ("data row 8: mask file is 10 x 10 px, its image 60 x 40 px",),
     ),
     "mask file missing": ({"mask": "no.png"}, MASKS, 3, ("mask file cannot be read: missing",)),
+    "no mask holds anything": ({"mask": ""}, MASKS, 3, ("training images drawn has a mask",)),
     "mask is a sentence": (
         {"mask": "Secretword left lower lobe"},
         MASKS,

@@ -58,11 +58,13 @@ def test_ignored_pixels_count_nowhere() -> None:
     assert float(mask_loss(logits, mask)) == pytest.approx(float(mask_loss(other, mask)))
 
 
-def test_without_any_truth_only_the_published_form_has_a_value() -> None:
-    scores = dice_scores([count(_called([0, 0]), _masks([0, 0]))], np.ones((3, 1)))
-    assert scores["published"]["value"] == 1.0
-    assert scores["positive_only"]["value"] is None and scores["positive_only"]["reason"]
-    assert scores["pooled"]["value"] is None
+@pytest.mark.parametrize("called", [[0, 0], [0, 1]], ids=["silent", "loud"])
+def test_without_any_truth_no_form_has_a_value(called: list[int]) -> None:
+    """The published form would be the share of images on which the model is silent."""
+    scores = dice_scores([count(_called(called), _masks([0, 0]))], np.ones((3, 1)))
+    for form in ("published", "positive_only", "pooled"):
+        assert scores[form]["value"] is None
+        assert scores[form]["reason"] == "no test image has anything to find"
 
 
 def test_the_loss_equals_its_formula_in_float64_and_is_least_at_the_truth() -> None:

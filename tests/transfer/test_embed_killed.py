@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_files_of_one_left_alone(
     capsys.readouterr()
     assert main([*command, str(out)]) == 0
     said = capsys.readouterr().out
-    assert "part 1 of 3" not in said and "part 2 of 3" in said and "32 rows in" in said
+    assert "part 1 of 3" not in said and "part 2 of 3" in said and "32 of 32 rows in" in said
     whole, resumed = (
         {p.name: p.read_bytes() for p in folder.iterdir()} for folder in (tmp_path / "whole", out)
     )

@@ -1,0 +1,85 @@
+"""Where a command writes: tried before the work, whole or not at all, and what to say if it fails.
+
+What does not live here: checkpoints (training/checkpoint.py) and shards (dataloading/shards.py),
+which are synced to the disk as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlip.config import ConfigError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG),
+}
+
+
+def require_writable(folder: Path) -> Path:
+    """The folder, tried out before the work: after hours is too late to find out.
+
+    One that is not there yet is not made, its parent is tried: a mistake leaves nothing behind.
+    Raises:  ConfigError naming the folder and the reason.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
+        ) from None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The name to write under: renamed to `path` at the end, removed where the writing failed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        # the first error is the one to tell: on a read-only disk removing fails as well
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def refusal(error: Exception, out: str | Path | None) -> str | None:
+    """One line for a disk that is full or a place that cannot be written; None for other errors.
+
+    out  what the command was told to write: writing to an open file fails without any name
+    """
+    code = _errno_of(error)
+    if code not in _FULL | _REFUSED:
+        return None
+    named = getattr(error, "filename", None)
+    is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
+    place = out if is_out else named or "the output"
+    reason = "a file stands in the way" if code == errno.EEXIST else os.strerror(code)
+    if is_out or code in _FULL:
+        return f"{place} cannot be written: {reason}; make room or name another place"
+    return f"{place} cannot be used: {reason}"
+
+
+def _errno_of(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # safetensors has one error for all, and the system's number in its text
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else 0
+
+
+def _belongs_to(named: Any, out: Path) -> bool:
+    """Whether a file is below `out`, or beside it as what is written under another name first."""
+    place, beside = Path(os.fsdecode(named)).absolute(), out.absolute().parent
+    return beside in (place, *place.parents)

@@ -1,0 +1,144 @@
+"""Places that cannot be written: one line with the place and the reason, code 2, nothing left.
+
+A full disk is played by the process's limit on the size of a file, which needs no rights: the
+system refuses the write with EFBIG as it refuses it with ENOSPC there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from mlip.cli import main
+from mlip.output_file import refusal, whole_file
+from tests.small_run import small_export, small_run
+
+PHANTOMS = ["data.phantom.studies=8", "data.phantom.val_studies=0", "data.phantom.test_studies=8"]
+
+
+@contextlib.contextmanager
+def full_disk(bytes_left: int = 1500) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def commands(name: str) -> list[str]:
+    """Each command that writes, up to the value of --out."""
+    run, model = small_run(), f"checkpoint={small_export()}"
+    image = str(Path(run.manifest.root) / run.manifest.image_path(0))
+    return {
+        "evaluate": ["evaluate", *run.settings, model, "evaluate.max_studies=20", "--out"],
+        "ground": ["ground", image, "nodule", "--checkpoint", str(small_export()), "--out"],
+        "embed": ["embed", *run.settings, model, "--out"],
+        "export": ["export", model, "--out"],
+        "phantoms": ["phantoms", *PHANTOMS, "--workers", "1", "--out"],
+        "knowledge": ["knowledge", "build", "--out"],
+    }[name]
+
+
+NAMES = {"ground": "map.png", "knowledge": "table.jsonl"}  # the others write folders
+COMMANDS = ("evaluate", "ground", "embed", "export", "phantoms", "knowledge")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_file_in_place_of_a_folder_is_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.png").write_bytes(b"kept")
+    places = [tmp_path / "m.png" / NAMES.get(name, "sub")]
+    if name not in NAMES:
+        places.append(tmp_path / "m.png")
+    for place in places:
+        assert main([*commands(name), str(place)]) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and "m.png" in said.err and said.out == ""
+    assert (tmp_path / "m.png").read_bytes() == b"kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.png"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / NAMES.get(name, "out")
+    command = commands(name)
+    with full_disk():
+        assert main([*command, str(place)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"mlip {name}: {place}") and "cannot be written: File too large" in line
+    left = [p.name for p in tmp_path.rglob("*") if p.is_file()]
+    assert left in ([], ["index.json"])  # embed goes on from there
+
+
+def test_a_map_that_is_there_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    assert main([*commands("ground"), str(out)]) == 0
+    before = out.read_bytes()
+    with full_disk():
+        assert main([*commands("ground"), str(out)]) == 2
+    assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_phantom_worker_on_a_full_disk_says_so_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlip.dataloading import phantom_dataset
+
+    # this process is the first worker, and leaves the error to the second
+    monkeypatch.setattr(phantom_dataset, "_work", lambda argument: None)
+    command = ["phantoms", "data.phantom.studies=128", "--workers", "2", "--out"]
+    with full_disk():
+        assert main([*command, str(tmp_path / "p")]) == 2
+    assert "cannot be written: File too large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_out_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The empty path is the current folder."""
+    assert main([*commands(name), ""]) == 2
+    assert "is empty: expected" in capsys.readouterr().err
+
+
+def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for code, words in (
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EDQUOT, "quota exceeded"),
+    ):
+        for named in (None, str(out / ".part.17")):
+            said = refusal(OSError(code, "", named), out)
+            assert said is not None and said.startswith(f"{out} cannot be written: ")
+            assert words in said
+    # another disk than the one of --out is named itself
+    said = refusal(OSError(errno.ENOSPC, "", "/var/x"), out)
+    assert said is not None and said.startswith("/var/x cannot be written: ")
+    denied = PermissionError(errno.EACCES, "", "/other/weights")
+    assert refusal(denied, out) == "/other/weights cannot be used: Permission denied"
+    assert refusal(FileNotFoundError(errno.ENOENT, "", str(out)), out) is None
+    assert refusal(RuntimeError("a bug (os error 28)"), out) is None
+    with pytest.raises(SafetensorError) as caught, full_disk():
+        save_file({"a": torch.zeros(5000)}, out)
+    assert "File too large" in (refusal(caught.value, out) or "")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with whole_file(path) as partial:
+        partial.write_text("first")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
