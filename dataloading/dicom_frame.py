@@ -7,6 +7,7 @@ so that a codec never allocates what the caps did not allow.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import imagecodecs
@@ -132,6 +133,7 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
         raise DicomError("frame_mismatch", f"{bits} bits in {header.bits_allocated} allocated")
     with error_wall("decode_failed"):
         if kind == "jpeg":
+            _check_jpeg_end(frame)
             cells = imagecodecs.jpeg_decode(frame, bitspersample=bits if bits > 8 else None)
         elif kind == "jpegls":
             cells = imagecodecs.jpegls_decode(frame)
@@ -149,22 +151,42 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
 
 def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
     """Rows, columns, components and precision from the first start-of-frame marker."""
+    for marker, at in _jpeg_segments(frame):
+        # start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG and SOF55 of JPEG-LS
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
+            return rows, columns, components, bits
+    raise DicomError("decode_failed", "no JPEG frame header")
+
+
+def _check_jpeg_end(frame: bytes) -> None:
+    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns.
+
+    Looked for behind the first scan's header: an embedded thumbnail has an end marker of its own,
+    and in the coded pixels a byte FF is always followed by 0 or a restart marker.
+    """
+    for marker, at in _jpeg_segments(frame):
+        if marker == 0xDA:
+            if frame.find(b"\xff\xd9", at + 4) < 0:
+                raise DicomError("decode_failed", "no JPEG end marker")
+            return
+    raise DicomError("decode_failed", "no JPEG scan")
+
+
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, offset) of the segments in front of the coded pixels; the scan header is last."""
     if frame[:2] != b"\xff\xd8":
         raise DicomError("decode_failed", "no JPEG start marker")
-    at = 2
-    while at + 4 <= len(frame):
+    at, marker = 2, 0
+    while at + 4 <= len(frame) and marker != 0xDA:
         if frame[at] != 0xFF:
             raise DicomError("decode_failed", "no JPEG marker")
         marker = frame[at + 1]
         if marker == 0xFF:
             at += 1
             continue
-        # start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG and SOF55 of JPEG-LS
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
-            return rows, columns, components, bits
+        yield marker, at
         at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
-    raise DicomError("decode_failed", "no JPEG frame header")
 
 
 def _jpeg2000_size(frame: bytes) -> tuple[int, int, int, int]:
