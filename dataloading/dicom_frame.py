@@ -139,14 +139,28 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
             cells = imagecodecs.jpegls_decode(frame)
         else:
             cells = imagecodecs.jpeg2k_decode(frame, numthreads=1)
-    if cells.shape != (header.rows, header.columns) or cells.dtype.itemsize > 2:
+    fits = 8 * cells.dtype.itemsize <= header.bits_allocated
+    if cells.shape != (header.rows, header.columns) or not fits:
         raise DicomError("frame_mismatch", "decoded shape")
-    if cells.dtype.kind == "i":
-        # a signed code stream is already sign-extended: back to the stored bit pattern
-        cells = cells.view(np.dtype(f"u{cells.dtype.itemsize}"))
-    elif bits > header.bits_stored and int(cells.max()) >> header.bits_stored:
-        raise DicomError("frame_mismatch", f"a value over {header.bits_stored} bits")
-    return np.ascontiguousarray(cells)
+    if cells.dtype.kind == "u" and bits > header.bits_stored:
+        if int(cells.max()) >> header.bits_stored:
+            raise DicomError("frame_mismatch", f"a value over {header.bits_stored} bits")
+    return np.ascontiguousarray(_stored_pattern(header, cells, bits, kind))
+
+
+def _stored_pattern(header: Header, cells: np.ndarray, bits: int, kind: str) -> np.ndarray:
+    """A codec's numbers as the allocated cells would hold them; 8 bits may come for 16 allocated.
+
+    Where the data set and the code stream differ in sign, the data set is right and the stream
+    tells how many bits the number has, as in pydicom; JPEG-LS knows no sign at all.
+    """
+    signed = cells.dtype.kind == "i"
+    cells = cells.astype(f"u{header.bits_allocated // 8}", copy=False)  # keeps the sign's bits
+    unused = header.bits_allocated - bits
+    if kind == "jpeg" or signed == header.signed or unused == 0:
+        return cells
+    number = f"{'i' if header.signed else 'u'}{cells.itemsize}"
+    return ((cells << unused).view(number) >> unused).view(cells.dtype)
 
 
 def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
