@@ -19,7 +19,8 @@ from mlip.dataloading.dicom_source import (
 )
 
 _TAGS = (
-    "Modality ViewPosition PresentationIntentType SamplesPerPixel PhotometricInterpretation "
+    "Modality ViewPosition PatientOrientation PresentationIntentType SamplesPerPixel "
+    "PhotometricInterpretation "
     "NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation "
     "PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction "
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
@@ -34,6 +35,8 @@ _GROUPS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
 _SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
+
+_LATERAL = frozenset({"LL", "RL", "LATERAL", "LAT"})  # decubitus films (LLD, RLD) are frontal
 
 _COLOURS = frozenset(
     "MONOCHROME1|MONOCHROME2|PALETTE COLOR|RGB|HSV|ARGB|CMYK|YBR_FULL|YBR_FULL_422|"
@@ -116,7 +119,8 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
             "bad_bits",
             f"allocated {allocated}, stored {stored}, high {high}, sign {representation}",
         )
-    notes: list[str] = []
+    view = _code(dataset, "ViewPosition")
+    notes = _turned(dataset, view)
     modality_lut = _lut(dataset, "ModalityLUTSequence", representation == 1, notes)
     voi_lut = _lut(dataset, "VOILUTSequence", representation == 1, notes)
     spacing = _numbers(dataset, "ImagerPixelSpacing") or _numbers(dataset, "PixelSpacing")
@@ -133,7 +137,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         signed=representation == 1,
         photometric=photometric,
         modality=_code(dataset, "Modality"),
-        view=_code(dataset, "ViewPosition"),
+        view=view,
         intent=_code(dataset, "PresentationIntentType"),
         spacing_mm=(spacing[0], spacing[1]) if spacing and valid_spacing else None,
         padding=_padding(dataset, stored, representation == 1),
@@ -154,6 +158,23 @@ def _lift_groups(dataset: Dataset) -> None:
                     for tag in tags:
                         if tag in inner and tag not in dataset:
                             dataset[tag] = inner[tag]
+
+
+def _turned(dataset: Dataset, view: str) -> list[str]:
+    """Notes on a film that is stored otherwise than films are hung: patient's left on the right.
+
+    PatientOrientation names where rows and columns run to: L, F for a frontal film as it hangs.
+    """
+    value = _value(dataset, "PatientOrientation")
+    if not isinstance(value, pydicom.multival.MultiValue) or len(value) != 2:
+        return []
+    rows, columns = (str(end).strip().upper()[:1] or "-" for end in value)
+    if rows in "HF" and columns in "LRAP":
+        return ["on_its_side"]
+    if rows not in "LRAP" or columns not in "HF":
+        return []
+    notes = ["mirrored"] if rows == "R" and view not in _LATERAL else []
+    return [*notes, "upside_down"] if columns == "H" else notes
 
 
 def _value(dataset: Dataset, name: str) -> Any:
