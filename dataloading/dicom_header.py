@@ -206,15 +206,22 @@ def _integer(dataset: Dataset, name: str, code: str, default: int | None = None)
 
 
 def _numbers(dataset: Dataset, name: str) -> list[float] | None:
+    """The numbers that are there; None where there is none, or one that is not finite."""
+    entries = _entries(dataset, name)
+    return [entry for entry in entries or [] if entry is not None] or None
+
+
+def _entries(dataset: Dataset, name: str) -> list[float | None] | None:
+    """As _numbers, with None where an entry is blank, so that two attributes stay side by side."""
     value = _value(dataset, name)
     if value is None:
         return None
     values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
     try:
-        numbers = [float(v) for v in values]
+        entries = [None if v is None or str(v).strip() == "" else float(v) for v in values]
     except (TypeError, ValueError, OverflowError):
         return None
-    return numbers if numbers and np.isfinite(numbers).all() else None
+    return entries if all(entry is None or np.isfinite(entry) for entry in entries) else None
 
 
 def _text(dataset: Dataset, name: str) -> str:
@@ -260,17 +267,22 @@ def _rescale(dataset: Dataset) -> tuple[float, float] | None:
 def _window(dataset: Dataset, notes: list[str]) -> tuple[float, float, str] | None:
     if "WindowCenter" not in dataset and "WindowWidth" not in dataset:
         return None
-    centre, width = _numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth")
+    centres, widths = (_entries(dataset, name) or [] for name in ("WindowCenter", "WindowWidth"))
+    windows = [
+        (centre, width)
+        for centre, width in zip(centres, widths, strict=False)
+        if centre is not None and width is not None
+    ]
     function = _text(dataset, "VOILUTFunction").upper() or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         notes.append("unknown_voi_function")
         function = "LINEAR"
-    if centre is None or width is None or width[0] <= 0 or (function == "LINEAR" and width[0] < 1):
+    if not windows or windows[0][1] <= 0 or (function == "LINEAR" and windows[0][1] < 1):
         notes.append("unusable_window")
         return None
-    if len(centre) > 1:
+    if sum(centre is not None for centre in centres) > 1:
         notes.append("first_of_several_windows")
-    return centre[0], width[0], function
+    return *windows[0], function
 
 
 def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | None:

@@ -4,6 +4,7 @@ Oracle: the formulas of DICOM PS3.3 C.11.1 and C.11.2 in float64 (dicom_golden.p
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -140,16 +141,40 @@ def test_constant_image_is_black_without_a_window(tmp_path):
         assert info.own_range == (4321.0, 4321.0) and not info.inverted
 
 
+def windowed(tmp_path: Path, centre: str, width: str) -> bytes:
+    """A file with the window written byte for byte."""
+    dataset = pydicom.dcmread(io.BytesIO(edited(tmp_path, noise(16))[1]))
+    for name, text in (("WindowCenter", centre), ("WindowWidth", width)):
+        raw = dataset.get_item(name)
+        value = text.encode() + b" " * (len(text) % 2)
+        dataset._dict[raw.tag] = raw._replace(value=value, length=len(value))
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("centre, width", [("nan", "10"), ("5", "0"), ("5", "-3"), ("x", "9")])
 def test_unusable_window_is_replaced_by_the_own_range_and_noted(tmp_path, centre, width):
     _, plain = edited(tmp_path, noise(16), WindowCenter=None, WindowWidth=None)
-    _, data = edited(tmp_path, noise(16))
-    dataset = pydicom.dcmread(io.BytesIO(data))
-    for name, value in (("WindowCenter", centre), ("WindowWidth", width)):
-        raw = dataset.get_item(name)
-        dataset._dict[raw.tag] = raw._replace(value=value.encode().ljust(4), length=4)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    image, info = read_radiograph(buffer.getvalue())
+    image, info = read_radiograph(windowed(tmp_path, centre, width))
     np.testing.assert_array_equal(image, read_radiograph(plain)[0])
     assert info.voi == "own_range" and info.notes == ("unusable_window",)
+
+
+@pytest.mark.parametrize(
+    "centre, width, used, notes",
+    [
+        ("2000\\", "1000\\", (2000, 1000), ()),
+        ("2000\\", "1000", (2000, 1000), ()),
+        ("\\2000", "\\1000", (2000, 1000), ()),
+        ("\\2000", "900\\1000", (2000, 1000), ()),
+        ("2000\\ \\300", "1000\\\\400", (2000, 1000), ("first_of_several_windows",)),
+        ("\\", "\\", None, ("unusable_window",)),
+        ("2000\\", "\\1000", None, ("unusable_window",)),
+    ],
+)
+def test_a_blank_entry_of_a_window_is_passed_over(tmp_path, centre, width, used, notes):
+    """A trailing backslash cost the film its window."""
+    data = windowed(tmp_path, centre, width)
+    _, info = read_radiograph(data)
+    assert (info.window, info.notes) == (used, notes)
