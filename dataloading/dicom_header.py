@@ -121,8 +121,8 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         )
     view = _code(dataset, "ViewPosition")
     notes = _turned(dataset, view)
-    modality_lut = _lut(dataset, "ModalityLUTSequence", representation == 1, notes)
-    voi_lut = _lut(dataset, "VOILUTSequence", representation == 1, notes)
+    rescale = _rescale(dataset)
+    modality_lut, voi_lut = _luts(dataset, stored, representation == 1, rescale, notes)
     spacing = _numbers(dataset, "ImagerPixelSpacing") or _numbers(dataset, "PixelSpacing")
     valid_spacing = spacing is not None and len(spacing) == 2 and min(spacing) > 0
     sides = _numbers(dataset, "PixelAspectRatio") or (spacing if valid_spacing else None)
@@ -141,7 +141,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         intent=_code(dataset, "PresentationIntentType"),
         spacing_mm=(spacing[0], spacing[1]) if spacing and valid_spacing else None,
         padding=_padding(dataset, stored, representation == 1),
-        rescale=_rescale(dataset),
+        rescale=rescale,
         modality_lut=modality_lut,
         window=_window(dataset, notes),
         voi_lut=voi_lut,
@@ -285,7 +285,26 @@ def _window(dataset: Dataset, notes: list[str]) -> tuple[float, float, str] | No
     return *windows[0], function
 
 
-def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | None:
+def _luts(
+    dataset: Dataset,
+    stored: int,
+    signed: bool,
+    rescale: tuple[float, float] | None,
+    notes: list[str],
+) -> tuple[Lut | None, Lut | None]:
+    """Modality and VOI table; the second begins among what the modality step gives."""
+    lowest = -float(1 << stored - 1) if signed else 0.0
+    inputs = [lowest, lowest + (1 << stored) - 1]
+    modality = _lut(dataset, "ModalityLUTSequence", inputs, notes)
+    if modality is not None:
+        inputs = [0.0, float((1 << modality.bits) - 1)]
+    elif rescale is not None:
+        inputs = sorted(value * rescale[0] + rescale[1] for value in inputs)
+    return modality, _lut(dataset, "VOILUTSequence", inputs, notes)
+
+
+def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> Lut | None:
+    """The first table of a sequence, None where there is none; inputs: lowest, highest."""
     sequence = _value(dataset, name)
     if not sequence:
         return None
@@ -295,8 +314,7 @@ def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | N
         item = sequence[0]
         count, first, bits = (int(v) for v in item["LUTDescriptor"].value)
         count = (count & 0xFFFF) or 1 << 16
-        if signed and first >= 1 << 15:
-            first -= 1 << 16
+        first = _first_input(first & 0xFFFF, count, inputs)
         if not 8 <= bits <= 16:
             raise DicomError("bad_lut", f"{bits} bits")
         data = item["LUTData"].value
@@ -320,3 +338,17 @@ def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | N
             # 12-bit entries called 16-bit ones: the film would be nearly black
             raise DicomError("bad_lut", f"no entry over an eighth of what {bits} bits hold")
     return Lut(first, bits, values)
+
+
+def _first_input(first: int, count: int, inputs: list[float]) -> int:
+    """Where a table begins, from the 16 bits that its descriptor holds.
+
+    By PS3.3 C.11.2.1.1 the number is signed where an input may be: writers and implicit VR go by
+    the pixels' sign instead, so a table that would miss every input is read in the other way.
+    """
+    lowest, highest = inputs
+    readings = [first - (1 << 16), first] if first >= 1 << 15 else [first]
+    if lowest >= 0:
+        readings.reverse()
+    hits = [start for start in readings if start <= highest and start + count > lowest]
+    return (hits or readings)[0]

@@ -120,6 +120,48 @@ def test_a_signed_lookup_table_starts_below_zero(tmp_path, syntax):
     assert_nearest(image, golden(dataset, noise(12).astype(int) - 2048))
 
 
+@pytest.mark.parametrize(
+    "first, fields",
+    [
+        (-1024, {"RescaleSlope": 1, "RescaleIntercept": -1024}),
+        (-1024, {"RescaleSlope": -1, "RescaleIntercept": 3071}),
+        (40_000, {"RescaleSlope": 1, "RescaleIntercept": 40_000, "signed": True}),
+        (40_000, {"RescaleSlope": 1, "RescaleIntercept": 40_000}),
+        (-100, {"RescaleSlope": 1, "RescaleIntercept": 0}),
+        (-2048, {"RescaleSlope": None, "RescaleIntercept": None, "signed": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize("syntax", list(ENCODING)[:2], ids=lambda uid: uid.name)
+def test_a_voi_table_begins_where_the_values_in_front_of_it_lie(
+    tmp_path, syntax, vr, first, fields
+):
+    """Written as US, or by implicit VR, -1024 was read as 64512 and the table was dropped."""
+    fields = dict(fields)
+    signed = fields.pop("signed", False)
+    stored = noise(12).astype(int) - (2048 if signed else 0)
+    held = first % 65536 if vr == "US" else (first + 32768) % 65536 - 32768
+    dataset, data = edited(
+        tmp_path,
+        noise(16),
+        syntax=syntax,
+        cells=(stored & 0x0FFF).astype("<u2"),
+        BitsStored=12,
+        HighBit=11,
+        PixelRepresentation=int(signed),
+        VOILUTSequence=[lookup(4096, held, 12, 3, vr=vr)],
+        **fields,
+    )
+    image, info = read_radiograph(data)
+    dataset.VOILUTSequence = [lookup(4096, 0, 12, 3)]
+    values = stored * (fields["RescaleSlope"] or 1) + (fields["RescaleIntercept"] or 0) - first
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        dataset.pop(name, None)
+    assert_nearest(image, golden(dataset, values))
+    assert info.voi == "lut" and not info.notes
+
+
 def test_bits_above_the_stored_ones_are_not_part_of_the_value(tmp_path):
     _, clean = edited(tmp_path, noise(16), cells=noise(12), BitsStored=12, HighBit=11)
     overlay = noise(12) | np.uint16(0x8000)  # a retired overlay bit in an unused position
