@@ -57,6 +57,8 @@ def golden(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
         unit = np.clip((values - image.min()) / (image.max() - image.min()), 0, 1)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         unit = 1.0 - unit
+    if "PixelPaddingValue" in dataset:
+        unit[stored == dataset.PixelPaddingValue] = 0.0
     return unit * 65535
 
 
@@ -87,7 +89,7 @@ def edited(tmp_path: Path, image: np.ndarray, **changes: object) -> tuple[Datase
             dataset.PixelData = data + b"\0" * (len(data) % 2)
         elif value is None:
             del dataset[name]
-        elif name == "PixelPaddingValue":
+        elif name.startswith("PixelPadding"):
             dataset.add_new(name, "SS" if dataset.PixelRepresentation else "US", value)
         elif name == "syntax":
             dataset.file_meta.TransferSyntaxUID = value

@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import read_radiograph
+from mlip.dataloading.dicom import explain, read_radiograph
 from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, golden, noise
 
 
@@ -39,6 +39,9 @@ from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, gol
             "RescaleIntercept": 7,
         },
         {"WindowCenter": None, "WindowWidth": None, "PixelPaddingValue": "lowest"},
+        {"WindowCenter": None, "WindowWidth": None, "PixelPaddingValue": "highest"},
+        {"WindowCenter": 100, "WindowWidth": 6000, "PixelPaddingValue": "lowest"},
+        {"WindowCenter": 100, "WindowWidth": 6000, "PixelPaddingValue": "highest"},
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -46,7 +49,8 @@ from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, gol
 @pytest.mark.parametrize("signed", [False, True])
 def test_grey_scale_chain_equals_the_float64_path(tmp_path, changes, photometric, signed):
     if "PixelPaddingValue" in changes:
-        changes = {**changes, "PixelPaddingValue": -2048 if signed else 0}
+        end = 4095 * (changes["PixelPaddingValue"] == "highest") - 2048 * signed
+        changes = {**changes, "PixelPaddingValue": end}
     cells = noise(12)
     if signed:
         cells = (cells.astype(np.int16) - 2048) & 0x0FFF  # 12-bit two's complement, top bits 0
@@ -220,3 +224,59 @@ def test_a_blank_entry_of_a_window_is_passed_over(tmp_path, centre, width, used,
     data = windowed(tmp_path, centre, width)
     _, info = read_radiograph(data)
     assert (info.window, info.notes) == (used, notes)
+
+
+def padded(tmp_path: Path, value: int, **changes: object) -> tuple[np.ndarray, bytes]:
+    """(where a film has its border, its file): values of 500 to 3498 inside."""
+    cells = noise(12) % 3000 + 500
+    border = np.ones(cells.shape, bool)
+    border[4:-4, 4:-4] = False
+    cells = np.where(border, value, cells).astype(np.uint16)
+    data = edited(tmp_path, noise(16), cells=cells, BitsStored=12, HighBit=11, **changes)[1]
+    return border, data
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": None, "WindowWidth": None}])
+@pytest.mark.parametrize("value", [0, 4000])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_on_either_side_of_the_films_values(tmp_path, photometric, value, window):
+    """Below the values of a MONOCHROME1 film it became a white frame around the chest."""
+    limit = {"PixelPaddingValue": value + 50, "PixelPaddingRangeLimit": max(value - 50, 0)}
+    fields = {"PhotometricInterpretation": photometric, **window}
+    border, data = padded(tmp_path, value, **fields, **limit)
+    image, info = read_radiograph(data)
+    expected, _ = read_radiograph(padded(tmp_path, 1000, **fields)[1])
+    assert not image[border].any() and info.notes == ()
+    np.testing.assert_array_equal(image[~border], expected[~border])
+
+
+@pytest.mark.parametrize(
+    "padding, noted", [({"PixelPaddingValue": 1000}, True), ({"PixelPaddingValue": 4095}, False)]
+)
+def test_a_padding_value_that_is_none_makes_no_hole(tmp_path, padding, noted):
+    """Among the film's own values it would be black spots; one that does not occur is no matter."""
+    _, plain = padded(tmp_path, 1000)
+    _, data = padded(tmp_path, 1000, **padding)
+    image, info = read_radiograph(data)
+    np.testing.assert_array_equal(image, read_radiograph(plain)[0])
+    assert info.notes == (("unusable_padding",) if noted else ())
+
+
+def test_a_film_of_nothing_but_padding_is_shown_as_it_is(tmp_path):
+    fields = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 4095}
+    image, info = read_radiograph(padded(tmp_path, 0, **fields)[1])
+    np.testing.assert_array_equal(image, read_radiograph(padded(tmp_path, 0)[1])[0])
+    assert info.notes == ("unusable_padding",)
+
+
+def test_a_window_that_shows_only_where_the_padding_is_counts_as_none(tmp_path):
+    window = {"WindowCenter": 300, "WindowWidth": 100}
+    image, info = read_radiograph(padded(tmp_path, 0, PixelPaddingValue=0, **window)[1])
+    assert info.notes == ("unusable_window",) and info.own_range == (500, 3498)
+    assert len(np.unique(image)) > 200
+
+
+def test_explain_says_what_is_padding(tmp_path):
+    fields = {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}
+    lines = explain(padded(tmp_path, 0, **fields)[1])
+    assert lines[-2] == "padding: 0 .. 0.99237 (stored 0 to 0 is black)"
