@@ -19,6 +19,8 @@ from mlip.dataloading.dicom_tone import (
     Tone,
     apply_table,
     build_tone,
+    drop_useless_padding,
+    image_cells,
     needs_range,
     seen_cells,
 )
@@ -63,15 +65,15 @@ class RadiographInfo:
 def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray, RadiographInfo]:
     """The displayed grey values of a one-frame radiograph, brighter = denser tissue.
 
-    Order: modality LUT or rescale; VOI LUT, else the first window; MONOCHROME1 inversion; scaled
-    from [0, 1] to 0..65535 without any stretch of the single image. Where there is neither VOI
-    LUT nor usable window, the image's own minimum and maximum take its place (padding left out),
-    which `own_range` records; such an image of one value becomes black. One under which an image
-    of several values shows a single one counts as unusable.
+    Order: modality LUT or rescale; VOI LUT, else the first window; MONOCHROME1 inversion; padding
+    black; scaled from [0, 1] to 0..65535 without any stretch of the single image. Where there is
+    neither VOI LUT nor usable window, the image's own minimum and maximum take its place (padding
+    left out), which `own_range` records; such an image of one value becomes black. One under
+    which an image of several values shows a single one counts as unusable.
 
     Shapes:  image [H, W] uint16
     Raises:  DicomError, and nothing else, with a reason code out of CODES.
-    Source:  DICOM PS3.3 C.7.6.3.1, C.11.1, C.11.2; order checked against PS3.4 N.2.
+    Source:  DICOM PS3.3 C.7.5.1.1.2, C.7.6.3.1, C.11.1, C.11.2; order checked against PS3.4 N.2.
     """
     with error_wall("malformed"), open_regular(source) as (file, _):
         header, stream = read_header(file)
@@ -81,12 +83,19 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
 
 
 def _displayed(header: Header, cells: np.ndarray) -> tuple[Header, Tone, np.ndarray]:
-    """The image, and the header without the VOI LUT or window that shows nothing of it."""
+    """The image, and the header without what shows nothing of it or pads nothing."""
+    seen = None
+    if needs_range(header) or header.padding is not None:
+        seen = seen_cells(cells)
+        header = drop_useless_padding(header, seen)
     while True:
-        seen = seen_cells(cells) if needs_range(header) else None
         tone = build_tone(header, seen)
         image = apply_table(cells, tone.table)
-        if needs_range(header) or not _is_flat(image) or np.count_nonzero(seen_cells(cells)) == 1:
+        if needs_range(header) or (header.padding is None and not _is_flat(image)):
+            return header, tone, image
+        seen = seen_cells(cells) if seen is None else seen
+        shown = tone.table[image_cells(header, seen)]
+        if len(shown) == 1 or (shown != shown[0]).any():
             return header, tone, image
         if header.voi_lut is not None:
             header = replace(header, voi_lut=None, notes=(*header.notes, "unusable_voi_lut"))
@@ -149,6 +158,8 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
     }
     if tone.own_range is not None:
         detail["own_range"] += f", {tone.own_range[0]:g} and {tone.own_range[1]:g}"
+    if header.padding is not None:
+        detail["padding"] = "stored {:g} to {:g} is black".format(*header.padding)
     if info.window:
         detail[tone.voi] = f"centre {info.window[0]:g}, width {info.window[1]:g}"
     for name, values in tone.steps:

@@ -7,6 +7,7 @@ so that a codec never allocates what the caps did not allow.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import imagecodecs
@@ -132,39 +133,74 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
         raise DicomError("frame_mismatch", f"{bits} bits in {header.bits_allocated} allocated")
     with error_wall("decode_failed"):
         if kind == "jpeg":
+            _check_jpeg_end(frame)
             cells = imagecodecs.jpeg_decode(frame, bitspersample=bits if bits > 8 else None)
         elif kind == "jpegls":
             cells = imagecodecs.jpegls_decode(frame)
         else:
             cells = imagecodecs.jpeg2k_decode(frame, numthreads=1)
-    if cells.shape != (header.rows, header.columns) or cells.dtype.itemsize > 2:
+    fits = 8 * cells.dtype.itemsize <= header.bits_allocated
+    if cells.shape != (header.rows, header.columns) or not fits:
         raise DicomError("frame_mismatch", "decoded shape")
-    if cells.dtype.kind == "i":
-        # a signed code stream is already sign-extended: back to the stored bit pattern
-        cells = cells.view(np.dtype(f"u{cells.dtype.itemsize}"))
-    elif bits > header.bits_stored and int(cells.max()) >> header.bits_stored:
-        raise DicomError("frame_mismatch", f"a value over {header.bits_stored} bits")
-    return np.ascontiguousarray(cells)
+    if cells.dtype.kind == "u" and bits > header.bits_stored:
+        if int(cells.max()) >> header.bits_stored:
+            raise DicomError("frame_mismatch", f"a value over {header.bits_stored} bits")
+    return np.ascontiguousarray(_stored_pattern(header, cells, bits, kind))
+
+
+def _stored_pattern(header: Header, cells: np.ndarray, bits: int, kind: str) -> np.ndarray:
+    """A codec's numbers as the allocated cells would hold them; 8 bits may come for 16 allocated.
+
+    Where the data set and the code stream differ in sign, the data set is right and the stream
+    tells how many bits the number has, as in pydicom; JPEG-LS knows no sign at all.
+    """
+    signed = cells.dtype.kind == "i"
+    cells = cells.astype(f"u{header.bits_allocated // 8}", copy=False)  # keeps the sign's bits
+    unused = header.bits_allocated - bits
+    if kind == "jpeg" or signed == header.signed or unused == 0:
+        return cells
+    number = f"{'i' if header.signed else 'u'}{cells.itemsize}"
+    return ((cells << unused).view(number) >> unused).view(cells.dtype)
 
 
 def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
     """Rows, columns, components and precision from the first start-of-frame marker."""
+    for marker, at in _jpeg_segments(frame):
+        # start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG and SOF55 of JPEG-LS
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
+            return rows, columns, components, bits
+    raise DicomError("decode_failed", "no JPEG frame header")
+
+
+def _check_jpeg_end(frame: bytes) -> None:
+    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns.
+
+    Looked for behind the first scan's header: an embedded thumbnail has an end marker of its own,
+    and in the coded pixels a byte FF is always followed by 0 or a restart marker.
+    """
+    for marker, at in _jpeg_segments(frame):
+        if marker == 0xDA:
+            if frame.find(b"\xff\xd9", at + 4) < 0:
+                raise DicomError("decode_failed", "no JPEG end marker")
+            return
+    raise DicomError("decode_failed", "no JPEG scan")
+
+
+def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, offset) of the segments in front of the coded pixels; the scan header is last."""
     if frame[:2] != b"\xff\xd8":
         raise DicomError("decode_failed", "no JPEG start marker")
-    at = 2
-    while at + 4 <= len(frame):
+    at, marker = 2, 0
+    while at + 4 <= len(frame) and marker != 0xDA:
         if frame[at] != 0xFF:
             raise DicomError("decode_failed", "no JPEG marker")
         marker = frame[at + 1]
         if marker == 0xFF:
             at += 1
             continue
-        # start of frame: SOF0-3, 5-7, 9-11, 13-15 of JPEG and SOF55 of JPEG-LS
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            bits, rows, columns, components = struct.unpack(">BHHB", frame[at + 4 : at + 10])
-            return rows, columns, components, bits
+        yield marker, at
         at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
-    raise DicomError("decode_failed", "no JPEG frame header")
 
 
 def _jpeg2000_size(frame: bytes) -> tuple[int, int, int, int]:

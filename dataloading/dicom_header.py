@@ -19,7 +19,8 @@ from mlip.dataloading.dicom_source import (
 )
 
 _TAGS = (
-    "Modality ViewPosition PresentationIntentType SamplesPerPixel PhotometricInterpretation "
+    "Modality ViewPosition PatientOrientation PresentationIntentType SamplesPerPixel "
+    "PhotometricInterpretation "
     "NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation "
     "PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction "
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
@@ -34,6 +35,8 @@ _GROUPS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
 _SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
+
+_LATERAL = frozenset({"LL", "RL", "LATERAL", "LAT"})  # decubitus films (LLD, RLD) are frontal
 
 _COLOURS = frozenset(
     "MONOCHROME1|MONOCHROME2|PALETTE COLOR|RGB|HSV|ARGB|CMYK|YBR_FULL|YBR_FULL_422|"
@@ -116,9 +119,10 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
             "bad_bits",
             f"allocated {allocated}, stored {stored}, high {high}, sign {representation}",
         )
-    notes: list[str] = []
-    modality_lut = _lut(dataset, "ModalityLUTSequence", representation == 1, notes)
-    voi_lut = _lut(dataset, "VOILUTSequence", representation == 1, notes)
+    view = _code(dataset, "ViewPosition")
+    notes = _turned(dataset, view)
+    rescale = _rescale(dataset)
+    modality_lut, voi_lut = _luts(dataset, stored, representation == 1, rescale, notes)
     spacing = _numbers(dataset, "ImagerPixelSpacing") or _numbers(dataset, "PixelSpacing")
     valid_spacing = spacing is not None and len(spacing) == 2 and min(spacing) > 0
     sides = _numbers(dataset, "PixelAspectRatio") or (spacing if valid_spacing else None)
@@ -133,11 +137,11 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         signed=representation == 1,
         photometric=photometric,
         modality=_code(dataset, "Modality"),
-        view=_code(dataset, "ViewPosition"),
+        view=view,
         intent=_code(dataset, "PresentationIntentType"),
         spacing_mm=(spacing[0], spacing[1]) if spacing and valid_spacing else None,
         padding=_padding(dataset, stored, representation == 1),
-        rescale=_rescale(dataset),
+        rescale=rescale,
         modality_lut=modality_lut,
         window=_window(dataset, notes),
         voi_lut=voi_lut,
@@ -154,6 +158,23 @@ def _lift_groups(dataset: Dataset) -> None:
                     for tag in tags:
                         if tag in inner and tag not in dataset:
                             dataset[tag] = inner[tag]
+
+
+def _turned(dataset: Dataset, view: str) -> list[str]:
+    """Notes on a film that is stored otherwise than films are hung: patient's left on the right.
+
+    PatientOrientation names where rows and columns run to: L, F for a frontal film as it hangs.
+    """
+    value = _value(dataset, "PatientOrientation")
+    if not isinstance(value, pydicom.multival.MultiValue) or len(value) != 2:
+        return []
+    rows, columns = (str(end).strip().upper()[:1] or "-" for end in value)
+    if rows in "HF" and columns in "LRAP":
+        return ["on_its_side"]
+    if rows not in "LRAP" or columns not in "HF":
+        return []
+    notes = ["mirrored"] if rows == "R" and view not in _LATERAL else []
+    return [*notes, "upside_down"] if columns == "H" else notes
 
 
 def _value(dataset: Dataset, name: str) -> Any:
@@ -185,15 +206,22 @@ def _integer(dataset: Dataset, name: str, code: str, default: int | None = None)
 
 
 def _numbers(dataset: Dataset, name: str) -> list[float] | None:
+    """The numbers that are there; None where there is none, or one that is not finite."""
+    entries = _entries(dataset, name)
+    return [entry for entry in entries or [] if entry is not None] or None
+
+
+def _entries(dataset: Dataset, name: str) -> list[float | None] | None:
+    """As _numbers, with None where an entry is blank, so that two attributes stay side by side."""
     value = _value(dataset, name)
     if value is None:
         return None
     values = value if isinstance(value, list | pydicom.multival.MultiValue) else [value]
     try:
-        numbers = [float(v) for v in values]
+        entries = [None if v is None or str(v).strip() == "" else float(v) for v in values]
     except (TypeError, ValueError, OverflowError):
         return None
-    return numbers if numbers and np.isfinite(numbers).all() else None
+    return entries if all(entry is None or np.isfinite(entry) for entry in entries) else None
 
 
 def _text(dataset: Dataset, name: str) -> str:
@@ -239,20 +267,44 @@ def _rescale(dataset: Dataset) -> tuple[float, float] | None:
 def _window(dataset: Dataset, notes: list[str]) -> tuple[float, float, str] | None:
     if "WindowCenter" not in dataset and "WindowWidth" not in dataset:
         return None
-    centre, width = _numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth")
+    centres, widths = (_entries(dataset, name) or [] for name in ("WindowCenter", "WindowWidth"))
+    windows = [
+        (centre, width)
+        for centre, width in zip(centres, widths, strict=False)
+        if centre is not None and width is not None
+    ]
     function = _text(dataset, "VOILUTFunction").upper() or "LINEAR"
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         notes.append("unknown_voi_function")
         function = "LINEAR"
-    if centre is None or width is None or width[0] <= 0 or (function == "LINEAR" and width[0] < 1):
+    if not windows or windows[0][1] <= 0 or (function == "LINEAR" and windows[0][1] < 1):
         notes.append("unusable_window")
         return None
-    if len(centre) > 1:
+    if sum(centre is not None for centre in centres) > 1:
         notes.append("first_of_several_windows")
-    return centre[0], width[0], function
+    return *windows[0], function
 
 
-def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | None:
+def _luts(
+    dataset: Dataset,
+    stored: int,
+    signed: bool,
+    rescale: tuple[float, float] | None,
+    notes: list[str],
+) -> tuple[Lut | None, Lut | None]:
+    """Modality and VOI table; the second begins among what the modality step gives."""
+    lowest = -float(1 << stored - 1) if signed else 0.0
+    inputs = [lowest, lowest + (1 << stored) - 1]
+    modality = _lut(dataset, "ModalityLUTSequence", inputs, notes)
+    if modality is not None:
+        inputs = [0.0, float((1 << modality.bits) - 1)]
+    elif rescale is not None:
+        inputs = sorted(value * rescale[0] + rescale[1] for value in inputs)
+    return modality, _lut(dataset, "VOILUTSequence", inputs, notes)
+
+
+def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> Lut | None:
+    """The first table of a sequence, None where there is none; inputs: lowest, highest."""
     sequence = _value(dataset, name)
     if not sequence:
         return None
@@ -262,8 +314,7 @@ def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | N
         item = sequence[0]
         count, first, bits = (int(v) for v in item["LUTDescriptor"].value)
         count = (count & 0xFFFF) or 1 << 16
-        if signed and first >= 1 << 15:
-            first -= 1 << 16
+        first = _first_input(first & 0xFFFF, count, inputs)
         if not 8 <= bits <= 16:
             raise DicomError("bad_lut", f"{bits} bits")
         data = item["LUTData"].value
@@ -287,3 +338,17 @@ def _lut(dataset: Dataset, name: str, signed: bool, notes: list[str]) -> Lut | N
             # 12-bit entries called 16-bit ones: the film would be nearly black
             raise DicomError("bad_lut", f"no entry over an eighth of what {bits} bits hold")
     return Lut(first, bits, values)
+
+
+def _first_input(first: int, count: int, inputs: list[float]) -> int:
+    """Where a table begins, from the 16 bits that its descriptor holds.
+
+    By PS3.3 C.11.2.1.1 the number is signed where an input may be: writers and implicit VR go by
+    the pixels' sign instead, so a table that would miss every input is read in the other way.
+    """
+    lowest, highest = inputs
+    readings = [first - (1 << 16), first] if first >= 1 << 15 else [first]
+    if lowest >= 0:
+        readings.reverse()
+    hits = [start for start in readings if start <= highest and start + count > lowest]
+    return (hits or readings)[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class Tone:
 
 
 def build_tone(header: Header, seen: np.ndarray | None) -> Tone:
-    """The lookup table of a header.
+    """The lookup table of a header; padding is black, on the film's light side too.
 
     Shapes:  seen [2 ** bits_allocated] bool, cells that occur; needed where needs_range(header)
     """
@@ -55,11 +55,7 @@ def build_tone(header: Header, seen: np.ndarray | None) -> Tone:
     else:
         voi = "own_range"
         assert seen is not None
-        kept = seen
-        if header.padding is not None:
-            low, high = header.padding
-            image = seen & ~((stored >= low) & (stored <= high))
-            kept = image if image.any() else seen
+        kept = image_cells(header, seen)
         lowest, highest = float(values[kept].min()), float(values[kept].max())
         own_range = (lowest, highest)
         span = highest - lowest
@@ -70,6 +66,9 @@ def build_tone(header: Header, seen: np.ndarray | None) -> Tone:
     if header.photometric == "MONOCHROME1" and not constant:
         unit = 1.0 - unit
         steps.append(("inverted", unit))
+    if header.padding is not None:
+        unit = np.where(_padding_cells(header), 0.0, unit)
+        steps.append(("padding", unit))
     table = np.floor(unit * _WHITE + 0.5).astype(np.uint16)
     steps.append(("output", table.astype(np.float64)))
     return Tone(table, voi, own_range, tuple(steps))
@@ -78,6 +77,36 @@ def build_tone(header: Header, seen: np.ndarray | None) -> Tone:
 def needs_range(header: Header) -> bool:
     """Whether the table depends on the values that occur in the image."""
     return header.voi_lut is None and header.window is None
+
+
+def drop_useless_padding(header: Header, seen: np.ndarray) -> Header:
+    """The header without a padding value that does not occur, or that cannot be one: noted.
+
+    What pads lies outside the image's own values (PS3.3 C.7.5.1.1.2); a value among them, or all
+    there is, is image, and to blacken it would leave holes.
+
+    Shapes:  seen [2 ** bits_allocated] bool
+    """
+    if header.padding is None:
+        return header
+    low, high = header.padding
+    image = stored_values(header)[image_cells(header, seen)]
+    if not (seen & _padding_cells(header)).any():
+        return replace(header, padding=None)
+    if len(image) == 0 or (image.min() < low and image.max() > high):
+        return replace(header, padding=None, notes=(*header.notes, "unusable_padding"))
+    return header
+
+
+def image_cells(header: Header, seen: np.ndarray) -> np.ndarray:
+    """bool [2 ** bits_allocated]: the cells that occur and are no padding."""
+    return seen if header.padding is None else seen & ~_padding_cells(header)
+
+
+def _padding_cells(header: Header) -> np.ndarray:
+    assert header.padding is not None
+    stored = stored_values(header)
+    return (stored >= header.padding[0]) & (stored <= header.padding[1])
 
 
 def stored_values(header: Header) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 
 from mlip.dataloading.dicom import write_radiograph
 
@@ -56,6 +57,8 @@ def golden(dataset: Dataset, stored: np.ndarray) -> np.ndarray:
         unit = np.clip((values - image.min()) / (image.max() - image.min()), 0, 1)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         unit = 1.0 - unit
+    if "PixelPaddingValue" in dataset:
+        unit[stored == dataset.PixelPaddingValue] = 0.0
     return unit * 65535
 
 
@@ -86,7 +89,7 @@ def edited(tmp_path: Path, image: np.ndarray, **changes: object) -> tuple[Datase
             dataset.PixelData = data + b"\0" * (len(data) % 2)
         elif value is None:
             del dataset[name]
-        elif name == "PixelPaddingValue":
+        elif name.startswith("PixelPadding"):
             dataset.add_new(name, "SS" if dataset.PixelRepresentation else "US", value)
         elif name == "syntax":
             dataset.file_meta.TransferSyntaxUID = value
@@ -95,6 +98,21 @@ def edited(tmp_path: Path, image: np.ndarray, **changes: object) -> tuple[Datase
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset, **ENCODING[dataset.file_meta.TransferSyntaxUID])
     return dataset, buffer.getvalue()
+
+
+def compressed(
+    tmp_path: Path, cells: np.ndarray, frame: bytes, syntax: str, bits: int, **changes: object
+) -> bytes:
+    """A file around a code stream; `cells` give shape and allocated bits, `changes` as above."""
+    changes = {"BitsStored": bits, "HighBit": bits - 1} | changes
+    dataset, _ = edited(tmp_path, noise(16), cells=cells, **changes)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.PixelData = encapsulate([bytes(frame)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset)
+    return buffer.getvalue()
 
 
 def noise(bits: int, shape: tuple[int, int] = (37, 53), seed: int = 0) -> np.ndarray:

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import get_frame
 
 from mlip.dataloading.dicom import DicomError, read_radiograph
-from tests.dataloading.dicom_golden import assert_nearest, edited, golden, noise
+from tests.dataloading.dicom_golden import assert_nearest, compressed, golden
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "dicom"
 LOSSLESS_COPIES = (
@@ -96,17 +96,6 @@ def test_every_broken_file_is_refused_by_name(name, code):
     with pytest.raises(DicomError) as caught:
         read_radiograph(SHARED / "derived" / name)
     assert caught.value.code == code
-
-
-def compressed(tmp_path: Path, cells: np.ndarray, frame: bytes, syntax: str, bits: int) -> bytes:
-    dataset, _ = edited(tmp_path, noise(16), cells=cells, BitsStored=bits, HighBit=bits - 1)
-    dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.PixelData = encapsulate([bytes(frame)])
-    dataset["PixelData"].VR = "OB"
-    dataset["PixelData"].is_undefined_length = True
-    buffer = io.BytesIO()
-    pydicom.dcmwrite(buffer, dataset)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,43 @@ def test_pixels_that_are_not_square_are_refused(
     with pytest.raises(DicomError, match="2.00 to 1") as caught:
         read_radiograph(path)
     assert caught.value.code == "non_square"
+
+
+@pytest.mark.parametrize(
+    "orientation, view, notes",
+    [
+        (["L", "F"], "PA", ()),
+        (["R", "F"], "PA", ("mirrored",)),
+        (["R", "F"], "", ("mirrored",)),
+        (["RP", "F"], "LLD", ("mirrored",)),
+        (["L", "H"], "AP", ("upside_down",)),
+        (["R", "H"], "AP", ("mirrored", "upside_down")),
+        (["F", "L"], "AP", ("on_its_side",)),
+        (["A", "F"], "LL", ()),
+        (["P", "F"], "", ()),
+        (["R", "F"], "LATERAL", ()),
+        (["P", "H"], "RL", ("upside_down",)),
+        (["L", "R"], "PA", ()),
+        ("", "PA", ()),
+        ("R", "PA", ()),
+        (["R", ""], "PA", ()),
+        (["R", "F", "F"], "PA", ()),
+    ],
+    ids=str,
+)
+def test_a_film_that_hangs_otherwise_is_noted_and_not_flipped(
+    tmp_path: Path, orientation: object, view: str, notes: tuple[str, ...]
+) -> None:
+    """A mirrored film, told by its tag, was taken like any other without a word."""
+    plain = film(tmp_path / "a.dcm", at_top(PatientOrientation=["L", "F"], ViewPosition="PA"))
+    other = film(tmp_path / "b.dcm", at_top(PatientOrientation=orientation, ViewPosition=view))
+    image, info = read_radiograph(other)
+    np.testing.assert_array_equal(image, read_radiograph(plain)[0])
+    assert info.notes == notes
+    last = f"notes: {', '.join(notes)}"
+    assert (explain(other)[-1] == last) == bool(notes)
+
+
+def test_a_flip_that_the_maker_already_applied_makes_no_note(tmp_path: Path) -> None:
+    done = at_top(FieldOfViewHorizontalFlip="YES", FieldOfViewRotation=180)
+    assert read_radiograph(film(tmp_path / "a.dcm", done))[1].notes == ()

@@ -4,13 +4,14 @@ Oracle: the formulas of DICOM PS3.3 C.11.1 and C.11.2 in float64 (dicom_golden.p
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import read_radiograph
+from mlip.dataloading.dicom import explain, read_radiograph
 from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, golden, noise
 
 
@@ -38,6 +39,9 @@ from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, gol
             "RescaleIntercept": 7,
         },
         {"WindowCenter": None, "WindowWidth": None, "PixelPaddingValue": "lowest"},
+        {"WindowCenter": None, "WindowWidth": None, "PixelPaddingValue": "highest"},
+        {"WindowCenter": 100, "WindowWidth": 6000, "PixelPaddingValue": "lowest"},
+        {"WindowCenter": 100, "WindowWidth": 6000, "PixelPaddingValue": "highest"},
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -45,7 +49,8 @@ from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, gol
 @pytest.mark.parametrize("signed", [False, True])
 def test_grey_scale_chain_equals_the_float64_path(tmp_path, changes, photometric, signed):
     if "PixelPaddingValue" in changes:
-        changes = {**changes, "PixelPaddingValue": -2048 if signed else 0}
+        end = 4095 * (changes["PixelPaddingValue"] == "highest") - 2048 * signed
+        changes = {**changes, "PixelPaddingValue": end}
     cells = noise(12)
     if signed:
         cells = (cells.astype(np.int16) - 2048) & 0x0FFF  # 12-bit two's complement, top bits 0
@@ -119,6 +124,48 @@ def test_a_signed_lookup_table_starts_below_zero(tmp_path, syntax):
     assert_nearest(image, golden(dataset, noise(12).astype(int) - 2048))
 
 
+@pytest.mark.parametrize(
+    "first, fields",
+    [
+        (-1024, {"RescaleSlope": 1, "RescaleIntercept": -1024}),
+        (-1024, {"RescaleSlope": -1, "RescaleIntercept": 3071}),
+        (40_000, {"RescaleSlope": 1, "RescaleIntercept": 40_000, "signed": True}),
+        (40_000, {"RescaleSlope": 1, "RescaleIntercept": 40_000}),
+        (-100, {"RescaleSlope": 1, "RescaleIntercept": 0}),
+        (-2048, {"RescaleSlope": None, "RescaleIntercept": None, "signed": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vr", ["US", "SS"])
+@pytest.mark.parametrize("syntax", list(ENCODING)[:2], ids=lambda uid: uid.name)
+def test_a_voi_table_begins_where_the_values_in_front_of_it_lie(
+    tmp_path, syntax, vr, first, fields
+):
+    """Written as US, or by implicit VR, -1024 was read as 64512 and the table was dropped."""
+    fields = dict(fields)
+    signed = fields.pop("signed", False)
+    stored = noise(12).astype(int) - (2048 if signed else 0)
+    held = first % 65536 if vr == "US" else (first + 32768) % 65536 - 32768
+    dataset, data = edited(
+        tmp_path,
+        noise(16),
+        syntax=syntax,
+        cells=(stored & 0x0FFF).astype("<u2"),
+        BitsStored=12,
+        HighBit=11,
+        PixelRepresentation=int(signed),
+        VOILUTSequence=[lookup(4096, held, 12, 3, vr=vr)],
+        **fields,
+    )
+    image, info = read_radiograph(data)
+    dataset.VOILUTSequence = [lookup(4096, 0, 12, 3)]
+    values = stored * (fields["RescaleSlope"] or 1) + (fields["RescaleIntercept"] or 0) - first
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        dataset.pop(name, None)
+    assert_nearest(image, golden(dataset, values))
+    assert info.voi == "lut" and not info.notes
+
+
 def test_bits_above_the_stored_ones_are_not_part_of_the_value(tmp_path):
     _, clean = edited(tmp_path, noise(16), cells=noise(12), BitsStored=12, HighBit=11)
     overlay = noise(12) | np.uint16(0x8000)  # a retired overlay bit in an unused position
@@ -140,16 +187,96 @@ def test_constant_image_is_black_without_a_window(tmp_path):
         assert info.own_range == (4321.0, 4321.0) and not info.inverted
 
 
+def windowed(tmp_path: Path, centre: str, width: str) -> bytes:
+    """A file with the window written byte for byte."""
+    dataset = pydicom.dcmread(io.BytesIO(edited(tmp_path, noise(16))[1]))
+    for name, text in (("WindowCenter", centre), ("WindowWidth", width)):
+        raw = dataset.get_item(name)
+        value = text.encode() + b" " * (len(text) % 2)
+        dataset._dict[raw.tag] = raw._replace(value=value, length=len(value))
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("centre, width", [("nan", "10"), ("5", "0"), ("5", "-3"), ("x", "9")])
 def test_unusable_window_is_replaced_by_the_own_range_and_noted(tmp_path, centre, width):
     _, plain = edited(tmp_path, noise(16), WindowCenter=None, WindowWidth=None)
-    _, data = edited(tmp_path, noise(16))
-    dataset = pydicom.dcmread(io.BytesIO(data))
-    for name, value in (("WindowCenter", centre), ("WindowWidth", width)):
-        raw = dataset.get_item(name)
-        dataset._dict[raw.tag] = raw._replace(value=value.encode().ljust(4), length=4)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer)
-    image, info = read_radiograph(buffer.getvalue())
+    image, info = read_radiograph(windowed(tmp_path, centre, width))
     np.testing.assert_array_equal(image, read_radiograph(plain)[0])
     assert info.voi == "own_range" and info.notes == ("unusable_window",)
+
+
+@pytest.mark.parametrize(
+    "centre, width, used, notes",
+    [
+        ("2000\\", "1000\\", (2000, 1000), ()),
+        ("2000\\", "1000", (2000, 1000), ()),
+        ("\\2000", "\\1000", (2000, 1000), ()),
+        ("\\2000", "900\\1000", (2000, 1000), ()),
+        ("2000\\ \\300", "1000\\\\400", (2000, 1000), ("first_of_several_windows",)),
+        ("\\", "\\", None, ("unusable_window",)),
+        ("2000\\", "\\1000", None, ("unusable_window",)),
+    ],
+)
+def test_a_blank_entry_of_a_window_is_passed_over(tmp_path, centre, width, used, notes):
+    """A trailing backslash cost the film its window."""
+    data = windowed(tmp_path, centre, width)
+    _, info = read_radiograph(data)
+    assert (info.window, info.notes) == (used, notes)
+
+
+def padded(tmp_path: Path, value: int, **changes: object) -> tuple[np.ndarray, bytes]:
+    """(where a film has its border, its file): values of 500 to 3498 inside."""
+    cells = noise(12) % 3000 + 500
+    border = np.ones(cells.shape, bool)
+    border[4:-4, 4:-4] = False
+    cells = np.where(border, value, cells).astype(np.uint16)
+    data = edited(tmp_path, noise(16), cells=cells, BitsStored=12, HighBit=11, **changes)[1]
+    return border, data
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": None, "WindowWidth": None}])
+@pytest.mark.parametrize("value", [0, 4000])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_on_either_side_of_the_films_values(tmp_path, photometric, value, window):
+    """Below the values of a MONOCHROME1 film it became a white frame around the chest."""
+    limit = {"PixelPaddingValue": value + 50, "PixelPaddingRangeLimit": max(value - 50, 0)}
+    fields = {"PhotometricInterpretation": photometric, **window}
+    border, data = padded(tmp_path, value, **fields, **limit)
+    image, info = read_radiograph(data)
+    expected, _ = read_radiograph(padded(tmp_path, 1000, **fields)[1])
+    assert not image[border].any() and info.notes == ()
+    np.testing.assert_array_equal(image[~border], expected[~border])
+
+
+@pytest.mark.parametrize(
+    "padding, noted", [({"PixelPaddingValue": 1000}, True), ({"PixelPaddingValue": 4095}, False)]
+)
+def test_a_padding_value_that_is_none_makes_no_hole(tmp_path, padding, noted):
+    """Among the film's own values it would be black spots; one that does not occur is no matter."""
+    _, plain = padded(tmp_path, 1000)
+    _, data = padded(tmp_path, 1000, **padding)
+    image, info = read_radiograph(data)
+    np.testing.assert_array_equal(image, read_radiograph(plain)[0])
+    assert info.notes == (("unusable_padding",) if noted else ())
+
+
+def test_a_film_of_nothing_but_padding_is_shown_as_it_is(tmp_path):
+    fields = {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 4095}
+    image, info = read_radiograph(padded(tmp_path, 0, **fields)[1])
+    np.testing.assert_array_equal(image, read_radiograph(padded(tmp_path, 0)[1])[0])
+    assert info.notes == ("unusable_padding",)
+
+
+def test_a_window_that_shows_only_where_the_padding_is_counts_as_none(tmp_path):
+    window = {"WindowCenter": 300, "WindowWidth": 100}
+    image, info = read_radiograph(padded(tmp_path, 0, PixelPaddingValue=0, **window)[1])
+    assert info.notes == ("unusable_window",) and info.own_range == (500, 3498)
+    assert len(np.unique(image)) > 200
+
+
+def test_explain_says_what_is_padding(tmp_path):
+    fields = {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}
+    lines = explain(padded(tmp_path, 0, **fields)[1])
+    assert lines[-2] == "padding: 0 .. 0.99237 (stored 0 to 0 is black)"
