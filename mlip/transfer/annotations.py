@@ -253,6 +253,12 @@ class Annotations:
                 f"{where} is {mask.shape[1]} x {mask.shape[0]} px, its image "
                 f"{expected[1]} x {expected[0]} px: expected one size"
             )
+        if mask.any() and mask.max() < 64:
+            raise ManifestError(
+                f"{where} holds values of 0 to {mask.max()}, which would all be outside: expected "
+                "255 inside and 0 outside; multiply a mask of 0 and 1 by 255, and write the wanted "
+                "class of a label map so"
+            )
         return np.where(mask >= 192, INSIDE, np.where(mask >= 64, IGNORED, 0)).astype(np.uint8)
 
     def _filled_boxes(self, row: int, image_size: tuple[int, int]) -> Array:

@@ -238,8 +238,9 @@ def _evaluate(
     oracle = truth.oracle_scores(manifest, images.row_index[with_text]) if is_phantom else None
     scores = _PoolScores(model, images, reports, with_text, device, oracle)
     masks = load_masks(config, manifest, images.row_index.tolist())
+    annotations = Annotations(config, manifest)
     queries, phrases, names = make_queries(
-        images, manifest, boxes, table, is_phantom, config.run.seed, masks
+        images, annotations, boxes, table, is_phantom, config.run.seed, masks
     )
     bank = encode(phrases) if phrases else None
     maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None
@@ -252,7 +253,7 @@ def _evaluate(
             "patients": len(np.unique(patients)),
         },
         "zero_shot": zero_shot_run(
-            model, config, manifest, images, patients, encode, linker, table, is_phantom, device
+            model, config, annotations, images, patients, encode, linker, table, is_phantom, device
         ),
         "retrieval": evaluate_retrieval(
             scores,

@@ -11,6 +11,7 @@ from mlip.config import Config
 from mlip.dataloading import phantom_reports
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
+from mlip.transfer.annotations import Annotations
 from mlip.transfer.features import ImageBank
 from mlip.transfer.grounding import PixelPrior, Query
 from mlip.transfer.interval import Array
@@ -21,7 +22,7 @@ PRIOR_ROWS = 4000  # training rows behind the fixed pixel; more no longer move i
 
 def make_queries(
     images: ImageBank,
-    manifest: Manifest,
+    annotations: Annotations,
     boxes: Mapping[int, Sequence[truth.Box]],
     table: Any,
     is_phantom: bool,
@@ -43,7 +44,7 @@ def make_queries(
         by_image.append(found)
     findings = sorted({name for found in by_image for name in found})
     names = {f: _name(f, table) for f in findings}
-    without = _images_without(findings, images, manifest, by_image, is_phantom)
+    without = _images_without(findings, images, annotations, by_image, is_phantom)
     generator = np.random.default_rng(seed)
     phrases: dict[str, int] = {}
     queries: list[Query] = []
@@ -90,18 +91,19 @@ def make_queries(
 def _images_without(
     findings: Sequence[str],
     images: ImageBank,
-    manifest: Manifest,
+    annotations: Annotations,
     by_image: Sequence[Mapping[str, Any]],
     is_phantom: bool,
 ) -> dict[str, list[int]]:
     """Images known to lack each finding.
 
     Phantoms are boxed in full. On real data a missing box means that nobody drew one: there only
-    an image whose labels name other things, and never a part of the body, counts as without it.
+    an image whose labels name other things or deny it, and never a part of the body, counts as
+    without it.
     """
     if is_phantom:
         return {f: [i for i, found in enumerate(by_image) if f not in found] for f in findings}
-    labels = truth.label_matrix(manifest, images.row_index, findings, blank_is_negative=False)
+    labels = truth.label_matrix(annotations, images.row_index, findings, blank_is_negative=False)
     return {
         f: np.flatnonzero(labels[:, k] == 0).tolist() if (labels[:, k] == 1).any() else []
         for k, f in enumerate(findings)

@@ -22,7 +22,14 @@ from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
-from mlip.transfer.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.annotations import (
+    INSIDE,
+    NEGATIVE,
+    UNCERTAIN,
+    UNSAID,
+    Annotations,
+    check_inside,
+)
 from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
@@ -110,19 +117,22 @@ def label_names(manifest: Manifest, rows: Array) -> list[str]:
 
 
 def label_matrix(
-    manifest: Manifest, rows: Array, findings: Sequence[str], *, blank_is_negative: bool
+    annotations: Annotations, rows: Array, findings: Sequence[str], *, blank_is_negative: bool
 ) -> Array:
-    """1 present, 0 absent, -1 not said, [rows, findings].
+    """1 present, 0 absent, -1 not said or uncertain, [rows, findings].
 
-    A row without any label says nothing, except where every finding was looked for.
+    What the columns of negative and uncertain labels say holds. Of the other findings a row with a
+    label tells that they are absent, a row without any nothing, except where every finding was
+    looked for.
     """
-    matrix = np.zeros((len(rows), len(findings)), dtype=np.int8)
-    for i, row in enumerate(rows.tolist()):
-        names = set(manifest.labels(row))
-        if not names and not blank_is_negative:
-            matrix[i] = -1
-        else:
-            matrix[i] = [name in names for name in findings]
+    if annotations.manifest.label_column is None:
+        states = np.full((len(rows), len(findings)), UNSAID, dtype=np.int8)
+    else:
+        states = annotations.states(rows, findings)
+    has_label = np.array([bool(annotations.manifest.labels(row)) for row in rows.tolist()], bool)
+    matrix = np.where(states == UNCERTAIN, np.int8(UNSAID), states)
+    unsaid = states == UNSAID
+    matrix[unsaid & (has_label | blank_is_negative)[:, None]] = NEGATIVE
     return matrix
 
 
@@ -165,7 +175,7 @@ def _image_size(manifest: Manifest, row: int) -> tuple[int, int] | None:
         name = manifest.image_name(row)
         content = read_bytes(manifest.root, manifest.image_path(row), name)
         header = read_header(content)
-        if header.kind == "dicom":  # its size stands behind its own header
+        if not header.plain:  # DICOM, or turned by EXIF: the size is that of what is decoded
             height, width = decode_grey(content, header).shape
             return height, width
     except BadSample:

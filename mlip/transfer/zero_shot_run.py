@@ -15,7 +15,7 @@ from torch import Tensor
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
-from mlip.transfer.annotations import shared_names
+from mlip.transfer.annotations import Annotations, shared_names
 from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.interval import Array, patient_resamples
@@ -34,7 +34,7 @@ IMAGES_AT_ONCE = 64
 def zero_shot_run(
     model: Any,
     config: Config,
-    manifest: Manifest,
+    annotations: Annotations,
     images: ImageBank,
     patients: Array,
     encode: Callable[[list[str]], TextBank],
@@ -45,6 +45,7 @@ def zero_shot_run(
 ) -> dict[str, Any]:
     """evaluate_zero_shot of the images, with F1 at val's thresholds and, where the labels exclude
     each other, accuracy; {"reason": why} where there is nothing to score against."""
+    manifest = annotations.manifest
     unknown: list[str] = []
     if is_phantom:
         prompts = truth.phantom_prompts(table)
@@ -66,7 +67,7 @@ def zero_shot_run(
         return {head: finding_scores(value, prompts) for head, value in named.items()}
 
     def labels_of(rows: Array) -> Array:
-        return truth.label_matrix(manifest, rows, findings, blank_is_negative=is_phantom)
+        return truth.label_matrix(annotations, rows, findings, blank_is_negative=is_phantom)
 
     labels = labels_of(images.row_index)
     scores = scores_of(images.features.embedding, images.features.patches)

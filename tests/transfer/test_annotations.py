@@ -96,12 +96,14 @@ def test_run_lengths_files_and_boxes_give_the_same_mask(tmp_path: Path) -> None:
     [
         ("5 3000", "mask of 60 x 40 px: run lengths: leave the image"),
         ("small.png", "is 10 x 10 px, its image 60 x 40"),
+        ("ones.png", "holds values of 0 to 1, which would all be outside: expected 255 inside"),
         ("nowhere.png", "cannot be read: missing"),
         ("DOE_JANE/m.png", "cannot be read: an image leads outside data.root"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_named(tmp_path: Path, cell: str, message: str) -> None:
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((10, 10), np.uint8))
+    cv2.imwrite(str(tmp_path / "ones.png"), np.eye(HEIGHT, WIDTH, dtype=np.uint8))
     (tmp_path / "DOE_JANE").symlink_to("/")
     config, manifest = make(tmp_path, mask=[cell, ""])
     with pytest.raises(ManifestError, match=message) as caught:

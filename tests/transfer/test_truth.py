@@ -15,6 +15,7 @@ from mlip.dataloading.transforms import Transform
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.transfer import truth
+from mlip.transfer.annotations import Annotations
 
 
 def write_manifest(folder: Path, box: str, labels: str = "Pneumonia") -> tuple[Config, Manifest]:
@@ -72,10 +73,31 @@ def test_missing_columns_are_all_named(tmp_path: Path) -> None:
 
 
 def test_a_blank_label_cell_says_nothing_unless_everything_was_looked_for(tmp_path: Path) -> None:
-    _, manifest = write_manifest(tmp_path, "50,90,80,60", labels="")
+    said = Annotations(*write_manifest(tmp_path, "50,90,80,60", labels=""))
     rows = np.array([0])
-    assert truth.label_matrix(manifest, rows, ["a"], blank_is_negative=False).tolist() == [[-1]]
-    assert truth.label_matrix(manifest, rows, ["a"], blank_is_negative=True).tolist() == [[0]]
+    assert truth.label_matrix(said, rows, ["a"], blank_is_negative=False).tolist() == [[-1]]
+    assert truth.label_matrix(said, rows, ["a"], blank_is_negative=True).tolist() == [[0]]
+
+
+def test_denied_and_uncertain_labels_are_what_their_columns_say(tmp_path: Path) -> None:
+    """As RSNA's and NIH's normal images, denied in full, and CheXpert's -1."""
+    lines = [
+        "image,patient_id,split,labels,uncertain,negative",
+        "a.png,p1,test,Edema,Pneumonia,",
+        "b.png,p2,test,,,Edema|Pneumonia",
+        "c.png,p3,test,,Edema,",
+        "d.png,p4,test,Pneumonia,,Edema",
+        "e.png,p5,test,Pneumonia,,",
+    ]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    settings = [f"data.manifest={tmp_path / 'm.csv'}", "data.columns.study_id=null"]
+    settings += ["data.columns.report=null", "data.columns.labels=labels"]
+    settings += ["transfer.columns.uncertain=uncertain", "transfer.columns.negative=negative"]
+    config = load([], settings)
+    said = Annotations(config, load_manifest(config.data))
+    findings = ["Edema", "Pneumonia"]
+    matrix = truth.label_matrix(said, np.arange(5), findings, blank_is_negative=False)
+    assert matrix.tolist() == [[1, -1], [0, 0], [-1, -1], [0, 1], [0, 1]]
 
 
 def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> None:
@@ -105,8 +127,16 @@ def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
     labels = [("Pneumonia",), (), ("Effusion",), ("Pneumonia",)]
 
     class FakeManifest:
+        label_column = "labels"
+
         def labels(self, row: int) -> tuple[str, ...]:
             return labels[row]
+
+    class FakeAnnotations:
+        manifest = FakeManifest()
+
+        def states(self, rows: np.ndarray, classes: list[str]) -> np.ndarray:
+            return np.array([[1 if c in labels[r] else -1 for c in classes] for r in rows])
 
     class FakeImages:
         row_index = np.arange(4)
@@ -116,7 +146,7 @@ def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
     images: ImageBank = FakeImages()  # type: ignore[assignment]
     queries, phrases, names = make_queries(
         images,
-        FakeManifest(),
+        FakeAnnotations(),
         boxes,
         load_concepts(),
         False,

@@ -12,6 +12,7 @@ from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.transforms import Transform
 from mlip.transfer import truth
+from mlip.transfer.annotations import Annotations
 from mlip.transfer.features import ImageBank
 from mlip.transfer.queries import make_queries
 from mlip.transfer.truth_masks import load_masks
@@ -69,7 +70,9 @@ def test_phantom_masks_lie_in_their_boxes_and_a_sided_sentence_asks_for_one_side
         row_index = np.array(rows)
 
     images: ImageBank = FakeImages()  # type: ignore[assignment]
-    queries, phrases, _ = make_queries(images, run.manifest, boxes, run.table, True, 0, masks)
+    queries, phrases, _ = make_queries(
+        images, Annotations(run.config, run.manifest), boxes, run.table, True, 0, masks
+    )
     for query in queries:
         sides = {m.side for m in query.masks}
         assert {m.finding for m in query.masks} <= {query.finding}
