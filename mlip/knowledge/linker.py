@@ -33,6 +33,8 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
+# "CT rules out" denies, "please rule out" asks: with s these are no plurals
+_VERBS = frozenset({"rule", "exclude"})
 
 
 class Mention(NamedTuple):
@@ -276,7 +278,7 @@ def _words(table: ConceptTable) -> list[str]:
 
 
 def _plurals(word: str) -> tuple[str, ...]:
-    if len(word) < 3 or not word.isalpha():
+    if len(word) < 3 or not word.isalpha() or word in _VERBS:
         return ()
     if word.endswith("y") and word[-2] not in "aeiou":
         return (word[:-1] + "ies",)
