@@ -33,6 +33,8 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
+# "CT rules out" denies, "please rule out" asks: with s these are no plurals
+_VERBS = frozenset({"rule", "exclude"})
 
 
 class Mention(NamedTuple):
@@ -89,6 +91,12 @@ class Linker:
                 if tail in parts and owners.get(tail) == row and key not in parts:
                     parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
+        for key in owners:
+            # "heart enlarged" is a statement, "enlarged heart" a name
+            if len(key) > width and flags.get(key[-width:], 0) & FLAG["predicate"]:
+                heads = [owners.get(key[:cut], -1) for cut in range(width, len(key), width)]
+                if any(row >= 0 and types[row] == "anatomy" for row in heads):
+                    flags[key] = flags.get(key, 0) | FLAG["be"]
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         for key in dict.fromkeys((*flags, *owners, *parts)):
             row = owners.get(key, -1)
@@ -99,6 +107,7 @@ class Linker:
                 concept=row,
                 fixed=kind in ("anatomy", "normal"),
                 resets=kind == "normal",
+                device=kind == "device",
                 parts=tuple(parts.get(key, ())),
             )
             self._automaton.add_word(key, entry)
@@ -134,7 +143,7 @@ class Linker:
                         continue  # a decimal point
                 if events:
                     if counts:
-                        found += scope.resolve(events, rules, decide != 0)
+                        found += scope.resolve(events, rules, decide != 0, end - entry[0])
                     events = []
                     decide = 0
                 if flags & scope.SECTION_REPORT:
@@ -151,7 +160,7 @@ class Linker:
                 decide |= flags & scope.DECIDING
                 events.append((end - entry[0], end, entry))
         if events and counts:
-            found += scope.resolve(events, rules, decide != 0)
+            found += scope.resolve(events, rules, decide != 0, len(pieces))
         found.sort()
         silent, make = (
             self._silent,
@@ -276,7 +285,7 @@ def _words(table: ConceptTable) -> list[str]:
 
 
 def _plurals(word: str) -> tuple[str, ...]:
-    if len(word) < 3 or not word.isalpha():
+    if len(word) < 3 or not word.isalpha() or word in _VERBS:
         return ()
     if word.endswith("y") and word[-2] not in "aeiou":
         return (word[:-1] + "ies",)

@@ -14,6 +14,7 @@ _ITEM = re.compile(
     r"[^\S\n]*(?:[-*\u2022\u00b7\u25aa\u25cf\u25e6]|\(?\d{1,2}[.)](?=\s+[A-Z]))(?:\s+|$)"
 )
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
+_ANSWER = re.compile(r"[:=?]\s*no$", re.IGNORECASE)  # "pneumothorax: no" is all of it
 # a line that ends so goes on in the next, whatever that begins with (letters: of s/p, r/o, c/w)
 _GOES_ON = frozenset(
     "a an the this that these those no not nor without with within and or versus vs of to in into "
@@ -54,7 +55,7 @@ def _ends(line: str, following: str, width: int) -> bool:
     if not following[:1].isupper() or line[-1:] in ",;:-(/&+":
         return False
     last = _LAST_WORD.search(line)
-    if last is not None and last.group().lower() in _GOES_ON:
+    if last is not None and last.group().lower() in _GOES_ON and not _ANSWER.search(line):
         return False
     return width < _LEAST_WIDTH or len(line) + 1 + len(following.split()[0]) <= width
 

@@ -6,6 +6,7 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Final, Literal, NamedTuple
 
 State = Literal["present", "absent", "uncertain"]
@@ -21,6 +22,10 @@ KINDS = (
     "uncertain_before",
     "uncertain_list",
     "uncertain_after",
+    "doubt",
+    "doubt_one",
+    "answer",
+    "removal",
     "alternative",
     "clause",
     "be",
@@ -28,6 +33,8 @@ KINDS = (
     "positive",
     "strong",
     "weak",
+    "predicate",
+    "fault",
     "article",
     "comma",
     "and",
@@ -43,16 +50,22 @@ _NEG, _NOT = FLAG["negation_before"], FLAG["not"]
 _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
 _UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
 _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
+_DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
+_ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
 _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
+_PREDICATE = FLAG["predicate"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _QUESTION = FLAG["question"]
 SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
+DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL
+_ACTS = DECIDING | _FAULT | _SEEN | _BE
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
+_STOPS_BACK |= _DOUBT | _DOUBT_ONE
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
 # megabyte without a stop would cost the square of its length: it is judged in pieces.
 _MAX_EVENTS = 200
@@ -67,6 +80,7 @@ class Entry(NamedTuple):
     concept: int  # row of the table, -1 = none
     fixed: bool  # anatomy and normal statements: present whatever stands around them
     resets: bool  # normal statements end the reach of a cue before them
+    device: bool  # a fault of it denied leaves it there
     parts: tuple[tuple[int, int], ...]  # (rule, slot) of terms written apart
 
 
@@ -74,14 +88,17 @@ Event = tuple[int, int, Entry]
 Found = tuple[int, int, int, State]  # first piece, piece behind the last, concept row, state
 
 
-def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> list[Found]:
+def resolve(
+    events: list[Event], rules: list[tuple[int, int]], decide: bool, stop: int
+) -> list[Found]:
     """Mentions of a sentence with their state; `decide` False = no deciding cue is in it.
 
     rules: (concept row, number of slots) of each term written apart
+    stop: the piece behind the sentence's last
     """
     if len(events) > _MAX_EVENTS:
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
-        return [mention for piece in pieces for mention in resolve(piece, rules, decide)]
+        return [mention for piece in pieces for mention in resolve(piece, rules, decide, stop)]
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
     state: State = PRESENT
@@ -106,7 +123,12 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
                     state, closed = PRESENT, False
             if flags & _POS:
                 state, closed = PRESENT, False
-            if flags & _NEG:
+            if not flags & _ACTS:
+                pass
+            elif flags & _ANSWER and _stands_alone(events, i, stop):
+                _look_back(events, i, found, owner, ABSENT, False)
+                closed = True
+            elif flags & _NEG:
                 state, closed, single, since = ABSENT, False, False, len(found)
             elif flags & _NOT:
                 state, closed, single, since = ABSENT, False, True, len(found)
@@ -120,6 +142,17 @@ def resolve(events: list[Event], rules: list[tuple[int, int]], decide: bool) -> 
             elif flags & _UNC_AFTER:
                 _look_back(events, i, found, owner, UNCERTAIN, False)
                 closed = True
+            elif flags & (_DOUBT | _DOUBT_ONE):
+                if not _doubts_what_follows(events, i):
+                    _look_back(events, i, found, owner, UNCERTAIN, bool(flags & _DOUBT_ONE))
+                    closed = True
+                elif state != ABSENT:
+                    state, closed, single = UNCERTAIN, False, False
+            elif flags & _REMOVAL:
+                _give_device(events, i, found, ABSENT)
+            elif flags & _FAULT:
+                # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
+                _give_device(events, i, found, PRESENT)
             elif flags & _ALT:
                 if found and not found[-1][3] == ABSENT and events[owner[-1]][2].concept >= 0:
                     if not events[owner[-1]][2].fixed:
@@ -176,8 +209,8 @@ def _list_goes_on(
             has_or = True
         elif flags & _AND and not in_segment:
             has_or = True
-        elif flags & _BE and in_segment and not has_or:
-            has_be = True
+        elif flags & (_BE | _PREDICATE) and in_segment and not has_or:
+            has_be = has_be or bool(flags & _BE) or _has_subject(events, i, entry)
     if has_be or following & _STRONG:
         return False
     if has_or or listing:
@@ -199,11 +232,48 @@ def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     if single:
         return True
     for _, _, entry in events[i + 1 :]:
-        if entry.flags & (_ENDS_LIST | _COMMA | _OR):
+        flags = entry.flags
+        if flags & (_ENDS_LIST | _COMMA | _OR):
             return False
-        if entry.flags & _BE:
+        if flags & _BE or flags & _PREDICATE and _has_subject(events, i, entry):
             return True
     return False
+
+
+def _has_subject(events: list[Event], i: int, predicate: Entry) -> bool:
+    """Whether anatomy stands between event i and the predicate: "heart mildly enlarged"."""
+    between = takewhile(lambda event: event[2] is not predicate, events[i + 1 :])
+    return any(entry.fixed for _, _, entry in between)
+
+
+def _stands_alone(events: list[Event], i: int, stop: int) -> bool:
+    """Whether event i is the answer to the term or question before it: "pneumothorax: no"."""
+    if i == 0:
+        return False
+    start, end, _ = events[i]
+    _, last, before = events[i - 1]
+    if start - last > 1 or before.concept < 0 and not before.flags & (_QUESTION | _SEEN):
+        return False  # at most one sign between
+    if i + 1 == len(events):
+        return end == stop
+    return events[i + 1][0] == end and events[i + 1][2].flags & _COMMA != 0
+
+
+def _doubts_what_follows(events: list[Event], i: int) -> bool:
+    """Whether the improbable of event i stands behind it ("less likely edema"), not before."""
+    if i + 1 < len(events):
+        start, _, entry = events[i + 1]
+        if start == events[i][1] and (entry.concept >= 0 or entry.flags & (_STRONG | _WEAK)):
+            return True
+    if events[i][2].flags & _DOUBT_ONE:
+        return False
+    return i == 0 or events[i - 1][2].flags & (_COMMA | _AND | _OR | _WITH | _CLAUSE) != 0
+
+
+def _give_device(events: list[Event], i: int, found: list[Found], state: State) -> None:
+    """Give the state to the device that the word of event i stands right behind."""
+    if i and events[i - 1][1] == events[i][0] and events[i - 1][2].device:
+        found[-1] = (*found[-1][:3], state)
 
 
 def _look_back(

@@ -25,6 +25,7 @@ Heart size is normal"""
         ("FINDINGS:\nNo effusion", "FINDINGS: No effusion"),
         ("No effusion.\nHeart normal", "No effusion. Heart normal"),
         ("There is no\nPneumothorax", "There is no Pneumothorax"),
+        ("Pneumothorax: No\nEdema: no\nHeart", "Pneumothorax: No. Edema: no. Heart"),
         ("No effusion or\npneumothorax", "No effusion or pneumothorax"),
         ("No effusion,\nEdema or nodule", "No effusion, Edema or nodule"),
         ("measuring\n2. 5 mm", "measuring 2. 5 mm"),

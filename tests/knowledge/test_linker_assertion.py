@@ -1,0 +1,173 @@
+"""Ways of doubting, denying and dating a finding, in other words than the rules' own examples.
+
+Oracle: labels written by hand, P present, A absent, U uncertain (docs/knowledge.md says which is
+which); the concept's first mention counts.
+"""
+
+from collections import defaultdict
+
+import pytest
+
+from mlip.knowledge.linker import default_linker, link, read_cues
+from mlip.knowledge.report_lines import joined_lines
+
+LETTER = {"present": "P", "absent": "A", "uncertain": "U"}
+SENTENCES = {
+    "the improbable is uncertain": """
+        Superimposed infection is thought to be unlikely. | lung_infection=U
+        There is atelectasis and pneumonia is unlikely. | atelectasis=P pneumonia=U
+        Aspiration and edema are unlikely. | aspiration=U pulmonary_edema=U
+        Aspiration or edema unlikely. | aspiration=U pulmonary_edema=U
+        Mild scarring at the apex, a nodule being less likely. | scar=P lung_nodule=U
+        Dense opacity reflecting edema, less likely hemorrhage. | lung_opacity=P pulmonary_edema=P
+        This could be scar or, less likely, a small nodule. | scar=U lung_nodule=U
+        Bibasilar opacities, less likely infectious. | lung_opacity=P
+        An underlying mass seems improbable. | lung_mass=U
+        I doubt a significant effusion. | pleural_effusion=U
+        Tuberculosis is considered doubtful. | tuberculosis=U
+        Small effusion, infection not favored. | pleural_effusion=P lung_infection=U
+        Heart failure is not suspected. | heart_failure=U
+        The nodule is unlikely to represent a granuloma. | lung_nodule=P granuloma=U
+        There is a low likelihood of pneumothorax. | pneumothorax=U
+        Low suspicion for malignancy. | malignancy=U
+        A finding of doubtful significance beside the known effusion. | pleural_effusion=P
+        There is no doubt that the effusion is larger. | pleural_effusion=P
+    """,
+    "of two compared both stay open, what is rejected beside a finding alone": """
+        Edema is less likely than pneumonia. | pulmonary_edema=U pneumonia=U
+        Scarring is favored over a mass. | scar=U lung_mass=U
+        The opacity reflects scar rather than a mass. | lung_opacity=P scar=P lung_mass=U
+        Congestion as opposed to pneumonia is present. | vascular_congestion=P pneumonia=U
+    """,
+    "not consistent with is denied evidence": """
+        Not compatible with heart failure. | heart_failure=A
+        The pattern is not in keeping with edema. | pulmonary_edema=A
+        Appearance inconsistent with tuberculosis. | tuberculosis=A
+    """,
+    "an answer alone denies its question": """
+        Consolidation: No | consolidation=A
+        Pleural effusion: no; rib fracture: no; cardiomegaly: yes | rib_fracture=A cardiomegaly=P
+        Nodule: negative, atelectasis: present. | lung_nodule=A atelectasis=P
+        Effusion or edema: No. | pleural_effusion=A pulmonary_edema=A
+        Pulmonary edema = no. | pulmonary_edema=A
+        Tuberculosis: no evidence. | tuberculosis=A
+        Pneumothorax? No. | pneumothorax=A
+        Nodule present: no | lung_nodule=A
+        Left effusion resolved. | pleural_effusion=A
+        Small effusion with no shift. | pleural_effusion=P
+        Lungs: no infiltrate. | infiltrate=A
+        Gram negative pneumonia. | pneumonia=P
+    """,
+    "what was not there before is new": """
+        Left base consolidation not previously present. | consolidation=P
+        An opacity which was not evident on the prior study. | lung_opacity=P
+        Small right pneumothorax, not visible on the previous film. | pneumothorax=P
+        A nodule that was not there before. | lung_nodule=P
+        Streaky atelectasis, not seen previously. | atelectasis=P
+        The effusion seen on the prior study is not seen. | pleural_effusion=A
+        The pneumothorax is not seen on the current study. | pneumothorax=A
+    """,
+    "what an examination is asked to rule out is uncertain": """
+        Rule out effusion. | pleural_effusion=U
+        Kindly rule out a rib fracture. | rib_fracture=U
+        Exclude malignancy. | malignancy=U
+        Chest CT rules out an embolism or mass. | lung_mass=A
+        CT excludes a mass. | lung_mass=A
+        Query nodule at the left apex. | lung_nodule=U
+        Correlate clinically for aspiration. | aspiration=U
+    """,
+    "w/o is without": """
+        Hyperinflation w/o consolidation or effusion. | consolidation=A pleural_effusion=A
+        Stable scarring w/o nodule. | scar=P lung_nodule=A
+        Old granuloma, w/o edema. | granuloma=P pulmonary_edema=A
+        Effusion w/o interval worsening of edema. | pulmonary_edema=P
+    """,
+    "no worsening leaves the finding": """
+        No deterioration of the consolidation. | consolidation=P
+        Without significant worsening of the edema. | pulmonary_edema=P
+        No further enlargement of the left effusion. | pleural_effusion=P
+        No interval progression of the fibrosis. | pulmonary_fibrosis=P
+        No enlargement of the cardiac silhouette. | cardiomegaly=A
+    """,
+    "unclear whether is uncertain": """
+        It is not clear whether there are nodules. | lung_nodule=U
+        Uncertain whether there was an effusion. | pleural_effusion=U
+        Unclear if this is atelectasis. | atelectasis=U
+        It was unclear whether there are rib fractures. | rib_fracture=U
+        It is indeterminate whether there is a mass. | lung_mass=U
+    """,
+    "either opens alternatives": """
+        Opacity due to either hemorrhage or edema. | lung_opacity=P pulmonary_edema=U
+        Either scar or a small nodule at the apex. | scar=U lung_nodule=U
+        Reflects either aspiration or infection. | aspiration=U lung_infection=U
+        Scarring at either apex and effusion. | scar=P pleural_effusion=P
+        No effusion on either side. | pleural_effusion=A
+    """,
+    "a subject with its own predicate ends a list": """
+        No pneumothorax, aorta tortuous. | pneumothorax=A tortuous_aorta=P
+        No effusion or edema, cardiac silhouette mildly enlarged. | cardiomegaly=P
+        No infiltrate and heart moderately enlarged. | infiltrate=A cardiomegaly=P
+        No consolidation, left hemidiaphragm elevated. | consolidation=A elevated_diaphragm=P
+        No effusion, enlarged heart, or edema. | cardiomegaly=A pulmonary_edema=A
+        No effusion, heart not enlarged. | cardiomegaly=A
+        No effusion, pneumothorax. | pneumothorax=A
+    """,
+    "a device taken out is gone and a fault denied leaves it": """
+        Stable effusion status post pigtail catheter removal. | pleural_effusion=P chest_tube=A
+        Interval PICC removal. | picc=A
+        The pacemaker leads have been explanted. | pacemaker=A
+        The chest tube was withdrawn. | chest_tube=A
+        The ETT was withdrawn 2 cm. | endotracheal_tube=P
+        The PICC was withdrawn, now in the axillary vein. | picc=P
+        The NG tube should be removed. | enteric_tube=P
+        No port catheter fracture or effusion. | port_catheter=P pleural_effusion=A
+        Without endotracheal tube malposition. | endotracheal_tube=P
+        No evidence of pacemaker malfunction. | pacemaker=P
+        No pacemaker. | pacemaker=A
+    """,
+    "an earlier examination and a relative are history": """
+        In the previous radiograph there was a left effusion. | pleural_effusion=U
+        On the last exam, there were effusions, now resolved. | pleural_effusion=A
+        Earlier CT demonstrated a nodule. | lung_nodule=U
+        Her sister had emphysema. | emphysema=U
+        Father with tuberculosis. | tuberculosis=U
+        Compared to the prior exam there was growth of the nodule. | lung_nodule=P
+    """,
+}
+# kinds that one wording may have together, each decided by its order in scope.resolve
+ON_PURPOSE = {
+    ("negation_before", "or"),  # nor
+    ("answer", "negation_before"),  # no, no evidence
+    ("answer", "negation_after", "negation_before"),  # resolved
+    ("uncertain_after", "uncertain_before"),  # cannot exclude
+    ("positive", "seen"),  # again seen
+    ("predicate", "strong"),  # tortuous
+}
+
+
+@pytest.mark.parametrize("row", SENTENCES)
+def test_states_of_sentences(row):
+    for line in filter(None, map(str.strip, SENTENCES[row].splitlines())):
+        text, _, labels = line.rpartition(" | ")
+        found: dict[str, str] = {}
+        for mention in link(text):
+            found.setdefault(mention.concept_id, LETTER[mention.state])
+        wanted = dict(label.split("=") for label in labels.split())
+        assert {name: found.get(name) for name in wanted} == wanted, text
+
+
+def test_answers_written_line_by_line_stay_apart():
+    text = joined_lines("Pneumothorax: No\nEffusion: No\nCardiomegaly: Yes")
+    assert [LETTER[mention.state] for mention in link(text)] == ["A", "A", "P"]
+
+
+def test_no_two_wordings_of_cues_share_a_key_across_kinds():
+    linker = default_linker()
+    kinds, wordings = defaultdict(set), defaultdict(set)
+    for kind, forms in read_cues().items():
+        for form in forms:
+            kinds[linker.key(form)].add(kind)
+            wordings[linker.key(form)].add(form)
+    shared = [key for key, names in kinds.items() if len(names) > 1]
+    assert [sorted(wordings[key]) for key in shared if len(wordings[key]) > 1] == []
+    assert {tuple(sorted(kinds[key])) for key in shared} == ON_PURPOSE
