@@ -196,6 +196,9 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise PretrainedError(
             f"{path}: format {described.get('format')!r}, this version reads format {FORMAT}"
         )
+    lacking = {"config", "vocab_size", "fingerprints"} - described.keys()
+    if lacking:
+        raise PretrainedError(f"{path}: lacks {sorted(lacking)}; copy the whole folder again")
     return described
 
 
@@ -204,6 +207,10 @@ def _check_sums(folder: Path) -> None:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
+    listed = {line.partition("  ")[2] for line in lines}
+    for name in (WEIGHTS, SETTINGS):
+        if name not in listed:
+            raise PretrainedError(f"{folder / SUMS}: does not list {name}; copy the folder again")
     for line in lines:
         expected, _, name = line.partition("  ")
         path = folder / name

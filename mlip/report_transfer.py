@@ -139,6 +139,7 @@ def _columns(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
         "f1": "F1",
         "accuracy": "Accuracy",
         "ece": "ECE",
+        "ece_calibrated": "ECE, if calibrated",
         "strict": "AP, strict",
     }
     return [(key, title) for key, title in titles.items() if key in scores["classes"][0]]

@@ -78,6 +78,15 @@ def test_a_flipped_bit_is_noticed_and_the_file_named(
         from_pretrained(damaged)
 
 
+@pytest.mark.parametrize("left", ["", "model.safetensors", "config.json"])
+def test_a_list_of_hashes_that_was_cut_is_refused(folder: Path, tmp_path: Path, left: str) -> None:
+    damaged = copy_of(folder, tmp_path)
+    lines = (damaged / "SHA256SUMS").read_text().splitlines()
+    (damaged / "SHA256SUMS").write_text("\n".join(x for x in lines if left and left in x))
+    with pytest.raises(PretrainedError, match="SHA256SUMS: does not list"):
+        from_pretrained(damaged)
+
+
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:
     damaged = copy_of(folder, tmp_path)
     (damaged / "concepts.jsonl").unlink()

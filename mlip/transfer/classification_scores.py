@@ -31,7 +31,7 @@ from mlip.transfer.scores import (
 )
 
 IGNORED = -1  # a target that is not known
-KEYS = ("auroc", "auprc", "f1", "accuracy", "ece")
+KEYS = ("auroc", "auprc", "f1", "accuracy", "ece", "ece_calibrated")
 Prediction = dict[str, Array]  # "val" and "test" logits [n, classes], "learnt" [classes] bool
 
 
@@ -45,7 +45,8 @@ def label_scores(
     """Independent labels, one prediction a seed.
 
     Shapes:  targets [test, classes], val_targets [val, classes] of 1, 0, IGNORED; weights [R, test]
-    Returns: {"classes": [{class, n, positives, auroc, auprc, f1, accuracy, ece, ...}],
+    Returns: {"classes": [{class, n, positives, auroc, auprc, f1, accuracy, ece,
+               ece_calibrated, ...}],
              "macro": {auroc, auprc, f1}, "headline": "auroc"}; f1 and accuracy at val's threshold
     """
     table: list[dict[str, Any]] = []
@@ -102,15 +103,15 @@ def exclusive_scores(
 ) -> dict[str, Any]:
     """One class is true of each row: accuracy of the best class, AUROC of each against the rest."""
     truth, n = targets.argmax(axis=1), len(targets)
-    found: dict[str, list[Measured | None]] = {"accuracy": [], "ece": []}
+    found: dict[str, list[Measured | None]] = {"accuracy": [], "ece": [], "ece_calibrated": []}
     areas: list[list[Measured | None]] = [[] for _ in classes]
     for p in predictions:
         probability = softmax(p["test"].astype(np.float64))
         right = (probability.argmax(axis=1) == truth).astype(np.float64)
         confidence = probability.max(axis=1)
         found["accuracy"].append((float(right.mean()), weighted_mean(right, weights), n))
-        error = float(calibration_error(confidence, right)[0])
-        found["ece"].append((error, calibration_error(confidence, right, weights), n))
+        for key, measured in _calibration(confidence, right, weights).items():
+            found[key].append(measured)
         for k in range(len(classes)):
             value = auroc(probability[:, k], truth == k) if p["learnt"][k] else None
             areas[k].append(
@@ -167,11 +168,7 @@ def _binary(
     found: dict[str, Measured | None] = {
         "auroc": (area, weighted_auroc(logit, truth, weights), n),
         "auprc": (precision, weighted_average_precision(logit, truth, weights), n),
-        "ece": (
-            float(calibration_error(probability, truth)[0]),
-            calibration_error(probability, truth, weights),
-            n,
-        ),
+        **_calibration(probability, truth, weights),
     }
     if threshold is not None:
         called = logit >= threshold
@@ -180,6 +177,13 @@ def _binary(
         found["accuracy"] = (float(right.mean()), weighted_mean(right, weights), n)
         found["f1"] = (f1, weighted_f1(called, truth, weights), n)
     return found
+
+
+def _calibration(confidence: Array, right: Array, weights: Array) -> dict[str, Measured]:
+    """The error and that of a calibrated model, both without an interval."""
+    none = np.full(len(weights), np.nan)
+    error, by_chance = calibration_error(confidence, right)
+    return {"ece": (error, none, len(right)), "ece_calibrated": (by_chance, none, len(right))}
 
 
 def _macro(values: list[list[Measured]], n: int, reasons: Sequence[str | None]) -> dict[str, Any]:

@@ -65,9 +65,14 @@ def ground_image(
     heat = phrase_maps(opened.model, features.patches, bank)[0, 0].numpy()
     upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
     picture = upsample(heat)
-    x, y = pointed_pixel(picture, features.grid)
     place = transform.placement(*grey.shape)
     margin = (transform.resize_px - transform.crop_px) // 2
+    top, left = max(0, place.top - margin), max(0, place.left - margin)
+    of_file = np.full_like(picture, -np.inf)  # the black margin can be high, not pointed at
+    of_file[top : place.top + place.height - margin, left : place.left + place.width - margin] = (
+        picture[top : place.top + place.height - margin, left : place.left + place.width - margin]
+    )
+    x, y = pointed_pixel(of_file, features.grid)
     scale = grey.shape[1] / place.width, grey.shape[0] / place.height
     point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
     parts = phrase_parts(opened, phrase, features.patches) if with_parts else ()

@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from mlip.transfer.interval import Array, Estimate, estimate, not_available
 
+CALIBRATED_DRAWS = 100
 CALIBRATION_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks"
 
 
@@ -45,20 +46,26 @@ def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> 
     return result
 
 
-def calibration_error(confidence: Array, right: Array, weights: Array | None = None) -> Array:
-    """Expected calibration error: mean |confidence - share right| over bins, by their mass.
+def calibration_error(confidence: Array, right: Array) -> tuple[float, float]:
+    """Expected calibration error, and what chance alone would show of it.
 
-    Shapes:  confidence, right [N] in [0, 1]; weights [R, N] (None = one row of ones) -> [R]
+    The error is the mean |confidence - share right| over bins, by their mass: never below 0, so
+    noise adds to it, the more the fewer rows. The second number is its mean where each row is right
+    with the probability that it claims (100 draws), so a model is miscalibrated as far as the first
+    is above the second. There is no interval: a bootstrap resample has the noise twice.
+
+    Shapes:  confidence, right [N] in [0, 1]
     """
-    if weights is None:
-        weights = np.ones((1, len(confidence)))
     edges = np.linspace(0.0, 1.0, CALIBRATION_BINS + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, CALIBRATION_BINS - 1)
-    member = (place[:, None] == np.arange(CALIBRATION_BINS)[None, :]).astype(np.float64)
-    gap = weights @ (member * (confidence - right.astype(np.float64))[:, None])
-    total = weights.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, np.abs(gap).sum(axis=1) / total, np.nan)
+
+    def error(right: Array) -> float:
+        gaps = np.bincount(place, confidence - right, minlength=CALIBRATION_BINS)
+        return float(np.abs(gaps).sum() / len(confidence))
+
+    generator = np.random.default_rng(0)
+    drawn = [generator.random(len(confidence)) < confidence for _ in range(CALIBRATED_DRAWS)]
+    return error(right.astype(np.float64)), float(np.mean([error(labels) for labels in drawn]))
 
 
 def best_threshold(scores: Array, labels: Array) -> float | None:

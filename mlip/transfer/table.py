@@ -11,6 +11,7 @@ NAMES = {
     "f1": "F1 (threshold of val)",
     "accuracy": "accuracy",
     "ece": "ECE",
+    "ece_calibrated": "ECE, if calibrated",
     "published": "Dice, published form (empty = 1)",
     "positive_only": "Dice, images with truth only",
     "pooled": "Dice, all pixels pooled",
@@ -25,7 +26,7 @@ def rows_of(scores: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     if "macro" in scores:
         first = scores["headline"]
         for key in sorted(scores["macro"], key=lambda k: (k != first, k)):
-            prefix = "macro " if key not in ("accuracy", "ece") else ""
+            prefix = "macro " if key not in ("accuracy", "ece", "ece_calibrated") else ""
             yield prefix + NAMES[key], scores["macro"][key]
     elif "dice" in scores:
         for key in ("published", "positive_only", "pooled"):

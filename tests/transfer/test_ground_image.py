@@ -155,3 +155,18 @@ def test_a_phrase_longer_than_the_model_reads_is_refused(
     command = ["ground", str(tmp_path / "image.png"), "left pleural effusion " * 40]
     assert main([*command, "--checkpoint", str(small_export())]) == 2
     assert "the model reads 62: shorten it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "cell"), [((60, 300), (1, 6)), ((300, 60), (6, 1))])
+def test_the_black_beside_a_narrow_film_is_never_pointed_at(
+    size: tuple[int, int],
+    cell: tuple[int, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one_hot_patch(monkeypatch, *cell)
+    path = tmp_path / "film.png"
+    cv2.imwrite(str(path), np.full(size, 90, np.uint8))
+    x, y, _ = ground(path, tmp_path / "map.png", capsys)
+    assert 0 <= x < size[1] and 0 <= y < size[0]

@@ -79,6 +79,17 @@ def test_calibration_error_equals_torchmetrics() -> None:
     assert calibration_error(np.array([1.0, 1.0]), np.array([0, 0]))[0] == 1.0
 
 
+@pytest.mark.parametrize("n", [100, 3000])
+def test_a_calibrated_model_shows_the_error_that_chance_gives(n: int) -> None:
+    rng = np.random.default_rng(3)
+    confidence = rng.random(n)
+    found = [calibration_error(confidence, rng.random(n) < confidence) for _ in range(200)]
+    errors, by_chance = np.array(found).T
+    assert abs(errors.mean() - by_chance[0]) < 3 * errors.std() / np.sqrt(100)
+    assert (by_chance == by_chance[0]).all()  # the same in every process
+    assert calibration_error(confidence, rng.random(n) < confidence**3)[0] > 2 * by_chance[0]
+
+
 def test_the_threshold_is_the_best_of_all_by_counting() -> None:
     rng = np.random.default_rng(2)
     scores, labels = rng.integers(0, 9, 40) / 9.0, rng.random(40) < 0.4
