@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from mlip.config import require_utf8
+from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """What the arguments ask for; the process's exit status.
 
-    Raises:  ValueError (DatasetError, ShardError, DicomError) for what the user can mend; exit
-             status in its `exit_code` where it has one.
+    Raises:  ConfigError for arguments that cannot be honoured (exit status 2); DatasetError,
+             ManifestError, ShardError for data that cannot be used (3).
     """
     if arguments.list:
         print("\n\n".join(_describe(name, DATASETS[name]) for name in sorted(DATASETS)))
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check_phi is not None:
         return _report_phi(arguments.check_phi)
     if arguments.dataset is None or arguments.root is None or arguments.out is None:
-        raise DatasetError(
+        raise ConfigError(
             "expected `prepare <dataset> --root DIR --out DIR`, `--explain FILE`, "
             "`--check-phi PATH` or `--list`"
         )
@@ -85,6 +85,8 @@ def _describe(name: str, dataset: Dataset) -> str:
 
 
 def _explain(path: Path) -> int:
+    if not os.path.lexists(path):
+        raise ConfigError(f"--explain {path}: no such file")
     try:
         print("\n".join(explain(path)))
     except DicomError as error:
@@ -95,7 +97,7 @@ def _explain(path: Path) -> int:
 def _report_phi(path: Path) -> int:
     """Attribute, reason and number of files; status 1 where anything was found."""
     if not os.path.lexists(path):
-        raise DatasetError(f"--check-phi {path}: no such file or folder")
+        raise ConfigError(f"--check-phi {path}: no such file or folder")
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     counts: Counter[tuple[str, str]] = Counter()
     checked = 0
@@ -118,13 +120,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     dataset = DATASETS[arguments.dataset]
     root = Path(os.path.realpath(arguments.root))
     if not root.is_dir():
-        raise DatasetError(f"--root {arguments.root}: no such folder")
+        raise ConfigError(f"--root {arguments.root}: no such folder")
     out = Path(os.path.realpath(arguments.out))
     require_utf8("--out", str(out))
     if out == root or root in out.parents and arguments.dataset == "folder":
-        raise DatasetError(f"--out {arguments.out}: lies inside --root; choose another folder")
+        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
     if arguments.id_map is not None and out in Path(os.path.realpath(arguments.id_map)).parents:
-        raise DatasetError("--id-map: keep the secret table outside --out, which others may read")
+        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
     options = _options(dataset, arguments.option)
     settings = _settings(arguments)
     part = _part(arguments.part)
@@ -140,7 +142,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         out.mkdir(parents=True, exist_ok=True, mode=0o700)
         with sole_writer(out, part) as is_ours:
             if not is_ours:
-                raise DatasetError(
+                raise ConfigError(
                     f"--out {arguments.out}: another `mlip prepare` is at work there: wait for its "
                     "end, choose another folder, or give each process its own --part I/N"
                 )
@@ -169,7 +171,7 @@ def _build(
         try:
             write_id_map(collected.rows, plan, arguments.id_map)
         except OSError as error:
-            raise DatasetError(
+            raise ConfigError(
                 f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
             ) from None
     start = time.monotonic()
@@ -211,7 +213,7 @@ def _open_output(
             if found.get(name) != value
         ]
         if different and not arguments.overwrite:
-            raise DatasetError(
+            raise ConfigError(
                 f"--out {arguments.out}: holds a set made with other settings: "
                 f"{', '.join(different)}; choose another folder, or --overwrite to remake it"
             )
@@ -221,7 +223,7 @@ def _open_output(
             os.replace(partial, path)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DatasetError(f"--out {arguments.out}: cannot be used: {reason}") from None
+        raise ConfigError(f"--out {arguments.out}: cannot be used: {reason}") from None
 
 
 def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
@@ -229,13 +231,13 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
     for text in given:
         name, separator, value = text.partition("=")
         if not separator or name not in options:
-            raise DatasetError(
+            raise ConfigError(
                 f"--option {text}: expected NAME=VALUE with a name out of "
                 f"{', '.join(options) or 'none: this data set has no options'}"
             )
         if not value:
             # a variable of the shell that is not set: reports=$RIS would prepare without reports
-            raise DatasetError(
+            raise ConfigError(
                 f"--option {text}: expected a value: leave it out where none is meant"
             )
         options[name] = value
@@ -245,15 +247,15 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
 def _settings(arguments: argparse.Namespace) -> ImageSettings:
     codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
     if codec == "jpeg" and arguments.bits == 16:
-        raise DatasetError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
+        raise ConfigError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
     if not 32 <= arguments.side <= 4096:
-        raise DatasetError(f"--side {arguments.side}: expected 32 to 4096")
+        raise ConfigError(f"--side {arguments.side}: expected 32 to 4096")
     if not 1 <= arguments.quality <= 100:
-        raise DatasetError(f"--quality {arguments.quality}: expected 1 to 100")
+        raise ConfigError(f"--quality {arguments.quality}: expected 1 to 100")
     if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
-        raise DatasetError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
+        raise ConfigError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
     if not 0.0 < arguments.timeout < float("inf"):
-        raise DatasetError(f"--timeout {arguments.timeout}: expected seconds above 0")
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds above 0")
     return ImageSettings(
         side_px=arguments.side,
         bits=arguments.bits,
@@ -266,7 +268,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
 def _part(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise DatasetError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
+        raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
     return int(number) - 1, int(count)
 
 

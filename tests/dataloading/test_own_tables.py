@@ -6,6 +6,7 @@ import re
 import pyarrow.parquet
 import pytest
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import DatasetError
 from tests.raw_layouts import (
     by_id,
@@ -93,8 +94,9 @@ def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
         ({"findings": "Edema"}, "manifest.csv: label Edema: expected 1"),
         ({"findings": "Edema,Oedema"}, "missing: Oedema; the file has image, patient_id, Edema"),
         ({"findings": "Edema,Edema"}, "one is named twice"),
-        ({"findings": "Edema", "labels": "labels"}, "labels=labels and findings both"),
         ({"findings": "a|b"}, "holds '|'"),
     ):
         with pytest.raises(DatasetError, match=re.escape(message)):
             collect("manifest", tmp_path, **options)
+    with pytest.raises(ConfigError, match="labels=labels and findings both"):
+        collect("manifest", tmp_path, findings="Edema", labels="labels")

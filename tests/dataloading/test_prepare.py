@@ -112,7 +112,7 @@ def test_an_output_made_with_other_settings_is_refused_unless_overwritten(
     assert prepare(*arguments, "--side", 64) == 0
     before = (tmp_path / "out" / "manifest.parquet").read_bytes()
     capsys.readouterr()
-    assert prepare(*arguments, "--side", 32, "--bits", 16) == 3
+    assert prepare(*arguments, "--side", 32, "--bits", 16) == 2
     error = capsys.readouterr().err
     assert "side_px (there 64, asked 32)" in error and "--overwrite" in error
     assert (tmp_path / "out" / "manifest.parquet").read_bytes() == before
