@@ -8,11 +8,12 @@ mlip prepare --check-phi PATH                    what de-identification left in 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
-import secrets
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -23,19 +24,17 @@ from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, check_phi, explain
-from mlip.dataloading.output_lock import sole_writer
+from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
-
-SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip prepare`."""
     add = parser.add_argument
     add("dataset", nargs="?", choices=sorted(DATASETS), help="what lies under --root")
-    add("--root", type=Path, help="folder of the raw data; nothing in it is changed")
-    add("--out", type=Path, help="folder for shards, index and manifest")
+    add("--root", type=_path, help="folder of the raw data; nothing in it is changed")
+    add("--out", type=_path, help="folder for shards, index and manifest")
     add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
@@ -47,12 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
-    add("--id-map", type=Path, metavar="FILE", help="write hashed ids beside the originals: secret")
+    add("--id-map", type=_path, metavar="FILE", help="table of hashed ids and originals: secret")
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
     add("--list", action="store_true", help="data sets, licences, where they come from, options")
-    add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
-    add("--check-phi", type=Path, metavar="PATH", help="print what may identify a patient")
+    add("--explain", type=_path, metavar="FILE", help="print each step of reading a DICOM file")
+    add("--check-phi", type=_path, metavar="PATH", help="print what may identify a patient")
+
+
+def _path(text: str) -> Path:
+    # Path("") is the current folder: a variable of the shell that is not set must not mean that
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return Path(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -121,15 +127,21 @@ def _prepare(arguments: argparse.Namespace) -> int:
     root = Path(os.path.realpath(arguments.root))
     if not root.is_dir():
         raise ConfigError(f"--root {arguments.root}: no such folder")
-    out = Path(os.path.realpath(arguments.out))
-    require_utf8("--out", str(out))
-    if out == root or root in out.parents and arguments.dataset == "folder":
-        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
-    if arguments.id_map is not None and out in Path(os.path.realpath(arguments.id_map)).parents:
-        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
     options = _options(dataset, arguments.option)
     settings = _settings(arguments)
     part = _part(arguments.part)
+    keep_ids = dataset.keeps_ids or arguments.keep_ids
+    out = Path(os.path.realpath(arguments.out))
+    require_utf8("--out", str(out))
+    asked = {
+        "dataset": arguments.dataset,
+        **asdict(settings),
+        "shard_images": arguments.shard_images,
+        "ids": "as they are" if keep_ids else "hashed",
+    }
+    folder = OutputFolder(out, str(arguments.out), asked, part, arguments.overwrite)
+    _check_places(arguments, root, out, options)
+    folder.check()
     print(f"{dataset.title}. Licence: {dataset.licence}", flush=True)
     collected = dataset.collect(root, options)
     check_rows(collected.rows)
@@ -137,21 +149,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if not collected.rows:
         left_out = ", ".join(f"{rule} {n}" for rule, n in sorted(collected.excluded.items()))
         raise DatasetError(f"{root}: no image is left (left out: {left_out or 'none'})")
-    keep_ids = collected.keeps_ids or arguments.keep_ids
-    try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with sole_writer(out, part) as is_ours:
-            if not is_ours:
-                raise ConfigError(
-                    f"--out {arguments.out}: another `mlip prepare` is at work there: wait for its "
-                    "end, choose another folder, or give each process its own --part I/N"
-                )
-            _open_output(out, arguments, settings, keep_ids)
+    with folder.held():
+        try:
             plan = Plan(
                 root=root,
                 out=out,
                 settings=settings,
-                salt=f"mlip {arguments.dataset}" if keep_ids else _salt(out),
+                salt=f"mlip {arguments.dataset}" if keep_ids else read_salt(out),
                 keep_ids=keep_ids,
                 shard_images=arguments.shard_images,
                 workers=arguments.workers or len(os.sched_getaffinity(0)),
@@ -160,8 +164,43 @@ def _prepare(arguments: argparse.Namespace) -> int:
                 verify=arguments.verify,
             )
             return _build(arguments, options, collected, plan)
+        except OSError as error:
+            raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
+
+
+def _check_places(
+    arguments: argparse.Namespace, root: Path, out: Path, options: dict[str, str]
+) -> None:
+    """Raises ConfigError where a file of the user's could be replaced, or ids lie open."""
+    if out == root or root in out.parents and arguments.dataset == "folder":
+        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
+    # an option may as well hold a column's name, which is no file
+    given = {name: Path(os.path.realpath(v)) for name, v in options.items() if os.path.exists(v)}
+    for name, path in given.items():
+        if out in (path, *path.parents):
+            raise ConfigError(
+                f"--option {name}={options[name]}: lies in --out, whose files are replaced: keep "
+                "it elsewhere, or choose another --out"
+            )
+    if arguments.id_map is None:
+        return
+    id_map = Path(os.path.realpath(arguments.id_map))
+    if out in id_map.parents:
+        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
+    if root in id_map.parents or id_map in given.values():
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: would be written over what is read: choose a file "
+            "outside --root that no option names"
+        )
+    try:
+        if id_map.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=id_map.parent):
+            pass
     except OSError as error:
-        raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
+        ) from None
 
 
 def _build(
@@ -192,38 +231,6 @@ def _build(
     if result.complete and result.images == 0:
         raise DatasetError(f"{plan.out}: no image could be read; the reasons stand in refused.csv")
     return 0
-
-
-def _open_output(
-    out: Path, arguments: argparse.Namespace, settings: ImageSettings, keep_ids: bool
-) -> None:
-    """Refuses an --out that holds a set made otherwise: hours of work lie in it."""
-    asked = {
-        "dataset": arguments.dataset,
-        **asdict(settings),
-        "shard_images": arguments.shard_images,
-        "ids": "as they are" if keep_ids else "hashed",
-    }
-    path = out / SETTINGS_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else asked
-        different = [
-            f"{name} (there {found.get(name)!r}, asked {value!r})"
-            for name, value in asked.items()
-            if found.get(name) != value
-        ]
-        if different and not arguments.overwrite:
-            raise ConfigError(
-                f"--out {arguments.out}: holds a set made with other settings: "
-                f"{', '.join(different)}; choose another folder, or --overwrite to remake it"
-            )
-        if different or not path.is_file():
-            partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-            partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ConfigError(f"--out {arguments.out}: cannot be used: {reason}") from None
 
 
 def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
@@ -298,23 +305,6 @@ def check_rows(rows: list[Row]) -> None:
             )
 
 
-def _salt(out: Path) -> str:
-    """The secret behind hashed ids, made once and shared by every part of the job."""
-    path = out / ".salt"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        for _ in range(50):  # the process that made it may not have written it yet
-            if text := path.read_text():
-                return text
-            time.sleep(0.1)
-        raise DatasetError(f"{path}: is empty; remove it and start again") from None
-    with os.fdopen(descriptor, "w") as file:
-        text = secrets.token_hex(16)
-        file.write(text)
-    return text
-
-
 class _Progress:
     """A line on stderr every few seconds."""
 
@@ -364,9 +354,7 @@ def _record(
         "excluded": dict(sorted(collected.excluded.items())),
         "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
     }
-    partial = plan.out / f".prepared.json.{os.getpid()}.part"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, plan.out / "prepared.json")
+    write_json(record, plan.out / "prepared.json")
 
 
 def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> int:

@@ -117,7 +117,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     if count := len(texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
-    return Collected(rows, excluded, notes, keeps_ids=False)
+    return Collected(rows, excluded, notes)
 
 
 def _files(root: Path, excluded: Counter[str]) -> list[Path]:
@@ -215,6 +215,7 @@ DATASET = Dataset(
     licence="your own",
     access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them or in a table",
     collect=collect,
+    keeps_ids=False,
     options={
         "patient_level": ("1", "folder level that names the patient of files that are no DICOM"),
         "modalities": (

@@ -124,7 +124,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
     if findings:
         notes.append(f"findings: {', '.join(findings)}")
-    return Collected(rows, excluded, notes, keeps_ids=False)
+    return Collected(rows, excluded, notes)
 
 
 def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str]:
@@ -169,6 +169,7 @@ DATASET = Dataset(
     licence="your own",
     access="you: one row an image with at least its path and a patient id",
     collect=collect,
+    keeps_ids=False,
     options={
         "file": ("", "manifest file; empty = manifest.csv, .parquet or .jsonl in the root"),
         **{

@@ -135,7 +135,7 @@ def test_an_output_that_cannot_be_made_is_one_line(
     monkeypatch.chdir(tmp_path)
     make_rows(tmp_path / "raw", 2)
     (tmp_path / "a_file").write_text("x")
-    assert prepare("folder", "--root", tmp_path / "raw", "--out", out) == 3
+    assert prepare("folder", "--root", tmp_path / "raw", "--out", out) == 2
     error = capsys.readouterr().err
     assert f"--out {out}: cannot be used" in error and error.count("\n") == 1
 
