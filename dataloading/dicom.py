@@ -14,7 +14,14 @@ import numpy as np
 from mlip.dataloading.dicom_frame import read_cells
 from mlip.dataloading.dicom_header import Header, Lut, read_header
 from mlip.dataloading.dicom_phi import Leftover, check_phi
-from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular, read_dataset
+from mlip.dataloading.dicom_source import (
+    CODES,
+    SUFFIXES,
+    DicomError,
+    error_wall,
+    open_regular,
+    read_dataset,
+)
 from mlip.dataloading.dicom_tone import (
     Tone,
     apply_table,
@@ -26,6 +33,7 @@ from mlip.dataloading.dicom_write import write_radiograph
 
 __all__ = [
     "CODES",
+    "SUFFIXES",
     "DicomError",
     "Identity",
     "Leftover",

@@ -23,8 +23,9 @@ from typing import Literal
 from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
-from mlip.dataloading.dicom import DicomError, check_phi, explain
+from mlip.dataloading.dicom import DicomError, explain
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
+from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         return _explain(arguments.explain)
     if arguments.check_phi is not None:
-        return _report_phi(arguments.check_phi)
+        return report_phi(arguments.check_phi)
     if arguments.dataset is None or arguments.root is None or arguments.out is None:
         raise ConfigError(
             "expected `prepare <dataset> --root DIR --out DIR`, `--explain FILE`, "
@@ -98,28 +99,6 @@ def _explain(path: Path) -> int:
     except DicomError as error:
         raise DatasetError(f"{path}: {error}") from None
     return 0
-
-
-def _report_phi(path: Path) -> int:
-    """Attribute, reason and number of files; status 1 where anything was found."""
-    if not os.path.lexists(path):
-        raise ConfigError(f"--check-phi {path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    counts: Counter[tuple[str, str]] = Counter()
-    checked = 0
-    for file in files:
-        try:
-            leftovers = check_phi(file)
-        except DicomError as error:
-            if error.code != "not_dicom" or file == path:
-                counts["file cannot be checked", error.code] += 1
-            continue
-        checked += 1
-        counts.update((leftover.attribute, leftover.reason) for leftover in leftovers)
-    print(f"{checked} DICOM files checked; text burned into the pixels is not looked for")
-    for (attribute, reason), count in sorted(counts.items()):
-        print(f"{attribute:40s} {reason:20s} {count} files")
-    return 1 if counts else 0
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.datasets.study_reports import StudyReports
-from mlip.dataloading.dicom import DicomError, Identity, read_identity
+from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
 _MAX_REPORT_BYTES = 1 << 20
@@ -174,7 +174,7 @@ def _kind(path: Path) -> str:
     if not head:
         return "empty_file"
     # an old archive's files without preamble: said apart, they may be the whole export
-    return "not_dicom" if suffix in (".dcm", ".dicom", ".ima") else "no_image"
+    return "not_dicom" if suffix in SUFFIXES else "no_image"
 
 
 def _word(text: str) -> str:

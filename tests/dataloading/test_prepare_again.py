@@ -149,13 +149,6 @@ def test_a_mistake_is_found_before_the_work(
     assert not list(tmp_path.glob("out/shards/*"))
 
 
-def test_check_phi_of_nothing_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert prepare("--check-phi", tmp_path / "nowhere") == 2
-    assert "no such file or folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("bits", [8, 16])
 def test_twelve_bits_in_a_sixteen_bit_picture_are_refused_and_not_blackened(
     tmp_path: Path, bits: int
