@@ -28,7 +28,7 @@ _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
-    """One row a recognised image file, in the order of paths.
+    """One row an image, in the order of paths; of several copies of one the largest is taken.
 
     Patient and study: of a DICOM file its own ids; of others the folder named by `patient_level`,
     counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt, in UTF-8, or in
@@ -43,47 +43,46 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
-    rows: list[Row] = []
-    identities: list[Identity | None] = []
-    seen: set[str] = set()
     texts: set[Path] = set()
-    used: set[Path] = set()
-    nameless = 0
+    taken: list[tuple[Path, Identity | None]] = []
     for path in _files(root, excluded):
-        name = relative(path, root)
-        if not _is_unicode(name):
+        if not _is_unicode(relative(path, root)):
             excluded["name_not_utf8"] += 1
             continue
         kind = _kind(path)
+        identity = None
         if kind == "report_text":
             texts.add(path)
-        if kind not in ("dicom", "picture"):
-            excluded[kind] += 1
-            continue
-        parts = name.split("/")
-        patient = parts[level - 1] if len(parts) > level else path.stem
-        study, image = "/".join(parts[:-1]) or path.stem, name
-        identity = None
         if kind == "dicom":
             try:
                 identity = read_identity(path)
+                kind = _left_out(identity, modalities) or kind
             except DicomError as error:
-                excluded[error.code] += 1
-                continue
-            if identity.modality.upper() not in modalities:
-                excluded[f"modality_{_word(identity.modality)}"] += 1
-                continue
+                kind = error.code
+        if kind in ("dicom", "picture"):
+            taken.append((path, identity))
+        else:
+            excluded[kind] += 1
+    rows: list[Row] = []
+    identities: list[Identity | None] = []
+    used: set[Path] = set()
+    nameless = 0
+    for copies in _copies(taken):
+        path, identity = copies[0]
+        excluded.update(["duplicate_image"] * (len(copies) - 1))
+        name = relative(path, root)
+        parts = name.split("/")
+        patient = parts[level - 1] if len(parts) > level else path.stem
+        study, image = "/".join(parts[:-1]) or path.stem, name
+        if identity is not None:
             nameless += not identity.patient
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
-            if image in seen:
-                excluded["duplicate_image"] += 1
-                continue
-            seen.add(image)
         report = ""
-        if table is None and (beside := _text_beside(path, root)):
-            used.add(beside)
-            report, fault = _read_text(beside)
+        beside = (found for copy, _ in copies if (found := _text_beside(copy, root)))
+        if table is None and (text := next(beside, None)):
+            used.add(text)
+            report, fault = _read_text(text)
             if fault:
                 excluded[fault] += 1
                 continue
@@ -175,6 +174,28 @@ def _kind(path: Path) -> str:
         return "empty_file"
     # an old archive's files without preamble: said apart, they may be the whole export
     return "not_dicom" if suffix in SUFFIXES else "no_image"
+
+
+def _left_out(identity: Identity, modalities: set[str]) -> str:
+    """The rule that leaves a DICOM file out by its header, "" for none."""
+    if identity.modality.upper() not in modalities:
+        return f"modality_{_word(identity.modality)}"
+    return ""
+
+
+def _copies(files: list[tuple[Path, Identity | None]]) -> list[list[tuple[Path, Identity | None]]]:
+    """The files of each image, largest first: a copy that was cut off is smaller than a whole one.
+
+    DICOM files of one SOPInstanceUID are one image, every other file is one of its own.
+    """
+    groups: dict[str | Path, list[tuple[Path, Identity | None]]] = {}
+    for path, identity in files:
+        uid = identity.image if identity is not None else ""
+        groups.setdefault(uid or path, []).append((path, identity))
+    for group in groups.values():
+        if len(group) > 1:
+            group.sort(key=lambda copy: -copy[0].stat().st_size)
+    return list(groups.values())
 
 
 def _word(text: str) -> str:

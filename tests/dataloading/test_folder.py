@@ -130,6 +130,23 @@ def test_what_is_not_looked_into_is_counted_by_its_reason(
     }
 
 
+def test_a_copy_that_was_cut_off_does_not_hide_the_whole_one(tmp_path: Path) -> None:
+    """The first copy by path was taken, then refused as too short: the film was lost."""
+    uid = pydicom.uid.generate_uid()
+    for place in ("a", "b", "c"):
+        film(tmp_path / place / "x.dcm", SOPInstanceUID=uid)
+    film(tmp_path / "d" / "y.dcm", SOPInstanceUID=pydicom.uid.generate_uid())
+    cut = tmp_path / "a" / "x.dcm"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    cut.with_suffix(".txt").write_text("Clear lungs.")
+    collected = collect(tmp_path)
+    assert {row.image: row.report for row in collected.rows} == {
+        "b/x.dcm": "Clear lungs.",
+        "d/y.dcm": "",
+    }
+    assert collected.excluded == {"report_text": 1, "duplicate_image": 2}
+
+
 def test_files_without_a_patient_are_said_to_be_grouped_by_folder(tmp_path: Path) -> None:
     film(tmp_path / "p1" / "a.dcm", PatientID="")
     film(tmp_path / "b.dcm")
