@@ -24,6 +24,8 @@ from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
 _MAX_REPORT_BYTES = 1 << 20
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
+_RULES = ("burned_in", "secondary_capture")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 
 
@@ -40,6 +42,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
         raise ConfigError("option patient_level: expected a folder level of 1 or more")
+    kept = {word.strip() for word in options["keep"].split(",")} - {""}
+    if not kept <= set(_RULES):
+        raise ConfigError(f"option keep: expected some of {', '.join(_RULES)}, commas between")
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
@@ -56,7 +61,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if kind == "dicom":
             try:
                 identity = read_identity(path)
-                kind = _left_out(identity, modalities) or kind
+                kind = _left_out(identity, modalities, kept) or kind
             except DicomError as error:
                 kind = error.code
         if kind in ("dicom", "picture"):
@@ -107,6 +112,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
             f"{left_out or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
+            + ("; see --option keep" if any(excluded[rule] for rule in _RULES) else "")
         )
     if nameless:
         notes.append(
@@ -176,10 +182,20 @@ def _kind(path: Path) -> str:
     return "not_dicom" if suffix in SUFFIXES else "no_image"
 
 
-def _left_out(identity: Identity, modalities: set[str]) -> str:
-    """The rule that leaves a DICOM file out by its header, "" for none."""
-    if identity.modality.upper() not in modalities:
-        return f"modality_{_word(identity.modality)}"
+def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:
+    """The rule that leaves a DICOM file out by its header, "" for none.
+
+    A scanned requisition or a screenshot lies in the study of its film and would get its report.
+    Films are stored as secondary captures too, by public sets for one, with a modality of theirs.
+    """
+    modality = identity.modality.upper()
+    if modality not in modalities:
+        return f"modality_{_word(modality)}"
+    if identity.burned_in.upper() == "YES" and "burned_in" not in kept:
+        return "burned_in"
+    is_capture = f"{identity.sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.")
+    if is_capture and modality == "OT" and "secondary_capture" not in kept:
+        return "secondary_capture"
     return ""
 
 
@@ -242,6 +258,11 @@ DATASET = Dataset(
         "modalities": (
             "CR,DX,DR,RG,XR,OT",
             "DICOM modalities to take; files that state none are taken too",
+        ),
+        "keep": (
+            "",
+            "take DICOM files that these rules leave out, commas between: burned_in "
+            "(BurnedInAnnotation is YES), secondary_capture (one of modality OT)",
         ),
         **STUDY_REPORTS,
     },
