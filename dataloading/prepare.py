@@ -330,6 +330,7 @@ def _record(
         "rows": len(collected.rows),
         "images": result.images,
         "refused": dict(sorted(result.refused.items())),
+        "noted": dict(sorted(result.noted.items())),
         "excluded": dict(sorted(collected.excluded.items())),
         "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
     }
@@ -345,6 +346,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
     )
     for reason, count in result.refused.most_common():
         print(f"refused, {reason}: {count}")
+    for code, count in result.noted.most_common():
+        print(f"noted, {code}: {count}")
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0

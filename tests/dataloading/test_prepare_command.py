@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
+import pydicom
 import pytest
 
 from mlip.config import ConfigError
@@ -129,6 +130,17 @@ def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
     hashed = table.column("patient_id").to_pylist()
     assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
     assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
+
+
+def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
+    image(tmp_path / "raw" / "a.dcm")
+    dataset = pydicom.dcmread(tmp_path / "raw" / "a.dcm")
+    del dataset.WindowCenter, dataset.WindowWidth
+    pydicom.dcmwrite(tmp_path / "raw" / "a.dcm", dataset)
+    out = tmp_path / "out"
+    assert mlip_prepare("folder", "--root", tmp_path / "raw", "--out", out, "--workers", 1) == 0
+    assert "noted, own_range: 1\nrows 1 = images 1" in capsys.readouterr().out
+    assert json.loads((out / "prepared.json").read_text())["noted"] == {"own_range": 1}
 
 
 def test_list_explain_and_check_phi_print(tmp_path, capsys):
