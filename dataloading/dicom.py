@@ -14,7 +14,14 @@ import numpy as np
 from mlip.dataloading.dicom_frame import read_cells
 from mlip.dataloading.dicom_header import Header, Lut, read_header
 from mlip.dataloading.dicom_phi import Leftover, check_phi
-from mlip.dataloading.dicom_source import CODES, DicomError, error_wall, open_regular, read_dataset
+from mlip.dataloading.dicom_source import (
+    CODES,
+    SUFFIXES,
+    DicomError,
+    error_wall,
+    open_regular,
+    read_dataset,
+)
 from mlip.dataloading.dicom_tone import (
     Tone,
     apply_table,
@@ -28,6 +35,7 @@ from mlip.dataloading.dicom_write import write_radiograph
 
 __all__ = [
     "CODES",
+    "SUFFIXES",
     "DicomError",
     "Identity",
     "Leftover",
@@ -118,14 +126,19 @@ class Identity:
     image: str
     modality: str  # DX, CR, CT ..., "" where absent
     accession: str  # the order's number, by which a RIS names a study
+    sop_class: str  # UID of the kind of object
+    burned_in: str  # BurnedInAnnotation: YES, NO or ""
 
 
 def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
-    """PatientID, StudyInstanceUID, SOPInstanceUID, Modality and AccessionNumber, "" where absent.
+    """The attributes of Identity, "" where absent.
 
     Raises:  DicomError where the header cannot be parsed.
     """
-    names = ["PatientID", "StudyInstanceUID", "SOPInstanceUID", "Modality", "AccessionNumber"]
+    names = (
+        "PatientID StudyInstanceUID SOPInstanceUID Modality AccessionNumber SOPClassUID "
+        "BurnedInAnnotation"
+    ).split()
     with error_wall("malformed"), open_regular(source) as (file, _):
         dataset = read_dataset(file, names)[2]
         return Identity(*(str(dataset.get(name) or "").strip(" \0") for name in names))

@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 64 << 20
 MAX_SIDE_PX = 16_384
 MAX_PIXELS = 100_000_000
 
+SUFFIXES = (".dcm", ".dicom", ".ima")  # of file names; most archives write none
+
 CODES = {
     "missing": "no such file",
     "dangling_link": "a link to nothing",

@@ -8,34 +8,34 @@ mlip prepare --check-phi PATH                    what de-identification left in 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
-import secrets
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from mlip.config import require_utf8
+from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
-from mlip.dataloading.dicom import DicomError, check_phi, explain
-from mlip.dataloading.output_lock import sole_writer
+from mlip.dataloading.dicom import DicomError, explain
+from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
+from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
-
-SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip prepare`."""
     add = parser.add_argument
     add("dataset", nargs="?", choices=sorted(DATASETS), help="what lies under --root")
-    add("--root", type=Path, help="folder of the raw data; nothing in it is changed")
-    add("--out", type=Path, help="folder for shards, index and manifest")
+    add("--root", type=_path, help="folder of the raw data; nothing in it is changed")
+    add("--out", type=_path, help="folder for shards, index and manifest")
     add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
@@ -47,19 +47,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
-    add("--id-map", type=Path, metavar="FILE", help="write hashed ids beside the originals: secret")
+    add("--id-map", type=_path, metavar="FILE", help="table of hashed ids and originals: secret")
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
     add("--list", action="store_true", help="data sets, licences, where they come from, options")
-    add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
-    add("--check-phi", type=Path, metavar="PATH", help="print what may identify a patient")
+    add("--explain", type=_path, metavar="FILE", help="print each step of reading a DICOM file")
+    add("--check-phi", type=_path, metavar="PATH", help="print what may identify a patient")
+
+
+def _path(text: str) -> Path:
+    # Path("") is the current folder: a variable of the shell that is not set must not mean that
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty one")
+    return Path(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """What the arguments ask for; the process's exit status.
 
-    Raises:  ValueError (DatasetError, ShardError, DicomError) for what the user can mend; exit
-             status in its `exit_code` where it has one.
+    Raises:  ConfigError for arguments that cannot be honoured (exit status 2); DatasetError,
+             ManifestError, ShardError for data that cannot be used (3).
     """
     if arguments.list:
         print("\n\n".join(_describe(name, DATASETS[name]) for name in sorted(DATASETS)))
@@ -67,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.explain is not None:
         return _explain(arguments.explain)
     if arguments.check_phi is not None:
-        return _report_phi(arguments.check_phi)
+        return report_phi(arguments.check_phi)
     if arguments.dataset is None or arguments.root is None or arguments.out is None:
-        raise DatasetError(
+        raise ConfigError(
             "expected `prepare <dataset> --root DIR --out DIR`, `--explain FILE`, "
             "`--check-phi PATH` or `--list`"
         )
@@ -85,6 +92,8 @@ def _describe(name: str, dataset: Dataset) -> str:
 
 
 def _explain(path: Path) -> int:
+    if not os.path.lexists(path):
+        raise ConfigError(f"--explain {path}: no such file")
     try:
         print("\n".join(explain(path)))
     except DicomError as error:
@@ -92,42 +101,26 @@ def _explain(path: Path) -> int:
     return 0
 
 
-def _report_phi(path: Path) -> int:
-    """Attribute, reason and number of files; status 1 where anything was found."""
-    if not os.path.lexists(path):
-        raise DatasetError(f"--check-phi {path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    counts: Counter[tuple[str, str]] = Counter()
-    checked = 0
-    for file in files:
-        try:
-            leftovers = check_phi(file)
-        except DicomError as error:
-            if error.code != "not_dicom" or file == path:
-                counts["file cannot be checked", error.code] += 1
-            continue
-        checked += 1
-        counts.update((leftover.attribute, leftover.reason) for leftover in leftovers)
-    print(f"{checked} DICOM files checked; text burned into the pixels is not looked for")
-    for (attribute, reason), count in sorted(counts.items()):
-        print(f"{attribute:40s} {reason:20s} {count} files")
-    return 1 if counts else 0
-
-
 def _prepare(arguments: argparse.Namespace) -> int:
     dataset = DATASETS[arguments.dataset]
     root = Path(os.path.realpath(arguments.root))
     if not root.is_dir():
-        raise DatasetError(f"--root {arguments.root}: no such folder")
-    out = Path(os.path.realpath(arguments.out))
-    require_utf8("--out", str(out))
-    if out == root or root in out.parents and arguments.dataset == "folder":
-        raise DatasetError(f"--out {arguments.out}: lies inside --root; choose another folder")
-    if arguments.id_map is not None and out in Path(os.path.realpath(arguments.id_map)).parents:
-        raise DatasetError("--id-map: keep the secret table outside --out, which others may read")
+        raise ConfigError(f"--root {arguments.root}: no such folder")
     options = _options(dataset, arguments.option)
     settings = _settings(arguments)
     part = _part(arguments.part)
+    keep_ids = dataset.keeps_ids or arguments.keep_ids
+    out = Path(os.path.realpath(arguments.out))
+    require_utf8("--out", str(out))
+    asked = {
+        "dataset": arguments.dataset,
+        **asdict(settings),
+        "shard_images": arguments.shard_images,
+        "ids": "as they are" if keep_ids else "hashed",
+    }
+    folder = OutputFolder(out, str(arguments.out), asked, part, arguments.overwrite)
+    _check_places(arguments, root, out, options)
+    folder.check()
     print(f"{dataset.title}. Licence: {dataset.licence}", flush=True)
     collected = dataset.collect(root, options)
     check_rows(collected.rows)
@@ -135,21 +128,13 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if not collected.rows:
         left_out = ", ".join(f"{rule} {n}" for rule, n in sorted(collected.excluded.items()))
         raise DatasetError(f"{root}: no image is left (left out: {left_out or 'none'})")
-    keep_ids = collected.keeps_ids or arguments.keep_ids
-    try:
-        out.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with sole_writer(out, part) as is_ours:
-            if not is_ours:
-                raise DatasetError(
-                    f"--out {arguments.out}: another `mlip prepare` is at work there: wait for its "
-                    "end, choose another folder, or give each process its own --part I/N"
-                )
-            _open_output(out, arguments, settings, keep_ids)
+    with folder.held():
+        try:
             plan = Plan(
                 root=root,
                 out=out,
                 settings=settings,
-                salt=f"mlip {arguments.dataset}" if keep_ids else _salt(out),
+                salt=f"mlip {arguments.dataset}" if keep_ids else read_salt(out),
                 keep_ids=keep_ids,
                 shard_images=arguments.shard_images,
                 workers=arguments.workers or len(os.sched_getaffinity(0)),
@@ -158,8 +143,43 @@ def _prepare(arguments: argparse.Namespace) -> int:
                 verify=arguments.verify,
             )
             return _build(arguments, options, collected, plan)
+        except OSError as error:
+            raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
+
+
+def _check_places(
+    arguments: argparse.Namespace, root: Path, out: Path, options: dict[str, str]
+) -> None:
+    """Raises ConfigError where a file of the user's could be replaced, or ids lie open."""
+    if out == root or root in out.parents and arguments.dataset == "folder":
+        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
+    # an option may as well hold a column's name, which is no file
+    given = {name: Path(os.path.realpath(v)) for name, v in options.items() if os.path.exists(v)}
+    for name, path in given.items():
+        if out in (path, *path.parents):
+            raise ConfigError(
+                f"--option {name}={options[name]}: lies in --out, whose files are replaced: keep "
+                "it elsewhere, or choose another --out"
+            )
+    if arguments.id_map is None:
+        return
+    id_map = Path(os.path.realpath(arguments.id_map))
+    if out in id_map.parents:
+        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
+    if root in id_map.parents or id_map in given.values():
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: would be written over what is read: choose a file "
+            "outside --root that no option names"
+        )
+    try:
+        if id_map.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=id_map.parent):
+            pass
     except OSError as error:
-        raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
+        ) from None
 
 
 def _build(
@@ -169,7 +189,7 @@ def _build(
         try:
             write_id_map(collected.rows, plan, arguments.id_map)
         except OSError as error:
-            raise DatasetError(
+            raise ConfigError(
                 f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
             ) from None
     start = time.monotonic()
@@ -192,50 +212,18 @@ def _build(
     return 0
 
 
-def _open_output(
-    out: Path, arguments: argparse.Namespace, settings: ImageSettings, keep_ids: bool
-) -> None:
-    """Refuses an --out that holds a set made otherwise: hours of work lie in it."""
-    asked = {
-        "dataset": arguments.dataset,
-        **asdict(settings),
-        "shard_images": arguments.shard_images,
-        "ids": "as they are" if keep_ids else "hashed",
-    }
-    path = out / SETTINGS_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else asked
-        different = [
-            f"{name} (there {found.get(name)!r}, asked {value!r})"
-            for name, value in asked.items()
-            if found.get(name) != value
-        ]
-        if different and not arguments.overwrite:
-            raise DatasetError(
-                f"--out {arguments.out}: holds a set made with other settings: "
-                f"{', '.join(different)}; choose another folder, or --overwrite to remake it"
-            )
-        if different or not path.is_file():
-            partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-            partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DatasetError(f"--out {arguments.out}: cannot be used: {reason}") from None
-
-
 def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
     options = {name: default for name, (default, _) in dataset.options.items()}
     for text in given:
         name, separator, value = text.partition("=")
         if not separator or name not in options:
-            raise DatasetError(
+            raise ConfigError(
                 f"--option {text}: expected NAME=VALUE with a name out of "
                 f"{', '.join(options) or 'none: this data set has no options'}"
             )
         if not value:
             # a variable of the shell that is not set: reports=$RIS would prepare without reports
-            raise DatasetError(
+            raise ConfigError(
                 f"--option {text}: expected a value: leave it out where none is meant"
             )
         options[name] = value
@@ -245,15 +233,15 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
 def _settings(arguments: argparse.Namespace) -> ImageSettings:
     codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
     if codec == "jpeg" and arguments.bits == 16:
-        raise DatasetError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
+        raise ConfigError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
     if not 32 <= arguments.side <= 4096:
-        raise DatasetError(f"--side {arguments.side}: expected 32 to 4096")
+        raise ConfigError(f"--side {arguments.side}: expected 32 to 4096")
     if not 1 <= arguments.quality <= 100:
-        raise DatasetError(f"--quality {arguments.quality}: expected 1 to 100")
+        raise ConfigError(f"--quality {arguments.quality}: expected 1 to 100")
     if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
-        raise DatasetError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
+        raise ConfigError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
     if not 0.0 < arguments.timeout < float("inf"):
-        raise DatasetError(f"--timeout {arguments.timeout}: expected seconds above 0")
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds above 0")
     return ImageSettings(
         side_px=arguments.side,
         bits=arguments.bits,
@@ -266,7 +254,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
 def _part(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise DatasetError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
+        raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
     return int(number) - 1, int(count)
 
 
@@ -294,23 +282,6 @@ def check_rows(rows: list[Row]) -> None:
                 f"data row {place + 1}: its image path may lead out of the root; expected a "
                 "relative path without '..'"
             )
-
-
-def _salt(out: Path) -> str:
-    """The secret behind hashed ids, made once and shared by every part of the job."""
-    path = out / ".salt"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        for _ in range(50):  # the process that made it may not have written it yet
-            if text := path.read_text():
-                return text
-            time.sleep(0.1)
-        raise DatasetError(f"{path}: is empty; remove it and start again") from None
-    with os.fdopen(descriptor, "w") as file:
-        text = secrets.token_hex(16)
-        file.write(text)
-    return text
 
 
 class _Progress:
@@ -359,12 +330,11 @@ def _record(
         "rows": len(collected.rows),
         "images": result.images,
         "refused": dict(sorted(result.refused.items())),
+        "noted": dict(sorted(result.noted.items())),
         "excluded": dict(sorted(collected.excluded.items())),
         "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
     }
-    partial = plan.out / f".prepared.json.{os.getpid()}.part"
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, plan.out / "prepared.json")
+    write_json(record, plan.out / "prepared.json")
 
 
 def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> int:
@@ -376,6 +346,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
     )
     for reason, count in result.refused.most_common():
         print(f"refused, {reason}: {count}")
+    for code, count in result.noted.most_common():
+        print(f"noted, {code}: {count}")
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0

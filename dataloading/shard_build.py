@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
@@ -38,6 +39,7 @@ from mlip.dataloading.worker_pool import Reply, WorkerPool
 
 FORMAT = 2  # part of every fingerprint: raise it when the bytes of a member change
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
+_NOT_RECORDED = "not_recorded"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -65,6 +67,7 @@ class Result:
     images: int  # members in finished shards
     member_bytes: int
     refused: Counter[str]  # reason -> files, over finished shards
+    noted: Counter[str]  # code -> films that were taken, over finished shards
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ def _entry(
         "view": fields.get("view", ""),
         "source_sha256": fields.get("source_sha256", ""),
         "reason": reason,
+        "notes": fields.get("notes", []),
     }
     for name in ("height", "width", "source_height", "source_width"):
         entry[name] = fields.get(name, 0)
@@ -261,23 +265,36 @@ def _finish(
     rows: list[Row], keys: list[str], shards: list[_Shard], plan: Plan, made: int, complete: bool
 ) -> Result:
     refused: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
     images = member_bytes = 0
     indexes = []
     complete = complete and all(index_path(shard.path).exists() for shard in shards)
     for shard in shards:
         if not index_path(shard.path).exists():
             continue
-        index = pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
+        index = _read_index(shard)
         if complete:
             index = _placed(index, shard, keys)
         refused.update(reason for reason in index.column("reason").to_pylist() if reason)
-        images += sum(offset >= 0 for offset in index.column("offset").to_pylist())
+        taken = index.filter(pc.greater_equal(index.column("offset"), 0))
+        for notes in taken.column("notes").to_pylist():
+            noted.update([_NOT_RECORDED] if notes is None else notes)
+        images += len(taken)
         member_bytes += sum(index.column("size").to_pylist())
         name = f"shards/{shard.path.name}"
         indexes.append(index.append_column("shard", pa.array([name] * len(index))))
     if complete:
         _write_outputs(rows, keys, pa.concat_tables(indexes), plan)
-    return Result(len(shards), made, complete, images, member_bytes, refused)
+    return Result(len(shards), made, complete, images, member_bytes, refused, noted)
+
+
+def _read_index(shard: _Shard) -> pa.Table:
+    """The shard's index; one of an earlier version gets the notes that nobody wrote down."""
+    index = pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
+    if "notes" not in index.column_names:
+        field = INDEX_SCHEMA.field("notes")
+        index = index.append_column(field, pa.nulls(len(index), field.type))
+    return index
 
 
 def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:

@@ -92,7 +92,7 @@ def make_member(
         fields["source_sha256"] = hashlib.sha256(content).hexdigest()
         header = read_header(content)
         if header.kind == "dicom":
-            image, fields["view"] = _radiograph(content, settings.require_deid)
+            image, fields["view"], fields["notes"] = _radiograph(content, settings.require_deid)
             check_size(*image.shape)
         else:
             image = decode_grey(content, header)
@@ -114,7 +114,8 @@ def make_member(
     return fields, member
 
 
-def _radiograph(content: bytes, require_deid: bool) -> tuple[NDArray[np.uint16], str]:
+def _radiograph(content: bytes, require_deid: bool) -> tuple[NDArray[np.uint16], str, list[str]]:
+    """The film, its view, and the codes of what was noted, each once; own_range is one of them."""
     from mlip.dataloading.dicom import DicomError, check_phi, read_radiograph
     from mlip.dataloading.dicom_phi import SEVERE
 
@@ -124,7 +125,8 @@ def _radiograph(content: bytes, require_deid: bool) -> tuple[NDArray[np.uint16],
         image, info = read_radiograph(content)
     except DicomError as error:
         raise BadSample(error.code, "DICOM") from None
-    return image, info.view
+    notes = {*info.notes, "own_range"} if info.voi == "own_range" else set(info.notes)
+    return image, info.view, sorted(notes)
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ import stat
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -47,6 +48,7 @@ INDEX_SCHEMA = pa.schema(
         ("source_sha256", pa.string()),
         ("view", pa.string()),  # DICOM ViewPosition, "" where there is none
         ("reason", pa.string()),  # "" or why the file was refused
+        ("notes", pa.list_(pa.string())),  # codes of what its reader noted; null in older shards
     ]
 )
 
@@ -275,18 +277,25 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """A Parquet file that is complete or not there."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name, whole and synced, when the block ends well."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         with _create(partial) as file:
-            pa.parquet.write_table(table, file, compression="zstd")
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A Parquet file that is complete or not there."""
+    with whole_file(path) as file:
+        pa.parquet.write_table(table, file, compression="zstd")
 
 
 def index_path(shard: Path) -> Path:

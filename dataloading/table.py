@@ -31,7 +31,7 @@ _BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a 
 _ROWS_AT_ONCE = 1 << 15  # of a Parquet file: about a block's worth
 _SMALL_BLOCK_BYTES = 1 << 20
 _ROUNDED = r"^\s*\d([.,]\d+)?[eE]\+\d+\s*$"
-_JSONL = (".jsonl", ".ndjson")
+_CSV, _PARQUET, _JSONL = (".csv", ".tsv"), ".parquet", (".jsonl", ".ndjson")
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
@@ -64,18 +64,9 @@ def read_table(
 
     Raises:  ManifestError: unreadable, another format, ragged rows, missing or doubled columns.
     """
-    readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
-        **dict.fromkeys(_JSONL, _read_jsonl),
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ManifestError(
-            f"{path}: expected a .csv, .tsv, .parquet or .jsonl manifest, got suffix "
-            f"{path.suffix!r}"
-        )
+    _check_suffix(path)
+    suffix = path.suffix.lower()
+    reader = _read_parquet if suffix == _PARQUET else _read_jsonl if suffix in _JSONL else _read_csv
     try:
         with open(path, "rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -98,15 +89,23 @@ def column_names(path: Path) -> list[str]:
 
     Raises:  ManifestError as read_table.
     """
+    _check_suffix(path)
     suffix = path.suffix.lower()
     try:
-        if suffix == ".parquet":
+        if suffix == _PARQUET:
             return list(pa.parquet.read_schema(path).names)
         return _jsonl_names(path, set()) if suffix in _JSONL else read_header(path)[0]
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except (CsvError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in (*_CSV, _PARQUET, *_JSONL):
+        raise ManifestError(
+            f"{path}: expected a .csv, .tsv, .parquet or .jsonl table, got suffix {path.suffix!r}"
+        )
 
 
 def _explained(error: Exception, path: Path) -> ManifestError:
@@ -316,6 +315,7 @@ def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -
     if not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
         or pa.types.is_integer(kind)
         or pa.types.is_null(kind)
     ):

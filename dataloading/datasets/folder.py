@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import (
     Collected,
     Dataset,
@@ -19,15 +20,17 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.datasets.study_reports import StudyReports
-from mlip.dataloading.dicom import DicomError, Identity, read_identity
+from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 
 _MAX_REPORT_BYTES = 1 << 20
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
+_RULES = ("burned_in", "secondary_capture")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
-    """One row a recognised image file, in the order of paths.
+    """One row an image, in the order of paths; of several copies of one the largest is taken.
 
     Patient and study: of a DICOM file its own ids; of others the folder named by `patient_level`,
     counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt, in UTF-8, or in
@@ -35,54 +38,56 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """
     table = StudyReports(options) if options["reports"] else None
     if table is None and (given := [n for n in STUDY_REPORTS if options[n] != STUDY_REPORTS[n][0]]):
-        raise DatasetError(f"option {given[0]}: says something of a table: give option reports too")
+        raise ConfigError(f"option {given[0]}: says something of a table: give option reports too")
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
-        raise DatasetError("option patient_level: expected a folder level of 1 or more")
+        raise ConfigError("option patient_level: expected a folder level of 1 or more")
+    kept = {word.strip() for word in options["keep"].split(",")} - {""}
+    if not kept <= set(_RULES):
+        raise ConfigError(f"option keep: expected some of {', '.join(_RULES)}, commas between")
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
-    rows: list[Row] = []
-    identities: list[Identity | None] = []
-    seen: set[str] = set()
     texts: set[Path] = set()
-    used: set[Path] = set()
-    nameless = 0
+    taken: list[tuple[Path, Identity | None]] = []
     for path in _files(root, excluded):
-        name = relative(path, root)
-        if not _is_unicode(name):
+        if not _is_unicode(relative(path, root)):
             excluded["name_not_utf8"] += 1
             continue
         kind = _kind(path)
+        identity = None
         if kind == "report_text":
             texts.add(path)
-        if kind not in ("dicom", "picture"):
-            excluded[kind] += 1
-            continue
-        parts = name.split("/")
-        patient = parts[level - 1] if len(parts) > level else path.stem
-        study, image = "/".join(parts[:-1]) or path.stem, name
-        identity = None
         if kind == "dicom":
             try:
                 identity = read_identity(path)
+                kind = _left_out(identity, modalities, kept) or kind
             except DicomError as error:
-                excluded[error.code] += 1
-                continue
-            if identity.modality.upper() not in modalities:
-                excluded[f"modality_{_word(identity.modality)}"] += 1
-                continue
+                kind = error.code
+        if kind in ("dicom", "picture"):
+            taken.append((path, identity))
+        else:
+            excluded[kind] += 1
+    rows: list[Row] = []
+    identities: list[Identity | None] = []
+    used: set[Path] = set()
+    nameless = 0
+    for copies in _copies(taken):
+        path, identity = copies[0]
+        excluded.update(["duplicate_image"] * (len(copies) - 1))
+        name = relative(path, root)
+        parts = name.split("/")
+        patient = parts[level - 1] if len(parts) > level else path.stem
+        study, image = "/".join(parts[:-1]) or path.stem, name
+        if identity is not None:
             nameless += not identity.patient
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
-            if image in seen:
-                excluded["duplicate_image"] += 1
-                continue
-            seen.add(image)
         report = ""
-        if table is None and (beside := _text_beside(path, root)):
-            used.add(beside)
-            report, fault = _read_text(beside)
+        beside = (found for copy, _ in copies if (found := _text_beside(copy, root)))
+        if table is None and (text := next(beside, None)):
+            used.add(text)
+            report, fault = _read_text(text)
             if fault:
                 excluded[fault] += 1
                 continue
@@ -107,6 +112,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
             f"{left_out or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
+            + ("; see --option keep" if any(excluded[rule] for rule in _RULES) else "")
         )
     if nameless:
         notes.append(
@@ -116,7 +122,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     if count := len(texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
-    return Collected(rows, excluded, notes, keeps_ids=False)
+    return Collected(rows, excluded, notes)
 
 
 def _files(root: Path, excluded: Counter[str]) -> list[Path]:
@@ -173,7 +179,39 @@ def _kind(path: Path) -> str:
     if not head:
         return "empty_file"
     # an old archive's files without preamble: said apart, they may be the whole export
-    return "not_dicom" if suffix in (".dcm", ".dicom", ".ima") else "no_image"
+    return "not_dicom" if suffix in SUFFIXES else "no_image"
+
+
+def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:
+    """The rule that leaves a DICOM file out by its header, "" for none.
+
+    A scanned requisition or a screenshot lies in the study of its film and would get its report.
+    Films are stored as secondary captures too, by public sets for one, with a modality of theirs.
+    """
+    modality = identity.modality.upper()
+    if modality not in modalities:
+        return f"modality_{_word(modality)}"
+    if identity.burned_in.upper() == "YES" and "burned_in" not in kept:
+        return "burned_in"
+    is_capture = f"{identity.sop_class}.".startswith(f"{_SECONDARY_CAPTURE}.")
+    if is_capture and modality == "OT" and "secondary_capture" not in kept:
+        return "secondary_capture"
+    return ""
+
+
+def _copies(files: list[tuple[Path, Identity | None]]) -> list[list[tuple[Path, Identity | None]]]:
+    """The files of each image, largest first: a copy that was cut off is smaller than a whole one.
+
+    DICOM files of one SOPInstanceUID are one image, every other file is one of its own.
+    """
+    groups: dict[str | Path, list[tuple[Path, Identity | None]]] = {}
+    for path, identity in files:
+        uid = identity.image if identity is not None else ""
+        groups.setdefault(uid or path, []).append((path, identity))
+    for group in groups.values():
+        if len(group) > 1:
+            group.sort(key=lambda copy: -copy[0].stat().st_size)
+    return list(groups.values())
 
 
 def _word(text: str) -> str:
@@ -214,11 +252,17 @@ DATASET = Dataset(
     licence="your own",
     access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them or in a table",
     collect=collect,
+    keeps_ids=False,
     options={
         "patient_level": ("1", "folder level that names the patient of files that are no DICOM"),
         "modalities": (
             "CR,DX,DR,RG,XR,OT",
             "DICOM modalities to take; files that state none are taken too",
+        ),
+        "keep": (
+            "",
+            "take DICOM files that these rules leave out, commas between: burned_in "
+            "(BurnedInAnnotation is YES), secondary_capture (one of modality OT)",
         ),
         **STUDY_REPORTS,
     },

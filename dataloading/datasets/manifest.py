@@ -9,6 +9,7 @@ import posixpath
 from collections import Counter
 from pathlib import Path
 
+from mlip.config import ConfigError
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.report_columns import find_report, joined_texts
@@ -123,13 +124,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
     if findings:
         notes.append(f"findings: {', '.join(findings)}")
-    return Collected(rows, excluded, notes, keeps_ids=False)
+    return Collected(rows, excluded, notes)
 
 
 def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str]:
     """Columns of one finding each, as --option findings=A,B names them.
 
-    Raises:  DatasetError where one is missing or named twice, or labels are given too.
+    Raises:  DatasetError where one is missing or named twice; ConfigError where labels are given
+             too.
     """
     wanted = [name.strip() for name in options["findings"].split(",") if name.strip()]
     missing = sorted(set(wanted) - set(names))
@@ -140,7 +142,7 @@ def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str
             f"file, commas between; {wrong}; the file has {shown(names)}"
         )
     if wanted and options["labels"] not in ("", "none"):
-        raise DatasetError(
+        raise ConfigError(
             f"{path}: --option labels={options['labels']} and findings both say what is there: "
             "give one of them"
         )
@@ -167,6 +169,7 @@ DATASET = Dataset(
     licence="your own",
     access="you: one row an image with at least its path and a patient id",
     collect=collect,
+    keeps_ids=False,
     options={
         "file": ("", "manifest file; empty = manifest.csv, .parquet or .jsonl in the root"),
         **{

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import (
     FRONTAL,
     SPLIT_OF,
@@ -109,7 +110,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     labels = _labels(base)
     suffix = options["files"]
     if suffix not in ("jpg", "dcm") or options["views"] not in ("frontal", "all"):
-        raise DatasetError("options: files is jpg or dcm, views is frontal or all")
+        raise ConfigError("options: files is jpg or dcm, views is frontal or all")
     text_of = _reports(root, base, options["reports"])
     excluded: Counter[str] = Counter()
     rows: list[Row] = []

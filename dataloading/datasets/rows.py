@@ -60,7 +60,6 @@ class Collected:
     excluded: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     files: dict[str, list[list[str]]] = field(default_factory=dict)  # further CSVs to write
-    keeps_ids: bool = True  # False where ids may be those of patients, not pseudonyms
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Dataset:
     access: str  # where its files come from and what that takes
     collect: Any  # (root: Path, options: dict[str, str]) -> Collected
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name: default, help
+    keeps_ids: bool = True  # False where ids may be those of patients, not pseudonyms
 
 
 def require(path: Path, access: str, *, folder: bool = False) -> Path:

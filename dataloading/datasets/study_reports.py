@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlip.config import ConfigError
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import (
     find_report,
@@ -57,11 +58,12 @@ class StudyReports:
     def __init__(self, options: dict[str, str]) -> None:
         """Reads the table that OPTIONS name.
 
-        Raises:  DatasetError (ManifestError) for a table that cannot be used.
+        Raises:  DatasetError (ManifestError) for a table that cannot be used; ConfigError for an
+                 option's value that is none of its words.
         """
         path = Path(options["reports"])
         if options["report_repeats"] not in ("refuse", "join"):
-            raise DatasetError("option report_repeats: expected refuse or join")
+            raise ConfigError("option report_repeats: expected refuse or join")
         names = column_names(path)
         key = _column(path, names, options, "report_key", _KEYS)
         texts = find_report(path, names, options["report_text"], "report_text")

@@ -15,8 +15,9 @@ import numpy as np
 import pydicom
 import pytest
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets import DATASETS, folder
-from mlip.dataloading.datasets.rows import Collected
+from mlip.dataloading.datasets.rows import Collected, DatasetError
 from mlip.dataloading.dicom import write_radiograph
 
 
@@ -37,9 +38,10 @@ def film(path: Path, **changes: Any) -> Path:
     return path
 
 
-def collect(root: Path) -> Collected:
+def collect(root: Path, **options: str) -> Collected:
     dataset = DATASETS["folder"]
-    collected = dataset.collect(root, {name: text for name, (text, _) in dataset.options.items()})
+    usual = {name: text for name, (text, _) in dataset.options.items()}
+    collected = dataset.collect(root, usual | options)
     assert isinstance(collected, Collected)
     return collected
 
@@ -128,6 +130,51 @@ def test_what_is_not_looked_into_is_counted_by_its_reason(
         "dicomdir": 1,
         "name_not_utf8": 1,
     }
+
+
+def test_a_copy_that_was_cut_off_does_not_hide_the_whole_one(tmp_path: Path) -> None:
+    """The first copy by path was taken, then refused as too short: the film was lost."""
+    uid = pydicom.uid.generate_uid()
+    for place in ("a", "b", "c"):
+        film(tmp_path / place / "x.dcm", SOPInstanceUID=uid)
+    film(tmp_path / "d" / "y.dcm", SOPInstanceUID=pydicom.uid.generate_uid())
+    cut = tmp_path / "a" / "x.dcm"
+    cut.write_bytes(cut.read_bytes()[:-500])
+    cut.with_suffix(".txt").write_text("Clear lungs.")
+    collected = collect(tmp_path)
+    assert {row.image: row.report for row in collected.rows} == {
+        "b/x.dcm": "Clear lungs.",
+        "d/y.dcm": "",
+    }
+    assert collected.excluded == {"report_text": 1, "duplicate_image": 2}
+
+
+def test_scanned_forms_and_screenshots_are_no_films(tmp_path: Path) -> None:
+    """A requisition with the patient's name on it got the report of its study's film."""
+    capture, true_colour = "1.2.840.10008.5.1.4.1.1.7", "1.2.840.10008.5.1.4.1.1.7.4"
+    kinds = {
+        "form": {"SOPClassUID": capture, "Modality": "OT", "BurnedInAnnotation": "YES"},
+        "screen": {"SOPClassUID": true_colour, "Modality": "OT", "BurnedInAnnotation": "NO"},
+        "named film": {"Modality": "CR", "BurnedInAnnotation": "YES"},
+        # as RSNA and SIIM store their films
+        "film as capture": {"SOPClassUID": capture, "Modality": "CR", "BurnedInAnnotation": ""},
+        "other": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.77.1.4", "Modality": "OT"},
+        "film": {"Modality": "DX"},
+    }
+    for name, changes in kinds.items():
+        film(tmp_path / name, SOPInstanceUID=pydicom.uid.generate_uid(), **changes)
+    films = {"film as capture", "other", "film"}
+    assert reports(tmp_path).keys() == films
+    assert collect(tmp_path).excluded == {"burned_in": 2, "secondary_capture": 1}
+    kept = {row.image for row in collect(tmp_path, keep="burned_in").rows}
+    assert kept == films | {"named film"}  # the form is a capture besides
+    assert len(collect(tmp_path, keep="burned_in, secondary_capture").rows) == len(kinds)
+    with pytest.raises(ConfigError, match="burned_in, secondary_capture"):
+        collect(tmp_path, keep="burnt_in")
+    for name in films:
+        (tmp_path / name).unlink()
+    with pytest.raises(DatasetError, match="burned_in 2, secondary_capture 1.*see --option keep"):
+        collect(tmp_path)
 
 
 def test_files_without_a_patient_are_said_to_be_grouped_by_folder(tmp_path: Path) -> None:

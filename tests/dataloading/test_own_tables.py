@@ -6,7 +6,9 @@ import re
 import pyarrow.parquet
 import pytest
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.table import ManifestError
 from tests.raw_layouts import (
     by_id,
     collect,
@@ -27,7 +29,7 @@ def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
     (tmp_path / "raw" / "readme.md").write_text("no image")
     collected = collect("folder", tmp_path / "raw")
     rows = {row.image: row for row in collected.rows}
-    assert len(rows) == 8 and not collected.keeps_ids
+    assert len(rows) == 8
     assert collected.excluded == {"report_text": 3, "link_or_special_file": 1, "no_image": 1}
     assert rows["x0.dcm"].patient_id == rows["x1.dcm"].patient_id == "MRN0"
     assert rows["p0/s0/a.png"].patient_id == rows["p0/s1/a.png"].patient_id == "p0"
@@ -55,6 +57,25 @@ def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
         collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
     named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
     assert [row.image for row in named.rows] == ["0.png"]
+
+
+def test_a_table_of_another_suffix_is_refused_by_it_before_its_columns_are_read(tmp_path):
+    """A JSON list was read as a CSV, and its first cells shown as column names."""
+    image(tmp_path / "raw" / "a.dcm")
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"image": "a.dcm", "patient_id": "7", "report": "Clear."}]))
+    for name, option in (("manifest", "file"), ("folder", "reports")):
+        with pytest.raises(ManifestError, match=r"parquet or .jsonl table, got suffix '.json'$"):
+            collect(name, tmp_path / "raw", **{option: str(path)})
+
+
+def test_texts_of_parquet_may_be_views(tmp_path):
+    image(tmp_path / "0.png")
+    frame = {"image": ["0.png"], "patient_id": ["7"], "report": ["Clear."]}
+    views = {name: pyarrow.array(cells, pyarrow.string_view()) for name, cells in frame.items()}
+    pyarrow.parquet.write_table(pyarrow.table(views), tmp_path / "manifest.parquet")
+    row = collect("manifest", tmp_path).rows[0]
+    assert (row.image, row.patient_id, row.report) == ("0.png", "7", "Clear.")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
@@ -93,8 +114,9 @@ def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
         ({"findings": "Edema"}, "manifest.csv: label Edema: expected 1"),
         ({"findings": "Edema,Oedema"}, "missing: Oedema; the file has image, patient_id, Edema"),
         ({"findings": "Edema,Edema"}, "one is named twice"),
-        ({"findings": "Edema", "labels": "labels"}, "labels=labels and findings both"),
         ({"findings": "a|b"}, "holds '|'"),
     ):
         with pytest.raises(DatasetError, match=re.escape(message)):
             collect("manifest", tmp_path, **options)
+    with pytest.raises(ConfigError, match="labels=labels and findings both"):
+        collect("manifest", tmp_path, findings="Edema", labels="labels")

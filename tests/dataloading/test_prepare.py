@@ -112,7 +112,7 @@ def test_an_output_made_with_other_settings_is_refused_unless_overwritten(
     assert prepare(*arguments, "--side", 64) == 0
     before = (tmp_path / "out" / "manifest.parquet").read_bytes()
     capsys.readouterr()
-    assert prepare(*arguments, "--side", 32, "--bits", 16) == 3
+    assert prepare(*arguments, "--side", 32, "--bits", 16) == 2
     error = capsys.readouterr().err
     assert "side_px (there 64, asked 32)" in error and "--overwrite" in error
     assert (tmp_path / "out" / "manifest.parquet").read_bytes() == before
@@ -135,7 +135,7 @@ def test_an_output_that_cannot_be_made_is_one_line(
     monkeypatch.chdir(tmp_path)
     make_rows(tmp_path / "raw", 2)
     (tmp_path / "a_file").write_text("x")
-    assert prepare("folder", "--root", tmp_path / "raw", "--out", out) == 3
+    assert prepare("folder", "--root", tmp_path / "raw", "--out", out) == 2
     error = capsys.readouterr().err
     assert f"--out {out}: cannot be used" in error and error.count("\n") == 1
 

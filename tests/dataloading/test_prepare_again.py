@@ -63,7 +63,7 @@ def test_a_second_prepare_at_once_is_refused_and_touches_nothing(
     command = ("folder", "--root", root, "--out", out, "--workers", 1, "--side", 32)
     out.mkdir()
     with sole_writer(out, (0, 1)):
-        assert prepare(*command) == 3
+        assert prepare(*command) == 2
         assert "another `mlip prepare` is at work there" in capsys.readouterr().err
         assert [path.name for path in out.iterdir()] == [".lock"]
     assert prepare(*command) == 0
@@ -143,17 +143,10 @@ def test_a_mistake_is_found_before_the_work(
     """An id map that could not be written was a traceback after hours of decoding."""
     root = make_root(tmp_path, 1)
     given = [argument.format(tmp_path) for argument in arguments]
-    assert prepare("folder", "--root", root, "--out", tmp_path / "out", *given) == 3
+    assert prepare("folder", "--root", root, "--out", tmp_path / "out", *given) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(words, error)
     assert not list(tmp_path.glob("out/shards/*"))
-
-
-def test_check_phi_of_nothing_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert prepare("--check-phi", tmp_path / "nowhere") == 3
-    assert "no such file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -7,8 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet
+import pydicom
 import pytest
 
+from mlip.config import ConfigError
 from mlip.dataloading import prepare
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
@@ -103,11 +105,13 @@ def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_pat
         (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
         (["folder", "--root", "/etc", "--out", "x", "--side", "9"], "32 to 4096"),
+        (["folder", "--root", "/etc", "--out", "x", "--option", "patient_level=0"], "1 or more"),
+        (["--explain", "nowhere.dcm"], "no such file"),
     ],
 )
 def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(ConfigError, match=message):
         mlip_prepare(*arguments)
     assert not (tmp_path / "x").exists()
 
@@ -116,7 +120,7 @@ def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
     for i in range(4):
         image(tmp_path / "raw" / f"MRN{i}" / "a.png", i)
     arguments = ["folder", "--root", tmp_path / "raw", "--out", tmp_path / "out", "--workers", 1]
-    with pytest.raises(DatasetError, match="outside --out"):
+    with pytest.raises(ConfigError, match="outside --out"):
         mlip_prepare(*arguments, "--id-map", tmp_path / "out" / "ids.csv")
     mlip_prepare(*arguments, "--id-map", tmp_path / "ids.csv")
     assert (tmp_path / "ids.csv").stat().st_mode & 0o777 == 0o600
@@ -126,6 +130,17 @@ def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
     hashed = table.column("patient_id").to_pylist()
     assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
     assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
+
+
+def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
+    image(tmp_path / "raw" / "a.dcm")
+    dataset = pydicom.dcmread(tmp_path / "raw" / "a.dcm")
+    del dataset.WindowCenter, dataset.WindowWidth
+    pydicom.dcmwrite(tmp_path / "raw" / "a.dcm", dataset)
+    out = tmp_path / "out"
+    assert mlip_prepare("folder", "--root", tmp_path / "raw", "--out", out, "--workers", 1) == 0
+    assert "noted, own_range: 1\nrows 1 = images 1" in capsys.readouterr().out
+    assert json.loads((out / "prepared.json").read_text())["noted"] == {"own_range": 1}
 
 
 def test_list_explain_and_check_phi_print(tmp_path, capsys):

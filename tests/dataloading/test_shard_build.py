@@ -16,11 +16,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pyarrow.parquet
+import pydicom
 import pytest
 
 from mlip.dataloading import shards as shard_files
 from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.dataloading.shards import ShardError, read_bytes
@@ -225,3 +228,44 @@ def test_doubled_image_ids_are_refused(tmp_path):
     rows[2].image_id = rows[0].image_id
     with pytest.raises(ShardError, match="more than once"):
         build_shards(rows, plan_for(tmp_path))
+
+
+def noted_films(root: Path) -> list[Row]:
+    """A picture and films: without a window, with one that is none, two, a good one; cut off."""
+    rows = source(root, 1)
+    windows = [(None, None), (100, -5), ([30000, 20000], [60000, 900]), (30000, 60000), (100, -5)]
+    for i, (centre, width) in enumerate(windows):
+        path = root / f"film{i}.dcm"
+        write_radiograph(path, picture(i, 64, 80, np.uint16), patient_id="P", study_id="S")
+        dataset = pydicom.dcmread(path)
+        dataset.WindowCenter, dataset.WindowWidth = centre, width
+        if centre is None:
+            del dataset.WindowCenter, dataset.WindowWidth
+        pydicom.dcmwrite(path, dataset)
+        rows.append(Row(path.name, "P", "S", path.name, "train"))
+    path.write_bytes(path.read_bytes()[:-500])
+    return rows
+
+
+def test_what_was_noted_of_films_is_counted_and_kept(tmp_path):
+    """How many films had no window, or one that could not be used, was thrown away."""
+    rows = noted_films(tmp_path / "raw")
+    first, again = (build_shards(rows, plan_for(tmp_path, shard_images=3)) for _ in range(2))
+    assert (first.made, again.made) == (2, 0) and first.refused == {"pixel_length": 1}
+    counts = {"own_range": 2, "unusable_window": 1, "first_of_several_windows": 1}
+    assert first.noted == again.noted == counts
+    index = pyarrow.parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert index[2]["notes"] == ["own_range", "unusable_window"] and index[0]["notes"] == []
+
+
+def test_shards_of_an_earlier_version_stay_and_their_notes_are_said_to_be_unknown(tmp_path):
+    rows = noted_films(tmp_path / "raw")
+    plan = plan_for(tmp_path, shard_images=3)
+    build_shards(rows, plan)
+    old = tmp_path / "out" / "shards" / "train-00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(old).drop(["notes"]), old)
+    result = build_shards(rows, plan)
+    assert result.made == 0
+    assert result.noted == {"not_recorded": 3, "first_of_several_windows": 1}
+    index = pyarrow.parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert [entry["notes"] is None for entry in index] == [True] * 3 + [False] * 3

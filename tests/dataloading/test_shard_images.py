@@ -4,12 +4,15 @@ Oracles: direct decoding where nothing is scaled, block means where it is, the l
 transform for the size, planted words for the metadata.
 """
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from mlip import config
+from mlip.dataloading import dicom
 from mlip.dataloading.dicom import read_radiograph
 from mlip.dataloading.shard_build import build_shards
 from mlip.dataloading.shard_worker import ImageSettings, convert, make_member, scaled_size
@@ -74,6 +77,15 @@ def test_no_metadata_of_a_source_file_survives(tmp_path):
     (tmp_path / "a.jpg").write_bytes(data.tobytes()[:2] + comment + data.tobytes()[2:])
     _, member = make_member(str(tmp_path), {"image": "a.jpg"}, ImageSettings())
     assert good and member and b"CANARY" not in member
+
+
+def test_any_code_that_reading_notes_is_handed_on_once(tmp_path, monkeypatch):
+    source(tmp_path, 4)
+    film, info = read_radiograph(tmp_path / "003.dcm")
+    noted = dataclasses.replace(info, notes=("some_new_code", "a", "some_new_code"))
+    monkeypatch.setattr(dicom, "read_radiograph", lambda content: (film, noted))
+    fields, _ = make_member(str(tmp_path), {"image": "003.dcm"}, ImageSettings())
+    assert fields["notes"] == ["a", "some_new_code"]
 
 
 def test_deidentification_can_be_required(tmp_path):

@@ -16,6 +16,7 @@ import pydicom
 import pytest
 
 from mlip.cli import main
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import Collected, DatasetError
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.report_text import choose_sections
@@ -147,7 +148,7 @@ def test_repeated_rows_are_refused_or_put_together(tmp_path: Path) -> None:
     texts, collected = joined(root, ris, report_repeats="join")
     assert texts == {"a.dcm": "First.\n\nAddendum: more."}
     assert collected.notes[-1] == "studies whose several texts were put together: 1"
-    with pytest.raises(DatasetError, match="refuse or join"):
+    with pytest.raises(ConfigError, match="refuse or join"):
         joined(root, ris, report_repeats="last")
 
 
@@ -207,7 +208,7 @@ def test_columns_that_are_not_there_are_named(
     table(tmp_path / "ris.csv", header, [["A1", "Text."]])
     with pytest.raises(DatasetError, match=message):
         joined(tmp_path / "pacs", tmp_path / "ris.csv", **options)
-    with pytest.raises(DatasetError, match="give option reports too"):
+    with pytest.raises(ConfigError, match="give option reports too"):
         collect("folder", tmp_path / "pacs", report_key="accession")
 
 
@@ -274,7 +275,7 @@ def test_the_command_joins_a_ris_table_and_writes_no_identifier(
     assert sorted(row["report"] for row in written) == ["", "Text 0.", "Text 1.", "Text 2."]
     for text in (printed.out, printed.err, str(written)):
         assert "CANARY" not in text
-    assert main(["prepare", "folder", *arguments, "--option", "reports="]) == 3
+    assert main(["prepare", "folder", *arguments, "--option", "reports="]) == 2
     assert "--option reports=: expected a value" in capsys.readouterr().err
     assert main(["prepare", "folder", *arguments, "--option", "reports=nowhere.csv"]) == 3
     assert "nowhere.csv: cannot be read" in capsys.readouterr().err
