@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip prepare`."""
     add = parser.add_argument
     add("dataset", nargs="?", choices=sorted(DATASETS), help="what lies under --root")
-    add("--root", type=_path, help="folder of the raw data; nothing in it is changed")
-    add("--out", type=_path, help="folder for shards, index and manifest")
+    add("--root", type=Path, help="folder of the raw data; nothing in it is changed")
+    add("--out", type=Path, help="folder for shards, index and manifest")
     add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
@@ -47,19 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
-    add("--id-map", type=_path, metavar="FILE", help="table of hashed ids and originals: secret")
+    add("--id-map", type=Path, metavar="FILE", help="table of hashed ids and originals: secret")
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
     add("--list", action="store_true", help="data sets, licences, where they come from, options")
-    add("--explain", type=_path, metavar="FILE", help="print each step of reading a DICOM file")
-    add("--check-phi", type=_path, metavar="PATH", help="print what may identify a patient")
-
-
-def _path(text: str) -> Path:
-    # Path("") is the current folder: a variable of the shell that is not set must not mean that
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got an empty one")
-    return Path(text)
+    add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
+    add("--check-phi", type=Path, metavar="PATH", help="print what may identify a patient")
 
 
 def run(arguments: argparse.Namespace) -> int:

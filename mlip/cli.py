@@ -162,8 +162,11 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
         command = importlib.import_module(module)
         own = argparse.ArgumentParser(prog=f"mlip {name}", description=text)
         command.add_arguments(own)
-        if "" in options.rest or "--out=" in options.rest:
-            raise ConfigError("an argument is empty: expected a value, or leave it out")
+        for before, given in zip([name, *options.rest], options.rest, strict=False):
+            # the empty path is the current folder: "$OUT" where OUT is not set
+            if given == "" or (given.startswith("--") and given.endswith("=")):
+                named = given or before
+                raise ConfigError(f"{named} is empty: expected a value, or leave it out")
         asked = own.parse_args(options.rest)
         options.out = getattr(asked, "out", None)  # for the line where it cannot be written
         return int(command.run(asked) or 0)
