@@ -198,7 +198,11 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
     y = torch.bmm(context, v.mT).transpose(0, 1)
     dl = (s - pull * y).div_(rho[..., None]).sub_(((1 - free) * r)[..., None])
     dl.mul_(a).mul_(g[..., None])
-    d_alpha = (dl * s).sum(dtype=torch.float64) if wants_alpha else None
+    d_alpha = None
+    if wants_alpha:
+        # centred: dl of a row sums to 0, so its mean similarity may go, which nearly all of s is
+        # where patches are alike
+        d_alpha = (dl * (s - (r * rho)[..., None])).sum(dtype=torch.float64)
     k = a * (-g * free * r / rho.square())[..., None]
     d_patch = torch.bmm(k.permute(1, 2, 0), context)  # [m, P, D]
     return dl.mul_(alpha).add_(a.mul_((g / rho)[..., None])), d_alpha, d_patch

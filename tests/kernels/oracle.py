@@ -235,7 +235,12 @@ LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 75.0, 76.0, 200.0)
 
 
 def learned_scale_errors(
-    alpha: float, features: torch.dtype, device: str, dim: int, patches: int
+    alpha: float,
+    features: torch.dtype,
+    device: str,
+    dim: int,
+    patches: int,
+    pooling: str = "attention",
 ) -> dict[str, float]:
     """Relative errors of the loss and all gradients with a learned attention scale, by Triton.
 
@@ -257,7 +262,7 @@ def learned_scale_errors(
         scale = torch.tensor(alpha, dtype=wide, device=device, requires_grad=True)
         loss = token_knowledge_patch_loss(
             **inputs, token_weights=weights.to(device, wide), attention_scale=scale,
-            logit_scale=20.0, impl=impl,
+            logit_scale=20.0, pooling=pooling, impl=impl,
         )  # fmt: skip
         inputs["attention_scale"] = scale
         results.append({"loss": loss.detach(), **gradients(loss, inputs)})

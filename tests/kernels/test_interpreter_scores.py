@@ -96,6 +96,35 @@ def test_a_learned_attention_scale_is_exact_on_every_way(alpha: float, features)
 
 
 @interpreted
+@pytest.mark.parametrize("alpha", [0.5, 10.0, 76.0])
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_a_learned_attention_scale_of_contexts_is_exact(alpha: float, features) -> None:
+    errors = learned_scale_errors(alpha, features, "cpu", 64, 50, "context")
+    # rounding to bfloat16 moves a softmax logit by up to alpha 2^-9
+    narrow = max(1.5e-2, alpha * 2**-9)
+    most = max(1e-5, alpha * 2**-20) if features == torch.float32 else narrow
+    assert all(error <= most for error in errors.values()), errors
+
+
+@interpreted
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_a_learned_attention_scale_keeps_its_digits_where_patches_are_alike(pooling: str) -> None:
+    """Its gradient is a small part of a sum over similarities that are all near 1."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(3, 1, 32, generator=generator) + torch.randn(1, 1, 32, generator=generator)
+    patches, tokens = (base + 0.1 * torch.randn(3, n, 32, generator=generator) for n in (20, 6))
+    found = []
+    for impl, dtype in (("triton", torch.float32), ("torch", torch.float64)):
+        scale = torch.tensor(10.0, dtype=dtype, requires_grad=True)
+        loss = token_knowledge_patch_loss(
+            patches.to(dtype), tokens.to(dtype), logit_scale=20.0, attention_scale=scale,
+            pooling=pooling, impl=impl,
+        )  # fmt: skip
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert abs(found[0] / found[1] - 1.0) <= 3e-5, found
+
+
+@interpreted
 def test_bfloat16_max_pooling_stays_within_its_gate_where_no_maximum_is_near_a_tie() -> None:
     """Rounding may swap two nearly equal maxima: this seed's smallest gap is 0.0098."""
     inputs = make_inputs(2, 2, 20, 12, 3, 128, seed=10)

@@ -342,7 +342,10 @@ def test_extra_memory_of_forward_and_backward_stays_below_the_budget(
         assert (extra > 2**25) == (budget == 2**26), extra  # the similarities were kept, or not
 
 
-def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32() -> None:
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32(
+    pooling: str,
+) -> None:
     # the gradient is a variance: a mean of squares less the square of the mean would lose them all
     inputs = make_inputs(seed=5)
     generator = torch.Generator().manual_seed(5)
@@ -354,7 +357,8 @@ def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32
     for dtype in (torch.float64, torch.float32):
         alpha = torch.tensor(10.0, dtype=dtype, requires_grad=True)
         cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-        token_knowledge_patch_scores(**cast, attention_scale=alpha).sum().backward()
+        value = token_knowledge_patch_scores(**cast, attention_scale=alpha, pooling=pooling)
+        value.sum().backward()
         assert alpha.grad is not None
         found.append(float(alpha.grad))
     assert abs(found[1] / found[0] - 1.0) <= 1e-5
