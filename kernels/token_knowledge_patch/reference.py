@@ -181,13 +181,14 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
     s, total, r = tile.kept
     e = _softmax_terms(s, spec, tile, alpha)
     if spec.pooling == "attention":
-        g_total = g / total
+        # g over the total, up to P e^75, would leave float32 at either end
+        e.div_(total[..., None])
         d_alpha = None
         if wants_alpha:
             # centred: the mean of squares less the square of the mean would lose two digits
             spread = (s - r[..., None]).square_().mul_(e).sum(-1)
-            d_alpha = (g_total * spread).sum(dtype=torch.float64)
-        ds = torch.addcmul((g_total * (1 - alpha * r))[..., None], s, (g_total * alpha)[..., None])
+            d_alpha = (g * spread).sum(dtype=torch.float64)
+        ds = torch.addcmul((g * (1 - alpha * r))[..., None], s, (g * alpha)[..., None])
         return ds.mul_(e), d_alpha, None
     a = e.div_(total[..., None])
     context = _contexts(a, v)  # [m, R, D]

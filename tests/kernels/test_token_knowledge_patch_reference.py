@@ -362,3 +362,28 @@ def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32
         assert alpha.grad is not None
         found.append(float(alpha.grad))
     assert abs(found[1] / found[0] - 1.0) <= 1e-5
+
+
+@pytest.mark.parametrize("incoming", [1e-12, 1e7])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_gradients_of_any_size_pass_a_softmax_of_any_size(
+    pooling: str, sign: float, incoming: float
+) -> None:
+    """As of a confident batch, or under a GradScaler; the softmax sums e^74 or e^-74."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 1, 32, generator=generator, dtype=torch.float64)
+    made = {"patches": (3, 20, 32), "tokens": (3, 6, 32)}
+    inputs = {
+        name: base + 0.05 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in made.items()
+    }
+    inputs["tokens"] = sign * inputs["tokens"]
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        cast = leaves(inputs, dtype)
+        value = token_knowledge_patch_scores(**cast, attention_scale=74.0, pooling=pooling)
+        found.append(gradients(value * incoming, cast))
+    for name, want in found[0].items():
+        # a softmax logit of 74 alone is rounded by 74 * 2^-24
+        assert relative_error(found[1][name], want) <= 74 * 2**-20, name
