@@ -51,6 +51,22 @@ def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return _UnitRows.apply(x, mask, dtype)
 
 
+class _Products(torch.autograd.Function):
+    """torch.bmm, whose own backward pass would multiply in bfloat16 under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, b)
+
+    @staticmethod
+    @no_second_derivative
+    def backward(ctx: Any, grad: Tensor):
+        a, b = ctx.saved_tensors
+        for_a = torch.bmm(grad, b.mT) if ctx.needs_input_grad[0] else None
+        return for_a, torch.bmm(a.mT, grad) if ctx.needs_input_grad[1] else None
+
+
 def row_weights(
     tokens_NTD: Tensor,
     knowledge_NKD: Tensor | None,
@@ -118,9 +134,9 @@ def prepare_rows(
     if knowledge_NKD is None:
         return token_NTD, weight
     entity_NKD = unit_rows(knowledge_NKD, knowledge_mask_NK, dtype)
-    logits_NTK = torch.bmm(token_NTD, entity_NKD.mT) * knowledge_scale
+    logits_NTK = _Products.apply(token_NTD, entity_NKD.mT) * knowledge_scale
     if knowledge_mask_NK is not None:
         logits_NTK = logits_NTK.masked_fill(~knowledge_mask_NK[:, None], torch.finfo(dtype).min)
     # a text without entities has zero entity rows, so its uniform softmax adds exactly nothing
-    enriched = token_NTD + knowledge_gain * torch.bmm(logits_NTK.softmax(-1), entity_NKD)
+    enriched = token_NTD + knowledge_gain * _Products.apply(logits_NTK.softmax(-1), entity_NKD)
     return torch.cat([unit_rows(enriched, token_mask, dtype), entity_NKD], 1), weight

@@ -72,6 +72,15 @@ def test_a_second_derivative_is_refused_and_a_first_one_with_its_graph_is_not(
         torch.autograd.grad(grad.square().sum(), [image])
 
 
+def test_backward_under_autocast_gives_the_gradients_of_backward_without() -> None:
+    found = []
+    for is_on in (False, True):
+        leaves = [unit(7, 5, seed, torch.float32).requires_grad_() for seed in (0, 1)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            found.append(torch.autograd.grad(info_nce_loss(*leaves, 10.0), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_no_view_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one image view"):
         info_nce_views_loss([], [unit(2, 5, 0)], 1.0)

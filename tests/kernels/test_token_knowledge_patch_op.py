@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels.token_knowledge_patch import (
     TokenKnowledgePatchLoss,
     contrastive_loss_from_scores,
+    reference,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
@@ -153,6 +155,21 @@ def test_autocast_does_not_lower_the_precision_of_float32_inputs() -> None:
     assert torch.equal(value, again)
 
 
+@pytest.mark.parametrize("budget", [2**29, 2**10])  # of the smaller one everything is made again
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+def test_backward_under_autocast_gives_the_gradients_of_backward_without(
+    pooling: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "MEMORY_BUDGET_BYTES", budget)
+    found = []
+    for is_on in (False, True):
+        made = leaves(square_inputs(11), torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            value = token_knowledge_patch_loss(**made, logit_scale=10.0, pooling=pooling)
+            found.append(gradients(value, made))
+    assert all(torch.equal(found[1][name], want) for name, want in found[0].items())
+
+
 def test_gradients_are_made_only_where_they_are_asked_for() -> None:
     inputs = square_inputs(13)
     full = leaves(inputs)
@@ -172,8 +189,6 @@ def _direction() -> float:
 
 
 def test_activation_checkpointing_and_double_use_give_the_same_gradient() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     made = leaves(square_inputs(15))
     plain = gradients(token_knowledge_patch_loss(**made, logit_scale=10.0), made)
 
@@ -194,6 +209,37 @@ def test_a_second_derivative_is_refused_and_never_wrong() -> None:
     (grad,) = torch.autograd.grad(value, [made["tokens"]], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(grad.square().sum(), [made["tokens"]])
+
+
+def test_a_second_derivative_is_refused_by_way_of_the_incoming_gradient_too() -> None:
+    """As of the norm of a gradient by a loss's weight (GradNorm)."""
+    made = leaves(square_inputs(17))
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    total = weight * token_knowledge_patch_loss(**made, logit_scale=10.0)
+    total = total + weight * made["tokens"].square().sum()
+    (grad,) = torch.autograd.grad(total, [made["tokens"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.norm(), [weight])
+
+
+def test_a_graph_of_gradients_may_be_made_inside_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint gives every saved tensor once. Rows are made in checkpoints where they are
+    many."""
+    monkeypatch.setattr(reference, "MEMORY_BUDGET_BYTES", 2**10)
+    made = leaves(square_inputs(15))
+    names = ("patches", "tokens", "knowledge")
+    wanted = [made[name] for name in names]
+
+    def run(*features: Tensor) -> Tensor:
+        rest = made | dict(zip(names, features, strict=True))
+        return token_knowledge_patch_loss(**rest, logit_scale=10.0)
+
+    want = torch.autograd.grad(run(*wanted), wanted)
+    value = checkpoint(run, *wanted, use_reentrant=False)
+    got = torch.autograd.grad(value, wanted, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
