@@ -130,7 +130,7 @@ def _pool(s: Tensor, patch_MPD: Tensor, spec: Spec, tile: Tile, alpha: Tensor):
         if spec.patch_mask is not None:
             s = s.masked_fill(~spec.patch_mask[tile.images], -2.0)  # below any cosine
         r, where = s.max(-1)  # documented to return the first of equal maxima
-        r = torch.where(r > -1.5, r, torch.zeros_like(r))
+        r = torch.where(r < -1.5, torch.zeros_like(r), r)  # NaN stays NaN
         return r, (where, r)
     e = _softmax_terms(s, spec, tile, alpha)
     total = e.sum(-1)
@@ -154,7 +154,8 @@ def _aggregate(r: Tensor, weight: Tensor, seg: Tensor, texts: int, spec: Spec, g
     top.scatter_reduce_(0, seg[:, None].expand_as(x), x, "amax")
     top = torch.where(top > -torch.inf, top, torch.zeros_like(top))
     out.index_add_(0, seg, weight[:, None] * torch.exp(x - top[seg]))
-    return torch.where(out > 0, (top + torch.log(out)) / gamma, torch.zeros_like(out))
+    # 0 where no row weighs anything; NaN stays NaN
+    return torch.where(out == 0, torch.zeros_like(out), (top + torch.log(out)) / gamma)
 
 
 def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.kernels.token_knowledge_patch import token_knowledge_patch_loss
+from mlip.kernels.token_knowledge_patch import (
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
 
 SCALES = ("attention_scale", "knowledge_scale", "knowledge_gain", "aggregation_scale")
 
@@ -228,6 +231,36 @@ def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], d
             loss.backward()
         results.append({name: tower.grad for name, tower in towers.items()})
     return results[0], results[1]
+
+
+def assert_broken_inputs_show(impl: str, device: str, pooling: str, aggregation: str) -> None:
+    """NaN or Inf in one real row makes NaN of the scores that need it, and of no other.
+
+    A trainer skips a step whose loss is not finite: a finite one would train on the rest.
+    """
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=17)
+    inputs["patch_mask"][:, 7:9] = False
+    inputs["patch_mask"][:, 3] = True
+    inputs["token_weights"][:, 0] = 1.0
+    inputs["knowledge_mask"][1] = True
+    # of the larger scale a row's maximum is subtracted
+    alpha = 80.0 if aggregation == "mean" else 10.0
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation}
+    options["attention_scale"] = alpha
+    for name in ("patches", "tokens", "knowledge"):
+        for bad in (math.nan, -math.inf):
+            made = {
+                k: v.float().to(device) if v.is_floating_point() else v.to(device)
+                for k, v in inputs.items()
+            }
+            made[name][1, {"patches": 3, "tokens": 0, "knowledge": 1}[name], 2] = bad
+            value = token_knowledge_patch_scores(**made, impl=impl, **options)
+            broken = torch.zeros(2, 2, dtype=torch.bool)
+            broken[(1, ...) if name == "patches" else (..., 1)] = True
+            assert torch.equal(value.isnan().cpu(), broken), (name, bad, value)
+            made = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in made.items()}
+            loss = token_knowledge_patch_loss(**made, logit_scale=10.0, impl=impl, **options)
+            assert loss.isnan() and gradients(loss, made)[name].isnan().any(), (name, bad)
 
 
 # below, at, between, and above the bounds where a kernel takes another way

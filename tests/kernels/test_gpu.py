@@ -20,6 +20,7 @@ from mlip.kernels.token_knowledge_patch import (
 from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu, trainable
 from tests.kernels.oracle import (
     LEARNED_SCALES,
+    assert_broken_inputs_show,
     gradients,
     learned_scale_errors,
     leaves,
@@ -128,6 +129,13 @@ def test_a_learned_attention_scale_is_exact_on_every_way(
         narrow = max(narrow, alpha * 2**-9)
     most = max(1e-5, alpha * 2**-20) if features == torch.float32 else narrow
     assert all(error <= most for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
+    """A chip's maximum passes NaN over, the interpreter's does not."""
+    assert_broken_inputs_show("triton", "cuda", pooling, aggregation)
 
 
 def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:

@@ -15,6 +15,7 @@ from tests.kernels.interpreting import compare, interpreted, leaves_of
 from tests.kernels.oracle import (
     LAYOUTS,
     LEARNED_SCALES,
+    assert_broken_inputs_show,
     gradients,
     laid_out,
     learned_scale_errors,
@@ -225,13 +226,9 @@ def test_max_pooling_numbers_thousands_of_patches() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("pooling", ["attention", "context"])
-def test_a_patch_that_is_not_a_number_shows_in_the_score(pooling: str) -> None:
-    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=17, masks=False)
-    inputs["patches"][1, 3, 2] = torch.nan
-    made = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
-    value = token_knowledge_patch_scores(**made, pooling=pooling, impl="triton")
-    assert torch.isfinite(value[0]).all() and torch.isnan(value[1]).all()
+@pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
+def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
+    assert_broken_inputs_show("triton", "cpu", pooling, aggregation)
 
 
 @interpreted

@@ -13,6 +13,7 @@ from benchmarks.harness import peak_bytes
 from mlip.kernels.token_knowledge_patch import reference, token_knowledge_patch_scores
 from tests.kernels.oracle import (
     LAYOUTS,
+    assert_broken_inputs_show,
     gradients,
     laid_out,
     leaves,
@@ -100,6 +101,11 @@ def test_knowledge_by_hand() -> None:
         patches, tokens, knowledge, knowledge_weights=torch.zeros(1, 1), knowledge_gain=0.75
     )
     assert enriching_only.item() == pytest.approx(1 / 1.25, rel=1e-14)
+
+
+@pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
+def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
+    assert_broken_inputs_show("torch", "cpu", pooling, aggregation)
 
 
 @pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
