@@ -66,7 +66,13 @@ def make_pairing(
                 f"expected {name} {dtype} of shape [{rows}], one entry per pair of this rank, on "
                 f"{like.device}, got {value.dtype} {list(value.shape)} on {value.device}"
             )
-    counts = row_counts(like.new_empty((rows, 0)), group)
+    came = {
+        "pair_ids": pair_ids is not None,
+        # what token_knowledge_patch_loss makes them of
+        "image_valid (or patch_mask)": image_valid is not None,
+        "text_valid (or token_weights, knowledge)": text_valid is not None,
+    }
+    counts = row_counts(like.new_empty((rows, 0)), group, came)
     size, rank = group_size(group), group_rank(group)
     total = sum(counts)
 

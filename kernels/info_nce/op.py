@@ -204,11 +204,12 @@ def info_nce_loss(
              rows: equal ids are never each other's negatives
     Returns: scalar in nats, the same on every rank of `group`; float32 (float64 for float64)
     Units:   logit_scale is already exponentiated, as in open_clip
-    Raises:  ValueError for shapes, dtypes or an impl that cannot serve
+    Raises:  ValueError for shapes, dtypes or an impl that cannot serve, or for pair_ids that came
+             on some ranks only (found on a CPU alone: on a GPU a look would synchronise)
     Source:  van den Oord et al. 2018 (arXiv 1807.03748); Radford et al. 2021 (arXiv 2103.00020);
              the positive-excluded form and the exclusion of equal ids are ours
     Each rank's gradients are W times the true ones, so data-parallel averaging gives the gradient
-    of the whole batch. On a GPU every rank must pass equal shapes.
+    of the whole batch. On a GPU every rank must pass equal shapes; on a CPU one may have no pair.
     """
     return info_nce_views_loss(
         [image_features], [text_features], logit_scale, pair_ids=pair_ids, group=group, impl=impl

@@ -79,6 +79,8 @@ def contrastive_loss_from_scores(
              text_valid [M] bool, this rank's rows: image m and text m are a pair
     Returns: scalar in nats, the same on every rank; 0 with gradient 0 where no anchor is left
     Units:   logit_scale is already exponentiated
+    Raises:  ValueError for shapes and dtypes; for ids or a mask that came on some ranks only (found
+             on a CPU alone: on a GPU a look would synchronise)
     Source:  method section 4 (ours): an invalid half leaves the loss, its partner is no anchor but
              stays a negative; equal ids leave each other's negatives
     """
@@ -120,6 +122,9 @@ def token_knowledge_patch_loss(
     Shapes:  patches [B, P, D], tokens [B, T, D], knowledge [B, K, D]; pair_ids [B] int64
     Returns: scalar in nats, the same on every rank; gradients are W times the true ones, so
              data-parallel averaging gives the gradient of the whole batch
+    Raises:  ValueError, also for a rank of `group` without pairs. patch_mask, pair_ids and what
+             masks texts (token_weights, knowledge) come on every rank or on none, which is checked
+             on a CPU alone: on a GPU a look would synchronise
     """
     if patches.shape[0] != tokens.shape[0]:
         raise ValueError(

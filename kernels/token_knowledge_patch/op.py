@@ -294,7 +294,8 @@ def token_knowledge_patch_scores(
              [N, T] >= 0 or bool, 0 = masked; knowledge_weights [N, K] >= 0 or bool, 0 = enriches
              tokens but is no row; knowledge_mask [N, K] and patch_mask [M, P] bool, True = real
     Returns: [M, N] float32 (float64 for float64 inputs); with `group` N counts the texts of all
-             ranks in rank order. A text without weight or an image without a patch has S = 0
+             ranks in rank order, and no rank may be without. A text without weight or an image
+             without a patch has S = 0
     Units:   scales dimensionless, numbers or 0-dim tensors that may require grad
     Raises:  ValueError for shapes, dtypes, devices, an option or an impl that cannot serve;
              negative weights are found on CPU tensors only (a check on a GPU would synchronise)
