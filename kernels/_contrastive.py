@@ -172,6 +172,9 @@ def over_ranks(
         positive = torch.cat([parts[r, ..., longest : longest + counts[r]] for r in ranks], -1)
         # added in rank order, so that every rank holds the same bits
         column = torch.logsumexp(parts[..., 2 * longest :], 0)
+    if pairing.anchor is not None:
+        # the score of a pair that is no anchor weighs nothing, and may be NaN
+        positive = torch.where(pairing.anchor, positive, torch.zeros_like(positive))
     return Statistics(row, column, positive)
 
 

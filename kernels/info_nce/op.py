@@ -21,7 +21,14 @@ from mlip.kernels._contrastive import (
     pull,
 )
 from mlip.kernels._dispatch import resolve
-from mlip.kernels._distributed import Group, default_group, gather, reduce_rows, sum_over_group
+from mlip.kernels._distributed import (
+    Group,
+    default_group,
+    gather,
+    gather_rows,
+    reduce_rows,
+    sum_over_group,
+)
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.info_nce import reference
 
@@ -267,7 +274,7 @@ def info_nce_views_loss(
 
 
 class ClipLoss(nn.Module):
-    """open_clip's ClipLoss, constructor and call, on info_nce_loss.
+    """open_clip's ClipLoss, constructor, call and the methods its subclasses use, on info_nce_loss.
 
     With world_size > 1 the batch is that of the default process group. The value is the global loss
     on every rank, with local_loss True or False alike.
@@ -302,6 +309,35 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
 
+    def _group(self) -> Group:
+        return default_group(self.world_size) if self.world_size > 1 else None
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """The column of every row's positive in get_logits [num_logits]."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits of images against texts, of texts against images), for losses built on them.
+
+        Rows are this rank's with local_loss, else those of all ranks. A matrix of B x B that
+        forward never makes
+        """
+        group = self._group()
+        every_image, every_text = (gather_rows(x, group) for x in (image_features, text_features))
+        if not self.local_loss:
+            image_features, text_features = every_image, every_text
+        of_images = logit_scale * image_features @ every_text.T
+        of_texts = logit_scale * text_features @ every_image.T if self.local_loss else of_images.T
+        bias = 0.0 if logit_bias is None else logit_bias
+        return of_images + bias, of_texts + bias
+
     def forward(
         self,
         image_features: Tensor,
@@ -310,10 +346,7 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        group = None
-        if self.world_size > 1:
-            group = default_group(self.world_size)
-        loss = info_nce_loss(image_features, text_features, logit_scale, group=group)
+        loss = info_nce_loss(image_features, text_features, logit_scale, group=self._group())
         if isinstance(logit_bias, Tensor):
             # a constant added to every logit cancels in both softmaxes: its gradient is 0
             loss = loss + 0.0 * logit_bias.sum()

@@ -20,9 +20,10 @@ from mlip.kernels._contrastive import (
     over_ranks,
     pull,
 )
+from mlip.kernels._dispatch import check_impl
 from mlip.kernels._distributed import Group, sum_over_group
 from mlip.kernels._scalars import scalar_tensor
-from mlip.kernels.token_knowledge_patch.checks import AGGREGATIONS, POOLINGS, check_scale
+from mlip.kernels.token_knowledge_patch.checks import check_options, check_scale
 from mlip.kernels.token_knowledge_patch.op import scores_and_validity
 
 MAX_LOGIT_SCALE = 100.0
@@ -59,7 +60,11 @@ class _ContrastiveFromScores(torch.autograd.Function):
             dz = scores[start:stop] * logit_scale
             dz = logits_gradient(dz, start, ctx.stats, pulls, ctx.pairing).mul_(grad)
             if ctx.needs_input_grad[1]:
-                scale_grad += (dz * scores[start:stop]).sum()
+                pulled = dz * scores[start:stop]
+                if ctx.pairing.image_valid is not None or ctx.pairing.text_valid is not None:
+                    # an invalid half may hold NaN
+                    pulled = torch.where(dz == 0, torch.zeros_like(dz), pulled)
+                scale_grad += pulled.sum()
             out[start:stop] = dz.mul_(logit_scale)
         return out, scale_grad, None, None, None, None
 
@@ -76,7 +81,8 @@ def contrastive_loss_from_scores(
     """Symmetric InfoNCE of logit_scale * scores, mean of both directions over the anchors.
 
     Shapes:  scores [M, N], N over all ranks of `group`; pair_ids [M] int64, image_valid and
-             text_valid [M] bool, this rank's rows: image m and text m are a pair
+             text_valid [M] bool, this rank's rows: image m and text m are a pair; scores of an
+             invalid image or text are never read
     Returns: scalar in nats, the same on every rank; 0 with gradient 0 where no anchor is left
     Units:   logit_scale is already exponentiated
     Raises:  ValueError for shapes and dtypes; for ids or a mask that came on some ranks only (found
@@ -188,10 +194,8 @@ class TokenKnowledgePatchLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"expected pooling one of {POOLINGS}, got {pooling!r}")
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"expected aggregation one of {AGGREGATIONS}, got {aggregation!r}")
+        check_options(pooling, aggregation, {"knowledge_gain": knowledge_gain}, knowledge_share)
+        check_impl(impl)
         self.pooling, self.aggregation = pooling, aggregation
         self.knowledge_gain, self.knowledge_share = knowledge_gain, knowledge_share
         self.group, self.impl = group, impl
@@ -225,11 +229,13 @@ class TokenKnowledgePatchLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:
-        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200."""
-        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        self.log_attention_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
-        self.log_knowledge_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
-        self.log_aggregation_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
+        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200.
+
+        A scale that is not learned stays what the caller chose.
+        """
+        for name, log in self.named_parameters():
+            most = MAX_LOGIT_SCALE if name == "log_logit_scale" else MAX_ATTENTION_SCALE
+            log.clamp_(max=math.log(most))
 
     def forward(
         self,

@@ -71,6 +71,7 @@ class Spec:
     images: int
     patches: int
     width: int  # numbers of the widest temporary of one row and image: patches, or D for contexts
+    is_tracked: bool  # a backward pass may come
 
 
 @dataclass
@@ -224,7 +225,7 @@ class _PairScores(torch.autograd.Function):
         pairs = rows_RD.shape[0] * spec.images
         # an int64 argmax and r, or similarities with two statistics of each row
         stored = pairs * (8 // element + 1) if spec.pooling == "max" else pairs * (spec.patches + 2)
-        keep = any(ctx.needs_input_grad) and stored <= budget // 2
+        keep = spec.is_tracked and stored <= budget // 2
         scores = rows_RD.new_zeros((spec.images, len(spec.bounds) - 1))
         tiles = []
         # a tile has up to eight temporaries of its own size: a quarter of the budget
@@ -324,7 +325,12 @@ def pair_scores(
     # reading a scale on the GPU would synchronise, so there the maximum is always subtracted
     shift = not on_cpu or float(alpha.detach()) > UNSHIFTED_SCALE
     width = max(patches, dim) if pooling == "context" else patches
+    # asked here: inside a Function gradients are off, and of a leaf needs_input_grad is true even
+    # under no_grad
+    made = (rows_RD, weight_R, patch_MPD, alpha, gamma)
+    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in made)
     spec = Spec(
-        pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches, width
-    )
+        pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches, width,
+        is_tracked,
+    )  # fmt: skip
     return _PairScores.apply(rows_RD, weight_R, patch_MPD, alpha, gamma, spec)

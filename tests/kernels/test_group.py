@@ -124,6 +124,7 @@ def _work(rank: int, folder: Path) -> None:
     text = torch.nn.functional.normalize(_inputs()["tokens"][:, 0], dim=-1)[3 * rank : 3 * rank + 3]
     clip = ClipLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
     results["clip"] = clip(unit, text, 14.3).item()
+    results["clip logits"] = [_by_logits(local_loss, rank, unit, text) for local_loss in (0, 1)]
     try:
         gather_rows(torch.zeros(2, 3 + rank), dist.group.WORLD)
         results["ragged"] = "accepted"
@@ -132,6 +133,13 @@ def _work(rank: int, folder: Path) -> None:
     results["some ranks"] = [_on_some_ranks(name, rank) for name in OPTIONAL]
     results["no pair"] = _without_pairs(rank)
     save_result(results, rank, folder)
+
+
+def _by_logits(local_loss: int, rank: int, image: Tensor, text: Tensor) -> float:
+    clip = ClipLoss(bool(local_loss), gather_with_grad=True, rank=rank, world_size=WORLD)
+    logits = clip.get_logits(image, text, 14.3)
+    labels = clip.get_ground_truth(image.device, len(logits[0]))
+    return sum(torch.nn.functional.cross_entropy(side, labels).item() for side in logits) / 2
 
 
 OPTIONAL = ("pair_ids", "patch_mask", "token_weights")
@@ -200,6 +208,9 @@ def test_clip_loss_over_ranks_is_the_loss_of_the_whole_batch(ranks: list[dict[st
     )
     want = info_nce_loss(image, text, 14.3).item()
     assert [part["clip"] for part in ranks] == pytest.approx([want, want], rel=1e-12)
+    whole, own = zip(*(part["clip logits"] for part in ranks), strict=True)
+    assert whole == pytest.approx([want, want], rel=1e-12)
+    assert sum(own) / WORLD == pytest.approx(want, rel=1e-12)
 
 
 def test_ranks_with_different_lengths_are_told_to_pad(ranks: list[dict[str, Any]]) -> None:

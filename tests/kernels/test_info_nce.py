@@ -236,6 +236,18 @@ def test_clip_loss_takes_open_clips_call() -> None:
     assert loss(image, text, scale, logit_bias=-10.0).item() == pytest.approx(want.item(), rel=1e-6)
 
 
+def test_clip_loss_gives_the_logits_that_its_subclasses_ask_for() -> None:
+    image, text = unit(5, 8, 0), unit(5, 8, 1)
+    for local_loss in (False, True):
+        loss = ClipLoss(local_loss=local_loss)
+        of_images, of_texts = loss.get_logits(image, text, 14.3, -2.0)
+        assert torch.equal(of_images, 14.3 * image @ text.T - 2.0)
+        assert relative_error(of_texts, of_images.T) <= MACHINE
+        labels = loss.get_ground_truth(image.device, 5)
+        sides = F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)
+        assert float(sides / 2) == pytest.approx(loss(image, text, 14.3).item(), rel=1e-12)
+
+
 def test_clip_loss_refuses_what_it_cannot_honour() -> None:
     with pytest.raises(ValueError, match="gather_with_grad=True"):
         ClipLoss(world_size=2)

@@ -94,6 +94,21 @@ def test_a_batch_without_anchors_loses_nothing_and_moves_nothing() -> None:
     assert all(torch.count_nonzero(grad) == 0 for grad in gradients(value, made).values())
 
 
+@pytest.mark.parametrize("side", ["image_valid", "text_valid"])
+def test_nan_of_an_invalid_half_changes_neither_loss_nor_gradient(side: str) -> None:
+    valid = {side: torch.tensor([True, True, False, True])}
+    found = []
+    for hidden in (0.0, math.nan, math.inf):
+        s = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        s[(2, ...) if side == "image_valid" else (..., 2)] = hidden
+        made = {"s": s.requires_grad_(), "scale": torch.tensor(5.0, requires_grad=True)}
+        value = contrastive_loss_from_scores(made["s"], logit_scale=made["scale"], **valid)
+        found.append([value, *gradients(value, made).values()])
+    assert found[0][0] > 0
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_equal_scores_lose_ln_of_the_batch() -> None:
     for count in (1, 2, 7):
         value = contrastive_loss_from_scores(torch.full((count, count), 0.3), logit_scale=50.0)
@@ -300,6 +315,22 @@ def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggreg
     assert set(module(**inputs, output_dict=True)) == {"contrastive_loss"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knowledge_share": 2.0}, r"\[0, 1\]"),
+        ({"knowledge_gain": math.inf}, "knowledge_gain finite"),
+        ({"impl": "fast"}, "expected impl"),
+        ({"pooling": "sum"}, "pooling one of"),
+    ],
+)
+def test_a_wrong_option_is_named_where_the_module_is_made(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenKnowledgePatchLoss(**change)
+
+
 def test_a_text_weighs_the_same_whatever_its_batch_and_its_layout() -> None:
     """A sum of float32 weights in another order is another sum, and with it every score."""
     generator = torch.Generator().manual_seed(0)
@@ -326,6 +357,8 @@ def test_clamping_stops_the_logit_scale_at_100() -> None:
     module.clamp_scales_()
     assert module.log_logit_scale.exp().item() == pytest.approx(100.0, rel=1e-6)
     assert module.log_attention_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
-    fixed = TokenKnowledgePatchLoss(learn_scales=False)
+    fixed = TokenKnowledgePatchLoss(learn_scales=False, logit_scale=150.0)
+    fixed.clamp_scales_()
+    assert fixed.log_logit_scale.exp().item() == pytest.approx(150.0, rel=1e-6)
     assert list(fixed.parameters()) == []
     assert "log_logit_scale" in fixed.state_dict()
