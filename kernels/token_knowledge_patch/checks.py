@@ -91,9 +91,10 @@ def check_inputs(
                 f"expected {name} bool or in floating point, got {weight.dtype}; for a mask of 0 "
                 "and 1 pass mask.bool()"
             )
-        if _is_readable(weight) and not bool((weight >= 0).all()):
+        if _is_readable(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise ValueError(
-                f"expected {name} >= 0 without NaN, got a minimum of {float(weight.min())}; 0 masks"
+                f"expected {name} >= 0 and finite, got numbers from {float(weight.min())} to "
+                f"{float(weight.max())}; 0 masks"
             )
         others[name] = weight
     masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}

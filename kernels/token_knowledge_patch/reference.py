@@ -311,7 +311,7 @@ def pair_scores(
     rows_RD, weight_R = rows_NJD.reshape(-1, dim), weight_NJ.reshape(-1)
     on_cpu = rows_NJD.device.type == "cpu"
     if on_cpu:
-        real = weight_R.detach() > 0
+        real = ~(weight_R.detach() <= 0)  # a weight of NaN is to be seen in the score
         lengths = real.view(texts, rows_a_text).sum(1)
         bounds = [0, *torch.cumsum(lengths, 0).tolist()]
         index = real.nonzero()[:, 0]

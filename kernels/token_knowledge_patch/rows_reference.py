@@ -85,19 +85,21 @@ def row_weights(
     def positive(weights: Tensor | None, like: Tensor) -> Tensor:
         if weights is None:
             return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
-        return torch.where(weights > 0, weights.to(dtype), zero)
+        return torch.where(weights <= 0, 0.0, weights)  # NaN, found on a CPU alone, stays NaN
 
     def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
-        # in float64 the order of the sum, which a batch or a layout may change, is rounded away
-        total = weights.sum(1, keepdim=True, dtype=torch.float64).to(dtype)
-        return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
+        # in float64 the order of the sum, which a batch or a layout may change, is rounded away,
+        # and no sum of float32 leaves its range
+        total = weights.sum(1, keepdim=True, dtype=torch.float64)
+        is_empty = total.detach() == 0
+        return (weights / torch.where(is_empty, 1.0, total)).to(dtype), ~is_empty
 
     u_NT, has_tokens = shares(positive(token_weights_NT, tokens_NTD))
     if knowledge_NKD is None:
         return u_NT
     s_NK = positive(knowledge_weights_NK, knowledge_NKD)
     if knowledge_mask_NK is not None:
-        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
+        s_NK = torch.where(knowledge_mask_NK, s_NK, 0.0)
     s_NK, has_entities = shares(s_NK)
     share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
     return torch.cat([(1 - share) * u_NT, share * s_NK], 1)

@@ -263,6 +263,24 @@ def assert_broken_inputs_show(impl: str, device: str, pooling: str, aggregation:
             assert loss.isnan() and gradients(loss, made)[name].isnan().any(), (name, bad)
 
 
+def assert_broken_weights_show(impl: str, device: str, aggregation: str, bad: float) -> None:
+    """A weight of NaN or Inf makes NaN of its text's scores, and of the loss."""
+    inputs = make_inputs(2, 3, 20, 5, 2, 16, seed=17)
+    inputs["patch_mask"][-1, 0] = True
+    inputs = {
+        k: v.float().to(device) if v.is_floating_point() else v.to(device)
+        for k, v in inputs.items()
+    }
+    options: dict[str, Any] = {"impl": impl, "aggregation": aggregation}
+    for name in ("token_weights", "knowledge_weights"):
+        broken = inputs | {name: inputs[name].clone()}
+        broken[name][0, 1] = bad
+        value = token_knowledge_patch_scores(**broken, **options)
+        assert value[:, 0].isnan().all() and not value[:, 1:].isnan().any(), (name, value)
+        square = {k: v if k in ("patches", "patch_mask") else v[:2] for k, v in broken.items()}
+        assert token_knowledge_patch_loss(**square, logit_scale=10.0, **options).isnan(), name
+
+
 # below, at, between, and above the bounds where a kernel takes another way
 LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 75.0, 76.0, 200.0)
 

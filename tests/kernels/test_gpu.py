@@ -21,6 +21,7 @@ from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu, trainable
 from tests.kernels.oracle import (
     LEARNED_SCALES,
     assert_broken_inputs_show,
+    assert_broken_weights_show,
     gradients,
     learned_scale_errors,
     leaves,
@@ -136,6 +137,12 @@ def test_a_learned_attention_scale_is_exact_on_every_way(
 def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
     """A chip's maximum passes NaN over, the interpreter's does not."""
     assert_broken_inputs_show("triton", "cuda", pooling, aggregation)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_weight_that_is_not_a_number_shows_in_the_score(impl: str) -> None:
+    for bad in (torch.nan, torch.inf):
+        assert_broken_weights_show(impl, "cuda", "mean", bad)
 
 
 def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:

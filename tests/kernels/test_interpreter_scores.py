@@ -7,6 +7,7 @@ import torch
 
 from mlip.kernels import _chip
 from mlip.kernels.token_knowledge_patch import (
+    checks,
     tiling,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
@@ -16,6 +17,7 @@ from tests.kernels.oracle import (
     LAYOUTS,
     LEARNED_SCALES,
     assert_broken_inputs_show,
+    assert_broken_weights_show,
     gradients,
     laid_out,
     learned_scale_errors,
@@ -229,6 +231,16 @@ def test_max_pooling_numbers_thousands_of_patches() -> None:
 @pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
 def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
     assert_broken_inputs_show("triton", "cpu", pooling, aggregation)
+
+
+@interpreted
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_a_weight_that_is_not_a_number_shows_in_the_score(
+    aggregation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_is_readable", lambda _: False)  # as on a GPU
+    for bad in (torch.nan, torch.inf):
+        assert_broken_weights_show("triton", "cpu", aggregation, bad)
 
 
 @interpreted

@@ -17,7 +17,6 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from mlip.kernels.token_knowledge_patch.rows_reference import row_weights
 from tests.kernels.oracle import (
     contrastive,
     gradients,
@@ -265,6 +264,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weights shape": ({"token_weights": torch.ones(5, 7)}, r"shape \[5, 6\], got \[5, 7\]"),
     "negative": ({"token_weights": -torch.ones(5, 6)}, "token_weights >= 0"),
     "nan weight": ({"knowledge_weights": torch.full((5, 3), math.nan)}, "knowledge_weights >= 0"),
+    "infinite": ({"token_weights": torch.full((5, 6), math.inf)}, "token_weights >= 0 and finite"),
     "integer mask": (
         {"token_weights": torch.ones(5, 6, dtype=torch.int64)},
         r"bool or in floating point, got torch.int64; .*mask.bool\(\)",
@@ -331,17 +331,6 @@ def test_a_wrong_option_is_named_where_the_module_is_made(
         TokenKnowledgePatchLoss(**change)
 
 
-def test_a_text_weighs_the_same_whatever_its_batch_and_its_layout() -> None:
-    """A sum of float32 weights in another order is another sum, and with it every score."""
-    generator = torch.Generator().manual_seed(0)
-    weights, tokens = torch.rand(256, 112, generator=generator), torch.zeros(256, 112, 1)
-    made = row_weights(tokens, None, weights, None, None, 0.0, torch.float32)
-    turned = weights.T.contiguous().T
-    assert torch.equal(row_weights(tokens, None, turned, None, None, 0.0, torch.float32), made)
-    alone = row_weights(tokens[:1], None, turned[:1], None, None, 0.0, torch.float32)
-    assert torch.equal(alone, made[:1])
-
-
 @pytest.mark.parametrize("entities", [None, 0])
 def test_without_entities_every_learned_scale_still_has_a_gradient(entities: int | None) -> None:
     """DistributedDataParallel waits for the gradient of every parameter."""
@@ -350,6 +339,15 @@ def test_without_entities_every_learned_scale_still_has_a_gradient(entities: int
     module(torch.randn(3, 5, 8), torch.randn(3, 4, 8), knowledge).backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
     assert module.log_knowledge_scale.grad == 0.0
+
+
+def test_entities_of_a_batch_without_any_still_get_a_gradient() -> None:
+    """Of a projection of entities, DistributedDataParallel waits for it."""
+    made = {n: torch.randn(3, k, 8, requires_grad=True) for n, k in (("patches", 5), ("tokens", 4))}
+    made["knowledge"] = torch.zeros(3, 0, 8, requires_grad=True)
+    made["knowledge_weights"] = torch.zeros(3, 0, requires_grad=True)
+    token_knowledge_patch_loss(**made, logit_scale=10.0).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in made.values())
 
 
 def test_clamping_stops_the_logit_scale_at_100() -> None:
