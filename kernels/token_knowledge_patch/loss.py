@@ -23,7 +23,11 @@ from mlip.kernels._contrastive import (
 from mlip.kernels._dispatch import check_impl
 from mlip.kernels._distributed import Group, sum_over_group
 from mlip.kernels._scalars import scalar_tensor
-from mlip.kernels.token_knowledge_patch.checks import check_options, check_scale
+from mlip.kernels.token_knowledge_patch.checks import (
+    MIN_AGGREGATION_SCALE,
+    check_options,
+    check_scale,
+)
 from mlip.kernels.token_knowledge_patch.op import scores_and_validity
 
 MAX_LOGIT_SCALE = 100.0
@@ -194,7 +198,9 @@ class TokenKnowledgePatchLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_options(pooling, aggregation, {"knowledge_gain": knowledge_gain}, knowledge_share)
+        others: dict[str, float | Tensor] = {"knowledge_gain": knowledge_gain}
+        others["aggregation_scale"] = aggregation_scale
+        check_options(pooling, aggregation, others, knowledge_share)
         check_impl(impl)
         self.pooling, self.aggregation = pooling, aggregation
         self.knowledge_gain, self.knowledge_share = knowledge_gain, knowledge_share
@@ -229,13 +235,16 @@ class TokenKnowledgePatchLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:
-        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200.
+        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200, and
+        aggregation_scale to at least 0.02, below which scores lose their digits.
 
         A scale that is not learned stays what the caller chose.
         """
         for name, log in self.named_parameters():
             most = MAX_LOGIT_SCALE if name == "log_logit_scale" else MAX_ATTENTION_SCALE
             log.clamp_(max=math.log(most))
+            if name == "log_aggregation_scale":
+                log.clamp_(min=math.log(MIN_AGGREGATION_SCALE))
 
     def forward(
         self,

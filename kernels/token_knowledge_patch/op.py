@@ -306,7 +306,8 @@ def token_knowledge_patch_scores(
     Returns: [M, N] float32 (float64 for float64 inputs); with `group` N counts the texts of all
              ranks in rank order, and no rank may be without. A text without weight or an image
              without a patch has S = 0
-    Units:   scales dimensionless, numbers or 0-dim tensors that may require grad
+    Units:   scales dimensionless, numbers or 0-dim tensors that may require grad;
+             aggregation_scale of "lse" from 0.02 on (asked of numbers alone)
     Raises:  ValueError for shapes, dtypes, devices, an option or an impl that cannot serve;
              weights that are negative or not finite are found on CPU tensors only (a check on a GPU
              would synchronise): there negative ones count as 0, others make NaN of a text's scores

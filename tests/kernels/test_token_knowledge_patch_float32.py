@@ -54,6 +54,16 @@ def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32
     assert abs(found[1] / found[0] - 1.0) <= 1e-5
 
 
+def test_lse_keeps_five_digits_at_the_smallest_aggregation_scale() -> None:
+    inputs = make_inputs(4, 4, 20, 9, 3, 32, seed=5)
+    options: dict[str, Any] = {"aggregation": "lse", "aggregation_scale": 0.02}
+    found, wanted = (
+        token_knowledge_patch_scores(**leaves(inputs, dtype), **options)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert relative_error(found, wanted) <= 1e-5
+
+
 @pytest.mark.parametrize("incoming", [1e-12, 1e7])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("pooling", ["attention", "context"])

@@ -276,6 +276,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "share tensor": ({"knowledge_share": torch.tensor(0.5)}, r"\[0, 1\]"),
     "scale": ({"attention_scale": -1.0}, "attention_scale finite and at least 0"),
     "gamma": ({"aggregation_scale": 0.0}, "aggregation_scale finite and greater than 0"),
+    "small gamma": (
+        {"aggregation_scale": 0.01, "aggregation": "lse"},
+        'aggregation_scale of "lse" at least 0.02',
+    ),
     "scale shape": ({"attention_scale": torch.ones(2)}, "0-dim tensor"),
     "impl": ({"impl": "cuda"}, 'impl "auto", "triton" or "torch"'),
     "knowledge": ({"knowledge": None}, "expected knowledge beside"),
@@ -322,6 +326,7 @@ def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggreg
         ({"knowledge_gain": math.inf}, "knowledge_gain finite"),
         ({"impl": "fast"}, "expected impl"),
         ({"pooling": "sum"}, "pooling one of"),
+        ({"aggregation": "lse", "aggregation_scale": 0.01}, "at least 0.02"),
     ],
 )
 def test_a_wrong_option_is_named_where_the_module_is_made(
@@ -355,6 +360,10 @@ def test_clamping_stops_the_logit_scale_at_100() -> None:
     module.clamp_scales_()
     assert module.log_logit_scale.exp().item() == pytest.approx(100.0, rel=1e-6)
     assert module.log_attention_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
+    soft = TokenKnowledgePatchLoss(aggregation="lse")
+    torch.nn.init.constant_(soft.log_aggregation_scale, -9.0)
+    soft.clamp_scales_()
+    assert soft.log_aggregation_scale.exp().item() == pytest.approx(0.02, rel=1e-6)
     fixed = TokenKnowledgePatchLoss(learn_scales=False, logit_scale=150.0)
     fixed.clamp_scales_()
     assert fixed.log_logit_scale.exp().item() == pytest.approx(150.0, rel=1e-6)
