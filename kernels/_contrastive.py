@@ -198,6 +198,17 @@ def pull(stats: Statistics, pairing: Pairing, rows: int) -> tuple[Tensor, Tensor
     return own_rows(row, rows, pairing), column
 
 
+def center(stats: Statistics, pairing: Pairing, logit_scale: Tensor) -> Tensor:
+    """The mean score of the anchors [], the same bits on every rank.
+
+    Gradients of all logits of all ranks sum to 0, so d logit_scale may be taken from scores less
+    any one number: near one that they are all close to, a batch that has nearly collapsed loses no
+    digits.
+    """
+    mean = 2.0 * (stats.positive * pairing.weight).sum(-1) / logit_scale
+    return torch.where(logit_scale == 0, torch.zeros_like(mean), mean)
+
+
 def finite(lse: Tensor) -> Tensor:
     """An anchor without negatives has lse = -inf; with any finite value exp(-inf - lse) is 0."""
     return lse.clamp(min=torch.finfo(lse.dtype).min)

@@ -13,6 +13,7 @@ from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
+    center,
     finite,
     loss_value,
     make_pairing,
@@ -63,14 +64,16 @@ def _(image, text, scale, ids, offset):
     "mlip_kernels::info_nce_gradients",
     mutates_args=(),
     schema=(
-        "(Tensor image, Tensor text, Tensor scale, Tensor grad, Tensor? ids, Tensor row_lse, "
-        "Tensor column_lse, Tensor row_pull, Tensor column_pull, int offset, bool want_scale) "
+        "(Tensor image, Tensor text, Tensor scale, Tensor middle, Tensor grad, Tensor? ids, "
+        "Tensor row_lse, Tensor column_lse, Tensor row_pull, Tensor column_pull, int offset, "
+        "bool want_scale) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def _gradients(
-    image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, want_scale
-):
+    image, text, scale, middle, grad, ids, row_lse, column_lse, row_pull, column_pull, offset,
+    want_scale,
+):  # fmt: skip
     from mlip.kernels.info_nce.triton_kernels import info_nce_gradients
 
     pair = None
@@ -79,13 +82,13 @@ def _gradients(
         pair = (ids[offset : offset + image.shape[0]], ids)
     with torch.cuda.device_of(image):
         return info_nce_gradients(
-            image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull),
-            offset, want_scale,
+            image, text, (scale, middle), grad, pair, (row_lse, column_lse),
+            (row_pull, column_pull), offset, want_scale,
         )  # fmt: skip
 
 
 @_gradients.register_fake
-def _(image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, _want):
+def _(image, text, scale, middle, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, _):
     text_grad = text.new_empty(text.shape, dtype=torch.float32)
     return torch.empty_like(image), text_grad, scale.new_empty(())
 
@@ -132,16 +135,19 @@ class _InfoNCE(torch.autograd.Function):
         for v, image in enumerate(images):
             for u, text in enumerate(every):
                 own = stats[v * texts.shape[0] + u]
+                middle = center(own, pairing, scale) if want_scale else scale
                 if ctx.is_triton:
                     row_pull, column_pull = pull(own, pairing, rows)
                     made = _gradients(
-                        image, text, scale, grad, ids,
+                        image, text, scale, middle, grad, ids,
                         finite(own_rows(own.row_lse, rows, pairing)).contiguous(),
                         finite(own.column_lse), row_pull.contiguous(), column_pull, ctx.offset,
                         want_scale,
                     )  # fmt: skip
                 else:
-                    made = reference.gradients(image, text, scale, grad, own, pairing, want_scale)
+                    made = reference.gradients(
+                        image, text, (scale, middle), grad, own, pairing, want_scale
+                    )
                 image_grads[v] = _add(image_grads.get(v), made[0])
                 text_grads[u] = _add(text_grads.get(u), made[1])
                 scale_grad = scale_grad + made[2]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
+    center,
     chunk_bounds,
     logits_gradient,
     logsumexp_statistics,
@@ -64,7 +65,8 @@ class _ContrastiveFromScores(torch.autograd.Function):
             dz = scores[start:stop] * logit_scale
             dz = logits_gradient(dz, start, ctx.stats, pulls, ctx.pairing).mul_(grad)
             if ctx.needs_input_grad[1]:
-                pulled = dz * scores[start:stop]
+                middle = center(ctx.stats, ctx.pairing, logit_scale)
+                pulled = dz * (scores[start:stop] - middle)
                 if ctx.pairing.image_valid is not None or ctx.pairing.text_valid is not None:
                     # an invalid half may hold NaN
                     pulled = torch.where(dz == 0, torch.zeros_like(dz), pulled)

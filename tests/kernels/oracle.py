@@ -233,6 +233,13 @@ def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], d
     return results[0], results[1]
 
 
+def nearly_collapsed() -> list[Tensor]:
+    """Float32 unit rows of images and of texts [32, 64] whose cosines are all within 3 % of 1."""
+    g = torch.Generator().manual_seed(0)
+    base = F.normalize(torch.randn(1, 64, generator=g), dim=-1)
+    return [F.normalize(base + torch.randn(32, 64, generator=g) / 80, dim=-1) for _ in "xy"]
+
+
 def assert_broken_inputs_show(impl: str, device: str, pooling: str, aggregation: str) -> None:
     """NaN or Inf in one real row makes NaN of the scores that need it, and of no other.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from mlip.kernels import _chip, _contrastive
 from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss, op
-from tests.kernels.oracle import contrastive, relative_error
+from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
+from tests.kernels.oracle import contrastive, nearly_collapsed, relative_error
 
 MACHINE = 1e-12
 
@@ -114,6 +115,22 @@ def test_a_confident_batch_keeps_its_gradient_in_float32(noise: float) -> None:
     assert 0 < want[0].item() < 1e-8
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("of_scores", [False, True])
+def test_a_scale_keeps_its_digits_where_a_batch_has_nearly_collapsed(of_scores: bool) -> None:
+    """All cosines are near 1. Oracle: float64."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        image, text = (x.to(dtype) for x in nearly_collapsed())
+        scale = torch.tensor(14.0, dtype=dtype, requires_grad=True)
+        loss = (
+            contrastive_loss_from_scores(image @ text.T, logit_scale=scale)
+            if of_scores
+            else info_nce_loss(image, text, scale, impl="torch")
+        )
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert abs(found[0] / found[1] - 1.0) <= 1e-4, found
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
