@@ -370,7 +370,9 @@ def test_scores_split_over_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     from mlip.kernels.token_knowledge_patch import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 64))
-    inputs = make_inputs(3, 4, 20, 40, 2, 16, seed=12)
+    # of this seed no gradient of a weight nearly cancels, as one of a context does of seed 12:
+    # there the rounding of r in float32 is 2e-5 of it, with one program as with many
+    inputs = make_inputs(3, 4, 20, 40, 2, 16, seed=13)
     for pooling in ("attention", "context", "max"):
         compare(inputs, 1e-5, pooling=pooling)
 
