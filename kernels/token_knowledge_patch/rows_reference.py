@@ -84,13 +84,15 @@ def row_weights(
 
     def positive(weights: Tensor | None, like: Tensor) -> Tensor:
         if weights is None:
-            return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
-        return torch.where(weights <= 0, 0.0, weights)  # NaN, found on a CPU alone, stays NaN
+            return torch.ones(like.shape[:2], dtype=torch.float64, device=like.device)
+        # NaN, found on a CPU alone, stays NaN
+        return torch.where(weights <= 0, 0.0, weights.double())
 
     def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
-        # in float64 the order of the sum, which a batch or a layout may change, is rounded away,
-        # and no sum of float32 leaves its range
-        total = weights.sum(1, keepdim=True, dtype=torch.float64)
+        # in float64 the order of the sum, which a batch or a layout may change, is rounded away, no
+        # sum of float32 leaves its range, and the two parts of a weight's gradient, which nearly
+        # cancel, are rounded once they are added
+        total = weights.sum(1, keepdim=True)
         is_empty = total.detach() == 0
         return (weights / torch.where(is_empty, 1.0, total)).to(dtype), ~is_empty
 

@@ -9,7 +9,7 @@ import torch
 
 from mlip.kernels.token_knowledge_patch import checks, token_knowledge_patch_scores
 from mlip.kernels.token_knowledge_patch.rows_reference import row_weights
-from tests.kernels.oracle import assert_broken_weights_show, make_inputs
+from tests.kernels.oracle import assert_broken_weights_show, make_inputs, relative_error
 
 
 def test_a_text_weighs_the_same_whatever_its_batch_and_its_layout() -> None:
@@ -33,6 +33,20 @@ def test_weights_of_any_finite_size_are_shares(size: float) -> None:
     inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
     value = token_knowledge_patch_scores(**inputs | weights)
     assert torch.equal(value, token_knowledge_patch_scores(**inputs | ones))
+
+
+def test_the_gradient_of_a_weight_is_rounded_once() -> None:
+    """Its two parts nearly cancel where scores are alike. Oracle: float64."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.zeros(4, 20, 1, dtype=torch.float64)
+    incoming = 1.0 + 1e-3 * torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    narrow = (torch.rand(4, 20, generator=generator) + 0.1).bfloat16()
+    found = []
+    for weights in (narrow, narrow.double()):
+        leaf = weights.clone().requires_grad_()
+        made = row_weights(tokens, None, leaf, None, None, 0.0, torch.float64)
+        found.append(torch.autograd.grad((made * incoming).sum(), leaf)[0])
+    assert relative_error(found[0], found[1]) <= 2**-8
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "lse"])
