@@ -1,4 +1,4 @@
-"""A backward pass that may be differentiated no further, and says so."""
+"""A backward pass that may be differentiated no further, and says so; autocast stays out of it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,36 @@ class _Refuse(torch.autograd.Function):
         )
 
 
+class _Read:
+    """A Function's context whose saved tensors have been read: a checkpoint gives them once."""
+
+    def __init__(self, ctx: Any, saved: tuple[Tensor, ...]) -> None:
+        self._ctx, self.saved_tensors = ctx, saved
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def no_second_derivative(backward: Callable) -> Callable:
     """Decorate a Function's backward: a derivative of what it returns is an error.
 
     torch's once_differentiable lets a second derivative pass, silently wrong, where the incoming
-    gradient is a constant, as it is for a loss.
+    gradient is a constant, as it is for a loss. Autocast is off inside, as in the forward pass:
+    a caller may run backward() under it.
     """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            out = backward(ctx, *grads)
+        device = grads[0].device.type
         if not torch.is_grad_enabled():
-            return out
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, *grads)
+        saved = ctx.saved_tensors
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            out = backward(_Read(ctx, saved), *grads)
         # autograd.grad runs only nodes that lead to what it is asked for: hang the error on those
         # (an input that was not given is saved as None)
-        leads = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+        leads = [x for x in (*saved, *grads) if x is not None and x.requires_grad]
         return tuple(_Refuse.apply(x, *leads) if isinstance(x, Tensor) else x for x in out)
 
     return wrapped

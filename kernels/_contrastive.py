@@ -66,7 +66,13 @@ def make_pairing(
                 f"expected {name} {dtype} of shape [{rows}], one entry per pair of this rank, on "
                 f"{like.device}, got {value.dtype} {list(value.shape)} on {value.device}"
             )
-    counts = row_counts(like.new_empty((rows, 0)), group)
+    came = {
+        "pair_ids": pair_ids is not None,
+        # what token_knowledge_patch_loss makes them of
+        "image_valid (or patch_mask)": image_valid is not None,
+        "text_valid (or token_weights, knowledge)": text_valid is not None,
+    }
+    counts = row_counts(like.new_empty((rows, 0)), group, came)
     size, rank = group_size(group), group_rank(group)
     total = sum(counts)
 
@@ -166,6 +172,9 @@ def over_ranks(
         positive = torch.cat([parts[r, ..., longest : longest + counts[r]] for r in ranks], -1)
         # added in rank order, so that every rank holds the same bits
         column = torch.logsumexp(parts[..., 2 * longest :], 0)
+    if pairing.anchor is not None:
+        # the score of a pair that is no anchor weighs nothing, and may be NaN
+        positive = torch.where(pairing.anchor, positive, torch.zeros_like(positive))
     return Statistics(row, column, positive)
 
 
@@ -187,6 +196,17 @@ def pull(stats: Statistics, pairing: Pairing, rows: int) -> tuple[Tensor, Tensor
     row = torch.sigmoid(stats.row_lse - stats.positive) * pairing.weight
     column = torch.sigmoid(stats.column_lse - stats.positive) * pairing.weight
     return own_rows(row, rows, pairing), column
+
+
+def center(stats: Statistics, pairing: Pairing, logit_scale: Tensor) -> Tensor:
+    """The mean score of the anchors [], the same bits on every rank.
+
+    Gradients of all logits of all ranks sum to 0, so d logit_scale may be taken from scores less
+    any one number: near one that they are all close to, a batch that has nearly collapsed loses no
+    digits.
+    """
+    mean = 2.0 * (stats.positive * pairing.weight).sum(-1) / logit_scale
+    return torch.where(logit_scale == 0, torch.zeros_like(mean), mean)
 
 
 def finite(lse: Tensor) -> Tensor:

@@ -72,16 +72,20 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
+def check_impl(impl: str) -> None:
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f'expected impl "auto", "triton" or "torch", got {impl!r}')
+
+
 def resolve(impl: str, device: torch.device, refusal: str | None = None) -> str:
     """ "triton" or "torch" for a call on `device`.
 
     refusal: why the op's own kernels cannot take these inputs (dtype, size), or None
     Raises:  ValueError for an unknown impl, or for impl="triton" where Triton cannot serve
     """
+    check_impl(impl)
     if impl == "torch":
         return "torch"
-    if impl not in ("auto", "triton"):
-        raise ValueError(f'expected impl "auto", "triton" or "torch", got {impl!r}')
     obstacle = _obstacle(device) or refusal
     if impl == "triton":
         if obstacle is not None:

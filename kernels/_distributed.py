@@ -46,18 +46,28 @@ def group_rank(group: Group) -> int:
     return 0 if group_size(group) == 1 else dist.get_rank(group)
 
 
-def row_counts(x: Tensor, group: Group) -> list[int]:
+def row_counts(x: Tensor, group: Group, given: dict[str, bool] | None = None) -> list[int]:
     """Rows of every rank, in rank order.
 
-    Raises:  ValueError if the other dimensions differ over ranks (CPU tensors)
+    given:   which optional arguments came: they must come on every rank or on none
+    Raises:  ValueError if the other dimensions or `given` differ over ranks (CPU tensors)
     On a GPU every rank must pass equal shapes: exchanging sizes there would synchronise.
     """
     size = group_size(group)
     if size == 1 or x.device.type != "cpu":
         return [x.shape[0]] * size
-    mine = torch.tensor(x.shape, dtype=torch.int64)
+    given = given or {}
+    mine = torch.tensor([*x.shape, *given.values()], dtype=torch.int64)
     shapes = [torch.zeros_like(mine) for _ in range(size)]
     dist.all_gather(shapes, mine, group=group)
+    came = torch.stack(shapes)[:, x.ndim :].bool()
+    on_some = came.any(0) & ~came.all(0)
+    if bool(on_some.any()):
+        names = [name for name, is_so in zip(given, on_some.tolist(), strict=True) if is_so]
+        raise ValueError(
+            f"expected {' and '.join(names)} on every rank or on none, got them on some; pass a "
+            "mask of True, or ids that are all different, where nothing is left out"
+        )
     if any(not torch.equal(shape[1:], mine[1:]) for shape in shapes):
         raise ValueError(
             f"every rank must pass the same dimensions after the first, got "

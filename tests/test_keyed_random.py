@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,15 +63,18 @@ def test_streams_have_distinct_numbers() -> None:
 @pytest.mark.parametrize(
     ("word", "index", "width", "named"),
     [
-        (-1, INDEX, 1, "word: expected 0"),
-        (1 << 64, INDEX, 1, "word: expected 0"),
+        (-1, INDEX, 1, "word: expected an integer 0"),
+        (1 << 64, INDEX, 1, "word: expected an integer 0"),
+        (2.5, INDEX, 1, "word: expected an integer"),
+        (torch.tensor([1, 2]), INDEX, 1, "word: expected an integer"),
         (1, INDEX.int(), 1, "index .20000. torch.int32"),
         (1, INDEX[:, None], 1, "index .20000, 1. torch.int64"),
         (1, INDEX, 0, "width 0"),
+        (1, INDEX, 1.5, "width 1.5"),
     ],
 )
 def test_a_key_of_another_kind_is_refused(
-    word: int, index: torch.Tensor, width: int, named: str
+    word: Any, index: torch.Tensor, width: Any, named: str
 ) -> None:
     with pytest.raises(ValueError, match=named):
         splitmix_uniform(word, index, width)

@@ -47,10 +47,11 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _write_ds(
-    s, total, scale, factor, ids_a, shift_a, own_n, mask_m, ids_b_ptr, shift_b_ptr, own_at, ds_at,
-    offs_n, columns, stride_ds, is_edge, HAS_IDS: tl.constexpr, WANT_SCALE: tl.constexpr,
+    s, total, scale, middle, factor, ids_a, shift_a, own_n, mask_m, ids_b_ptr, shift_b_ptr,
+    own_at, ds_at, offs_n, columns, stride_ds, is_edge, HAS_IDS: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Write ds of a piece of a tile of cosines; returns total [BLOCK_M] and its sums of d z s."""
+    """Write ds of a piece of a tile of cosines; returns total [BLOCK_M], d z (s - middle) added."""
     mask_n = offs_n < columns
     shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=MASKED)
     z = s * (scale * LOG2_E)
@@ -67,13 +68,13 @@ def _write_ds(
     ds = (dz * factor).to(ds_at.dtype.element_ty)
     tl.store(ds_at[:, None] + offs_n[None, :], ds, mask=mask)
     if WANT_SCALE:
-        total += tl.sum(dz * s, 1)
+        total += tl.sum(dz * (s - middle), 1)
     return total
 
 
 @triton.jit
 def _info_nce_ds_kernel(
-    a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
+    a_ptr, b_ptr, scale_ptr, middle_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
     shift_a_ptr, shift_b_ptr, own_ptr, ds_ptr, scale_part_ptr,
     rows, columns, offset, stride_ds,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,7 +83,7 @@ def _info_nce_ds_kernel(
     """ds [rows, stride_ds]: d loss / d cosine, a tile a program, 0 past the columns.
 
     shift: of rows and columns, what takes a logit in powers of two to its share of d z; own: d z
-    of the rows' positives, which are the columns offset + m
+    of the rows' positives, which are the columns offset + m; middle: _contrastive.center
     """
     # GROUP row tiles go down the columns side by side: what they read stays in L2
     per_group = GROUP * tl.cdiv(columns, BLOCK_N)
@@ -103,6 +104,7 @@ def _info_nce_ds_kernel(
         s = dot(a, tl.trans(b), s, "ieee", UPCAST)
     scale = tl.load(scale_ptr)
     grad = tl.load(grad_ptr)
+    middle = tl.load(middle_ptr)
     mask_m = offs_m < rows
     shift_a = tl.load(shift_a_ptr + offs_m, mask=mask_m, other=MASKED)
     ids_a = offs_m
@@ -121,9 +123,9 @@ def _info_nce_ds_kernel(
     for piece in tl.static_range(4):
         offs_n = first_n + piece * PIECE + tl.arange(0, PIECE)
         total = _write_ds(
-            pieces[piece], total, scale, scale * grad, ids_a, shift_a, offs_m + offset, mask_m,
-            ids_b_ptr, shift_b_ptr, own_ptr + offs_m, ds_at, offs_n, columns, stride_ds, is_edge,
-            HAS_IDS, WANT_SCALE,
+            pieces[piece], total, scale, middle, scale * grad, ids_a, shift_a, offs_m + offset,
+            mask_m, ids_b_ptr, shift_b_ptr, own_ptr + offs_m, ds_at, offs_n, columns, stride_ds,
+            is_edge, HAS_IDS, WANT_SCALE,
         )  # fmt: skip
     if WANT_SCALE:
         tl.store(scale_part_ptr + tl.program_id(0), tl.sum(total, 0) * grad)
@@ -131,7 +133,7 @@ def _info_nce_ds_kernel(
 
 @triton.jit
 def _info_nce_bwd_kernel(
-    a_ptr, b_ptr, scale_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
+    a_ptr, b_ptr, scale_ptr, middle_ptr, grad_ptr, ids_a_ptr, ids_b_ptr,
     shift_a_ptr, shift_b_ptr, own_ptr, out_ptr, scale_part_ptr,
     rows, columns, offset, own_first,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -145,6 +147,7 @@ def _info_nce_bwd_kernel(
     """
     scale = tl.load(scale_ptr)
     grad = tl.load(grad_ptr)
+    middle = tl.load(middle_ptr)
     scale2 = scale * LOG2_E
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -176,7 +179,7 @@ def _info_nce_bwd_kernel(
         dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
         dz = tl.where(mask_n[None, :], dz, 0.0)
         if WANT_SCALE:
-            scale_sum += tl.sum(dz * s, 1)
+            scale_sum += tl.sum(dz * (s - middle), 1)
         acc = dot(dz, b, acc, PRECISION, UPCAST)
     tl.store(
         out_ptr + offs_m.to(tl.int64)[:, None] * DIM + offs_d[None, :],

@@ -13,6 +13,7 @@ from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
+    center,
     finite,
     loss_value,
     make_pairing,
@@ -21,7 +22,14 @@ from mlip.kernels._contrastive import (
     pull,
 )
 from mlip.kernels._dispatch import resolve
-from mlip.kernels._distributed import Group, default_group, gather, reduce_rows, sum_over_group
+from mlip.kernels._distributed import (
+    Group,
+    default_group,
+    gather,
+    gather_rows,
+    reduce_rows,
+    sum_over_group,
+)
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.info_nce import reference
 
@@ -56,14 +64,16 @@ def _(image, text, scale, ids, offset):
     "mlip_kernels::info_nce_gradients",
     mutates_args=(),
     schema=(
-        "(Tensor image, Tensor text, Tensor scale, Tensor grad, Tensor? ids, Tensor row_lse, "
-        "Tensor column_lse, Tensor row_pull, Tensor column_pull, int offset, bool want_scale) "
+        "(Tensor image, Tensor text, Tensor scale, Tensor middle, Tensor grad, Tensor? ids, "
+        "Tensor row_lse, Tensor column_lse, Tensor row_pull, Tensor column_pull, int offset, "
+        "bool want_scale) "
         "-> (Tensor, Tensor, Tensor)"
     ),
 )
 def _gradients(
-    image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, want_scale
-):
+    image, text, scale, middle, grad, ids, row_lse, column_lse, row_pull, column_pull, offset,
+    want_scale,
+):  # fmt: skip
     from mlip.kernels.info_nce.triton_kernels import info_nce_gradients
 
     pair = None
@@ -72,13 +82,13 @@ def _gradients(
         pair = (ids[offset : offset + image.shape[0]], ids)
     with torch.cuda.device_of(image):
         return info_nce_gradients(
-            image, text, scale, grad, pair, (row_lse, column_lse), (row_pull, column_pull),
-            offset, want_scale,
+            image, text, (scale, middle), grad, pair, (row_lse, column_lse),
+            (row_pull, column_pull), offset, want_scale,
         )  # fmt: skip
 
 
 @_gradients.register_fake
-def _(image, text, scale, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, _want):
+def _(image, text, scale, middle, grad, ids, row_lse, column_lse, row_pull, column_pull, offset, _):
     text_grad = text.new_empty(text.shape, dtype=torch.float32)
     return torch.empty_like(image), text_grad, scale.new_empty(())
 
@@ -125,16 +135,19 @@ class _InfoNCE(torch.autograd.Function):
         for v, image in enumerate(images):
             for u, text in enumerate(every):
                 own = stats[v * texts.shape[0] + u]
+                middle = center(own, pairing, scale) if want_scale else scale
                 if ctx.is_triton:
                     row_pull, column_pull = pull(own, pairing, rows)
                     made = _gradients(
-                        image, text, scale, grad, ids,
+                        image, text, scale, middle, grad, ids,
                         finite(own_rows(own.row_lse, rows, pairing)).contiguous(),
                         finite(own.column_lse), row_pull.contiguous(), column_pull, ctx.offset,
                         want_scale,
                     )  # fmt: skip
                 else:
-                    made = reference.gradients(image, text, scale, grad, own, pairing, want_scale)
+                    made = reference.gradients(
+                        image, text, (scale, middle), grad, own, pairing, want_scale
+                    )
                 image_grads[v] = _add(image_grads.get(v), made[0])
                 text_grads[u] = _add(text_grads.get(u), made[1])
                 scale_grad = scale_grad + made[2]
@@ -204,11 +217,12 @@ def info_nce_loss(
              rows: equal ids are never each other's negatives
     Returns: scalar in nats, the same on every rank of `group`; float32 (float64 for float64)
     Units:   logit_scale is already exponentiated, as in open_clip
-    Raises:  ValueError for shapes, dtypes or an impl that cannot serve
+    Raises:  ValueError for shapes, dtypes or an impl that cannot serve, or for pair_ids that came
+             on some ranks only (found on a CPU alone: on a GPU a look would synchronise)
     Source:  van den Oord et al. 2018 (arXiv 1807.03748); Radford et al. 2021 (arXiv 2103.00020);
              the positive-excluded form and the exclusion of equal ids are ours
     Each rank's gradients are W times the true ones, so data-parallel averaging gives the gradient
-    of the whole batch. On a GPU every rank must pass equal shapes.
+    of the whole batch. On a GPU every rank must pass equal shapes; on a CPU one may have no pair.
     """
     return info_nce_views_loss(
         [image_features], [text_features], logit_scale, pair_ids=pair_ids, group=group, impl=impl
@@ -266,7 +280,7 @@ def info_nce_views_loss(
 
 
 class ClipLoss(nn.Module):
-    """open_clip's ClipLoss, constructor and call, on info_nce_loss.
+    """open_clip's ClipLoss, constructor, call and the methods its subclasses use, on info_nce_loss.
 
     With world_size > 1 the batch is that of the default process group. The value is the global loss
     on every rank, with local_loss True or False alike.
@@ -301,6 +315,35 @@ class ClipLoss(nn.Module):
         self.rank = rank
         self.world_size = world_size
 
+    def _group(self) -> Group:
+        return default_group(self.world_size) if self.world_size > 1 else None
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """The column of every row's positive in get_logits [num_logits]."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(logits of images against texts, of texts against images), for losses built on them.
+
+        Rows are this rank's with local_loss, else those of all ranks. A matrix of B x B that
+        forward never makes
+        """
+        group = self._group()
+        every_image, every_text = (gather_rows(x, group) for x in (image_features, text_features))
+        if not self.local_loss:
+            image_features, text_features = every_image, every_text
+        of_images = logit_scale * image_features @ every_text.T
+        of_texts = logit_scale * text_features @ every_image.T if self.local_loss else of_images.T
+        bias = 0.0 if logit_bias is None else logit_bias
+        return of_images + bias, of_texts + bias
+
     def forward(
         self,
         image_features: Tensor,
@@ -309,10 +352,7 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        group = None
-        if self.world_size > 1:
-            group = default_group(self.world_size)
-        loss = info_nce_loss(image_features, text_features, logit_scale, group=group)
+        loss = info_nce_loss(image_features, text_features, logit_scale, group=self._group())
         if isinstance(logit_bias, Tensor):
             # a constant added to every logit cancels in both softmaxes: its gradient is 0
             loss = loss + 0.0 * logit_bias.sum()

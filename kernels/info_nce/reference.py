@@ -33,13 +33,17 @@ def statistics(
 def gradients(
     image_MD: Tensor,
     text_ND: Tensor,
-    logit_scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     grad: Tensor,
     stats: Statistics,
     pairing: Pairing,
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d image [M, D], this rank's part of d text [N, D], d logit_scale [])."""
+    """(d image [M, D], this rank's part of d text [N, D], d logit_scale []).
+
+    scales:  logit_scale [], and center of _contrastive []
+    """
+    logit_scale, middle = scales
     pulls = pull(stats, pairing, image_MD.shape[0])
     image_grad = torch.empty_like(image_MD)
     text_grad = torch.zeros_like(text_ND)
@@ -48,7 +52,7 @@ def gradients(
         cosine = image_MD[start:stop] @ text_ND.T
         dz = logits_gradient(cosine * logit_scale, start, stats, pulls, pairing).mul_(grad)
         if want_scale:
-            scale_grad += (dz * cosine).sum()
+            scale_grad += (dz * (cosine - middle)).sum()
         dz.mul_(logit_scale)
         image_grad[start:stop] = dz @ text_ND
         text_grad.addmm_(dz.T, image_MD[start:stop])

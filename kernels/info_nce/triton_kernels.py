@@ -152,7 +152,7 @@ def shift_of(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
 def info_nce_gradients(
     image: Tensor,
     text: Tensor,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     grad: Tensor,
     ids: tuple[Tensor, Tensor] | None,
     lse: tuple[Tensor, Tensor],
@@ -162,8 +162,8 @@ def info_nce_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d image [M, D] in its own type, d text [N, D] float32, d scale [] float32 or 0).
 
-    image [M, D], text [N, D] contiguous in one dtype; scale, grad float32 []; ids, finite lse and
-    pull of rows [M] and of columns [N]; row m's positive is column offset + m
+    image [M, D], text [N, D] contiguous in one dtype; scales (scale, center), grad float32 []; ids,
+    finite lse and pull of rows [M] and of columns [N]; row m's positive is column offset + m
     """
     rows, dim = image.shape
     own = (pull[0] + pull[1][offset : offset + rows]).neg_()  # d z of the positives
@@ -171,13 +171,13 @@ def info_nce_gradients(
     shifts = (shift_of(pull[0], lse[0], is_exact), shift_of(pull[1], lse[1], is_exact))
     if not is_exact:
         return _gradients_by_products(
-            image, text, scale, grad, ids, shifts, own, offset, want_scale
+            image, text, scales, grad, ids, shifts, own, offset, want_scale
         )
     image_grad, scale_grad = _gradient_of_a_side(
-        image, text, scale, grad, ids, shifts, own, offset, 0, want_scale
+        image, text, scales, grad, ids, shifts, own, offset, 0, want_scale
     )
     text_grad, _ = _gradient_of_a_side(
-        text, image, scale, grad, None if ids is None else ids[::-1], shifts[::-1], own, -offset,
+        text, image, scales, grad, None if ids is None else ids[::-1], shifts[::-1], own, -offset,
         -offset, False,
     )  # fmt: skip
     return image_grad, text_grad, scale_grad
@@ -186,7 +186,7 @@ def info_nce_gradients(
 def _gradients_by_products(
     image: Tensor,
     text: Tensor,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     grad: Tensor,
     ids: tuple[Tensor, Tensor] | None,
     shifts: tuple[Tensor, Tensor],
@@ -196,6 +196,7 @@ def _gradients_by_products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """info_nce_gradients of bfloat16 rows: gradients of cosines, a chunk of rows at a time."""
     (rows, dim), columns = image.shape, text.shape[0]
+    scale = scales[0]
     limit, _ = chip_facts(image.device)
     tiling = ds_tiling(dim, limit >= SHARED_MEMORY[9, 0])
     tile = tiling["BLOCK_M"]
@@ -212,7 +213,7 @@ def _gradients_by_products(
         _info_nce_ds_kernel[(programs,)](
             image[first:last],
             text,
-            scale,
+            *scales,
             grad,
             scale if ids is None else ids[0][first:last],
             scale if ids is None else ids[1],
@@ -244,7 +245,7 @@ def _gradients_by_products(
 def _gradient_of_a_side(
     a: Tensor,
     b: Tensor,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     grad: Tensor,
     ids: tuple[Tensor, Tensor] | None,
     shifts: tuple[Tensor, Tensor],
@@ -259,6 +260,7 @@ def _gradient_of_a_side(
     own_first + m, and its positive is row m + offset of b, where they are
     """
     rows, dim = a.shape
+    scale = scales[0]
     tiling = backward_tiling()
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
     out = torch.empty_like(a)
@@ -266,7 +268,7 @@ def _gradient_of_a_side(
     _info_nce_bwd_kernel[(blocks,)](
         a,
         b,
-        scale,
+        *scales,
         grad,
         scale if ids is None else ids[0],
         scale if ids is None else ids[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -18,9 +20,10 @@ def splitmix_uniform(word: int, index: Tensor, width: int = 1, *, impl: str = "a
     Raises:  ValueError for a word or an index of another kind, or where `impl` cannot run
     Source:  splitmix64 (Steele, Lea and Flood 2014) over index, then position; ours.
     """
-    if not 0 <= word < 1 << 64:
-        raise ValueError(f"word: expected 0 .. 2^64 - 1, got {word}")
-    if index.ndim != 1 or index.dtype != torch.int64 or width < 1:
+    if not isinstance(word, Integral) or not 0 <= word < 1 << 64:
+        raise ValueError(f"word: expected an integer 0 .. 2^64 - 1, got {word!r}")
+    is_width = isinstance(width, Integral) and width >= 1
+    if index.ndim != 1 or index.dtype != torch.int64 or not is_width:
         raise ValueError(
             f"expected index [B] int64 and width of 1 or more, got index {list(index.shape)} "
             f"{index.dtype} and width {width}"

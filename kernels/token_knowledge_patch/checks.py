@@ -9,6 +9,8 @@ from torch import Tensor
 
 POOLINGS = ("attention", "context", "max")
 AGGREGATIONS = ("mean", "lse")
+# below it the logarithm of a sum of nearly equal powers leaves float32 fewer than five digits
+MIN_AGGREGATION_SCALE = 0.02
 
 
 def _is_readable(value: Tensor) -> bool:
@@ -91,9 +93,10 @@ def check_inputs(
                 f"expected {name} bool or in floating point, got {weight.dtype}; for a mask of 0 "
                 "and 1 pass mask.bool()"
             )
-        if _is_readable(weight) and not bool((weight >= 0).all()):
+        if _is_readable(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise ValueError(
-                f"expected {name} >= 0 without NaN, got a minimum of {float(weight.min())}; 0 masks"
+                f"expected {name} >= 0 and finite, got numbers from {float(weight.min())} to "
+                f"{float(weight.max())}; 0 masks"
             )
         others[name] = weight
     masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}
@@ -118,5 +121,11 @@ def check_options(
     for name, value in scales.items():
         minimum = -math.inf if name == "knowledge_gain" else 0.0
         check_scale(name, value, minimum, open_end=name == "aggregation_scale")
+    gamma = scales.get("aggregation_scale", math.inf)
+    if aggregation == "lse" and not isinstance(gamma, Tensor) and gamma < MIN_AGGREGATION_SCALE:
+        raise ValueError(
+            f'expected aggregation_scale of "lse" at least {MIN_AGGREGATION_SCALE:g}, got {gamma}: '
+            'as it falls the scores go to those of "mean" and lose their digits; pass "mean"'
+        )
     if isinstance(knowledge_share, Tensor) or not 0.0 <= knowledge_share <= 1.0:
         raise ValueError(f"expected knowledge_share a number in [0, 1], got {knowledge_share!r}")

@@ -36,7 +36,8 @@ def _context_turn_kernel(
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """t of BLOCK_R rows and a share of the images; h = g / |c|, and in g's place its floor term."""
+    """t of BLOCK_R rows and a share of the images; h = g / |c|. In g's place its floor term, in r's
+    the mean similarity."""
     WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
@@ -67,6 +68,8 @@ def _context_turn_kernel(
         turned = q.to(tl.float32) - tl.where(is_free, r * inverse, 0.0)[:, None] * context
         out = turned_ptr + place[:, None] * DIM + offs_d[None, :]
         tl.store(out, turned.to(q.dtype), mask=mask)
+        # in r's place the mean similarity, which the pass over rows subtracts for d alpha
+        tl.store(r_ptr + place, r * tl.maximum(rho, CONTEXT_FLOOR), mask=mask_r)
         tl.store(h_ptr + place, g * inverse, mask=mask_r)
         tl.store(g_ptr + place, tl.where(is_free, 0.0, g * r), mask=mask_r)
 
@@ -74,7 +77,7 @@ def _context_turn_kernel(
 @triton.jit(do_not_specialize=["row_base"])
 def _context_bwd_rows_kernel(
     rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, floor_ptr, h_ptr,
-    turned_ptr, rows_grad_ptr, alpha_part_ptr,
+    turned_ptr, mean_ptr, rows_grad_ptr, alpha_part_ptr,
     first_text, last_text, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
@@ -104,6 +107,8 @@ def _context_bwd_rows_kernel(
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
         at = turned_ptr + place[:, None] * DIM + offs_d[None, :]
         turned = tl.load(at, mask=mask, other=0.0)
+        if WANT_ALPHA:
+            mean = tl.load(mean_ptr + place, mask=mask_r, other=0.0)
         for tile in tl.range(0, TILES, disable_licm=True):
             v, unused_bias = _load_patches(
                 v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
@@ -113,7 +118,7 @@ def _context_bwd_rows_kernel(
             y = dot(turned, tl.trans(v), y, PRECISION, UPCAST)
             dl = a * (h[:, None] * y - floor[:, None])
             if WANT_ALPHA:
-                alpha_sum += tl.sum(dl * s, 1)
+                alpha_sum += tl.sum(dl * (s - mean[:, None]), 1)
             ds = alpha * dl + h[:, None] * a
             acc = dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST)
     # the buffer of a chunk begins at its first text

@@ -15,6 +15,11 @@ from mlip.kernels._common_triton_kernels import LOG2_E, dot
 # because -inf minus -inf is NaN
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)
+# a chip's maximum passes NaN over. So a patch with NaN comes as a zero row with this bias: above
+# any similarity, and NaN in a softmax. And a maximum begins here, below a masked patch: where it
+# still is at the end, every similarity was NaN, as those of a row with NaN are
+BROKEN = tl.constexpr(float("inf"))
+NO_PATCH = tl.constexpr(-2e30)
 CONTEXT_FLOOR = tl.constexpr(1e-6)
 # no similarity is above 1.004 (bfloat16 rows), so up to this scale exp() needs no row maximum:
 # MAX_PATCHES e^75.3 < 3e38
@@ -118,7 +123,7 @@ def _pool_rows(
         mask_r = offs_r < count
         q = _load_rows(rows_ptr, start + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
         if POOLING == "max":
-            top = tl.full([BLOCK_R], -2.0, tl.float32)
+            top = tl.full([BLOCK_R], NO_PATCH, tl.float32)
         elif SHIFT:
             top = tl.full([BLOCK_R], NO_MAXIMUM, tl.float32)
         else:
@@ -161,7 +166,9 @@ def _pool_rows(
                     )  # fmt: skip
         out = m * stride_rm + offs_r
         if POOLING == "max":
-            tl.store(r_ptr + out, tl.where(top > -1.5, top, 0.0), mask=mask_r)
+            r = tl.where(top > -1.5, top, 0.0)
+            r = tl.where((top == BROKEN) | (top == NO_PATCH), float("nan"), r)
+            tl.store(r_ptr + out, r, mask=mask_r)
             tl.store(stat_ptr + out, where, mask=mask_r)
         else:
             some = (total > 0) | (total != total)  # NaN of the inputs stays NaN
@@ -244,7 +251,7 @@ def _aggregate_fwd_kernel(
         else:
             total += tl.sum(r * weight[None, :], 1)
     if LSE:
-        some = total > 0
+        some = total != 0  # NaN stays NaN
         total = tl.where(some, (top + tl.log(tl.where(some, total, 1.0))) / gamma, 0.0)
     if HAS_VALID:
         valid = tl.load(valid_ptr + offs_m, mask=mask_m, other=0)

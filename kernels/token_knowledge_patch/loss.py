@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
+    center,
     chunk_bounds,
     logits_gradient,
     logsumexp_statistics,
@@ -20,9 +21,14 @@ from mlip.kernels._contrastive import (
     over_ranks,
     pull,
 )
+from mlip.kernels._dispatch import check_impl
 from mlip.kernels._distributed import Group, sum_over_group
 from mlip.kernels._scalars import scalar_tensor
-from mlip.kernels.token_knowledge_patch.checks import AGGREGATIONS, POOLINGS, check_scale
+from mlip.kernels.token_knowledge_patch.checks import (
+    MIN_AGGREGATION_SCALE,
+    check_options,
+    check_scale,
+)
 from mlip.kernels.token_knowledge_patch.op import scores_and_validity
 
 MAX_LOGIT_SCALE = 100.0
@@ -59,7 +65,12 @@ class _ContrastiveFromScores(torch.autograd.Function):
             dz = scores[start:stop] * logit_scale
             dz = logits_gradient(dz, start, ctx.stats, pulls, ctx.pairing).mul_(grad)
             if ctx.needs_input_grad[1]:
-                scale_grad += (dz * scores[start:stop]).sum()
+                middle = center(ctx.stats, ctx.pairing, logit_scale)
+                pulled = dz * (scores[start:stop] - middle)
+                if ctx.pairing.image_valid is not None or ctx.pairing.text_valid is not None:
+                    # an invalid half may hold NaN
+                    pulled = torch.where(dz == 0, torch.zeros_like(dz), pulled)
+                scale_grad += pulled.sum()
             out[start:stop] = dz.mul_(logit_scale)
         return out, scale_grad, None, None, None, None
 
@@ -76,9 +87,12 @@ def contrastive_loss_from_scores(
     """Symmetric InfoNCE of logit_scale * scores, mean of both directions over the anchors.
 
     Shapes:  scores [M, N], N over all ranks of `group`; pair_ids [M] int64, image_valid and
-             text_valid [M] bool, this rank's rows: image m and text m are a pair
+             text_valid [M] bool, this rank's rows: image m and text m are a pair; scores of an
+             invalid image or text are never read
     Returns: scalar in nats, the same on every rank; 0 with gradient 0 where no anchor is left
     Units:   logit_scale is already exponentiated
+    Raises:  ValueError for shapes and dtypes; for ids or a mask that came on some ranks only (found
+             on a CPU alone: on a GPU a look would synchronise)
     Source:  method section 4 (ours): an invalid half leaves the loss, its partner is no anchor but
              stays a negative; equal ids leave each other's negatives
     """
@@ -120,6 +134,9 @@ def token_knowledge_patch_loss(
     Shapes:  patches [B, P, D], tokens [B, T, D], knowledge [B, K, D]; pair_ids [B] int64
     Returns: scalar in nats, the same on every rank; gradients are W times the true ones, so
              data-parallel averaging gives the gradient of the whole batch
+    Raises:  ValueError, also for a rank of `group` without pairs. patch_mask, pair_ids and what
+             masks texts (token_weights, knowledge) come on every rank or on none, which is checked
+             on a CPU alone: on a GPU a look would synchronise
     """
     if patches.shape[0] != tokens.shape[0]:
         raise ValueError(
@@ -183,10 +200,10 @@ class TokenKnowledgePatchLoss(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        if pooling not in POOLINGS:
-            raise ValueError(f"expected pooling one of {POOLINGS}, got {pooling!r}")
-        if aggregation not in AGGREGATIONS:
-            raise ValueError(f"expected aggregation one of {AGGREGATIONS}, got {aggregation!r}")
+        others: dict[str, float | Tensor] = {"knowledge_gain": knowledge_gain}
+        others["aggregation_scale"] = aggregation_scale
+        check_options(pooling, aggregation, others, knowledge_share)
+        check_impl(impl)
         self.pooling, self.aggregation = pooling, aggregation
         self.knowledge_gain, self.knowledge_share = knowledge_gain, knowledge_share
         self.group, self.impl = group, impl
@@ -220,11 +237,16 @@ class TokenKnowledgePatchLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:
-        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200."""
-        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        self.log_attention_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
-        self.log_knowledge_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
-        self.log_aggregation_scale.clamp_(max=math.log(MAX_ATTENTION_SCALE))
+        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200, and
+        aggregation_scale to at least 0.02, below which scores lose their digits.
+
+        A scale that is not learned stays what the caller chose.
+        """
+        for name, log in self.named_parameters():
+            most = MAX_LOGIT_SCALE if name == "log_logit_scale" else MAX_ATTENTION_SCALE
+            log.clamp_(max=math.log(most))
+            if name == "log_aggregation_scale":
+                log.clamp_(min=math.log(MIN_AGGREGATION_SCALE))
 
     def forward(
         self,

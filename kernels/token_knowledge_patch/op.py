@@ -124,6 +124,11 @@ class _TritonScores(torch.autograd.Function):
         )  # fmt: skip
 
 
+def _real(weights: Tensor) -> Tensor:
+    """Float32 weights, greater than 0 where the given ones are."""
+    return (weights > 0).float() if weights.dtype == torch.float64 else weights.float()
+
+
 def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Group):
     patches, tokens, knowledge = inputs["patches"], inputs["tokens"], inputs["knowledge"]
     device = patches.device
@@ -155,7 +160,7 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
         scores = _TritonScores.apply(
             *made,
             patch_mask,
-            None if token_weights is None else token_weights.detach().float(),
+            None if token_weights is None else _real(token_weights.detach()),
             inputs["knowledge_mask"],
             fixed,
             keep,
@@ -245,7 +250,9 @@ def scores_and_validity(
         "aggregation_scale": aggregation_scale,
     }
     check_options(pooling, aggregation, scales, knowledge_share)
+    nothing: list[Tensor] = []
     if knowledge is not None and knowledge.shape[1] == 0:
+        nothing = [x for x in (knowledge, knowledge_weights) if x is not None and x.requires_grad]
         knowledge = knowledge_weights = knowledge_mask = None
     inputs = {
         "patches": patches,
@@ -265,8 +272,11 @@ def scores_and_validity(
     chosen = resolve(impl, patches.device, _refusal(patches, tokens, knowledge))
     run = _scores_by_triton if chosen == "triton" else _scores_by_torch
     scores, weight, image_valid = run(inputs, options, group)
+    for x in nothing:  # a gradient of no entry, which data-parallel training waits for
+        scores = scores + 0.0 * x.sum()
     is_maskable = token_weights is not None or knowledge is not None
-    return scores, image_valid, weight.detach().sum(1) > 0 if is_maskable else None
+    # a weight of NaN, found on a CPU alone, leaves its text in the loss, which then shows it
+    return scores, image_valid, ~(weight.detach().sum(1) <= 0) if is_maskable else None
 
 
 def token_knowledge_patch_scores(
@@ -294,10 +304,13 @@ def token_knowledge_patch_scores(
              [N, T] >= 0 or bool, 0 = masked; knowledge_weights [N, K] >= 0 or bool, 0 = enriches
              tokens but is no row; knowledge_mask [N, K] and patch_mask [M, P] bool, True = real
     Returns: [M, N] float32 (float64 for float64 inputs); with `group` N counts the texts of all
-             ranks in rank order. A text without weight or an image without a patch has S = 0
-    Units:   scales dimensionless, numbers or 0-dim tensors that may require grad
+             ranks in rank order, and no rank may be without. A text without weight or an image
+             without a patch has S = 0
+    Units:   scales dimensionless, numbers or 0-dim tensors that may require grad;
+             aggregation_scale of "lse" from 0.02 on (asked of numbers alone)
     Raises:  ValueError for shapes, dtypes, devices, an option or an impl that cannot serve;
-             negative weights are found on CPU tensors only (a check on a GPU would synchronise)
+             weights that are negative or not finite are found on CPU tensors only (a check on a GPU
+             would synchronise): there negative ones count as 0, others make NaN of a text's scores
     Source:  method section 4 (ours, after Huang et al. 2021, GLoRIA, for "context" and "lse", and
              Khattab and Zaharia 2020, arXiv 2004.12832, for "max")
     """

@@ -15,12 +15,17 @@ BLOCK_ROWS = 32
 
 
 @triton.jit
+def _counts(weight):
+    return (weight > 0) | (weight != weight)  # NaN is packed, to be seen in the score
+
+
+@triton.jit
 def _count_rows_kernel(weight_ptr, count_ptr, rows, BLOCK_J: tl.constexpr):
     """count[n + 1] = rows of positive weight of text n; count[0] = 0."""
     n = tl.program_id(0)
     offs_j = tl.arange(0, BLOCK_J)
     weight = tl.load(weight_ptr + n.to(tl.int64) * rows + offs_j, mask=offs_j < rows, other=0.0)
-    tl.store(count_ptr + n + 1, tl.sum((weight > 0).to(tl.int32), 0))
+    tl.store(count_ptr + n + 1, tl.sum(_counts(weight).to(tl.int32), 0))
     if n == 0:
         tl.store(count_ptr, 0)
 
@@ -44,7 +49,7 @@ def _pack_rows_kernel(
     for first in range(0, rows, BLOCK_J):
         offs_j = first + tl.arange(0, BLOCK_J)
         row = n.to(tl.int64) * rows + offs_j
-        real = tl.load(weight_ptr + row, mask=offs_j < rows, other=0.0) > 0
+        real = _counts(tl.load(weight_ptr + row, mask=offs_j < rows, other=0.0))
         to = (base + tl.cumsum(real.to(tl.int32), 0) - 1).to(tl.int64)
         tl.store(index_ptr + to, row.to(tl.int32), mask=real)
         tl.store(text_ptr + to, n, mask=real)

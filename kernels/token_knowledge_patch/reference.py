@@ -71,6 +71,7 @@ class Spec:
     images: int
     patches: int
     width: int  # numbers of the widest temporary of one row and image: patches, or D for contexts
+    is_tracked: bool  # a backward pass may come
 
 
 @dataclass
@@ -130,7 +131,7 @@ def _pool(s: Tensor, patch_MPD: Tensor, spec: Spec, tile: Tile, alpha: Tensor):
         if spec.patch_mask is not None:
             s = s.masked_fill(~spec.patch_mask[tile.images], -2.0)  # below any cosine
         r, where = s.max(-1)  # documented to return the first of equal maxima
-        r = torch.where(r > -1.5, r, torch.zeros_like(r))
+        r = torch.where(r < -1.5, torch.zeros_like(r), r)  # NaN stays NaN
         return r, (where, r)
     e = _softmax_terms(s, spec, tile, alpha)
     total = e.sum(-1)
@@ -154,7 +155,8 @@ def _aggregate(r: Tensor, weight: Tensor, seg: Tensor, texts: int, spec: Spec, g
     top.scatter_reduce_(0, seg[:, None].expand_as(x), x, "amax")
     top = torch.where(top > -torch.inf, top, torch.zeros_like(top))
     out.index_add_(0, seg, weight[:, None] * torch.exp(x - top[seg]))
-    return torch.where(out > 0, (top + torch.log(out)) / gamma, torch.zeros_like(out))
+    # 0 where no row weighs anything; NaN stays NaN
+    return torch.where(out == 0, torch.zeros_like(out), (top + torch.log(out)) / gamma)
 
 
 def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):
@@ -181,13 +183,14 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
     s, total, r = tile.kept
     e = _softmax_terms(s, spec, tile, alpha)
     if spec.pooling == "attention":
-        g_total = g / total
+        # g over the total, up to P e^75, would leave float32 at either end
+        e.div_(total[..., None])
         d_alpha = None
         if wants_alpha:
             # centred: the mean of squares less the square of the mean would lose two digits
             spread = (s - r[..., None]).square_().mul_(e).sum(-1)
-            d_alpha = (g_total * spread).sum(dtype=torch.float64)
-        ds = torch.addcmul((g_total * (1 - alpha * r))[..., None], s, (g_total * alpha)[..., None])
+            d_alpha = (g * spread).sum(dtype=torch.float64)
+        ds = torch.addcmul((g * (1 - alpha * r))[..., None], s, (g * alpha)[..., None])
         return ds.mul_(e), d_alpha, None
     a = e.div_(total[..., None])
     context = _contexts(a, v)  # [m, R, D]
@@ -198,7 +201,11 @@ def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
     y = torch.bmm(context, v.mT).transpose(0, 1)
     dl = (s - pull * y).div_(rho[..., None]).sub_(((1 - free) * r)[..., None])
     dl.mul_(a).mul_(g[..., None])
-    d_alpha = (dl * s).sum(dtype=torch.float64) if wants_alpha else None
+    d_alpha = None
+    if wants_alpha:
+        # centred: dl of a row sums to 0, so its mean similarity may go, which nearly all of s is
+        # where patches are alike
+        d_alpha = (dl * (s - (r * rho)[..., None])).sum(dtype=torch.float64)
     k = a * (-g * free * r / rho.square())[..., None]
     d_patch = torch.bmm(k.permute(1, 2, 0), context)  # [m, P, D]
     return dl.mul_(alpha).add_(a.mul_((g / rho)[..., None])), d_alpha, d_patch
@@ -218,7 +225,7 @@ class _PairScores(torch.autograd.Function):
         pairs = rows_RD.shape[0] * spec.images
         # an int64 argmax and r, or similarities with two statistics of each row
         stored = pairs * (8 // element + 1) if spec.pooling == "max" else pairs * (spec.patches + 2)
-        keep = any(ctx.needs_input_grad) and stored <= budget // 2
+        keep = spec.is_tracked and stored <= budget // 2
         scores = rows_RD.new_zeros((spec.images, len(spec.bounds) - 1))
         tiles = []
         # a tile has up to eight temporaries of its own size: a quarter of the budget
@@ -304,7 +311,7 @@ def pair_scores(
     rows_RD, weight_R = rows_NJD.reshape(-1, dim), weight_NJ.reshape(-1)
     on_cpu = rows_NJD.device.type == "cpu"
     if on_cpu:
-        real = weight_R.detach() > 0
+        real = ~(weight_R.detach() <= 0)  # a weight of NaN is to be seen in the score
         lengths = real.view(texts, rows_a_text).sum(1)
         bounds = [0, *torch.cumsum(lengths, 0).tolist()]
         index = real.nonzero()[:, 0]
@@ -318,7 +325,12 @@ def pair_scores(
     # reading a scale on the GPU would synchronise, so there the maximum is always subtracted
     shift = not on_cpu or float(alpha.detach()) > UNSHIFTED_SCALE
     width = max(patches, dim) if pooling == "context" else patches
+    # asked here: inside a Function gradients are off, and of a leaf needs_input_grad is true even
+    # under no_grad
+    made = (rows_RD, weight_R, patch_MPD, alpha, gamma)
+    is_tracked = torch.is_grad_enabled() and any(x.requires_grad for x in made)
     spec = Spec(
-        pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches, width
-    )
+        pooling, aggregation, shift, bounds, text_of_row, patch_mask_MP, images, patches, width,
+        is_tracked,
+    )  # fmt: skip
     return _PairScores.apply(rows_RD, weight_R, patch_MPD, alpha, gamma, spec)

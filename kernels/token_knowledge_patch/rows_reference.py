@@ -51,6 +51,22 @@ def unit_rows(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     return _UnitRows.apply(x, mask, dtype)
 
 
+class _Products(torch.autograd.Function):
+    """torch.bmm, whose own backward pass would multiply in bfloat16 under autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, b)
+
+    @staticmethod
+    @no_second_derivative
+    def backward(ctx: Any, grad: Tensor):
+        a, b = ctx.saved_tensors
+        for_a = torch.bmm(grad, b.mT) if ctx.needs_input_grad[0] else None
+        return for_a, torch.bmm(a.mT, grad) if ctx.needs_input_grad[1] else None
+
+
 def row_weights(
     tokens_NTD: Tensor,
     knowledge_NKD: Tensor | None,
@@ -68,20 +84,24 @@ def row_weights(
 
     def positive(weights: Tensor | None, like: Tensor) -> Tensor:
         if weights is None:
-            return torch.ones(like.shape[:2], dtype=dtype, device=like.device)
-        return torch.where(weights > 0, weights.to(dtype), zero)
+            return torch.ones(like.shape[:2], dtype=torch.float64, device=like.device)
+        # NaN, found on a CPU alone, stays NaN
+        return torch.where(weights <= 0, 0.0, weights.double())
 
     def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
-        # in float64 the order of the sum, which a batch or a layout may change, is rounded away
-        total = weights.sum(1, keepdim=True, dtype=torch.float64).to(dtype)
-        return weights / torch.where(total > 0, total, zero + 1), total.detach() > 0
+        # in float64 the order of the sum, which a batch or a layout may change, is rounded away, no
+        # sum of float32 leaves its range, and the two parts of a weight's gradient, which nearly
+        # cancel, are rounded once they are added
+        total = weights.sum(1, keepdim=True)
+        is_empty = total.detach() == 0
+        return (weights / torch.where(is_empty, 1.0, total)).to(dtype), ~is_empty
 
     u_NT, has_tokens = shares(positive(token_weights_NT, tokens_NTD))
     if knowledge_NKD is None:
         return u_NT
     s_NK = positive(knowledge_weights_NK, knowledge_NKD)
     if knowledge_mask_NK is not None:
-        s_NK = torch.where(knowledge_mask_NK, s_NK, zero)
+        s_NK = torch.where(knowledge_mask_NK, s_NK, 0.0)
     s_NK, has_entities = shares(s_NK)
     share = torch.where(has_tokens, torch.where(has_entities, zero + knowledge_share, zero), 1)
     return torch.cat([(1 - share) * u_NT, share * s_NK], 1)
@@ -118,9 +138,9 @@ def prepare_rows(
     if knowledge_NKD is None:
         return token_NTD, weight
     entity_NKD = unit_rows(knowledge_NKD, knowledge_mask_NK, dtype)
-    logits_NTK = torch.bmm(token_NTD, entity_NKD.mT) * knowledge_scale
+    logits_NTK = _Products.apply(token_NTD, entity_NKD.mT) * knowledge_scale
     if knowledge_mask_NK is not None:
         logits_NTK = logits_NTK.masked_fill(~knowledge_mask_NK[:, None], torch.finfo(dtype).min)
     # a text without entities has zero entity rows, so its uniform softmax adds exactly nothing
-    enriched = token_NTD + knowledge_gain * torch.bmm(logits_NTK.softmax(-1), entity_NKD)
+    enriched = token_NTD + knowledge_gain * _Products.apply(logits_NTK.softmax(-1), entity_NKD)
     return torch.cat([unit_rows(enriched, token_mask, dtype), entity_NKD], 1), weight

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mlip.kernels.token_knowledge_patch.forward_triton_kernels import MASKED
+from mlip.kernels.token_knowledge_patch.forward_triton_kernels import BROKEN, MASKED
 from mlip.kernels.token_knowledge_patch.tiling import block_dim, padded_patches
 
 NORM_FLOOR = tl.constexpr(1e-6)
@@ -72,16 +72,16 @@ def _patches_fwd_kernel(
     if HAS_MASK:
         real = real & (tl.load(mask_ptr + m * patches + offs_p, mask=real, other=0) != 0)
     in_d = offs_d < DIM
-    x = tl.load(
-        _place(x_ptr + m * stride_xm, offs_p, offs_d, stride_xp, stride_xd),
-        mask=real[:, None] & in_d[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    x = _load_strided(x_ptr, m, offs_p, real, stride_xm, stride_xp, stride_xd, DIM, BLOCK_D)
     unit, _ = _unit(x)
+    total = tl.sum(unit, 1)
+    is_whole = total == total  # no NaN
+    unit = tl.where(is_whole[:, None], unit, 0.0)
     inside = offs_p < P_PAD
     out = v_ptr + m * (P_PAD * DIM) + offs_p[:, None] * DIM + offs_d[None, :]
     tl.store(out, unit.to(v_ptr.dtype.element_ty), mask=inside[:, None] & in_d[None, :])
-    tl.store(bias_ptr + m * P_PAD + offs_p, tl.where(real, 0.0, MASKED), mask=inside)
+    bias = tl.where(is_whole, tl.where(real, 0.0, MASKED), BROKEN)
+    tl.store(bias_ptr + m * P_PAD + offs_p, bias, mask=inside)
 
 
 @triton.jit
@@ -263,9 +263,9 @@ def _patch_keywords(dim: int, mask: Tensor | None) -> dict[str, object]:
 
 
 def patches_fwd(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(v [M, P_PAD, D] in dtype, unit or zero; bias [M, P_PAD], 0 or MASKED) of patches [M, P, D].
+    """(v [M, P_PAD, D] in dtype, unit or zero; bias [M, P_PAD]) of patches [M, P, D].
 
-    mask [M, P] bool or None; any strides of x
+    mask [M, P] bool or None; any strides of x; a patch's bias is 0, MASKED, or BROKEN by NaN
     """
     images, patches, dim = x.shape
     padded = padded_patches(patches)

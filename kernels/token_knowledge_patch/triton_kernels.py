@@ -282,12 +282,14 @@ class _TwoPasses:
         inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
         made = [stat, self.g, self.h]
         by_row, by_patch = _pair_bwd_rows_kernel, _pair_bwd_patches_kernel
+        for_rows: list[Tensor] = []
         if p.pooling == "context":
             self._turn(span, r, [*inputs, r, *made])
             made.append(self._turned)
             by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
+            for_rows.append(r)  # by now the mean similarities: a context's r is never kept
         by_row[grid](
-            rows, index, *inputs, *made, d_rows, alpha, *row_sizes,
+            rows, index, *inputs, *made, *for_rows, d_rows, alpha, *row_sizes,
             WANT_ALPHA=self._want_alpha, **pair_keywords(p), **self._by_rows.keywords(),
         )  # fmt: skip
         by_patch[patch_grid](
@@ -296,7 +298,7 @@ class _TwoPasses:
         return alpha.sum()
 
     def _turn(self, span: tuple[int, int], r: Tensor, inputs: list[Tensor]) -> None:
-        """A context's t of a chunk's rows."""
+        """A context's t of a chunk's rows; overwrites r and g."""
         p, capacity = self._p, (span[1] - span[0]) * self._p.rows_a_text
         blocks = triton.cdiv(capacity, self._turning.block_r)
         shares = min(p.images, triton.cdiv(4 * self._processors, blocks))

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.kernels.token_knowledge_patch import token_knowledge_patch_loss
+from mlip.kernels.token_knowledge_patch import (
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
 
 SCALES = ("attention_scale", "knowledge_scale", "knowledge_gain", "aggregation_scale")
 
@@ -230,12 +233,72 @@ def scaled_half_gradients(impl: str, scale: float) -> tuple[dict[str, Tensor], d
     return results[0], results[1]
 
 
+def nearly_collapsed() -> list[Tensor]:
+    """Float32 unit rows of images and of texts [32, 64] whose cosines are all within 3 % of 1."""
+    g = torch.Generator().manual_seed(0)
+    base = F.normalize(torch.randn(1, 64, generator=g), dim=-1)
+    return [F.normalize(base + torch.randn(32, 64, generator=g) / 80, dim=-1) for _ in "xy"]
+
+
+def assert_broken_inputs_show(impl: str, device: str, pooling: str, aggregation: str) -> None:
+    """NaN or Inf in one real row makes NaN of the scores that need it, and of no other.
+
+    A trainer skips a step whose loss is not finite: a finite one would train on the rest.
+    """
+    inputs = make_inputs(2, 2, 20, 5, 2, 16, seed=17)
+    inputs["patch_mask"][:, 7:9] = False
+    inputs["patch_mask"][:, 3] = True
+    inputs["token_weights"][:, 0] = 1.0
+    inputs["knowledge_mask"][1] = True
+    # of the larger scale a row's maximum is subtracted
+    alpha = 80.0 if aggregation == "mean" else 10.0
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation}
+    options["attention_scale"] = alpha
+    for name in ("patches", "tokens", "knowledge"):
+        for bad in (math.nan, -math.inf):
+            made = {
+                k: v.float().to(device) if v.is_floating_point() else v.to(device)
+                for k, v in inputs.items()
+            }
+            made[name][1, {"patches": 3, "tokens": 0, "knowledge": 1}[name], 2] = bad
+            value = token_knowledge_patch_scores(**made, impl=impl, **options)
+            broken = torch.zeros(2, 2, dtype=torch.bool)
+            broken[(1, ...) if name == "patches" else (..., 1)] = True
+            assert torch.equal(value.isnan().cpu(), broken), (name, bad, value)
+            made = {k: v.requires_grad_() if v.is_floating_point() else v for k, v in made.items()}
+            loss = token_knowledge_patch_loss(**made, logit_scale=10.0, impl=impl, **options)
+            assert loss.isnan() and gradients(loss, made)[name].isnan().any(), (name, bad)
+
+
+def assert_broken_weights_show(impl: str, device: str, aggregation: str, bad: float) -> None:
+    """A weight of NaN or Inf makes NaN of its text's scores, and of the loss."""
+    inputs = make_inputs(2, 3, 20, 5, 2, 16, seed=17)
+    inputs["patch_mask"][-1, 0] = True
+    inputs = {
+        k: v.float().to(device) if v.is_floating_point() else v.to(device)
+        for k, v in inputs.items()
+    }
+    options: dict[str, Any] = {"impl": impl, "aggregation": aggregation}
+    for name in ("token_weights", "knowledge_weights"):
+        broken = inputs | {name: inputs[name].clone()}
+        broken[name][0, 1] = bad
+        value = token_knowledge_patch_scores(**broken, **options)
+        assert value[:, 0].isnan().all() and not value[:, 1:].isnan().any(), (name, value)
+        square = {k: v if k in ("patches", "patch_mask") else v[:2] for k, v in broken.items()}
+        assert token_knowledge_patch_loss(**square, logit_scale=10.0, **options).isnan(), name
+
+
 # below, at, between, and above the bounds where a kernel takes another way
 LEARNED_SCALES = (0.5, 1.0, 10.0, 40.0, 41.0, 75.0, 76.0, 200.0)
 
 
 def learned_scale_errors(
-    alpha: float, features: torch.dtype, device: str, dim: int, patches: int
+    alpha: float,
+    features: torch.dtype,
+    device: str,
+    dim: int,
+    patches: int,
+    pooling: str = "attention",
 ) -> dict[str, float]:
     """Relative errors of the loss and all gradients with a learned attention scale, by Triton.
 
@@ -257,7 +320,7 @@ def learned_scale_errors(
         scale = torch.tensor(alpha, dtype=wide, device=device, requires_grad=True)
         loss = token_knowledge_patch_loss(
             **inputs, token_weights=weights.to(device, wide), attention_scale=scale,
-            logit_scale=20.0, impl=impl,
+            logit_scale=20.0, pooling=pooling, impl=impl,
         )  # fmt: skip
         inputs["attention_scale"] = scale
         results.append({"loss": loss.detach(), **gradients(loss, inputs)})

@@ -20,6 +20,8 @@ from mlip.kernels.token_knowledge_patch import (
 from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu, trainable
 from tests.kernels.oracle import (
     LEARNED_SCALES,
+    assert_broken_inputs_show,
+    assert_broken_weights_show,
     gradients,
     learned_scale_errors,
     leaves,
@@ -117,12 +119,30 @@ def test_any_attention_scale_is_exact(alpha: float, as_tensor: bool) -> None:
 
 @pytest.mark.parametrize("alpha", LEARNED_SCALES)
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
-def test_a_learned_attention_scale_is_exact_on_every_way(alpha: float, features) -> None:
-    errors = learned_scale_errors(alpha, features, "cuda", 128, 196)
+@pytest.mark.parametrize("pooling", ["attention", "context"])
+def test_a_learned_attention_scale_is_exact_on_every_way(
+    alpha: float, features, pooling: str
+) -> None:
+    errors = learned_scale_errors(alpha, features, "cuda", 128, 196, pooling)
     # rounding to bfloat16 moves a softmax logit by up to alpha 2^-9: 0.4 at 200
     narrow = 1.5e-2 if alpha <= 100 else 2.5e-2
+    if pooling == "context":  # whose weights are rounded too
+        narrow = max(narrow, alpha * 2**-9)
     most = max(1e-5, alpha * 2**-20) if features == torch.float32 else narrow
     assert all(error <= most for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
+    """A chip's maximum passes NaN over, the interpreter's does not."""
+    assert_broken_inputs_show("triton", "cuda", pooling, aggregation)
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_weight_that_is_not_a_number_shows_in_the_score(impl: str) -> None:
+    for bad in (torch.nan, torch.inf):
+        assert_broken_weights_show(impl, "cuda", "mean", bad)
 
 
 def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:

@@ -124,12 +124,45 @@ def _work(rank: int, folder: Path) -> None:
     text = torch.nn.functional.normalize(_inputs()["tokens"][:, 0], dim=-1)[3 * rank : 3 * rank + 3]
     clip = ClipLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
     results["clip"] = clip(unit, text, 14.3).item()
+    results["clip logits"] = [_by_logits(local_loss, rank, unit, text) for local_loss in (0, 1)]
     try:
         gather_rows(torch.zeros(2, 3 + rank), dist.group.WORLD)
         results["ragged"] = "accepted"
     except ValueError as error:
         results["ragged"] = str(error)
+    results["some ranks"] = [_on_some_ranks(name, rank) for name in OPTIONAL]
+    results["no pair"] = _without_pairs(rank)
     save_result(results, rank, folder)
+
+
+def _by_logits(local_loss: int, rank: int, image: Tensor, text: Tensor) -> float:
+    clip = ClipLoss(bool(local_loss), gather_with_grad=True, rank=rank, world_size=WORLD)
+    logits = clip.get_logits(image, text, 14.3)
+    labels = clip.get_ground_truth(image.device, len(logits[0]))
+    return sum(torch.nn.functional.cross_entropy(side, labels).item() for side in logits) / 2
+
+
+OPTIONAL = ("pair_ids", "patch_mask", "token_weights")
+
+
+def _on_some_ranks(name: str, rank: int) -> str:
+    made = {k: v[3 * rank : 3 * rank + 3] for k, v in _inputs().items()}
+    made = {k: v for k, v in made.items() if k in (*OPTIONAL, "patches", "tokens")}
+    if rank == 1:
+        del made[name]
+    try:
+        token_knowledge_patch_loss(**made, logit_scale=10.0, group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def _without_pairs(rank: int) -> Tensor:
+    rows = slice(0, 6 * (1 - rank))
+    image, text = (
+        torch.nn.functional.normalize(_inputs()[k][rows, 0], dim=-1) for k in ("patches", "tokens")
+    )
+    return info_nce_loss(image, text, 14.3, group=dist.group.WORLD)
 
 
 @pytest.fixture(scope="module")
@@ -175,11 +208,32 @@ def test_clip_loss_over_ranks_is_the_loss_of_the_whole_batch(ranks: list[dict[st
     )
     want = info_nce_loss(image, text, 14.3).item()
     assert [part["clip"] for part in ranks] == pytest.approx([want, want], rel=1e-12)
+    whole, own = zip(*(part["clip logits"] for part in ranks), strict=True)
+    assert whole == pytest.approx([want, want], rel=1e-12)
+    assert sum(own) / WORLD == pytest.approx(want, rel=1e-12)
 
 
 def test_ranks_with_different_lengths_are_told_to_pad(ranks: list[dict[str, Any]]) -> None:
     for part in ranks:
         assert "pad tokens and entities to a fixed length" in part["ragged"]
+
+
+def test_masks_and_ids_on_some_ranks_alone_are_refused(ranks: list[dict[str, Any]]) -> None:
+    words = ("pair_ids", "image_valid", "text_valid")  # a loss makes the latter two of its masks
+    for part in ranks:
+        for word, message in zip(words, part["some ranks"], strict=True):
+            assert f"expected {word}" in message and "on every rank or on none" in message
+
+
+def test_a_rank_may_have_no_pair_in_info_nce_alone(ranks: list[dict[str, Any]]) -> None:
+    image, text = (
+        torch.nn.functional.normalize(_inputs()[k][:, 0], dim=-1) for k in ("patches", "tokens")
+    )
+    want = info_nce_loss(image, text, 14.3).item()
+    assert [part["no pair"].item() for part in ranks] == pytest.approx([want, want], rel=1e-12)
+    none = torch.zeros(0, 3, 8)
+    with pytest.raises(ValueError, match="skip the loss of an empty batch"):
+        token_knowledge_patch_loss(none, none, logit_scale=1.0)
 
 
 def test_a_group_needs_torch_distributed() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.harness import peak_bytes
 from mlip.kernels import _chip, _contrastive
 from mlip.kernels.info_nce import ClipLoss, info_nce_loss, info_nce_views_loss, op
-from tests.kernels.oracle import contrastive, relative_error
+from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
+from tests.kernels.oracle import contrastive, nearly_collapsed, relative_error
 
 MACHINE = 1e-12
 
@@ -72,6 +73,15 @@ def test_a_second_derivative_is_refused_and_a_first_one_with_its_graph_is_not(
         torch.autograd.grad(grad.square().sum(), [image])
 
 
+def test_backward_under_autocast_gives_the_gradients_of_backward_without() -> None:
+    found = []
+    for is_on in (False, True):
+        leaves = [unit(7, 5, seed, torch.float32).requires_grad_() for seed in (0, 1)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            found.append(torch.autograd.grad(info_nce_loss(*leaves, 10.0), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_no_view_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one image view"):
         info_nce_views_loss([], [unit(2, 5, 0)], 1.0)
@@ -105,6 +115,22 @@ def test_a_confident_batch_keeps_its_gradient_in_float32(noise: float) -> None:
     assert 0 < want[0].item() < 1e-8
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("of_scores", [False, True])
+def test_a_scale_keeps_its_digits_where_a_batch_has_nearly_collapsed(of_scores: bool) -> None:
+    """All cosines are near 1. Oracle: float64."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        image, text = (x.to(dtype) for x in nearly_collapsed())
+        scale = torch.tensor(14.0, dtype=dtype, requires_grad=True)
+        loss = (
+            contrastive_loss_from_scores(image @ text.T, logit_scale=scale)
+            if of_scores
+            else info_nce_loss(image, text, scale, impl="torch")
+        )
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert abs(found[0] / found[1] - 1.0) <= 1e-4, found
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +251,18 @@ def test_clip_loss_takes_open_clips_call() -> None:
     assert made["contrastive_loss"].item() == pytest.approx(want.item(), rel=1e-6)
     assert torch.autograd.grad(made["contrastive_loss"], [bias])[0].item() == 0.0
     assert loss(image, text, scale, logit_bias=-10.0).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_clip_loss_gives_the_logits_that_its_subclasses_ask_for() -> None:
+    image, text = unit(5, 8, 0), unit(5, 8, 1)
+    for local_loss in (False, True):
+        loss = ClipLoss(local_loss=local_loss)
+        of_images, of_texts = loss.get_logits(image, text, 14.3, -2.0)
+        assert torch.equal(of_images, 14.3 * image @ text.T - 2.0)
+        assert relative_error(of_texts, of_images.T) <= MACHINE
+        labels = loss.get_ground_truth(image.device, 5)
+        sides = F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)
+        assert float(sides / 2) == pytest.approx(loss(image, text, 14.3).item(), rel=1e-12)
 
 
 def test_clip_loss_refuses_what_it_cannot_honour() -> None:

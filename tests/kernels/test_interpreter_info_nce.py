@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.kernels import _chip
-from mlip.kernels._contrastive import Pairing, Statistics, finite, pull
+from mlip.kernels._contrastive import Pairing, Statistics, center, finite, pull
 from mlip.kernels.info_nce import info_nce_loss, op, reference
 from tests.kernels.interpreting import interpreted
-from tests.kernels.oracle import relative_error
+from tests.kernels.oracle import nearly_collapsed, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -114,6 +114,19 @@ def test_info_nce_keeps_the_gradient_of_a_confident_batch() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
+def test_a_scale_keeps_its_digits_where_a_batch_has_nearly_collapsed(features) -> None:
+    found = []
+    for dtype, impl in ((features, "triton"), (torch.float64, "torch")):
+        image, text = (x.to(features).to(dtype) for x in nearly_collapsed())
+        wide = torch.float64 if impl == "torch" else torch.float32
+        scale = torch.tensor(14.0, dtype=wide, requires_grad=True)
+        loss = info_nce_loss(image, text, scale, impl=impl)
+        found.append(float(torch.autograd.grad(loss, scale)[0]))
+    assert abs(found[0] / found[1] - 1.0) <= 1e-4, found
+
+
+@interpreted
 def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: one program. With three multiprocessors rows and columns are split over programs."""
     from mlip.kernels.info_nce import triton_kernels
@@ -154,11 +167,12 @@ def test_a_share_of_the_rows_gets_its_share_of_gradients(
     stats = Statistics(*reference.statistics(image, text, scale, whole))
     share = Pairing([offset, rows, count - offset - rows], offset, ids, None, None, None, weight)
     own = image[offset : offset + rows]
-    want = reference.gradients(own, text, scale, grad, stats, share, True)
+    middle = center(stats, share, scale)
+    want = reference.gradients(own, text, (scale, middle), grad, stats, share, True)
     pulls = pull(stats, share, rows)
     numbers = [stats.row_lse[offset : offset + rows], stats.column_lse]
     got = op._gradients(
-        own.to(features), text.to(features), scale.float(), grad.float(), ids,
+        own.to(features), text.to(features), scale.float(), middle.float(), grad.float(), ids,
         *(finite(x).float().contiguous() for x in numbers),
         *(x.float().contiguous() for x in pulls), offset, True,
     )  # fmt: skip

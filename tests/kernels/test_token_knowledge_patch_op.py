@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels.token_knowledge_patch import (
     TokenKnowledgePatchLoss,
     contrastive_loss_from_scores,
+    reference,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from mlip.kernels.token_knowledge_patch.rows_reference import row_weights
 from tests.kernels.oracle import (
     contrastive,
     gradients,
@@ -92,6 +93,21 @@ def test_a_batch_without_anchors_loses_nothing_and_moves_nothing() -> None:
     assert all(torch.count_nonzero(grad) == 0 for grad in gradients(value, made).values())
 
 
+@pytest.mark.parametrize("side", ["image_valid", "text_valid"])
+def test_nan_of_an_invalid_half_changes_neither_loss_nor_gradient(side: str) -> None:
+    valid = {side: torch.tensor([True, True, False, True])}
+    found = []
+    for hidden in (0.0, math.nan, math.inf):
+        s = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+        s[(2, ...) if side == "image_valid" else (..., 2)] = hidden
+        made = {"s": s.requires_grad_(), "scale": torch.tensor(5.0, requires_grad=True)}
+        value = contrastive_loss_from_scores(made["s"], logit_scale=made["scale"], **valid)
+        found.append([value, *gradients(value, made).values()])
+    assert found[0][0] > 0
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
 def test_equal_scores_lose_ln_of_the_batch() -> None:
     for count in (1, 2, 7):
         value = contrastive_loss_from_scores(torch.full((count, count), 0.3), logit_scale=50.0)
@@ -153,6 +169,21 @@ def test_autocast_does_not_lower_the_precision_of_float32_inputs() -> None:
     assert torch.equal(value, again)
 
 
+@pytest.mark.parametrize("budget", [2**29, 2**10])  # of the smaller one everything is made again
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+def test_backward_under_autocast_gives_the_gradients_of_backward_without(
+    pooling: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "MEMORY_BUDGET_BYTES", budget)
+    found = []
+    for is_on in (False, True):
+        made = leaves(square_inputs(11), torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            value = token_knowledge_patch_loss(**made, logit_scale=10.0, pooling=pooling)
+            found.append(gradients(value, made))
+    assert all(torch.equal(found[1][name], want) for name, want in found[0].items())
+
+
 def test_gradients_are_made_only_where_they_are_asked_for() -> None:
     inputs = square_inputs(13)
     full = leaves(inputs)
@@ -172,8 +203,6 @@ def _direction() -> float:
 
 
 def test_activation_checkpointing_and_double_use_give_the_same_gradient() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     made = leaves(square_inputs(15))
     plain = gradients(token_knowledge_patch_loss(**made, logit_scale=10.0), made)
 
@@ -196,6 +225,37 @@ def test_a_second_derivative_is_refused_and_never_wrong() -> None:
         torch.autograd.grad(grad.square().sum(), [made["tokens"]])
 
 
+def test_a_second_derivative_is_refused_by_way_of_the_incoming_gradient_too() -> None:
+    """As of the norm of a gradient by a loss's weight (GradNorm)."""
+    made = leaves(square_inputs(17))
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    total = weight * token_knowledge_patch_loss(**made, logit_scale=10.0)
+    total = total + weight * made["tokens"].square().sum()
+    (grad,) = torch.autograd.grad(total, [made["tokens"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.norm(), [weight])
+
+
+def test_a_graph_of_gradients_may_be_made_inside_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint gives every saved tensor once. Rows are made in checkpoints where they are
+    many."""
+    monkeypatch.setattr(reference, "MEMORY_BUDGET_BYTES", 2**10)
+    made = leaves(square_inputs(15))
+    names = ("patches", "tokens", "knowledge")
+    wanted = [made[name] for name in names]
+
+    def run(*features: Tensor) -> Tensor:
+        rest = made | dict(zip(names, features, strict=True))
+        return token_knowledge_patch_loss(**rest, logit_scale=10.0)
+
+    want = torch.autograd.grad(run(*wanted), wanted)
+    value = checkpoint(run, *wanted, use_reentrant=False)
+    got = torch.autograd.grad(value, wanted, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dim": ({"tokens": torch.zeros(5, 6, 9)}, "D=8 as patches have, got D=9"),
     "ndim": ({"tokens": torch.zeros(5, 8)}, "3 dimensions"),
@@ -204,6 +264,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "weights shape": ({"token_weights": torch.ones(5, 7)}, r"shape \[5, 6\], got \[5, 7\]"),
     "negative": ({"token_weights": -torch.ones(5, 6)}, "token_weights >= 0"),
     "nan weight": ({"knowledge_weights": torch.full((5, 3), math.nan)}, "knowledge_weights >= 0"),
+    "infinite": ({"token_weights": torch.full((5, 6), math.inf)}, "token_weights >= 0 and finite"),
     "integer mask": (
         {"token_weights": torch.ones(5, 6, dtype=torch.int64)},
         r"bool or in floating point, got torch.int64; .*mask.bool\(\)",
@@ -215,6 +276,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "share tensor": ({"knowledge_share": torch.tensor(0.5)}, r"\[0, 1\]"),
     "scale": ({"attention_scale": -1.0}, "attention_scale finite and at least 0"),
     "gamma": ({"aggregation_scale": 0.0}, "aggregation_scale finite and greater than 0"),
+    "small gamma": (
+        {"aggregation_scale": 0.01, "aggregation": "lse"},
+        'aggregation_scale of "lse" at least 0.02',
+    ),
     "scale shape": ({"attention_scale": torch.ones(2)}, "0-dim tensor"),
     "impl": ({"impl": "cuda"}, 'impl "auto", "triton" or "torch"'),
     "knowledge": ({"knowledge": None}, "expected knowledge beside"),
@@ -254,15 +319,21 @@ def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggreg
     assert set(module(**inputs, output_dict=True)) == {"contrastive_loss"}
 
 
-def test_a_text_weighs_the_same_whatever_its_batch_and_its_layout() -> None:
-    """A sum of float32 weights in another order is another sum, and with it every score."""
-    generator = torch.Generator().manual_seed(0)
-    weights, tokens = torch.rand(256, 112, generator=generator), torch.zeros(256, 112, 1)
-    made = row_weights(tokens, None, weights, None, None, 0.0, torch.float32)
-    turned = weights.T.contiguous().T
-    assert torch.equal(row_weights(tokens, None, turned, None, None, 0.0, torch.float32), made)
-    alone = row_weights(tokens[:1], None, turned[:1], None, None, 0.0, torch.float32)
-    assert torch.equal(alone, made[:1])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"knowledge_share": 2.0}, r"\[0, 1\]"),
+        ({"knowledge_gain": math.inf}, "knowledge_gain finite"),
+        ({"impl": "fast"}, "expected impl"),
+        ({"pooling": "sum"}, "pooling one of"),
+        ({"aggregation": "lse", "aggregation_scale": 0.01}, "at least 0.02"),
+    ],
+)
+def test_a_wrong_option_is_named_where_the_module_is_made(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        TokenKnowledgePatchLoss(**change)
 
 
 @pytest.mark.parametrize("entities", [None, 0])
@@ -275,11 +346,26 @@ def test_without_entities_every_learned_scale_still_has_a_gradient(entities: int
     assert module.log_knowledge_scale.grad == 0.0
 
 
+def test_entities_of_a_batch_without_any_still_get_a_gradient() -> None:
+    """Of a projection of entities, DistributedDataParallel waits for it."""
+    made = {n: torch.randn(3, k, 8, requires_grad=True) for n, k in (("patches", 5), ("tokens", 4))}
+    made["knowledge"] = torch.zeros(3, 0, 8, requires_grad=True)
+    made["knowledge_weights"] = torch.zeros(3, 0, requires_grad=True)
+    token_knowledge_patch_loss(**made, logit_scale=10.0).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in made.values())
+
+
 def test_clamping_stops_the_logit_scale_at_100() -> None:
     module = TokenKnowledgePatchLoss(logit_scale=5000.0, attention_scale=10.0)
     module.clamp_scales_()
     assert module.log_logit_scale.exp().item() == pytest.approx(100.0, rel=1e-6)
     assert module.log_attention_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
-    fixed = TokenKnowledgePatchLoss(learn_scales=False)
+    soft = TokenKnowledgePatchLoss(aggregation="lse")
+    torch.nn.init.constant_(soft.log_aggregation_scale, -9.0)
+    soft.clamp_scales_()
+    assert soft.log_aggregation_scale.exp().item() == pytest.approx(0.02, rel=1e-6)
+    fixed = TokenKnowledgePatchLoss(learn_scales=False, logit_scale=150.0)
+    fixed.clamp_scales_()
+    assert fixed.log_logit_scale.exp().item() == pytest.approx(150.0, rel=1e-6)
     assert list(fixed.parameters()) == []
     assert "log_logit_scale" in fixed.state_dict()

@@ -13,6 +13,7 @@ from benchmarks.harness import peak_bytes
 from mlip.kernels.token_knowledge_patch import reference, token_knowledge_patch_scores
 from tests.kernels.oracle import (
     LAYOUTS,
+    assert_broken_inputs_show,
     gradients,
     laid_out,
     leaves,
@@ -103,6 +104,11 @@ def test_knowledge_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
+def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str) -> None:
+    assert_broken_inputs_show("torch", "cpu", pooling, aggregation)
+
+
+@pytest.mark.parametrize(("pooling", "aggregation"), VARIANTS)
 def test_what_a_mask_hides_is_never_read(pooling: str, aggregation: str) -> None:
     inputs = make_inputs(seed=5)
     clean, dirty = leaves(inputs), leaves(poisoned(inputs))
@@ -155,24 +161,6 @@ def test_rows_of_any_finite_length_are_normalised_and_zero_rows_have_no_gradient
     assert torch.isfinite(grad).all()
     assert torch.count_nonzero(grad[0, 2:]) == 0
     assert torch.count_nonzero(grad[0, 0]) == 8
-
-
-@pytest.mark.parametrize("alpha", [0.0, 1e-3, 74.0, 76.0, 200.0])
-@pytest.mark.parametrize("pooling", ["attention", "context"])
-def test_float32_stays_within_1e_5_of_float64_at_any_attention_scale(
-    alpha: float, pooling: str
-) -> None:
-    inputs = make_inputs(4, 5, 33, 9, 3, 32, seed=11)
-    options: dict[str, Any] = {"pooling": pooling, "attention_scale": alpha}
-    truth_leaves, made = leaves(inputs), leaves(inputs, torch.float32)
-    truth = token_knowledge_patch_scores(**truth_leaves, **options)
-    value = token_knowledge_patch_scores(**made, **options)
-    assert value.dtype == torch.float32
-    assert relative_error(value, truth) <= 1e-5
-    want, got = gradients(truth, truth_leaves), gradients(value, made)
-    for name in want:
-        # rounding the logit alpha * s to float32 alone moves a softmax weight by alpha * 2^-24
-        assert relative_error(got[name], want[name]) <= max(1e-5, alpha * 2**-23), name
 
 
 @pytest.mark.parametrize("gamma", [0.1, 50.0])
@@ -342,19 +330,19 @@ def test_extra_memory_of_forward_and_backward_stays_below_the_budget(
         assert (extra > 2**25) == (budget == 2**26), extra  # the similarities were kept, or not
 
 
-def test_a_scale_whose_similarities_are_nearly_equal_keeps_its_digits_in_float32() -> None:
-    # the gradient is a variance: a mean of squares less the square of the mean would lose them all
-    inputs = make_inputs(seed=5)
-    generator = torch.Generator().manual_seed(5)
-    base = torch.randn(inputs["patches"].shape[-1], generator=generator, dtype=torch.float64)
-    for name in ("patches", "tokens", "knowledge"):
-        noise = torch.randn(inputs[name].shape, generator=generator, dtype=torch.float64)
-        inputs[name] = base + 0.1 * noise
-    found = []
-    for dtype in (torch.float64, torch.float32):
-        alpha = torch.tensor(10.0, dtype=dtype, requires_grad=True)
-        cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
-        token_knowledge_patch_scores(**cast, attention_scale=alpha).sum().backward()
-        assert alpha.grad is not None
-        found.append(float(alpha.grad))
-    assert abs(found[1] / found[0] - 1.0) <= 1e-5
+def test_nothing_is_kept_where_no_gradient_will_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a leaf autograd says that it needs a gradient, under no_grad too."""
+    monkeypatch.setattr(reference, "CPU_TILE_ELEMENTS", 2**14)
+    inputs = make_inputs(24, 24, 49, 16, 0, 16, masks=False)
+    inputs = {k: v.float() for k, v in inputs.items()}
+    scale = torch.nn.Parameter(torch.tensor(10.0))
+
+    def memory(alpha: float | Tensor) -> int:
+        run = token_knowledge_patch_scores
+        return peak_bytes(lambda: run(**inputs, attention_scale=alpha), "cpu")
+
+    with torch.no_grad():
+        assert memory(scale) <= memory(10.0) + 4096
+    assert memory(scale) > 1.5 * memory(10.0)

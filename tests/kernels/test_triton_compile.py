@@ -177,6 +177,7 @@ MOST_INSTRUCTIONS = {
     ("attention", "backward_patches"): 10.6,
     ("max", "forward"): 7.5,
     ("max", "backward_patches"): 9.6,
+    ("context", "backward_rows"): 18.6,
 }
 
 
