@@ -89,6 +89,16 @@ def test_labels_of_which_none_names_a_concept_are_said_at_the_start(
     assert "K35" not in caplog.text
 
 
+def test_a_finding_stated_in_two_ways_stops_the_run_before_it_trains(tmp_path: Path) -> None:
+    """It ended the evaluation, when the training was over."""
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    config = settings(tmp_path, texts, labels="pleural effusion")
+    columns = dataclasses.replace(config.transfer.columns, negative=config.data.columns.labels)
+    transfer = dataclasses.replace(config.transfer, columns=columns)
+    with pytest.raises(ManifestError, match="states 'pleural effusion' in two of"):
+        open_corpus(dataclasses.replace(config, transfer=transfer))
+
+
 def test_boxes_of_the_evaluated_images_are_tried_and_boxes_of_others_refused(
     tmp_path: Path,
 ) -> None:

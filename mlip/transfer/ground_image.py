@@ -42,7 +42,7 @@ class Answer:
     point: tuple[float, float]
     width_px: int
     height_px: int
-    highest: float
+    highest: float  # of the patches that see the file, as the mean and the parts' maps
     mean: float
     mentions: tuple[tuple[str, str], ...]  # concept name, state
     parts: tuple[Part, ...] = ()  # where asked for: each word, then each linked concept
@@ -82,10 +82,13 @@ def ground_image(
     mentions = tuple(
         dict.fromkeys((opened.table[m.concept_id].name, _state(m.state)) for m in linked)
     )
+    seen = np.isfinite(of_file).astype(np.float32)
+    sees = cv2.resize(seen, features.grid[::-1], interpolation=cv2.INTER_AREA).reshape(-1) > 0
+    heat = heat[sees]
     return Answer(
         *(point, grey.shape[1], grey.shape[0], float(heat.max()), float(heat.mean())),
         mentions,
-        parts,
+        tuple(Part(p.name, p.heat[sees]) for p in parts),
     )
 
 

@@ -44,6 +44,9 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     load_boxes(config, manifest, drawn[:_SIZED_ROWS])
     if manifest.label_column is not None and phantom_meta(manifest) is None:
         names = label_names(manifest, chosen)
+        # thresholds are chosen on val; a finding stated in two ways is refused
+        for looked_at in (chosen, manifest.rows("val", with_report=False)):
+            annotations.states(looked_at, names)
         if names and not lexicon_prompts(names, linker, table)[0]:
             logger.warning(
                 "none of the %d labels of split %s (data.columns.labels) names a concept of the "

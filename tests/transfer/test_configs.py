@@ -316,6 +316,26 @@ def test_the_published_list_of_5x200_is_scored_from_raw_files(
         assert 0.0 <= zero_shot["macro"][head]["value"] <= 1.0
 
 
+def test_images_without_the_finding_count_in_zero_shot(
+    prepared: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    """RSNA's Target 0 stands in the negative column: without those images nothing is scored."""
+    command = [
+        *("evaluate", *SMALL, "data.max_tokens=64", f"checkpoint={checkpoint}"),
+        f"data.manifest={prepared('rsna_pneumonia')}",
+        "data.columns={labels: labels, image_id: image_id, view: view, sha256: sha256}",
+    ]
+    columns = "transfer.columns={uncertain: uncertain, negative: negative}"
+    found = {}
+    for name, more in (("stated", [columns]), ("labels alone", [])):
+        assert main([*command, *more, "--out", str(tmp_path / name)]) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))
+        (found[name],) = results["zero_shot"]["findings"]
+    assert (found["stated"]["positives"], found["stated"]["n"]) == (2, 3)
+    assert found["stated"]["global"]["value"] is not None
+    assert (found["labels alone"]["positives"], found["labels alone"]["n"]) == (2, 2)
+
+
 def test_every_config_is_run_here() -> None:
     run = {*ROWS, "chexpert_zero_shot"} | {
         *("phantom_classification", "phantom_segmentation", "phantom_detection"),

@@ -168,5 +168,9 @@ def test_the_black_beside_a_narrow_film_is_never_pointed_at(
     one_hot_patch(monkeypatch, *cell)
     path = tmp_path / "film.png"
     cv2.imwrite(str(path), np.full(size, 90, np.uint8))
-    x, y, _ = ground(path, tmp_path / "map.png", capsys)
+    command = ["ground", str(path), "left pleural effusion", "--checkpoint", str(small_export())]
+    assert main([*command, "--out", str(tmp_path / "map.png")]) == 0
+    said = capsys.readouterr().out
+    x, y = (float(v) for v in re.findall(r"[xy]=(-?\d+)", said)[:2])
     assert 0 <= x < size[1] and 0 <= y < size[0]
+    assert "best patch +0.000, mean +0.000" in said  # the hot patch sees nothing of the film

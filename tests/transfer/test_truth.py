@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -98,6 +99,46 @@ def test_denied_and_uncertain_labels_are_what_their_columns_say(tmp_path: Path) 
     findings = ["Edema", "Pneumonia"]
     matrix = truth.label_matrix(said, np.arange(5), findings, blank_is_negative=False)
     assert matrix.tolist() == [[1, -1], [0, 0], [-1, -1], [0, 1], [0, 1]]
+
+
+def test_the_swapped_image_may_deny_the_finding_and_is_never_an_uncertain_one(
+    tmp_path: Path,
+) -> None:
+    from mlip.transfer.queries import make_queries
+
+    lines = ["image,patient_id,split,labels,uncertain,negative", "a.png,p1,test,Pneumonia,,"]
+    lines += ["b.png,p2,test,,,Pneumonia", "c.png,p3,test,Edema,Pneumonia,", "d.png,p4,test,,,"]
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    settings = [f"data.manifest={tmp_path / 'm.csv'}", "data.columns.study_id=null"]
+    settings += ["data.columns.report=null", "data.columns.labels=labels"]
+    settings += ["transfer.columns={uncertain: uncertain, negative: negative}"]
+    config = load([], settings)
+
+    class FakeImages:
+        row_index = np.arange(4)
+
+    images: Any = FakeImages()
+    boxes = {0: [truth.Box("Pneumonia", None, (0.0, 0.0, 8.0, 8.0))]}
+    said = Annotations(config, load_manifest(config.data))
+    for seed in range(5):
+        queries, _, _ = make_queries(images, said, boxes, load_concepts(), False, seed)
+        assert {q.swapped for q in queries} == {1}
+
+
+def test_boxes_of_a_jpeg_that_is_turned_by_exif_lie_on_the_picture_as_shown(
+    tmp_path: Path,
+) -> None:
+    """The stored header has 200 x 300 px, the picture 300 x 200: the box would be outside."""
+    config, manifest = write_manifest(tmp_path, "50,90,80,60")
+    upright = truth.load_boxes(config, manifest, [0])
+    shown = cv2.imread(str(tmp_path / "one.png"), cv2.IMREAD_GRAYSCALE)
+    stored = cv2.imencode(".jpg", cv2.rotate(shown, cv2.ROTATE_90_COUNTERCLOCKWISE))[1].tobytes()
+    # one EXIF entry: orientation 6, to be turned clockwise
+    tag = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"
+    exif = b"Exif\0\0MM\x00*\x00\x00\x00\x08\x00\x01" + tag + bytes(4)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    (tmp_path / "one.png").write_bytes(stored[:2] + segment + stored[2:])
+    assert truth.load_boxes(config, manifest, [0]) == upright
 
 
 def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> None:
