@@ -213,7 +213,7 @@ ROWS = (
         passed),
     Row("DICOM errors that name code and file", "all", (f"{D}test_dicom_errors.py::",), passed),
     Row("float32 reference against float64", "1e-5 at any scale",
-        ("tests/kernels/test_token_knowledge_patch_reference.py::test_float32_stays",), passed),
+        ("tests/kernels/test_token_knowledge_patch_float32.py::test_float32_stays",), passed),
     Row(
         "connections beyond this machine",
         "0",
