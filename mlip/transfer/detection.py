@@ -95,7 +95,7 @@ class Detection(FramedTask):
         """(predict: rows -> Found per image, record)"""
         transfer = self.transfer
         is_frozen = transfer.encoder == "frozen"
-        self._require_truth(train, "a box")
+        self._require_truth(self.positive(train), "a box")
         encoder: Encoder = start.encoder(
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)

@@ -38,17 +38,16 @@ class FramedTask:
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_of, self._room = "", 0.0
 
-    def positive(self, rows: Array) -> Array:
-        """Which of the rows have something to find, [n] bool."""
-        raise NotImplementedError
+    def _require_truth(self, positive: Array, kind: str) -> None:
+        """Raise ManifestError before a fit that could learn nothing but silence.
 
-    def _require_truth(self, train: Array, kind: str) -> None:
-        """Raise ManifestError before a fit that could learn nothing but silence."""
-        if not self.positive(train).any():
+        positive  which training rows have something to find, [n] bool
+        """
+        if not positive.any():
             raise ManifestError(
-                f"{self.manifest.path}: none of the {len(train)} training images drawn has {kind} "
-                "of the classes asked for: raise transfer.fractions, or check transfer.classes and "
-                "transfer.columns"
+                f"{self.manifest.path}: none of the {len(positive)} training images drawn has "
+                f"{kind} of the classes asked for: raise transfer.fractions, or check "
+                "transfer.classes and transfer.columns"
             )
 
     def _start(self, weights_hash: str) -> None:

@@ -95,7 +95,7 @@ class Segmentation(FramedTask):
         """(predict: rows -> logits in batches, record)"""
         transfer = self.transfer
         is_frozen = transfer.encoder == "frozen"
-        self._require_truth(train, "a mask")
+        self._require_truth(self.positive(train), "a mask")
         encoder: Encoder = start.encoder(
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)
