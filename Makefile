@@ -1,6 +1,12 @@
-# Every step of CI is one of these targets. PYTHON must be 3.11 for the CPU build of torch.
-PYTHON ?= python3
+# Every step of CI is one of these targets.
+# SET names the tested versions in constraints/: cpu, for Python 3.11, whose torch is the CPU build, or
+# gpu, for Python 3.12 and CUDA 13 (make setup SET=gpu PYTHON=python3.12); a .venv keeps its set.
 VENV := .venv
+SET ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
+EXTRAS_cpu := deepspeed,dali,dev
+EXTRAS_gpu := gpu,dev
+PYTHON ?= python3
+READY := $(VENV)/.ready-$(SET)
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -8,13 +14,13 @@ export DS_ACCELERATOR := cpu
 
 .PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step clean
 
-$(VENV)/.ready: constraints/cpu.txt setup.py
+$(READY): constraints/$(SET).txt constraints/common.txt setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt \
-	  -e '.[deepspeed,dali,dev]'
-	touch $@
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(SET).txt \
+	  -e '.[$(EXTRAS_$(SET))]'
+	rm -f $(VENV)/.ready-* && touch $@
 
-setup: $(VENV)/.ready
+setup: $(READY)
 
 demo: setup
 	$(VENV)/bin/deepspeed --num_gpus 2 train.py --config configs/demo.yaml
