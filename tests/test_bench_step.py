@@ -338,7 +338,7 @@ def test_the_step_under_deepspeed_is_measured_by_engines_of_its_own(tmp_path: Pa
         (name, pairs) for name in ENGINES for pairs in sizes
     ]
     assert {row["status"] for row in rows} == {"ok"} and all(row["step_ms"] > 0 for row in rows)
-    table = step_measures.variant_table(rows)
+    table = step_measures.variant_table(rows, rows)
     assert [line["pairs"] for line in table if line["way"] in ENGINES] == ["4", "8"] * len(ENGINES)
 
 
