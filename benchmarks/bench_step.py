@@ -76,7 +76,7 @@ TINY = (
     "loss.category.prototypes=8",
 )
 BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
-SECTIONS = ("batches", "parts", "profile", "reading", "variants", "compiled", "scaling")
+SECTIONS = ("batches", "parts", "profile", "variants", "compiled", "scaling", "reading")
 ON_REQUEST = ("deepspeed",)  # its engines replace the one that the other sections measure
 # what two towers, or a layer of each, take to compile, generously: no start with less left
 COMPILE_S, LAYERS_S = 150, 60
@@ -357,10 +357,10 @@ class Bench:
             "batches": self.batches,
             "parts": self.parts,
             "profile": self.profile,
-            "reading": self.reading,
             "variants": lambda: self.variants(n for n in VARIANTS if n not in COMPILES),
             "compiled": lambda: self.variants(COMPILES),
             "scaling": self.scaling,
+            "reading": self.reading,  # generates its studies first: minutes without the GPU
             "deepspeed": self.deepspeed,
         }
         for name, step in steps.items():

@@ -61,10 +61,11 @@ PARTS = {
             "tests/encoders/test_residual.py",
             "tests/encoders/test_rounded_weights.py",
             "tests/encoders/test_variable_length.py",
+            "tests/training/test_gpu_nccl.py",
         ),
         (*BASE, *STEP),
         "bench_step.py",
-        tests_s=90,
+        tests_s=180,  # a limit: in one process, which compiles some eighty kernels
     ),
     "data": Part(
         ("tests/dataloading/test_dali_gpu.py",),
