@@ -23,7 +23,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ TINY = (
     "loss.category.prototypes=8",
 )
 BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
-SECTIONS = ("batches", "parts", "profile", "reading", "variants", "scaling", "compiled")
+SECTIONS = ("batches", "parts", "profile", "variants", "compiled", "scaling", "reading")
 ON_REQUEST = ("deepspeed",)  # its engines replace the one that the other sections measure
 # what two towers, or a layer of each, take to compile, generously: no start with less left
 COMPILE_S, LAYERS_S = 150, 60
@@ -131,6 +131,8 @@ class Bench:
         """Steps of this size; two batches in turn, in page-locked memory as a loader hands them."""
         config = self.settings(pairs, micro)
         self.engine.config = self.engine.objective.config = config
+        if micro > 0:  # as in a run: rounds_weights_together of plain_engine.py
+            self.engine.objective.model.round_weights_together(False)
         sizes = {"vocab_size": self.vocab_size, "concepts": self.concepts}
         batches = [made_batch(config, pairs, seed=seed, **sizes) for seed in range(2)]
         if self.is_gpu:
@@ -196,6 +198,8 @@ class Bench:
         """
         if self.engine is not None:
             self.engine.optimizer.zero_grad(set_to_none=True)
+            if self.engine.name == "plain":
+                self.engine.objective.model.round_weights_together()
         if self.is_gpu:
             gc.collect()
             try:
@@ -269,10 +273,8 @@ class Bench:
     def profile(self) -> None:
         pairs = VARIANT_PAIRS[self.device]
 
-        def work() -> Row:
-            return profile(self.runner(pairs, 0))
-
-        self.attempt({"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}, work)
+        label = {"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}
+        self.attempt(label, lambda: profile(self.runner(pairs, 0)))
 
     def reading(self) -> None:
         """The step fed by the loader, beside the same step on batches that it made before."""
@@ -350,21 +352,19 @@ class Bench:
         for law in step_law.laws(self.rows):
             self.keep(law)
 
-    def run(self, sections: Iterable[str]) -> list[Row]:
-        wanted = set(sections)
-        light = [name for name in VARIANTS if name not in COMPILES]
+    def run(self, sections: Collection[str]) -> list[Row]:
         steps: dict[str, Callable[[], None]] = {
             "batches": self.batches,
             "parts": self.parts,
             "profile": self.profile,
-            "reading": self.reading,
-            "variants": lambda: self.variants(light),
-            "scaling": self.scaling,
+            "variants": lambda: self.variants(n for n in VARIANTS if n not in COMPILES),
             "compiled": lambda: self.variants(COMPILES),
+            "scaling": self.scaling,
+            "reading": self.reading,  # generates its studies first: minutes without the GPU
             "deepspeed": self.deepspeed,
         }
         for name, step in steps.items():
-            if name in wanted:
+            if name in sections:
                 step()
         return self.rows
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.gpu_rows import NOT_RUN, commit_of, commits, latest, together
+
 Row = dict[str, Any]
+Cell = tuple[str, str]  # a figure or why there is none, and the commits it is of
 PAIR = {
     "op": "token_knowledge_patch",
     "pooling": "attention",
@@ -19,82 +22,88 @@ SHORT_256 = PAIR | {"batch": 256, "tokens": 64, "dim": 128}
 NCE = {"op": "info_nce", "dim": 512}
 
 
+def _is(provider: str, where: Row) -> Callable[[Row], bool]:
+    case = where | {"provider": provider}
+    return lambda row: all(row.get(k) == v for k, v in case.items())
+
+
 def _find(rows: list[Row], provider: str, where: Row) -> Row | None:
-    for row in rows:
-        if row.get("provider") == provider and all(row.get(k) == v for k, v in where.items()):
-            return row
-    return None
+    return next(filter(_is(provider, where), latest(rows)), None)
 
 
-def _ratio(rows: list[Row], where: Row, baseline: str, column: str = "both_ms") -> str:
-    """How many times less the fused operator needs than a baseline, or why there is no number."""
-    ours, theirs = _find(rows, "fused", where), _find(rows, baseline, where)
+def _quotient(rows: list[Row], one: Callable[[Row], bool], other: Callable[[Row], bool],
+              column: str) -> Cell:  # fmt: skip
+    """How many times less the first of two cases needs than the second, by one commit, or why
+    there is no number."""
+    ours, theirs = together(rows, one, other)
     for row in (ours, theirs):
         if row is None:
-            return "not run"
+            return NOT_RUN, "-"
         if row["status"] != "ok":
-            return str(row["status"])
+            return str(row["status"]), commits(row)
     assert ours is not None and theirs is not None
-    return f"{theirs[column] / ours[column]:.2f}x"
+    if commit_of(ours) != commit_of(theirs):
+        return f"{NOT_RUN} by one commit", commits(ours, theirs)
+    return f"{theirs[column] / ours[column]:.2f}x", commits(ours)
 
 
-def _joined(cells: list[str]) -> str:
+def _ratio(rows: list[Row], where: Row, baseline: str, column: str = "both_ms") -> Cell:
+    """How many times less the fused operator needs than a baseline."""
+    return _quotient(rows, _is("fused", where), _is(baseline, where), column)
+
+
+def _joined(cells: list[Cell]) -> Cell:
     """a / b, or what both say."""
-    return cells[0] if len(set(cells)) == 1 else " / ".join(cells)
+    return _once([text for text, _ in cells]), _once([commit for _, commit in cells])
 
 
-def _both_dims(rows: list[Row], baseline: str) -> str:
+def _once(words: list[str]) -> str:
+    return words[0] if len(set(words)) == 1 else " / ".join(words)
+
+
+def _both_dims(rows: list[Row], baseline: str) -> Cell:
     return _joined([_ratio(rows, AT_256 | {"dim": dim}, baseline) for dim in (128, 256)])
 
 
-def _shares(rows: list[Row]) -> str:
+def _shares(rows: list[Row]) -> Cell:
     row = _find(rows, "fused", AT_256)
     if row is None or "forward_share" not in row:
-        return "not run" if row is None else str(row["status"])
-    return f"{100 * row['forward_share']:.0f} % / {100 * row['backward_share']:.0f} %"
+        return NOT_RUN if row is None else str(row["status"]), commits(row)
+    shares = f"{100 * row['forward_share']:.0f} % / {100 * row['backward_share']:.0f} %"
+    return shares, commits(row)
 
 
-def _memory(rows: list[Row]) -> str:
+def _memory(rows: list[Row]) -> Cell:
     names = ("eager_fp32", "compile_bf16")
     return _joined([_ratio(rows, AT_256, name, "peak_mib") for name in names])
 
 
-def _largest_batch(rows: list[Row]) -> str:
+def _largest_batch(rows: list[Row]) -> Cell:
     wanted = {k: v for k, v in AT_256.items() if k != "batch"}
-    batches = [
-        row["batch"]
-        for row in rows
-        if row.get("provider") == "fused"
-        and row["status"] == "ok"
-        and all(row.get(k) == v for k, v in wanted.items())
-    ]
-    return str(max(batches)) if batches else "not run"
+    made = [row for row in filter(_is("fused", wanted), latest(rows)) if row["status"] == "ok"]
+    row = max(made, key=lambda row: row["batch"], default=None)
+    return NOT_RUN if row is None else str(row["batch"]), commits(row)
 
 
-def _against_the_product(rows: list[Row]) -> str:
+def _against_the_product(rows: list[Row]) -> Cell:
     ours = _find(rows, "fused", SHORT_256)
     sizes = {k: SHORT_256[k] for k in ("batch", "tokens", "patches", "dim")}
     product = _find(rows, "bf16", {"op": "flat_product"} | sizes)
-    return _joined(
-        [
-            "not run"
-            if row is None
-            else f"{row['forward_ms']:.2f} ms"
-            if row["status"] == "ok"
-            else str(row["status"])
-            for row in (ours, product)
-        ]
-    )
+    return _joined([(_forward(row), commits(row)) for row in (ours, product)])
 
 
-def _half_empty(rows: list[Row]) -> str:
-    full, half = (_find(rows, "fused", AT_256 | {"fill": fill}) for fill in (1.0, 0.5))
-    if full is None or half is None or "both_ms" not in full or "both_ms" not in half:
-        return "not run"
-    return f"{full['both_ms'] / half['both_ms']:.2f}x"
+def _forward(row: Row | None) -> str:
+    if row is None:
+        return NOT_RUN
+    return f"{row['forward_ms']:.2f} ms" if row["status"] == "ok" else str(row["status"])
 
 
-MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
+def _half_empty(rows: list[Row]) -> Cell:
+    half, full = (_is("fused", AT_256 | {"fill": fill}) for fill in (0.5, 1.0))
+    return _quotient(rows, half, full, "both_ms")
+
+
+MEASURES: tuple[tuple[str, str, Callable[[list[Row]], Cell]], ...] = (
     ("against eager float32, B = 256", "6x", lambda rows: _ratio(rows, AT_256, "eager_fp32")),
     (
         "against torch.compile, float32 similarity, D = 128",
@@ -144,8 +153,12 @@ MEASURES: tuple[tuple[str, str, Callable[[list[Row]], str]], ...] = (
 
 
 def measures(rows: list[Row]) -> list[Row]:
-    """One row a line of the README's table: what is wanted and what was measured."""
+    """One row a line of the README's table: what is wanted, what was measured, of which commit.
+
+    rows: of one card, oldest first
+    """
+    made = [(name, wanted, *compute(rows)) for name, wanted, compute in MEASURES]
     return [
-        {"measure": name, "wanted": wanted, "measured": compute(rows)}
-        for name, wanted, compute in MEASURES
+        {"measure": name, "wanted": wanted, "measured": text, "commit": commit}
+        for name, wanted, text, commit in made
     ]

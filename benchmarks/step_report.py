@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, kernel_measures, step_measures
+from benchmarks.gpu_rows import commits, latest, of_newest_card, origin
 from benchmarks.harness import markdown
 from benchmarks.step_timing import PARTS
 
@@ -28,18 +29,6 @@ COLOURS = (
 )
 
 
-def origin(rows: list[Row]) -> str:
-    """Card, versions and commits of rows, or that there are none."""
-    if not rows:
-        return "Not run on a GPU yet."
-    facts = rows[-1]["environment"]
-    commits = sorted({str(row["environment"]["commit"]) for row in rows})
-    return (
-        f"{facts['gpu']}, driver {facts['driver']}, CUDA {facts['cuda']}, torch {facts['torch']}, "
-        f"triton {facts['triton']}, Python {facts['python']}, commit {', '.join(commits)}."
-    )
-
-
 def draw_parts(rows: list[Row], path: Path) -> None:
     """A bar a batch, its parts in the order in which they run."""
     import matplotlib
@@ -50,7 +39,7 @@ def draw_parts(rows: list[Row], path: Path) -> None:
     pyplot.rcParams |= {"svg.hashsalt": "mlip", "font.size": 9}
     shown = step_measures.with_parts(rows)
     figure, axes = pyplot.subplots(figsize=(8.0, 1.4 + 0.5 * len(shown)))
-    names = [f"{row['pairs']:,} pairs" for row in shown]
+    names = [f"{row['pairs']:,} pairs, {commits(row)}" for row in shown]
     starts = [0.0] * len(shown)
     for part, colour in zip(PARTS, COLOURS, strict=True):
         widths = [max(0.0, row["parts_ms"][part]) / row["pairs"] for row in shown]
@@ -67,10 +56,10 @@ def draw_parts(rows: list[Row], path: Path) -> None:
 
 def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) -> dict[str, str]:
     """Text by mark; the picture is drawn into `folder`, or left as it is where that is None."""
-    made = step_measures.of_newest_gpu(step_rows)
-    of_kernels = step_measures.of_newest_gpu(kernel_rows)
+    history, of_kernels = of_newest_card(step_rows), of_newest_card(kernel_rows)
+    made = latest(history)
     kernels = kernel_measures.measures(of_kernels)
-    whole = [*step_measures.measures(made), *kernels]
+    whole = markdown([*step_measures.measures(made, history), *kernels])
     parts = markdown(step_measures.parts_table(made))
     if step_measures.with_parts(made):
         if folder is not None:
@@ -78,17 +67,19 @@ def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) ->
         parts = f"![time of each part of a step, by batch]({PICTURE})\n\n{parts}"
     laws = step_measures.law_lines(made)
     law = "\n".join(f"- {line}" for line in laws) if laws else "Fitted law: not run."
+    # step and kernels may have been measured on two cards
+    whole += f"\n\nThe step: {origin(step_rows)}\nKernels: {origin(kernel_rows)}"
     return {
-        "gpu origin": origin(made),
+        "gpu origin": origin(step_rows),
         # the front page shows what was reached; what was not run stands on the pages it names
-        "gpu summary": markdown(whole) if made or of_kernels else origin([]),
-        "gpu kernels": f"{markdown(kernels)}\n\n{origin(of_kernels)}",
+        "gpu summary": whole if made or of_kernels else origin([]),
+        "gpu kernels": f"{markdown(kernels)}\n\n{origin(kernel_rows)}",
         "gpu batches": markdown(step_measures.batch_table(made)),
         "gpu parts": parts,
         "gpu reading": markdown(step_measures.reading_table(made)),
-        "gpu variants": markdown(step_measures.variant_table(made)),
+        "gpu variants": markdown(step_measures.variant_table(made, history)),
         "gpu scaling": f"{markdown(step_measures.scaling_table(made))}\n\n{law}",
-        "gpu profile": markdown(step_measures.profile_table(made)),
+        "gpu profile": markdown(step_measures.profile_table(made, history)),
     }
 
 

@@ -29,6 +29,7 @@ from benchmarks.step_variants import (
     rounded_residual,
 )
 from mlip.encoders import attention as attention_module
+from mlip.encoders.rounded_weights import RoundedTogether
 from tests.step_bench import bench_on, objective_of, shared_bench
 from tests.virtual_gpu import virtual_gpu
 
@@ -180,6 +181,24 @@ def test_what_does_not_fit_is_a_row_and_goes_on_with_the_gradient_cache(
     assert ("scaling", 64, 1, "ok") in seen and ("scaling", 64, 0, full) not in seen
     law = next(row for row in bench.rows if row["kind"] == "law" and row["is_cached"])
     assert law["coefficients"] == pytest.approx([5.0, 2.0, 0.5], rel=1e-6)
+
+
+@pytest.mark.parametrize(("micro", "is_together"), [(0, True), (2, False)])
+def test_weights_are_rounded_together_where_a_run_does_so(
+    micro: int, is_together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a gradient cache it would cost a set of gradients that no run has."""
+    bench, seen = shared_bench(), []
+    monkeypatch.setattr(bench, "rows", [])
+    model = bench.engine.objective.model
+
+    def measure(_: Runner) -> dict[str, Any]:
+        seen.append(isinstance(model._image_weights, RoundedTogether))
+        return {}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    bench.attempt({"kind": "batch"}, lambda: bench.measure(bench.runner(4, micro)))
+    assert seen == [is_together] and isinstance(model._image_weights, RoundedTogether)
 
 
 def test_late_and_failing_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +357,7 @@ def test_the_step_under_deepspeed_is_measured_by_engines_of_its_own(tmp_path: Pa
         (name, pairs) for name in ENGINES for pairs in sizes
     ]
     assert {row["status"] for row in rows} == {"ok"} and all(row["step_ms"] > 0 for row in rows)
-    table = step_measures.variant_table(rows)
+    table = step_measures.variant_table(rows, rows)
     assert [line["pairs"] for line in table if line["way"] in ENGINES] == ["4", "8"] * len(ENGINES)
 
 

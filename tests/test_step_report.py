@@ -105,7 +105,7 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     step_report.write_pages(root, results)
     page = (root / "docs/performance.md").read_text(encoding="utf-8")
     assert "NVIDIA H100 80GB HBM3, driver 580.1, 1980 MHz, CUDA 13.0, torch 2.11.0" in page
-    row = "| 256 | none | 1,600 | 160.0 | 37.1 % | 44.0 % | 25.0 % | 31.5 | 49.7 % |"
+    row = "| 256 | none | 1,600 | 160.0 | 37.1 % | 44.0 % | 25.0 % | 31.5 | 49.7 % | 0123456 |"
     assert row in page
     assert (
         "| 1,024 | none | out of memory | - |" in page and "| 1,024 | 256 | 1,600 | 800.0 |" in page
@@ -116,14 +116,15 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     assert "| towers compiled | - | not run |" in page
     assert "| shards, DALI | 256 | 1,600 | 165.0 | 150.0 | 1.10 | 1.25 | 15 |" in page
     assert "| shards, torch | 256 | not installed: cv2 | - |" in page
-    assert "| 64 | none | 0.703 | 1,600 | 31.5 |" in page
-    assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 %" in page
-    assert "| all | - | 152.00 | 95.0 % of a step |" in page
+    assert "| 64 | none | 0.703 | 1,600 | 31.5 | 0123456 |" in page
+    assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 % (0123456)" in page
+    assert "| all, commit 0123456 | - | 152.00 | 95.0 % of a step |" in page
     assert "| `sm90_gemm x` | 48 | 30.00 | 19.0 % |" in page
     picture = root / "docs" / step_report.PICTURE
     assert f"]({step_report.PICTURE})" in page and "256 pairs" in picture.read_text("utf-8")
     summary = (root / "README.md").read_text(encoding="utf-8")
-    assert "| whole step, utilisation, B = 256 | 35 % (aim 50 %) | 37.1 % |" in summary
+    assert "| whole step, utilisation, B = 256 | 35 % (aim 50 %) | 37.1 % | 0123456 |" in summary
+    assert "pairs/s, B = 1,024 | - | 1,600 (gradient cache, 256 at a time) | 0123456 |" in summary
     assert (
         "| whole step fed by DALI from shards, pairs/s, B = 256 | - | 1,600 (1.10x held) |"
         in summary
@@ -138,7 +139,7 @@ def test_without_a_gpu_row_every_cell_says_not_run(tmp_path: Path) -> None:
     page = (root / "docs/performance.md").read_text(encoding="utf-8")
     assert "Not run on a GPU yet." in page and "Fitted law: not run." in page
     assert "Not run on a GPU yet." in (root / "README.md").read_text(encoding="utf-8")
-    measured = [row["measured"] for row in step_measures.measures([])]
+    measured = [row["measured"] for row in step_measures.measures([], [])]
     assert measured and set(measured) == {"not run"}
     assert not (root / "docs" / step_report.PICTURE).exists()
 
