@@ -155,7 +155,8 @@ class Vision:
 @dataclass(frozen=True, kw_only=True)
 class Text:
     source: str | None = None
-    tokenizer: str | None = None  # directory; None = `source`, or trained on the training split
+    # local directory; None = `source`, then local too, or trained on the training split
+    tokenizer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     pool: Literal["cls", "attention"] = "cls"  # global feature: [CLS], or attention over tokens
     packed: bool = False  # padding is left out of all layers but attention
