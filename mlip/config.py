@@ -44,7 +44,6 @@ class Columns:
     study_id: str | None = "study_id"  # None = every row is a study of its own
     image_id: str | None = None  # None = the image path
     split: str | None = "split"  # train | val | test; None = split by hash of patient_id
-    view: str | None = None
     sha256: str | None = None  # of the image file; read by data.verify
     labels: str | None = None  # finding names joined by "|", for evaluation only
 
@@ -326,12 +325,23 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The Config that to_dict gave, checked again in full."""
+    """The Config that to_dict gave, of an earlier version too, checked again in full."""
+    tree = _without_view(tree)
     check_keys(tree, Config, where="saved config")
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)
     return config
+
+
+def _without_view(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved settings without data.columns.view, which earlier versions kept and never read."""
+    data: Any = tree.get("data")
+    columns = data.get("columns") if isinstance(data, Mapping) else None
+    if not isinstance(columns, Mapping) or "view" not in columns:
+        return tree
+    kept = {name: column for name, column in columns.items() if name != "view"}
+    return {**tree, "data": {**data, "columns": kept}}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
