@@ -113,6 +113,8 @@ def _check_mlip(words: list[str]) -> None:
     options, rest = build_parser().parse_known_args(words)
     assert not [word for word in rest if word.startswith("-")]
     settings = [*getattr(options, "settings", []), *rest, *(getattr(options, "plan", None) or [])]
+    if any(word.startswith("runs/") for word in settings):
+        return  # the settings that a run has kept
     config = read_settings(settings)
     if options.command in ("evaluate", "embed"):
         assert config.data.manifest, "data.manifest is not set"
