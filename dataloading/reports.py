@@ -115,9 +115,16 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ValueError(f"tokenizer: expected a folder, there is none at {directory}")
+        raise ValueError(
+            f"tokenizer: expected a folder, there is none at {directory}; it is "
+            "model.text.tokenizer, else model.text.source, which have to be local folders here; "
+            "without both the run trains a vocabulary of its own"
+        )
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise ValueError(f"tokenizer {directory}: expected tokenizer.json or vocab.txt in it")
+        raise ValueError(
+            f"tokenizer {directory}: expected tokenizer.json or vocab.txt in it; another folder "
+            "that has them can be named in model.text.tokenizer"
+        )
     special = dict(
         zip(
             ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True

@@ -44,7 +44,6 @@ class Columns:
     study_id: str | None = "study_id"  # None = every row is a study of its own
     image_id: str | None = None  # None = the image path
     split: str | None = "split"  # train | val | test; None = split by hash of patient_id
-    view: str | None = None
     sha256: str | None = None  # of the image file; read by data.verify
     labels: str | None = None  # finding names joined by "|", for evaluation only
 
@@ -155,7 +154,8 @@ class Vision:
 @dataclass(frozen=True, kw_only=True)
 class Text:
     source: str | None = None
-    tokenizer: str | None = None  # directory; None = `source`, or trained on the training split
+    # local directory; None = `source`, then local too, or trained on the training split
+    tokenizer: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     pool: Literal["cls", "attention"] = "cls"  # global feature: [CLS], or attention over tokens
     packed: bool = False  # padding is left out of all layers but attention
@@ -325,12 +325,23 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The Config that to_dict gave, checked again in full."""
+    """The Config that to_dict gave, of an earlier version too, checked again in full."""
+    tree = _without_view(tree)
     check_keys(tree, Config, where="saved config")
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)
     return config
+
+
+def _without_view(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved settings without data.columns.view, which earlier versions kept and never read."""
+    data: Any = tree.get("data")
+    columns = data.get("columns") if isinstance(data, Mapping) else None
+    if not isinstance(columns, Mapping) or "view" not in columns:
+        return tree
+    kept = {name: column for name, column in columns.items() if name != "view"}
+    return {**tree, "data": {**data, "columns": kept}}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

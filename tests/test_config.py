@@ -116,6 +116,16 @@ def test_a_config_survives_its_own_dictionary() -> None:
     assert config.from_dict(config.to_dict(loaded)) == loaded
 
 
+def test_what_an_earlier_version_saved_is_read_without_the_column_that_nothing_read() -> None:
+    loaded = config.load([ROOT / "configs" / "demo.yaml"])
+    earlier = config.to_dict(loaded)
+    earlier["data"]["columns"]["view"] = "ViewPosition"
+    assert config.from_dict(earlier) == loaded
+    assert earlier["data"]["columns"]["view"] == "ViewPosition"  # the caller's own, left alone
+    with pytest.raises(ConfigError, match="unknown key 'data.columns.view'"):
+        config.load([], ["data.columns.view=view"])
+
+
 def test_difference_lists_what_changed() -> None:
     left = config.load([], ["run.seed=1"])
     right = config.load([], ["run.seed=2", "train.lr=0.5"])

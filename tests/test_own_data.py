@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet
@@ -30,8 +31,12 @@ def test_what_prepare_wrote_is_trained_on_and_embedded_under_any_config(
         place.chdir(tmp_path)
         assert train.main(["--config", *CONFIGS, manifest, f"run.dir={run}", *small]) == 0
         assert (run / "report.html").is_file()
-        command = ["embed", *CONFIGS, f"checkpoint={run}", manifest, "--out", str(tmp_path / "e")]
-        assert main([*command, "evaluate.split=test", "--format", "parquet"]) == 0
+        command = ["embed", str(run / "config.yaml"), "--split", "test"]
+        assert main([*command, "--out", str(tmp_path / "e"), "--format", "parquet"]) == 0
+        assert main(["export", f"checkpoint={run}", "--out", str(tmp_path / "model")]) == 0
+        assert main(["evaluate", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    first, again = ((f / "results.json").read_text() for f in (run, tmp_path / "again"))
+    assert json.loads(first)["zero_shot"] == json.loads(again)["zero_shot"]
     parts = sorted((tmp_path / "e").rglob("*.parquet"))
     rows = sum(pyarrow.parquet.read_metadata(part).num_rows for part in parts)
     prepared = pyarrow.parquet.read_table(out / "manifest.parquet")["split"].to_pylist()

@@ -13,8 +13,8 @@ from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
+from mlip.encoders.pretrained_tower import load_tower
 from mlip.encoders.residual import round_residual
-from mlip.encoders.vision import check_source
 
 
 class TextEncoder(nn.Module):
@@ -50,11 +50,11 @@ class TextEncoder(nn.Module):
                 lambda: BertModel(config, add_pooling_layer=False), "model.text.options"
             )
         else:
-            check_source("model.text.source", settings.source, offline)
-            self.backbone = BertModel.from_pretrained(
+            self.backbone = load_tower(
+                BertModel,
+                "model.text.source",
                 settings.source,
-                local_files_only=offline,
-                use_safetensors=True,
+                offline=offline,
                 add_pooling_layer=False,
                 attn_implementation=name,
             )

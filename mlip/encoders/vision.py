@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, ResNetConfig, ResNetModel, ViTConfig, ViTModel
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.normalisation import recomputing, set_normalisation
 from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.pool import AttentionPool
+from mlip.encoders.pretrained_tower import load_tower
 from mlip.encoders.residual import round_residual
 from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
 
@@ -75,8 +75,8 @@ class ResNetTower(nn.Module):
                 tower: Any = self.backbone
                 tower.embedder = DeepStem(channels, config.embedding_size)
         else:
-            self.backbone = ResNetModel.from_pretrained(
-                settings.source, local_files_only=offline, use_safetensors=True
+            self.backbone = load_tower(
+                ResNetModel, "model.vision.source", settings.source, offline=offline
             )
             config = self.backbone.config
         _check_channels(config.num_channels, channels, settings.source)
@@ -146,10 +146,11 @@ class ViTTower(nn.Module):
                 lambda: ViTModel(config, add_pooling_layer=False), "model.vision.options"
             )
         else:
-            self.backbone = ViTModel.from_pretrained(
+            self.backbone = load_tower(
+                ViTModel,
+                "model.vision.source",
                 settings.source,
-                local_files_only=offline,
-                use_safetensors=True,
+                offline=offline,
                 add_pooling_layer=False,
                 attn_implementation=name,
             )
@@ -222,8 +223,6 @@ class VisionEncoder(nn.Module):
                 "model.vision.stem=deep: expected a ResNet from random weights, got "
                 f"model.vision.kind={settings.kind}, source={settings.source}; set stem=tower"
             )
-        if settings.source is not None:
-            check_source("model.vision.source", settings.source, offline)
         self.tower: ResNetTower | ViTTower
         if settings.kind == "resnet":
             self.tower = ResNetTower(settings, channels, offline=offline)
@@ -251,23 +250,6 @@ class VisionEncoder(nn.Module):
         if self.pool is not None:
             pooled = self.pool(patches)
         return pooled, patches, grid
-
-
-def check_source(key: str, source: str, offline: bool) -> None:
-    """Raise ValueError where `source` is no local directory of a model and the run is offline."""
-    folder = Path(source)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{key}={source}: the directory holds no config.json")
-        return
-    if offline:
-        try:
-            AutoConfig.from_pretrained(source, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{key}={source}: neither a local directory nor in the local model cache; give a "
-                "directory, or set run.offline=false to let it be downloaded"
-            ) from error
 
 
 def _check_channels(tower: int, data: int, source: str | None) -> None:

@@ -50,7 +50,7 @@ def test_a_shard_is_a_plain_tar_and_every_member_is_found_by_its_reference(built
 def test_the_manifest_of_shards_loads_as_a_manifest(built_shards):
     data = config.Data(
         manifest=str(built_shards[0] / "out" / "manifest.parquet"),
-        columns=config.Columns(image_id="image_id", sha256="sha256", view="view", labels="labels"),
+        columns=config.Columns(image_id="image_id", sha256="sha256", labels="labels"),
     )
     manifest = load_manifest(data)
     assert [len(manifest.rows(split)) for split in ("train", "val", "test")] == [12, 4, 4]

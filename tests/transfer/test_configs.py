@@ -323,7 +323,7 @@ def test_images_without_the_finding_count_in_zero_shot(
     command = [
         *("evaluate", *SMALL, "data.max_tokens=64", f"checkpoint={checkpoint}"),
         f"data.manifest={prepared('rsna_pneumonia')}",
-        "data.columns={labels: labels, image_id: image_id, view: view, sha256: sha256}",
+        "data.columns={labels: labels, image_id: image_id, sha256: sha256}",
     ]
     columns = "transfer.columns={uncertain: uncertain, negative: negative}"
     found = {}

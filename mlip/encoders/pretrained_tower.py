@@ -1,0 +1,74 @@
+"""A tower from a folder or hub id of transformers' format, which has to be that kind of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+
+# counters of batch statistics, which files of older versions leave out
+_COUNTER = "num_batches_tracked"
+# model types whose files serve a tower of another type as they are
+_ALIKE = {"vit": ("vit_mae",)}
+
+
+def load_tower(
+    kind: type[PreTrainedModel], key: str, source: str, *, offline: bool, **given: Any
+) -> Any:
+    """`kind` with the weights of `source`; `given` goes to its from_pretrained.
+
+    transformers gives a weight that it does not find random numbers and goes on: a folder of
+    another model would be trained from random weights under its name.
+    Raises:  ValueError naming `key`: no such folder or id, another kind of model, weights that are
+             no safetensors or not all there
+    """
+    _check_source(kind, key, source, offline)
+    try:
+        read: Any = kind.from_pretrained(
+            source,
+            local_files_only=offline,
+            use_safetensors=True,
+            output_loading_info=True,
+            **given,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{key}={source}: cannot be read: {error}") from error
+    tower, found = read
+    missing = sorted(name for name in found["missing_keys"] if not name.endswith(_COUNTER))
+    if missing:
+        raise ValueError(
+            f"{key}={source}: its files lack {len(missing)} weights of a {kind.__name__}, "
+            f"{missing[0]} among them; expected a whole model of this kind"
+        )
+    return tower
+
+
+def _check_source(kind: type[PreTrainedModel], key: str, source: str, offline: bool) -> None:
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{key}={source}: the directory holds no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{key}={source}: the directory holds no model.safetensors, and other files of "
+                "weights are not read, since they can run code; one that you trust becomes "
+                'safetensors by: python -c "from transformers import AutoModel; '
+                f"AutoModel.from_pretrained('{source}').save_pretrained('{source}')\""
+            )
+    try:
+        described = PretrainedConfig.get_config_dict(source, local_files_only=offline)[0]
+    except (OSError, ValueError) as error:
+        if folder.is_dir() or not offline:
+            raise ValueError(f"{key}={source}: cannot be read: {error}") from error
+        raise ValueError(
+            f"{key}={source}: neither a local directory nor in the local model cache; give a "
+            "directory, or set run.offline=false to let it be downloaded"
+        ) from error
+    wanted = str(kind.config_class.model_type)  # type: ignore[union-attr]
+    found = described.get("model_type", wanted)  # early folders do not say
+    if found not in (wanted, *_ALIKE.get(wanted, ())):
+        raise ValueError(
+            f"{key}={source}: holds a model of type {found}, expected one of type {wanted}"
+        )

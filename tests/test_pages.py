@@ -1,0 +1,178 @@
+"""What the pages print holds: links, commands, settings, files and names in code.
+
+Python blocks are run where their parts are tested (tests/kernels/test_readme_blocks.py,
+tests/transfer/test_own_inputs.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import mlip.cli
+import train
+from mlip.cli import FOREIGN, build_parser, read_settings
+from mlip.config import Config
+from mlip.pretrained_model import Pretrained
+from tests.test_architecture import WALLS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "kernels/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"\s*((?:\.venv/bin/)?(?:mlip|python3?|deepspeed|torchrun|make)) (?!= )")
+TOP = ("mlip", "kernels", "dataloading", "tests", "benchmarks", "configs", "docs", "constraints")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _inline(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", FENCED.sub("", text))
+
+
+def _anchors(page: Path) -> set[str]:
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "LOG.md"], ids=_name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+def _commands(page: Path) -> list[str]:
+    """Lines and spans that a shell would be given, continued lines put together."""
+    text = page.read_text("utf-8")
+    if page.suffix == ".yaml":
+        text = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#   "))
+    text = text.replace("\\\n", " ")
+    found = [line for line in [*text.splitlines(), *_inline(text)] if COMMAND.match(line)]
+    return [line.split(" #")[0].strip() for line in found]
+
+
+PRINTED = [(page, line) for page in [*PAGES, *CONFIGS] for line in _commands(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), PRINTED, ids=[f"{_name(p)}: {c}" for p, c in PRINTED])
+def test_every_command_is_taken(page: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its options are there, its settings load, and a training says which data it reads."""
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(line)
+    if "..." in words or "CONFIG" in words or not words:
+        return  # a form to be filled in
+    if program == "make":
+        assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text("utf-8")
+    elif program == "mlip":
+        _check_mlip(words)
+    elif "train.py" in words:
+        _, config = train.parse(words[words.index("train.py") + 1 :])
+        assert config.data.manifest, "data.manifest is not set"
+    elif words[:1] == ["-m"]:
+        assert words[1] == "pytest" or importlib.util.find_spec(words[1]) is not None
+        assert all((ROOT / word).is_file() for word in words[2:] if word.endswith(".py"))
+    elif words[0].endswith(".py"):
+        script = (ROOT / words[0]).read_text("utf-8")
+        known = [w for w in words[1:] if w.startswith("-")]
+        if words[1:] and not words[1].startswith("-"):
+            known.append(words[1])
+        assert [word for word in known if f'"{word}"' not in script] == []
+    else:
+        assert program == "torchrun", "a command of a kind that nothing here reads"
+
+
+def _check_mlip(words: list[str]) -> None:
+    module = importlib.import_module(FOREIGN.get(words[0], ("mlip.cli",))[0])
+    named = len(words) == 1 or (words[0] in FOREIGN and len(words) == 2)
+    if named or words[-1].startswith("--"):  # of a command or of an option, no call
+        assert all(f'"{word}"' in inspect.getsource(module) for word in words[1:] if word[0] == "-")
+        assert f'"{words[0]}"' in inspect.getsource(mlip.cli)
+        return
+    if words[0] in FOREIGN:
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        parser.parse_args(words[1:])
+        return
+    options, rest = build_parser().parse_known_args(words)
+    assert not [word for word in rest if word.startswith("-")]
+    settings = [*getattr(options, "settings", []), *rest, *(getattr(options, "plan", None) or [])]
+    if any(word.startswith("runs/") for word in settings):
+        return  # the settings that a run has kept
+    config = read_settings(settings)
+    if options.command in ("evaluate", "embed"):
+        assert config.data.manifest, "data.manifest is not set"
+
+
+SECTIONS = "|".join(field.name for field in dataclasses.fields(Config))
+
+
+def _is_setting(key: str) -> bool:
+    found: object = Config()
+    for part in key.split("."):
+        if isinstance(found, dict):
+            return True  # of a table that the user fills
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=_name)
+def test_every_setting_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    spans = [text] if page.suffix == ".yaml" else _inline(text)
+    spans += [line for line in text.splitlines() if COMMAND.match(line)]
+    named = re.compile(rf"(?<![\w./-])(?:{SECTIONS})\.[a-z_0-9]+(?:\.[a-z_0-9]+)*")
+    # files, modules and what results.json holds have names of the same form
+    other = re.compile(r"\.(?:py|md|safetensors)$|^data\.unused$|^transfer\.own_inputs")
+    found = [key for span in spans for key in named.findall(span) if not other.search(key)]
+    assert [key for key in found if not _is_setting(key)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_file_and_every_name_in_code_is_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for path in re.findall(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./*-]+\w", text):
+        if "<" not in text[text.index(path) : text.index(path) + len(path) + 2]:
+            assert any(ROOT.glob(path)), path
+    for name in re.findall(r"\bmlip(?:\.[A-Za-z_]\w*)+", text):
+        assert _resolves(name.split(".")), name
+
+
+def _resolves(parts: list[str]) -> bool:
+    for length in range(len(parts), 1, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return True
+    # what a page opens under the name `mlip`
+    return hasattr(Pretrained, parts[1]) or parts[1] in Pretrained.__dataclass_fields__
+
+
+@pytest.mark.parametrize(
+    "package", ["deepspeed", "nvidia", "triton", "pydicom", "imagecodecs", "transformers"]
+)
+def test_the_page_for_contributors_names_the_walls_that_hold(package: str) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert [place for place in WALLS[package] if place not in page] == []
