@@ -124,6 +124,24 @@ BOUNDS: dict[str, Range] = {
     "evaluate.retrieval_pool": Range(2),
     "evaluate.bootstrap": FROM_1,
     "evaluate.examples": FROM_0,
+    "transfer.val_share": SHARE_BELOW_1,
+    "transfer.fractions": Range(0, 100, is_open_below=True),  # percent
+    "transfer.seeds": Range(0, 2**63 - 1),
+    "transfer.image_px": Range(0, 16384),
+    "transfer.epochs": FROM_1,
+    "transfer.max_steps": FROM_0,
+    "transfer.epoch_steps": FROM_0,
+    "transfer.batch": FROM_1,
+    "transfer.lr": Range(0, 1000),
+    "transfer.encoder_lr": Range(0, 1000),
+    "transfer.weight_decay": Range(0, 1000),
+    "transfer.patience": FROM_1,
+    "transfer.decoder_width": FROM_0,
+    "transfer.nms_iou": SHARE,
+    "transfer.score_cut": SHARE,
+    "transfer.compat_score_cut": SHARE,
+    "transfer.iou_thresholds": Range(0, 1, is_open_below=True, is_open_above=True),
+    "transfer.cache_gib": FROM_0,
 }
 
 
@@ -134,10 +152,15 @@ def check_bounds(settings: Mapping[str, Any]) -> None:
              are looked at for NaN and infinity only
     """
     for key, value in settings.items():
+        allowed = BOUNDS.get(_as_a_setting(key))
         for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            allowed = BOUNDS.get(key, Range())
-            if not allowed.holds(number):
-                expected = str(allowed) if key in BOUNDS else "a finite number"
-                raise ConfigError(f"{key}={number}: expected {expected}")
+            if not (allowed or Range()).holds(number):
+                raise ConfigError(f"{key}={number}: expected {allowed or 'a finite number'}")
+
+
+def _as_a_setting(key: str) -> str:
+    """transfer.by_fraction.1.batch is a transfer.batch."""
+    parts = key.split(".")
+    return f"transfer.{parts[-1]}" if parts[:2] == ["transfer", "by_fraction"] else key

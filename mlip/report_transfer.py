@@ -25,7 +25,7 @@ from mlip.report_charts import (
     scale_marks,
 )
 from mlip.report_pictures import decode_png, picture_uri
-from mlip.transfer.table import headline_of, rows_of, seeds_text
+from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 STARTS = {
@@ -117,7 +117,12 @@ def _fraction(fraction: Mapping[str, Any]) -> dict[str, Any]:
         "percent": f"{fraction['percent']:g}",
         "images": f"{rows[0]:,}" if len(rows) == 1 else f"{rows[0]:,} to {rows[-1]:,}",
         "rows": [
-            {"name": name, "score": estimate, "drawing": _drawing(estimate)}
+            {
+                "name": name,
+                "score": estimate,
+                "drawing": _drawing(estimate),
+                "classes": classes_text(estimate),
+            }
             for name, estimate in rows_of(fraction["scores"])
         ],
     }

@@ -18,6 +18,12 @@ from mlip.dataloading.datasets.rows import Collected, Row
 from mlip.dataloading.dicom import write_radiograph
 
 CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
+VINDR_BOXES = {  # every class of configs/transfer/vindr_detection.yaml
+    "train1": ["Nodule/Mass"],
+    "train3": ["Aortic enlargement", "Cardiomegaly"],
+    "train5": ["Pleural effusion", "Pleural thickening"],
+    "test1": ["Nodule/Mass", "Pulmonary fibrosis"],
+}
 HEIGHT, WIDTH = 24, 20  # px of every fake image
 
 
@@ -131,8 +137,9 @@ def make_vindr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
             for place, reader in enumerate(readers):
                 cells: list[object] = [f"{name}{i}", reader, int(place < 2), int(place == 0), 0]
                 labels.append(cells if name == "train" else [cells[0], *cells[2:]])
-            box = ["Nodule/Mass", 1, 2, 11, 22] if i % 2 else ["No finding", "", "", "", ""]
-            boxes.append([f"{name}{i}", *(["R1"] if name == "train" else []), *box])
+            for found in VINDR_BOXES.get(f"{name}{i}", ["No finding"]):
+                box = [1, 2, 11, 22] if i % 2 else ["", "", "", ""]
+                boxes.append([f"{name}{i}", *(["R1"] if name == "train" else []), found, *box])
         reader = "rad_id," if name == "train" else ""
         folder = root / "annotations"
         table(

@@ -62,6 +62,12 @@ knowledge.dim=0 knowledge.weight_present=-1 loss.matching.layers=0 loss.swapping
 loss.category.weight=-1 loss.category.prototypes=1 loss.category.sinkhorn_temperature=0
 loss.local_alignment.knowledge_share=2 loss.local_alignment.aggregation_scale=0
 evaluate.max_studies=0 evaluate.retrieval_pool=1 evaluate.bootstrap=0 evaluate.examples=-1
+transfer.lr=-1 transfer.weight_decay=-1 transfer.encoder_lr=-1 transfer.epochs=0 transfer.batch=0
+transfer.patience=0 transfer.image_px=-64 transfer.seeds=[-1] transfer.fractions=[0]
+transfer.fractions=[101] transfer.fractions=[] transfer.val_share=1 transfer.iou_thresholds=[1.0]
+transfer.score_cut=2 transfer.nms_iou=-1 transfer.cache_gib=-1 transfer.decoder_width=-4
+transfer.by_fraction={"1":{"batch":0}} transfer.by_fraction={"10":{"lr":-1}}
+transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0]
 """.split()
 
 
@@ -72,13 +78,14 @@ def test_a_wrong_value_is_an_error_that_names_its_key(override: str) -> None:
 
 
 def test_every_number_has_a_range_and_every_range_a_number() -> None:
-    # transfer_settings.py checks its own; two are lists of choices
+    # two are lists of choices
+    lists = ("transfer.fractions", "transfer.seeds", "transfer.iou_thresholds")
     defaults = typed_tree.flatten(dataclasses.asdict(config.load()))
     numbers = {
         key
         for key, value in defaults.items()
-        if not key.startswith("transfer.") and not isinstance(value, bool)
-        if isinstance(value, int | float) or key == "train.betas"
+        if not isinstance(value, bool)
+        if isinstance(value, int | float) or key == "train.betas" or key in lists
     }
     assert numbers - {"data.channels", "train.zero_stage"} == set(BOUNDS)
 

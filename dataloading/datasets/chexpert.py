@@ -20,6 +20,7 @@ from mlip.dataloading.datasets.rows import (
     Row,
     read_csv,
     require,
+    require_choice,
     split_by_patient,
 )
 
@@ -42,6 +43,7 @@ _VAL_SHARE = 5_000 / 223_414
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """train.csv split by patient, valid.csv as test; 5x200 images set apart with their patients."""
+    require_choice(options, "views", ("frontal", "all"))
     base = root if (root / "train.csv").is_file() else _base(root)
     required = ["Path", "Frontal/Lateral", "AP/PA", *FIVE]
     tables = {

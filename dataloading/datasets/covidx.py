@@ -15,6 +15,7 @@ from mlip.dataloading.datasets.rows import (
     Dataset,
     DatasetError,
     Row,
+    read_text,
     require,
     split_by_patient,
 )
@@ -48,7 +49,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     for name in ("test", "train"):
         table = require(root / f"{name}_COVIDx{options['version']}.txt", ACCESS)
         require(root / name, ACCESS, folder=True)
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(read_text(table, ACCESS).splitlines(), start=1):
             if not line.strip():
                 continue
             try:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import (
     FRONTAL,
     SPLIT_OF,
@@ -23,6 +22,7 @@ from mlip.dataloading.datasets.rows import (
     Row,
     first_of,
     read_csv,
+    require_choice,
 )
 
 ACCESS = (
@@ -96,6 +96,8 @@ def joined_report(sections: dict[str, str]) -> str:
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """One row an image, official split, views as asked; a study without a report keeps its rows."""
+    require_choice(options, "files", ("jpg", "dcm"))
+    require_choice(options, "views", ("frontal", "all"))
     base = _base(root)
     names = {
         kind: first_of(
@@ -109,8 +111,6 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     }
     labels = _labels(base)
     suffix = options["files"]
-    if suffix not in ("jpg", "dcm") or options["views"] not in ("frontal", "all"):
-        raise ConfigError("options: files is jpg or dcm, views is frontal or all")
     text_of = _reports(root, base, options["reports"])
     excluded: Counter[str] = Counter()
     rows: list[Row] = []

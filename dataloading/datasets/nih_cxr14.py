@@ -16,7 +16,9 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     first_of,
+    numbers_of,
     read_csv,
+    read_text,
     relative,
     require,
     split_by_patient,
@@ -36,7 +38,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     table = first_of(root, _TABLES, ACCESS)
     columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
     listed = {
-        name: set(require(root / f"{name}_list.txt", ACCESS).read_text().split())
+        name: set(read_text(require(root / f"{name}_list.txt", ACCESS), ACCESS).split())
         for name in ("train_val", "test")
     }
     path_of = {path.name: relative(path, root) for path in sorted(root.glob("images*/**/*.png"))}
@@ -85,7 +87,7 @@ def _boxes(root: Path) -> dict[str, list[list[float | str]]]:
         for row in read_csv(path, ["Image Index", "Finding Label"], ACCESS):
             values = list(row.values())
             label = _BOX_NAMES.get(row["Finding Label"], row["Finding Label"])
-            numbers = [float(value) for value in values[2:6]]
+            numbers = numbers_of(values[2:6], "Bbox [x,y,w,h]", path)
             boxes.setdefault(row["Image Index"], []).append([*numbers, label])
     return boxes
 

@@ -45,19 +45,24 @@ def parse_annotation(text: str) -> list[list[float | str]]:
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """train.csv split 80/20 by image into train and val, dev.csv as test; or all by list."""
-    patients = read_patients(Path(options["patients"])) if options["patients"] else {}
-    split_of, notes = assign_split(options["split_lists"], "object-cxr", val=0.2)
-    excluded: Counter[str] = Counter()
-    rows = []
+    tables = {}
     for name in ("train", "dev"):
         table = require(root / f"{name}.csv", ACCESS)
         require(root / name, ACCESS, folder=True)
-        for row in read_csv(table, ["image_name", "annotation"], ACCESS):
+        tables[name] = list(read_csv(table, ["image_name", "annotation"], ACCESS))
+    images = [row["image_name"] for table in tables.values() for row in table]
+    patients, notes = read_patients(options["patients"], images)
+    split_of, lists = assign_split(options["split_lists"], "object-cxr", val=0.2)
+    notes += lists
+    excluded: Counter[str] = Counter()
+    rows = []
+    for name, lines in tables.items():
+        for row in lines:
             image = row["image_name"]
             try:
                 boxes = parse_annotation(row["annotation"])
             except ValueError as error:
-                raise DatasetError(f"{table}: {error}") from None
+                raise DatasetError(f"{root / name}.csv: {error}") from None
             patient = patients.get(image, image)
             by_list = bool(options["split_lists"])
             split = "test" if name == "dev" and not by_list else split_of(image, patient)

@@ -6,6 +6,7 @@ NLMCXR_reports.tgz, NLMCXR_png.tgz, NLMCXR_dcm.tgz.
 
 from __future__ import annotations
 
+import re
 import tarfile
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -20,12 +21,14 @@ from mlip.dataloading.datasets.rows import (
     Row,
     read_csv,
     relative,
+    require_choice,
     split_by_patient,
 )
 
 ACCESS = (
     "the Open-i collection, https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)"
 )
+_STUDY = re.compile(r"^(?:CXR)?(\d+)_(?:\d+_)?")
 _MAX_XML_BYTES = 1 << 20
 _MAX_MEMBERS = 100_000
 _MAX_TOTAL_BYTES = 1 << 30
@@ -109,8 +112,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 
     Views come from indiana_projections.csv (filename, projection) where that file is present.
     """
+    require_choice(options, "views", ("frontal", "all"))
     path_of = {
-        path.stem: relative(path, root)
+        plain_name(path.name): relative(path, root)
         for folder in ("NLMCXR_png", "NLMCXR_dcm", "images", "images_normalized")
         for path in sorted((root / folder).rglob("*"))
         if path.suffix in (".png", ".dcm")
@@ -131,16 +135,16 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if not report.images:
             excluded["report_without_image"] += 1
         for image in report.images:
-            if image not in path_of:
+            if plain_name(image) not in path_of:
                 excluded["listed_but_not_there"] += 1
                 continue
-            view = views.get(image, "")
+            view = views.get(plain_name(image), "")
             if options["views"] == "frontal" and view and view != "FRONTAL":
                 excluded["view_not_frontal"] += 1
                 continue
             rows.append(
                 Row(
-                    image=path_of[image],
+                    image=path_of[plain_name(image)],
                     patient_id=report.study_id,
                     study_id=report.study_id,
                     image_id=image,
@@ -163,14 +167,17 @@ def _views(root: Path) -> dict[str, str]:
     path = root / "indiana_projections.csv"
     if not path.is_file():
         return {}
-    views = {}
-    for row in read_csv(path, ["filename", "projection"], "the Kaggle copy of Open-i"):
-        # that table writes 1_IM-0001-4001.dcm.png for CXR1_1_IM-0001-4001
-        stem = row["filename"].split(".")[0]
-        study = stem.split("_")[0]
-        views[f"CXR{study}_{stem.partition('_')[2]}"] = row["projection"].upper()
-        views[f"CXR{stem}"] = row["projection"].upper()
-    return views
+    rows = read_csv(path, ["filename", "projection"], "the Kaggle copy of Open-i")
+    return {plain_name(row["filename"]): row["projection"].upper() for row in rows}
+
+
+def plain_name(name: str) -> str:
+    """An image's id in the form that reports, files and Kaggle's copy share.
+
+    CXR1_1_IM-0001-4001 of a report is CXR1_1_IM-0001-4001.png at the source and
+    1_IM-0001-4001.dcm.png in the copy.
+    """
+    return _STUDY.sub(r"\1_", name.split(".")[0])
 
 
 DATASET = Dataset(

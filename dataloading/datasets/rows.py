@@ -10,11 +10,14 @@ import csv
 import gzip
 import hashlib
 import io
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mlip.config import ConfigError
 
 MAX_TABLE_BYTES = 2 << 30  # MIMIC-CXR's largest table is 200 MB unpacked
 SPLIT_OF = {
@@ -22,6 +25,8 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# header names of the column of ids in lists that go round
+_ID_NAMES = frozenset({"id", "ID", "image_id", "patientId", "ImageId", "image_name"})
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "dcm", "dicom"})
 FRONTAL = frozenset({"PA", "AP", "FRONTAL"})
 
@@ -120,6 +125,41 @@ def read_csv(path: Path, columns: list[str], access: str) -> Iterator[dict[str, 
         raise DatasetError(f"{path}: cannot be read ({type(error).__name__})") from None
 
 
+def read_text(path: Path, access: str) -> str:
+    """A text file of the data set, UTF-8 with or without its mark.
+
+    Raises:  DatasetError naming the file where it is something else.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DatasetError(f"{path}: is not UTF-8 text; expected the file of {access}") from None
+    except OSError as error:
+        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def numbers_of(cells: Iterable[str], what: str, path: Path) -> list[float]:
+    """The cells of a table as finite numbers; `what` they are stands in the error.
+
+    Raises:  DatasetError naming the file: no cell is quoted, it may be of another column.
+    """
+    try:
+        numbers = [float(cell) for cell in cells]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise DatasetError(f"{path}: {what}: expected numbers in every row that has a box")
+    return numbers
+
+
+def require_choice(options: Mapping[str, str], name: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError for a value of an option that is none of the choices."""
+    if options[name] not in choices:
+        raise ConfigError(
+            f"--option {name}={options[name]}: expected {' or '.join(choices)}, in small letters"
+        )
+
+
 def _capped(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
     """Lines, refused past MAX_TABLE_BYTES: a .gz may hold far more than its size says."""
     total = 0
@@ -145,8 +185,9 @@ def split_by_patient(patient_id: str, salt: str, val: float, test: float = 0.0) 
 def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
     """Image id -> split from published lists, and their joint SHA-256.
 
-    A list is {train,validation,test}.csv or .txt, one id a line, in the first column; a header
-    line named id, ID, image_id, patientId, ImageId or image_name is skipped.
+    A list is {train,validation,test}.csv or .txt, one id a line, in the column that its header
+    names id, ID, image_id, patientId, ImageId or image_name, else in the first one.
+    Raises:  DatasetError for a list that is missing, no UTF-8, or shares an id with another.
     """
     split_of: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -159,11 +200,15 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
         path = next((p for p in paths if p.is_file()), None)
         if path is None:
             raise DatasetError(f"{folder}: expected split lists train, validation and test")
-        content = path.read_bytes()
-        digest.update(content)
-        for cells in csv.reader(io.StringIO(content.decode("utf-8-sig"))):
-            name = cells[0].strip() if cells else ""
-            if not name or name in ("id", "ID", "image_id", "patientId", "ImageId", "image_name"):
+        text = read_text(path, "the project that published it")
+        digest.update(path.read_bytes())
+        lines = [[cell.strip() for cell in cells] for cells in csv.reader(io.StringIO(text))]
+        header = lines[0] if lines else []
+        # pandas writes the numbers of its rows in front
+        place = next((i for i, cell in enumerate(header) if cell in _ID_NAMES), None)
+        for cells in lines if place is None else lines[1:]:
+            name = cells[place or 0] if len(cells) > (place or 0) else ""
+            if not name:
                 continue
             if split_of.setdefault(name, split) != split:
                 raise DatasetError(f"{folder}: an id stands in two of the lists")
@@ -183,17 +228,45 @@ def assign_split(
     note = f"split lists: {len(split_of)} ids, SHA-256 {digest}"
 
     def listed(image: str, patient: str) -> str:
-        stem, dot, suffix = image.rpartition(".")
-        bare = stem if dot and suffix.lower() in _IMAGE_SUFFIXES else image
-        return split_of.get(image) or split_of.get(bare, "")
+        return split_of.get(image) or split_of.get(_bare(image), "")
 
     return listed, [note]
 
 
-def read_patients(path: Path) -> dict[str, str]:
-    """image_id -> patient_id from a user's CSV, for data sets that publish no patient ids."""
-    rows = read_csv(path, ["image_id", "patient_id"], "your own table of patients")
-    return {row["image_id"]: row["patient_id"] for row in rows}
+def _bare(image: str) -> str:
+    """An image's id without the suffix of its file, if it has one: SIIM's ids hold dots."""
+    stem, dot, suffix = image.rpartition(".")
+    return stem if dot and suffix.lower() in _IMAGE_SUFFIXES else image
+
+
+def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Image id -> patient id from a user's CSV, and a note of the images that it does not name.
+
+    For data sets that publish no patient ids. Ids may leave out the suffix of the file's name, or
+    have one that the data set leaves out.
+
+    option  path of the CSV, columns image_id and patient_id; "" = none
+    images  ids of the data set's images
+    Raises:  DatasetError where it names none of them, or gives one image two patients.
+    """
+    if not option:
+        return {}, []
+    path = Path(option)
+    patient_of: dict[str, str] = {}
+    for row in read_csv(path, ["image_id", "patient_id"], "your own table of patients"):
+        image, patient = _bare(row["image_id"]), row["patient_id"]
+        if patient and patient_of.setdefault(image, patient) != patient:
+            raise DatasetError(f"{path}: one image_id has two patients: expected one row an image")
+    found = {image: patient_of[_bare(image)] for image in images if _bare(image) in patient_of}
+    if not found:
+        raise DatasetError(
+            f"{path}: names none of the {len(images)} images: expected image_id as the data set "
+            "writes it"
+        )
+    note = f"patients of {len(found)} images from --option patients"
+    if without := len(images) - len(found):
+        note += f"; {without} images are not in it, each counts as a patient"
+    return found, [note]
 
 
 def relative(path: Path, root: Path) -> str:

@@ -16,6 +16,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     assign_split,
+    numbers_of,
     read_csv,
     read_patients,
     require,
@@ -35,12 +36,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     for row in read_csv(table, ["patientId", "x", "y", "width", "height", "Target"], ACCESS):
         found = boxes.setdefault(row["patientId"], [])
         if row["Target"] == "1":
-            numbers = [float(row[name]) for name in ("x", "y", "width", "height")]
+            cells = [row[name] for name in ("x", "y", "width", "height")]
+            numbers = numbers_of(cells, "x, y, width and height", table)
             found.append([*numbers, "Lung Opacity"])
         elif row["Target"] != "0":
             raise DatasetError(f"{table}: Target: expected 0 or 1")
-    patients = read_patients(Path(options["patients"])) if options["patients"] else {}
-    split_of, notes = assign_split(options["split_lists"], "rsna", val=0.2, test=0.2)
+    patients, notes = read_patients(options["patients"], boxes)
+    split_of, lists = assign_split(options["split_lists"], "rsna", val=0.2, test=0.2)
+    notes += lists
     excluded: Counter[str] = Counter()
     rows = []
     for image, found in boxes.items():

@@ -25,6 +25,7 @@ ACCESS = (
     "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation (Kaggle account, accepted rules)"
 )
 _TABLES = ["stage_2_train.csv", "train-rle.csv"]
+_FOLDERS = ("dicom-images-train", "dicom-images-test", "stage_2_images")
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
@@ -43,8 +44,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 raise DatasetError(f"{table}: EncodedPixels: expected -1 or pairs of numbers")
             found.append(" ".join(numbers))
     path_of = _images(root)
-    patients = read_patients(Path(options["patients"])) if options["patients"] else {}
-    split_of, notes = assign_split(options["split_lists"], "siim", val=0.15, test=0.15)
+    patients, notes = read_patients(options["patients"], masks)
+    split_of, lists = assign_split(options["split_lists"], "siim", val=0.15, test=0.15)
+    notes += lists
     excluded: Counter[str] = Counter(image_without_label=len(path_of.keys() - masks.keys()))
     rows = []
     for image, found in masks.items():
@@ -74,16 +76,18 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 
 
 def _images(root: Path) -> dict[str, str]:
-    """Image id -> path below dicom-images-train/ (any depth) or stage_2_images/."""
+    """Image id -> path below the folders of images, at any depth.
+
+    stage_2_train.csv labels stage 1's test images too: 12,047 images lie in two folders.
+    """
     found: dict[str, str] = {}
-    for folder in ("dicom-images-train", "stage_2_images"):
+    for folder in _FOLDERS:
         for path in sorted((root / folder).rglob("*.dcm")):
             if found.setdefault(path.stem, relative(path, root)) != relative(path, root):
                 raise DatasetError(f"{root}: image {path.name} lies in two places; keep one")
     if not found:
         raise DatasetError(
-            f"{root}: no .dcm file below dicom-images-train/ or stage_2_images/. It is part of "
-            f"{ACCESS}"
+            f"{root}: no .dcm file below {'/, '.join(_FOLDERS)}/. It is part of {ACCESS}"
         )
     return found
 

@@ -15,6 +15,7 @@ from mlip.dataloading.datasets.rows import (
     Dataset,
     DatasetError,
     Row,
+    numbers_of,
     read_csv,
     require,
     split_by_patient,
@@ -83,7 +84,8 @@ def _boxes(path: Path) -> dict[str, list[list[float | str]]]:
     for row in read_csv(path, columns, ACCESS):
         if not row["x_min"]:
             continue
-        left, top, right, bottom = (float(row[name]) for name in columns[2:])
+        corners = [row[name] for name in columns[2:]]
+        left, top, right, bottom = numbers_of(corners, ", ".join(columns[2:]), path)
         box: list[float | str] = [left, top, right - left, bottom - top, row["class_name"]]
         boxes.setdefault(row["image_id"], []).append(box)
     return boxes

@@ -175,14 +175,36 @@ class Annotations:
         corners.flags.writeable = False
         return Boxes(corners, tuple(str(b[4]) for b in found), size)
 
-    @property
-    def boxes_cover_all(self) -> bool:
-        """Whether an image without a box was looked at and found without.
+    def looked_at(self, rows: Array) -> Array:
+        """The rows in which somebody looked for boxes of transfer.classes.
 
-        True of a column of boxes and of generated studies; boxes.csv beside real images names the
-        images somebody drew in, and says nothing of the others.
+        All rows of a column of boxes and of generated studies. boxes.csv beside real images names
+        the images somebody drew in: one in which it names none of the classes was not looked at.
         """
-        return "boxes" in self._columns or self._phantom_size is not None
+        if "boxes" in self._columns or self._phantom_size is not None:
+            return rows
+        wanted = self.transfer.classes
+        drawn = (self.boxes(r).names for r in rows.tolist())
+        kept = [any(not wanted or name in wanted for name in names) for names in drawn]
+        return rows[np.array(kept, dtype=bool)]
+
+    def require_box_names(self) -> None:
+        """Raise ManifestError for one of transfer.classes that no box is named by.
+
+        A misspelt class would leave the mean over classes without a word.
+        """
+        missing = set(self.transfer.classes)
+        carriers: dict[str, set[int]] = {}
+        for row in range(len(self.manifest)) if missing else ():
+            for name in set(self.boxes(row).names):
+                carriers.setdefault(name, set()).add(int(self.manifest.patient_key[row]))
+        if missing := missing - carriers.keys():
+            shared = sorted(name for name, who in carriers.items() if len(who) > 1)
+            raise ManifestError(
+                f"{self.manifest.path}: no box is named {', '.join(sorted(missing))} "
+                f"(transfer.classes); the boxes have: "
+                f"{', '.join(shared[:30]) or 'no name of two patients'}"
+            )
 
     @cached_property
     def _phantom_size(self) -> tuple[int, int] | None:

@@ -226,7 +226,11 @@ def detection_scores(
         compat.append((value, mean_average_precision(matches, weights[:, kept]), len(kept)))
     boxes = np.concatenate([*(t.labels for t in truth), np.zeros(0)])
     return {
-        "strict": over_seeds(strict, "no test image has a true box"),
+        "strict": {
+            **over_seeds(strict, "no test image has a true box"),
+            "classes": len(np.unique(boxes)),
+            "classes_asked": len(classes),
+        },
         "compat": over_seeds(
             compat, f"no image has both a true box and one predicted at {compat_score_cut:g}"
         ),

@@ -47,7 +47,8 @@ def label_scores(
     Shapes:  targets [test, classes], val_targets [val, classes] of 1, 0, IGNORED; weights [R, test]
     Returns: {"classes": [{class, n, positives, auroc, auprc, f1, accuracy, ece,
                ece_calibrated, ...}],
-             "macro": {auroc, auprc, f1}, "headline": "auroc"}; f1 and accuracy at val's threshold
+             "macro": {auroc, auprc, f1}, "headline": "auroc"}; f1 and accuracy at val's threshold;
+             a macro score says over how many classes it is
     """
     table: list[dict[str, Any]] = []
     kept: dict[str, list[list[Measured]]] = {"auroc": [], "auprc": [], "f1": []}
@@ -190,17 +191,19 @@ def _macro(values: list[list[Measured]], n: int, reasons: Sequence[str | None]) 
     """Mean over classes for each seed, then over seeds; values [class][seed].
 
     reasons  why each class of the table has no score, None where it has one
+    Returns: over_seeds with "classes" (how many count: those with a score for every seed) of
+             "classes_asked"
     """
+    counted = {"classes": len(values), "classes_asked": len(reasons)}
     if not values:
         first = next((reason for reason in reasons if reason), "not all seeds have a score")
-        return over_seeds(
-            [], first if len(reasons) == 1 else f"no class has it; the first: {first}"
-        )
+        reason = first if len(reasons) == 1 else f"no class has it; the first: {first}"
+        return {**over_seeds([], reason), **counted}
     seeds: list[Measured | None] = []
     for of_seed in zip(*values, strict=True):
         means = defined_mean(np.stack([m[1] for m in of_seed]))
         seeds.append((float(np.mean([m[0] for m in of_seed])), means, n))
-    return over_seeds(seeds)
+    return {**over_seeds(seeds), **counted}
 
 
 def softmax(logits: Array) -> Array:

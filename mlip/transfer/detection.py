@@ -41,23 +41,15 @@ class Detection(FramedTask):
 
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)
+        self.annotations.require_box_names()
         self.classes = list(config.transfer.classes) or [ANY_CLASS]
         self._boxes: dict[int, Truth] = {}
         self._size_of_box_file: dict[int, tuple[int, int]] = {}
 
     def rows(self, split: str) -> Array:
-        """All rows of the split: an image without a box counts too.
-
-        Where boxes are a file beside the manifest, an image in which it names none of the classes
-        was not looked at for them, unless the data is generated (and then boxed in full).
-        """
+        """All rows of the split that were looked at: an image without a box counts too."""
         rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
-        if not self.annotations.boxes_cover_all:
-            wanted = self.transfer.classes
-            names = (self.annotations.boxes(r).names for r in rows.tolist())
-            kept = [any(not wanted or name in wanted for name in own) for own in names]
-            rows = rows[np.array(kept, dtype=bool)]
-        return rows
+        return self.annotations.looked_at(rows)
 
     def truth(self, row: int) -> Truth:
         """The row's boxes in px of the encoder's input; the arrays are read-only."""

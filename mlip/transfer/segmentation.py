@@ -55,6 +55,8 @@ class Segmentation(FramedTask):
 
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)
+        if self.transfer.mask_source == "boxes":
+            self.annotations.require_box_names()
         self._masks: dict[int, Array] = {}
 
     def rows(self, split: str) -> Array:
@@ -62,6 +64,8 @@ class Segmentation(FramedTask):
         rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
         if self.transfer.mask_source == "mask" and self.annotations.masks_are_files:
             rows = rows[np.array([self.annotations.has_mask(r) for r in rows.tolist()], dtype=bool)]
+        if self.transfer.mask_source == "boxes":
+            rows = self.annotations.looked_at(rows)
         return rows
 
     def mask(self, row: int) -> Array:

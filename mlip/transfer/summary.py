@@ -39,6 +39,10 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             of = zero_shot["exclusive"]
             shown = "".join(f"{_text(of[h][name]):<20}" for h in HEADS)
             lines.append(f"{'accuracy, ' + name:<26}{shown}")
+        if zero_shot.get("labels_without_concept"):
+            lines.append(
+                "not scored, no concept: " + ", ".join(zero_shot["labels_without_concept"])
+            )
     retrieval = results["retrieval"]
     if retrieval["scores"]:
         chance = retrieval["chance"]["recall@10"]

@@ -53,7 +53,7 @@ def number(value: float | None) -> str:
 
 
 def interval_text(estimate: Mapping[str, Any]) -> str:
-    """value [low, high], n/a with its reason, and the spread of the seeds."""
+    """value [low, high], n/a with its reason, the spread of the seeds, classes left out."""
     if estimate["value"] is None:
         return f"n/a ({estimate['reason']})"
     text = number(estimate["value"])
@@ -61,7 +61,15 @@ def interval_text(estimate: Mapping[str, Any]) -> str:
         text += f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
     if estimate.get("seed_sd") is not None:
         text += f", seeds +- {estimate['seed_sd']:.3f}"
+    if left_out := classes_text(estimate):
+        text += f", {left_out}"
     return text
+
+
+def classes_text(estimate: Mapping[str, Any]) -> str:
+    """Over how many classes a mean is, "" where all count: means of others do not compare."""
+    count, asked = estimate.get("classes"), estimate.get("classes_asked")
+    return "" if count == asked or not count else f"over {count} of {asked} classes"
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:

@@ -21,9 +21,9 @@ from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.transfer import truth
 from mlip.transfer.annotations import IGNORED, INSIDE, Annotations
 from mlip.transfer.classification import target_matrix
-from mlip.transfer.detection import Detection
 from mlip.transfer.draws import SPLITS
 from mlip.transfer.frames import Images, frame_of
+from mlip.transfer.protocol import TASKS
 
 HEIGHT, WIDTH = 40, 60
 
@@ -144,17 +144,21 @@ def test_a_list_that_is_a_subset_needs_its_column(tmp_path: Path) -> None:
         Annotations(config, manifest).of_subset(np.arange(2), "train")
 
 
-def test_an_image_without_a_box_of_the_classes_was_not_looked_at_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_an_image_without_a_box_of_the_classes_was_not_looked_at_for_them(
+    task: str, tmp_path: Path
+) -> None:
     """boxes.csv beside real images: a nodule's box says nothing about lungs."""
     (tmp_path / "boxes.csv").write_text(
         "path,label,x,y,w,h\na.png,Left_Lung,5,5,20,20\nb.dcm,Nodule,5,5,9,9\n"
     )
     for classes, kept in (("{Left_Lung: zero}", [0]), ("{}", [0, 1])):
-        config, manifest = make(tmp_path, "transfer.task=detection", f"transfer.classes={classes}")
+        settings = [f"transfer.task={task}", "transfer.mask_source=boxes"]
+        config, manifest = make(tmp_path, *settings, f"transfer.classes={classes}")
         manifest = dataclasses.replace(manifest, keep_without_report=True)
         images = Images(config, manifest, frame_of(config))
         annotations = Annotations(config, manifest)
-        task = Detection(config, manifest, annotations, images, torch.device("cpu"))
-        rows = [row for split in SPLITS for row in task.rows(split).tolist()]
+        own = TASKS[task](config, manifest, annotations, images, torch.device("cpu"))
+        rows = [row for split in SPLITS for row in own.rows(split).tolist()]
         assert sorted(rows) == kept
         images.close()

@@ -109,6 +109,21 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         ("a box (x=50 y=10 w=30 h=5) does not lie inside its 60 x 40 image",),
     ),
     "box is none": ({"boxes": '{"x": 1}'}, BOXES, 3, ("expected JSON [[x, y, width, height",)),
+    "class of boxes misspelt": (
+        {"boxes": '[[5, 10, 30, 5, "Nodule"]]'},
+        [*BOXES, "transfer.classes={Nodule: zero, Nodul: zero}"],
+        3,
+        ("no box is named Nodul (transfer.classes); the boxes have: Nodule",),
+    ),
+    "class of filled boxes misspelt": (
+        {"boxes": '[[5, 10, 30, 5, "Nodule"]]'},
+        [
+            *("transfer.task=segmentation", "transfer.mask_source=boxes"),
+            *("transfer.columns.boxes=boxes", "transfer.classes={Nodul: zero}"),
+        ],
+        3,
+        ("no box is named Nodul (transfer.classes); the boxes have: Nodule",),
+    ),
     "no box of the class": ({"boxes": "[]"}, BOXES, 3, ("training images drawn has a box",)),
     "no boxes at all": ({}, ["transfer.task=detection"], 3, ("set transfer.columns.boxes", "put")),
     "one patient in test": (

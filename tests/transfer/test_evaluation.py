@@ -196,6 +196,8 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     by_class = results["retrieval"]["by_class"]["image_to_text"]
     assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
     lines = "\n".join(summary_lines(results))
+    results["zero_shot"]["labels_without_concept"] = ["Hernia"]
+    assert "not scored, no concept: Hernia" in "\n".join(summary_lines(results))
     for part in ("F1 at val thresholds", "accuracy, plain", "class precision image to text"):
         assert part in lines
     page = render(tmp_path, results)

@@ -50,6 +50,26 @@ def test_a_class_without_positives_is_stated_and_never_one_half(
     assert reason in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_mean_over_classes_says_which_share_of_them_it_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rare class that a draw or the test split lacks leaves the mean; that was said nowhere."""
+
+    def labels(i: int) -> str:
+        return "Edema" if i % 2 else "Mass" if SPLITS[i % 5] != "train" else "Nodule"
+
+    classes = "transfer.classes={Edema: zero, Mass: zero, Nodule: zero}"
+    task = [*write(tmp_path, labels=labels), "transfer.task=classification", classes]
+    assert evaluate(tmp_path, task) == 0
+    said = capsys.readouterr().out
+    (fraction,) = json.loads((tmp_path / "out" / "results.json").read_text())["fractions"]
+    macro = fraction["scores"]["macro"]["auroc"]
+    assert (macro["classes"], macro["classes_asked"]) == (1, 3)
+    assert macro["value"] == fraction["scores"]["classes"][0]["auroc"]["value"]
+    assert "over 1 of 3 classes" in said.split("macro AUROC")[1].splitlines()[0]
+    assert "over 1 of 3 classes" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_scores_of_one_patient_have_no_interval_and_nothing_private_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

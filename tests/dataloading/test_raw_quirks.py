@@ -1,0 +1,124 @@
+"""What public downloads and the tables that people keep beside them look like when they are odd."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mlip.config import ConfigError
+from mlip.dataloading.datasets.rows import DatasetError
+from tests import raw_layouts
+from tests.raw_layouts import by_id, collect, image, table
+
+IMAGES = [f"id{i}" for i in range(10)]
+
+
+def test_siim_takes_the_labelled_images_of_stage_1s_test_folder(tmp_path: Path) -> None:
+    raw_layouts.make_siim(tmp_path, 2)
+    (tmp_path / "stage_2_images").rename(tmp_path / "dicom-images-train")
+    for i in (6, 9):
+        folder = tmp_path / "dicom-images-test" / "1.2.3" / "1.2.4"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"1.2.276.{i}.dcm"
+        (tmp_path / "dicom-images-train" / name).rename(folder / name)
+    image(tmp_path / "stage_2_images" / "ID_0011fe81e.dcm")  # stage 2's own test: never labelled
+    collected = collect("siim_pneumothorax", tmp_path)
+    assert len(collected.rows) == 10 and collected.excluded == {"image_without_label": 1}
+    assert by_id(collected)["1.2.276.9"].image.startswith("dicom-images-test/")
+
+
+def test_open_i_finds_the_images_of_kaggles_copy(tmp_path: Path) -> None:
+    (tmp_path / "ecgen-radiology").mkdir()
+    ids = ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001", "CXR10_IM-0002-1001"]
+    for study, images in (("CXR1", ids[:2]), ("CXR10", ids[2:])):
+        parents = "".join(f'<parentImage id="{name}"/>' for name in images)
+        text = f'<eCitation><uId id="{study}"/>{parents}</eCitation>'
+        (tmp_path / "ecgen-radiology" / f"{study}.xml").write_text(text)
+    copy = ["1_IM-0001-3001.dcm.png", "1_IM-0001-4001.dcm.png", "10_IM-0002-1001.dcm.png"]
+    for name in copy:
+        image(tmp_path / "images" / "images_normalized" / name)
+    views = zip((1, 1, 10), copy, ("Lateral", "Frontal", "Frontal"), strict=True)
+    table(tmp_path / "indiana_projections.csv", "uid,filename,projection", [list(v) for v in views])
+    collected = collect("open_i", tmp_path)
+    assert {row.image_id: row.view for row in collected.rows} == dict.fromkeys(ids[1:], "FRONTAL")
+    assert collected.excluded == {"view_not_frontal": 1}
+    assert {row.image_id for row in collect("open_i", tmp_path, views="all").rows} == set(ids)
+
+
+@pytest.mark.parametrize("name", ["chexpert", "open_i", "mimic_cxr"])
+def test_a_choice_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    # it used to mean "all": laterals among the frontal images
+    with pytest.raises(ConfigError, match="views=Frontal: expected frontal or all"):
+        collect(name, tmp_path, views="Frontal")
+
+
+def test_a_table_of_patients_that_names_no_image_is_refused(tmp_path: Path) -> None:
+    raw_layouts.make_rsna(tmp_path)
+    file = tmp_path / "patients.csv"
+
+    def write(rows: list[list[object]]) -> str:
+        table(file, "image_id,patient_id", rows)
+        return str(file)
+
+    # the suffix of the file's name, which the challenge's ids leave out
+    given = write([[f"{name}.dcm", "p0"] for name in IMAGES[:8]])
+    collected = collect("rsna_pneumonia", tmp_path, patients=given)
+    assert Counter(row.patient_id for row in collected.rows) == {"p0": 8, "id8": 1, "id9": 1}
+    assert "patients of 8 images" in collected.notes[0] and "2 images are not" in collected.notes[0]
+    with pytest.raises(DatasetError, match="names none of the 10 images"):
+        collect("rsna_pneumonia", tmp_path, patients=write([["00000001_000.png", 1]]))
+    with pytest.raises(DatasetError, match="one image_id has two patients"):
+        collect("rsna_pneumonia", tmp_path, patients=write([["id1", 1], ["id1", 2]]))
+
+
+def test_split_lists_may_have_the_row_numbers_that_pandas_writes(tmp_path: Path) -> None:
+    raw_layouts.make_rsna(tmp_path)
+    lists = tmp_path / "lists"
+    for name, ids in (("train", IMAGES[:6]), ("valid", IMAGES[6:8]), ("test", IMAGES[8:])):
+        rows = [[7 * i, 0, image_id] for i, image_id in enumerate(ids)]
+        table(lists / f"{name}.csv", ",Target,patientId", rows)
+    collected = collect("rsna_pneumonia", tmp_path, split_lists=str(lists))
+    assert Counter(row.split for row in collected.rows) == {"train": 6, "val": 2, "test": 2}
+
+
+BROKEN = {
+    "rsna_pneumonia": (raw_layouts.make_rsna, "stage_2_train_labels.csv", "id7,,,,,1\n"),
+    "vindr_cxr": (
+        raw_layouts.make_vindr,
+        "annotations/annotations_test.csv",
+        "test1,Nodule/Mass,1,2,nan,22\n",
+    ),
+    "nih_cxr14": (raw_layouts.make_nih, "BBox_List_2017.csv", "a.png,Mass,a,2,3,4,,,\n"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_box_that_is_no_numbers_is_named_by_its_file(name: str, tmp_path: Path) -> None:
+    make, path, line = BROKEN[name]
+    make(tmp_path)
+    with (tmp_path / path).open("a") as file:
+        file.write(line)
+    with pytest.raises(DatasetError, match=f"{Path(path).name}: .*expected numbers"):
+        collect(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "path", "options"),
+    [
+        ("nih_cxr14", raw_layouts.make_nih, "test_list.txt", {}),
+        ("covidx", raw_layouts.make_covidx, "train_COVIDx9A.txt", {}),
+        ("rsna_pneumonia", raw_layouts.make_rsna, "lists/train.csv", {"split_lists": "lists"}),
+    ],
+)
+def test_a_list_that_is_no_utf8_is_named(
+    name: str, make: object, path: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    assert callable(make)
+    make(tmp_path)
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes("id1\n".encode("utf-16"))
+    options = {key: str(tmp_path / value) for key, value in options.items()}
+    with pytest.raises(DatasetError, match=f"{Path(path).name}: is not UTF-8"):
+        collect(name, tmp_path, **options)
