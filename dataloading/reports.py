@@ -134,7 +134,13 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
     if (directory / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        try:
+            backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # the library raises no narrower kind
+            raise ValueError(
+                f"tokenizer {directory / 'tokenizer.json'}: cannot be read ({error}); restore the "
+                "file"
+            ) from error
     else:
         from transformers import AutoTokenizer
 
@@ -159,6 +165,8 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"tokenizer {file}: not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"tokenizer {file}: expected a JSON object; restore the file")
         for key in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"):
             value = content.get(key)
             value = value.get("content") if isinstance(value, dict) else value

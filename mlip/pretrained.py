@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from mlip.model import MLIPModel
 from mlip.pretrained_model import Pretrained
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 
+logger = logging.getLogger("mlip")
 FORMAT = 1
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
 # what a tower's own configuration says about its origin, not about its shape
@@ -167,10 +169,7 @@ def from_pretrained(
     folder = Path(folder)
     described = _read_settings(folder)
     _check_sums(folder)
-    try:
-        config = configuration.from_dict(described["config"])
-    except ValueError as error:
-        raise PretrainedError(f"{folder / SETTINGS}: {error}") from error
+    config = _settings(described["config"], folder / SETTINGS)
     table = _read_concepts(folder, described, lexicon)
     tokenizer = load_tokenizer(folder / "tokenizer")
     try:
@@ -196,15 +195,23 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise PretrainedError(
             f"{path}: format {described.get('format')!r}, this version reads format {FORMAT}"
         )
-    lacking = {"config", "vocab_size", "fingerprints"} - described.keys()
+    kinds = {"config": dict, "vocab_size": int, "fingerprints": dict}
+    lacking = [name for name, kind in kinds.items() if not isinstance(described.get(name), kind)]
     if lacking:
-        raise PretrainedError(f"{path}: lacks {sorted(lacking)}; copy the whole folder again")
+        raise PretrainedError(f"{path}: lacks {lacking}; copy the whole folder again")
     return described
+
+
+def _settings(tree: Mapping[str, Any], where: Path) -> Config:
+    try:
+        return configuration.from_dict(tree)
+    except ValueError as error:
+        raise PretrainedError(f"{where}: {error}") from error
 
 
 def _check_sums(folder: Path) -> None:
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
     listed = {line.partition("  ")[2] for line in lines}
@@ -224,7 +231,7 @@ def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | No
     own = folder / "concepts.jsonl"
     path = lexicon or (str(own) if own.is_file() else described["config"]["knowledge"]["lexicon"])
     table = load_concepts(path)
-    _check_concepts(folder, table, described["fingerprints"]["concept_table"], path)
+    _check_concepts(folder, table, described["fingerprints"].get("concept_table"), path)
     return table
 
 
@@ -298,11 +305,14 @@ def open_checkpoint(
     """The model of an export, of a training checkpoint, or of a run folder (its newest one).
 
     weights_of  "trained", or "ema" for the average that train.ema_decay keeps
-    Raises:  PretrainedError if the path is none of these, or holds no average where one is asked
-             for; CheckpointError if none is intact.
+    Raises:  PretrainedError if the path is none of these, holds no average where one is asked for,
+             or has other vocabulary or concepts than its training; CheckpointError if none is
+             intact (a damaged one is passed over with a warning)
     """
     from mlip.training import checkpoint as saved
 
+    if weights_of not in ("trained", "ema"):
+        raise PretrainedError(f"weights_of: expected 'trained' or 'ema', got {weights_of!r}")
     path = Path(path)
     if (path / SETTINGS).is_file() and (path / WEIGHTS).is_file():
         exported = from_pretrained(path, device=device, lexicon=lexicon)
@@ -315,9 +325,11 @@ def open_checkpoint(
     if (path / "state.json").is_file():
         folder, run_dir = path, path.resolve().parent.parent
     elif (path / "checkpoints").is_dir():
-        newest, _ = saved.find_newest(path)
+        newest, passed_over = saved.find_newest(path)
         if newest is None:
             raise PretrainedError(f"{path}: its folder checkpoints is empty: train first")
+        for text in passed_over:
+            logger.warning("checkpoint passed over: %s; %s is used", text, newest.name)
         folder, run_dir = newest, path
     else:
         raise PretrainedError(
@@ -325,9 +337,8 @@ def open_checkpoint(
             f"state.json) or an export (with {SETTINGS} and {WEIGHTS}); there is none of these"
         )
     read = saved.read(folder)
-    config = configuration.from_dict(read.state["config"])
-    given = config.model.text.tokenizer or config.model.text.source
-    tokenizer = load_tokenizer(given if given is not None else run_dir / "tokenizer")
+    config = _settings(read.state["config"], folder)
+    tokenizer = _tokenizer_of(folder, config, run_dir, read.state.get("tokenizer"))
     table = load_concepts(lexicon or config.knowledge.lexicon)
     _check_concepts(folder, table, read.state.get("concept_table"), lexicon)
     tensors = {**read.training.parameters, **read.training.buffers}
@@ -351,9 +362,8 @@ def open_checkpoint(
         )
     vocab_size = _embedding_rows(weights) or tokenizer.vocab_size
     model = _build(config, vocab_size, weights, str(folder))
-    step = int(read.state["step"])
     facts = {
-        "step": step,
+        "step": (step := int(read.state["step"])),
         "pairs_seen": read.state.get("pairs_seen", step * config.batch.global_pairs),
         "checkpoint": str(folder),
         "weights": weights_of,
@@ -364,9 +374,25 @@ def open_checkpoint(
     )
 
 
+def _tokenizer_of(folder: Path, config: Config, run_dir: Path, trained: Any) -> ReportTokenizer:
+    """The vocabulary that a checkpoint was trained with: with another, ids mean other words."""
+    place = config.model.text.tokenizer or config.model.text.source or run_dir / "tokenizer"
+    if not Path(place).is_dir():
+        raise PretrainedError(
+            f"{folder}: expected its vocabulary in {place}, there is no such folder; restore it (a "
+            "checkpoint is of use only in its run folder), or use a folder of `mlip export`"
+        )
+    tokenizer = load_tokenizer(place)
+    if trained not in (None, found := hash_of_vocabulary(tokenizer)):
+        raise PretrainedError(
+            f"{folder}: the model was trained with the vocabulary {trained[:12]}, {place} is "
+            f"{found[:12]}; restore that of the training run"
+        )
+    return tokenizer
+
+
 def _embedding_rows(weights: Mapping[str, Tensor]) -> int | None:
-    found = [t for n, t in weights.items() if n.endswith("word_embeddings.weight")]
-    return int(found[0].shape[0]) if found else None
+    return next((len(t) for n, t in weights.items() if n.endswith("word_embeddings.weight")), None)
 
 
 def _sha256(path: Path) -> str:

@@ -44,8 +44,8 @@ class TextBank:
         return int(self.text.embedding.shape[0])
 
     def rows(self, index: Array) -> TextBank:
-        """The chosen texts, cut to their longest text."""
-        at = torch.as_tensor(np.asarray(index), dtype=torch.int64)
+        """The chosen texts, cut to their longest text; by number, as a slice or by a mask."""
+        at = torch.from_numpy(np.arange(len(self))[index].reshape(-1))
         mask = self.content_mask[at]
         used = mask.any(dim=0).nonzero()
         longest = int(used.max()) + 1 if len(used) else 1
@@ -204,4 +204,6 @@ def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.
         ).double()
         for i in range(0, len(patches), step)
     ]
+    if not chunks:
+        return np.zeros((0, len(texts)))
     return torch.cat(chunks).cpu().numpy()

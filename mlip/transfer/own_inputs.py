@@ -24,7 +24,7 @@ from mlip.dataloading.transforms import Transform
 from mlip.transfer.features import TextBank, global_scores, local_scores
 from mlip.transfer.grounding import phrase_maps
 from mlip.transfer.interval import Array
-from mlip.transfer.prompts import encode_prompts
+from mlip.transfer.prompts import encode_prompts, named_phrase
 
 Head = Literal["global", "local"]
 IMAGES_AT_ONCE = 16
@@ -62,7 +62,16 @@ def model_input(grey: Array, config: Config) -> Tensor:
     """What the image tower sees of one picture: letterbox, central crop, normalised.
 
     Shapes:  grey [H, W] uint8 or uint16 -> [1, C, crop_px, crop_px] float32
+    Raises:  ValueError for another array: white is 255 or 65,535, which no other kind says
     """
+    if not isinstance(grey, np.ndarray) or grey.dtype not in (np.uint8, np.uint16):
+        found = getattr(grey, "dtype", type(grey).__name__)
+        raise ValueError(
+            f"expected grey pixels as an array of uint8 (white 255) or uint16 (white 65535), got "
+            f"{found}: scale and convert it, or use read_image, which reads DICOM files too"
+        )
+    if grey.ndim != 2 or 0 in grey.shape:
+        raise ValueError(f"expected one grey picture [H, W], got {list(grey.shape)}")
     transform = Transform(config.data, train=False, seed=0)
     zero = np.zeros(1, dtype=np.int64)
     pixels = np.empty((transform.crop_px, transform.crop_px), dtype=np.float32)
@@ -75,9 +84,16 @@ def encode_pixels(opened: Any, pixels: Tensor) -> ImageFeatures:
     """Features of model inputs, on the CPU in float32.
 
     Shapes:  pixels [N, C, crop_px, crop_px] -> embedding [N, D] unit length, patches [N, P, D]
-    Raises:  ValueError for a model in training mode, or features that are not finite.
+    Raises:  ValueError for pixels that model_input does not give, a model in training mode, or
+             features that are not finite.
     """
     _require_eval(opened.model)
+    side, channels = opened.config.data.crop_px, opened.config.data.channels
+    if pixels.shape[1:] != (channels, side, side) or not pixels.is_floating_point():
+        raise ValueError(
+            f"expected pixels [N, {channels}, {side}, {side}] in floating point, as model_input "
+            f"gives them, got {list(pixels.shape)} {pixels.dtype}"
+        )
     # its device and its dtype, which a caller may have changed
     found = opened.model.encode_image(pixels.to(next(opened.model.parameters())))
     embedding, patches = found.embedding.float().cpu(), found.patches.float().cpu()
@@ -122,7 +138,7 @@ def encode_texts(opened: Any, texts: Iterable[str]) -> TextBank:
     """
     texts = _listed(texts, "texts", str)
     if (place := _first_unknown(opened, texts)) is not None:
-        raise ValueError(f"the phrase {texts[place]!r} {_UNKNOWN}")
+        raise ValueError(f"{named_phrase(texts[place], place)} {_UNKNOWN}")
     return _encode(opened, texts, cut=False)
 
 
@@ -150,7 +166,7 @@ def _listed(things: Any, name: str, kind: type | tuple[type, ...]) -> list[Any]:
     """A list, tuple, array, column or generator as a list; not one thing alone, nor a set."""
     # results come in the order of what was asked, which a set does not have
     wrong = isinstance(things, str | bytes | os.PathLike | set | frozenset)
-    items = [] if wrong else list(things)
+    items = list(things) if isinstance(things, Iterable) and not wrong else []
     if not items:
         raise ValueError(f"expected a list of {name}, of one at least")
     for place, item in enumerate(items, start=1):
@@ -177,11 +193,15 @@ def _encode(opened: Any, texts: Sequence[str], *, cut: bool) -> TextBank:
     )
 
 
+@torch.no_grad()
 def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) -> Array:
     """Score of every image with every text, [N, M] float64; high = match.
 
     head  "global": cosine of the two embeddings. "local": the token-knowledge-patch score S.
+
+    Raises:  ValueError for another head, or for what is not features of this model
     """
+    _require_features(opened, images, texts)
     if head == "global":
         return global_scores(images.embedding, texts)
     if head == "local":
@@ -190,11 +210,28 @@ def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) 
     raise ValueError(f"head: expected 'global' or 'local', got {head!r}")
 
 
+def _require_features(opened: Any, images: Any, texts: Any) -> None:
+    if not isinstance(images, ImageFeatures) or not isinstance(texts, TextBank):
+        raise ValueError(
+            "expected what encode_images gave and then what encode_texts or encode_reports gave, "
+            f"got {type(images).__name__} and {type(texts).__name__}"
+        )
+    sizes = images.embedding.shape[-1], texts.text.embedding.shape[-1]
+    if sizes != (opened.config.model.embed_dim,) * 2:
+        raise ValueError(
+            f"expected features of this model, of D={opened.config.model.embed_dim}, got D="
+            f"{sizes[0]} of the images and D={sizes[1]} of the texts: encode both with one model"
+        )
+
+
 @torch.no_grad()
 def heat_maps(opened: Any, images: ImageFeatures, texts: TextBank) -> Array:
     """Cosine of every patch with every text, [N, M, rows, columns] float32; high = match.
 
     The grid lies over the model's input (model_input), not over the file: `mlip ground` maps back.
+
+    Raises:  ValueError for what is not features of this model
     """
+    _require_features(opened, images, texts)
     heat = phrase_maps(opened.model, images.patches, texts).transpose(0, 1).float().numpy()
     return heat.reshape(*heat.shape[:2], *images.grid)

@@ -15,6 +15,7 @@ from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import TextBank, encode_texts, join_texts
 
 TEXTS_AT_ONCE = 256
+LONGEST_QUOTED = 60  # characters: what is longer may be a report, which no message quotes
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,28 @@ class TextBatch:
     entity_mask: Tensor
 
 
+def named_phrase(text: str, place: int) -> str:
+    """How an error calls a phrase: quoted where it is short, else by its number."""
+    return f"the phrase {text!r}" if len(text) <= LONGEST_QUOTED else f"phrase {place + 1}"
+
+
 def make_text_batch(
-    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool = False
+    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool = False, first: int = 0
 ) -> TextBatch:
     """Tokens and linked knowledge of the texts.
 
-    cut  read a text as far as the model reads, as training does with reports
+    cut    read a text as far as the model reads, as training does with reports
+    first  how many texts came before these, which an error counts
     Raises:  ValueError for a text longer than the model reads, unless cut.
     """
     reports = [encoder.encode(text) for text in texts]
-    longest, room = max(len(report.ids) for report in reports), encoder.max_tokens - 2
-    if longest > room and not cut:
-        raise ValueError(f"a phrase has {longest} tokens, the model reads {room}: shorten it")
+    counts, room = [len(report.ids) for report in reports], encoder.max_tokens - 2
+    if max(counts) > room and not cut:
+        at = counts.index(max(counts))
+        raise ValueError(
+            f"{named_phrase(texts[at], first + at)} has {counts[at]} tokens, the model reads "
+            f"{room}: shorten it"
+        )
     pieces = [encoder.compose(report) for report in reports]
     longest = max(len(p.ids) for p in pieces)
     most = max(1, max(len(p.entities) for p in pieces))
@@ -95,11 +106,12 @@ def encode_prompts(
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]
-        batch = make_text_batch(chunk, encoder, cut=cut)
+        batch = make_text_batch(chunk, encoder, cut=cut, first=start)
         empty = (~batch.content_mask.any(dim=1)).nonzero()
         if len(empty):
             place = int(empty[0])
-            named = f"report {start + place + 1}" if cut else f"the phrase {chunk[place]!r}"
+            named = named_phrase(chunk[place], start + place)
+            named = f"report {start + place + 1}" if cut else named
             raise ValueError(f"{named} is empty: expected words")
         parts.append(encode_texts(model, batch, device=device))
     return join_texts(parts)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mlip.batch import ImageFeatures
 from mlip.dataloading.dicom import write_radiograph
 from mlip.pretrained import from_pretrained
 from mlip.pretrained_model import Pretrained
@@ -99,10 +100,10 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
         opened.encode_images([tmp_path / "broken.png"])
     with pytest.raises(ImageFileError, match=r"film\.png: there is no such folder"):
         opened.encode_images([tmp_path / "nowhere" / "film.png"])
-    for nothing in ([], str(tmp_path / "broken.png")):
+    for nothing in ([], str(tmp_path / "broken.png"), None, object()):
         with pytest.raises(ValueError, match="list of image files"):
             opened.encode_images(nothing)
-    for nothing in ([], "effusion"):
+    for nothing in ([], "effusion", None, 5):
         with pytest.raises(ValueError, match="list of texts"):
             opened.encode_texts(nothing)
     with pytest.raises(ValueError, match="empty"):
@@ -120,6 +121,70 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
     images, texts = encode_pixels(opened, torch.zeros(1, 1, 96, 96)), opened.encode_texts(["heart"])
     with pytest.raises(ValueError, match="expected 'global' or 'local', got 'both'"):
         opened.similarity(images, texts, "both")  # type: ignore[arg-type]
+
+
+def test_pixels_of_an_array_are_taken_where_its_kind_says_what_white_is(
+    opened: Pretrained,
+) -> None:
+    """pixel_array of pydicom is often int16, and plain floats are of any range: both were black."""
+    grey = np.random.default_rng(3).integers(0, 256, (99, 90), np.uint8)
+    pixels = model_input(grey, opened.config)
+    assert torch.equal(pixels, model_input(np.asfortranarray(grey), opened.config))
+    wrong: list[Any] = [grey.astype(kind) for kind in ("f4", "f8", "i2", "i4", "?", ">u2")]
+    for other in (*wrong, torch.from_numpy(grey), grey.tolist()):
+        with pytest.raises(ValueError, match=r"\(white 255\) or uint16 .*: scale and convert"):
+            model_input(other, opened.config)
+    for shape in ((99, 90, 3), (1, 99, 90), (0, 90)):
+        with pytest.raises(ValueError, match=r"expected one grey picture \[H, W\], got \["):
+            model_input(np.zeros(shape, np.uint8), opened.config)
+    assert len(encode_pixels(opened, pixels.double()).embedding) == 1
+    for made in (pixels[0], pixels[..., :-1], pixels.repeat(1, 3, 1, 1), pixels.to(torch.uint8)):
+        with pytest.raises(ValueError, match=r"expected pixels \[N, 1, 96, 96\] in floating"):
+            encode_pixels(opened, made)
+
+
+def test_scores_are_of_features_of_this_model(opened: Pretrained) -> None:
+    images, texts = encode_pixels(opened, torch.zeros(2, 1, 96, 96)), opened.encode_texts(["heart"])
+    files: Any = ["film.png"]
+    other = ImageFeatures(torch.zeros(2, 64), torch.zeros(2, 144, 64), images.grid)
+    none = ImageFeatures(images.embedding[:0], images.patches[:0], images.grid)
+    grown = ImageFeatures(images.embedding.requires_grad_(), images.patches, images.grid)
+    for score in (
+        opened.similarity,
+        lambda i, t: opened.similarity(i, t, "local"),
+        opened.heat_maps,
+    ):
+        for pair in ((texts, images), (files, texts), (images, ["heart"]), (images, None)):
+            with pytest.raises(ValueError, match="expected what encode_images gave and then"):
+                score(*pair)
+        with pytest.raises(ValueError, match="of D=32, got D=64 of the images and D=32 of the"):
+            score(other, texts)
+        assert score(none, texts).shape[:2] == (0, 1)
+        assert score(grown, texts).shape[:2] == (2, 1)
+
+
+def test_texts_are_chosen_as_arrays_are(opened: Pretrained) -> None:
+    texts = opened.encode_texts(["left effusion", "edema", "heart"])
+    whole = texts.text.embedding
+    for index, rows in (
+        (np.array([False, True, True]), [1, 2]),  # was rows 0, 1 and 1
+        (slice(1, None), [1, 2]),
+        ([2, 0], [2, 0]),
+        (-1, [2]),
+        ([], []),
+    ):
+        assert torch.equal(texts.rows(index).text.embedding, whole[rows])  # type: ignore[arg-type]
+    with pytest.raises(IndexError):
+        texts.rows([3])  # type: ignore[arg-type]
+
+
+def test_a_long_phrase_is_named_by_its_number(opened: Pretrained) -> None:
+    """It may be a report that was given to the wrong method."""
+    words = ["edema"] * 300
+    for long, reason in (("Canary " * 70, "reads 62: shorten"), ("\u5de6" * 61, "holds no word")):
+        with pytest.raises(ValueError, match=rf"^phrase 301 .*{reason}") as caught:
+            opened.encode_texts([*words, long])
+        assert "Canary" not in str(caught.value) and "\u5de6" not in str(caught.value)
 
 
 def test_files_and_texts_come_in_any_order_that_stays(opened: Pretrained, tmp_path: Path) -> None:

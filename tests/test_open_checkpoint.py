@@ -1,0 +1,92 @@
+"""A checkpoint of a run is opened with what it was trained with, or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlip.config import to_dict
+from mlip.dataloading.reports import train_tokenizer
+from mlip.pretrained import PretrainedError, open_checkpoint
+from mlip.training import checkpoint
+from mlip.training.step import TrainingState
+from mlip.transfer.fingerprint import hash_of_vocabulary
+from tests.small_run import small_export, small_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with the checkpoints of steps 1 and 2, told apart by one weight."""
+    small = small_run()
+    folder = tmp_path / "run"
+    shutil.copytree(small.folder / "run" / "tokenizer", folder / "tokenizer")
+    named = {f"model.{name}": p.detach() for name, p in small.model.named_parameters()}
+    whole = {f"model.{name}": tensor for name, tensor in small.model.state_dict().items()}
+    buffers = {name: tensor for name, tensor in whole.items() if name not in named}
+    state = {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(small.config),
+        "tokenizer": hash_of_vocabulary(small.tokenizer),
+        "concept_table": small.table.fingerprint,
+    }
+    for step in (1, 2):
+        moved = named | {"model.image_head.second.bias": torch.full((32,), float(step))}
+        moments = {key: dict.fromkeys(moved, torch.zeros(1)) for key in checkpoint.MOMENTS}
+        training = TrainingState(moved, moments, buffers, optimizer_steps=step)
+        checkpoint.save(folder, training, {**state, "step": step}, keep=3)
+    return folder
+
+
+def test_the_newest_is_opened_and_a_damaged_one_is_named(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = open_checkpoint(run)
+    assert opened.facts["step"] == 2
+    assert opened.model.image_head.second.bias.unique().tolist() == [2.0]
+    weights = run / "checkpoints" / "step_00000002" / "parameters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING, "mlip"):
+        assert open_checkpoint(run).facts["step"] == 1
+    (said,) = caplog.messages
+    assert "step_00000002: parameters.safetensors is not what was written" in said
+    assert said.endswith("step_00000001 is used")
+
+
+def test_another_vocabulary_than_that_of_the_training_is_refused(run: Path) -> None:
+    """Its ids mean other words, in features that look like any other."""
+    texts = ["the heart is large", "both lungs are clear", "no effusion"]
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(PretrainedError, match=r"expected its vocabulary in .*tokenizer, there is"):
+        open_checkpoint(run)
+    train_tokenizer(texts, 60, run / "tokenizer", min_patients=1)
+    with pytest.raises(PretrainedError, match=r"trained with the vocabulary \w{12}, .*restore"):
+        open_checkpoint(run)
+
+
+def test_a_vocabulary_cut_short_is_named(run: Path) -> None:
+    file = run / "tokenizer" / "tokenizer.json"
+    whole = file.read_text()
+    for content in (whole[: len(whole) // 2], "{}"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read .*; restore"):
+            open_checkpoint(run)
+
+
+def test_only_the_two_kinds_of_weights_can_be_asked_for(run: Path) -> None:
+    for kind in ("EMA", "average", ""):
+        with pytest.raises(PretrainedError, match=f"expected 'trained' or 'ema', got {kind!r}"):
+            open_checkpoint(run, weights_of=kind)
+
+
+@pytest.mark.parametrize("key", ["config", "fingerprints", "vocab_size"])
+def test_an_export_with_something_else_in_a_field_is_refused(key: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_export(), tmp_path / "copy"))
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {key: [1]}))
+    with pytest.raises(PretrainedError, match=rf"config\.json: lacks \['{key}'\]; copy"):
+        open_checkpoint(folder)
