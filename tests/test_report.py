@@ -71,6 +71,16 @@ def test_rows_that_no_step_reached_are_not_called_trained() -> None:
     assert "not reached" not in (ledger_context(LEDGER) or {})["sentence"]
 
 
+def test_the_page_says_how_many_images_could_not_be_read(tmp_path: Path, page: str) -> None:
+    """Scores of what was left of a half-mounted folder stood there as those of the split."""
+    assert "could not be read" not in page
+    results = copy.deepcopy(small_results())
+    images = results["data"]["images"]
+    results["data"]["rows_asked"] = images + 40
+    text = write_report(tmp_path, results).read_text()
+    assert f"{images} of {images + 40} " in text and "40 could not be read" in text
+
+
 class _Outline(HTMLParser):
     VOID = {"meta", "img", "br", "link", "hr", "input"}
 
