@@ -116,7 +116,7 @@ class DaliPipeline:
         self._filled: dict[tuple[int, int], tuple[bool, int, list[Bad]]] = {}
         self._decode_ourselves: set[int] = set()  # steps whose batch DALI refused
         self._own_rows: set[int] = set()  # rows found bad there: not shown to DALI again
-        self._failure: Exception | None = None
+        self._failures: dict[int, Exception] = {}  # by step: batches are made ahead
 
     def load(self, plan: Plan) -> Images:
         """Raises:  DataError; a bad file is replaced or left out, never raised."""
@@ -150,10 +150,10 @@ class DaliPipeline:
 
     def _image(self, step: int) -> torch.Tensor:
         """A step's pixels; the graph is built anew where the first unusual image was met."""
-        outputs = self._run()
+        outputs = self._run(step)
         if self._needs_branches and not self._has_branches:
             self._build(step)
-            outputs = self._run()
+            outputs = self._run(step)
         if not self.finishes_in_dali:
             return self._cropped(outputs, self._windows.pop(step))
         images = outputs.as_tensor()
@@ -182,10 +182,10 @@ class DaliPipeline:
         out.record_stream(torch.cuda.default_stream(device))
         return out
 
-    def _run(self) -> Any:
+    def _run(self, step: int) -> Any:
         outputs = self._pipe.run()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
+        failure = self._failures.pop(step, None)
+        if failure is not None:
             self._pipe = None
             raise failure
         return outputs[0]
@@ -210,7 +210,7 @@ class DaliPipeline:
         self._plans.clear()
         self._windows.clear()
         self._filled.clear()
-        self._failure = None
+        self._failures.clear()
         # made first, as it says which graph is needed
         self._has_branches = True
         self._first = self._make(step)
@@ -246,7 +246,7 @@ class DaliPipeline:
                 self._sample(step, place, plan, parameters) for place in range(self.batch_size)
             ]
         except Exception as error:
-            self._failure = error
+            self._failures[step] = error
             for place in range(self.batch_size):
                 self._filled.setdefault((step, place), (False, -1, []))
         arguments = self._arguments(step, samples, parameters)

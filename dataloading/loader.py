@@ -314,11 +314,16 @@ def _build_pipeline(
 
 
 def merge_states(states: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """All ranks' state_dicts of one moment as one that any number of ranks can load."""
+    """All ranks' state_dicts of one moment as one that any number of ranks can load.
+
+    Raises:  DataError where the ranks together met more bad rows than data.bad_share allows: each
+             knows its own only, and a rank of many meets a small part of them in an epoch.
+    """
     steps = {state["step"] for state in states}
     if len(steps) != 1:
         raise ValueError(f"loader states to merge must be of one step, got {sorted(steps)}")
     ledger = Ledger.merge(Ledger.from_state(state["ledger"]) for state in states)
+    ledger.check()
     return {**states[0], "ledger": ledger.state_dict()}
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mlip.config import Data
 from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
 from mlip.dataloading.table import ManifestError, check_identifiers, read_table
-from mlip.dataloading.text_hash import hash_bytes, mix
+from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, hash_bytes, hash_words, mix
 
 IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
@@ -212,14 +212,18 @@ def _keyed(column: pa.ChunkedArray, fingerprint: str) -> HashArray:
     return mix(hash_bytes(column), np.uint64(int(fingerprint[:16], 16)))
 
 
+def _says_none(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Where a cell is blank, holds marks alone, or what programs write for a gap: NA, nan, None."""
+    hashes, words = hash_words(column)
+    return (words == 0) | np.isin(hashes, HASH_OF_NAN_WORDS)
+
+
 def _check_no_blank(column: pa.ChunkedArray, field: str, name: str, path: Path) -> None:
-    blank = pc.equal(pc.utf8_trim_whitespace(pc.fill_null(column, "")), "")
-    count = pc.sum(blank).as_py()
-    if count:
-        first = pc.index(blank, True).as_py()
+    blank = _says_none(column)
+    if blank.any():
         raise ManifestError(
-            f"{path}: column {name!r} ({field}) is blank in {count} rows, the first is data row "
-            f"{first + 1}"
+            f"{path}: column {name!r} ({field}) is blank or says none (NA, nan, null) in "
+            f"{np.count_nonzero(blank)} rows, the first is data row {int(blank.argmax()) + 1}"
         )
 
 
@@ -330,8 +334,7 @@ def _pair_ids(
     rows = np.arange(len(patient_key), dtype=np.int32)
     groups: list[Any] = []
     if study is not None:
-        named = pc.not_equal(pc.utf8_trim_whitespace(pc.fill_null(study, "")), "")
-        here = named.to_numpy()
+        here = ~_says_none(study)
         groups.append(
             (rows[here], mix(_keyed(pc.fill_null(study, ""), fingerprint), patient_key)[here])
         )

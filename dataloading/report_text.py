@@ -80,13 +80,14 @@ _OTHER = (
 )
 _NAMES = sorted({*_WANTED["findings"], *_WANTED["impression"], *_OTHER}, key=len, reverse=True)
 HEADINGS = frozenset(_NAMES)  # lower case, blanks between words
+_BLANKS = "[ \t\u00a0\u202f\ufeff]*"  # with those of HTML, of French, and a byte-order mark
 # A heading opens a line, or stands in capitals after a stop; a colon ends it.
 _HEADING = re.compile(
-    r"(?:(?:^|\n)[ \t]*(?P<line>(?i:" + "|".join(_NAMES) + r"))"
-    r"|(?<=[.\s])(?P<capitals>" + "|".join(n.upper() for n in _NAMES) + r"))[ \t]*:"
+    rf"(?:(?:^|\n){_BLANKS}(?P<line>(?i:" + "|".join(_NAMES) + r"))"
+    r"|(?<=[.\s])(?P<capitals>" + "|".join(n.upper() for n in _NAMES) + rf")){_BLANKS}:"
 )
 # RE2 pattern for "may have a heading": what the slow path must look at
-_MAY_HAVE_HEADING = "(?i)(" + "|".join(_NAMES) + r")[ \t]*:"
+_MAY_HAVE_HEADING = "(?i)(" + "|".join(_NAMES) + f"){_BLANKS}:"
 
 # Abbreviations whose stop ends no sentence.
 _ABBREVIATIONS = frozenset(
@@ -128,20 +129,21 @@ def split_sections(text: str) -> dict[str, str]:
 
 
 def choose_sections(text: str, sections: str) -> str | None:
-    """The part of a report to train on, or None where it has headings but not the asked one.
+    """The part of a report to train on, or None where it has headings but nothing below the asked.
 
     sections: "findings", "impression", or "all" = both, and the whole text where it has neither.
-    A text without any heading is taken whole.
+    A text without any heading, or with words before the first one only, is taken whole.
     """
+    headings = {(h["line"] or h["capitals"]).lower() for h in _HEADING.finditer(text)}
     found = split_sections(text)
-    if set(found) <= {""}:
+    if not headings or set(found) == {""}:
         return text
     names = _WANTED.get(sections, (*_WANTED["findings"], *_WANTED["impression"]))
     chosen = [body for name, body in found.items() if name in names]
     if chosen:
         return "\n\n".join(chosen)
-    has_either = any(name in found for group in _WANTED.values() for name in group)
-    return text if sections == "all" and not has_either else None
+    has_either = any(name in headings for group in _WANTED.values() for name in group)
+    return text if sections == "all" and found and not has_either else None
 
 
 def select_sections(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ class ReportTokenizer:
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt: what transformers reads.
 
-        Written beside and renamed, so a folder that exists is complete.
+        Written beside and renamed, so a folder that exists is complete; it is left as it is.
+        Raises:  ValueError where a folder of another vocabulary stands there
         """
         directory = Path(directory)
         temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
@@ -102,10 +104,18 @@ class ReportTokenizer:
         except OSError:
             if not (directory / "tokenizer.json").is_file():
                 raise
-            # another process was first with the same vocabulary
-            for file in temporary.iterdir():
-                file.unlink()
-            temporary.rmdir()
+            if not _is_same_file(directory / "vocab.txt", temporary / "vocab.txt"):
+                raise ValueError(
+                    f"tokenizer {directory}: holds another vocabulary than this run's reports and "
+                    "settings give, an earlier try's for instance: remove the folder, or choose "
+                    "another run.dir"
+                ) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_same_file(a: Path, b: Path) -> bool:
+    return a.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def load_tokenizer(directory: str | Path) -> ReportTokenizer:

@@ -6,14 +6,15 @@ import csv
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet
 
 from mlip.dataloading.csv_text import (
@@ -23,7 +24,7 @@ from mlip.dataloading.csv_text import (
     read_header,
     shown,
 )
-from mlip.dataloading.text_encoding import BOM, first_line_not_utf8, is_utf16
+from mlip.dataloading.text_encoding import first_line_not_utf8, is_utf16
 
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
@@ -66,15 +67,16 @@ def read_table(
     """
     _check_suffix(path)
     suffix = path.suffix.lower()
-    reader = _read_parquet if suffix == _PARQUET else _read_jsonl if suffix in _JSONL else _read_csv
     try:
         with open(path, "rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-        if reader is _read_csv:
-            check_quotes(path, read_header(path)[1])
-        columns = _small_blocks(path, wanted, take or {}, numbers) if reader is _read_csv else None
-        if columns is None:
-            columns = _collect(reader(path, wanted), path, wanted, take or {}, numbers)
+        if suffix == _PARQUET:
+            columns = _collect(_read_parquet(path, wanted), path, wanted, take or {}, numbers)
+        elif suffix in _JSONL:
+            reader = _read_jsonl(path, wanted, numbers)
+            columns = _collect(reader, path, wanted, take or {}, numbers)
+        else:
+            columns = _whole_csv(path, wanted, take or {}, numbers)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
     except (CsvError, UnicodeError, pa.ArrowException) as error:
@@ -125,10 +127,8 @@ def _explained(error: Exception, path: Path) -> ManifestError:
             f"{path}: cannot be read as {kind}: line {line} is not UTF-8: save the table as UTF-8 "
             "text"
         )
-    mixed = "" if kind in ("csv", "tsv") else ", or a column of text in some rows and not in others"
     return ManifestError(
-        f"{path}: cannot be read as {kind}: damaged, or a row of more than "
-        f"{_BLOCK_BYTES >> 20} MiB{mixed}"
+        f"{path}: cannot be read as {kind}: damaged, or a row of more than {_BLOCK_BYTES >> 20} MiB"
     )
 
 
@@ -143,19 +143,20 @@ def check_identifiers(column: pa.ChunkedArray, name: str, path: Path) -> None:
         )
 
 
-def _small_blocks(
+def _whole_csv(
     path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], numbers: Collection[str]
-) -> dict[str, pa.ChunkedArray] | None:
-    """A CSV's columns, None where it has to be read in large blocks: a row longer than a small one.
+) -> dict[str, pa.ChunkedArray]:
+    """A CSV's columns, read in small blocks, in large ones where a row is longer than those.
 
     Arrow reads 32 blocks ahead of a slow taker, which are 512 MiB of large ones.
     """
+    check_quotes(path, read_header(path)[1])
     try:
         return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take, numbers)
     except pa.ArrowInvalid:
         for sink in take.values():
             sink.clear()
-        return None
+    return _collect(_read_csv(path, wanted, _BLOCK_BYTES), path, wanted, take, numbers)
 
 
 def _collect(
@@ -197,8 +198,7 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
         raise ManifestError(f"{path}: columns that occur twice: {', '.join(doubled)}")
 
 
-def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int = 0) -> Batches:
-    block_bytes = block_bytes or _BLOCK_BYTES
+def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int) -> Batches:
     names, delimiter = read_header(path)
     _check_columns(names, wanted, path)
     ragged = 0
@@ -258,9 +258,8 @@ def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Batches:
     return file.schema_arrow, map(_checked, file.iter_batches(_ROWS_AT_ONCE, columns=columns))
 
 
-def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
-    """Keys of the first 100 rows, of fewer where those in `enough` are found."""
-    names: dict[str, None] = {}
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
     with open(path, "rb") as raw:
         head = raw.read(2)
     # without a byte-order mark a row still begins with an ASCII character, half of it zero
@@ -268,37 +267,78 @@ def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
         raise ManifestError(f"{path}: not UTF-8 but UTF-16: save it as UTF-8 text")
     with open(path, encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
-            if number > 100 or (enough and enough <= names.keys()):
-                break
+            if line.isspace():
+                continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 raise ManifestError(f"{path}: line {number} is not JSON") from None
             if not isinstance(row, dict):
                 raise ManifestError(f"{path}: line {number}: expected a JSON object")
-            names.update(dict.fromkeys(row))
+            yield number, row
+
+
+def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
+    """Keys of the first 100 rows, of fewer where those in `enough` are found."""
+    names: dict[str, None] = {}
+    for _, row in islice(_json_rows(path), 100):
+        names.update(dict.fromkeys(row))
+        if enough and enough <= names.keys():
+            break
     return list(names)
 
 
-def _read_jsonl(path: Path, wanted: Mapping[str, str]) -> Batches:
+def _read_jsonl(path: Path, wanted: Mapping[str, str], numbers: Collection[str]) -> Batches:
+    """Row by row: of a column that holds texts here and numbers there Arrow makes nothing, and of
+    texts that look like a date a point in time."""
     _check_columns(_jsonl_names(path, set(wanted.values())), wanted, path)
-    blocks = pa.json.ReadOptions(block_size=_BLOCK_BYTES)
-    columns = sorted(set(wanted.values()))
-    texts = pa.json.ParseOptions(
-        explicit_schema=pa.schema([(name, pa.string()) for name in columns]),
-        newlines_in_values=False,
-        unexpected_field_behavior="ignore",
+    schema = pa.schema([(name, _TEXT) for name in sorted(set(wanted.values()))])
+    free = {wanted[field] for field in numbers}
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        cells: dict[str, list[str | None]] = {name: [] for name in schema.names}
+        rows = 0
+        for number, row in _json_rows(path):
+            for name, column in cells.items():
+                value = row.get(name)
+                if value is not None and type(value) is not str:
+                    value = _json_text(value, name, name in free, f"{path}: line {number}")
+                column.append(value)
+            rows += 1
+            if rows % _ROWS_AT_ONCE == 0:
+                yield _as_batch(cells, schema, path)
+        yield _as_batch(cells, schema, path)
+
+    return schema, batches()
+
+
+def _as_batch(cells: dict[str, list[str | None]], schema: pa.Schema, path: Path) -> pa.RecordBatch:
+    """The cells as a batch, their lists empty again."""
+    try:
+        batch = pa.record_batch(list(cells.values()), schema=schema)
+    except UnicodeEncodeError:
+        raise ManifestError(
+            f"{path}: a text holds half a surrogate pair (\\ud800 to \\udfff), which is no "
+            "character: mend the export"
+        ) from None
+    for column in cells.values():
+        column.clear()
+    return batch
+
+
+def _json_text(value: Any, name: str, may_be_number: bool, where: str) -> str | None:
+    """A cell that is neither null nor text; NaN, which programs write for a gap, is null."""
+    if type(value) is int:
+        return str(value)
+    if type(value) is float and math.isnan(value):
+        return None
+    if may_be_number and isinstance(value, (bool, float)):
+        return json.dumps(value)
+    kind = {bool: "a truth value", float: "a number with a point", list: "a list"}
+    raise ManifestError(
+        f"{where}: column {name!r}: expected text or integers, got "
+        f"{kind.get(type(value), 'an object')}"
     )
-    with open(path, "rb") as stream:
-        begin = len(BOM) if stream.read(len(BOM)) == BOM else 0
-        try:
-            stream.seek(begin)
-            table = pa.json.read_json(stream, read_options=blocks, parse_options=texts)
-        except pa.ArrowInvalid:
-            # some column holds numbers: let Arrow find the types, they become text below
-            stream.seek(begin)
-            table = pa.json.read_json(stream, read_options=blocks).select(columns)
-    return table.schema, map(_checked, table.to_batches())
 
 
 def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:

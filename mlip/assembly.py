@@ -30,6 +30,7 @@ from mlip.knowledge.linker import Linker, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.training.checkpoint import checkpoints_of
 from mlip.transfer.readiness import check_evaluation
 from mlip.unit_length import unit_length
 
@@ -115,16 +116,21 @@ def _check_evaluation(
     check_evaluation(config, manifest, linker, table)
 
 
-def open_tokenizer(config: Config, manifest: Manifest | None) -> ReportTokenizer:
-    """The tokenizer of model.text, or the run's own, trained once on the training split."""
+def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
+    """The tokenizer of model.text, or the run's own, trained once on the training split.
+
+    Raises:  ManifestError without training rows; ValueError where run.dir holds another vocabulary
+             and no checkpoint that was trained with it
+    """
     text = config.model.text
     given = text.tokenizer or text.source
     if given is not None:
         return load_tokenizer(given)
     folder = Path(config.run.dir) / "tokenizer"
-    if distributed.is_main() and not folder.is_dir():
-        if manifest is None:
-            raise ValueError(f"tokenizer: expected the run's own at {folder}, there is none")
+    # without a checkpoint it may be that of a failed try with other reports or settings: trained
+    # again, equal ones give equal bytes
+    is_kept = folder.is_dir() and checkpoints_of(config.run.dir)
+    if distributed.is_main() and not is_kept:
         rows = manifest.rows("train")
         if len(rows) == 0:
             raise ManifestError(

@@ -111,10 +111,14 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
     data, run = results.get("data", {}), results["run"]
     parts = ["generated phantom studies" if is_phantom else "real radiographs"]
     if data.get("images"):
+        asked = data.get("rows_asked", data["images"])
+        lost = asked - data["images"]
         parts.append(
-            f"{data['images']:,} {run.get('split', '')} images of "
-            f"{data.get('patients', 0):,} patients"
+            f"{data['images']:,}{f' of {asked:,}' if lost else ''} {run.get('split', '')} images "
+            f"of {data.get('patients', 0):,} patients"
         )
+        if lost:
+            parts.append(f"{lost:,} could not be read and are in no score")
     if run.get("step"):
         parts.append(f"{run['step']:,} steps")
     if run.get("pairs_seen"):

@@ -11,24 +11,29 @@ from mlip.report_charts import BLUE, ORANGE, PALETTE, RULE, stacked_bar
 
 
 def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Ledger.summary() as shares of the manifest's rows, first finished epoch."""
+    """Ledger.summary() as shares of the manifest's rows, by the first epoch."""
     if not ledger or not ledger.get("rows"):
         return None
     rows = int(ledger["rows"])
     excluded = sum(ledger.get("excluded", {}).values())
     quarantined = sum(ledger.get("quarantined_rows", {}).values())
-    parts = [("Trained", rows - excluded - quarantined, BLUE)]
+    epochs = ledger.get("epochs", {})
+    first = epochs.get("0", {})
+    reachable = rows - excluded - quarantined
+    trained = first["trained"] if first.get("ahead") else reachable
+    parts = [("Trained", trained, BLUE)]
+    if trained < reachable:
+        parts.append(("Not reached yet", reachable - trained, RULE))
     for name, count in sorted(ledger.get("quarantined_rows", {}).items()):
         parts.append((f"Quarantined: {name.replace('_', ' ')}", count, ORANGE))
     greys = ("#9aa5b0", "#b7c0c8", "#ccd3d9", RULE)
     for i, (name, count) in enumerate(sorted(ledger.get("excluded", {}).items())):
         parts.append((f"Excluded: {name.replace('_', ' ')}", count, greys[min(i, 3)]))
-    epochs = ledger.get("epochs", {})
     visited = sum(e.get("trained", 0) for e in epochs.values())
     return {
         "sentence": f"{rows:,} rows in the manifest = trained + quarantined for a reason + "
-        f"excluded by a rule. {visited:,} visits over {len(epochs)} "
-        f"epoch{'s' if len(epochs) != 1 else ''}.",
+        f"excluded by a rule{' + not reached yet' if trained < reachable else ''}. "
+        f"{visited:,} visits over {len(epochs)} epoch{'s' if len(epochs) != 1 else ''}.",
         "bar": stacked_bar(parts),
         "parts": [
             {"name": n, "count": c, "colour": colour, "share": c / rows} for n, c, colour in parts

@@ -55,6 +55,22 @@ def test_a_split_without_rows_is_refused_before_anything_is_made(tmp_path: Path)
     assert not Path(config.run.dir).exists()
 
 
+def test_the_vocabulary_of_a_try_without_a_checkpoint_is_not_taken_up_by_another(
+    tmp_path: Path,
+) -> None:
+    """A first try that ran out of memory left its vocabulary to the next one, of other reports."""
+    texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]
+    first = settings(tmp_path, texts)
+    same = open_corpus(first).tokenizer.backend.get_vocab()
+    assert open_corpus(first).tokenizer.backend.get_vocab() == same
+    other = settings(tmp_path, [f"{text} Cardiomegaly." for text in texts])
+    with pytest.raises(ValueError, match="tokenizer.*another vocabulary.*run.dir"):
+        open_corpus(other)
+    # a run that has a checkpoint keeps what its weights were trained with
+    (Path(first.run.dir) / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert open_corpus(other).tokenizer.backend.get_vocab() == same
+
+
 def test_what_evaluation_could_not_use_stops_the_run_before_it_trains(tmp_path: Path) -> None:
     """Each was found when the training was over."""
     texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]

@@ -13,6 +13,7 @@ import pytest
 
 from mlip.report import write_report
 from mlip.report_charts import Mark, line_chart, powers_of_ten, scale_marks
+from mlip.report_corpus import ledger_context
 from mlip.report_pictures import decode_png, encode_png, heat_uri
 from mlip.report_training import read_log, training_charts
 from mlip.transfer.examples import collect_examples
@@ -47,6 +48,37 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
     write_log(folder)
     return write_report(folder, small_results(), ledger=LEDGER).read_text()
+
+
+def test_rows_that_no_step_reached_are_not_called_trained() -> None:
+    """A run that ends before its first epoch does: of 1,000 rows, 990 were said to be trained."""
+    ledger = {
+        "rows": 1000,
+        "excluded": {"no_report": 6},
+        "quarantined_rows": {"truncated": 4},
+        "epochs": {"0": {"trained": 97, "quarantined": {"truncated": 3}, "ahead": 894}},
+    }
+    context = ledger_context(ledger)
+    assert context is not None
+    counts = {part["name"]: part["count"] for part in context["parts"]}
+    assert counts == {
+        "Trained": 97,
+        "Not reached yet": 893,
+        "Quarantined: truncated": 4,
+        "Excluded: no report": 6,
+    }
+    assert "not reached" in context["sentence"]
+    assert "not reached" not in (ledger_context(LEDGER) or {})["sentence"]
+
+
+def test_the_page_says_how_many_images_could_not_be_read(tmp_path: Path, page: str) -> None:
+    """Scores of what was left of a half-mounted folder stood there as those of the split."""
+    assert "could not be read" not in page
+    results = copy.deepcopy(small_results())
+    images = results["data"]["images"]
+    results["data"]["rows_asked"] = images + 40
+    text = write_report(tmp_path, results).read_text()
+    assert f"{images} of {images + 40} " in text and "40 could not be read" in text
 
 
 class _Outline(HTMLParser):

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlip.config import ConfigError
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
-from mlip.dataloading.datasets.report_columns import find_report, joined_texts
+from mlip.dataloading.datasets.report_columns import find_report, joined_texts, said
 from mlip.dataloading.datasets.rows import (
     SPLIT_OF,
     Collected,
@@ -86,6 +86,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     place_of: dict[str, int] = {}
     for place in range(count):
         cell = {field: (column[place] or "").strip() for field, column in table.items()}
+        cell |= {field: said(cell[field]) for field in _IDENTIFIERS & cell.keys()}
         if not cell["image"] or not cell["patient_id"]:
             excluded["no_image_or_patient"] += 1
             continue
@@ -94,9 +95,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 f"{path}: data rows {first + 1} and {place + 1} name the same image: expected one "
                 "row an image; join the texts of one image, an addendum for instance, in one row"
             )
-        said = {name: cell[f"finding {name}"] for name in findings}
-        said = {name: _AS_NUMBER.get(value.lower(), value) for name, value in said.items()}
-        positive, uncertain, negative = label_states(said, (), path)
+        stated = {name: cell[f"finding {name}"] for name in findings}
+        stated = {name: _AS_NUMBER.get(value.lower(), value) for name, value in stated.items()}
+        positive, uncertain, negative = label_states(stated, (), path)
         split = SPLIT_OF.get(cell.get("split", "").lower(), "")
         if "split" in wanted and not split:
             excluded["unknown_split" if cell["split"] else "no_split"] += 1

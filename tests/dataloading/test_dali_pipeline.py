@@ -16,6 +16,7 @@ import torch
 from mlip import config as settings
 from mlip.batch import Batch
 from mlip.config import Config
+from mlip.dataloading.ledger import DataError
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.transforms import Transform
 from tests.dataloading.conftest import take
@@ -104,6 +105,28 @@ def test_bad_files_are_replaced_as_in_the_twin(
     assert dali.ledger.bad == {1: "empty_file", 2: "missing", 6: "truncated", 7: "undecodable"}
     # DALI refused a whole batch, was rebuilt for it once, and was not shown that row again
     assert begun[0] == 0 and len(begun) == 2
+
+
+def test_a_failure_stops_the_step_it_belongs_to_and_none_before(
+    corpus: Callable[..., Config], build: Any
+) -> None:
+    """Batches are made ahead: what a later one met ended the run up to three steps too soon."""
+    config = corpus("data.bad_share=1.0", "batch.global_pairs=2")
+    manifest = load_manifest(config.data)
+    order = build(config).order
+    good = set(order.plan(0).rows) | set(order.plan(1).rows)
+    for row in set(range(16)) - good:
+        (Path(manifest.root) / manifest.image_path(row)).write_bytes(b"")
+    taken = []
+    for pipeline in ("torch", "dali"):
+        loader = build(
+            corpus("data.bad_share=1.0", "batch.global_pairs=2", f"data.pipeline={pipeline}")
+        )
+        loader.pipeline.order.replacements = lambda *_: order.rows[:0]
+        with pytest.raises(DataError, match="no readable image"):
+            take(loader, 8)
+        taken.append((loader.step, loader.ledger.state_dict()))
+    assert taken[0] == taken[1] and taken[0][0] == 2
 
 
 SQUARES = np.array([1, 2, 3, 7, 8, 9, 13, 14, 15])  # the corpus' training files of 8 bits, 48 px

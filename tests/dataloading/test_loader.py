@@ -170,6 +170,18 @@ def test_too_many_bad_files_stop_the_run(corpus: Make, build: Any) -> None:
         take(loader, 6)
 
 
+def test_ranks_that_each_met_few_bad_files_stop_together_at_the_next_save(
+    corpus: Make, build: Any
+) -> None:
+    config = corpus("data.bad_share=0.1")  # of 16 training rows: one is allowed
+    ranks = [build(config, rank=r, world_size=2) for r in range(2)]
+    damage(config, [int(rank.order.plan(0).rows[0]) for rank in ranks])
+    for rank in ranks:
+        take(rank, 1)  # one bad row each: no rank knows of the other's
+    with pytest.raises(DataError, match="2 of 16 training rows.*truncated 2.*data.bad_share"):
+        merge_states([rank.state_dict() for rank in ranks])
+
+
 def test_a_lost_image_folder_stops_the_run(corpus: Make, build: Any) -> None:
     config = corpus()
     loader = build(config)

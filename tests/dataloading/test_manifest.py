@@ -117,7 +117,11 @@ def faulty(lines: list[str], **kw: str) -> Callable[[Path], Path]:
         (faulty([*GOOD, "f.png,Two words.,p9"]), "1 rows do not have the header's 5.*lines 7"),
         (
             faulty([*GOOD, "f.png,Two words.,,s9,train"]),
-            "'patient_id'.*blank in 1 rows.*data row 6",
+            "'patient_id'.*is blank.*in 1 rows.*data row 6",
+        ),
+        (  # what R, pandas and databases write for a gap: unlike people would be one patient
+            faulty([*GOOD, "f.png,Two words.,NA,s9,train", "g.png,Three words.,nan,s8,train"]),
+            "'patient_id'.*says none.*in 2 rows.*data row 6",
         ),
         (faulty([*GOOD, "f.png,Two words.,p9,s9,trian"]), "1 unknown values: 'trian'"),
         (faulty([*GOOD, ",Two words.,p9,s9,train"]), "blank or could lead outside.*data row 6"),
@@ -299,6 +303,13 @@ def test_white_space_around_an_id_makes_no_other_patient_and_no_other_study(tmp_
     assert manifest.pair_id.tolist() == [0, 0]
     drawn = load(write(tmp_path, lines), "data.columns.split=null").split
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("gap", ["", "NA", "nan", "<NA>", "-"])
+def test_a_gap_in_place_of_a_study_joins_no_rows(tmp_path: Path, gap: str) -> None:
+    """Two studies of a patient were never each other's negatives where R had written NA."""
+    lines = [f"a.png,One text.,p1,{gap},train", f"b.png,Another text.,p1,{gap},train"]
+    assert load(write(tmp_path, lines)).pair_id.tolist() == [0, 1]
 
 
 def test_messages_name_an_image_by_its_row_and_never_by_its_path(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
     assert [row.image for row in named.rows] == ["0.png"]
 
 
+def test_manifest_takes_what_programs_write_for_a_gap_as_no_id(tmp_path):
+    """R's NA in two rows was one patient with one study."""
+    image(tmp_path / "0.png")
+    lines = [["0.png", "p1", "NA"], ["1.png", "NA", "s1"], ["2.png", "nan", "s2"]]
+    table(tmp_path / "manifest.csv", "image,patient_id,study_id", lines)
+    collected = collect("manifest", tmp_path)
+    assert [(row.image, row.study_id) for row in collected.rows] == [("0.png", "")]
+    assert collected.excluded == {"no_image_or_patient": 2}
+
+
 def test_a_table_of_another_suffix_is_refused_by_it_before_its_columns_are_read(tmp_path):
     """A JSON list was read as a CSV, and its first cells shown as column names."""
     image(tmp_path / "raw" / "a.dcm")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pytest
 
@@ -48,3 +50,10 @@ def test_a_column_without_markup_is_left_as_it_is() -> None:
     texts = ["No effusion < 5 mm.", "a & b", "", "{curly}"]
     column.append(pa.array(texts, pa.large_string()))
     assert list(column.texts) == texts
+
+
+def test_a_cell_padded_with_blanks_takes_no_longer_than_its_length() -> None:
+    """A column of fixed width is filled up with them: 5.8 s a report of 50,000 characters."""
+    begin = time.process_time()
+    assert without_markup("No effusion.<br> Clear." + " " * 50_000 + "x").endswith("x")
+    assert time.process_time() - begin < 0.5

@@ -110,10 +110,32 @@ def test_a_text_without_headings_is_taken_whole_and_a_missing_section_is_none() 
     assert choose_sections("The finding is stable.", "impression") == "The finding is stable."
     assert choose_sections("FINDINGS: Clear.", "impression") is None
     assert choose_sections("HISTORY: cough", "all") == "HISTORY: cough"
+    assert choose_sections("Clear lungs.\nFINDINGS:", "all") == "Clear lungs.\nFINDINGS:"
+
+
+EMPTY = "FINDINGS:\n\nIMPRESSION:\n"
+
+
+@pytest.mark.parametrize("sections", ["all", "findings", "impression"])
+@pytest.mark.parametrize("text", [EMPTY, f"INDICATION: rule out effusion.\n{EMPTY}"])
+def test_a_report_of_empty_sections_has_none(text: str, sections: str) -> None:
+    """A template that nobody filled in was trained on, with the question as its answer."""
+    assert choose_sections(text, sections) is None
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u00a0", "\u202f", "\ufeff"])
+def test_a_heading_may_stand_between_any_blanks(blank: str) -> None:
+    """HTML, French and the byte-order mark of a text file put others there."""
+    text = f"{blank}Findings{blank}: Clear.\n{blank}Impression{blank}: Normal."
+    assert choose_sections(text, "findings") == "Clear."
+    assert choose_sections(text, "impression") == "Normal."
+    column, missing = select_sections(pa.chunked_array([[text]], pa.large_string()), "findings")
+    assert column.to_pylist() == ["Clear."] and not missing.any()
 
 
 def test_the_column_form_agrees_with_the_single_form() -> None:
     texts = [MIMIC, "Plain text here.", "FINDINGS: Clear.", "study: see exam : x", "", MIMIC * 2]
+    texts.append(EMPTY)
     for sections in ("all", "findings", "impression"):
         column, missing = select_sections(
             pa.chunked_array([texts[:2], [], texts[2:]], pa.large_string()), sections
