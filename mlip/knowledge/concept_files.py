@@ -28,9 +28,16 @@ _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 def load_concepts(path: str | Path | None = None) -> ConceptTable:
     """The table of a lexicon folder, a YAML, JSONL, CSV or OBO file; None = the project's own.
 
-    Raises:  LexiconError naming the file and the reason.
+    Raises:  LexiconError naming the file and the reason, also where it holds no concept.
     """
     source = LEXICON_DIR if path is None else Path(path)
+    table = _read(source)
+    if not len(table):
+        raise LexiconError(f"concept file {source}: holds no concept")
+    return table
+
+
+def _read(source: Path) -> ConceptTable:
     if not source.exists():
         raise LexiconError(f"concept file {source}: does not exist; expected a folder or a file")
     if source.is_dir():
@@ -82,6 +89,9 @@ def read_table(path: str | Path) -> ConceptTable:
             if "provenance" in row:
                 provenance, fingerprint = row["provenance"], row.get("fingerprint")
                 continue
+            texts = [row.get("id"), row.get("name"), *row.get("synonyms", ())]
+            if not all(isinstance(text, str) and text for text in texts):
+                raise TypeError("id, name and synonyms are texts")
             concepts.append(
                 Concept(
                     **{
