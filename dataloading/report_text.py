@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.dataloading.text_hash import contains_byte
+from mlip.knowledge.plain_letters import PLAIN
 from mlip.knowledge.report_lines import joined_lines
 
 # A report of a megabyte is a fault of the export; sections of a chest report are under 10,000.
@@ -27,30 +28,6 @@ _LIST_NUMBER = re.compile(r"(?<=[.:;] )\s*\(?\d{1,2}[.)]\s+(?=[A-Z])")
 _SPACES = re.compile(r"[^\S\n]+")
 _SPACE_BEFORE_STOP = re.compile(r"[^\S\n]+([.,;:])")
 _DOUBLED_STOP = re.compile(r"([.,;:])(?:[^\S\n]*[.,;:])+(?=\s|$)")
-# what word processors and PDF files put in the place of plain letters: no vocabulary knows it
-_PLAIN = str.maketrans(
-    {
-        "\u2018": "'",
-        "\u2019": "'",
-        "\u201c": '"',
-        "\u201d": '"',
-        "\u2013": "-",
-        "\u2014": "-",
-        "\u2212": "-",
-        "\u00a0": " ",
-        "\u2010": "-",
-        "\u2011": "-",
-        "\u2026": "...",
-        **dict.fromkeys("\u00ad\u200c\u200d\u2060", ""),  # seen nowhere, inside of words
-        "\ufb00": "ff",
-        "\ufb01": "fi",
-        "\ufb02": "fl",
-        "\ufb03": "ffi",
-        "\ufb04": "ffl",
-        "\ufb05": "st",
-        "\ufb06": "st",
-    }
-)
 
 _WANTED = {
     "findings": ("findings", "finding"),
@@ -103,7 +80,7 @@ def clean_report(text: str) -> str:
     characters, lone surrogates, de-identification marks, marks and numbers of lists. A line that
     ends a statement gets the full stop that it lacks (report_lines.py).
     """
-    text = text[:MAX_CHARACTERS].translate(_PLAIN)[:MAX_CHARACTERS]
+    text = text[:MAX_CHARACTERS].translate(PLAIN)[:MAX_CHARACTERS]
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = joined_lines(_DEIDENTIFICATION.sub(" ", text))
     text = _LIST_NUMBER.sub(" ", text)

@@ -370,7 +370,7 @@ def open_checkpoint(
     }
     return Pretrained(
         *(model.to(device), config, tokenizer, table, Linker(table), facts),
-        prototypes=read.training.parameters.get("losses.category.prototypes"),
+        prototypes=tensors.get("losses.category.prototypes"),
     )
 
 

@@ -46,7 +46,9 @@ MOST_POINTS = 400  # a chart 300 px wide shows no more
 def read_log(path: Path) -> list[dict[str, float]]:
     """Numeric entries of a JSON-lines log with a step, nested keys joined by '/'.
 
-    A line cut off by a kill is passed over: it is the last one, and its step is logged again.
+    A line cut off by a kill is passed over: it is the last one, and its step is logged again. Where
+    the steps go back, a run went on from there or began anew: what was logged of later steps before
+    is not of this run.
     """
     if not path.is_file():
         return []
@@ -58,10 +60,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             rows.append(_numbers(entry))
-    by_step: dict[float, dict[str, float]] = {}
-    for row in rows:  # a resumed run logs steps again: the later line holds
-        by_step[row["step"]] = {**by_step.get(row["step"], {}), **row}
-    return [by_step[step] for step in sorted(by_step)]
+    kept: list[dict[str, float]] = []
+    for row in rows:
+        while kept and kept[-1]["step"] >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 def _numbers(entry: Mapping[str, Any], path: str = "") -> dict[str, float]:

@@ -170,6 +170,17 @@ def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1.0, "total": 4.0}]
 
 
+def test_a_run_begun_anew_in_the_same_folder_shows_nothing_of_the_earlier_one(
+    tmp_path: Path,
+) -> None:
+    steps = [*range(1, 31), *range(21, 26), *range(1, 6), 7]
+    lines = [json.dumps({"step": step, "total": float(i)}) for i, step in enumerate(steps)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    log = read_log(tmp_path / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 7]
+    assert [row["total"] for row in log] == [35, 36, 37, 38, 39, 40]
+
+
 def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None:
     """The same run taken for real data: no report, no word maps, hashed studies."""
     run, results = small_run(), copy.deepcopy(small_results())

@@ -22,9 +22,10 @@ def category_index(table: ConceptTable) -> Tensor:
 
 
 def report_category(present_ids: list[int], categories: Tensor, findings: Tensor) -> int:
-    """The category most of a report's present findings fall in; ties to the first; -1 if none.
+    """The category most of a report's present concepts fall in; ties to the first; -1 if none.
 
-    Shapes:  categories, findings [E]; findings True where a concept counts (no anatomy)
+    Shapes:  categories, findings [E]; findings True where a concept counts (all but anatomy:
+             normal statements and words of change have categories of their own)
     """
     counts = Counter(int(categories[i]) for i in present_ids if bool(findings[i]))
     return min(counts, key=lambda c: (-counts[c], c)) if counts else -1

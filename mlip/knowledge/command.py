@@ -99,6 +99,7 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
             seed=arguments.seed,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_vectors(vectors, arguments.out)
     console.print(
         f"{arguments.out}: {len(vectors)} of {len(table)} concepts have a relation and a vector "
@@ -116,6 +117,12 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".jsonl":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
     require_writable(arguments.out.parent)
+    for option, values, reader, given in (
+        ("--under", arguments.under, "--obo", arguments.obo),
+        ("--sources", arguments.sources, "--umls", arguments.umls),
+    ):
+        if values and not given:
+            raise LexiconError(f"{option} filters what {reader} reads; {reader} is not given")
     tables = [] if arguments.no_lexicon else [load_concepts(None)]
     for path in arguments.obo:
         tables.append(read_obo(path, under=arguments.under))
@@ -142,7 +149,14 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
             )
     if not tables:
         raise LexiconError("nothing to build: give --obo, --csv or --umls, or drop --no-lexicon")
+    for part in tables:
+        if not len(part):
+            raise LexiconError(
+                f"{part.provenance['source']}: no concept was found; check it and its filters "
+                f"({part.provenance.get('filters', 'none')})"
+            )
     table = merge(tables[0], *tables[1:]) if len(tables) > 1 else tables[0]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, arguments.out)
     console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
     for part in tables:

@@ -17,6 +17,7 @@ import yaml
 
 from mlip.knowledge.concepts import RELATIONS, Concept, ConceptTable, LexiconError
 from mlip.knowledge.ontologies import read_csv, read_obo
+from mlip.knowledge.plain_letters import PLAIN
 from mlip.output_file import whole_file
 from mlip.strict_yaml import read_yaml
 
@@ -27,9 +28,16 @@ _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 def load_concepts(path: str | Path | None = None) -> ConceptTable:
     """The table of a lexicon folder, a YAML, JSONL, CSV or OBO file; None = the project's own.
 
-    Raises:  LexiconError naming the file and the reason.
+    Raises:  LexiconError naming the file and the reason, also where it holds no concept.
     """
     source = LEXICON_DIR if path is None else Path(path)
+    table = _read(source)
+    if not len(table):
+        raise LexiconError(f"concept file {source}: holds no concept")
+    return table
+
+
+def _read(source: Path) -> ConceptTable:
     if not source.exists():
         raise LexiconError(f"concept file {source}: does not exist; expected a folder or a file")
     if source.is_dir():
@@ -81,6 +89,9 @@ def read_table(path: str | Path) -> ConceptTable:
             if "provenance" in row:
                 provenance, fingerprint = row["provenance"], row.get("fingerprint")
                 continue
+            texts = [row.get("id"), row.get("name"), *row.get("synonyms", ())]
+            if not all(isinstance(text, str) and text for text in texts):
+                raise TypeError("id, name and synonyms are texts")
             concepts.append(
                 Concept(
                     **{
@@ -193,21 +204,31 @@ def _concept_from_yaml(
             raise LexiconError(
                 f"{where}: {key} must be text or a list of texts (quote numbers, yes, no, on, off)"
             )
-        return tuple(item.strip() for item in items)
+        return tuple(item.strip().translate(PLAIN) for item in items)
 
+    def text(key: str, default: str) -> str:
+        value = row.get(key)
+        found = words(key, (default or []) if value in (None, "", []) else value)
+        if len(found) > 1:
+            raise LexiconError(f"{where}: expected one text for {key}, got {len(found)}")
+        return " ".join("".join(found).split())
+
+    for key, kind, wanted in (("apart", list, "a list of terms"), ("maps", dict, "a mapping")):
+        if not isinstance(row.get(key), kind | type(None)):
+            raise LexiconError(f"{where}: expected {wanted} for {key}")
     apart = tuple(
         tuple(expand(words("apart", slot)) for slot in (term if isinstance(term, list) else [term]))
-        for term in row.get("apart", ())
+        for term in row.get("apart") or ()
     )
     if any(len(term) < 2 for term in apart):
         raise LexiconError(f"{where}: each term of apart needs two slots or more")
     return Concept(
         id=concept_id,
-        name=words("name", row.get("name", concept_id.replace("_", " ")))[0],
+        name=text("name", concept_id.replace("_", " ")),
         synonyms=expand(words("synonyms", row.get("synonyms", []))),
-        definition=" ".join(str(row.get("definition", "")).split()),
-        semantic_type=str(row.get("semantic_type", defaults.get("semantic_type", "finding"))),
-        category=str(row.get("category", defaults.get("category", file.stem))),
+        definition=text("definition", ""),
+        semantic_type=text("semantic_type", str(defaults.get("semantic_type") or "finding")),
+        category=text("category", str(defaults.get("category") or file.stem)),
         parents=words("is_a", row.get("is_a", [])),
         relations=tuple(
             (relation, target)

@@ -192,7 +192,10 @@ class Linker:
         for piece in _PIECE.findall(term.strip()):
             code = self._codes[piece]
             if code == self._codes.unknown:
-                raise LexiconError(f"term {term!r}: {piece!r} in it cannot be matched")
+                raise LexiconError(
+                    f"term {term!r}: {piece.strip()!r} in it cannot be matched, only letters, "
+                    "digits and ASCII signs can; write it without or leave the term out"
+                )
             out.append(code)
         return "".join(out)
 

@@ -20,12 +20,15 @@ def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
     concepts = {concept.id: concept for concept in base}
     by_code: dict[tuple[str, str], str] = {}
     owned: set[str] = set()
+
+    def remember(concept: Concept, target: str) -> None:
+        for vocabulary in _SHARED_CODES:
+            for code in concept.mappings.get(vocabulary, ()):
+                by_code.setdefault((vocabulary, code), target)
+
     for concept in base:
         owned.update(concept.surface_forms)
-        for vocabulary, codes in concept.mappings.items():
-            if vocabulary in _SHARED_CODES:
-                for code in codes:
-                    by_code.setdefault((vocabulary, code), concept.id)
+        remember(concept, concept.id)
     for other in others:
         renamed: dict[str, str] = {}  # their id -> ours, where the two differ
         for concept in other:
@@ -39,6 +42,7 @@ def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
             fresh = tuple(s for s in (concept.name, *concept.synonyms) if s.lower() not in owned)
             if other is not others[-1]:  # nothing comes that could take them
                 owned.update(s.lower() for s in fresh)
+                remember(concept, target)
             if target in concepts:
                 concepts[target] = _joined(concepts[target], concept, fresh)
             else:

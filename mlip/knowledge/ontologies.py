@@ -9,12 +9,15 @@ import csv
 import gzip
 import hashlib
 import re
+import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+from mlip.knowledge.merging import without_cycles
+from mlip.knowledge.plain_letters import PLAIN
 
 
 def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
@@ -33,6 +36,7 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
             if line.startswith("format-version:"):
                 has_header = True
             if line.startswith("["):
+                _require_id(path, term)
                 term = {"line": number} if line == "[Term]" else None
                 continue
             if not line or line.startswith("!") or term is None:
@@ -41,6 +45,8 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
             if not separator or " " in tag:
                 raise LexiconError(f"{path}, line {number}: expected 'tag: value' in a [Term]")
             value = value.strip()
+            if tag in ("id", "name", "is_obsolete"):
+                value = _unescaped(_TAIL.sub("", value))
             if tag == "id":
                 if value in terms:
                     raise LexiconError(
@@ -48,6 +54,7 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
                         f"line {terms[value]['line']})"
                     )
                 terms[value] = term
+                term["id"] = value
             elif tag in ("name", "is_obsolete"):
                 term[tag] = value
             elif tag == "def":
@@ -58,6 +65,7 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
                     term.setdefault("synonyms", []).append(text)
             elif tag in ("is_a", "xref", "alt_id"):
                 term.setdefault(tag, []).append(re.split(r"[\s{!]", value, maxsplit=1)[0])
+    _require_id(path, term)
     if not has_header or not terms:
         raise LexiconError(
             f"{path}: not an OBO file: expected a format-version line and [Term] stanzas"
@@ -72,7 +80,13 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
             raise LexiconError(f"{path}: no term {missing[0]} to take the terms below of")
         kept = {i: kept[i] for i in _below(kept, under)}
     concepts = [_obo_concept(identifier, term, kept) for identifier, term in kept.items()]
-    return ConceptTable(concepts, {"source": "obo", "sha256": {path.name: sha256(path)}})
+    provenance = {"source": "obo", "sha256": {path.name: sha256(path)}}
+    return without_cycles(ConceptTable(concepts, provenance))
+
+
+def _require_id(path: Path, term: dict[str, Any] | None) -> None:
+    if term is not None and "id" not in term:
+        raise LexiconError(f"{path}, line {term['line']}: a [Term] without an id")
 
 
 def _obo_concept(identifier: str, term: dict[str, Any], kept: dict[str, Any]) -> Concept:
@@ -142,7 +156,8 @@ def read_csv(path: str | Path) -> ConceptTable:
                 )
         except csv.Error as error:
             raise LexiconError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
-    return ConceptTable(concepts, {"source": "csv", "sha256": {path.name: sha256(path)}})
+    provenance = {"source": "csv", "sha256": {path.name: sha256(path)}}
+    return without_cycles(ConceptTable(concepts, provenance))
 
 
 def sha256(path: Path) -> str:
@@ -180,31 +195,45 @@ def _quoted(path: Path, number: int, value: str) -> tuple[str, str]:
     match = re.match(r'"((?:[^"\\]|\\.)*)"\s*(.*)', value)
     if match is None:
         raise LexiconError(f"{path}, line {number}: expected a text in double quotes")
-    return re.sub(r"\\(.)", r"\1", match[1]), match[2]
+    return _unescaped(match[1]), match[2]
+
+
+# behind a value: qualifiers in braces, then a comment
+_TAIL = re.compile(r"(\s+\{[^{}]*=[^{}]*\})?(\s+!.*)?$")
+_ESCAPED = {"n": " ", "t": " ", "W": " "}  # a line break, a tab, a blank; all else is itself
+
+
+def _unescaped(value: str) -> str:
+    """Source:  OBO Flat File Format 1.4, section 2.3 (escape characters)."""
+    plain = re.sub(r"\\(.)", lambda match: _ESCAPED.get(match[1], match[1]), value)
+    return " ".join(plain.split())
 
 
 @contextmanager
 def numbered_lines(path: Path) -> Iterator[Iterable[tuple[int, str]]]:
-    """Numbered lines of a UTF-8 file, plain or gzip, with errors that name file and line."""
+    """Numbered lines of a UTF-8 file, plain or gzip, with errors that name file and line.
+
+    A byte order mark, which Excel writes, is left out; typographic signs become plain ones.
+    """
     number = 0
 
     def numbered(stream: IO[str]) -> Iterator[tuple[int, str]]:
         nonlocal number
         for line in stream:
             number += 1
-            yield number, line
+            yield number, line if line.isascii() else line.translate(PLAIN)
 
     try:
         if path.suffix == ".gz":
-            stream: IO[str] = gzip.open(path, "rt", encoding="utf-8", newline="")
+            stream: IO[str] = gzip.open(path, "rt", encoding="utf-8-sig", newline="")
         else:
-            stream = path.open(encoding="utf-8", newline="")
+            stream = path.open(encoding="utf-8-sig", newline="")
         with stream:
             yield numbered(stream)
     except UnicodeDecodeError as error:
         raise LexiconError(
             f"{path}: not UTF-8 after line {number}; convert it, for example with iconv"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise LexiconError(f"{path}: cannot be read: {reason}") from error

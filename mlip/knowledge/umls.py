@@ -76,12 +76,15 @@ def read_umls(
     for row in _rrf(folder / "MRSTY.RRF", progress):
         if row[1] in semantic_types:
             types.setdefault(int(row[0][1:]), row[1])
-    names = _names(folder / "MRCONSO.RRF", types, languages, sources, progress)
+    foreign: set[str] = set()
+    names = _names(folder / "MRCONSO.RRF", types, languages, sources, foreign, progress)
     definitions: dict[int, str] = {}
     if (folder / "MRDEF.RRF").exists():
         for row in _rrf(folder / "MRDEF.RRF", progress):
             cui = int(row[0][1:])
-            if cui in names and row[6] in ("N", "") and row[5].strip():
+            if cui not in names or row[4] in foreign:
+                continue
+            if row[6] in ("N", "") and row[5].strip():
                 definitions.setdefault(cui, " ".join(row[5].split()))
     edges: tuple[array[int], array[int]] = (array("l"), array("l"))
     if relations and (folder / "MRREL.RRF").exists():
@@ -148,16 +151,20 @@ def _names(
     types: Collection[int],
     languages: Collection[str],
     sources: Collection[str],
+    foreign: set[str],
     progress: Progress | None,
 ) -> dict[int, tuple[str, ...]]:
     """CUI -> its forms, the preferred one first.
 
+    foreign: filled with the vocabularies (SAB) that have no name in one of the languages: their
+    definitions, of which MRDEF does not tell the language, are in another one.
     A release keeps the rows of a CUI together; where a file does not, its later rows add to it.
     """
     names: dict[int, tuple[str, ...]] = {}
     current, best = -1, -1
     forms: dict[str, str] = {}  # lower case -> as written, the preferred one kept apart
     preferred = ""
+    spoken: set[str] = set()
 
     def close() -> None:
         if forms:
@@ -170,7 +177,11 @@ def _names(
 
     for row in _rrf(path, progress):
         cui = int(row[0][1:])
-        if cui not in types or row[1] not in languages or row[16] not in ("N", ""):
+        if row[1] not in languages:
+            foreign.add(row[11])
+            continue
+        spoken.add(row[11])
+        if cui not in types or row[16] not in ("N", ""):
             continue
         if sources and row[11] not in sources:
             continue
@@ -185,6 +196,7 @@ def _names(
         if rank > best:
             best, preferred = rank, forms[form.lower()]
     close()
+    foreign -= spoken
     return names
 
 
@@ -193,14 +205,21 @@ def _edges(
 ) -> tuple[array[int], array[int]]:
     """(child, parent) and (finding, site) of MRREL, each as one flat array of CUIs."""
     is_a, sites = array("l"), array("l")
-    for row in _rrf(path, progress):
+    for number, row in enumerate(_rrf(path, progress), start=1):
+        if not row[7] or row[14] not in ("N", ""):
+            continue
         # the manual: "CUI2 RELA CUI1"
         if row[7] in ("isa", "has_finding_site"):
-            child, other = int(row[4][1:]), int(row[0][1:])
+            ends = row[4], row[0]
         elif row[7] in ("inverse_isa", "finding_site_of"):
-            child, other = int(row[0][1:]), int(row[4][1:])
+            ends = row[0], row[4]
         else:
             continue
+        if _CUI.fullmatch(row[4]) is None:
+            raise LexiconError(
+                f"{path}, line {number}: expected a CUI such as C0032227 in the fifth column"
+            )
+        child, other = int(ends[0][1:]), int(ends[1][1:])
         if child != other and child in names and other in names:
             (is_a if row[7].endswith("isa") else sites).extend((child, other))
     return is_a, sites

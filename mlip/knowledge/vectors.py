@@ -6,6 +6,7 @@ What does not live here: the trainable projection and the state embedding (model
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlip.config import Knowledge
 from mlip.knowledge.concepts import ConceptTable
+
+logger = logging.getLogger("mlip")
 
 Encode = Callable[[list[str]], Tensor]
 _VERSION = 1  # part of the cache key: raise it when the arithmetic below changes
@@ -58,7 +62,13 @@ def knowledge_vectors(
         name = hashlib.sha256(key.encode()).hexdigest()[:32]
         cached = Path(settings.cache_dir) / f"knowledge_vectors_{name}.safetensors"
         if cached.exists():
-            return load_file(cached)["vectors"]
+            try:
+                return load_file(cached)["vectors"]
+            except (SafetensorError, KeyError, OSError) as error:
+                raise ValueError(
+                    f"knowledge.cache_dir: {cached} cannot be read: {error}; delete it, it will be "
+                    "made again"
+                ) from error
     if kind == "tfidf":
         raw = _tfidf(texts, settings.dim)
     else:
@@ -151,7 +161,14 @@ def _user_table(table: ConceptTable, path: Path) -> Tensor:
         raw[table.index[name]] = row.double().numpy()
     if not np.isfinite(raw).all():
         raise ValueError(f"knowledge.vectors {path}: NaN or Inf in it")
-    return torch.from_numpy(whiten(raw, width)).float()
+    vectors = torch.from_numpy(whiten(raw, width)).float()
+    logger.info(
+        "knowledge.vectors: %d of %d concepts have a vector in the table, the others count as not "
+        "mentioned",
+        int((vectors != 0).any(dim=1).sum()),
+        len(table),
+    )
+    return vectors
 
 
 def _save(vectors: Tensor, path: Path) -> None:

@@ -356,5 +356,8 @@ class Trainer:
             keep=self.config.train.keep_checkpoints,
         )
         if self.on_save is not None and distributed.is_main():
-            self.on_save(loader)
+            try:
+                self.on_save(loader)
+            except OSError as error:  # the other ranks know nothing of it and go on
+                self.log.warn(f"saved, but not what goes with it: {error.strerror}")
         return path

@@ -7,6 +7,7 @@ sign; one that is slow gives signs from an earlier phase. Nothing is read until 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -50,7 +51,8 @@ class Presence:
     def _write(self) -> None:
         now = {"step": self.step, "phase": self.phase, "time": round(time.time(), 3)}
         now |= {"pid": os.getpid(), "host": socket.gethostname()[:100]}
-        with self._lock:
+        # a sign that a full disk does not take is missed only where something else is wrong too
+        with self._lock, contextlib.suppress(OSError):
             os.pwrite(self._file, json.dumps(now).ljust(_ROOM).encode(), 0)
 
     def _beat(self) -> None:

@@ -6,13 +6,14 @@ paths of images or identifiers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,10 +67,11 @@ class RunLog:
         self._board: Any = None
         self._bar: Progress | None = None
         self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
+        self._unwritten: set[str] = set()  # files that could not be written the last time
         if not self._is_main:
             return
         if config.train.tensorboard:
-            self._board = _open_board(self.folder / "tensorboard")
+            self._board = _open_board(self.folder / "tensorboard", start_step)
         self._file = _open_for_lines(self.folder / "log.jsonl")
         console = _console()
         if console.is_terminal:
@@ -113,9 +115,10 @@ class RunLog:
         }
         if result.is_skipped:
             entry["is_skipped"] = True
-        assert self._file is not None
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._told_if_full("log.jsonl"):
+            assert self._file is not None
+            self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             self._to_board(step, result, lr, scales, entry["pairs_per_s"])
         self._window_steps += 1
@@ -159,15 +162,35 @@ class RunLog:
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
 
+    @contextlib.contextmanager
+    def _told_if_full(self, name: str) -> Iterator[None]:
+        """A full disk costs lines, not the run; said once until there is room again."""
+        try:
+            yield
+            self._unwritten.discard(name)
+        except OSError as error:
+            if name not in self._unwritten:
+                logger.warning("%s cannot be written: %s; training goes on", name, error.strerror)
+            self._unwritten.add(name)
+
     def start(self, facts: Mapping[str, Any]) -> None:
-        """config.yaml and meta.json: what it takes to run this again."""
+        """config.yaml and meta.json: what it takes to run this again.
+
+        Raises:  ConfigError where they cannot be written
+        """
         if not self._is_main:
             return
         settings = to_dict(self.config)
         text = yaml.safe_dump(settings, sort_keys=False)
-        (self.folder / "config.yaml").write_text(text, encoding="utf-8")
         meta = {"config": settings, "command": sys.argv[1:], **facts}
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        try:
+            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+            (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={self.folder} cannot be written: {error.strerror}; make room or choose "
+                "another run.dir"
+            ) from error
         self.event("started", step=self.start_step, total_steps=self.total_steps)
         logger.info(
             "step %d of %d; %d pairs a step on %d rank(s), engine %s, %s, %d thread(s) each, "
@@ -194,12 +217,15 @@ class RunLog:
 
     def event(self, kind: str, **facts: Any) -> None:
         """One line in events.jsonl, from any rank."""
-        record_event(self.folder, kind, **facts)
+        with self._told_if_full("events.jsonl"):
+            record_event(self.folder, kind, **facts)
 
     def close(self) -> None:
-        for closing in (self._bar and self._bar.stop, self._file and self._file.close):
-            if closing:
-                closing()
+        if self._bar is not None:
+            self._bar.stop()
+        if self._file is not None:
+            with self._told_if_full("log.jsonl"):  # what was held back for want of room
+                self._file.close()
         if self._board is not None:
             self._board.close()
         self._bar = self._file = self._board = None
@@ -219,7 +245,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _open_board(folder: Path) -> Any:
+def _open_board(folder: Path, start_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -227,7 +253,8 @@ def _open_board(folder: Path) -> Any:
             "train.tensorboard=true needs the package tensorboard, which is not installed: "
             "pip install tensorboard, or leave the setting out (log.jsonl is always written)"
         ) from error
-    return SummaryWriter(str(folder))
+    # what a killed run wrote after its last checkpoint is written again
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 @functools.cache

@@ -28,9 +28,9 @@ def prototype_statistics(
 ) -> dict[str, Any]:
     """Purity and normalised mutual information of nearest prototype and report category.
 
-    A report's category is the one most of its present findings fall in; reports without any are
-    left out. Many prototypes on few reports line up by chance alone: `chance` is the mean over
-    shuffled categories.
+    A report's category is the one most of its present concepts but anatomy fall in; reports without
+    any are left out. Many prototypes on few reports line up by chance alone: `chance` is the mean
+    over shuffled categories.
 
     Shapes:  prototypes [C, D]; views name -> (vectors [N, D], usable [N] bool); mentions [n, 3]
              (concept row, state, report); patients [N]

@@ -99,3 +99,29 @@ def test_bad_input_is_named_and_gives_exit_code_2(words, message, capsys, tmp_pa
     assert call(*words) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_build_makes_the_folder_after_its_work_and_refuses_what_would_do_nothing(tmp_path, capsys):
+    csv, out = tmp_path / "own.csv", tmp_path / "new" / "own.jsonl"
+    csv.write_text("id,name\na,zebra sign\n")
+    assert call("build", "--csv", str(csv), "--out", str(out)) == 0
+    assert load_concepts(out)["a"].name == "zebra sign"
+    csv.write_text("id,name\n")
+    for words, message in (
+        (("--csv", str(csv)), "csv: no concept was found"),
+        (("--under", "HP:1"), "--under filters what --obo reads"),
+        (("--sources", "MSH"), "--sources filters what --umls reads"),
+    ):
+        capsys.readouterr()
+        assert call("build", *words, "--out", str(out)) == 2
+        assert message in capsys.readouterr().err
+    assert call("stats", "--lexicon", str(csv)) == 2
+    assert "holds no concept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", ['{"id": "a", "name": 5}', '{"name": "b"}'])
+def test_a_built_table_with_something_else_than_texts_is_named(tmp_path, capsys, row):
+    table = tmp_path / "own.jsonl"
+    table.write_text('{"id": "b", "name": "sign"}\n' + row)
+    assert call("stats", "--lexicon", str(table)) == 2
+    assert "own.jsonl, line 2: expected one concept" in capsys.readouterr().err

@@ -98,12 +98,14 @@ def test_the_cache_is_used_and_keyed_by_table_settings_and_encoder(table, tmp_pa
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_users_table_gives_zero_rows_to_concepts_it_does_not_know(table, tmp_path):
+def test_a_users_table_gives_zero_rows_to_concepts_it_does_not_know(table, tmp_path, caplog):
     path = tmp_path / "vectors.safetensors"
     torch.manual_seed(1)
     known = list(table.index)[:50]
     save_file({name: torch.randn(24) + 3 for name in [*known, "foreign"]}, path)
-    vectors = knowledge_vectors(table, Knowledge(vectors=str(path)))
+    with caplog.at_level("INFO", "mlip"):
+        vectors = knowledge_vectors(table, Knowledge(vectors=str(path)))
+    assert f"50 of {len(table)} concepts have a vector" in caplog.text
     assert vectors.shape == (len(table), 24)
     norms = vectors.norm(dim=1)
     assert torch.allclose(norms[:50], torch.ones(50), atol=1e-5) and not norms[50:].any()

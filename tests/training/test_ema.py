@@ -86,6 +86,7 @@ def test_evaluation_reads_the_average_where_asked_and_says_where_there_is_none(t
     overrides = [*run.settings, f"run.dir={tmp_path}", "batch.global_pairs=8"]
     overrides += ["train.max_steps=3", "train.lr=0.01", "evaluate.bootstrap=5"]
     overrides += ["train.ema_decay=0.9", "evaluate.weights=ema", "evaluate.max_studies=16"]
+    overrides += ["loss.category.freeze_epochs=0"]  # or the prototypes would not move
     assert train.main(overrides) == 0
     trained, average = (open_checkpoint(tmp_path, weights_of=w) for w in ("trained", "ema"))
     read = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0]).training
@@ -94,6 +95,8 @@ def test_evaluation_reads_the_average_where_asked_and_says_where_there_is_none(t
     assert torch.equal(average.model.state_dict()[name], read.ema.parameters[f"model.{name}"])
     assert not torch.equal(average.model.state_dict()[name], trained.model.state_dict()[name])
     assert average.facts["weights"] == "ema"
+    held = read.ema.parameters["losses.category.prototypes"]
+    assert average.prototypes is not None and torch.equal(average.prototypes, held)
     for path in (tmp_path / "checkpoints").rglob("state.json"):
         path.write_text(path.read_text().replace('"ema_updates": 3', '"ema_updates": null'))
     with pytest.raises(PretrainedError, match="holds no average of the weights"):

@@ -1,0 +1,75 @@
+"""A disk that is full while a run goes on: lines are lost, not the run; an error at the start.
+
+The device /dev/full takes nothing, as a full disk does.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mlip.config import ConfigError
+from mlip.training import checkpoint, runlog
+from mlip.training.lifecycle import StopRequest, record_event
+from tests.training.toy_run import make_trainer, toy_config
+
+FULL = Path("/dev/full")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture(autouse=True)
+def _own_signals():
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def _trainer(folder: Path, **named):
+    settings = (f"run.dir={folder}", "train.max_steps=12", "train.engine=plain")
+    return make_trainer(toy_config(*settings, "train.checkpoint_steps=4"), **named)
+
+
+def test_a_run_goes_on_where_its_log_its_events_and_its_ledger_find_no_room(
+    tmp_path, monkeypatch, caplog
+):
+    trainer = _trainer(tmp_path, on_save=lambda state: FULL.write_text("ledger"))
+    good = trainer.log._file
+    full = FULL.open("a")
+    is_full = False
+
+    def step(*args, **named):
+        nonlocal is_full
+        is_full = 4 < args[0] < 9
+        trainer.log._file = full if is_full else good
+        return plain(*args, **named)
+
+    def record(*args, **named):
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        record_event(*args, **named)
+
+    plain = trainer.log.step
+    monkeypatch.setattr(trainer.log, "step", step)
+    monkeypatch.setattr(runlog, "record_event", record)
+    with caplog.at_level("WARNING", "mlip"):
+        trainer.fit(StopRequest())
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 9, 10, 11, 12]
+    assert checkpoint.checkpoints_of(tmp_path)[0].name == "step_00000012"
+    said = [record.message for record in caplog.records]
+    assert sum("log.jsonl cannot be written: No space left" in text for text in said) == 1
+    assert sum("saved, but not what goes with it" in text for text in said) == 3
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+
+
+def test_a_folder_without_room_is_named_before_the_first_step(tmp_path):
+    (tmp_path / "meta.json").symlink_to(FULL)
+    with pytest.raises(ConfigError, match=rf"run\.dir={tmp_path} cannot be written: No space"):
+        _trainer(tmp_path)
