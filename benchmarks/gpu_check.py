@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def is_there(name: str) -> bool:
         return False
 
 
+def importing_root(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` whose processes import this checkout, and what PYTHONPATH named before: on a
+    machine without a network packages are carried to a folder of their own."""
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    return dict(environment) | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def run_tests(part: Part, environment: dict[str, str], seconds: float) -> int:
     """0 if every share of the part's GPU tests passed; prints what failed."""
     count = max(1, min(MOST_SHARES, (os.cpu_count() or 1) - 2)) if part.is_shared else 1
@@ -154,7 +162,7 @@ def main() -> int:
         print(f"gpu-check cannot launch a kernel: {tools}", file=sys.stderr)
         return 2
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = importing_root(environment) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MLIP_DISABLE_TRITON", None)  # the switch would test torch against itself
     outcome = 0
     if not arguments.skip_tests:

@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu_check import READING, is_there
-from benchmarks.harness import ROOT
+from benchmarks.gpu_check import READING, importing_root, is_there
 from benchmarks.step_timing import Runner
 from benchmarks.step_variants import NotAvailable
 from mlip.batch import Batch
@@ -94,7 +93,7 @@ class Data:
         out = self.folder / "prepared"
         command = [sys.executable, "-m", "mlip.cli", "prepare", "manifest"]
         command += ["--root", str(self.studies().parent), "--out", str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = importing_root(os.environ)
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"mlip prepare: {done.stderr[-250:]}")

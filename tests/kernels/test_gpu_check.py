@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,19 +84,24 @@ def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
 ) -> None:
     """An hour of a card is short: one wrong bound must not cost the figures too."""
     ran: list[list[str]] = []
+    paths: list[str] = []
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], env: dict[str, str], **_: object) -> Any:
         ran.append(command)
+        paths.append(env["PYTHONPATH"])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "run_tests", lambda *_: 1)
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "/carried")
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     assert gpu_check.main() == 1 and not ran
     assert "bench_kernels.py was not run; --skip-tests runs it alone" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests"])
     assert gpu_check.main() == 0 and ran[0][1].endswith("bench_kernels.py")
+    # packages that were carried to a machine without a network stay importable
+    assert paths[0] == os.pathsep.join([str(ROOT), "/carried"])
     assert "--out" not in ran[0]
     # where a limit may strike, rows are written to what comes back
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests", "--out", "kept/rows.json"])
