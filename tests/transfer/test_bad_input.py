@@ -53,6 +53,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         3,
         ("texts of up to 134 characters",),
     ),
+    "labels are lists": (
+        {"labels": "['Edema', 'Secretword']"},
+        LABELS,
+        3,
+        ("holds lists in brackets", "expected finding names joined by '|'"),
+    ),
     "policy outside the range": (
         {},
         [*LABELS, "transfer.classes={Edema: 2}"],
