@@ -19,6 +19,7 @@ from mlip.dataloading.datasets.rows import (
     Dataset,
     DatasetError,
     Row,
+    is_list_text,
     split_by_patient,
 )
 from mlip.dataloading.table import check_identifiers, column_names, read_table
@@ -94,6 +95,12 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             raise DatasetError(
                 f"{path}: data rows {first + 1} and {place + 1} name the same image: expected one "
                 "row an image; join the texts of one image, an addendum for instance, in one row"
+            )
+        if is_list_text(cell.get("labels", "")):
+            raise DatasetError(
+                f"{path}: data row {place + 1}: column {wanted['labels']!r} (labels) holds a list "
+                "in brackets, which would be one name: write names joined by '|'; --option "
+                "labels=none leaves them out"
             )
         stated = {name: cell[f"finding {name}"] for name in findings}
         stated = {name: _AS_NUMBER.get(value.lower(), value) for name, value in stated.items()}

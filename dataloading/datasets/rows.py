@@ -269,5 +269,10 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
     return found, [note]
 
 
+def is_list_text(cell: str) -> bool:
+    """Whether a cell of names is a list as Python or JSON write it: PadChest's ['a', 'b']."""
+    return cell.lstrip().startswith("[") and cell.rstrip().endswith("]")
+
+
 def relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()

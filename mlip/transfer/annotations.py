@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from mlip.config import Config
 from mlip.dataloading.datasets.rle import decode_masks
+from mlip.dataloading.datasets.rows import is_list_text
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
@@ -344,6 +345,11 @@ def check_labels(config: Config, manifest: Manifest) -> None:
 
 def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> None:
     values = [] if column is None else column.unique().to_pylist()
+    if any(is_list_text(value or "") for value in values):
+        raise ManifestError(
+            f"{path}: the column of {setting} holds lists in brackets, of which each would be one "
+            f"name: expected {LABEL_FORM}"
+        )
     longest = max((len(name) for value in values for name in _split(value or "")), default=0)
     if longest > MOST_NAME_CHARACTERS:
         raise ManifestError(

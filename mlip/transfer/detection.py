@@ -39,6 +39,8 @@ SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
 class Detection(FramedTask):
     """The task for one manifest: rows, boxes, fits and their scores."""
 
+    truth_name = "a box"
+
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)
         self.annotations.require_box_names()
@@ -87,7 +89,6 @@ class Detection(FramedTask):
         """(predict: rows -> Found per image, record)"""
         transfer = self.transfer
         is_frozen = transfer.encoder == "frozen"
-        self._require_truth(self.positive(train), "a box")
         encoder: Encoder = start.encoder(
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)

@@ -22,6 +22,8 @@ from mlip.transfer.interval import Array
 class FramedTask:
     """A task whose truth lies on the image: one manifest, its annotations and its framed images."""
 
+    truth_name: str
+
     def __init__(
         self,
         config: Config,
@@ -38,15 +40,19 @@ class FramedTask:
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_of, self._room = "", 0.0
 
-    def _require_truth(self, positive: Array, kind: str) -> None:
-        """Raise ManifestError before a fit that could learn nothing but silence.
+    def positive(self, rows: Array) -> Array:
+        """Which rows have something to find, [n] bool."""
+        raise NotImplementedError
 
-        positive  which training rows have something to find, [n] bool
+    def require_truth(self, rows: Array, draw: str) -> None:
+        """Raise ManifestError for training rows from which nothing but silence could be learnt.
+
+        draw  what the error calls them
         """
-        if not positive.any():
+        if not self.positive(rows).any():
             raise ManifestError(
-                f"{self.manifest.path}: none of the {len(positive)} training images drawn has "
-                f"{kind} of the classes asked for: raise transfer.fractions, or check "
+                f"{self.manifest.path}: none of the {len(rows)} training images drawn ({draw}) has "
+                f"{self.truth_name} of the classes asked for: raise transfer.fractions, or check "
                 "transfer.classes and transfer.columns"
             )
 

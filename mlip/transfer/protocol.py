@@ -28,6 +28,7 @@ from mlip.transfer.fingerprint import (
     source_commit,
     versions,
 )
+from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import Images, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
@@ -69,6 +70,7 @@ def transfer_run(
         device = torch.device(device)
         task = TASKS[transfer.task](config, manifest, annotations, images, device)
         splits, unused = _splits(config, manifest, task, images)
+        draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)
         pictures: list[dict[str, Any]] = []
@@ -79,7 +81,7 @@ def transfer_run(
                 own = vision[seed] if isinstance(vision, Mapping) else vision
                 start = open_start(config, own, dict(facts or {}), seed)
                 used[seed] = start.weights_hash
-                rows = _training_rows(config, manifest, task, splits, percent, seed)
+                rows = draws[percent, seed]
                 fitted, record = task.fit(start, rows, splits.val, seed)
                 predictions.append(
                     task.predict(fitted, rows, splits.val, test.open((percent, seed)))
@@ -153,13 +155,24 @@ def _splits(
     return divide(manifest, config.transfer.val_share, usable, bad), unused
 
 
-def _training_rows(
-    config: Config, manifest: Manifest, task: Any, splits: Splits, percent: float, seed: int
-) -> Array:
-    rows = splits.train
-    if config.transfer.balance:
-        rows = balance(rows, task.positive(rows), seed)
-    return draw_fraction(rows, manifest.patient_key[rows], percent, seed)
+def _draws(
+    config: Config, manifest: Manifest, task: Any, splits: Splits
+) -> dict[tuple[float, int], Array]:
+    """Training rows by (percent, seed), all of them looked at before the first fit.
+
+    Raises:  ManifestError for a draw that shows no mask or box.
+    """
+    draws: dict[tuple[float, int], Array] = {}
+    for percent in config.transfer.fractions:
+        for seed in config.transfer.seeds:
+            rows = splits.train
+            if config.transfer.balance:
+                rows = balance(rows, task.positive(rows), seed)
+            rows = draw_fraction(rows, manifest.patient_key[rows], percent, seed)
+            if isinstance(task, FramedTask):
+                task.require_truth(rows, f"{percent:g} %, seed {seed}")
+            draws[percent, seed] = rows
+    return draws
 
 
 def _account(manifest: Manifest, task: Any, splits: Splits) -> dict[str, Any]:

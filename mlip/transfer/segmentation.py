@@ -53,6 +53,8 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
 class Segmentation(FramedTask):
     """The task for one manifest: rows, masks, fits and their scores."""
 
+    truth_name = "a mask"
+
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)
         if self.transfer.mask_source == "boxes":
@@ -99,7 +101,6 @@ class Segmentation(FramedTask):
         """(predict: rows -> logits in batches, record)"""
         transfer = self.transfer
         is_frozen = transfer.encoder == "frozen"
-        self._require_truth(self.positive(train), "a mask")
         encoder: Encoder = start.encoder(
             is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
         ).to(self.device)

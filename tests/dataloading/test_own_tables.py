@@ -130,3 +130,13 @@ def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
             collect("manifest", tmp_path, **options)
     with pytest.raises(ConfigError, match="labels=labels and findings both"):
         collect("manifest", tmp_path, findings="Edema", labels="labels")
+
+
+def test_manifest_refuses_labels_that_are_lists_in_a_cell(tmp_path):
+    # PadChest's way: "['cardiomegaly', 'pleural effusion']" would be one finding of that name
+    image(tmp_path / "0.png")
+    table(tmp_path / "manifest.csv", "path,patient_id,Labels", [["0.png", "a", "['Secret', 'b']"]])
+    with pytest.raises(DatasetError, match=r"data row 1: column 'Labels' \(labels\) holds a list"):
+        collect("manifest", tmp_path, labels="Labels")
+    (row,) = collect("manifest", tmp_path, labels="none").rows
+    assert row.labels == ""

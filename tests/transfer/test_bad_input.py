@@ -53,6 +53,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         3,
         ("texts of up to 134 characters",),
     ),
+    "labels are lists": (
+        {"labels": "['Edema', 'Secretword']"},
+        LABELS,
+        3,
+        ("holds lists in brackets", "expected finding names joined by '|'"),
+    ),
     "policy outside the range": (
         {},
         [*LABELS, "transfer.classes={Edema: 2}"],
@@ -72,7 +78,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         ("data row 8: mask file is 10 x 10 px, its image 60 x 40 px",),
     ),
     "mask file missing": ({"mask": "no.png"}, MASKS, 3, ("mask file cannot be read: missing",)),
-    "no mask holds anything": ({"mask": ""}, MASKS, 3, ("training images drawn has a mask",)),
+    "no mask holds anything": (
+        {"mask": ""},
+        MASKS,
+        3,
+        ("training images drawn (100 %, seed 1) has a mask",),
+    ),
     "mask is a sentence": (
         {"mask": "Secretword left lower lobe"},
         MASKS,
@@ -124,7 +135,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         3,
         ("no box is named Nodul (transfer.classes); the boxes have: Nodule",),
     ),
-    "no box of the class": ({"boxes": "[]"}, BOXES, 3, ("training images drawn has a box",)),
+    "no box of the class": (
+        {"boxes": "[]"},
+        BOXES,
+        3,
+        ("training images drawn (100 %, seed 1) has a box",),
+    ),
     "no boxes at all": ({}, ["transfer.task=detection"], 3, ("set transfer.columns.boxes", "put")),
     "one patient in test": (
         {"patient_id": lambda i: "the same" if i % 5 >= 3 else f"p{i}"},
@@ -243,3 +259,18 @@ def test_a_label_outside_the_range_ends_prepare_with_file_and_label(
     said = capsys.readouterr().err
     assert code == 3 and "train.csv: label Support Devices: expected 1 (present)" in said
     assert not (out / "manifest.parquet").exists()
+
+
+def test_a_draw_without_truth_is_found_before_the_first_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fits of other seeds and fractions used to be lost with it."""
+    drawn = [*BOXES, "transfer.fractions=[10,100]", "transfer.seeds=[1,2,3,4,5,6]"]
+
+    def boxes(i: int) -> str:
+        return '[[5, 10, 30, 5, "n"]]' if i in (0, 3, 5) else "[]"
+
+    assert evaluate(tmp_path, [*write(tmp_path, boxes=boxes), *drawn]) == 3
+    said = capsys.readouterr()
+    assert "best epoch" not in said.out
+    assert "training images drawn (10 %, seed " in said.err and "has a box" in said.err
