@@ -28,14 +28,14 @@ setup(
     },
     install_requires=[
         "torch>=2.11",  # no triton pin: torch's own metadata pins it on a GPU
-        "numpy>=1.26,<2.4",  # numpy 2.4 breaks triton 3.6's interpreter
+        "numpy>=2,<2.4",  # 1.x: below what opencv 4.12 takes; 2.4 breaks triton 3.6's interpreter
         "transformers>=5.17,<6",
         "tokenizers>=0.22",
         "safetensors>=0.5",
         "pyyaml>=6",
         "rich>=13",
         "pillow>=12.3",
-        "opencv-python-headless>=4.10",
+        "opencv-python-headless>=4.12",  # the first with IMWRITE_PNG_FILTER
         "pydicom>=3.0.2,<4",
         "imagecodecs>=2025.3.30",
         "numba>=0.61",

@@ -123,6 +123,10 @@ def open_regular(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[Binar
             raise DicomError("too_large", f"{len(source)} bytes, at most {MAX_FILE_BYTES}")
         yield io.BytesIO(source), len(source)
         return
+    if not isinstance(source, str | os.PathLike):
+        # a pydicom data set, an open file: nothing is wrong with the file itself
+        kind = type(source).__name__
+        raise DicomError("io_error", f"expected a path or the bytes of a file, got {kind}")
     path = Path(source)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from dataclasses import field as shown
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,17 @@ class Manifest:
     path: str
     root: str  # real path of the folder that image paths are relative to
     fingerprint: str  # SHA-256 of the manifest's bytes
-    image: pa.ChunkedArray
-    report: TextStore  # after data.sections
+    # paths, ids and labels may name a patient: shown by no repr, which notebooks keep
+    image: pa.ChunkedArray = shown(repr=False)
+    report: TextStore = shown(repr=False)  # after data.sections
     split: NDArray[np.int8]  # index into SPLITS, NO_SPLIT where blank
     pair_id: IntArray  # equal = same study or same text; the component's first row
     rule: NDArray[np.uint8]  # index into RULES
-    patient: pa.ChunkedArray  # identifiers: never in a log, an error or a file of the run
+    # identifiers: never in a log, an error or a file of the run
+    patient: pa.ChunkedArray = shown(repr=False)
     patient_key: HashArray  # keyed hash of the patient id: for grouping, never the id itself
     sha256: pa.ChunkedArray | None
-    label_column: pa.ChunkedArray | None
+    label_column: pa.ChunkedArray | None = shown(repr=False)
     keep_without_report: bool  # data.empty_report == "image_only"
 
     def __len__(self) -> int:
@@ -76,8 +79,10 @@ class Manifest:
 
         with_report=False adds the rows without a usable text where data.empty_report is
         image_only.
+
+        Raises:  ValueError for another name than those of SPLITS.
         """
-        kept = self.split == SPLITS.index(split)
+        kept = self.split == _place(split)
         if with_report or not self.keep_without_report:
             kept &= self.rule == 0
         return np.flatnonzero(kept).astype(np.int64)
@@ -85,7 +90,7 @@ class Manifest:
     def excluded(self, split: str, *, with_report: bool = True) -> dict[str, int]:
         """Rule -> number of rows that `rows` leaves out, other splits included."""
         counts: dict[str, int] = {}
-        inside = self.split == SPLITS.index(split)
+        inside = self.split == _place(split)
         for code in range(1, len(RULES)):
             if with_report or not self.keep_without_report:
                 count = int(np.count_nonzero(inside & (self.rule == code)))
@@ -126,6 +131,12 @@ class Manifest:
             return ()
         value = self.label_column[row].as_py() or ""
         return tuple(part.strip() for part in value.split("|") if part.strip())
+
+
+def _place(split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    return SPLITS.index(split)
 
 
 def hashed_id(text: str, salt: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,15 @@ class TextStore:
         self._open: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
         self._waiting = pa.array([], pa.large_string())  # texts of the group that is not full yet
+
+    def __getstate__(self) -> dict[str, Any]:
+        # neither a codec nor a lock can be sent to another process
+        kept = ("_groups", "_ends", "_count", "_waiting")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        TextStore.__init__(self)
+        self.__dict__.update(state)
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> TextStore:

@@ -292,6 +292,9 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
     Source:  ours.
     """
     tree: dict[str, Any] = {}
+    for name, given in (("files", files), ("overrides", overrides)):
+        if isinstance(given, str | Path):  # would be read letter by letter
+            raise ConfigError(f"{name}: expected a list, got {str(given)!r} alone: put it into one")
     for file in files:
         try:
             content = read_yaml(Path(file).read_text(encoding="utf-8"))

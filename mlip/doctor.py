@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +17,25 @@ MIN_PYTHON = (3, 11)
 # distribution, module, what it serves, is it needed, the line that installs it
 PACKAGES = (
     ("torch", "torch", "everything", True, "pip install torch"),
+    ("numpy", "numpy", "everything", True, "pip install numpy"),
+    ("pyyaml", "yaml", "settings", True, "pip install pyyaml"),
     ("transformers", "transformers", "image and text towers", True, "pip install transformers"),
     ("tokenizers", "tokenizers", "report tokens", True, "pip install tokenizers"),
     ("safetensors", "safetensors", "checkpoints", True, "pip install safetensors"),
     ("opencv-python-headless", "cv2", "images", True, "pip install opencv-python-headless"),
+    ("pillow", "PIL", "image and text towers", True, "pip install pillow"),
+    ("numba", "numba", "input loops", True, "pip install numba"),
     ("pyarrow", "pyarrow", "manifests", True, "pip install pyarrow"),
     ("pydicom", "pydicom", "DICOM files", True, "pip install pydicom"),
     ("imagecodecs", "imagecodecs", "compressed DICOM", True, "pip install imagecodecs"),
     ("pyahocorasick", "ahocorasick", "linking concepts", True, "pip install pyahocorasick"),
+    ("scipy", "scipy", "manifests and evaluation", True, "pip install scipy"),
     ("scikit-learn", "sklearn", "evaluation", True, "pip install scikit-learn"),
+    ("pycocotools", "pycocotools", "detection scores", True, "pip install pycocotools"),
+    ("matplotlib", "matplotlib", "curves of report.html", True, "pip install matplotlib"),
     ("jinja2", "jinja2", "report.html", True, "pip install jinja2"),
+    ("rich", "rich", "the log of a run", True, "pip install rich"),
+    ("psutil", "psutil", "memory plans", True, "pip install psutil"),
     ("deepspeed", "deepspeed", "ZeRO training", False, f"pip install '{NAME}[deepspeed]'"),
     ("nvidia-dali-cuda130", "nvidia.dali", "DALI input", False, f"pip install '{NAME}[dali]'"),
     ("triton", "triton", "fused kernels on a GPU", False, "comes with torch for CUDA"),
@@ -58,11 +68,34 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def ranges() -> dict[str, str]:
+    """Distribution -> the versions that this project asks for, as pip was told; {} without pip."""
+    try:
+        lines = importlib.metadata.requires(NAME) or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found = [re.match(r"([\w.-]+)\s*([^;]*)", line) for line in lines]
+    return {one[1].lower(): one[2].strip() for one in found if one is not None}
+
+
+def _fits(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # comes with transformers
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
 def check_packages() -> list[Check]:
-    checks = []
+    checks, wanted = [], ranges()
     for distribution, module, purpose, is_needed, remedy in PACKAGES:
         version = version_of(distribution)
-        if version is not None:
+        needed = wanted.get(distribution, "")
+        if version is not None and not _fits(version, needed):
+            detail = f"{version}: {purpose}; {needed} is needed"
+            mend = f"pip install '{distribution}{needed}'"
+            checks.append(Check(distribution, BROKEN, detail, mend, is_needed))
+        elif version is not None:
             checks.append(Check(distribution, OK, f"{version}: {purpose}"))
         elif _is_importable(module):
             checks.append(Check(distribution, OK, f"under another name: {purpose}"))

@@ -168,3 +168,12 @@ def test_a_section_that_stands_twice_is_an_error_and_loses_nothing(tmp_path: Pat
         config.load([], ["data={crop_px: 64, crop_px: 96}"])
     path.write_text("data: {crop_px: 96}\nrun: {seed: 1}\n")
     assert config.load([path]).data.crop_px == 96
+
+
+def test_one_name_for_a_list_of_files_or_overrides_is_said() -> None:
+    """A string is a list of letters: the file c of configs/demo.yaml was not found."""
+    for alone in ("configs/demo.yaml", Path("configs/demo.yaml")):
+        with pytest.raises(ConfigError, match="files: expected a list, got 'configs/demo.yaml' al"):
+            config.load(alone)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="overrides: expected a list, got 'run.seed=2' alone"):
+        config.load([], "run.seed=2")

@@ -34,6 +34,7 @@ from mlip.training.step import (
 # one backward pass are reached through parts of DeepSpeed that it moves between minor versions.
 # Before 0.19.8 ZeRO takes a float32 gradient that is not finite for one of a norm of about 1.
 DEEPSPEED_VERSIONS = ((0, 19, 8), (0, 20))
+NEEDED = "deepspeed>={},<{}".format(*(".".join(map(str, v)) for v in DEEPSPEED_VERSIONS))
 # what ZeRO-1 and -2 ask the device by: whether a norm is finite, and to mark one that is not
 QUESTIONS = ("is_invalid_grad_norm", "mask_nan_or_inf_with_val_inplace")
 
@@ -311,9 +312,8 @@ def require_version() -> None:
     found = metadata.version("deepspeed")
     least, below = DEEPSPEED_VERSIONS
     if not least <= tuple(map(int, re.findall(r"\d+", found)[:3])) < below:
-        numbers = [".".join(map(str, version)) for version in DEEPSPEED_VERSIONS]
-        needed = f">={numbers[0]},<{numbers[1]}"
+        wanted = NEEDED.removeprefix("deepspeed")
         raise ConfigError(
-            f"DeepSpeed {found} is installed, ZeRO and the gradient cache need DeepSpeed {needed}: "
-            f"pip install 'deepspeed{needed}', or set train.engine=plain train.zero_stage=0"
+            f"DeepSpeed {found} is installed, ZeRO and the gradient cache need DeepSpeed {wanted}: "
+            f"pip install '{NEEDED}', or set train.engine=plain train.zero_stage=0"
         )

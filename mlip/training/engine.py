@@ -11,7 +11,7 @@ import torch.nn as nn
 from mlip import distributed
 from mlip.config import Config, ConfigError
 from mlip.training.compiled import compile_towers
-from mlip.training.deepspeed_engine import DeepSpeedEngine, require_version
+from mlip.training.deepspeed_engine import NEEDED, DeepSpeedEngine, require_version
 from mlip.training.deepspeed_json import deepspeed_settings
 from mlip.training.grad_cache import num_micro_batches
 from mlip.training.plain_engine import PlainEngine
@@ -90,7 +90,7 @@ def build_engine(
             raise ConfigError(
                 f"train.engine={train.engine}, train.zero_stage={train.zero_stage}, "
                 f"train.offload={train.offload} need DeepSpeed, which is not installed: "
-                "pip install deepspeed, or set train.engine=plain train.zero_stage=0"
+                f"pip install '{NEEDED}', or set train.engine=plain train.zero_stage=0"
             )
     elif train.engine != "plain" and (wants or "RANK" in os.environ):
         require_version()

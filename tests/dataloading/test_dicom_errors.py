@@ -330,3 +330,11 @@ def test_bombs_are_refused_in_little_memory_and_time(tmp_path):
     for name in ("giant", "sparse", "claim"):
         assert rows[name][1] <= 50 and rows[name][2] <= 0.5, (name, rows[name])
     assert rows["deflated"][1] <= 256 and rows["deflated"][2] <= 5, rows["deflated"]
+
+
+def test_what_is_neither_a_path_nor_bytes_is_not_called_a_damaged_file(tmp_path: Path) -> None:
+    content = written(tmp_path)
+    for source in (io.BytesIO(content), pydicom.dcmread(io.BytesIO(content)), None, 0):
+        with pytest.raises(DicomError, match="expected a path or the bytes of a file, got") as told:
+            read_radiograph(source)  # type: ignore[arg-type]
+        assert told.value.code == "io_error"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,3 +364,16 @@ def test_the_real_manifest_loads_as_it_lies() -> None:
     for split in ("train", "val", "test"):
         assert len(manifest.rows(split)) + sum(manifest.excluded(split).values()) == 1108
     assert len(manifest.rows("train")) > 100
+
+
+def test_what_a_notebook_shows_of_a_manifest_names_nobody(tmp_path: Path) -> None:
+    rows = [f"anna_{i}.png,Canary {i} is clear.,meier-{i},s{i},train" for i in range(40)]
+    manifest = load(write(tmp_path, rows))
+    assert not any(word in repr(manifest) for word in ("anna", "Canary", "meier"))
+    assert "m.csv" in repr(manifest)
+    for made in (copy.deepcopy(manifest), pickle.loads(pickle.dumps(manifest))):
+        assert [made.text(i) for i in range(40)] == [manifest.text(i) for i in range(40)]
+        assert made.image_path(3) == "anna_3.png" and len(made.rows("train")) == 40
+    for ask in (manifest.rows, manifest.excluded):
+        with pytest.raises(ValueError, match="split: expected one of train, val, test, got 'vali"):
+            ask("validation")

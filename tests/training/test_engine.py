@@ -77,7 +77,7 @@ def test_the_plain_engine_refuses_a_deepspeed_json(installed):
 )
 def test_what_needs_deepspeed_says_so_where_it_is_not_installed(installed, overrides, ranks):
     installed(False, launched=True, ranks=ranks)
-    with pytest.raises(ConfigError, match="DeepSpeed, which is not installed: pip install"):
+    with pytest.raises(ConfigError, match="not installed: pip install 'deepspeed>=0.19.8,<0.2"):
         _build(*overrides)
 
 
