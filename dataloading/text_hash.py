@@ -42,11 +42,34 @@ def _words_loop(
     for i in range(len(out)):
         h = np.uint64(0xCBF29CE484222325)
         count, inside = 0, False
-        for j in range(offsets[i], offsets[i + 1]):
+        j, end = offsets[i], offsets[i + 1]
+        while j < end:
             c = data[j]
+            j += 1
+            if c == 0xC2 and j < end:  # U+0080 to U+00BF
+                d = data[j]
+                # feminine and masculine ordinal, 2 3 1 raised, micro, three fractions
+                is_letter = d == 0xAA or d == 0xB2 or d == 0xB3 or d == 0xB5 or d == 0xB9
+                is_letter = is_letter or d == 0xBA or 0xBC <= d <= 0xBE
+                if not is_letter:
+                    inside = inside and d == 0xAD  # a soft hyphen stands inside of a word
+                    j += 1
+                    continue
+            elif c == 0xE2 and j + 1 < end and 0x80 <= data[j] <= 0x81:  # U+2000 to U+207F
+                d = data[j + 1]
+                if data[j] == 0x80 or d <= 0xAF:
+                    # joiners and the word joiner stand inside of words
+                    joins = d == 0xA0 if data[j] == 0x81 else 0x8C <= d <= 0x8D
+                    inside = inside and joins
+                    j += 2
+                    continue
+            elif c == 0xEF and j + 1 < end and data[j] == 0xBB and data[j + 1] == 0xBF:
+                inside = False
+                j += 2
+                continue
             if 65 <= c <= 90:
                 c += 32
-            # letters, digits and whatever is beyond ASCII make words
+            # letters, digits and what is beyond ASCII and its marks make words
             if 48 <= c <= 57 or 97 <= c <= 122 or c >= 128:
                 if not inside:
                     h = (h ^ np.uint64(32)) * np.uint64(0x100000001B3)
@@ -111,8 +134,8 @@ def hash_bytes(column: Texts) -> HashArray:
 def hash_words(column: Texts) -> tuple[HashArray, NDArray[np.int32]]:
     """Hash of every row's words in order, case and punctuation aside, and their number.
 
-    Two reports with equal hashes read the same: layout, capitals and de-identification marks
-    made of underscores do not count.
+    Two reports with equal hashes read the same: layout, capitals, de-identification marks made of
+    underscores, and the blanks, quotation marks and dashes of word processors do not count.
     """
     out = np.empty(len(column), dtype=np.uint64)
     words = np.empty(len(column), dtype=np.int32)

@@ -42,6 +42,31 @@ def test_hash_words_sees_words_in_order_and_nothing_else() -> None:
     assert hashes[2] == hashes[3] and hashes[4] != hashes[5]
 
 
+def test_marks_beyond_ascii_are_no_words() -> None:
+    """Of two copies of a report one has the blanks and the apostrophes of a word processor."""
+    joiners = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u2060"))
+    characters = [*map(chr, range(0x80, 0x180)), *map(chr, range(0x2000, 0x2080)), *"ab .'\ufeff"]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(characters, rng.integers(0, 9))) for _ in range(3000)]
+
+    def is_mark(c: str) -> bool:
+        latin = c < "\u00c0" and not c.isalnum()
+        return latin or "\u2000" <= c < "\u2070" or c == "\ufeff"
+
+    def words_of(text: str) -> list[bytes]:
+        plain = text.translate(joiners)
+        blank = [" " if is_mark(c) else c for c in plain]
+        return [word.encode().lower() for word in "".join(blank).split(" ") if word]
+
+    pieces = [words_of(text) for text in texts]
+    hashes, words = hash_words(pa.array(texts, pa.large_string()))
+    assert words.tolist() == [len(p) for p in pieces]
+    assert hashes.tolist() == [mixed(fnv(b"".join(b" " + w for w in p)), 2) for p in pieces]
+    curly = "Heart isn\u2019t\u00a0enlarged \u2013 stable\u2026"
+    same = hash_words(pa.array([curly, "heart isn't enlarged - stable"], pa.large_string()))[0]
+    assert same[0] == same[1]
+
+
 def test_a_slice_of_a_column_hashes_as_its_own_rows() -> None:
     column = pa.array(TEXTS, pa.large_string())
     assert (hash_bytes(column.slice(3, 4)) == hash_bytes(column)[3:7]).all()
