@@ -85,7 +85,7 @@ class Data:
     mean: float = 0.5  # of intensities in [0, 1], one value: radiographs are grey
     std: float = 0.25
     max_tokens: int = 112  # with [CLS] and [SEP]
-    max_entities: int = 16  # linked mentions kept per report
+    max_entities: int = 16  # linked mentions kept per report, the first ones of the text
     vocab_size: int = 4096  # of a vocabulary trained on the training split
     # words of fewer patients' reports teach it no piece, so that no name becomes one
     vocab_min_patients: int = 5

@@ -279,6 +279,7 @@ def _evaluate(
         "knowledge": knowledge_statistics(
             *(beside["mentions"], len(with_text), table, linker),
             texts=(manifest.text(int(row)) for row in images.row_index[with_text]),
+            most=config.data.max_entities,
         ),
         "prototypes": prototype_statistics(
             prototypes,

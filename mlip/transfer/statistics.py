@@ -21,11 +21,18 @@ _FEW_KNOWN_WORDS = 0.35
 
 
 def knowledge_statistics(
-    mentions: Array, reports: int, table: Any, linker: Any, texts: Iterable[str] = ()
+    mentions: Array,
+    reports: int,
+    table: Any,
+    linker: Any,
+    texts: Iterable[str] = (),
+    *,
+    most: int = 0,
 ) -> dict[str, Any]:
     """Mentions [n, 3] (concept row, state, report) as counts, names and one sentence.
 
     texts    the reports, to count those whose words the lexicon hardly knows
+    most     data.max_entities, to count the reports that may have had more; 0 = not counted
     A concept whose name is licensed is called by its id: the page may travel.
     """
     counts = np.zeros((len(table), 3), dtype=np.int64)
@@ -56,6 +63,9 @@ def knowledge_statistics(
         ("categories", f"{len(table.categories)}"),
         ("linker", type(linker).__name__ if linker is not None else "none"),
     ]
+    if most > 0:
+        full = int((np.unique(mentions[:, 2], return_counts=True)[1] >= most).sum())
+        facts.insert(5, (f"reports that fill data.max_entities ({most})", f"{full:,}"))
     if linker is not None:
         known = [linker.known_words(text) for text in texts]
         few = sum(hits < _FEW_KNOWN_WORDS * words for hits, words in known if words)

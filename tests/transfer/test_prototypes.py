@@ -85,6 +85,8 @@ def test_a_licensed_name_stays_out_of_the_results_and_silent_reports_are_counted
     found = knowledge_statistics(mentions, 3, TABLE, None)
     assert [entry["name"] for entry in found["top"]] == ["fluid", "umls:c1"]
     assert ("reports without a mention", "2") in found["facts"]
+    limited = dict(knowledge_statistics(mentions, 3, TABLE, None, most=2)["facts"])
+    assert limited["reports that fill data.max_entities (2)"] == "1"
 
 
 def test_pairs_that_are_no_negatives_are_counted_by_hand() -> None:
