@@ -59,6 +59,7 @@ SETTINGS = (
     "train.engine=plain",
     "train.zero_stage=0",
     "train.precision=bf16",
+    "train.residual=bf16",
     "model.vision.kind=vit",
     "model.text.packed=true",
 )
@@ -272,7 +273,6 @@ class Bench:
 
     def profile(self) -> None:
         pairs = VARIANT_PAIRS[self.device]
-
         label = {"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}
         self.attempt(label, lambda: profile(self.runner(pairs, 0)))
 

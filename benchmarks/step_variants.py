@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.providers import pooled_scores
 from mlip.encoders.attention import require_usable
-from mlip.encoders.residual import RoundedLayerNorm, round_norms, round_residual
+from mlip.encoders.residual import RoundedLayerNorm
 from mlip.kernels._dispatch import DISABLE_VARIABLE
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
 
@@ -101,7 +101,7 @@ def attention_by(impl: str) -> Change:
             kind = "not installed" if "not installed" in str(error) else "not available"
             raise NotAvailable(f"{kind}: {str(error).partition(';')[0]}") from error
         model = engine.objective.model
-        configs = [model.text.backbone.config, model.vision.tower.backbone.config]
+        configs = [backbone.config for backbone in backbones(model)]
         before = [config._attn_implementation for config in configs]
         for config in configs:
             config._attn_implementation = f"mlip_{impl}"
@@ -126,22 +126,24 @@ def padded_reports(engine: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rounded_residual(engine: Any) -> Iterator[None]:
-    """train.residual=bf16."""
+def float32_residual(engine: Any) -> Iterator[None]:
+    """train.residual=fp32."""
     model = engine.objective.model
-    backbones = [model.text.backbone, model.vision.tower.backbone]
-    hooks = [round_residual(backbone) for backbone in backbones]
-    for head in model.heads():
-        round_norms(head)
-    model.round_weights_together()  # those of the norms too
+    embeddings = [t.get_submodule("embeddings") for t in backbones(model)]
+    hooks = [dict(module._forward_hooks) for module in embeddings]  # of round_residual alone
+    norms = [module for module in model.modules() if isinstance(module, RoundedLayerNorm)]
+    for module in embeddings:
+        module._forward_hooks.clear()
+    for module in norms:
+        module.__class__ = torch.nn.LayerNorm
+    model.round_weights_together()  # without those of the norms
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for module in model.modules():
-            if isinstance(module, RoundedLayerNorm):
-                module.__class__ = torch.nn.LayerNorm
+        for module, own in zip(embeddings, hooks, strict=True):
+            module._forward_hooks.update(own)
+        for module in norms:
+            module.__class__ = RoundedLayerNorm
         model.round_weights_together()
 
 
@@ -175,18 +177,14 @@ def compiled(mode: str | None = None, *, by_layer: bool = False) -> Change:
     return change
 
 
+def backbones(model: Any) -> tuple[Any, Any]:
+    """transformers' part of each tower."""
+    return model.text.backbone, model.vision.tower.backbone
+
+
 def layers(model: Any) -> list[torch.nn.Module]:
     """Of both towers, each of which has one kind."""
     return [*model.text.backbone.encoder.layer, *model.vision.tower.backbone.layers]
-
-
-def rounded_and_compiled(*, by_layer: bool = False) -> Change:
-    @contextlib.contextmanager
-    def change(engine: Any) -> Iterator[None]:
-        with rounded_residual(engine), compiled(by_layer=by_layer)(engine):
-            yield
-
-    return change
 
 
 def padded_and_compiled(mode: str | None = None) -> Change:
@@ -222,13 +220,11 @@ VARIANTS: dict[str, Change] = {
     "attention=eager": attention_by("eager"),
     "attention=xformers": attention_by("xformers"),
     "attention=varlen": attention_by("varlen"),
-    "residual=bf16": rounded_residual,
+    "residual=fp32": float32_residual,
     "reports padded": padded_reports,
     # minutes of compiling each: those that a run can have first
     "towers compiled": compiled(),
-    "residual=bf16, towers compiled": rounded_and_compiled(),
     "layers compiled": compiled(by_layer=True),
-    "residual=bf16, layers compiled": rounded_and_compiled(by_layer=True),
     "reports padded, towers compiled": padded_and_compiled(),
     "reports padded, towers compiled, CUDA graphs": padded_and_compiled("reduce-overhead"),
     "whole step as one CUDA graph": unavailable(

@@ -24,9 +24,9 @@ from benchmarks.step_variants import (
     NotAvailable,
     as_it_is,
     flat_scores,
+    float32_residual,
     layers,
     padded_reports,
-    rounded_residual,
 )
 from mlip.encoders import attention as attention_module
 from mlip.encoders.rounded_weights import RoundedTogether
@@ -116,7 +116,21 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
     assert state() == before
 
 
-@pytest.mark.parametrize("reports", [as_it_is, padded_reports, rounded_residual])
+def test_the_way_of_float32_is_a_run_that_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit after a step; the third run, which rounds, is another one."""
+    rounding = bench_step.SETTINGS
+    plain = tuple(setting for setting in rounding if setting != "train.residual=bf16")
+    made = []
+    for settings, way in (plain, as_it_is), (rounding, float32_residual), (rounding, as_it_is):
+        monkeypatch.setattr(bench_step, "SETTINGS", settings)
+        bench = bench_on()
+        with way(bench.engine):
+            bench.runner(4, 0).step()
+        made.append(torch.cat([p.flatten() for p in bench.engine.objective.parameters()]))
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("reports", [as_it_is, padded_reports, float32_residual])
 @pytest.mark.parametrize("by_layer", [False, True], ids=["towers", "layers"])
 def test_towers_compile_without_a_graph_break(reports: Any, by_layer: bool) -> None:
     bench = bench_on()
