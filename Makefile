@@ -9,6 +9,8 @@ export DS_ACCELERATOR := cpu
 .PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step clean
 
 $(VENV)/.ready: constraints/cpu.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  { echo "make: $(PYTHON) is not Python 3.11, which constraints/cpu.txt is for: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt \
 	  -e '.[deepspeed,dali,dev]'
