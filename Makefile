@@ -3,6 +3,8 @@
 # gpu, for Python 3.12 and CUDA 13 (make setup SET=gpu PYTHON=python3.12); a .venv keeps its set.
 VENV := .venv
 SET ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
+OF_cpu := 3.11
+OF_gpu := 3.12
 EXTRAS_cpu := deepspeed,dali,dev
 EXTRAS_gpu := gpu,dev
 PYTHON ?= python3
@@ -15,6 +17,8 @@ export DS_ACCELERATOR := cpu
 .PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step clean
 
 $(READY): constraints/$(SET).txt constraints/common.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(OF_$(SET))")' || \
+	  { echo "make: constraints/$(SET).txt is for Python $(OF_$(SET)): make $(MAKECMDGOALS) PYTHON=python$(OF_$(SET))"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(SET).txt \
 	  -e '.[$(EXTRAS_$(SET))]'
