@@ -18,7 +18,7 @@ export DS_ACCELERATOR := cpu
 
 $(READY): constraints/$(SET).txt constraints/common.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(OF_$(SET))")' || \
-	  { echo "make: constraints/$(SET).txt is for Python $(OF_$(SET)): make $(MAKECMDGOALS) PYTHON=python$(OF_$(SET))"; exit 1; }
+	  { echo "make: constraints/$(SET).txt is for Python $(OF_$(SET)): make $(MAKECMDGOALS) SET=$(SET) PYTHON=python$(OF_$(SET))"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints/$(SET).txt \
 	  -e '.[$(EXTRAS_$(SET))]'
