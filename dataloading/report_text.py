@@ -60,7 +60,7 @@ HEADINGS = frozenset(_NAMES)  # lower case, blanks between words
 _BLANKS = "[ \t\u00a0\u202f\ufeff]*"  # with those of HTML, of French, and a byte-order mark
 # A heading opens a line, or stands in capitals after a stop; a colon ends it.
 _HEADING = re.compile(
-    rf"(?:(?:^|\n){_BLANKS}(?P<line>(?i:" + "|".join(_NAMES) + r"))"
+    rf"(?:(?:^|\n){_BLANKS}(?:[-*\u2022]{_BLANKS})?(?P<line>(?i:" + "|".join(_NAMES) + r"))"
     r"|(?<=[.\s])(?P<capitals>" + "|".join(n.upper() for n in _NAMES) + rf")){_BLANKS}:"
 )
 # RE2 pattern for "may have a heading": what the slow path must look at

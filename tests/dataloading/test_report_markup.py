@@ -45,6 +45,21 @@ def test_a_column_is_read_without_markup_and_rtf_is_counted() -> None:
     assert [RULES[code] for code in column.rule()] == ["", "rtf_report", "", "", "no_report"]
 
 
+@pytest.mark.parametrize("cell", ["td", "li", "dt"])
+def test_headings_in_cells_and_items_are_headings(cell: str) -> None:
+    """In capitals they were; as "Findings:" the whole text was taken, its indication too."""
+    rows = [
+        ("Indication:", "Rule out effusion."),
+        ("Findings:", "Clear lungs."),
+        ("Impression:", "Normal."),
+    ]
+    text = "".join(f"<{cell}>{a}</{cell}><{cell}>{b}</{cell}>" for a, b in rows)
+    for sections, expected in (("findings", "Clear lungs."), ("all", "Clear lungs. Normal.")):
+        column = ReportColumn(sections)
+        column.append(pa.array([text], pa.large_string()))
+        assert clean_report(column.texts[0]).replace("\n\n", " ") == expected
+
+
 def test_a_column_without_markup_is_left_as_it_is() -> None:
     column = ReportColumn("all")
     texts = ["No effusion < 5 mm.", "a & b", "", "{curly}"]
