@@ -132,7 +132,7 @@ def test_a_run_counts_the_patients_of_its_manifest(
         [
             f"data.manifest={tmp_path / 'manifest.csv'}",
             f"run.dir={tmp_path / 'run'}",
-            "data.columns={image_id: null, view: null, sha256: null}",
+            "data.columns={image_id: null, sha256: null}",
         ],
     )
     pieces = open_tokenizer(config, load_manifest(config.data)).backend.get_vocab()
