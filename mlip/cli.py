@@ -176,6 +176,11 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
 
 def read_settings(items: Sequence[str]) -> Config:
     """Config of YAML files and overrides in any order; files are read first."""
+    if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
+        raise ConfigError(
+            "checkpoint= is empty: expected a run folder, a checkpoint or an export, or leave it "
+            "out for the newest checkpoint of run.dir"
+        )
     files = [item for item in items if "=" not in item]
     overrides = [
         f"evaluate.{item}" if item.startswith("checkpoint=") else item

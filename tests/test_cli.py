@@ -191,6 +191,17 @@ def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert "data.crop_px" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["evaluate"], ["embed", "--out", "e"], ["export", "--out", "e"]]
+)
+def test_an_empty_checkpoint_is_not_taken_for_the_newest_of_the_run(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # what `checkpoint=$DIR` is where DIR is not set
+    assert main([*command, "checkpoint="]) == 2
+    assert "checkpoint= is empty: expected" in capsys.readouterr().err
+
+
 def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
