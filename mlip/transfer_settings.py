@@ -98,6 +98,11 @@ def check(transfer: Transfer) -> None:
             f"transfer.classes.{name}={policy!r}: expected what an uncertain label counts as: "
             f"{', '.join(UNCERTAIN)}",
         )
+    columns = transfer.columns
+    require(
+        (columns.source_height is None) == (columns.source_width is None),
+        "transfer.columns.source_height and source_width are one size: name both, or none",
+    )
     require(len(transfer.fractions) > 0, "transfer.fractions is empty: expected percentages")
     require(
         len(set(transfer.fractions)) == len(transfer.fractions),

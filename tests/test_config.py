@@ -67,7 +67,7 @@ transfer.patience=0 transfer.image_px=-64 transfer.seeds=[-1] transfer.fractions
 transfer.fractions=[101] transfer.fractions=[] transfer.val_share=1 transfer.iou_thresholds=[1.0]
 transfer.score_cut=2 transfer.nms_iou=-1 transfer.cache_gib=-1 transfer.decoder_width=-4
 transfer.by_fraction={"1":{"batch":0}} transfer.by_fraction={"10":{"lr":-1}}
-transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0]
+transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 """.split()
 
 

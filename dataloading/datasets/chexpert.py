@@ -92,7 +92,15 @@ def _base(root: Path) -> Path:
     for name in ("CheXpert-v1.0", "CheXpert-v1.0-small"):
         if (root / name / "train.csv").is_file():
             return root / name
-    raise DatasetError(f"{root}: no train.csv here or in CheXpert-v1.0/. It is part of {ACCESS}")
+    hint = ""
+    if next(root.glob("CheXpert-v1.0 batch*"), None) is not None:
+        hint = (
+            ". The archives in batches make one folder: move the content of batch 1 into "
+            "CheXpert-v1.0/ and the patients of the others into CheXpert-v1.0/train/"
+        )
+    raise DatasetError(
+        f"{root}: no train.csv here or in CheXpert-v1.0/. It is part of {ACCESS}{hint}"
+    )
 
 
 def _inside(path: str) -> str:

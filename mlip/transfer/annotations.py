@@ -370,7 +370,8 @@ def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:
         x0, y0, x1, y1 = corners[np.flatnonzero(outside)[0]]
         raise ManifestError(
             f"{where}: a box (x={x0:g} y={y0:g} w={x1 - x0:g} h={y1 - y0:g}) does not lie inside "
-            f"its {width} x {height} image"
+            f"its {width} x {height} image; of a prepared set name transfer.columns.source_height "
+            "and source_width, which boxes are in px of"
         )
 
 

@@ -47,6 +47,13 @@ def test_open_i_finds_the_images_of_kaggles_copy(tmp_path: Path) -> None:
     assert {row.image_id for row in collect("open_i", tmp_path, views="all").rows} == set(ids)
 
 
+def test_chexpert_in_batches_says_how_they_make_one_folder(tmp_path: Path) -> None:
+    for name in ("1 (validate & csv)", "2 (train 1)"):
+        (tmp_path / f"CheXpert-v1.0 batch {name}").mkdir()
+    with pytest.raises(DatasetError, match="batch 1 into CheXpert-v1.0/ and the patients of the"):
+        collect("chexpert", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["chexpert", "open_i", "mimic_cxr"])
 def test_a_choice_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
     # it used to mean "all": laterals among the frontal images

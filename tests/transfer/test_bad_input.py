@@ -111,7 +111,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         {"boxes": '[[50, 10, 30, 5, "n"]]'},
         BOXES,
         3,
-        ("data row 1: a box (x=50 y=10 w=30 h=5) does not lie inside its 60 x 40 image",),
+        (
+            "data row 1: a box (x=50 y=10 w=30 h=5) does not lie inside its 60 x 40 image",
+            "name transfer.columns.source_height and source_width",
+        ),
     ),
     "box outside its image, grounding": (
         {"boxes": '[[50, 10, 30, 5, "n"]]'},
