@@ -40,7 +40,7 @@ setup(
         "imagecodecs>=2025.3.30",
         "numba>=0.61",
         "pyarrow>=18",
-        "pyahocorasick>=2.1",
+        "pyahocorasick>=2.2",  # 2.1 loses matches: "is no longer seen" was a finding
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "matplotlib>=3.9",

@@ -305,7 +305,10 @@ def write_png(path: Path, image: NDArray[np.uint16]) -> None:
 
 def _merge(partial: Path, settings: Phantom, mark: str, jobs: list[_Job]) -> None:
     parts = sorted((partial / "parts").iterdir())
-    rows = [json.loads(line) for part in parts for line in part.open(encoding="utf-8")]
+    rows = []
+    for part in parts:
+        with part.open(encoding="utf-8") as lines:
+            rows += [json.loads(line) for line in lines]
     if [row["image_id"] for row in rows] != [job.image_id for job in jobs]:
         raise RuntimeError(f"{len(rows)} of {len(jobs)} phantom studies were written")
     with (partial / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
