@@ -148,6 +148,7 @@ def main() -> int:
         return 2
     import torch
 
+    from benchmarks import harness
     from mlip.kernels._dispatch import missing_tools
 
     if not torch.cuda.is_available():
@@ -161,6 +162,14 @@ def main() -> int:
     if tools is not None:
         print(f"gpu-check cannot launch a kernel: {tools}", file=sys.stderr)
         return 2
+    is_measuring = part.benchmark is not None and not arguments.skip_benchmarks
+    if is_measuring and harness.environment("cpu")["commit"] is None:
+        print(
+            "gpu-check cannot tell of which commit its figures are: this copy has no .git, or git "
+            "is not installed; set MLIP_COMMIT to the first twelve digits of its commit",
+            file=sys.stderr,
+        )
+        return 2
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = importing_root(environment) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MLIP_DISABLE_TRITON", None)  # the switch would test torch against itself
@@ -169,7 +178,7 @@ def main() -> int:
         outcome = run_tests(part, environment, part.tests_s)
         if outcome != 0 and part.benchmark is not None:
             print(f"{part.benchmark} was not run; --skip-tests runs it alone", file=sys.stderr)
-    if outcome == 0 and part.benchmark is not None and not arguments.skip_benchmarks:
+    if outcome == 0 and is_measuring:
         minutes = (TOTAL_S - RESERVE_S - (time.monotonic() - start)) / 60
         script = str(ROOT / "benchmarks" / part.benchmark)
         # a row that has begun may end late: a minute of slack

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, harness
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -95,6 +95,7 @@ def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
     monkeypatch.setattr(gpu_check, "run_tests", lambda *_: 1)
     monkeypatch.setattr(gpu_check.subprocess, "run", run)
     monkeypatch.setenv("PYTHONPATH", "/carried")
+    monkeypatch.setenv("MLIP_COMMIT", "0123456789ab")
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     assert gpu_check.main() == 1 and not ran
     assert "bench_kernels.py was not run; --skip-tests runs it alone" in capsys.readouterr().err
@@ -106,6 +107,21 @@ def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
     # where a limit may strike, rows are written to what comes back
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests", "--out", "kept/rows.json"])
     assert gpu_check.main() == 0 and ran[1][-2:] == ["--out", "kept/rows.json"]
+
+
+def test_figures_of_no_commit_are_refused_before_any_minute_is_spent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *_: pytest.fail("tests were run"))
+    monkeypatch.setattr(harness, "_run", lambda *_: None)  # no git
+    monkeypatch.delenv("MLIP_COMMIT", raising=False)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2
+    assert "set MLIP_COMMIT" in capsys.readouterr().err
+    monkeypatch.setenv("MLIP_COMMIT", "0123456789ab")
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *_: 1)
+    assert gpu_check.main() == 1
 
 
 def test_a_package_inside_a_missing_one_is_missing() -> None:
