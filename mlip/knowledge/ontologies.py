@@ -119,6 +119,7 @@ def read_csv(path: str | Path) -> ConceptTable:
     """
     path = Path(path)
     concepts: list[Concept] = []
+    lines: dict[str, int] = {}
     with numbered_lines(path) as numbered:
         rows = csv.DictReader((line for _, line in numbered), strict=True)
         known = {"id", "name", "synonyms", "definition", "semantic_type", "category"}
@@ -137,6 +138,12 @@ def read_csv(path: str | Path) -> ConceptTable:
                     )
                 if not row["id"].strip() or not row["name"].strip():
                     raise LexiconError(f"{path}, line {rows.line_num}: id or name is empty")
+                first = lines.setdefault(row["id"].strip(), rows.line_num)
+                if first != rows.line_num:
+                    raise LexiconError(
+                        f"{path}, line {rows.line_num}: id {row['id'].strip()!r} occurs twice "
+                        f"(first in line {first})"
+                    )
                 concepts.append(
                     Concept(
                         id=row["id"].strip(),

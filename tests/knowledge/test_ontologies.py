@@ -126,7 +126,7 @@ def test_a_csv_table_is_read_and_a_bad_line_is_named(tmp_path):
         ("id,name\na\n", "line 2: expected 2 cells"),
         ("id,title\na,b\n", "line 1: expected the columns id and name"),
         ("id,name\na,\n", "line 2: id or name is empty"),
-        ("id,name\na,b\na,c\n", "'a' occurs twice"),
+        ("id,name\na,b\na,c\n", "line 3: id 'a' occurs twice .first in line 2"),
         ('id,name\na,"b\n', "not valid CSV"),
     ):
         path.write_text(text)
