@@ -25,6 +25,10 @@ MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
 MAX_SIDE_PX = 16_384
 MIN_SIDE_PX = 8
 
+# An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as
+# they are: at 8 bits four would be left of them, and the film would be nearly black.
+_DARK = 1 << 13
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -208,6 +212,11 @@ def decode_grey(content: bytes, header: Header) -> NDArray[Any]:
     if image is None or image.ndim != 2 or image.dtype not in (np.uint8, np.uint16):
         raise BadSample("undecodable")
     return image
+
+
+def is_too_dark(image: NDArray[Any]) -> bool:
+    """Whether a picture of more than 8 bits is nearly black; neither prepared nor asked about."""
+    return image.dtype == np.uint16 and int(image.max()) < _DARK
 
 
 def _decode_dicom(content: bytes) -> NDArray[np.uint16]:

@@ -21,15 +21,13 @@ from mlip.dataloading.image_file import (
     check_hash,
     check_size,
     decode_grey,
+    is_too_dark,
     read_bytes,
     read_header,
 )
 from mlip.dataloading.ledger import BadSample, DataError
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
-# An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as
-# they are: at 8 bits four would be left of them, and the film would be nearly black.
-_DARK = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def make_member(
             check_size(*image.shape)
         else:
             image = decode_grey(content, header)
-        if image.dtype == np.uint16 and int(image.max()) < _DARK:
+        if is_too_dark(image):
             raise BadSample("too_dark")
         fields["source_height"], fields["source_width"] = image.shape
         image = convert(image, settings)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures
 from mlip.config import Config
-from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
+from mlip.dataloading.image_file import decode_grey, is_too_dark, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.report_text import choose_sections
 from mlip.dataloading.transforms import Transform
@@ -49,13 +49,19 @@ def read_image(path: Path) -> Array:
     real = path.resolve()
     try:
         content = read_bytes(str(real.parent), real.name)
-        return decode_grey(content, read_header(content))
+        grey = decode_grey(content, read_header(content))
     except BadSample as error:
         raise ImageFileError(
             f"image {path}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
         ) from error
     except DataError:
         raise ImageFileError(f"image {path}: there is no such folder") from None
+    if is_too_dark(grey):
+        raise ImageFileError(
+            f"image {path}: too_dark: no pixel reaches an eighth of white, so the model would see "
+            "black; scale the values of a 16-bit file to 0 to 65535 (12 bits: times 16)"
+        )
+    return grey
 
 
 def model_input(grey: Array, config: Config) -> Tensor:

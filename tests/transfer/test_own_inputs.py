@@ -143,6 +143,19 @@ def test_pixels_of_an_array_are_taken_where_its_kind_says_what_white_is(
             encode_pixels(opened, made)
 
 
+def test_twelve_bits_in_sixteen_are_refused_as_mlip_prepare_refuses_them(
+    opened: Pretrained, tmp_path: Path
+) -> None:
+    grey = np.random.default_rng(4).integers(0, 4096, (99, 90)).astype(np.uint16)
+    for name, image in (("dark.png", grey), ("scaled.png", grey * 16), ("black.png", grey >> 12)):
+        assert cv2.imwrite(str(tmp_path / name), image)
+    assert cv2.imwrite(str(tmp_path / "eight.png"), (grey >> 8).astype(np.uint8))
+    opened.encode_images([tmp_path / "scaled.png", tmp_path / "eight.png"])
+    for name in ("dark.png", "black.png"):
+        with pytest.raises(ImageFileError, match=rf"{name}: too_dark: .*times 16"):
+            opened.encode_images([tmp_path / name])
+
+
 def test_scores_are_of_features_of_this_model(opened: Pretrained) -> None:
     images, texts = encode_pixels(opened, torch.zeros(2, 1, 96, 96)), opened.encode_texts(["heart"])
     files: Any = ["film.png"]
