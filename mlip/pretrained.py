@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mlip import config as configuration
 from mlip.config import Config
@@ -35,6 +34,8 @@ from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
 from mlip.pretrained_model import Pretrained
+from mlip.pretrained_weights import PretrainedError as PretrainedError
+from mlip.pretrained_weights import embedding_rows, model_with
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 
 logger = logging.getLogger("mlip")
@@ -51,12 +52,6 @@ _NOT_SHAPE = {
     "transformers_version",
     "vocab_size",
 }
-
-
-class PretrainedError(ValueError):
-    """A folder that cannot be used as a model; the message names file and reason."""
-
-    exit_code = 4
 
 
 def save_pretrained(
@@ -176,7 +171,7 @@ def from_pretrained(
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
-    model = _build(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
+    model = model_with(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
     facts = {**described.get("facts", {}), "checkpoint": str(folder)}
     return Pretrained(model, config, tokenizer, table, Linker(table), facts)
 
@@ -247,54 +242,6 @@ def _check_concepts(
         )
 
 
-def _build(config: Config, vocab_size: int, weights: Mapping[str, Tensor], where: str) -> MLIPModel:
-    """A model of these settings with these weights, in eval mode.
-
-    Raises:  PretrainedError naming weights that are missing, unexpected or of another shape.
-    """
-    if "concept_vectors" not in weights:
-        raise PretrainedError(f"{where}: holds no concept_vectors; it is no MLIP model")
-    model = MLIPModel(
-        config, vocab_size=vocab_size, concept_vectors=torch.zeros_like(weights["concept_vectors"])
-    )
-    own = model.state_dict()
-    weights = _under_all_names(model, weights, where)
-    different = sorted(own.keys() ^ weights.keys())
-    if different:
-        raise PretrainedError(
-            f"{where}: weights and settings disagree about {len(different)} names, for example "
-            f"{', '.join(different[:3])}"
-        )
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise PretrainedError(
-                f"{where}: {name} has shape {tuple(weights[name].shape)}, the settings ask for "
-                f"{tuple(tensor.shape)}"
-            )
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def _under_all_names(
-    model: MLIPModel, weights: Mapping[str, Tensor], where: str
-) -> dict[str, Tensor]:
-    """A tensor that the model holds under several names is written once: here under each.
-
-    Raises:  PretrainedError where the names of one tensor come with different values.
-    """
-    whole = dict(weights)
-    first: dict[torch.nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        holder = first.setdefault(parameter, name)
-        if holder not in weights or name == holder:
-            continue
-        if not torch.equal(whole.setdefault(name, weights[holder]), weights[holder]):
-            raise PretrainedError(
-                f"{where}: {holder} and {name} are one tensor in this model and differ in the file"
-            )
-    return whole
-
-
 def open_checkpoint(
     path: str | Path,
     *,
@@ -360,10 +307,11 @@ def open_checkpoint(
             f"{folder}: the model knows {rows} concepts, the concept table has {len(table)}; give "
             "the table of the training run (knowledge.lexicon)"
         )
-    vocab_size = _embedding_rows(weights) or tokenizer.vocab_size
-    model = _build(config, vocab_size, weights, str(folder))
+    vocab_size = embedding_rows(weights) or tokenizer.vocab_size
+    model = model_with(config, vocab_size, weights, str(folder))
+    step = int(read.state["step"])
     facts = {
-        "step": (step := int(read.state["step"])),
+        "step": step,
         "pairs_seen": read.state.get("pairs_seen", step * config.batch.global_pairs),
         "checkpoint": str(folder),
         "weights": weights_of,
@@ -389,10 +337,6 @@ def _tokenizer_of(folder: Path, config: Config, run_dir: Path, trained: Any) -> 
             f"{found[:12]}; restore that of the training run"
         )
     return tokenizer
-
-
-def _embedding_rows(weights: Mapping[str, Tensor]) -> int | None:
-    return next((len(t) for n, t in weights.items() if n.endswith("word_embeddings.weight")), None)
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import pretrained
+from mlip import pretrained_weights
 from mlip.pretrained import (
     PretrainedError,
     from_pretrained,
@@ -153,24 +153,24 @@ def test_open_checkpoint_reads_an_export_and_says_what_it_expects(
 def test_a_tensor_that_both_towers_share_is_written_once_and_stays_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Tied(pretrained.MLIPModel):
+    class Tied(pretrained_weights.MLIPModel):
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
             self.token_head.second.weight = self.patch_head.second.weight
 
-    monkeypatch.setattr(pretrained, "MLIPModel", Tied)
+    monkeypatch.setattr(pretrained_weights, "MLIPModel", Tied)
     names = [f"{head}_head.second.weight" for head in ("patch", "token")]
     whole = small_run().model.state_dict()
     once = {name: tensor for name, tensor in whole.items() if name != names[1]}
     rows = small_run().tokenizer.vocab_size
-    model = pretrained._build(small_run().config, rows, once, "here")
+    model = pretrained_weights.model_with(small_run().config, rows, once, "here")
     patch, token = (model.get_parameter(name) for name in names)
     assert token is patch and torch.equal(patch, whole[names[0]])
     both = once | {names[1]: whole[names[0]]}  # as an export writes it
     assert (
-        pretrained._build(small_run().config, rows, both, "here")
+        pretrained_weights.model_with(small_run().config, rows, both, "here")
         .get_parameter(names[1])
         .equal(whole[names[0]])
     )
     with pytest.raises(PretrainedError, match="are one tensor in this model and differ"):
-        pretrained._build(small_run().config, rows, whole, "here")
+        pretrained_weights.model_with(small_run().config, rows, whole, "here")
