@@ -6,10 +6,10 @@ data.columns in the config; no picture is opened here.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
-from dataclasses import field as shown
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,16 @@ class Manifest:
     root: str  # real path of the folder that image paths are relative to
     fingerprint: str  # SHA-256 of the manifest's bytes
     # paths, ids and labels may name a patient: shown by no repr, which notebooks keep
-    image: pa.ChunkedArray = shown(repr=False)
-    report: TextStore = shown(repr=False)  # after data.sections
+    image: pa.ChunkedArray = dataclasses.field(repr=False)
+    report: TextStore = dataclasses.field(repr=False)  # after data.sections
     split: NDArray[np.int8]  # index into SPLITS, NO_SPLIT where blank
     pair_id: IntArray  # equal = same study or same text; the component's first row
     rule: NDArray[np.uint8]  # index into RULES
     # identifiers: never in a log, an error or a file of the run
-    patient: pa.ChunkedArray = shown(repr=False)
+    patient: pa.ChunkedArray = dataclasses.field(repr=False)
     patient_key: HashArray  # keyed hash of the patient id: for grouping, never the id itself
     sha256: pa.ChunkedArray | None
-    label_column: pa.ChunkedArray | None = shown(repr=False)
+    label_column: pa.ChunkedArray | None = dataclasses.field(repr=False)
     keep_without_report: bool  # data.empty_report == "image_only"
 
     def __len__(self) -> int:
