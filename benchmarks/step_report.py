@@ -68,7 +68,9 @@ def tables(step_rows: list[Row], kernel_rows: list[Row], folder: Path | None) ->
     laws = step_measures.law_lines(made)
     law = "\n".join(f"- {line}" for line in laws) if laws else "Fitted law: not run."
     # step and kernels may have been measured on two cards
-    whole += f"\n\nThe step: {origin(step_rows)}\nKernels: {origin(kernel_rows)}"
+    of_step, of_operators = origin(step_rows), origin(kernel_rows)
+    both = f"The step: {of_step}\nKernels: {of_operators}"
+    whole += f"\n\n{of_step if of_step == of_operators else both}"
     return {
         "gpu origin": origin(step_rows),
         # the front page shows what was reached; what was not run stands on the pages it names
