@@ -22,7 +22,8 @@ from mlip.training.engine import build_engine
 from mlip.training.step import Engine
 
 CONCEPTS = 20
-VIT = (*SETTINGS, *TINY, "train.precision=fp32", "model.text.packed=false")
+FLOAT32 = ("train.precision=fp32", "train.residual=fp32")
+VIT = (*SETTINGS, *TINY, *FLOAT32, "model.text.packed=false")
 PACKED = (*VIT, "model.text.packed=true")
 RESNET = (
     *(s for s in VIT if not s.startswith("model.vision")),

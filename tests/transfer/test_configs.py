@@ -159,12 +159,15 @@ def test_baselines_lie_over_a_row(
 
 
 @pytest.mark.parametrize("baseline", ["convirt", "gloria", "mgca"])
-def test_published_pre_trainings_are_settings_of_the_objective(baseline: str) -> None:
+def test_published_pre_trainings_are_settings_of_the_objective(
+    baseline: str, tmp_path: Path
+) -> None:
     from mlip.assembly import build_objective, open_corpus
     from mlip.dataloading.loader import build_loader
 
     run = small_run()
     settings = [*run.settings, "batch.global_pairs=8", "loss.category.prototypes=8"]
+    settings.append(f"run.dir={tmp_path}")  # whose vocabulary is learnt from these reports
     config = load([CONFIGS / f"baseline_{baseline}.yaml"], settings)
     corpus = open_corpus(config)
     objective = build_objective(config, corpus)
