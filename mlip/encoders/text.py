@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 
 from mlip.config import Text
 from mlip.encoders.attention import require_usable, round_once
+from mlip.encoders.checkpointing import checkpoint_layers
 from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
@@ -70,7 +71,7 @@ class TextEncoder(nn.Module):
                 f"{config.max_position_embeddings} positions"
             )
         if settings.checkpointing:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.backbone)
         for layer in self.backbone.encoder.layer:
             round_once(layer.attention.self)
         if residual == "bf16":

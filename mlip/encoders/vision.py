@@ -14,6 +14,7 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from mlip.config import Vision
 from mlip.encoders.attention import require_usable, round_once
+from mlip.encoders.checkpointing import checkpoint_layers
 from mlip.encoders.normalisation import recomputing, set_normalisation
 from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.pool import AttentionPool
@@ -158,7 +159,7 @@ class ViTTower(nn.Module):
             _resample_positions(self.backbone, image_px)
         _check_channels(config.num_channels, channels, settings.source)
         if settings.checkpointing:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(self.backbone)
         layers: Any = self.backbone.layers
         for layer in layers:
             round_once(layer.attention)
