@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 
 # before any library reads them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,15 @@ def pytest_configure(config: pytest.Config) -> None:
     # it notes torch's functions when imported: before a fixture below replaces two of them
     with contextlib.suppress(ImportError):
         importlib.import_module("torch._dynamo")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Signals belong to one test; a run takes them for its process."""
+    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -34,9 +33,10 @@ TINY = (
 
 
 @pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _leave_the_process_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, own_signals: None
+) -> Iterator[None]:
     """A run owns its process: signals, threads, logging, random numbers."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     threads, logger = torch.get_num_threads(), logging.getLogger("mlip")
     handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
     monkeypatch.setattr(faults, "_fired", set())
@@ -47,8 +47,6 @@ def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_num_threads(threads)
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def _overrides(folder: Path, *more: str) -> list[str]:

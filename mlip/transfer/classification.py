@@ -62,6 +62,8 @@ def target_matrix(states: Array, classes: dict[str, str], blank: str) -> Array:
 class Classification:
     """The task for one manifest: rows, targets, fits and their scores."""
 
+    truth_name = None  # a draw without a positive is told class by class
+
     def __init__(
         self,
         config: Config,

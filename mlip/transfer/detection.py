@@ -39,7 +39,7 @@ SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
 class Detection(FramedTask):
     """The task for one manifest: rows, boxes, fits and their scores."""
 
-    truth_name = "a box"
+    truth_name = "a box"  # what every draw of training rows has to show
 
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)

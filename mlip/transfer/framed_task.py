@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest
 from mlip.transfer.annotations import Annotations
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
@@ -21,8 +21,6 @@ from mlip.transfer.interval import Array
 
 class FramedTask:
     """A task whose truth lies on the image: one manifest, its annotations and its framed images."""
-
-    truth_name: str
 
     def __init__(
         self,
@@ -39,22 +37,6 @@ class FramedTask:
         self.frame, self.side = frame, frame.side
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_of, self._room = "", 0.0
-
-    def positive(self, rows: Array) -> Array:
-        """Which rows have something to find, [n] bool."""
-        raise NotImplementedError
-
-    def require_truth(self, rows: Array, draw: str) -> None:
-        """Raise ManifestError for training rows from which nothing but silence could be learnt.
-
-        draw  what the error calls them
-        """
-        if not self.positive(rows).any():
-            raise ManifestError(
-                f"{self.manifest.path}: none of the {len(rows)} training images drawn ({draw}) has "
-                f"{self.truth_name} of the classes asked for: raise transfer.fractions, or check "
-                "transfer.classes and transfer.columns"
-            )
 
     def _start(self, weights_hash: str) -> None:
         """Levels of another encoder are let go before a fit."""

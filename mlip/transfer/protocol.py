@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mlip.config import Config, to_dict
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.encoders.vision import VisionEncoder
 from mlip.transfer.annotations import Annotations
 from mlip.transfer.classification import Classification
@@ -28,7 +28,6 @@ from mlip.transfer.fingerprint import (
     source_commit,
     versions,
 )
-from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import Images, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
@@ -160,7 +159,7 @@ def _draws(
 ) -> dict[tuple[float, int], Array]:
     """Training rows by (percent, seed), all of them looked at before the first fit.
 
-    Raises:  ManifestError for a draw that shows no mask or box.
+    Raises:  ManifestError for a draw without a mask or box: it teaches nothing but silence.
     """
     draws: dict[tuple[float, int], Array] = {}
     for percent in config.transfer.fractions:
@@ -169,8 +168,12 @@ def _draws(
             if config.transfer.balance:
                 rows = balance(rows, task.positive(rows), seed)
             rows = draw_fraction(rows, manifest.patient_key[rows], percent, seed)
-            if isinstance(task, FramedTask):
-                task.require_truth(rows, f"{percent:g} %, seed {seed}")
+            if task.truth_name is not None and not task.positive(rows).any():
+                raise ManifestError(
+                    f"{manifest.path}: none of the {len(rows)} training images drawn ({percent:g} "
+                    f"%, seed {seed}) has {task.truth_name} of the classes asked for: raise "
+                    "transfer.fractions, or check transfer.classes and transfer.columns"
+                )
             draws[percent, seed] = rows
     return draws
 

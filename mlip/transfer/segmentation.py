@@ -53,7 +53,7 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
 class Segmentation(FramedTask):
     """The task for one manifest: rows, masks, fits and their scores."""
 
-    truth_name = "a mask"
+    truth_name = "a mask"  # what every draw of training rows has to show
 
     def __init__(self, config: Config, *parts: Any) -> None:
         super().__init__(config, *parts)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,10 @@ from mlip.training.lifecycle import StopRequest, record_event
 from tests.training.toy_run import make_trainer, toy_config
 
 FULL = Path("/dev/full")
-pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
-
-
-@pytest.fixture(autouse=True)
-def _own_signals():
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+pytestmark = [
+    pytest.mark.usefixtures("own_signals"),
+    pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full"),
+]
 
 
 def _trainer(folder: Path, **named):

@@ -31,6 +31,7 @@ from mlip.training.lifecycle import (
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")  # a spawned one would import torch first
+pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 class _DataError(RuntimeError):
@@ -39,14 +40,6 @@ class _DataError(RuntimeError):
 
 class ManifestError(ValueError):
     """As the data loading's: recognised by its name, without an import of it."""
-
-
-@pytest.fixture(autouse=True)
-def _own_signals():
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ when the next one is under way, as on a GPU.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,9 @@ trainer_of = make_trainer  # as the test at hand wants it
 
 
 @pytest.fixture(autouse=True)
-def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch):
+def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch, own_signals: None):
     """Signals and fired faults belong to one test."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     monkeypatch.setattr(faults, "_fired", set())
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def _config(folder: Path, *more: str):
