@@ -53,6 +53,7 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.3"],
         "gpu": ["deepspeed>=0.19.8,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
         "tensorboard": ["tensorboard>=2.17"],
+        "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],  # mlip export --onnx
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.5"],
     },

@@ -116,6 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write a concept table of other sources too; its licences are yours to keep",
     )
+    export.add_argument(
+        "--onnx", action="store_true", help="write both towers as ONNX files too, and check them"
+    )
     export.set_defaults(run=run_export)
 
     doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")
@@ -343,6 +346,7 @@ def run_export(options: argparse.Namespace) -> int:
         opened.table,
         facts=opened.facts,
         include_concepts=options.include_concepts,
+        onnx=options.onnx,
     )
     print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes")
     return 0

@@ -47,6 +47,9 @@ PACKAGES = (
         False,
         f"pip install '{NAME}[tensorboard]'",
     ),
+    ("onnx", "onnx", "mlip export --onnx, optional", False, f"pip install '{NAME}[onnx]'"),
+    ("onnxscript", "onnxscript", "the same", False, f"pip install '{NAME}[onnx]'"),
+    ("onnxruntime", "onnxruntime", "the same", False, f"pip install '{NAME}[onnx]'"),
 )
 
 

@@ -6,6 +6,7 @@
   preprocessing.json    what pixels and tokens the model expects, for people and other programs
   tokenizer/            vocabulary
   concepts.jsonl        concept table: the project's own lexicon, another only where asked for
+  image.onnx, text.onnx both towers for other runtimes, where asked for (mlip/onnx_graphs.py)
   SHA256SUMS            of the files above; checked when the folder is read
 
 No pickle anywhere: reading a folder from a stranger runs no code of theirs.
@@ -33,6 +34,7 @@ from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
+from mlip.onnx_graphs import write_onnx
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import PretrainedError as PretrainedError
 from mlip.pretrained_weights import embedding_rows, model_with
@@ -63,13 +65,15 @@ def save_pretrained(
     *,
     facts: Mapping[str, Any] | None = None,
     include_concepts: bool = False,
+    onnx: bool = False,
 ) -> Path:
     """Write the model's folder; it appears whole or not at all.
 
     include_concepts  write a table of other sources too: its licences are the caller's to keep.
                       Without it such a folder holds no text of theirs, and its reader needs the
                       table beside it.
-    Raises:  PretrainedError if the folder exists and holds something else.
+    onnx              write both towers as ONNX files too (mlip.onnx_graphs)
+    Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx
     """
     folder = Path(folder)
     if folder.exists() and not (folder / SETTINGS).is_file():
@@ -82,7 +86,7 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, config, tokenizer, table, dict(facts or {}), include_concepts)
+        _fill(partial, model, config, tokenizer, table, dict(facts or {}), include_concepts, onnx)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -99,6 +103,7 @@ def _fill(
     table: ConceptTable,
     facts: dict[str, Any],
     include_concepts: bool,
+    onnx: bool,
 ) -> None:
     state = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
@@ -110,6 +115,7 @@ def _fill(
     tokenizer.save(folder / "tokenizer")
     if own_lexicon or include_concepts:
         write_table(table, folder / "concepts.jsonl")
+    standalone = _standalone(config, model)
     described = {
         "model_type": "mlip",
         "format": FORMAT,
@@ -121,8 +127,10 @@ def _fill(
             "vocabulary": hash_of_vocabulary(tokenizer),
             "concept_table": table.fingerprint,
         },
-        "config": configuration.to_dict(_standalone(config, model)),
+        "config": configuration.to_dict(standalone),
     }
+    if onnx:
+        described["onnx"] = write_onnx(folder, model, standalone)
     (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]

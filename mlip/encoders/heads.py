@@ -17,13 +17,16 @@ class RowBatchNorm(nn.Module):
         self.norm = SynchronisedBatchNorm(width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        rows = x.flatten(0, -2) if mask is None else x[mask]
+        # by running statistics no row depends on another: none is picked, a graph has one size
+        picks = mask is not None and self.training
+        rows = x[mask] if picks else x.flatten(0, -2)
         rows = self.norm(rows[:, :, None, None])[:, :, 0, 0]
-        if mask is None:
-            return rows.view_as(x)
-        out = rows.new_zeros(x.shape)
-        out[mask] = rows
-        return out
+        if picks:
+            out = rows.new_zeros(x.shape)
+            out[mask] = rows
+            return out
+        rows = rows.view_as(x)
+        return rows if mask is None else rows.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 class ProjectionHead(nn.Module):

@@ -103,7 +103,7 @@ def test_the_launcher_and_every_command_reach_nothing_beyond(
         [*launcher, "--master_port", str(free_port()), "train.py", *settings(tmp_path)],
         [*mlip, "evaluate", *of_run, "--out", f"{tmp_path}/again"],
         [*mlip, "embed", *of_run, "--split", "test", "--out", f"{tmp_path}/embeddings"],
-        [*mlip, "export", *of_run, "--out", f"{tmp_path}/export"],
+        [*mlip, "export", *of_run, "--out", f"{tmp_path}/export", "--onnx"],
         [*mlip, *prepare, "--workers", "1"],
         ["sh", "-c", f'exec "$0" "$@" $(ls {data}/images/test/* | head -1) effusion', *ground],
         [*mlip, "doctor"],

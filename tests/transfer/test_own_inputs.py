@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mlip.batch import ImageFeatures
 from mlip.dataloading.dicom import write_radiograph
+from mlip.onnx_graphs import ImageGraph, TextGraph
 from mlip.pretrained import from_pretrained
 from mlip.pretrained_model import Pretrained
 from mlip.transfer.embed import write_embeddings
@@ -275,37 +276,21 @@ def test_the_page_of_evaluation_says_how(tmp_path: Path, monkeypatch: pytest.Mon
     np.testing.assert_allclose(names["by_global"][0], names["by_global"][1], atol=1e-6)
 
 
-class _Images(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.model.encode_image(image)
-        return found.embedding, found.patches
-
-
-class _Texts(_Images):
-    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        found = self.model.encode_text(ids, mask, mask)
-        return found.embedding, found.tokens
-
-
 def test_both_towers_export_as_graphs_of_any_batch_and_length(opened: Pretrained) -> None:
     """What serving runtimes take: torch.export, without a line of ours in the graph's way."""
     batch, tokens = torch.export.Dim("batch", max=512), torch.export.Dim("tokens", min=4, max=64)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 200, (7, 33), generator=generator)
     mask = torch.arange(33) < torch.tensor([33, 9, 4, 20, 33, 12, 5])[:, None]
-    text, image = _Texts(opened.model), _Images(opened.model)
+    text, image = TextGraph(opened.model), ImageGraph(opened.model)
     inputs = torch.randn(5, 1, 96, 96, generator=generator)
     cases: list[tuple[nn.Module, tuple[Tensor, ...], tuple[Tensor, ...], tuple[object, ...]]] = [
         (image, (inputs[:2],), (inputs,), ({0: batch},)),
         (
             text,
-            (ids[:2, :16].clone(), mask[:2, :16].clone()),
-            (ids, mask),
-            ({0: batch, 1: tokens},) * 2,
+            (ids[:2, :16].clone(), *(mask[:2, :16].clone() for _ in range(2))),
+            (ids, mask, mask),
+            ({0: batch, 1: tokens},) * 3,
         ),
     ]
     for module, example, others, shapes in cases:

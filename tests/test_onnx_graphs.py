@@ -1,0 +1,113 @@
+"""`mlip export --onnx`: what another runtime computes is what the model computes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mlip import onnx_graphs
+from mlip.cli import main
+from mlip.config import ConfigError, load
+from mlip.model import MLIPModel
+from mlip.pretrained import PretrainedError, from_pretrained, save_pretrained
+from mlip.transfer.own_inputs import model_input, read_image
+from mlip.transfer.prompts import make_text_batch, phrase_encoder
+from tests.small_run import SETTINGS, small_export, small_run
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'mlip-medical[onnx]'")
+
+
+def _run(file: Path, **inputs: np.ndarray) -> list[Any]:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return list(session.run(None, inputs))
+
+
+def test_a_file_and_a_phrase_get_the_models_score(tmp_path: Path) -> None:
+    """From a picture on disk to the global score, every number by ONNX Runtime."""
+    out = tmp_path / "model"
+    assert main(["export", f"checkpoint={small_export()}", "--out", str(out), "--onnx"]) == 0
+    grey = np.random.default_rng(1).integers(0, 256, (130, 120)).astype(np.uint8)
+    assert cv2.imwrite(str(tmp_path / "film.png"), grey)
+    opened = from_pretrained(out)  # its sums hold the two files too
+    phrases = ["left pleural effusion", "no pneumothorax"]
+    images = opened.encode_images([tmp_path / "film.png"])
+    expected = opened.similarity(images, opened.encode_texts(phrases))
+
+    pixels = model_input(read_image(tmp_path / "film.png"), opened.config).numpy()
+    encoder = phrase_encoder(opened.config, opened.tokenizer, opened.linker, opened.table)
+    texts = make_text_batch(phrases, encoder)
+    image, patches = _run(out / "image.onnx", image=pixels)
+    text, _ = _run(
+        out / "text.onnx",
+        token_ids=texts.token_ids.numpy(),
+        token_mask=texts.token_mask.numpy(),
+        content_mask=texts.content_mask.numpy(),
+    )
+    np.testing.assert_allclose(image @ text.T, expected, atol=1e-5)
+    np.testing.assert_allclose(patches, images.patches.numpy(), atol=1e-4)
+    facts = json.loads((out / "config.json").read_text())["onnx"]
+    assert set(facts["largest_difference"]) == {"image.onnx", "text.onnx"}
+    assert all(0 <= value < 1e-5 for value in facts["largest_difference"].values())
+
+
+def test_towers_for_a_gpu_become_plain_float32_graphs(tmp_path: Path) -> None:
+    """bfloat16, packed reports and residuals are the machine's, not the file's."""
+    run = small_run()
+    options = "hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32"
+    changed = [s for s in SETTINGS if not s.startswith(("model.vision", "model.text"))]
+    changed += [
+        "model.vision.kind=vit",
+        f"model.vision.options={{{options}, patch_size: 16}}",
+        f"model.text.options={{{options}}}",
+        "model.text.packed=true",
+        "train.precision=bf16",
+        "train.residual=bf16",
+    ]
+    config = load([], changed)
+    torch.manual_seed(0)
+    vectors = run.model.concept_vectors
+    words = run.tokenizer.vocab_size
+    model = MLIPModel(config, vocab_size=words, concept_vectors=vectors).eval()
+    out = save_pretrained(tmp_path / "m", model, config, run.tokenizer, run.table, onnx=True)
+    image = torch.randn(4, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    features, patches = _run(out / "image.onnx", image=image.numpy())
+    with torch.no_grad():
+        own = model.encode_image(image)  # under autocast
+    assert features.dtype == np.float32 and patches.shape == (4, 36, 32)
+    np.testing.assert_allclose(features, own.embedding.numpy(), atol=0.02)
+    for name in ("image.onnx", "text.onnx"):
+        written = (out / name).read_bytes()
+        assert b".py" not in written and str(Path.home()).encode() not in written
+
+
+def test_other_numbers_are_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run()
+    monkeypatch.setattr(onnx_graphs, "MOST_DIFFERENT", 0.0)
+    with pytest.raises(PretrainedError, match=r"image\.onnx: ONNX Runtime .* differs from torch"):
+        save_pretrained(
+            *(tmp_path / "m", run.model, run.config, run.tokenizer, run.table), onnx=True
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxscript":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    run = small_run()
+    with pytest.raises(ConfigError, match=r"need onnxscript, not installed here: .*\[onnx\]"):
+        onnx_graphs.write_onnx(tmp_path, run.model, run.config)
