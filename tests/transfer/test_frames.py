@@ -14,12 +14,13 @@ import torch
 from mlip.cli import main
 from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import ManifestError
-from mlip.transfer.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.annotations import Annotations, check_inside
 from mlip.transfer.detection import warp_boxes
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.evaluation import encode_split
 from mlip.transfer.frames import Crops, Frame, Images, augmentation, warp
+from mlip.transfer.mask_file import INSIDE
 from tests.small_run import small_export, small_run
 
 
