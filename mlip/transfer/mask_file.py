@@ -29,10 +29,11 @@ def read_mask(content: bytes) -> NDArray[np.uint8]:
     """
     header = read_header(content)
     grey = decode_grey(content, header)
-    if header.kind == "png":
-        _require_grey(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED))
-    elif header.kind == "jpeg":
-        _require_grey(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR))
+    if header.kind != "dicom":
+        flags = cv2.IMREAD_UNCHANGED if header.kind == "png" else cv2.IMREAD_COLOR
+        picture = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        assert picture is not None  # it was decoded a moment ago
+        _require_grey(picture)
     most = int(grey.max())
     mask = (grey >> 8 if most > 255 else grey).astype(np.uint8)
     middle = _middle_planes(mask)
