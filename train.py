@@ -130,6 +130,8 @@ def main(arguments: list[str]) -> int:
         folder.append(Path(config.run.dir))
         stop = StopRequest()
         distributed.start(config.run.timeout_s)
+        if not distributed.is_distributed():  # several ranks agree on it before the first step
+            stop.raise_at_once("before training; nothing was trained since the start")
         setup_logging()
         randomness.seed_everything(config.run.seed)
         with locked_folder(folder[0]):
@@ -143,7 +145,7 @@ def main(arguments: list[str]) -> int:
             elif is_main:
                 gc.collect()  # the engine's memory, before the model is built again
                 randomness.use_all_cores()
-                stop.raise_at_once()
+                stop.raise_at_once("around the evaluation; the training state is saved")
                 evaluate(config, corpus)
 
     return guarded(run, lambda: folder[0] if folder else None)

@@ -1,7 +1,8 @@
 """The `mlip` command: evaluate, ground, embed, export, doctor, phantoms, prepare, knowledge.
 
 What does not live here: any work. A sub-command reads its arguments, calls the module that does
-the work, and says what came out. Errors of ours are one line and a stable exit code.
+the work, and says what came out. Errors of ours are one line and a stable exit code. Nothing that
+needs another package is imported before it is used: what is missing is a line, too.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlip.config import Config, ConfigError, load, require_utf8
+from mlip.doctor import examine, install_line, is_healthy, report
 from mlip.output_file import refusal, require_writable
+from mlip.typed_tree import ConfigError, require_utf8
+
+if TYPE_CHECKING:
+    from mlip.config import Config
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
@@ -40,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
+        return _run(options)
+    except ImportError as error:
+        told = install_line(error)
+        if told is None:  # broken, not missing
+            raise
+        print(f"mlip {options.command}: {told}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    """The sub-command, its errors as one line; one of an import is the caller's."""
+    try:
         for name in ("out", "checkpoint"):
             given = getattr(options, name, None)
             require_utf8(f"--{name}", str(given or ""))
@@ -53,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("mlip: interrupted", file=sys.stderr)
         return 130
+    except ImportError:
+        raise
     except Exception as error:
         from mlip.training.lifecycle import CONFIG, exit_code
 
@@ -67,11 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mlip",
-        description="Medical language-image pre-training: what to do before and after train.py.",
-        epilog="Research software. Not for clinical use.",
-    )
+    about = "Medical language-image pre-training: what to do before and after train.py."
+    epilog = "Research software. Not for clinical use."
+    parser = argparse.ArgumentParser(prog="mlip", description=about, epilog=epilog)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     evaluate = commands.add_parser(
@@ -179,6 +196,8 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
 
 def read_settings(items: Sequence[str]) -> Config:
     """Config of YAML files and overrides in any order; files are read first."""
+    from mlip.config import load
+
     if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
         raise ConfigError(
             "checkpoint= is empty: expected a run folder, a checkpoint or an export, or leave it "
@@ -353,8 +372,6 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    from mlip.doctor import examine, is_healthy, report
-
     if options.plan:
         from mlip.memory_plan import make_plan
 

@@ -107,6 +107,25 @@ def check_packages() -> list[Check]:
     return checks
 
 
+def install_line(error: ImportError) -> str | None:
+    """What to install where a module that the error or its causes name is missing; else None."""
+    names: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            names.append(cause.name.split(".")[0])
+        cause = cause.__cause__ or cause.__context__
+    if not names or "mlip" in names:
+        return None
+    for distribution, module, purpose, _, remedy in PACKAGES:
+        if module.split(".")[0] in names:
+            missing = f"{distribution} is not installed ({purpose}): {remedy}"
+            break
+    else:
+        missing = f"no module {names[-1]!r} is installed: install what holds it"
+    return f"{missing}; `mlip doctor` lists all that is missing, `pip install .` brings it"
+
+
 def _is_importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

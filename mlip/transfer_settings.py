@@ -46,8 +46,8 @@ class Transfer:
     by_fraction: dict[str, Any] = field(default_factory=dict)  # {1: {batch: 8, lr: 2.0e-4}}
     seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order
     balance: bool = False  # train on all positives and as many negatives (SIIM's protocol)
-    image_px: int = 0  # side of the encoder's input for masks and boxes; 0 = data.crop_px
-    fit: Literal["letterbox", "stretch"] = "letterbox"  # of an image that is not square
+    image_px: int = 0  # side of the encoder's input; 0 = data.crop_px
+    fit: Literal["letterbox", "stretch"] = "letterbox"  # of an image with masks or boxes
     mask_source: Literal["mask", "boxes", "phantom"] = "mask"
     probe: Literal["adamw", "logistic"] = "adamw"  # logistic: L-BFGS, its strength chosen on val
     epochs: int = 50
@@ -127,6 +127,11 @@ def check(transfer: Transfer) -> None:
     require(
         not (transfer.precision == "bf16" and transfer.task == "classification"),
         "transfer.precision=bf16 is for segmentation and detection; set transfer.precision=fp32",
+    )
+    require(
+        not (transfer.fit == "stretch" and transfer.task == "classification"),
+        "transfer.fit=stretch is for segmentation and detection: classification takes the crop of "
+        "pre-training, which is letterboxed; set transfer.fit=letterbox",
     )
     require(
         not (transfer.encoder_lr > 0.0 and transfer.encoder == "frozen"),

@@ -24,7 +24,7 @@ ALLOWED = {
         "mlip.config_bounds",
         "mlip.transfer_settings",
     ),
-    "mlip.output_file": ("mlip.config",),
+    "mlip.output_file": ("mlip.typed_tree",),
     "mlip.batch": (),
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.host_read": (),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mlip import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_this_machine_is_healthy_and_no_torchvision_is_here(
@@ -39,7 +42,7 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
 
 def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
     """Oracle: setup.py. With one of them absent training ended in a traceback after "Ready"."""
-    setup = (Path(__file__).resolve().parent.parent / "setup.py").read_text()
+    setup = (ROOT / "setup.py").read_text()
     asked = re.findall(r'"([\w-]+)[<>=]', setup.split("install_requires=[")[1].split("]")[0])
     assert len(asked) > 15
     assert set(asked) <= {name for name, _, _, is_needed, _ in doctor.PACKAGES if is_needed}
@@ -94,3 +97,64 @@ def test_the_other_project_of_our_name_and_the_old_dali_are_warned_of(
     assert clash is not None and "interatomic" in clash.detail
     assert dali is not None and "zeros" in dali.detail
     assert not doctor.is_healthy([clash])
+
+
+BLOCKED = """
+import importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {names!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from mlip.cli import main
+sys.exit(main({command!r}))
+"""
+
+
+def _without(names: set[str], *command: str) -> subprocess.CompletedProcess[str]:
+    code = BLOCKED.format(names=names, command=list(command))
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    ("modules", "command", "said"),
+    [
+        ({"yaml"}, ["evaluate", "checkpoint=x"], "pyyaml is not installed (settings)"),
+        ({"yaml", "torch", "numpy", "rich"}, ["knowledge", "stats"], "pip install "),
+        ({"torch"}, ["evaluate", "checkpoint=x"], "torch is not installed (everything): pip"),
+        ({"transformers"}, ["evaluate", "checkpoint=x"], "pip install transformers"),
+        # transformers tells of it in an error of its own
+        ({"rich", "safetensors"}, ["evaluate", "checkpoint=x"], "pip install "),
+        ({"psutil"}, ["evaluate", "checkpoint=x"], "pip install psutil"),
+        ({"cv2"}, ["prepare", "folder", "--root", "x", "--out", "y"], "opencv-python-headless"),
+        ({"ahocorasick"}, ["knowledge", "stats"], "pip install pyahocorasick"),
+        ({"filelock"}, ["evaluate", "checkpoint=x"], "no module 'filelock' is installed"),
+    ],
+    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else "",
+)
+def test_a_missing_package_is_a_line_with_what_installs_it_and_code_2(
+    modules: set[str], command: list[str], said: str
+) -> None:
+    """`pip install --no-deps .` beside torch left a command that ended in a traceback."""
+    done = _without(modules, *command)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"mlip {command[0]}: ") and said in line and "mlip doctor" in line
+
+
+def test_the_doctor_and_the_help_need_no_package() -> None:
+    every = {module.split(".")[0] for _, module, _, _, _ in doctor.PACKAGES}
+    done = _without(every, "doctor")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "torch cannot be imported" in done.stdout
+    assert _without(every, "--help").returncode == 0
+
+
+def test_an_import_that_fails_for_another_reason_keeps_its_traceback() -> None:
+    assert doctor.install_line(ImportError("libGL.so.1: cannot open shared object file")) is None
+    ours = ModuleNotFoundError("No module named 'mlip.none'", name="mlip.none")
+    assert doctor.install_line(ours) is None

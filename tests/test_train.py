@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,20 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkey
     # 32 training rows, 4 steps of 8 pairs, and a stop in between: each row once
     assert epoch["trained"] == 32 and epoch["ahead"] == 0
     assert epoch["trained"] + sum(ledger["excluded"].values()) == ledger["rows"]
+
+
+def test_a_stop_while_the_run_is_set_up_ends_it_at_once(tmp_path, monkeypatch, capsys):
+    """The first Ctrl-C in minutes of generating or reading was noted, and nothing happened."""
+
+    def read_for_minutes(config: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5.0)
+        raise AssertionError("nothing happened")
+
+    monkeypatch.setattr(train, "open_corpus", read_for_minutes)
+    assert train.main(_overrides(tmp_path)) == 75
+    assert "stopped on request before training; nothing was trained" in capsys.readouterr().err
+    assert not checkpoint.checkpoints_of(tmp_path)
 
 
 def test_nearly_every_parameter_moves_between_two_checkpoints(tmp_path):

@@ -80,12 +80,21 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 
 
 def _boxes(root: Path) -> dict[str, list[list[float | str]]]:
-    """BBox_List_2017.csv, whose header splits "[x y w h]" over four columns; absent = none."""
+    """BBox_List_2017.csv, whose header splits "[x y w h]" over four columns; absent = none.
+
+    Raises:  DatasetError where its header was put into quotation marks: read by it, a row would
+             have a box of two numbers.
+    """
     path = root / "BBox_List_2017.csv"
     boxes: dict[str, list[list[float | str]]] = {}
     if path.is_file():
         for row in read_csv(path, ["Image Index", "Finding Label"], ACCESS):
             values = list(row.values())
+            if len(values) < 6:
+                raise DatasetError(
+                    f"{path}: expected the header as published, Image Index,Finding Label,"
+                    "Bbox [x,y,w,h],,, without quotation marks: x, y, w and h are four columns"
+                )
             label = _BOX_NAMES.get(row["Finding Label"], row["Finding Label"])
             numbers = numbers_of(values[2:6], "Bbox [x,y,w,h]", path)
             boxes.setdefault(row["Image Index"], []).append([*numbers, label])

@@ -309,8 +309,9 @@ def pair_scores(
     texts, rows_a_text, dim = rows_NJD.shape
     images, patches = patch_MPD.shape[:2]
     rows_RD, weight_R = rows_NJD.reshape(-1, dim), weight_NJ.reshape(-1)
-    on_cpu = rows_NJD.device.type == "cpu"
-    if on_cpu:
+    # torch.export has no values, and a graph of it no shapes that hang on them
+    reads = rows_NJD.device.type == "cpu" and not torch.compiler.is_exporting()
+    if reads:
         real = ~(weight_R.detach() <= 0)  # a weight of NaN is to be seen in the score
         lengths = real.view(texts, rows_a_text).sum(1)
         bounds = [0, *torch.cumsum(lengths, 0).tolist()]
@@ -323,7 +324,7 @@ def pair_scores(
         text_of_row = torch.arange(texts * rows_a_text, device=rows_NJD.device)
         text_of_row = torch.div(text_of_row, max(rows_a_text, 1), rounding_mode="floor")
     # reading a scale on the GPU would synchronise, so there the maximum is always subtracted
-    shift = not on_cpu or float(alpha.detach()) > UNSHIFTED_SCALE
+    shift = not reads or float(alpha.detach()) > UNSHIFTED_SCALE
     width = max(patches, dim) if pooling == "context" else patches
     # asked here: inside a Function gradients are off, and of a leaf needs_input_grad is true even
     # under no_grad

@@ -161,6 +161,14 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
     for part in tables:
         console.print(f"  {part.provenance.get('source')}: {len(part)} concepts")
+    if arguments.umls is not None:
+        known = {code for concept in tables[-1] for code in concept.mappings["umls"]}
+        asked = {code for part in tables[:-1] for c in part for code in c.mappings.get("umls", ())}
+        if lost := len(asked - known):
+            console.print(
+                f"  {lost} of {len(asked)} UMLS codes of the others are of no concept that was "
+                "read: retired without a successor, or left out by --types, --sources, --languages"
+            )
     if table.provenance.get("licensed"):
         console.print("  holds UMLS text: it is yours to use under your licence, not to hand on")
     return 0

@@ -28,6 +28,16 @@ _WORD = re.compile(r"[^\W_]+")
 # a blank line, or a line that opens an item of a list
 _PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|[-*\u2022]|\(?\d{1,2}[.)]\s+[a-z]))")
 _PARAGRAPH_MARK = "\x03"
+# "(-)" and "(+)", and the bare sign behind a colon where nothing follows
+_SIGN = re.compile(r"(?:: ?)?\(([-+])\)|: ([-+])(?=[ \t]*(?:[,.;\n\x03]|\Z))")
+_HEADING_REACH = 400  # characters: no sentence of a report is longer
+_STOP = re.compile(r"[.;!\n\x03]")
+_MARKS = {  # what stands for a sign: of what is before it, or leading what follows
+    "\x04": ("minus",),
+    "\x05": ("plus",),
+    "\x06": ("minus", "leading"),
+    "\x07": ("plus", "leading", "positive"),
+}
 _BLANKS = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + "-"  # [\s\-] of _PIECE
 _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
@@ -64,6 +74,8 @@ class Linker:
         self._ids = [concept.id for concept in table]
         self._codes = _Codes(_words(table))
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
+        for mark, kinds in _MARKS.items():
+            flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
         for kind, forms in read_cues().items():
             for form in forms:
                 key = self.key(form)
@@ -124,6 +136,8 @@ class Linker:
             lowered = "".join([c.lower() if len(c.lower()) == 1 else c for c in text])
         if "\n" in lowered:
             lowered = _PARAGRAPH.sub(_PARAGRAPH_MARK, lowered)
+        if "(-)" in lowered or "(+)" in lowered or ": -" in lowered or ": +" in lowered:
+            lowered = _SIGN.sub(_mark, lowered)
         pieces = _PIECE.findall(lowered)
         codes, width = self._codes, self._codes.width
         coded = "".join(map(codes.__getitem__, pieces))
@@ -143,7 +157,7 @@ class Linker:
                         continue  # a decimal point
                 if events:
                     if counts:
-                        found += scope.resolve(events, rules, decide != 0, end - entry[0])
+                        found += scope.resolve(events, rules, decide != 0, end - entry[0], pieces)
                     events = []
                     decide = 0
                 if flags & scope.SECTION_REPORT:
@@ -160,21 +174,38 @@ class Linker:
                 decide |= flags & scope.DECIDING
                 events.append((end - entry[0], end, entry))
         if events and counts:
-            found += scope.resolve(events, rules, decide != 0, len(pieces))
+            found += scope.resolve(events, rules, decide != 0, len(pieces), pieces)
         found.sort()
         silent, make = (
             self._silent,
             tuple.__new__,
         )  # a NamedTuple's own __new__ costs three times it
         mentions = []
-        for start, end, row, state in found:
+        for k, (start, end, row, state) in enumerate(found):
             if row in silent:
                 continue
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
             stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))
+            if state == "present" and lowered[stop : stop + 1] == ":":
+                state = self._below_heading(found, k, lowered, ends)
             mentions.append(make(Mention, (ids[row], begin, stop, state)))
         return mentions
+
+    def _below_heading(self, found: list[scope.Found], k: int, text: str, ends: list[int]) -> State:
+        """The state of mention k, a heading such as "pneumothorax:": that of the first mention of
+        the same concept, or of one right below it, in the sentence behind it."""
+        concept = self._ids[found[k][2]]
+        begin = ends[found[k][1] - 1]
+        stop = _STOP.search(text, begin, begin + _HEADING_REACH)
+        last = stop.start() if stop is not None else begin + _HEADING_REACH
+        for i in range(k + 1, len(found)):
+            start, _, row, state = found[i]
+            if ends[start - 1] > last:
+                break
+            if self._ids[row] == concept or concept in self.table.concepts[row].parents:
+                return state
+        return "present"
 
     def known_words(self, text: str) -> tuple[int, int]:
         """(words of the text that the lexicon or its cues use, words in all): low for a report in
@@ -209,7 +240,10 @@ class _Codes(dict[str, str]):
 
     def __init__(self, words: list[str]) -> None:
         super().__init__()
-        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()] + [_PARAGRAPH_MARK]
+        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()] + [
+            _PARAGRAPH_MARK,
+            *_MARKS,
+        ]
         signs.remove("-")
         total = len(words) + len(signs) + 1
         self.width = 2 if total <= 64 * 64 else 3
@@ -239,6 +273,14 @@ class _Codes(dict[str, str]):
             number, digit = divmod(number, self._base)
             digits.append(chr(0x100 + _ALPHABET * position + digit))
         return "".join(digits)
+
+
+def _mark(sign: re.Match[str]) -> str:
+    """The mark of a sign, as long as it."""
+    before = sign.string[max(0, sign.start() - 4) : sign.start()].rstrip(" \t")
+    is_leading = sign[0][0] == "(" and (not before or before[-1] in "\n\x03.,;!?")
+    plus = (sign[1] or sign[2]) == "+"
+    return ("\x06\x07" if is_leading else "\x04\x05")[plus].ljust(len(sign[0]))
 
 
 def link(text: str) -> list[Mention]:

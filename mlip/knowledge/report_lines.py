@@ -14,7 +14,8 @@ _ITEM = re.compile(
     r"[^\S\n]*(?:[-*\u2022\u00b7\u25aa\u25cf\u25e6]|\(?\d{1,2}[.)](?=\s+[A-Z]))(?:\s+|$)"
 )
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
-_ANSWER = re.compile(r"[:=?]\s*no$", re.IGNORECASE)  # "pneumothorax: no" is all of it
+# "pneumothorax: no", "pneumothorax: -" is all of it
+_ANSWER = re.compile(r"[:=?,]\s*no$|:\s*[-+]$", re.IGNORECASE)
 # a line that ends so goes on in the next, whatever that begins with (letters: of s/p, r/o, c/w)
 _GOES_ON = frozenset(
     "a an the this that these those no not nor without with within and or versus vs of to in into "
@@ -52,11 +53,12 @@ def _joined(paragraph: str) -> str:
 
 def _ends(line: str, following: str, width: int) -> bool:
     """Whether a line that begins with a capital opens a statement of its own."""
-    if not following[:1].isupper() or line[-1:] in ",;:-(/&+":
+    if not following[:1].isupper():
         return False
-    last = _LAST_WORD.search(line)
-    if last is not None and last.group().lower() in _GOES_ON and not _ANSWER.search(line):
-        return False
+    if not _ANSWER.search(line):
+        last = _LAST_WORD.search(line)
+        if line[-1:] in ",;:-(/&+" or last is not None and last.group().lower() in _GOES_ON:
+            return False
     return width < _LEAST_WIDTH or len(line) + 1 + len(following.split()[0]) <= width
 
 

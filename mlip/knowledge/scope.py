@@ -25,6 +25,9 @@ KINDS = (
     "doubt",
     "doubt_one",
     "answer",
+    "minus",
+    "plus",
+    "leading",
     "removal",
     "alternative",
     "clause",
@@ -52,6 +55,8 @@ _UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
 _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
 _ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
+_MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
+_SIGN = _MINUS | FLAG["plus"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
 _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
 _PREDICATE = FLAG["predicate"]
@@ -61,11 +66,11 @@ SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
-DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL
+DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN
 _ACTS = DECIDING | _FAULT | _SEEN | _BE
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
-_STOPS_BACK |= _DOUBT | _DOUBT_ONE
+_STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
 # megabyte without a stop would cost the square of its length: it is judged in pieces.
 _MAX_EVENTS = 200
@@ -89,21 +94,29 @@ Found = tuple[int, int, int, State]  # first piece, piece behind the last, conce
 
 
 def resolve(
-    events: list[Event], rules: list[tuple[int, int]], decide: bool, stop: int
+    events: list[Event],
+    rules: list[tuple[int, int]],
+    decide: bool,
+    stop: int,
+    words: list[str],
 ) -> list[Found]:
     """Mentions of a sentence with their state; `decide` False = no deciding cue is in it.
 
     rules: (concept row, number of slots) of each term written apart
     stop: the piece behind the sentence's last
+    words: every piece of the text, a word or a sign with the blanks behind it
     """
     if len(events) > _MAX_EVENTS:
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
-        return [mention for piece in pieces for mention in resolve(piece, rules, decide, stop)]
+        return [
+            mention for piece in pieces for mention in resolve(piece, rules, decide, stop, words)
+        ]
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
     state: State = PRESENT
     single = False  # the negation reaches one term, not a list
     listing = False  # the hedge reaches over a list of commas
+    leads = False  # a sign speaks of what follows, as the first one of the sentence did
     closed = False  # a verb came after a term since the cue: the next comma ends its reach
     since = 0  # entries of found when the cue came
     parts: dict[tuple[int, int], tuple[int, int, int]] = {}
@@ -125,26 +138,37 @@ def resolve(
                 state, closed = PRESENT, False
             if not flags & _ACTS:
                 pass
-            elif flags & _ANSWER and _stands_alone(events, i, stop):
-                _look_back(events, i, found, owner, ABSENT, False)
+            elif flags & _ANSWER and _stands_alone(events, i, stop, words):
+                _look_back(events, i, found, owner, words, ABSENT, False)
                 closed = True
+            elif flags & _SIGN:
+                said: State = ABSENT if flags & _MINUS else PRESENT
+                leads = leads or flags & _LEADING != 0
+                if leads:
+                    state, closed, single, since = said, False, True, len(found)
+                elif i and events[i - 1][1] == start and events[i - 1][2].concept >= 0:
+                    _look_back(events, i, found, owner, words, said, False)
+                    state = PRESENT
             elif flags & _NEG:
                 state, closed, single, since = ABSENT, False, False, len(found)
             elif flags & _NOT:
                 state, closed, single, since = ABSENT, False, True, len(found)
+            elif flags & _UNC and end == stop and i and _is_colon(words, start - 1):
+                if events[i - 1][1] == start - 1:
+                    _look_back(events, i, found, owner, words, UNCERTAIN, False)
             elif flags & (_UNC | _UNC_LIST):
                 listing = flags & _UNC_LIST != 0
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _OR)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_AFTER | _AFTER_ONE):
-                _look_back(events, i, found, owner, ABSENT, bool(flags & _AFTER_ONE))
+                _look_back(events, i, found, owner, words, ABSENT, bool(flags & _AFTER_ONE))
                 closed = True
             elif flags & _UNC_AFTER:
-                _look_back(events, i, found, owner, UNCERTAIN, False)
+                _look_back(events, i, found, owner, words, UNCERTAIN, False)
                 closed = True
             elif flags & (_DOUBT | _DOUBT_ONE):
                 if not _doubts_what_follows(events, i):
-                    _look_back(events, i, found, owner, UNCERTAIN, bool(flags & _DOUBT_ONE))
+                    _look_back(events, i, found, owner, words, UNCERTAIN, bool(flags & _DOUBT_ONE))
                     closed = True
                 elif state != ABSENT:
                     state, closed, single = UNCERTAIN, False, False
@@ -161,7 +185,7 @@ def resolve(
                     state, closed, single = UNCERTAIN, False, False
             elif flags & _QUESTION:
                 if found:
-                    _look_back(events, i, found, owner, UNCERTAIN, False)
+                    _look_back(events, i, found, owner, words, UNCERTAIN, False)
                 else:
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_SEEN | _BE):
@@ -246,17 +270,29 @@ def _has_subject(events: list[Event], i: int, predicate: Entry) -> bool:
     return any(entry.fixed for _, _, entry in between)
 
 
-def _stands_alone(events: list[Event], i: int, stop: int) -> bool:
-    """Whether event i is the answer to the term or question before it: "pneumothorax: no"."""
+def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> bool:
+    """Whether event i is the answer to the term or question before it: "edema: no", "edema, no"."""
     if i == 0:
         return False
     start, end, _ = events[i]
-    _, last, before = events[i - 1]
+    at = i - 1
+    if at and events[at][2].flags & _COMMA and events[at][1] == start:
+        start, at = events[at][0], at - 1
+    _, last, before = events[at]
     if start - last > 1 or before.concept < 0 and not before.flags & (_QUESTION | _SEEN):
         return False  # at most one sign between
     if i + 1 == len(events):
         return end == stop
-    return events[i + 1][0] == end and events[i + 1][2].flags & _COMMA != 0
+    following, last, after = events[i + 1]
+    if following != end:
+        return False
+    # "edema: no effusion: yes"
+    is_next = after.concept >= 0 and _is_colon(words, start - 1) and _is_colon(words, last)
+    return is_next or after.flags & _COMMA != 0
+
+
+def _is_colon(words: list[str], at: int) -> bool:
+    return at < len(words) and words[at][0] == ":"
 
 
 def _doubts_what_follows(events: list[Event], i: int) -> bool:
@@ -277,13 +313,21 @@ def _give_device(events: list[Event], i: int, found: list[Found], state: State) 
 
 
 def _look_back(
-    events: list[Event], i: int, found: list[Found], owner: list[int], state: State, one: bool
+    events: list[Event],
+    i: int,
+    found: list[Found],
+    owner: list[int],
+    words: list[str],
+    state: State,
+    one: bool,
 ) -> None:
     """Give the state to the mentions that a cue behind them speaks of."""
     k = len(found) - 1
     met_term = met_conjunction = False
     for j in range(i - 1, -1, -1):
         flags = events[j][2].flags
+        if met_term and _is_colon(words, events[j][1]):
+            return  # a heading with an answer of its own
         if flags & _COMMA:
             if met_term and not met_conjunction:
                 return

@@ -36,7 +36,11 @@ SEMANTIC_TYPES = {
     "T030": ("anatomy", "anatomy"),
     "T074": ("device", "device"),
 }
-_COLUMNS = {"MRCONSO.RRF": 18, "MRSTY.RRF": 6, "MRDEF.RRF": 8, "MRREL.RRF": 16}
+_COLUMNS = {
+    **{"MRCONSO.RRF": 18, "MRSTY.RRF": 6, "MRDEF.RRF": 8, "MRREL.RRF": 16},
+    "MRCUI.RRF": 7,
+}
+_TREE = {"CHD": "isa", "PAR": "inverse_isa"}
 _MAX_WORDS = 8  # longer names never stand in a report word for word
 _CUI = re.compile(r"C[0-9]{7}")
 _QUALIFIER = re.compile(
@@ -55,10 +59,11 @@ def read_umls(
     relations: bool = True,
     progress: Progress | None = None,
 ) -> ConceptTable:
-    """Concepts of a UMLS release folder, streamed: MRCONSO and MRSTY, MRDEF and MRREL if there.
+    """Concepts of a UMLS release folder, streamed: MRCONSO and MRSTY, MRDEF, MRREL and MRCUI if
+    there.
 
     sources: vocabularies (SAB) to take names from; empty = all. Memory grows with what passes the
-    filters, not with the files.
+    filters, not with the files. A retired CUI that MRCUI gives one concept is a code of that.
     Raises:  LexiconError naming file and line
     Source:  UMLS Reference Manual, chapter "Metathesaurus - Rich Release Format"
     """
@@ -89,6 +94,9 @@ def read_umls(
     edges: tuple[array[int], array[int]] = (array("l"), array("l"))
     if relations and (folder / "MRREL.RRF").exists():
         edges = _edges(folder / "MRREL.RRF", names, progress)
+    retired: dict[int, list[int]] = {}
+    if (folder / "MRCUI.RRF").exists():
+        retired = _retired(folder / "MRCUI.RRF", names, progress)
     cuis = list(names)  # the order of the release
     ids = [f"umls:c{cui:07d}" for cui in cuis]
     parents, located = (_targets(pairs, cuis) for pairs in edges)
@@ -106,7 +114,7 @@ def read_umls(
                 category=category,
                 parents=tuple(ids[other] for other in parents(place)),
                 relations=tuple(("located_in", ids[other]) for other in located(place)),
-                mappings=_Code(cui),
+                mappings=_Code(cui, retired.get(cui, ())),
                 source="umls",
             )
         )
@@ -116,6 +124,7 @@ def read_umls(
         "source": "umls",
         "licensed": True,
         "sha256": files,
+        "retired_cuis": sum(map(len, retired.values())),
         "filters": {
             "languages": sorted(languages),
             "sources": sorted(sources),
@@ -127,17 +136,17 @@ def read_umls(
 
 
 class _Code(Mapping[str, tuple[str, ...]]):
-    """{"umls": (CUI,)} in a fifth of the memory."""
+    """{"umls": (CUI, those it had before)} in a fifth of the memory."""
 
-    __slots__ = ("cui",)
+    __slots__ = ("cui", "earlier")
 
-    def __init__(self, cui: int) -> None:
-        self.cui = cui
+    def __init__(self, cui: int, earlier: Collection[int]) -> None:
+        self.cui, self.earlier = cui, earlier
 
     def __getitem__(self, vocabulary: str) -> tuple[str, ...]:
         if vocabulary != "umls":
             raise KeyError(vocabulary)
-        return (f"C{self.cui:07d}",)
+        return tuple(f"C{cui:07d}" for cui in (self.cui, *self.earlier))
 
     def __iter__(self) -> Iterator[str]:
         return iter(("umls",))
@@ -203,15 +212,21 @@ def _names(
 def _edges(
     path: Path, names: Collection[int], progress: Progress | None
 ) -> tuple[array[int], array[int]]:
-    """(child, parent) and (finding, site) of MRREL, each as one flat array of CUIs."""
+    """(child, parent) and (finding, site) of MRREL, each as one flat array of CUIs.
+
+    A child (CHD, PAR) of a vocabulary without a name for it (RELA), as in MeSH's and ICD's trees,
+    is-a its parent; one that is named part_of and the like is none. RB and RN, broader and
+    narrower, are no hierarchy.
+    """
     is_a, sites = array("l"), array("l")
     for number, row in enumerate(_rrf(path, progress), start=1):
-        if not row[7] or row[14] not in ("N", ""):
+        if row[14] not in ("N", ""):
             continue
-        # the manual: "CUI2 RELA CUI1"
-        if row[7] in ("isa", "has_finding_site"):
+        # the manual: "CUI2 RELA CUI1", and so with REL
+        relation = row[7] or _TREE.get(row[3], "")
+        if relation in ("isa", "has_finding_site"):
             ends = row[4], row[0]
-        elif row[7] in ("inverse_isa", "finding_site_of"):
+        elif relation in ("inverse_isa", "finding_site_of"):
             ends = row[0], row[4]
         else:
             continue
@@ -221,8 +236,27 @@ def _edges(
             )
         child, other = int(ends[0][1:]), int(ends[1][1:])
         if child != other and child in names and other in names:
-            (is_a if row[7].endswith("isa") else sites).extend((child, other))
+            (is_a if relation.endswith("isa") else sites).extend((child, other))
     return is_a, sites
+
+
+def _retired(path: Path, names: Collection[int], progress: Progress | None) -> dict[int, list[int]]:
+    """CUI -> the retired ones that became it; one that became several is left out."""
+    became: dict[int, set[int]] = {}
+    for number, row in enumerate(_rrf(path, progress), start=1):
+        if row[2] != "SY":  # DEL: deleted; RB, RN, RO: split up or not the same
+            continue
+        if _CUI.fullmatch(row[5]) is None:
+            raise LexiconError(
+                f"{path}, line {number}: expected a CUI such as C0032227 in the sixth column"
+            )
+        became.setdefault(int(row[0][1:]), set()).add(int(row[5][1:]))
+    found: dict[int, list[int]] = {}
+    for old, new in became.items():
+        (target, *others) = new
+        if not others and target in names and old not in names:
+            found.setdefault(target, []).append(old)
+    return found
 
 
 def _targets(pairs: array[int], cuis: list[int]) -> Callable[[int], list[int]]:

@@ -243,13 +243,13 @@ def locked_folder(folder: Path) -> Iterator[None]:
 class StopRequest:
     """Whether this process was asked to stop: SIGTERM, SIGUSR1, SIGINT, or its launcher is gone.
 
-    While a step runs the wish is only noted; `raise_at_once` makes the next signal (and one
-    already noted) end the process, for the time after the last save.
+    While steps run the wish is only noted; `raise_at_once` makes the next signal (and one already
+    noted) end the process, for the times before the first step and after the last save.
     """
 
     def __init__(self) -> None:
         self._noted = False
-        self._raises = False
+        self._ends: str | None = None  # what is said where a signal ends the process at once
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
         self._launcher: psutil.Process | None = None
@@ -257,11 +257,11 @@ class StopRequest:
             self._follow_launcher()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._raises:
-            raise Preempted("stopped on request during evaluation; the training state is saved")
-        if number == signal.SIGINT and self._noted:
+        is_second, self._noted = self._noted, True
+        if self._ends is not None:
+            raise Preempted(f"stopped on request {self._ends}")
+        if number == signal.SIGINT and is_second:
             raise KeyboardInterrupt
-        self._noted = True
 
     def _follow_launcher(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -281,7 +281,14 @@ class StopRequest:
             self._noted = True
         return self._noted
 
-    def raise_at_once(self) -> None:
-        self._raises = True
+    def raise_at_once(self, when: str) -> None:
+        """From now on a wish, noted or to come, is Preempted; `when` says where the run stands."""
+        self._ends = when
         if self._noted:
-            raise Preempted("stopped on request before evaluation; the training state is saved")
+            raise Preempted(f"stopped on request {when}")
+
+    def of_any_rank(self) -> bool:
+        """Whether any rank was asked by now; from here on a wish is only noted again. A collective
+        call."""
+        self._ends = None
+        return any(distributed.gather_objects(self.is_set))

@@ -151,12 +151,20 @@ class Trainer:
     def fit(self, stop: StopRequest) -> None:
         """Train to the last step and save.
 
-        Raises:  Preempted once a stop that any rank was asked for is saved; NumericError after
-                 train.max_nan_steps skipped steps in a row; CheckpointError if the last save fails
+        Raises:  Preempted once a stop that any rank was asked for is saved, or before the first
+                 step, with nothing to save; NumericError after train.max_nan_steps skipped steps in
+                 a row; CheckpointError if the last save fails
         """
         every = self.config.train.checkpoint_steps
         presence.start(self.config.run.dir)
         try:
+            # while the run was set up: a first step may compile for minutes
+            if stop.of_any_rank() and self.step < self.steps:
+                self._event("stopped", step=self.step)
+                raise Preempted(
+                    f"stopped on request before step {self.step + 1} of {self.steps}; nothing was "
+                    "trained since the start: the same command goes on from there"
+                )
             batches = iter(self.loader)
             while self.step < self.steps:
                 self._one_step(batches, stop)

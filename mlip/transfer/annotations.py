@@ -21,18 +21,18 @@ import pyarrow as pa
 from mlip.config import Config
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
-from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
+from mlip.dataloading.image_file import read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.table import ManifestError, read_table
 from mlip.transfer.box_file import DrawnBox, box_file, read_box_file
 from mlip.transfer.interval import Array
+from mlip.transfer.mask_file import INSIDE, read_mask
 
 UNSAID, NEGATIVE, POSITIVE, UNCERTAIN = -1, 0, 1, 2  # states of a label
 LABEL_FORM = "finding names joined by '|', as `mlip prepare` writes them"
 MOST_NAME_CHARACTERS = 80  # twice the longest name of a public data set
-INSIDE, IGNORED = 255, 127  # values of a mask image, as V7 Labs' lung masks have them
 
 
 @dataclass(frozen=True)
@@ -266,23 +266,18 @@ class Annotations:
     def _mask_file(self, row: int, relative: str, image_size: tuple[int, int]) -> Array:
         where = f"{self.manifest.path}: data row {row + 1}: mask file"
         try:
-            content = read_bytes(self.manifest.root, relative)
-            mask = decode_grey(content, read_header(content))
+            mask = read_mask(read_bytes(self.manifest.root, relative))
         except (BadSample, DataError) as error:
             raise ManifestError(f"{where} cannot be read: {error}") from None
+        except ValueError as error:
+            raise ManifestError(f"{where} {error}") from None
         expected = self.source_size(row) or image_size
         if mask.shape != expected:
             raise ManifestError(
                 f"{where} is {mask.shape[1]} x {mask.shape[0]} px, its image "
                 f"{expected[1]} x {expected[0]} px: expected one size"
             )
-        if mask.any() and mask.max() < 64:
-            raise ManifestError(
-                f"{where} holds values of 0 to {mask.max()}, which would all be outside: expected "
-                "255 inside and 0 outside; multiply a mask of 0 and 1 by 255, and write the wanted "
-                "class of a label map so"
-            )
-        return np.where(mask >= 192, INSIDE, np.where(mask >= 64, IGNORED, 0)).astype(np.uint8)
+        return mask
 
     def _filled_boxes(self, row: int, image_size: tuple[int, int]) -> Array:
         boxes = self.boxes(row)

@@ -36,7 +36,7 @@ from mlip.transfer.classification_scores import (
 )
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
-from mlip.transfer.frames import Crops, Images
+from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
 
@@ -126,7 +126,7 @@ class Classification:
         transfer = self.transfer
         encoder = start.encoder(
             is_frozen=transfer.encoder == "frozen",
-            side=self.config.data.crop_px,
+            side=crop_of(self.config).crop_px,
             channels=self.config.data.channels,
         ).to(self.device)
         targets = {r: t for rows in (train, val) for r, t in zip(rows, self.targets(rows))}  # noqa: B905

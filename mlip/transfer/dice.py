@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.annotations import IGNORED, INSIDE
 from mlip.transfer.interval import Array, weighted_mean
+from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.scores import Measured, over_seeds
 
 

@@ -34,6 +34,7 @@ class Encoder(nn.Module):
 
     Levels run from fine to coarse. ResNet: stem, stages, and what the neck makes of the patches;
     ViT: the patch grid alone.
+    Raises:  ValueError for a side that a ViT's patches do not tile: the rest would not be seen.
     """
 
     def __init__(self, vision: VisionEncoder, *, is_frozen: bool, side: int, channels: int) -> None:
@@ -41,6 +42,12 @@ class Encoder(nn.Module):
         self.vision = vision
         self.is_frozen = is_frozen
         self.is_resnet = hasattr(vision.tower.backbone, "embedder")
+        patch_px = getattr(vision.tower, "patch_px", 1)
+        if side % patch_px:
+            raise ValueError(
+                f"transfer.image_px={side}: expected a multiple of the ViT's patch_size, "
+                f"{patch_px}; the rest would not be seen"
+            )
         if is_frozen:
             self.vision.requires_grad_(False)
         self.train(False)

@@ -1,8 +1,9 @@
 """Images as an encoder sees them, with masks and boxes carried along by the same geometry.
 
-Classification sees what pre-training saw (dataloading/transforms.py: letterbox, then crop). Masks
-and boxes need the whole image: it is letterboxed (or stretched, as the published protocol does) to
-the encoder's side, nothing is cut off, and mask and boxes go through the same scaling.
+Classification sees what pre-training saw (dataloading/transforms.py: letterbox, then crop), where
+transfer.image_px says so in more or fewer pixels. Masks and boxes need the whole image: it is
+letterboxed (or stretched, as the published protocol does) to the encoder's side, nothing is cut
+off, and mask and boxes go through the same scaling.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.config import Config
+from mlip.config import Config, Data
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.samples import SampleReader
@@ -90,7 +91,7 @@ class Images:
         self._room = config.transfer.cache_gib * 2**30
         self._pool = ThreadPoolExecutor(max(1, config.data.workers), "mlip-transfer")
         # without a frame the crop of pre-training follows, and needs no more than its letterbox
-        self._square = Frame(config.data.resize_px, "letterbox")
+        self._square = Frame(crop_of(config).resize_px, "letterbox")
 
     def read(self, row: int) -> tuple[Array, tuple[int, int]]:
         """The row's image (in its frame where there is one) and the size of its file."""
@@ -133,11 +134,14 @@ class Images:
 
 
 class Crops:
-    """Batches as pre-training saw them: letterbox, crop (random while training), normalised."""
+    """Batches as pre-training saw them: letterbox, crop (random while training), normalised.
+
+    The sides are those of `crop_of`.
+    """
 
     def __init__(self, config: Config, images: Images, *, train: bool, seed: int) -> None:
         self.images = images
-        self.transform = Transform(config.data, train=train, seed=seed)
+        self.transform = Transform(crop_of(config), train=train, seed=seed)
 
     def batch(self, rows: Array, epoch: int) -> Tensor:
         """[B, C, crop, crop] float32"""
@@ -199,7 +203,16 @@ def frame_of(config: Config) -> Frame | None:
     return Frame(transfer.image_px or config.data.crop_px, transfer.fit)
 
 
-def with_side(config: Config, side: int) -> Config:
-    """The settings for an input of `side` px without a crop."""
-    data = dataclasses.replace(config.data, resize_px=side, crop_px=side)
-    return dataclasses.replace(config, data=data)
+def crop_of(config: Config) -> Data:
+    """config.data with the sides of a task that takes the crop of pre-training.
+
+    With transfer.image_px letterbox and crop are scaled alike: the same part of the image, in more
+    or fewer pixels. A checkpoint's own evaluation (transfer.task=none) keeps those it was trained
+    with.
+    """
+    data, side = config.data, config.transfer.image_px
+    if config.transfer.task != "classification" or side == 0:
+        return data
+    # the rounding of transforms.py: half up, in integers
+    square = (2 * data.resize_px * side + data.crop_px) // (2 * data.crop_px)
+    return dataclasses.replace(data, resize_px=square, crop_px=side)

@@ -9,10 +9,10 @@ import numpy as np
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.transfer.annotations import INSIDE
 from mlip.transfer.examples import picture
 from mlip.transfer.frames import Crops, normalise
 from mlip.transfer.interval import Array
+from mlip.transfer.mask_file import INSIDE
 
 
 def example_pictures(

@@ -28,7 +28,7 @@ from mlip.transfer.fingerprint import (
     source_commit,
     versions,
 )
-from mlip.transfer.frames import Images, frame_of
+from mlip.transfer.frames import Images, crop_of, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
 from mlip.transfer.segmentation import Segmentation
@@ -129,7 +129,7 @@ def transfer_run(
             "splits": splits.hash,
             "manifest": manifest.fingerprint,
             "preprocessing": hash_of(image_preprocessing(config)),
-            "frame": hash_of(dataclasses.asdict(f) if (f := frame_of(config)) else "crop"),
+            "frame": hash_of(_frame(config)),
             "settings": hash_of(to_dict(config)),
         },
         "versions": versions(),
@@ -176,6 +176,14 @@ def _draws(
                 )
             draws[percent, seed] = rows
     return draws
+
+
+def _frame(config: Config) -> Any:
+    """How an image is laid before the encoder, to be hashed."""
+    frame, crop = frame_of(config), crop_of(config)
+    if frame is not None:
+        return dataclasses.asdict(frame)
+    return "crop" if crop == config.data else ["crop", crop.resize_px, crop.crop_px]
 
 
 def _account(manifest: Manifest, task: Any, splits: Splits) -> dict[str, Any]:

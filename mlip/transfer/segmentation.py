@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.config import Config
-from mlip.transfer.annotations import IGNORED, INSIDE
 from mlip.transfer.decoders import make_decoder
 from mlip.transfer.dice import Counts, count, dice_per_image, dice_scores, join
 from mlip.transfer.encoder import Encoder, Start
@@ -26,6 +25,7 @@ from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batche
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.mask_file import IGNORED, INSIDE
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # protocols.md D.4
 THRESHOLD_LOGIT = 0.0  # a probability of one half

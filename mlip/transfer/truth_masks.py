@@ -16,8 +16,9 @@ from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.transforms import Transform
-from mlip.transfer.annotations import INSIDE, Annotations, resize_mask
+from mlip.transfer.annotations import Annotations, resize_mask
 from mlip.transfer.interval import Array
+from mlip.transfer.mask_file import INSIDE
 from mlip.transfer.truth import SIDES, phantom_meta, sized_rows
 
 

@@ -288,6 +288,14 @@ def test_nih_cxr14(tmp_path):
         rows["00000000_001.png"].labels == ""
         and len(rows["00000000_001.png"].negative.split("|")) == 14
     )
+    boxes = tmp_path / "BBox_List_2017.csv"
+    assert boxes.read_text().startswith("Image Index,Finding Label,Bbox [x,y,w,h],,,\n")
+    boxes.write_text(boxes.read_text().replace("Bbox [x,y,w,h]", '"Bbox [x,y,w,h]"'))
+    lines = boxes.read_text().splitlines()
+    boxes.write_text("\n".join([lines[0], lines[1].removesuffix(",,,")]))
+    with pytest.raises(DatasetError, match="without quotation marks"):
+        collect("nih_cxr14", tmp_path)
+    boxes.unlink()
     listed = (tmp_path / "test_list.txt").read_text().split()
     assert len(listed) == 3 and {rows[name].split for name in listed} == {"test"}
     (tmp_path / "test_list.txt").unlink()

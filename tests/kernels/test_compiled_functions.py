@@ -1,4 +1,5 @@
-"""torch.compile of the autograd Functions: what it records of them is what every torch computes.
+"""torch.compile and torch.export: what they record of the autograd Functions is what every torch
+computes.
 
 Oracle: the recorded graph. torch 2.11 gives a Function whose result was changed in place by a
 method (`x.mul_(y)`, then `return x`) the gradient 0 without a word (pytorch issue 180642); newer
@@ -16,7 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mlip.kernels.info_nce import info_nce_loss
-from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
+from mlip.kernels.token_knowledge_patch import (
+    TokenKnowledgePatchLoss,
+    contrastive_loss_from_scores,
+    token_knowledge_patch_scores,
+)
 from mlip.kernels.token_knowledge_patch.rows_reference import unit_rows
 
 FEATURES = torch.linspace(-1.0, 1.0, 24).reshape(4, 6).requires_grad_()
@@ -88,3 +93,51 @@ def test_gradients_are_those_of_the_call_as_it_is(
         for run in (compiled, CALLS[name])
     )
     assert want.norm() > 0 and torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+class _Scores(torch.nn.Module):
+    def __init__(self, **options: str) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = options
+
+    def forward(self, patches: Tensor, tokens: Tensor, knowledge: Tensor, **masks: Tensor):
+        return token_knowledge_patch_scores(
+            patches, tokens, knowledge, impl="torch", **masks, **self.options
+        )
+
+
+EXPORTED = {
+    "attention": _Scores(),
+    "max": _Scores(pooling="max"),
+    "context": _Scores(pooling="context", aggregation="lse"),
+    "loss": TokenKnowledgePatchLoss(impl="torch"),
+    "loss by default": TokenKnowledgePatchLoss(),
+}
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {
+        "patches": torch.randn(4, 6, 8, generator=made),
+        "tokens": torch.randn(4, 5, 8, generator=made),
+        "knowledge": torch.randn(4, 3, 8, generator=made),
+        "token_weights": torch.rand(4, 5, generator=made).round(),
+        "knowledge_mask": torch.rand(4, 3, generator=made) > 0.4,
+        "patch_mask": torch.rand(4, 6, generator=made) > 0.4,
+    }
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_graph_gives_the_values_of_the_call(
+    name: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding was dropped by its values, which torch.export has not. Oracle: the call itself, on
+    another batch, with other padding, a text without weight and an image without a patch."""
+    monkeypatch.undo()
+    module = EXPORTED[name]
+    graph = torch.export.export(module, (), kwargs=_batch(0), strict=strict).module()
+    other = _batch(1)
+    other["token_weights"][1] = 0.0
+    other["knowledge_mask"][1] = other["patch_mask"][2] = False
+    torch.testing.assert_close(graph(**other), module(**other), rtol=1e-5, atol=1e-6)

@@ -58,6 +58,50 @@ SENTENCES = {
         Lungs: no infiltrate. | infiltrate=A
         Gram negative pneumonia. | pneumonia=P
     """,
+    "a sign in brackets is the answer to what stands before it, or leads what follows": """
+        Pleural effusion (-). | pleural_effusion=A
+        Effusion(-), pneumothorax(-), cardiomegaly(+) | pneumothorax=A cardiomegaly=P
+        Effusion (+) pneumothorax (-) nodule (+) | pleural_effusion=P pneumothorax=A lung_nodule=P
+        Effusion (-) pneumothorax (+) | pleural_effusion=A pneumothorax=P
+        Pneumothorax: (-), consolidation: (+). | pneumothorax=A consolidation=P
+        Rib fracture: -, edema: +, mass: - | rib_fracture=A pulmonary_edema=P lung_mass=A
+        Effusion/pneumothorax (-). | pleural_effusion=A pneumothorax=A
+        Small effusion, pneumothorax (-). | pleural_effusion=P pneumothorax=A
+        No pneumothorax, effusion (+). | pneumothorax=A pleural_effusion=P
+        (-) effusion, (+) cardiomegaly. | pleural_effusion=A cardiomegaly=P
+        (+) cardiomegaly (-) effusion (-) edema | cardiomegaly=P pulmonary_edema=A
+        Cough (-), (+) consolidation and (-) nodule. | consolidation=P lung_nodule=A
+        Hepatitis (-), small effusion. | pleural_effusion=P
+        Small effusion - no pneumothorax. | pleural_effusion=P pneumothorax=A
+    """,
+    "an answer behind a comma": """
+        Effusion, no. | pleural_effusion=A
+        Effusion, no, pneumothorax, no. | pleural_effusion=A pneumothorax=A
+        Cardiomegaly, yes; rib fracture, no. | cardiomegaly=P rib_fracture=A
+        Pneumothorax, negative. | pneumothorax=A
+        Nodule (no). | lung_nodule=A
+        Pneumothorax: No Effusion: Yes Mass: No | pneumothorax=A pleural_effusion=P lung_mass=A
+        Lungs: No effusion Heart: enlarged | pleural_effusion=A
+        Edema: possible. | pulmonary_edema=U
+        Lungs: possible nodule. | lung_nodule=U
+        Small effusion, no pneumothorax. | pleural_effusion=P pneumothorax=A
+        Small effusion, no significant change. | pleural_effusion=P
+    """,
+    "neg for and nil": """
+        Neg for effusion or edema. | pleural_effusion=A pulmonary_edema=A
+        Neg. for pneumothorax. | pneumothorax=A
+        Nil focal consolidation. | consolidation=A
+        Pneumothorax: nil. | pneumothorax=A
+    """,
+    "a heading is no statement beside what stands behind it": """
+        Pneumothorax: No pneumothorax. Effusion: Small. | pneumothorax=A pleural_effusion=P
+        Pleural effusion: There is no left pleural effusion. | pleural_effusion=A
+        Edema: Possible mild edema. | pulmonary_edema=U
+        Fracture: No rib fracture. | fracture=A rib_fracture=A
+        Pneumothorax: Small. No pneumothorax on the left. | pneumothorax=P
+        Nodule: right nodule, no left nodule. | lung_nodule=P
+        Pneumothorax: unchanged | pneumothorax=P
+    """,
     "what was not there before is new": """
         Left base consolidation not previously present. | consolidation=P
         An opacity which was not evident on the prior study. | lung_opacity=P
@@ -137,7 +181,7 @@ SENTENCES = {
 # kinds that one wording may have together, each decided by its order in scope.resolve
 ON_PURPOSE = {
     ("negation_before", "or"),  # nor
-    ("answer", "negation_before"),  # no, no evidence
+    ("answer", "negation_before"),  # no, nil, no evidence
     ("answer", "negation_after", "negation_before"),  # resolved
     ("uncertain_after", "uncertain_before"),  # cannot exclude
     ("positive", "seen"),  # again seen
@@ -159,6 +203,17 @@ def test_states_of_sentences(row):
 def test_answers_written_line_by_line_stay_apart():
     text = joined_lines("Pneumothorax: No\nEffusion: No\nCardiomegaly: Yes")
     assert [LETTER[mention.state] for mention in link(text)] == ["A", "A", "P"]
+
+
+def test_answers_in_signs_and_behind_commas_stay_apart_line_by_line():
+    text = joined_lines("Edema (-)\nEffusion, no\nNodule: -\nPneumothorax: +\nMass: no mass")
+    assert [LETTER[mention.state] for mention in link(text)] == ["A", "A", "A", "P", "A", "A"]
+
+
+def test_a_sign_leaves_the_places_of_mentions():
+    text = "Effusion (-), pneumothorax: (+) and nodule."
+    spans = [(text[m.start : m.end], m.state) for m in link(text)]
+    assert spans == [("Effusion", "absent"), ("pneumothorax", "present"), ("nodule", "present")]
 
 
 def test_no_two_wordings_of_cues_share_a_key_across_kinds():

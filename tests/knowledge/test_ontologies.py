@@ -209,6 +209,57 @@ def test_umls_files_are_filtered_and_joined(release):
     assert {name for name, _, _ in seen} == set(table.provenance["sha256"])
 
 
+def test_the_trees_of_vocabularies_are_is_a_and_what_they_call_otherwise_is_not(release):
+    """MeSH's and ICD's PAR and CHD rows name no relation (RELA): their concepts had no parent."""
+    rows = [
+        ("C0032227", "CHD", "C0000011", ""),  # the second concept is the child of the first
+        ("C0000010", "PAR", "C0032227", ""),  # the second is the parent
+        ("C0032227", "CHD", "C0000013", "part_of"),
+        ("C0000013", "RB", "C0032227", ""),
+        ("C0000013", "RO", "C0000010", ""),
+    ]
+    (release / "MRREL.RRF").write_text(
+        "".join(rrf(16, c0=a, c3=rel, c4=b, c7=name, c10="MSH") for a, rel, b, name in rows)
+    )
+    table = read_umls(release)
+    assert table["umls:c0000011"].parents == ("umls:c0032227",)
+    assert table["umls:c0000010"].parents == ("umls:c0032227",)
+    assert table["umls:c0000013"].parents == () and table["umls:c0032227"].parents == ()
+
+
+def test_a_retired_cui_is_a_code_of_what_it_became(release, capsys):
+    """A table of one's own with last year's codes was joined with nothing, without a word."""
+    lines = [
+        ("C0000910", "SY", "C0000010"),
+        ("C0000911", "DEL", ""),
+        ("C0000912", "SY", "C0000010"),
+        ("C0000912", "SY", "C0000011"),  # split in two
+        ("C0000913", "RB", "C0000011"),
+        ("C0000914", "SY", "C0000012"),  # of a type that is not read
+    ]
+    (release / "MRCUI.RRF").write_text(
+        "".join(rrf(7, c0=old, c1="2019AA", c2=kind, c5=new) for old, kind, new in lines)
+    )
+    table = read_umls(release)
+    assert table["umls:c0000010"].mappings == {"umls": ("C0000010", "C0000910")}
+    assert table["umls:c0000011"].mappings == {"umls": ("C0000011",)}
+    assert table.provenance["retired_cuis"] == 1 and "MRCUI.RRF" in table.provenance["sha256"]
+    own = release / "own.csv"
+    own.write_text("id,name,umls\na,azure sign,C0000910\nb,gone sign,C0000911\n")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    out = release / "table.jsonl"
+    words = ["build", "--no-lexicon", "--csv", str(own), "--umls", str(release), "--out", str(out)]
+    assert run(parser.parse_args(words)) == 0
+    assert "1 of 2 UMLS codes of the others are of no concept" in capsys.readouterr().out
+    both = load_concepts(out)
+    assert "umls:c0000010" not in both and "Blue lung sign" in both["a"].synonyms
+    with (release / "MRCUI.RRF").open("a") as stream:
+        stream.write(rrf(7, c0="C0000915", c2="SY", c5="none"))
+    with pytest.raises(LexiconError, match=r"MRCUI\.RRF, line 7: .*sixth column"):
+        read_umls(release)
+
+
 def test_rows_of_a_concept_that_stand_apart_are_brought_together(release):
     with (release / "MRCONSO.RRF").open("a") as stream:
         stream.write(conso("C0000010", "Sky lung sign", ts="S", pref="N"))

@@ -1,9 +1,12 @@
 """What each of 2 ranks does: the toy run, its steps read at once and when the next is under way,
-to its end, to a stop, and to an error behind a step that is not finite."""
+to its end, to a stop, and to an error behind a step that is not finite; and a stop of one rank
+while the run is set up."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 from mlip import distributed
@@ -39,4 +42,15 @@ def run_all(folder: str) -> None:
         except (Preempted, RuntimeError) as error:
             ended = type(error)
         assert ended is end, (name, ended)
+    distributed.barrier()
+    place = Path(folder) / "set-up"
+    place.mkdir(exist_ok=True)
+    distributed.barrier()
+    config = toy_config(f"run.dir={place}", "train.max_steps=12", "train.engine=plain")
+    trainer, stop = make_trainer(config, dropout=0.2), StopRequest()
+    if distributed.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with contextlib.suppress(Preempted):
+        trainer.fit(stop)
+        raise AssertionError("a rank did not hear of the stop of rank 1")
     distributed.barrier()

@@ -41,3 +41,8 @@ def test_after_an_error_each_rank_tells_its_own_rows_of_the_step_before(runs: Pa
     rows = sorted(row for event in told for row in event["manifest_rows"])
     assert rows == list(range(32, 40)) and all(len(e["manifest_rows"]) == 4 for e in told)
     assert len(_numbers(runs / "error")) == 5
+
+
+def test_a_stop_of_one_rank_while_the_run_is_set_up_stops_both_before_a_step(runs: Path) -> None:
+    (event,) = _events(runs / "set-up", "stopped")
+    assert event["step"] == 0 and not checkpoint.checkpoints_of(runs / "set-up")

@@ -223,8 +223,8 @@ def test_a_second_sigterm_changes_nothing_but_a_second_ctrl_c_interrupts():
 
 def test_after_the_last_save_a_signal_ends_the_run_at_once():
     stop = StopRequest()
-    stop.raise_at_once()
-    with pytest.raises(Preempted):
+    stop.raise_at_once("here")
+    with pytest.raises(Preempted, match="stopped on request here"):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1.0)
 
@@ -233,7 +233,19 @@ def test_a_stop_noted_before_the_evaluation_ends_the_run_there():
     stop = StopRequest()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted):
-        stop.raise_at_once()
+        stop.raise_at_once("here")
+
+
+def test_before_training_a_signal_ends_the_run_and_one_that_was_swallowed_is_not_lost():
+    stop = StopRequest()
+    stop.raise_at_once("before training")
+    for _ in range(2):  # a library that catches everything
+        with pytest.raises(Preempted, match="before training"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.0)
+    assert stop.of_any_rank()
+    os.kill(os.getpid(), signal.SIGTERM)  # noted only, once steps run
+    assert stop.is_set
 
 
 def test_a_launcher_that_is_gone_counts_as_a_request_to_stop():

@@ -7,6 +7,8 @@ when the next one is under way, as on a GPU.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,22 @@ def test_a_stop_in_the_last_steps_is_a_run_that_ended(tmp_path, monkeypatch):
     _run(tmp_path)
     assert _events(tmp_path, "trained") and not _events(tmp_path, "stopped")
     assert sorted(_log(tmp_path)) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("begun", [0, 4])
+def test_a_stop_while_the_run_is_set_up_is_acted_on_before_the_first_step(tmp_path, begun):
+    """It cost a first step, which may compile for minutes, and a save of nothing new."""
+    if begun:
+        _run(tmp_path, "train.max_steps=4")
+    trainer = make_trainer(_config(tmp_path), dropout=0.3, allow_mismatch=True)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted, match=f"before step {begun + 1} of 12; nothing was trained"):
+        trainer.fit(stop)
+    (event,) = _events(tmp_path, "stopped")
+    assert event["step"] == begun and len(_log(tmp_path)) == begun
+    names = [c.name for c in checkpoint.checkpoints_of(tmp_path)]
+    assert names == (["step_00000004"] if begun else [])
 
 
 def test_both_ways_log_and_save_the_same(tmp_path, monkeypatch):

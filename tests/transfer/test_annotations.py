@@ -19,10 +19,11 @@ from mlip.dataloading.datasets.rle import encode_mask
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.transfer import truth
-from mlip.transfer.annotations import IGNORED, INSIDE, Annotations
+from mlip.transfer.annotations import Annotations
 from mlip.transfer.classification import target_matrix
 from mlip.transfer.draws import SPLITS
 from mlip.transfer.frames import Images, frame_of
+from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.protocol import TASKS
 
 HEIGHT, WIDTH = 40, 60

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchmetrics.functional.segmentation import dice_score
 
-from mlip.transfer.annotations import IGNORED, INSIDE
 from mlip.transfer.dice import count, dice_per_image, dice_scores, pooled_dice
+from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.segmentation import mask_loss
 
 

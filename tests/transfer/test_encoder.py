@@ -65,6 +65,15 @@ def test_every_tower_carries_a_decoder_and_a_detection_head(tower: str) -> None:
     assert encoder.pooled(image).shape == (2, encoder.width)
 
 
+def test_a_side_that_the_patches_of_a_vit_do_not_tile_is_refused() -> None:
+    """Its last rows and columns were not seen, without a word."""
+    with pytest.raises(ValueError, match="transfer.image_px=72: expected a multiple .* 16"):
+        Encoder(_vision("vit"), is_frozen=True, side=72, channels=1)
+    larger = Encoder(_vision("vit"), is_frozen=True, side=96, channels=1)
+    assert larger.levels(torch.zeros(1, 1, 96, 96))[0].shape == (1, 16, 6, 6)
+    assert larger.pooled(torch.zeros(1, 1, 96, 96)).shape == (1, 16)
+
+
 @pytest.mark.parametrize("tower", ["resnet", "vit"])
 def test_a_frozen_encoder_stays_in_eval_mode_and_its_statistics_do_not_drift(tower: str) -> None:
     encoder = _encoder(tower)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mlip.config import load
+from mlip.cli import main
+from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import ManifestError
-from mlip.transfer.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.annotations import Annotations, check_inside
 from mlip.transfer.detection import warp_boxes
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
+from mlip.transfer.encoder import Encoder
 from mlip.transfer.evaluation import encode_split
 from mlip.transfer.frames import Crops, Frame, Images, augmentation, warp
-from tests.small_run import small_run
+from mlip.transfer.mask_file import INSIDE
+from tests.small_run import small_export, small_run
 
 
 @pytest.mark.parametrize("fit", ["letterbox", "stretch"])
@@ -81,6 +87,58 @@ def test_an_encoder_sees_the_pixels_of_pre_training() -> None:
     finally:
         images.close()
     torch.testing.assert_close(found, bank.features.embedding, rtol=1e-5, atol=1e-6)
+
+
+class _Ramp:
+    """Every image is a ramp from left (black) to right (white)."""
+
+    def many(self, rows: list[int]) -> list[tuple[np.ndarray, tuple[int, int]]]:
+        ramp = np.broadcast_to(np.linspace(0, 65535, 1120).astype(np.uint16), (1120, 1120))
+        return [(ramp, (1120, 1120)) for _ in rows]
+
+
+@pytest.mark.parametrize("side", [32, 96, 192])
+def test_a_classification_sees_the_same_part_of_an_image_at_the_resolution_asked_for(
+    side: int,
+) -> None:
+    """transfer.image_px did nothing there. Oracle: 96 of 112 px about the middle of a ramp; the
+    evaluation of the checkpoint itself keeps the size that it was trained with."""
+    settings = [*small_run().settings, f"transfer.image_px={side}"]
+    task = ["transfer.task=classification", "transfer.classes={mass: zero}"]
+    images: Any = _Ramp()
+    for own, size in ((task, side), ([], 96)):
+        config = load([], [*settings, *own])
+        crop = Crops(config, images, train=False, seed=0).batch(np.arange(2), 0)
+        assert crop.shape == (2, 1, size, size)
+        shown = crop[1, 0, size // 2].numpy() * config.data.std + config.data.mean
+        wanted = (8 + (np.arange(size) + 0.5) * 96 / size) / 112
+        # the margin is whole px of the letterboxed square, which is itself rounded to one
+        np.testing.assert_allclose(shown, wanted, atol=1.0 / (size * 112 / 96))
+
+
+def test_the_side_of_a_classification_reaches_its_encoder_and_its_results(tmp_path: Path) -> None:
+    """Through the command, frozen and tuned; the same side as before is the same frame."""
+    run, sizes, frames = small_run(), set[int](), []
+    task = ["transfer.task=classification", "transfer.classes={pneumothorax: zero}"]
+    task += ["transfer.val_share=0.3", "transfer.fractions=[100]", "transfer.seeds=[1]"]
+    task += ["transfer.epochs=1", "evaluate.bootstrap=20", "evaluate.examples=1"]
+    where = [f"checkpoint={small_export()}", "--out", str(tmp_path)]
+    pooled = Encoder.pooled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "pooled", lambda self, x: sizes.add(x.shape[3]) or pooled(self, x))
+        for side, encoder in ((0, "frozen"), (96, "tuned"), (64, "frozen"), (64, "tuned")):
+            sizes.clear()
+            own = [f"transfer.image_px={side}", f"transfer.encoder={encoder}"]
+            assert main(["evaluate", *run.settings, *task, *own, *where]) == 0
+            assert sizes == {side or 96}
+            results = json.loads((tmp_path / "results.json").read_text())
+            frames.append(results["fingerprints"]["frame"])
+    assert frames[0] == frames[1] != frames[2] == frames[3]
+
+
+def test_a_stretched_classification_is_refused() -> None:
+    with pytest.raises(ConfigError, match="transfer.fit=stretch is for segmentation and detection"):
+        load([], [*small_run().settings, "transfer.task=classification", "transfer.fit=stretch"])
 
 
 def test_unreadable_images_are_counted_by_reason() -> None:
