@@ -46,7 +46,6 @@ class Detection(FramedTask):
         self.annotations.require_box_names()
         self.classes = list(config.transfer.classes) or [ANY_CLASS]
         self._boxes: dict[int, Truth] = {}
-        self._size_of_box_file: dict[int, tuple[int, int]] = {}
 
     def rows(self, split: str) -> Array:
         """All rows of the split that were looked at: an image without a box counts too."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.config import Config
+from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
 from mlip.transfer.fingerprint import hash_of_weights
 
@@ -152,7 +153,8 @@ def open_start(
         )
     if start == "random":
         if vision is not None:
-            settings = dataclasses.replace(settings, source=None, options=_options(vision))
+            options = tower_shape(vision.tower.backbone.config)
+            settings = dataclasses.replace(settings, source=None, options=options)
         elif settings.source is not None:
             raise ValueError(
                 "transfer.start=random with model.vision.source set: a source holds weights; "
@@ -172,9 +174,3 @@ def open_start(
     finally:
         torch.random.set_rng_state(state)
     return Start(made, start, hash_of_weights(made), {})
-
-
-def _options(vision: VisionEncoder) -> dict[str, Any]:
-    described = vision.tower.backbone.config.to_diff_dict()
-    own = {"_name_or_path", "architectures", "dtype", "model_type", "num_channels", "torch_dtype"}
-    return {k: v for k, v in described.items() if k not in own | {"transformers_version"}}

@@ -5,6 +5,7 @@ What does not live here: any task. Tasks take an ImageBank and a TextBank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
+from mlip.config import Data
 from mlip.dataloading.ledger import DataError
+from mlip.dataloading.loader import Loader
 from mlip.transfer.interval import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.
@@ -110,6 +113,19 @@ def encode_images(
         row_index=batch.row_index.cpu().numpy(),
         pixels=(grey * 255.0).round().to(torch.uint8).numpy(),
     )
+
+
+def encoded(
+    model: Any, loader: Loader, data: Data, device: torch.device
+) -> Iterator[tuple[Batch, ImageBank, TextBank]]:
+    """Each batch of the loader that has a row, with its features; the loader is closed."""
+    try:
+        for batch in loader:
+            if len(batch):
+                images = encode_images(model, batch, mean=data.mean, std=data.std, device=device)
+                yield batch, images, encode_texts(model, batch, device=device)
+    finally:
+        loader.close()
 
 
 def join_images(parts: list[ImageBank]) -> ImageBank:

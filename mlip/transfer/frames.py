@@ -7,7 +7,6 @@ the encoder's side, nothing is cut off, and mask and boxes go through the same s
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -197,9 +196,3 @@ def frame_of(config: Config) -> Frame | None:
     if transfer.task == "classification":
         return None
     return Frame(transfer.image_px or config.data.crop_px, transfer.fit)
-
-
-def with_side(config: Config, side: int) -> Config:
-    """The settings for an input of `side` px without a crop."""
-    data = dataclasses.replace(config.data, resize_px=side, crop_px=side)
-    return dataclasses.replace(config, data=data)

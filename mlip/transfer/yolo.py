@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.transfer.average_precision import MOST_BOXES
 from mlip.transfer.boxes import keep_best
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.interval import Array
@@ -28,7 +29,6 @@ ANCHORS = (
 ANCHOR_SIDE = 416.0
 IGNORE_IOU = 0.5
 XY_WEIGHT, WH_WEIGHT, EMPTY_WEIGHT = 2.5, 2.5, 0.5
-MOST_BOXES = 100  # per image, the COCO tool's own limit
 LARGEST_LOG_RATIO = 6.0  # of a box to its anchor: e^6 = 403, larger only overflows
 
 
