@@ -20,7 +20,7 @@ from typing import Any
 
 from mlip.config import ConfigError
 from mlip.dataloading.output_lock import sole_writer
-from mlip.dataloading.shards import whole_file
+from mlip.dataloading.shards import synced_file
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
@@ -123,7 +123,7 @@ class OutputFolder:
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """A JSON file that is complete or not there."""
-    with whole_file(path) as file:
+    with synced_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 

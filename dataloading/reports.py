@@ -20,27 +20,7 @@ from numpy.typing import NDArray
 from mlip.batch import STATES
 from mlip.dataloading.common_words import common_words
 from mlip.dataloading.keyed_draws import keyed_draws
-from mlip.dataloading.report_text import (
-    choose_sections,
-    clean_report,
-    sentence_spans,
-    split_sections,
-)
-
-__all__ = [
-    "EncodedReport",
-    "Pieces",
-    "ReportEncoder",
-    "ReportTokenizer",
-    "choose_sections",
-    "clean_report",
-    "draw_sentences",
-    "kept_sentences",
-    "load_tokenizer",
-    "sentence_spans",
-    "split_sections",
-    "train_tokenizer",
-]
+from mlip.dataloading.report_text import clean_report, sentence_spans
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
