@@ -35,7 +35,7 @@ from mlip.transfer.classification_scores import (
     macro_auroc,
 )
 from mlip.transfer.encoder import Encoder, Start
-from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
@@ -166,9 +166,7 @@ class Classification:
             loss = label_loss(shown, wanted, transfer.exclusive)
             return float(loss), macro_auroc(shown.numpy(), wanted.numpy())
 
-        modules: list[nn.Module] = [head] if is_frozen else [head, encoder]
-        groups = parameter_groups(head, None if is_frozen else encoder, transfer)
-        record = fit(modules, groups, transfer, losses, validate)
+        record = fit(head, encoder, transfer, losses, validate)
         return torch.no_grad()(lambda rows: logits(rows).numpy()), record
 
     def _logistic(
