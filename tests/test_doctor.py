@@ -42,7 +42,7 @@ def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
     setup = (Path(__file__).resolve().parent.parent / "setup.py").read_text()
     asked = re.findall(r'"([\w-]+)[<>=]', setup.split("install_requires=[")[1].split("]")[0])
     assert len(asked) > 15
-    assert set(asked) <= {name for name, _, _, is_needed, _ in doctor.PACKAGES if is_needed}
+    assert set(asked) <= {name for name, _, _, is_needed in doctor.PACKAGES if is_needed}
 
 
 def test_a_version_outside_the_range_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,9 @@ def lexicon_prompts(
     prompts, unknown = [], []
     for label in labels:
         text = label.replace("_", " ").strip().lower()
-        mentions = linker.link(text) if linker is not None else []
+        mentions = linker.link(text)
         # "no finding" and the like say what is not there: that is no finding to score
-        if not mentions or mentions[0].state not in (0, "present"):
+        if not mentions or mentions[0].state != "present":
             unknown.append(label)
             continue
         name = table[mentions[0].concept_id].name
