@@ -242,13 +242,12 @@ def _confusions(scores: Mapping[str, Any], classes: Sequence[str]) -> list[dict[
 
 
 def _confusion(title: str, counts: Sequence[Sequence[int]], names: list[str]) -> dict[str, Any]:
-    most = max(max(sum(row), 1) for row in counts)
     rows = []
     for name, row in zip(names, counts, strict=True):
         total = max(1, sum(row))
         cells = [(n, f"background: rgba(0,114,178,{0.55 * n / total:.2f})") for n in row]
         rows.append({"name": name, "cells": cells})
-    return {"title": title, "names": names, "rows": rows, "most": most}
+    return {"title": title, "names": names, "rows": rows}
 
 
 def _picture(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def collect_examples(
     def study(i: int) -> str:
         return study_name(manifest, int(images.row_index[i]), shows_id)
 
-    found: dict[str, Any] = {"shows_text": shows_text, "score": "global head"}
+    found: dict[str, Any] = {"shows_text": shows_text}
     found["grounding"] = (
         _grounding(images, queries, phrases, maps, names, study) if maps is not None else []
     )
