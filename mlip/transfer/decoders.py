@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.transfer.encoder import Encoder, Level
+from mlip.transfer.encoder import Encoder
 
 UNET_FINEST, UNET_COARSEST = 16, 256  # published decoder: 256, 128, 64, 32, 16 channels
 PUP_CHANNELS = (512, 256, 128, 64)  # SETR-PUP as MGCA's ViT segmenter has it
@@ -29,17 +29,17 @@ class UNetDecoder(nn.Module):
              (256, 128, 64, 32, 16 channels), which the published protocol uses; written anew.
     """
 
-    def __init__(self, levels: Sequence[Level], side: int, finest: int = 0) -> None:
+    def __init__(self, levels: Sequence[int], side: int, finest: int = 0) -> None:
         super().__init__()
         self.side = side
         finest = finest or UNET_FINEST
         skips = list(levels[:-1])[::-1]
         most = finest * UNET_COARSEST // UNET_FINEST
         widths = [min(most, finest * 2 ** (len(skips) - i)) for i in range(len(skips) + 1)]
-        channels = levels[-1].channels
+        channels = levels[-1]
         blocks = []
         for i, width in enumerate(widths):
-            skip = skips[i].channels if i < len(skips) else 0
+            skip = skips[i] if i < len(skips) else 0
             blocks.append(
                 nn.Sequential(convolution(channels + skip, width), convolution(width, width))
             )
@@ -68,11 +68,11 @@ class UpsamplingDecoder(nn.Module):
     Source:  SETR-PUP (Zheng et al. 2021, section 3.2), channels as MGCA's ViT segmenter.
     """
 
-    def __init__(self, levels: Sequence[Level], side: int, finest: int = 0) -> None:
+    def __init__(self, levels: Sequence[int], side: int, finest: int = 0) -> None:
         super().__init__()
         self.side = side
         widths = PUP_CHANNELS if not finest else tuple(finest * 2**i for i in (3, 2, 1, 0))
-        channels = levels[-1].channels
+        channels = levels[-1]
         self.blocks = nn.ModuleList()
         for width in widths:
             self.blocks.append(convolution(channels, width))
@@ -91,5 +91,5 @@ class UpsamplingDecoder(nn.Module):
 
 def make_decoder(encoder: Encoder, side: int, finest: int) -> nn.Module:
     """The U-Net decoder where there are levels to join, else the upsampling one."""
-    kind = UNetDecoder if len(encoder.level_table) > 1 else UpsamplingDecoder
-    return kind(encoder.level_table, side, finest)
+    kind = UNetDecoder if len(encoder.level_channels) > 1 else UpsamplingDecoder
+    return kind(encoder.level_channels, side, finest)

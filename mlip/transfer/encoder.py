@@ -22,14 +22,6 @@ from mlip.encoders.vision import VisionEncoder
 from mlip.transfer.fingerprint import hash_of_weights
 
 
-@dataclass(frozen=True)
-class Level:
-    """One resolution of an encoder."""
-
-    channels: int
-    stride: int  # px of the input per cell
-
-
 class Encoder(nn.Module):
     """A vision encoder as a feature extractor: `pooled` for labels, `levels` for places.
 
@@ -47,7 +39,7 @@ class Encoder(nn.Module):
         self.train(False)
         with torch.no_grad():
             maps = self.levels(torch.zeros(1, channels, side, side))
-        self.level_table = tuple(Level(m.shape[1], side // m.shape[2]) for m in maps)
+        self.level_channels = tuple(m.shape[1] for m in maps)
         self.width = vision.global_dim
 
     def train(self, mode: bool = True) -> Encoder:
