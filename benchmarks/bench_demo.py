@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # as a script, sys.path begins with this folder
-    sys.path.append(str(ROOT))
+# as a script, sys.path begins with this folder
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks import harness
 
-from benchmarks import harness  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MARK = "demo table"
 VARIANTS = {

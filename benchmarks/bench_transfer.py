@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks import harness
+from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary
 
-from benchmarks import harness  # noqa: E402
-from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 CONFIGS = ROOT / "configs"
 SEEDS = (1, 2, 3)
