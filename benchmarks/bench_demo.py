@@ -26,9 +26,7 @@ from scipy import stats
 
 # as a script, sys.path begins with this folder
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from benchmarks import harness
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness import ROOT, replace_between
 
 MARK = "demo table"
 VARIANTS = {
@@ -151,7 +149,7 @@ def main() -> None:
     text = "\n\n".join(filter(None, [table(results), differences(results)]))
     print(text)
     if options.write:
-        page = harness.replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
+        page = replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
         options.write.write_text(page, encoding="utf-8")
 
 
