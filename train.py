@@ -30,7 +30,7 @@ from mlip.training.determinism import require_deterministic
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
-from mlip.transfer import evaluate_run, save_results
+from mlip.transfer.evaluation import evaluate_run, save_results
 from mlip.transfer.fingerprint import hash_of_vocabulary, source_commit, versions
 
 

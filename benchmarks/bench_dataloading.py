@@ -40,9 +40,9 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import data_report  # noqa: E402
-from benchmarks.harness import environment, table, write_rows  # noqa: E402
-from benchmarks.input_contestants import (  # noqa: E402
+from benchmarks import data_report
+from benchmarks.harness import environment, table, write_rows
+from benchmarks.input_contestants import (
     BATCH,
     CONTESTANTS,
     SENTENCES,
@@ -50,9 +50,9 @@ from benchmarks.input_contestants import (  # noqa: E402
     loader_of,
     make_files,
 )
-from mlip import config  # noqa: E402
-from mlip.assembly import open_tokenizer  # noqa: E402
-from mlip.training.allocator import keep_freed_memory  # noqa: E402
+from mlip import config
+from mlip.assembly import open_tokenizer
+from mlip.training.allocator import keep_freed_memory
 
 RESTS_S = 0.2
 AHEAD = 6  # batches made ahead between two rounds are not of this round; of many workers, two each

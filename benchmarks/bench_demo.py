@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # as a script, sys.path begins with this folder
-    sys.path.append(str(ROOT))
-
-from benchmarks import harness  # noqa: E402
+# as a script, sys.path begins with this folder
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks.harness import ROOT, replace_between
 
 MARK = "demo table"
 VARIANTS = {
@@ -151,7 +149,7 @@ def main() -> None:
     text = "\n\n".join(filter(None, [table(results), differences(results)]))
     print(text)
     if options.write:
-        page = harness.replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
+        page = replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
         options.write.write_text(page, encoding="utf-8")
 
 

@@ -21,18 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machine
-    sys.path.append(str(ROOT))
+# an uninstalled checkout, as on a bare GPU machine
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from benchmarks import harness, providers  # noqa: E402
-from benchmarks.kernel_grids import Case, full_grid, short_grid, similarity  # noqa: E402
-from benchmarks.kernel_measures import measures  # noqa: E402
-from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
+from benchmarks import harness, providers
+from benchmarks.kernel_grids import Case, full_grid, short_grid, similarity
+from benchmarks.kernel_measures import measures
+from mlip.kernels.info_nce import info_nce_loss
 
 OURS = ("fused", "torch")
 # providers that call torch.compile

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.harness import environment  # noqa: E402
-from benchmarks.intervals import share, with_interval  # noqa: E402
-from benchmarks.linker_reports import (  # noqa: E402
+from benchmarks.harness import environment
+from benchmarks.intervals import share, with_interval
+from benchmarks.linker_reports import (
     REPORTS,
     Finding,
     Report,
@@ -34,12 +34,12 @@ from benchmarks.linker_reports import (  # noqa: E402
     read_reports,
     sentences,
 )
-from benchmarks.linker_speed import padded, speed, startup  # noqa: E402
-from benchmarks.linker_states import outcomes  # noqa: E402
-from benchmarks.negspacy_baseline import name_and_version, negspacy_states  # noqa: E402
-from mlip.knowledge.concept_files import load_concepts  # noqa: E402
-from mlip.knowledge.concepts import ConceptTable  # noqa: E402
-from mlip.knowledge.linker import Linker, Mention  # noqa: E402
+from benchmarks.linker_speed import padded, speed, startup
+from benchmarks.linker_states import outcomes
+from benchmarks.negspacy_baseline import name_and_version, negspacy_states
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import ConceptTable
+from mlip.knowledge.linker import Linker, Mention
 
 
 def counts(gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -20,12 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import harness  # noqa: E402
-from mlip.transfer.large_retrieval import first_right_ranks, top_candidates  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks import harness
+from mlip.transfer.large_retrieval import first_right_ranks, top_candidates
 
 NEAR = 3.0  # of noise to signal in an image's embedding: its report is found, but not always first
 MOST = 100  # answers kept for class precision

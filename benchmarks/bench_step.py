@@ -28,17 +28,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # an uninstalled checkout, as on a bare GPU machine
-    sys.path.append(str(ROOT))
+# an uninstalled checkout, as on a bare GPU machine
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks import harness, step_law, step_reading, step_report  # noqa: E402
-from benchmarks.step_batch import in_pinned_memory, made_batch, padding_share  # noqa: E402
-from benchmarks.step_flops import nominal_tflops, step_flop  # noqa: E402
-from benchmarks.step_timing import Runner, profile  # noqa: E402
-from benchmarks.step_variants import (  # noqa: E402
+from benchmarks import harness, step_law, step_reading, step_report
+from benchmarks.step_batch import in_pinned_memory, made_batch, padding_share
+from benchmarks.step_flops import nominal_tflops, step_flop
+from benchmarks.step_timing import Runner, profile
+from benchmarks.step_variants import (
     COMPILES,
     ENGINES,
     OURS,
@@ -46,13 +44,13 @@ from benchmarks.step_variants import (  # noqa: E402
     NotAvailable,
     graph_breaks,
 )
-from mlip.config import Config, load  # noqa: E402
-from mlip.kernels._dispatch import resolve  # noqa: E402
-from mlip.knowledge.concept_files import load_concepts  # noqa: E402
-from mlip.knowledge.vectors import knowledge_vectors  # noqa: E402
-from mlip.model import MLIPModel  # noqa: E402
-from mlip.objective import Objective  # noqa: E402
-from mlip.training.engine import build_engine  # noqa: E402
+from mlip.config import Config, load
+from mlip.kernels._dispatch import resolve
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.vectors import knowledge_vectors
+from mlip.model import MLIPModel
+from mlip.objective import Objective
+from mlip.training.engine import build_engine
 
 Row = dict[str, Any]
 SETTINGS = (

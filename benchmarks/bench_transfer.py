@@ -27,12 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import harness  # noqa: E402
-from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from benchmarks.harness import ROOT, environment
+from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary
 
 CONFIGS = ROOT / "configs"
 SEEDS = (1, 2, 3)
@@ -260,7 +257,7 @@ def run_cell(
         "checkpoints": origin,
         "processor_s": round(spent, 1),
         "wall_s": round(wall, 1),
-        "environment": harness.environment("cpu"),
+        "environment": environment("cpu"),
     }
     told.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return {**json.loads(saved.read_text(encoding="utf-8")), "cell": facts}
@@ -279,16 +276,11 @@ def ensure_phantoms(task: str, items: list[str], options: argparse.Namespace) ->
 def call(command: list[str], log: Path, threads: int) -> tuple[float, float]:
     """(processor seconds, wall seconds) of a command that has to succeed."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(threads),
-    }
+    told = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     before, began = _children_s(), time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=os.environ | told, stdout=file, stderr=subprocess.STDOUT
         )
     spent, wall = _children_s() - before, time.perf_counter() - began
     print(f"{log.stem}: {spent:.0f} s of processor time, {wall:.0f} s in all", flush=True)

@@ -36,7 +36,7 @@ def draw_parts(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams |= {"svg.hashsalt": "mlip", "font.size": 9}
+    pyplot.rcParams |= {"svg.hashsalt": "mlip", "svg.fonttype": "none", "font.size": 9}
     shown = step_measures.with_parts(rows)
     figure, axes = pyplot.subplots(figsize=(8.0, 1.4 + 0.5 * len(shown)))
     names = [f"{row['pairs']:,} pairs, {commits(row)}" for row in shown]

@@ -84,7 +84,6 @@ class DaliPipeline:
         reader: SampleReader,
         transform: Transform,
         config: Config,
-        device_id: int | None = None,
     ) -> None:
         reason = why_not_dali(config)
         if reason is not None:
@@ -98,11 +97,7 @@ class DaliPipeline:
         self._first: tuple[Any, ...] | None = None  # its first batch, made before it
         self.threads = max(1, config.data.workers)
         self.on_gpu = torch.cuda.is_available()
-        self.device_id = (
-            (torch.cuda.current_device() if device_id is None else device_id)
-            if self.on_gpu
-            else None
-        )
+        self.device_id = torch.cuda.current_device() if self.on_gpu else None
         self._stream: Any = None  # of copies on a GPU
         self._one_decoder = config.run.deterministic
         # DALI rotates before it normalises

@@ -140,7 +140,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         view=view,
         intent=_code(dataset, "PresentationIntentType"),
         spacing_mm=(spacing[0], spacing[1]) if spacing and valid_spacing else None,
-        padding=_padding(dataset, stored, representation == 1),
+        padding=_padding(dataset, representation == 1),
         rescale=rescale,
         modality_lut=modality_lut,
         window=_window(dataset, notes),
@@ -236,7 +236,7 @@ def _code(dataset: Dataset, name: str) -> str:
     return text.upper() if valid else ""
 
 
-def _padding(dataset: Dataset, stored: int, signed: bool) -> tuple[int, int] | None:
+def _padding(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
     value = _value(dataset, "PixelPaddingValue")
     limit = _value(dataset, "PixelPaddingRangeLimit")
     if not isinstance(value, int):

@@ -154,12 +154,12 @@ def seen_cells(cells: np.ndarray) -> np.ndarray:
     return seen
 
 
-def _gather(cells, table, out):  # type: ignore[no-untyped-def]
+def _gather(cells, table, out):
     for i in range(cells.size):
         out[i] = table[cells[i]]
 
 
-def _mark(cells, seen):  # type: ignore[no-untyped-def]
+def _mark(cells, seen):
     for i in range(cells.size):
         seen[cells[i]] = True
 

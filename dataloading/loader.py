@@ -80,11 +80,6 @@ class Loader:
         """Rows of the split that no rule excludes, over all ranks."""
         return len(self.order.rows)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that cover every row once, rounded up; the epoch's end may lie inside a batch."""
-        return -(-self.num_rows // self.order.global_pairs)
-
     def __iter__(self) -> Iterator[Batch]:
         if not self.is_training:
             self._stop()
@@ -132,10 +127,6 @@ class Loader:
             ledger.epochs = {}
         ledger.bad_share = self.ledger.bad_share
         self.ledger = ledger
-
-    def quarantine(self) -> list[dict[str, Any]]:
-        """Every bad row that this rank met so far, as listed_bad."""
-        return listed_bad(self.manifest, self.ledger)
 
     def close(self) -> None:
         """Stop the background thread and free the pipeline."""

@@ -27,16 +27,10 @@ IntArray = NDArray[np.int64]
 HashArray = NDArray[np.uint64]
 
 SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {
-    "train": 0,
-    "training": 0,
-    "val": 1,
-    "valid": 1,
-    "validate": 1,
-    "validation": 1,
-    "dev": 1,
-    "test": 2,
-    "testing": 2,
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 NO_SPLIT = -1
 
@@ -294,7 +288,7 @@ def _splits(
     plain = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, "")))
     encoded = plain.combine_chunks().dictionary_encode()
     values = encoded.dictionary.to_pylist()
-    unknown = [v for v in values if v and v not in _SPLIT_NAMES]
+    unknown = [v for v in values if v and v not in SPLIT_OF]
     if unknown:
         # a mapped-wrong column could hold identifiers: show only what looks like a split's name
         named = all(v.isalpha() and len(v) <= 12 for v in unknown) and len(unknown) <= 3
@@ -304,7 +298,8 @@ def _splits(
             f"{': ' + shown if shown else ''}; expected train, val (valid, validate, validation, "
             "dev) or test"
         )
-    codes = np.array([_SPLIT_NAMES.get(v, NO_SPLIT) for v in values], dtype=np.int8)
+    known = {name: SPLITS.index(split) for name, split in SPLIT_OF.items()}
+    codes = np.array([known.get(v, NO_SPLIT) for v in values], dtype=np.int8)
     return codes[encoded.indices.to_numpy()]
 
 

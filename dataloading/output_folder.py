@@ -6,6 +6,8 @@ refuse one is asked before the first header is read: after hours is too late to 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -19,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from mlip.config import ConfigError
-from mlip.dataloading.output_lock import sole_writer
-from mlip.dataloading.shards import whole_file
+from mlip.dataloading.shards import synced_file
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
 _OURS = frozenset({"dataset", "side_px", "shard_images"})
 # what a run leaves that is killed before its settings stand there, and what a new disk holds
 _BEFORE_SETTINGS = re.compile(r"\.lock(-\d+)?|\.settings\.json\..*\.part|\.salt|lost\+found")
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,37 @@ class OutputFolder:
             ) from None
 
 
+@contextmanager
+def sole_writer(out: Path, part: tuple[int, int]) -> Iterator[bool]:
+    """Yields whether the folder is ours: False where another process works on the same part.
+
+    Two whole runs at once would each replace the other's shards, and the manifest of the one that
+    ends first would name places in files that are gone; parts of one job work side by side. The
+    lock ends with the process, however that ends.
+
+    Raises:  OSError where no file can be made in the folder.
+    """
+    whole = part[1] == 1
+    with ExitStack() as stack:
+        wanted = [(".lock", fcntl.LOCK_EX if whole else fcntl.LOCK_SH)]
+        if not whole:
+            wanted.append((f".lock-{part[0] + 1}", fcntl.LOCK_EX))
+        for name, kind in wanted:
+            file = stack.enter_context(open(out / name, "a"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        yield True
+
+
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """A JSON file that is complete or not there."""
-    with whole_file(path) as file:
+    with synced_file(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 

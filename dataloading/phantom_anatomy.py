@@ -64,9 +64,9 @@ def draw_layers(body: Body, px: int, rng: Generator) -> Layers:
     _add_bones(layers, body, rng)
     layers.vessels = _vessels(layers, body, rng)
     if body.has_leads:
-        _add_leads(layers, body, rng)
+        _add_leads(layers, rng)
     if body.has_sternotomy:
-        _add_sternotomy(layers, body, rng)
+        _add_sternotomy(layers, rng)
     return layers
 
 
@@ -225,7 +225,7 @@ def _vessels(layers: Layers, body: Body, rng: Generator) -> Density:
     return canvas.soft(image, 0.005)
 
 
-def _add_leads(layers: Layers, body: Body, rng: Generator) -> None:
+def _add_leads(layers: Layers, rng: Generator) -> None:
     """Monitoring wires and their electrodes: thin lines and dense discs that are no finding."""
     canvas, wires = layers.canvas, layers.canvas.blank()
     exit_x = rng.uniform(0.25, 0.75)
@@ -239,7 +239,7 @@ def _add_leads(layers: Layers, body: Body, rng: Generator) -> None:
     layers.add(wires, rng.uniform(0.16, 0.36))
 
 
-def _add_sternotomy(layers: Layers, body: Body, rng: Generator) -> None:
+def _add_sternotomy(layers: Layers, rng: Generator) -> None:
     heights = np.arange(0.27, 0.62, 0.062)
     centres = np.stack([0.5 + rng.uniform(-0.006, 0.006, heights.size), heights], 1)
     loops = centres[:, None] + CIRCLE * (0.017, 0.010)

@@ -45,7 +45,7 @@ _PNG = [
     *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP),
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY),
 ]
-_MARK = "mlip phantom studies"
+MARK = "mlip phantom studies"
 _PERIOD = 8  # val starts at a multiple: no patient's two studies straddle it (phantom.patient_of)
 
 
@@ -162,7 +162,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("kind") == _MARK else None
+    return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -332,7 +332,7 @@ def _merge(partial: Path, settings: Phantom, mark: str, jobs: list[_Job]) -> Non
     shutil.rmtree(partial / "parts")
     names = ("manifest.csv", "boxes.csv", "truth.jsonl")
     meta = {
-        "kind": _MARK,
+        "kind": MARK,
         "fingerprint": mark,
         "settings": dataclasses.asdict(settings),
         "studies": len(rows),

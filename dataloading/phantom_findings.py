@@ -31,13 +31,8 @@ class Drawn:
     variant: str | None = None
 
 
-def zone_at(body: Body, side: str, y: float) -> Zone:
-    """Which third of the lung, from apex to costophrenic angle, a height lies in."""
-    share = (y - body.apex_y) / (body.dome_y[side] + 0.05 - body.apex_y)
-    return "upper" if share < 1 / 3 else "mid" if share < 2 / 3 else "lower"
-
-
 def _zone_heights(body: Body, side: str, zone: Zone) -> tuple[float, float]:
+    """The middle 76 % of a third of the lung, from apex to costophrenic angle."""
     tall = body.dome_y[side] + 0.05 - body.apex_y
     start = body.apex_y + tall * ("upper", "mid", "lower").index(zone) / 3
     return start + 0.12 * tall / 3, start + 0.88 * tall / 3

@@ -13,105 +13,64 @@ Side = Literal["left", "right"]  # of the patient; the patient's right is the im
 Zone = Literal["upper", "mid", "lower"]  # thirds of the lung between apex and diaphragm
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FindingSpec:
     """One finding: how often, how visible, how large.
 
-    Units:  contrast 1 = a lung wholly replaced by water; size is the extent named by `measure`
-            as a share of the image's side (multiply by image_px for pixels).
+    Units:  contrast 1 = a lung wholly replaced by water; size is an extent as a share of the
+            image's side (multiply by image_px for pixels).
     """
 
     concept_id: str
     prevalence: float  # chance of being drawn, before the cap on findings per study
     contrast: tuple[float, float]
     size_share: tuple[float, float]
-    measure: str  # which extent size_share is
-    size_words: tuple[str, ...]  # from small to large, as reports write them; () = never said
-    has_side: bool
-    zones: tuple[Zone, ...]  # () = no zone is ever said
+    size_words: tuple[str, ...] = ()  # from small to large, as reports write them; () = never said
+    has_side: bool = True
+    zones: tuple[Zone, ...] = ()  # () = no zone is ever said
 
 
+_AMOUNTS = ("small", "moderate", "large")
+_THIRDS: tuple[Zone, ...] = ("upper", "mid", "lower")
+# above each: which extent its size is
 FINDINGS: tuple[FindingSpec, ...] = (
+    # height of the fluid at the chest wall
+    FindingSpec("pleural_effusion", 0.30, (0.50, 0.95), (0.05, 0.34), _AMOUNTS),
+    # retraction of the lung from apex and chest wall towards the hilum, as a share
+    FindingSpec("pneumothorax", 0.26, (0.22, 0.45), (0.12, 0.45), _AMOUNTS),
+    # mean radius
+    FindingSpec("consolidation", 0.30, (0.45, 0.90), (0.050, 0.125), _AMOUNTS, zones=_THIRDS),
+    # radius
     FindingSpec(
-        concept_id="pleural_effusion",
-        prevalence=0.30,
-        contrast=(0.50, 0.95),
-        size_share=(0.05, 0.34),
-        measure="height of the fluid at the chest wall",
-        size_words=("small", "moderate", "large"),
-        has_side=True,
-        zones=(),
+        "lung_nodule",
+        0.28,
+        (0.60, 1.00),
+        (0.020, 0.042),
+        ("small", "medium sized", "large"),
+        zones=_THIRDS,
     ),
+    # cardiothoracic ratio (0.37 to 0.49 without the finding)
     FindingSpec(
-        concept_id="pneumothorax",
-        prevalence=0.26,
-        contrast=(0.22, 0.45),
-        size_share=(0.12, 0.45),
-        measure="retraction of the lung from apex and chest wall towards the hilum, as a share",
-        size_words=("small", "moderate", "large"),
-        has_side=True,
-        zones=(),
-    ),
-    FindingSpec(
-        concept_id="consolidation",
-        prevalence=0.30,
-        contrast=(0.45, 0.90),
-        size_share=(0.050, 0.125),
-        measure="mean radius",
-        size_words=("small", "moderate", "large"),
-        has_side=True,
-        zones=("upper", "mid", "lower"),
-    ),
-    FindingSpec(
-        concept_id="lung_nodule",
-        prevalence=0.28,
-        contrast=(0.60, 1.00),
-        size_share=(0.020, 0.042),
-        measure="radius",
-        size_words=("small", "medium sized", "large"),
-        has_side=True,
-        zones=("upper", "mid", "lower"),
-    ),
-    FindingSpec(
-        concept_id="cardiomegaly",
-        prevalence=0.28,
-        contrast=(0.80, 0.95),
-        size_share=(0.54, 0.70),
-        measure="cardiothoracic ratio (0.37 to 0.49 without the finding)",
-        size_words=("mild", "moderate", "marked"),
+        "cardiomegaly",
+        0.28,
+        (0.80, 0.95),
+        (0.54, 0.70),
+        ("mild", "moderate", "marked"),
         has_side=False,
-        zones=(),
     ),
+    # length of the longest band
     FindingSpec(
-        concept_id="atelectasis",
-        prevalence=0.28,
-        contrast=(0.45, 0.85),
-        size_share=(0.12, 0.26),
-        measure="length of the longest band",
-        size_words=("minor", "moderate", "extensive"),
-        has_side=True,
+        "atelectasis",
+        0.28,
+        (0.45, 0.85),
+        (0.12, 0.26),
+        ("minor", "moderate", "extensive"),
         zones=("mid", "lower"),
     ),
-    FindingSpec(
-        concept_id="pacemaker",
-        prevalence=0.24,
-        contrast=(0.50, 1.00),
-        size_share=(0.065, 0.095),
-        measure="long side of the generator",
-        size_words=(),
-        has_side=True,
-        zones=(),
-    ),
-    FindingSpec(
-        concept_id="central_venous_catheter",
-        prevalence=0.26,
-        contrast=(0.35, 0.65),
-        size_share=(0.30, 0.75),
-        measure="length of the line inside the image",
-        size_words=(),
-        has_side=True,
-        zones=(),
-    ),
+    # long side of the generator
+    FindingSpec("pacemaker", 0.24, (0.50, 1.00), (0.065, 0.095)),
+    # length of the line inside the image
+    FindingSpec("central_venous_catheter", 0.26, (0.35, 0.65), (0.30, 0.75)),
 )
 
 CONCEPT_IDS: tuple[str, ...] = tuple(spec.concept_id for spec in FINDINGS)

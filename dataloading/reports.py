@@ -20,27 +20,7 @@ from numpy.typing import NDArray
 from mlip.batch import STATES
 from mlip.dataloading.common_words import common_words
 from mlip.dataloading.keyed_draws import keyed_draws
-from mlip.dataloading.report_text import (
-    choose_sections,
-    clean_report,
-    sentence_spans,
-    split_sections,
-)
-
-__all__ = [
-    "EncodedReport",
-    "Pieces",
-    "ReportEncoder",
-    "ReportTokenizer",
-    "choose_sections",
-    "clean_report",
-    "draw_sentences",
-    "kept_sentences",
-    "load_tokenizer",
-    "sentence_spans",
-    "split_sections",
-    "train_tokenizer",
-]
+from mlip.dataloading.report_text import clean_report, sentence_spans
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
@@ -320,7 +300,7 @@ class ReportEncoder:
             offsets = encodings[sentence].offsets
             token = next((j for j, (_, end) in enumerate(offsets) if end > inside), len(offsets))
             mentions.append(
-                (sentence, token, self.table.index[mention.concept_id], _state(mention.state))
+                (sentence, token, self.table.index[mention.concept_id], STATES.index(mention.state))
             )
         return EncodedReport(
             ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -365,11 +345,6 @@ class ReportEncoder:
                 pairs[concept, state] = None
         entities = np.array(list(pairs)[: self.max_entities], dtype=np.int32).reshape(-1, 2)
         return Pieces(ids, entities)
-
-
-def _state(value: Any) -> int:
-    """A mention's assertion as the number that Batch.entity_state holds."""
-    return STATES.index(value) if isinstance(value, str) else int(value)
 
 
 def draw_sentences(

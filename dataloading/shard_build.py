@@ -10,10 +10,10 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -33,6 +33,7 @@ from mlip.dataloading.shards import (
     index_path,
     is_complete,
     remove_partials,
+    synced_file,
     write_table,
 )
 from mlip.dataloading.worker_pool import Reply, WorkerPool
@@ -284,7 +285,7 @@ def _finish(
         name = f"shards/{shard.path.name}"
         indexes.append(index.append_column("shard", pa.array([name] * len(index))))
     if complete:
-        _write_outputs(rows, keys, pa.concat_tables(indexes), plan)
+        _write_outputs(rows, pa.concat_tables(indexes), plan)
     return Result(len(shards), made, complete, images, member_bytes, refused, noted)
 
 
@@ -311,7 +312,7 @@ def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:
     return index.set_column(place, index.schema.field(place), pa.array(shard.rows, pa.int64()))
 
 
-def _write_outputs(rows: list[Row], keys: list[str], index: pa.Table, plan: Plan) -> None:
+def _write_outputs(rows: list[Row], index: pa.Table, plan: Plan) -> None:
     write_table(index, plan.out / "index.parquet")
     columns: dict[str, list[Any]] = {
         name: []
@@ -358,14 +359,10 @@ def write_id_map(rows: list[Row], plan: Plan, path: Path) -> None:
 
 def write_csv(rows: list[list[Any]], path: Path) -> None:
     """A CSV file that is complete or not there, readable by its owner alone."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with synced_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        csv.writer(text).writerows(rows)
+        text.detach()
 
 
 def hashed(text: str, level: str, salt: str) -> str:

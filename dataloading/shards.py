@@ -278,7 +278,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def synced_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name, whole and synced, when the block ends well."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
@@ -294,7 +294,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def write_table(table: pa.Table, path: Path) -> None:
     """A Parquet file that is complete or not there."""
-    with whole_file(path) as file:
+    with synced_file(path) as file:
         pa.parquet.write_table(table, file, compression="zstd")
 
 

@@ -272,7 +272,7 @@ def _open(config: Config, device: str) -> Any:
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
     from mlip.report import write_report
-    from mlip.transfer import evaluate_run, save_results
+    from mlip.transfer.evaluation import evaluate_run, save_results
     from mlip.transfer.summary import summary_lines
 
     config = read_settings(options.settings)

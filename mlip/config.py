@@ -321,16 +321,17 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
             nested = {part: nested}
         check_keys(nested, Config, where="override")
         merge(tree, nested)
-    config = build(Config, tree, "")
-    check_bounds(flatten(to_dict(config)))
-    check_agreement(config)
-    return config
+    return _checked(tree)
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """The Config that to_dict gave, of an earlier version too, checked again in full."""
     tree = _without_view(tree)
     check_keys(tree, Config, where="saved config")
+    return _checked(tree)
+
+
+def _checked(tree: Mapping[str, Any]) -> Config:
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)

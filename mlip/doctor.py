@@ -14,43 +14,47 @@ from dataclasses import dataclass
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 NAME = "mlip-medical"
 MIN_PYTHON = (3, 11)
-# distribution, module, what it serves, is it needed, the line that installs it
+# distribution, module, what it serves, is it needed
 PACKAGES = (
-    ("torch", "torch", "everything", True, "pip install torch"),
-    ("numpy", "numpy", "everything", True, "pip install numpy"),
-    ("pyyaml", "yaml", "settings", True, "pip install pyyaml"),
-    ("transformers", "transformers", "image and text towers", True, "pip install transformers"),
-    ("tokenizers", "tokenizers", "report tokens", True, "pip install tokenizers"),
-    ("safetensors", "safetensors", "checkpoints", True, "pip install safetensors"),
-    ("opencv-python-headless", "cv2", "images", True, "pip install opencv-python-headless"),
-    ("pillow", "PIL", "image and text towers", True, "pip install pillow"),
-    ("numba", "numba", "input loops", True, "pip install numba"),
-    ("pyarrow", "pyarrow", "manifests", True, "pip install pyarrow"),
-    ("pydicom", "pydicom", "DICOM files", True, "pip install pydicom"),
-    ("imagecodecs", "imagecodecs", "compressed DICOM", True, "pip install imagecodecs"),
-    ("pyahocorasick", "ahocorasick", "linking concepts", True, "pip install pyahocorasick"),
-    ("scipy", "scipy", "manifests and evaluation", True, "pip install scipy"),
-    ("scikit-learn", "sklearn", "evaluation", True, "pip install scikit-learn"),
-    ("pycocotools", "pycocotools", "detection scores", True, "pip install pycocotools"),
-    ("matplotlib", "matplotlib", "curves of report.html", True, "pip install matplotlib"),
-    ("jinja2", "jinja2", "report.html", True, "pip install jinja2"),
-    ("rich", "rich", "the log of a run", True, "pip install rich"),
-    ("psutil", "psutil", "memory plans", True, "pip install psutil"),
-    ("deepspeed", "deepspeed", "ZeRO training", False, f"pip install '{NAME}[deepspeed]'"),
-    ("nvidia-dali-cuda130", "nvidia.dali", "DALI input", False, f"pip install '{NAME}[dali]'"),
-    ("triton", "triton", "fused kernels on a GPU", False, "comes with torch for CUDA"),
-    ("xformers", "xformers", "its attention, optional", False, "pip install xformers"),
-    (
-        "tensorboard",
-        "tensorboard",
-        "its curves, optional",
-        False,
-        f"pip install '{NAME}[tensorboard]'",
-    ),
-    ("onnx", "onnx", "mlip export --onnx, optional", False, f"pip install '{NAME}[onnx]'"),
-    ("onnxscript", "onnxscript", "the same", False, f"pip install '{NAME}[onnx]'"),
-    ("onnxruntime", "onnxruntime", "the same", False, f"pip install '{NAME}[onnx]'"),
+    ("torch", "torch", "everything", True),
+    ("numpy", "numpy", "everything", True),
+    ("pyyaml", "yaml", "settings", True),
+    ("transformers", "transformers", "image and text towers", True),
+    ("tokenizers", "tokenizers", "report tokens", True),
+    ("safetensors", "safetensors", "checkpoints", True),
+    ("opencv-python-headless", "cv2", "images", True),
+    ("pillow", "PIL", "image and text towers", True),
+    ("numba", "numba", "input loops", True),
+    ("pyarrow", "pyarrow", "manifests", True),
+    ("pydicom", "pydicom", "DICOM files", True),
+    ("imagecodecs", "imagecodecs", "compressed DICOM", True),
+    ("pyahocorasick", "ahocorasick", "linking concepts", True),
+    ("scipy", "scipy", "manifests and evaluation", True),
+    ("scikit-learn", "sklearn", "evaluation", True),
+    ("pycocotools", "pycocotools", "detection scores", True),
+    ("matplotlib", "matplotlib", "curves of report.html", True),
+    ("jinja2", "jinja2", "report.html", True),
+    ("rich", "rich", "the log of a run", True),
+    ("psutil", "psutil", "memory plans", True),
+    ("deepspeed", "deepspeed", "ZeRO training", False),
+    ("nvidia-dali-cuda130", "nvidia.dali", "DALI input", False),
+    ("triton", "triton", "fused kernels on a GPU", False),
+    ("xformers", "xformers", "its attention, optional", False),
+    ("tensorboard", "tensorboard", "its curves, optional", False),
+    ("onnx", "onnx", "mlip export --onnx, optional", False),
+    ("onnxscript", "onnxscript", "the same", False),
+    ("onnxruntime", "onnxruntime", "the same", False),
 )
+# what installs it where that is not its name alone
+REMEDIES = {
+    "deepspeed": f"pip install '{NAME}[deepspeed]'",
+    "nvidia-dali-cuda130": f"pip install '{NAME}[dali]'",
+    "triton": "comes with torch for CUDA",
+    "tensorboard": f"pip install '{NAME}[tensorboard]'",
+    "onnx": f"pip install '{NAME}[onnx]'",
+    "onnxscript": f"pip install '{NAME}[onnx]'",
+    "onnxruntime": f"pip install '{NAME}[onnx]'",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def _fits(version: str, wanted: str) -> bool:
 
 def check_packages() -> list[Check]:
     checks, wanted = [], ranges()
-    for distribution, module, purpose, is_needed, remedy in PACKAGES:
+    for distribution, module, purpose, is_needed in PACKAGES:
         version = version_of(distribution)
         needed = wanted.get(distribution, "")
         if version is not None and not _fits(version, needed):
@@ -103,8 +107,12 @@ def check_packages() -> list[Check]:
         elif _is_importable(module):
             checks.append(Check(distribution, OK, f"under another name: {purpose}"))
         else:
-            checks.append(Check(distribution, MISSING, purpose, remedy, is_needed))
+            checks.append(Check(distribution, MISSING, purpose, _remedy(distribution), is_needed))
     return checks
+
+
+def _remedy(distribution: str) -> str:
+    return REMEDIES.get(distribution, f"pip install {distribution}")
 
 
 def install_line(error: ImportError) -> str | None:
@@ -117,9 +125,9 @@ def install_line(error: ImportError) -> str | None:
         cause = cause.__cause__ or cause.__context__
     if not names or "mlip" in names:
         return None
-    for distribution, module, purpose, _, remedy in PACKAGES:
+    for distribution, module, purpose, _ in PACKAGES:
         if module.split(".")[0] in names:
-            missing = f"{distribution} is not installed ({purpose}): {remedy}"
+            missing = f"{distribution} is not installed ({purpose}): {_remedy(distribution)}"
             break
     else:
         missing = f"no module {names[-1]!r} is installed: install what holds it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from mlip.transfer.table import table_lines
 SEED = "{seed}"
 
 
-def evaluate_transfer(
-    config: Config, folder: Path, *, device: str, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str, Any]:
     """Run the task of config.transfer and write results.json and report.html into `folder`.
 
     Raises:  ConfigError where a checkpoint is needed and none is named; PretrainedError where it
@@ -30,12 +28,12 @@ def evaluate_transfer(
     """
     config, vision, facts = open_vision(config, device)
     results = transfer_run(
-        config, load_manifest(config.data), vision, facts=facts, device=device, say=say
+        config, load_manifest(config.data), vision, facts=facts, device=device, say=print
     )
     page = write_transfer_page(folder, results)
     kept = {key: value for key, value in results.items() if key != "pictures"}
     saved = save_results(kept, folder / "results.json")
-    say("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
+    print("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
     return results
 
 

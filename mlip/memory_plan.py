@@ -29,9 +29,8 @@ from mlip.training.plain_engine import rounds_weights_together
 
 GIB = 2**30
 _SPARE = 0.10  # of the memory: fragmentation, workspaces, the framework's own
-_DEEPSPEED_BUCKET = (
-    500_000_000  # elements: its default reduce_bucket_size, allocated at stages 1, 2
-)
+# elements: its default reduce_bucket_size, allocated at stages 1, 2
+_DEEPSPEED_BUCKET = 500_000_000
 _LOSS_SIZES = (8, 16, 32)
 
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from mlip import config as configuration
 from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
+from mlip.encoders.options import tower_shape
 from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
@@ -43,17 +44,6 @@ from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weigh
 logger = logging.getLogger("mlip")
 FORMAT = 1
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
-# what a tower's own configuration says about its origin, not about its shape
-_NOT_SHAPE = {
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "model_type",
-    "num_channels",
-    "torch_dtype",
-    "transformers_version",
-    "vocab_size",
-}
 
 
 def save_pretrained(
@@ -142,19 +132,17 @@ def _standalone(config: Config, model: MLIPModel) -> Config:
     vision, text = config.model.vision, config.model.text
     if vision.source is not None:
         vision = dataclasses.replace(
-            vision, source=None, options=_shape(model.vision.tower.backbone.config)
+            vision, source=None, options=tower_shape(model.vision.tower.backbone.config)
         )
     if text.source is not None:
-        text = dataclasses.replace(text, source=None, options=_shape(model.text.backbone.config))
+        text = dataclasses.replace(
+            text, source=None, options=tower_shape(model.text.backbone.config)
+        )
     # the folder's own vocabulary is meant, wherever the folder lies
     text = dataclasses.replace(text, tokenizer=None)
     towers = dataclasses.replace(config.model, vision=vision, text=text)
     run = dataclasses.replace(config.run, dir=configuration.Run().dir)
     return dataclasses.replace(config, model=towers, run=run)
-
-
-def _shape(tower: Any) -> dict[str, Any]:
-    return {key: value for key, value in tower.to_diff_dict().items() if key not in _NOT_SHAPE}
 
 
 def from_pretrained(

@@ -1,8 +1,8 @@
 """A run's page: one self-contained HTML file that says what was learned and how sure that is.
 
 write_report puts it together; the drawings live in report_charts.py, the pictures in
-report_pictures.py, the tables in report_tables.py, the page in templates/. Nothing on the page
-loads anything: it opens on a machine without a network.
+report_pictures.py, the tables in report_tables.py, the page in templates/ (report_page.py). Nothing
+on the page loads anything: it opens on a machine without a network.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mlip import config as configuration
-from mlip.output_file import whole_file
 from mlip.report_corpus import knowledge_context, ledger_context
 from mlip.report_examples import example_context
+from mlip.report_page import dotted, render_page, write_page
 from mlip.report_tables import (
     cards,
     grounding_context,
@@ -28,7 +26,6 @@ from mlip.report_tables import (
 )
 from mlip.report_training import read_log, training_charts
 
-TEMPLATES = Path(__file__).with_name("templates")
 SECTIONS = (
     ("zero-shot", "Zero-shot", "zero_shot"),
     ("retrieval", "Retrieval", "retrieval"),
@@ -43,44 +40,27 @@ SECTIONS = (
 )
 
 
-def write_report(
-    run_dir: str | Path,
-    results: Mapping[str, Any],
-    *,
-    ledger: Mapping[str, Any] | None = None,
-    name: str = "report.html",
-) -> Path:
+def write_report(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
     """The page of a run, written as run_dir/report.html; its path.
 
-    results  what mlip.transfer.evaluate_run gave (its "examples" become the pictures)
-    ledger   Ledger.summary(); None = run_dir/ledger.json where that exists
+    results  what evaluate_run gave (its "examples" become the pictures)
     Raises:  ValueError if results are not those of evaluate_run.
     """
-    run_dir = Path(run_dir)
     if "config" not in results or "run" not in results:
         raise ValueError(
-            "results: expected what mlip.transfer.evaluate_run returns (with 'run' and 'config'), "
+            "results: expected what evaluate_run returns (with 'run' and 'config'), "
             f"got the keys {sorted(results)}"
         )
-    if ledger is None and (run_dir / "ledger.json").is_file():
-        ledger = json.loads((run_dir / "ledger.json").read_text(encoding="utf-8"))
-    page = render(run_dir, results, ledger)
-    path = run_dir / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(page, encoding="utf-8")
-    return path
+    return write_page(Path(run_dir), render(Path(run_dir), results))
 
 
-def render(
-    run_dir: Path, results: Mapping[str, Any], ledger: Mapping[str, Any] | None = None
-) -> str:
-    """The page as text."""
-    log = read_log(run_dir / "log.jsonl")
+def render(run_dir: Path, results: Mapping[str, Any]) -> str:
+    """The page as text, with the run's log.jsonl and ledger.json where they are there."""
+    log, kept = read_log(run_dir / "log.jsonl"), run_dir / "ledger.json"
+    ledger = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
     is_phantom = bool(results.get("data", {}).get("is_phantom"))
     context: dict[str, Any] = {
         "title": results["run"].get("name") or run_dir.name,
-        "css": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "meta": _meta(results, is_phantom),
         "headline": headline(results),
         "cards": cards(results),
@@ -96,15 +76,7 @@ def render(
         **example_context(results),
     }
     context["sections"] = [(anchor, title) for anchor, title, key in SECTIONS if context.get(key)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # the style sheet is ours and holds no markup; everything else stays escaped
-    context["css"] = jinja2.utils.markupsafe.Markup(context["css"])
-    return environment.get_template("report.html").render(context)
+    return render_page("report.html", context)
 
 
 def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
@@ -130,25 +102,15 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
 
 
 def _settings(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    default = _flat(configuration.to_dict(configuration.Config()))
+    default = dotted(configuration.to_dict(configuration.Config()))
     groups: dict[str, list[dict[str, Any]]] = {}
-    for key, value in _flat(saved).items():
+    for key, value in dotted(saved).items():
         section, _, rest = key.partition(".")
         changed = key not in default or default[key] != value
         groups.setdefault(section, []).append(
             {"key": rest or section, "value": _shown(value), "changed": changed}
         )
     return [{"name": name, "lines": lines} for name, lines in groups.items()]
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, f"{path}{key}."))
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
 
 
 def _shown(value: Any) -> str:

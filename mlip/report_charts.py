@@ -57,11 +57,11 @@ def scale_marks(
     low: float,
     high: float,
     width: int = 250,
-    lane_px: int = 11,
     grid: Sequence[float] = (),
 ) -> Markup:
     """Values on one horizontal scale, one lane above the other; intervals as lines."""
-    height, pad = lane_px * len(lanes) + 10, 7.0
+    lane_px, pad = 11, 7.0
+    height = lane_px * len(lanes) + 10
 
     def x(value: float) -> float:
         share = (min(max(value, low), high) - low) / (high - low)
@@ -91,19 +91,16 @@ def scale_marks(
     return Markup("".join([*parts, "</svg>"]))
 
 
-def scale_axis(
-    *, low: float, high: float, ticks: Sequence[float], width: int = 250, digits: int = 1
-) -> Markup:
-    """The axis that belongs over a column of scale_marks."""
-    pad = 7.0
+def scale_axis(*, low: float, ticks: Sequence[float], width: int = 250) -> Markup:
+    """The axis that belongs over a column of scale_marks up to 1."""
+    high, pad = 1.0, 7.0
     parts = [f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15">']
     for tick in ticks:
         x = pad + (tick - low) / (high - low) * (width - 2 * pad)
         anchor = "start" if tick == low else "end" if tick == high else "middle"
         at = 1.0 if tick == low else width - 1.0 if tick == high else x
         parts.append(
-            f'<text x="{at:.1f}" y="11" text-anchor="{anchor}" class="axis">'
-            f"{tick:.{digits}f}</text>"
+            f'<text x="{at:.1f}" y="11" text-anchor="{anchor}" class="axis">{tick:.1f}</text>'
         )
     return Markup("".join([*parts, "</svg>"]))
 
@@ -118,8 +115,9 @@ def legend(marks: Sequence[Mark]) -> Markup:
     return Markup(f'<p class="legend">{items}</p>')
 
 
-def _nice_step(span: float, parts: int) -> float:
-    raw = span / max(1, parts)
+def _nice_step(span: float) -> float:
+    """A round number that about a fourth of the span is."""
+    raw = span / 4
     if raw <= 0 or not math.isfinite(raw):
         return 1.0
     magnitude = 10.0 ** math.floor(math.log10(raw))
@@ -163,8 +161,6 @@ def line_chart(
     values: Sequence[float],
     *,
     colour: str = BLUE,
-    width: int = 312,
-    height: int = 150,
     is_smoothed: bool = True,
     whole_steps: bool = False,
 ) -> Markup:
@@ -189,9 +185,10 @@ def line_chart(
     if top - bottom < least:
         top, bottom = top + least / 2, bottom - least / 2
     span = top - bottom
-    step = _nice_step(span, 4)
+    step = _nice_step(span)
     bottom = math.floor(bottom / step + 1e-9) * step
     top = max(math.ceil(top / step - 1e-9) * step, bottom + step)
+    width, height = 312, 150
     left, right, up, down = 44.0, 12.0, 8.0, 20.0
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
 
@@ -213,7 +210,7 @@ def line_chart(
             f'<text x="{left - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end" class="axis">'
             f"{_label(value, step)}</text>"
         )
-    x_step = _nice_step(x_high - x_low, 4)
+    x_step = _nice_step(x_high - x_low)
     if whole_steps:
         x_step = float(max(1, math.ceil(x_step)))
     tick = math.ceil(x_low / x_step) * x_step

@@ -21,7 +21,6 @@ def example_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "word_maps": [_word_row(e) for e in examples.get("words", [])],
         "found_texts": [_found(e) for e in examples.get("image_to_text", [])],
         "found_images": [_found(e) for e in examples.get("text_to_image", [])],
-        "example_score": examples.get("score", "global head"),
         "shows_text": examples.get("shows_text", False),
     }
 

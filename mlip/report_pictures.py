@@ -19,14 +19,6 @@ Array = NDArray[Any]
 HEAT = cv2.COLORMAP_INFERNO  # perceptually even, readable in any colour vision and in grey
 
 
-def encode_png(image: Array) -> str:
-    """Grey [H, W] or BGR [H, W, 3] uint8 as base64 text of a PNG."""
-    done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    if not done:
-        raise ValueError(f"an image of shape {image.shape} could not be written as PNG")
-    return base64.b64encode(data.tobytes()).decode("ascii")
-
-
 def decode_png(text: str) -> Array:
     image = cv2.imdecode(
         np.frombuffer(base64.b64decode(text), dtype=np.uint8), cv2.IMREAD_GRAYSCALE

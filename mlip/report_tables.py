@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -24,7 +24,6 @@ HEAD_MARKS = {
     "local": Mark(None, colour=BLUE, shape="dot", label="local score"),
     "combined": Mark(None, colour=GREEN, shape="square", label="combined"),
 }
-REFERENCES = {"prior": "Prior", "oracle": "Oracle"}
 DIRECTIONS = {"image_to_text": "image to report", "text_to_image": "report to image"}
 GROUNDING_PX = 132  # of the scale that stands beside nine columns in a page of 1000 px
 ENOUGH = 20  # phrases behind a ratio that the headline may quote
@@ -51,11 +50,10 @@ def _mark(head: str, estimate: Mapping[str, Any] | None) -> Mark:
     )
 
 
-def _with_range(estimate: Mapping[str, Any], digits: int = 2) -> str:
+def _with_range(estimate: Mapping[str, Any]) -> str:
     if estimate.get("low") is None:
-        return f"{estimate['value']:.{digits}f}"
-    value, low, high = (f"{estimate[k]:.{digits}f}" for k in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
+        return f"{estimate['value']:.2f}"
+    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
 def headline(results: Mapping[str, Any]) -> list[Markup]:
@@ -203,30 +201,16 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
     rows = found["findings"]
     values = [r[h]["low"] for r in rows for h in heads if r[h].get("low") is not None]
     low = 0.5 if not values or min(values) > 0.45 else 0.0
-    references = []
-    for key, title in REFERENCES.items():
-        known = [r[key] for r in rows if r.get(key) is not None]
-        if known:
-            references.append({"key": key, "title": title, "mean": sum(known) / len(known)})
     ticks = [low + (1.0 - low) * i / 5 for i in range(6)]
 
-    def drawing(row: Mapping[str, Any], extra: Sequence[tuple[str, float | None]]) -> Markup:
+    def drawing(row: Mapping[str, Any]) -> Markup:
         marks = [[_mark(h, row.get(h))] for h in heads]
-        for _, value in extra:
-            marks[-1].append(Mark(value, colour=INK, shape="diamond", label="oracle"))
         return scale_marks(marks, low=low, high=1.0, grid=ticks)
 
-    def reference(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-        return [("oracle", row.get("oracle"))]
-
-    shown = [HEAD_MARKS[h] for h in heads]
-    if any(r["key"] == "oracle" for r in references):
-        shown.append(Mark(None, colour=INK, shape="diamond", label="oracle that knows the truth"))
-    oracle_mean = next((r["mean"] for r in references if r["key"] == "oracle"), None)
     return {
-        "rows": [{**r, "drawing": drawing(r, reference(r))} for r in rows],
+        "rows": [{**r, "drawing": drawing(r)} for r in rows],
         "macro": found["macro"],
-        "macro_drawing": drawing(found["macro"], [("oracle", oracle_mean)]),
+        "macro_drawing": drawing(found["macro"]),
         "worst": [
             (
                 SCORES[h].lower(),
@@ -234,9 +218,8 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             )
             for h in heads
         ],
-        "references": references,
-        "legend": legend(shown),
-        "axis": scale_axis(low=low, high=1.0, ticks=ticks),
+        "legend": legend([HEAD_MARKS[h] for h in heads]),
+        "axis": scale_axis(low=low, ticks=ticks),
         "wordings": [
             {
                 "name": _finding_name(results, f),
@@ -307,7 +290,7 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             for d, row in (found.get("by_class") or {}).items()
             if d in DIRECTIONS and "reason" not in row
         ],
-        "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0)),
+        "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0)),
     }
 
 
@@ -358,7 +341,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "mask_rows": [row for row in rows if row.get("mask")],
                 "legend": legend(list(signs.values())),
-                "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0), width=GROUNDING_PX),
+                "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0), width=GROUNDING_PX),
             }
         )
     return tables

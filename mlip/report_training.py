@@ -21,7 +21,6 @@ from mlip.report_charts import (
 
 TERMS = {
     "total": "Total loss",
-    "loss": "Total loss",
     "global_contrastive": "Global contrastive",
     "local_alignment": "Token-knowledge-patch",
     "category": "Category",
@@ -39,7 +38,7 @@ NAMES = {
     "data_wait_s": "Waiting for data (s)",
     "memory_gib": "Memory (GiB)",
 }
-HIDDEN = {"step", "time", "epoch", "pairs", "rank", "global_index", "wall_s", "pairs_seen"}
+HIDDEN = {"step", "time", "epoch"}
 MOST_POINTS = 400  # a chart 300 px wide shows no more
 
 
@@ -93,7 +92,7 @@ def training_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
             continue
         group = _group(key)
         colour = {"Loss": BLUE, "Optimisation": ORANGE, "Machine": GREEN}[group]
-        if _leaf(key) in ("total", "loss"):
+        if key == "total":
             colour = MUTED
         is_smoothed = _leaf(key) != "lr"
         last = smoothed(values, running_window(len(values)))[-1] if is_smoothed else values[-1]
@@ -113,9 +112,9 @@ def _leaf(key: str) -> str:
 
 def _group(key: str) -> str:
     leaf = _leaf(key)
-    if leaf in TERMS or key.startswith(("loss", "terms")):
+    if leaf in TERMS or key.startswith("terms"):
         return "Loss"
-    if leaf.endswith(("_s", "_ms", "_gib", "_mib", "_bytes")) or "pairs" in leaf:
+    if leaf.endswith(("_s", "_gib")):
         return "Machine"
     return "Optimisation"
 

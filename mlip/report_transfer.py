@@ -10,10 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from mlip.output_file import whole_file
 from mlip.report_charts import (
     INK,
     MUTED,
@@ -24,10 +22,10 @@ from mlip.report_charts import (
     scale_axis,
     scale_marks,
 )
+from mlip.report_page import dotted, render_page, write_page
 from mlip.report_pictures import decode_png, picture_uri
 from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text
 
-TEMPLATES = Path(__file__).with_name("templates")
 STARTS = {
     "checkpoint": "pre-trained checkpoint",
     "imagenet": "ImageNet weights",
@@ -37,22 +35,16 @@ STARTS = {
 
 def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
     """folder/report.html of what mlip.transfer.protocol.transfer_run gave."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
-    with whole_file(path) as partial:
-        partial.write_text(render_transfer(results), encoding="utf-8")
-    return path
+    return write_page(folder, render_transfer(results))
 
 
 def render_transfer(results: Mapping[str, Any]) -> str:
     task, last = results["task"], results["fractions"][-1]
     context = {
         "title": results["run"]["name"],
-        # the style sheet is ours and holds no markup; everything else stays escaped
-        "css": Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         "meta": _meta(results),
         "cards": [_card(f) for f in results["fractions"][-4:]],
-        "axis": scale_axis(low=0.0, high=1.0, ticks=(0.0, 0.5, 1.0)),
+        "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0)),
         "fractions": [_fraction(f) for f in results["fractions"]],
         "task": task,
         "last_percent": f"{last['percent']:g}",
@@ -74,16 +66,12 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "splits": results["data"]["splits"],
         "unreadable": results["data"]["unreadable"],
         "unused": {k: n for k, n in results["data"].get("unused", {}).items() if n},
-        "settings": [(key, _shown(value)) for key, value in _flat(results["config"]["transfer"])],
+        "settings": [
+            (key, _shown(value)) for key, value in dotted(results["config"]["transfer"]).items()
+        ],
         "provenance": _provenance(results),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("transfer.html").render(context)
+    return render_page("transfer.html", context)
 
 
 def _meta(results: Mapping[str, Any]) -> list[str]:
@@ -176,10 +164,9 @@ def unit_chart(
     y_name: str,
     *,
     diagonal: bool = False,
-    side: int = 300,
 ) -> Markup:
     """Curves on the unit square; `diagonal` marks what guessing gives."""
-    left, top = 38.0, 8.0
+    side, left, top = 300, 38.0, 8.0
     span = side - left - 12.0
 
     def at(x: float, y: float) -> str:
@@ -255,13 +242,12 @@ def _confusions(scores: Mapping[str, Any], classes: Sequence[str]) -> list[dict[
 
 
 def _confusion(title: str, counts: Sequence[Sequence[int]], names: list[str]) -> dict[str, Any]:
-    most = max(max(sum(row), 1) for row in counts)
     rows = []
     for name, row in zip(names, counts, strict=True):
         total = max(1, sum(row))
         cells = [(n, f"background: rgba(0,114,178,{0.55 * n / total:.2f})") for n in row]
         rows.append({"name": name, "cells": cells})
-    return {"title": title, "names": names, "rows": rows, "most": most}
+    return {"title": title, "names": names, "rows": rows}
 
 
 def _picture(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,16 +289,6 @@ def _fit(percent: float, fit: Mapping[str, Any]) -> dict[str, Any]:
         "steps": fit["steps"],
         "val_loss": fit["val_loss"][best - 1] if best else None,
     }
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat += _flat(value, f"{path}{key}.")
-        else:
-            flat.append((f"{path}{key}", value))
-    return flat
 
 
 def _shown(value: Any) -> str:

@@ -39,10 +39,6 @@ class Farm:
     processes: list[BaseProcess]
     folder: Path
 
-    @property
-    def pids(self) -> list[int]:
-        return [p.pid for p in self.processes if p.pid is not None]
-
     def wait(self, timeout_s: float = 120.0) -> list[int]:
         """Exit codes in rank order (-9 is SIGKILL).
 

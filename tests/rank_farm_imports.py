@@ -24,7 +24,7 @@ with contextlib.suppress(ImportError):  # the plain engine needs none
     import deepspeed.runtime.zero.stage3  # noqa: F401
 
 import mlip.objective  # noqa: F401
-import tests.training.exact_ranks  # noqa: F401
+import tests.training.exact_ranks
 import tests.training.toy_run  # noqa: F401
 
 torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from mlip.dataloading import prepare
 from mlip.dataloading.datasets import DATASETS
@@ -165,3 +166,18 @@ def collect(name: str, root: Path, **options: str) -> Collected:
 
 def by_id(collected: Collected) -> dict[str, Row]:
     return {row.image_id: row for row in collected.rows}
+
+
+def encode_mask(mask: NDArray[np.uint8]) -> str:
+    """The run lengths of one mask, "-1" where it is empty.
+
+    Shapes:  mask [H, W], nonzero = object
+    """
+    flat = (mask.T.reshape(-1) != 0).astype(np.int8)
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))
+    if len(edges) == 0:
+        return "-1"
+    starts, stops = edges[::2], edges[1::2]
+    gaps = starts - np.concatenate(([0], stops[:-1]))
+    pairs = np.stack((gaps, stops - starts), axis=1).reshape(-1)
+    return " ".join(str(number) for number in pairs)

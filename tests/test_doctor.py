@@ -45,7 +45,7 @@ def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
     setup = (ROOT / "setup.py").read_text()
     asked = re.findall(r'"([\w-]+)[<>=]', setup.split("install_requires=[")[1].split("]")[0])
     assert len(asked) > 15
-    assert set(asked) <= {name for name, _, _, is_needed, _ in doctor.PACKAGES if is_needed}
+    assert set(asked) <= {name for name, _, _, is_needed in doctor.PACKAGES if is_needed}
 
 
 def test_a_version_outside_the_range_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_missing_package_is_a_line_with_what_installs_it_and_code_2(
 
 
 def test_the_doctor_and_the_help_need_no_package() -> None:
-    every = {module.split(".")[0] for _, module, _, _, _ in doctor.PACKAGES}
+    every = {module.split(".")[0] for _, module, _, _ in doctor.PACKAGES}
     done = _without(every, "doctor")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "torch cannot be imported" in done.stdout

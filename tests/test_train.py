@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 
 import train
 from mlip.training import checkpoint, faults
+from tests.rank_farm import free_port
 from tests.small_run import small_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,11 +169,8 @@ def test_three_nan_steps_in_a_row_end_with_5_and_save_nothing_bad(tmp_path, monk
 
 
 def _two_ranks(folder: Path, *more: str) -> Any:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-    command += ["--master_port", port, "--log_level", "error", "train.py"]
+    command += ["--master_port", str(free_port()), "--log_level", "error", "train.py"]
     return subprocess.run(
         [*command, *_overrides(folder, *more)],
         cwd=ROOT,

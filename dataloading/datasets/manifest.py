@@ -14,7 +14,6 @@ from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.report_columns import find_report, joined_texts, said
 from mlip.dataloading.datasets.rows import (
-    SPLIT_OF,
     Collected,
     Dataset,
     DatasetError,
@@ -22,6 +21,7 @@ from mlip.dataloading.datasets.rows import (
     is_list_text,
     split_by_patient,
 )
+from mlip.dataloading.manifest import SPLIT_OF
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
 # field -> column names tried in this order where the user gives none

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from mlip.dataloading.datasets.rows import (
     FRONTAL,
-    SPLIT_OF,
     Collected,
     Dataset,
     DatasetError,
@@ -24,6 +23,7 @@ from mlip.dataloading.datasets.rows import (
     read_csv,
     require_choice,
 )
+from mlip.dataloading.manifest import SPLIT_OF
 
 ACCESS = (
     "MIMIC-CXR-JPG, https://physionet.org/content/mimic-cxr-jpg/ (credentialed account and signed "

@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 from mlip.dataloading.datasets.rows import (
+    PLACING,
     Collected,
     Dataset,
     DatasetError,
     Row,
-    assign_split,
+    place_images,
     read_csv,
-    read_patients,
     require,
 )
 
@@ -51,9 +51,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         require(root / name, ACCESS, folder=True)
         tables[name] = list(read_csv(table, ["image_name", "annotation"], ACCESS))
     images = [row["image_name"] for table in tables.values() for row in table]
-    patients, notes = read_patients(options["patients"], images)
-    split_of, lists = assign_split(options["split_lists"], "object-cxr", val=0.2)
-    notes += lists
+    place, notes = place_images(options, images, "object-cxr", val=0.2)
     excluded: Counter[str] = Counter()
     rows = []
     for name, lines in tables.items():
@@ -63,9 +61,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 boxes = parse_annotation(row["annotation"])
             except ValueError as error:
                 raise DatasetError(f"{root / name}.csv: {error}") from None
-            patient = patients.get(image, image)
-            by_list = bool(options["split_lists"])
-            split = "test" if name == "dev" and not by_list else split_of(image, patient)
+            patient, split = place(image)
+            if name == "dev" and not options["split_lists"]:
+                split = "test"
             if not split:
                 excluded["not_in_split_lists"] += 1
                 continue
@@ -89,8 +87,5 @@ DATASET = Dataset(
     licence="as its publisher states: non-commercial use",
     access=ACCESS,
     collect=collect,
-    options={
-        "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
-        "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
-    },
+    options=PLACING,
 )

@@ -41,7 +41,6 @@ class Report:
     study_id: str  # CXR1
     findings: str
     impression: str
-    indication: str
     mesh: tuple[str, ...]  # major MeSH headings, as published
     images: tuple[str, ...]  # CXR1_1_IM-0001-3001
 
@@ -67,7 +66,6 @@ def parse_report(content: bytes) -> Report:
         study_id=study.get("id", ""),
         findings=text.get("FINDINGS", ""),
         impression=text.get("IMPRESSION", ""),
-        indication=text.get("INDICATION", ""),
         mesh=tuple(node.text.strip() for node in tree.iter("major") if node.text),
         images=tuple(node.get("id", "") for node in tree.iter("parentImage") if node.get("id")),
     )

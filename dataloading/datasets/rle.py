@@ -1,4 +1,4 @@
-"""Run lengths of the SIIM-ACR pneumothorax masks: text <-> mask.
+"""Run lengths of the SIIM-ACR pneumothorax masks: text -> mask.
 
 Grammar: pairs "start length", each start relative to the end of the run before it, over the image
 column by column (top to bottom, then left to right); "-1" = no object. Objects are joined by "|".
@@ -35,18 +35,3 @@ def decode_masks(text: str, height: int, width: int) -> NDArray[np.uint8]:
             flat[position : position + length] = 1
             position += length
     return np.ascontiguousarray(flat.reshape(width, height).T)
-
-
-def encode_mask(mask: NDArray[np.uint8]) -> str:
-    """The run lengths of one mask, "-1" where it is empty.
-
-    Shapes:  mask [H, W], nonzero = object
-    """
-    flat = (mask.T.reshape(-1) != 0).astype(np.int8)
-    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))
-    if len(edges) == 0:
-        return "-1"
-    starts, stops = edges[::2], edges[1::2]
-    gaps = starts - np.concatenate(([0], stops[:-1]))
-    pairs = np.stack((gaps, stops - starts), axis=1).reshape(-1)
-    return " ".join(str(number) for number in pairs)

@@ -20,15 +20,15 @@ from typing import Any
 from mlip.config import ConfigError
 
 MAX_TABLE_BYTES = 2 << 30  # MIMIC-CXR's largest table is 200 MB unpacked
-SPLIT_OF = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 # header names of the column of ids in lists that go round
 _ID_NAMES = frozenset({"id", "ID", "image_id", "patientId", "ImageId", "image_name"})
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "dcm", "dicom"})
 FRONTAL = frozenset({"PA", "AP", "FRONTAL"})
+# options of a data set whose publisher gives neither splits nor patients
+PLACING: dict[str, tuple[str, str]] = {
+    "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
+    "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
+}
 
 
 class DatasetError(ValueError):
@@ -267,6 +267,23 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
     if without := len(images) - len(found):
         note += f"; {without} images are not in it, each counts as a patient"
     return found, [note]
+
+
+def place_images(
+    options: Mapping[str, str], images: Collection[str], salt: str, val: float, test: float = 0.0
+) -> tuple[Callable[[str], tuple[str, str]], list[str]]:
+    """A function image id -> (patient id, split) by the options of PLACING, and notes.
+
+    An image whose patient nobody names is its own.
+    """
+    patients, notes = read_patients(options["patients"], images)
+    split_of, lists = assign_split(options["split_lists"], salt, val, test)
+
+    def place(image: str) -> tuple[str, str]:
+        patient = patients.get(image, image)
+        return patient, split_of(image, patient)
+
+    return place, [*notes, *lists]
 
 
 def is_list_text(cell: str) -> bool:

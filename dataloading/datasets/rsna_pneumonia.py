@@ -11,14 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 from mlip.dataloading.datasets.rows import (
+    PLACING,
     Collected,
     Dataset,
     DatasetError,
     Row,
-    assign_split,
     numbers_of,
+    place_images,
     read_csv,
-    read_patients,
     require,
 )
 
@@ -41,14 +41,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             found.append([*numbers, "Lung Opacity"])
         elif row["Target"] != "0":
             raise DatasetError(f"{table}: Target: expected 0 or 1")
-    patients, notes = read_patients(options["patients"], boxes)
-    split_of, lists = assign_split(options["split_lists"], "rsna", val=0.2, test=0.2)
-    notes += lists
+    place, notes = place_images(options, boxes, "rsna", val=0.2, test=0.2)
     excluded: Counter[str] = Counter()
     rows = []
     for image, found in boxes.items():
-        patient = patients.get(image, image)
-        split = split_of(image, patient)
+        patient, split = place(image)
         if not split:
             excluded["not_in_split_lists"] += 1
             continue
@@ -64,7 +61,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 boxes=json.dumps(found) if found else "",
             )
         )
-    if not patients:
+    if not options["patients"]:
         notes.append(
             "the challenge publishes no patient numbers: every image counts as a patient; images "
             "come from NIH ChestX-ray14, so do not train on one and test on the other"
@@ -77,8 +74,5 @@ DATASET = Dataset(
     licence="competition rules: research and non-commercial use",
     access=ACCESS,
     collect=collect,
-    options={
-        "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
-        "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
-    },
+    options=PLACING,
 )

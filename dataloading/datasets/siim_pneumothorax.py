@@ -10,14 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 from mlip.dataloading.datasets.rows import (
+    PLACING,
     Collected,
     Dataset,
     DatasetError,
     Row,
-    assign_split,
     first_of,
+    place_images,
     read_csv,
-    read_patients,
     relative,
 )
 
@@ -44,14 +44,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 raise DatasetError(f"{table}: EncodedPixels: expected -1 or pairs of numbers")
             found.append(" ".join(numbers))
     path_of = _images(root)
-    patients, notes = read_patients(options["patients"], masks)
-    split_of, lists = assign_split(options["split_lists"], "siim", val=0.15, test=0.15)
-    notes += lists
+    place, notes = place_images(options, masks, "siim", val=0.15, test=0.15)
     excluded: Counter[str] = Counter(image_without_label=len(path_of.keys() - masks.keys()))
     rows = []
     for image, found in masks.items():
-        patient = patients.get(image, image)
-        split = split_of(image, patient)
+        patient, split = place(image)
         if image not in path_of:
             excluded["label_without_image"] += 1
             continue
@@ -70,8 +67,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 mask="|".join(found),
             )
         )
-    notes.append(f"table {table.name}; {sum(len(m) > 1 for m in masks.values())} images have")
-    notes[-1] += " more than one mask"
+    several = sum(len(m) > 1 for m in masks.values())
+    notes.append(f"table {table.name}; {several} images have more than one mask")
     return Collected(rows, +excluded, notes)
 
 
@@ -97,8 +94,5 @@ DATASET = Dataset(
     licence="competition rules: non-commercial use",
     access=ACCESS,
     collect=collect,
-    options={
-        "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),
-        "patients": ("", "CSV image_id,patient_id of your own; empty = an image a patient"),
-    },
+    options=PLACING,
 )

@@ -172,7 +172,7 @@ def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):
     return d_r, pulled.sum(1) / gamma, d_gamma
 
 
-def _pool_backward(g, tile, rows_RD, patch_MPD, spec, alpha, wants_alpha):
+def _pool_backward(g, tile, patch_MPD, spec, alpha, wants_alpha):
     """d similarity [R, m, P] from d r `g` [R, m]; d alpha; and the context's own d patches."""
     v = patch_MPD[tile.images]
     assert tile.kept is not None
@@ -275,7 +275,7 @@ class _PairScores(torch.autograd.Function):
             if dg is not None:
                 d_gamma += dg
             ds, da, context_grad = _pool_backward(
-                g, tile, rows_RD, patch_MPD, spec, alpha, ctx.needs_input_grad[3]
+                g, tile, patch_MPD, spec, alpha, ctx.needs_input_grad[3]
             )
             if da is not None:
                 d_alpha += da

@@ -49,6 +49,16 @@ def build_tower(make: Callable[[], _Tower], key: str) -> _Tower:
         raise ValueError(f"{key}: no tower can be built with these values: {said}") from error
 
 
+def tower_shape(tower: Any) -> dict[str, Any]:
+    """The options that give a tower of the same shape; of a config of transformers."""
+    return {key: value for key, value in tower.to_diff_dict().items() if key not in _NOT_SHAPE}
+
+
+# what a tower's own configuration says about its origin, not about its shape, and what is decided
+_NOT_SHAPE = {
+    *("_name_or_path", "architectures", "dtype", "model_type", "torch_dtype"),
+    *("transformers_version", "num_channels", "vocab_size"),
+}
 # what belongs to saved files and output heads of transformers, not to a tower
 _OF_ANY_MODEL = set(PretrainedConfig().to_dict())
 _DECIDED = {"num_channels": "data.channels", "vocab_size": "the tokenizer (data.vocab_size)"}

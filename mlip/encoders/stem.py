@@ -1,12 +1,10 @@
-"""Two ways into a ResNet: transformers' 7 x 7 convolution and pooling, or a deep stem."""
+"""A deep stem in the place of a ResNet's 7 x 7 convolution and pooling."""
 
 from __future__ import annotations
 
 import torch.nn as nn
 
-# (kernel, stride) of each layer up to stride 4, for the receptive field
-TOWER_LAYERS = ((7, 2), (3, 2))
-DEEP_LAYERS = ((3, 2), (3, 1), (3, 2))
+_LAYERS = ((3, 2), (3, 1), (3, 2))  # kernel, stride
 
 
 class DeepStem(nn.Sequential):
@@ -23,9 +21,7 @@ class DeepStem(nn.Sequential):
         half = max(1, embedding_size // 2)
         widths = (channels, half, half, embedding_size)
         layers: list[nn.Module] = []
-        for (kernel, stride), inputs, outputs in zip(
-            DEEP_LAYERS, widths[:-1], widths[1:], strict=True
-        ):
+        for (kernel, stride), inputs, outputs in zip(_LAYERS, widths[:-1], widths[1:], strict=True):
             layers += [
                 nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
                 nn.BatchNorm2d(outputs),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from mlip.encoders.options import build_tower, tower_config
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.pretrained_tower import load_tower
 from mlip.encoders.residual import round_residual
-from mlip.encoders.stem import DEEP_LAYERS, TOWER_LAYERS, DeepStem
+from mlip.encoders.stem import DeepStem
 
 
 class PointwiseBlock(nn.Module):
@@ -272,25 +271,3 @@ def _maybe_checkpoint(function: nn.Module, x: Tensor, is_on: bool) -> Tensor:
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), recomputing()),
     )
-
-
-def receptive_field_px(settings: Vision) -> int:
-    """Side of the square of pixels that one ResNet patch sees, in px of the network's input.
-
-    Source:  the usual recursion r += (kernel - 1) * jump over the layers.
-    """
-    config: Any = ResNetConfig(**settings.options)
-    field, jump = 1, 1
-    for kernel, stride in DEEP_LAYERS if settings.stem == "deep" else TOWER_LAYERS:
-        field += (kernel - 1) * jump
-        jump *= stride
-    kernels = (3, 3) if config.layer_type == "basic" else (1, 3, 1)
-    for stage in range(settings.patch_stage + 1):
-        for layer in range(config.depths[stage]):
-            strides = layer == 0 and (stage > 0 or config.downsample_in_first_stage)
-            at = 0 if config.layer_type == "basic" or config.downsample_in_bottleneck else 1
-            for position, kernel in enumerate(kernels):
-                field += (kernel - 1) * jump
-                if strides and position == at:
-                    jump *= 2
-    return int(math.ceil(field + (settings.patch_pool - 1) * jump))

@@ -30,7 +30,7 @@ from mlip.config import Knowledge
 from mlip.knowledge.concept_files import load_concepts, read_text, write_table
 from mlip.knowledge.concepts import LexiconError
 from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
-from mlip.knowledge.linker import Linker, Mention
+from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.report_lines import joined_lines
@@ -38,7 +38,6 @@ from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
 from mlip.output_file import require_writable
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
-_FEW_KNOWN_WORDS = 0.35  # English reports lie above 0.6, other languages below 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +230,7 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
     console.print(table)
     known, total = linker.known_words(text)
     console.print(f"{len(mentions)} mentions; {known} of {total} words are in the lexicon")
-    if total and known / total < _FEW_KNOWN_WORDS:
+    if total and known / total < FEW_KNOWN_WORDS:
         console.print("few known words: the lexicon is English, other languages are not guessed")
     return 0
 

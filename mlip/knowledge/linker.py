@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection
 from functools import lru_cache
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import ahocorasick
@@ -43,6 +42,7 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
+FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
 # "CT rules out" denies, "please rule out" asks: with s these are no plurals
 _VERBS = frozenset({"rule", "exclude"})
 
@@ -176,10 +176,8 @@ class Linker:
         if events and counts:
             found += scope.resolve(events, rules, decide != 0, len(pieces), pieces)
         found.sort()
-        silent, make = (
-            self._silent,
-            tuple.__new__,
-        )  # a NamedTuple's own __new__ costs three times it
+        # a NamedTuple's own __new__ costs three times tuple's
+        silent, make = self._silent, tuple.__new__
         mentions = []
         for k, (start, end, row, state) in enumerate(found):
             if row in silent:
@@ -295,11 +293,12 @@ def default_linker() -> Linker:
 
 
 @lru_cache(maxsize=1)
-def read_cues(path: Path = LEXICON_DIR / "_cues.yaml") -> dict[str, tuple[str, ...]]:
+def read_cues() -> dict[str, tuple[str, ...]]:
     """Kind of cue -> its surface forms, alternatives written out.
 
     Raises:  LexiconError on an unknown kind
     """
+    path = LEXICON_DIR / "_cues.yaml"
     content = read_yaml(read_text(path))
     unknown = sorted(set(content) - set(scope.KINDS))
     if unknown:

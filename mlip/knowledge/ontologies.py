@@ -168,11 +168,8 @@ def read_csv(path: str | Path) -> ConceptTable:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 16):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _below(terms: dict[str, dict[str, Any]], roots: Collection[str]) -> list[str]:

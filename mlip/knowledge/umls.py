@@ -56,7 +56,6 @@ def read_umls(
     languages: Collection[str] = ("ENG",),
     sources: Collection[str] = (),
     semantic_types: Collection[str] = tuple(SEMANTIC_TYPES),
-    relations: bool = True,
     progress: Progress | None = None,
 ) -> ConceptTable:
     """Concepts of a UMLS release folder, streamed: MRCONSO and MRSTY, MRDEF, MRREL and MRCUI if
@@ -92,7 +91,7 @@ def read_umls(
             if row[6] in ("N", "") and row[5].strip():
                 definitions.setdefault(cui, " ".join(row[5].split()))
     edges: tuple[array[int], array[int]] = (array("l"), array("l"))
-    if relations and (folder / "MRREL.RRF").exists():
+    if (folder / "MRREL.RRF").exists():
         edges = _edges(folder / "MRREL.RRF", names, progress)
     retired: dict[int, list[int]] = {}
     if (folder / "MRCUI.RRF").exists():

@@ -44,7 +44,7 @@ class LossContext:
         seed: int,
         step: int,
         progress: float,
-        local_scores: Callable[[], Tensor] | None = None,
+        local_scores: Callable[[], Tensor],
     ) -> None:
         self.features = features
         self.batch = batch
@@ -63,8 +63,6 @@ class LossContext:
     @cached_property
     def local_scores(self) -> Tensor:
         """Token-knowledge-patch scores of own images with all texts, [B, N]."""
-        if self._local_scores is None:
-            raise ValueError("this LossContext was made without local_scores")
         return self._local_scores()
 
     @cached_property

@@ -38,8 +38,6 @@ from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import MOMENTS, TrainingState
 
-logger = logging.getLogger("mlip")
-
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
 _EMA = "ema"

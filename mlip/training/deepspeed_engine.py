@@ -180,14 +180,14 @@ class DeepSpeedEngine(Engine):
 
     def _scale_values(self) -> dict[str, Tensor]:
         # after a skipped step nothing is gathered, after any other small parameters are
-        stored = self.objective.model.scales.parameters()  # type: ignore[union-attr,operator]
+        stored = self.objective.model.scales.parameters()  # type: ignore[union-attr]
         is_whole = self.stage < 3 or all(parameter.numel() > 0 for parameter in stored)
         return super()._scale_values() if is_whole else {}
 
     def scales(self) -> dict[str, float]:
         if self._scale_values():
             return super().scales()
-        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr,operator]
+        stored = list(self.objective.model.scales.parameters())  # type: ignore[union-attr]
         with self._deepspeed.zero.GatheredParameters(stored):
             return super().scales()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip import distributed
-from mlip.config import Config, ConfigError
+from mlip.config import Config, ConfigError, flatten
 from mlip.training.schedule import peak_lr
 
 # Sections that tune how DeepSpeed communicates or what it reports, and change no number.
@@ -118,20 +118,10 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
     }
 
 
-def _flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{path}{key}."))
-        else:
-            flat[f"{path}{key}"] = value
-    return flat
-
-
 def _merge_free(
     into: dict[str, Any], user: Mapping[str, Any], agreed: Mapping[str, tuple[str, Any]]
 ) -> None:
-    for key, value in _flatten(user).items():
+    for key, value in flatten(user).items():
         if value == "auto":
             continue
         if key in agreed:

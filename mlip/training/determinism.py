@@ -12,7 +12,6 @@ What is not known to repeat is refused under run.deterministic, not hoped for.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -22,18 +21,6 @@ from mlip.config import Config, ConfigError
 
 # where transformers keeps probabilities that no dropout module shows
 _PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What holds, and why the rest does not."""
-
-    names: tuple[str, ...]
-    obstacles: tuple[str, ...]  # to bit equality, each with the setting to change
-    elastic_obstacle: str | None  # to D3
-
-    def __str__(self) -> str:
-        return "+".join(self.names)
 
 
 def random_part(module: nn.Module) -> str | None:
@@ -47,19 +34,10 @@ def random_part(module: nn.Module) -> str | None:
     return None
 
 
-def levels(config: Config, module: nn.Module | None = None) -> Levels:
-    """Of this configuration on this rank's device; without the module, D3 is judged by settings."""
-    obstacles = _obstacles(config)
-    names = ["D0"] if obstacles else ["D2"]
-    dropping = random_part(module) if module is not None else None
-    elastic = None
-    if dropping is not None:
-        elastic = (
-            f"{dropping} drops at random by rank and by micro-batch (set its probability to 0)"
-        )
-    else:
-        names.append("D3")
-    return Levels(tuple(names), tuple(obstacles), elastic)
+def levels(config: Config, module: nn.Module) -> str:
+    """The levels of a configuration and model on this rank's device, such as D2+D3."""
+    repeats = "D0" if _obstacles(config) else "D2"
+    return repeats if random_part(module) is not None else f"{repeats}+D3"
 
 
 def _obstacles(config: Config) -> list[str]:

@@ -111,7 +111,7 @@ class Trainer:
             "engine": self.engine.name,
             "threads": threads,
             "world_size": distributed.world_size(),
-            "determinism": str(levels(config, objective)),
+            "determinism": levels(config, objective),
         }
         self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
         self.log.start(self.facts)

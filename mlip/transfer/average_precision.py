@@ -64,7 +64,7 @@ def match(
 ) -> list[Matches]:
     """Matches of each class through pycocotools.
 
-    Raises:  ValueError on a score that is not finite; ImportError naming the package.
+    Raises:  ValueError on a score that is not finite.
     """
     for f in found:
         if not np.isfinite(f.scores).all():
@@ -96,13 +96,9 @@ def run_coco(
     truth: Sequence[Truth], found: Sequence[Found], thresholds: Sequence[float], classes: int
 ) -> Any:
     """A pycocotools COCOeval after evaluate(): one area range, at most 100 boxes an image."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise ImportError(
-            "detection is scored with pycocotools, which is not installed: pip install pycocotools"
-        ) from error
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     images = [{"id": i} for i in range(len(truth))]
     categories = [{"id": k} for k in range(classes)]
     with contextlib.redirect_stdout(io.StringIO()):  # the tool prints its progress

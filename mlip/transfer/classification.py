@@ -35,7 +35,7 @@ from mlip.transfer.classification_scores import (
     macro_auroc,
 )
 from mlip.transfer.encoder import Encoder, Start
-from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
@@ -83,7 +83,7 @@ class Classification:
                 f"{', '.join(shared_names(manifest)[:30]) or 'no label of two patients'}; "
                 f"expected {LABEL_FORM}"
             )
-        self._cache: dict[tuple[str, int], Tensor] = {}
+        self._cache: dict[int, Tensor] = {}  # features by row, of the encoder of this hash
         self._cache_of = ""
 
     def rows(self, split: str) -> Array:
@@ -108,7 +108,7 @@ class Classification:
         if self._cache_of != start.weights_hash:
             self._cache.clear()
             self._cache_of = start.weights_hash
-        wanted = [r for r in rows.tolist() if (self._cache_of, r) not in self._cache]
+        wanted = [r for r in rows.tolist() if r not in self._cache]
         crops = Crops(self.config, self.images, train=False, seed=0)
         encoder.eval()
         for at in range(0, len(wanted), FEATURES_AT_ONCE):
@@ -118,8 +118,8 @@ class Classification:
                 raise ValueError(
                     "the image features hold NaN or infinite values: the checkpoint is broken"
                 )
-            self._cache.update(((self._cache_of, r), f) for r, f in zip(part, found, strict=True))
-        return torch.stack([self._cache[self._cache_of, r] for r in rows.tolist()])
+            self._cache.update(zip(part, found, strict=True))
+        return torch.stack([self._cache[r] for r in rows.tolist()])
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> logits [n, classes], record)"""
@@ -129,7 +129,8 @@ class Classification:
             side=crop_of(self.config).crop_px,
             channels=self.config.data.channels,
         ).to(self.device)
-        targets = {r: t for rows in (train, val) for r, t in zip(rows, self.targets(rows))}  # noqa: B905
+        both = np.concatenate([train, val])
+        targets = dict(zip(both.tolist(), self.targets(both), strict=True))
 
         def target(rows: Array) -> Tensor:
             return torch.from_numpy(np.stack([targets[r] for r in rows.tolist()]))
@@ -143,10 +144,9 @@ class Classification:
 
         def logits(rows: Array) -> Tensor:
             """Without gradient, on the centre crop."""
-            parts = [rows[i : i + FEATURES_AT_ONCE] for i in range(0, len(rows), FEATURES_AT_ONCE)]
             if is_frozen:
-                x = self.features(start, encoder, rows).to(self.device)
-                return head(x).cpu()
+                return head(self.features(start, encoder, rows).to(self.device)).cpu()
+            parts = [rows[i : i + FEATURES_AT_ONCE] for i in range(0, len(rows), FEATURES_AT_ONCE)]
             still = Crops(self.config, self.images, train=False, seed=0)
             return torch.cat(
                 [head(encoder.pooled(still.batch(p, 0).to(self.device))).cpu() for p in parts]
@@ -166,9 +166,7 @@ class Classification:
             loss = label_loss(shown, wanted, transfer.exclusive)
             return float(loss), macro_auroc(shown.numpy(), wanted.numpy())
 
-        modules: list[nn.Module] = [head] if is_frozen else [head, encoder]
-        groups = parameter_groups(head, None if is_frozen else encoder, transfer)
-        record = fit(modules, groups, transfer, losses, validate)
+        record = fit(head, encoder, transfer, losses, validate)
         return torch.no_grad()(lambda rows: logits(rows).numpy()), record
 
     def _logistic(

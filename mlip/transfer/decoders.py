@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.transfer.encoder import Encoder, Level
+from mlip.transfer.encoder import Encoder
 
 UNET_FINEST, UNET_COARSEST = 16, 256  # published decoder: 256, 128, 64, 32, 16 channels
 PUP_CHANNELS = (512, 256, 128, 64)  # SETR-PUP as MGCA's ViT segmenter has it
@@ -24,28 +24,28 @@ def convolution(channels: int, out: int) -> nn.Sequential:
 class UNetDecoder(nn.Module):
     """Upsample, join the encoder's level of that resolution, two convolutions; up to the input.
 
-    Shapes:  maps [B, C_i, h_i, w_i] fine to coarse -> [B, classes, side, side] logits
+    Shapes:  maps [B, C_i, h_i, w_i] fine to coarse -> [B, 1, side, side] logits
     Source:  Ronneberger et al. 2015 with the decoder of segmentation_models_pytorch's Unet
              (256, 128, 64, 32, 16 channels), which the published protocol uses; written anew.
     """
 
-    def __init__(self, levels: Sequence[Level], side: int, classes: int, finest: int = 0) -> None:
+    def __init__(self, levels: Sequence[int], side: int, finest: int = 0) -> None:
         super().__init__()
         self.side = side
         finest = finest or UNET_FINEST
         skips = list(levels[:-1])[::-1]
         most = finest * UNET_COARSEST // UNET_FINEST
         widths = [min(most, finest * 2 ** (len(skips) - i)) for i in range(len(skips) + 1)]
-        channels = levels[-1].channels
+        channels = levels[-1]
         blocks = []
         for i, width in enumerate(widths):
-            skip = skips[i].channels if i < len(skips) else 0
+            skip = skips[i] if i < len(skips) else 0
             blocks.append(
                 nn.Sequential(convolution(channels + skip, width), convolution(width, width))
             )
             channels = width
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Conv2d(channels, classes, 3, padding=1)
+        self.head = nn.Conv2d(channels, 1, 3, padding=1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = maps[-1]
@@ -64,20 +64,20 @@ class UNetDecoder(nn.Module):
 class UpsamplingDecoder(nn.Module):
     """Convolution and doubling, until the input's resolution is reached: for a ViT's one grid.
 
-    Shapes:  maps [[B, C, h, w]] -> [B, classes, side, side] logits
+    Shapes:  maps [[B, C, h, w]] -> [B, 1, side, side] logits
     Source:  SETR-PUP (Zheng et al. 2021, section 3.2), channels as MGCA's ViT segmenter.
     """
 
-    def __init__(self, levels: Sequence[Level], side: int, classes: int, finest: int = 0) -> None:
+    def __init__(self, levels: Sequence[int], side: int, finest: int = 0) -> None:
         super().__init__()
         self.side = side
         widths = PUP_CHANNELS if not finest else tuple(finest * 2**i for i in (3, 2, 1, 0))
-        channels = levels[-1].channels
+        channels = levels[-1]
         self.blocks = nn.ModuleList()
         for width in widths:
             self.blocks.append(convolution(channels, width))
             channels = width
-        self.head = nn.Conv2d(channels, classes, 1)
+        self.head = nn.Conv2d(channels, 1, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         x = maps[-1]
@@ -89,7 +89,7 @@ class UpsamplingDecoder(nn.Module):
         return self.head(x)
 
 
-def make_decoder(encoder: Encoder, side: int, classes: int, finest: int) -> nn.Module:
+def make_decoder(encoder: Encoder, side: int, finest: int) -> nn.Module:
     """The U-Net decoder where there are levels to join, else the upsampling one."""
-    kind = UNetDecoder if len(encoder.level_table) > 1 else UpsamplingDecoder
-    return kind(encoder.level_table, side, classes, finest)
+    kind = UNetDecoder if len(encoder.level_channels) > 1 else UpsamplingDecoder
+    return kind(encoder.level_channels, side, finest)

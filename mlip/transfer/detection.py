@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from mlip.config import Config
@@ -26,7 +25,7 @@ from mlip.transfer.average_precision import (
 )
 from mlip.transfer.boxes import box_iou
 from mlip.transfer.encoder import Encoder, Start
-from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.froc import froc_scores
 from mlip.transfer.interval import Array, patient_resamples
@@ -46,7 +45,6 @@ class Detection(FramedTask):
         self.annotations.require_box_names()
         self.classes = list(config.transfer.classes) or [ANY_CLASS]
         self._boxes: dict[int, Truth] = {}
-        self._size_of_box_file: dict[int, tuple[int, int]] = {}
 
     def rows(self, split: str) -> Array:
         """All rows of the split that were looked at: an image without a box counts too."""
@@ -88,13 +86,9 @@ class Detection(FramedTask):
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> Found per image, record)"""
         transfer = self.transfer
-        is_frozen = transfer.encoder == "frozen"
-        encoder: Encoder = start.encoder(
-            is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
-        ).to(self.device)
+        encoder = self._encoder(start)
         torch.manual_seed(seed)
         head = self._head(YoloHead(encoder, self.side, len(self.classes), transfer.decoder_width))
-        self._start(start.weights_hash)
 
         def loss_of(outputs: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Tensor:
             return yolo_loss(outputs, head, boxes, labels, transfer.box_loss)
@@ -138,9 +132,7 @@ class Detection(FramedTask):
             score = self._val_score(val, found) if transfer.monitor == "score" else None
             return total / len(val), score
 
-        modules: list[nn.Module] = [head] if is_frozen else [head, encoder]
-        groups = parameter_groups(head, None if is_frozen else encoder, transfer)
-        return predict, fit(modules, groups, transfer, losses, validate)
+        return predict, fit(head, encoder, transfer, losses, validate)
 
     def _val_score(self, val: Array, found: list[Found]) -> float | None:
         truth = [self.truth(r) for r in val.tolist()]

@@ -31,18 +31,11 @@ from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import whole_file
-from mlip.transfer.features import (
-    encode_images,
-    encode_texts,
-    join_images,
-    join_texts,
-    require_finite,
-)
+from mlip.transfer.features import encoded, join_images, join_texts, require_finite
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
 
 PART_ROWS = 2048
-FORMATS = ("safetensors", "parquet")
 
 
 class EmbedError(ValueError):
@@ -82,7 +75,7 @@ def write_embeddings(
 
     A part that lacks rows is made again as soon as one of their images can be read.
 
-    form     one of FORMATS, the same numbers in both
+    form     safetensors or parquet, the same numbers in both
     Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
              for a split without rows; DataError where more than data.bad_share of the images, or
              all of them, cannot be read.
@@ -257,21 +250,9 @@ def _encode(
         global_pairs=min(128, len(rows)),
     )
     images, texts = [], []
-    try:
-        for batch in loader:
-            if len(batch):
-                images.append(
-                    encode_images(
-                        opened.model,
-                        batch,
-                        mean=config.data.mean,
-                        std=config.data.std,
-                        device=device,
-                    )
-                )
-                texts.append(encode_texts(opened.model, batch, device=device))
-    finally:
-        loader.close()
+    for _, image, text in encoded(opened.model, loader, config.data, device):
+        images.append(image)
+        texts.append(text)
     if not images:
         return {}, loader.ledger.bad
     joined, reports = join_images(images), join_texts(texts)

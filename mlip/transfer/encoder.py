@@ -17,16 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.config import Config
+from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
 from mlip.transfer.fingerprint import hash_of_weights
-
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of an encoder."""
-
-    channels: int
-    stride: int  # px of the input per cell
 
 
 class Encoder(nn.Module):
@@ -53,7 +46,7 @@ class Encoder(nn.Module):
         self.train(False)
         with torch.no_grad():
             maps = self.levels(torch.zeros(1, channels, side, side))
-        self.level_table = tuple(Level(m.shape[1], side // m.shape[2]) for m in maps)
+        self.level_channels = tuple(m.shape[1] for m in maps)
         self.width = vision.global_dim
 
     def train(self, mode: bool = True) -> Encoder:
@@ -159,7 +152,8 @@ def open_start(
         )
     if start == "random":
         if vision is not None:
-            settings = dataclasses.replace(settings, source=None, options=_options(vision))
+            options = tower_shape(vision.tower.backbone.config)
+            settings = dataclasses.replace(settings, source=None, options=options)
         elif settings.source is not None:
             raise ValueError(
                 "transfer.start=random with model.vision.source set: a source holds weights; "
@@ -179,9 +173,3 @@ def open_start(
     finally:
         torch.random.set_rng_state(state)
     return Start(made, start, hash_of_weights(made), {})
-
-
-def _options(vision: VisionEncoder) -> dict[str, Any]:
-    described = vision.tower.backbone.config.to_diff_dict()
-    own = {"_name_or_path", "architectures", "dtype", "model_type", "num_channels", "torch_dtype"}
-    return {k: v for k, v in described.items() if k not in own | {"transformers_version"}}

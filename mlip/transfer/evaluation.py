@@ -27,8 +27,7 @@ from mlip.transfer.examples import collect_examples
 from mlip.transfer.features import (
     ImageBank,
     TextBank,
-    encode_images,
-    encode_texts,
+    encoded,
     global_scores,
     join_images,
     join_texts,
@@ -176,26 +175,17 @@ def encode_split(
     beside: dict[str, list[Any]] = {"pair_id": [], "has_text": []}
     mentions: list[Array] = []
     seen = 0
-    try:
-        for batch in loader:
-            if len(batch) == 0:
-                continue
-            images.append(
-                encode_images(
-                    model, batch, mean=config.data.mean, std=config.data.std, device=device
-                )
-            )
-            texts.append(encode_texts(model, batch, device=device))
-            beside["pair_id"].append(batch.pair_id.numpy())
-            beside["has_text"].append(batch.content_mask.any(dim=1).numpy())
-            chosen = batch.entity_mask
-            report = chosen.nonzero()[:, 0] + seen
-            mentions.append(
-                np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
-            )
-            seen += len(batch)
-    finally:
-        loader.close()
+    for batch, image, text in encoded(model, loader, config.data, device):
+        images.append(image)
+        texts.append(text)
+        beside["pair_id"].append(batch.pair_id.numpy())
+        beside["has_text"].append(batch.content_mask.any(dim=1).numpy())
+        chosen = batch.entity_mask
+        report = chosen.nonzero()[:, 0] + seen
+        mentions.append(
+            np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
+        )
+        seen += len(batch)
     joined = {key: np.concatenate(parts) for key, parts in beside.items() if parts}
     joined["mentions"] = np.concatenate(mentions) if mentions else np.zeros((0, 3), np.int64)
     return join_images(images), join_texts(texts), joined

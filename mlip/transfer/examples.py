@@ -6,6 +6,7 @@ where the caller allows it.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ TEXT_ANSWERS, IMAGE_ANSWERS = 4, 6
 
 
 def picture(image: Array) -> str:
-    import base64
-
+    """A PNG as base64 text of a grey image [H, W] uint8."""
     done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9])
     if not done:
         raise ValueError(f"an image of shape {image.shape} could not be written as PNG")
@@ -65,7 +65,7 @@ def collect_examples(
     def study(i: int) -> str:
         return study_name(manifest, int(images.row_index[i]), shows_id)
 
-    found: dict[str, Any] = {"shows_text": shows_text, "score": "global head"}
+    found: dict[str, Any] = {"shows_text": shows_text}
     found["grounding"] = (
         _grounding(images, queries, phrases, maps, names, study) if maps is not None else []
     )

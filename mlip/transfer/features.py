@@ -5,19 +5,35 @@ What does not live here: any task. Tasks take an ImageBank and a TextBank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
+from mlip.config import Data
 from mlip.dataloading.ledger import DataError
+from mlip.dataloading.loader import Loader
 from mlip.transfer.interval import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.
 CHUNK_BYTES = 96 * 2**20
+
+
+_Features = TypeVar("_Features", TextFeatures, KnowledgeFeatures)
+
+
+def _each(features: _Features, move: Callable[[Tensor], Tensor]) -> _Features:
+    """The same features with every tensor moved; None stays."""
+    held = {f.name: getattr(features, f.name) for f in fields(features)}
+    return replace(features, **{name: move(t) for name, t in held.items() if t is not None})
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,6 @@ class TextBank:
         used = mask.any(dim=0).nonzero()
         longest = int(used.max()) + 1 if len(used) else 1
         attention = self.text.attention
-        k = self.knowledge
         return TextBank(
             text=TextFeatures(
                 embedding=self.text.embedding[at],
@@ -58,13 +73,7 @@ class TextBank:
                 attention=None if attention is None else attention[at, :longest],
             ),
             content_mask=mask[:, :longest],
-            knowledge=KnowledgeFeatures(
-                entities=k.entities[at],
-                mask=k.mask[at],
-                row_weights=k.row_weights[at],
-                present_mean=k.present_mean[at],
-                has_present=k.has_present[at],
-            ),
+            knowledge=_each(self.knowledge, lambda tensor: tensor[at]),
         )
 
 
@@ -77,21 +86,7 @@ def encode_texts(model: Any, batch: Batch | Any, *, device: torch.device) -> Tex
     knowledge = model.encode_knowledge(
         batch.entity_ids.to(device), batch.entity_state.to(device), batch.entity_mask.to(device)
     )
-    return TextBank(
-        text=TextFeatures(
-            embedding=text.embedding.float().cpu(),
-            tokens=text.tokens.float().cpu(),
-            attention=None if text.attention is None else text.attention.float().cpu(),
-        ),
-        content_mask=content.cpu(),
-        knowledge=KnowledgeFeatures(
-            entities=knowledge.entities.float().cpu(),
-            mask=knowledge.mask.cpu(),
-            row_weights=knowledge.row_weights.float().cpu(),
-            present_mean=knowledge.present_mean.float().cpu(),
-            has_present=knowledge.has_present.cpu(),
-        ),
-    )
+    return TextBank(_each(text, _on_host), content.cpu(), _each(knowledge, _on_host))
 
 
 @torch.no_grad()
@@ -110,6 +105,19 @@ def encode_images(
         row_index=batch.row_index.cpu().numpy(),
         pixels=(grey * 255.0).round().to(torch.uint8).numpy(),
     )
+
+
+def encoded(
+    model: Any, loader: Loader, data: Data, device: torch.device
+) -> Iterator[tuple[Batch, ImageBank, TextBank]]:
+    """Each batch of the loader that has a row, with its features; the loader is closed."""
+    try:
+        for batch in loader:
+            if len(batch):
+                images = encode_images(model, batch, mean=data.mean, std=data.std, device=device)
+                yield batch, images, encode_texts(model, batch, device=device)
+    finally:
+        loader.close()
 
 
 def join_images(parts: list[ImageBank]) -> ImageBank:
@@ -187,20 +195,12 @@ def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.
     count = texts.content_mask.shape[1] + texts.knowledge.mask.shape[1]
     per_image = max(1, patches.shape[1] * count * len(texts) * 4)
     step = max(1, CHUNK_BYTES // per_image)
-    attention = texts.text.attention
-    k = texts.knowledge
-    knowledge = KnowledgeFeatures(
-        entities=k.entities.to(device),
-        mask=k.mask.to(device),
-        row_weights=k.row_weights.to(device),
-        present_mean=k.present_mean.to(device),
-        has_present=k.has_present.to(device),
-    )
-    tokens, content = texts.text.tokens.to(device), texts.content_mask.to(device)
-    attention = None if attention is None else attention.to(device)
+    text = _each(texts.text, lambda tensor: tensor.to(device))
+    knowledge = _each(texts.knowledge, lambda tensor: tensor.to(device))
+    content = texts.content_mask.to(device)
     chunks = [
         model.local_scores(
-            patches[i : i + step].to(device), tokens, content, attention, knowledge
+            patches[i : i + step].to(device), text.tokens, content, text.attention, knowledge
         ).double()
         for i in range(0, len(patches), step)
     ]

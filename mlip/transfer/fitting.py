@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mlip.transfer.encoder import Encoder
 from mlip.transfer.interval import Array
 from mlip.transfer_settings import Transfer
 
@@ -67,30 +68,26 @@ def shuffled_batches(
             yield number, rows[order[start : start + size]]
 
 
-def parameter_groups(head: nn.Module, encoder: nn.Module | None, transfer: Transfer) -> list[Any]:
-    """AdamW's groups: the head, and the encoder where it is tuned."""
-    groups: list[Any] = [{"params": list(head.parameters()), "lr": transfer.lr}]
-    if encoder is not None:
-        tuned = [p for p in encoder.parameters() if p.requires_grad]
-        if tuned:
-            groups.append({"params": tuned, "lr": transfer.encoder_lr or transfer.lr})
-    return groups
-
-
 def fit(
-    modules: list[nn.Module],
-    groups: list[Any],
+    head: nn.Module,
+    encoder: Encoder | None,
     transfer: Transfer,
     losses: Callable[[int], Iterator[Tensor]],
     validate: Callable[[], tuple[float, float | None]],
 ) -> Record:
     """Train until val has not improved for transfer.patience epochs; the best epoch is kept.
 
-    modules   what is trained (and only that: a frozen encoder is not among them)
+    encoder   trained as well unless it is frozen, or None
     losses    epoch -> the loss of each batch, to step on
     validate  -> (val loss, val score or None); transfer.monitor says which one counts
     Raises:   TransferError on a loss that is not finite.
     """
+    modules, groups = [head], [{"params": list(head.parameters()), "lr": transfer.lr}]
+    if encoder is not None and not encoder.is_frozen:
+        modules.append(encoder)
+        tuned = [p for p in encoder.parameters() if p.requires_grad]
+        if tuned:
+            groups.append({"params": tuned, "lr": transfer.encoder_lr or transfer.lr})
     optimiser = torch.optim.AdamW(groups, weight_decay=transfer.weight_decay)
     best, best_epoch, state = math.inf, 0, _snapshot(modules)
     history: list[tuple[float, float, float | None]] = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer.annotations import Annotations
-from mlip.transfer.encoder import Encoder
+from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
 from mlip.transfer.interval import Array
 
@@ -38,11 +38,15 @@ class FramedTask:
         self._kept: dict[int, list[Tensor]] = {}
         self._kept_of, self._room = "", 0.0
 
-    def _start(self, weights_hash: str) -> None:
-        """Levels of another encoder are let go before a fit."""
-        if self._kept_of != weights_hash:
+    def _encoder(self, start: Start) -> Encoder:
+        """The encoder of a fit; levels that are kept of another one are let go."""
+        if self._kept_of != start.weights_hash:
             self._kept.clear()
-            self._kept_of, self._room = weights_hash, self.config.transfer.cache_gib * 2**30
+            self._kept_of = start.weights_hash
+            self._room = self.config.transfer.cache_gib * 2**30
+        is_frozen, channels = self.transfer.encoder == "frozen", self.config.data.channels
+        encoder = start.encoder(is_frozen=is_frozen, side=self.side, channels=channels)
+        return encoder.to(self.device)
 
     def _head(self, head: Any) -> Any:
         """The head where the levels are, laid out as they are: 1.6 times as fast on a CPU."""

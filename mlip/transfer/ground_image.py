@@ -79,9 +79,7 @@ def ground_image(
     below = [(p.name, _on_file(upsample(p.heat), transform, grey.shape)) for p in parts]
     _write(out, grey, _on_file(picture, transform, grey.shape), point, below)
     linked = opened.linker.link(phrase)
-    mentions = tuple(
-        dict.fromkeys((opened.table[m.concept_id].name, _state(m.state)) for m in linked)
-    )
+    mentions = tuple(dict.fromkeys((opened.table[m.concept_id].name, m.state) for m in linked))
     seen = np.isfinite(of_file).astype(np.float32)
     sees = cv2.resize(seen, features.grid[::-1], interpolation=cv2.INTER_AREA).reshape(-1) > 0
     heat = heat[sees]
@@ -116,13 +114,9 @@ def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
     tokens = batch.token_ids.shape[1]
     for k in batch.entity_mask[0].nonzero()[:, 0].tolist():
         concept = opened.table.concepts[int(batch.entity_ids[0, k])].name
-        state = _state(batch.entity_state[0, k])
+        state = STATES[int(batch.entity_state[0, k])]
         shown.append(Part(f"{concept} ({state})", heat[tokens + k]))
     return tuple(shown)
-
-
-def _state(state: Any) -> str:
-    return state if isinstance(state, str) else STATES[int(state)]
 
 
 def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Array:

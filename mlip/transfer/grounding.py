@@ -92,9 +92,8 @@ def text_rows(model: Any, texts: TextBank) -> tuple[Tensor, Tensor]:
 def phrase_maps(model: Any, patches: Tensor, texts: TextBank) -> Tensor:
     """Similarity of every patch with every phrase, [N, M, P] in [-1, 1], high = match."""
     rows, weights = text_rows(model, texts)
-    rows, weights = rows.nan_to_num(0.0), weights
     # a weighted mean of cosines is the cosine's numerator with the weighted mean row
-    mean_row = torch.einsum("nj,njd->nd", weights, rows)
+    mean_row = torch.einsum("nj,njd->nd", weights, rows.nan_to_num(0.0))
     return torch.einsum("nd,mpd->nmp", mean_row, unit_length(patches))
 
 

@@ -151,7 +151,6 @@ def class_precision(
     *,
     bootstrap: int,
     seed: int,
-    cuts: Sequence[int] = CLASS_CUTS,
 ) -> dict[str, Any]:
     """Precision@k by class: the share of a query's first k answers that are of its class.
 
@@ -161,12 +160,12 @@ def class_precision(
     """
     if len(queries) == 0 or len(candidates) == 0:
         return {"reason": "no row carries exactly one label"}
-    top = top_candidates(queries.float(), candidates.float(), max(cuts))
+    top = top_candidates(queries.float(), candidates.float(), max(CLASS_CUTS))
     is_right = np.asarray(candidate_class)[top] == np.asarray(query_class)[:, None]
     weights = patient_resamples(patient_ids, bootstrap, seed)
     names = sorted(set(np.asarray(query_class).tolist()))
     result: dict[str, Any] = {"classes": {}}
-    for k in cuts:
+    for k in CLASS_CUTS:
         result[f"precision@{k}"] = (
             mean_estimate(is_right[:, :k].mean(axis=1), weights)
             if k <= len(candidates)
@@ -179,7 +178,7 @@ def class_precision(
         result["classes"][name] = {
             **{
                 f"precision@{k}": float(is_right[own, :k].mean())
-                for k in cuts
+                for k in CLASS_CUTS
                 if k <= len(candidates)
             },
             "queries": int(own.sum()),

@@ -1,6 +1,6 @@
 """Image files and free texts of one's own -> features and scores, prepared as in training.
 
-`Pretrained` (mlip/pretrained.py) offers these as methods; `mlip ground` is built on them.
+`Pretrained` (mlip/pretrained_model.py) offers these as methods; `mlip ground` is built on them.
 """
 
 from __future__ import annotations

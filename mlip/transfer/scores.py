@@ -15,6 +15,7 @@ from sklearn.metrics import average_precision_score
 from mlip.transfer.interval import Array, Estimate, estimate, not_available
 
 CALIBRATED_DRAWS = 100
+CURVE_POINTS = 120  # a chart 300 px wide shows no more
 CALIBRATION_BINS = 15  # Guo et al. 2017, "On calibration of modern neural networks"
 
 
@@ -122,8 +123,8 @@ def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -
     return {**mean, "seeds": each, "seed_sd": deviation}
 
 
-def curve(scores: Array, labels: Array, most: int = 120) -> dict[str, list[float]]:
-    """Points of the ROC and precision-recall curves, thinned to `most`.
+def curve(scores: Array, labels: Array) -> dict[str, list[float]]:
+    """Points of the ROC and precision-recall curves, thinned to CURVE_POINTS.
 
     Without the library's last point (recall 0, precision 1), which no threshold reaches.
     """
@@ -133,7 +134,9 @@ def curve(scores: Array, labels: Array, most: int = 120) -> dict[str, list[float
     precision, recall, _ = precision_recall_curve(labels, scores)
 
     def thin(values: Array) -> list[float]:
-        at = np.unique(np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int))
+        at = np.unique(
+            np.linspace(0, len(values) - 1, min(CURVE_POINTS, len(values))).round().astype(int)
+        )
         return [round(float(v), 4) for v in values[at]]
 
     return {

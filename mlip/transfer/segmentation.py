@@ -13,7 +13,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from mlip.config import Config
 from mlip.transfer.decoders import make_decoder
 from mlip.transfer.dice import Counts, count, dice_per_image, dice_scores, join
 from mlip.transfer.encoder import Encoder, Start
-from mlip.transfer.fitting import Record, fit, parameter_groups, shuffled_batches
+from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
@@ -100,13 +99,9 @@ class Segmentation(FramedTask):
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
         """(predict: rows -> logits in batches, record)"""
         transfer = self.transfer
-        is_frozen = transfer.encoder == "frozen"
-        encoder: Encoder = start.encoder(
-            is_frozen=is_frozen, side=self.side, channels=self.config.data.channels
-        ).to(self.device)
+        encoder = self._encoder(start)
         torch.manual_seed(seed)
-        decoder = self._head(make_decoder(encoder, self.side, 1, transfer.decoder_width))
-        self._start(start.weights_hash)
+        decoder = self._head(make_decoder(encoder, self.side, transfer.decoder_width))
 
         def losses(epoch: int) -> Iterator[Tensor]:
             fewest = transfer.epoch_steps
@@ -135,9 +130,7 @@ class Segmentation(FramedTask):
                 )
             return total / len(val), float(dice_per_image(join(counts)).mean())
 
-        modules: list[nn.Module] = [decoder] if is_frozen else [decoder, encoder]
-        groups = parameter_groups(decoder, None if is_frozen else encoder, transfer)
-        return logits, fit(modules, groups, transfer, losses, validate)
+        return logits, fit(decoder, encoder, transfer, losses, validate)
 
     def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Any]:
         """Counts of test, and the predicted masks as packed bits for the page."""

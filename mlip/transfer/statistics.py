@@ -11,13 +11,12 @@ from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import Config
 from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.reports import ReportEncoder
+from mlip.knowledge.linker import FEW_KNOWN_WORDS
 from mlip.knowledge.merging import LICENSED_SOURCES
 from mlip.transfer.interval import Array
+from mlip.transfer.prompts import phrase_encoder
 
 MOST_SHOWN = 15
-# English reports lie above 0.6, other languages below 0.2
-_FEW_KNOWN_WORDS = 0.35
 
 
 def knowledge_statistics(
@@ -68,7 +67,7 @@ def knowledge_statistics(
         facts.insert(5, (f"reports that fill data.max_entities ({most})", f"{full:,}"))
     if linker is not None:
         known = [linker.known_words(text) for text in texts]
-        few = sum(hits < _FEW_KNOWN_WORDS * words for hits, words in known if words)
+        few = sum(hits < FEW_KNOWN_WORDS * words for hits, words in known if words)
         facts.insert(5, ("reports of few known words", f"{few:,}"))
     return {
         "sentence": f"{len(table):,} concepts in the table; {used:,} of them are mentioned in the "
@@ -92,12 +91,7 @@ def pair_statistics(
     rows = manifest.rows("train")
     by_concepts = None
     if config.knowledge.pair_id_by_concepts and len(rows):
-        encoder = ReportEncoder(
-            *(tokenizer, linker, table),
-            max_tokens=config.data.max_tokens,
-            max_entities=config.data.max_entities,
-            max_cache_bytes=0,
-        )
+        encoder = phrase_encoder(config, tokenizer, linker, table)
         by_concepts = _groups(pair_ids_by_concepts(manifest, rows, encoder)[rows])
     return {
         "pairs": len(rows),

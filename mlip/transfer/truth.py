@@ -20,6 +20,7 @@ from mlip.dataloading import phantom_oracle, phantom_reports
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.phantom_dataset import MARK
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import (
@@ -34,7 +35,6 @@ from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
 
-PHANTOM_MARK = "mlip phantom studies"
 LEXICON_POSITIVE = ("{n}.", "there is {n}.", "findings of {n}.")
 LEXICON_NEGATIVE = ("no {n}.", "there is no {n}.", "no evidence of {n}.")
 SIDES = ("left", "right")
@@ -55,7 +55,7 @@ def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
         meta = json.loads(Path(manifest.path).with_name("meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return meta if isinstance(meta, dict) and meta.get("kind") == PHANTOM_MARK else None
+    return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
 
 
 def oracle_scores(manifest: Manifest, rows: Array) -> Array:
@@ -91,9 +91,9 @@ def lexicon_prompts(
     prompts, unknown = [], []
     for label in labels:
         text = label.replace("_", " ").strip().lower()
-        mentions = linker.link(text) if linker is not None else []
+        mentions = linker.link(text)
         # "no finding" and the like say what is not there: that is no finding to score
-        if not mentions or mentions[0].state not in (0, "present"):
+        if not mentions or mentions[0].state != "present":
             unknown.append(label)
             continue
         name = table[mentions[0].concept_id].name

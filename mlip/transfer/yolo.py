@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.transfer.average_precision import MOST_BOXES
 from mlip.transfer.boxes import keep_best
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.interval import Array
@@ -28,7 +29,6 @@ ANCHORS = (
 ANCHOR_SIDE = 416.0
 IGNORE_IOU = 0.5
 XY_WEIGHT, WH_WEIGHT, EMPTY_WEIGHT = 2.5, 2.5, 0.5
-MOST_BOXES = 100  # per image, the COCO tool's own limit
 LARGEST_LOG_RATIO = 6.0  # of a box to its anchor: e^6 = 403, larger only overflows
 
 
@@ -51,18 +51,18 @@ class YoloHead(nn.Module):
     def __init__(self, encoder: Encoder, side: int, classes: int, width: int = 0) -> None:
         super().__init__()
         self.side, self.classes = side, classes
-        table = encoder.level_table
+        table = encoder.level_channels
         self.is_single = len(table) == 1
         self.extra = nn.ModuleList()
         if self.is_single:
-            channels = width or min(256, table[0].channels)
-            at = table[0].channels
+            channels = width or min(256, table[0])
+            at = table[0]
             self.extra.append(nn.ConvTranspose2d(at, channels, 2, stride=2))
             self.extra.append(nn.Conv2d(at, channels, 1))
             self.extra.append(nn.Conv2d(at, channels, 3, stride=2, padding=1))
             inputs = [channels] * 3
         else:
-            inputs = [level.channels for level in table[-3:]]
+            inputs = list(table[-3:])
             while len(inputs) < 3:  # a shallow tower: coarser levels by strided convolution
                 channels = width or min(256, inputs[-1])
                 self.extra.append(nn.Conv2d(inputs[-1], channels, 3, stride=2, padding=1))

@@ -27,8 +27,6 @@ from mlip.transfer.interval import (
 )
 from mlip.transfer.scores import best_threshold, weighted_f1
 
-HEADS = ("global", "local", "combined")
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -86,7 +84,6 @@ def evaluate_zero_shot(
     *,
     bootstrap: int,
     seed: int,
-    references: Mapping[str, Mapping[str, float | None]] | None = None,
 ) -> dict[str, Any]:
     """AUROC per finding and head, macro and worst, with patient-level intervals.
 
@@ -95,7 +92,6 @@ def evaluate_zero_shot(
     Returns: {"findings": [{finding, name, positives, n, <head>: Estimate, ...}],
              "macro": {head: Estimate}, "worst": {head: Estimate with "finding"}}
              A finding without both classes is value None with the reason, and leaves the macro.
-    references  {name: {finding: AUROC}} known beside the model (an oracle, a prior), copied in.
     """
     weights = patient_resamples(patient_ids, bootstrap, seed)
     table: list[dict[str, Any]] = []
@@ -114,8 +110,6 @@ def evaluate_zero_shot(
             row[head] = auroc_estimate(values[known, f], truth, weights[:, known])
             if row[head]["value"] is not None:
                 resampled[head].append(weighted_auroc(values[known, f], truth, weights[:, known]))
-        for name, known_values in (references or {}).items():
-            row[name] = known_values.get(p.finding)
         table.append(row)
     return {
         "findings": table,

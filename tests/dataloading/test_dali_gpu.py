@@ -30,7 +30,7 @@ from tests.dataloading.conftest import take
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
-from mlip.dataloading import dali_graph, dali_pipeline  # noqa: E402
+from mlip.dataloading import dali_graph, dali_pipeline
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,8 +24,8 @@ from tests.virtual_gpu import virtual_gpu
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
-from mlip.dataloading import dali_graph, dali_pipeline  # noqa: E402
-from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali  # noqa: E402
+from mlip.dataloading import dali_graph, dali_pipeline
+from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali
 
 STD = 0.25  # data.std: turns a normalised difference into one of intensities
 

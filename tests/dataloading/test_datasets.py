@@ -19,11 +19,12 @@ from mlip.dataloading.datasets.covidx import parse_line
 from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
 from mlip.dataloading.datasets.open_i import parse_report, plain_name, read_reports
-from mlip.dataloading.datasets.rle import decode_masks, encode_mask
+from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import DatasetError
 from tests.raw_layouts import (
     by_id,
     collect,
+    encode_mask,
     image,
     make_chexpert,
     make_covidx,

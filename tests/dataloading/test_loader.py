@@ -23,7 +23,7 @@ from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.ledger import DataError, Ledger
-from mlip.dataloading.loader import build_loader, merge_states
+from mlip.dataloading.loader import build_loader, listed_bad, merge_states
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from tests.dataloading.conftest import take
 
@@ -150,11 +150,11 @@ def test_bad_files_cost_no_good_one_and_are_replaced_by_rule(
         assert torch.equal(a.image[~bad], b.image[~bad])
         assert not np.isin(b.row_index, [1, 6]).any()
         assert torch.equal(a.global_index, b.global_index)
-    assert loader.quarantine() == [
+    assert listed_bad(loader.manifest, loader.ledger) == [
         {"row": row + 1, "image": manifest.image_hash(row), "reason": "truncated"} for row in [1, 6]
     ]
     assert sum("quarantined" in record.message for record in caplog.records) == 2
-    told = caplog.text + str(loader.quarantine())
+    told = caplog.text + str(listed_bad(loader.manifest, loader.ledger))
     assert "data row 7" in told and not any(name in told for name in names)
     # the same rows are drawn as replacements on any number of ranks
     ranks = [take(build(config, rank=r, world_size=2), 6) for r in range(2)]
@@ -204,7 +204,6 @@ def test_evaluation_leaves_bad_images_out_and_counts_them(corpus: Make, build: A
 
 def test_evaluation_reads_every_row_once_and_again(corpus: Make, build: Any) -> None:
     loader = build(corpus(), "train", train=False, global_pairs=5)
-    assert loader.steps_per_epoch == 4
     for _ in range(2):
         batches = list(loader)
         assert [len(b) for b in batches] == [5, 5, 5, 1]

@@ -15,8 +15,7 @@ import pytest
 from mlip.cli import main
 from mlip.config import ConfigError
 from mlip.dataloading.datasets import folder
-from mlip.dataloading.output_folder import SETTINGS_FILE, OutputFolder
-from mlip.dataloading.output_lock import sole_writer
+from mlip.dataloading.output_folder import SETTINGS_FILE, OutputFolder, sole_writer
 from mlip.dataloading.shard_build import OUTPUTS
 from tests.raw_layouts import image, table
 

@@ -13,7 +13,6 @@ from mlip.dataloading import phantom
 from mlip.dataloading.phantom import NORMAL_RATIO, generate_study, patient_of
 from mlip.dataloading.phantom_body import draw_body
 from mlip.dataloading.phantom_dataset import write_png
-from mlip.dataloading.phantom_findings import zone_at
 from mlip.dataloading.phantom_types import (
     CONCEPT_IDS,
     FINDINGS,
@@ -157,14 +156,6 @@ def test_size_words_order_the_area_that_is_drawn(studies: list[PhantomStudy]) ->
             for word in words
         ]
         assert areas[0] * 1.2 < areas[1] < areas[2] / 1.2, concept
-
-
-def test_zones_are_thirds_of_the_lung() -> None:
-    rng = np.random.default_rng(0)
-    body, _ = draw_body(rng, rng, 0.45, 0.9)
-    top, bottom = body.apex_y, body.dome_y["left"] + 0.05
-    heights = top + (bottom - top) * np.array([0.1, 0.5, 0.9])
-    assert [zone_at(body, "left", y) for y in heights] == ["upper", "mid", "lower"]
 
 
 def test_lung_findings_lie_at_the_height_of_their_zone(studies: list[PhantomStudy]) -> None:

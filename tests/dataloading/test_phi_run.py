@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import train
-from mlip.dataloading.reports import clean_report, load_tokenizer
+from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports import load_tokenizer
 from tests.small_run import small_run
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
 

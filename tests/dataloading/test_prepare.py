@@ -32,7 +32,7 @@ from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.chexpert import FIVE
 from mlip.dataloading.datasets.rows import DatasetError, Row, assign_split
 from mlip.dataloading.dicom import DicomError, explain, write_radiograph
-from mlip.dataloading.loader import build_loader
+from mlip.dataloading.loader import build_loader, listed_bad
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.shard_build import OUTPUTS, Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings
@@ -285,7 +285,9 @@ def test_fifty_planted_identifiers_reach_no_output_of_prepare_or_of_the_loader(
     loader = build_loader(settings, manifest, split=split, train=True, **parts)
     for _ in range(4):
         next(loader)
-    written = json.dumps([loader.state_dict(), loader.quarantine(), loader.ledger.summary()])
+    written = json.dumps(
+        [loader.state_dict(), listed_bad(manifest, loader.ledger), loader.ledger.summary()]
+    )
     loader.close()
     assert loader.ledger.bad
     captured = capsys.readouterr()

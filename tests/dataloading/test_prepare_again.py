@@ -18,7 +18,7 @@ from mlip.cli import main
 from mlip.dataloading import shard_build
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.output_lock import sole_writer
+from mlip.dataloading.output_folder import sole_writer
 from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, make_member
 from mlip.dataloading.shards import ShardWriter

@@ -17,7 +17,6 @@ from mlip.training.step import MOMENTS, TrainingState
 from tests import rank_farm
 
 pytestmark = pytest.mark.long
-FILES = ("parameters", "exp_avg", "exp_avg_sq", "buffers")
 
 
 def state_of(step: int, rows: int = 50) -> TrainingState:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
-from tests.kernels.oracle import gradients, leaves, relative_error
+from tests.kernels.oracle import gradients, leaves, leaves_as_they_are, relative_error
 
 FEATURES = ("patches", "tokens", "knowledge")
 
@@ -23,13 +23,6 @@ def on_gpu(inputs: dict[str, Any], features: torch.dtype = torch.float32) -> dic
     return out
 
 
-def trainable(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
-
-
 def compare(
     inputs: dict[str, Any], tolerance: float, features: torch.dtype = torch.float32, **options: Any
 ) -> None:
@@ -37,9 +30,9 @@ def compare(
     narrow = on_gpu(inputs, features)
     results = []
     for impl, made in (
-        ("triton", trainable(narrow)),
+        ("triton", leaves_as_they_are(narrow)),
         ("torch", leaves(narrow)),
-        ("torch", trainable(narrow)),
+        ("torch", leaves_as_they_are(narrow)),
     ):
         value = token_knowledge_patch_scores(**made, impl=impl, **options)
         results.append((value, gradients(value, made)))

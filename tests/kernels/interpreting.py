@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
-from tests.kernels.oracle import gradients, leaves, relative_error
+from tests.kernels.oracle import gradients, leaves, leaves_as_they_are, relative_error
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETING, reason="test_interpreter.py runs these")
@@ -41,7 +41,7 @@ def compare(
         if wide:
             made = leaves(rounded)
         else:
-            made = leaves(rounded, dtype) if features is None else leaves_of(rounded)
+            made = leaves(rounded, dtype) if features is None else leaves_as_they_are(rounded)
         value = token_knowledge_patch_scores(**made, impl=impl, **options)
         results.append((value, gradients(value, made)))
     (value, got), (truth, want), (_, same) = results
@@ -50,10 +50,3 @@ def compare(
     for name in want if features is None else names:
         error = relative_error(got[name], want[name])
         assert error <= max(tolerance, 2 * relative_error(same[name], want[name]) + 1e-6), name
-
-
-def leaves_of(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
-        for k, v in inputs.items()
-    }

@@ -18,21 +18,21 @@ import torch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
 
-from mlip.kernels import _chip  # noqa: E402
-from mlip.kernels.info_nce import info_nce_loss  # noqa: E402
-from mlip.kernels.info_nce import op as info_nce_op  # noqa: E402
-from mlip.kernels.info_nce import triton_kernels as info_nce_kernels  # noqa: E402
-from mlip.kernels.keyed_uniform import op as keyed_op  # noqa: E402
-from mlip.kernels.token_knowledge_patch import (  # noqa: E402
+from mlip.kernels import _chip
+from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels.info_nce import op as info_nce_op
+from mlip.kernels.info_nce import triton_kernels as info_nce_kernels
+from mlip.kernels.keyed_uniform import op as keyed_op
+from mlip.kernels.token_knowledge_patch import (
     op,
     token_knowledge_patch_loss,
     triton_kernels,
 )
-from tests.kernels.compile_offline import resources  # noqa: E402
-from tests.kernels.oracle import make_inputs  # noqa: E402
+from tests.kernels.compile_offline import resources
+from tests.kernels.oracle import make_inputs
 
 PROCESSORS = 132
 FEATURES = ("patches", "tokens", "knowledge")

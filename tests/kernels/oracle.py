@@ -174,6 +174,14 @@ def leaves(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[s
     }
 
 
+def leaves_as_they_are(inputs: dict[str, Any]) -> dict[str, Any]:
+    """`leaves` in the dtypes that are there."""
+    return {
+        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
 def gradients(value: Tensor, inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
     """Gradients of a fixed random contraction of `value` in every leaf; zeros where none."""
     g = torch.Generator().manual_seed(seed)

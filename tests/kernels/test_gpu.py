@@ -17,7 +17,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu, trainable
+from tests.kernels.gpu_inputs import FEATURES, compare, on_gpu
 from tests.kernels.oracle import (
     LEARNED_SCALES,
     assert_broken_inputs_show,
@@ -25,6 +25,7 @@ from tests.kernels.oracle import (
     gradients,
     learned_scale_errors,
     leaves,
+    leaves_as_they_are,
     make_inputs,
     poisoned,
     relative_error,
@@ -54,7 +55,7 @@ def test_loss_is_exact_and_masks_hide(pooling: str, aggregation: str, features) 
     inputs["patch_mask"][-1] = True
     clean = on_gpu(inputs, features)
     dirty = on_gpu(poisoned(inputs), features)
-    made, truth_leaves = trainable(dirty), leaves(clean)
+    made, truth_leaves = leaves_as_they_are(dirty), leaves(clean)
     options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation, "logit_scale": 10.0}
     value = token_knowledge_patch_loss(**made, **options)
     truth = token_knowledge_patch_loss(**truth_leaves, impl="torch", **options)
@@ -103,7 +104,7 @@ def test_bfloat16_is_within_its_gate(pooling: str, patches: int, dim: int) -> No
         + 0.01 * torch.randn(6, 64, dim, generator=g, dtype=torch.float64),
     }
     narrow = on_gpu(inputs, torch.bfloat16)
-    made = trainable(narrow)
+    made = leaves_as_they_are(narrow)
     value = token_knowledge_patch_scores(**made, pooling="max")
     truth = token_knowledge_patch_scores(**leaves(narrow), pooling="max", impl="torch")
     assert relative_error(value, truth) <= 5e-3
@@ -147,7 +148,7 @@ def test_a_weight_that_is_not_a_number_shows_in_the_score(impl: str) -> None:
 
 def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:
     inputs = on_gpu(make_inputs(4, 4, 49, 20, 3, 64, seed=8, masks=False))
-    made = trainable(inputs)
+    made = leaves_as_they_are(inputs)
     truth_leaves = leaves(inputs)
     truth = token_knowledge_patch_scores(**truth_leaves, impl="torch")
     with torch.autocast("cuda", torch.bfloat16):
@@ -163,7 +164,7 @@ def test_autocast_narrows_float32_inputs_and_gradients_stay_float32() -> None:
 def test_float16_gradients_do_not_underflow() -> None:
     inputs = make_inputs(4, 4, 196, 64, 3, 128, seed=9, masks=False)
     narrow = on_gpu(inputs, torch.float16)
-    made, truth_leaves = trainable(narrow), leaves(narrow)
+    made, truth_leaves = leaves_as_they_are(narrow), leaves(narrow)
     value = token_knowledge_patch_loss(**made, logit_scale=10.0) * 1024.0
     truth = token_knowledge_patch_loss(**truth_leaves, impl="torch", logit_scale=10.0) * 1024.0
     got, want = gradients(value, made), gradients(truth, truth_leaves)

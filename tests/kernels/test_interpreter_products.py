@@ -12,8 +12,15 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from tests.kernels.interpreting import interpreted, leaves_of
-from tests.kernels.oracle import gradients, leaves, make_inputs, poisoned, relative_error
+from tests.kernels.interpreting import interpreted
+from tests.kernels.oracle import (
+    gradients,
+    leaves,
+    leaves_as_they_are,
+    make_inputs,
+    poisoned,
+    relative_error,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -45,8 +52,8 @@ def test_every_gradient_is_that_of_float64(
 
     options: dict[str, Any] = {"aggregation": aggregation, "logit_scale": 9.0}
     scale = {"attention_scale": torch.tensor(alpha, dtype=torch.float64)}
-    truth, plain = leaves(narrow(inputs) | scale), leaves_of(narrow(inputs) | scale)
-    made = leaves_of(narrow(poisoned(inputs)) | scale)
+    truth, plain = leaves(narrow(inputs) | scale), leaves_as_they_are(narrow(inputs) | scale)
+    made = leaves_as_they_are(narrow(poisoned(inputs)) | scale)
     want = gradients(token_knowledge_patch_loss(**truth, impl="torch", **options), truth)
     same = gradients(token_knowledge_patch_loss(**plain, impl="torch", **options), plain)
     got = gradients(token_knowledge_patch_loss(**made, impl="triton", **options), made)
@@ -64,7 +71,7 @@ def test_chunks_of_texts_add_up(count: int, monkeypatch: pytest.MonkeyPatch) -> 
     rounded = {k: x.bfloat16() if k in FEATURES else x for k, x in inputs.items()}
 
     def made() -> dict[str, torch.Tensor]:
-        leaf = leaves_of(rounded)
+        leaf = leaves_as_they_are(rounded)
         return gradients(token_knowledge_patch_scores(**leaf, impl="triton"), leaf)
 
     whole = made()

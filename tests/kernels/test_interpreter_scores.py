@@ -12,7 +12,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
-from tests.kernels.interpreting import compare, interpreted, leaves_of
+from tests.kernels.interpreting import compare, interpreted
 from tests.kernels.oracle import (
     LAYOUTS,
     LEARNED_SCALES,
@@ -22,6 +22,7 @@ from tests.kernels.oracle import (
     laid_out,
     learned_scale_errors,
     leaves,
+    leaves_as_they_are,
     make_inputs,
     poisoned,
     relative_error,
@@ -352,7 +353,7 @@ def test_zero_rows_of_tokens_and_entities_are_exact() -> None:
 def test_mixed_dtypes_are_multiplied_in_bfloat16_and_an_unused_scale_gets_gradient_zero() -> None:
     inputs = make_inputs(2, 2, 20, 5, 0, 64, seed=14, masks=False)
     mixed = {"patches": inputs["patches"].bfloat16(), "tokens": inputs["tokens"].float()}
-    made, truth_leaves = leaves_of(mixed), leaves(mixed)
+    made, truth_leaves = leaves_as_they_are(mixed), leaves(mixed)
     unused = torch.tensor(5.0, requires_grad=True)
     value = token_knowledge_patch_scores(**made, aggregation_scale=unused, impl="triton")
     truth = token_knowledge_patch_scores(**truth_leaves, impl="torch")

@@ -22,6 +22,7 @@ from mlip.kernels.token_knowledge_patch import (
 from tests.kernels.oracle import (
     gradients,
     leaves,
+    leaves_as_they_are,
     make_inputs,
     relative_error,
     scaled_half_gradients,
@@ -110,7 +111,7 @@ def test_features_may_come_in_different_dtypes() -> None:
         k: v.to(kinds.get(k, torch.float32)) if v.is_floating_point() else v
         for k, v in inputs.items()
     }
-    made, truth_leaves = leaves_in_place(mixed), leaves(mixed)
+    made, truth_leaves = leaves_as_they_are(mixed), leaves(mixed)
     value = token_knowledge_patch_loss(**made, logit_scale=10.0)
     truth = token_knowledge_patch_loss(**truth_leaves, logit_scale=10.0)
     assert value.dtype == torch.float32 and relative_error(value, truth) <= 1e-6
@@ -118,13 +119,6 @@ def test_features_may_come_in_different_dtypes() -> None:
     for name, dtype in kinds.items():
         assert got[name].dtype == dtype
         assert relative_error(got[name], want[name]) <= 4e-3, name  # its own rounding
-
-
-def leaves_in_place(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.detach().clone().requires_grad_() if v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
 
 
 def test_weights_may_be_boolean_masks() -> None:

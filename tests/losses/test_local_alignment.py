@@ -70,13 +70,6 @@ def test_scores_are_computed_once_for_all_losses() -> None:
     assert len(calls) == 1
 
 
-def test_asking_for_scores_that_nobody_gave_is_an_error() -> None:
-    context = _context(torch.eye(PAIRS))
-    context._local_scores = None
-    with pytest.raises(ValueError, match="local_scores"):
-        _ = context.local_scores
-
-
 def _in_pair() -> InPairAlignment:
     torch.manual_seed(0)
     return InPairAlignment(DIM).double()

@@ -16,9 +16,7 @@ from mlip.batch import Batch
 from mlip.config import Config, ConfigError, load
 from mlip.model import MLIPModel
 from mlip.objective import Objective
-from mlip.training import compiled
-from mlip.training.compiled import compile_towers
-from mlip.training.engine import build_engine
+from mlip.training.engine import build_engine, compile_towers
 from mlip.training.step import Engine
 
 CONCEPTS = 20
@@ -109,10 +107,10 @@ def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         load([], ["train.compile=true", "train.zero_stage=3"])
     eager, config = _engine(RESNET)
     config = load([], [*RESNET, "train.compile=true", "model.vision.norm=batch"])
-    monkeypatch.setattr(compiled, "is_distributed", lambda: True)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     with pytest.raises(ConfigError, match="on several ranks with model.vision.norm=batch"):
         compile_towers(eager.objective, config)
-    monkeypatch.setattr(compiled, "is_distributed", distributed.is_distributed)
+    monkeypatch.setattr(distributed, "is_distributed", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="none of g\\+\\+.*is on PATH; install one"):
         compile_towers(eager.objective, config)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch.nn as nn
 
 from mlip import distributed
 from mlip.config import ConfigError, load
@@ -28,7 +29,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_cpu_run_repeats_its_bits_and_says_so(tmp_path):
-    assert levels(load([])).names == ("D2", "D3")
+    assert levels(load([]), nn.Identity()) == "D2+D3"
     _run(tmp_path, dropout=0.3)
     assert json.loads((tmp_path / "meta.json").read_text())["determinism"] == "D2"
     _run(tmp_path / "quiet", dropout=0.0)
@@ -49,19 +50,18 @@ def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path):
     assert first == second and len(first) == 12
 
 
-def test_dropout_takes_the_third_level_and_is_named():
+def test_dropout_takes_the_third_level():
     quiet, dropping = (make_objective(exact_config(*more)) for more in ((), DROPOUT))
-    assert random_part(quiet.model) is None and "D3" in levels(load([]), quiet).names
-    found = levels(load([]), dropping)
-    assert "D3" not in found.names and "drops at random" in (found.elastic_obstacle or "")
+    assert random_part(quiet.model) is None and levels(load([]), quiet) == "D2+D3"
+    assert levels(load([]), dropping) == "D2"
 
 
 def test_a_gpu_is_seeded_only_until_determinism_is_asked_for(on_gpus):
     on_gpus(1)
-    assert levels(load([])).names[0] == "D0"
+    assert levels(load([]), nn.Identity()) == "D0+D3"
     config = load([], ["run.deterministic=true"])
     require_deterministic(config)
-    assert levels(config).names[0] == "D2"
+    assert levels(config, nn.Identity()) == "D2+D3"
 
 
 @pytest.mark.parametrize(

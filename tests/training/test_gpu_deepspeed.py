@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -24,6 +23,7 @@ import torch
 from mlip.encoders.attention import attention, require_usable
 from mlip.training import checkpoint
 from tests.faults import jobs
+from tests.rank_farm import free_port
 from tests.small_run import small_run
 from tests.temporary import shared_folder
 
@@ -52,12 +52,6 @@ PLAIN = ("train.engine=plain", "train.zero_stage=0")
 SHORT = ("train.max_steps=10", "train.precision=fp32", "train.lr=0.001")
 
 
-def _port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def _start(folder: Path, *settings: str, fault: str | None = None) -> Any:
     """train.py under the `deepspeed` launcher, or under torchrun where it is not installed."""
     if HAS_DEEPSPEED:
@@ -65,7 +59,7 @@ def _start(folder: Path, *settings: str, fault: str | None = None) -> Any:
         launcher = ["deepspeed.launcher.runner", "--num_gpus", "1", "--log_level", "error"]
     else:
         launcher = ["torch.distributed.run", "--nproc_per_node", "1"]
-    command = [sys.executable, "-m", *launcher, "--master_port", _port(), "train.py"]
+    command = [sys.executable, "-m", *launcher, "--master_port", str(free_port()), "train.py"]
     command += [s for s in small_run().settings if not s.startswith("run.dir")]
     environment = {k: v for k, v in os.environ.items() if k not in ("FAULT", "DS_ACCELERATOR")}
     environment["NVIDIA_TF32_OVERRIDE"] = "0"  # float32 products that are float32
@@ -96,11 +90,6 @@ def _meta(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "meta.json").read_text())
 
 
-def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
-
-
 def _engine() -> tuple[str, ...]:
     return ZERO_2 if HAS_DEEPSPEED else PLAIN
 
@@ -124,8 +113,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert killed.returncode != 0 and max(jobs.steps(tmp_path)) == KILLED_IN - 1
     assert [p.name for p in checkpoint.checkpoints_of(tmp_path)] == [f"step_{EVERY:08d}"]
     _finish(tmp_path, *_engine())
-    assert [event["step"] for event in _events(tmp_path, "started")] == [0, EVERY]
-    assert len(_events(tmp_path, "fault")) == 1
+    assert [event["step"] for event in jobs.events(tmp_path, "started")] == [0, EVERY]
+    assert len(jobs.events(tmp_path, "fault")) == 1
     assert jobs.steps(tmp_path) == jobs.steps(whole)
     one, other = (
         checkpoint.read(checkpoint.checkpoints_of(folder)[0]).training
@@ -138,7 +127,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_a_bad_step_is_skipped_and_the_run_goes_on(tmp_path: Path) -> None:
     done = _start(tmp_path, *_engine(), "train.max_steps=10", fault="nan@0:4:backward")
     assert done.returncode == 0, done.stderr[-4000:]
-    (skipped,) = _events(tmp_path, "skipped")
+    (skipped,) = jobs.events(tmp_path, "skipped")
     assert skipped["step"] == 5 and len(skipped["manifest_rows"]) == 16
     steps = jobs.steps(tmp_path)
     assert sorted(steps) == list(range(1, 11)) and steps[5][1] is None

@@ -5,7 +5,6 @@ Needs torch alone: a machine without DeepSpeed, or without what reads images, ru
 
 from __future__ import annotations
 
-import socket
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from mlip import distributed
 from mlip.encoders.normalisation import SynchronisedBatchNorm
+from tests.rank_farm import free_port
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,18 +21,13 @@ pytestmark = [
 ]
 
 
-def _port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The project's own process group, of one rank that counts as several."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
     device = distributed.start(60.0)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     try:

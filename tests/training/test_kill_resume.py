@@ -5,11 +5,9 @@ tests/faults holds the whole matrix of ranks, phases and seeds.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,25 +19,20 @@ import pytest
 
 from mlip.training import checkpoint
 from tests.faults import jobs
+from tests.rank_farm import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tests/training/toy_run.py"
 STEPS, EVERY = 12, 4
 
 
-def _port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
-
-
 def _command(launcher: str, folder: Path, *more: str) -> list[str]:
     if launcher == "deepspeed":
         start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
-        start += ["--master_port", _port(), "--log_level", "error"]
+        start += ["--master_port", str(free_port()), "--log_level", "error"]
     elif launcher == "torchrun":
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        start += ["--master_port", _port()]
+        start += ["--master_port", str(free_port())]
     else:
         start = [sys.executable]
     settings = [f"run.dir={folder}", f"train.max_steps={STEPS}", f"train.checkpoint_steps={EVERY}"]
@@ -61,11 +54,6 @@ def _run(launcher: str, folder: Path, *more: str, fault: str | None = None) -> A
         text=True,
         timeout=400,
     )
-
-
-def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
 
 
 def test_kill_and_stop_lose_nothing_but_an_interval(tmp_path):
@@ -106,7 +94,7 @@ def test_the_launchers_pass_on_kills_and_stops(tmp_path):
 
     # kill -9 of rank 1 in the middle of step 7; the other rank notices and ends
     done = _run("torchrun", parts, zero, fault="kill@1:6:backward")
-    (fault,), (error,) = _events(parts, "fault"), _events(parts, "error")
+    (fault,), (error,) = jobs.events(parts, "fault"), jobs.events(parts, "error")
     assert done.returncode != 0 and (error["rank"], error["code"]) == (0, 6)
     # reliability: 5 s to notice; 2 s more look for the peer's last words
     assert error["time"] - fault["time"] < 15, "the survivor waited for a timeout"
@@ -115,7 +103,7 @@ def test_the_launchers_pass_on_kills_and_stops(tmp_path):
     # SIGTERM to rank 0 alone: both agree on a step, save and say 75
     done = _run("deepspeed", parts, zero, fault="term@0:8:load")
     assert done.returncode == 75, done.stderr[-3000:]
-    assert len(_events(parts, "fault")) == 2
+    assert len(jobs.events(parts, "fault")) == 2
     assert checkpoint.checkpoints_of(parts)[0].name == "step_00000009"
 
     # what a kill inside a save leaves: rank 0 alone removes it, the other must not stumble
@@ -123,7 +111,7 @@ def test_the_launchers_pass_on_kills_and_stops(tmp_path):
     shutil.copytree(checkpoint.checkpoints_of(parts)[0], leftover)
     done = _run("torchrun", parts, zero)
     assert done.returncode == 0 and not leftover.exists(), done.stderr[-3000:]
-    assert [event["step"] for event in _events(parts, "started")] == [0, 4, 9]
+    assert [event["step"] for event in jobs.events(parts, "started")] == [0, 4, 9]
     assert jobs.steps(parts) == oracle
     ends = [checkpoint.read(checkpoint.checkpoints_of(folder)[0]) for folder in (whole, parts)]
     assert ends[0].state["rng"] == ends[1].state["rng"]
@@ -168,5 +156,5 @@ def test_killing_the_deepspeed_command_stops_and_saves(tmp_path):
         for process in ranks:
             if process.is_running():
                 process.kill()
-    assert len(_events(tmp_path, "stopped")) == 1
+    assert len(jobs.events(tmp_path, "stopped")) == 1
     assert len(checkpoint.checkpoints_of(tmp_path)) >= 1

@@ -20,6 +20,7 @@ from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer
 from mlip.training.step import StepUnderWay
+from tests.faults.jobs import events
 from tests.training.toy_run import make_trainer, toy_config
 
 
@@ -58,11 +59,6 @@ def _numbers(folder: Path) -> list[tuple[float, float, float]]:
     return [(log[s]["total"], log[s]["grad_norm"], log[s]["lr"]) for s in sorted(log)]
 
 
-def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text().splitlines()
-    return [e for e in map(json.loads, lines) if e["event"] == kind]
-
-
 def _run(folder: Path, *more: str, dropout: float = 0.3) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer_of(_config(folder, *more), dropout=dropout).fit(StopRequest())
@@ -75,7 +71,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch, reads_late):
     monkeypatch.setenv("FAULT", "term@0:4:backward")
     with pytest.raises(Preempted, match=f"after step {last} of 12"):
         _run(tmp_path / "parts")
-    assert len(_events(tmp_path / "parts", "fault")) == 1
+    assert len(events(tmp_path / "parts", "fault")) == 1
     # the signal came in the fifth step's backward pass; ranks agree on it in the sixth step
     assert [c.name for c in checkpoint.checkpoints_of(tmp_path / "parts")] == [
         f"step_0000000{last}"
@@ -103,7 +99,7 @@ def test_a_resume_that_forgot_the_generators_would_show(tmp_path, monkeypatch):
 def test_a_stop_in_the_last_steps_is_a_run_that_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "term@0:10:backward")
     _run(tmp_path)
-    assert _events(tmp_path, "trained") and not _events(tmp_path, "stopped")
+    assert events(tmp_path, "trained") and not events(tmp_path, "stopped")
     assert sorted(_log(tmp_path)) == list(range(1, 13))
 
 
@@ -117,7 +113,7 @@ def test_a_stop_while_the_run_is_set_up_is_acted_on_before_the_first_step(tmp_pa
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Preempted, match=f"before step {begun + 1} of 12; nothing was trained"):
         trainer.fit(stop)
-    (event,) = _events(tmp_path, "stopped")
+    (event,) = events(tmp_path, "stopped")
     assert event["step"] == begun and len(_log(tmp_path)) == begun
     names = [c.name for c in checkpoint.checkpoints_of(tmp_path)]
     assert names == (["step_00000004"] if begun else [])
@@ -150,7 +146,7 @@ def test_a_bad_step_before_an_error_is_told(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="fault injected at step 5"):
         _run(tmp_path)
     assert sorted(_log(tmp_path)) == [1, 2, 3, 4, 5]
-    (skipped,) = _events(tmp_path, "skipped")
+    (skipped,) = events(tmp_path, "skipped")
     assert skipped["step"] == 5 and skipped["manifest_rows"] == list(range(32, 40))
 
 
@@ -200,7 +196,7 @@ def test_a_finished_run_trains_no_further(tmp_path):
 def test_a_nan_step_is_skipped_and_its_rows_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "nan@0:3:forward")
     _run(tmp_path)
-    (skipped,) = _events(tmp_path, "skipped")
+    (skipped,) = events(tmp_path, "skipped")
     assert skipped["step"] == 4 and skipped["terms"] == ["total"]
     assert skipped["manifest_rows"] == [24, 25, 26, 27, 28, 29, 30, 31]
     entry = _log(tmp_path)[4]
@@ -214,8 +210,8 @@ def test_bad_images_of_one_step_leave_nothing_behind_in_the_buffers(tmp_path, mo
     # the queue remembers features of the batch: not those of a step that was skipped
     monkeypatch.setenv("FAULT", "nan@0:3:load")
     _run(tmp_path, "train.checkpoint_steps=4")
-    (skipped,) = _events(tmp_path, "skipped")
-    assert skipped["step"] == 4 and not _events(tmp_path, "not_saved")
+    (skipped,) = events(tmp_path, "skipped")
+    assert skipped["step"] == 4 and not events(tmp_path, "not_saved")
     buffers = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0]).training.buffers
     assert buffers["queue"].isfinite().all() and int(buffers["count"]) == 11
 
@@ -244,7 +240,7 @@ def test_a_failed_save_between_is_said_and_the_run_goes_on(tmp_path, monkeypatch
     _run(tmp_path, "train.checkpoint_steps=4", "train.keep_checkpoints=5")
     names = [c.name for c in checkpoint.checkpoints_of(tmp_path)]
     assert names == ["step_00000012", "step_00000004"]
-    (event,) = _events(tmp_path, "not_saved")
+    (event,) = events(tmp_path, "not_saved")
     assert event["step"] == 8 and "MiB free" in event["reason"]
 
 
@@ -269,10 +265,10 @@ def test_other_content_behind_the_same_settings_is_refused(tmp_path, key):
 
 def test_the_cost_of_the_gradient_cache_is_printed_once(tmp_path):
     _run(tmp_path, "batch.micro_images=2", "batch.micro_texts=4", "model.vision.norm=group")
-    (event,) = _events(tmp_path, "cache_cost")
+    (event,) = events(tmp_path, "cache_cost")
     assert event["passes"] == 4 + 2 and 0.0 < event["share"] < 1.0
     _run(tmp_path / "whole")
-    assert not _events(tmp_path / "whole", "cache_cost")
+    assert not events(tmp_path / "whole", "cache_cost")
 
 
 def test_the_run_leaves_what_it_takes_to_repeat_it(tmp_path):

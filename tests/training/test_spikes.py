@@ -8,7 +8,8 @@ from mlip.config import ConfigError, load
 from mlip.training import randomness
 from mlip.training.loop import Trainer
 from mlip.training.spikes import DATA, HARDWARE, SpikeWatch, cause
-from tests.training.test_loop import _config, _events, _log, _own_signals_and_faults  # noqa: F401
+from tests.faults.jobs import events
+from tests.training.test_loop import _config, _log, _own_signals_and_faults  # noqa: F401
 from tests.training.toy_run import ToyLoader, ToyObjective
 
 
@@ -40,12 +41,12 @@ def _train(folder, *more: str) -> None:
 )
 def test_the_cause_of_a_spike_is_found(tmp_path, monkeypatch, phase, expected):
     _train(tmp_path / "whole", "train.spike_factor=3")
-    assert not _events(tmp_path / "whole", "spike")
+    assert not events(tmp_path / "whole", "spike")
     monkeypatch.setenv("FAULT", f"spike@0:16:{phase}")
     run = tmp_path / "run"
     _train(run, "train.spike_factor=3")
-    assert len(_events(run, "fault")) == 1
-    spikes = _events(run, "spike")
+    assert len(events(run, "fault")) == 1
+    spikes = events(run, "spike")
     assert spikes and {event["cause"] for event in spikes} == {expected}
     # a spoiled weight shows in the step after
     assert spikes[0]["step"] == (18 if phase == "optimizer" else 17)
@@ -63,7 +64,7 @@ def test_the_cause_of_a_spike_is_found(tmp_path, monkeypatch, phase, expected):
 def test_a_run_that_does_not_watch_spends_nothing_and_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "spike@0:16:load")
     _train(tmp_path)
-    assert _events(tmp_path, "fault") and not _events(tmp_path, "spike")
+    assert events(tmp_path, "fault") and not events(tmp_path, "spike")
 
 
 def test_a_spike_needs_eight_losses_before_it_and_does_not_move_the_median():

@@ -82,7 +82,7 @@ def test_a_shared_tensor_is_written_once_with_the_same_values_at_every_stage(fol
     for place in folder.glob("*-*"):
         (saved,) = checkpoint.checkpoints_of(place)
         with safe_open(saved / "parameters.safetensors", "pt") as file:
-            assert SHARED in file.keys() and OTHER not in file.keys()  # noqa: SIM118
+            assert SHARED in file.keys() and OTHER not in file.keys()
             read[place.name] = file.get_tensor(SHARED)
     for case, found in read.items():
         torch.testing.assert_close(found, read["plain-0"], rtol=1e-5, atol=1e-6, msg=case)

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from mlip.config import Config, load
-from mlip.dataloading.datasets.rle import encode_mask
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.transfer import truth
@@ -25,6 +24,7 @@ from mlip.transfer.draws import SPLITS
 from mlip.transfer.frames import Images, frame_of
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.protocol import TASKS
+from tests.raw_layouts import encode_mask
 
 HEIGHT, WIDTH = 40, 60
 

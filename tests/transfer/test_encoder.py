@@ -52,9 +52,8 @@ def test_every_tower_carries_a_decoder_and_a_detection_head(tower: str) -> None:
     encoder = _encoder(tower)
     image = torch.randn(2, 1, 64, 64)
     maps = encoder.levels(image)
-    for level, found in zip(encoder.level_table, maps, strict=True):
-        assert found.shape[1] == level.channels and found.shape[2] == 64 // level.stride
-    decoder = make_decoder(encoder, 64, 1, 4)
+    assert encoder.level_channels == tuple(found.shape[1] for found in maps)
+    decoder = make_decoder(encoder, 64, 4)
     assert isinstance(decoder, UpsamplingDecoder if tower == "vit" else UNetDecoder)
     assert decoder(maps).shape == (2, 1, 64, 64)
     head = YoloHead(encoder, 64, 2, 8)
@@ -181,8 +180,7 @@ def _fit(losses: list[float], patience: int = 2, **settings: Any) -> tuple[Any, 
         yield (layer.weight - epoch).square().sum()
 
     transfer = Transfer(epochs=len(losses), patience=patience, lr=0.1, **settings)
-    groups = [{"params": list(layer.parameters()), "lr": 0.1}]
-    return fit([layer], groups, transfer, steps, lambda: (next(shown), None)), layer
+    return fit(layer, None, transfer, steps, lambda: (next(shown), None)), layer
 
 
 def test_a_fit_stops_when_val_stops_improving_and_keeps_the_best_epoch() -> None:

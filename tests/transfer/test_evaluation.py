@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from mlip.dataloading.phantom_types import CONCEPT_IDS
-from mlip.transfer import evaluate_run, save_results
 from mlip.transfer.draws import splits_hash
-from mlip.transfer.evaluation import choose_rows
+from mlip.transfer.evaluation import choose_rows, evaluate_run, save_results
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run

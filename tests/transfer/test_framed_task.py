@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mlip.config import Config, load
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import save_pretrained
 from mlip.transfer.annotations import Annotations
-from mlip.transfer.encoder import Encoder, open_start
+from mlip.transfer.encoder import Start, open_start
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.fitting import shuffled_batches
 from mlip.transfer.frames import Images, frame_of
@@ -29,22 +30,20 @@ TASK = (
 )
 
 
-def _task(config: Config) -> tuple[Segmentation, Encoder, np.ndarray]:
+def _task(config: Config) -> tuple[Segmentation, Start, np.ndarray]:
     manifest = load_manifest(config.data)
     images = Images(config, manifest, frame_of(config))
     task = Segmentation(
         config, manifest, Annotations(config, manifest), images, torch.device("cpu")
     )
-    encoder = open_start(config, small_run().model.vision, None, 1).encoder(
-        is_frozen=True, side=64, channels=1
-    )
-    return task, encoder, manifest.rows("train", with_report=False)[:6]
+    start = open_start(config, small_run().model.vision, None, 1)
+    return task, start, manifest.rows("train", with_report=False)[:6]
 
 
 def test_kept_levels_are_those_computed_anew_and_augmented_images_are_never_kept() -> None:
     """Oracle: the encoder on the batch itself."""
-    task, encoder, rows = _task(load([], [*small_run().settings, *TASK]))
-    task._start("a")
+    task, start, rows = _task(load([], [*small_run().settings, *TASK]))
+    encoder = task._encoder(start)
     plain = encoder.levels(task._pictures(rows, [None] * 6))
     for _ in range(2):  # computed, then kept
         levels, matrices = task._levels(encoder, rows, None, 1)
@@ -58,19 +57,17 @@ def test_kept_levels_are_those_computed_anew_and_augmented_images_are_never_kept
     anew = encoder.levels(task._pictures(rows[::-1], warped[::-1]))
     for ours, wanted in zip(levels, anew, strict=True):
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
-    task._start("b")
+    task._encoder(dataclasses.replace(start, weights_hash="another"))
     assert not task._kept
 
 
 def test_no_level_is_kept_beyond_the_room_or_of_a_tuned_encoder() -> None:
-    task, encoder, rows = _task(
-        load([], [*small_run().settings, *TASK, "transfer.cache_gib=0.0001"])
-    )
-    task._start("a")
+    task, start, rows = _task(load([], [*small_run().settings, *TASK, "transfer.cache_gib=0.0001"]))
+    encoder = task._encoder(start)
     task._levels(encoder, rows, None, 1)
     assert len(task._kept) < 6
     encoder.is_frozen = False
-    task._start("b")
+    task._encoder(dataclasses.replace(start, weights_hash="another"))
     task._levels(encoder, rows, None, 1)
     assert not task._kept
 

@@ -19,10 +19,10 @@ import pyarrow.parquet
 import pytest
 
 from mlip.config import load
-from mlip.dataloading.datasets.rle import encode_mask
 from mlip.dataloading.manifest import load_manifest
 from mlip.report_transfer import render_transfer
 from mlip.transfer.protocol import transfer_run
+from tests.raw_layouts import encode_mask
 from tests.temporary import shared_folder
 
 SIDE = 48
