@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mlip.config import Phantom
 from mlip.dataloading import phantom
 from mlip.dataloading.phantom_types import PhantomStudy, mask_from_runs, mask_to_runs
+from mlip.machine import usable_cores
 
 MANIFEST_COLUMNS = (
     "image",
@@ -85,7 +86,7 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
-        _fill(partial, settings, mark, workers or os.cpu_count() or 1)
+        _fill(partial, settings, mark, workers or usable_cores())
         if is_complete(folder, mark):  # another process was faster
             return folder / "manifest.csv"
         if folder.exists():

@@ -29,7 +29,7 @@ class Run:
     seed: int = 1
     exact: bool = False  # refuse whatever makes the loss depend on ranks or micro-batches
     deterministic: bool = False  # refuse what cannot repeat bit for bit on this machine
-    threads: int = 0  # torch threads per rank; 0 = cores / local ranks
+    threads: int = 0  # torch threads per rank; 0 = cores (of a container's share) / local ranks
     offline: bool = True  # no model hub, no network; False only when the user asks
     timeout_s: float = 300.0  # longest wait of one rank for another before the run stops
 

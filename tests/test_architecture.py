@@ -25,6 +25,7 @@ ALLOWED = {
         "mlip.transfer_settings",
     ),
     "mlip.output_file": ("mlip.config",),
+    "mlip.machine": (),
     "mlip.batch": (),
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.host_read": (),
@@ -43,6 +44,7 @@ ALLOWED = {
         "mlip.batch",
         "mlip.keyed_random",
         "mlip.knowledge",
+        "mlip.machine",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
     "mlip.model": (
@@ -70,6 +72,7 @@ ALLOWED = {
         "mlip.distributed",
         "mlip.batch",
         "mlip.host_read",
+        "mlip.machine",
     ),
     "mlip.objective": (
         "mlip.model",
