@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -41,6 +42,10 @@ _REASONS = {
     PREEMPTED: "preempted",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# of schedulers, and of a terminal: Ctrl-C, or its end
+_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Lustre without -o flock, some network file systems
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class CheckpointError(RuntimeError):
@@ -107,10 +112,10 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
         return 0
     except Preempted as stop:
         if _rank() == 0:
-            print(f"mlip: {stop}", file=sys.stderr)
+            _tell(f"mlip: {stop}")
         return PREEMPTED
     except KeyboardInterrupt:
-        print("mlip: interrupted", file=sys.stderr)
+        _tell("mlip: interrupted")
         return 130  # 128 + SIGINT, as shells report it
     except Exception as error:
         code, caught = exit_code(error), round(time.time(), 3)
@@ -130,9 +135,17 @@ def leave(code: int) -> NoReturn:
     success as after a stop or a lost peer: the launcher would then see SIGABRT and not the code.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # closed from the start, or a terminal, a pipe or a disk that takes no more
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
     os._exit(code)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, where there is still somebody to read it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _rank() -> int:
@@ -158,8 +171,8 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
             if _rank() != 0 and _find_event(folder, 1.0, lambda e: _is_same(e, facts)):
                 return  # rank 0 says the same
     if not where and code == 1:
-        traceback.print_exception(error)
-    print(f"mlip: {reason} error on rank {_rank()}: {text}{where}", file=sys.stderr)
+        _tell("".join(traceback.format_exception(error)))
+    _tell(f"mlip: {reason} error on rank {_rank()}: {text}{where}")
 
 
 def _hash(text: str) -> str:
@@ -221,7 +234,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
@@ -229,7 +242,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             kind = FolderInUse
             refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
-            refusal = f"run.dir={folder} cannot be written: {error.strerror}"
+            refusal = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
     kind, refusal = distributed.broadcast_object((kind, refusal))
     try:
         if refusal is not None:
@@ -240,8 +253,31 @@ def locked_folder(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _lock(descriptor: int, folder: Path) -> None:
+    """Raises:  BlockingIOError where another job holds it; OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.getLogger("mlip").warning(
+            "run.dir=%s: its file system has no locks (%s): nothing keeps a second job out",
+            folder,
+            error.strerror,
+        )
+
+
+def _foreign(folder: Path) -> str:
+    """What to say of a folder that another user's run holds: its files are open to that one only"""
+    with contextlib.suppress(OSError):
+        owner = (folder / "lock").stat().st_uid
+        if owner != os.geteuid():
+            return f"; it holds the run of another user (uid {owner}): choose another run.dir"
+    return ""
+
+
 class StopRequest:
-    """Whether this process was asked to stop: SIGTERM, SIGUSR1, SIGINT, or its launcher is gone.
+    """Whether this process was asked to stop: by a signal of _STOP, or its launcher is gone.
 
     While a step runs the wish is only noted; `raise_at_once` makes the next signal (and one
     already noted) end the process, for the time after the last save.
@@ -250,8 +286,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._noted = False
         self._raises = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in _STOP:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
         self._launcher: psutil.Process | None = None
         if "RANK" in os.environ:
             self._follow_launcher()
