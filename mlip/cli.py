@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, ConfigError, load, require_utf8
+from mlip.config import Config, ConfigError, load, require_utf8, sort_settings
 from mlip.output_file import refusal, require_writable
 
 # sub-command -> its module (with add_arguments and run), and what it does
@@ -181,13 +181,11 @@ def read_settings(items: Sequence[str]) -> Config:
             "checkpoint= is empty: expected a run folder, a checkpoint or an export, or leave it "
             "out for the newest checkpoint of run.dir"
         )
-    files = [item for item in items if "=" not in item]
-    overrides = [
-        f"evaluate.{item}" if item.startswith("checkpoint=") else item
-        for item in items
-        if "=" in item
-    ]
-    return load(files, overrides)
+    files, overrides = sort_settings(items)
+    return load(
+        files,
+        [f"evaluate.{item}" if item.startswith("checkpoint=") else item for item in overrides],
+    )
 
 
 def _device(asked: str | None) -> str:

@@ -284,6 +284,14 @@ class Config:
     transfer: Transfer = field(default_factory=Transfer)
 
 
+def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides) of a command line; a file may have "=" in its name, as runs/lr=0.1."""
+    items = list(items)
+    is_file = ["=" not in item or Path(item).is_file() for item in items]
+    files = [item for item, yes in zip(items, is_file, strict=True) if yes]
+    return files, [item for item, yes in zip(items, is_file, strict=True) if not yes]
+
+
 def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """One Config from YAML files (later wins) and ``a.b=value`` overrides (YAML values).
 

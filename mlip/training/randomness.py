@@ -43,7 +43,7 @@ def set_threads(config: Config, pinned: int | None = None) -> int:
     return threads
 
 
-def use_allusable_cores() -> None:
+def use_all_cores() -> None:
     """For what one rank does alone once the others are done."""
     torch.set_num_threads(usable_cores())
 
