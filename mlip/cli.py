@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from mlip.config import Config, ConfigError, load, require_utf8, sort_settings
 from mlip.output_file import refusal, require_writable
+from mlip.unread_output import unread_output_is_lost
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
@@ -29,6 +29,11 @@ FOREIGN = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; its exit code (mlip/training/lifecycle.py lists them)."""
+    with unread_output_is_lost():  # `mlip prepare ... | head` prepares all the same
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     # the rest belongs to the sub-commands whose arguments live in their own modules
     options, rest = parser.parse_known_args(arguments)
@@ -46,10 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given == "":
                 raise ConfigError(f"--{name} is empty: expected the name of a file or folder")
         return int(options.run(options) or 0)
-    except BrokenPipeError:
-        # `mlip ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         print("mlip: interrupted", file=sys.stderr)
         return 130

@@ -26,6 +26,7 @@ ALLOWED = {
     ),
     "mlip.output_file": ("mlip.config",),
     "mlip.machine": (),
+    "mlip.unread_output": (),
     "mlip.batch": (),
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.host_read": (),
@@ -73,6 +74,7 @@ ALLOWED = {
         "mlip.batch",
         "mlip.host_read",
         "mlip.machine",
+        "mlip.unread_output",
     ),
     "mlip.objective": (
         "mlip.model",

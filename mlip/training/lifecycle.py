@@ -31,6 +31,7 @@ import psutil
 from mlip import distributed
 from mlip.config import ConfigError
 from mlip.training import presence
+from mlip.unread_output import unread_output_is_lost
 
 CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
 _REASONS = {
@@ -105,17 +106,24 @@ def _is_from_collective(error: BaseException) -> bool:
 def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     """Run `function`; its errors become one line on stderr, an event, and an exit code.
 
+    Lines that nobody takes are lost; they end nothing.
+
     The traceback goes to error-rank<r>.log in the run's folder, or to stderr where there is none.
     """
+    with unread_output_is_lost():
+        return _guarded(function, folder)
+
+
+def _guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     try:
         function()
         return 0
     except Preempted as stop:
         if _rank() == 0:
-            _tell(f"mlip: {stop}")
+            print(f"mlip: {stop}", file=sys.stderr)
         return PREEMPTED
     except KeyboardInterrupt:
-        _tell("mlip: interrupted")
+        print("mlip: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as shells report it
     except Exception as error:
         code, caught = exit_code(error), round(time.time(), 3)
@@ -142,12 +150,6 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _tell(text: str) -> None:
-    """A line on stderr, where there is still somebody to read it."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
-
-
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -161,7 +163,7 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
         text = f"{more['waited']}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
-    if folder is not None and folder.is_dir():
+    if folder is not None and os.path.isdir(folder):  # is_dir raises for a name that is too long
         with contextlib.suppress(OSError):
             log = folder / f"error-rank{_rank()}.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -171,8 +173,8 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
             if _rank() != 0 and _find_event(folder, 1.0, lambda e: _is_same(e, facts)):
                 return  # rank 0 says the same
     if not where and code == 1:
-        _tell("".join(traceback.format_exception(error)))
-    _tell(f"mlip: {reason} error on rank {_rank()}: {text}{where}")
+        traceback.print_exception(error)
+    print(f"mlip: {reason} error on rank {_rank()}: {text}{where}", file=sys.stderr)
 
 
 def _hash(text: str) -> str:

@@ -143,11 +143,10 @@ class RunLog:
             f"lr {lr:.2e}  {rate:.0f} pairs/s  data {wait:.0f} %  {memory_gib():.2f} GiB"
         )
         line = f"step {step}/{self.total_steps}  {text}"
-        with _whoever_reads():
-            if self._bar is not None:
-                self._bar.console.print(line, highlight=False)  # above the bar
-            else:
-                print(line, flush=True)
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)  # above the bar
+        else:
+            print(line, flush=True)
 
     def _to_board(
         self, step: int, result: StepResult, lr: float, scales: dict[str, float], rate: Any
@@ -223,21 +222,13 @@ class RunLog:
 
     def close(self) -> None:
         if self._bar is not None:
-            with _whoever_reads():
-                self._bar.stop()
+            self._bar.stop()
         if self._file is not None:
             with self._told_if_full("log.jsonl"):  # what was held back for want of room
                 self._file.close()
         if self._board is not None:
             self._board.close()
         self._bar = self._file = self._board = None
-
-
-@contextlib.contextmanager
-def _whoever_reads() -> Iterator[None]:
-    """A terminal or pipe that was closed, or a full disk behind `> file`, ends no training."""
-    with contextlib.suppress(OSError):
-        yield
 
 
 def _open_for_lines(path: Path) -> IO[str]:

@@ -217,6 +217,15 @@ def test_another_users_run_is_named_as_that():
     )
 
 
+def test_a_name_that_is_too_long_is_a_settings_error(tmp_path, capsys):
+    def begin() -> None:
+        with locked_folder(tmp_path / ("x" * 300)):
+            pass
+
+    assert guarded(begin, lambda: tmp_path / ("x" * 300)) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+
+
 def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="run cannot be written: File exists"):
