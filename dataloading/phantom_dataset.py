@@ -199,7 +199,10 @@ def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:
     # multiprocessing's spawn would import the caller's whole main module (torch) again.
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = "import sys; from mlip.dataloading.phantom_dataset import _work; _work(sys.argv[1])"
+    command = (
+        "import os, sys; parent = os.getppid(); "
+        "from mlip.dataloading.phantom_dataset import _work; _work(sys.argv[1], parent)"
+    )
     helpers = [
         subprocess.Popen(
             [sys.executable, "-c", command, argument],
@@ -226,8 +229,11 @@ def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:
     _merge(partial, settings, mark, jobs)
 
 
-def _work(argument: str) -> None:
-    """One worker: every `workers`-th chunk of the jobs; the rows of a chunk go to a part file."""
+def _work(argument: str, parent: int | None = None) -> None:
+    """One worker: every `workers`-th chunk of the jobs; the rows of a chunk go to a part file.
+
+    parent  a helper's: without it nobody wants its chunks, and it ends
+    """
     name, fields, worker, workers = json.loads(argument)
     partial, settings = Path(name), Phantom(**fields)
     jobs = _jobs(settings)
@@ -235,6 +241,8 @@ def _work(argument: str) -> None:
     cv2.setNumThreads(1)
     try:
         for chunk in range(worker, -(-len(jobs) // _CHUNK), workers):
+            if parent is not None and os.getppid() != parent:
+                return
             rows = [
                 _write_study(partial, settings, job)
                 for job in jobs[chunk * _CHUNK : (chunk + 1) * _CHUNK]
