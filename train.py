@@ -19,7 +19,7 @@ from typing import Any
 
 from mlip import distributed
 from mlip.assembly import Corpus, build_objective, open_corpus, provide_phantoms
-from mlip.config import Config, ConfigError, load
+from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import build_loader, listed_bad, merge_states
 from mlip.pretrained import open_checkpoint
@@ -43,10 +43,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--local_rank", type=int, default=0, help="launchers pass it; unused")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
-    # "--config FILE key=value" reads all as files: only overrides hold "="
-    files = [item for item in options.config if "=" not in item]
-    overrides = [item for item in options.config if "=" in item] + options.overrides
-    config = load(files, overrides)
+    files, overrides = sort_settings(options.config)  # "--config FILE key=value" reads all as files
+    config = load(files, overrides + options.overrides)
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "

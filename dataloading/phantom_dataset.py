@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mlip.config import Phantom
 from mlip.dataloading import phantom
 from mlip.dataloading.phantom_types import PhantomStudy, mask_from_runs, mask_to_runs
+from mlip.machine import usable_cores
 
 MANIFEST_COLUMNS = (
     "image",
@@ -85,7 +86,7 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
-        _fill(partial, settings, mark, workers or os.cpu_count() or 1)
+        _fill(partial, settings, mark, workers or usable_cores())
         if is_complete(folder, mark):  # another process was faster
             return folder / "manifest.csv"
         if folder.exists():
@@ -198,7 +199,10 @@ def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:
     # multiprocessing's spawn would import the caller's whole main module (torch) again.
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = "import sys; from mlip.dataloading.phantom_dataset import _work; _work(sys.argv[1])"
+    command = (
+        "import os, sys; parent = os.getppid(); "
+        "from mlip.dataloading.phantom_dataset import _work; _work(sys.argv[1], parent)"
+    )
     helpers = [
         subprocess.Popen(
             [sys.executable, "-c", command, argument],
@@ -225,8 +229,11 @@ def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:
     _merge(partial, settings, mark, jobs)
 
 
-def _work(argument: str) -> None:
-    """One worker: every `workers`-th chunk of the jobs; the rows of a chunk go to a part file."""
+def _work(argument: str, parent: int | None = None) -> None:
+    """One worker: every `workers`-th chunk of the jobs; the rows of a chunk go to a part file.
+
+    parent  a helper's: without it nobody wants its chunks, and it ends
+    """
     name, fields, worker, workers = json.loads(argument)
     partial, settings = Path(name), Phantom(**fields)
     jobs = _jobs(settings)
@@ -234,6 +241,8 @@ def _work(argument: str) -> None:
     cv2.setNumThreads(1)
     try:
         for chunk in range(worker, -(-len(jobs) // _CHUNK), workers):
+            if parent is not None and os.getppid() != parent:
+                return
             rows = [
                 _write_study(partial, settings, job)
                 for job in jobs[chunk * _CHUNK : (chunk + 1) * _CHUNK]

@@ -28,6 +28,7 @@ from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
+from mlip.machine import usable_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +131,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
                 salt=f"mlip {arguments.dataset}" if keep_ids else read_salt(out),
                 keep_ids=keep_ids,
                 shard_images=arguments.shard_images,
-                workers=arguments.workers or len(os.sched_getaffinity(0)),
+                workers=arguments.workers or usable_cores(),
                 timeout_s=arguments.timeout,
                 part=part,
                 verify=arguments.verify,

@@ -133,7 +133,11 @@ def main() -> int:
     cv2.setNumThreads(0)  # one process a core
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + _MEMORY_BYTES, resource.RLIM_INFINITY))
+    # above what the account may have (ulimit -v, h_vmem of a grid engine) no limit can be set
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    wanted = mapped + _MEMORY_BYTES
+    limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     sys.stdout.buffer.write(b"ready\n")
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:

@@ -38,6 +38,12 @@ _START_SECONDS = 600.0  # imports from a cold network file system, on a busy mac
 _TICK_HZ = os.sysconf("SC_CLK_TCK")
 
 
+class WorkerError(RuntimeError):
+    """Workers end before they begin; no item is at fault."""
+
+    exit_code = 3
+
+
 @dataclass(frozen=True)
 class Reply:
     """A worker's answer; `fields` is empty where `fault` is "crashed" or "timeout"."""
@@ -160,6 +166,7 @@ class WorkerPool:
         self._command = [sys.executable, "-m", module, argument]
         self._timeout_s = timeout_s
         self._wall_s = wall_s or 12.0 * timeout_s
+        self._unstarted = 0  # workers in a row that died in their imports
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> WorkerPool:
@@ -191,7 +198,10 @@ class WorkerPool:
         return _Worker(process)
 
     def ordered(self, items: Iterable[dict[str, Any]]) -> Iterator[Reply]:
-        """One Reply an item, in the items' order; reads only a few items ahead."""
+        """One Reply an item, in the items' order; reads only a few items ahead.
+
+        Raises:  WorkerError where no worker starts any more.
+        """
         source = enumerate(items)
         done: dict[int, Reply] = {}
         again: deque[_Task] = deque()
@@ -241,6 +251,8 @@ class WorkerPool:
             if replies is None:
                 self._replace(place, "crashed", done, again)
                 continue
+            if worker.ready:
+                self._unstarted = 0
             for reply in replies:
                 done[worker.tasks.popleft().number] = reply
         for place, worker in enumerate(self._workers):
@@ -251,6 +263,18 @@ class WorkerPool:
         """Kills a worker; its first task is blamed, the waiting ones start anew elsewhere."""
         worker = self._workers[place]
         worker.stop()
+        if fault == "crashed" and not worker.ready:
+            self._unstarted += 1
+            if self._unstarted > 2 * len(self._workers):
+                raise WorkerError(
+                    f"{self._unstarted} worker processes in a row ended before they began (status "
+                    f"{worker.process.returncode}): expected them to start; look at the limits of "
+                    "this account or container (ulimit -v, ulimit -u, memory), take fewer workers, "
+                    f"or see what {' '.join(self._command[1:3])} says"
+                )
+            again.extendleft(reversed(worker.tasks))
+            self._workers[place] = self._start()
+            return
         blamed = worker.tasks.popleft()
         again.extend(worker.tasks)
         blamed.tries += 1

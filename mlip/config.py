@@ -29,7 +29,7 @@ class Run:
     seed: int = 1
     exact: bool = False  # refuse whatever makes the loss depend on ranks or micro-batches
     deterministic: bool = False  # refuse what cannot repeat bit for bit on this machine
-    threads: int = 0  # torch threads per rank; 0 = cores / local ranks
+    threads: int = 0  # torch threads per rank; 0 = cores (of a container's share) / local ranks
     offline: bool = True  # no model hub, no network; False only when the user asks
     timeout_s: float = 300.0  # longest wait of one rank for another before the run stops
 
@@ -282,6 +282,14 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     evaluate: Evaluate = field(default_factory=Evaluate)
     transfer: Transfer = field(default_factory=Transfer)
+
+
+def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides) of a command line; a file may have "=" in its name, as runs/lr=0.1."""
+    items = list(items)
+    is_file = ["=" not in item or Path(item).is_file() for item in items]
+    files = [item for item, yes in zip(items, is_file, strict=True) if yes]
+    return files, [item for item, yes in zip(items, is_file, strict=True) if not yes]
 
 
 def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:

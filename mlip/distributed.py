@@ -18,6 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 logger = logging.getLogger("mlip")
+
+# what starts several processes without a RANK for torch -> how many it says that it has started;
+# srun: of this step, not of the job, whose batch script is one process
+_TASKS = {
+    "srun": "SLURM_STEP_NUM_TASKS",
+    "mpirun": "OMPI_COMM_WORLD_SIZE",
+    "an MPI launcher": "PMI_SIZE",
+    "a launcher": "WORLD_SIZE",
+}
 _said: set[str] = set()
 
 
@@ -194,8 +203,11 @@ def synchronise() -> None:
 def start(timeout_s: float) -> torch.device:
     """Join the launcher's process group (none without a launcher); this rank's device.
 
-    Raises:  ValueError where another program holds the port that rank 0 was to listen on
+    Raises:  ValueError where another program holds the port that rank 0 was to listen on, or where
+             several processes were started that know nothing of each other
     """
+    if "RANK" not in os.environ and not dist.is_initialized():
+        _require_one_task()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -213,6 +225,22 @@ def start(timeout_s: float) -> torch.device:
                 "N train.py ..., or torchrun --master_port N train.py ..."
             ) from error
     return here
+
+
+def _require_one_task() -> None:
+    """Raises:  ValueError where `srun python train.py` or the like has started several processes.
+
+    One of them would hold run.dir and train alone, on one GPU, and the others would be refused.
+    """
+    for launcher, name in _TASKS.items():
+        tasks = os.environ.get(name, "")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise ValueError(
+                f"{launcher} has started {tasks} processes ({name}={tasks}) and none has a RANK, "
+                "so each would train alone: start one process a node and let it start the ranks, "
+                "for example srun --ntasks-per-node 1 torchrun ... train.py ... (docs/"
+                f"reliability.md, On a cluster); for runs of their own, unset {name}"
+            )
 
 
 def start_alone() -> None:

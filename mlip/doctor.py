@@ -202,6 +202,8 @@ def check_compiler() -> Check:
 
 
 def check_accelerator() -> Check:
+    from mlip.machine import usable_cores, usable_memory
+
     try:
         import torch
     except ImportError as error:
@@ -215,7 +217,8 @@ def check_accelerator() -> Check:
             f"{torch.cuda.device_count()} x {properties.name}, {memory:.0f} GiB, "
             f"CUDA {torch.version.cuda}; kernels: triton",
         )
-    detail = f"none; {torch.get_num_threads()} CPU threads; kernels: torch"
+    memory = usable_memory() / 2**30
+    detail = f"none; {usable_cores()} cores and {memory:.1f} GiB to use; kernels: torch"
     if torch.version.cuda is not None and shutil.which("nvidia-smi"):
         return Check(
             "accelerator",

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from mlip import distributed
 from mlip.batch import Batch, Features
 from mlip.config import Config
 from mlip.knowledge.concept_files import load_concepts
+from mlip.machine import usable_memory
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.grad_cache import num_micro_batches
@@ -282,10 +282,10 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def machine_memory() -> tuple[float, bool]:
-    """Bytes for one rank here, and whether they are a GPU's."""
+    """Bytes that are here, a container's share of them, and whether they are a GPU's."""
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory), True
-    return float(psutil.virtual_memory().total), False
+    return float(usable_memory()), False
 
 
 def make_plan(

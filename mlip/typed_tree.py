@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -151,6 +152,8 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
         return float(value)
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if kind is str and isinstance(value, str) and value.startswith("~/"):
+        return os.path.expanduser(value)  # a shell leaves run.dir=~/runs as it is
     if type(value) is not kind:
         raise ConfigError(f"{key}: expected {kind.__name__}, got {value!r}")
     return value

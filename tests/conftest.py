@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -34,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Signals belong to one test; a run takes them for its process."""
-    kept = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    kept = {n: signal.getsignal(n) for n in _STOP}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

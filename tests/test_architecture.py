@@ -25,6 +25,8 @@ ALLOWED = {
         "mlip.transfer_settings",
     ),
     "mlip.output_file": ("mlip.typed_tree",),
+    "mlip.machine": (),
+    "mlip.unread_output": (),
     "mlip.batch": (),
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.host_read": (),
@@ -43,6 +45,7 @@ ALLOWED = {
         "mlip.batch",
         "mlip.keyed_random",
         "mlip.knowledge",
+        "mlip.machine",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
     "mlip.model": (
@@ -70,6 +73,8 @@ ALLOWED = {
         "mlip.distributed",
         "mlip.batch",
         "mlip.host_read",
+        "mlip.machine",
+        "mlip.unread_output",
     ),
     "mlip.objective": (
         "mlip.model",

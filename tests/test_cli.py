@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -212,3 +215,43 @@ def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
         main(["prepare", "--help"])
     assert stopped.value.code == 0
     assert "usage: mlip prepare" in capsys.readouterr().out
+
+
+def _make_phantoms(out: Path, stdout: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = "mlip.cli phantoms data.phantom.studies=3 data.phantom.val_studies=0"
+    command += " data.phantom.test_studies=0 data.phantom.image_px=96"
+    return subprocess.run(
+        [sys.executable, "-u", "-m", *command.split(), "--out", str(out)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_command_whose_lines_found_no_room_says_so() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "mlip.cli", "prepare", "--list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert ended.returncode == 2 and ended.stderr.startswith("mlip: the lines of this command were")
+
+
+def test_a_command_whose_reader_left_does_its_work_and_says_so(tmp_path: Path) -> None:
+    """`mlip prepare ... | head -1` prepared nothing and said 0."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    ended = _make_phantoms(tmp_path / "out", writable)
+    os.close(writable)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "out" / "manifest.csv").is_file()
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
+    """A training that was over ended as a settings error: 'ascii' codec can't encode."""
+    ended = _make_phantoms(tmp_path / "\u00e9", subprocess.PIPE, PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.endswith("/\\xe9/manifest.csv\n")

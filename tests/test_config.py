@@ -177,3 +177,24 @@ def test_one_name_for_a_list_of_files_or_overrides_is_said() -> None:
             config.load(alone)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="overrides: expected a list, got 'run.seed=2' alone"):
         config.load([], "run.seed=2")
+
+
+def test_a_path_that_begins_with_the_home_folder_is_below_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves run.dir=~/runs as it is: the run went to a folder named ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "a.yaml"
+    file.write_text("data: {manifest: ~/data/manifest.csv}\n")
+    made = config.load([file], ["run.dir=~/runs/mine"])
+    assert made.run.dir == f"{tmp_path}/runs/mine"
+    assert made.data.manifest == f"{tmp_path}/data/manifest.csv"
+
+
+def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path: Path) -> None:
+    """runs/lr=0.1/config.yaml was an override of an unknown key."""
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    (folder / "config.yaml").touch()
+    items = [str(folder / "config.yaml"), "configs/demo.yaml", "run.seed=2"]
+    assert config.sort_settings(items) == (items[:2], items[2:])

@@ -76,3 +76,34 @@ def test_numbers_of_the_hosts_go_over_gloo_and_by_the_gpu_where_there_is_none(
     with virtual_gpu():
         assert distributed.max_of_numbers([3, 5]) == [3, 5]
     assert places == [place]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},  # of Kubernetes, without its RANK
+    ],
+)
+def test_processes_that_know_nothing_of_each_other_are_refused(
+    told: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two tasks of `srun python train.py` trained alone, the other was told of a lock."""
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="has started 2 processes .* and none has a RANK"):
+        distributed.start(1.0)
+    assert not dist.is_initialized()
+
+
+def test_one_task_and_the_batch_script_of_a_job_with_several_are_a_process_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # of the job
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.start(1.0) == distributed.device()
+    assert not dist.is_initialized()

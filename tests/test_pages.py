@@ -19,7 +19,8 @@ import pytest
 
 import mlip.cli
 import train
-from mlip.cli import FOREIGN, build_parser, read_settings
+from mlip.cli import FOREIGN, build_parser
+from mlip.commands import read_settings
 from mlip.config import Config
 from mlip.pretrained_model import Pretrained
 from tests.test_architecture import WALLS

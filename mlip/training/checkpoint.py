@@ -225,7 +225,7 @@ def remove_leftovers(run_dir: str | Path) -> None:
 def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every hash holds, and what is wrong with those passed over.
 
-    Raises:  CheckpointError where there are checkpoints and none is intact.
+    Raises:  CheckpointError where there are checkpoints and none is intact, or may be read.
     """
     problems: list[str] = []
     folders = checkpoints_of(run_dir)
@@ -244,7 +244,10 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def _damage(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None."""
+    """Why the checkpoint cannot be trusted, or None.
+
+    Raises:  CheckpointError for one that this user may not read.
+    """
     try:
         marker = (folder / _MARKER).read_text(encoding="utf-8").strip()
         if marker != _sha256(folder / _SUMS):
@@ -260,6 +263,11 @@ def _damage(folder: Path) -> str | None:
             names.add(name)
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
+    except PermissionError as error:  # nothing is wrong with it: no older one is taken instead
+        raise CheckpointError(
+            f"{error.filename}: cannot be read: {error.strerror}; a run's tensors are open to the "
+            "user alone who trained it: ask that one for an `mlip export`, or for the right to read"
+        ) from None
     except (OSError, ValueError, UnicodeDecodeError) as error:
         return f"cannot be read: {error}"
     missing = {*(f"{kind}.safetensors" for kind in _TENSORS), _STATE} - names

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,6 +31,7 @@ import psutil
 from mlip import distributed
 from mlip.config import ConfigError
 from mlip.training import presence
+from mlip.unread_output import unread_output_is_lost
 
 CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
 _REASONS = {
@@ -41,6 +43,10 @@ _REASONS = {
     PREEMPTED: "preempted",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# of schedulers, and of a terminal: Ctrl-C, or its end
+_STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Lustre without -o flock, some network file systems
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class CheckpointError(RuntimeError):
@@ -100,8 +106,15 @@ def _is_from_collective(error: BaseException) -> bool:
 def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     """Run `function`; its errors become one line on stderr, an event, and an exit code.
 
+    Lines that nobody takes are lost; they end nothing.
+
     The traceback goes to error-rank<r>.log in the run's folder, or to stderr where there is none.
     """
+    with unread_output_is_lost():
+        return _guarded(function, folder)
+
+
+def _guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
     try:
         function()
         return 0
@@ -130,8 +143,10 @@ def leave(code: int) -> NoReturn:
     success as after a stop or a lost peer: the launcher would then see SIGABRT and not the code.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # closed from the start, or a terminal, a pipe or a disk that takes no more
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
     os._exit(code)
 
 
@@ -148,7 +163,7 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
         text = f"{more['waited']}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
-    if folder is not None and folder.is_dir():
+    if folder is not None and os.path.isdir(folder):  # is_dir raises for a name that is too long
         with contextlib.suppress(OSError):
             log = folder / f"error-rank{_rank()}.log"
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
@@ -221,7 +236,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, folder)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
@@ -229,7 +244,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             kind = FolderInUse
             refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
-            refusal = f"run.dir={folder} cannot be written: {error.strerror}"
+            refusal = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
     kind, refusal = distributed.broadcast_object((kind, refusal))
     try:
         if refusal is not None:
@@ -240,8 +255,31 @@ def locked_folder(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _lock(descriptor: int, folder: Path) -> None:
+    """Raises:  BlockingIOError where another job holds it; OSError."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.getLogger("mlip").warning(
+            "run.dir=%s: its file system has no locks (%s): nothing keeps a second job out",
+            folder,
+            error.strerror,
+        )
+
+
+def _foreign(folder: Path) -> str:
+    """What to say of a folder that another user's run holds: its files are open to that one only"""
+    with contextlib.suppress(OSError):
+        owner = (folder / "lock").stat().st_uid
+        if owner != os.geteuid():
+            return f"; it holds the run of another user (uid {owner}): choose another run.dir"
+    return ""
+
+
 class StopRequest:
-    """Whether this process was asked to stop: SIGTERM, SIGUSR1, SIGINT, or its launcher is gone.
+    """Whether this process was asked to stop: by a signal of _STOP, or its launcher is gone.
 
     While steps run the wish is only noted; `raise_at_once` makes the next signal (and one already
     noted) end the process, for the times before the first step and after the last save.
@@ -250,8 +288,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._noted = False
         self._ends: str | None = None  # what is said where a signal ends the process at once
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in _STOP:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
         self._launcher: psutil.Process | None = None
         if "RANK" in os.environ:
             self._follow_launcher()

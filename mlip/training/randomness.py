@@ -6,7 +6,6 @@ stochastic depth use torch's generators, which a checkpoint therefore holds for 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from mlip import distributed
 from mlip.config import Config
+from mlip.machine import usable_cores
 
 _RANK_STRIDE = 1_000_003  # a prime: seeds of ranks stay apart for neighbouring run.seed
 
@@ -37,7 +37,7 @@ def set_threads(config: Config, pinned: int | None = None) -> int:
 
     A sum over a million numbers differs between 1 and 2 threads, so a resumed run keeps its count.
     """
-    share = max(1, _cores() // distributed.local_ranks())
+    share = max(1, usable_cores() // distributed.local_ranks())
     threads = config.run.threads or pinned or share
     torch.set_num_threads(threads)
     return threads
@@ -45,13 +45,7 @@ def set_threads(config: Config, pinned: int | None = None) -> int:
 
 def use_all_cores() -> None:
     """For what one rank does alone once the others are done."""
-    torch.set_num_threads(_cores())
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    torch.set_num_threads(usable_cores())
 
 
 def capture() -> dict[str, Any]:

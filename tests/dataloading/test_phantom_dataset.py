@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mlip.config import Phantom
-from mlip.dataloading import dicom
+from mlip.dataloading import dicom, phantom_dataset
 from mlip.dataloading.phantom import generate_study
 from mlip.dataloading.phantom_dataset import (
     MANIFEST_COLUMNS,
@@ -150,6 +150,14 @@ def test_a_killed_run_leaves_nothing_that_looks_like_data(tmp_path: Path) -> Non
     few = dataclasses.replace(SMALL, studies=3, val_studies=1, test_studies=1)
     write_dataset(folder, few)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_helper_whose_parent_is_gone_writes_no_more(tmp_path: Path) -> None:
+    """It went on by itself, for as long as the rest took, into a folder that nobody finishes."""
+    (tmp_path / "parts").mkdir()
+    argument = json.dumps([str(tmp_path), dataclasses.asdict(SMALL), 0, 1])
+    phantom_dataset._work(argument, parent=os.getpid())  # of another process than ours
+    assert not list((tmp_path / "parts").iterdir())
 
 
 def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ transform for the size, planted words for the metadata.
 """
 
 import dataclasses
+import json
+import resource
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -99,3 +103,20 @@ def test_deidentification_can_be_required(tmp_path):
     dataset.save_as(tmp_path / "raw" / "003.dcm")
     fields, _ = make_member(str(tmp_path / "raw"), {"image": rows[3].image}, settings)
     assert fields == {"reason": "not_deidentified"}
+
+
+def test_under_a_limit_of_memory_that_may_not_be_raised_images_are_still_read(tmp_path):
+    """`ulimit -v`, as grid engines set it: the worker died of asking for more than it may have."""
+    rows = source(tmp_path / "raw", 2)
+    settings = ImageSettings()
+    start = json.dumps({"root": str(tmp_path / "raw"), "settings": dataclasses.asdict(settings)})
+    most = 3 << 29
+    ended = subprocess.run(
+        [sys.executable, "-m", "mlip.dataloading.shard_worker", start],
+        input=json.dumps({"image": rows[0].image}).encode() + b"\n",
+        capture_output=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),
+        check=True,
+    )
+    ready, answer, _ = ended.stdout.split(b"\n", 2)
+    assert ready == b"ready" and json.loads(answer)["reason"] == ""

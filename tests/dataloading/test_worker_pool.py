@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mlip.dataloading.worker_pool import WorkerPool
+from mlip.dataloading.worker_pool import WorkerError, WorkerPool
 
 # waits, dies or echoes as the item says; "once" dies only the first time any worker meets it
 WORKER = """
@@ -96,3 +96,25 @@ def test_no_worker_outlives_the_pool(module):
         processes = [worker.process for worker in pool._workers]
         list(pool.ordered([{"n": 1}]))
     assert all(process.poll() is not None for process in processes)
+
+
+def test_workers_that_cannot_start_are_an_error_and_no_items_fault(tmp_path, monkeypatch):
+    """A limit of the account let none start: every image of the set was refused as "crashed"."""
+    (tmp_path / "no_worker.py").write_text("raise SystemExit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerPool("no_worker", "", 2, timeout_s=60) as pool:
+        with pytest.raises(WorkerError, match=r"5 worker processes .* \(status 7\): .*ulimit -v"):
+            list(pool.ordered({"n": i} for i in range(9)))
+
+
+def test_a_worker_that_does_not_start_once_costs_no_item(tmp_path, module):
+    first = """
+import os, sys
+if not os.path.exists(sys.argv[1]):
+    open(sys.argv[1], "w")
+    sys.exit(1)
+"""
+    (tmp_path / "late_worker.py").write_text(first + WORKER)
+    with WorkerPool("late_worker", str(tmp_path / "flag"), 1, timeout_s=60) as pool:
+        replies = list(pool.ordered({"n": i} for i in range(9)))
+    assert [reply.fields["n"] for reply in replies] == list(range(9))

@@ -169,6 +169,19 @@ def test_with_no_intact_checkpoint_nothing_starts_over_silently(tmp_path):
     assert caught.value.exit_code == 4
 
 
+def test_one_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):
+    # a colleague was told to delete the folder of checkpoints; an older one was taken instead
+    _save(tmp_path, 1), _save(tmp_path, 2)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    with pytest.raises(CheckpointError, match="step_00000002.*cannot be read: Permission") as told:
+        checkpoint.find_newest(tmp_path)
+    assert "mlip export" in str(told.value) and "delete" not in str(told.value)
+
+
 def test_a_passed_over_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
     bad = _save(tmp_path, 2)
     (bad / "state.json").write_text("{}")

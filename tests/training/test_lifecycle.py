@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -196,6 +198,34 @@ def test_a_folder_that_cannot_be_written_is_a_settings_error():
     assert answer == f"run.dir={name}/run cannot be written: Permission denied"
 
 
+def test_another_users_run_is_named_as_that():
+    if os.geteuid() != 0:
+        pytest.skip("needs root to become a second user")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with locked_folder(folder):
+            pass
+        folder.chmod(0o777)  # as a group shares it
+        said = FORK.SimpleQueue()
+        job = FORK.Process(target=_try_as_nobody, args=(folder, said))
+        job.start()
+        answer = said.get()
+        job.join()
+    assert answer == (
+        f"run.dir={name} cannot be written: Permission denied; it holds the run of another user "
+        "(uid 0): choose another run.dir"
+    )
+
+
+def test_a_name_that_is_too_long_is_a_settings_error(tmp_path, capsys):
+    def begin() -> None:
+        with locked_folder(tmp_path / ("x" * 300)):
+            pass
+
+    assert guarded(begin, lambda: tmp_path / ("x" * 300)) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+
+
 def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(ConfigError, match="run cannot be written: File exists"):
@@ -203,7 +233,19 @@ def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
             pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, caplog):
+    # Lustre mounted without -o flock: "Function not implemented"
+    def flock(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(lifecycle.fcntl, "flock", flock)
+    monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
+    with locked_folder(tmp_path):
+        assert f"pid {os.getpid()} on" in (tmp_path / "lock").read_text()
+    assert "has no locks (Function not implemented): nothing keeps a second" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_step_goes_on(number):
     stop = StopRequest()
     assert not stop.is_set
@@ -219,6 +261,13 @@ def test_a_second_sigterm_changes_nothing_but_a_second_ctrl_c_interrupts():
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1.0)
+
+
+def test_under_nohup_the_end_of_the_terminal_stops_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.is_set
 
 
 def test_after_the_last_save_a_signal_ends_the_run_at_once():

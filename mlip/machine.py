@@ -1,0 +1,69 @@
+"""What of the machine this process may use: a container's limits, where it has any.
+
+`docker --cpus 4`, Kubernetes and SLURM limit processor time and memory by control groups, which
+neither os.cpu_count nor psutil knows: 64 threads in a share of 4 cores are stopped most of the
+time, and memory that the machine has is not the container's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores by affinity (taskset, SLURM) and by the share of processor time, rounded up.
+
+    Source:  Linux, cpu.max of control groups version 2, cpu.cfs_quota_us of version 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shares = [float(cores or 1)]
+    for folder in _groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            quota, period = (folder / "cpu.max").read_text().split()
+            shares.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            if int(quota) > 0:  # -1: no limit
+                shares.append(int(quota) / int((folder / "cpu.cfs_period_us").read_text()))
+    return max(1, math.ceil(min(shares)))
+
+
+def usable_memory() -> int:
+    """Bytes: the machine's memory, or the least that a control group allows.
+
+    Source:  Linux, memory.max of version 2, memory.limit_in_bytes of version 1.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for folder in _groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                limits.append(int((folder / name).read_text()))
+    return min(limits)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Folders of this process's control groups and of all above: the least of their limits holds.
+
+    A container may see its own group as the root, under a path that is not there: the root counts.
+    """
+    with contextlib.suppress(OSError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2: one tree for all
+                root = _GROUPS
+            elif controller in controllers.split(","):
+                root = _GROUPS / controller
+            else:
+                continue
+            folder = root / path.lstrip("/")
+            while folder != root and root in folder.parents:
+                yield folder
+                folder = folder.parent
+            yield root

@@ -1,0 +1,84 @@
+"""Lines that nobody takes: a pipe behind `| head`, a terminal that is gone, a full disk.
+
+They are lost, and the work that they tell of goes on: hours of training do not end with a reader.
+Nor do they end with a letter that the terminal's encoding lacks. What a full disk did not take is
+told to the caller, for whom the lines may be the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Lenient:
+    """A text stream that loses what it cannot write; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO, lost: list[str]) -> None:
+        self._stream = stream
+        self._lost = lost
+
+    def write(self, text: str) -> int:
+        with self._losing():
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:  # a path with accents where LANG or a setting says ASCII
+                encoding = self._stream.encoding
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._losing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._note(error)
+
+    def _note(self, error: OSError) -> None:
+        if error.errno in _FULL:
+            self._lost.append(os.strerror(error.errno))
+
+    def finish(self) -> None:
+        """What the stream still holds would be tried once more as Python ends, with exit code 120.
+
+        Until then it is kept: a disk may have room again.
+        """
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._note(error)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unread_output_is_lost() -> Iterator[list[str]]:
+    """While it lasts, printing to stdout and stderr raises no OSError and no UnicodeEncodeError.
+
+    Yields a list: why a disk did not take lines, empty where it took all; whole behind the block.
+    """
+    lost: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for redirect, stream in (
+            (contextlib.redirect_stdout, sys.stdout),
+            (contextlib.redirect_stderr, sys.stderr),
+        ):
+            if stream is not None:  # None: it was closed before the start, and print does nothing
+                lenient: Any = _Lenient(stream, lost)
+                stack.enter_context(redirect(lenient))
+                stack.callback(lenient.finish)
+        yield lost

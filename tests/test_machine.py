@@ -1,0 +1,71 @@
+"""Cores and memory under a container's limits, from made-up trees of control groups."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlip import machine
+
+GIB = 2**30
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree of control groups in place of the machine's, of which eight cores may be used."""
+    monkeypatch.setattr(machine, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(machine, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    return tmp_path / "groups"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def test_without_limits_the_affinity_and_the_machines_memory_hold(groups: Path) -> None:
+    total = psutil.virtual_memory().total
+    assert machine.usable_cores() == 8 and machine.usable_memory() == total  # no groups at all
+    _write(groups.parent / "own", "0::/")
+    _write(groups / "cpu.max", "max 100000")
+    _write(groups / "memory.max", "max")
+    assert machine.usable_cores() == 8 and machine.usable_memory() == total
+
+
+def test_a_docker_container_of_version_2_sees_its_group_as_the_root(groups: Path) -> None:
+    _write(groups.parent / "own", "0::/")
+    _write(groups / "cpu.max", "250000 100000")
+    _write(groups / "memory.max", str(GIB))
+    assert machine.usable_cores() == 3 and machine.usable_memory() == GIB
+
+
+def test_a_job_of_slurm_is_limited_by_a_group_above_its_own(groups: Path) -> None:
+    _write(groups.parent / "own", "0::/system.slice/job_7/step_0")
+    _write(groups / "system.slice/job_7/step_0/memory.max", "max")
+    _write(groups / "system.slice/job_7/memory.max", str(GIB))
+    _write(groups / "system.slice/job_7/step_0/cpu.max", "400000 100000")
+    _write(groups / "system.slice/job_7/cpu.max", "200000 100000")
+    assert machine.usable_cores() == 2 and machine.usable_memory() == GIB
+
+
+def test_version_1_has_a_tree_for_each_limit_and_hides_the_containers_path(groups: Path) -> None:
+    own = "9:memory:/docker/0123\n4:cpu,cpuacct:/docker/0123\n2:cpuset:/docker/0123\n0::/"
+    _write(groups.parent / "own", own)
+    _write(groups / "cpu/cpu.cfs_quota_us", "150000")
+    _write(groups / "cpu/cpu.cfs_period_us", "100000")
+    _write(groups / "memory/memory.limit_in_bytes", str(GIB))
+    assert machine.usable_cores() == 2 and machine.usable_memory() == GIB
+    _write(groups / "cpu/cpu.cfs_quota_us", "-1")
+    _write(groups / "memory/memory.limit_in_bytes", "9223372036854771712")  # none
+    assert machine.usable_cores() == 8
+    assert machine.usable_memory() == psutil.virtual_memory().total
+
+
+def test_a_share_below_one_core_is_one(groups: Path) -> None:
+    _write(groups.parent / "own", "0::/")
+    _write(groups / "cpu.max", "10000 100000")
+    assert machine.usable_cores() == 1
