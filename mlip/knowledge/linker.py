@@ -103,7 +103,12 @@ class Linker:
                 if tail in parts and owners.get(tail) == row and key not in parts:
                     parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
+        begins = FLAG["strong"] | FLAG["weak"]
         for key in owners:
+            # "mild atelectasis" as one name begins a statement as "mild" before any other does
+            cues = (flags.get(key[:cut], 0) & begins for cut in range(len(key) - width, 0, -width))
+            if (begin := next(filter(None, cues), 0)) and not flags.get(key):
+                flags[key] = begin
             # "heart enlarged" is a statement, "enlarged heart" a name
             if len(key) > width and flags.get(key[-width:], 0) & FLAG["predicate"]:
                 heads = [owners.get(key[:cut], -1) for cut in range(width, len(key), width)]

@@ -17,7 +17,7 @@ from mlip.dataloading.dicom import DicomError, read_radiograph
 from mlip.dataloading.dicom_frame import read_cells
 from mlip.dataloading.dicom_header import read_header
 from mlip.dataloading.dicom_tone import stored_values
-from tests.dataloading.dicom_golden import compressed, noise
+from tests.dataloading.dicom_golden import ENCODING, compressed, edited, noise
 
 UID = "1.2.840.10008.1.2.4."
 FILM = (np.add.outer(np.arange(96) ** 2, np.arange(128) * 40) // 4 + noise(5, (96, 128))) % 4096
@@ -93,6 +93,22 @@ def stored(data: bytes) -> np.ndarray:
     """The numbers the reader sees, before rescale and window."""
     header, stream = read_header(io.BytesIO(data))
     return stored_values(header)[read_cells(header, stream)].astype(int)
+
+
+@pytest.mark.parametrize("representation", ["OB", "OW"])
+@pytest.mark.parametrize("shape", [(36, 52), (37, 53)])
+def test_8_bit_cells_in_big_endian_words_come_in_swapped_pairs(tmp_path, representation, shape):
+    syntax = pydicom.uid.ExplicitVRBigEndian
+    cells = noise(8, shape).astype(np.uint8)
+    dataset, _ = edited(tmp_path, noise(16), syntax=syntax, cells=cells, BitsStored=8, HighBit=7)
+    dataset["PixelData"].VR = representation
+    if representation == "OW":
+        dataset["PixelData"].value = np.frombuffer(dataset.PixelData, "<u2").byteswap().tobytes()
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, **ENCODING[syntax])
+    np.testing.assert_array_equal(stored(buffer.getvalue()), cells)
+    buffer.seek(0)
+    np.testing.assert_array_equal(pydicom.dcmread(buffer).pixel_array, cells)
 
 
 @pytest.mark.parametrize("stored_bits", [8, 12, 16])

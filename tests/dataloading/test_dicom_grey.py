@@ -68,6 +68,7 @@ def test_grey_scale_chain_equals_the_float64_path(tmp_path, changes, photometric
     image, info = read_radiograph(data)
     assert_nearest(image, golden(dataset, stored))
     assert (info.voi == "own_range") == (changes.get("WindowWidth", 1) is None)
+    assert info.inverted == (photometric == "MONOCHROME1")
     if isinstance(changes.get("WindowCenter"), list):
         assert info.notes == ("first_of_several_windows",)
 

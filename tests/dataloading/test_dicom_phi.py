@@ -65,6 +65,7 @@ def test_each_planted_attribute_is_found(clean, keyword, value, reason):
 def test_private_nested_and_overlay_attributes_are_found(clean):
     clean.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
     clean.add_new(0x60003000, "OW", b"\1\0")
+    clean.add_new(0x60023000, "OW", b"\1\0")  # a film may have sixteen
     item = Dataset()
     item.RequestedProcedureID = CANARY
     deeper = Dataset()
@@ -73,7 +74,7 @@ def test_private_nested_and_overlay_attributes_are_found(clean):
     clean.RequestAttributesSequence = [item]
     result = found(clean)
     assert result["0011,0010"] == result["0011,1001"] == "private"
-    assert result["6000,3000"] == "overlay"
+    assert result["6000,3000"] == result["6002,3000"] == "overlay"
     assert result["RequestedProcedureID"] == "profile" and result["PersonName"] == "name"
 
 

@@ -179,11 +179,13 @@ def test_scanned_forms_and_screenshots_are_no_films(tmp_path: Path) -> None:
 
 def test_files_without_a_patient_are_said_to_be_grouped_by_folder(tmp_path: Path) -> None:
     film(tmp_path / "p1" / "a.dcm", PatientID="")
-    film(tmp_path / "b.dcm")
+    film(tmp_path / "p2" / "s2" / "c.dcm", StudyInstanceUID="", SOPInstanceUID="")
+    study = pydicom.dcmread(film(tmp_path / "b.dcm")).StudyInstanceUID
     collected = collect(tmp_path)
-    assert {row.image: row.patient_id for row in collected.rows} == {
-        "p1/a.dcm": "p1",
-        "b.dcm": "P1",
+    assert {row.image: (row.patient_id, row.study_id) for row in collected.rows} == {
+        "p1/a.dcm": ("p1", study),
+        "p2/s2/c.dcm": ("P1", "p2/s2"),
+        "b.dcm": ("P1", study),
     }
     assert any(note.startswith("1 DICOM files state no patient") for note in collected.notes)
 

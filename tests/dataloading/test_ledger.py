@@ -62,11 +62,18 @@ def test_state_survives_json() -> None:
 
 def test_merged_ranks_add_up() -> None:
     ranks = [Ledger(20, {"no_report": 4}) for _ in range(2)]
-    ranks[0].add_trained(0, 8)
-    ranks[1].add_trained(0, 7)
-    ranks[1].add_bad(0, 3, "missing")
+    for rank, trained, bad in ((0, 7, 5), (1, 7, 3)):
+        ranks[rank].add_trained(0, trained)
+        ranks[rank].add_bad(0, bad, "missing")
+        ranks[rank].add_replacement(0)
     merged = Ledger.merge(ranks)
     assert merged.is_complete(0)
-    assert merged.epochs[0].trained == 15
+    assert merged.bad == {5: "missing", 3: "missing"}
+    assert merged.summary()["epochs"]["0"] == {
+        "trained": 14,
+        "quarantined": {"missing": 2},
+        "replacements": 2,
+        "ahead": 0,
+    }
     with pytest.raises(ValueError, match="one manifest"):
         Ledger.merge([Ledger(20, {}), Ledger(21, {})])

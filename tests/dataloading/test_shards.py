@@ -47,6 +47,20 @@ def test_a_shard_is_a_plain_tar_and_every_member_is_found_by_its_reference(built
         assert entry["source_sha256"] == hashlib.sha256(raw.read_bytes()).hexdigest()
 
 
+def test_a_shard_gets_its_name_once_its_bytes_are_on_the_disk(tmp_path, monkeypatch):
+    steps, replace = [], os.replace
+
+    def synced(descriptor):
+        steps.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("named"), replace(a, b)))
+    writer = ShardWriter(tmp_path / "a.tar")
+    writer.add("1.png", b"x")
+    assert writer.finish() == (tmp_path / "a.tar").stat().st_size
+    assert steps == [writer.partial.name, "named", tmp_path.name]
+
+
 def test_the_manifest_of_shards_loads_as_a_manifest(built_shards):
     data = config.Data(
         manifest=str(built_shards[0] / "out" / "manifest.parquet"),

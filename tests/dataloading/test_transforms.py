@@ -87,6 +87,16 @@ def test_shrinking_averages_areas() -> None:
     assert np.abs(out - expected).max() <= 0.51 / 255.0  # the scaled image is rounded to 8 bits
 
 
+def test_enlarging_interpolates_between_the_pixels() -> None:
+    image = np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None], 32, axis=0)
+    transform = Transform(
+        dataclasses.replace(DATA, crop_px=64, mean=0.0, std=1.0), train=False, seed=1
+    )
+    out = apply(transform, image, draw(transform, 1)) * 255.0
+    expected = 8.0 * np.clip((np.arange(64) + 0.5) / 2 - 0.5, 0, 31)  # pixel centres on each other
+    assert np.abs(out - expected).max() <= 0.51
+
+
 def test_left_stays_left_in_training() -> None:
     image = np.zeros((64, 64), np.uint8)
     image[:, :20] = 255
@@ -135,6 +145,23 @@ def test_corners_cover_the_whole_slack_evenly() -> None:
         counts = np.bincount(corner, minlength=17)
         assert len(counts) == 17
         assert ((counts - 1000.0) ** 2 / 1000.0).sum() < 39.3
+
+
+def test_brightness_contrast_and_angle_cover_both_sides_evenly() -> None:
+    augment = Augment(brightness=0.1, contrast=0.2, rotation_degrees=7.0)
+    transform = Transform(dataclasses.replace(DATA, augment=augment), train=True, seed=2)
+    drawn = draw(transform, 16_000)
+    gain, offset = drawn.gain.astype(np.float64) * 0.2, drawn.offset.astype(np.float64) * 0.2 + 0.4
+    brightness = 2.0 * offset + gain  # as in the test of contrast above
+    for share in (
+        (brightness - 1.0) / 0.1,
+        (gain / brightness - 1.0) / 0.2,
+        drawn.degrees / 7.0,
+    ):
+        # 16 equal bins; chi-square, 99.9 % point for 15 degrees is 37.7
+        counts = np.histogram(share, bins=16, range=(-1.0, 1.0))[0]
+        assert counts.sum() >= 15_998  # float32 may round one over the edge
+        assert ((counts - 1000.0) ** 2 / 1000.0).sum() < 37.7
 
 
 def test_evaluation_uses_the_centre_and_no_augmentation() -> None:

@@ -227,8 +227,10 @@ def test_a_report_in_another_language_is_counted_not_guessed():
     text = "Kein Pleuraerguss. Herz normal gross. Lungen frei belueftet, kein Infiltrat."
     known, total = default_linker().known_words(text)
     assert total == 10 and known / total < 0.35
-    known, total = default_linker().known_words("The heart is normal in size without effusion.")
+    text = "The heart is normal in size without effusion."
+    known, total = default_linker().known_words(text)
     assert known / total > 0.6
+    assert default_linker().known_words(text.upper()) == (known, total)
 
 
 def test_the_same_text_gives_the_same_mentions_in_another_process_with_another_hash_seed():

@@ -156,6 +156,26 @@ SENTENCES = {
         No effusion, heart not enlarged. | cardiomegaly=A
         No effusion, pneumothorax. | pneumothorax=A
     """,
+    "a name begins a statement as its first word does": """
+        No pleural effusion, mild atelectasis. | pleural_effusion=A atelectasis=P
+        No pneumothorax, calcified granuloma in the apex. | pneumothorax=A calcified_granuloma=P
+        No effusion or edema, healed rib fracture. | pulmonary_edema=A rib_fracture=P
+        No effusion, low lung volumes. | pleural_effusion=A low_lung_volumes=P
+        No pneumothorax, left lower lobe consolidation. | pneumothorax=A consolidation=P
+        No effusion and minimal atelectasis. | pleural_effusion=A atelectasis=P
+        No effusion with mild atelectasis. | pleural_effusion=A atelectasis=P
+        Possible pneumonia and old rib fracture. | pneumonia=U rib_fracture=P
+    """,
+    "with and lists": """
+        No effusion with small nodule. | pleural_effusion=A lung_nodule=P
+        Possible effusion with small nodule. | pleural_effusion=U lung_nodule=U
+        Possible effusion, nodule, and scar. | pleural_effusion=U lung_nodule=U scar=U
+        Possible effusion, nodule or scar. | pleural_effusion=U lung_nodule=U scar=U
+        No edema or less likely infection. | pulmonary_edema=A lung_infection=A
+        No effusion and scar, the heart is enlarged. | scar=A cardiomegaly=P
+        The pattern may be compatible with mild edema. | pulmonary_edema=U
+        No signs consistent with chronic edema. | pulmonary_edema=A
+    """,
     "a device taken out is gone and a fault denied leaves it": """
         Stable effusion status post pigtail catheter removal. | pleural_effusion=P chest_tube=A
         Interval PICC removal. | picc=A

@@ -13,7 +13,7 @@ from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles, merge, open_part
 from mlip.knowledge.ontologies import read_csv, read_obo, sha256
-from mlip.knowledge.umls import read_umls, surface_form
+from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls, surface_form
 
 KNOWLEDGE = Path(__file__).resolve().parents[3] / "shared/data/knowledge"
 OBO = """format-version: 1.2
@@ -117,7 +117,9 @@ def test_the_phenotype_ontology_below_one_term_agrees_with_our_codes():
 
 def test_a_csv_table_is_read_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "own.csv"
-    path.write_text("id,name,synonyms,parents,umls\na,sign,mark|spot,,C0000007\nb,blue sign,,a,\n")
+    path.write_text(
+        "id,name,synonyms,parents,umls\n a,sign,mark|spot,,C0000007\nb ,blue sign,,a,\n"
+    )
     table = load_concepts(path)
     assert table["a"].synonyms == ("mark", "spot") and table["b"].parents == ("a",)
     assert table["a"].mappings == {"umls": ("C0000007",)}
@@ -125,6 +127,8 @@ def test_a_csv_table_is_read_and_a_bad_line_is_named(tmp_path):
         ("id,name\na,b,c\n", "line 2: expected 2 cells"),
         ("id,name\na\n", "line 2: expected 2 cells"),
         ("id,title\na,b\n", "line 1: expected the columns id and name"),
+        ("id,synonyms\na,b\n", "line 1: expected the columns id and name"),
+        ("id,name,title\na,b,c\n", "line 1: expected the columns id and name"),
         ("id,name\na,\n", "line 2: id or name is empty"),
         ("id,name\na,b\na,c\n", "line 3: id 'a' occurs twice .first in line 2"),
         ('id,name\na,"b\n', "not valid CSV"),
@@ -196,6 +200,7 @@ def test_umls_files_are_filtered_and_joined(release):
     sign = table["umls:c0000010"]
     assert sign.synonyms == () and sign.definition == "A made-up sign."
     assert sign.relations == (("located_in", "umls:c0000013"),)
+    assert (sign.semantic_type, sign.category) == SEMANTIC_TYPES["T033"]
     assert table["umls:c0000013"].semantic_type == "anatomy"
     # the two isa lines point in both directions: one edge of the circle is dropped and counted
     assert cycles(table) == [] and table.provenance["is_a_edges_dropped"] == 1
@@ -368,6 +373,14 @@ def test_licensed_text_can_be_taken_out_again_without_trace(release):
     assert "zebra" not in text and "blue" not in text and "made-up" not in text
     assert list(left.index) == list(own.index)
     assert [c.surface_forms for c in left] == [c.surface_forms for c in own]
+
+
+def test_a_joined_concept_gets_a_definition_only_where_it_has_none():
+    for own, wanted in (("", "theirs"), ("ours", "ours")):
+        codes = {"hpo": ("HP:1",)}
+        base = ConceptTable([Concept(id="a", name="sign", definition=own, mappings=codes)])
+        other = ConceptTable([Concept(id="b", name="mark", definition="theirs", mappings=codes)])
+        assert merge(base, other)["a"].definition == wanted
 
 
 def test_a_form_that_the_first_table_owns_is_taken_from_no_other_concept():

@@ -33,6 +33,11 @@ def test_tfidf_vectors_are_distinct_unit_rows_of_the_asked_width(table):
     assert abs(signed) <= 0.3 and absolute <= 0.3
 
 
+def test_cosines_that_cancel_count_by_their_size():
+    rows = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 3.0]])  # a zero row is unknown
+    assert mean_pairwise_cosine(rows) == pytest.approx((-1 / 3, 1 / 3))
+
+
 def test_related_concepts_are_nearer_than_unrelated_ones(table):
     vectors = knowledge_vectors(table, Knowledge())
 

@@ -159,3 +159,8 @@ def test_suppression_in_blocks_is_the_greedy_one() -> None:
     assert len(kept) > 100
     for most in (1, 60, len(kept) - 1, 500):
         assert keep_best(boxes, scores, labels, 0.4, most).tolist() == kept[:most]
+
+
+def test_a_score_equal_to_the_cut_counts() -> None:
+    found = Found(np.zeros((3, 4)), np.array([0.4, 0.5, 0.6]), np.array([0, 1, 2]))
+    assert found.over(0.5).labels.tolist() == [1, 2]

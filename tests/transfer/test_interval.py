@@ -70,3 +70,10 @@ def test_interval_of_a_mean_has_the_normal_theory_width() -> None:
 def test_no_interval_from_a_handful_of_defined_resamples() -> None:
     found = interval.estimate(0.7, np.array([0.7] + [np.nan] * 9), 12)
     assert found["value"] == 0.7 and found["low"] is None and found["high"] is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_no_number_is_not_available(value: float) -> None:
+    # hits over those of swapped images, of which there may be none
+    found = interval.estimate(value, np.array([0.7, 0.8]), 12)
+    assert found == {"value": None, "low": None, "high": None, "n": 12, "reason": "undefined"}

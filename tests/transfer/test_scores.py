@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from mlip.transfer.classification_scores import exclusive_scores, label_scores
+from mlip.transfer.classification_scores import exclusive_scores, label_scores, macro_auroc
 from mlip.transfer.interval import patient_resamples, weighted_auroc
 from mlip.transfer.scores import (
     average_precision,
@@ -160,3 +160,11 @@ def test_one_patient_gives_a_value_without_an_interval() -> None:
     weights = patient_resamples(["a"] * 4, 50, 0)
     found = over_seeds([(0.5, weighted_auroc(np.arange(4.0), np.arange(4) > 1, weights), 4)])
     assert found["value"] == 0.5 and found["low"] is None
+
+
+def test_the_score_that_picks_a_fit_is_the_mean_over_classes_of_both_kinds() -> None:
+    logits = np.array([[0.9, 0.5, 0.3], [0.2, 0.8, 0.2], [0.1, 0.3, 0.1], [0.5, 0.6, 0.4]])
+    targets = np.array([[1, 1, 0], [0, 1, 0], [1, 0, 0], [-1, 0, -1]])
+    # pairs in order: one of two without the unknown row, three of four, no positive at all
+    assert macro_auroc(logits, targets) == pytest.approx((0.5 + 0.75) / 2)
+    assert macro_auroc(logits[:, 2:], targets[:, 2:]) is None

@@ -12,6 +12,7 @@ import pytest
 
 from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
+from mlip.dataloading.phantom_reports import CONCEPT_IDS
 from mlip.dataloading.transforms import Transform
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
@@ -150,6 +151,17 @@ def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> 
     assert "there is pleural effusion." in prompts[0].positive
     assert "no pleural effusion." in prompts[0].negative
     assert unknown == ["No Finding", "Xyzzy"]
+
+
+def test_prompts_of_phantoms_state_their_finding_or_deny_it() -> None:
+    table = load_concepts(None)
+    linker = Linker(table)
+    prompts = truth.phantom_prompts(table)
+    assert {p.finding for p in prompts} == set(CONCEPT_IDS)
+    for prompt in prompts:
+        for texts, state in ((prompt.positive, "present"), (prompt.negative, "absent")):
+            found = [{m.concept_id: m.state for m in linker.link(text)} for text in texts]
+            assert {states.get(prompt.finding) for states in found} == {state}, prompt.finding
 
 
 def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
