@@ -222,7 +222,9 @@ def _list_goes_on(
     if following & _POS:
         return False
     has_or = has_be = False
+    ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
+    before = 0
     for _, _, entry in events[i + 1 :]:
         flags = entry.flags
         if flags & _ENDS_LIST:
@@ -231,11 +233,13 @@ def _list_goes_on(
             in_segment = False
         elif flags & _OR:
             has_or = True
+            ends_list = ends_list or before & _COMMA != 0
         elif flags & _AND and not in_segment:
             has_or = True
         elif flags & (_BE | _PREDICATE) and in_segment and not has_or:
             has_be = has_be or bool(flags & _BE) or _has_subject(events, i, entry)
-    if has_be or following & _STRONG:
+        before = flags
+    if has_be or following & _STRONG and not ends_list:
         return False
     if has_or or listing:
         return True

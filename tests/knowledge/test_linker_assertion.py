@@ -162,6 +162,8 @@ SENTENCES = {
         No effusion or edema, healed rib fracture. | pulmonary_edema=A rib_fracture=P
         No effusion, low lung volumes. | pleural_effusion=A low_lung_volumes=P
         No pneumothorax, left lower lobe consolidation. | pneumothorax=A consolidation=P
+        No edema, calcified granuloma, or effusion. | calcified_granuloma=A pleural_effusion=A
+        No pneumothorax, old rib fracture, mass, or edema. | rib_fracture=A pulmonary_edema=A
         No effusion and minimal atelectasis. | pleural_effusion=A atelectasis=P
         No effusion with mild atelectasis. | pleural_effusion=A atelectasis=P
         Possible pneumonia and old rib fracture. | pneumonia=U rib_fracture=P
