@@ -11,7 +11,15 @@ from torch import Tensor
 from mlip.batch import PRESENT, Batch
 from mlip.losses.context import LossContext, present_set_hash
 from mlip.losses.partner import draw_partners
-from tests.losses.loss_inputs import EMPTY, PAIRS, context_of, make_batch, make_leaves, rows_of
+from tests.losses.loss_inputs import (
+    EMPTY,
+    PAIRS,
+    FakeScales,
+    context_of,
+    make_batch,
+    make_leaves,
+    rows_of,
+)
 
 
 def _cosine(context: LossContext) -> Tensor:
@@ -76,13 +84,15 @@ def test_no_two_of_three_thousand_sets_share_a_hash() -> None:
     assert len(set(present_set_hash(batch).tolist())) == len(set(_sets(batch)))
 
 
+@pytest.mark.parametrize("scale", [5.0, 100.0])
 def test_partners_follow_the_softmax_over_what_is_allowed(
-    monkeypatch: pytest.MonkeyPatch,
+    scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # oracle: the masked softmax; with the uniforms on an even grid of 400 every share is exact to
-    # one grid point at each of its two ends
+    # one grid point at each of its two ends. 100 is the most that a scale may be: e^100 is far
+    # above the integers that hold the probabilities
     batch, leaves, points = make_batch(), make_leaves(), 400
-    context = context_of(leaves, batch)
+    context = context_of(leaves, batch, FakeScales(scale).double())
     cosine = _cosine(context)
     counts = torch.zeros(PAIRS, PAIRS, dtype=torch.float64)
     for point in range(points):
