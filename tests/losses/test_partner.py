@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlip.batch import PRESENT, Batch
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN, Batch
 from mlip.losses.context import LossContext, present_set_hash
 from mlip.losses.partner import draw_partners
 from tests.losses.loss_inputs import (
@@ -60,6 +60,16 @@ def test_allowed_partners_are_those_of_python_sets() -> None:
     assert torch.equal(context_of(make_leaves(), batch).partner_allowed, _allowed(batch))
 
 
+def test_a_report_of_denied_findings_alone_is_empty() -> None:
+    # their weight is 0: no row of the local score, so neither an anchor nor a partner
+    batch = make_batch()
+    batch.entity_mask[EMPTY] = True
+    for state, is_valid in ((ABSENT, False), (UNCERTAIN, True)):
+        batch.entity_state[EMPTY] = state
+        valid = context_of(make_leaves(), batch).text_valid
+        assert valid.tolist() == [i != EMPTY or is_valid for i in range(PAIRS)]
+
+
 def test_hash_ignores_order_repeats_absent_and_masked_mentions() -> None:
     batch = make_batch()
     sets, hashes = _sets(batch), present_set_hash(batch).tolist()
@@ -72,6 +82,8 @@ def test_hash_ignores_order_repeats_absent_and_masked_mentions() -> None:
 def test_no_two_of_three_thousand_sets_share_a_hash() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 300, (3_000, 6), generator=generator)
+    # the first concept of the table counts like any other
+    ids[:3] = torch.tensor([[0] * 6, [0] + [1] * 5, [1] * 6])
     rows = torch.zeros(3_000, dtype=torch.int64)
     full = torch.ones_like(ids)
     batch = dataclasses.replace(
