@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import load
+from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from mlip.model import MLIPModel
 
 TINY = (
@@ -49,6 +51,46 @@ def test_a_gain_of_zero_and_a_share_of_zero_keep_knowledge_out_for_good(
     assert knowledge.row_weights.tolist() == [[float(gain + share > 0)] * 2] * 2
 
 
+@pytest.mark.parametrize(("pooling", "aggregation"), [("max", "mean"), ("context", "lse")])
+@pytest.mark.parametrize("is_learned", [False, True])
+@torch.no_grad()
+def test_every_setting_of_the_local_score_reaches_the_kernel(
+    pooling: str, aggregation: str, is_learned: bool
+) -> None:
+    # oracle: the kernel, given the numbers of this test
+    numbers = {"attention_scale": 7.0, "knowledge_scale": 3.0, "knowledge_gain": 0.3,
+               "aggregation_scale": 4.0}  # fmt: skip
+    settings = {"pooling": pooling, "aggregation": aggregation, "knowledge_share": 0.2}
+    named = {**numbers, **settings, "learn_scales": is_learned}
+    model = _make(
+        *(f"loss.local_alignment.{name}={value}" for name, value in named.items()),
+        "knowledge.weight_present=1.5",
+        "knowledge.weight_absent=0.75",
+        "knowledge.weight_uncertain=0.25",
+    )
+    for name, value in numbers.items():
+        stored = model.scales.stored[name]
+        assert stored.requires_grad == is_learned and float(stored) == pytest.approx(value)
+        stored.mul_(1.5)  # as if trained: where nothing is learned, the settings hold
+        numbers[name] = float(stored) if is_learned else value
+    ids = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    state = torch.tensor([[PRESENT, ABSENT, UNCERTAIN]] * 2)
+    shown = torch.ones(2, 3, dtype=torch.bool)
+    knowledge = model.encode_knowledge(ids, state, shown)
+    patches, tokens, mask = torch.randn(2, 4, 16), torch.randn(2, 5, 16), shown.new_ones(2, 5)
+    expected = token_knowledge_patch_scores(
+        patches,
+        tokens,
+        knowledge.entities,
+        token_weights=mask.float(),
+        knowledge_weights=torch.tensor([[1.5, 0.75, 0.25]] * 2),
+        knowledge_mask=shown,
+        **numbers,
+        **settings,
+    )
+    torch.testing.assert_close(model.local_scores(patches, tokens, mask, None, knowledge), expected)
+
+
 def test_logit_scales_are_float32_exponentials_of_whatever_is_stored() -> None:
     # oracle: exp of the stored number in float64; in bfloat16 the result would be off by 1 in 500
     scales = _make().bfloat16().scales
@@ -81,3 +123,38 @@ def test_attention_that_leaves_no_token_a_weight_counts_tokens_alike() -> None:
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 7:] = False
     assert torch.equal(model.token_weights(mask, attention), mask.float())
+
+
+def test_batch_norm_of_the_token_head_sees_the_reports_own_tokens_alone() -> None:
+    # [CLS], [SEP] and padding are no tokens of the report: to the norm they are zero, so that what
+    # is left of them is the bias of the last layer
+    model = _make("model.heads.norm=batch").train()
+    ids, shown = torch.arange(14).view(2, 7) + 5, torch.ones(2, 7, dtype=torch.bool)
+    content = shown.clone()
+    content[:, 0] = content[0, 6] = content[1, 3:] = False
+    tokens = model.encode_text(ids, shown, content).tokens
+    bias = model.token_head.second.bias
+    torch.testing.assert_close(tokens[~content], bias.expand(7, 16))
+    assert bool((tokens[content] - bias).abs().amax(dim=1).min() > 1e-3)
+
+
+@torch.no_grad()
+def test_scales_start_as_clips_and_are_kept_in_their_bounds() -> None:
+    # oracle: 1 / 0.07 and at most 100 (Radford et al. 2021, section 2.5); the others ours
+    scales = _make().scales
+    logit = (scales.logit_scale, scales.logit_scale_local)
+    assert [float(scale()) for scale in logit] == pytest.approx([1 / 0.07] * 2)
+    others = ("attention_scale", "knowledge_scale", "knowledge_gain", "aggregation_scale")
+    bounds = ((-1e4, [0.01, 0.0, 0.0, 0.0, 0.1]), (1e4, [100.0, 200.0, 200.0, 10.0, 100.0]))
+    for far, ends in bounds:
+        for stored in scales.stored.values():
+            stored.fill_(far)
+        scales.clamp_()
+        assert [float(scale()) for scale in logit] == pytest.approx([ends[0]] * 2)
+        assert [float(getattr(scales, name)) for name in others] == pytest.approx(ends[1:])
+
+
+def test_a_state_starts_about_as_long_as_a_concepts_vector() -> None:
+    # concept vectors have unit length; a state of another length would drown them or turn nothing
+    lengths = _make().state_embedding.weight.detach().norm(dim=1)
+    assert bool(((lengths > 0.4) & (lengths < 1.8)).all())

@@ -18,6 +18,7 @@ from tests.losses.loss_inputs import (
     PAIRS,
     FakeScales,
     config_of,
+    context_of,
     features_of,
     make_batch,
     make_leaves,
@@ -128,3 +129,15 @@ def test_in_pair_alignment_of_one_token_and_one_patch_is_zero() -> None:
     leaves, mask = make_leaves(), torch.ones(PAIRS, 1, dtype=torch.bool)
     value = _in_pair()(leaves["patches"][:, :1], leaves["tokens"][:, :1], mask, None)
     assert float(value.detach().abs().max()) < 1e-12
+
+
+def test_in_pair_alignment_is_a_mean_over_reports_with_tokens_alone() -> None:
+    # a report of entities alone has no token to match: it does not count as a zero
+    batch, loss = make_batch(), LocalAlignment(config_of("loss.local_alignment.kind=mgca"), DIM)
+    batch.content_mask[0] = False
+    context = context_of(make_leaves(), batch)
+    assert loss.in_pair is not None and bool(context.text_valid[0])
+    text = context.features.text.tokens
+    loss_B = loss.double().in_pair(context.features.image.patches, text, batch.content_mask, None)
+    counted = [i for i in range(PAIRS) if i not in (0, EMPTY)]
+    torch.testing.assert_close(loss(context), loss_B[counted].mean())

@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlip.batch import PRESENT, Batch
+from mlip.batch import ABSENT, PRESENT, UNCERTAIN, Batch
 from mlip.losses.context import LossContext, present_set_hash
 from mlip.losses.partner import draw_partners
-from tests.losses.loss_inputs import EMPTY, PAIRS, context_of, make_batch, make_leaves, rows_of
+from tests.losses.loss_inputs import (
+    EMPTY,
+    PAIRS,
+    FakeScales,
+    context_of,
+    make_batch,
+    make_leaves,
+    rows_of,
+)
 
 
 def _cosine(context: LossContext) -> Tensor:
@@ -52,6 +60,16 @@ def test_allowed_partners_are_those_of_python_sets() -> None:
     assert torch.equal(context_of(make_leaves(), batch).partner_allowed, _allowed(batch))
 
 
+def test_a_report_of_denied_findings_alone_is_empty() -> None:
+    # their weight is 0: no row of the local score, so neither an anchor nor a partner
+    batch = make_batch()
+    batch.entity_mask[EMPTY] = True
+    for state, is_valid in ((ABSENT, False), (UNCERTAIN, True)):
+        batch.entity_state[EMPTY] = state
+        valid = context_of(make_leaves(), batch).text_valid
+        assert valid.tolist() == [i != EMPTY or is_valid for i in range(PAIRS)]
+
+
 def test_hash_ignores_order_repeats_absent_and_masked_mentions() -> None:
     batch = make_batch()
     sets, hashes = _sets(batch), present_set_hash(batch).tolist()
@@ -64,6 +82,8 @@ def test_hash_ignores_order_repeats_absent_and_masked_mentions() -> None:
 def test_no_two_of_three_thousand_sets_share_a_hash() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 300, (3_000, 6), generator=generator)
+    # the first concept of the table counts like any other
+    ids[:3] = torch.tensor([[0] * 6, [0] + [1] * 5, [1] * 6])
     rows = torch.zeros(3_000, dtype=torch.int64)
     full = torch.ones_like(ids)
     batch = dataclasses.replace(
@@ -76,13 +96,15 @@ def test_no_two_of_three_thousand_sets_share_a_hash() -> None:
     assert len(set(present_set_hash(batch).tolist())) == len(set(_sets(batch)))
 
 
+@pytest.mark.parametrize("scale", [5.0, 100.0])
 def test_partners_follow_the_softmax_over_what_is_allowed(
-    monkeypatch: pytest.MonkeyPatch,
+    scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # oracle: the masked softmax; with the uniforms on an even grid of 400 every share is exact to
-    # one grid point at each of its two ends
+    # one grid point at each of its two ends. 100 is the most that a scale may be: e^100 is far
+    # above the integers that hold the probabilities
     batch, leaves, points = make_batch(), make_leaves(), 400
-    context = context_of(leaves, batch)
+    context = context_of(leaves, batch, FakeScales(scale).double())
     cosine = _cosine(context)
     counts = torch.zeros(PAIRS, PAIRS, dtype=torch.float64)
     for point in range(points):
