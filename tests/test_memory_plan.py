@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 import torch
 
+from mlip import memory_plan
 from mlip.cli import main
 from mlip.config import Config, load
 from mlip.memory_plan import GIB, Measured, _batch, _bytes_kept, largest_that_fits, measure, plan
@@ -82,6 +84,45 @@ def test_each_zero_stage_divides_what_it_says_it_divides():
     assert whole["optimiser"] == 8e6 and whole["parameters"] == 4e6
 
 
+def test_every_part_is_what_its_formula_gives_by_hand():
+    # 16 pairs a rank of 64; images of 16 x 16 px
+    model = dataclasses.replace(ROUND, buffers=1_000, losses=(5.0, 1_000.0, 100.0))
+
+    def parts(*more: str, is_gpu: bool) -> dict[str, float]:
+        return plan(_config(*more), model, ranks=4, memory=8.0 * GIB, is_gpu=is_gpu).parts
+
+    shared = {
+        "losses": 5 + 1_000 * 64 + 100 * 64 * 16,
+        "activations": 16 * 2_000 + 16 * 3 * MIB,
+    }
+    assert parts("train.zero_stage=2", "train.ema_decay=0.9", is_gpu=True) == {
+        "parameters": 4e6 + 2 * 1_000,
+        "gradients": 1e6,
+        "optimiser": 2e6 + 1e6,
+        "average (EMA)": 1e6,
+        "DeepSpeed's buckets": 4 * 500e6,
+        "batches ahead": 4 * 256 * 16,
+        **shared,
+    }
+    plain = ("train.engine=plain", "train.zero_stage=0", "train.ema_decay=0.9", "data.prefetch=3")
+    assert parts(*plain, "train.precision=bf16", is_gpu=False) == {
+        "parameters": 4e6 + 2 * 1_000,
+        "gradients": 4e6 + 2e6,
+        "optimiser": 8e6,
+        "average (EMA)": 4e6,
+        "batches ahead": 4 * 256 * 16 * (1 + 3),
+        **shared,
+    }
+
+
+def test_ranks_share_the_memory_of_a_host_and_each_have_a_gpu_of_their_own(monkeypatch):
+    monkeypatch.setattr(memory_plan, "measure", lambda config: ROUND)
+    for is_gpu, each in ((False, "2.000 GiB"), (True, "8.000 GiB")):
+        monkeypatch.setattr(memory_plan, "machine_memory", lambda g=is_gpu: (8.0 * GIB, g))
+        text, _ = memory_plan.make_plan(_config(), ranks=4)
+        assert re.search(rf"there is +{each}", text)
+
+
 def test_offload_moves_the_optimiser_to_the_host_and_an_average_costs_its_share():
     made = _plan("train.zero_stage=2", "train.offload=true")
     assert "optimiser" not in made.parts and made.host_parts["optimiser"] == 3e6
@@ -95,8 +136,9 @@ def test_micro_batches_keep_one_at_a_time_and_images_and_texts_have_their_own_si
     assert _plan("batch.micro_images=4").parts["activations"] == pytest.approx(
         (4 * 2 + 16) * MIB, rel=0.01
     )
-    both = _plan("batch.micro_images=2", "batch.micro_texts=8").parts["activations"]
-    assert both == pytest.approx(8 * MIB, rel=0.01)
+    for images, texts, largest in ((2, 8, 8), (6, 8, 12)):
+        both = _plan(f"batch.micro_images={images}", f"batch.micro_texts={texts}")
+        assert both.parts["activations"] == pytest.approx(largest * MIB, rel=0.01)
 
 
 @pytest.mark.parametrize("gib", [0.045, 0.03, 0.024])

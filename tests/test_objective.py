@@ -106,6 +106,11 @@ def test_with_everything_off_but_the_global_loss_it_is_clip() -> None:
     torch.testing.assert_close(total, expected)
 
 
+def test_losses_are_given_the_runs_seed_and_the_place_in_the_run() -> None:
+    context = _make("run.seed=7").context(make_batch(), step=3, progress=0.25)
+    assert (context.seed, context.step, context.progress) == (7, 3, 0.25)
+
+
 def test_no_loss_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="weight is 0"):
         _make(*NO_LOSS)

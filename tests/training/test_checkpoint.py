@@ -83,6 +83,27 @@ def test_a_damaged_one_that_a_resume_passed_over_never_counts_among_those_kept(t
     assert kept == ["step_00000006", "step_00000004"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    # a loss of power keeps what was synced alone: files, their folder, then the new name
+    order: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        order.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    _save(tmp_path, 1)
+    # the marker after all that it vouches for
+    assert sorted(order[:6]) == sorted(FILES[:6])
+    assert order[6:] == ["COMPLETE", ".writing-step_00000001", "renamed", "checkpoints"]
+
+
 def test_what_a_killed_save_left_is_deleted_whatever_it_is(tmp_path):
     folder = _save(tmp_path, 1).parent
     (folder / ".writing-file").write_text("x")

@@ -186,6 +186,15 @@ def test_times_of_steps_add_up_to_the_run_either_way(tmp_path):
     assert 0.99 * 12 * 0.05 < sum(seconds) < 1.01 * (time.perf_counter() - begin)
 
 
+def test_counts_of_skipped_steps_go_on_after_a_resume(tmp_path):
+    # or a run that is stopped now and then would never reach train.max_nan_steps
+    trainer = trainer_of(_config(tmp_path))
+    trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row = 3, 5, 2
+    trainer.save()
+    resumed = trainer_of(_config(tmp_path))
+    assert (resumed.step, resumed.skipped_steps, resumed.skipped_in_a_row) == (3, 5, 2)
+
+
 def test_a_finished_run_trains_no_further(tmp_path):
     _run(tmp_path)
     before = _numbers(tmp_path)
