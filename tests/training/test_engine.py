@@ -15,7 +15,7 @@ from mlip.config import ConfigError
 from mlip.training import deepspeed_engine, engine
 from mlip.training.engine import build_engine
 from mlip.training.plain_engine import PlainEngine
-from tests.training.toy_run import ToyObjective, toy_config
+from tests.training.toy_run import ToyObjective, make_batch, toy_config
 
 
 class _Deepspeed:
@@ -53,6 +53,22 @@ def _build(*overrides: str, user_json=None):
 def test_plain_python_trains_without_deepspeed(installed):
     installed(False, launched=False)
     assert type(_build()) is PlainEngine
+
+
+def test_the_norm_of_a_step_is_that_of_the_gradient_of_its_loss(installed):
+    # engines are held against one another, and AdamW does not see a factor: here autograd is asked
+    installed(False, launched=False)
+    torch.manual_seed(5)
+    objective = ToyObjective(config := toy_config())
+    total, _ = objective(make_batch(0, 8), step=0, progress=0.0)
+    learnt = [p for p in objective.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(total, learnt, allow_unused=True)
+    squares = [g.double().square().sum() for g in gradients if g is not None]
+    torch.manual_seed(5)
+    engine = build_engine(ToyObjective(config), config, None)
+    result = engine.train_step(make_batch(0, 8), step=0, progress=0.0, lr=0.0)
+    assert result.total == pytest.approx(float(total.detach()), rel=1e-6)
+    assert result.grad_norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
 
 
 def test_a_launcher_gets_deepspeed_and_plain_python_does_not(installed):
