@@ -176,6 +176,7 @@ def _write(graph: _Graph, path: Path) -> int:
     assert program is not None  # without a file name
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # lines and folders of this machine's Python
+    path.touch(mode=0o600)  # weights, as those of model.safetensors: for their owner
     program.save(path)
     return int(program.model.opset_imports[""])
 

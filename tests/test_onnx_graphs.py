@@ -84,6 +84,7 @@ def test_towers_for_a_gpu_become_plain_float32_graphs(tmp_path: Path) -> None:
     np.testing.assert_allclose(features, own.embedding.numpy(), atol=0.02)
     for name in ("image.onnx", "text.onnx"):
         written = (out / name).read_bytes()
+        assert (out / name).stat().st_mode & 0o077 == 0
         assert b".py" not in written and str(Path.home()).encode() not in written
 
 

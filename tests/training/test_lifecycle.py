@@ -247,6 +247,7 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_step_goes_on(number):
+    signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
     stop = StopRequest()
     assert not stop.is_set
     os.kill(os.getpid(), number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def test_a_terminal_that_closes_is_a_request_to_stop(tmp_path: Path) -> None:
     # SIGHUP, and from then on writing fails: an ssh connection that breaks
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         _train(tmp_path, LONG)
     while os.read(terminal, 4096):
         log = tmp_path / "log.jsonl"
