@@ -6,8 +6,6 @@ refuse one is asked before the first header is read: after hours is too late to 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -22,14 +20,13 @@ from typing import Any
 
 from mlip.config import ConfigError
 from mlip.dataloading.shards import synced_file
+from mlip.folder_lock import lock
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
 _OURS = frozenset({"dataset", "side_px", "shard_images"})
 # what a run leaves that is killed before its settings stand there, and what a new disk holds
 _BEFORE_SETTINGS = re.compile(r"\.lock(-\d+)?|\.settings\.json\..*\.part|\.salt|lost\+found")
-
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # file systems without locks
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,16 @@ def sole_writer(out: Path, part: tuple[int, int]) -> Iterator[bool]:
     """
     whole = part[1] == 1
     with ExitStack() as stack:
-        wanted = [(".lock", fcntl.LOCK_EX if whole else fcntl.LOCK_SH)]
+        wanted = [(".lock", not whole)]
         if not whole:
-            wanted.append((f".lock-{part[0] + 1}", fcntl.LOCK_EX))
-        for name, kind in wanted:
+            wanted.append((f".lock-{part[0] + 1}", False))
+        for name, shared in wanted:
             file = stack.enter_context(open(out / name, "a"))
             try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
+                lock(file.fileno(), out, shared=shared)
             except BlockingIOError:
                 yield False
                 return
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
         yield True
 
 

@@ -26,6 +26,7 @@ ALLOWED = {
     ),
     "mlip.output_file": ("mlip.typed_tree",),
     "mlip.machine": (),
+    "mlip.folder_lock": (),
     "mlip.unread_output": (),
     "mlip.batch": (),
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
@@ -46,6 +47,7 @@ ALLOWED = {
         "mlip.keyed_random",
         "mlip.knowledge",
         "mlip.machine",
+        "mlip.folder_lock",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
     "mlip.model": (
@@ -74,6 +76,7 @@ ALLOWED = {
         "mlip.batch",
         "mlip.host_read",
         "mlip.machine",
+        "mlip.folder_lock",
         "mlip.unread_output",
     ),
     "mlip.objective": (

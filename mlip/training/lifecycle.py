@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -30,6 +28,7 @@ import psutil
 
 from mlip import distributed
 from mlip.config import ConfigError
+from mlip.folder_lock import lock
 from mlip.training import presence
 from mlip.unread_output import unread_output_is_lost
 
@@ -45,8 +44,6 @@ _REASONS = {
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # of schedulers, and of a terminal: Ctrl-C, or its end
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# Lustre without -o flock, some network file systems
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class CheckpointError(RuntimeError):
@@ -236,7 +233,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            _lock(descriptor, folder)
+            lock(descriptor, folder)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         except BlockingIOError:
@@ -253,20 +250,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    """Raises:  BlockingIOError where another job holds it; OSError."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        logging.getLogger("mlip").warning(
-            "run.dir=%s: its file system has no locks (%s): nothing keeps a second job out",
-            folder,
-            error.strerror,
-        )
 
 
 def _foreign(folder: Path) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 
+from mlip import folder_lock
 from mlip.config import ConfigError
+from mlip.dataloading.output_folder import sole_writer
 from mlip.training import faults, lifecycle
 from mlip.training.lifecycle import (
     CheckpointError,
@@ -238,11 +240,15 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, 
     def flock(descriptor: int, kind: int) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(lifecycle.fcntl, "flock", flock)
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
     monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
     with locked_folder(tmp_path):
         assert f"pid {os.getpid()} on" in (tmp_path / "lock").read_text()
-    assert "has no locks (Function not implemented): nothing keeps a second" in caplog.text
+    (tmp_path / "prepared").mkdir()
+    with sole_writer(prepared := tmp_path / "prepared", (0, 2)) as is_ours:
+        assert is_ours
+    for folder in (tmp_path, prepared):
+        assert caplog.text.count(f"{folder}: its file system has no locks (Function not impl") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
