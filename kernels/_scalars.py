@@ -1,4 +1,4 @@
-"""A scale that comes as a number or as a tensor, brought to the device without synchronising."""
+"""Scales as tensors on the device, without synchronising; the widest type of a device's sums."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def scalar_tensor(
         return value.to(device=device, dtype=dtype).reshape(())
     # filled on the device: copying a host number would synchronise and break CUDA graphs
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64, in which sums that cancel keep their digits; float32 where a device lacks it.
+
+    Apple's GPUs and some of Intel's and others' refuse every float64 tensor.
+    """
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._scalars import widest_dtype
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
 
 MEMORY_BUDGET_BYTES = 512 * 2**20
@@ -168,7 +169,7 @@ def _aggregate_backward(grad, score, r, weight, seg, spec: Spec, gamma):
     pulled = grad_r * power
     d_r = pulled * weight[:, None]
     # d r of a text's rows sums to its d S
-    d_gamma = (d_r * (r - score[seg])).sum(dtype=torch.float64) / gamma
+    d_gamma = (d_r * (r - score[seg])).sum(dtype=widest_dtype(r.device)) / gamma
     return d_r, pulled.sum(1) / gamma, d_gamma
 
 
@@ -189,7 +190,7 @@ def _pool_backward(g, tile, patch_MPD, spec, alpha, wants_alpha):
         if wants_alpha:
             # centred: the mean of squares less the square of the mean would lose two digits
             spread = (s - r[..., None]).square_().mul_(e).sum(-1)
-            d_alpha = (g * spread).sum(dtype=torch.float64)
+            d_alpha = (g * spread).sum(dtype=widest_dtype(g.device))
         ds = torch.addcmul((g * (1 - alpha * r))[..., None], s, (g * alpha)[..., None])
         return ds.mul_(e), d_alpha, None
     a = e.div_(total[..., None])
@@ -205,7 +206,7 @@ def _pool_backward(g, tile, patch_MPD, spec, alpha, wants_alpha):
     if wants_alpha:
         # centred: dl of a row sums to 0, so its mean similarity may go, which nearly all of s is
         # where patches are alike
-        d_alpha = (dl * (s - (r * rho)[..., None])).sum(dtype=torch.float64)
+        d_alpha = (dl * (s - (r * rho)[..., None])).sum(dtype=widest_dtype(g.device))
     k = a * (-g * free * r / rho.square())[..., None]
     d_patch = torch.bmm(k.permute(1, 2, 0), context)  # [m, P, D]
     return dl.mul_(alpha).add_(a.mul_((g / rho)[..., None])), d_alpha, d_patch
@@ -259,7 +260,8 @@ class _PairScores(torch.autograd.Function):
         # in rows whatever the strides of patches, which may be a grid of features turned around
         d_patch = torch.zeros_like(patch_MPD, memory_format=torch.contiguous_format)
         # the scales' terms nearly cancel over all pairs: summed in float64 whatever the inputs
-        d_alpha, d_gamma = (torch.zeros_like(x, dtype=torch.float64) for x in (alpha, gamma))
+        wide = widest_dtype(grad.device)
+        d_alpha, d_gamma = (torch.zeros_like(x, dtype=wide) for x in (alpha, gamma))
         for index, tile in enumerate(ctx.tiles):
             seg = spec.text_of_row[tile.rows] - tile.texts.start
             g_tile = grad[tile.images, tile.texts].T

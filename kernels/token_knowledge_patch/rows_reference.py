@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._scalars import widest_dtype
 
 NORM_FLOOR = 1e-6  # a row no longer than this is the zero row
 
@@ -81,12 +82,13 @@ def row_weights(
     Source:  method section 4 (ours): weight
     """
     zero = torch.zeros((), dtype=dtype, device=tokens_NTD.device)
+    wide = widest_dtype(tokens_NTD.device)
 
     def positive(weights: Tensor | None, like: Tensor) -> Tensor:
         if weights is None:
-            return torch.ones(like.shape[:2], dtype=torch.float64, device=like.device)
+            return torch.ones(like.shape[:2], dtype=wide, device=like.device)
         # NaN, found on a CPU alone, stays NaN
-        return torch.where(weights <= 0, 0.0, weights.double())
+        return torch.where(weights <= 0, 0.0, weights.to(wide))
 
     def shares(weights: Tensor) -> tuple[Tensor, Tensor]:
         # in float64 the order of the sum, which a batch or a layout may change, is rounded away, no

@@ -201,9 +201,9 @@ def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.
     chunks = [
         model.local_scores(
             patches[i : i + step].to(device), text.tokens, content, text.attention, knowledge
-        ).double()
+        )
         for i in range(0, len(patches), step)
     ]
     if not chunks:
         return np.zeros((0, len(texts)))
-    return torch.cat(chunks).cpu().numpy()
+    return torch.cat(chunks).cpu().double().numpy()
