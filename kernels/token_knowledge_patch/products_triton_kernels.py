@@ -163,7 +163,8 @@ def _block_rows_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     real = row < count
     at = rows_ptr + (begin + row) * DIM + offs_d
-    x = tl.load(at, mask=real & (offs_d < DIM), other=0.0)
+    # not `real &`: a number and a block make a mask that newer interpreters refuse
+    x = tl.load(at, mask=offs_d < tl.where(real, DIM, 0), other=0.0)
     tl.store(block_ptr + row * DIM + offs_d, x, mask=offs_d < DIM)
     if not real:
         for first in range(0, columns, BLOCK_C):
