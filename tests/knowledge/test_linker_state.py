@@ -7,7 +7,7 @@ sealed half by a hash of its text; docs/knowledge.md holds the figures of the fi
 import pytest
 
 from benchmarks.linker_states import outcomes, read_sentences
-from mlip.knowledge.linker import default_linker
+from mlip.knowledge.linker import default_linker, link
 
 
 def test_there_are_enough_own_sentences():
@@ -24,3 +24,18 @@ def test_states_of_own_sentences_reach_the_gate(sealed):
     assert labelled > sure > 150
     assert met / labelled >= 0.92
     assert met_sure / sure >= 0.97
+
+
+@pytest.mark.parametrize(
+    "text, state",
+    [
+        ("Pneumothorax isn't seen.", "absent"),
+        ("The film doesn't show pneumothorax.", "absent"),
+        ("There isn't a pneumothorax.", "absent"),
+        ("Pneumothorax can't be excluded.", "uncertain"),
+        ("Pneumothorax wasn't excluded.", "uncertain"),
+    ],
+)
+def test_a_contraction_says_what_its_two_words_say(text: str, state: str) -> None:
+    (mention,) = [m for m in link(text) if m.concept_id == "pneumothorax"]
+    assert mention.state == state
