@@ -15,7 +15,7 @@ _ITEM = re.compile(
 )
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
 # "pneumothorax: no", "effusion - no", "edema | no", "pneumothorax: -" is all of it
-_ANSWER = re.compile(r"(?:[:=?,|\t]|\s-)\s*no$|:\s*[-+]$", re.IGNORECASE)
+_ANSWER = re.compile(r"(?:[:=?,|\t]|\s-)\s*(?:no|n)$|:\s*[-+]$", re.IGNORECASE)
 # a line that ends so goes on in the next, whatever that begins with (letters: of s/p, r/o, c/w)
 _GOES_ON = frozenset(
     "a an the this that these those no not nor without with within and or versus vs of to in into "

@@ -7,6 +7,7 @@ sealed half by a hash of its text; docs/knowledge.md holds the figures of the fi
 import pytest
 
 from benchmarks.linker_states import outcomes, read_sentences
+from mlip.dataloading.report_text import clean_report
 from mlip.knowledge.linker import default_linker, link
 
 
@@ -39,3 +40,21 @@ def test_states_of_own_sentences_reach_the_gate(sealed):
 def test_a_contraction_says_what_its_two_words_say(text: str, state: str) -> None:
     (mention,) = [m for m in link(text) if m.concept_id == "pneumothorax"]
     assert mention.state == state
+
+
+@pytest.mark.parametrize(
+    "text, states",
+    [
+        ("1) No edema 2) Nodule 3) Pneumothorax: none", "absent present absent"),
+        ("[x] Edema [ ] Pneumothorax", "present absent"),
+        ("\u2610 Edema\n\u2611 Pneumothorax", "absent present"),
+        ("Edema ( ) Pneumothorax (x)", "absent present"),
+        ("Edema: [ ] yes [x] no", "absent"),
+        ("Edema: N\nPneumothorax: Y", "absent present"),
+        ("Edema, pneumothorax, pneumonia: none", "absent absent absent"),
+        ("Small edema, pneumothorax: none", "present present absent"),
+        ("Edema isn\u00e2\u20ac\u2122t seen.", "absent"),
+    ],
+)
+def test_forms_and_lists_are_read_as_their_writer_means(text: str, states: str) -> None:
+    assert [m.state for m in link(clean_report(text))] == states.split()
