@@ -1,4 +1,5 @@
-"""Reports that a system has exported with their markup: HTML becomes plain text, RTF is left out.
+"""Reports that a system has exported with their markup: HTML, CDA and the escapes of HL7 v2 become
+plain text, RTF is left out.
 
 As text, "nbsp" and "par" would be words of the vocabulary, and a paragraph of a list would not end
 the denial before it.
@@ -16,9 +17,14 @@ from numpy.typing import NDArray
 
 # Elements that reports are written with; "<5 mm" and "<NAME>" are none. Those of a block end a
 # paragraph, a cell of a table ends a statement.
-_BLOCKS = "p|div|ul|ol|dl|table|h[1-6]|hr|body|html|head|title|blockquote|section|article|pre"
-_LINES = "br|li|tr|td|th|dt|dd"
-_INLINE = "a|b|i|u|s|em|strong|span|font|small|big|sub|sup|center|tbody|thead|col|colgroup|meta"
+_BLOCKS = (
+    "p|div|ul|ol|dl|table|h[1-6]|hr|body|html|head|title|blockquote|section|article|pre"
+    "|paragraph|list|component|text"  # of CDA
+)
+_LINES = "br|li|tr|td|th|dt|dd|item|caption"
+_INLINE = (
+    "a|b|i|u|s|em|strong|span|font|small|big|sub|sup|center|tbody|thead|col|colgroup|meta|content"
+)
 _HIDDEN = re.compile(r"(?is)<(style|script|head)\b[^<>]*>.*?</\1\s*>|<!--.*?-->|<!doctype[^<>]*>")
 _ELEMENT = re.compile(
     # from the first blank of a run on only: from each of them, a cell padded with 50,000 took 2 s
@@ -26,11 +32,14 @@ _ELEMENT = re.compile(
     rf"|</?(?:{_INLINE})(?:\s[^<>]*)?/?>"
 )
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
+# HL7 v2, chapter 2.7: breaks of a line, delimiters, and characters by their code
+_ESCAPE = re.compile(r"(?i)\\(?:\.(?:br|sp|ce)[+\-]?\d*|([fstre])|x((?:[0-9a-f]{2})+)|[hn])\\")
+_DELIMITERS = {"f": "|", "s": "^", "t": "&", "r": "~", "e": "\\"}
 # RE2 pattern of what the slow path must look at
 _MAY_BE_MARKUP = (
     r"(?i)&(#x?[0-9a-f]+|[a-z][a-z0-9]+);|</?("
     + "|".join((_BLOCKS, _LINES, _INLINE, "style", "script"))
-    + r")[\s/>]|^\s*\{\\rtf"
+    + r")[\s/>]|^\s*\{\\rtf|\\(\.(br|sp|ce)[+\-]?[0-9]*|[fstrehn]|x([0-9a-f]{2})+)\\"
 )
 _RTF = re.compile(r"\s*\{\\rtf")
 
@@ -40,7 +49,9 @@ def is_rtf(text: str) -> bool:
 
 
 def without_markup(text: str) -> str:
-    """A report's words without HTML: blocks become paragraphs, <br> a line, cells items."""
+    """A report's words without HTML and HL7 escapes: blocks become paragraphs, <br> and \\.br\\ a
+    line, cells items."""
+    text = _ESCAPE.sub(_escaped, text) if "\\" in text and not is_rtf(text) else text
     text = _HIDDEN.sub(" ", _ENTITY.sub(lambda match: html.unescape(match.group()), text))
 
     def plain(element: re.Match[str]) -> str:
@@ -53,6 +64,14 @@ def without_markup(text: str) -> str:
         return "" if element["end"] else "\n- "
 
     return _ELEMENT.sub(plain, text).strip() if "<" in text else text
+
+
+def _escaped(escape: re.Match[str]) -> str:
+    if escape[2]:
+        return bytes.fromhex(escape[2]).decode("cp1252", errors="replace")
+    if escape[1]:
+        return _DELIMITERS[escape[1].lower()]
+    return "\n" if escape[0][1] == "." else ""
 
 
 def plain_reports(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:

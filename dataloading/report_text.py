@@ -25,6 +25,13 @@ _DEIDENTIFICATION = re.compile(
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200b-\u200f\u202a-\u202e\ufeff]")
 _LIST_NUMBER = re.compile(r"(?<=[.:;] )\s*\(?\d{1,2}[.)]\s+(?=[A-Z])")
+_ITEM_NUMBER = re.compile(r"(?:^|(?<=\s))\(?(\d{1,2})[.)]\s+(?=[A-Z])")
+# a form's boxes; an empty bracket is one only where another is ticked
+_TICKED = re.compile(r"\[[xX]\]|\( ?[xX] ?\)|[\u2611\u2612\u2713\u2714\U0001f5f9]")
+_EMPTY_BOX = re.compile(r"\[ ?\]|\( ?\)|\u2610")
+# UTF-8 that was read as Windows-1252, of the marks that PLAIN knows
+_TWICE = re.compile("\u00e2\u20ac[\u2122\u02dc\u0153\x9d\u201c\u201d]")
+_ONCE = dict(zip("\u2122\u02dc\u0153\x9d\u201c\u201d", "''\"\"--", strict=True))
 _SPACES = re.compile(r"[^\S\n]+")
 _SPACE_BEFORE_STOP = re.compile(r"[^\S\n]+([.,;:])")
 _DOUBLED_STOP = re.compile(r"([.,;:])(?:[^\S\n]*[.,;:])+(?=\s|$)")
@@ -77,16 +84,34 @@ def clean_report(text: str) -> str:
     """The report, a line a paragraph, without marks that stand for removed identifiers.
 
     Kept as they are: words, case, negations, decimals, units, blank lines. Removed: control
-    characters, lone surrogates, de-identification marks, marks and numbers of lists. A line that
+    characters, lone surrogates, de-identification marks, marks and numbers of lists. Boxes of a
+    form become (+) and (-), items numbered on one line statements of their own. A line that
     ends a statement gets the full stop that it lacks (report_lines.py).
     """
-    text = text[:MAX_CHARACTERS].translate(PLAIN)[:MAX_CHARACTERS]
+    text = _TWICE.sub(lambda mark: _ONCE[mark[0][-1]], text[:MAX_CHARACTERS])
+    text = text.translate(PLAIN)[:MAX_CHARACTERS]
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if _TICKED.search(text) or "\u2610" in text:
+        text = _EMPTY_BOX.sub("(-)", _TICKED.sub("(+)", text))
+    text = _with_items(text)
     text = joined_lines(_DEIDENTIFICATION.sub(" ", text))
     text = _LIST_NUMBER.sub(" ", text)
     text = _SPACES.sub(" ", text)
     text = _SPACE_BEFORE_STOP.sub(r"\1", text)
     return _DOUBLED_STOP.sub(r"\1", text)[:MAX_CHARACTERS].strip(" ,;:\n")
+
+
+def _with_items(text: str) -> str:
+    """Items that count up from 1 within a line ("1) No edema 2) Nodule") on a line each."""
+    out, start, wanted = "", 0, 1
+    for number in _ITEM_NUMBER.finditer(text):
+        before = text[start : number.start()]
+        if number[1] == "1":
+            wanted = 2 if not before.strip() or before.rstrip()[-1] in ".:;" else 1
+        elif wanted > 1 and int(number[1]) == wanted:
+            out += before if before.rstrip(" \t").endswith("\n") else f"{before}\n"
+            start, wanted = number.start(), wanted + 1
+    return out + text[start:]
 
 
 def split_sections(text: str) -> dict[str, str]:

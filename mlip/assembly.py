@@ -26,7 +26,7 @@ from mlip.encoders.text import TextEncoder, token_states
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import Linker, lexicon_words
+from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
@@ -42,6 +42,10 @@ _FEW_LINKED = 0.1
 # reports linked to start the prototypes: k-means over more changes the centres little
 _PROTOTYPE_REPORTS = 20_000
 _VOCABULARY_REPORTS = 20_000  # two million words; every word piece worth having is among them
+_LANGUAGE_REPORTS = 1_000  # looked at for their language, evenly spaced
+_OTHER_LANGUAGE = (
+    0.1  # share of them from which a run warns; of 3,955 English ones none has few known words
+)
 _DEFINITIONS_AT_ONCE = 64
 
 
@@ -79,6 +83,8 @@ def open_corpus(config: Config) -> Corpus:
     manifest = load_manifest(config.data)
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
     _check_pairs(manifest)
+    if distributed.is_main():
+        _warn_of_language(manifest)
     table = load_concepts(config.knowledge.lexicon)
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
@@ -93,6 +99,23 @@ def _check_pairs(manifest: Manifest) -> None:
             f"manifest {manifest.path}: all {len(rows)} training rows have the same report or "
             "study, so there is nothing to tell apart: check data.columns.report and "
             "data.columns.study_id"
+        )
+
+
+def _warn_of_language(manifest: Manifest) -> None:
+    """Findings denied in another language count as present: "kein Pneumothorax"."""
+    rows = manifest.rows("train")
+    rows = rows[:: -(-len(rows) // _LANGUAGE_REPORTS) or 1]
+    few = few_known_words(manifest.text(int(row)) for row in rows)
+    if few > _OTHER_LANGUAGE * len(rows):
+        logger.warning(
+            "reports: in %d of %d training reports looked at, less than %.0f %% of the words are "
+            "of the English lexicon; in another language most findings are missed, and denied "
+            "ones whose word is the same ('kein Pneumothorax') count as present: translate the "
+            "reports first, see docs/knowledge.md",
+            few,
+            len(rows),
+            100 * FEW_KNOWN_WORDS,
         )
 
 

@@ -42,6 +42,26 @@ def test_one_text_for_all_rows_is_an_error_and_no_loss_of_zero(tmp_path: Path) -
     assert "Portable" not in str(caught.value)
 
 
+GERMAN = (
+    "Kein Pneumothorax, Herz nicht verbreitert, Aufnahme {}.",
+    "Keine Infiltrate oder Stauung, Bild {}.",
+)
+ENGLISH = ("No pneumothorax on this film {}.", "The lungs are clear, without edema {}.")
+
+
+@pytest.mark.parametrize("kind, warned", [(GERMAN, True), (ENGLISH, False)])
+def test_reports_in_another_language_are_counted_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: tuple[str, str], warned: bool
+) -> None:
+    """ "Kein Pneumothorax" is a present pneumothorax, and no run said a word."""
+    config = settings(tmp_path, [kind[i % 2].format(i) for i in range(9)])
+    with caplog.at_level(logging.WARNING, logger="mlip"):
+        open_corpus(config)
+    said = [r.getMessage() for r in caplog.records if "English lexicon" in r.getMessage()]
+    assert bool(said) == warned
+    assert all("8 of 8 training reports" in line and "Aufnahme" not in line for line in said)
+
+
 def test_a_split_without_rows_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     """It was a warning: the run trained for hours and was refused its evaluation."""
     texts = [f"No effusion, film {word}." for word in "one two three four five six".split()]

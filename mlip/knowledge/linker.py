@@ -8,7 +8,7 @@ words (lexicon/) and the rules of assertion (scope.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -42,6 +42,7 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
+_NOT = re.compile(r"\b(is|are|was|were|does|do|did|has|have|had|could|would|should|ca) not\b")
 FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
 # "CT rules out" denies, "please rule out" asks: with s these are no plurals
 _VERBS = frozenset({"rule", "exclude"})
@@ -308,7 +309,14 @@ def read_cues() -> dict[str, tuple[str, ...]]:
     unknown = sorted(set(content) - set(scope.KINDS))
     if unknown:
         raise LexiconError(f"{path}: unknown kind of cue {unknown[0]!r}; known: {scope.KINDS}")
-    return {kind: expand(lines) for kind, lines in content.items()}
+    cues = {kind: expand(lines) for kind, lines in content.items()}
+    return {kind: (*forms, *_contracted(forms)) for kind, forms in cues.items()}
+
+
+def _contracted(forms: Iterable[str]) -> list[str]:
+    """Forms with "is not" once more with "isn't", and so on."""
+    short = (_NOT.sub(r"\1n't", form.replace("can not", "ca not")) for form in forms)
+    return [form for form in short if "n't" in form]
 
 
 def lexicon_words() -> frozenset[str]:
@@ -318,6 +326,14 @@ def lexicon_words() -> frozenset[str]:
     for concept in table:
         words += _WORD.findall(concept.definition.lower())
     return frozenset(form for word in words for form in (word, *_plurals(word)))
+
+
+def few_known_words(texts: Iterable[str]) -> int:
+    """How many texts have less than FEW_KNOWN_WORDS of their words in the project's lexicon,
+    whatever the table of a run holds: the cues that deny are English in each."""
+    known = lexicon_words()
+    words = (_WORD.findall(text.lower()) for text in texts)
+    return sum(sum(w in known for w in each) < FEW_KNOWN_WORDS * len(each) for each in words)
 
 
 def _words(table: ConceptTable) -> list[str]:

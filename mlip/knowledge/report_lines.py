@@ -14,8 +14,8 @@ _ITEM = re.compile(
     r"[^\S\n]*(?:[-*\u2022\u00b7\u25aa\u25cf\u25e6]|\(?\d{1,2}[.)](?=\s+[A-Z]))(?:\s+|$)"
 )
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
-# "pneumothorax: no", "pneumothorax: -" is all of it
-_ANSWER = re.compile(r"[:=?,]\s*no$|:\s*[-+]$", re.IGNORECASE)
+# "pneumothorax: no", "effusion - no", "edema | no", "pneumothorax: -" is all of it
+_ANSWER = re.compile(r"(?:[:=?,|\t]|\s-)\s*(?:no|n)$|:\s*[-+]$", re.IGNORECASE)
 # a line that ends so goes on in the next, whatever that begins with (letters: of s/p, r/o, c/w)
 _GOES_ON = frozenset(
     "a an the this that these those no not nor without with within and or versus vs of to in into "
@@ -42,11 +42,12 @@ def _joined(paragraph: str) -> str:
     out = ""
     for before, line in zip(["", *lines], lines, strict=False):
         item = _ITEM.match(line)
-        words = line[item.end() if item else 0 :].strip()
+        is_row = line.lstrip().startswith("|")  # of a table
+        words = line[item.end() if item else 0 :].strip(" \t|" if is_row else None)
         if not words:
             continue
         if out:
-            out = _ended(out) if item or _ends(before, words, width) else out + " "
+            out = _ended(out) if item or is_row or _ends(before, words, width) else out + " "
         out += words
     return out
 

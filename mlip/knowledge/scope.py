@@ -295,6 +295,22 @@ def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> b
     return is_next or after.flags & _COMMA != 0
 
 
+def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool:
+    """Whether all before event i is bare terms with commas, and a colon: "edema, mass: none"."""
+    if not i or not _is_colon(words, events[i][0] - 1) or events[i - 1][1] != events[i][0] - 1:
+        return False
+    begin = events[0][0]
+    if begin and words[begin - 1][0] not in ".;!\n\x03":
+        return False
+    joints = _COMMA | _AND | _OR
+    if any(events[j][1] != events[j + 1][0] for j in range(i - 1)):
+        return False
+    return all(
+        bool(entry.flags & joints) or entry.concept >= 0 and not entry.fixed and not entry.flags
+        for _, _, entry in events[:i]
+    )
+
+
 def _is_colon(words: list[str], at: int) -> bool:
     return at < len(words) and words[at][0] == ":"
 
@@ -327,7 +343,8 @@ def _look_back(
 ) -> None:
     """Give the state to the mentions that a cue behind them speaks of."""
     k = len(found) - 1
-    met_term = met_conjunction = False
+    met_term = False
+    met_conjunction = _is_list_before_colon(events, i, words)
     for j in range(i - 1, -1, -1):
         flags = events[j][2].flags
         if met_term and _is_colon(words, events[j][1]):

@@ -23,6 +23,15 @@ from mlip.dataloading.report_text import clean_report
         ("<style>p { color: red }</style><!-- x -->Clear.", "Clear."),
         ("Nodule &lt;5 mm, R&amp;D", "Nodule <5 mm, R&D"),
         ("Nodule <5 mm in <NAME>", "Nodule <5 mm in"),
+        ("<paragraph>No edema</paragraph><paragraph>Nodule</paragraph>", "No edema\n\nNodule"),
+        (
+            "<content ID='a'>No</content> edema<list><item>Nodule</item></list>",
+            "No edema\n\nNodule",
+        ),
+        ("No edema\\.br\\Nodule\\.sp2\\Mass", "No edema. Nodule. Mass"),
+        ("No edema\\X0D\\\\X0A\\Nodule\\x0a\\Mass", "No edema. Nodule. Mass"),
+        ("A \\T\\ B \\f\\ C \\S\\ D \\R\\ E \\E\\ \\H\\F\\N\\", "A & B | C ^ D ~ E \\ F"),
+        ("C:\\reports\\new", "C:\\reports\\new"),
         ("AT&T; pH < 7 & > 6", "AT&T; pH < 7 & > 6"),
     ],
 )
@@ -37,12 +46,14 @@ def test_a_column_is_read_without_markup_and_rtf_is_counted() -> None:
         r"{\rtf1\ansi FINDINGS: No effusion.\par}",
         "FINDINGS: Clear lungs.",
         "FINDINGS: Heart &gt; half.",
+        "FINDINGS: No edema\\.br\\Mass",
         None,
     ]
     column.append(pa.array(texts, pa.large_string()))
     assert list(column.texts)[0] == "No effusion."
     assert list(column.texts)[2:4] == ["Clear lungs.", "Heart > half."]
-    assert [RULES[code] for code in column.rule()] == ["", "rtf_report", "", "", "no_report"]
+    assert column.texts[4] == "No edema\nMass"
+    assert [RULES[code] for code in column.rule()] == ["", "rtf_report", "", "", "", "no_report"]
 
 
 @pytest.mark.parametrize("cell", ["td", "li", "dt"])

@@ -7,7 +7,8 @@ sealed half by a hash of its text; docs/knowledge.md holds the figures of the fi
 import pytest
 
 from benchmarks.linker_states import outcomes, read_sentences
-from mlip.knowledge.linker import default_linker
+from mlip.dataloading.report_text import clean_report
+from mlip.knowledge.linker import default_linker, link
 
 
 def test_there_are_enough_own_sentences():
@@ -24,3 +25,36 @@ def test_states_of_own_sentences_reach_the_gate(sealed):
     assert labelled > sure > 150
     assert met / labelled >= 0.92
     assert met_sure / sure >= 0.97
+
+
+@pytest.mark.parametrize(
+    "text, state",
+    [
+        ("Pneumothorax isn't seen.", "absent"),
+        ("The film doesn't show pneumothorax.", "absent"),
+        ("There isn't a pneumothorax.", "absent"),
+        ("Pneumothorax can't be excluded.", "uncertain"),
+        ("Pneumothorax wasn't excluded.", "uncertain"),
+    ],
+)
+def test_a_contraction_says_what_its_two_words_say(text: str, state: str) -> None:
+    (mention,) = [m for m in link(text) if m.concept_id == "pneumothorax"]
+    assert mention.state == state
+
+
+@pytest.mark.parametrize(
+    "text, states",
+    [
+        ("1) No edema 2) Nodule 3) Pneumothorax: none", "absent present absent"),
+        ("[x] Edema [ ] Pneumothorax", "present absent"),
+        ("\u2610 Edema\n\u2611 Pneumothorax", "absent present"),
+        ("Edema ( ) Pneumothorax (x)", "absent present"),
+        ("Edema: [ ] yes [x] no", "absent"),
+        ("Edema: N\nPneumothorax: Y", "absent present"),
+        ("Edema, pneumothorax, pneumonia: none", "absent absent absent"),
+        ("Small edema, pneumothorax: none", "present present absent"),
+        ("Edema isn\u00e2\u20ac\u2122t seen.", "absent"),
+    ],
+)
+def test_forms_and_lists_are_read_as_their_writer_means(text: str, states: str) -> None:
+    assert [m.state for m in link(clean_report(text))] == states.split()
