@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mlip import distributed
-from mlip.assembly import Corpus, build_objective, open_corpus, provide_phantoms
+from mlip.assembly import (
+    Corpus,
+    build_objective,
+    keep_concepts,
+    open_corpus,
+    provide_phantoms,
+)
 from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import build_loader, listed_bad, merge_states
@@ -96,6 +102,7 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
     )
+    keep_concepts(config, corpus.table)
     try:
         trainer.fit(stop)
     finally:

@@ -38,9 +38,10 @@ from mlip.dataloading.shards import (
 )
 from mlip.dataloading.worker_pool import Reply, WorkerPool
 
-FORMAT = 2  # part of every fingerprint: raise it when the bytes of a member change
+# part of every fingerprint: raise it when the pixels of a member change, or what is refused.
+# 3: padding, VOI tables, windows, cut streams and requisitions are read as since 2026-11-27
+FORMAT = 3
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
-_NOT_RECORDED = "not_recorded"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -279,7 +280,7 @@ def _finish(
         refused.update(reason for reason in index.column("reason").to_pylist() if reason)
         taken = index.filter(pc.greater_equal(index.column("offset"), 0))
         for notes in taken.column("notes").to_pylist():
-            noted.update([_NOT_RECORDED] if notes is None else notes)
+            noted.update(notes)
         images += len(taken)
         member_bytes += sum(index.column("size").to_pylist())
         name = f"shards/{shard.path.name}"
@@ -290,12 +291,7 @@ def _finish(
 
 
 def _read_index(shard: _Shard) -> pa.Table:
-    """The shard's index; one of an earlier version gets the notes that nobody wrote down."""
-    index = pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
-    if "notes" not in index.column_names:
-        field = INDEX_SCHEMA.field("notes")
-        index = index.append_column(field, pa.nulls(len(index), field.type))
-    return index
+    return pa.parquet.read_table(index_path(shard.path)).replace_schema_metadata(None)
 
 
 def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:

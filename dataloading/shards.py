@@ -48,7 +48,7 @@ INDEX_SCHEMA = pa.schema(
         ("source_sha256", pa.string()),
         ("view", pa.string()),  # DICOM ViewPosition, "" where there is none
         ("reason", pa.string()),  # "" or why the file was refused
-        ("notes", pa.list_(pa.string())),  # codes of what its reader noted; null in older shards
+        ("notes", pa.list_(pa.string())),  # codes of what its reader noted
     ]
 )
 

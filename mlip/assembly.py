@@ -24,7 +24,7 @@ from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.knowledge.categories import category_index, prototype_init, report_category
-from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
@@ -85,10 +85,28 @@ def open_corpus(config: Config) -> Corpus:
     _check_pairs(manifest)
     if distributed.is_main():
         _warn_of_language(manifest)
-    table = load_concepts(config.knowledge.lexicon)
+    table = _open_concepts(config)
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
     return Corpus(manifest, open_tokenizer(config, manifest), table, linker)
+
+
+def _open_concepts(config: Config) -> ConceptTable:
+    """The table of knowledge.lexicon, or the one that a run which is resumed has kept."""
+    if checkpoints_of(config.run.dir):
+        return load_concepts_of_run(config.run.dir, config.knowledge.lexicon)
+    return load_concepts(config.knowledge.lexicon)
+
+
+def keep_concepts(config: Config, table: ConceptTable) -> None:
+    """The project's own table into the run, on rank 0: a later version's may be another.
+
+    Another table stays where it is: its licence may forbid a copy. Call it when the resumed
+    checkpoint is known to be of this table.
+    Raises:  LexiconError where it cannot be written.
+    """
+    if config.knowledge.lexicon is None and distributed.is_main():
+        write_table(table, Path(config.run.dir) / KEPT)
 
 
 def _check_pairs(manifest: Manifest) -> None:

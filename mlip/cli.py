@@ -8,6 +8,7 @@ too.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -47,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
+    given = [_at_home(item) for item in (sys.argv[1:] if arguments is None else arguments)]
     # the rest belongs to the sub-commands whose arguments live in their own modules
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(given)
     if hasattr(options, "settings"):
         # argparse takes positionals only up to the first option: later ones are meant as well
         options.settings += [item for item in rest if not item.startswith("-")]
@@ -200,6 +202,13 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
         return int(command.run(asked) or 0)
 
     parser.set_defaults(run=run)
+
+
+def _at_home(item: str) -> str:
+    """--out=~/x as --out ~/x is: a shell makes no home folder of it behind the sign."""
+    option, sign, value = item.partition("=")
+    is_path = option.startswith("--") and value.startswith("~/")
+    return f"{option}{sign}{os.path.expanduser(value)}" if is_path else item
 
 
 if __name__ == "__main__":

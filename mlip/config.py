@@ -313,8 +313,9 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
                 f"config file {file}: expected a mapping of sections, got a "
                 f"{type(content).__name__}"
             )
-        check_keys(content or {}, Config, where=f"config file {file}")
-        merge(tree, content or {})
+        content = _without_view(content or {})
+        check_keys(content, Config, where=f"config file {file}")
+        merge(tree, content)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -329,25 +330,26 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
             nested = {part: nested}
         check_keys(nested, Config, where="override")
         merge(tree, nested)
-    return _checked(tree)
-
-
-def from_dict(tree: Mapping[str, Any]) -> Config:
-    """The Config that to_dict gave, of an earlier version too, checked again in full."""
-    tree = _without_view(tree)
-    check_keys(tree, Config, where="saved config")
-    return _checked(tree)
-
-
-def _checked(tree: Mapping[str, Any]) -> Config:
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)
     return config
 
 
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """The Config that to_dict gave, of an earlier version too: types and ranges checked again.
+
+    Not what settings must agree on: a run that was trained with some that do nothing has weights.
+    """
+    tree = _without_view(tree)
+    check_keys(tree, Config, where="saved config")
+    config = build(Config, tree, "")
+    check_bounds(flatten(to_dict(config)))
+    return config
+
+
 def _without_view(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Saved settings without data.columns.view, which earlier versions kept and never read."""
+    """Settings without data.columns.view, which configs of earlier versions name and none read."""
     data: Any = tree.get("data")
     columns = data.get("columns") if isinstance(data, Mapping) else None
     if not isinstance(columns, Mapping) or "view" not in columns:

@@ -31,7 +31,7 @@ from mlip import config as configuration
 from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
 from mlip.encoders.options import tower_shape
-from mlip.knowledge.concept_files import load_concepts, write_table
+from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
@@ -65,7 +65,7 @@ def save_pretrained(
     onnx              write both towers as ONNX files too (mlip.onnx_graphs)
     Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link stays, what it leads to is written
     if folder.exists() and not (folder / SETTINGS).is_file():
         if not folder.is_dir() or any(folder.iterdir()):
             raise PretrainedError(
@@ -104,7 +104,7 @@ def _fill(
     )
     tokenizer.save(folder / "tokenizer")
     if own_lexicon or include_concepts:
-        write_table(table, folder / "concepts.jsonl")
+        write_table(table, folder / KEPT)
     standalone = _standalone(config, model)
     described = {
         "model_type": "mlip",
@@ -219,7 +219,7 @@ def _check_sums(folder: Path) -> None:
 
 
 def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | None) -> ConceptTable:
-    own = folder / "concepts.jsonl"
+    own = folder / KEPT
     path = lexicon or (str(own) if own.is_file() else described["config"]["knowledge"]["lexicon"])
     table = load_concepts(path)
     _check_concepts(folder, table, described["fingerprints"].get("concept_table"), path)
@@ -227,14 +227,14 @@ def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | No
 
 
 def _check_concepts(
-    folder: Path, table: ConceptTable, expected: str | None, path: str | None
+    folder: Path, table: ConceptTable, expected: str | None, path: str | None, or_else: str = ""
 ) -> None:
     """Another table's rows would mean other concepts, without any error to see."""
     if expected is not None and table.fingerprint != expected:
         raise PretrainedError(
             f"{folder}: the model was trained with the concept table {expected[:12]}, "
             f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; give the table of the "
-            "training run (knowledge.lexicon)"
+            f"training run (knowledge.lexicon){'' if path else or_else}"
         )
 
 
@@ -282,8 +282,16 @@ def open_checkpoint(
     read = saved.read(folder)
     config = _settings(read.state["config"], folder)
     tokenizer = _tokenizer_of(folder, config, run_dir, read.state.get("tokenizer"))
-    table = load_concepts(lexicon or config.knowledge.lexicon)
-    _check_concepts(folder, table, read.state.get("concept_table"), lexicon)
+    asked = lexicon or config.knowledge.lexicon
+    table = load_concepts_of_run(run_dir, asked)
+    _check_concepts(
+        folder,
+        table,
+        read.state.get("concept_table"),
+        asked,
+        f", or put {KEPT} of an `mlip export` by the version that trained it (commit "
+        f"{read.state.get('commit') or 'unknown'}) into {run_dir}",
+    )
     tensors = {**read.training.parameters, **read.training.buffers}
     if weights_of == "ema":
         if read.training.ema is None:

@@ -170,6 +170,17 @@ def test_evaluate_writes_results_and_a_page_and_refuses_another_preprocessing(
     assert "data.mean (trained with 0.5, asked 0.4)" in error
 
 
+def test_home_behind_an_equals_sign_is_the_home_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves --out=~/x as it is: a folder named ~ came of it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", f"checkpoint={model}", "--out=~/model"]) == 0
+    assert (tmp_path / "home" / "model" / "config.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_export_makes_a_folder_that_opens(model: Path, tmp_path: Path) -> None:
     from mlip.pretrained import from_pretrained
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlip import config, typed_tree
 from mlip.config import ConfigError
@@ -123,14 +124,26 @@ def test_a_config_survives_its_own_dictionary() -> None:
     assert config.from_dict(config.to_dict(loaded)) == loaded
 
 
-def test_what_an_earlier_version_saved_is_read_without_the_column_that_nothing_read() -> None:
+def test_what_an_earlier_version_saved_is_read_without_the_column_that_nothing_read(
+    tmp_path: Path,
+) -> None:
     loaded = config.load([ROOT / "configs" / "demo.yaml"])
     earlier = config.to_dict(loaded)
     earlier["data"]["columns"]["view"] = "ViewPosition"
     assert config.from_dict(earlier) == loaded
     assert earlier["data"]["columns"]["view"] == "ViewPosition"  # the caller's own, left alone
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(earlier))  # as a run keeps them
+    assert config.load([tmp_path / "config.yaml"]) == loaded
     with pytest.raises(ConfigError, match="unknown key 'data.columns.view'"):
         config.load([], ["data.columns.view=view"])
+
+
+def test_a_saved_run_is_read_with_settings_that_are_refused_today_because_they_do_nothing() -> None:
+    tree = config.to_dict(config.load([], ["model.vision.kind=vit"]))
+    tree["model"]["vision"]["patch_pool"] = 2
+    assert config.from_dict(tree).model.vision.patch_pool == 2
+    with pytest.raises(ConfigError, match="would do nothing"):
+        config.load([], ["model.vision.kind=vit", "model.vision.patch_pool=2"])
 
 
 def test_difference_lists_what_changed() -> None:

@@ -12,6 +12,8 @@ import torch
 
 from mlip.config import to_dict
 from mlip.dataloading.reports import train_tokenizer
+from mlip.knowledge import concept_files
+from mlip.knowledge.concept_files import write_table
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.training import checkpoint
 from mlip.training.step import TrainingState
@@ -90,3 +92,19 @@ def test_an_export_with_something_else_in_a_field_is_refused(key: str, tmp_path:
     (folder / "config.json").write_text(json.dumps(described | {key: [1]}))
     with pytest.raises(PretrainedError, match=rf"config\.json: lacks \['{key}'\]; copy"):
         open_checkpoint(folder)
+
+
+def test_a_run_is_opened_with_the_lexicon_that_it_kept_when_ours_has_changed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = tmp_path / "lexicon"
+    later.mkdir()
+    (later / "one.yaml").write_text(
+        "category: later\nsemantic_type: finding\nconcepts: {one: {name: one, synonyms: [a one]}}\n"
+    )
+    write_table(small_run().table, tmp_path / "kept.jsonl")
+    monkeypatch.setattr(concept_files, "LEXICON_DIR", later)
+    with pytest.raises(PretrainedError, match=r"or put concepts.jsonl of an .* into .*/run$"):
+        open_checkpoint(run)
+    shutil.copy(tmp_path / "kept.jsonl", run / "concepts.jsonl")
+    assert open_checkpoint(run).table.fingerprint == small_run().table.fingerprint

@@ -118,6 +118,16 @@ def test_an_export_never_overwrites_what_is_not_an_export(tmp_path: Path) -> Non
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
+def test_an_export_to_a_link_goes_where_it_leads(tmp_path: Path) -> None:
+    """It ended in a traceback: a link is no folder that can be removed."""
+    run = small_run()
+    (tmp_path / "current").symlink_to("model")
+    for _ in range(2):
+        save_pretrained(tmp_path / "current", run.model, run.config, run.tokenizer, run.table)
+    assert (tmp_path / "current").is_symlink() and not (tmp_path / "model").is_symlink()
+    from_pretrained(tmp_path / "current")
+
+
 def test_towers_that_came_from_a_folder_are_described_by_their_size(tmp_path: Path) -> None:
     """The source may be gone when the export is read: here it is deleted."""
     import shutil

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import train
+from mlip.knowledge import concept_files
 from mlip.training import checkpoint, faults
 from tests.rank_farm import free_port
 from tests.small_run import small_run
@@ -155,6 +156,22 @@ def test_a_checkpoint_of_other_settings_is_refused_with_4(tmp_path, capsys):
     assert "train.max_steps (saved 2, now 3)" in capsys.readouterr().err
     assert train.main([*_overrides(tmp_path, "train.max_steps=3"), "--allow-mismatch"]) == 0
     assert max(_losses(tmp_path)) == 3
+
+
+def test_a_run_goes_on_with_its_own_lexicon_when_that_of_the_project_has_changed(
+    tmp_path, monkeypatch
+):
+    shutil.copytree(concept_files.LEXICON_DIR, tmp_path / "lexicon")
+    run, more = tmp_path / "run", ("evaluate.after_training=false",)
+    monkeypatch.setenv("FAULT", "term@0:1:forward")
+    assert train.main(_overrides(run, *more)) == 75
+    (tmp_path / "lexicon" / "later.yaml").write_text(
+        "category: later\nsemantic_type: finding\nconcepts: {one: {name: one, synonyms: [a one]}}\n"
+    )
+    monkeypatch.setattr(concept_files, "LEXICON_DIR", tmp_path / "lexicon")
+    assert train.main(_overrides(run, *more)) == 0
+    (run / "concepts.jsonl").unlink()  # a run of a version that kept none
+    assert train.main(_overrides(run, *more)) == 4
 
 
 def test_three_nan_steps_in_a_row_end_with_5_and_save_nothing_bad(tmp_path, monkeypatch, capsys):

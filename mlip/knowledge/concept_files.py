@@ -22,6 +22,7 @@ from mlip.output_file import whole_file
 from mlip.strict_yaml import read_yaml
 
 LEXICON_DIR = Path(__file__).with_name("lexicon")
+KEPT = "concepts.jsonl"  # in a run or an export: the table that its concept vectors are rows of
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 
 
@@ -35,6 +36,15 @@ def load_concepts(path: str | Path | None = None) -> ConceptTable:
     if not len(table):
         raise LexiconError(f"concept file {source}: holds no concept")
     return table
+
+
+def load_concepts_of_run(run_dir: str | Path, lexicon: str | Path | None) -> ConceptTable:
+    """The table of `lexicon`, or the project's own as it was when this run began, which it keeps.
+
+    Raises:  as load_concepts.
+    """
+    kept = Path(run_dir) / KEPT
+    return load_concepts(kept if lexicon is None and kept.is_file() else lexicon)
 
 
 def _read(source: Path) -> ConceptTable:

@@ -128,7 +128,8 @@ class Trainer:
         text = f"{saved.folder} was trained with other content: {', '.join(different)}"
         if not allow_mismatch:
             raise CheckpointError(
-                f"{text}; restore it, choose another run.dir, or pass --allow-mismatch"
+                f"{text}; restore it (docs/reliability.md, Another version), choose another "
+                "run.dir, or pass --allow-mismatch"
             )
         distributed.log_once(f"resuming although {text}", logging.WARNING)
 

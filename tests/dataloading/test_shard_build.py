@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pydicom
 import pytest
 
+from mlip.dataloading import shard_build
 from mlip.dataloading import shards as shard_files
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import write_radiograph
@@ -258,14 +259,34 @@ def test_what_was_noted_of_films_is_counted_and_kept(tmp_path):
     assert index[2]["notes"] == ["own_range", "unusable_window"] and index[0]["notes"] == []
 
 
-def test_shards_of_an_earlier_version_stay_and_their_notes_are_said_to_be_unknown(tmp_path):
+def test_shards_of_a_version_that_read_films_otherwise_are_made_again(tmp_path, monkeypatch):
+    """They held white frames of padding and grey of cut streams, and stayed."""
     rows = noted_films(tmp_path / "raw")
     plan = plan_for(tmp_path, shard_images=3)
-    build_shards(rows, plan)
-    old = tmp_path / "out" / "shards" / "train-00000.parquet"
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(old).drop(["notes"]), old)
-    result = build_shards(rows, plan)
-    assert result.made == 0
-    assert result.noted == {"not_recorded": 3, "first_of_several_windows": 1}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(shard_build, "FORMAT", shard_build.FORMAT - 1)
+        build_shards(rows, plan)
+    assert [build_shards(rows, plan).made for _ in range(2)] == [2, 0]
+
+
+def test_pixels_that_change_raise_the_format(tmp_path):
+    """Where this fails and the change is meant: raise FORMAT, then write the new hash here.
+
+    A second prepare keeps whatever shard has the fingerprint of its FORMAT.
+    """
+    rows = noted_films(tmp_path / "raw")[1:]
+    film = pydicom.dcmread(tmp_path / "raw" / "film3.dcm")
+    film.PhotometricInterpretation = "MONOCHROME1"
+    film.add_new("PixelPaddingValue", "US", 0)
+    film.add_new("PixelPaddingRangeLimit", "US", 20000)
+    pydicom.dcmwrite(tmp_path / "raw" / "film3.dcm", film)
+    build_shards(rows, plan_for(tmp_path, settings=ImageSettings(bits=16, codec="png")))
     index = pyarrow.parquet.read_table(tmp_path / "out" / "index.parquet").to_pylist()
-    assert [entry["notes"] is None for entry in index] == [True] * 3 + [False] * 3
+    digest = hashlib.sha256()
+    for entry in index:
+        digest.update(entry["reason"].encode())
+        if not entry["reason"]:
+            place = shard_files.Reference(entry["shard"], entry["offset"], entry["size"])
+            content = np.frombuffer(read_bytes(str(tmp_path / "out"), place), np.uint8)
+            digest.update(cv2.imdecode(content, cv2.IMREAD_UNCHANGED).tobytes())
+    assert (shard_build.FORMAT, digest.hexdigest()[:16]) == (3, "9df51d09dfcf3e06")
