@@ -151,7 +151,7 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
     }
     for kind, group in tensors.items():
         for name, tensor in group.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
                     f"{final}: {kind} {name} holds a number that is not finite; such a state is "
                     "never saved, the last good checkpoint is kept"
@@ -202,7 +202,7 @@ def _retain(run_dir: Path, keep: int, step: int) -> None:
     # one of a later step was passed over as damaged: it must not push out a good one
     held = [p for p in checkpoints_of(run_dir) if p.name <= f"{_PREFIX}{step:08d}"]
     good = [p for p in held if not (p / _PASSED_OVER).exists()]
-    kept = good[: max(1, keep)]
+    kept = good[:keep]
     # damaged ones may still help who looks into them, as long as good ones are few
     superfluous = [p for p in held if p not in kept and (p in good or len(kept) >= keep)]
     for old in superfluous:

@@ -45,7 +45,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
         return peak_lr(config) * (step + 1) / warmup
     falling = train.decay_share * (total_steps - 1 - warmup)
     left = total_steps - 1 - step
-    done = min(1.0, max(0.0, 1.0 - left / max(1.0, falling))) if falling > 0 else 0.0
+    done = max(0.0, 1.0 - left / falling) if falling > 0 else 0.0
     cosine = 0.5 * (1.0 + math.cos(math.pi * done))
     return peak_lr(config) * (train.min_lr_share + (1.0 - train.min_lr_share) * cosine)
 

@@ -72,11 +72,12 @@ def test_a_damaged_newer_one_pushes_out_no_good_one(tmp_path):
 
 def test_a_damaged_one_that_a_resume_passed_over_never_counts_among_those_kept(tmp_path):
     _save(tmp_path, 2)
-    bad = _save(tmp_path, 3)
+    older, bad = _save(tmp_path, 1), _save(tmp_path, 3)
     (bad / "state.json").write_bytes(b"x")
     resumed = checkpoint.load_newest(_config(tmp_path))
     assert resumed is not None and resumed.step == 2
-    _save(tmp_path, 4, keep=3)
+    assert (bad / "PASSED_OVER").exists() and not (older / "PASSED_OVER").exists()
+    _save(tmp_path, 4, keep=4)
     assert bad.exists()  # room enough: kept for who wants to look
     _save(tmp_path, 6, keep=2)
     kept = [p.name for p in checkpoint.checkpoints_of(tmp_path)]
@@ -229,8 +230,17 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(tmp_path):
     leftover = tmp_path / "checkpoints" / ".writing-step_00000002"
     shutil.copytree(good, leftover)
     assert checkpoint.find_newest(tmp_path) == (good, [])
-    checkpoint.remove_leftovers(tmp_path)
+    _save(tmp_path, 2)  # in nobody's way: a save that failed within the run leaves one too
     assert not leftover.exists() and good.exists()
+
+
+def test_a_link_is_no_checkpoint_of_the_run_and_what_it_leads_to_is_kept(tmp_path):
+    others = _save(tmp_path / "other", 9)
+    good = _save(tmp_path, 1)
+    (good.parent / "step_00000002").symlink_to(others)
+    assert checkpoint.find_newest(tmp_path) == (good, [])
+    _save(tmp_path, 3, keep=1)
+    assert checkpoint.find_newest(tmp_path / "other") == (others, [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -245,12 +255,13 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, where, value):
     assert checkpoint.find_newest(tmp_path) == (good, [])
 
 
-def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("free, rows", [(4096, 5), (3 * 2**20, 2**17)])  # 9 MiB of tensors
+def test_a_full_disk_is_named_before_anything_is_written(tmp_path, monkeypatch, free, rows):
     good = _save(tmp_path, 1)
-    free = shutil.disk_usage(tmp_path)._replace(free=4096)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: free)
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"checkpoints: a checkpoint needs .* MiB, .* free"):
-        _save(tmp_path, 2)
+        _save(tmp_path, 2, rows=rows)
     assert checkpoint.find_newest(tmp_path) == (good, [])
 
 
@@ -312,16 +323,22 @@ def test_a_planted_pickle_with_matching_hashes_is_never_executed(tmp_path, name)
     assert not marker.exists()
 
 
-def test_the_hash_list_cannot_lead_out_of_the_folder(tmp_path):
+def test_the_hash_list_names_all_that_is_read_and_nothing_outside_the_folder(tmp_path):
     folder = _save(tmp_path, 1)
-    outside = tmp_path / "outside"
-    outside.write_text("x")
+    (tmp_path / "outside").write_text("x")
     line = f"{hashlib.sha256(b'x').hexdigest()}  ../../outside\n"
-    sums = (folder / "SHA256SUMS").read_text() + line
-    (folder / "SHA256SUMS").write_text(sums)
-    (folder / "COMPLETE").write_text(hashlib.sha256(sums.encode()).hexdigest() + "\n")
-    found = pytest.raises(CheckpointError, checkpoint.find_newest, tmp_path)
-    assert "names a file outside" in str(found.value)
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    for listed, said in (([*lines, line], "a file outside"), (lines[1:], "lacks ['parameters.")):
+        sums = "".join(listed)
+        (folder / "SHA256SUMS").write_text(sums)
+        (folder / "COMPLETE").write_text(hashlib.sha256(sums.encode()).hexdigest() + "\n")
+        found = pytest.raises(CheckpointError, checkpoint.find_newest, tmp_path)
+        assert said in str(found.value)
+
+
+def test_a_number_that_json_does_not_know_is_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        checkpoint.save(tmp_path, _training(), {**_state(1), "loader": float("nan")}, keep=2)
 
 
 def test_a_newer_format_is_refused_by_its_number(tmp_path):

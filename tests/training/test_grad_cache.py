@@ -111,3 +111,27 @@ def test_every_parameter_gradient_is_accumulated_once():
 def test_rows_must_agree():
     with pytest.raises(ValueError, match=r"equal numbers of rows, got \[3, 4\]"):
         cached_forward(lambda a, b: (a, b), (torch.zeros(3, 1), torch.zeros(4, 1)), 2)
+
+
+@pytest.mark.parametrize("passes, sizes", [(1, [5]), (3, [2, 2, 1]), (9, [1] * 5)])
+def test_a_rank_with_few_rows_makes_as_many_passes_as_the_others(passes, sizes):
+    # at most one a row: what is left has nothing to compute
+    tower, x, mask = _Tower(0.0), torch.randn(5, 6), torch.ones(5)
+    seen: list[int] = []
+    tower.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    outputs = cached_forward(tower, (x, mask), 8, passes)
+    assert seen == sizes
+    for made, wanted in zip(outputs, tower(x, mask), strict=True):
+        torch.testing.assert_close(made, wanted)
+
+
+def test_a_pass_that_is_computed_again_runs_to_its_end():
+    """ZeRO-3 gathers a layer's parameters in one hook and releases them in another."""
+    tower, x = _Tower(0.0), torch.randn(4, 6)
+    entered: list[nn.Module] = []
+    left: list[nn.Module] = []
+    for layer in tower.net:
+        layer.register_forward_pre_hook(lambda module, given: entered.append(module))
+        layer.register_forward_hook(lambda module, given, made: left.append(module))
+    cached_forward(lambda rows: (tower.net(rows),), (x,), 2)[0].sum().backward()
+    assert len(left) == len(entered) == 4 * len(tower.net)

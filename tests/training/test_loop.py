@@ -200,6 +200,20 @@ def test_a_finished_run_trains_no_further(tmp_path):
     before = _numbers(tmp_path)
     _run(tmp_path)
     assert _numbers(tmp_path) == before
+    trainer = make_trainer(_config(tmp_path), dropout=0.3)
+    stop = StopRequest()
+    os.kill(os.getpid(), signal.SIGTERM)
+    trainer.fit(stop)  # nothing is left to stop
+    assert not events(tmp_path, "stopped")
+
+
+def test_dropout_of_a_rank_has_a_seed_of_its_own(tmp_path):
+    """Models are built alike on every rank; what they drop would be alike as well."""
+    seeds = set()
+    for seed in (0, 1):
+        _run(tmp_path / str(seed), f"run.seed={seed}", "train.max_steps=1")
+        seeds.add(torch.initial_seed())
+    assert len(seeds | {0, 1}) == 4
 
 
 def test_a_nan_step_is_skipped_and_its_rows_are_named(tmp_path, monkeypatch):
@@ -276,6 +290,7 @@ def test_the_cost_of_the_gradient_cache_is_printed_once(tmp_path):
     _run(tmp_path, "batch.micro_images=2", "batch.micro_texts=4", "model.vision.norm=group")
     (event,) = events(tmp_path, "cache_cost")
     assert event["passes"] == 4 + 2 and 0.0 < event["share"] < 1.0
+    assert event["step"] == 3  # the first two warm up
     _run(tmp_path / "whole")
     assert not events(tmp_path / "whole", "cache_cost")
 
@@ -286,7 +301,10 @@ def test_the_run_leaves_what_it_takes_to_repeat_it(tmp_path):
     assert meta["config"]["train"]["max_steps"] == 12 and meta["engine"] == "plain"
     assert meta["threads"] == 1 and meta["world_size"] == 1
     assert (tmp_path / "config.yaml").read_text().startswith("run:")
-    assert _log(tmp_path)[12]["scales"].keys() == {"logit", "logit_local"}
+    log = _log(tmp_path)
+    assert log[12]["scales"].keys() == {"logit", "logit_local"}
+    # 8 of 40 pairs a step; what a step is told is how much was done before it
+    assert [log[step]["epoch"] for step in (1, 2, 12)] == pytest.approx([0.0, 0.2, 2.2])
 
 
 def test_lines_name_losses_scales_gradient_rate_and_memory(tmp_path, capsys):

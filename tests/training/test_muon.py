@@ -83,6 +83,19 @@ def test_a_convolution_counts_as_the_matrix_of_its_outputs():
     assert torch.equal(whole.flatten(1), flat)
 
 
+def test_a_matrix_without_a_gradient_stays_and_a_skipped_step_counts_as_none():
+    idle, moved = (nn.Parameter(torch.ones(16, 16)) for _ in range(2))
+    groups = [{"params": [idle, moved], "is_matrix": True, "weight_decay": 0.1}]
+    optimizer = Muon(groups, momentum=0.9, lr=0.1, fused=True)
+    for found in (0.0, 1.0, 0.0):
+        moved.grad = torch.eye(16)
+        optimizer.found_inf = torch.tensor(found)
+        optimizer.step()
+    assert torch.equal(idle, torch.ones(16, 16)) and idle not in optimizer.state
+    assert not torch.equal(moved, torch.ones(16, 16))
+    assert float(optimizer.state[moved]["step"]) == 2.0
+
+
 def test_adamw_moves_what_is_no_matrix_of_a_layer():
     engine = exact_engine(PAIRS, more=MUON)
     names = matrix_names(engine.objective)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 import torch.nn as nn
 
 from mlip.config import load
@@ -64,6 +65,9 @@ def test_no_decay_on_biases_norms_scales_and_prototypes():
             self.prototypes = nn.Parameter(nn.init.zeros_(nn.Linear(2, 2).weight))
             self.log_scale = nn.Parameter(self.linear.bias.detach().clone())
             self.grid = nn.Conv2d(1, 1, 3)
+            self.norms = nn.LayerNorm((2, 2))  # numbers of two sides
+            self.positions = nn.ParameterDict({"bias": nn.Parameter(torch.zeros(2, 2))})
+            self.layer = nn.ParameterDict({"gamma": nn.Parameter(torch.zeros(2))})
 
     names = undecayed_names(Part())
     assert names == {
@@ -73,4 +77,8 @@ def test_no_decay_on_biases_norms_scales_and_prototypes():
         "prototypes",
         "log_scale",
         "grid.bias",
+        "norms.weight",
+        "norms.bias",
+        "positions.bias",
+        "layer.gamma",
     }
