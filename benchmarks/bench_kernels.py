@@ -31,6 +31,7 @@ from benchmarks import harness, providers
 from benchmarks.kernel_grids import Case, full_grid, short_grid, similarity
 from benchmarks.kernel_measures import measures
 from mlip.kernels.info_nce import info_nce_loss
+from mlip.kernels.token_knowledge_patch import tiling
 
 OURS = ("fused", "torch")
 # providers that call torch.compile
@@ -112,15 +113,22 @@ def _parity(case: Case, loss: Any) -> dict[str, float | None]:
 
 
 def _flop(case: Case) -> tuple[float, float]:
-    """Useful floating-point operations, forward and backward, in matrix products of real rows."""
+    """Floating-point operations of the matrix products that the fused operator runs on real rows,
+    forward and backward (kernels/README.md): what its backward pass makes again is counted, and
+    gathers are no products."""
     if case["op"] == "info_nce":
         unit = 2.0 * case["batch"] ** 2 * case["dim"]
-        return unit, 4 * unit
+        # cosines, d image, d text; in float32 cosines twice
+        return unit, (3 if _dtype(case) == torch.bfloat16 else 4) * unit
     rows = case["batch"] * max(1, round(case["fill"] * case["tokens"]))
     unit = 2.0 * rows * case["batch"] * case["patches"] * case["dim"]
-    forward = 2 if case["pooling"] == "context" else 1
-    backward = {"attention": 4, "max": 2, "context": 9}[case["pooling"]]
-    return forward * unit, backward * unit
+    pooling, size = case["pooling"], _dtype(case).itemsize
+    sizes = (case["batch"], case["batch"], case["tokens"], case["patches"], case["dim"], size)
+    problem = tiling.Problem(*sizes, pooling, "mean")
+    forward = 2 if pooling == "context" else 1
+    backward = {"attention": 3 if tiling.takes_products(problem) else 4, "max": 1, "context": 9}
+    again = 0 if tiling.is_kept(problem) else forward
+    return forward * unit, (backward[pooling] + again) * unit
 
 
 def _flat_product(case: Case, peak_tflops: float | None) -> Case:
@@ -181,7 +189,8 @@ def run_case(case: Case, peak_tflops: float | None) -> Case:
         ahead, back = _flop(case)
         spent = max(row["both_ms"] - row["forward_ms"], 1e-6)
         row["forward_share"] = ahead / row["forward_ms"] / 1e9 / peak_tflops
-        row["backward_share"] = back / spent / 1e9 / peak_tflops
+        if case["provider"] == "fused":  # how many products the others run, they know
+            row["backward_share"] = back / spent / 1e9 / peak_tflops
         row["matmul_peak_tflops"] = peak_tflops
     return row
 
@@ -224,7 +233,6 @@ def _in_fresh_process(case: Case, peak_tflops: float | None) -> Case:
 def tune(device: str, path: Path) -> None:
     """Time of the fused loss under every tile map that fits, one kernel varied at a time."""
     from mlip.kernels._chip import chip_facts
-    from mlip.kernels.token_knowledge_patch import tiling
 
     limit, _ = chip_facts(torch.device(device))
     rows: list[Case] = []

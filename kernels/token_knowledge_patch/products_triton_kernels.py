@@ -231,12 +231,11 @@ class ProductsBackward:
         stats: tuple[Tensor, Tensor],
         of_scores: tuple[Tensor, Tensor, Tensor],
         d_rows: Tensor,
-        d_v: Tensor,
         span: tuple[int, int],
         row_base: int,
     ) -> Tensor:
         """Writes the gradient of a chunk's real rows to d_rows and adds that of patches to d_v (the
-        first chunk writes it).
+        first chunk makes it).
 
         Shapes:  stats r and softmax statistic [M, stride]; of_scores valid or scores, scores and
                  d scores [M, N]; d_rows [1, rows, D], d_v [1, M, P_PAD, D] float32
@@ -247,9 +246,9 @@ class ProductsBackward:
         valid, scores, grad = of_scores
         index, bounds, rows, v = (tensors[name] for name in ("index", "bounds", "rows", "v"))
         shape: dict[str, object] = {"DIM": p.dim, "BLOCK_D": block_dim(p.dim)}
-        flat_v, flat_d_v = v.view(self._columns, p.dim), d_v.view(self._columns, p.dim)
         if span[0] == 0:
-            d_v.zero_()
+            self.d_v = torch.zeros((1, *v.shape), dtype=torch.float32, device=v.device)
+        flat_v, flat_d_v = (x.view(self._columns, p.dim) for x in (v, self.d_v))
         firsts = range(0, (span[1] - span[0]) * p.rows_a_text, block)
         alpha = torch.empty(
             (len(firsts), self._grid[0] * self._grid[1]), dtype=torch.float32, device=v.device
@@ -276,3 +275,6 @@ class ProductsBackward:
             )  # fmt: skip
             wide_product(self._ds.T, self._rows, out=flat_d_v)
         return alpha.sum() if self._want_alpha else alpha.new_zeros(())
+
+    def finish(self, _stats: tuple[Tensor, Tensor], _span: tuple[int, int]) -> None:
+        """Nothing: each block gave its part to both gradients."""

@@ -248,12 +248,10 @@ class _TwoPasses:
         stats: tuple[Tensor, Tensor],
         _of_scores: tuple[Tensor, Tensor, Tensor],
         d_rows: Tensor,
-        d_v: Tensor,
         span: tuple[int, int],
         row_base: int,
     ) -> Tensor:
-        """Parts of the gradient of a chunk's real rows to d_rows [row_parts, rows, D], of patches
-        to d_v [patch_parts, M, P_PAD, D] (written by the first chunk, added to by others).
+        """Parts of the gradient of a chunk's real rows to d_rows [row_parts, rows, D].
 
         Returns: d alpha of the chunk [], 0 where it is not wanted
         """
@@ -262,40 +260,53 @@ class _TwoPasses:
         rows, index, bounds, v = (tensors[name] for name in ("rows", "index", "bounds", "v"))
         capacity = (span[1] - span[0]) * p.rows_a_text
         grid = (triton.cdiv(capacity, self._by_rows.block_r), self.row_parts)
-        patch_grid = (p.images * self._by_patches.tiles, self.patch_parts)
         row_sizes = (*span, row_base, p.images, r.stride(0), d_rows.stride(0))
-        patch_sizes = (*span, r.stride(0), d_v.stride(0))
         alpha = r.new_zeros(grid[0] * grid[1] if self._want_alpha else 1)
-        by_patches = self._by_patches.keywords() | {"ACCUMULATE": span[0] > 0}
-        if p.pooling != "context":  # one segment
-            del by_patches["SEG1"], by_patches["SEG2"]
         if p.pooling == "max":
             _max_bwd_rows_kernel[grid](
                 index, bounds, v, stat, self.g, d_rows, *row_sizes,
                 P_PAD=p.padded, DIM=p.dim, BLOCK_D=block_dim(p.dim),
                 BLOCK_R=self._by_rows.block_r, num_warps=self._by_rows.warps,
             )  # fmt: skip
-            _max_bwd_patches_kernel[patch_grid](
-                rows, bounds, stat, self.g, d_v, *patch_sizes, **pair_keywords(p), **by_patches
-            )
             return alpha.sum()
-        inputs = [bounds, v, tensors["bias"], tensors["alpha"]]
-        made = [stat, self.g, self.h]
-        by_row, by_patch = _pair_bwd_rows_kernel, _pair_bwd_patches_kernel
-        for_rows: list[Tensor] = []
+        inputs, made = self._given(stat)
+        by_row = _pair_bwd_rows_kernel
         if p.pooling == "context":
-            self._turn(span, r, [*inputs, r, *made])
-            made.append(self._turned)
-            by_row, by_patch = _context_bwd_rows_kernel, _context_bwd_patches_kernel
-            for_rows.append(r)  # by now the mean similarities: a context's r is never kept
+            self._turn(span, r, [*inputs, r, *made[:-1]])
+            # r: by now the mean similarities; a context's r is never kept
+            by_row, made = _context_bwd_rows_kernel, [*made, r]
         by_row[grid](
-            rows, index, *inputs, *made, *for_rows, d_rows, alpha, *row_sizes,
+            rows, index, *inputs, *made, d_rows, alpha, *row_sizes,
             WANT_ALPHA=self._want_alpha, **pair_keywords(p), **self._by_rows.keywords(),
         )  # fmt: skip
-        by_patch[patch_grid](
-            rows, *inputs, *made, d_v, *patch_sizes, **pair_keywords(p), **by_patches
-        )
         return alpha.sum()
+
+    def finish(self, stats: tuple[Tensor, Tensor], span: tuple[int, int]) -> None:
+        """Parts of the gradient of patches to d_v [patch_parts, M, P_PAD, D], after `run`: the
+        first chunk makes it, others add to it."""
+        p, rows, bounds = self._p, self._tensors["rows"], self._tensors["bounds"]
+        r, stat = stats
+        if span[0] == 0:
+            shape = (self.patch_parts, *self._tensors["v"].shape)
+            self.d_v = torch.empty(shape, dtype=torch.float32, device=r.device)
+        grid = (p.images * self._by_patches.tiles, self.patch_parts)
+        sizes = (*span, r.stride(0), self.d_v.stride(0))
+        keywords = pair_keywords(p) | self._by_patches.keywords() | {"ACCUMULATE": span[0] > 0}
+        if p.pooling != "context":  # one segment
+            del keywords["SEG1"], keywords["SEG2"]
+        if p.pooling == "max":
+            _max_bwd_patches_kernel[grid](rows, bounds, stat, self.g, self.d_v, *sizes, **keywords)
+            return
+        inputs, made = self._given(stat)
+        is_context = p.pooling == "context"
+        by_patch = _context_bwd_patches_kernel if is_context else _pair_bwd_patches_kernel
+        by_patch[grid](rows, *inputs, *made, self.d_v, *sizes, **keywords)
+
+    def _given(self, stat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What kernels of both passes read, rows apart: inputs, and what was made of them."""
+        inputs = [self._tensors[name] for name in ("bounds", "v", "bias", "alpha")]
+        turned = [self._turned] if self._p.pooling == "context" else []
+        return inputs, [stat, self.g, self.h, *turned]
 
     def _turn(self, span: tuple[int, int], r: Tensor, inputs: list[Tensor]) -> None:
         """A context's t of a chunk's rows; overwrites r and g."""
@@ -320,8 +331,8 @@ def pair_scores_bwd(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32.
 
-    With take_rows d rows is None: each chunk of texts is handed to take_rows(d rows, first, last)
-    and its buffer used again.
+    With take_rows d rows is None: that of each chunk of texts is handed to take_rows(d rows, first,
+    last) and gone before the chunk's gradient of patches is made.
     """
     like = tensors["v"]
     wide: Any = {"dtype": torch.float32, "device": like.device}
@@ -343,19 +354,19 @@ def pair_scores_bwd(
     else:
         way = _TwoPasses(p, tensors, widest, want_alpha, (is_whole, len(chunks) == 1))
         made = (way.g, way.h)
-    d_rows = torch.zeros((way.row_parts, held_rows, p.dim), **wide)
-    d_v = torch.empty((way.patch_parts, *like.shape), **wide)
-
+    d_rows: Tensor | None = None
     for span in chunks:
         first, last = span
         row_base = 0 if is_whole else first * p.rows_a_text
-        if first > 0 and not is_whole:
-            d_rows.zero_()  # rows of weight 0 are never written
+        if d_rows is None:  # zeros: rows of weight 0 are never written
+            d_rows = torch.zeros((way.row_parts, held_rows, p.dim), **wide)
         if not is_kept_here:
             _pair_fwd(p, tensors, first, last, stats)
         d_gamma += aggregate_bwd(p, tensors, of_scores, stats[0], d_weight, span, made)
-        d_alpha += way.run(stats, of_scores, d_rows, d_v, span, row_base)
+        d_alpha += way.run(stats, of_scores, d_rows, span, row_base)
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)
-    rows_grad = _ordered_sum(d_rows) if is_whole else None
-    return rows_grad, d_weight, _ordered_sum(d_v), d_alpha, d_gamma
+            d_rows = None  # its memory serves the gradient of patches
+        way.finish(stats, span)
+    rows_grad = None if d_rows is None else _ordered_sum(d_rows)
+    return rows_grad, d_weight, _ordered_sum(way.d_v), d_alpha, d_gamma

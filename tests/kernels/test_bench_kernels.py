@@ -228,6 +228,7 @@ def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
         | {"provider": "fused", "status": "ok", "both_ms": 2.0, "forward_ms": 0.7}
         | {"peak_mib": 100.0},
         at | {"provider": "eager_fp32", "status": "ok", "both_ms": 18.0, "peak_mib": 12000.0},
+        at | {"provider": "compile_bf16", "status": "ok", "both_ms": 3.0, "peak_mib": 2800.0},
         at | {"provider": "chunked", "status": "out of memory"},
         at | {"provider": "fused", "status": "ok", "both_ms": 1.25, "fill": 0.5},
     ]
@@ -242,7 +243,9 @@ def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
     product = "forward pass / the flat product alone, B = 256, T = 64, D = 128"
     assert got[product] == "0.50 ms / 0.30 ms"
     assert got["against eager float32, B = 256"] == "9.00x"
-    assert got["extra memory against eager / compile, B = 256"] == "120.00x / not run"
+    compiled = "torch.compile with float32 / bf16 similarity"
+    memory = f"extra memory against eager / {compiled}, B = 256"
+    assert got[memory] == "120.00x / not run / 28.00x"
     assert got["against chunked and checkpointed torch"] == "out of memory"
     assert got["half-empty reports against full ones"] == "1.60x"
     assert got["largest batch on one card, T = 112, D = 128"] == "256"
@@ -255,6 +258,27 @@ def test_the_flat_product_is_a_row_of_its_own() -> None:
     assert row["status"] == "ok" and row["forward_ms"] > 0
     flop = 2 * (4 * 6) * (4 * 5) * 8
     assert row["forward_share"] * row["forward_ms"] * 1e-3 * 100e12 == pytest.approx(flop)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "batch", "dim", "products"),
+    [
+        ("attention", 256, 128, (1, 4)),
+        ("attention", 256, 256, (1, 3)),
+        ("attention", 1024, 128, (1, 5)),  # statistics are made again
+        ("max", 256, 128, (1, 1)),
+        ("context", 256, 128, (2, 11)),
+    ],
+)
+def test_shares_of_the_peak_count_the_products_that_run(
+    pooling: str, batch: int, dim: int, products: tuple[int, int]
+) -> None:
+    case = kernel_grids.similarity(batch, 112, 196, dim, pooling=pooling, device="cuda")
+    unit = 2 * batch * 56 * batch * 196 * dim
+    made = bench_kernels._flop(case | {"provider": "fused", "fill": 0.5})
+    assert made == tuple(unit * count for count in products)
+    nce = {"op": "info_nce", "batch": batch, "dim": dim, "provider": "fused", "device": "cuda"}
+    assert bench_kernels._flop(nce) == (2 * batch**2 * dim, 6 * batch**2 * dim)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -89,6 +89,18 @@ def test_launchers_allocate_what_the_law_allows(batch: int, dim: int, pooling: s
     assert extra_bytes(batch, dim, pooling) <= law(batch, 120, 196, dim, pooling)
 
 
+def test_the_gradient_of_rows_is_gone_before_that_of_patches_is_made() -> None:
+    """Of two passes the second needs the statistics, both unit copies and its own output; gradients
+    that are handed out are no extra, and that of patches does not exist yet."""
+    batch, rows, patches, dim = 256, 120, 196, 128
+    statistics = 16 * batch**2 * rows
+    copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
+    made = 4 * dim * batch * tiling.padded_patches(patches) - 2 * dim * batch * patches
+    # numbers a row, and a pair of a text and an image
+    small = 2 * MIB
+    assert extra_bytes(batch, dim, "attention") <= statistics + copies + made + small
+
+
 # the other pooling, and the batch that the README's table aims at
 OTHER_LARGE = [(4096, 256, "context"), (4096, 256, "max"), (8192, 128, "attention")]
 
