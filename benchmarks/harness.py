@@ -249,7 +249,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows as a table of a page; a cell that a row lacks is "-"."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row.get(c, "-")) for c in columns) + " |" for row in rows]
+    for row in rows:
+        # an error's text may have several lines
+        cells = [" ".join(str(row.get(c, "-")).split()).replace("|", r"\|") for c in columns]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -219,6 +219,10 @@ def test_spread_and_table_are_plain() -> None:
     assert made == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0, "repeats": 6}
     text = harness.table([{"a": 1.23456, "b": None}], ["a", "b"])
     assert text.splitlines() == ["a      b", "1.235  -"]
+    lost = "failed: RuntimeError: CUDA error: launch failure\nSearch for | there"
+    page = harness.markdown([{"step, ms": lost, "commit": "a5832ec"}]).splitlines()
+    assert len(page) == 3 and page[2].replace(r"\|", "").count("|") == 3
+    assert page[2].startswith("| failed: RuntimeError: CUDA error: launch failure Search for")
 
 
 def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
