@@ -195,10 +195,14 @@ def test_a_score_does_not_depend_on_its_neighbours_bit_for_bit() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("alpha", [50.0, 74.0])
+@pytest.mark.parametrize("alpha", [50.0, 74.0, 150.0])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_row_like_every_patch_is_exact(alpha: float, sign: float) -> None:
-    """Powers of e^alpha or e^-alpha throughout: neither they nor a context's square are lost."""
+    """Powers of e^alpha or e^-alpha throughout: neither they nor a context's square are lost.
+
+    Beyond the last patch, where a similarity is 0, a weight would be e^alpha: more than float32 has
+    at 150.
+    """
     g = torch.Generator().manual_seed(15)
     base = torch.randn(32, generator=g, dtype=torch.float64)
     patches, tokens = (
@@ -213,6 +217,15 @@ def test_a_row_like_every_patch_is_exact(alpha: float, sign: float) -> None:
         assert relative_error(value, truth) <= 1e-6
         got, want = gradients(value, made), gradients(truth, truth_leaves)
         assert all(relative_error(got[name], want[name]) <= 1e-4 for name in want)
+
+
+@interpreted
+def test_a_context_that_all_but_cancels_is_exact() -> None:
+    """Shorter than its floor it is divided by that, and has no direction to project away."""
+    patches, tokens = torch.zeros(1, 2, 32), torch.zeros(1, 1, 32)
+    patches[0, 0, 0], patches[0, 1, 0], patches[0, 1, 1] = 1.0, -1.0, 5e-7
+    tokens[0, 0, :3] = torch.tensor([0.0, 0.8, 0.6])
+    compare({"patches": patches, "tokens": tokens}, 1e-4, pooling="context", attention_scale=1.0)
 
 
 @interpreted
