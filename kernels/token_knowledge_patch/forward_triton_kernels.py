@@ -155,15 +155,6 @@ def _pool_rows(
                     q, v0, b0, first, top, total, part, where, context, alpha2,
                     BLOCK_R, SEG0, POOLING, SHIFT, PRECISION, UPCAST,
                 )  # fmt: skip
-                if SEG1 > 0:
-                    first += SEG0
-                    v1, b1 = _load_patches(
-                        v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE
-                    )
-                    top, total, part, where, context = _absorb(
-                        q, v1, b1, first, top, total, part, where, context, alpha2,
-                        BLOCK_R, SEG1, POOLING, SHIFT, PRECISION, UPCAST,
-                    )  # fmt: skip
         out = m * stride_rm + offs_r
         if POOLING == "max":
             r = tl.where(top > -1.5, top, 0.0)

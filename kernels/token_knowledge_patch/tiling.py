@@ -231,8 +231,8 @@ def _fitting(
         # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
         if kind == "forward" and tiles == 1 and segments[1] == 0:
             tiles = 2
-        if kind == "forward" and tiles > 1 and segments[2] > 0:
-            continue  # streamed in two segments at most
+        if kind == "forward" and tiles > 1 and segments[1] > 0:
+            continue  # streamed a segment at a time
         found.append((is_small, Tiling(block_r, segments, tiles, warps, choice.stages)))
     return found
 

@@ -1,0 +1,34 @@
+"""Kernels in Triton's interpreter where a case has a rule of its own: nothing to see, no length."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.interpreting import compare, interpreted
+from tests.kernels.oracle import make_inputs
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+pytestmark = pytest.mark.usefixtures("round_like_a_gpu")
+
+
+@interpreted
+@pytest.mark.parametrize("aggregation", ["mean", "lse"])
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+def test_an_image_without_a_patch_scores_0_and_moves_nothing(
+    pooling: str, aggregation: str
+) -> None:
+    """Whatever gradient its scores get: weights of the texts are what it could reach."""
+    inputs = make_inputs(3, 2, 7, 4, 2, 16, seed=8)
+    inputs["patch_mask"][1] = False
+    compare(inputs, 1e-5, pooling=pooling, aggregation=aggregation)
+
+
+@interpreted
+def test_a_context_that_all_but_cancels_is_exact() -> None:
+    """Shorter than its floor it is divided by that, and has no direction to project away."""
+    patches, tokens = torch.zeros(1, 2, 32), torch.zeros(1, 1, 32)
+    patches[0, 0, 0], patches[0, 1, 0], patches[0, 1, 1] = 1.0, -1.0, 5e-7
+    tokens[0, 0, :3] = torch.tensor([0.0, 0.8, 0.6])
+    compare({"patches": patches, "tokens": tokens}, 1e-4, pooling="context", attention_scale=1.0)
