@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from tests.kernels.interpreting import compare, interpreted
 from tests.kernels.oracle import make_inputs
 
@@ -32,3 +33,20 @@ def test_a_context_that_all_but_cancels_is_exact() -> None:
     patches[0, 0, 0], patches[0, 1, 0], patches[0, 1, 1] = 1.0, -1.0, 5e-7
     tokens[0, 0, :3] = torch.tensor([0.0, 0.8, 0.6])
     compare({"patches": patches, "tokens": tokens}, 1e-4, pooling="context", attention_scale=1.0)
+
+
+@interpreted
+def test_a_large_learned_scale_is_finite_where_rows_are_unlike_every_patch() -> None:
+    """A weight of the padding behind the last patch would be e^alpha, and d alpha NaN."""
+    generator = torch.Generator().manual_seed(4)
+    base = torch.randn(32, generator=generator)
+    patches, tokens = (
+        (sign * base + 0.05 * torch.randn(2, n, 32, generator=generator)).bfloat16()
+        for sign, n in ((1.0, 40), (-1.0, 5))
+    )
+    for alpha in (30.0, 100.0):
+        scale = torch.tensor(alpha, requires_grad=True)
+        made = [patches.clone().requires_grad_(), tokens.clone().requires_grad_()]
+        scores = token_knowledge_patch_scores(*made, attention_scale=scale, impl="triton")
+        grads = torch.autograd.grad(scores.square().sum(), [*made, scale])
+        assert all(bool(torch.isfinite(x).all()) for x in (scores, *grads))
