@@ -45,13 +45,13 @@ def _pull(
 @triton.jit
 def _aggregate_bwd_kernel(
     r_ptr, weight_ptr, index_ptr, text_ptr, bounds_ptr, valid_ptr, gamma_ptr, score_ptr, grad_ptr,
-    g_ptr, h_ptr, weight_grad_ptr, gamma_part_ptr,
+    g_ptr, weight_grad_ptr, gamma_part_ptr,
     first_text, last_text, images, stride_rm, stride_sm,
     HAS_VALID: tl.constexpr, LSE: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """d weight and gamma * d gamma of BLOCK_R rows and all images; STORE: g = dS * dS/dr and
-    h = g * r too."""
+    """d weight and gamma * d gamma of BLOCK_R rows and all images; STORE: g = dS * dS/dr
+    too."""
     start = tl.load(bounds_ptr + first_text)
     count = tl.load(bounds_ptr + last_text) - start
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -79,7 +79,6 @@ def _aggregate_bwd_kernel(
             gamma_sum += tl.sum(g * (r - tl.load(score_ptr + at, mask=mask, other=0.0)), 0)
         if STORE:
             tl.store(g_ptr + place, g, mask=mask)
-            tl.store(h_ptr + place, g * r, mask=mask)
     tl.store(weight_grad_ptr + index, weight_grad, mask=mask_r)
     tl.store(gamma_part_ptr + tl.program_id(0), tl.sum(gamma_sum, 0))
 
@@ -90,14 +89,15 @@ def _log2_weight(s, stat, alpha):
 
 
 @triton.jit
-def _similarity_gradient(s, a, g, h, alpha):
-    """ds [rows, SEG] of similarities s and softmax weights a [rows, SEG]."""
-    return a * ((g - alpha * h)[:, None] + (alpha * g)[:, None] * s)
+def _similarity_gradient(s, a, r, g, alpha):
+    """ds [rows, SEG] of similarities s and softmax weights a [rows, SEG], r their mean."""
+    slope = alpha * g
+    return a * ((g - slope * r)[:, None] + slope[:, None] * s)
 
 
 @triton.jit
 def _bounded_gradient(
-    s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr
+    s, bias, r, stat, g, alpha, alpha_sum, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr
 ):  # fmt: skip
     """(ds, alpha_sum and its part of d alpha) of similarities [rows, SEG], finite on padding too.
 
@@ -113,11 +113,11 @@ def _bounded_gradient(
     a = tl.exp2(x)
     if WANT_ALPHA and not PLAIN:
         # g (s - r)^2 by patch, the form that cancels least; g apart, whose square underflows
-        away = s - tl.where(g != 0, h / g, 0.0)[:, None]
+        away = s - r[:, None]
         alpha_sum += tl.where(g != 0, g * tl.sum(a * away * away, 1), 0.0)
         ds = a * (g[:, None] + (alpha * g)[:, None] * away)
     else:
-        ds = _similarity_gradient(s, a, g, h, alpha)
+        ds = _similarity_gradient(s, a, r, g, alpha)
         if WANT_ALPHA:
             alpha_sum += tl.sum(ds * s, 1)
     return ds, alpha_sum
@@ -125,18 +125,18 @@ def _bounded_gradient(
 
 @triton.jit
 def _rows_step(
-    q, v, bias, stat, g, h, alpha, acc, alpha_sum,
+    q, v, bias, r, stat, g, alpha, acc, alpha_sum,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    ds, alpha_sum = _bounded_gradient(s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA, PLAIN)
+    ds, alpha_sum = _bounded_gradient(s, bias, r, stat, g, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     return dot(ds.to(v.dtype), v, acc, PRECISION, UPCAST), alpha_sum
 
 
 @triton.jit
 def _rows_over_images(
-    rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr, alpha_part_ptr,
+    rows_ptr, index_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, rows_grad_ptr, alpha_part_ptr,
     alpha, start, count, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, SEG1: tl.constexpr, SEG2: tl.constexpr, TILES: tl.constexpr,
@@ -160,30 +160,30 @@ def _rows_over_images(
         place = m * stride_rm + offs_r
         stat = tl.load(stat_ptr + place, mask=mask_r, other=ABSENT)
         g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
-        h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
+        r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
         if PLAIN and WANT_ALPHA:
-            alpha_sum -= tl.where(first == 0, h, 0.0)
+            alpha_sum -= tl.where(first == 0, g * r, 0.0)
         v0, b0 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
         acc, alpha_sum = _rows_step(
-            q, v0, b0, stat, g, h, alpha, acc, alpha_sum,
+            q, v0, b0, r, stat, g, alpha, acc, alpha_sum,
             BLOCK_R, SEG0, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
         )  # fmt: skip
         if SEG1 > 0:
             first += SEG0
             v1, b1 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v1, b1, stat, g, h, alpha, acc, alpha_sum,
+                q, v1, b1, r, stat, g, alpha, acc, alpha_sum,
                 BLOCK_R, SEG1, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
         if SEG2 > 0:
             first += SEG1
             v2, b2 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE)
             acc, alpha_sum = _rows_step(
-                q, v2, b2, stat, g, h, alpha, acc, alpha_sum,
+                q, v2, b2, r, stat, g, alpha, acc, alpha_sum,
                 BLOCK_R, SEG2, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
             )  # fmt: skip
     if PLAIN and WANT_ALPHA:
-        # ds = g a (1 + alpha (s - r)) makes the sum of ds s over patches h + alpha d alpha
+        # ds = g a (1 + alpha (s - r)) makes the sum of ds s over patches g r + alpha d alpha
         alpha_sum /= alpha
     # the buffer of a chunk begins at its first text
     index = tl.load(index_ptr + start + offs_r, mask=mask_r, other=0).to(tl.int64) - row_base
@@ -201,7 +201,7 @@ def _rows_over_images(
 
 @triton.jit(do_not_specialize=["row_base"])
 def _pair_bwd_rows_kernel(
-    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_ptr, index_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr,
     rows_grad_ptr, alpha_part_ptr,
     first_text, last_text, row_base, images, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -219,14 +219,14 @@ def _pair_bwd_rows_kernel(
     if WANT_ALPHA and (PRECISION != "tf32x3"):
         if (alpha >= PLAIN_LEAST) & (alpha <= PLAIN_MOST):
             _rows_over_images(
-                rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr,
+                rows_ptr, index_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, rows_grad_ptr,
                 alpha_part_ptr, alpha, start, count, row_base, images, stride_rm, stride_part,
                 P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, WANT_ALPHA, True,
                 PRECISION, UPCAST,
             )  # fmt: skip
             return
     _rows_over_images(
-        rows_ptr, index_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, rows_grad_ptr,
+        rows_ptr, index_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, rows_grad_ptr,
         alpha_part_ptr, alpha, start, count, row_base, images, stride_rm, stride_part,
         P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, SEG1, SEG2, TILES, WANT_ALPHA, False,
         PRECISION, UPCAST,
@@ -235,13 +235,13 @@ def _pair_bwd_rows_kernel(
 
 @triton.jit
 def _patches_step(
-    q, v, stat, g, h, alpha, acc,
+    q, v, r, stat, g, alpha, acc,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
     # and nobody reads that column's gradient
-    ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), g, h, alpha)
+    ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), r, g, alpha)
     # transposed: D is the long side of the product, so a short segment wastes no tensor core rows
     return dot(tl.trans(q), ds.to(q.dtype), acc, PRECISION, UPCAST)
 
@@ -262,7 +262,7 @@ def _store_patches(
 
 @triton.jit
 def _pair_bwd_patches_kernel(
-    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr,
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr,
     patch_grad_ptr, first_text, last_text, stride_rm, stride_part,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, TILES: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -287,7 +287,7 @@ def _pair_bwd_patches_kernel(
         q = _load_rows(rows_ptr, start + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
         stat = tl.load(stat_ptr + here + offs_r, mask=mask_r, other=ABSENT)
         g = tl.load(g_ptr + here + offs_r, mask=mask_r, other=0.0)
-        h = tl.load(h_ptr + here + offs_r, mask=mask_r, other=0.0)
-        acc = _patches_step(q, v, stat, g, h, alpha, acc, BLOCK_R, SEG0, PRECISION, UPCAST)
+        r = tl.load(r_ptr + here + offs_r, mask=mask_r, other=0.0)
+        acc = _patches_step(q, v, r, stat, g, alpha, acc, BLOCK_R, SEG0, PRECISION, UPCAST)
     out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
     _store_patches(out, acc, first, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)

@@ -46,11 +46,11 @@ def _block(bounds_ptr, first_text, last_text, first_row, most_rows):
 @triton.jit
 def _pull_kernel(
     r_ptr, weight_ptr, index_ptr, text_ptr, bounds_ptr, valid_ptr, gamma_ptr, score_ptr, grad_ptr,
-    g_ptr, h_ptr, first_text, last_text, first_row, most_rows, images, stride_rm, stride_sm,
+    g_ptr, first_text, last_text, first_row, most_rows, images, stride_rm, stride_sm,
     stride_gm, HAS_VALID: tl.constexpr, LSE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """g = dS dS/dr and h = g r of a block of rows [M, most_rows]."""
+    """g = dS dS/dr of a block of rows [M, most_rows]."""
     begin, count = _block(bounds_ptr, first_text, last_text, first_row, most_rows)
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < count
@@ -67,25 +67,24 @@ def _pull_kernel(
     )  # fmt: skip
     place = offs_m[:, None] * stride_gm + offs_r[None, :]
     tl.store(g_ptr + place, g, mask=mask)
-    tl.store(h_ptr + place, g * r, mask=mask)
 
 
 @triton.jit
 def _similarity_step(
-    q, v, bias, stat, g, h, alpha, alpha_sum, at, mask,
+    q, v, bias, r, stat, g, alpha, alpha_sum, at, mask,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """ds [BLOCK_R, SEG], written at `at`."""
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
-    ds, alpha_sum = _bounded_gradient(s, bias, stat, g, h, alpha, alpha_sum, WANT_ALPHA, PLAIN)
+    ds, alpha_sum = _bounded_gradient(s, bias, r, stat, g, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     tl.store(at, ds.to(at.dtype.element_ty), mask=mask)
     return alpha_sum
 
 
 @triton.jit
 def _similarity_tiles(
-    rows_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, ds_ptr, alpha_part_ptr, alpha,
+    rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, ds_ptr, alpha_part_ptr, alpha,
     begin, count, first_row, stride_rm, stride_gm, stride_ds,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, TILES: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
@@ -104,21 +103,21 @@ def _similarity_tiles(
         offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         mask_r = offs_r < count
         q = _load_rows(rows_ptr, begin + tile * BLOCK_R, DIM, BLOCK_D, BLOCK_R)
+        r = tl.load(r_ptr + m * stride_rm + first_row + offs_r, mask=mask_r, other=0.0)
         stat = tl.load(stat_ptr + m * stride_rm + first_row + offs_r, mask=mask_r, other=ABSENT)
         g = tl.load(g_ptr + m * stride_gm + offs_r, mask=mask_r, other=0.0)
-        h = tl.load(h_ptr + m * stride_gm + offs_r, mask=mask_r, other=0.0)
         if PLAIN and WANT_ALPHA:
-            alpha_sum -= tl.where(first == 0, h, 0.0)
+            alpha_sum -= tl.where(first == 0, g * r, 0.0)
         at = (ds_ptr + offs_r.to(tl.int64) * stride_ds + m * P_PAD)[:, None] + offs_p[None, :]
         mask = mask_r[:, None]
         alpha_sum = _similarity_step(
-            q, v, bias, stat, g, h, alpha, alpha_sum, at,
+            q, v, bias, r, stat, g, alpha, alpha_sum, at,
             mask if WHOLE else mask & (offs_p < P_PAD)[None, :],
             BLOCK_R, SEG0, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
         )  # fmt: skip
     if WANT_ALPHA:
         if PLAIN:
-            # ds = g a (1 + alpha (s - r)) makes the sum of ds s over patches h + alpha d alpha
+            # ds = g a (1 + alpha (s - r)) makes the sum of ds s over patches g r + alpha d alpha
             alpha_sum /= alpha
         part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
         tl.store(alpha_part_ptr + part, tl.sum(alpha_sum, 0))
@@ -126,7 +125,7 @@ def _similarity_tiles(
 
 @triton.jit
 def _similarity_gradient_kernel(
-    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, stat_ptr, g_ptr, h_ptr, ds_ptr,
+    rows_ptr, bounds_ptr, v_ptr, bias_ptr, alpha_ptr, r_ptr, stat_ptr, g_ptr, ds_ptr,
     alpha_part_ptr, first_text, last_text, first_row, most_rows, stride_rm, stride_gm, stride_ds,
     P_PAD: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SEG0: tl.constexpr, TILES: tl.constexpr, WANT_ALPHA: tl.constexpr, PRECISION: tl.constexpr,
@@ -139,13 +138,13 @@ def _similarity_gradient_kernel(
     if WANT_ALPHA:
         if (alpha >= PLAIN_LEAST) & (alpha <= PLAIN_MOST):
             _similarity_tiles(
-                rows_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, ds_ptr, alpha_part_ptr, alpha,
+                rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, ds_ptr, alpha_part_ptr, alpha,
                 begin, count, first_row, stride_rm, stride_gm, stride_ds,
                 P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, TILES, WANT_ALPHA, True, PRECISION, UPCAST,
             )  # fmt: skip
             return
     _similarity_tiles(
-        rows_ptr, v_ptr, bias_ptr, stat_ptr, g_ptr, h_ptr, ds_ptr, alpha_part_ptr, alpha,
+        rows_ptr, v_ptr, bias_ptr, r_ptr, stat_ptr, g_ptr, ds_ptr, alpha_part_ptr, alpha,
         begin, count, first_row, stride_rm, stride_gm, stride_ds,
         P_PAD, DIM, BLOCK_D, BLOCK_R, SEG0, TILES, WANT_ALPHA, False, PRECISION, UPCAST,
     )  # fmt: skip
@@ -216,7 +215,6 @@ class ProductsBackward:
         self._ds = torch.empty((self._block, self._columns), **narrow)
         self._rows = torch.empty((self._block, p.dim), **narrow)
         self._g = torch.empty((p.images, self._block), **wide)
-        self._h = torch.empty_like(self._g)
         limit, processors = chip
         tiling = choose_tiling("gradient", p.patches, block_dim(p.dim), p.size, limit)
         self._tile = tiling.keywords()
@@ -257,11 +255,11 @@ class ProductsBackward:
             at = (*span, first, block)
             _pull_kernel[(triton.cdiv(block, 128), triton.cdiv(p.images, 16))](
                 r, tensors["weight"], index, tensors["text"], bounds, valid, tensors["gamma"],
-                scores, grad, self._g, self._h, *at, p.images, r.stride(0), scores.stride(0), block,
+                scores, grad, self._g, *at, p.images, r.stride(0), scores.stride(0), block,
                 HAS_VALID=valid is not scores, LSE=p.aggregation == "lse", BLOCK_M=16, BLOCK_R=128,
             )  # fmt: skip
             _similarity_gradient_kernel[self._grid](
-                rows, bounds, v, tensors["bias"], tensors["alpha"], stat, self._g, self._h,
+                rows, bounds, v, tensors["bias"], tensors["alpha"], r, stat, self._g,
                 self._ds, alpha[number], *at, r.stride(0), block, self._columns,
                 P_PAD=p.padded, WANT_ALPHA=self._want_alpha, PRECISION="ieee",
                 UPCAST=is_interpreting(), **shape, **self._tile,

@@ -319,10 +319,10 @@ def workspace_bytes(p: Problem, is_whole: bool = False) -> int:
 
 
 def chunk_bytes(p: Problem, texts: int, is_whole: bool = False) -> int:
-    """Of a chunk of texts: r and softmax statistic of its pairs, g and h (which products have a
-    block of rows at a time), a context's t, d rows."""
-    each = 8 if takes_products(p) else 16
-    each += p.size * p.dim if p.pooling == "context" else 0
+    """Of a chunk of texts: r and softmax statistic of its pairs, g (which products have a block of
+    rows at a time), a context's h and t, d rows."""
+    each = 8 if takes_products(p) else 12
+    each += 4 + p.size * p.dim if p.pooling == "context" else 0
     rows = 0 if is_whole else _rows_gradient(p, texts)
     return each * p.images * p.stride(texts) + rows
 

@@ -160,10 +160,10 @@ def aggregate_bwd(
     r: Tensor,
     d_weight: Tensor,
     span: tuple[int, int],
-    made: tuple[Tensor, Tensor] | None,
+    g: Tensor | None,
 ) -> Tensor:
-    """Writes d weight [N J] of a chunk's real rows and, where asked for, g = dS dS/dr and h = g r
-    of them [M, stride].
+    """Writes d weight [N J] of a chunk's real rows and, where asked for, g = dS dS/dr of them
+    [M, stride].
 
     of_scores: valid or scores, scores, d scores
     Returns:   their part of d gamma []
@@ -181,7 +181,7 @@ def aggregate_bwd(
         tensors["gamma"],
         scores,
         grad,
-        *((r, r) if made is None else made),
+        r if g is None else g,
         d_weight,
         parts,
         *span,
@@ -190,7 +190,7 @@ def aggregate_bwd(
         scores.stride(0),
         HAS_VALID=valid is not scores,
         LSE=p.aggregation == "lse",
-        STORE=made is not None,
+        STORE=g is not None,
         BLOCK_M=16,
         BLOCK_R=64,
     )
@@ -219,12 +219,11 @@ class _TwoPasses:
         self._p, self._tensors, self._want_alpha = p, tensors, want_alpha
         self._by_rows = choose_tiling("backward_rows", *size)
         self._by_patches = choose_tiling("backward_patches", *size)
+        self.g = torch.empty((p.images, p.stride(texts)), **wide)
         if p.pooling == "context":
             self._turning = choose_tiling("turn", *size)
-        self.g = torch.empty((p.images, p.stride(texts)), **wide)
-        self.h = torch.empty_like(self.g)
-        turned = (*self.g.shape, p.dim) if p.pooling == "context" else (1,)
-        self._turned = torch.empty(turned, dtype=like.dtype, device=like.device)
+            self._h = torch.empty_like(self.g)
+            self._turned = like.new_empty((*self.g.shape, p.dim))
 
         is_whole, is_one_chunk = room
         programs = triton.cdiv(texts * p.rows_a_text, self._by_rows.block_r)
@@ -269,7 +268,7 @@ class _TwoPasses:
                 BLOCK_R=self._by_rows.block_r, num_warps=self._by_rows.warps,
             )  # fmt: skip
             return alpha.sum()
-        inputs, made = self._given(stat)
+        inputs, made = self._given(r, stat)
         by_row = _pair_bwd_rows_kernel
         if p.pooling == "context":
             self._turn(span, r, [*inputs, r, *made[:-1]])
@@ -297,16 +296,17 @@ class _TwoPasses:
         if p.pooling == "max":
             _max_bwd_patches_kernel[grid](rows, bounds, stat, self.g, self.d_v, *sizes, **keywords)
             return
-        inputs, made = self._given(stat)
+        inputs, made = self._given(r, stat)
         is_context = p.pooling == "context"
         by_patch = _context_bwd_patches_kernel if is_context else _pair_bwd_patches_kernel
         by_patch[grid](rows, *inputs, *made, self.d_v, *sizes, **keywords)
 
-    def _given(self, stat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _given(self, r: Tensor, stat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """What kernels of both passes read, rows apart: inputs, and what was made of them."""
         inputs = [self._tensors[name] for name in ("bounds", "v", "bias", "alpha")]
-        turned = [self._turned] if self._p.pooling == "context" else []
-        return inputs, [stat, self.g, self.h, *turned]
+        if self._p.pooling == "context":
+            return inputs, [stat, self.g, self._h, self._turned]
+        return inputs, [r, stat, self.g]
 
     def _turn(self, span: tuple[int, int], r: Tensor, inputs: list[Tensor]) -> None:
         """A context's t of a chunk's rows; overwrites r and g."""
@@ -347,13 +347,13 @@ def pair_scores_bwd(
     widest = max(last - first for first, last in chunks)
     stats = kept if is_kept_here else _buffers(p, widest, like)
     held_rows = total_rows if is_whole else widest * p.rows_a_text
-    made: tuple[Tensor, Tensor] | None = None
+    g: Tensor | None = None
     way: ProductsBackward | _TwoPasses
     if takes_products(p):
         way = ProductsBackward(p, tensors, widest, want_alpha, chip_facts(like.device))
     else:
         way = _TwoPasses(p, tensors, widest, want_alpha, (is_whole, len(chunks) == 1))
-        made = (way.g, way.h)
+        g = way.g
     d_rows: Tensor | None = None
     for span in chunks:
         first, last = span
@@ -362,7 +362,7 @@ def pair_scores_bwd(
             d_rows = torch.zeros((way.row_parts, held_rows, p.dim), **wide)
         if not is_kept_here:
             _pair_fwd(p, tensors, first, last, stats)
-        d_gamma += aggregate_bwd(p, tensors, of_scores, stats[0], d_weight, span, made)
+        d_gamma += aggregate_bwd(p, tensors, of_scores, stats[0], d_weight, span, g)
         d_alpha += way.run(stats, of_scores, d_rows, span, row_base)
         if take_rows is not None:
             take_rows(_ordered_sum(d_rows[:, : (last - first) * p.rows_a_text]), first, last)

@@ -57,7 +57,7 @@ def law(batch: int, rows: int, patches: int, dim: int, pooling: str) -> int:
     """Beside inputs and gradients: one unit copy, 8 N^2, min(20 N^2 J, 1 GiB) and 64 MiB.
 
     Attention pooling at D above 128: also a block of similarity gradients (1,024 rows by all
-    patches, at least 512 MiB or all rows, at most 1 GiB), two numbers a pair of its rows, the rows.
+    patches, at least 512 MiB or all rows, at most 1 GiB), a number a pair of its rows, the rows.
     """
     copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
     whole = copies + 8 * batch**2 + min(20 * batch**2 * rows, 2**30) + 64 * MIB
@@ -65,7 +65,7 @@ def law(batch: int, rows: int, patches: int, dim: int, pooling: str) -> int:
         return whole
     row = 2 * batch * tiling.padded_patches(patches)
     block = min(max(512 * MIB, 1024 * row), 1024 * MIB, (batch * rows + 127) * row)
-    return whole + block + block // row * (8 * batch + 6 * dim)
+    return whole + block + block // row * (4 * batch + 6 * dim)
 
 
 def extra_bytes(batch: int, dim: int, pooling: str, entities: int = 8) -> int:
@@ -93,7 +93,7 @@ def test_the_gradient_of_rows_is_gone_before_that_of_patches_is_made() -> None:
     """Of two passes the second needs the statistics, both unit copies and its own output; gradients
     that are handed out are no extra, and that of patches does not exist yet."""
     batch, rows, patches, dim = 256, 120, 196, 128
-    statistics = 16 * batch**2 * rows
+    statistics = 12 * batch**2 * rows
     copies = 2 * dim * batch * (rows + tiling.padded_patches(patches))
     made = 4 * dim * batch * tiling.padded_patches(patches) - 2 * dim * batch * patches
     # numbers a row, and a pair of a text and an image
