@@ -234,7 +234,7 @@ def tune(device: str, path: Path) -> None:
     """Time of the fused loss under every tile map that fits, one kernel varied at a time."""
     from mlip.kernels._chip import chip_facts
 
-    limit, _ = chip_facts(torch.device(device))
+    chip = chip_facts(torch.device(device))
     rows: list[Case] = []
     for dim in (128, 256):
         by_products = tiling.takes_products(
@@ -242,7 +242,7 @@ def tune(device: str, path: Path) -> None:
         )
         backward = ("gradient",) if by_products else ("backward_rows", "backward_patches")
         for kind in ("forward", *backward):
-            size = (kind, 196, dim, 2, limit)
+            size = (kind, 196, dim, 2, chip)
             chosen = tiling.choose_tiling(*size)
             for candidate in tiling.fitting_tilings(*size):
                 tiling.FORCED[kind] = candidate

@@ -51,7 +51,7 @@ def _write_ds(
     own_at, ds_at, offs_n, columns, stride_ds, is_edge, HAS_IDS: tl.constexpr,
     WANT_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Write ds of a piece of a tile of cosines; returns total [BLOCK_M], d z (s - middle) added."""
+    """Write ds of a piece of a tile of cosines; returns total [BLOCK_M, 1] + d z (s - middle)."""
     mask_n = offs_n < columns
     shift_b = tl.load(shift_b_ptr + offs_n, mask=mask_n, other=MASKED)
     z = s * (scale * LOG2_E)
@@ -68,7 +68,7 @@ def _write_ds(
     ds = (dz * factor).to(ds_at.dtype.element_ty)
     tl.store(ds_at[:, None] + offs_n[None, :], ds, mask=mask)
     if WANT_SCALE:
-        total += tl.sum(dz * (s - middle), 1)
+        total += tl.sum(dz * (s - middle), 1, keep_dims=True)
     return total
 
 
@@ -119,7 +119,8 @@ def _info_nce_ds_kernel(
     PIECE: tl.constexpr = BLOCK_N // 4
     left, right = _halves(s, BLOCK_M, BLOCK_N)
     pieces = _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    # a column: of a row's sums Triton 3.6 makes no total on chips with tensor memory (sm_100)
+    total = tl.zeros([BLOCK_M, 1], tl.float32)
     for piece in tl.static_range(4):
         offs_n = first_n + piece * PIECE + tl.arange(0, PIECE)
         total = _write_ds(
@@ -128,7 +129,7 @@ def _info_nce_ds_kernel(
             is_edge, HAS_IDS, WANT_SCALE,
         )  # fmt: skip
     if WANT_SCALE:
-        tl.store(scale_part_ptr + tl.program_id(0), tl.sum(total, 0) * grad)
+        tl.store(scale_part_ptr + tl.program_id(0), tl.sum(total) * grad)
 
 
 @triton.jit

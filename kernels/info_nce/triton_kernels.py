@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mlip.kernels._chip import SHARED_MEMORY, chip_facts
+from mlip.kernels._chip import SHARED_MEMORY, Chip, chip_facts
 from mlip.kernels._dispatch import is_interpreting
 from mlip.kernels._products import wide_product
 from mlip.kernels.info_nce.backward_triton_kernels import (
@@ -40,12 +40,16 @@ def _block_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
-def forward_tiling(dim: int, size: int) -> dict[str, int]:
-    """Tile map of the forward kernel for an element size in bytes."""
+def forward_tiling(dim: int, size: int, chip: Chip) -> dict[str, int]:
+    """Tile map of the forward kernel for an element size in bytes.
+
+    Out of tensor memory 128 columns come to registers at once, too many beside their powers.
+    """
     if size == 4:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     block_k = min(64, _block_dim(dim))
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+    columns = 64 if chip.has_tensor_memory else 128
+    return {"BLOCK_M": 128, "BLOCK_N": columns, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
 
 
 def backward_tiling() -> dict[str, int]:
@@ -53,15 +57,15 @@ def backward_tiling() -> dict[str, int]:
     return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
 
 
-def ds_tiling(dim: int, is_large: bool) -> dict[str, int]:
-    """Tile map of the kernel of gradients of cosines; is_large: 227 KiB of shared memory a block.
+def ds_tiling(dim: int, chip: Chip) -> dict[str, int]:
+    """Tile map of the kernel of gradients of cosines.
 
-    There two programs share a multiprocessor, so that one multiplies while the other makes powers:
-    three stages and 128 registers.
+    Of 227 KiB of shared memory two programs share a multiprocessor, so that one multiplies while
+    the other makes powers: three stages and 128 registers.
     """
     block_k = min(64, max(16, _block_dim(dim) // 2))
-    tiling = forward_tiling(dim, 2) | {"BLOCK_K": block_k, "GROUP": 16}
-    return tiling | {"maxnreg": 128} if is_large else tiling
+    tiling = forward_tiling(dim, 2, chip) | {"BLOCK_K": block_k, "GROUP": 16}
+    return tiling | {"maxnreg": 128} if chip.shared >= SHARED_MEMORY[9, 0] else tiling
 
 
 def _precision(a: Tensor) -> dict[str, object]:
@@ -94,9 +98,10 @@ def info_nce_statistics(
     """
     rows, dim = a.shape
     columns = b.shape[0]
-    tiling = forward_tiling(dim, a.element_size())
+    chip = chip_facts(a.device)
+    processors = chip.processors
+    tiling = forward_tiling(dim, a.element_size(), chip)
     blocks = triton.cdiv(rows, tiling["BLOCK_M"])
-    _, processors = chip_facts(a.device)
     # two programs a multiprocessor: row blocks first, then shares of the columns
     programs = min(blocks, 2 * processors)
     tiles = triton.cdiv(columns, tiling["BLOCK_N"])
@@ -197,8 +202,7 @@ def _gradients_by_products(
     """info_nce_gradients of bfloat16 rows: gradients of cosines, a chunk of rows at a time."""
     (rows, dim), columns = image.shape, text.shape[0]
     scale = scales[0]
-    limit, _ = chip_facts(image.device)
-    tiling = ds_tiling(dim, limit >= SHARED_MEMORY[9, 0])
+    tiling = ds_tiling(dim, chip_facts(image.device))
     tile = tiling["BLOCK_M"]
     stride = triton.cdiv(columns, DS_ALIGN) * DS_ALIGN
     step = min(rows, max(1, DS_BYTES // (2 * stride * tile)) * tile)

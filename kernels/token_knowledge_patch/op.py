@@ -59,7 +59,7 @@ def _refusal(patches: Tensor, tokens: Tensor, knowledge: Tensor | None) -> str |
     if patches.shape[1] > MAX_PATCHES:
         return f"P={patches.shape[1]} patches are above {MAX_PATCHES}, the most that kernels number"
     if knowledge is not None:
-        limit, _ = chip_facts(patches.device)
+        limit = chip_facts(patches.device).shared
         most = most_entities(block_dim(patches.shape[2]), tokens.element_size(), limit)
         if knowledge.shape[1] > most:
             return f"K={knowledge.shape[1]} entities are above {most}, the most that fit on chip"

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mlip.kernels._chip import Chip
 from mlip.kernels._common_triton_kernels import dot
 from mlip.kernels._dispatch import is_interpreting
 from mlip.kernels._products import wide_product
@@ -192,7 +193,7 @@ def _place_rows_kernel(
 class ProductsBackward:
     """The products of one backward pass, chunk by chunk of texts; holds their buffers.
 
-    texts: of the largest chunk; chip: bytes of shared memory a block, multiprocessors
+    texts: of the largest chunk
     """
 
     # parts of the gradients of rows and of patches: products leave none to be added up
@@ -204,7 +205,7 @@ class ProductsBackward:
         tensors: dict[str, Tensor],
         texts: int,
         want_alpha: bool,
-        chip: tuple[int, int],
+        chip: Chip,
     ) -> None:
         like = tensors["v"]
         wide: Any = {"dtype": torch.float32, "device": like.device}
@@ -215,14 +216,13 @@ class ProductsBackward:
         self._ds = torch.empty((self._block, self._columns), **narrow)
         self._rows = torch.empty((self._block, p.dim), **narrow)
         self._g = torch.empty((p.images, self._block), **wide)
-        limit, processors = chip
-        tiling = choose_tiling("gradient", p.patches, block_dim(p.dim), p.size, limit)
+        tiling = choose_tiling("gradient", p.patches, block_dim(p.dim), p.size, chip)
         self._tile = tiling.keywords()
         del self._tile["SEG1"], self._tile["SEG2"]  # one segment
         programs = p.images * tiling.tiles
         tiles = triton.cdiv(self._block, tiling.block_r)
         # four programs a multiprocessor, and no more than there are row tiles
-        self._grid = (programs, min(tiles, max(1, triton.cdiv(4 * processors, programs))))
+        self._grid = (programs, min(tiles, max(1, triton.cdiv(4 * chip.processors, programs))))
 
     def run(
         self,

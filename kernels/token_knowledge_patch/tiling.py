@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlip.kernels._chip import SHARED_MEMORY
+from mlip.kernels._chip import SHARED_MEMORY, Chip
 
 # the memory law of the README: beside unit copies and scores a call may take
 # min(20 bytes a pair of row and image, WORKSPACE_CAP_BYTES) + WORKSPACE_SLACK_BYTES, and a backward
@@ -136,6 +136,13 @@ OVERRIDES_80: dict[tuple[str, str, int], Choice] = {
     ("context", "forward", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:]),
     ("context", "backward_rows", 256): Choice([(64, (32, 0, 0), 8)], SMALL[2:], stages=1),
 }
+# where products add up in tensor memory: of several segments each has its columns there, twice;
+# and Triton 3.9 streams a context's t in one stage more than 3.6, which has no room
+OVERRIDES_TENSOR: dict[tuple[str, str, int], Choice] = {
+    ("", "backward_rows", 128): Choice([(128, (64, 0, 0), 4)], SMALL),
+    ("context", "backward_patches", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
+    ("context", "backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:], stages=1),
+}
 # lines that only bench_kernels.py --tune tries: no count of instructions says which wins
 ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
     ("forward", 128): [(128, (128, 16, 64), 8)],
@@ -197,12 +204,14 @@ def _resident(patches: int, dim: int, limit: int, pooling: str) -> Tiling | None
     return Tiling(64, (seg0, seg1, seg2), 1, 4, 2)
 
 
-def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choice:
+def _choice(kind: str, width: int, size: int, chip: Chip, pooling: str) -> Choice:
     if (pooling, kind) == ("max", "backward_rows"):
         return MAX_ROWS
     if size == 4:
         return FLOAT32.get((kind, width), FLOAT32_OTHERS[width])
-    overrides = {} if limit >= SHARED_MEMORY[9, 0] else OVERRIDES_80
+    overrides = OVERRIDES_80 if chip.shared < SHARED_MEMORY[9, 0] else {}
+    if chip.has_tensor_memory:
+        overrides = OVERRIDES_TENSOR
     if (pooling, kind, width) in overrides:
         return overrides[pooling, kind, width]
     if pooling == "context":
@@ -211,11 +220,11 @@ def _choice(kind: str, width: int, size: int, limit: int, pooling: str) -> Choic
 
 
 def _fitting(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str,
+    kind: str, patches: int, dim: int, size: int, chip: Chip, pooling: str,
     others: Sequence[Candidate] = (),
 ) -> list[tuple[bool, Tiling]]:  # fmt: skip
     """The lines of the table that fit, in its order, and whether each is one of `small`."""
-    choice = _choice(kind, 128 if dim <= 128 else 256, size, limit, pooling)
+    choice = _choice(kind, 128 if dim <= 128 else 256, size, chip, pooling)
     found = []
     lines = [(False, c) for c in choice.best] + [(True, c) for c in (*choice.small, *others)]
     for is_small, (block_r, segments, warps) in lines:
@@ -225,7 +234,7 @@ def _fitting(
         if kind.startswith("backward") and pooling == "context":
             streamed = 2 * block_r * dim * size
         needed = shared_bytes(kind, block_r, span, dim, size, 2) + streamed
-        if needed + SHARED_MEMORY_SLACK > limit and choice is not MAX_ROWS:
+        if needed + SHARED_MEMORY_SLACK > chip.shared and choice is not MAX_ROWS:
             continue
         tiles = -(-padded_patches(patches) // span)
         # TILES == 1 means resident to the forward kernel: a short image takes two short tiles
@@ -238,33 +247,33 @@ def _fitting(
 
 
 def fitting_tilings(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
+    kind: str, patches: int, dim: int, size: int, chip: Chip, pooling: str = "attention"
 ) -> list[Tiling]:
     """Every tile map worth timing on this chip, those that choose_tiling could use first."""
     others = []
     if size == 2 and pooling == "attention":
         others = ALTERNATIVES.get((kind, 128 if dim <= 128 else 256), [])
-    lines = _fitting(kind, patches, dim, size, limit, pooling, others)
+    lines = _fitting(kind, patches, dim, size, chip, pooling, others)
     found = [tiling for _, tiling in lines]
     if kind == "forward" and size == 2 and pooling != "context":
-        resident = _resident(patches, dim, limit, pooling)
+        resident = _resident(patches, dim, chip.shared, pooling)
         found = found if resident is None else [resident, *found]
     return found
 
 
 @functools.cache
 def choose_tiling(
-    kind: str, patches: int, dim: int, size: int, limit: int, pooling: str = "attention"
+    kind: str, patches: int, dim: int, size: int, chip: Chip, pooling: str = "attention"
 ) -> Tiling:
-    """The tiling of a kernel for a padded dim, an element size in bytes and a shared memory."""
+    """The tiling of a kernel for a padded dim, an element size in bytes and a chip."""
     if kind in FORCED:
         return FORCED[kind]
     if kind == "forward" and size == 2 and pooling != "context":
-        resident = _resident(patches, dim, limit, pooling)
+        resident = _resident(patches, dim, chip.shared, pooling)
         if resident is not None:
             return resident
     best: tuple[float, Tiling] | None = None
-    for is_small, tiling in _fitting(kind, patches, dim, size, limit, pooling):
+    for is_small, tiling in _fitting(kind, patches, dim, size, chip, pooling):
         if is_small and best is not None:
             break
         waste = tiling.tiles * sum(tiling.segments) / patches
@@ -272,7 +281,7 @@ def choose_tiling(
             best = (waste, tiling)
     if best is None:
         raise ValueError(
-            f"no tiling of {kind} fits D={dim} into {limit} bytes of shared memory; "
+            f"no tiling of {kind} fits D={dim} into {chip.shared} bytes of shared memory; "
             'pass impl="torch"'
         )
     return best[1]

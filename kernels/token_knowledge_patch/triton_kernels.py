@@ -80,11 +80,11 @@ def _ordered_sum(parts: Tensor) -> Tensor:
 
 def _pair_fwd(p: Problem, tensors: dict[str, Tensor], first: int, last: int, out) -> None:
     r, stat = out
-    limit, processors = chip_facts(r.device)
-    tiling = choose_tiling("forward", p.patches, block_dim(p.dim), p.size, limit, p.pooling)
+    chip = chip_facts(r.device)
+    tiling = choose_tiling("forward", p.patches, block_dim(p.dim), p.size, chip, p.pooling)
     tiles = triton.cdiv((last - first) * p.rows_a_text, tiling.block_r)
     # eight programs a multiprocessor, each with at least four row tiles to keep its patches busy
-    groups = min(max(1, tiles // 4), max(1, triton.cdiv(8 * processors, p.images)))
+    groups = min(max(1, tiles // 4), max(1, triton.cdiv(8 * chip.processors, p.images)))
     _pair_fwd_kernel[(p.images, groups)](
         tensors["rows"],
         tensors["bounds"],
@@ -214,8 +214,9 @@ class _TwoPasses:
     ) -> None:
         like = tensors["v"]
         wide: Any = {"dtype": torch.float32, "device": like.device}
-        limit, self._processors = chip_facts(like.device)
-        size = (p.patches, block_dim(p.dim), p.size, limit, p.pooling)
+        chip = chip_facts(like.device)
+        self._processors = chip.processors
+        size = (p.patches, block_dim(p.dim), p.size, chip, p.pooling)
         self._p, self._tensors, self._want_alpha = p, tensors, want_alpha
         self._by_rows = choose_tiling("backward_rows", *size)
         self._by_patches = choose_tiling("backward_patches", *size)

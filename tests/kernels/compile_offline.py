@@ -1,4 +1,4 @@
-"""Compile kernels for sm_80 and sm_90 with Triton's own ptxas, no GPU, and print what they use.
+"""Compile kernels for sm_80 to sm_120 with Triton's own ptxas, no GPU, and print what they use.
 
 Run as a script in a process without TRITON_INTERPRET: `python compile_offline.py '<json cases>'`
 prints one JSON object a case. Triton compiles a tile that no chip can hold without a word, so the
@@ -76,7 +76,8 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
         usage, assembly = run("cuobjdump", "--dump-resource-usage"), run("nvdisasm")
     out: dict[str, Any] = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    for word in ("HGMMA", "HMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
+    # UTCHMMA: of sm_100, into tensor memory
+    for word in ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
     out["loops"] = product_loops(assembly)
     return out
@@ -105,7 +106,7 @@ def _types(kernel: Any, element: str, pooling: str) -> dict[str, str]:
 
 
 def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    from mlip.kernels._chip import SHARED_MEMORY
+    from mlip.kernels._chip import chip_of
     from mlip.kernels.token_knowledge_patch import (
         backward_triton_kernels,
         context_triton_kernels,
@@ -121,14 +122,14 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     kind, pooling, dim = case["kind"], case["pooling"], case["dim"]
     size = 2 if case["element"] == "bf16" else 4
-    limit = SHARED_MEMORY[divmod(case["capability"], 10)]
+    chip = chip_of(divmod(case["capability"], 10), 132)
     shape = {
         "DIM": dim,
         "BLOCK_D": block_dim(dim),
         "PRECISION": "ieee" if size == 2 else "tf32x3",
         "UPCAST": False,
     }
-    tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, limit, pooling)
+    tiling = choose_tiling(kind, case["patches"], block_dim(dim), size, chip, pooling)
     constants: dict[str, Any] = (
         shape | {"P_PAD": padded_patches(case["patches"])} | tiling.keywords()
     )
@@ -156,8 +157,10 @@ def _pair_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from mlip.kernels._chip import chip_of
     from mlip.kernels.info_nce import triton_kernels
 
+    chip = chip_of(divmod(case["capability"], 10), 132)
     dim, size = case["dim"], 2 if case["element"] == "bf16" else 4
     constants: dict[str, Any] = {
         "DIM": dim,
@@ -167,12 +170,12 @@ def _info_nce_case(case: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     }
     if case["kind"] == "forward":
         constants["SHARES"] = triton_kernels.LENGTH_SHARES
-        tiling = triton_kernels.forward_tiling(dim, size)
+        tiling = triton_kernels.forward_tiling(dim, size, chip)
         return triton_kernels._info_nce_fwd_kernel, constants | tiling
     constants["WANT_SCALE"] = True
     if size == 2:
         del constants["PRECISION"]
-        tiling = triton_kernels.ds_tiling(dim, case["capability"] == 90)
+        tiling = triton_kernels.ds_tiling(dim, chip)
         tiling.pop("maxnreg", None)  # an option of real launches alone: see launch_offline.py
         return triton_kernels._info_nce_ds_kernel, constants | tiling
     constants["BLOCK_D"] = max(16, dim)
@@ -229,6 +232,7 @@ def main() -> None:
         types = _types(kernel, case["element"], case["pooling"])
         compiled = _compile(kernel, types, constants, case)
         used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+        used["tensor"] = compiled.metadata.tmem_size
         if "BLOCK_R" in constants and used["loops"]:
             # of the first loop, which an attention scale of usual size takes: thread instructions
             # for every pair of a row and a real patch

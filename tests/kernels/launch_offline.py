@@ -21,7 +21,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mlip.kernels import _chip
+from mlip.kernels._chip import chip_of
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.info_nce import op as info_nce_op
 from mlip.kernels.info_nce import triton_kernels as info_nce_kernels
@@ -58,9 +58,8 @@ class _AbsentDriver:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        limits = _chip.SHARED_MEMORY
-        limit = limits.get(divmod(self.capability, 10), _chip.SHARED_MEMORY_OTHERS)
-        return {"max_shared_mem": limit, "multiprocessor_count": PROCESSORS}
+        chip = chip_of(divmod(self.capability, 10), PROCESSORS)
+        return {"max_shared_mem": chip.shared, "multiprocessor_count": chip.processors}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         row = {"kernel": source.fn.__name__, "types": source.signature, "grids": []}
@@ -79,9 +78,8 @@ class _AbsentDriver:
 def install(capability: int) -> _AbsentDriver:
     driver = _AbsentDriver(capability)
     triton.runtime.driver.set_active(driver)
-    limit = driver.get_device_properties(0)["max_shared_mem"]
     op.resolve = info_nce_op.resolve = keyed_op.resolve = lambda *_: "triton"
-    chip = lambda _: (limit, PROCESSORS)  # noqa: E731
+    chip = lambda _: chip_of(divmod(capability, 10), PROCESSORS)  # noqa: E731
     op.chip_facts = triton_kernels.chip_facts = info_nce_kernels.chip_facts = chip
     return driver
 

@@ -204,7 +204,7 @@ def test_launchers_allocate_what_the_law_allows(
         if name.endswith("_kernel"):
             monkeypatch.setattr(triton_kernels, name, NoKernel())
     monkeypatch.setattr(triton_kernels, "wide_product", no_product)
-    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 132))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: _chip.chip_of((9, 0), 132))
     monkeypatch.setattr(op, "resolve", lambda *_: "triton")
     x, y = (torch.empty(count, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     used = peak_bytes(lambda: torch.autograd.grad(info_nce_loss(x, y, 20.0), (x, y)), "cpu")

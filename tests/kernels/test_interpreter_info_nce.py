@@ -132,7 +132,7 @@ def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) 
     from mlip.kernels.info_nce import triton_kernels
 
     image, text = info_nce_pair(300, 16, 3)
-    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 3))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: _chip.chip_of((9, 0), 3))
     compare_info_nce(image.float(), text.float(), 1e-5, 20.0)
 
 

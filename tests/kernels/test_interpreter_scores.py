@@ -374,7 +374,7 @@ def test_scores_split_over_programs_add_up(monkeypatch: pytest.MonkeyPatch) -> N
     """Oracle: float64. With many multiprocessors each pass is cut into partial sums."""
     from mlip.kernels.token_knowledge_patch import triton_kernels
 
-    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 64))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: _chip.chip_of((9, 0), 64))
     # of this seed no gradient of a weight nearly cancels, as one of a context does of seed 12:
     # there the rounding of r in float32 is 2e-5 of it, with one program as with many
     inputs = make_inputs(3, 4, 20, 40, 2, 16, seed=13)

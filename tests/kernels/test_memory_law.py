@@ -50,7 +50,7 @@ def _kernels_that_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products_triton_kernels, "wide_product", _no_product)
     monkeypatch.setattr(op, "resolve", lambda *_: "triton")
     # an H100: with 132 multiprocessors passes are cut into partial sums, which cost memory
-    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: (_chip.SHARED_MEMORY[9, 0], 132))
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda _: _chip.chip_of((9, 0), 132))
 
 
 def law(batch: int, rows: int, patches: int, dim: int, pooling: str) -> int:
