@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PEER_S = 30
+
 
 def _run_rank(rank: int, work: Callable[[int, Path], None], folder: Path, world: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    work(rank, folder)  # what it raises reaches the parent with its traceback
+    try:
+        work(rank, folder)
+    except BaseException:
+        # the first one's error reaches the parent, which ends the others: what they raise for want
+        # of their peer would hide it
+        if store.add("fallen", 1) > 1:
+            time.sleep(PEER_S)
+        raise
     # no rank closes its sockets while another still reads from them
     store.set(f"done{rank}", "yes")
     store.wait([f"done{other}" for other in range(world)])
