@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PEER_S = 30
+PEER_S = 5
 
 
 def _run_rank(rank: int, work: Callable[[int, Path], None], folder: Path, world: int) -> None:
