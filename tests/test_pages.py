@@ -159,6 +159,19 @@ def test_every_file_and_every_name_in_code_is_there(page: Path) -> None:
         assert _resolves(name.split(".")), name
 
 
+def test_every_page_that_a_source_names_is_there() -> None:
+    names = {page.name for page in PAGES} | {"LOG.md"}
+    sources = [ROOT / "train.py", *CONFIGS]
+    for folder in ("mlip", "kernels", "dataloading", "benchmarks"):
+        sources += (ROOT / folder).rglob("*.py")
+    named = {
+        (_name(source), page)
+        for source in sources
+        for page in re.findall(r"\b\w+\.md\b", source.read_text("utf-8"))
+    }
+    assert [found for found in sorted(named) if found[1] not in names] == []
+
+
 def _resolves(parts: list[str]) -> bool:
     for length in range(len(parts), 1, -1):
         try:
