@@ -79,10 +79,15 @@ def _memory(rows: list[Row]) -> Cell:
 
 
 def _largest_batch(rows: list[Row]) -> Cell:
+    """With why a larger one has no figure: one that nobody tried is no limit of the card."""
     wanted = {k: v for k, v in AT_256.items() if k != "batch"}
-    made = [row for row in filter(_is("fused", wanted), latest(rows)) if row["status"] == "ok"]
-    row = max(made, key=lambda row: row["batch"], default=None)
-    return NOT_RUN if row is None else str(row["batch"]), commits(row)
+    found = sorted(filter(_is("fused", wanted), latest(rows)), key=lambda row: row["batch"])
+    made = [row for row in found if row["status"] == "ok"]
+    if not made:
+        return NOT_RUN, "-"
+    larger = [row for row in found if row["batch"] > made[-1]["batch"]]
+    why = "; ".join(f"{row['batch']}: {row['status']}" for row in larger)
+    return str(made[-1]["batch"]) + (f" ({why})" if why else ""), commits(made[-1])
 
 
 def _against_the_product(rows: list[Row]) -> Cell:

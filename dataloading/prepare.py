@@ -41,10 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
     add("--quality", type=int, default=95, help="of JPEG (default 95)")
-    add("--shard-images", type=int, default=4096, metavar="N", help="images a shard")
+    add("--shard-images", type=int, default=4096, metavar="N", help="images a shard (default 4096)")
     add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
     add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
-    add("--timeout", type=float, default=10.0, metavar="S", help="processor seconds a file")
+    add(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="processor seconds a file (default 10)",
+    )
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")

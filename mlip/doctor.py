@@ -112,7 +112,9 @@ def check_packages() -> list[Check]:
 
 
 def _remedy(distribution: str) -> str:
-    return REMEDIES.get(distribution, f"pip install {distribution}")
+    line = REMEDIES.get(distribution, f"pip install {distribution}")
+    # on no package index: where it is not installed, pip knows it by the checkout alone
+    return line if version_of(NAME) is not None else line.replace(f"{NAME}[", ".[")
 
 
 def install_line(error: ImportError) -> str | None:

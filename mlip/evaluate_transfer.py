@@ -30,9 +30,9 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
     results = transfer_run(
         config, load_manifest(config.data), vision, facts=facts, device=device, say=print
     )
-    page = write_transfer_page(folder, results)
     kept = {key: value for key, value in results.items() if key != "pictures"}
-    saved = save_results(kept, folder / "results.json")
+    saved = save_results(kept, folder / "results.json")  # before what is drawn from them
+    page = write_transfer_page(folder, results)
     print("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
     return results
 

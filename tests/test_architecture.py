@@ -40,6 +40,13 @@ ALLOWED = {
         "mlip.output_file",
         "mlip.strict_yaml",
     ),
+    "mlip.knowledge.command": (
+        "mlip.knowledge",
+        "mlip.config",
+        "mlip.output_file",
+        "mlip.dataloading.report_markup",
+        "mlip.dataloading.report_text",
+    ),
     "mlip.dataloading": (
         "mlip.dataloading",
         "mlip.config",

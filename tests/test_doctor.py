@@ -27,8 +27,11 @@ def test_this_machine_is_healthy_and_no_torchvision_is_here(
 def test_a_missing_package_comes_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "version_of", lambda name: None)
     monkeypatch.setattr(doctor, "_is_importable", lambda module: module != "deepspeed")
+    monkeypatch.setattr(doctor, "version_of", lambda name: None)
+    by_name = {check.name: check for check in doctor.check_packages()}
+    assert by_name["deepspeed"].remedy == "pip install '.[deepspeed]'"  # a checkout alone
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0" if name == doctor.NAME else None)
     by_name = {check.name: check for check in doctor.check_packages()}
     assert by_name["deepspeed"].state == doctor.MISSING
     assert by_name["deepspeed"].remedy == "pip install 'mlip-medical[deepspeed]'"

@@ -42,12 +42,12 @@ def test_total_is_the_weighted_sum_of_its_terms() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_alone_keeps_its_value_and_the_others_are_not_even_built(name: str) -> None:
-    overrides = [o for o in NO_LOSS if f".{name}." not in o]
-    objective = _make(*overrides)
+    on = f"loss.{name}.weight=1"  # a loss may be off by default
+    objective = _make(*(o for o in NO_LOSS if f".{name}." not in o), on)
     assert list(objective.losses) == [name]
-    objective.losses.load_state_dict(_make().losses.state_dict(), strict=False)
+    objective.losses.load_state_dict(_make(on).losses.state_dict(), strict=False)
     _, terms = _run(objective)
-    whole = _make()
+    whole = _make(on)
     _, all_terms = _run(whole)
     assert set(terms) == ({name, "divergence"} if name == "global_contrastive" else {name})
     for term, value in terms.items():

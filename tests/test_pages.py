@@ -1,4 +1,5 @@
-"""What the pages print holds: links, commands, settings, files and names in code.
+"""What the pages print holds: links, commands, settings, files, names in code, and figures that
+are copied from benchmarks/results (other tables are written by the benchmarks themselves).
 
 Python blocks are run where their parts are tested (tests/kernels/test_readme_blocks.py,
 tests/transfer/test_own_inputs.py).
@@ -11,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -157,6 +159,19 @@ def test_every_file_and_every_name_in_code_is_there(page: Path) -> None:
         assert _resolves(name.split(".")), name
 
 
+def test_every_page_that_a_source_names_is_there() -> None:
+    names = {page.name for page in PAGES} | {"LOG.md"}
+    sources = [ROOT / "train.py", *CONFIGS]
+    for folder in ("mlip", "kernels", "dataloading", "benchmarks"):
+        sources += (ROOT / folder).rglob("*.py")
+    named = {
+        (_name(source), page)
+        for source in sources
+        for page in re.findall(r"\b\w+\.md\b", source.read_text("utf-8"))
+    }
+    assert [found for found in sorted(named) if found[1] not in names] == []
+
+
 def _resolves(parts: list[str]) -> bool:
     for length in range(len(parts), 1, -1):
         try:
@@ -177,3 +192,41 @@ def _resolves(parts: list[str]) -> bool:
 def test_the_page_for_contributors_names_the_walls_that_hold(package: str) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     assert [place for place in WALLS[package] if place not in page] == []
+
+
+def _results(name: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_linkers_table_is_that_of_its_rows() -> None:
+    page, score = (
+        (ROOT / "docs" / "knowledge.md").read_text("utf-8"),
+        _results("linker_test")["score"],
+    )
+    for name, found in score["per_finding"].items():
+        precision, star = found["precision"], "*" if name in score["top14"] else ""
+        row = f"| {name.replace('_', ' ')}{star} | {found['positives']} | {precision['value']:.3f} "
+        row += (
+            f"({precision['low']:.3f} to {precision['high']:.3f}) | {found['recall']['value']:.3f} "
+        )
+        row += f"| {found['f1']['value']:.3f} | {found['false_positives']} "
+        assert f"{row}| {found['false_negatives']} |" in page
+    causes = [int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \|$", page, re.MULTILINE)]
+    assert sorted(causes) == sorted(score["miss_causes_top14"].values())
+    assert f"test half: {sum(causes)})" in page
+
+
+@pytest.mark.parametrize("rows", ["transfer_ablation", "transfer_real"])
+def test_every_score_of_the_transfer_tables_is_that_of_its_rows(rows: str) -> None:
+    page = (ROOT / "docs" / "transfer.md").read_text("utf-8").replace("**", "")
+    shown = ("macro AUROC", "Dice, images with truth only", "Dice, all pixels pooled")
+    shown += ("mAP, strict (every image)",)
+    cells = [
+        f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}] +- {e['seed_sd']:.3f}"
+        for methods in _results(rows)["tasks"].values()
+        for (cell, *_) in methods.values()
+        for scores in cell.get("fractions", {}).values()
+        for name, e in scores.items()
+        if name in shown
+    ]
+    assert len(cells) > 8 and [cell for cell in cells if cell not in page] == []

@@ -128,6 +128,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         wanted["report"] = ", ".join(texts)
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
     notes = [f"columns: {columns}"]
+    if not texts and options["report"] != "none":
+        notes.append("no column of reports was found: name one with --option report=COLUMN")
     if count := sum("\\" in row.image for row in rows):
         notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
     if findings:

@@ -1,7 +1,7 @@
 """The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
 
 What does not live here: any reading or matching (concept_files.py, ontologies.py, umls.py,
-linker.py).
+linker.py), and what a report's text is made of before (dataloading/report_text.py).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mlip.config import Knowledge
+from mlip.dataloading.report_markup import is_rtf, without_markup
+from mlip.dataloading.report_text import clean_report
 from mlip.knowledge.concept_files import load_concepts, read_text, write_table
 from mlip.knowledge.concepts import LexiconError
 from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
-from mlip.knowledge.report_lines import joined_lines
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
 from mlip.output_file import require_writable
 
@@ -210,13 +211,18 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _link(arguments: argparse.Namespace, console: Console) -> int:
-    # as training reads it: a line that ends a statement ends a denial
-    text = joined_lines(sys.stdin.read() if arguments.file == "-" else read_text(arguments.file))
+    written = sys.stdin.read() if arguments.file == "-" else read_text(arguments.file)
+    if is_rtf(written):
+        raise ValueError(f"{arguments.file}: RTF is not read: export plain text")
+    # as training reads it: without, a form's empty box would assert what stands behind it
+    text = clean_report(without_markup(written))
     linker = Linker(load_concepts(arguments.lexicon))
     mentions = linker.link(text)
     if arguments.json:
         for mention in mentions:
-            print(json.dumps(mention._asdict()))
+            # spans are of the cleaned text, which a caller does not have
+            words = text[mention.start : mention.end]
+            print(json.dumps({**mention._asdict(), "words": words}))
         return 0
     console.print(colour_view(text, mentions))
     table = Table(box=None, pad_edge=False)

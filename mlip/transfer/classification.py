@@ -1,8 +1,8 @@
 """Classification on image features: a linear layer on a frozen encoder, or both tuned.
 
-Source:  MGCA's ssl_finetuner and CheXpert's uncertain-label policies (protocols.md D.2): features
-before the projection head, one linear layer, sigmoids (or a softmax where classes exclude each
-other), AdamW, early stopping on val. Ours: draws by patient, several seeds with intervals,
+Source:  ssl_finetuner.py of HKU-MedAI/MGCA and CheXpert's uncertain-label policies: features before
+the projection head, one linear layer, sigmoids (or a softmax where classes exclude each other),
+AdamW, early stopping on val. Ours: draws by patient, several seeds with intervals,
 thresholds from val, calibration.
 """
 

@@ -1,6 +1,6 @@
 """Detection on an encoder's levels: boxes of one or several classes, encoder frozen or tuned.
 
-Source:  MGCA's ssl_detector and yolo_loss (protocols.md D.3): YOLOv3 head on the three coarsest
+Source:  ssl_detector.py and yolo_loss.py of HKU-MedAI/MGCA: YOLOv3 head on the three coarsest
 levels, AdamW, early stopping on val. Ours: whole images letterboxed, boxes never edited in place,
 frozen encoders in eval mode, a head for ViT, mAP that counts every image beside the published form.
 """

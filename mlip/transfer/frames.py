@@ -27,7 +27,7 @@ from mlip.dataloading.transforms import Placement, Transform
 from mlip.transfer.annotations import resize_mask
 from mlip.transfer.interval import Array
 
-# published: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5), protocols.md D.4
+# HKU-MedAI/MGCA's segmentation_dataset.py: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5)
 AUGMENT_CHANCE, AUGMENT_SCALE, AUGMENT_DEGREES = 0.5, 0.1, 10.0
 
 

@@ -19,6 +19,7 @@ from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.image_file import decode_grey, is_too_dark, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import choose_sections
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.features import TextBank, global_scores, local_scores
@@ -149,13 +150,17 @@ def encode_texts(opened: Any, texts: Iterable[str]) -> TextBank:
 
 
 def encode_reports(opened: Any, reports: Iterable[str]) -> TextBank:
-    """Features of whole reports as training reads them: data.sections, as far as the model reads.
+    """Features of whole reports as training reads them: without markup, data.sections, as far as
+    the model reads.
 
-    Raises:  ValueError as encode_texts, but for length and of those sections; it quotes no report.
+    Raises:  ValueError as encode_texts, but for length and of those sections, and for RTF; it
+             quotes no report.
     """
     reports = _listed(reports, "texts", str)
+    if (place := next((i for i, report in enumerate(reports) if is_rtf(report)), None)) is not None:
+        raise ValueError(f"report {place + 1} is RTF, which is not read: export plain text")
     sections = opened.config.data.sections
-    chosen = [choose_sections(report, sections) or "" for report in reports]
+    chosen = [choose_sections(without_markup(report), sections) or "" for report in reports]
     if (place := _first_unknown(opened, chosen)) is not None:
         raise ValueError(f"report {place + 1} {_UNKNOWN}")
     return _encode(opened, chosen, cut=True)

@@ -1,6 +1,6 @@
 """Segmentation on an encoder's levels: one mask per image, encoder frozen or tuned.
 
-Source:  MGCA's ssl_segmenter and segmentation_dataset (protocols.md D.4): U-Net decoder (ViT:
+Source:  ssl_segmenter.py and segmentation_dataset.py of HKU-MedAI/MGCA: U-Net decoder (ViT:
 SETR-PUP), 10 focal - log(soft Dice), threshold 0.5. Ours: masks by nearest neighbour through the
 image's own letterbox, frozen encoders in eval mode, Dice in three forms with intervals.
 """
@@ -26,7 +26,7 @@ from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.mask_file import IGNORED, INSIDE
 
-FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # protocols.md D.4
+FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
 THRESHOLD_LOGIT = 0.0  # a probability of one half
 
 

@@ -1,8 +1,8 @@
 """A YOLOv3 head on three levels of an encoder: predictions, targets, loss, decoding.
 
-Source:  Redmon and Farhadi 2018 (arXiv 1804.02767) with the loss of MGCA's yolo_loss.py
-(protocols.md D.3), vectorised and in logits; a ViT's one grid becomes three levels as in ViTDet
-(Li et al. 2022, simple feature pyramid).
+Source:  Redmon and Farhadi 2018 (arXiv 1804.02767) with the loss of HKU-MedAI/MGCA's yolo_loss.py,
+vectorised and in logits; a ViT's one grid becomes three levels as in ViTDet (Li et al. 2022, simple
+feature pyramid).
 """
 
 from __future__ import annotations

@@ -51,12 +51,14 @@ def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
     assert rows["0.png"].split == "val" and rows["0.png"].report == "Text 0."
     assert rows["9.png"].patient_id == "4" and rows["9.png"].study_id == ""
     free = collect("manifest", tmp_path, split="none", report="none")
-    assert {row.report for row in free.rows} == {""}
+    assert {row.report for row in free.rows} == {""} and "report" not in free.notes[0]
     table(tmp_path / "other.csv", "file_name,subject_id", [["0.png", 1]])
     with pytest.raises(DatasetError, match="no column for image.*file_name, subject_id"):
         collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
     named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
     assert [row.image for row in named.rows] == ["0.png"]
+    told = "no column of reports was found: name one with --option report=COLUMN"
+    assert told in named.notes and told not in free.notes
 
 
 def test_manifest_takes_what_programs_write_for_a_gap_as_no_id(tmp_path):

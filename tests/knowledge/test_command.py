@@ -39,12 +39,39 @@ def test_link_prints_each_mention_with_its_state(tmp_path, capsys):
     assert "other languages" not in out
 
 
-def test_link_as_json_gives_spans_of_the_file(tmp_path, capsys):
-    path = tmp_path / "report.txt"
-    path.write_text("No effusion. Heart is enlarged.")
-    assert call("link", str(path), "--json") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [tuple(row.values()) for row in rows] == [tuple(m) for m in link(path.read_text())]
+def linked(text: str, monkeypatch, capsys) -> list[dict]:
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert call("link", "-", "--json") == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_link_as_json_gives_spans_and_their_words(monkeypatch, capsys):
+    text = "No effusion. Heart is enlarged."
+    rows = linked(text, monkeypatch, capsys)
+    words = [row.pop("words") for row in rows]
+    assert [tuple(row.values()) for row in rows] == [tuple(m) for m in link(text)]
+    assert words == [text[m.start : m.end] for m in link(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "states"),
+    [
+        ("[x] Edema [ ] Mass", {"edema": "present", "mass": "absent"}),
+        ("1) No edema 2) Mass", {"edema": "absent", "mass": "present"}),
+        ("<p>No edema</p><p>Mass</p>", {"edema": "absent", "mass": "present"}),
+        ("No edema\\X0A\\Mass", {"edema": "absent", "mass": "present"}),
+    ],
+)
+def test_link_reads_a_report_as_training_does(text, states, monkeypatch, capsys):
+    """Forms, lists and markup are read before concepts are linked: the other way was inverted."""
+    rows = linked(text, monkeypatch, capsys)
+    assert {row["words"].lower(): row["state"] for row in rows} == states
+
+
+def test_link_does_not_read_rtf(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(r"{\rtf1 No edema.\par}"))
+    assert call("link", "-") == 2
+    assert "RTF is not read: export plain text" in capsys.readouterr().err
 
 
 def test_link_says_so_where_few_words_are_known(monkeypatch, capsys):

@@ -49,6 +49,10 @@ def _make(case: str) -> nn.Module:
     return loss
 
 
+def test_every_loss_has_a_case() -> None:
+    assert {name for name, _ in CASES.values()} == set(LOSSES)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_agree_with_finite_differences(case: str) -> None:
     loss, scales, batch = _make(case), FakeScales().double(), make_batch()

@@ -133,6 +133,10 @@ def _close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_every_loss_has_a_case() -> None:
+    assert {_loss_name(case) for case in CASES} == set(LOSSES)
+
+
 @pytest.mark.parametrize("case", [*CASES, *OBJECTIVES])
 def test_two_ranks_give_the_value_of_one_process(case: str, results: Any) -> None:
     parts, whole = results

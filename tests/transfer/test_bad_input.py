@@ -277,3 +277,15 @@ def test_a_draw_without_truth_is_found_before_the_first_fit(
     said = capsys.readouterr()
     assert "best epoch" not in said.out
     assert "training images drawn (10 %, seed " in said.err and "has a box" in said.err
+
+
+def test_a_page_that_cannot_be_drawn_loses_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: Any) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("mlip.evaluate_transfer.write_transfer_page", draw)
+    with pytest.raises(RuntimeError, match="no font"):
+        evaluate(tmp_path, [*write(tmp_path), *LABELS])
+    assert (tmp_path / "out" / "results.json").is_file()

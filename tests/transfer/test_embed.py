@@ -146,3 +146,9 @@ def test_rows_that_a_rule_leaves_out_are_counted(
     assert embed(tmp_path, root, report=lambda i: "" if i == 3 else "No edema.") == 0
     said = capsys.readouterr().out
     assert "left out: no_report 1; data.empty_report=image_only" in said and "11 of 11 rows" in said
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+def test_parts_are_for_their_owner_alone(root: Path, tmp_path: Path, form: str) -> None:
+    assert embed(tmp_path, root, "--format", form) == 0
+    assert [p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("part-*")] == [0o600] * 3

@@ -69,6 +69,12 @@ def test_a_report_is_read_as_training_reads_it(opened: Pretrained) -> None:
         [f"HISTORY: Fever. FINDINGS: {long}", f"FINDINGS: {long}Effusion."]
     ).text.embedding
     assert torch.equal(whole, cut)
+    plain, html = opened.encode_reports(
+        ["FINDINGS: No edema.\n\nMass.", "<p>FINDINGS: No edema.</p><p>Mass&#46;</p>"]
+    ).text.embedding
+    assert torch.equal(plain, html)
+    with pytest.raises(ValueError, match="report 2 is RTF, which is not read: export plain text"):
+        opened.encode_reports(["Clear.", r"{\rtf1 Clear.}"])
     with pytest.raises(ValueError, match="shorten it"):
         opened.encode_texts([long])
     with pytest.raises(ValueError, match="report 2 is empty") as caught:
