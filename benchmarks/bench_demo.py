@@ -1,13 +1,14 @@
 """The demo over seeds, MLIP beside runs without its parts: runs what is missing, prints tables.
 
     .venv/bin/python benchmarks/bench_demo.py --variants mlip clip no_knowledge --seeds 1 2 3 \
-        --write docs/results.md
+        --rows benchmarks/results/demo.json --write docs/results.md
 
 Each run goes to runs/bench/<variant>_<seed> through the deepspeed launcher, as `make demo` does,
 with test patients of its own stream (data.phantom.test_seed). A folder that holds results.json is
-not run again. Variants of one seed share training and test patients, so what a part brings is a
-difference paired by seed: the second table gives its mean and Student's 95 % interval over the
-seeds. With --write the tables replace what stands between the two marks of the file.
+not run again, nor a run whose row is in the file of --rows: each run leaves its measures there.
+Variants of one seed share training and test patients, so what a part brings is a difference paired
+by seed: the second table gives its mean and Student's 95 % interval over the seeds. With --write
+the tables replace what stands between the two marks of the file.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ VARIANTS = {
 }
 
 
-def run(name: str, seed: int, first_test_seed: int) -> dict[str, Any]:
+def run(name: str, seed: int, test_seed: int) -> dict[str, Any]:
+    """One run's row: what it was, its commit and its measures."""
     folder = ROOT / "runs" / "bench" / f"{name}_{seed}"
     results = folder / "results.json"
     if not results.is_file():
         command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "train.py"]
         command += ["--config", *VARIANTS[name], f"run.dir={folder}", f"run.seed={seed}"]
         command += [f"data.manifest={folder}/data/manifest.csv", f"data.phantom.seed={seed}"]
-        command += [f"data.phantom.test_seed={first_test_seed + seed}"]
+        command += [f"data.phantom.test_seed={test_seed}"]
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         folder.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
@@ -53,7 +55,14 @@ def run(name: str, seed: int, first_test_seed: int) -> dict[str, Any]:
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True
             )
         (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begin))
-    return json.loads(results.read_text(encoding="utf-8"))
+    result = json.loads(results.read_text(encoding="utf-8"))
+    return {
+        "variant": name,
+        "seed": seed,
+        "test_seed": test_seed,
+        "commit": result["run"]["commit"],
+        "measures": measures(result),
+    }
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:
@@ -82,11 +91,11 @@ def measures(result: dict[str, Any]) -> dict[str, float]:
     return rows
 
 
-def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    columns = {name: [measures(r) for r in runs] for name, runs in results.items() if runs}
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    columns = {name: [row["measures"] for row in runs] for name, runs in rows.items() if runs}
     head = ["measure"]
     for name, runs in columns.items():
-        seeds = ", ".join(str(r["run"]["seed"]) for r in results[name])
+        seeds = ", ".join(str(row["seed"]) for row in rows[name])
         head.append(f"{name}, mean of seed{'s' if len(runs) > 1 else ''} {seeds} (least to most)")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for measure in next(iter(columns.values()))[0]:
@@ -104,15 +113,13 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def differences(results: dict[str, list[dict[str, Any]]]) -> str:
+def differences(rows: dict[str, list[dict[str, Any]]]) -> str:
     """The first variant minus each other, paired by seed; empty with fewer than two of both."""
-    (first, runs), *others = results.items()
-    of_seed = {r["run"]["seed"]: measures(r) for r in runs}
+    (first, runs), *others = rows.items()
+    of_seed = {row["seed"]: row["measures"] for row in runs}
     columns: dict[str, dict[str, str]] = {}
     for name, other in others:
-        pairs = [
-            (of_seed[seed], measures(r)) for r in other if (seed := r["run"]["seed"]) in of_seed
-        ]
+        pairs = [(of_seed[row["seed"]], row["measures"]) for row in other if row["seed"] in of_seed]
         if len(pairs) < 2:
             continue
         cells = columns.setdefault(f"{first} minus {name}, {len(pairs)} seeds", {})
@@ -127,7 +134,7 @@ def differences(results: dict[str, list[dict[str, Any]]]) -> str:
     if not columns:
         return ""
     lines = ["| " + " | ".join(["measure", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for measure in measures(runs[0]):
+    for measure in runs[0]["measures"]:
         cells_of = [cells.get(measure, "") for cells in columns.values()]
         if any(cells_of):
             lines.append("| " + " | ".join([measure, *cells_of]) + " |")
@@ -141,12 +148,24 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["mlip"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--test-seed", type=int, default=3_000_000, help="run s tests on this + s")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON of runs, kept and used")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
-    results: dict[str, list[dict[str, Any]]] = {}
+    kept: list[dict[str, Any]] = []
+    if options.rows and options.rows.is_file():
+        kept = json.loads(options.rows.read_text(encoding="utf-8"))
+    found = {(row["variant"], row["seed"], row["test_seed"]): row for row in kept}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
     for name in options.variants:
-        results[name] = [run(name, seed, options.test_seed) for seed in options.seeds]
-    text = "\n\n".join(filter(None, [table(results), differences(results)]))
+        for seed in options.seeds:
+            key = (name, seed, options.test_seed + seed)
+            if key not in found:
+                found[key] = run(*key)
+                if options.rows:  # after each: a run takes ten minutes
+                    kept = [found[known] for known in sorted(found)]
+                    options.rows.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            rows[name].append(found[key])
+    text = "\n\n".join(filter(None, [table(rows), differences(rows)]))
     print(text)
     if options.write:
         page = replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
