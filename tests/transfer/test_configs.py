@@ -194,7 +194,7 @@ def test_published_pre_trainings_are_settings_of_the_objective(
 
 
 def test_mgca_is_set_as_its_released_code_runs() -> None:
-    # protocols.md B.2: [CLS] attention weighs words, K = 500, weights 1, 1 and 1 where the first two
+    # protocols.md B.2: [CLS] attention weighs words, K = 500, weights 1, 1, 1 where the first two
     # are sums of two halves and ours are means
     loss = load([CONFIGS / "baseline_mgca.yaml"]).loss
     assert loss.local_alignment.token_weights == "attention" and loss.category.prototypes == 500
