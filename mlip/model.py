@@ -21,6 +21,7 @@ from mlip.encoders.rounded_weights import RoundedTogether
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
+from mlip.token_weights import token_weights
 from mlip.unit_length import unit_length
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the learned scale (Radford et al. 2021, 2.5)
@@ -228,20 +229,9 @@ class MLIPModel(nn.Module):
         return [self.vision, self.text]
 
     def token_weights(self, content_mask: Tensor, attention: Tensor | None) -> Tensor:
-        """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask.
-
-        Source:  method.md section 4: uniform, or [CLS] attention clipped to its 10..90 %
-                 quantiles over the report's real tokens, without gradient. Where that leaves no
-                 weight (attention on fewer than a tenth of the tokens, or on [CLS] alone): uniform.
-        """
-        if self.config.loss.local_alignment.token_weights == "uniform" or attention is None:
-            return content_mask.float()
-        shown = attention.detach().float().masked_fill(~content_mask, torch.nan)
-        low = torch.nanquantile(shown, 0.1, dim=1, keepdim=True)
-        high = torch.nanquantile(shown, 0.9, dim=1, keepdim=True)
-        clipped = torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0) * content_mask
-        has_weight = (clipped > 0).any(dim=1, keepdim=True)
-        return torch.where(has_weight, clipped, content_mask.float())
+        """Weights of the tokens in the local score, [B, T] float32, 0 outside content_mask."""
+        by_attention = self.config.loss.local_alignment.token_weights == "attention"
+        return token_weights(content_mask, attention if by_attention else None)
 
     def local_scores(
         self,

@@ -32,6 +32,7 @@ ALLOWED = {
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
     "mlip.host_read": (),
     "mlip.unit_length": (),
+    "mlip.token_weights": (),
     "mlip.distributed": (),
     "mlip.kernels": ("mlip.kernels",),
     "mlip.knowledge": (
@@ -62,6 +63,7 @@ ALLOWED = {
         "mlip.config",
         "mlip.batch",
         "mlip.kernels",
+        "mlip.token_weights",
         "mlip.unit_length",
     ),
     "mlip.divergence": ("mlip.config", "mlip.batch", "mlip.keyed_random", "mlip.unit_length"),
@@ -74,6 +76,7 @@ ALLOWED = {
         "mlip.divergence",
         "mlip.host_read",
         "mlip.kernels",
+        "mlip.token_weights",
         "mlip.unit_length",
     ),
     "mlip.training": (

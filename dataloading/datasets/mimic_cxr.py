@@ -89,8 +89,11 @@ def _canonical(header: str) -> str:
 
 
 def joined_report(sections: dict[str, str]) -> str:
-    """The text for the manifest, with headings that data.sections can choose from."""
-    parts = [f"{n.upper()}: {sections[n]}" for n in ("findings", "impression") if sections[n]]
+    """The text for the manifest, with headings that data.sections can choose from.
+
+    The impression first, as published: a long report is cut at data.max_tokens, at its end.
+    """
+    parts = [f"{n.upper()}: {sections[n]}" for n in ("impression", "findings") if sections[n]]
     return "\n".join(parts) or sections["last_paragraph"]
 
 

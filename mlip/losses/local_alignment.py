@@ -10,6 +10,7 @@ from torch import Tensor
 from mlip.config import Config
 from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
 from mlip.losses.context import LossContext, mean_over_ranks
+from mlip.token_weights import token_weights
 from mlip.unit_length import unit_length
 
 MGCA_TEMPERATURE = 0.1  # MGCA's local temperature (Wang et al. 2022, section 4.1)
@@ -28,7 +29,7 @@ class LocalAlignment(nn.Module):
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
         is_mgca = config.loss.local_alignment.kind == "mgca"
-        self.in_pair = InPairAlignment(dim) if is_mgca else None
+        self.in_pair = InPairAlignment() if is_mgca else None
 
     def forward(self, context: LossContext) -> Tensor:
         if self.in_pair is not None:
@@ -37,7 +38,8 @@ class LocalAlignment(nn.Module):
                 context.features.image.patches,
                 text.tokens,
                 context.batch.content_mask,
-                text.attention,
+                # attention is there where token_weights asks for it
+                token_weights(context.batch.content_mask, text.attention),
             )
             return mean_over_ranks(loss_B, context.batch.content_mask.any(dim=1))
         return contrastive_loss_from_scores(
@@ -53,40 +55,29 @@ class InPairAlignment(nn.Module):
     """Tokens against what they attend to among the pair's patches, and patches likewise.
 
     Each token must find its own attended patch vector among those of the report's other tokens
-    (InfoNCE within the report, both ways), and each patch its own attended token vector. Needs no
-    other pair: nothing is gathered.
+    (InfoNCE within the report, both ways), and each patch its own attended token vector. Attention
+    is a softmax of the cosine that patches and tokens have, over the temperature of the loss, with
+    nothing learned of its own: the cosine is what is trained. Needs no other pair: nothing is
+    gathered.
 
-    Shapes:  patches [B, P, D], tokens [B, T, D], mask [B, T] bool, attention [B, T] or None (the
-             weights of the tokens' terms; None = uniform) -> [B], 0 for an empty report
+    Shapes:  patches [B, P, D], tokens [B, T, D], mask [B, T] bool, weights [B, T] of the tokens'
+             terms, 0 outside mask -> [B], 0 for an empty report
     Source:  MGCA (Wang et al. 2022, arXiv 2210.06044), section 3.3, cross-attention-based
-             token-wise alignment with one head; patch terms are weighted uniformly.
+             token-wise alignment as its released code runs it (protocols.md B.2); the learned
+             projections of the paper's formulas are off there. Patch terms are weighted uniformly.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.token_query = nn.Linear(dim, dim)
-        self.patch_key_value = nn.Linear(dim, 2 * dim)
-        self.patch_query = nn.Linear(dim, dim)
-        self.token_key_value = nn.Linear(dim, 2 * dim)
-        self.out_token = nn.Linear(dim, dim)
-        self.out_patch = nn.Linear(dim, dim)
+    def forward(self, patches: Tensor, tokens: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+        patch_BPD = _wide(unit_length(patches))
+        token_BTD = _wide(unit_length(torch.where(mask.unsqueeze(-1), tokens, 0.0)))
+        logits_BTP = token_BTD @ patch_BPD.transpose(1, 2) / MGCA_TEMPERATURE
+        seen_BTD = torch.softmax(logits_BTP, dim=2) @ patch_BPD
+        # the lowest number, not -inf: patches of an empty report must not become NaN
+        lowest = torch.finfo(logits_BTP.dtype).min
+        read_BTP = torch.softmax(logits_BTP.masked_fill(~mask.unsqueeze(2), lowest), dim=1)
+        read_BPD = read_BTP.transpose(1, 2) @ token_BTD
 
-    def forward(
-        self, patches: Tensor, tokens: Tensor, mask: Tensor, attention: Tensor | None
-    ) -> Tensor:
-        dtype = self.token_query.weight.dtype
-        patch_BPD = unit_length(patches).to(dtype)
-        token_BTD = unit_length(torch.where(mask.unsqueeze(-1), tokens, 0.0)).to(dtype)
-        key, value = self.patch_key_value(patch_BPD).chunk(2, dim=-1)
-        seen_BTD = self.out_token(_attend(self.token_query(token_BTD), key, value, None))
-        key, value = self.token_key_value(token_BTD).chunk(2, dim=-1)
-        read_BPD = self.out_patch(_attend(self.patch_query(patch_BPD), key, value, mask))
-
-        weight_BT = mask.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        if attention is not None:
-            shown_BT = torch.where(mask, attention.detach(), 0.0).to(weight_BT.dtype)
-            has_weight = shown_BT.sum(dim=1, keepdim=True) > 0
-            weight_BT = torch.where(has_weight, shown_BT, weight_BT)
+        weight_BT = torch.where(mask, weights.to(patch_BPD.dtype), 0.0)
         weight_BT = weight_BT / weight_BT.sum(dim=1, keepdim=True).clamp_min(1e-12)
         token_B = _matching(token_BTD, seen_BTD, mask, weight_BT)
         all_patches = mask.new_ones(patch_BPD.shape[:2])
@@ -95,16 +86,9 @@ class InPairAlignment(nn.Module):
         return torch.where(mask.any(dim=1), 0.5 * (token_B + patch_B), 0.0)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """One-head attention [B, L, D]; a row without any unmasked key gives zero."""
-    logits = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
-    # a softmax is float32 or better whatever the parameters' dtype
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if mask is None:
-        return torch.softmax(logits, dim=-1).to(value.dtype) @ value
-    # the largest negative number, not -inf: an all-masked row must not become NaN
-    logits = logits.masked_fill(~mask[:, None, :], torch.finfo(logits.dtype).min)
-    return (torch.softmax(logits, dim=-1) * mask[:, None, :]).to(value.dtype) @ value
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or better: softmax and loss are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _matching(left: Tensor, right: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

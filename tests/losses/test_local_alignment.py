@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -71,26 +72,19 @@ def test_scores_are_computed_once_for_all_losses() -> None:
     assert len(calls) == 1
 
 
-def _in_pair() -> InPairAlignment:
-    torch.manual_seed(0)
-    return InPairAlignment(DIM).double()
-
-
-def _naive_in_pair(
-    module: InPairAlignment, patches: Tensor, tokens: Tensor, weight: Tensor
-) -> float:
-    """Oracle: one pair, loops, real tokens only; torch's attention."""
-
-    def attended(query: nn.Linear, key_value: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-        key, value = key_value(y).chunk(2, dim=-1)
-        return F.scaled_dot_product_attention(query(x)[None], key[None], value[None])[0]
-
+def _naive_in_pair(patches: Tensor, tokens: Tensor, weight: Tensor) -> float:
+    """Oracle: MGCA's formulas (protocols.md B.2) for one pair, loops, real tokens only."""
     patches, tokens = F.normalize(patches, dim=-1), F.normalize(tokens, dim=-1)
-    seen = module.out_token(attended(module.token_query, module.patch_key_value, tokens, patches))
-    read = module.out_patch(attended(module.patch_query, module.token_key_value, patches, tokens))
+
+    def attended(row: Tensor, others: Tensor) -> Tensor:
+        shares = [math.exp(float(row @ other) / 0.1) for other in others]
+        return sum(s / sum(shares) * o for s, o in zip(shares, others, strict=True))  # type: ignore
+
+    seen = torch.stack([attended(token, patches) for token in tokens])
+    read = torch.stack([attended(patch, tokens) for patch in patches])
 
     def matching(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-        left, right = F.normalize(left, dim=-1), F.normalize(right, dim=-1)
+        right = F.normalize(right, dim=-1)
         total = torch.zeros(())
         for j in range(len(left)):
             forth = torch.log_softmax(left[j] @ right.T / 0.1, dim=0)[j]
@@ -105,29 +99,63 @@ def _naive_in_pair(
 
 @pytest.mark.parametrize("has_attention", [False, True])
 def test_in_pair_alignment_equals_loops_over_each_pair(has_attention: bool) -> None:
-    module, leaves, batch = _in_pair(), make_leaves(), make_batch()
+    leaves, batch = make_leaves(), make_batch()
     generator = torch.Generator().manual_seed(1)
     attention = torch.rand(batch.content_mask.shape, generator=generator).double()
-    value = module(
-        leaves["patches"], leaves["tokens"], batch.content_mask,
-        attention if has_attention else None,
-    )  # fmt: skip
+    weights = attention if has_attention else batch.content_mask.double()
+    value = InPairAlignment()(leaves["patches"], leaves["tokens"], batch.content_mask, weights)
     for row in range(PAIRS):
         mask = batch.content_mask[row]
         if row == EMPTY:
             assert float(value[row].detach()) == 0.0
             continue
-        weight = attention[row][mask] if has_attention else torch.ones(int(mask.sum()))
+        weight = weights[row][mask]
         expected = _naive_in_pair(
-            module, leaves["patches"][row], leaves["tokens"][row][mask], weight / weight.sum()
+            leaves["patches"][row], leaves["tokens"][row][mask], weight / weight.sum()
         )
         assert math.isclose(float(value[row].detach()), expected, rel_tol=1e-6), row
+
+
+def test_in_pair_alignment_trains_the_cosine_that_points() -> None:
+    # with projections of its own it could match any patches that differ: the cosine stayed chance
+    assert not list(InPairAlignment().parameters())
+    patches = torch.eye(4, dtype=torch.float64)[None]
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    right, wrong = (
+        InPairAlignment()(patches, tokens, mask, mask.double())
+        for tokens in (patches, torch.full_like(patches, 0.5))
+    )
+    assert float(right) < 0.01 < 1.0 < float(wrong)
+
+
+def test_in_pair_alignment_clips_the_attention_that_weighs_its_tokens() -> None:
+    # oracle: numpy's quantiles over the report's own tokens
+    leaves, batch = make_leaves(), make_batch()
+    attention = torch.rand(batch.content_mask.shape, generator=torch.Generator().manual_seed(2))
+    attention[0, 1] = 50.0
+    features = features_of(leaves, batch)
+    text = dataclasses.replace(features.text, attention=attention)
+    context = context_of(leaves, batch)
+    context.features = dataclasses.replace(features, text=text)
+    loss = LocalAlignment(config_of("loss.local_alignment.kind=mgca"), DIM)
+    weights = np.zeros(attention.shape)
+    for row, shown in enumerate(batch.content_mask.numpy()):
+        if shown.any():
+            own = attention[row].numpy()[shown].astype(np.float64)
+            weights[row, shown] = own.clip(*np.quantile(own, [0.1, 0.9]))
+    each = InPairAlignment()(
+        leaves["patches"], leaves["tokens"], batch.content_mask, torch.from_numpy(weights)
+    )
+    expected = each.sum() / batch.content_mask.any(dim=1).sum()
+    torch.testing.assert_close(loss(context), expected, rtol=1e-6, atol=0.0)
 
 
 def test_in_pair_alignment_of_one_token_and_one_patch_is_zero() -> None:
     # by hand: a softmax over one candidate
     leaves, mask = make_leaves(), torch.ones(PAIRS, 1, dtype=torch.bool)
-    value = _in_pair()(leaves["patches"][:, :1], leaves["tokens"][:, :1], mask, None)
+    value = InPairAlignment()(
+        leaves["patches"][:, :1], leaves["tokens"][:, :1], mask, mask.double()
+    )
     assert float(value.detach().abs().max()) < 1e-12
 
 
@@ -138,6 +166,7 @@ def test_in_pair_alignment_is_a_mean_over_reports_with_tokens_alone() -> None:
     context = context_of(make_leaves(), batch)
     assert loss.in_pair is not None and bool(context.text_valid[0])
     text = context.features.text.tokens
-    loss_B = loss.double().in_pair(context.features.image.patches, text, batch.content_mask, None)
+    mask = batch.content_mask
+    loss_B = loss.in_pair(context.features.image.patches, text, mask, mask.double())
     counted = [i for i in range(PAIRS) if i not in (0, EMPTY)]
     torch.testing.assert_close(loss(context), loss_B[counted].mean())

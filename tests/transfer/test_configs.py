@@ -193,6 +193,15 @@ def test_published_pre_trainings_are_settings_of_the_objective(
     assert set(objective.losses) == wanted and float(total.detach()) > 0
 
 
+def test_mgca_is_set_as_its_released_code_runs() -> None:
+    # protocols.md B.2: [CLS] attention weighs words, K = 500, weights 1, 1, 1 where the first two
+    # are sums of two halves and ours are means
+    loss = load([CONFIGS / "baseline_mgca.yaml"]).loss
+    assert loss.local_alignment.token_weights == "attention" and loss.category.prototypes == 500
+    weights = (loss.global_contrastive.weight, loss.local_alignment.weight, loss.category.weight)
+    assert weights == (1.0, 1.0, 0.5)
+
+
 def test_a_checkpoint_of_another_preprocessing_is_refused_with_both_hashes(
     prepared: Any, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
