@@ -48,9 +48,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     parser.add_argument("--deepspeed_config", metavar="JSON", help="accepted where it agrees")
     parser.add_argument("--local_rank", type=int, default=0, help="launchers pass it; unused")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_intermixed_args(arguments)
-    files, overrides = sort_settings(options.config)  # "--config FILE key=value" reads all as files
-    config = load(files, overrides + options.overrides)
+    options, rest = parser.parse_known_intermixed_args(arguments)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")
+    # "--config FILE key=value" reads all as files
+    config = load(*sort_settings(options.config + options.overrides))
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "

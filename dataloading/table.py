@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -78,7 +79,8 @@ def read_table(
         else:
             columns = _whole_csv(path, wanted, take or {}, numbers)
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from None
+        below = "" if path.is_absolute() else f" (looked for below {os.getcwd()})"
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}{below}") from None
     except (CsvError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
     # what parsing needed: 100 MiB of a million rows

@@ -56,7 +56,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         options.settings += [item for item in rest if not item.startswith("-")]
         rest = [item for item in rest if item.startswith("-")]
     if rest and options.command not in FOREIGN:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")
     options.rest = rest
     try:
         return _run(options)
@@ -175,7 +175,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="*",
         metavar="CONFIG|key=value",
-        help="YAML files and overrides; checkpoint=DIR means evaluate.checkpoint=DIR",
+        help="YAML files, run folders and overrides; checkpoint=DIR means evaluate.checkpoint=DIR",
     )
 
 

@@ -8,7 +8,7 @@ truth.
 from __future__ import annotations
 
 import dataclasses
-import types
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ import yaml
 
 from mlip.config_agreement import check_agreement
 from mlip.config_bounds import check_bounds
+from mlip.config_file import read_file, without_view
 from mlip.strict_yaml import read_yaml
 from mlip.transfer_settings import Transfer
 from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, require_utf8
@@ -285,9 +286,9 @@ class Config:
 
 
 def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(files, overrides) of a command line; a file may have "=" in its name, as runs/lr=0.1."""
+    """(files, overrides) of a command line; a path may have "=" in its name, as runs/lr=0.1."""
     items = list(items)
-    is_file = ["=" not in item or Path(item).is_file() for item in items]
+    is_file = ["=" not in item or os.path.exists(item) for item in items]
     files = [item for item, yes in zip(items, is_file, strict=True) if yes]
     return files, [item for item, yes in zip(items, is_file, strict=True) if not yes]
 
@@ -295,6 +296,7 @@ def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
 def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """One Config from YAML files (later wins) and ``a.b=value`` overrides (YAML values).
 
+    files    YAML files; a run's folder stands for its config.yaml
     Raises:  ConfigError naming the file or override, the key, the nearest valid key or the
              expected type, or the two settings that contradict each other.
     Source:  ours.
@@ -304,18 +306,7 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         if isinstance(given, str | Path):  # would be read letter by letter
             raise ConfigError(f"{name}: expected a list, got {str(given)!r} alone: put it into one")
     for file in files:
-        try:
-            content = read_yaml(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"config file {file}: cannot be read: {error}") from error
-        if not isinstance(content, dict | types.NoneType):
-            raise ConfigError(
-                f"config file {file}: expected a mapping of sections, got a "
-                f"{type(content).__name__}"
-            )
-        content = _without_view(content or {})
-        check_keys(content, Config, where=f"config file {file}")
-        merge(tree, content)
+        merge(tree, read_file(Path(file), Config))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -341,21 +332,11 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
     Not what settings must agree on: a run that was trained with some that do nothing has weights.
     """
-    tree = _without_view(tree)
+    tree = without_view(tree)
     check_keys(tree, Config, where="saved config")
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     return config
-
-
-def _without_view(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings without data.columns.view, which configs of earlier versions name and none read."""
-    data: Any = tree.get("data")
-    columns = data.get("columns") if isinstance(data, Mapping) else None
-    if not isinstance(columns, Mapping) or "view" not in columns:
-        return tree
-    kept = {name: column for name, column in columns.items() if name != "view"}
-    return {**tree, "data": {**data, "columns": kept}}
 
 
 def to_dict(config: Config) -> dict[str, Any]:

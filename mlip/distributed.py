@@ -203,11 +203,12 @@ def synchronise() -> None:
 def start(timeout_s: float) -> torch.device:
     """Join the launcher's process group (none without a launcher); this rank's device.
 
-    Raises:  ValueError where another program holds the port that rank 0 was to listen on, or where
-             several processes were started that know nothing of each other
+    Raises:  ValueError where another program holds the port that rank 0 was to listen on, where
+             several processes were started that know nothing of each other, or where a launcher's
+             variables are there in part
     """
-    if "RANK" not in os.environ and not dist.is_initialized():
-        _require_one_task()
+    if not dist.is_initialized():
+        _require_launcher() if "RANK" in os.environ else _require_one_task()
     here = device()
     if here.type == "cuda":
         torch.cuda.set_device(here)
@@ -225,6 +226,19 @@ def start(timeout_s: float) -> torch.device:
                 "N train.py ..., or torchrun --master_port N train.py ..."
             ) from error
     return here
+
+
+def _require_launcher() -> None:
+    """Raises:  ValueError where RANK is there, of a shell or a job script, without all the rest."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    given = {name: os.environ.get(name, "") for name in names}
+    given["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
+    for name, value in given.items():
+        if not (value if name == "MASTER_ADDR" else value.isdigit()):
+            raise ValueError(
+                f"RANK is set, as a launcher does, but {name} is {value!r}: start the ranks by "
+                "torchrun or deepspeed, or for one process `unset RANK`"
+            )
 
 
 def _require_one_task() -> None:

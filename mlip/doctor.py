@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -203,6 +204,15 @@ def check_compiler() -> Check:
     return Check("compiler", OK, "g++ and ninja: DeepSpeed can build its extension")
 
 
+def check_temporary() -> Check:
+    """torch and transformers ask for a temporary folder while they are imported."""
+    try:
+        return Check("temporary", OK, f"{tempfile.gettempdir()}: a folder that can be written to")
+    except FileNotFoundError:
+        detail = "no folder can be written to: TMPDIR, /tmp and /var/tmp are full or closed"
+        return Check("temporary", BROKEN, detail, "export TMPDIR=/a/folder/with/room", True)
+
+
 def check_accelerator() -> Check:
     from mlip.machine import usable_cores, usable_memory
 
@@ -254,6 +264,7 @@ def examine() -> list[Check]:
         check_torchvision(),
         check_dali(),
         check_compiler(),
+        check_temporary(),
         check_accelerator(),
     ]
     return [check for check in found if check is not None]

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,11 +182,21 @@ def _write(graph: _Graph, path: Path) -> int:
     return int(program.model.opset_imports[""])
 
 
-def _difference(graph: _Graph, path: Path) -> float:
-    """Largest difference from torch over inputs of other sizes and single ones."""
+def open_session(path: Path) -> Any:
+    """An onnxruntime.InferenceSession on the CPU that reports nothing to anybody.
+
+    ONNX Runtime 1.32 keeps a device id and its events in ~/.cache and sends them to its maker; the
+    variable is read when it is imported.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _difference(graph: _Graph, path: Path) -> float:
+    """Largest difference from torch over inputs of other sizes and single ones."""
+    session = open_session(path)
     worst = 0.0
     for inputs in (graph.others, tuple(tensor[:1] for tensor in graph.others)):
         fed = {name: t.numpy() for name, t in zip(graph.inputs, inputs, strict=True)}

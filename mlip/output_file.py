@@ -55,10 +55,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def refusal(error: Exception, out: str | Path | None) -> str | None:
-    """One line for a disk that is full or a place that cannot be written; None for other errors.
+    """One line for a full disk, a place or temporary folders that cannot be written; else None.
 
     out  what the command was told to write: writing to an open file fails without any name
     """
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile's
+        return f"{error.strerror}: all are full or closed; make room or set TMPDIR to another"
     code = _errno_of(error)
     if code not in _FULL | _REFUSED:
         return None

@@ -17,11 +17,13 @@ ALLOWED = {
     "mlip.transfer_settings": ("mlip.typed_tree",),
     "mlip.config_agreement": ("mlip.typed_tree", "mlip.transfer_settings"),
     "mlip.config_bounds": ("mlip.typed_tree",),
+    "mlip.config_file": ("mlip.typed_tree", "mlip.strict_yaml"),
     "mlip.config": (
         "mlip.strict_yaml",
         "mlip.typed_tree",
         "mlip.config_agreement",
         "mlip.config_bounds",
+        "mlip.config_file",
         "mlip.transfer_settings",
     ),
     "mlip.output_file": ("mlip.typed_tree",),

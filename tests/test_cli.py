@@ -220,8 +220,9 @@ def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["doctor", "--nonsense"])
+        main(["doctor", "--run.seed=2"])
     assert stopped.value.code == 2
+    assert "--run.seed=2; a setting is key=value" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["prepare", "--help"])
     assert stopped.value.code == 0

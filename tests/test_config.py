@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -211,3 +212,56 @@ def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path: Path) -> Non
     (folder / "config.yaml").touch()
     items = [str(folder / "config.yaml"), "configs/demo.yaml", "run.seed=2"]
     assert config.sort_settings(items) == (items[:2], items[2:])
+
+
+def test_an_override_longer_than_a_file_name_may_be_is_one() -> None:
+    item = f"model.vision.options={{{', '.join(f'setting_{i}: {i}' for i in range(40))}}}"
+    assert len(item) > 255
+    assert config.sort_settings([item]) == ([], [item])
+
+
+def _run_of(folder: Path, **run: object) -> Path:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps({"run": run}))
+    return folder
+
+
+def test_a_run_that_was_moved_is_the_one_whose_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A copy of a run was embedded with the weights of the run at its old place, with code 0."""
+    monkeypatch.chdir(tmp_path)
+    moved = _run_of(Path("runs/lr=0.1"), dir="runs/mine", seed=7)
+    _run_of(Path("runs/mine"), dir="runs/mine", seed=8)
+    assert config.sort_settings([str(moved)]) == ([str(moved)], [])
+    for named in (moved, moved / "config.yaml", tmp_path / moved):
+        made = config.load([named])
+        assert (Path(made.run.dir).resolve(), made.run.seed) == (tmp_path / moved, 7)
+        assert "lr=0.1, where" in caplog.text and "it names runs/mine" in caplog.text
+        caplog.clear()
+    assert config.load([moved], ["run.dir=other"]).run.dir == "other"
+    caplog.clear()
+    assert config.load(["runs/mine/config.yaml"]).run.dir == "runs/mine"
+    Path("config.yaml").write_text("run: {dir: runs/new}\n")  # no run's
+    assert config.load(["config.yaml"]).run.dir == "runs/new"
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("runs", "is a folder without config.yaml; .* named as checkpoint=runs"),
+        ("run.seed", "is a setting; expected run.seed=value, without spaces"),
+        ("\u2013-split", "begins with a dash of a printed page; expected the two of a keyboard"),
+        ("-\u2013split", "begins with a dash of a printed page"),
+        ("\u2014split", "begins with a dash of a printed page"),
+        ("=", "there is no such file; expected a YAML file, the folder of a run, or key=value"),
+    ],
+)
+def test_what_is_no_file_is_said_with_what_was_meant(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(ConfigError, match=told):
+        config.load([name])

@@ -6,12 +6,15 @@ Oracle: a reduction that doubles in place, as the sum over two ranks of equal gr
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from mlip import distributed
 from mlip.training.grad_cache import equal_passes
+from mlip.training.lifecycle import guarded
 from tests.virtual_gpu import virtual_gpu
 
 
@@ -95,6 +98,35 @@ def test_processes_that_know_nothing_of_each_other_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="has started 2 processes .* and none has a RANK"):
         distributed.start(1.0)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("told", "named"),
+    [
+        ({"RANK": ""}, "RANK is ''"),  # `export RANK=` of a job script: it was a traceback
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
+        ({"RANK": "0"}, "WORLD_SIZE is ''"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_PORT is ''"),
+        # of Kubernetes, for a service that is called master
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "tcp://10.0.0.1:29500"}, "MASTER_PORT is"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "29500"}, "MASTER_ADDR is ''"),
+    ],
+)
+def test_a_launchers_variables_in_part_are_refused(
+    told: dict[str, str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+    def start() -> None:
+        distributed.start(1.0)
+
+    assert guarded(start, lambda: None) == 2
+    said = capsys.readouterr().err
+    assert f"RANK is set, as a launcher does, but {named}" in said and "`unset RANK`" in said
     assert not dist.is_initialized()
 
 

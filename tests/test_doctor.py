@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from mlip import doctor
+from mlip.output_file import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,3 +163,19 @@ def test_an_import_that_fails_for_another_reason_keeps_its_traceback() -> None:
     assert doctor.install_line(ImportError("libGL.so.1: cannot open shared object file")) is None
     ours = ModuleNotFoundError("No module named 'mlip.none'", name="mlip.none")
     assert doctor.install_line(ours) is None
+
+
+def test_no_temporary_folder_is_broken_and_a_line_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The doctor said "Ready" where importing the towers failed with a traceback."""
+    assert doctor.check_temporary().state == doctor.OK
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
+    found = doctor.check_temporary()
+    assert found.state == doctor.BROKEN and "export TMPDIR=" in found.remedy
+    assert not doctor.is_healthy([found])
+    with pytest.raises(FileNotFoundError) as caught:
+        tempfile.gettempdir()
+    told = refusal(caught.value, "out")
+    assert told is not None and str(tmp_path) in told and "set TMPDIR" in told

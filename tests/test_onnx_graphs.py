@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,36 @@ from mlip.transfer.own_inputs import model_input, read_image
 from mlip.transfer.prompts import make_text_batch, phrase_encoder
 from tests.small_run import SETTINGS, small_export, small_run
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'mlip-medical[onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install 'mlip-medical[onnx]'")
+HAS_A_SESSION = """
+import sys
+from pathlib import Path
+from onnx import TensorProto, helper
+from mlip.onnx_graphs import open_session
+
+x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+imports = [helper.make_opsetid("", 18)]
+path = Path(sys.argv[1])
+path.write_bytes(helper.make_model(graph, opset_imports=imports).SerializeToString())
+assert open_session(path).get_outputs()[0].name == "y"
+"""
 
 
 def _run(file: Path, **inputs: np.ndarray) -> list[Any]:
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return list(session.run(None, inputs))
+    return list(onnx_graphs.open_session(file).run(None, inputs))
+
+
+def test_no_device_id_and_no_event_are_kept_for_the_maker_of_the_runtime(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ORT_", "XDG_"))}
+    subprocess.run(
+        [sys.executable, "-c", HAS_A_SESSION, str(tmp_path / "neg.onnx")],
+        env=environment | {"HOME": str(home)},
+        check=True,
+    )
+    assert not list(home.rglob("*"))
 
 
 def test_a_file_and_a_phrase_get_the_models_score(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ def leave(code: int) -> NoReturn:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    given = os.environ.get("RANK", "")
+    return int(given) if given.isdigit() else 0  # the run says what is wrong with it
 
 
 def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str, Any]) -> None:

@@ -140,6 +140,14 @@ def test_faults_are_refused_by_name(
         load(make(tmp_path))
 
 
+def test_a_relative_manifest_that_is_not_there_says_where_it_was_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ManifestError, match=rf"none\.csv.*\(looked for below {tmp_path}\)"):
+        load(Path("none.csv"))
+
+
 def test_bytes_that_are_no_utf8_are_refused_without_quoting_them(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     path.write_bytes(f"{HEADER}\n".encode() + b"a.png,Canary \xe9\xff text,p1,s1,train\n")

@@ -1,0 +1,79 @@
+"""One file of settings, or the folder of a run for it: what it holds, checked, or why it cannot be.
+
+Knows no setting but two: run.dir, which is where a run's own file lies, and one that is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlip.strict_yaml import read_yaml
+from mlip.typed_tree import ConfigError, all_keys, check_keys
+
+logger = logging.getLogger("mlip")
+OF_A_RUN = "config.yaml"
+_PRINTED_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
+
+
+def read_file(file: Path, settings: Any) -> dict[str, Any]:
+    """The checked settings of a YAML file; of a run's own config.yaml with run.dir where it lies.
+
+    A run may have been renamed or copied, or be named from elsewhere, and another one may lie at
+    the run.dir that it was trained in.
+
+    settings  the dataclass of all sections
+    Raises:   ConfigError naming the file, and the key or what was expected.
+    """
+    is_folder = os.path.isdir(file)  # Path.is_dir raises for a name that is too long
+    path = file / OF_A_RUN if is_folder else file
+    where = f"config file {file}"
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: {_not_there(str(file), is_folder, settings)}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{where}: cannot be read: {error}") from error
+    if not isinstance(content, dict | types.NoneType):
+        raise ConfigError(
+            f"{where}: expected a mapping of sections, got a {type(content).__name__}"
+        )
+    tree = dict(without_view(content or {}))
+    check_keys(tree, settings, where=where)
+    folder = path.parent
+    if path.name == OF_A_RUN and (folder / "checkpoints").is_dir():
+        run = tree.get("run", {})
+        named = run.get("dir")
+        if named is None or Path(str(named)).resolve() != folder.resolve():
+            logger.warning("run.dir=%s, where %s lies; it names %s", folder, path, named)
+            tree["run"] = {**run, "dir": str(folder)}
+    return tree
+
+
+def without_view(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings without data.columns.view, which configs of earlier versions name and none read."""
+    data: Any = tree.get("data")
+    columns = data.get("columns") if isinstance(data, Mapping) else None
+    if not isinstance(columns, Mapping) or "view" not in columns:
+        return tree
+    kept = {name: column for name, column in columns.items() if name != "view"}
+    return {**tree, "data": {**data, "columns": kept}}
+
+
+def _not_there(name: str, is_folder: bool, settings: Any) -> str:
+    if is_folder:
+        return (
+            f"is a folder without {OF_A_RUN}; expected a YAML file or the folder of a run; an "
+            f"export or a checkpoint is named as checkpoint={name}"
+        )
+    if name in all_keys(settings):
+        return f"is a setting; expected {name}=value, without spaces"
+    if name.startswith(tuple(_PRINTED_DASHES)) or name[1:2] in tuple(_PRINTED_DASHES):
+        return "begins with a dash of a printed page; expected the two of a keyboard (--)"
+    return "there is no such file; expected a YAML file, the folder of a run, or key=value"
