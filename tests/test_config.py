@@ -25,6 +25,7 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     file = _write(tmp_path, "run: {seed: 2}\ntrain: {lr: 1e-3, warmup_steps: 5}\n")
     loaded = config.load([file], ["train.warmup_steps=7"])
     assert (loaded.run.seed, loaded.train.lr, loaded.train.warmup_steps) == (2, 1e-3, 7)
+    assert config.load([], ["run.dir=runs/lr=0.1"]).run.dir == "runs/lr=0.1"
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,10 @@ def test_a_saved_run_is_read_with_settings_that_are_refused_today_because_they_d
     tree = config.to_dict(config.load([], ["model.vision.kind=vit"]))
     tree["model"]["vision"]["patch_pool"] = 2
     assert config.from_dict(tree).model.vision.patch_pool == 2
+    with pytest.raises(ConfigError, match=r"data.crop_px=0: expected 1 to 16384"):
+        config.from_dict({**tree, "data": {**tree["data"], "crop_px": 0}})
+    with pytest.raises(ConfigError, match=r"saved config: unknown key 'run.sead'"):
+        config.from_dict({**tree, "run": {"sead": 1}})
     with pytest.raises(ConfigError, match="would do nothing"):
         config.load([], ["model.vision.kind=vit", "model.vision.patch_pool=2"])
 
@@ -150,6 +155,8 @@ def test_difference_lists_what_changed() -> None:
     left = config.load([], ["run.seed=1"])
     right = config.load([], ["run.seed=2", "train.lr=0.5"])
     assert config.difference(left, right) == {"run.seed": (1, 2), "train.lr": (2e-5, 0.5)}
+    tower = config.load([], ["run.seed=1", "model.text.options={hidden_size: 16}"])
+    assert config.difference(left, tower)["model.text.options.hidden_size"] == (None, 16)
 
 
 def test_settings_are_frozen() -> None:
@@ -161,6 +168,14 @@ def test_settings_are_frozen() -> None:
 def test_a_file_that_is_no_mapping_is_an_error_with_its_name(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="run.yaml"):
         config.load([_write(tmp_path, text)])
+
+
+def test_a_file_with_an_unknown_key_or_other_letters_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml: unknown key 'run.sead'"):
+        config.load([_write(tmp_path, "run: {sead: 1}\n")])
+    (tmp_path / "run.yaml").write_bytes("run: {dir: L\u00e4ufe}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run.yaml: cannot be read: .*utf-8"):
+        config.load([tmp_path / "run.yaml"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
