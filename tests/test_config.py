@@ -69,6 +69,10 @@ transfer.patience=0 transfer.image_px=-64 transfer.seeds=[-1] transfer.fractions
 transfer.fractions=[101] transfer.fractions=[] transfer.val_share=1 transfer.iou_thresholds=[1.0]
 transfer.score_cut=2 transfer.nms_iou=-1 transfer.cache_gib=-1 transfer.decoder_width=-4
 transfer.by_fraction={"1":{"batch":0}} transfer.by_fraction={"10":{"lr":-1}}
+train.epochs=.inf model.text.options={"hidden_dropout_prob":.nan}
+transfer.seeds=[] transfer.seeds=[1,2,1] transfer.iou_thresholds=[]
+transfer.classes={"Edema":"maybe"}
+transfer.by_fraction={"few":{"lr":1}} transfer.by_fraction={"1":{"lr":"fast"}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 """.split()
 
@@ -93,8 +97,28 @@ def test_every_number_has_a_range_and_every_range_a_number() -> None:
 
 
 def test_micro_batches_with_batch_statistics_are_refused() -> None:
-    with pytest.raises(ConfigError, match="model.vision.norm"):
-        config.load([], ["batch.micro_images=8"])
+    for key in ("micro_images", "micro_texts"):
+        with pytest.raises(ConfigError, match="model.vision.norm"):
+            config.load([], [f"batch.{key}=8"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "train.max_steps=0 train.epochs=0",
+        "model.heads.norm=batch run.exact=true model.vision.norm=group",
+        "train.optimizer=muon train.zero_stage=1",
+        "train.offload=true train.zero_stage=0",
+        "transfer.precision=bf16 transfer.task=classification transfer.classes={Edema:,one}",
+        "transfer.fit=stretch transfer.task=classification transfer.classes={Edema:,one}",
+        "transfer.classes={} transfer.task=classification",
+        "transfer.exclusive=true transfer.classes={Edema:,one}",
+        "transfer.probe=logistic transfer.encoder=tuned",
+    ],
+)
+def test_two_settings_that_cannot_stand_together_are_refused(settings: str) -> None:
+    with pytest.raises(ConfigError, match=settings.split("=")[0].replace(".", r"\.")):
+        config.load([], [item.replace(":,", ": ") for item in settings.split()])
 
 
 @pytest.mark.parametrize("setting", ["patch_pool=2", "patch_stage=1", "norm=group"])

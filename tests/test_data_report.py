@@ -60,6 +60,14 @@ def test_tables_are_made_of_the_newest_row_of_each_kind(tmp_path: Path) -> None:
     }
     larger = prepared | {"source_px": [1024, 1024], "share_of_limit_cpu": 0.93}
     harness.write_rows("", [larger, prepared], results / "dataloading_prepare-1.json")
+    searched = {"op": "ranks", "images": 2000, "texts": 1_000_000, "processor_s": 41.0} | FACTS
+    searched |= {"wall_s": 77.0, "added_mib": 30.0, "all_scores_mib": 7629.0}
+    harness.write_rows("", [searched], results / "retrieval-1.json")
+    begun = {"rows": 1_000_000, "csv_mb": 700, "imports_mib": 250, "vocabulary_cpu_s": 9.0} | FACTS
+    begun |= {"peak_mib": 900, "peak_with_vocabulary_mib": 950, "first_plan_cpu_s": 0.5}
+    for run, seconds in (("1", 8.0), ("2", 5.0)):
+        row = begun | {"manifest_and_loader_cpu_s": seconds}
+        harness.write_rows("", [row], results / f"dataloading_start-{run}.json")
     root = _pages(tmp_path / "root")
     assert data_report.write_pages(root, results, check=True) == [
         root / name for name in data_report.PAGES
@@ -71,6 +79,10 @@ def test_tables_are_made_of_the_newest_row_of_each_kind(tmp_path: Path) -> None:
     assert "9.00" not in page and "old" not in page
     assert "| 10,000 JPEG of 500 x 600 px | 640 | 0.85 | 0.90 | 300 to 310 and 305 to 312 |" in page
     assert page.index("500 x 600 px") < page.index("1024 x 1024 px")
+    assert "to the first plan of rows | 5.5 processor seconds | 10 |" in page
+    assert "250 MiB of imports among it | 900 MiB | 1,024 |" in page
+    found = (root / "docs/evaluation.md").read_text(encoding="utf-8")
+    assert "| ranks, 2,000 images, 1,000,000 reports | 41 | 30 | 7,629 |" in found
     assert data_report.write_pages(root, results, check=True) == []
 
 
