@@ -73,6 +73,9 @@ train.epochs=.inf model.text.options={"hidden_dropout_prob":.nan}
 transfer.seeds=[] transfer.seeds=[1,2,1] transfer.iou_thresholds=[]
 transfer.classes={"Edema":"maybe"}
 transfer.by_fraction={"few":{"lr":1}} transfer.by_fraction={"1":{"lr":"fast"}}
+transfer.by_fraction={"1":{"lr":"-1e-4"}} transfer.by_fraction={"1":{"lr":"nan"}}
+transfer.by_fraction={"1":{"lr":true}} transfer.by_fraction={"1":{"batch":8.5}}
+transfer.by_fraction={"1":{"epochs":"0"}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 """.split()
 
