@@ -58,7 +58,7 @@ def test_tables_are_made_of_the_newest_row_of_each_kind(tmp_path: Path) -> None:
         "rss_mib_first_and_last_third": [[300, 310], [305, 312]],
         **FACTS,
     }
-    larger = prepared | {"source_px": [1024, 1024], "share_of_limit_cpu": 0.93}
+    larger = prepared | {"source_px": [1024, 1024], "share_of_limit_cpu": 0.93, "cpu": "another"}
     harness.write_rows("", [larger, prepared], results / "dataloading_prepare-1.json")
     searched = {"op": "ranks", "images": 2000, "texts": 1_000_000, "processor_s": 41.0} | FACTS
     searched |= {"wall_s": 77.0, "added_mib": 30.0, "all_scores_mib": 7629.0}
@@ -78,6 +78,8 @@ def test_tables_are_made_of_the_newest_row_of_each_kind(tmp_path: Path) -> None:
     assert "commit abc, abc and changes, 2026-11-27." in page
     assert "9.00" not in page and "old" not in page
     assert "| 10,000 JPEG of 500 x 600 px | 640 | 0.85 | 0.90 | 300 to 310 and 305 to 312 |" in page
+    software = "Python 3.11, torch 2.13, commit abc, 2026-11-27"
+    assert f"another, {software}; a CPU, {software}." in page
     assert page.index("500 x 600 px") < page.index("1024 x 1024 px")
     assert "to the first plan of rows | 5.5 processor seconds | 10 |" in page
     assert "250 MiB of imports among it | 900 MiB | 1,024 |" in page

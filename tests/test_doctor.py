@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mlip import doctor
 
@@ -97,6 +99,22 @@ def test_the_other_project_of_our_name_and_the_old_dali_are_warned_of(
     assert clash is not None and "interatomic" in clash.detail
     assert dali is not None and "zeros" in dali.detail
     assert not doctor.is_healthy([clash])
+
+
+def test_torch_for_cuda_without_a_driver_is_no_fault_and_a_card_is_named_in_gib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pip installs torch for CUDA on machines without a GPU too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for driver, state in ((None, doctor.OK), ("/usr/bin/nvidia-smi", doctor.BROKEN)):
+        monkeypatch.setattr(doctor.shutil, "which", lambda name, found=driver: found)
+        assert doctor.check_accelerator().state == state
+    card = SimpleNamespace(name="a card", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert "2 x a card, 80 GiB, CUDA 13.0" in doctor.check_accelerator().detail
 
 
 BLOCKED = """
