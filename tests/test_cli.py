@@ -200,6 +200,17 @@ def test_phantoms_are_generated_and_a_forgotten_number_is_named(
     assert Path(capsys.readouterr().out.strip()).read_text().count("\n") == 17
 
 
+def test_a_command_that_is_interrupted_ends_with_the_code_of_an_interrupt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlip.cli.run_doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "mlip: interrupted\n"
+
+
 def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "data.crop_pix=96"]) == 2
     assert "data.crop_px" in capsys.readouterr().err

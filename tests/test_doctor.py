@@ -40,6 +40,11 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
     assert not doctor.is_healthy(checks)
     text = doctor.report(checks)
     assert "To mend:\n  pip install pydicom" in text and "Ready" not in text
+    assert "missing  pydicom" in text and "off      deepspeed" not in text
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "ninja" else name)
+    assert doctor.check_compiler().state == doctor.MISSING
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.13")  # pip's, not on the path
+    assert doctor.check_compiler().state == doctor.OK
 
 
 def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
@@ -52,16 +57,21 @@ def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
 
 def test_a_version_outside_the_range_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["transformers<6,>=5.17", 'deepspeed<0.20,>=0.19.8; extra == "gpu"', "torch>=2.11"]
+    lines += ["PyYAML>=99", "numpy>=2.0"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
     found = {"transformers": "4.57.1", "deepspeed": "0.20.0", "torch": "2.13.0+cpu"}
+    found["numpy"] = "3.0.0rc1"  # what is tried before its release is no fault
     monkeypatch.setattr(doctor, "version_of", lambda name: found.get(name, "1"))
     by_name = {check.name: check for check in doctor.check_packages()}
     assert by_name["torch"].state == by_name["numpy"].state == doctor.OK
     assert by_name["transformers"].state == by_name["deepspeed"].state == doctor.BROKEN
+    assert by_name["pyyaml"].state == doctor.BROKEN
     assert by_name["transformers"].remedy == "pip install 'transformers<6,>=5.17'"
     assert not doctor.is_healthy(list(by_name.values()))
     text = doctor.report(list(by_name.values()))
     assert "4.57.1: image and text towers; <6,>=5.17 is needed" in text and "Ready" not in text
+    to_mend = text.split("To mend:")[1].split("To switch on")[0]
+    assert "pip install 'deepspeed<0.20,>=0.19.8'" in to_mend
 
 
 def test_a_checkout_that_is_not_installed_asks_for_no_versions(
