@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlip.cli import main
+from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
 
@@ -209,6 +210,23 @@ def test_a_command_that_is_interrupted_ends_with_the_code_of_an_interrupt(
     monkeypatch.setattr("mlip.cli.run_doctor", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "mlip: interrupted\n"
+
+
+def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [ConfigError("one\n  line"), ImportError("libGL.so.1: cannot open")]
+
+    def failing(options: object) -> int:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("mlip.cli.run_doctor", failing)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "mlip doctor: one line\n"
+    with pytest.raises(ImportError, match="libGL"):
+        main(["doctor"])
+    assert main(["prepare", "manifest", "--out="]) == 2  # "--out=$OUT" where OUT is not set
+    assert "--out= is empty" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
         (errno.EBUSY, "busy"),
         (errno.ENAMETOOLONG, "too long"),
     ):
-        for named in (None, str(out / ".part.17")):
+        for named in (None, str(out / ".part.17"), str(tmp_path / ".out.17")):
             said = refusal(OSError(code, "", named), out)
             assert said is not None and said.startswith(f"{out} cannot be written: ")
             assert words in said
