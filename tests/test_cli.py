@@ -225,6 +225,10 @@ def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
     assert capsys.readouterr().err == "mlip doctor: one line\n"
     with pytest.raises(ImportError, match="libGL"):
         main(["doctor"])
+    picture = ["ground", "a.png", "nodule", "--checkpoint", "c", "--out", "map.jpg"]
+    assert main(picture) == 2 and "expected the name of a PNG file" in capsys.readouterr().err
+    assert main(["evaluate", "--device", "gpu"]) == 2
+    assert "--device gpu: torch has no such device here" in capsys.readouterr().err
     assert main(["prepare", "manifest", "--out="]) == 2  # "--out=$OUT" where OUT is not set
     assert "--out= is empty" in capsys.readouterr().err
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from benchmarks import data_report, harness
+import pytest
+
+from benchmarks import bench_dataloading, bench_prepare, data_report, harness
 
 FACTS = {
     "date": "2026-11-27T10:00:00+00:00",
@@ -98,3 +101,35 @@ def test_without_rows_every_table_says_not_run(tmp_path: Path) -> None:
 def test_the_pages_are_those_of_the_rows_at_hand() -> None:
     stale = data_report.write_pages(check=True)
     assert stale == [], "run python benchmarks/bench_dataloading.py report"
+
+
+def test_ratios_say_how_many_times_as_fast_dali_is_round_by_round() -> None:
+    """Oracle: rounds of 100, 200 and 100 images a second against 200, 300 and 400 of DALI."""
+    theirs = [(100.0, 10.0), (200.0, 10.0), (100.0, 20.0)]
+    dali = [(200.0, 30.0), (300.0, 40.0), (400.0, 20.0)]
+    row = bench_dataloading.rates_of(theirs, dali)
+    assert (row["dali_is_x_wall"], row["rounds_wall"]) == (2.0, "2.00 1.50 4.00")
+    assert (row["dali_is_x_cpu"], row["rounds_cpu"]) == (3.0, "3.00 4.00 1.00")
+    assert (row["images_per_wall_s"], row["best_per_wall_s"]) == (100, 200)
+
+
+def test_the_share_of_the_limit_is_of_the_best_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: 10 files in 5 and 4 s, in 8 and 10 s of processor, beside limits of 5 and 2 a s."""
+    clock, processor = iter([0.0, 5.0, 5.0, 9.0]), iter([0.0, 8.0, 8.0, 18.0])
+    limits = iter([(4.0, 2.0), (5.0, 1.0)])
+    memory = SimpleNamespace(stop=lambda: (300.0, 310.0))
+    for name, made in (
+        ("make_sources", lambda *_: [None] * 10),
+        ("limit", lambda *_: next(limits)),
+        ("build_shards", lambda *_: SimpleNamespace(images=10)),
+        ("Memory", lambda: memory),
+        ("cpu_seconds", lambda: next(processor)),
+        ("time", SimpleNamespace(monotonic=lambda: next(clock))),
+    ):
+        monkeypatch.setattr(bench_prepare, name, made)
+    options: Any = SimpleNamespace(images=10, kind="jpeg", height=5, width=6, workers=2, repeats=2)
+    row = bench_prepare.measure(options, tmp_path)
+    assert row["images_per_s"] == {"limit": [4.0, 5.0], "prepare": [2.0, 2.5]}
+    assert (row["share_of_limit"], row["share_of_limit_cpu"]) == (0.5, 0.625)

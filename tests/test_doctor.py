@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mlip import doctor
+from mlip.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,8 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_this_machine_is_healthy_and_no_torchvision_is_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from mlip.cli import main
-
     assert doctor.check_torchvision() is None  # it would break transformers on this torch
     assert main(["doctor"]) == 0
     assert "Ready" in capsys.readouterr().out
@@ -40,6 +39,8 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
     assert not doctor.is_healthy(checks)
     text = doctor.report(checks)
     assert "To mend:\n  pip install pydicom" in text and "Ready" not in text
+    monkeypatch.setattr("mlip.commands.examine", lambda: checks)
+    assert main(["doctor"]) == 1
     assert "missing  pydicom" in text and "off      deepspeed" not in text
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "ninja" else name)
     assert doctor.check_compiler().state == doctor.MISSING
