@@ -26,16 +26,19 @@ TITLES = {
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """Machine, versions, commits and days of rows, or that there are none."""
+    """Machines, versions, commits and days of rows, or that there are none."""
     if not rows:
         return "Not run."
-    facts = rows[-1]
-    commits = sorted({row["commit"] + (" and changes" * row["modified"]) for row in rows})
-    days = sorted({row["date"][:10] for row in rows})
-    return (
-        f"{facts['cpu']}, Python {facts['python']}, torch {facts['torch']}, "
-        f"commit {', '.join(commits)}, {', '.join(days)}."
-    )
+    of: dict[str, list[Row]] = {}
+    for row in rows:  # a table's rows may be of several machines
+        setup = f"{row['cpu']}, Python {row['python']}, torch {row['torch']}"
+        of.setdefault(setup, []).append(row)
+    made = []
+    for setup, own in of.items():
+        commits = sorted({row["commit"] + (" and changes" * row["modified"]) for row in own})
+        days = sorted({row["date"][:10] for row in own})
+        made.append(f"{setup}, commit {', '.join(commits)}, {', '.join(days)}")
+    return "; ".join(made) + "."
 
 
 def newest(rows: Sequence[Row], *keys: str) -> list[Row]:

@@ -43,7 +43,6 @@ def latest(rows: list[Row]) -> list[Row]:
     for row in rows:
         key = repr([row.get(name) for name in _CASE])
         if has_news(row) or key not in kept:
-            kept.pop(key, None)
             kept[key] = row
     return list(kept.values())
 

@@ -50,7 +50,7 @@ def _percent(value: float | None) -> str:
 
 
 def _step(rows: list[Row], pairs: int) -> Row | None:
-    return find(rows, ("batch", "scaling"), variant=OURS, pairs=pairs)
+    return find(rows, ("batch", "scaling"), pairs=pairs)
 
 
 def batch_table(rows: list[Row]) -> list[Row]:

@@ -27,7 +27,7 @@ def _one_loop(
     out: FloatArray,
 ) -> None:
     height, width = image.shape
-    first = min(max(0, -left), out.shape[1])
+    first = max(0, -left)
     last = max(first, min(out.shape[1], width - left))
     for y in range(out.shape[0]):
         target = out[y]

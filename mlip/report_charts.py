@@ -129,8 +129,8 @@ def _label(value: float, step: float) -> str:
         return f"{value / 1000:g}k"
     if step < 1e-3:
         return powers_of_ten(value) if value else "0"
-    digits = max(0, -math.floor(math.log10(step))) if step < 1 else 0
-    if step < 1 and abs(step * 10**digits - round(step * 10**digits)) > 1e-6:
+    digits = max(0, -math.floor(math.log10(step)))
+    if abs(step * 10**digits - round(step * 10**digits)) > 1e-6:  # 2.5, 0.25
         digits += 1
     return f"{value:.{digits}f}"
 
@@ -162,12 +162,10 @@ def line_chart(
     *,
     colour: str = BLUE,
     is_smoothed: bool = True,
-    whole_steps: bool = False,
 ) -> Markup:
     """One curve: what was logged, faint, under its running mean.
 
-    whole_steps  no tick between two steps: of two epochs, none is number 1.25
-
+    Steps are whole numbers, and so are the ticks below them: of two epochs, none is number 1.25.
     The vertical range holds the smoothed curve and most of the noise, not one early spike.
     """
     points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
@@ -210,9 +208,7 @@ def line_chart(
             f'<text x="{left - 6}" y="{float(y) + 3.5:.1f}" text-anchor="end" class="axis">'
             f"{_label(value, step)}</text>"
         )
-    x_step = _nice_step(x_high - x_low)
-    if whole_steps:
-        x_step = float(max(1, math.ceil(x_step)))
+    x_step = float(math.ceil(_nice_step(x_high - x_low)))
     tick = math.ceil(x_low / x_step) * x_step
     while tick <= x_high + 1e-9:
         px = float(at(tick, bottom).split(",")[0])

@@ -58,7 +58,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "charts": [
             (
                 f"seed {fit['seed']}",
-                line_chart(range(1, fit["epochs"] + 1), fit["val_loss"], whole_steps=True),
+                line_chart(range(1, fit["epochs"] + 1), fit["val_loss"]),
             )
             for fit in last["fits"]
             if fit["epochs"] > 1  # a logistic probe is one fit, not a curve

@@ -73,6 +73,13 @@ class Transfer:
         # files are merged key by key: null is how a later one takes a class away
         kept = {name: policy for name, policy in self.classes.items() if policy is not None}
         object.__setattr__(self, "classes", kept)
+        read = {
+            key: {name: _read(value) for name, value in changes.items()}
+            if isinstance(changes, dict)
+            else changes
+            for key, changes in self.by_fraction.items()
+        }
+        object.__setattr__(self, "by_fraction", read)
 
 
 def at_fraction(transfer: Transfer, percent: float) -> Transfer:
@@ -116,8 +123,9 @@ def check(transfer: Transfer) -> None:
         require(
             isinstance(changes, dict)
             and changes.keys() <= BY_FRACTION.keys()
-            and all(_is_number(value) for value in changes.values()),
-            f"transfer.by_fraction.{key}: expected numbers for {', '.join(BY_FRACTION)}",
+            and all(_is_of(BY_FRACTION[name], value) for name, value in changes.items()),
+            f"transfer.by_fraction.{key}: expected numbers for {', '.join(BY_FRACTION)}, all "
+            f"but lr whole ones, got {changes!r}",
         )
     require(len(transfer.seeds) > 0, "transfer.seeds is empty: expected at least one seed")
     require(
@@ -155,6 +163,15 @@ def check(transfer: Transfer) -> None:
         len(transfer.iou_thresholds) > 0,
         "transfer.iou_thresholds is empty: expected overlaps between 0 and 1",
     )
+
+
+def _read(value: Any) -> Any:
+    """YAML takes 2e-4 for text, and its range would not be looked at."""
+    return float(value) if isinstance(value, str) and _is_number(value) else value
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    return _is_number(value) and (kind is float or float(value).is_integer())
 
 
 def _is_number(value: Any) -> bool:

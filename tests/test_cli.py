@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlip.cli import main
+from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
 
@@ -198,6 +199,38 @@ def test_phantoms_are_generated_and_a_forgotten_number_is_named(
     asked = ["data.phantom.studies=8", "data.phantom.val_studies=0", "data.phantom.test_studies=8"]
     assert main(["phantoms", "--out", str(tmp_path / "p"), "--workers", "1", *asked]) == 0
     assert Path(capsys.readouterr().out.strip()).read_text().count("\n") == 17
+
+
+def test_a_command_that_is_interrupted_ends_with_the_code_of_an_interrupt(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlip.cli.run_doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "mlip: interrupted\n"
+
+
+def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[Exception] = [ConfigError("one\n  line"), ImportError("libGL.so.1: cannot open")]
+
+    def failing(options: object) -> int:
+        raise errors.pop(0)
+
+    monkeypatch.setattr("mlip.cli.run_doctor", failing)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "mlip doctor: one line\n"
+    with pytest.raises(ImportError, match="libGL"):
+        main(["doctor"])
+    picture = ["ground", "a.png", "nodule", "--checkpoint", "c", "--out", "map.jpg"]
+    assert main(picture) == 2 and "expected the name of a PNG file" in capsys.readouterr().err
+    assert main(["evaluate", "--device", "gpu"]) == 2
+    assert "--device gpu: torch has no such device here" in capsys.readouterr().err
+    assert main(["prepare", "manifest", "--out="]) == 2  # "--out=$OUT" where OUT is not set
+    assert "--out= is empty" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     file = _write(tmp_path, "run: {seed: 2}\ntrain: {lr: 1e-3, warmup_steps: 5}\n")
     loaded = config.load([file], ["train.warmup_steps=7"])
     assert (loaded.run.seed, loaded.train.lr, loaded.train.warmup_steps) == (2, 1e-3, 7)
+    assert config.load([], ["run.dir=runs/lr=0.1"]).run.dir == "runs/lr=0.1"
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,13 @@ transfer.patience=0 transfer.image_px=-64 transfer.seeds=[-1] transfer.fractions
 transfer.fractions=[101] transfer.fractions=[] transfer.val_share=1 transfer.iou_thresholds=[1.0]
 transfer.score_cut=2 transfer.nms_iou=-1 transfer.cache_gib=-1 transfer.decoder_width=-4
 transfer.by_fraction={"1":{"batch":0}} transfer.by_fraction={"10":{"lr":-1}}
+train.epochs=.inf model.text.options={"hidden_dropout_prob":.nan}
+transfer.seeds=[] transfer.seeds=[1,2,1] transfer.iou_thresholds=[]
+transfer.classes={"Edema":"maybe"}
+transfer.by_fraction={"few":{"lr":1}} transfer.by_fraction={"1":{"lr":"fast"}}
+transfer.by_fraction={"1":{"lr":"-1e-4"}} transfer.by_fraction={"1":{"lr":"nan"}}
+transfer.by_fraction={"1":{"lr":true}} transfer.by_fraction={"1":{"batch":8.5}}
+transfer.by_fraction={"1":{"epochs":"0"}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 """.split()
 
@@ -93,8 +101,28 @@ def test_every_number_has_a_range_and_every_range_a_number() -> None:
 
 
 def test_micro_batches_with_batch_statistics_are_refused() -> None:
-    with pytest.raises(ConfigError, match="model.vision.norm"):
-        config.load([], ["batch.micro_images=8"])
+    for key in ("micro_images", "micro_texts"):
+        with pytest.raises(ConfigError, match="model.vision.norm"):
+            config.load([], [f"batch.{key}=8"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "train.max_steps=0 train.epochs=0",
+        "model.heads.norm=batch run.exact=true model.vision.norm=group",
+        "train.optimizer=muon train.zero_stage=1",
+        "train.offload=true train.zero_stage=0",
+        "transfer.precision=bf16 transfer.task=classification transfer.classes={Edema:,one}",
+        "transfer.fit=stretch transfer.task=classification transfer.classes={Edema:,one}",
+        "transfer.classes={} transfer.task=classification",
+        "transfer.exclusive=true transfer.classes={Edema:,one}",
+        "transfer.probe=logistic transfer.encoder=tuned",
+    ],
+)
+def test_two_settings_that_cannot_stand_together_are_refused(settings: str) -> None:
+    with pytest.raises(ConfigError, match=settings.split("=")[0].replace(".", r"\.")):
+        config.load([], [item.replace(":,", ": ") for item in settings.split()])
 
 
 @pytest.mark.parametrize("setting", ["patch_pool=2", "patch_stage=1", "norm=group"])
@@ -143,6 +171,10 @@ def test_a_saved_run_is_read_with_settings_that_are_refused_today_because_they_d
     tree = config.to_dict(config.load([], ["model.vision.kind=vit"]))
     tree["model"]["vision"]["patch_pool"] = 2
     assert config.from_dict(tree).model.vision.patch_pool == 2
+    with pytest.raises(ConfigError, match=r"data.crop_px=0: expected 1 to 16384"):
+        config.from_dict({**tree, "data": {**tree["data"], "crop_px": 0}})
+    with pytest.raises(ConfigError, match=r"saved config: unknown key 'run.sead'"):
+        config.from_dict({**tree, "run": {"sead": 1}})
     with pytest.raises(ConfigError, match="would do nothing"):
         config.load([], ["model.vision.kind=vit", "model.vision.patch_pool=2"])
 
@@ -151,6 +183,8 @@ def test_difference_lists_what_changed() -> None:
     left = config.load([], ["run.seed=1"])
     right = config.load([], ["run.seed=2", "train.lr=0.5"])
     assert config.difference(left, right) == {"run.seed": (1, 2), "train.lr": (2e-5, 0.5)}
+    tower = config.load([], ["run.seed=1", "model.text.options={hidden_size: 16}"])
+    assert config.difference(left, tower)["model.text.options.hidden_size"] == (None, 16)
 
 
 def test_settings_are_frozen() -> None:
@@ -162,6 +196,14 @@ def test_settings_are_frozen() -> None:
 def test_a_file_that_is_no_mapping_is_an_error_with_its_name(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="run.yaml"):
         config.load([_write(tmp_path, text)])
+
+
+def test_a_file_with_an_unknown_key_or_other_letters_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run.yaml: unknown key 'run.sead'"):
+        config.load([_write(tmp_path, "run: {sead: 1}\n")])
+    (tmp_path / "run.yaml").write_bytes("run: {dir: L\u00e4ufe}\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run.yaml: cannot be read: .*utf-8"):
+        config.load([tmp_path / "run.yaml"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)

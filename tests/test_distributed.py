@@ -6,6 +6,7 @@ Oracle: a reduction that doubles in place, as the sum over two ranks of equal gr
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,31 @@ def test_the_gradient_of_a_neighbouring_branch_is_not_summed_over_ranks(
     (made + other).backward(torch.full(made.shape, 5.0))
     assert torch.equal(x.grad, torch.full((3, 2), 10.0))
     assert torch.equal(beside.grad, torch.full(beside.shape, 5.0))
+
+
+def test_each_of_three_uneven_ranks_gets_the_gradient_of_its_own_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **_: None)
+    rows = torch.arange(6.0)[:, None]
+    for rank, expected in enumerate(([0.0, 1.0, 2.0], [3.0], [4.0, 5.0])):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        grad, _ = distributed._GatherRows.backward(SimpleNamespace(counts=[3, 1, 2]), rows)
+        assert grad[:, 0].tolist() == expected
+
+
+def test_ranks_of_this_host_are_counted_by_each_launcher_s_name_and_a_line_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, ranks in (("LOCAL_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(ranks))
+        assert distributed.local_ranks() == ranks
+    monkeypatch.setattr(distributed, "_said", set())
+    with caplog.at_level("INFO", "mlip"):
+        for _ in range(3):
+            distributed.log_once("a line")
+    assert [record.message for record in caplog.records] == ["a line"]
 
 
 def test_on_gpus_rows_and_passes_of_other_ranks_are_known_without_an_exchange(

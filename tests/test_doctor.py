@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mlip import doctor
+from mlip.cli import main
 from mlip.output_file import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,8 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_this_machine_is_healthy_and_no_torchvision_is_here(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from mlip.cli import main
-
     assert doctor.check_torchvision() is None  # it would break transformers on this torch
     assert main(["doctor"]) == 0
     assert "Ready" in capsys.readouterr().out
@@ -43,6 +44,13 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
     assert not doctor.is_healthy(checks)
     text = doctor.report(checks)
     assert "To mend:\n  pip install pydicom" in text and "Ready" not in text
+    monkeypatch.setattr("mlip.commands.examine", lambda: checks)
+    assert main(["doctor"]) == 1
+    assert "missing  pydicom" in text and "off      deepspeed" not in text
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "ninja" else name)
+    assert doctor.check_compiler().state == doctor.MISSING
+    monkeypatch.setattr(doctor, "version_of", lambda name: "1.13")  # pip's, not on the path
+    assert doctor.check_compiler().state == doctor.OK
 
 
 def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
@@ -55,16 +63,21 @@ def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
 
 def test_a_version_outside_the_range_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["transformers<6,>=5.17", 'deepspeed<0.20,>=0.19.8; extra == "gpu"', "torch>=2.11"]
+    lines += ["PyYAML>=99", "numpy>=2.0"]
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: lines)
     found = {"transformers": "4.57.1", "deepspeed": "0.20.0", "torch": "2.13.0+cpu"}
+    found["numpy"] = "3.0.0rc1"  # what is tried before its release is no fault
     monkeypatch.setattr(doctor, "version_of", lambda name: found.get(name, "1"))
     by_name = {check.name: check for check in doctor.check_packages()}
     assert by_name["torch"].state == by_name["numpy"].state == doctor.OK
     assert by_name["transformers"].state == by_name["deepspeed"].state == doctor.BROKEN
+    assert by_name["pyyaml"].state == doctor.BROKEN
     assert by_name["transformers"].remedy == "pip install 'transformers<6,>=5.17'"
     assert not doctor.is_healthy(list(by_name.values()))
     text = doctor.report(list(by_name.values()))
     assert "4.57.1: image and text towers; <6,>=5.17 is needed" in text and "Ready" not in text
+    to_mend = text.split("To mend:")[1].split("To switch on")[0]
+    assert "pip install 'deepspeed<0.20,>=0.19.8'" in to_mend
 
 
 def test_a_checkout_that_is_not_installed_asks_for_no_versions(
@@ -102,6 +115,22 @@ def test_the_other_project_of_our_name_and_the_old_dali_are_warned_of(
     assert clash is not None and "interatomic" in clash.detail
     assert dali is not None and "zeros" in dali.detail
     assert not doctor.is_healthy([clash])
+
+
+def test_torch_for_cuda_without_a_driver_is_no_fault_and_a_card_is_named_in_gib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """pip installs torch for CUDA on machines without a GPU too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for driver, state in ((None, doctor.OK), ("/usr/bin/nvidia-smi", doctor.BROKEN)):
+        monkeypatch.setattr(doctor.shutil, "which", lambda name, found=driver: found)
+        assert doctor.check_accelerator().state == state
+    card = SimpleNamespace(name="a card", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    assert "2 x a card, 80 GiB, CUDA 13.0" in doctor.check_accelerator().detail
 
 
 BLOCKED = """

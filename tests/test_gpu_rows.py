@@ -78,6 +78,15 @@ def test_a_way_that_was_not_run_again_is_not_held_against_a_later_step() -> None
     assert _way([rows[2], rows[1]])["times ours"] == "not run"
 
 
+def test_a_way_is_held_against_a_step_of_as_many_pairs_without_the_cache() -> None:
+    run = _run(H200, NEW, 28)
+    rows = [_step(run, 100.0), _step(run, 60.0, pairs=128), _step(run, 90.0, pairs=128, micro=64)]
+    rows.append(_step(run, 120.0, TORCH, pairs=128))
+    for several in (rows, [*rows[::-1]]):
+        assert _way(several)["times ours"] == "2.00"
+    assert _way([rows[0], *rows[2:]])["times ours"] == "not run"
+
+
 def test_the_kernels_of_a_profile_are_a_share_of_their_own_commit_s_step() -> None:
     old, new = _run(H200, OLD, 27), _run(H200, NEW, 28)
     profile = {"kind": "profile", "variant": "ours", "pairs": 256, "micro": 0, "status": "ok"}
@@ -92,8 +101,10 @@ def test_the_kernels_of_a_profile_are_a_share_of_their_own_commit_s_step() -> No
 def test_a_kernel_is_held_against_a_baseline_of_its_own_commit() -> None:
     old, new = _run(H200, OLD, 27), _run(H200, NEW, 28)
     rows = [_kernel(old, "fused", 4.0), _kernel(old, "eager_bf16", 8.0), _kernel(new, "fused", 1.0)]
-    late = _kernel(new, "eager_bf16", 0.0, status="not run: out of time")
-    assert _measured([*rows, late]) == _measured(rows) == ("2.00x", "aaaaaaa")
+    for reason in ("not run: out of time", "not installed: inf_cl"):
+        late = _kernel(new, "eager_bf16", 0.0, status=reason)
+        assert _measured([*rows, late]) == _measured(rows) == ("2.00x", "aaaaaaa")
+    assert NEW not in gpu_rows.origin([*rows[:2], _kernel(new, "inf_cl", 0.0, status=reason)])
     assert _measured([*rows, _kernel(new, "eager_bf16", 9.0)]) == ("9.00x", "bbbbbbb")
     assert _measured(rows[1:]) == ("not run by one commit", "bbbbbbb / aaaaaaa")
 

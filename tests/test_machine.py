@@ -65,6 +65,12 @@ def test_version_1_has_a_tree_for_each_limit_and_hides_the_containers_path(group
     assert machine.usable_memory() == psutil.virtual_memory().total
 
 
+def test_a_group_of_containerd_has_colons_in_its_name(groups: Path) -> None:
+    _write(groups.parent / "own", "0::/kubepods.slice/pod_1.slice:cri-containerd:0123")
+    _write(groups / "kubepods.slice/pod_1.slice:cri-containerd:0123/memory.max", str(GIB))
+    assert machine.usable_memory() == GIB
+
+
 def test_a_share_below_one_core_is_one(groups: Path) -> None:
     _write(groups.parent / "own", "0::/")
     _write(groups / "cpu.max", "10000 100000")

@@ -12,8 +12,10 @@ import torch
 from mlip import memory_plan
 from mlip.cli import main
 from mlip.config import Config, load
+from mlip.knowledge.concept_files import load_concepts
 from mlip.memory_plan import GIB, Measured, _batch, _bytes_kept, largest_that_fits, measure, plan
 from mlip.model import MLIPModel
+from mlip.objective import Objective
 from tests.training.exact_step import SETTINGS
 
 MORE = ("data.vocab_size=100", "batch.global_pairs=64", "train.engine=deepspeed")
@@ -62,6 +64,26 @@ def test_parameters_are_counted_and_losses_grow_with_the_square_of_the_batch(mea
     assert measured.losses[1] > 0 and measured.losses[2] > 0
 
 
+def test_outputs_and_buffers_are_counted_and_the_law_of_losses_holds_at_other_sizes(
+    measured, monkeypatch
+):
+    # four patches of 8 x 8 px; every output is float32 of 12 numbers
+    config = _config()
+    assert measured.image_outputs == 4 * 12 * (1 + 4)
+    assert measured.text_outputs == 4 * 12 * (1 + config.data.max_tokens)
+    vectors = torch.zeros(len(load_concepts()), config.knowledge.dim)
+    objective = Objective(config, MLIPModel(config, vocab_size=100, concept_vectors=vectors))
+    assert measured.buffers == sum(buffer.nbytes for buffer in objective.buffers())
+    kept: list[float] = []
+    counted = memory_plan._bytes_kept
+    monkeypatch.setattr(memory_plan, "_bytes_kept", lambda *a: kept.append(counted(*a)) or kept[-1])
+    monkeypatch.setattr(memory_plan, "_LOSS_SIZES", (24, 40, 64))
+    measure(config)
+    a, b, c = measured.losses
+    law = [a + b * pairs + c * pairs**2 for pairs in (24, 40, 64)]
+    assert law == pytest.approx(kept[-3:], rel=0.05)
+
+
 def test_activation_checkpointing_of_a_tower_keeps_less(measured):
     deep = "num_hidden_layers: 4, num_attention_heads: 2, intermediate_size: 64"
     towers = [
@@ -82,6 +104,17 @@ def test_each_zero_stage_divides_what_it_says_it_divides():
         assert parts["gradients"] == whole["gradients"] / (4 if stage >= 2 else 1)
         assert parts["parameters"] == whole["parameters"] / (4 if stage == 3 else 1)
     assert whole["optimiser"] == 8e6 and whole["parameters"] == 4e6
+
+
+def test_several_ranks_without_a_named_engine_share_the_optimiser_and_one_has_it_alone():
+    auto = ("train.engine=auto", "train.zero_stage=2")
+    assert _plan(*auto).parts == _plan("train.zero_stage=2").parts
+    assert _plan(*auto, ranks=1).parts["optimiser"] == 8e6
+
+
+def test_a_tenth_of_the_memory_is_kept_spare():
+    whole = _plan().total / GIB
+    assert _plan(gib=whole / 0.89).fits and not _plan(gib=whole / 0.91).fits
 
 
 def test_every_part_is_what_its_formula_gives_by_hand():
@@ -121,6 +154,12 @@ def test_ranks_share_the_memory_of_a_host_and_each_have_a_gpu_of_their_own(monke
         monkeypatch.setattr(memory_plan, "machine_memory", lambda g=is_gpu: (8.0 * GIB, g))
         text, _ = memory_plan.make_plan(_config(), ranks=4)
         assert re.search(rf"there is +{each}", text)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert "of one rank of 3:" in memory_plan.make_plan(_config())[0]
+    large = _config("train.zero_stage=2", "train.offload=true", "batch.global_pairs=8192")
+    text, why = memory_plan.make_plan(large, ranks=4, memory_gib=2.0)
+    assert "in host memory: optimiser 0.003 GiB" in text
+    assert why is not None and "1.80 GiB to use of 2.00" in why
 
 
 def test_offload_moves_the_optimiser_to_the_host_and_an_average_costs_its_share():
@@ -157,6 +196,37 @@ def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
         one_more["micro_texts"] = one_more[key]
     larger = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **one_more))
     assert not plan(larger, ROUND, **room).fits
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [
+        ["model.heads.norm=batch"],
+        ["model.vision.kind=resnet", "model.vision.norm=batch", "model.vision.options={}"],
+    ],
+)
+def test_of_several_ranks_a_batch_is_named_that_their_statistics_allow(statistics):
+    """Micro-batches of batch statistics are refused: the remedy would be an error."""
+    config = _config("train.engine=plain", "run.exact=false", *statistics)
+    room = {"ranks": 4, "memory": 0.045 * GIB, "is_gpu": True}
+    named = largest_that_fits(config, ROUND, **room)
+    assert named is not None and named.startswith("batch.global_pairs=") and "micro" not in named
+    pairs = int(named.split("=")[1])
+
+    def of(pairs: int) -> Any:
+        batch = dataclasses.replace(config.batch, global_pairs=pairs)
+        return plan(dataclasses.replace(config, batch=batch), ROUND, **room)
+
+    assert pairs % 4 == 0 and of(pairs).fits and not of(pairs + 4).fits
+    one = {"ranks": 1, "memory": of(4).total / 0.89, "is_gpu": True}
+    assert largest_that_fits(config, ROUND, **one) is None  # one pair has no negative
+
+
+def test_what_stage_3_gathers_is_at_most_fifty_million_parameters():
+    large = dataclasses.replace(ROUND, parameters=200_000_000)
+    for model, most in ((ROUND, 4e6), (large, 2e8)):
+        made = plan(_config("train.zero_stage=3"), model, ranks=4, memory=8.0 * GIB, is_gpu=True)
+        assert made.parts["gathered parameters"] == most
 
 
 def test_nothing_is_named_where_nothing_fits():

@@ -117,8 +117,11 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
         (errno.ENOSPC, "No space left on device"),
         (errno.EROFS, "Read-only file system"),
         (errno.EDQUOT, "quota exceeded"),
+        (errno.EPERM, "not permitted"),
+        (errno.EBUSY, "busy"),
+        (errno.ENAMETOOLONG, "too long"),
     ):
-        for named in (None, str(out / ".part.17")):
+        for named in (None, str(out / ".part.17"), str(tmp_path / ".out.17")):
             said = refusal(OSError(code, "", named), out)
             assert said is not None and said.startswith(f"{out} cannot be written: ")
             assert words in said
@@ -142,3 +145,6 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="the first error"), whole_file(path) as partial:
+        partial.mkdir()  # which cannot be unlinked: as on a disk that has become read-only
+        raise ValueError("the first error")

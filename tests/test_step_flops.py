@@ -39,6 +39,9 @@ def test_operations_of_towers_and_heads_are_those_that_torch_counts() -> None:
     # images need no gradient: one product of the patch projection is not made
     first = step_flops.patch_projection(len(batch), model.vision.tower.backbone.config)
     assert backward.get_total_flops() == 2 * expected - first
+    losses = 3 * (parts["local"] + parts["global"])
+    counted = forward.get_total_flops() + backward.get_total_flops() + losses
+    assert step_flops.step_flop(model, batch, config, real=False) == counted
 
 
 def test_operations_of_the_contrastive_levels_are_those_that_torch_counts() -> None:

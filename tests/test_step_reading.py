@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from benchmarks import step_reading
 from benchmarks.step_batch import made_batch
 from benchmarks.step_reading import FEEDS, FedRunner
+from benchmarks.step_timing import Runner
 from mlip.batch import Batch
 from tests.step_bench import shared_bench
 
@@ -43,3 +48,21 @@ def test_a_slow_loader_is_waited_for_and_each_of_its_batches_is_a_step_s() -> No
     times = runner.times_ms(warmup=1, least=2, budget_s=0.0)
     assert loader.taken == len(runner.waits_ms) == 1 + len(times)
     assert runner.waits_ms == pytest.approx([20.0] * 3)
+
+
+def test_the_fed_step_is_told_from_the_held_one_and_waits_of_the_warm_up_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def times_ms(self: Runner, **_: Any) -> list[float]:
+        if not isinstance(self, FedRunner):
+            return [1.0, 3.0]
+        self.waits_ms = [900.0, 800.0, 20.0, 30.0]
+        return [10.0, 20.0]
+
+    bench = shared_bench()
+    loader = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(step_reading, "HELD", 0)
+    monkeypatch.setattr(step_reading, "open_loader", lambda config: loader)
+    monkeypatch.setattr(Runner, "times_ms", times_ms)
+    made = step_reading.fed_times(bench.engine, bench.config, least=2, budget_s=0.0)
+    assert (made["held_step_ms"], made["step_ms"], made["wait_ms"]) == (2.0, 15.0, 25.0)

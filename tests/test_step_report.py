@@ -5,9 +5,11 @@ Oracle: rows with figures chosen by hand, and what each cell must then say.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import harness, step_flops, step_law, step_measures, step_report
@@ -27,7 +29,20 @@ def test_a_law_is_recovered_and_needs_four_sizes() -> None:
     ]
     assert [law["of"] for law in step_law.laws(rows)] == ["step_ms"]
     assert step_law.laws(rows[:3]) == []
+    later = {"kind": "batch", "status": "out of memory", "micro": 0, "pairs": 64}
+    assert step_law.laws([*rows, later])[0]["pairs"] == sizes
     assert step_law.as_text(step_law.laws(rows)[0]) == "9 +0.6 B +2e-05 B^2 ms, within 0 %"
+
+
+def test_of_rows_that_no_law_fits_relative_residuals_are_least() -> None:
+    """Oracle: at the least squares the residuals stand upright on what they are fitted by."""
+    sizes = np.array([64, 128, 256, 512, 1024])
+    values = np.array([50.0, 90.0, 130.0, 400.0, 610.0])
+    made, worst = step_law.fit(sizes.tolist(), values.tolist())
+    columns = np.stack([np.ones(5), sizes, sizes**2], axis=1) / values[:, None]
+    residuals = columns @ made - 1.0
+    assert np.abs(columns.T @ residuals).max() < 1e-9 * np.abs(columns).max()
+    assert worst == pytest.approx(np.abs(residuals).max()) and worst > 0.01
 
 
 def test_nominal_rates_are_found_by_the_card_s_name() -> None:
@@ -71,12 +86,17 @@ def _gpu_rows() -> list[dict[str, Any]]:
         base | figures | {"kind": "variant"},
         base | figures | {"kind": "variant", "variant": "attention=eager", "step_ms": 240.0},
         base | {"kind": "variant", "variant": "attention=xformers", "status": "not installed: x"},
+        base | figures | {"kind": "reading", "variant": "full-size JPEG, DALI"}
+        | {"pairs_per_s": 700.0, "held_step_ms": 150.0, "wait_ms": 90.0, "workers": 15},
         base | figures | {"kind": "reading", "variant": "shards, DALI", "held_step_ms": 150.0}
         | {"step_ms": 165.0, "wait_ms": 1.25, "workers": 15},
         base | {"kind": "reading", "variant": "shards, torch", "status": "not installed: cv2"},
+        base | figures | {"kind": "scaling", "pairs_per_s": 1700.0},
         base | figures | {"kind": "scaling", "pairs": 64, "step_ms": 45.0},
         law | {"kind": "law", "coefficients": [9.0, 0.6, 2e-5], "largest_residual": 0.02}
         | {"environment": GPU},
+        law | {"kind": "law", "of": "peak_gib", "unit": "GiB", "is_cached": True}
+        | {"coefficients": [9.0, 0.1, 0.0], "largest_residual": 0.0, "environment": GPU},
         base | {"kind": "profile", "profile": [kernel], "device_ms": 152.0},
     ]  # fmt: skip
 
@@ -112,11 +132,12 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     )
     assert "| vision forward | 11.00 | not run |" in page
     assert "| attention=eager | 256 | 240.0 | 1.50 |" in page
-    assert "| attention=xformers | 256 | not installed: x | - |" in page
+    assert "| attention=xformers | 256 | not installed: x | - | - | - | - |" in page
     assert "| towers compiled | - | not run |" in page
     assert "| shards, DALI | 256 | 1,600 | 165.0 | 150.0 | 1.10 | 1.25 | 15 |" in page
     assert "| shards, torch | 256 | not installed: cv2 | - |" in page
-    assert "| 64 | none | 0.703 | 1,600 | 31.5 | 0123456 |" in page
+    assert "| 64 | none | 0.703 | 1,600 | 31.5 | 0123456 |\n| 256 | none | 0.625 | 1,700 |" in page
+    assert "- memory, gradient cache, 64 to 512 pairs: 9 +0.1 B +0 B^2 GiB" in page
     assert "- time, plain, 64 to 512 pairs: 9 +0.6 B +2e-05 B^2 ms, within 2 % (0123456)" in page
     assert "| all, commit 0123456 | - | 152.00 | 95.0 % of a step |" in page
     assert "| `sm90_gemm x` | 48 | 30.00 | 19.0 % |" in page
@@ -124,6 +145,8 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     assert f"]({step_report.PICTURE})" in page and "256 pairs" in picture.read_text("utf-8")
     summary = (root / "README.md").read_text(encoding="utf-8")
     assert "| whole step, utilisation, B = 256 | 35 % (aim 50 %) | 37.1 % | 0123456 |" in summary
+    assert "pairs/s, B = 256 | 1,500 (aim 2,500) | 1,600 | 0123456 |" in summary
+    assert "largest batch without the gradient cache | - | 256 | 0123456 |" in summary
     assert "pairs/s, B = 1,024 | - | 1,600 (gradient cache, 256 at a time) | 0123456 |" in summary
     assert (
         "| whole step fed by DALI from shards, pairs/s, B = 256 | - | 1,600 (1.10x held) |"
@@ -131,6 +154,24 @@ def test_pages_are_written_from_rows_of_a_gpu(tmp_path: Path) -> None:
     )
     assert "| half-empty reports against full ones | 1.5x | not run |" in summary
     assert step_report.write_pages(root, results, check=True) == []
+
+
+def test_bars_of_the_picture_are_the_parts_of_a_pair_end_to_end(tmp_path: Path) -> None:
+    """Oracle: four times the pairs in four times the time have a bar of the same length."""
+    parts = {part: 10.0 + index for index, part in enumerate(PARTS)}
+    row = {"kind": "parts", "status": "ok", "environment": GPU}
+    rows = [
+        row | {"pairs": pairs, "parts_ms": {k: v * pairs / 256 for k, v in parts.items()}}
+        for pairs in (256, 1024)
+    ]
+    step_report.draw_parts(rows, tmp_path / "bars.svg")
+    drawn = (tmp_path / "bars.svg").read_text(encoding="utf-8")
+    bars = re.findall(r'd="M ([\d.]+) [\d.]+ \s*L ([\d.]+)[^"]+" clip-path', drawn)
+    ends = np.array(bars, dtype=float).reshape(len(PARTS), 2, 2)
+    assert np.allclose(ends[:, 0], ends[:, 1])
+    assert np.allclose(ends[1:, :, 0], ends[:-1, :, 1])
+    widths = ends[:, 0, 1] - ends[:, 0, 0]
+    assert np.allclose(widths / widths[0], np.array(list(parts.values())) / 10.0, rtol=1e-3)
 
 
 def test_without_a_gpu_row_every_cell_says_not_run(tmp_path: Path) -> None:
@@ -141,6 +182,7 @@ def test_without_a_gpu_row_every_cell_says_not_run(tmp_path: Path) -> None:
     assert "Not run on a GPU yet." in (root / "README.md").read_text(encoding="utf-8")
     measured = [row["measured"] for row in step_measures.measures([], [])]
     assert measured and set(measured) == {"not run"}
+    assert step_report.tables([], [], None)["gpu summary"] == "Not run on a GPU yet."
     assert not (root / "docs" / step_report.PICTURE).exists()
 
 

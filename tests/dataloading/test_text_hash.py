@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from mlip.dataloading.text_hash import contains_byte, hash_bytes, hash_words, mix
 
-TEXTS = ["", "a", "No effusion.", "no  EFFUSION", "Size 1.5 cm", "Size 15 cm", "Ergu\u00df links",
-         "___", None, "x" * 5000]  # fmt: skip
+TEXTS = ["", "a", "No effusion.", "no  EFFUSION", "Size 1.5 cm", "Size 15 cm", "Z0 A9",
+         "Ergu\u00df links", "___", None, "x" * 5000]  # fmt: skip
 
 
 def fnv(data: bytes) -> int:

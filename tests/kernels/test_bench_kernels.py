@@ -214,6 +214,55 @@ def test_a_gpu_is_timed_with_the_host_ahead_of_it(
     assert row["repeats"] >= 5
 
 
+def test_a_row_s_figures_are_made_of_its_times_its_memory_and_its_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: 2 ms ahead and 5 ms in all, 10 MiB beside the gradients, a peak of 100 TFLOP/s."""
+    times = [{"median_ms": 2.0, "p20_ms": 1.0}, {"median_ms": 5.0, "p20_ms": 4.0, "host_ms": 0.5}]
+    case = SMALL | {"provider": "fused"}
+    gradients = 4 * (4 * 6 * 8 + 4 * 5 * 8)
+    eager = providers.similarity_provider("eager_fp32", SMALL)
+    monkeypatch.setattr(providers, "similarity_provider", lambda *_: eager)
+    monkeypatch.setattr(harness, "measure", lambda *_: times.pop(0))
+    monkeypatch.setattr(harness, "peak_bytes", lambda *_: 10 * 2**20 + gradients)
+    row = bench_kernels.run_case(case, 100.0)
+    ahead, back = bench_kernels._flop(case)
+    assert (row["forward_ms"], row["both_ms"], row["host_ms"]) == (2.0, 5.0, 0.5)
+    assert row["peak_mib"] == 10.0
+    assert row["forward_share"] == pytest.approx(ahead / 2e-3 / 100e12)
+    assert row["backward_share"] == pytest.approx(back / 3e-3 / 100e12)
+
+
+def test_the_denominator_of_every_share_and_the_memory_of_a_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gib = iter([3, 8])  # what is there before, and the most
+    cuda = SimpleNamespace(
+        memory_allocated=lambda: next(gib),
+        max_memory_allocated=lambda: next(gib),
+        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda: None),
+    )
+    pretended = SimpleNamespace(randn=lambda *_, **__: None, bfloat16=None, cuda=cuda)
+    monkeypatch.setattr(harness, "torch", pretended)
+    monkeypatch.setattr(harness, "measure", lambda *_, **__: {"median_ms": 2.0})
+    assert harness.matmul_peak_tflops("cuda") == pytest.approx(2 * 8192**3 / 2e-3 / 1e12)
+    assert harness.peak_bytes(lambda: None, "cuda") == 5
+
+
+def test_a_cpu_is_timed_in_milliseconds_and_changed_files_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def busy() -> None:
+        end = time.process_time() + 0.01
+        while time.process_time() < end:
+            pass
+
+    assert 9 < harness.measure(busy, "cpu", budget_s=0.0)["median_ms"] < 100
+    monkeypatch.delenv("MLIP_COMMIT", raising=False)
+    monkeypatch.setattr(harness, "_run", lambda *_: " M train.py")
+    assert harness.environment("cpu")["modified"]
+
+
 def test_spread_and_table_are_plain() -> None:
     made: dict[str, Any] = harness._spread([5.0, 1.0, 3.0, 2.0, 4.0, 100.0])
     assert made == {"median_ms": 3.5, "p20_ms": 2.0, "p80_ms": 5.0, "repeats": 6}
@@ -228,6 +277,7 @@ def test_spread_and_table_are_plain() -> None:
 def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
     at = kernel_measures.AT_256
     rows = [
+        at | {"provider": "fused", "status": "ok", "both_ms": 9.0, "learned": True},
         at
         | {"provider": "fused", "status": "ok", "both_ms": 2.0, "forward_ms": 0.7}
         | {"peak_mib": 100.0},
@@ -239,7 +289,6 @@ def test_the_readme_table_is_computed_from_rows_or_says_why_not() -> None:
     short = kernel_measures.SHORT_256
     sizes = {k: short[k] for k in ("batch", "tokens", "patches", "dim")}
     rows += [
-        at | {"provider": "fused", "status": "ok", "both_ms": 9.0, "learned": True},
         short | {"provider": "fused", "status": "ok", "forward_ms": 0.5},
         sizes | {"op": "flat_product", "provider": "bf16", "status": "ok", "forward_ms": 0.3},
     ]
@@ -303,6 +352,20 @@ def test_no_time_is_measured_without_parity(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(bench_kernels.OWN_GATE, "attention", 0.0)
     row = bench_kernels.safely(SMALL | {"provider": "torch"}, None)
     assert row["status"].startswith("failed: RuntimeError: no parity") and "both_ms" not in row
+
+
+def test_a_gradient_that_is_not_finite_is_no_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is right, its derivative is not: max() of an error and a NaN is the error."""
+    plain, oracle = bench_kernels._forward_backward, []
+
+    def spoiled(loss: Any, inputs: Any) -> Any:
+        value, *gradients = plain(loss, inputs)
+        oracle.append(None)
+        return value, *(g * (float("nan") if len(oracle) == 2 else 1.0) for g in gradients)
+
+    monkeypatch.setattr(bench_kernels, "_forward_backward", spoiled)
+    row = bench_kernels.safely(SMALL | {"provider": "torch"}, None)
+    assert row["status"].startswith("failed: RuntimeError: no parity"), row
 
 
 def test_a_tile_map_under_test_takes_the_place_of_the_table(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_transfer
-from benchmarks.transfer_tables import as_markdown
+from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown
 
 VALUES = {"imagenet": 0.65, "mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
 
@@ -43,7 +43,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
         for seed in (1, 2):
             run = tmp_path / "runs" / f"{method}_{seed}"
             (run / "checkpoints").mkdir(parents=True)
-            macro = {head: estimate(0.75, (1,)) for head in ("global", "local")}
+            macro = {"global": estimate(0.75, (1,)), "local": estimate(0.85, (1,))}
             results = {"fingerprints": {"weights": f"{method}{seed}"}}
             results |= {"zero_shot": {"macro": macro}}
             (run / "results.json").write_text(json.dumps(results))
@@ -111,6 +111,7 @@ def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     assert line.count("not run") == 2
     assert "clip, 10 %: +0.100" in text
     assert "zero-shot macro-AUROC, global head | 0.750 (0.750 to 0.750)" in text
+    assert "zero-shot macro-AUROC, local score | 0.850 (0.850 to 0.850)" in text
     assert "recall@10 of 256, image to text | n/a" in text
     written = (tmp_path / "out" / "ablation.json").read_text()
     assert '"configs/transfer/' in written and str(bench_transfer.ROOT) not in written
@@ -118,3 +119,40 @@ def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     cell = saved["tasks"]["phantom_classification"]["clip"][0]
     assert cell["cell"]["checkpoints"] == ["clip1", "clip2"]
     assert as_markdown({}, {}, ("random",), (1,)).startswith("Seeds 1")
+
+
+def test_intervals_that_touch_are_not_called_apart_and_a_draw_is_not_won() -> None:
+    def of(*ranges: tuple[float, float, float], seeds: tuple[float, ...]) -> list[dict[str, Any]]:
+        made = results_of([])
+        for fraction, (low, value, high) in zip(made["fractions"], ranges, strict=True):
+            known = {"value": value, "low": low, "high": high, "seeds": list(seeds)}
+            auroc = estimate(value, seeds) | known
+            fraction["scores"] = {"macro": {"auroc": auroc}, "headline": "auroc"}
+        return [made | {"cell": {"processor_s": 5.0}}]
+
+    random = of((0.60, 0.66, 0.70), (0.56, 0.60, 0.70), seeds=(0.6, 0.7))
+    found = {
+        "mlip": of((0.65, 0.70, 0.75), (0.40, 0.50, 0.55), seeds=(0.7, 0.7)),
+        "clip": of((0.58, 0.62, 0.66), (0.71, 0.75, 0.80), seeds=(0.5, 0.9)),
+        "random": random,
+    }
+    text = as_markdown({"phantom_classification": found}, {}, ("mlip", "clip", "random"), (1, 2))
+    won = "higher in 1 of 2 seeds"
+    assert f"mlip, 1 %: +0.040 against random weights, intervals overlap; {won}" in text
+    assert f"mlip, 10 %: -0.100 against random weights, below, intervals apart; {won}" in text
+    assert f"clip, 1 %: -0.040 against random weights, intervals overlap; {won}" in text
+    assert f"clip, 10 %: +0.150 against random weights, above, intervals apart; {won}" in text
+
+
+def test_figures_of_real_reports_and_of_runs_stand_in_their_own_columns() -> None:
+    ways = {"image_to_text": 0.4, "text_to_image": 0.3}
+    scores = {way: {"recall@10": estimate(value, (3,))} for way, value in ways.items()}
+    whole = {"scores": scores, "chance": {"recall@10": 0.125}, "n": 80}
+    found = {CASE_REPORTS: {"mlip": [{"run": {"seed": 3}, "retrieval": {"whole": whole}}]}}
+    none: dict[str, Any] = {"value": None}
+    known = {name: [estimate(0.7, (1,)), estimate(0.9, (1,)), none] for name in WITHOUT_LABELS}
+    lines = as_markdown(found, {"mlip": known}, ("mlip",), (3,)).splitlines()
+    (line,) = [line for line in lines if line.startswith("| full MLIP | 3 |")]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert [cell[:5] for cell in cells[3:-1]] == ["0.400", "0.300", "0.125", "80"]
+    assert "| pointing by name, hit rate | 0.800 (0.700 to 0.900) |" in lines

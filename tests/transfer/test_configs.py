@@ -224,6 +224,9 @@ def test_null_takes_a_class_away_and_a_fraction_may_have_settings_of_its_own() -
     transfer = load([CONFIGS / "rsna_detection.yaml"]).transfer
     assert (at_fraction(transfer, 1.0).batch, at_fraction(transfer, 1.0).lr) == (8, 2e-4)
     assert at_fraction(transfer, 10.0) == transfer
+    changed = load([], ["transfer.by_fraction={1: {lr: 2e-4, batch: 1e1}}"]).transfer
+    assert (at_fraction(changed, 1.0).lr, at_fraction(changed, 1.0).batch) == (2e-4, 10)
+    assert isinstance(at_fraction(changed, 1.0).batch, int)
     with pytest.raises(ValueError, match="by_fraction.1: expected numbers for batch"):
         load([], ["transfer.by_fraction={1: {speed: 3}}"])
 
