@@ -63,7 +63,7 @@ class InPairAlignment(nn.Module):
     Shapes:  patches [B, P, D], tokens [B, T, D], mask [B, T] bool, weights [B, T] of the tokens'
              terms, 0 outside mask -> [B], 0 for an empty report
     Source:  MGCA (Wang et al. 2022, arXiv 2210.06044), section 3.3, cross-attention-based
-             token-wise alignment as its released code runs it (protocols.md B.2); the learned
+             token-wise alignment as its released code (HKU-MedAI/MGCA) runs it; the learned
              projections of the paper's formulas are off there. Patch terms are weighted uniformly.
     """
 
