@@ -154,6 +154,20 @@ def test_chunks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -
         assert relative_error(a, b) <= MACHINE
 
 
+def test_chunks_of_masked_scores_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = unit(9, 9, 2).requires_grad_()
+    at = torch.arange(9)
+    valid = {"image_valid": at % 4 != 1, "text_valid": at % 5 != 3}
+
+    def run() -> list[Tensor]:
+        value = contrastive_loss_from_scores(scores, logit_scale=9.0, pair_ids=at // 2, **valid)
+        return [value, *torch.autograd.grad(value, [scores])]
+
+    want = run()
+    monkeypatch.setattr(_contrastive, "CHUNK_ELEMENTS", 20)
+    assert all(relative_error(a, b) <= MACHINE for a, b in zip(run(), want, strict=True))
+
+
 def test_half_precision_features_are_computed_in_float32() -> None:
     image, text = unit(9, 16, 0, torch.bfloat16), unit(9, 16, 1, torch.bfloat16)
     value = info_nce_loss(image, text, 20.0)

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from mlip.kernels.info_nce import info_nce_loss, info_nce_views_loss
 from mlip.kernels.token_knowledge_patch import tiling, token_knowledge_patch_scores
 from tests.kernels.interpreting import compare, interpreted
-from tests.kernels.oracle import learned_scale_errors, make_inputs, relative_error
+from tests.kernels.oracle import (
+    gradients,
+    learned_scale_errors,
+    leaves,
+    make_inputs,
+    relative_error,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -138,6 +144,16 @@ def test_pairs_without_negatives_lose_nothing_and_move_nothing(dtype: torch.dtyp
     value = info_nce_loss(*leaves, pair_ids=torch.zeros(5, dtype=torch.int64), impl="triton")
     assert value.item() == 0.0
     assert all(torch.count_nonzero(x) == 0 for x in torch.autograd.grad(value, leaves))
+
+
+@interpreted
+@pytest.mark.parametrize("pooling", ["attention", "context", "max"])
+def test_a_kept_graph_gives_the_same_gradients_again(pooling: str) -> None:
+    """The backward pass writes over nothing that it was given."""
+    made = leaves(make_inputs(2, 2, 20, 5, 2, 16, seed=4), torch.float32)
+    value = token_knowledge_patch_scores(**made, pooling=pooling, impl="triton")
+    first, second = gradients(value, made), gradients(value, made)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @interpreted

@@ -137,14 +137,14 @@ def test_info_nce_row_and_column_shares_add_up(monkeypatch: pytest.MonkeyPatch) 
 
 
 @interpreted
-@pytest.mark.parametrize("with_ids", [False, True])
-def test_chunks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch, with_ids: bool) -> None:
-    """Three chunks of a row tile each and odd ends, gradients in bfloat16. Oracle: float64."""
+@pytest.mark.parametrize(("with_ids", "tiles"), [(False, 1), (True, 1), (True, 2)])
+def test_chunks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch, with_ids: bool, tiles: int) -> None:
+    """Chunks of one or two row tiles and odd ends, gradients in bfloat16. Oracle: float64."""
     from mlip.kernels.info_nce import triton_kernels
 
     image, text = info_nce_pair(301, 24, 7)
     ids = torch.arange(301) // 2 if with_ids else None
-    monkeypatch.setattr(triton_kernels, "DS_BYTES", 1)
+    monkeypatch.setattr(triton_kernels, "DS_BYTES", tiles * 2 * 320 * 128)
     compare_info_nce(image.bfloat16(), text.bfloat16(), 5e-3, 20.0, ids)
 
 

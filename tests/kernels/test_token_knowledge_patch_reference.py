@@ -76,6 +76,20 @@ def test_gradcheck_holds_in_every_float_input(pooling: str, aggregation: str) ->
     assert torch.autograd.gradcheck(run, tuple(inputs[name] for name in names))
 
 
+def test_gradcheck_holds_where_a_context_is_shorter_than_its_floor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reference, "CONTEXT_FLOOR", 10.0)
+    made = make_inputs(2, 2, 3, 3, 0, 4, seed=3, masks=False) | scalars(attention_scale=7.0)
+    names, wanted = list(made), tuple(leaves(made).values())
+
+    def run(*values: Tensor) -> Tensor:
+        named: dict[str, Any] = dict(zip(names, values, strict=True))
+        return token_knowledge_patch_scores(**named, pooling="context")
+
+    assert torch.autograd.gradcheck(run, wanted)
+
+
 def test_scores_by_hand() -> None:
     """One token along x; patches along x and y: r = e^2 / (e^2 + 1) at attention_scale 2."""
     patches = torch.tensor([[[3.0, 0.0], [0.0, 5.0]]], dtype=torch.float64)
