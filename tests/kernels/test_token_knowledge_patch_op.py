@@ -259,6 +259,7 @@ def test_a_graph_of_gradients_may_be_made_inside_a_checkpoint(
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dim": ({"tokens": torch.zeros(5, 6, 9)}, "D=8 as patches have, got D=9"),
     "ndim": ({"tokens": torch.zeros(5, 8)}, "3 dimensions"),
+    "views": ({"tokens": torch.zeros(5, 8, 6, 8)}, "3 dimensions"),
     "integers": ({"tokens": torch.zeros(5, 6, 8, dtype=torch.int64)}, "floating point"),
     "empty": ({"tokens": torch.zeros(5, 0, 8)}, "without an empty dimension"),
     "other texts": ({"knowledge": torch.zeros(4, 3, 8)}, r"shape \[5, 3, 8\], got \[4, 3, 8\]"),
