@@ -70,7 +70,7 @@ def make_pairing(
         "pair_ids": pair_ids is not None,
         # what token_knowledge_patch_loss makes them of
         "image_valid (or patch_mask)": image_valid is not None,
-        "text_valid (or token_weights, knowledge)": text_valid is not None,
+        "text_valid (or token_weights)": text_valid is not None,
     }
     counts = row_counts(like.new_empty((rows, 0)), group, came)
     size, rank = group_size(group), group_rank(group)
@@ -111,8 +111,8 @@ def chunk_bounds(rows: int, columns: int) -> list[tuple[int, int]]:
     if rows * columns <= CHUNK_ELEMENTS:
         # asked first: to torch.compile a condition on a size of any value, where a loop over
         # chunks fixes the size and a batch of another one is compiled again
-        return [(0, rows)] if rows > 0 else []
-    step = max(1, CHUNK_ELEMENTS // max(columns, 1))
+        return [(0, rows)]
+    step = max(1, CHUNK_ELEMENTS // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -147,9 +147,7 @@ def logsumexp_statistics(
         row_parts.append(torch.logsumexp(z, 1))
         part = torch.logsumexp(z, 0)
         column = part if column is None else torch.logaddexp(column, part)
-    like = pairing.weight
-    if column is None:
-        return like.new_empty(0), torch.full_like(like, -torch.inf), like.new_empty(0)
+    assert column is not None  # a rank without pairs has one chunk, of no row
     return torch.cat(row_parts), column, torch.cat(positive_parts)
 
 

@@ -83,8 +83,6 @@ def gather(x: Tensor, group: Group, counts: list[int]) -> Tensor:
 
 def gather_over_ranks(x: Tensor, group: Group, counts: list[int]) -> Tensor:
     """gather through the group's collective, of however many ranks."""
-    if x.dtype == torch.bool:
-        return gather_over_ranks(x.to(torch.uint8), group, counts).bool()
     x = x.contiguous()
     if x.device.type != "cpu":
         out = x.new_empty((sum(counts), *x.shape[1:]))

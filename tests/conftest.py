@@ -44,11 +44,12 @@ def own_signals() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poison_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty and empty_like give NaN when called from mlip.kernels.
+    """torch.empty, empty_like and a tensor's new_empty give NaN when called from mlip.kernels.
 
     A kernel that leaves part of its output unwritten then fails instead of passing by luck.
     """
     plain_empty, plain_empty_like = torch.empty, torch.empty_like
+    plain_new_empty = torch.Tensor.new_empty
 
     def from_kernels() -> bool:
         return sys._getframe(2).f_globals.get("__name__", "").startswith("mlip.kernels")
@@ -64,6 +65,11 @@ def _poison_unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         made = plain_empty_like(*args, **kwargs)
         return poison(made) if from_kernels() else made
 
+    def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = plain_new_empty(self, *args, **kwargs)
+        return poison(made) if from_kernels() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch, "empty_like", empty_like)
     yield

@@ -20,6 +20,25 @@ def test_a_draw_depends_on_its_own_key_only() -> None:
     assert torch.equal(keyed_uniform(7, "augment", 3, INDEX[5:6], 2), whole[5:6])
 
 
+def _splitmix64(state: int) -> int:
+    """The paper's generator on Python's integers, cut to 64 bits after every step."""
+    most = (1 << 64) - 1
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & most
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & most
+    return state ^ (state >> 31)
+
+
+@pytest.mark.parametrize("word", [0, 7, 2**63 + 5])
+def test_numbers_are_those_of_every_other_version(word: int) -> None:
+    """A run that goes on after an upgrade draws what it would have drawn."""
+    made = splitmix_uniform(word, torch.tensor([0, 3, 10**12]), 2)
+    gamma = 0x9E3779B97F4A7C15
+    for row, index in zip(made.tolist(), (0, 3, 10**12), strict=True):
+        key = _splitmix64((word + (index + 1) * gamma) % 2**64)
+        bits = [_splitmix64((key + (lane + 1) * gamma) % 2**64) >> 11 for lane in (0, 1)]
+        assert row == [(b + 0.5) * 2.0**-53 for b in bits]
+
+
 def test_draws_are_uniform_and_never_zero_or_one() -> None:
     draws = keyed_uniform(1, "order", 0, INDEX, 4)
     counts = torch.histc(draws.float(), bins=20, min=0.0, max=1.0)

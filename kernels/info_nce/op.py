@@ -14,7 +14,6 @@ from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
     center,
-    finite,
     loss_value,
     make_pairing,
     over_ranks,
@@ -140,8 +139,8 @@ class _InfoNCE(torch.autograd.Function):
                     row_pull, column_pull = pull(own, pairing, rows)
                     made = _gradients(
                         image, text, scale, middle, grad, ids,
-                        finite(own_rows(own.row_lse, rows, pairing)).contiguous(),
-                        finite(own.column_lse), row_pull.contiguous(), column_pull, ctx.offset,
+                        own_rows(own.row_lse, rows, pairing).contiguous(), own.column_lse,
+                        row_pull.contiguous(), column_pull, ctx.offset,
                         want_scale,
                     )  # fmt: skip
                 else:

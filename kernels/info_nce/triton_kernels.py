@@ -144,8 +144,8 @@ def info_nce_statistics(
 def shift_of(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
     """pull e^-lse of rows as a power of two, [R] float32, or [2, R]: whole powers and the rest.
 
-    Rounding a shift of a hundred shows in float32 gradients; bfloat16 rows do not resolve it. An
-    lse of -inf (no negatives) must come as a finite number
+    Rounding a shift of a hundred shows in float32 gradients; bfloat16 rows do not resolve it. Where
+    nothing pulls, as where lse is -inf (no negatives), a shift that leaves nothing of any logit
     """
     count = lse.shape[0]
     out = torch.empty((2 if is_exact else 1, count), dtype=torch.float32, device=lse.device)
@@ -168,7 +168,7 @@ def info_nce_gradients(
     """(d image [M, D] in its own type, d text [N, D] float32, d scale [] float32 or 0).
 
     image [M, D], text [N, D] contiguous in one dtype; scales (scale, center), grad float32 []; ids,
-    finite lse and pull of rows [M] and of columns [N]; row m's positive is column offset + m
+    lse and pull of rows [M] and of columns [N]; row m's positive is column offset + m
     """
     rows, dim = image.shape
     own = (pull[0] + pull[1][offset : offset + rows]).neg_()  # d z of the positives

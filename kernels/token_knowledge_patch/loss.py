@@ -102,10 +102,10 @@ def contrastive_loss_from_scores(
         )
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     scale = scalar_tensor("logit_scale", logit_scale, dtype, scores.device)
-    with torch.autocast(scores.device.type, enabled=False):
-        return _ContrastiveFromScores.apply(
-            scores.to(dtype), scale, pair_ids, image_valid, text_valid, group
-        )
+    # no product in it, so autocast lowers nothing
+    return _ContrastiveFromScores.apply(
+        scores.to(dtype), scale, pair_ids, image_valid, text_valid, group
+    )
 
 
 def token_knowledge_patch_loss(
@@ -134,9 +134,9 @@ def token_knowledge_patch_loss(
     Shapes:  patches [B, P, D], tokens [B, T, D], knowledge [B, K, D]; pair_ids [B] int64
     Returns: scalar in nats, the same on every rank; gradients are W times the true ones, so
              data-parallel averaging gives the gradient of the whole batch
-    Raises:  ValueError, also for a rank of `group` without pairs. patch_mask, pair_ids and what
-             masks texts (token_weights, knowledge) come on every rank or on none, which is checked
-             on a CPU alone: on a GPU a look would synchronise
+    Raises:  ValueError, also for a rank of `group` without pairs. patch_mask, pair_ids,
+             token_weights and knowledge come on every rank or on none, which is checked on a CPU
+             alone: on a GPU a look would synchronise
     """
     if patches.shape[0] != tokens.shape[0]:
         raise ValueError(

@@ -274,9 +274,10 @@ def scores_and_validity(
     scores, weight, image_valid = run(inputs, options, group)
     for x in nothing:  # a gradient of no entry, which data-parallel training waits for
         scores = scores + 0.0 * x.sum()
-    is_maskable = token_weights is not None or knowledge is not None
-    # a weight of NaN, found on a CPU alone, leaves its text in the loss, which then shows it
-    return scores, image_valid, ~(weight.detach().sum(1) <= 0) if is_maskable else None
+    # without them every text has its tokens. A weight of NaN, found on a CPU alone, leaves its text
+    # in the loss, which then shows it
+    text_valid = None if token_weights is None else ~(weight.detach().sum(1) <= 0)
+    return scores, image_valid, text_valid
 
 
 def token_knowledge_patch_scores(

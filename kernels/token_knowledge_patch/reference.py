@@ -132,7 +132,6 @@ def _pool(s: Tensor, patch_MPD: Tensor, spec: Spec, tile: Tile, alpha: Tensor):
         if spec.patch_mask is not None:
             s = s.masked_fill(~spec.patch_mask[tile.images], -2.0)  # below any cosine
         r, where = s.max(-1)  # documented to return the first of equal maxima
-        r = torch.where(r < -1.5, torch.zeros_like(r), r)  # NaN stays NaN
         return r, (where, r)
     e = _softmax_terms(s, spec, tile, alpha)
     total = e.sum(-1)

@@ -83,12 +83,26 @@ def _by_shards(rank: int) -> dict[str, Any]:
     return {"value": value.detach(), "grads": grads}
 
 
+def _of_some_ranks(rank: int) -> dict[str, Any]:
+    """The losses over a group of the last two ranks."""
+    group = dist.new_group([1, 2])
+    model = _Towers(group)
+    if rank == 0:
+        with pytest.raises(ValueError, match="not a member of the group"):
+            model(_share(rank))
+        return {}
+    value = model(_share(rank))
+    value.backward()
+    return {"value": value.detach(), "grads": _gradients(model)}
+
+
 def _work(rank: int, folder: Path) -> None:
     model = DistributedDataParallel(_Towers(dist.group.WORLD))
     value = model(_share(rank))
     value.backward()
     results = {"ddp": {"value": value.detach(), "grads": _gradients(model)}}
     results["fsdp"] = _by_shards(rank)
+    results["some"] = _of_some_ranks(rank)
     save_result(results, rank, folder)
 
 
@@ -112,3 +126,14 @@ def test_averaged_gradients_are_those_of_the_whole_batch(
         assert got["grads"].keys() == want.keys()
         for name in want:
             assert relative_error(got["grads"][name], want[name]) <= 1e-11, name
+
+
+def test_a_group_may_be_some_of_the_ranks(ranks: list[dict[str, Any]]) -> None:
+    model = _Towers(None)
+    value = model({name: x[SHARES[0] :] for name, x in _all().items()})
+    value.backward()
+    parts = [part["some"] for part in ranks[1:]]
+    assert [part["value"].item() for part in parts] == pytest.approx([value.item()] * 2, rel=1e-12)
+    for name, want in _gradients(model).items():
+        got = torch.stack([part["grads"][name] for part in parts]).mean(0)
+        assert relative_error(got, want) <= 1e-11, name

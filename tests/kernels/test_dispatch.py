@@ -62,6 +62,8 @@ def test_the_interpreter_takes_cpu_tensors_only_when_asked(monkeypatch: pytest.M
     assert _dispatch.resolve("auto", CPU) == "torch"
     with pytest.raises(ValueError, match="D is too large"):
         _dispatch.resolve("triton", CPU, "D is too large")
+    with pytest.raises(ValueError, match="tensors are on mps"):
+        _dispatch.resolve("triton", torch.device("mps"))
 
 
 def test_the_switch_turns_triton_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +72,9 @@ def test_the_switch_turns_triton_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _dispatch.resolve("auto", CPU) == "torch"
     with pytest.raises(ValueError, match=_dispatch.DISABLE_VARIABLE):
         _dispatch.resolve("triton", CPU)
+    for off in ("", "0"):
+        monkeypatch.setenv(_dispatch.DISABLE_VARIABLE, off)
+        assert _dispatch.resolve("triton", CPU) == "triton"
 
 
 def test_an_old_gpu_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +88,28 @@ def test_an_old_gpu_falls_back_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert _dispatch.resolve("auto", cuda) == "triton"
 
 
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: (9, 0) if index == 1 else (7, 5))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _dispatch.resolve("auto", torch.device("cuda")) == "triton"
+    assert _dispatch.resolve("auto", torch.device("cuda", 0)) == "torch"
+
+
+def test_why_a_gpu_is_not_used_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with AMD's torch, whose GPUs are called cuda too."""
+    monkeypatch.setattr(_dispatch, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(_dispatch, "_said", set())
+    monkeypatch.setattr(_dispatch.logger, "propagate", True)
+    with caplog.at_level("INFO", "mlip"):
+        for device in (CPU, torch.device("cuda", 0), torch.device("cuda", 1)):
+            assert _dispatch.resolve("auto", device) == "torch"
+    assert caplog.messages == ["mlip.kernels runs in plain torch: this torch build has no CUDA"]
+
+
 def test_without_a_c_compiler_or_headers_auto_is_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -93,9 +120,18 @@ def test_without_a_c_compiler_or_headers_auto_is_torch(
         patch.delenv("C_INCLUDE_PATH", raising=False)
         patch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
         assert "Python.h" in str(_dispatch.missing_tools())
+        for name in ("CPATH", "C_INCLUDE_PATH"):  # a compiler may be told where to look
+            with monkeypatch.context() as told:
+                told.setenv(name, "/opt/python/include")
+                assert _dispatch.missing_tools() is None
         patch.setenv("PATH", str(tmp_path))
         patch.delenv("CC", raising=False)
         assert "C compiler" in str(_dispatch.missing_tools())
+        patch.setenv("CC", "/opt/bin/cc")
+        assert "C compiler" not in str(_dispatch.missing_tools())
+        patch.delenv("CC")
+        (tmp_path / "clang").touch(mode=0o755)
+        assert "C compiler" not in str(_dispatch.missing_tools())
     monkeypatch.setattr(_dispatch, "_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     cuda = torch.device("cuda", 0)

@@ -132,6 +132,8 @@ def _work(rank: int, folder: Path) -> None:
         results["ragged"] = str(error)
     results["some ranks"] = [_on_some_ranks(name, rank) for name in OPTIONAL]
     results["no pair"] = _without_pairs(rank)
+    results["other branch"] = _gradient_of_another_branch()
+    results["three ranks"] = _clip_of_three_ranks()
     save_result(results, rank, folder)
 
 
@@ -157,12 +159,33 @@ def _on_some_ranks(name: str, rank: int) -> str:
     return "accepted"
 
 
-def _without_pairs(rank: int) -> Tensor:
-    rows = slice(0, 6 * (1 - rank))
-    image, text = (
-        torch.nn.functional.normalize(_inputs()[k][rows, 0], dim=-1) for k in ("patches", "tokens")
-    )
-    return info_nce_loss(image, text, 14.3, group=dist.group.WORLD)
+def _first_rows(rows: slice, group: Any) -> dict[str, Any]:
+    made = {
+        k: torch.nn.functional.normalize(_inputs()[k][rows, 0], dim=-1).requires_grad_()
+        for k in ("patches", "tokens")
+    }
+    return _collect(info_nce_loss(*made.values(), 14.3, group=group), made)
+
+
+def _without_pairs(rank: int) -> dict[str, Any]:
+    return _first_rows(slice(0, 6 * (1 - rank)), dist.group.WORLD)
+
+
+def _gradient_of_another_branch() -> Tensor:
+    """Autograd gives both addends one tensor, which the exchange must leave as it is."""
+    own, others = torch.zeros(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
+    total = others + gather_rows(own, dist.group.WORLD)
+    grads = torch.autograd.grad(total, [own, others], torch.ones(4, 3))
+    return torch.stack([grad.sum() for grad in grads])
+
+
+def _clip_of_three_ranks() -> str:
+    clip = ClipLoss(gather_with_grad=True, world_size=3)
+    try:
+        clip(torch.eye(2), torch.eye(2), 1.0)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +249,18 @@ def test_masks_and_ids_on_some_ranks_alone_are_refused(ranks: list[dict[str, Any
 
 
 def test_a_rank_may_have_no_pair_in_info_nce_alone(ranks: list[dict[str, Any]]) -> None:
-    image, text = (
-        torch.nn.functional.normalize(_inputs()[k][:, 0], dim=-1) for k in ("patches", "tokens")
-    )
-    want = info_nce_loss(image, text, 14.3).item()
-    assert [part["no pair"].item() for part in ranks] == pytest.approx([want, want], rel=1e-12)
+    _assert_one_process([part["no pair"] for part in ranks], _first_rows(slice(0, 6), None), 1e-12)
     none = torch.zeros(0, 3, 8)
     with pytest.raises(ValueError, match="skip the loss of an empty batch"):
         token_knowledge_patch_loss(none, none, logit_scale=1.0)
+
+
+def test_an_exchange_leaves_the_gradient_that_came_as_it_is(ranks: list[dict[str, Any]]) -> None:
+    assert all(part["other branch"].tolist() == [2 * 2 * 3.0, 4 * 3.0] for part in ranks)
+
+
+def test_clip_loss_of_another_number_of_ranks_is_refused(ranks: list[dict[str, Any]]) -> None:
+    assert all("initialised process group of 3 ranks" in part["three ranks"] for part in ranks)
 
 
 def test_a_group_needs_torch_distributed() -> None:

@@ -65,20 +65,26 @@ def test_a_second_derivative_is_refused_and_a_first_one_with_its_graph_is_not(
 ) -> None:
     """As `loss.backward(create_graph=True)` asks for it, with and without ids."""
     image, text = unit(5, 4, 0).requires_grad_(), unit(5, 4, 1)
-    value = info_nce_loss(image, text, 10.0, pair_ids=torch.arange(5) if with_ids else None)
-    (plain,) = torch.autograd.grad(value, [image], retain_graph=True)
-    (grad,) = torch.autograd.grad(value, [image], create_graph=True)
-    assert torch.equal(grad, plain)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(grad.square().sum(), [image])
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    value = info_nce_loss(image, text, scale, pair_ids=torch.arange(5) if with_ids else None)
+    for wanted in (image, scale):
+        (plain,) = torch.autograd.grad(value, [wanted], retain_graph=True)
+        (grad,) = torch.autograd.grad(value, [wanted], create_graph=True)
+        assert torch.equal(grad, plain)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(grad.square().sum(), [image], retain_graph=True)
 
 
-def test_backward_under_autocast_gives_the_gradients_of_backward_without() -> None:
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_backward_under_autocast_gives_the_gradients_of_backward_without(
+    create_graph: bool,
+) -> None:
     found = []
     for is_on in (False, True):
         leaves = [unit(7, 5, seed, torch.float32).requires_grad_() for seed in (0, 1)]
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
-            found.append(torch.autograd.grad(info_nce_loss(*leaves, 10.0), leaves))
+            value = info_nce_loss(*leaves, 10.0)
+            found.append(torch.autograd.grad(value, leaves, create_graph=create_graph))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -133,7 +139,8 @@ def test_a_scale_keeps_its_digits_where_a_batch_has_nearly_collapsed(of_scores: 
     assert abs(found[0] / found[1] - 1.0) <= 1e-4, found
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elements", [30, 1])  # two rows, and less than one
+def test_chunks_change_nothing(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = unit(13, 5, 0), unit(13, 5, 1)
     ids = torch.arange(13) // 3
 
@@ -141,10 +148,24 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return info_nce_loss(x, y, k, pair_ids=ids)
 
     want = value_and_gradients(run, image, text, 20.0)
-    monkeypatch.setattr(_contrastive, "CHUNK_ELEMENTS", 30)
+    monkeypatch.setattr(_contrastive, "CHUNK_ELEMENTS", elements)
     got = value_and_gradients(run, image, text, 20.0)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) <= MACHINE
+
+
+def test_chunks_of_masked_scores_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = unit(9, 9, 2).requires_grad_()
+    at = torch.arange(9)
+    valid = {"image_valid": at % 4 != 1, "text_valid": at % 5 != 3}
+
+    def run() -> list[Tensor]:
+        value = contrastive_loss_from_scores(scores, logit_scale=9.0, pair_ids=at // 2, **valid)
+        return [value, *torch.autograd.grad(value, [scores])]
+
+    want = run()
+    monkeypatch.setattr(_contrastive, "CHUNK_ELEMENTS", 20)
+    assert all(relative_error(a, b) <= MACHINE for a, b in zip(run(), want, strict=True))
 
 
 def test_half_precision_features_are_computed_in_float32() -> None:
@@ -216,6 +237,8 @@ def test_launchers_allocate_what_the_law_allows(
     [
         ({"text_features": torch.zeros(3, 4)}, r"one shape \[B, D\]"),
         ({"image_features": torch.zeros(2, 4).long()}, "floating-point"),
+        ({"text_features": torch.zeros(2, 4).long()}, "floating-point"),
+        ({"text_features": torch.zeros(2, 4, device="meta")}, "one device, got cpu and meta"),
         ({"pair_ids": torch.zeros(2)}, "int64"),
         ({"pair_ids": torch.zeros(3, dtype=torch.int64)}, r"of shape \[2\]"),
         ({"impl": "fast"}, "expected impl"),

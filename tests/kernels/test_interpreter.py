@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
+from mlip.kernels.token_knowledge_patch import op, token_knowledge_patch_scores
 from tests.kernels.interpreting import INTERPRETING, interpreted
 from tests.kernels.oracle import leaves, make_inputs
 
@@ -78,7 +78,18 @@ def test_losses_are_one_graph_to_torch_compile_and_one_more_for_every_other_batc
 
 
 @interpreted
-def test_statistics_are_kept_only_where_a_gradient_will_be_asked_for() -> None:
+def test_statistics_are_kept_only_where_a_gradient_will_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[int] = []  # by the forward operator: what is not kept is made in small chunks
+    plain = op.pair_scores_op
+
+    def counted(*args: object) -> tuple[Tensor, ...]:
+        out = plain(*args)
+        made.append(out[1].numel())
+        return out
+
+    monkeypatch.setattr(op, "pair_scores_op", counted)
     inputs = leaves(make_inputs(2, 2, 20, 5, 0, 16, masks=False), torch.float32)
     held: list[int] = []
 
@@ -93,6 +104,7 @@ def test_statistics_are_kept_only_where_a_gradient_will_be_asked_for() -> None:
         with torch.no_grad():
             token_knowledge_patch_scores(**inputs, impl="triton")
     assert kept > 0 and not held
+    assert made[0] > 0 and made[1] == 0
 
 
 @interpreted
@@ -113,10 +125,13 @@ def test_operators_describe_themselves_to_torch_compile() -> None:
     weight = torch.full((2, 5), 0.2)
     torch.library.opcheck(operators.pack_rows, (rows, weight), test_utils=tests)
     inputs = (*operators.pack_rows(rows, weight), weight, v, bias, one, one, None)
-    problem = (20, "attention", "lse")
-    torch.library.opcheck(operators.pair_scores_op, (*inputs, *problem, True), test_utils=tests)
-    made = operators.pair_scores_op(*inputs, *problem, True)
-    backward = (made[0], *inputs, *made, *problem, True)
-    torch.library.opcheck(operators.pair_scores_bwd_op, backward, test_utils=tests)
+    for pooling in ("attention", "context", "max"):
+        problem = (20, pooling, "lse")
+        torch.library.opcheck(operators.pair_scores_op, (*inputs, *problem, True), test_utils=tests)
+        made = operators.pair_scores_op(*inputs, *problem, True)
+        backward = (made[0], *inputs, *made, *problem, True)
+        torch.library.opcheck(operators.pair_scores_bwd_op, backward, test_utils=tests)
+        both = (*rows_arguments[:6], *backward)
+        torch.library.opcheck(operators.pair_scores_and_rows_bwd, both, test_utils=tests)
     torch.library.opcheck(operators.unit_patches_bwd, (patches, None, v), test_utils=tests)
     torch.library.opcheck(operators.query_rows_bwd, (*rows_arguments[:6], rows), test_utils=tests)

@@ -121,6 +121,44 @@ def test_features_may_come_in_different_dtypes() -> None:
         assert relative_error(got[name], want[name]) <= 4e-3, name  # its own rounding
 
 
+def test_one_input_of_float64_makes_the_call_float64() -> None:
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in _square().items()}
+    rows = [F.normalize(inputs[name][:, 0], dim=-1) for name in ("patches", "tokens")]
+    for name in INPUTS:
+        value = token_knowledge_patch_loss(
+            **inputs | {name: inputs[name].double()}, logit_scale=10.0
+        )
+        truth = token_knowledge_patch_loss(**leaves(inputs), logit_scale=10.0)
+        assert value.dtype == torch.float64 and relative_error(value, truth) <= 1e-12
+    for wide in (0, 1):
+        mixed = [x.double() if side == wide else x for side, x in enumerate(rows)]
+        truth = info_nce_loss(*(x.double() for x in rows), 10.0)
+        assert torch.equal(info_nce_loss(*mixed, 10.0), truth)
+
+
+def test_scores_of_bfloat16_are_multiplied_and_summed_in_float32() -> None:
+    narrow = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    value = contrastive_loss_from_scores(narrow, logit_scale=10.0)
+    truth = contrastive_loss_from_scores(narrow.double(), logit_scale=10.0)
+    assert value.dtype == torch.float32 and relative_error(value, truth) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_scale_may_be_one_entry_of_any_dtype(dtype: torch.dtype) -> None:
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in _square().items()}
+    rows = [F.normalize(inputs[name][:, 0], dim=-1) for name in ("patches", "tokens")]
+
+    def losses(scale: float | Tensor) -> list[Tensor]:
+        found = [info_nce_loss(*rows, scale)]
+        found += [token_knowledge_patch_loss(**inputs, logit_scale=scale)]
+        return [*found, token_knowledge_patch_loss(**inputs, logit_scale=3, attention_scale=scale)]
+
+    scale = torch.tensor([10.0], dtype=dtype, requires_grad=True)
+    for value, want in zip(losses(scale), losses(10.0), strict=True):
+        assert value.dtype == torch.float32 and torch.equal(value, want)
+        assert torch.autograd.grad(value, scale)[0].item() != 0.0
+
+
 def test_weights_may_be_boolean_masks() -> None:
     """As the tokenizers' own attention masks are, compared with 0."""
     inputs = _square()
@@ -142,6 +180,11 @@ def test_features_of_eight_bits_are_left_to_torch() -> None:
                                        logit_scale=10.0)  # fmt: skip
     wide = {"tokens": tiny["tokens"].float(), "patches": inputs["patches"]}
     assert torch.equal(value, token_knowledge_patch_loss(**wide, logit_scale=10.0))
+
+
+def test_the_module_asks_for_the_implementation_that_it_was_told() -> None:
+    with pytest.raises(ValueError, match='impl="triton" cannot run'):
+        TokenKnowledgePatchLoss(impl="triton")(torch.ones(2, 3, 8), torch.ones(2, 4, 8))
 
 
 class _Handle:
@@ -250,6 +293,8 @@ def test_info_nce_is_exact_at_logit_scale_100() -> None:
     ("change", "message"),
     [
         ({"tokens": torch.zeros(4, 6, 8, device="meta")}, "tokens on cpu"),
+        ({"token_weights": torch.ones(4, 6, device="meta")}, "token_weights on cpu"),
+        ({"patch_mask": torch.ones(4, 5, device="meta").bool()}, "patch_mask on cpu"),
         ({"pair_ids": torch.zeros(4, dtype=torch.int64, device="meta")}, "pair_ids .* on cpu"),
         ({"logit_scale": torch.ones(2)}, "logit_scale to be a number"),
     ],

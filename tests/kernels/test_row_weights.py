@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from mlip.kernels.token_knowledge_patch import checks, token_knowledge_patch_scores
+from mlip.kernels.token_knowledge_patch import (
+    checks,
+    contrastive_loss_from_scores,
+    token_knowledge_patch_loss,
+    token_knowledge_patch_scores,
+)
 from mlip.kernels.token_knowledge_patch.rows_reference import row_weights
 from tests.kernels.oracle import assert_broken_weights_show, make_inputs, relative_error
 
@@ -47,6 +52,18 @@ def test_the_gradient_of_a_weight_is_rounded_once() -> None:
         made = row_weights(tokens, None, leaf, None, None, 0.0, torch.float64)
         found.append(torch.autograd.grad((made * incoming).sum(), leaf)[0])
     assert relative_error(found[0], found[1]) <= 2**-8
+
+
+@pytest.mark.parametrize("with_entities", [False, True])
+def test_a_text_of_masked_tokens_is_in_the_loss_where_it_has_entities(with_entities: bool) -> None:
+    inputs = make_inputs(4, 4, seed=3, entities=3 if with_entities else 0)
+    valid = {"image_valid": inputs["patch_mask"].any(1)}
+    valid["text_valid"] = torch.tensor([True, True, True, with_entities])
+    if with_entities:
+        inputs["knowledge_mask"][-1, 0] = True
+    scores = token_knowledge_patch_scores(**inputs)
+    want = contrastive_loss_from_scores(scores, logit_scale=9.0, **valid)
+    assert torch.equal(token_knowledge_patch_loss(**inputs, logit_scale=9.0), want)
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "lse"])

@@ -259,8 +259,13 @@ def test_a_graph_of_gradients_may_be_made_inside_a_checkpoint(
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dim": ({"tokens": torch.zeros(5, 6, 9)}, "D=8 as patches have, got D=9"),
     "ndim": ({"tokens": torch.zeros(5, 8)}, "3 dimensions"),
+    "views": ({"tokens": torch.zeros(5, 8, 6, 8)}, "3 dimensions"),
     "integers": ({"tokens": torch.zeros(5, 6, 8, dtype=torch.int64)}, "floating point"),
     "empty": ({"tokens": torch.zeros(5, 0, 8)}, "without an empty dimension"),
+    "other texts": ({"knowledge": torch.zeros(4, 3, 8)}, r"shape \[5, 3, 8\], got \[4, 3, 8\]"),
+    "entity weights": ({"knowledge_weights": torch.ones(5, 2)}, r"knowledge_weights \[N, K\]"),
+    "entity mask": ({"knowledge_mask": torch.ones(5, 2).bool()}, r"knowledge_mask \[N, K\]"),
+    "patch mask": ({"patch_mask": torch.ones(5, 4).bool()}, r"patch_mask \[M, P\]"),
     "weights shape": ({"token_weights": torch.ones(5, 7)}, r"shape \[5, 6\], got \[5, 7\]"),
     "negative": ({"token_weights": -torch.ones(5, 6)}, "token_weights >= 0"),
     "nan weight": ({"knowledge_weights": torch.full((5, 3), math.nan)}, "knowledge_weights >= 0"),
@@ -269,12 +274,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"token_weights": torch.ones(5, 6, dtype=torch.int64)},
         r"bool or in floating point, got torch.int64; .*mask.bool\(\)",
     ),
-    "mask dtype": ({"patch_mask": torch.ones(5, 5)}, "dtype bool"),
+    "mask dtype": ({"patch_mask": torch.ones(5, 5)}, "patch_mask of dtype bool"),
+    "entity mask dtype": ({"knowledge_mask": torch.ones(5, 3)}, "knowledge_mask of dtype bool"),
     "pooling": ({"pooling": "sum"}, "pooling one of"),
     "aggregation": ({"aggregation": "max"}, "aggregation one of"),
     "share": ({"knowledge_share": 1.5}, r"\[0, 1\]"),
+    "negative share": ({"knowledge_share": -0.5}, r"\[0, 1\]"),
     "share tensor": ({"knowledge_share": torch.tensor(0.5)}, r"\[0, 1\]"),
     "scale": ({"attention_scale": -1.0}, "attention_scale finite and at least 0"),
+    "infinite scale": ({"knowledge_scale": math.inf}, "knowledge_scale finite"),
     "gamma": ({"aggregation_scale": 0.0}, "aggregation_scale finite and greater than 0"),
     "small gamma": (
         {"aggregation_scale": 0.01, "aggregation": "lse"},
@@ -283,6 +291,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "scale shape": ({"attention_scale": torch.ones(2)}, "0-dim tensor"),
     "impl": ({"impl": "cuda"}, 'impl "auto", "triton" or "torch"'),
     "knowledge": ({"knowledge": None}, "expected knowledge beside"),
+    "mask alone": ({"knowledge": None, "knowledge_weights": None}, "expected knowledge beside"),
     "pair ids": ({"pair_ids": torch.zeros(5)}, "int64"),
     "pair ids shape": ({"pair_ids": torch.zeros(4, dtype=torch.int64)}, "one entry per pair"),
     "unequal": ({"patches": torch.zeros(4, 5, 8)}, "as many images as texts"),
@@ -296,20 +305,31 @@ def test_a_wrong_argument_is_named_with_what_came(case: str) -> None:
         token_knowledge_patch_loss(**(square_inputs() | {"logit_scale": 10.0} | change))
 
 
-def test_scores_of_another_group_are_refused() -> None:
-    with pytest.raises(ValueError, match="pass the group that made the scores"):
-        contrastive_loss_from_scores(torch.zeros(3, 6), logit_scale=1.0)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 6), "pass the group that made the scores"),
+        (torch.zeros(6, 3), "pass the group that made the scores"),
+        (torch.zeros(3), r"scores \[M, N\]"),
+        (torch.zeros(3, 3, dtype=torch.int64), "in floating point, got torch.int64"),
+    ],
+)
+def test_scores_that_are_not_of_these_pairs_are_refused(given: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss_from_scores(given, logit_scale=1.0)
 
 
 @pytest.mark.parametrize("pooling", ["attention", "context", "max"])
 @pytest.mark.parametrize("aggregation", ["mean", "lse"])
 def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggregation: str) -> None:
     inputs = square_inputs(19)
-    module = TokenKnowledgePatchLoss(pooling=pooling, aggregation=aggregation).double()
-    value = module(**inputs, pair_ids=torch.arange(5))
-    want = token_knowledge_patch_loss(
-        **inputs, logit_scale=1 / 0.07, pooling=pooling, aggregation=aggregation
-    )
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation, "logit_scale": 9.0}
+    options |= {"knowledge_gain": 0.9, "knowledge_share": 0.4, "knowledge_scale": 3.0}
+    options |= {"attention_scale": 6.0, "aggregation_scale": 4.0}
+    module = TokenKnowledgePatchLoss(**options).double()
+    ids = torch.tensor([4, 9, 4, 7, 1])
+    value = module(**inputs, pair_ids=ids)
+    want = token_knowledge_patch_loss(**inputs, pair_ids=ids, **options)
     assert value.item() == pytest.approx(want.item(), rel=1e-6)  # logarithms start in float32
     value.backward()
     for name, parameter in module.named_parameters():
@@ -324,6 +344,7 @@ def test_the_module_is_the_function_with_learned_logarithms(pooling: str, aggreg
     [
         ({"knowledge_share": 2.0}, r"\[0, 1\]"),
         ({"knowledge_gain": math.inf}, "knowledge_gain finite"),
+        ({"attention_scale": 0.0}, "attention_scale finite and greater than 0"),
         ({"impl": "fast"}, "expected impl"),
         ({"pooling": "sum"}, "pooling one of"),
         ({"aggregation": "lse", "aggregation_scale": 0.01}, "at least 0.02"),
@@ -355,11 +376,12 @@ def test_entities_of_a_batch_without_any_still_get_a_gradient() -> None:
     assert all(x.grad is not None and x.grad.shape == x.shape for x in made.values())
 
 
-def test_clamping_stops_the_logit_scale_at_100() -> None:
-    module = TokenKnowledgePatchLoss(logit_scale=5000.0, attention_scale=10.0)
+def test_clamping_stops_the_logit_scale_at_100_and_the_softmax_scales_at_200() -> None:
+    module = TokenKnowledgePatchLoss(logit_scale=5000.0, attention_scale=5000.0)
     module.clamp_scales_()
     assert module.log_logit_scale.exp().item() == pytest.approx(100.0, rel=1e-6)
-    assert module.log_attention_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
+    assert module.log_attention_scale.exp().item() == pytest.approx(200.0, rel=1e-5)
+    assert module.log_knowledge_scale.exp().item() == pytest.approx(10.0, rel=1e-6)
     soft = TokenKnowledgePatchLoss(aggregation="lse")
     torch.nn.init.constant_(soft.log_aggregation_scale, -9.0)
     soft.clamp_scales_()
