@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def autocast_on(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager:
+    """No autocast inside; tensors of the meta device, shapes alone, know none."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 class _Refuse(torch.autograd.Function):
@@ -44,10 +56,10 @@ def no_second_derivative(backward: Callable) -> Callable:
     def wrapped(ctx: Any, *grads: Tensor) -> Any:
         device = grads[0].device.type
         if not torch.is_grad_enabled():
-            with torch.autocast(device, enabled=False):
+            with autocast_off(device):
                 return backward(ctx, *grads)
         saved = ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(device, enabled=False):
+        with torch.no_grad(), autocast_off(device):
             out = backward(_Read(ctx, saved), *grads)
         # autograd.grad runs only nodes that lead to what it is asked for: hang the error on those
         # (an input that was not given is saved as None)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlip.kernels._autograd import no_second_derivative
+
 Group = Any  # torch.distributed.ProcessGroup | None
 
 
@@ -57,7 +59,7 @@ def row_counts(x: Tensor, group: Group, given: dict[str, bool] | None = None) ->
     if size == 1 or x.device.type != "cpu":
         return [x.shape[0]] * size
     given = given or {}
-    mine = torch.tensor([*x.shape, *given.values()], dtype=torch.int64)
+    mine = torch.tensor([*x.shape, *given.values()], dtype=torch.int64, device="cpu")
     shapes = [torch.zeros_like(mine) for _ in range(size)]
     dist.all_gather(shapes, mine, group=group)
     came = torch.stack(shapes)[:, x.ndim :].bool()
@@ -130,6 +132,7 @@ class _GatherRows(torch.autograd.Function):
         return gather(x, group, counts)
 
     @staticmethod
+    @no_second_derivative  # which would know nothing of the sum over ranks
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         # summed in float32 or better: W terms in bfloat16 would lose what the kernel kept
         grad = grads[0] if grads[0].dtype == torch.float64 else grads[0].float()

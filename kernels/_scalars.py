@@ -1,9 +1,11 @@
-"""Scales as tensors on the device, without synchronising; the widest type of a device's sums."""
+"""Scales as tensors on the device, without synchronising; where values may be read; the widest
+type of a device's sums."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def scalar_tensor(
@@ -16,6 +18,9 @@ def scalar_tensor(
                 f"expected {name} to be a number or a 0-dim tensor, got shape {list(value.shape)}"
             )
         return value.to(device=device, dtype=dtype).reshape(())
+    if torch.compiler.is_compiling():
+        # one graph for numbers of any value: torch.full would be compiled again for each
+        return torch.ones((), dtype=dtype, device=device) * value
     # filled on the device: copying a host number would synchronise and break CUDA graphs
     return torch.full((), value, dtype=dtype, device=device)
 
@@ -26,3 +31,10 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     Apple's GPUs and some of Intel's and others' refuse every float64 tensor.
     """
     return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether the host may read `x`: on a GPU a look would synchronise, and a graph that is being
+    made has no values, nor has a FakeTensor, by which memory is planned."""
+    is_shape = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not is_shape

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
@@ -27,6 +27,7 @@ from mlip.kernels._distributed import (
     gather,
     gather_rows,
     reduce_rows,
+    row_counts,
     sum_over_group,
 )
 from mlip.kernels._scalars import scalar_tensor
@@ -262,7 +263,7 @@ def info_nce_views_loss(
     if torch.float64 in dtypes:
         refusal = "the inputs are float64, and the kernels work in float32"
     # float16 becomes bfloat16 as well: gradients of 1 / B^2 would underflow it
-    is_narrow = dtypes != {torch.float32} or torch.is_autocast_enabled(device.type)
+    is_narrow = dtypes != {torch.float32} or autocast_on(device.type)
     largest = MAX_TRITON_DIM if is_narrow else MAX_TRITON_DIM_FLOAT32
     if dim > largest and refusal is None:
         refusal = f"D={dim} is above {largest}, the largest that fits on chip"
@@ -270,7 +271,7 @@ def info_nce_views_loss(
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     compute = torch.bfloat16 if is_triton and is_narrow else wide
     scale = scalar_tensor("logit_scale", logit_scale, wide, device)
-    with torch.autocast(device.type, enabled=False):
+    with autocast_off(device.type):
         images, texts = (
             _stack([view.to(compute).contiguous() for view in side], 0)
             for side in (image_views, text_views)
@@ -333,9 +334,18 @@ class ClipLoss(nn.Module):
 
         Rows are this rank's with local_loss, else those of all ranks. A matrix of B x B that
         forward never makes
+        Raises:  ValueError with local_loss for ranks of different numbers of pairs (found on a CPU)
         """
         group = self._group()
-        every_image, every_text = (gather_rows(x, group) for x in (image_features, text_features))
+        counts = row_counts(image_features, group)
+        if self.local_loss and min(counts) < max(counts):
+            raise ValueError(
+                f"expected as many pairs on every rank with local_loss=True, got {counts}: "
+                "get_ground_truth counts on it; pass local_loss=False"
+            )
+        every_image, every_text = (
+            gather_rows(x, group, counts) for x in (image_features, text_features)
+        )
         if not self.local_loss:
             image_features, text_features = every_image, every_text
         of_images = logit_scale * image_features @ every_text.T

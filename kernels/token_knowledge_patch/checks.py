@@ -7,15 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from mlip.kernels._scalars import has_values
+
 POOLINGS = ("attention", "context", "max")
 AGGREGATIONS = ("mean", "lse")
 # below it the logarithm of a sum of nearly equal powers leaves float32 fewer than five digits
 MIN_AGGREGATION_SCALE = 0.02
-
-
-def _is_readable(value: Tensor) -> bool:
-    """Reading a tensor on a GPU would synchronise, and under torch.compile there is no value."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _expect_shape(name: str, value: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
@@ -31,11 +28,12 @@ def check_scale(name: str, value: float | Tensor, minimum: float, open_end: bool
             raise ValueError(
                 f"expected {name} to be a number or a 0-dim tensor, got shape {list(value.shape)}"
             )
-        if not _is_readable(value):
+        if not has_values(value):
             return
         value = float(value.detach())
     low_enough = value > minimum if open_end else value >= minimum
-    if not math.isfinite(value) or not low_enough:
+    # comparisons, which torch.compile traces for a number of any value, as it does not isfinite
+    if not low_enough or not -math.inf < value < math.inf:
         bound = "greater than" if open_end else "at least"
         raise ValueError(f"expected {name} finite and {bound} {minimum:g}, got {value}")
 
@@ -93,7 +91,7 @@ def check_inputs(
                 f"expected {name} bool or in floating point, got {weight.dtype}; for a mask of 0 "
                 "and 1 pass mask.bool()"
             )
-        if _is_readable(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
+        if has_values(weight) and not bool(((weight >= 0) & weight.isfinite()).all()):
             raise ValueError(
                 f"expected {name} >= 0 and finite, got numbers from {float(weight.min())} to "
                 f"{float(weight.max())}; 0 masks"

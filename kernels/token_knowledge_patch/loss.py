@@ -10,8 +10,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._autograd import autocast_off, no_second_derivative
 from mlip.kernels._contrastive import (
+    Pairing,
+    Statistics,
     center,
     chunk_bounds,
     logits_gradient,
@@ -33,6 +35,12 @@ from mlip.kernels.token_knowledge_patch.op import scores_and_validity
 
 MAX_LOGIT_SCALE = 100.0
 MAX_ATTENTION_SCALE = 200.0  # the largest that the kernels are tested at
+MOST = {
+    "log_logit_scale": MAX_LOGIT_SCALE,
+    "log_attention_scale": MAX_ATTENTION_SCALE,
+    "log_knowledge_scale": MAX_ATTENTION_SCALE,
+    "log_aggregation_scale": MAX_ATTENTION_SCALE,
+}
 
 
 class _ContrastiveFromScores(torch.autograd.Function):
@@ -50,24 +58,31 @@ class _ContrastiveFromScores(torch.autograd.Function):
 
         row, column, positive = logsumexp_statistics(chunk, scores.shape[0], pairing)
         stats = over_ranks(row, column, positive, pairing, group)
-        ctx.save_for_backward(scores, logit_scale)
-        ctx.stats, ctx.pairing, ctx.group = stats, pairing, group
+        # masks and ids as well: changed in place before the backward pass they are torch's error
+        ctx.save_for_backward(
+            scores, logit_scale, stats.row_lse, stats.column_lse, stats.positive, pairing.weight,
+            pairing.ids, pairing.image_valid, pairing.text_valid,
+        )  # fmt: skip
+        ctx.counts, ctx.offset, ctx.group = pairing.counts, pairing.offset, group
         return loss_value(stats, pairing)
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
-        scores, logit_scale = ctx.saved_tensors
+        scores, logit_scale, row_lse, column_lse, positive, weight, *optional = ctx.saved_tensors
+        ids, image_valid, text_valid = optional
+        stats = Statistics(row_lse, column_lse, positive)
+        pairing = Pairing(ctx.counts, ctx.offset, ids, image_valid, text_valid, None, weight)
         grad = sum_over_group(grad, ctx.group)
-        pulls = pull(ctx.stats, ctx.pairing, scores.shape[0])
+        pulls = pull(stats, pairing, scores.shape[0])
         out, scale_grad = torch.empty_like(scores), torch.zeros_like(logit_scale)
         for start, stop in chunk_bounds(*scores.shape):
             dz = scores[start:stop] * logit_scale
-            dz = logits_gradient(dz, start, ctx.stats, pulls, ctx.pairing).mul_(grad)
+            dz = logits_gradient(dz, start, stats, pulls, pairing).mul_(grad)
             if ctx.needs_input_grad[1]:
-                middle = center(ctx.stats, ctx.pairing, logit_scale)
+                middle = center(stats, pairing, logit_scale)
                 pulled = dz * (scores[start:stop] - middle)
-                if ctx.pairing.image_valid is not None or ctx.pairing.text_valid is not None:
+                if image_valid is not None or text_valid is not None:
                     # an invalid half may hold NaN
                     pulled = torch.where(dz == 0, torch.zeros_like(dz), pulled)
                 scale_grad += pulled.sum()
@@ -242,9 +257,10 @@ class TokenKnowledgePatchLoss(nn.Module):
 
         A scale that is not learned stays what the caller chose.
         """
-        for name, log in self.named_parameters():
-            most = MAX_LOGIT_SCALE if name == "log_logit_scale" else MAX_ATTENTION_SCALE
-            log.clamp_(max=math.log(most))
+        for name, log in self.named_parameters(recurse=False):
+            if name not in MOST:  # a subclass may have parameters of its own
+                continue
+            log.clamp_(max=math.log(MOST[name]))
             if name == "log_aggregation_scale":
                 log.clamp_(min=math.log(MIN_AGGREGATION_SCALE))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative
 from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, row_counts
@@ -142,10 +142,10 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
         options["pooling"],
         options["aggregation"],
         # float16 becomes bfloat16 as well: gradients of 1 / (B T P) would underflow it
-        not both_wide or torch.is_autocast_enabled(device.type),
+        not both_wide or autocast_on(device.type),
         group,
     )
-    with torch.autocast(device.type, enabled=False):
+    with autocast_off(device.type):
         weight = row_weights(
             tokens,
             knowledge,
@@ -168,7 +168,7 @@ def _scores_by_triton(inputs: dict[str, Any], options: dict[str, Any], group: Gr
     return scores, weight, None if patch_mask is None else patch_mask.any(1)
 
 
-def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Group):
+def scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Group):
     patches, tokens, knowledge = inputs["patches"], inputs["tokens"], inputs["knowledge"]
     features = [x for x in (patches, tokens, knowledge) if x is not None]
     is_wide = any(x.dtype == torch.float64 for x in features)
@@ -181,7 +181,7 @@ def _scores_by_torch(inputs: dict[str, Any], options: dict[str, Any], group: Gro
     # without entities nothing depends on these: a gradient of zero, which data-parallel training
     # waits for, as the kernels give it
     idle = [] if knowledge is not None else [scalars["knowledge_scale"], scalars["knowledge_gain"]]
-    with torch.autocast(patches.device.type, enabled=False):
+    with autocast_off(patches.device.type):
         rows, weight = prepare_rows_in_budget(
             tokens,
             knowledge,
@@ -270,7 +270,12 @@ def scores_and_validity(
         "aggregation": aggregation,
     }
     chosen = resolve(impl, patches.device, _refusal(patches, tokens, knowledge))
-    run = _scores_by_triton if chosen == "triton" else _scores_by_torch
+    run = _scores_by_triton if chosen == "triton" else scores_by_torch
+    is_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if chosen == "torch" and is_graph and patches.device.type == "cpu":
+        from mlip.kernels.token_knowledge_patch.uncompiled import scores_by_torch_uncompiled
+
+        run = scores_by_torch_uncompiled
     scores, weight, image_valid = run(inputs, options, group)
     for x in nothing:  # a gradient of no entry, which data-parallel training waits for
         scores = scores + 0.0 * x.sum()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mlip.kernels._autograd import no_second_derivative
-from mlip.kernels._scalars import widest_dtype
+from mlip.kernels._scalars import has_values, widest_dtype
 from mlip.kernels.token_knowledge_patch.rows_reference import prepare_rows
 
 MEMORY_BUDGET_BYTES = 512 * 2**20
@@ -101,7 +101,7 @@ def _tiles(spec: Spec, budget_elements: int, on_cpu: bool) -> Iterator[Tile]:
 
 def _tile_budget_bytes(rows_RD: Tensor, patch_MPD: Tensor) -> int:
     """What tiles and kept similarities may take beside the unit rows and their gradients."""
-    copies = 4 * (rows_RD.nbytes + patch_MPD.nbytes)
+    copies = 4 * rows_RD.element_size() * (rows_RD.numel() + patch_MPD.numel())
     return max(MEMORY_BUDGET_BYTES - copies, MEMORY_BUDGET_BYTES // 4)
 
 
@@ -243,18 +243,22 @@ class _PairScores(torch.autograd.Function):
             scores = torch.where(spec.patch_mask.any(1)[:, None], scores, 0.0)
         # through save_for_backward, so that autograd frees them as soon as backward is done
         kept = [x for tile in tiles for x in tile.kept or ()]
-        ctx.save_for_backward(rows_RD, weight_R, patch_MPD, alpha, gamma, scores, *kept)
-        ctx.spec, ctx.tiles = spec, [replace(tile, kept=None) for tile in tiles]
+        # the mask as well: changed in place before the backward pass it is torch's error
+        ctx.save_for_backward(
+            rows_RD, weight_R, patch_MPD, alpha, gamma, scores, spec.patch_mask, *kept
+        )
+        ctx.spec = replace(spec, patch_mask=None)
+        ctx.tiles = [replace(tile, kept=None) for tile in tiles]
         return scores
 
     @staticmethod
     @no_second_derivative
     def backward(ctx: Any, grad: Tensor):
-        rows_RD, weight_R, patch_MPD, alpha, gamma, scores, *kept = ctx.saved_tensors
-        spec: Spec = ctx.spec
+        rows_RD, weight_R, patch_MPD, alpha, gamma, scores, mask, *kept = ctx.saved_tensors
+        spec: Spec = replace(ctx.spec, patch_mask=mask)
         each = len(kept) // len(ctx.tiles)
-        if spec.patch_mask is not None:
-            grad = torch.where(spec.patch_mask.any(1)[:, None], grad, 0.0)
+        if mask is not None:
+            grad = torch.where(mask.any(1)[:, None], grad, 0.0)
         d_rows, d_weight = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
         # in rows whatever the strides of patches, which may be a grid of features turned around
         d_patch = torch.zeros_like(patch_MPD, memory_format=torch.contiguous_format)
@@ -311,8 +315,10 @@ def pair_scores(
     images, patches = patch_MPD.shape[:2]
     rows_RD, weight_R = rows_NJD.reshape(-1, dim), weight_NJ.reshape(-1)
     # torch.export has no values, and a graph of it no shapes that hang on them
-    reads = rows_NJD.device.type == "cpu" and not torch.compiler.is_exporting()
+    reads = has_values(rows_NJD)
     if reads:
+        if patch_mask_MP is not None and patch_mask_MP.is_inference():
+            patch_mask_MP = patch_mask_MP.clone()  # of a frozen tower, say: could not be saved
         real = ~(weight_R.detach() <= 0)  # a weight of NaN is to be seen in the score
         lengths = real.view(texts, rows_a_text).sum(1)
         bounds = [0, *torch.cumsum(lengths, 0).tolist()]

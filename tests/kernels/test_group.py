@@ -125,6 +125,7 @@ def _work(rank: int, folder: Path) -> None:
     clip = ClipLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
     results["clip"] = clip(unit, text, 14.3).item()
     results["clip logits"] = [_by_logits(local_loss, rank, unit, text) for local_loss in (0, 1)]
+    results["refused"] = _refused(rank)
     try:
         gather_rows(torch.zeros(2, 3 + rank), dist.group.WORLD)
         results["ragged"] = "accepted"
@@ -142,6 +143,28 @@ def _by_logits(local_loss: int, rank: int, image: Tensor, text: Tensor) -> float
     logits = clip.get_logits(image, text, 14.3)
     labels = clip.get_ground_truth(image.device, len(logits[0]))
     return sum(torch.nn.functional.cross_entropy(side, labels).item() for side in logits) / 2
+
+
+def _refused(rank: int) -> list[str]:
+    rows = slice(4 * rank, 4 + 2 * rank)  # 4 and 2 pairs
+    image, text = (
+        torch.nn.functional.normalize(_inputs()[k][rows, 0], dim=-1).requires_grad_()
+        for k in ("patches", "tokens")
+    )
+    said = []
+    clip = ClipLoss(True, gather_with_grad=True, rank=rank, world_size=WORLD)
+    try:
+        clip.get_logits(image, text, 14.3)
+    except ValueError as error:
+        said.append(str(error))
+    clip.local_loss = False
+    logits, _ = clip.get_logits(image, text, 14.3)
+    (grad,) = torch.autograd.grad(logits.logsumexp(1).sum(), [image], create_graph=True)
+    try:
+        grad.square().sum().backward()
+    except RuntimeError as error:
+        said.append(str(error))
+    return said
 
 
 OPTIONAL = ("pair_ids", "patch_mask", "token_weights")
@@ -234,6 +257,17 @@ def test_clip_loss_over_ranks_is_the_loss_of_the_whole_batch(ranks: list[dict[st
     whole, own = zip(*(part["clip logits"] for part in ranks), strict=True)
     assert whole == pytest.approx([want, want], rel=1e-12)
     assert sum(own) / WORLD == pytest.approx(want, rel=1e-12)
+
+
+def test_labels_of_uneven_ranks_and_a_second_derivative_of_logits_are_refused(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Both were wrong without a word: the labels of rank 1 by three columns, the derivative by
+    what the other ranks' logits add to it."""
+    for part in ranks:
+        labels, derivative = part["refused"]
+        assert "expected as many pairs on every rank with local_loss=True, got [4, 2]" in labels
+        assert "no second derivative" in derivative
 
 
 def test_ranks_with_different_lengths_are_told_to_pad(ranks: list[dict[str, Any]]) -> None:

@@ -72,5 +72,5 @@ def test_a_weight_that_nobody_reads_shows_in_the_score_where_it_is_not_finite(
     bad: float, aggregation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: its text was dropped without a word."""
-    monkeypatch.setattr(checks, "_is_readable", lambda _: False)
+    monkeypatch.setattr(checks, "has_values", lambda _: False)
     assert_broken_weights_show("torch", "cpu", aggregation, bad)
