@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import STATES
-from mlip.config import Config, Knowledge
+from mlip.config import Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
 from mlip.dataloading.report_text import clean_report
@@ -60,13 +60,23 @@ class Corpus:
 
 
 def provide_phantoms(config: Config) -> None:
-    """Generate the studies that data.phantom asks for, once, on rank 0."""
+    """Generate the studies that data.phantom asks for, once, on rank 0.
+
+    Raises:  ConfigError where their folder cannot be written.
+    """
     wanted = config.data.phantom
     if wanted.studies == 0:
         return
     folder = Path(config.data.manifest).parent
     if distributed.is_main():
-        phantom_dataset.write_dataset(folder, wanted)
+        try:
+            phantom_dataset.write_dataset(folder, wanted)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: data.phantom.studies={wanted.studies} cannot be generated there: "
+                f"{error.strerror}; name another place with data.manifest=..., or set "
+                "data.phantom.studies=0 for a manifest of your own"
+            ) from error
     # no collective: generation may take longer than run.timeout_s allows one rank to be silent
     while not phantom_dataset.is_complete(folder, phantom_dataset.fingerprint(wanted)):
         time.sleep(1.0)

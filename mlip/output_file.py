@@ -20,7 +20,7 @@ from mlip.typed_tree import ConfigError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
-    *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG),
+    *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.assembly import build_objective, open_corpus
-from mlip.config import Config, load
+from mlip.assembly import build_objective, open_corpus, provide_phantoms
+from mlip.config import Config, ConfigError, load
 from mlip.dataloading.manifest import ManifestError
 from mlip.training.lifecycle import DATA, exit_code
 from tests.small_run import SETTINGS
@@ -182,3 +182,11 @@ def test_reports_that_name_no_concept_are_said(
     with caplog.at_level(logging.WARNING, logger="mlip"):
         build_objective(config, open_corpus(config))
     assert ("0 of 5 training reports name a concept" in caplog.text) is is_said
+
+
+def test_phantoms_that_cannot_be_written_are_a_mistake_in_the_settings(tmp_path: Path) -> None:
+    """Below a file, a read-only disk or another user's folder: it was an unexpected error."""
+    (tmp_path / "file").touch()
+    settings = [*SETTINGS, f"data.manifest={tmp_path}/file/data/manifest.csv"]
+    with pytest.raises(ConfigError, match=r"data: data\.phantom\.studies=32 cannot be generated"):
+        provide_phantoms(load([], settings))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,11 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
     assert said is not None and said.startswith("/var/x cannot be written: ")
     denied = PermissionError(errno.EACCES, "", "/other/weights")
     assert refusal(denied, out) == "/other/weights cannot be used: Permission denied"
+    loop = OSError(errno.ELOOP, "", str(out))  # links that lead to one another
+    assert (
+        refusal(loop, out)
+        == f"{out} cannot be written: {os.strerror(errno.ELOOP)}; make room or name another place"
+    )
     assert refusal(FileNotFoundError(errno.ENOENT, "", str(out)), out) is None
     assert refusal(RuntimeError("a bug (os error 28)"), out) is None
     with pytest.raises(SafetensorError) as caught, full_disk():
