@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.kernels._autograd import autocast_off, no_second_derivative
+from mlip.kernels._autograd import no_second_derivative
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
