@@ -14,7 +14,7 @@ from pydicom.pixels import apply_windowing
 
 from mlip.dataloading import dicom_tone
 from mlip.dataloading.dicom import explain, read_radiograph, write_radiograph
-from mlip.dataloading.dicom_header import read_header
+from mlip.dataloading.dicom_header import Lut, read_header
 
 
 @pytest.fixture
@@ -131,3 +131,14 @@ def test_explain_names_every_step_with_its_range(tmp_path):
         "inverted: 0 .. 1",
         "output: 0 .. 65535",
     ]
+
+
+def test_edges_of_a_window_of_one_and_of_a_table_and_the_last_pixel_are_those_of_the_standard():
+    """PS3.3 C.11.2.1.2: up to the centre less a half is black. A table's index is the nearest."""
+    unit = dicom_tone.window(np.array([9.0, 10.0, 11.0]), 10.5, 1.0, "LINEAR")
+    assert unit.tolist() == [0.0, 0.0, 1.0]
+    lut = Lut(first=5, values=np.array([0, 100, 200]), bits=8)
+    assert dicom_tone._look_up(lut, np.array([0.0, 5.6, 6.4, 90.0])).tolist() == [0, 100, 100, 200]
+    image = np.zeros((1024, 1024), np.uint8)
+    image[-1, -1] = 200
+    assert np.flatnonzero(dicom_tone.seen_cells(image)).tolist() == [0, 200]
