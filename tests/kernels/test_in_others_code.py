@@ -19,8 +19,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses import FakeTensorMode
 
 from mlip.kernels._distributed import row_counts
 from mlip.kernels.info_nce import ClipLoss, info_nce_loss
@@ -94,6 +92,8 @@ def test_a_scale_by_schedule_is_one_graph_and_one_more(
     """A new graph a number would be torch.compile's limit of eight after eight steps."""
     monkeypatch.undo()
     torch._dynamo.reset()
+    from torch._dynamo.testing import CompileCounterWithBackend  # asks for more than torch
+
     counter = CompileCounterWithBackend("aot_eager")
     run = SCHEDULED[name]
     compiled = torch.compile(run, backend=counter, fullgraph=True)
@@ -169,6 +169,8 @@ def test_ids_and_masks_filled_again_before_the_backward_pass_are_an_error(name: 
 @pytest.mark.parametrize("pooling", ["attention", "context", "max"])
 def test_tensors_without_values_give_the_shapes_of_the_call(device: str, pooling: str) -> None:
     """As tools that plan a run's memory ask for them: on the meta device, and in FakeTensorMode."""
+    from torch._subclasses import FakeTensorMode  # asks for more than torch
+
     mode: Any = FakeTensorMode() if device == "cpu" else contextlib.nullcontext()
     with mode:
         batch = {k: torch.empty_like(v, device=device) for k, v in _batch(4).items()}
