@@ -26,7 +26,8 @@ from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, explain
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
-from mlip.dataloading.shard_build import Plan, Result, build_shards, write_csv, write_id_map
+from mlip.dataloading.prepared_tables import write_csv
+from mlip.dataloading.shard_build import Plan, Result, build_shards, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
 
@@ -321,7 +322,8 @@ def _record(
     """prepared.json: how this folder was made, without any path or identifier of the source."""
     if not result.complete:
         return
-    manifest = plan.out / "manifest.parquet"
+    with open(plan.out / "manifest.parquet", "rb") as manifest:
+        fingerprint = hashlib.file_digest(manifest, "sha256").hexdigest()
     record = {
         "dataset": name,
         "options": {k: v for k, v in options.items() if "/" not in v},
@@ -332,7 +334,7 @@ def _record(
         "refused": dict(sorted(result.refused.items())),
         "noted": dict(sorted(result.noted.items())),
         "excluded": dict(sorted(collected.excluded.items())),
-        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
+        "manifest_sha256": fingerprint,
     }
     write_json(record, plan.out / "prepared.json")
 

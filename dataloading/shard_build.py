@@ -7,16 +7,15 @@ finished writes the index, the manifest and the list of refused files.
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.dataloading.shards import (
     INDEX_SCHEMA,
@@ -33,7 +33,6 @@ from mlip.dataloading.shards import (
     index_path,
     is_complete,
     remove_partials,
-    synced_file,
     write_table,
 )
 from mlip.dataloading.worker_pool import Reply, WorkerPool
@@ -110,8 +109,11 @@ def build_shards(
             for name in OUTPUTS:
                 (plan.out / name).unlink(missing_ok=True)
             _make(rows, keys, missing, prints, plan, progress)
+        made = {shard.number for shard in missing}
         complete = all(
-            is_complete(s.path, prints[s.number], verify=False) for s in shards if s not in missing
+            is_complete(shard.path, prints[shard.number], verify=False)
+            for shard in shards
+            if shard.number not in made
         )
         _remove_strangers(folder, shards)
         return _finish(rows, keys, shards, plan, len(missing), complete)
@@ -269,24 +271,24 @@ def _finish(
     refused: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     images = member_bytes = 0
-    indexes = []
+    salt = None if plan.keep_ids else plan.salt
     complete = complete and all(index_path(shard.path).exists() for shard in shards)
-    for shard in shards:
-        if not index_path(shard.path).exists():
-            continue
-        index = _read_index(shard)
-        if complete:
-            index = _placed(index, shard, keys)
-        refused.update(reason for reason in index.column("reason").to_pylist() if reason)
-        taken = index.filter(pc.greater_equal(index.column("offset"), 0))
-        for notes in taken.column("notes").to_pylist():
-            noted.update(notes)
-        images += len(taken)
-        member_bytes += sum(index.column("size").to_pylist())
-        name = f"shards/{shard.path.name}"
-        indexes.append(index.append_column("shard", pa.array([name] * len(index))))
-    if complete:
-        _write_outputs(rows, pa.concat_tables(indexes), plan)
+    with outputs(rows, plan.out, salt) if complete else nullcontext() as write:
+        for shard in shards:
+            if not index_path(shard.path).exists():
+                continue
+            index = _read_index(shard)
+            if write is not None:
+                index = _placed(index, shard, keys)
+            refused.update(reason for reason in index.column("reason").to_pylist() if reason)
+            taken = index.filter(pc.greater_equal(index.column("offset"), 0))
+            for notes in taken.column("notes").to_pylist():
+                noted.update(notes)
+            images += len(taken)
+            member_bytes += sum(index.column("size").to_pylist())
+            if write is not None:
+                name = f"shards/{shard.path.name}"
+                write(index.append_column("shard", pa.array([name] * len(index))))
     return Result(len(shards), made, complete, images, member_bytes, refused, noted)
 
 
@@ -308,40 +310,6 @@ def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:
     return index.set_column(place, index.schema.field(place), pa.array(shard.rows, pa.int64()))
 
 
-def _write_outputs(rows: list[Row], index: pa.Table, plan: Plan) -> None:
-    write_table(index, plan.out / "index.parquet")
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "image image_id patient_id study_id split view report labels uncertain negative boxes "
-            "mask subset sha256 height width bits source_height source_width"
-        ).split()
-    }
-    refused = []
-    names = [field.name for field in fields(Row)]
-    for entry in index.to_pylist():
-        row = rows[entry["row"]]
-        if entry["reason"]:
-            image = row.image if plan.keep_ids else ""
-            refused.append([entry["row"], entry["key"], row.split, entry["reason"], image])
-            continue
-        # not asdict: its deep copies took 0.2 ms a row
-        values = {name: getattr(row, name) for name in names}
-        values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
-        values["sha256"] = entry["sha256"]
-        values["view"] = row.view or entry["view"]
-        if not plan.keep_ids:
-            values["image_id"] = entry["key"]
-            for level in ("patient", "study"):
-                values[f"{level}_id"] = hashed(values[f"{level}_id"], level, plan.salt)
-        for name in ("height", "width", "bits", "source_height", "source_width"):
-            values[name] = entry[name]
-        for name, column in columns.items():
-            column.append(values[name])
-    write_table(pa.table(columns), plan.out / "manifest.parquet")
-    write_csv([["row", "key", "split", "reason", "image"], *refused], plan.out / "refused.csv")
-
-
 def write_id_map(rows: list[Row], plan: Plan, path: Path) -> None:
     """The secret table from hashed ids back to the originals, readable by its owner alone."""
     table = [["key", "image", "image_id", "patient_hash", "patient_id", "study_hash", "study_id"]]
@@ -351,22 +319,6 @@ def write_id_map(rows: list[Row], plan: Plan, path: Path) -> None:
         )
         table.append([key, row.image, row.image_id, patient, row.patient_id, study, row.study_id])
     write_csv(table, path)
-
-
-def write_csv(rows: list[list[Any]], path: Path) -> None:
-    """A CSV file that is complete or not there, readable by its owner alone."""
-    with synced_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        csv.writer(text).writerows(rows)
-        text.detach()
-
-
-def hashed(text: str, level: str, salt: str) -> str:
-    """Sixteen hex digits for an identifier; without the salt nobody can test a guess."""
-    if not text:
-        return ""
-    content = f"{salt}\0{level}\0{text}".encode(errors="surrogatepass")
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _explained(error: OSError, plan: Plan) -> ShardError:

@@ -30,6 +30,7 @@ from mlip.dataloading.ledger import BadSample, DataError
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file
+_GROUP_ROWS = 1 << 20  # Arrow's own, said here so that a manifest's bytes stay what they were
 _OPEN_SHARDS = 64  # descriptors kept open; a million images in shards of 4,096 need 245
 _REFERENCE = re.compile(r"^(?P<shard>[^#\0]+\.tar)#(?P<offset>\d{1,15})\+(?P<size>\d{1,10})$")
 
@@ -296,6 +297,36 @@ def write_table(table: pa.Table, path: Path) -> None:
     """A Parquet file that is complete or not there."""
     with synced_file(path) as file:
         pa.parquet.write_table(table, file, compression="zstd")
+
+
+class TableWriter:
+    """A Parquet file's tables as they come: the bytes that write_table gives of all of them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._writer: pa.parquet.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
+
+    def add(self, table: pa.Table) -> None:
+        """Tables of one schema; at most _GROUP_ROWS rows wait in memory."""
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= _GROUP_ROWS:
+            self._write(whole_groups=True)
+
+    def close(self) -> None:
+        self._write(whole_groups=False)
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, *, whole_groups: bool) -> None:
+        if not self._waiting:
+            return
+        table = pa.concat_tables(self._waiting)
+        last = len(table) - len(table) % _GROUP_ROWS if whole_groups else len(table)
+        self._waiting = [table.slice(last)] if last < len(table) else []
+        if self._writer is None:
+            self._writer = pa.parquet.ParquetWriter(self._file, table.schema, compression="zstd")
+        self._writer.write_table(table.slice(0, last).combine_chunks(), _GROUP_ROWS)
 
 
 def index_path(shard: Path) -> Path:

@@ -26,6 +26,7 @@ from mlip.objective import Objective
 from mlip.training.grad_cache import num_micro_batches
 from mlip.training.muon import matrix_names
 from mlip.training.plain_engine import rounds_weights_together
+from mlip.training.step import fixed_buffers
 
 GIB = 2**30
 _SPARE = 0.10  # of the memory: fragmentation, workspaces, the framework's own
@@ -41,7 +42,7 @@ class Measured:
     parameters: int  # elements
     trainable: int
     matrices: int  # those of the trainable that Muon keeps one moment of; 0 with AdamW
-    buffers: int
+    buffers: int  # and once more those that a step changes: a skipped one puts them back
     image_row: float  # kept for the backward pass, of one image
     text_row: float
     image_outputs: float  # embedding and patches of one image, kept whatever the cache
@@ -143,11 +144,15 @@ def measure(config: Config) -> Measured:
         image = model.encode_image(batch.image)
         text = model.encode_text(batch.token_ids, batch.token_mask, batch.content_mask)
     matrices = matrix_names(objective) if config.train.optimizer == "muon" else set()
+    fixed = fixed_buffers(objective)
     return Measured(
         parameters=sum(p.numel() for p in objective.parameters()),
         trainable=sum(p.numel() for p in objective.parameters() if p.requires_grad),
         matrices=sum(p.numel() for n, p in objective.named_parameters() if n in matrices),
-        buffers=sum(b.numel() * b.element_size() for b in objective.buffers()),
+        buffers=sum(
+            b.numel() * b.element_size() * (1 if name in fixed else 2)
+            for name, b in objective.named_buffers()
+        ),
         image_row=image_row,
         text_row=text_row,
         image_outputs=4.0 * (image.embedding[0].numel() + image.patches[0].numel()),
@@ -199,9 +204,7 @@ def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gp
     rows = -(-batch.global_pairs // ranks)
     trainable = measured.trainable
     held = {
-        # buffers twice: a skipped step puts them back
-        "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1)
-        + 2.0 * measured.buffers,
+        "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1) + measured.buffers,
         "gradients": 4.0 * trainable / (ranks if stage >= 2 else 1),
     }
     if not is_sharded and rounds_weights_together(config):

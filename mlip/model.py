@@ -96,6 +96,9 @@ class MLIPModel(nn.Module):
              embedding ours.
     """
 
+    # no step changes them: of a large table a copy in each would take as long as the step
+    FIXED_BUFFERS = ("concept_vectors",)
+
     def __init__(self, config: Config, *, vocab_size: int, concept_vectors: Tensor) -> None:
         super().__init__()
         self.config = config

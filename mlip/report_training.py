@@ -40,6 +40,7 @@ NAMES = {
 }
 HIDDEN = {"step", "time", "epoch"}
 MOST_POINTS = 400  # a chart 300 px wide shows no more
+MOST_ROWS = 8 * MOST_POINTS  # read of a log: a million steps as objects would be 4 GiB
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
@@ -47,23 +48,28 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
     A line cut off by a kill is passed over: it is the last one, and its step is logged again. Where
     the steps go back, a run went on from there or began anew: what was logged of later steps before
-    is not of this run.
+    is not of this run. Of a long log every second, fourth or eighth step and so on, MOST_ROWS rows
+    at most.
     """
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            rows.append(_numbers(entry))
     kept: list[dict[str, float]] = []
-    for row in rows:
-        while kept and kept[-1]["step"] >= row["step"]:
-            kept.pop()
-        kept.append(row)
+    every = 1
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                continue
+            while kept and kept[-1]["step"] >= entry["step"]:
+                kept.pop()
+            if entry["step"] % every == 0:
+                kept.append(_numbers(entry))
+            if len(kept) > MOST_ROWS:
+                every *= 2
+                kept = [row for row in kept if row["step"] % every == 0]
     return kept
 
 

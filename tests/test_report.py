@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mlip.report import write_report
 from mlip.report_charts import Mark, line_chart, powers_of_ten, scale_marks
 from mlip.report_corpus import ledger_context
 from mlip.report_pictures import decode_png, heat_uri
-from mlip.report_training import read_log, training_charts
+from mlip.report_training import MOST_ROWS, read_log, training_charts
 from mlip.transfer.examples import collect_examples, picture
 from tests.small_run import small_results, small_run
 
@@ -180,6 +181,21 @@ def test_a_run_begun_anew_in_the_same_folder_shows_nothing_of_the_earlier_one(
     log = read_log(tmp_path / "log.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 7]
     assert [row["total"] for row in log] == [35, 36, 37, 38, 39, 40]
+
+
+def test_of_a_long_log_evenly_spaced_rows_are_kept_and_not_all(tmp_path: Path) -> None:
+    steps = [*range(1, 15_001), *range(12_001, 20_001)]  # went on from a checkpoint at 12,000
+    lines = [json.dumps({"step": step, "total": float(i)}) for i, step in enumerate(steps)]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(lines))
+    tracemalloc.start()
+    log = read_log(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["step"] for row in log] == list(range(8, 20_001, 8))
+    assert len(log) <= MOST_ROWS
+    assert [row["total"] for row in log if row["step"] > 12_000][0] == 15_007
+    assert peak < 3e6  # of 20,000 rows 9e6, the text among it
 
 
 def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None:

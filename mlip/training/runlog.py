@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -233,7 +234,12 @@ class RunLog:
 
 def _open_for_lines(path: Path) -> IO[str]:
     """For appending; a line that a kill cut off is ended, so that it spoils no other."""
-    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    is_cut = False
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as log:
+        # of half a GB of a million steps the last byte
+        if log.seek(0, os.SEEK_END):
+            log.seek(-1, os.SEEK_END)
+            is_cut = log.read() != b"\n"
     file = open(path, "a", encoding="utf-8")
     if is_cut:
         file.write("\n")

@@ -235,7 +235,9 @@ class Engine(abc.ABC):
     @torch.no_grad()
     def _keep_buffers(self) -> None:
         if self._kept is None:  # every buffer is changed in place: the list stays true
-            self._kept = [(b, torch.empty_like(b)) for b in self._buffers().values()]
+            fixed = fixed_buffers(self.objective)
+            changed = [b for name, b in self._buffers().items() if name not in fixed]
+            self._kept = [(b, torch.empty_like(b)) for b in changed]
         for buffer, kept in self._kept:
             kept.copy_(buffer)
 
@@ -359,6 +361,15 @@ class Engine(abc.ABC):
         # ZeRO-3 keeps a part in the parameter's place, and would take any number of values
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in own.items()}
         _require_shapes(shapes, state.parameters)
+
+
+def fixed_buffers(objective: nn.Module) -> set[str]:
+    """Names of the buffers that no step changes, as modules list them in FIXED_BUFFERS."""
+    return {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in objective.named_modules()
+        for name in getattr(module, "FIXED_BUFFERS", ())
+    }
 
 
 def _require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:

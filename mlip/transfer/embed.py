@@ -31,11 +31,12 @@ from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import whole_file
-from mlip.transfer.features import encoded, join_images, join_texts, require_finite
+from mlip.transfer.features import encoded, require_finite
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
 
 PART_ROWS = 2048
+ROWS_AT_ONCE = 128
 
 
 class EmbedError(ValueError):
@@ -248,24 +249,24 @@ def _encode(
         table=opened.table,
         with_report=False,
         rows=rows,
-        global_pairs=min(128, len(rows)),
+        global_pairs=min(ROWS_AT_ONCE, len(rows)),
     )
-    images, texts = [], []
+    parts: list[dict[str, torch.Tensor]] = []
+    # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
     for _, image, text in encoded(opened.model, loader, config.data, device):
-        images.append(image)
-        texts.append(text)
-    if not images:
+        require_finite(image, text)
+        part = {
+            "row_index": torch.from_numpy(image.row_index.astype(np.int64)),
+            "image": image.features.embedding,
+            "report": text.text.embedding,
+            "has_report": text.content_mask.any(dim=1),
+            "knowledge": text.knowledge.present_mean,
+            "has_knowledge": text.knowledge.has_present,
+        }
+        if with_patches:
+            part["patches"] = image.features.patches
+        parts.append(part)
+    if not parts:
         return {}, loader.ledger.bad
-    joined, reports = join_images(images), join_texts(texts)
-    require_finite(joined, reports)
-    tensors = {
-        "row_index": torch.from_numpy(joined.row_index.astype(np.int64)),
-        "image": joined.features.embedding,
-        "report": reports.text.embedding,
-        "has_report": reports.content_mask.any(dim=1),
-        "knowledge": reports.knowledge.present_mean,
-        "has_knowledge": reports.knowledge.has_present,
-    }
-    if with_patches:
-        tensors["patches"] = joined.features.patches
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, loader.ledger.bad
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return joined, loader.ledger.bad

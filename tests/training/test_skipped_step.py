@@ -107,3 +107,15 @@ def test_a_step_can_be_started_before_the_one_before_it_is_read() -> None:
     assert found[2].total == expected[2].total and found[2].grad_norm == expected[2].grad_norm
     assert started[0].result() is found[0]
     assert _changed(_held(read), _held(late)) == []
+
+
+def test_the_table_of_concepts_which_no_step_changes_is_not_copied_in_each() -> None:
+    engine = exact_engine(8)
+    vectors = engine.objective.model.concept_vectors
+    _step(engine, 0)
+    written = vectors._version
+    assert _step(engine, 1, factor=torch.nan).is_skipped
+    assert vectors._version == written
+    places = {buffer.data_ptr() for buffer, _ in engine._kept or ()}
+    assert vectors.data_ptr() not in places
+    assert len(places) == len(list(engine.objective.state_dict().keys() - engine.parameters)) - 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlip.cli import main
+from mlip.transfer import embed as embedding
 from mlip.transfer.embed import write_embeddings
+from mlip.transfer.features import encoded
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, pictures, write
 
@@ -152,3 +156,22 @@ def test_rows_that_a_rule_leaves_out_are_counted(
 def test_parts_are_for_their_owner_alone(root: Path, tmp_path: Path, form: str) -> None:
     assert embed(tmp_path, root, "--format", form) == 0
     assert [p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("part-*")] == [0o600] * 3
+
+
+@pytest.mark.parametrize(("more", "most"), [([], 2), (["--patches"], PART_ROWS)])
+def test_of_a_batch_only_what_goes_into_the_part_is_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], most: int
+) -> None:
+    alive: list[int] = []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        seen: list[Any] = []
+        for batch, image, text in encoded(*args):
+            seen.append(weakref.ref(image.features.patches))
+            alive.append(sum(patches() is not None for patches in seen))
+            yield batch, image, text
+
+    monkeypatch.setattr(embedding, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(embedding, "encoded", counted)
+    assert embed(tmp_path, root, *more) == 0
+    assert len(alive) == len(TEST_ROWS) and max(alive) == most
