@@ -56,13 +56,13 @@ class Augment:
     random_crop: bool = True  # False = centre crop
     brightness: float = 0.1  # factor drawn from 1 +- this
     contrast: float = 0.1
-    rotation_degrees: float = 0.0  # refused by the DALI CPU backend's speed: see docs/data.md
+    rotation_degrees: float = 0.0  # at most, either way; DALI refuses it on a CPU: docs/data.md
     sentence_dropout: float = 0.5  # probability that a report keeps a random subset of sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom:
-    """Generated studies (dataloading/phantom.py), made where the manifest does not exist yet."""
+    """Generated studies (dataloading/phantom.py), made where the manifest's folder lacks them."""
 
     studies: int = 0  # training studies; 0 = never generate
     val_studies: int = 256
@@ -86,7 +86,7 @@ class Data:
     mean: float = 0.5  # of intensities in [0, 1], one value: radiographs are grey
     std: float = 0.25
     max_tokens: int = 112  # with [CLS] and [SEP]
-    max_entities: int = 16  # linked mentions kept per report, the first ones of the text
+    max_entities: int = 16  # linked mentions kept per report, the first ones; repeats count once
     vocab_size: int = 4096  # of a vocabulary trained on the training split
     # words of fewer patients' reports teach it no piece, so that no name becomes one
     vocab_min_patients: int = 5
