@@ -126,12 +126,12 @@ class Train:
     residual: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = False  # towers by torch.compile: minutes first, then faster steps
+    compile: bool = False  # towers by torch.compile: minutes first; gain: docs/performance.md
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
     log_steps: int = 20
-    max_nan_steps: int = 3  # non-finite losses in a row before the run stops
+    max_nan_steps: int = 3  # in a row of non-finite loss or gradient before the run stops
     spike_factor: float = 0.0  # a loss this many times the recent median is run again; 0 = off
     tensorboard: bool = False
 
