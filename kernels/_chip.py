@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 # bytes of shared memory that one block may use, by compute capability (CUDA programming guide,
-# "technical specifications per compute capability"); all others have 99 KiB
+# "technical specifications per compute capability"); all others have 99 KiB at least
 SHARED_MEMORY = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
 SHARED_MEMORY_OTHERS = 101376
 TENSOR_MEMORY = (10, 11)  # major capabilities

@@ -1,6 +1,6 @@
-"""From settings to the parts of a run: manifest, tokenizer, concepts, linker, model, objective.
+"""From settings to a training's parts: manifest, tokenizer, concepts, linker, model, objective.
 
-Training and every command build them here, so a checkpoint meets the same parts wherever it goes.
+Commands take the parts of a trained one from what it kept (pretrained.open_checkpoint).
 """
 
 from __future__ import annotations

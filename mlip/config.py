@@ -56,13 +56,13 @@ class Augment:
     random_crop: bool = True  # False = centre crop
     brightness: float = 0.1  # factor drawn from 1 +- this
     contrast: float = 0.1
-    rotation_degrees: float = 0.0  # refused by the DALI CPU backend's speed: see docs/data.md
+    rotation_degrees: float = 0.0  # at most, either way; DALI refuses it on a CPU: docs/data.md
     sentence_dropout: float = 0.5  # probability that a report keeps a random subset of sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phantom:
-    """Generated studies (dataloading/phantom.py), made where the manifest does not exist yet."""
+    """Generated studies (dataloading/phantom.py), made where the manifest's folder lacks them."""
 
     studies: int = 0  # training studies; 0 = never generate
     val_studies: int = 256
@@ -86,7 +86,7 @@ class Data:
     mean: float = 0.5  # of intensities in [0, 1], one value: radiographs are grey
     std: float = 0.25
     max_tokens: int = 112  # with [CLS] and [SEP]
-    max_entities: int = 16  # linked mentions kept per report, the first ones of the text
+    max_entities: int = 16  # linked mentions kept per report, the first ones; repeats count once
     vocab_size: int = 4096  # of a vocabulary trained on the training split
     # words of fewer patients' reports teach it no piece, so that no name becomes one
     vocab_min_patients: int = 5
@@ -126,12 +126,12 @@ class Train:
     residual: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = False  # towers by torch.compile: minutes first, then faster steps
+    compile: bool = False  # towers by torch.compile: minutes first; gain: docs/performance.md
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
     log_steps: int = 20
-    max_nan_steps: int = 3  # non-finite losses in a row before the run stops
+    max_nan_steps: int = 3  # in a row of non-finite loss or gradient before the run stops
     spike_factor: float = 0.0  # a loss this many times the recent median is run again; 0 = off
     tensorboard: bool = False
 

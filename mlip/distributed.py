@@ -1,8 +1,8 @@
 """Rank, world size, collectives with exact gradients, and log-once.
 
-With kernels/_distributed.py the only file that calls torch.distributed. Convention for gradients:
-every rank computes the same global loss and calls backward, so a gathered tensor's gradient is the
-sum over ranks; averaging parameter gradients over ranks then gives the gradient of the whole batch.
+With kernels/_distributed.py and encoders/normalisation.py all that calls torch.distributed. Every
+rank computes the same global loss and calls backward, so a gathered tensor's gradient is the sum
+over ranks; averaging parameter gradients over ranks then gives the gradient of the whole batch.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _SumOverRanks(torch.autograd.Function):
 def gather_rows(x: Tensor, counts: list[int] | None = None) -> Tensor:
     """All ranks' rows in rank order; differentiable (backward sums over ranks).
 
-    Shapes:  [B, ...] -> [N, ...]; B may differ by rank
+    Shapes:  [B, ...] -> [N, ...]; on a CPU B may differ by rank
     """
     if not is_distributed():
         return x
@@ -280,10 +280,10 @@ def local_ranks() -> int:
 
 
 def average_(tensors: Sequence[Tensor], bucket_bytes: int = 1 << 26) -> None:
-    """Replace every tensor by its mean over ranks, in flat buckets of one dtype and device.
+    """Replace every tensor by its mean over ranks, in flat buckets of one dtype.
 
-    Every rank must pass tensors of the same shapes in the same order. 64 MiB buckets: large enough
-    to use the bandwidth, small enough beside the activations.
+    Every rank must pass tensors of the same shapes in the same order, on one device. 64 MiB
+    buckets: large enough to use the bandwidth, small enough beside the activations.
     """
     if not is_distributed():
         return

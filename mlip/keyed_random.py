@@ -54,7 +54,8 @@ def keyed_uniform(seed: int, stream: str, step: int, index: Tensor, width: int =
 
 
 def keyed_normal(seed: int, stream: str, step: int, index: Tensor, width: int) -> Tensor:
-    """Standard normal numbers [B, width] float32, keyed by sample (Box-Muller)."""
+    """Standard normal numbers [B, width] float32, keyed by sample (Box-Muller in float64, of which
+    devices may round the last bit another way)."""
     pairs = (width + 1) // 2
     u = keyed_uniform(seed, stream, step, index, 2 * pairs)
     radius = torch.sqrt(-2.0 * torch.log(u[:, :pairs]))

@@ -1,6 +1,6 @@
 """The memory that a configuration needs on one rank, before the run: `mlip doctor --plan CONFIG`.
 
-Parameters are counted; activations are measured, by the bytes that autograd keeps of one and two
+Parameters are counted; activations are measured, by the bytes that autograd keeps of two and three
 rows of the real towers; the losses are measured at three batch sizes and extrapolated by their
 quadratic growth. The towers run on the CPU, so no GPU and no data are needed.
 """
@@ -197,7 +197,7 @@ def _measure_losses(
 
 
 def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gpu: bool) -> Plan:
-    """Bytes of one rank; every float is 4 bytes (bf16 is autocast, masters are the parameters)."""
+    """Bytes of one rank; parameters and moments are float32 (bf16 is autocast in the model)."""
     train, batch = config.train, config.batch
     is_sharded = ranks > 1 and train.engine != "plain" or train.engine == "deepspeed"
     stage = train.zero_stage if is_sharded else 0

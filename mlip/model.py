@@ -186,8 +186,8 @@ class MLIPModel(nn.Module):
         content_mask: Tensor,
         token_counts: Tensor | None = None,
     ) -> TextFeatures:
-        """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T];
-        token_counts [B] as in Batch, which only a packed text tower asks for."""
+        """Shapes:  [B, T] each -> embedding [B, D] unit, tokens [B, T, D], attention [B, T] where
+        token_weights asks; token_counts [B] as in Batch, which only a packed text tower reads."""
         real: tuple[int, ...] = ()
         if self.text.is_packed and token_counts is not None:
             # outside the tower: torch.compile takes a number of any value, not one that is read
@@ -246,7 +246,7 @@ class MLIPModel(nn.Module):
         *,
         group: Any = None,
     ) -> Tensor:
-        """Token-knowledge-patch scores of every image with every text, [M, N] float32.
+        """Token-knowledge-patch scores of every image with every text, [M, N] float32 or better.
 
         The one place where the settings of the local score meet the kernel: loss and evaluation
         call it alike. With `group`, texts of all ranks in rank order.

@@ -26,7 +26,7 @@ class Objective(nn.Module):
     and averaging parameter gradients over ranks gives the gradient of the whole global batch.
     `terms` holds each loss before its weight, detached, for the log. `progress` is in epochs.
 
-    Raises:  ConfigError where run.exact is set and a part cannot be exact
+    Raises:  ConfigError where every weight is 0, or run.exact is set and a part cannot be exact
     Source:  method.md section 7.
     """
 

@@ -155,7 +155,8 @@ def from_pretrained(
 
     lexicon  the concept table, where the folder holds none (licensed ontologies)
     Raises:  PretrainedError naming the file: missing, damaged, of another format, or a concept
-             table that is not the one the model was trained with.
+             table that is not the one the model was trained with; LexiconError where that of
+             `lexicon` cannot be read
     """
     folder = Path(folder)
     described = _read_settings(folder)
@@ -249,8 +250,9 @@ def open_checkpoint(
 
     weights_of  "trained", or "ema" for the average that train.ema_decay keeps
     Raises:  PretrainedError if the path is none of these, holds no average where one is asked for,
-             or has other vocabulary or concepts than its training; CheckpointError if none is
-             intact (a damaged one is passed over with a warning)
+             or has other vocabulary or concepts than its training; LexiconError for a table that
+             cannot be read; CheckpointError if it, or each of a run, is damaged (of a run a
+             damaged one is passed over with a warning)
     """
     from mlip.training import checkpoint as saved
 
@@ -266,6 +268,7 @@ def open_checkpoint(
             )
         return exported
     if (path / "state.json").is_file():
+        saved.require_intact(path)
         folder, run_dir = path, path.resolve().parent.parent
     elif (path / "checkpoints").is_dir():
         newest, passed_over = saved.find_newest(path)

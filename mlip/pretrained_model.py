@@ -37,7 +37,7 @@ class Pretrained:
     tokenizer: ReportTokenizer
     table: ConceptTable
     linker: Linker
-    facts: dict[str, Any]  # step, pairs_seen, checkpoint: what is known of its training
+    facts: dict[str, Any]  # step, pairs_seen, checkpoint, weights: what is known of its training
     prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
 
     def encode_images(self, paths: Iterable[str | Path]) -> ImageFeatures:

@@ -48,6 +48,26 @@ def test_draws_are_uniform_and_never_zero_or_one() -> None:
     assert 0.0 < float(draws.min()) and float(draws.max()) < 1.0
 
 
+def _without_mixing(state: int) -> int:
+    """The number that _splitmix64 takes to `state`."""
+    most = (1 << 64) - 1
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        whole = state
+        for _ in range(64 // shift):
+            whole = state ^ (whole >> shift)
+        state = (whole * pow(factor, -1, 1 << 64)) & most
+    return state
+
+
+def test_the_largest_number_is_below_one_and_the_least_above_zero() -> None:
+    """Rows are int(number * rows): 1 would be past the last. 2^53 - 1 and a half rounds to 2^53."""
+    gamma = 0x9E3779B97F4A7C15
+    for bits, wanted in ((2**64 - 1, 1 - 2.0**-53), (0, 2.0**-54)):
+        key = (_without_mixing(bits) - gamma) % 2**64
+        word = (_without_mixing(key) - gamma) % 2**64
+        assert splitmix_uniform(word, torch.tensor([0])).item() == wanted
+
+
 def test_neighbouring_keys_are_uncorrelated() -> None:
     a = keyed_uniform(1, "augment", 5, INDEX)[:, 0]
     others = [

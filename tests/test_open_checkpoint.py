@@ -16,6 +16,7 @@ from mlip.knowledge import concept_files
 from mlip.knowledge.concept_files import write_table
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.training import checkpoint
+from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import TrainingState
 from mlip.transfer.fingerprint import hash_of_vocabulary
 from tests.small_run import small_export, small_run
@@ -85,6 +86,12 @@ def test_only_the_two_kinds_of_weights_can_be_asked_for(run: Path) -> None:
             open_checkpoint(run, weights_of=kind)
 
 
+def test_where_there_is_no_average_of_the_weights_none_is_taken_for_it(run: Path) -> None:
+    for path in (run, run / "checkpoints" / "step_00000002"):
+        with pytest.raises(PretrainedError, match="holds no average of the weights"):
+            open_checkpoint(path, weights_of="ema")
+
+
 @pytest.mark.parametrize("key", ["config", "fingerprints", "vocab_size"])
 def test_an_export_with_something_else_in_a_field_is_refused(key: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small_export(), tmp_path / "copy"))
@@ -108,3 +115,18 @@ def test_a_run_is_opened_with_the_lexicon_that_it_kept_when_ours_has_changed(
         open_checkpoint(run)
     shutil.copy(tmp_path / "kept.jsonl", run / "concepts.jsonl")
     assert open_checkpoint(run).table.fingerprint == small_run().table.fingerprint
+
+
+def test_a_damaged_one_that_is_named_itself_is_refused(run: Path) -> None:
+    """safetensors would read its wrong weights without a word."""
+    folder = run / "checkpoints" / "step_00000002"
+    weights = folder / "parameters.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1000] ^= 0x40
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_00000002: parameters\.safetensors is not wh"):
+        open_checkpoint(folder)
+    assert open_checkpoint(run / "checkpoints" / "step_00000001").facts["step"] == 1
+    (run / "checkpoints" / "step_00000001" / "COMPLETE").unlink()
+    with pytest.raises(CheckpointError, match="step_00000001: COMPLETE is missing"):
+        open_checkpoint(run / "checkpoints" / "step_00000001")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._common_triton_kernels import LOG2_E, dot
+from mlip.kernels._dot_triton_kernels import dot
 from mlip.kernels.info_nce.forward_triton_kernels import (
+    LOG2_E,
     MASKED,
     _load_part,
     _tile_pointers,
@@ -63,7 +64,7 @@ def _write_ds(
         own = tl.load(own_at, mask=mask_m, other=0.0)
         dz = tl.where(own_n[:, None] == offs_n[None, :], own[:, None], dz)
         dz = tl.where(mask_m[:, None] & mask_n[None, :], dz, 0.0)
-    # up to the stride, a multiple of 16: whole words, whatever the number of columns
+    # up to the stride, a multiple of DS_ALIGN: whole words, whatever the number of columns
     mask = mask_m[:, None] & (offs_n < stride_ds)[None, :]
     ds = (dz * factor).to(ds_at.dtype.element_ty)
     tl.store(ds_at[:, None] + offs_n[None, :], ds, mask=mask)

@@ -1,6 +1,6 @@
 """Forward Triton kernels of symmetric InfoNCE: both log-sum-exps in one pass over the logits.
 
-No logit ever leaves the chip. Every output has one owner: no atomics, the same bits every time.
+No logit but the positives leaves the chip. Every output has one owner: no atomics, the same bits.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._common_triton_kernels import LOG2_E, dot
+from mlip.kernels._dot_triton_kernels import dot
 
 LOG_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)  # powers are of two in place of e
 # finite, because -inf minus -inf is NaN; any real logit is above NO_MAXIMUM
 MASKED = tl.constexpr(-1e30)
 NO_MAXIMUM = tl.constexpr(-1e29)

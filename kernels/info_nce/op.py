@@ -33,7 +33,7 @@ from mlip.kernels._distributed import (
 from mlip.kernels._scalars import scalar_tensor
 from mlip.kernels.info_nce import reference
 
-MAX_TRITON_DIM = 512  # what is tested; no kernel of bfloat16 rows holds all of D
+MAX_TRITON_DIM = 512  # what is tested; products of bfloat16 rows take D in parts
 MAX_TRITON_DIM_FLOAT32 = 256  # the backward kernel holds a row tile of D accumulators
 
 

@@ -142,7 +142,7 @@ def info_nce_statistics(
 
 
 def shift_of(pull: Tensor, lse: Tensor, is_exact: bool) -> Tensor:
-    """pull e^-lse of rows as a power of two, [R] float32, or [2, R]: whole powers and the rest.
+    """pull e^-lse of rows as a power of two [1, R] float32, or [2, R]: whole powers and the rest.
 
     Rounding a shift of a hundred shows in float32 gradients; bfloat16 rows do not resolve it. Where
     nothing pulls, as where lse is -inf (no negatives), a shift that leaves nothing of any logit

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 GAMMA, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+BELOW_1 = 1.0 - 2.0**-53
 
 
 def signed(value: int) -> int:
@@ -34,5 +35,6 @@ def uniform(word: int, index: Tensor, width: int) -> Tensor:
     key = _mix((index + 1) * gamma + signed(word))
     lane = torch.arange(1, width + 1, dtype=torch.int64, device=index.device)
     bits = _mix(key[:, None] + lane[None, :] * gamma)
-    # 53 bits plus one half: never 0 and never 1, so logarithms and quantiles stay finite
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 53 bits plus one half: never 0, and never 1, to which the largest would be rounded: logarithms
+    # and quantiles stay finite, an index of n stays below n
+    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp_(max=BELOW_1)

@@ -1,4 +1,4 @@
-"""splitmix64 in one launch: in torch it is 33, each of which moves eight bytes a number."""
+"""splitmix64 in one launch: in torch it is 34, each of which moves eight bytes a number."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ BLOCK = 1024
 GAMMA = tl.constexpr(reference.GAMMA)
 MIX_1 = tl.constexpr(reference.MIX_1)
 MIX_2 = tl.constexpr(reference.MIX_2)
+BELOW_1 = tl.constexpr(reference.BELOW_1)
 
 
 @triton.jit
@@ -30,7 +31,8 @@ def _keyed_uniform_kernel(index_ptr, out_ptr, word, count, width, BLOCK: tl.cons
     index = tl.load(index_ptr + row, mask=at < count, other=0)
     key = _mix((index + 1).to(tl.uint64) * GAMMA + word.to(tl.uint64))
     bits = _mix(key + (lane + 1).to(tl.uint64) * GAMMA)
-    tl.store(out_ptr + at, ((bits >> 11).to(tl.float64) + 0.5) * 2.0**-53, mask=at < count)
+    number = ((bits >> 11).to(tl.float64) + 0.5) * 2.0**-53
+    tl.store(out_ptr + at, tl.where(number < BELOW_1, number, BELOW_1), mask=at < count)
 
 
 def uniform(word: int, index: Tensor, width: int) -> Tensor:

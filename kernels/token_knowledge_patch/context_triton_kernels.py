@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._common_triton_kernels import LOG2_E, dot
+from mlip.kernels._dot_triton_kernels import dot
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
     CONTEXT_FLOOR,
+    LOG2_E,
     _load_patches,
     _load_rows,
 )

@@ -1,6 +1,6 @@
 """Forward Triton kernels of the pair scores: query rows against the patches of every image.
 
-A row is one query vector of one text; rows of weight 0 are left out through an index, so padding
+A row is one query vector of one text; rows of weight 0 are not among the packed ones, so padding
 costs nothing. Every output has one owner: no atomics, the same bits every time. Tile maps: README.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._common_triton_kernels import LOG2_E, dot
+from mlip.kernels._dot_triton_kernels import dot
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # powers are of two in place of e
 # additive bias of a masked patch, and a row maximum that any real logit exceeds; both finite,
 # because -inf minus -inf is NaN
 MASKED = tl.constexpr(-1e30)

@@ -103,7 +103,7 @@ def contrastive_loss_from_scores(
 
     Shapes:  scores [M, N], N over all ranks of `group`; pair_ids [M] int64, image_valid and
              text_valid [M] bool, this rank's rows: image m and text m are a pair; scores of an
-             invalid image or text are never read
+             invalid image or text count for nothing, NaN too
     Returns: scalar in nats, the same on every rank; 0 with gradient 0 where no anchor is left
     Units:   logit_scale is already exponentiated
     Raises:  ValueError for shapes and dtypes; for ids or a mask that came on some ranks only (found
@@ -189,9 +189,10 @@ def token_knowledge_patch_loss(
 class TokenKnowledgePatchLoss(nn.Module):
     """token_knowledge_patch_loss with its scales as parameters (their logarithms).
 
-    With learn_scales the logarithms of logit_scale, attention_scale, knowledge_scale and, for
-    "lse", aggregation_scale are parameters; without it they are buffers. Call clamp_scales_() after
-    each optimiser step: clamping in the forward pass would end the gradient.
+    With learn_scales the logarithms of logit_scale, knowledge_scale, attention_scale (not for
+    "max") and aggregation_scale (for "lse") are parameters; all others are buffers. Call
+    clamp_scales_() after each optimiser step: clamping in forward would end the gradient.
+    Raises:  ValueError for an option or scale that cannot serve
     """
 
     log_logit_scale: Tensor
@@ -252,7 +253,7 @@ class TokenKnowledgePatchLoss(nn.Module):
 
     @torch.no_grad()
     def clamp_scales_(self) -> None:
-        """Clamp the learned logarithms: logit_scale to 100, the softmax scales to 200, and
+        """Clamp the learned logarithms: logit_scale to at most 100, the others to 200, and
         aggregation_scale to at least 0.02, below which scores lose their digits.
 
         A scale that is not learned stays what the caller chose.

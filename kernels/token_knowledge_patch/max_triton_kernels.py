@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mlip.kernels._common_triton_kernels import dot
+from mlip.kernels._dot_triton_kernels import dot
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import _store_patches
 from mlip.kernels.token_knowledge_patch.forward_triton_kernels import _load_rows
 

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mlip.kernels._chip import Chip
-from mlip.kernels._common_triton_kernels import dot
 from mlip.kernels._dispatch import is_interpreting
+from mlip.kernels._dot_triton_kernels import dot
 from mlip.kernels._products import wide_product
 from mlip.kernels.token_knowledge_patch.backward_triton_kernels import (
     ABSENT,
@@ -76,7 +76,7 @@ def _similarity_step(
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """ds [BLOCK_R, SEG], written at `at`."""
+    """ds [BLOCK_R, SEG] to `at`; returns alpha_sum and its part of d alpha."""
     s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     ds, alpha_sum = _bounded_gradient(s, bias, r, stat, g, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     tl.store(at, ds.to(at.dtype.element_ty), mask=mask)

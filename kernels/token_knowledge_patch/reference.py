@@ -2,8 +2,8 @@
 
 The definition of correct for the Triton kernels, and product code for CPUs and old GPUs; how texts
 become rows is in rows_reference.py. Pairs are taken in tiles; similarities are kept for the
-backward pass while they fit half of MEMORY_BUDGET_BYTES and made again tile by tile where they do
-not. The backward formulas are derivations 2 and 3 of the README.
+backward pass while they fit half of what unit rows leave of MEMORY_BUDGET_BYTES, else made again
+tile by tile. The backward formulas are derivations 2 and 3 of the README.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ def rows_fwd(
     """Rows [N, T + K, D] in dtype of tokens [N, T, D] and knowledge [N, K, D].
 
     weights [N, T] float32 (0 = masked) or None; mask [N, K] bool or None; scale, gain
-    float32 [1]; any strides of tokens and knowledge
+    float32 []; any strides of tokens and knowledge
     """
     texts, length, dim = tokens.shape
     entities = 0 if knowledge is None else knowledge.shape[1]
@@ -381,7 +381,7 @@ class RowsBackward:
         self._keywords = _row_keywords(tokens, knowledge, weights, mask, is_narrow)
 
     def take(self, grad: Tensor, first: int, last: int) -> None:
-        """Project grad [(last - first) (T + K), D] float32 of texts first to last."""
+        """Project grad [(last - first) (T + K), D] float32 of texts from first to before last."""
         _rows_bwd_kernel[(last - first,)](
             *self._arguments,
             grad,

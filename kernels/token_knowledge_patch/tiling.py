@@ -163,7 +163,7 @@ CONTEXT: dict[tuple[str, int], Choice] = {
     ("backward_patches", 128): Choice([(128, (64, 0, 0), 8)], SMALL),
     ("backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
 }
-# three tf32 products a dot hold three times the operands: small tiles, correct first
+# three tf32 products a dot hold every operand twice: small tiles, correct first
 FLOAT32: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(64, (32, 0, 0), 4)], SMALL[3:]),
     ("forward", 256): Choice([(64, (16, 0, 0), 8)], SMALL[4:]),

@@ -45,7 +45,7 @@ from mlip.kernels.token_knowledge_patch.tiling import (
     workspace_bytes,
 )
 
-# r and statistic of a chunk of texts where no backward pass will come
+# r and statistic of a chunk of texts where no backward pass keeps them
 FORWARD_CHUNK_BYTES = 2**28
 PARTIAL_BUDGET_BYTES = 2**25
 PARTIAL_FLOOR_BYTES = 2**22
@@ -115,13 +115,13 @@ def pair_scores_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(scores [M, N], r, stat); the statistics are empty where backward makes them again.
 
-    tensors: rows [N J + ROW_TAIL, D], index, text and bounds of pack_rows, weight [N J],
-             v [M, P_PAD, D], bias [M, P_PAD], alpha [1], gamma [1]; valid [M] int8 or None
+    tensors: rows [N J + ROW_TAIL, D], index, text and bounds of pack_rows, weight [N, J],
+             v [M, P_PAD, D], bias [M, P_PAD], alpha [], gamma [1]; valid [M] int8 or None
     """
     keep = keep and is_kept(p)
     chunks = [(0, p.texts)]
     if not keep:
-        # without a backward pass to come, smaller chunks: r is summed at once and dropped
+        # not kept for a backward pass, smaller chunks: r is summed at once and dropped
         each = 8 * p.images * p.stride(1)
         step = max(1, FORWARD_CHUNK_BYTES // each)
         chunks = [(first, min(first + step, p.texts)) for first in range(0, p.texts, step)]
@@ -333,7 +333,7 @@ def pair_scores_bwd(
     """(d rows [N J, D], d weight [N J], d v [M, P_PAD, D], d alpha [], d gamma []), float32.
 
     With take_rows d rows is None: that of each chunk of texts is handed to take_rows(d rows, first,
-    last) and gone before the chunk's gradient of patches is made.
+    last) and, in two passes, gone before the chunk's gradient of patches is made.
     """
     like = tensors["v"]
     wide: Any = {"dtype": torch.float32, "device": like.device}

@@ -19,8 +19,8 @@ class AttentionPool(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(
-                f"attention pooling: {heads} heads do not divide {channels} channels; change "
-                "model.vision.pool_heads or the tower's width"
+                f"attention pooling: {heads} heads do not divide {channels} channels; change the "
+                "tower's width, or of an image tower model.vision.pool_heads"
             )
         self.heads = heads
         self.score = nn.Linear(channels, heads)

@@ -1,4 +1,4 @@
-"""Text tower: report tokens -> one global vector ([CLS]) and a vector per token."""
+"""Text tower: report tokens -> one global vector and a vector per token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextEncoder(nn.Module):
              layer's [CLS] -> token weights (head mean, detached), or None unless kept
     Units:   real counts the real tokens of all texts, where the host knows them: packing then waits
              for no GPU
-    Raises:  ValueError for a source that is not there or a vocabulary larger than the model's
+    Raises:  ValueError for a source that is not there, or more words or tokens than the model's
     Source:  MLIP section 3 (a clinical BERT).
     """
 

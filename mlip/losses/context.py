@@ -163,7 +163,7 @@ def present_set_hash(batch: Batch) -> Tensor:
     repeats = torch.zeros_like(is_present)
     repeats[:, 1:] = ids[:, 1:] == ids[:, :-1]
     word = torch.where(repeats | (ids < 0), 0, ids + 1)
-    # one word a concept, mixed by odd multiplications and a shift, then summed: no order left
+    # one word a concept, mixed by odd multiplications and shifts, then summed: no order left
     word = word * _HASH_FACTOR
     word = (word ^ (word >> 29)) * _HASH_FACTOR
     word = (word ^ (word >> 32)) * _HASH_FACTOR

@@ -31,10 +31,10 @@ class Drawn:
 class Matching(nn.Module):
     """Two-way cross-entropy over the true pair, one hard negative image and one hard negative text.
 
-    Cross-attention layers, the report's [CLS] vector as query and the image's patches as keys, then
-    a linear layer. The layers hold no attention among queries, so [CLS] depends on no other token
-    and only it is computed. A pair is judged on the rank that owns its image: report vectors
-    travel, patches never do.
+    Cross-attention layers, the report's embedding as the one query and the image's patches as keys,
+    then a linear layer. The layers hold no attention among queries, so that tokens as further ones
+    would change nothing. A pair is judged on the rank that owns its image: report vectors travel,
+    patches never do.
 
     Cost:    with several ranks the host must know how many drawn images are this rank's: `prepare`
              asks early, so that a GPU has other losses to compute meanwhile; alone, rows without a
@@ -111,8 +111,8 @@ class CrossAttentionLayer(nn.Module):
 
     Keys and values are never made: a head's key matrix is applied to the few queries instead of the
     many patches, and its value matrix to the attended mean (both are linear, so the result is the
-    same). With Q queries, H heads and P patches that is P/(Q H) times less arithmetic and no
-    [P, D] temporaries. A key bias would cancel in the softmax, a value bias is the output's.
+    same). With Q queries, H heads and P patches that is Q (D + H P) / (P D) of the arithmetic, and
+    no [P, D] temporaries. A key bias would cancel in the softmax, a value bias is the output's.
 
     Shapes:  query [B, Q, D], patches [B, P, D] -> [B, Q, D]
     """

@@ -9,7 +9,7 @@ from mlip.keyed_random import keyed_uniform
 from mlip.losses.context import LossContext
 
 # Probabilities are held as integers relative to the likeliest partner: a running sum of integers
-# is exact, so the draw is the same on every device and for every order of the candidates. With
+# is exact, so that neither a device's way to add nor the candidates' order changes a draw. With
 # 2^40 the sum fits 63 bits up to 8 million pairs; what is rarer than 1e-12 is never drawn.
 _STEPS = float(1 << 40)
 

@@ -244,6 +244,13 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def require_intact(folder: Path) -> None:
+    """Raises:  CheckpointError for one that is damaged or may not be read."""
+    problem = _damage(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder}: {problem}; name its run for the newest intact one")
+
+
 def _damage(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None.
 
@@ -276,7 +283,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """A checkpoint whose hashes were verified; tensors on the CPU."""
+    """A checkpoint whose hashes hold (find_newest, require_intact); tensors on the CPU."""
     try:
         state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         if state.get("format") != FORMAT:

@@ -305,10 +305,7 @@ class DeepSpeedEngine(Engine):
 
 
 def require_version() -> None:
-    """The gradient cache makes one backward pass, so that DeepSpeed reduces each gradient once.
-
-    Raises:  ConfigError naming the DeepSpeed found and those needed.
-    """
+    """Raises:  ConfigError for a DeepSpeed outside of DEEPSPEED_VERSIONS, naming both."""
     found = metadata.version("deepspeed")
     least, below = DEEPSPEED_VERSIONS
     if not least <= tuple(map(int, re.findall(r"\d+", found)[:3])) < below:

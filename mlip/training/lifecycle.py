@@ -2,7 +2,7 @@
 
 Exit codes, equal on all ranks where ranks agree: 0 done, 2 settings, 3 data, 4 checkpoint,
 5 numbers, 6 a peer is gone or silent, 75 stopped on request with everything saved (75 is
-EX_TEMPFAIL of sysexits.h: try again later), 1 anything else.
+EX_TEMPFAIL of sysexits.h: try again later), 130 interrupted at once, 1 anything else.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
 
     Lines that nobody takes are lost; they end nothing.
 
-    The traceback goes to error-rank<r>.log in the run's folder, or to stderr where there is none.
+    The traceback goes to error-rank<r>.log in the run's folder; where there is none, that of an
+    unexpected error to stderr.
     """
     with unread_output_is_lost():
         return _guarded(function, folder)
@@ -265,8 +266,8 @@ def _foreign(folder: Path) -> str:
 class StopRequest:
     """Whether this process was asked to stop: by a signal of _STOP, or its launcher is gone.
 
-    While steps run the wish is only noted; `raise_at_once` makes the next signal (and one already
-    noted) end the process, for the times before the first step and after the last save.
+    While steps run the wish is only noted (a second Ctrl-C ends them); `raise_at_once` makes the
+    next signal, and one already noted, end the process: before the first step, after the last save.
     """
 
     def __init__(self) -> None:

@@ -63,8 +63,8 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: Sequence[Mapping[str, Any]], *, seed: int, step: int) -> None:
-    """This rank's saved generators; a rank that did not exist then gets seeds of its own."""
-    if distributed.rank() >= len(states) or distributed.world_size() != len(states):
+    """This rank's saved generators; seeds of its own where there were more or fewer ranks."""
+    if distributed.world_size() != len(states):
         seed_rank(seed, step)
         return
     state = states[distributed.rank()]

@@ -51,7 +51,7 @@ def memory_gib() -> float:
 
 
 class RunLog:
-    """Writes each step to log.jsonl and every train.log_steps a line (or a bar on a terminal).
+    """Writes each step to log.jsonl and every train.log_steps a line (on a terminal above a bar).
 
     Raises:  ConfigError where train.tensorboard is set and tensorboard is not installed.
     """

@@ -35,7 +35,7 @@ def learning_rate(step: int, total_steps: int, config: Config) -> float:
 
     With train.decay_share below 1 the rate stays at its peak in between and the cosine fills the
     last share of the steps; 0 keeps the peak. The last warm-up step and the first after it have
-    the peak rate; the last step of the run has the least.
+    the peak rate; the last step of the run has the least, where that is another one.
     Source:  cosine: Loshchilov and Hutter 2017; constant, then a decay: Zhai et al. 2022
              (arXiv 2106.04560), Haegele et al. 2024 (arXiv 2405.18392)
     """

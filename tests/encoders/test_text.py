@@ -124,3 +124,9 @@ def test_more_tokens_than_positions_is_refused() -> None:
         TextEncoder(
             Text(options={**OPTIONS, "max_position_embeddings": 12}), vocab_size=50, max_tokens=20
         )
+
+
+def test_a_width_that_attention_pooling_cannot_share_out_is_refused() -> None:
+    settings = Text(options=OPTIONS | {"hidden_size": 20}, pool="attention")
+    with pytest.raises(ValueError, match="8 heads do not divide 20 channels; change the tower"):
+        TextEncoder(settings, vocab_size=50, max_tokens=12)

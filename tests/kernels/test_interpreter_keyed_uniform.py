@@ -10,8 +10,9 @@ from tests.kernels.interpreting import interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-# the ends of both number ranges, and words whose lower halves look like other types
-WORDS = [0, 1, 16, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15]
+# the ends of both number ranges, words whose lower halves look like other types, and the one whose
+# first number would round to 1
+WORDS = [0, 1, 16, 2**31, 2**63 - 1, 2**63, 2**64 - 1, 0x9E3779B97F4A7C15, 0x1FDB84807C8BC327]
 
 
 @interpreted

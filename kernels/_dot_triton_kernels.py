@@ -1,11 +1,9 @@
-"""What the kernels compute with: powers of two in place of e, and the product of two tiles."""
+"""The product of two tiles, in the interpreter too."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
