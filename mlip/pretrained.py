@@ -196,9 +196,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 def _settings(tree: Mapping[str, Any], where: Path) -> Config:
     try:
-        return configuration.from_dict(tree)
+        config = configuration.from_dict(tree)
     except ValueError as error:
         raise PretrainedError(f"{where}: {error}") from error
+    # a way to compute, nothing that was learnt: xformers needs its package and a GPU
+    is_bound = config.model.attention == "xformers"
+    towers = dataclasses.replace(config.model, attention="sdpa") if is_bound else config.model
+    return dataclasses.replace(config, model=towers)
 
 
 def _check_sums(folder: Path) -> None:

@@ -97,6 +97,10 @@ def test_activation_checkpointing_of_a_tower_keeps_less(measured):
         assert getattr(less, key) < 0.6 * getattr(plain, key)
 
 
+def test_a_run_of_a_gpu_is_planned_without_one(measured):
+    assert measure(_config("model.attention=xformers")) == measured
+
+
 def test_each_zero_stage_divides_what_it_says_it_divides():
     whole = _plan("train.zero_stage=0").parts
     for stage in (1, 2, 3):

@@ -50,6 +50,14 @@ def test_every_tensor_comes_back_bit_for_bit_and_so_do_the_features(folder: Path
     assert opened.facts["step"] == 7
 
 
+def test_what_was_trained_by_xformers_is_opened_where_there_is_none(tmp_path: Path) -> None:
+    run = small_run()
+    towers = dataclasses.replace(run.config.model, attention="xformers")
+    config = dataclasses.replace(run.config, model=towers)
+    out = save_pretrained(tmp_path / "model", run.model, config, run.tokenizer, run.table)
+    assert from_pretrained(out).config.model == run.config.model
+
+
 def test_tokens_are_those_of_training(folder: Path) -> None:
     run = small_run()
     text = "There is a small left pleural effusion."
