@@ -8,9 +8,9 @@ sum over ranks; averaging parameter gradients over ranks then gives the gradient
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -31,7 +31,6 @@ _TASKS = {
     "a launcher": "WORLD_SIZE",
 }
 _said: set[str] = set()
-_turns = itertools.count()  # of main_first: equal on all ranks
 _POLL_S, _DONE = 0.5, "mlip/done"
 
 
@@ -297,7 +296,8 @@ def main_first(work: Callable[[], None]) -> None:
     if not is_distributed():
         work()
         return
-    store, key = _store(), f"mlip/main_first/{next(_turns)}"
+    # a word of an earlier life, which torchrun has started again, must not be taken for this one's
+    store, key = _store(), f"mlip/main_first/{broadcast_object(secrets.token_hex(8))}"
     if is_main():
         try:
             work()
