@@ -117,13 +117,13 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         "concept_table": corpus.table.fingerprint,
         "tokenizer": hash_of_vocabulary(corpus.tokenizer),
     }
+    hashes = {
+        "manifest": corpus.manifest.fingerprint,
+        **content,
+        "weights' names and shapes": hash_of_shapes(objective),
+    }
     agreement.require_same(
-        {
-            **content,
-            "manifest": corpus.manifest.fingerprint,
-            "training rows": loader.num_rows,
-            "weights' names and shapes": hash_of_shapes(objective),
-        },
+        {"training rows": loader.num_rows, **{k: v[:12] for k, v in hashes.items()}},
         "give all nodes the same manifest, run.dir, lexicon and pretrained weights",
     )
     trainer = Trainer(
