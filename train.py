@@ -31,14 +31,20 @@ from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
-from mlip.training import randomness
+from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
 from mlip.transfer.evaluation import evaluate_run, save_results
-from mlip.transfer.fingerprint import hash_of_vocabulary, source_commit, versions
+from mlip.transfer.fingerprint import (
+    hash_of_shapes,
+    hash_of_source,
+    hash_of_vocabulary,
+    source_commit,
+    versions,
+)
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -67,6 +73,23 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     return options, config
 
 
+def require_one_command(options: argparse.Namespace, config: Config) -> None:
+    """Raises:  ConfigError where a node was started with other settings, code or libraries."""
+    if not distributed.is_distributed():
+        return
+    found = versions()
+    agreement.require_same(
+        {
+            **agreement.settings_of(config),
+            "--allow-mismatch": options.allow_mismatch,
+            "--deepspeed_config": read_json(options.deepspeed_config),
+            "the code of mlip": hash_of_source()[:12],
+            **{name: found.get(name) for name in ("torch", "deepspeed")},
+        },
+        "start all nodes with the same command, of the same code and packages",
+    )
+
+
 def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:
     """From the first or the resumed step to the last; a collective call."""
     provide_phantoms(config)
@@ -81,18 +104,27 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
             path = Path(config.run.dir) / f"{name}.json"
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
+    objective = build_objective(config, corpus)
+    content = {
+        "concept_table": corpus.table.fingerprint,
+        "tokenizer": hash_of_vocabulary(corpus.tokenizer),
+    }
+    hashes = {
+        "manifest": corpus.manifest.fingerprint,
+        **content,
+        "weights' names and shapes": hash_of_shapes(objective),
+    }
+    agreement.require_same(
+        {"training rows": loader.num_rows, **{k: v[:12] for k, v in hashes.items()}},
+        "give all nodes the same manifest, run.dir, lexicon and pretrained weights",
+    )
     trainer = Trainer(
         config,
-        build_objective(config, corpus).to(distributed.device()),
+        objective.to(distributed.device()),
         loader,
         merge_states=merge_states,
         on_save=keep_ledger,
-        facts={
-            "commit": source_commit(),
-            "versions": versions(),
-            "concept_table": corpus.table.fingerprint,
-            "tokenizer": hash_of_vocabulary(corpus.tokenizer),
-        },
+        facts={"commit": source_commit(), "versions": versions(), **content},
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
     )
@@ -133,19 +165,19 @@ def main(arguments: list[str]) -> int:
             stop.raise_at_once("before training; nothing was trained since the start")
         setup_logging()
         randomness.seed_everything(config.run.seed)
-        with locked_folder(folder[0]):
+        require_one_command(options, config)
+        with locked_folder(folder[0], config.run.timeout_s):
             require_deterministic(config)
             corpus = train(options, config, stop)
-            is_main = distributed.is_main()
-            distributed.barrier()
-            distributed.stop()
-            if is_main and not config.evaluate.after_training:
-                print("not evaluated (evaluate.after_training=false); `mlip evaluate` can do it")
-            elif is_main:
-                gc.collect()  # the engine's memory, before the model is built again
-                randomness.use_all_cores()
-                stop.raise_at_once("around the evaluation; the training state is saved")
-                evaluate(config, corpus)
+            gc.collect()  # the engine's memory, before the model is built again
+            with distributed.rank_0_alone() as is_main:
+                if config.evaluate.after_training:
+                    stop.raise_at_once("around the evaluation; the training state is saved")
+                    if is_main:
+                        randomness.use_all_cores()
+                        evaluate(config, corpus)
+                elif is_main:
+                    print("not evaluated (evaluate.after_training=false); `mlip evaluate` does it")
 
     return guarded(run, lambda: folder[0] if folder else None)
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Container, Iterator
@@ -83,7 +84,7 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}@{socket.gethostname()}"
     partial.mkdir()
     try:
         _fill(partial, settings, mark, workers or usable_cores())
@@ -167,9 +168,10 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary folders of processes that are gone."""
-    for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
-        pid = leftover.name.rsplit("-", 1)[-1]
+    """Removes temporary folders of this host's processes that are gone."""
+    host = f"@{socket.gethostname()}"  # of another's nobody knows here whether they are alive
+    for leftover in folder.parent.glob(f".{folder.name}.partial-*{host}"):
+        pid = leftover.name.removesuffix(host).rsplit("-", 1)[-1]
         if not pid.isdigit() or not _is_alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
 

@@ -6,7 +6,7 @@ Commands take the parts of a trained one from what it kept (pretrained.open_chec
 from __future__ import annotations
 
 import logging
-import time
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_mani
 from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
 from mlip.encoders.text import TextEncoder, token_states
+from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
@@ -61,15 +62,16 @@ class Corpus:
 
 
 def provide_phantoms(config: Config) -> None:
-    """Generate the studies that data.phantom asks for, once, on rank 0.
+    """Generate the studies that data.phantom asks for, once, on rank 0; a collective call.
 
-    Raises:  ConfigError where their folder cannot be written.
+    Raises:  ConfigError where their folder cannot be written, or is not there on another node.
     """
     wanted = config.data.phantom
     if wanted.studies == 0:
         return
     folder = Path(config.data.manifest).parent
-    if distributed.is_main():
+
+    def generate() -> None:
         try:
             phantom_dataset.write_dataset(folder, wanted)
         except OSError as error:
@@ -78,9 +80,15 @@ def provide_phantoms(config: Config) -> None:
                 f"{error.strerror}; name another place with data.manifest=..., or set "
                 "data.phantom.studies=0 for a manifest of your own"
             ) from error
-    # no collective: generation may take longer than run.timeout_s allows one rank to be silent
-    while not phantom_dataset.is_complete(folder, phantom_dataset.fingerprint(wanted)):
-        time.sleep(1.0)
+
+    distributed.main_first(generate)
+    mark = phantom_dataset.fingerprint(wanted)
+    if not is_seen(lambda: phantom_dataset.is_complete(folder, mark), config.run.timeout_s):
+        raise ConfigError(
+            f"{folder}: rank 0 has generated the studies of data.phantom there, and rank "
+            f"{distributed.rank()} on {socket.gethostname()} does not see them: set data.manifest "
+            "to a disk that all nodes share"
+        )
 
 
 def open_corpus(config: Config) -> Corpus:
@@ -194,10 +202,12 @@ def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
     if given is not None:
         return load_tokenizer(given)
     folder = Path(config.run.dir) / "tokenizer"
-    # without a checkpoint it may be that of a failed try with other reports or settings: trained
-    # again, equal ones give equal bytes
-    is_kept = folder.is_dir() and checkpoints_of(config.run.dir)
-    if distributed.is_main() and not is_kept:
+
+    def make() -> None:
+        # without a checkpoint it may be that of a failed try with other reports or settings:
+        # trained again, equal ones give equal bytes
+        if folder.is_dir() and checkpoints_of(config.run.dir):
+            return
         rows = manifest.rows("train")
         if len(rows) == 0:
             raise ManifestError(
@@ -216,7 +226,9 @@ def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
             # not the run's own table: that may be licensed, or hold names
             public=lexicon_words(),
         )
-    distributed.barrier()
+
+    distributed.main_first(make)
+    is_seen(folder.is_dir, config.run.timeout_s)
     return load_tokenizer(folder)
 
 

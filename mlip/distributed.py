@@ -7,9 +7,12 @@ over ranks; averaging parameter gradients over ranks then gives the gradient of 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -28,6 +31,7 @@ _TASKS = {
     "a launcher": "WORLD_SIZE",
 }
 _said: set[str] = set()
+_POLL_S, _DONE = 0.5, "mlip/done"
 
 
 def is_distributed() -> bool:
@@ -204,13 +208,14 @@ def start(timeout_s: float) -> torch.device:
     """Join the launcher's process group (none without a launcher); this rank's device.
 
     Raises:  ValueError where another program holds the port that rank 0 was to listen on, where
-             several processes were started that know nothing of each other, or where a launcher's
-             variables are there in part
+             several processes were started that know nothing of each other, where a launcher's
+             variables are there in part, or where LOCAL_RANK is of no GPU that is here
     """
     if not dist.is_initialized():
         _require_launcher() if "RANK" in os.environ else _require_one_task()
     here = device()
     if here.type == "cuda":
+        _require_gpu(here)
         torch.cuda.set_device(here)
     if "RANK" in os.environ and not dist.is_initialized():
         # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
@@ -241,6 +246,18 @@ def _require_launcher() -> None:
             )
 
 
+def _require_gpu(here: torch.device) -> None:
+    """Raises:  ValueError for a task that was given one GPU and counts as the third of its node."""
+    found = torch.cuda.device_count()
+    if here.index >= found:
+        raise ValueError(
+            f"LOCAL_RANK={here.index}, and this process sees {found} GPU(s): the GPU that it takes "
+            "is that of its LOCAL_RANK. Start as many ranks on a node as it has GPUs, let each see "
+            "all of them (CUDA_VISIBLE_DEVICES, no --gpus-per-task), or set LOCAL_RANK=0 where "
+            "each sees its own alone"
+        )
+
+
 def _require_one_task() -> None:
     """Raises:  ValueError where `srun python train.py` or the like has started several processes.
 
@@ -269,6 +286,60 @@ def stop() -> None:
     """Leave the process group; without this NCCL warns and may hang at exit."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def main_first(work: Callable[[], None]) -> None:
+    """Rank 0 works, the others wait, for hours if need be, where a collective has its timeout.
+
+    Raises:  what `work` raises, on rank 0; DistError on the others where rank 0 failed or is gone
+    """
+    if not is_distributed():
+        work()
+        return
+    # a word of an earlier life, which torchrun has started again, must not be taken for this one's
+    store, key = _store(), f"mlip/main_first/{broadcast_object(secrets.token_hex(8))}"
+    if is_main():
+        try:
+            work()
+        except BaseException:
+            store.set(key, "failed")
+            raise
+        store.set(key, "done")
+        return
+    while not store.check([key]):
+        time.sleep(_POLL_S)
+    if store.get(key) != b"done":
+        raise dist.DistError("rank 0 could not do what the others wait for; its line says why")
+
+
+@contextlib.contextmanager
+def rank_0_alone() -> Iterator[bool]:
+    """Leave the process group: rank 0 goes on, and other ranks wait where that keeps it alive.
+
+    A torchrun none of whose ranks is left ends after five minutes, and with it the meeting point
+    (c10d) that it may keep for all nodes: torchrun of rank 0's node would then kill rank 0.
+    Yields:  whether this is rank 0
+    """
+    is_first = is_main()
+    waits = "TORCHELASTIC_RUN_ID" in os.environ and local_ranks() < world_size()
+    store = _store() if waits else None
+    barrier()
+    stop()
+    try:
+        yield is_first
+        # rank 0 may be gone: its own launcher says so
+        with contextlib.suppress(RuntimeError):
+            while store is not None and not is_first and not store.check([_DONE]):
+                time.sleep(_POLL_S)
+    finally:
+        if store is not None and is_first:
+            with contextlib.suppress(RuntimeError):
+                store.set(_DONE, "")
+
+
+def _store() -> Any:
+    """What the ranks met by: it has no timeout but that of a question."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def local_ranks() -> int:

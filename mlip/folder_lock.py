@@ -1,4 +1,7 @@
-"""A lock on a folder's file, also where the file system has none: then a warning says so."""
+"""A folder that processes and nodes share: its lock, and what another of them wrote there.
+
+Where the file system has no locks a warning says so.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import errno
 import fcntl
 import functools
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # Lustre without -o flock, some network file systems
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_LAG_S = 60.0  # man 5 nfs: how long a node may go by what it knows of a folder (acdirmax)
 
 
 def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:
@@ -23,6 +29,19 @@ def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         _warn(folder, error.strerror)
+
+
+def is_seen(question: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether what another process wrote shows here, after a while where the disk is a network's.
+
+    Units:   timeout_s seconds that other ranks wait for this one: at most half of them are taken
+    """
+    deadline = time.monotonic() + min(_LAG_S, timeout_s / 2)
+    while not question():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 @functools.cache

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mlip import distributed
 from mlip.assembly import build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
 from mlip.dataloading.manifest import ManifestError
@@ -189,4 +190,14 @@ def test_phantoms_that_cannot_be_written_are_a_mistake_in_the_settings(tmp_path:
     (tmp_path / "file").touch()
     settings = [*SETTINGS, f"data.manifest={tmp_path}/file/data/manifest.csv"]
     with pytest.raises(ConfigError, match=r"data: data\.phantom\.studies=32 cannot be generated"):
+        provide_phantoms(load([], settings))
+
+
+def test_phantoms_that_another_node_does_not_see_are_no_reason_to_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generated on a disk of rank 0's node alone: the other node looked for them for ever."""
+    monkeypatch.setattr(distributed, "main_first", lambda work: None)
+    settings = [*SETTINGS, f"data.manifest={tmp_path}/data/manifest.csv", "run.timeout_s=0.1"]
+    with pytest.raises(ConfigError, match="does not see them: set data.manifest"):
         provide_phantoms(load([], settings))

@@ -156,6 +156,19 @@ def test_a_launchers_variables_in_part_are_refused(
     assert not dist.is_initialized()
 
 
+def test_a_task_with_one_gpu_that_counts_as_the_fourth_of_its_node_is_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`srun --gpus-per-task 1` with LOCAL_RANK=$SLURM_LOCALID: "invalid device ordinal"."""
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**launched, "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"LOCAL_RANK=3, and this process sees 1 GPU"):
+        distributed.start(1.0)
+
+
 def test_one_task_and_the_batch_script_of_a_job_with_several_are_a_process_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

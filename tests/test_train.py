@@ -115,6 +115,19 @@ def test_a_stop_while_the_run_is_set_up_ends_it_at_once(tmp_path, monkeypatch, c
     assert not checkpoint.checkpoints_of(tmp_path)
 
 
+def test_what_ranks_read_is_compared_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """Two nodes with manifests of different rows trained until the first save."""
+
+    def require_same(facts: dict[str, Any], remedy: str) -> None:
+        raise train.ConfigError(f"compared: {sorted(facts)}; {remedy}")
+
+    monkeypatch.setattr(train.agreement, "require_same", require_same)
+    assert train.main(_overrides(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert "['concept_table', 'manifest', 'tokenizer', 'training rows', \"weights'" in said
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_nearly_every_parameter_moves_between_two_checkpoints(tmp_path):
     assert train.main(_overrides(tmp_path, "train.lr=0.01")) == 0
     two, one = (checkpoint.read(path).training for path in checkpoint.checkpoints_of(tmp_path))

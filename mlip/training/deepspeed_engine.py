@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         # a C++ extension for inference that would be compiled for half a minute at the start
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
-        distributed.broadcast_(p.data for p in objective.parameters())
+        self._share_out()
         if self.stage > 0:
             # ZeRO flattens parameters and views them as bytes: no channels_last weights
             for parameter in objective.parameters():

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -28,7 +29,7 @@ import psutil
 
 from mlip import distributed
 from mlip.config import ConfigError
-from mlip.folder_lock import lock
+from mlip.folder_lock import is_seen, lock
 from mlip.training import presence
 from mlip.unread_output import unread_output_is_lost
 
@@ -212,46 +213,76 @@ def _find_event(
     started = psutil.Process().create_time()
     deadline = time.monotonic() + wait_s
     while True:
-        with contextlib.suppress(OSError, ValueError):
-            for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines():
-                event: dict[str, Any] = json.loads(line)
-                if event["event"] == "error" and event["time"] >= started and wanted(event):
-                    return event
+        with contextlib.suppress(OSError):
+            for line in (folder / "events.jsonl").read_bytes().splitlines():
+                # network file systems let lines of two nodes, appended at once, cover each other
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    event: dict[str, Any] = json.loads(line)
+                    if event["event"] == "error" and event["time"] >= started and wanted(event):
+                        return event
         if time.monotonic() >= deadline:
             return None
         time.sleep(0.1)
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
     """The run's folder, held by this job alone; the kernel frees it when the job dies.
 
-    Raises:  FolderInUse on every rank where another job holds it; ConfigError where it cannot be
-             written.
+    timeout_s  run.timeout_s
+    Raises:    FolderInUse on every rank where another job holds it; ConfigError where it cannot be
+               written, or is not one folder for all nodes.
     """
     kind: type[ConfigError] = ConfigError
     refusal, descriptor = None, -1
+    mark = secrets.token_hex(8)
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             lock(descriptor, folder)
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+            owner = f"pid {os.getpid()} on {socket.gethostname()}"
+            os.write(descriptor, f"{owner}\n{mark}\n".encode())
+            os.fsync(descriptor)  # other nodes read it while it is open here
         except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace")
+            owner = os.read(descriptor, 200).decode(errors="replace").split("\n")[0]
             kind = FolderInUse
             refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
             refusal = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
-    kind, refusal = distributed.broadcast_object((kind, refusal))
+    kind, refusal, mark = distributed.broadcast_object((kind, refusal, mark))
     try:
         if refusal is not None:
             raise kind(refusal)
+        _require_one_folder(folder, mark, timeout_s)
         yield
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _require_one_folder(folder: Path, mark: str, timeout_s: float) -> None:
+    """A run would train on folders of two disks, and fail at its first resume.
+
+    Raises:  ConfigError on every rank where one does not see rank 0's mark.
+    """
+
+    def is_there() -> bool:
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)  # a network file system looks again
+            return mark in (folder / "lock").read_text(encoding="utf-8", errors="replace")
+        return False
+
+    sees = distributed.is_main() or is_seen(is_there, timeout_s)
+    told = distributed.gather_objects((sees, socket.gethostname(), str(folder.absolute())))
+    for rank, (is_same, host, place) in enumerate(told):
+        if not is_same:
+            raise ConfigError(
+                f"run.dir: rank {rank} on {host} does not see in {place} what rank 0 on "
+                f"{told[0][1]} has written to {told[0][2]}; set run.dir to a folder on a disk that "
+                "all nodes share, by its whole path"
+            )
 
 
 def _foreign(folder: Path) -> str:

@@ -40,7 +40,7 @@ class PlainEngine(Engine):
     def __init__(self, objective: nn.Module, config: Config) -> None:
         super().__init__(objective, config)
         self.optimizer = build_optimizer(objective, config)
-        distributed.broadcast_(p.data for p in objective.parameters())
+        self._share_out()
         self._start_ema()
         if rounds_weights_together(config) and hasattr(objective.model, "round_weights_together"):
             model: Any = objective.model

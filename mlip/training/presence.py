@@ -58,6 +58,8 @@ class Presence:
     def _beat(self) -> None:
         while not self._stopped.wait(_BEAT_S):
             self._write()
+            with contextlib.suppress(OSError):
+                os.close(os.dup(self._file))  # NFS sends what was written when a file is closed
 
     def close(self) -> None:
         self._stopped.set()
@@ -91,9 +93,12 @@ def explain(error: BaseException) -> str | None:
     if _present is None:
         return None
     place = f"in {collective_of(error)} (step {_present.step}, phase {_present.phase})"
-    deadline = time.monotonic() + _DYING_S
+    # a killed process closes its connections before the system shows it as dead, and of another
+    # host nothing is shown but that signs do not come any more
+    is_one_host = distributed.local_ranks() >= distributed.world_size()
+    wait_s = _DYING_S if is_one_host else _DYING_S + _SILENT_BEATS * _BEAT_S
+    deadline = time.monotonic() + wait_s
     silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
-    # a killed process closes its connections before the system shows it as dead
     while not silent and time.monotonic() < deadline:
         time.sleep(0.02)
         silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
@@ -132,7 +137,7 @@ def missing_ranks(folder: Path, own: tuple[int, str]) -> tuple[list[str], list[s
         state = _state(seen)
         text = f"rank {rank}: {state}, last sign {age:.1f} s ago in step {seen['step']}, "
         text += f"phase {seen['phase']}"
-        if state != "alive" or age > _SILENT_BEATS * _BEAT_S:
+        if state in ("gone", "stopped") or age > _SILENT_BEATS * _BEAT_S:
             silent.append(text)
         elif (seen["step"], seen["phase"]) != own:
             behind.append(text)
@@ -140,9 +145,9 @@ def missing_ranks(folder: Path, own: tuple[int, str]) -> tuple[list[str], list[s
 
 
 def _state(seen: Mapping[str, Any]) -> str:
-    """What this host knows of the process; of another host it knows nothing."""
+    """What this host knows of the process; of another host's it knows the place."""
     if seen["host"] != socket.gethostname()[:100]:
-        return "alive"
+        return f"on {seen['host']}"
     try:
         status = psutil.Process(seen["pid"]).status()
     except psutil.Error:

@@ -36,8 +36,11 @@ def set_threads(config: Config, pinned: int | None = None) -> int:
     """torch threads of this rank: run.threads, else what a checkpoint pinned, else an even share.
 
     A sum over a million numbers differs between 1 and 2 threads, so a resumed run keeps its count.
+    It is that of the rank with fewest: a node with more cores, or fewer ranks, takes no more. A
+    collective call.
     """
     share = max(1, usable_cores() // distributed.local_ranks())
+    share = -distributed.max_of_numbers([-share])[0]
     threads = config.run.threads or pinned or share
     torch.set_num_threads(threads)
     return threads

@@ -295,6 +295,15 @@ class Engine(abc.ABC):
     def _held(self) -> list[Tensor]:
         """The float32 tensors that the optimiser updates in place on this rank."""
 
+    def _share_out(self) -> None:
+        """Rank 0's parameters and buffers on every rank.
+
+        Nodes with other processors do not round alike what they compute for themselves: vectors
+        of concepts, starts of prototypes.
+        """
+        distributed.broadcast_(p.data for p in self.objective.parameters())
+        distributed.broadcast_(self.objective.buffers())
+
     def _start_ema(self) -> None:
         decay = self.config.train.ema_decay
         if decay > 0.0:

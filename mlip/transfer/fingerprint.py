@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -63,6 +64,23 @@ def hash_of_weights(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(raw.numpy().data)
+    return digest.hexdigest()
+
+
+def hash_of_shapes(model: torch.nn.Module) -> str:
+    """SHA-256 over names and shapes of every parameter and buffer that is saved."""
+    return hash_of([[name, *tensor.shape] for name, tensor in sorted(model.state_dict().items())])
+
+
+def hash_of_source() -> str:
+    """SHA-256 over this installation's own modules: no commit tells of changes in a checkout."""
+    digest = hashlib.sha256()
+    top = Path(__file__).resolve().parents[1]
+    # kernels and dataloading are links in a checkout
+    folders = sorted(os.walk(top, followlinks=True))
+    for path in (Path(folder, name) for folder, _, names in folders for name in sorted(names)):
+        if path.suffix == ".py":
+            digest.update(f"{path.relative_to(top)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 

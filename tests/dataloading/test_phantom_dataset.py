@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_a_killed_run_leaves_nothing_that_looks_like_data(tmp_path: Path) -> Non
     few = dataclasses.replace(SMALL, studies=3, val_studies=1, test_studies=1)
     write_dataset(folder, few)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_another_host_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Two jobs of an array, one disk: the second removed what the first was filling."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours, other = (
+        tmp_path / f".data.partial-{dead.pid}@{host}" for host in (socket.gethostname(), "another")
+    )
+    ours.mkdir()
+    other.mkdir()
+    write_dataset(tmp_path / "data", Phantom(studies=1, val_studies=0, test_studies=0), workers=1)
+    assert other.is_dir() and not ours.exists()
 
 
 def test_a_helper_whose_parent_is_gone_writes_no_more(tmp_path: Path) -> None:

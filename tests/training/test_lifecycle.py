@@ -100,6 +100,8 @@ def test_success_and_preemption_leave_no_error(tmp_path):
 
 
 def test_a_rank_that_lost_its_peer_ends_with_the_peers_code(tmp_path, monkeypatch):
+    # as two nodes leave it that append at once over NFS
+    (tmp_path / "events.jsonl").write_bytes(b'{"time": 1, "ra\xff\n3\n{"event": "error"}\n')
     record_event(tmp_path, "error", code=3, error="DataError", text="0")
     monkeypatch.setenv("RANK", "1")
 

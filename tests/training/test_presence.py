@@ -25,6 +25,7 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(presence, "_DYING_S", 0.05)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     presence.start(tmp_path)
     presence.at(6, "forward")
 
@@ -56,7 +57,18 @@ def test_a_silent_rank_is_named_with_the_collective_and_its_last_place(three_ran
     assert text.startswith(
         "in all_reduce of train_step (step 6, phase forward), waiting for rank 1"
     )
-    assert "rank 1: alive, last sign 6" in text and "step 6, phase load" in text
+    assert "rank 1: on elsewhere, last sign 6" in text and "step 6, phase load" in text
+
+
+def test_a_rank_killed_on_another_node_is_named_when_its_signs_stay_away(three_ranks, monkeypatch):
+    """Its last sign was a moment old: "every other rank still gives signs of life"."""
+    monkeypatch.setattr(presence, "_SILENT_BEATS", 0.5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    three_ranks(1, time=time.time() + 60.0)  # it goes on giving signs
+    three_ranks(2, host="elsewhere")
+    text = presence.explain(_failed_collective())
+    assert text is not None and "waiting for rank 2: on elsewhere, last sign 0." in text
+    assert "rank 1" not in text
 
 
 def test_a_dead_process_is_gone_and_a_missing_file_never_came(three_ranks):
