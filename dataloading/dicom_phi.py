@@ -15,48 +15,121 @@ from pydicom.tag import Tag
 from mlip.dataloading.dicom_source import error_wall, open_regular, read_everything_but_pixels
 
 # Attributes that the Basic Application Level Confidentiality Profile removes, empties or replaces
-# and whose value representation alone does not give them away (PS3.15 Table E.1-1). Names, dates
-# and times are found by their value representation.
+# and whose value representation alone does not give them away (PS3.15 Table E.1-1, edition 2026c).
+# Names, dates and times are found by their value representation, positions by their GPS; UIDs,
+# which the profile replaces by others, tell nothing here. Last, by tag, what is newer than pydicom.
 _PROFILE = frozenset(
     """
-    AccessionNumber AcquisitionComments AcquisitionContextSequence
-    AcquisitionProtocolDescription ActualHumanPerformersSequence AdditionalPatientHistory
-    AddressTrial AdmissionID AdmittingDiagnosesDescription AffectedSOPInstanceUID Allergies
-    Arbitrary AuthorObserverSequence BranchOfService CassetteID ClinicalTrialProtocolID
-    ClinicalTrialSiteID ClinicalTrialSiteName ClinicalTrialSubjectID
-    ClinicalTrialSubjectReadingID CommentsOnThePerformedProcedureStep
-    ConfidentialityConstraintOnPatientDataDescription ContributionDescription
-    CountryOfResidence CurrentPatientLocation CustodialOrganizationSequence
-    DataSetTrailingPadding DerivationDescription DetectorID DeviceSerialNumber
-    DischargeDiagnosisDescription DistributionAddress EthnicGroup
-    FillerOrderNumberImagingServiceRequest FrameComments GantryID GeneratorID ImageComments
-    ImagePresentationComments ImagingServiceRequestComments Impressions InstitutionAddress
-    InstitutionCodeSequence InstitutionName InstitutionalDepartmentName
+    AccessionNumber AcquisitionComments AcquisitionContextDescription
+    AcquisitionContextSequence AcquisitionDeviceProcessingDescription
+    AcquisitionFieldOfViewLabel AcquisitionProtocolDescription ActualHumanPerformersSequence
+    AdditionalPatientHistory AddressTrial AdmissionID AdmittingDiagnosesCodeSequence
+    AdmittingDiagnosesDescription AffectedSOPInstanceUID Allergies AnnotationGroupDescription
+    AnnotationGroupLabel Arbitrary AuthorObserverSequence BarcodeValue BeamDescription
+    BolusDescription BranchOfService CameraOwnerName CassetteID CertificateOfSigner
+    CertifiedTimestamp ChannelDerivationDescription ChannelLabel
+    ClinicalTrialCoordinatingCenterName ClinicalTrialProtocolEthicsCommitteeApprovalNumber
+    ClinicalTrialProtocolEthicsCommitteeName ClinicalTrialProtocolID ClinicalTrialProtocolName
+    ClinicalTrialSeriesDescription ClinicalTrialSeriesID ClinicalTrialSiteID
+    ClinicalTrialSiteName ClinicalTrialSponsorName ClinicalTrialSubjectID
+    ClinicalTrialSubjectReadingID ClinicalTrialTimePointDescription ClinicalTrialTimePointID
+    CommentsOnRadiationDose CommentsOnThePerformedProcedureStep CompensatorDescription
+    ConceptualVolumeCombinationDescription ConceptualVolumeDescription
+    ConfidentialityConstraintOnPatientDataDescription
+    ConsultingPhysicianIdentificationSequence ContainerComponentID ContainerDescription
+    ContainerIdentifier ContentCreatorIdentificationCodeSequence ContentSequence
+    ContrastBolusAgent ContributionDescription CountryOfResidence CurrentPatientLocation
+    CustodialOrganizationSequence DataSetTrailingPadding DecompositionDescription
+    DerivationDescription DestinationAE DetectorID DeviceAlternateIdentifier DeviceDescription
+    DeviceLabel DeviceSerialNumber DeviceSettingDescription DigitalSignaturesSequence
+    DischargeDiagnosisDescription DisplacementReferenceLabel DistributionAddress
+    DoseReferenceDescription EncapsulatedDocument EntityDescription EntityLabel
+    EntityLongLabel EntityName EquipmentFrameOfReferenceDescription EthnicGroup
+    EthnicGroupCodeSequence FillerOrderNumberImagingServiceRequest
+    FilterLookupTableDescription FixationDeviceDescription FlowIdentifier
+    FlowIdentifierSequence FractionGroupDescription FractionationNotes FrameComments
+    FrameOriginTimestamp GantryID GeneratorID GraphicAnnotationSequence
+    HardcopyCreationDeviceID HumanPerformerOrganization IconImageSequence IdentifyingComments
+    ImageComments ImagePresentationComments ImagingServiceRequestComments Impressions
+    InstanceOriginStatus InstitutionAddress InstitutionCodeSequence InstitutionName
+    InstitutionalDepartmentName InstitutionalDepartmentTypeCodeSequence
     InsurancePlanIdentification IntendedRecipientsOfResultsIdentificationSequence
-    InterpretationText IssuerOfAdmissionID IssuerOfPatientID IssuerOfServiceEpisodeID
+    InterlockDescription InterlockOriginDescription InterpretationApproverSequence
+    InterpretationDiagnosisDescription InterpretationID InterpretationIDIssuer
+    InterpretationText IssuerOfAdmissionID IssuerOfAdmissionIDSequence
+    IssuerOfClinicalTrialProtocolID IssuerOfClinicalTrialSeriesID IssuerOfClinicalTrialSiteID
+    IssuerOfClinicalTrialSubjectID IssuerOfClinicalTrialSubjectReadingID
+    IssuerOfClinicalTrialTimePointID IssuerOfPatientID IssuerOfServiceEpisodeID
+    IssuerOfServiceEpisodeIDSequence IssuerOfTheContainerIdentifierSequence
+    IssuerOfTheSpecimenIdentifierSequence LabelText LensMake LensModel LensSerialNumber
+    LensSpecification LongDeviceDescription MAC MakerNote ManufacturerDeviceIdentifier
     MedicalAlerts MedicalRecordLocator MilitaryRank ModifiedAttributesSequence
-    NamesOfIntendedRecipientsOfResults Occupation OperatorIdentificationSequence
-    OrderCallbackPhoneNumber OrderEntererLocation OriginalAttributesSequence OtherPatientIDs
-    OtherPatientIDsSequence PatientAddress PatientAge PatientComments PatientID
-    PatientInstitutionResidence PatientMotherBirthName PatientReligiousPreference PatientSex
+    ModifiedImageDescription ModifyingDeviceID ModifyingSystem
+    MultienergyAcquisitionDescription MultiplexGroupLabel NamesOfIntendedRecipientsOfResults
+    NetworkID NonconformingDataElementValue NonconformingModifiedAttributesSequence Occupation
+    OperatorIdentificationSequence OrderCallbackPhoneNumber OrderCallbackTelecomInformation
+    OrderEntererLocation OriginalAttributesSequence Originator
+    OtherClinicalTrialProtocolIDsSequence OtherPatientIDs OtherPatientIDsSequence
+    ParticipantSequence PatientAddress PatientAge PatientComments PatientID
+    PatientInstitutionResidence PatientInsurancePlanCodeSequence PatientMotherBirthName
+    PatientPrimaryLanguageCodeSequence PatientPrimaryLanguageModifierCodeSequence
+    PatientReligiousPreference PatientSetupPhotoDescription PatientSex PatientSexNeutered
     PatientSize PatientState PatientTelecomInformation PatientTelephoneNumbers
-    PatientTransportArrangements PatientWeight PerformedLocation
+    PatientTransportArrangements PatientTreatmentPreparationMethodDescription
+    PatientTreatmentPreparationProcedureParameterDescription PatientWeight PerformedLocation
     PerformedProcedureStepDescription PerformedProcedureStepID PerformedStationAETitle
-    PerformedStationName PersonAddress PersonIdentificationCodeSequence PersonTelephoneNumbers
+    PerformedStationGeographicLocationCodeSequence PerformedStationName
+    PerformedStationNameCodeSequence PerformingPhysicianIdentificationSequence PersonAddress
+    PersonIdentificationCodeSequence PersonTelecomInformation PersonTelephoneNumbers
     PhysicianApprovingInterpretation PhysiciansOfRecordIdentificationSequence
-    PhysiciansReadingStudyIdentificationSequence PlacerOrderNumberImagingServiceRequest PlateID
-    PreMedication PregnancyStatus ProtocolName ReasonForStudy ReasonForTheImagingServiceRequest
-    ReferringPhysicianAddress ReferringPhysicianIdentificationSequence
+    PhysiciansReadingStudyIdentificationSequence PlacerOrderNumberImagingServiceRequest
+    PlateID PositionAcquisitionTemplateDescription PositionAcquisitionTemplateName
+    PreMedication PregnancyStatus PrescriptionDescription PrescriptionNotes
+    PrescriptionNotesSequence PriorTreatmentDoseDescription ProtocolName PyramidDescription
+    PyramidLabel ROICreatorSequence ROIDescription ROIGenerationDescription
+    ROIInterpreterSequence ROIName ROIObservationDescription ROIObservationLabel
+    RTAccessoryDeviceSlotID RTAccessoryHolderSlotID RTPhysicianIntentNarrative
+    RTPlanDescription RTPlanLabel RTPlanName RTPrescriptionLabel RTToleranceSetLabel
+    RTTreatmentApproachLabel RadiationDoseIdentificationLabel
+    RadiationDoseInVivoMeasurementLabel RadiationGenerationModeDescription
+    RadiationGenerationModeLabel ReasonForOmissionDescription
+    ReasonForRequestedProcedureCodeSequence ReasonForStudy ReasonForSuperseding
+    ReasonForTheAttributeModification ReasonForTheImagingServiceRequest
+    ReasonForTheRequestedProcedure ReasonForVisit ReasonForVisitCodeSequence ReceivingAE
+    ReferencedDigitalSignatureSequence ReferencedPatientAliasSequence
+    ReferencedPatientPhotoSequence ReferencedPatientSequence
+    ReferencedPerformedProcedureStepSequence ReferencedSOPInstanceMACSequence
+    ReferencedStudySequence ReferringPhysicianAddress ReferringPhysicianIdentificationSequence
     ReferringPhysicianTelephoneNumbers RegionOfResidence RequestAttributesSequence
     RequestedContrastAgent RequestedProcedureComments RequestedProcedureDescription
-    RequestedProcedureID RequestedProcedureLocation RequestingService ResponsibleOrganization
-    ResultsComments ResultsDistributionListSequence ResultsIDIssuer
-    ScheduledPatientInstitutionResidence ScheduledProcedureStepDescription
-    ScheduledProcedureStepLocation ScheduledStationAETitle ScheduledStationName
-    ScheduledStudyLocation ScheduledStudyLocationAETitle SeriesDescription
-    ServiceEpisodeDescription ServiceEpisodeID SmokingStatus SourceIdentifier SpecialNeeds
-    StationName StudyComments StudyDescription StudyID StudyIDIssuer TextComments TextString
-    TopicAuthor TopicKeywords TopicSubject TopicTitle VerifyingOrganization VisitComments
+    RequestedProcedureID RequestedProcedureLocation RequestedSeriesDescription RequestingAE
+    RequestingService RespiratoryMotionCompensationTechniqueDescription
+    ResponsibleOrganization ResultsComments ResultsDistributionListSequence ResultsID
+    ResultsIDIssuer RetrieveAETitle ScheduledHumanPerformersSequence
+    ScheduledPatientInstitutionResidence ScheduledPerformingPhysicianIdentificationSequence
+    ScheduledProcedureStepDescription ScheduledProcedureStepID ScheduledProcedureStepLocation
+    ScheduledStationAETitle ScheduledStationGeographicLocationCodeSequence
+    ScheduledStationName ScheduledStationNameCodeSequence ScheduledStudyLocation
+    ScheduledStudyLocationAETitle SecondaryCaptureDeviceID SelectorAEValue SelectorASValue
+    SelectorLOValue SelectorLTValue SelectorOBValue SelectorSHValue SelectorSTValue
+    SelectorUNValue SelectorURValue SelectorUTValue SeriesDescription
+    ServiceEpisodeDescription ServiceEpisodeID SetupTechniqueDescription
+    ShieldingDeviceDescription SlideIdentifier SmokingStatus SourceIdentifier
+    SourceManufacturer SourceOfPreviousValues SourceSerialNumber SpecialNeeds
+    SpecimenAccessionNumber SpecimenDetailedDescription SpecimenIdentifier
+    SpecimenPreparationSequence SpecimenShortDescription StationAETitle StationName
+    StructureSetDescription StructureSetLabel StructureSetName StudyComments StudyDescription
+    StudyID StudyIDIssuer TelephoneNumberTrial TextComments TextString TimezoneOffsetFromUTC
+    TopicAuthor TopicKeywords TopicSubject TopicTitle TransducerIdentificationSequence
+    TreatmentMachineName TreatmentPositionGroupLabel TreatmentSite TreatmentSites
+    TreatmentTechniqueNotes TreatmentToleranceViolationDescription UDISequence
+    UnformattedTextValue UniqueDeviceIdentifier UserContentLabel UserContentLongLabel
+    VerbalSourceIdentifierCodeSequenceTrial VerifyingObserverIdentificationCodeSequence
+    VerifyingObserverSequence VerifyingOrganization VisitComments WaveformAnnotationSequence
+    WaveformFilterDescription XRayDetectorID XRayDetectorLabel XRaySourceID
+    0008,1301 0008,1302 0008,1303 0008,1304 0010,0011 0010,0012 0010,0013 0010,0014 0010,0015
+    0010,0016 0010,0041 0010,0042 0010,0043 0010,0044 0010,0045 0010,0046 0010,0047 0010,2162
+    0040,A034 0040,A035 0040,B034 0040,B036 0040,B03B 0040,B03F 0040,E012
     """.split()
 )
 _TEMPORAL = frozenset({"DA", "DT", "TM"})
@@ -76,7 +149,9 @@ class Leftover:
 
 
 def check_phi(source: str | os.PathLike[str] | bytes) -> list[Leftover]:
-    """Every attribute, in sequences too, that the Basic Profile would have removed or emptied.
+    """Every attribute, in sequences too, that the Basic Profile removes, empties or replaces.
+
+    UIDs, which it replaces by others, are not looked at.
 
     Returns: sorted by attribute; empty = nothing found in the header, which is no proof
     Raises:  DicomError where the file cannot be parsed.
@@ -120,13 +195,15 @@ def _walk(dataset: Dataset, depth: int = 0) -> list[Leftover]:
             found.append(Leftover(name, "private"))
         elif element.tag.group & 0xFF01 == 0x6000:
             found.append(Leftover(_name(tag), "overlay"))
+        elif element.tag.group & 0xFF01 == 0x5000:  # curves
+            found.append(Leftover(_name(tag), "profile"))
         elif element.tag.group == 0x0002:
             continue
         elif element.VR == "PN":
             found.append(Leftover(name, "name"))
         elif element.VR in _TEMPORAL:
             found.append(Leftover(name, "date"))
-        elif name in _PROFILE:
+        elif name in _PROFILE or _name(tag) in _PROFILE or name.startswith("GPS"):
             found.append(Leftover(name, "profile"))
         if element.VR == "SQ" and depth < 32:
             for item in element.value:

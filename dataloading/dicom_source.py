@@ -13,7 +13,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,7 @@ MAX_HEADER_READS = 200_000  # about 100,000 attributes and items; one second of 
 MAX_HEADER_BYTES = 64 << 20
 MAX_SIDE_PX = 16_384
 MAX_PIXELS = 100_000_000
+_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags: of float32, of float64, the usual ones
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # of file names; most archives write none
 
@@ -217,21 +218,57 @@ def read_dataset(file: BinaryIO, tags: list[str] | None) -> tuple[str, BinaryIO,
     """Transfer syntax, the stream at the pixel data element, the chosen tags (None = all)."""
     with error_wall("malformed"):
         syntax, offset = read_transfer_syntax(file)
-        implicit, little = syntax == NATIVE_SYNTAXES[0], syntax != BIG_ENDIAN
         if syntax == DEFLATED:
             file = _inflated(file, offset)
         else:
             file.seek(offset)
-        dataset = pydicom.filereader.read_dataset(
-            _Metered(file),  # type: ignore[arg-type]
-            is_implicit_VR=implicit,
-            is_little_endian=little,
-            stop_when=lambda tag, vr, length: int(tag) >= 0x7FE00008,
-            specific_tags=[pydicom.tag.Tag(tag) for tag in tags] if tags else None,
-        )
-    return syntax, file, dataset
+        return syntax, file, _parsed(file, syntax, tags, lambda tag: tag >= _PIXELS[0])
+
+
+def _parsed(
+    file: BinaryIO, syntax: str, tags: list[str] | None, ends_at: Callable[[int], bool]
+) -> Dataset:
+    return pydicom.filereader.read_dataset(
+        _Metered(file),  # type: ignore[arg-type]
+        is_implicit_VR=syntax == NATIVE_SYNTAXES[0],
+        is_little_endian=syntax != BIG_ENDIAN,
+        stop_when=lambda tag, vr, length: ends_at(int(tag)),
+        specific_tags=[pydicom.tag.Tag(tag) for tag in tags] if tags else None,
+    )
 
 
 def read_everything_but_pixels(file: BinaryIO) -> Dataset:
-    """All attributes in front of the pixel data, identifying ones too: for dicom_phi.py alone."""
-    return read_dataset(file, None)[2]
+    """All attributes, behind the pixels too, identifying ones also: for dicom_phi.py alone."""
+    syntax, stream, dataset = read_dataset(file, None)
+    _skip_pixels(stream, syntax)
+    # zeros at the end of a file are padding of a tape or disk, no attributes
+    dataset.update(_parsed(stream, syntax, None, lambda tag: tag == 0))
+    return dataset
+
+
+def _tag(head: bytes, order: str) -> int:
+    group, element = struct.unpack(f"{order}HH", head[:4])
+    return group << 16 | element
+
+
+def _skip_pixels(stream: BinaryIO, syntax: str) -> None:
+    """Moves the stream from the pixel data element, if it stands at one, to what follows."""
+    order = ">" if syntax == BIG_ENDIAN else "<"
+    start, head = stream.tell(), stream.read(8)
+    if len(head) < 8 or _tag(head, order) not in _PIXELS:
+        stream.seek(start)
+        return
+    length = struct.unpack(f"{order}I", head[4:])[0]
+    if syntax != NATIVE_SYNTAXES[0] and head[4:6] in (b"OB", b"OW", b"OF", b"OD", b"UN"):
+        length = struct.unpack(f"{order}I", stream.read(4).ljust(4, b"\0"))[0]
+    if length != 0xFFFFFFFF:
+        stream.seek(length, io.SEEK_CUR)
+        return
+    items = _Metered(stream)
+    while len(head := items.read(8)) == 8:
+        mark, length = head[:4], struct.unpack("<I", head[4:])[0]
+        if mark == b"\xfe\xff\xdd\xe0":
+            return
+        if mark != b"\xfe\xff\x00\xe0":
+            raise DicomError("malformed", "no item where a fragment should start")
+        stream.seek(length, io.SEEK_CUR)

@@ -8,7 +8,7 @@ import pytest
 from pydicom.dataset import Dataset
 
 from mlip.dataloading.dicom import DicomError, check_phi, write_radiograph
-from mlip.dataloading.dicom_phi import SEVERE
+from mlip.dataloading.dicom_phi import _PROFILE, SEVERE
 
 CANARY = "CANARY7"
 
@@ -48,6 +48,12 @@ def test_a_generated_file_holds_nothing_but_its_own_ids(clean):
         ("DeviceSerialNumber", CANARY, "profile"),
         ("StudyDescription", CANARY, "profile"),
         ("PatientComments", CANARY, "profile"),
+        ("ReasonForTheRequestedProcedure", CANARY, "profile"),
+        ("PersonTelecomInformation", CANARY, "profile"),
+        ("InterpretationDiagnosisDescription", CANARY, "profile"),
+        ("AdmittingDiagnosesCodeSequence", [Dataset()], "profile"),
+        ("StationAETitle", CANARY, "profile"),
+        ("GPSLatitude", [1.0, 2.0, 3.0], "profile"),
         ("BurnedInAnnotation", "YES", "burned_in"),
         ("BurnedInAnnotation", None, "burned_in_unknown"),
         ("PatientIdentityRemoved", None, "not_yes"),
@@ -66,6 +72,8 @@ def test_private_nested_and_overlay_attributes_are_found(clean):
     clean.private_block(0x0011, CANARY, create=True).add_new(1, "LO", CANARY)
     clean.add_new(0x60003000, "OW", b"\1\0")
     clean.add_new(0x60023000, "OW", b"\1\0")  # a film may have sixteen
+    clean.add_new(0x50023000, "OW", b"\1\0")
+    clean.add_new(0x00100013, "LT", CANARY)  # Name to Use Comment: newer than pydicom's dictionary
     item = Dataset()
     item.RequestedProcedureID = CANARY
     deeper = Dataset()
@@ -75,7 +83,29 @@ def test_private_nested_and_overlay_attributes_are_found(clean):
     result = found(clean)
     assert result["0011,0010"] == result["0011,1001"] == "private"
     assert result["6000,3000"] == result["6002,3000"] == "overlay"
+    assert result["5002,3000"] == result["0010,0013"] == "profile"
     assert result["RequestedProcedureID"] == "profile" and result["PersonName"] == "name"
+
+
+@pytest.mark.parametrize("syntax", ["explicit", "jpegls"])
+def test_what_stands_behind_the_pixels_is_found(tmp_path, syntax):
+    image = np.zeros((16, 16), np.uint16)
+    write_radiograph(tmp_path / "a", image, patient_id="p", study_id="s", syntax=syntax)
+    dataset = pydicom.dcmread(tmp_path / "a")
+    dataset.private_block(0x7FE1, CANARY, create=True).add_new(1, "LO", CANARY)
+    dataset.DataSetTrailingPadding = CANARY.encode()
+    result = found(dataset)
+    assert result["7FE1,1001"] == "private" and result["DataSetTrailingPadding"] == "profile"
+    del dataset.PixelData
+    assert found(dataset) == result
+    clean = (tmp_path / "a").read_bytes()
+    assert check_phi(clean + bytes(1000)) == check_phi(clean)
+
+
+def test_every_keyword_of_the_profile_is_one_of_the_standard():
+    keywords = [name for name in _PROFILE if "," not in name]
+    assert len(keywords) > 300
+    assert not [name for name in keywords if pydicom.datadict.tag_for_keyword(name) is None]
 
 
 @pytest.mark.parametrize(
