@@ -345,7 +345,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
         f"{result.images} images, {result.member_bytes / 1e6:.1f} MB"
     )
     for reason, count in result.refused.most_common():
-        print(f"refused, {reason}: {count}")
+        again = "; the same command takes those that are there by then" * (reason == "missing")
+        print(f"refused, {reason}: {count}{again}")
     for code, count in result.noted.most_common():
         print(f"noted, {code}: {count}")
     if not result.complete:

@@ -86,7 +86,8 @@ def build_shards(
 
     rows are sorted by split here; places in that order are the index's `row`.
 
-    Raises:  ShardError where the disk is full or not writable; finished shards stay whole.
+    Raises:  ShardError where the disk is full or not writable, or plan.root goes away; finished
+             shards stay whole.
     """
     order = {"train": 0, "val": 1, "test": 2}
     rows = sorted(rows, key=lambda row: order[row.split])
@@ -102,7 +103,7 @@ def build_shards(
         shard
         for shard in mine
         if not is_complete(shard.path, prints[shard.number], verify=plan.verify)
-        or _had_less_time(shard, plan)
+        or _can_have_more(shard, rows, plan)
     ]
     try:
         if missing:
@@ -171,15 +172,16 @@ def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _had_less_time(shard: _Shard, plan: Plan) -> bool:
-    """Whether a file was given up after less time than it may take now."""
+def _can_have_more(shard: _Shard, rows: list[Row], plan: Plan) -> bool:
+    """Whether a file was given up after less time than it may take now, or was gone and is there:
+    the fingerprint was taken before a network's folder went away."""
     index = pa.parquet.read_table(index_path(shard.path), columns=["reason"])
+    reasons = index.column("reason").to_pylist()
     given = (index.schema.metadata or {}).get(b"timeout_s")
-    return (
-        given is not None
-        and float(given) < plan.timeout_s
-        and "timeout" in index.column("reason").to_pylist()
-    )
+    if given is not None and float(given) < plan.timeout_s and "timeout" in reasons:
+        return True
+    gone = [p for p, reason in zip(shard.rows, reasons, strict=True) if reason == "missing"]
+    return any(os.path.exists(plan.root / rows[place].image) for place in gone)
 
 
 def _make(
@@ -208,6 +210,11 @@ def _make(
                 entries = []
                 for place in shard.rows:
                     reply = next(replies)
+                    if reply.fields.get("reason") == "missing" and not plan.root.is_dir():
+                        raise ShardError(
+                            f"{plan.root}: the folder of the images is gone: mount or restore it "
+                            "and run the same command again; finished shards are whole"
+                        )
                     entries.append(_entry(place, keys[place], suffix, reply, plan, writer))
                     done += 1
                     if progress is not None:

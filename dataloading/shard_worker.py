@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -102,7 +103,7 @@ def make_member(
     except BadSample as error:
         return {"reason": error.reason}, b""
     except DataError:
-        return {"reason": "outside_root"}, b""
+        return {"reason": "outside_root" if os.path.isdir(root) else "missing"}, b""
     except MemoryError:
         return {"reason": "out_of_memory"}, b""
     except Exception as error:

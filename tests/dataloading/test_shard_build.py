@@ -196,6 +196,31 @@ def test_every_bad_file_is_counted_with_its_reason_and_no_good_one_is_lost(tmp_p
     assert sorted(kept.to_pylist()) == ["IMG10", "IMG11", "IMG9"]
 
 
+def test_files_of_a_folder_that_went_away_are_taken_when_it_is_back(tmp_path):
+    # a network's mount that was lost for a minute left an empty folder, and 22 of 24 films for good
+    rows, raw = source(tmp_path / "raw", 12), tmp_path / "raw"
+
+    def unmount(done, total):
+        if done == 1:
+            raw.rename(tmp_path / "elsewhere")
+            raw.mkdir()
+
+    lost = build_shards(rows, plan_for(tmp_path), unmount).refused["missing"]
+    raw.rmdir()
+    (tmp_path / "elsewhere").rename(raw)
+    again = build_shards(rows, plan_for(tmp_path))
+    assert lost > 0 and again.made > 0 and again.images == 12
+    assert build_shards(rows, plan_for(tmp_path)).made == 0
+
+
+def test_a_folder_of_images_that_is_gone_ends_the_run(tmp_path):
+    rows, raw = source(tmp_path / "raw", 12), tmp_path / "raw"
+    with pytest.raises(ShardError, match="is gone: mount or restore it"):
+        build_shards(rows, plan_for(tmp_path), lambda *_: raw.exists() and raw.rename(f"{raw}-"))
+    (tmp_path / "raw-").rename(raw)
+    assert build_shards(rows, plan_for(tmp_path)).images == 12
+
+
 def test_a_full_disk_gives_a_clear_message_and_leaves_finished_shards_whole(copied_shards):
     folder, rows, expected = copied_shards
     for name in ("train-00001", "test-00000"):
