@@ -23,11 +23,12 @@ from mlip.assembly import (
     build_objective,
     keep_concepts,
     open_corpus,
+    open_loader,
     provide_phantoms,
 )
 from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
-from mlip.dataloading.loader import build_loader, listed_bad, merge_states
+from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
 from mlip.training import randomness
@@ -70,17 +71,8 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
     """From the first or the resumed step to the last; a collective call."""
     provide_phantoms(config)
     corpus = open_corpus(config)
-    loader = build_loader(
-        config,
-        corpus.manifest,
-        split="train",
-        train=True,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        tokenizer=corpus.tokenizer,
-        linker=corpus.linker,
-        table=corpus.table,
-    )
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    loader = open_loader(config, corpus, **place)
 
     def keep_ledger(state: Mapping[str, Any]) -> None:
         ledger = Ledger.from_state(state["ledger"])

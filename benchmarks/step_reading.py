@@ -127,23 +127,6 @@ class Data:
         return manifest
 
 
-def open_loader(config: Config) -> Any:
-    """The loader as train.py builds it, on one rank."""
-    from mlip.assembly import open_corpus
-    from mlip.dataloading.loader import build_loader
-
-    corpus = open_corpus(config)
-    return build_loader(
-        config,
-        corpus.manifest,
-        split="train",
-        train=True,
-        tokenizer=corpus.tokenizer,
-        linker=corpus.linker,
-        table=corpus.table,
-    )
-
-
 class FedRunner(Runner):
     """Steps on batches as they come, and how long the host waited for each."""
 
@@ -163,8 +146,10 @@ def fed_times(engine: Any, config: Config, *, least: int, budget_s: float) -> di
 
     Means, not medians: a wait that comes every tenth step counts.
     """
+    from mlip.assembly import open_corpus, open_loader
+
     begin = time.perf_counter()
-    loader = open_loader(config)
+    loader = open_loader(config, open_corpus(config))
     try:
         held = Runner(engine, [next(loader) for _ in range(HELD)])
         opened_s = time.perf_counter() - begin

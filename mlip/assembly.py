@@ -19,6 +19,7 @@ from mlip import distributed
 from mlip.batch import STATES
 from mlip.config import Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
+from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
 from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
@@ -99,6 +100,21 @@ def open_corpus(config: Config) -> Corpus:
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
     return Corpus(manifest, open_tokenizer(config, manifest), table, linker)
+
+
+def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """The loader of one rank over the training split."""
+    return build_loader(
+        config,
+        corpus.manifest,
+        split="train",
+        train=True,
+        rank=rank,
+        world_size=world_size,
+        tokenizer=corpus.tokenizer,
+        linker=corpus.linker,
+        table=corpus.table,
+    )
 
 
 def _open_concepts(config: Config) -> ConceptTable:

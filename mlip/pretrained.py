@@ -270,7 +270,9 @@ def open_checkpoint(
     elif (path / "checkpoints").is_dir():
         newest, passed_over = saved.find_newest(path)
         if newest is None:
-            raise PretrainedError(f"{path}: its folder checkpoints is empty: train first")
+            raise PretrainedError(
+                f"{path}: its folder checkpoints is empty: train first, or copy the run again"
+            )
         for text in passed_over:
             logger.warning("checkpoint passed over: %s; %s is used", text, newest.name)
         folder, run_dir = newest, path

@@ -9,9 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from mlip.assembly import build_objective, open_corpus
+from mlip.assembly import build_objective, open_corpus, open_loader
 from mlip.config import Config, load
-from mlip.dataloading.loader import build_loader
 from mlip.encoders.text import TextEncoder
 from mlip.knowledge.vectors import concept_text, whiten
 from tests.small_run import small_run
@@ -75,15 +74,7 @@ def test_a_trained_text_tower_reads_the_definitions_and_every_loss_runs(
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=2e-3)
     assert "model.concept_vectors" not in dict(objective.named_parameters())  # frozen
 
-    loader = build_loader(
-        config,
-        corpus.manifest,
-        split="train",
-        train=True,
-        tokenizer=corpus.tokenizer,
-        linker=corpus.linker,
-        table=corpus.table,
-    )
+    loader = open_loader(config, corpus)
     try:
         batch = next(iter(loader))
     finally:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.step_batch import FILL, made_batch, padding_share, report_lengths
+from mlip.assembly import open_loader
 from mlip.batch import Batch
 from mlip.config import load
-from mlip.dataloading.loader import build_loader
 from tests.small_run import small_run
 
 
@@ -20,17 +20,7 @@ def _real_batch() -> tuple[Batch, Any]:
     """A batch of the project's loader in three channels, and its settings."""
     run = small_run()
     config = load([], [*run.settings, "data.channels=3", "batch.global_pairs=16"])
-    loader = build_loader(
-        config,
-        run.manifest,
-        split="train",
-        train=True,
-        rank=0,
-        world_size=1,
-        tokenizer=run.tokenizer,
-        linker=run.linker,
-        table=run.table,
-    )
+    loader = open_loader(config, run)
     try:
         return next(iter(loader)), config
     finally:

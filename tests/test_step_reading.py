@@ -11,6 +11,7 @@ from benchmarks import step_reading
 from benchmarks.step_batch import made_batch
 from benchmarks.step_reading import FEEDS, FedRunner
 from benchmarks.step_timing import Runner
+from mlip import assembly
 from mlip.batch import Batch
 from tests.step_bench import shared_bench
 
@@ -62,7 +63,8 @@ def test_the_fed_step_is_told_from_the_held_one_and_waits_of_the_warm_up_do_not_
     bench = shared_bench()
     loader = SimpleNamespace(close=lambda: None)
     monkeypatch.setattr(step_reading, "HELD", 0)
-    monkeypatch.setattr(step_reading, "open_loader", lambda config: loader)
+    monkeypatch.setattr(assembly, "open_corpus", lambda config: "corpus")
+    monkeypatch.setattr(assembly, "open_loader", lambda config, corpus: loader)
     monkeypatch.setattr(Runner, "times_ms", times_ms)
     made = step_reading.fed_times(bench.engine, bench.config, least=2, budget_s=0.0)
     assert (made["held_step_ms"], made["step_ms"], made["wait_ms"]) == (2.0, 15.0, 25.0)

@@ -238,7 +238,8 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
         raise CheckpointError(
             "no intact checkpoint is left: "
             + "; ".join(problems)
-            + "; delete the folder checkpoints to start over"
+            + f"; if {run_dir} is a copy that was cut, copy it again; to start over, delete its "
+            "folder checkpoints"
         )
     return None, problems
 

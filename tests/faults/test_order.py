@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from mlip.assembly import open_loader
 from mlip.config import load
-from mlip.dataloading.loader import build_loader, merge_states
+from mlip.dataloading.loader import merge_states
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.long
@@ -24,17 +25,7 @@ BATCHES, AHEAD = 100, 2
 def _loader(workers: int, rank: int = 0, world: int = 1) -> Any:
     run = small_run()
     config = load([], [*run.settings, f"data.workers={workers}", "batch.global_pairs=4"])
-    return build_loader(
-        config,
-        run.manifest,
-        split="train",
-        train=True,
-        rank=rank,
-        world_size=world,
-        tokenizer=run.tokenizer,
-        linker=run.linker,
-        table=run.table,
-    )
+    return open_loader(config, run, rank=rank, world_size=world)
 
 
 @pytest.fixture(scope="module")

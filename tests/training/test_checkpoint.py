@@ -189,6 +189,8 @@ def test_with_no_intact_checkpoint_nothing_starts_over_silently(tmp_path):
     with pytest.raises(CheckpointError, match="no intact checkpoint is left: .*COMPLETE") as caught:
         checkpoint.load_newest(_config(tmp_path))
     assert caught.value.exit_code == 4
+    assert "copy it again" in str(caught.value)  # before it speaks of deleting
+    assert str(caught.value).index("copy it again") < str(caught.value).index("delete")
 
 
 def test_one_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeypatch):

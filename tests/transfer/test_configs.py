@@ -162,8 +162,7 @@ def test_baselines_lie_over_a_row(
 def test_published_pre_trainings_are_settings_of_the_objective(
     baseline: str, tmp_path: Path
 ) -> None:
-    from mlip.assembly import build_objective, open_corpus
-    from mlip.dataloading.loader import build_loader
+    from mlip.assembly import build_objective, open_corpus, open_loader
 
     run = small_run()
     settings = [*run.settings, "batch.global_pairs=8", "loss.category.prototypes=8"]
@@ -171,15 +170,7 @@ def test_published_pre_trainings_are_settings_of_the_objective(
     config = load([CONFIGS / f"baseline_{baseline}.yaml"], settings)
     corpus = open_corpus(config)
     objective = build_objective(config, corpus)
-    loader = build_loader(
-        config,
-        corpus.manifest,
-        split="train",
-        train=True,
-        tokenizer=corpus.tokenizer,
-        linker=corpus.linker,
-        table=corpus.table,
-    )
+    loader = open_loader(config, corpus)
     try:
         total, _ = objective(next(iter(loader)), step=0, progress=2.0)
     finally:
