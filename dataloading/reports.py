@@ -62,11 +62,21 @@ class ReportTokenizer:
         """The piece behind an id, "##" included."""
         return self.backend.id_to_token(int(token_id)) or ""
 
+    def _reader(self) -> dict[str, Any]:
+        """transformers' class for it: BertTokenizer sets case and the two special tokens anew."""
+        from tokenizers.models import WordPiece
+
+        if not isinstance(self.backend.model, WordPiece):
+            return {"tokenizer_class": "PreTrainedTokenizerFast"}
+        normalizer = self.backend.normalizer
+        is_lower = normalizer is not None and normalizer.normalize_str("A") == "a"
+        return {"tokenizer_class": "BertTokenizer", "do_lower_case": is_lower}
+
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt: what transformers reads.
 
         Written beside and renamed, so a folder that exists is complete; it is left as it is.
-        Raises:  ValueError where a folder of another vocabulary stands there
+        Raises:  ValueError where a folder of another vocabulary stands there.
         """
         directory = Path(directory)
         temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
@@ -75,7 +85,7 @@ class ReportTokenizer:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         lines = sorted(vocabulary, key=lambda token: vocabulary[token])
         (temporary / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **self.special}
+        config = {**self._reader(), **self.special}
         (temporary / "tokenizer_config.json").write_text(
             json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
         )

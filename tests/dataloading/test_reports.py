@@ -59,6 +59,31 @@ def test_a_saved_tokenizer_is_read_by_transformers_with_equal_ids(
     assert theirs.pad_token_id == tokenizer.pad_id == 0
 
 
+@pytest.mark.parametrize("kind", ["cased", "bytes"])
+def test_a_foreign_tokenizer_is_saved_as_it_reads(kind: str, tmp_path: Path) -> None:
+    # of a cased BERT, as Bio_ClinicalBERT, transformers read "No" as "no" from an export
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "N", "o", "No", "no"]
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    if kind == "cased":
+        (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+        (folder / "config.json").write_text('{"model_type": "bert"}')
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    else:
+        vocabulary = {piece: i for i, piece in enumerate(pieces[:8])}
+        backend = Tokenizer(models.BPE(vocabulary, [("N", "o")], unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert theirs.tokenize("No") == tokenizer.encode_batch(["No"])[0].tokens == ["No"]
+    assert theirs.pad_token_id == tokenizer.pad_id
+
+
 def test_a_folder_with_only_a_vocabulary_file_is_read(tmp_path: Path) -> None:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "small", "effusion", "##s", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
