@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> No
         assert best >= 0.95
         assert best > retrieval["scores"]["global"][direction]["recall@1"]["value"]
     assert retrieval["chance"]["recall@10"] >= 10 / 16
+
+
+def test_a_setting_of_training_makes_no_more_answers_right() -> None:
+    # the page says that pairs of one study or one text are right for each other
+    run, results = small_run(), small_results()
+    knowledge = dataclasses.replace(run.config.knowledge, pair_id_by_concepts=True)
+    config = dataclasses.replace(run.config, knowledge=knowledge)
+    parts = (run.manifest, run.tokenizer, run.linker, run.table)
+    joined = evaluate_run(run.model, config, *parts)
+    for key in ("chance", "scores"):
+        assert joined["retrieval"][key] == results["retrieval"][key]
 
 
 def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls() -> None:
