@@ -89,7 +89,9 @@ def test_detection_finds_the_rectangle() -> None:
     assert scores["images_with_boxes"] == 30 and scores["strict"]["n"] == 40
     assert scores["strict"]["value"] > 0.4
     assert scores["compat"]["value"] is None or scores["compat"]["n"] <= 30
-    assert "<rect" in render_transfer(results)
+    results["config"]["transfer"]["compat_score_cut"] = 0.3
+    page = render_transfer(results)
+    assert "<rect" in page and "without a prediction of 0.3 or more" in page
 
 
 @pytest.mark.parametrize("probe", ["adamw", "logistic"])
