@@ -97,7 +97,7 @@ def first_of(root: Path, names: list[str], access: str) -> Path:
 
 
 def read_csv(path: Path, columns: list[str], access: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV (also .gz) as text, header names stripped of blanks; extra columns are kept.
+    """Rows of a CSV (also .gz) as text, stripped of blanks, names too; extra columns are kept.
 
     Raises:  DatasetError naming every missing column, or the line of a ragged row.
     """
@@ -171,7 +171,7 @@ def _capped(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
 
 def patient_share(patient_id: str, salt: str) -> float:
-    """A number in [0, 1) that follows from the patient id alone."""
+    """A number in [0, 1) that follows from the data set's salt and the patient id alone."""
     digest = hashlib.sha256(f"{salt}\0{patient_id}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2.0**56
 

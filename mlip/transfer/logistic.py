@@ -24,8 +24,7 @@ def fit_logistic(
     """features [n, d] -> logits [n, classes].
 
     Shapes:  x [n, d], targets [n, classes] of 1, 0 or -1 (not known)
-    A class that train has in one kind only gets the constant logit 0: it says nothing, and its
-    scores on test show that.
+    A class that train has in one kind only gets the constant logit 0: it says nothing.
     """
     mean = x.mean(axis=0)
     spread = x.std(axis=0)
