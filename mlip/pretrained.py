@@ -249,8 +249,8 @@ def open_checkpoint(
 
     weights_of  "trained", or "ema" for the average that train.ema_decay keeps
     Raises:  PretrainedError if the path is none of these, holds no average where one is asked for,
-             or has other vocabulary or concepts than its training; CheckpointError if none is
-             intact (a damaged one is passed over with a warning)
+             or has other vocabulary or concepts than its training; CheckpointError if it is
+             damaged, of a run folder if all are (others are passed over with a warning)
     """
     from mlip.training import checkpoint as saved
 
@@ -267,6 +267,7 @@ def open_checkpoint(
         return exported
     if (path / "state.json").is_file():
         folder, run_dir = path, path.resolve().parent.parent
+        saved.require_intact(folder)
     elif (path / "checkpoints").is_dir():
         newest, passed_over = saved.find_newest(path)
         if newest is None:

@@ -16,6 +16,7 @@ from mlip.knowledge import concept_files
 from mlip.knowledge.concept_files import write_table
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.training import checkpoint
+from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import TrainingState
 from mlip.transfer.fingerprint import hash_of_vocabulary
 from tests.small_run import small_export, small_run
@@ -57,6 +58,18 @@ def test_the_newest_is_opened_and_a_damaged_one_is_named(
     (said,) = caplog.messages
     assert "step_00000002: parameters.safetensors is not what was written" in said
     assert said.endswith("step_00000001 is used")
+
+
+def test_a_damaged_one_is_refused_where_it_is_named_itself(run: Path) -> None:
+    # a flipped bit gave other features without a word: only the newest of a run was looked at
+    folder = run / "checkpoints" / "step_00000002"
+    assert open_checkpoint(folder).facts["step"] == 2
+    weights = folder / "parameters.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not what was written .*copy it again"):
+        open_checkpoint(folder)
 
 
 def test_another_vocabulary_than_that_of_the_training_is_refused(run: Path) -> None:

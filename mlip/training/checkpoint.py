@@ -244,6 +244,15 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
+def require_intact(folder: Path) -> None:
+    """Raises:  CheckpointError where a hash of it does not hold, or it may not be read."""
+    if problem := _damage(folder):
+        raise CheckpointError(
+            f"{folder}: {problem}; if it is a copy that was cut, copy it again, else name another "
+            "checkpoint, or the folder of the run for its newest intact one"
+        )
+
+
 def _damage(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None.
 
