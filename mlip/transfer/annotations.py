@@ -69,7 +69,7 @@ class Annotations:
                 raise ManifestError(
                     str(error).replace("data.columns", "transfer.columns")
                 ) from None
-            if found != manifest.fingerprint:
+            if found.hexdigest() != manifest.fingerprint:
                 raise ManifestError(f"{manifest.path}: changed while it was read; start again")
         check_labels(config, manifest)
         for name in ("uncertain", "negative"):
