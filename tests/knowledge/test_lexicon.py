@@ -121,6 +121,15 @@ def test_a_table_edited_or_cut_off_is_refused(table, tmp_path):
         read_table(path)
 
 
+@pytest.mark.parametrize("field", ['"synonyms": "edema"', '"category": []', '"excludes": [1]'])
+def test_a_table_edited_by_hand_is_read_as_it_is_meant_or_not_at_all(tmp_path, field):
+    # a text in place of a list was synonyms of a letter each
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"id": "a", "name": "a", ' + field + "}\n")
+    with pytest.raises(LexiconError, match="table.jsonl, line 1: .*are (lists|texts)"):
+        read_table(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
