@@ -6,7 +6,6 @@ https://stanfordaimi.azurewebsites.net (data set CheXpert-v1.0).
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -18,6 +17,7 @@ from mlip.dataloading.datasets.rows import (
     Dataset,
     DatasetError,
     Row,
+    csv_lines,
     read_csv,
     read_text,
     require,
@@ -196,7 +196,7 @@ def _listed(text: str, name: str) -> list[str]:
             raise DatasetError(
                 f"{name}: expected JSON with paths, as a list, by finding, or as image_path"
             ) from None
-    lines = [line for line in csv.reader(text.splitlines()) if line]
+    lines = [line for line in csv_lines(text, name) if line]
     place = lines[0].index("Path") if lines and "Path" in lines[0] else None
     listed = [line[place or 0] for line in lines[place is not None :] if len(line) > (place or 0)]
     if not listed:

@@ -138,6 +138,18 @@ def read_text(path: Path, access: str) -> str:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def csv_lines(text: str, name: object) -> list[list[str]]:
+    """The cells of each line, stripped.
+
+    Raises:  DatasetError where a quoted cell does not end as one: it would hold all behind it.
+    """
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error:
+        raise DatasetError(f"{name}: a quoted cell does not end as one: mend the list") from None
+    return [[cell.strip() for cell in cells] for cells in lines]
+
+
 def numbers_of(cells: Iterable[str], what: str, path: Path) -> list[float]:
     """The cells of a table as finite numbers; `what` they are stands in the error.
 
@@ -187,7 +199,7 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
 
     A list is {train,validation,test}.csv or .txt, one id a line, in the column that its header
     names id, ID, image_id, patientId, ImageId or image_name, else in the first one.
-    Raises:  DatasetError for a list that is missing, no UTF-8, or shares an id with another.
+    Raises:  DatasetError for a list that is missing, no UTF-8 or CSV, or shares an id with another.
     """
     split_of: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -202,7 +214,7 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
             raise DatasetError(f"{folder}: expected split lists train, validation and test")
         text = read_text(path, "the project that published it")
         digest.update(path.read_bytes())
-        lines = [[cell.strip() for cell in cells] for cells in csv.reader(io.StringIO(text))]
+        lines = csv_lines(text, path)
         header = lines[0] if lines else []
         # pandas writes the numbers of its rows in front
         place = next((i for i, cell in enumerate(header) if cell in _ID_NAMES), None)

@@ -90,6 +90,18 @@ def test_split_lists_may_have_the_row_numbers_that_pandas_writes(tmp_path: Path)
     assert Counter(row.split for row in collected.rows) == {"train": 6, "val": 2, "test": 2}
 
 
+def test_a_split_list_whose_quote_stays_open_is_no_list_of_its_first_ids(tmp_path: Path) -> None:
+    # all lines behind it were one id, of which no image is: they left the set without an error
+    raw_layouts.make_rsna(tmp_path)
+    lists = tmp_path / "lists"
+    for name, ids in (("train", IMAGES[:6]), ("valid", IMAGES[6:8]), ("test", IMAGES[8:])):
+        table(lists / f"{name}.csv", "patientId", [[image_id] for image_id in ids])
+    path = lists / "train.csv"
+    path.write_text(path.read_text().replace(IMAGES[2], f'"{IMAGES[2]}'))
+    with pytest.raises(DatasetError, match="train.csv: a quoted cell does not end"):
+        collect("rsna_pneumonia", tmp_path, split_lists=str(lists))
+
+
 BROKEN = {
     "rsna_pneumonia": (raw_layouts.make_rsna, "stage_2_train_labels.csv", "id7,,,,,1\n"),
     "vindr_cxr": (
