@@ -259,7 +259,8 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
 
     option  path of the CSV, columns image_id and patient_id; "" = none
     images  ids of the data set's images
-    Raises:  DatasetError where it names none of them, or gives one image two patients.
+    Raises:  DatasetError where it names none of them, gives one image two patients, or has a quoted
+             cell that goes over lines.
     """
     if not option:
         return {}, []
@@ -267,6 +268,8 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
     patient_of: dict[str, str] = {}
     for row in read_csv(path, ["image_id", "patient_id"], "your own table of patients"):
         image, patient = _bare(row["image_id"]), row["patient_id"]
+        if "\n" in image or "\n" in patient:
+            raise DatasetError(f"{path}: a quoted cell does not end as one: mend the table")
         if patient and patient_of.setdefault(image, patient) != patient:
             raise DatasetError(f"{path}: one image_id has two patients: expected one row an image")
     found = {image: patient_of[_bare(image)] for image in images if _bare(image) in patient_of}

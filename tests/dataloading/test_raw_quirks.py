@@ -78,6 +78,10 @@ def test_a_table_of_patients_that_names_no_image_is_refused(tmp_path: Path) -> N
         collect("rsna_pneumonia", tmp_path, patients=write([["00000001_000.png", 1]]))
     with pytest.raises(DatasetError, match="one image_id has two patients"):
         collect("rsna_pneumonia", tmp_path, patients=write([["id1", 1], ["id1", 2]]))
+    # each image behind an open quotation mark was a patient of its own, in any split
+    file.write_text('image_id,patient_id\nid1,"p1\nid2,p1\nid3,p1\n')
+    with pytest.raises(DatasetError, match="patients.csv: a quoted cell does not end"):
+        collect("rsna_pneumonia", tmp_path, patients=str(file))
 
 
 def test_split_lists_may_have_the_row_numbers_that_pandas_writes(tmp_path: Path) -> None:
