@@ -60,4 +60,4 @@ bench: setup
 	$(PY) benchmarks/bench_kernels.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info

@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache in use
+WARMUP = 3  # calls on a GPU before the first that counts; one on a CPU
 MOST_FLUSHES = 200  # about 15 ms of work: a call that waits for the GPU itself is never ahead
 
 
@@ -89,9 +90,7 @@ def _spread(times_ms: list[float]) -> dict[str, float]:
     }
 
 
-def measure(
-    run: Callable[[], Any], device: str, budget_s: float = 1.0, warmup: int = 3
-) -> dict[str, float]:
+def measure(run: Callable[[], Any], device: str, budget_s: float = 1.0) -> dict[str, float]:
     """Milliseconds of `run` on a device that is never idle while it runs, caches cold.
 
     GPU:  between two events, behind enough flushes of the L2 cache that the host has issued all of
@@ -109,7 +108,7 @@ def measure(
             run()
             times.append(1e3 * (time.process_time() - before))
         return _spread(times)
-    for _ in range(warmup):
+    for _ in range(WARMUP):
         run()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     begin = torch.cuda.Event(enable_timing=True)

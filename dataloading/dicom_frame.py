@@ -22,7 +22,7 @@ _MAX_FRAGMENTS = 65_536  # a 100-megapixel frame in fragments of 4 KiB; walking 
 def read_cells(header: Header, stream: BinaryIO) -> np.ndarray:
     """The stored cells as written: uint8 or uint16 [H, W], sign and unused bits not interpreted.
 
-    Raises:  DicomError with the codes no_pixels to out_of_memory.
+    Raises:  DicomError: a code from no_pixels to out_of_memory, malformed or too_large.
     """
     with error_wall("malformed"):
         length, swap_pairs = _pixel_element(header, stream)

@@ -42,8 +42,9 @@ def write_radiograph(
 ) -> None:
     """Write `image` so that read_radiograph gives it back: exactly at 16 bits, else rounded.
 
-    The window spans the whole range of the stored bits. UIDs follow from the three ids alone, so
-    equal calls write equal files; the file appears at `path` complete or not at all.
+    The window spans the whole range of the stored bits. UIDs follow from the three ids, that of the
+    series from the modality too, so equal calls write equal files; the file appears at `path`
+    complete or not at all.
 
     Shapes:  image [H, W] uint16, brighter = denser
     Raises:  ValueError for another dtype or shape, or a setting outside its list.
@@ -106,7 +107,8 @@ def _describe(patient_id: str, study_id: str, image_id: str, modality: str) -> F
     """Every type 1 and 2 attribute of the object that does not depend on the pixels."""
     meta = FileMetaDataset()
     uid = {
-        level: generate_uid(entropy_srcs=["mlip", level, patient_id, study_id, *more])
+        # joined by what no id holds: patient 1, study 11 is not patient 11, study 1
+        level: generate_uid(entropy_srcs=["\0".join(("mlip", level, patient_id, study_id, *more))])
         for level, more in (("study", ()), ("series", (modality,)), ("image", (image_id,)))
     }
     digital = modality == "DX"

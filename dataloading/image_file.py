@@ -1,7 +1,7 @@
 """An image file's bytes, checked: containment, size, hash, declared dimensions, grey pixels.
 
-Every failure leaves here as BadSample with a stable reason, so no library exception can end an
-epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom.py.
+Every failure of a file leaves here as BadSample with a stable reason, so no library exception can
+end an epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 class Header(NamedTuple):
     """What the first bytes say; `plain` = any decoder gives the same grey picture of it."""
 
-    kind: str  # "png" | "jpeg" | "dicom"
+    kind: str  # "png" | "jpeg" | "dicom", of which sides are not read here: 0
     height: int
     width: int
     bits: int
@@ -112,6 +112,7 @@ def _outside(name: str) -> DataError:
 
 
 def check_hash(content: bytes, expected: str) -> None:
+    """Raises:  BadSample hash_mismatch; expected is SHA-256 in hex."""
     if hashlib.sha256(content).hexdigest() != expected.lower():
         raise BadSample("hash_mismatch")
 
@@ -119,7 +120,7 @@ def check_hash(content: bytes, expected: str) -> None:
 def read_header(content: bytes) -> Header:
     """Kind and declared size, before any decoder sees the bytes.
 
-    Raises:  BadSample: unsupported, truncated, too_large.
+    Raises:  BadSample: unsupported, truncated, too_large, undecodable.
     """
     if content.startswith(PNG_SIGNATURE):
         header = _png_header(content)
@@ -134,6 +135,7 @@ def read_header(content: bytes) -> Header:
 
 
 def check_size(height: int, width: int) -> None:
+    """Raises:  BadSample: too_large, undecodable (no radiograph is so small)."""
     if height > MAX_SIDE_PX or width > MAX_SIDE_PX or height * width > MAX_PIXELS:
         raise BadSample("too_large", f"{width} x {height} px")
     if min(height, width) < MIN_SIDE_PX:

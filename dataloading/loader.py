@@ -19,7 +19,7 @@ from torch import Tensor
 from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
-from mlip.dataloading.manifest import IntArray, Manifest, connect
+from mlip.dataloading.manifest import IntArray, Manifest, ManifestError, connect
 from mlip.dataloading.producer import Producer
 from mlip.dataloading.report_batch import compose_batch
 from mlip.dataloading.reports import ReportEncoder, draw_sentences
@@ -237,8 +237,6 @@ def build_loader(
     global_pairs: batch size over all ranks, default batch.global_pairs.
     Raises:  ManifestError (no rows, or hashes asked for that are not there), ValueError.
     """
-    from mlip.dataloading.manifest import ManifestError
-
     data = config.data
     pairs_only = True if with_report is None else with_report
     allowed = manifest.rows(split, with_report=pairs_only)
@@ -308,7 +306,8 @@ def merge_states(states: list[Mapping[str, Any]]) -> dict[str, Any]:
     """All ranks' state_dicts of one moment as one that any number of ranks can load.
 
     Raises:  DataError where the ranks together met more bad rows than data.bad_share allows: each
-             knows its own only, and a rank of many meets a small part of them in an epoch.
+             knows its own only, and a rank of many meets a small part of them in an epoch;
+             ValueError for states of several steps or manifests.
     """
     steps = {state["step"] for state in states}
     if len(steps) != 1:

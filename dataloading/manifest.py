@@ -52,6 +52,8 @@ class Manifest:
     path: str
     root: str  # real path of the folder that image paths are relative to
     fingerprint: str  # SHA-256 of the manifest's bytes
+    # of names in logs and on pages: results hold the fingerprint, with which a guess can be tested
+    salt: str = dataclasses.field(repr=False)
     # paths, ids and labels may name a patient: shown by no repr, which notebooks keep
     image: pa.ChunkedArray = dataclasses.field(repr=False)
     report: TextStore = dataclasses.field(repr=False)  # after data.sections
@@ -105,7 +107,7 @@ class Manifest:
 
     def image_hash(self, row: int) -> str:
         """Twelve hex digits of the image's path, as pages and the quarantine's list show it."""
-        return hashed_id(self.image_path(row), self.fingerprint)
+        return hashed_id(self.image_path(row), self.salt)
 
     def image_name(self, row: int) -> str:
         """How logs and errors call a row's image: never by its path, which may name the patient."""
@@ -136,7 +138,8 @@ def _place(split: str) -> int:
 def hashed_id(text: str, salt: str) -> str:
     """Twelve hex digits that stand for an identifier in logs and errors.
 
-    The salt is the manifest's fingerprint: only who holds the manifest can match them.
+    The salt is a manifest's own, which stands in no file of a run: only who holds the manifest can
+    match them.
     """
     return hashlib.sha256(f"{salt}\0{text}".encode(errors="surrogatepass")).hexdigest()[:12]
 
@@ -163,12 +166,15 @@ def load_manifest(data: Data) -> Manifest:
         "labels": columns.labels,
     }
     reports = ReportColumn(data.sections)
-    table, fingerprint = read_table(
+    table, digest = read_table(
         path,
         {k: v for k, v in wanted.items() if v is not None},
         # texts are packed as they are read: a million of them unpacked are 290 MiB
         {"report": reports} if columns.report is not None else {},
     )
+    fingerprint = digest.hexdigest()
+    digest.update(b"\0names")
+    salt = digest.hexdigest()
     if len(next(iter(table.values()))) == 0:
         raise ManifestError(f"{path}: the manifest has no rows")
     root = os.path.realpath(data.root if data.root is not None else path.parent)
@@ -189,7 +195,7 @@ def load_manifest(data: Data) -> Manifest:
     patient_key = _keyed(patient, fingerprint)
     _check_no_blank(patient, "patient_id", columns.patient_id, path)
     split = _splits(table.pop("split", None), patient, columns.split, path)
-    _check_patients(patient_key, split, patient, path, fingerprint)
+    _check_patients(patient_key, split, patient, path, salt)
     # columns leave the table as they are used up
     if columns.report is None:
         reports.append_missing(len(split))
@@ -200,6 +206,7 @@ def load_manifest(data: Data) -> Manifest:
         path=str(path),
         root=root,
         fingerprint=fingerprint,
+        salt=salt,
         image=image,
         report=reports.texts,
         split=split,
@@ -308,7 +315,7 @@ def _check_patients(
     split: NDArray[np.int8],
     patient: pa.ChunkedArray,
     path: Path,
-    fingerprint: str,
+    salt: str,
 ) -> None:
     _, index, inverse = np.unique(key, return_index=True, return_inverse=True)
     seen = np.zeros(len(index), dtype=np.int64)
@@ -321,7 +328,7 @@ def _check_patients(
         first = patient[int(index[crossing].min())].as_py()
         raise ManifestError(
             f"{path}: {len(crossing)} patients occur in more than one split, for example the one "
-            f"hashed {hashed_id(first, fingerprint)}: expected every patient in one split only"
+            f"hashed {hashed_id(first, salt)}: expected every patient in one split only"
         )
 
 

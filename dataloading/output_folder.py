@@ -40,7 +40,7 @@ class OutputFolder:
     overwrite: bool = False  # a set made with other settings may be remade
 
     def check(self) -> None:
-        """Whether this prepare may have the folder; nothing is made or changed.
+        """Whether this prepare may have the folder; nothing of it is made or changed but locks.
 
         Raises:  ConfigError for one that cannot be written to, holds other files or another set,
                  or is in use.

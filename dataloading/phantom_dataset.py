@@ -65,7 +65,8 @@ class _Job:
 def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None = None) -> Path:
     """Path of the manifest of the phantom studies that `settings` asks for, made if need be.
 
-    A complete folder with the same fingerprint is reused. `workers` None = one per core.
+    A complete folder with the same fingerprint is reused, one with another replaced. `workers` None
+    = one per core.
 
     Raises:  ValueError where the settings contradict each other, or where `folder` holds
              something that is no phantom data set; OSError where the studies cannot be written;

@@ -1,6 +1,6 @@
 """How each finding changes the drawn chest, and the mask of what it changed.
 
-Every function draws into Layers and returns the exact region it touched: the truth that boxes and
+Every function draws into Layers and returns the region it changed: the truth that boxes and
 pointing are judged by. Source: ours.
 """
 
@@ -32,7 +32,7 @@ class Drawn:
 
 
 def _zone_heights(body: Body, side: str, zone: Zone) -> tuple[float, float]:
-    """The middle 76 % of a third of the lung, from apex to costophrenic angle."""
+    """The middle 76 % of a third of the lung, from its apex to 0.05 below the dome."""
     tall = body.dome_y[side] + 0.05 - body.apex_y
     start = body.apex_y + tall * ("upper", "mid", "lower").index(zone) / 3
     return start + 0.12 * tall / 3, start + 0.88 * tall / 3

@@ -17,8 +17,8 @@ Zone = Literal["upper", "mid", "lower"]  # thirds of the lung between apex and d
 class FindingSpec:
     """One finding: how often, how visible, how large.
 
-    Units:  contrast 1 = a lung wholly replaced by water; size is an extent as a share of the
-            image's side (multiply by image_px for pixels).
+    Units:  contrast 1 = a lung wholly replaced by water, a device's density of 0.42; size is a
+            share of the image's side (times image_px: pixels) where nothing else stands above it.
     """
 
     concept_id: str
@@ -69,7 +69,7 @@ FINDINGS: tuple[FindingSpec, ...] = (
     ),
     # long side of the generator
     FindingSpec("pacemaker", 0.24, (0.50, 1.00), (0.065, 0.095)),
-    # length of the line inside the image
+    # drawn and of no effect: the line goes from where it enters to where its tip is drawn
     FindingSpec("central_venous_catheter", 0.26, (0.35, 0.65), (0.30, 0.75)),
 )
 

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     """What the arguments ask for; the process's exit status.
 
     Raises:  ConfigError for arguments that cannot be honoured (exit status 2); DatasetError,
-             ManifestError, ShardError for data that cannot be used (3).
+             ManifestError, ShardError for data that cannot be used, WorkerError (3).
     """
     if arguments.list:
         print("\n\n".join(_describe(name, DATASETS[name]) for name in sorted(DATASETS)))
@@ -326,7 +326,7 @@ def _record(
         fingerprint = hashlib.file_digest(manifest, "sha256").hexdigest()
     record = {
         "dataset": name,
-        "options": {k: v for k, v in options.items() if "/" not in v},
+        "options": {k: v for k, v in options.items() if not ("/" in v or os.path.exists(v))},
         "settings": json.loads(plan.settings.to_json()),
         "ids": "as published" if plan.keep_ids else "hashed",
         "rows": len(collected.rows),

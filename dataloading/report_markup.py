@@ -33,13 +33,17 @@ _ELEMENT = re.compile(
 )
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});")
 # HL7 v2, chapter 2.7: breaks of a line, delimiters, and characters by their code
-_ESCAPE = re.compile(r"(?i)\\(?:\.(?:br|sp|ce)[+\-]?\d*|([fstre])|x((?:[0-9a-f]{2})+)|[hn])\\")
+_ESCAPE = re.compile(
+    r"(?i)\\(?:\.(br|sp|ce|sk|in|ti|fi|nf) ?[+\-]?\d*|([fstre])|x((?:[0-9a-f]{2})+)|[hn])\\"
+)
+_FORMAT = {"br": "\n", "sp": "\n", "ce": "\n", "sk": " "}  # indents and fills leave nothing
 _DELIMITERS = {"f": "|", "s": "^", "t": "&", "r": "~", "e": "\\"}
 # RE2 pattern of what the slow path must look at
 _MAY_BE_MARKUP = (
     r"(?i)&(#x?[0-9a-f]+|[a-z][a-z0-9]+);|</?("
     + "|".join((_BLOCKS, _LINES, _INLINE, "style", "script"))
-    + r")[\s/>]|^\s*\{\\rtf|\\(\.(br|sp|ce)[+\-]?[0-9]*|[fstrehn]|x([0-9a-f]{2})+)\\"
+    + r")[\s/>]|^\s*\{\\rtf"
+    + r"|\\(\.(br|sp|ce|sk|in|ti|fi|nf) ?[+\-]?[0-9]*|[fstrehn]|x([0-9a-f]{2})+)\\"
 )
 _RTF = re.compile(r"\s*\{\\rtf")
 
@@ -67,11 +71,11 @@ def without_markup(text: str) -> str:
 
 
 def _escaped(escape: re.Match[str]) -> str:
+    if escape[3]:
+        return bytes.fromhex(escape[3]).decode("cp1252", errors="replace")
     if escape[2]:
-        return bytes.fromhex(escape[2]).decode("cp1252", errors="replace")
-    if escape[1]:
-        return _DELIMITERS[escape[1].lower()]
-    return "\n" if escape[0][1] == "." else ""
+        return _DELIMITERS[escape[2].lower()]
+    return _FORMAT.get((escape[1] or "").lower(), "")
 
 
 def plain_reports(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, NDArray[np.bool_]]:

@@ -81,7 +81,8 @@ _STOP = re.compile(r"[.!?]+(?=\s|$)|[.!?]+(?=[A-Z][a-z])|\n\s*\n")
 
 
 def clean_report(text: str) -> str:
-    """The report, a line a paragraph, without marks that stand for removed identifiers.
+    """The report, a line a paragraph, without marks that stand for removed identifiers, to
+    MAX_CHARACTERS.
 
     Kept as they are: words, case, negations, decimals, units, blank lines. Removed: control
     characters, lone surrogates, de-identification marks, marks and numbers of lists. Boxes of a

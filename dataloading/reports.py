@@ -144,7 +144,14 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
     else:
         from transformers import AutoTokenizer
 
-        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+        try:
+            read = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the libraries raise no narrower kind
+            raise ValueError(
+                f"tokenizer {directory}: its vocab.txt cannot be read ({str(error).splitlines()[0]}"
+                "); add the config.json of its model, which names the model type, or restore both"
+            ) from error
+        backend = read.backend_tokenizer
         # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
         lines = len((directory / "vocab.txt").read_text(encoding="utf-8").splitlines())
         if backend.get_vocab_size() < lines:
@@ -191,7 +198,7 @@ def train_tokenizer(
     so no part of a name, id or date becomes a piece through it: it is read as the pieces of common
     words that fit, in the end as single characters. The same texts give the same files, byte for
     byte.
-    Raises:  ValueError if there is no text or vocab_size cannot hold the characters.
+    Raises:  ValueError if there is no text or vocab_size cannot hold the characters; as save.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 

@@ -56,8 +56,8 @@ def read_table(
     wanted: Mapping[str, str],
     take: Mapping[str, Sink] | None = None,
     numbers: Collection[str] = (),
-) -> tuple[dict[str, pa.ChunkedArray], str]:
-    """Field -> text column for the wanted columns (field -> column name), and the SHA-256.
+) -> tuple[dict[str, pa.ChunkedArray], Any]:
+    """Field -> text column for the wanted columns (field -> column name), and hashlib's SHA-256.
 
     Columns stay in the pieces they were read in: a copy of all texts would be half the memory.
     `take` (field -> sink) gets a field's pieces in row order as they are read, in place of a
@@ -70,7 +70,7 @@ def read_table(
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as stream:
-            fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256")
         if suffix == _PARQUET:
             columns = _collect(_read_parquet(path, wanted), path, wanted, take or {}, numbers)
         elif suffix in _JSONL:
@@ -85,7 +85,7 @@ def read_table(
         raise _explained(error, path) from None
     # what parsing needed: 100 MiB of a million rows
     pa.default_memory_pool().release_unused()
-    return columns, fingerprint
+    return columns, digest
 
 
 def column_names(path: Path) -> list[str]:

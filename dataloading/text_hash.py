@@ -132,7 +132,7 @@ def hash_bytes(column: Texts) -> HashArray:
 
 
 def hash_words(column: Texts) -> tuple[HashArray, NDArray[np.int32]]:
-    """Hash of every row's words in order, case and punctuation aside, and their number.
+    """Hash of every row's words in order, ASCII's case and punctuation aside, and their number.
 
     Two reports with equal hashes read the same: layout, capitals, de-identification marks made of
     underscores, and the blanks, quotation marks and dashes of word processors do not count.

@@ -53,6 +53,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "curves": _curves(last["scores"]),
         "confusions": _confusions(last["scores"], task["classes"]),
         "pictures": [_picture(p) for p in results.get("pictures", ())],
+        "published_cut": f"{results['config']['transfer']['compat_score_cut']:g}",
         "outlined": task["name"] != "classification",
         "fits": [_fit(f["percent"], fit) for f in results["fractions"] for fit in f["fits"]],
         "charts": [

@@ -124,7 +124,7 @@ def test_a_damaged_one_that_is_named_itself_is_refused(run: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1000] ^= 0x40
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"step_00000002: parameters\.safetensors is not wh"):
+    with pytest.raises(CheckpointError, match=r"2: parameters\.safetensors is not .*copy it again"):
         open_checkpoint(folder)
     assert open_checkpoint(run / "checkpoints" / "step_00000001").facts["step"] == 1
     (run / "checkpoints" / "step_00000001" / "COMPLETE").unlink()

@@ -6,7 +6,6 @@ https://stanfordaimi.azurewebsites.net (data set CheXpert-v1.0).
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -18,7 +17,9 @@ from mlip.dataloading.datasets.rows import (
     Dataset,
     DatasetError,
     Row,
+    csv_lines,
     read_csv,
+    read_text,
     require,
     require_choice,
     split_by_patient,
@@ -123,14 +124,15 @@ def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], li
     if choice == "none":
         return set(), []
     if choice != "rule":
-        content = require(Path(choice), "the project that published it").read_bytes()
-        paths = {_inside(path) for path in _listed(content.decode("utf-8-sig"), choice)}
+        publisher = "the project that published it"
+        text = read_text(require(Path(choice), publisher), publisher)
+        paths = {_inside(path) for path in _listed(text, choice)}
         known = {_inside(row["Path"]) for row in table}
         if not paths <= known:
             raise DatasetError(
                 f"{choice}: {len(paths - known)} of {len(paths)} paths are not in train.csv"
             )
-        digest = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
         counts = [len(paths & set(_showing_alone(table, finding))) for finding in FIVE]
         return paths, [
             f"5x200 list: {len(paths)} images, SHA-256 {digest}",
@@ -176,12 +178,15 @@ def _listed(text: str, name: str) -> list[str]:
 
     Published forms: {"73906": {"image_path": "train/...", "label": [0, 1, 0, 0, 0]}, ...},
     {"Edema": ["train/...", ...], ...}, ["train/...", ...], a CSV with a Path column.
+    Raises:  DatasetError where it holds none.
     """
     if name.endswith(".json"):
         try:
             content = json.loads(text)
             items = list(content.values()) if isinstance(content, dict) else list(content)
-            if items and all(isinstance(item, list) for item in items):
+            if not items:
+                raise ValueError
+            if all(isinstance(item, list) for item in items):
                 items = [path for item in items for path in item]
             return [
                 str(item.get("image_path") or item["Path"]) if isinstance(item, dict) else str(item)
@@ -191,9 +196,12 @@ def _listed(text: str, name: str) -> list[str]:
             raise DatasetError(
                 f"{name}: expected JSON with paths, as a list, by finding, or as image_path"
             ) from None
-    lines = list(csv.reader(text.splitlines()))
-    place = lines[0].index("Path") if "Path" in lines[0] else 0
-    return [line[place] for line in lines[int("Path" in lines[0]) :] if line]
+    lines = [line for line in csv_lines(text, name) if line]
+    place = lines[0].index("Path") if lines and "Path" in lines[0] else None
+    listed = [line[place or 0] for line in lines[place is not None :] if len(line) > (place or 0)]
+    if not listed:
+        raise DatasetError(f"{name}: expected paths, one a line; there is none")
+    return listed
 
 
 DATASET = Dataset(

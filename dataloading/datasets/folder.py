@@ -32,9 +32,9 @@ _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """One row an image, in the order of paths; of several copies of one the largest is taken.
 
-    Patient and study: of a DICOM file its own ids; of others the folder named by `patient_level`,
-    counted from the root. Report: <image>.txt, <stem>.txt or <study folder>.txt, in UTF-8, or in
-    UTF-16 with its byte order mark; with option reports, of the table's row of the DICOM study.
+    Patient and study: of a DICOM file its own ids; of others the folder of `patient_level`, counted
+    from the root, and the image's folder. Report: <image>.txt, <stem>.txt or <image's folder>.txt,
+    UTF-8 or marked UTF-16; with option reports, of the table's row of the DICOM study.
     """
     table = StudyReports(options) if options["reports"] else None
     if table is None and (given := [n for n in STUDY_REPORTS if options[n] != STUDY_REPORTS[n][0]]):

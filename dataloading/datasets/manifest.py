@@ -41,7 +41,7 @@ _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
-    """The manifest's rows; rows without a split get one by the hash of their patient."""
+    """The manifest's rows; without a column of splits they get one by the hash of their patient."""
     path = _find(root, options["file"])
     names = column_names(path)
     # a header's blanks are no part of the usual names: "image, patient_id"

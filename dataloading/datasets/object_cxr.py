@@ -30,11 +30,15 @@ def parse_annotation(text: str) -> list[list[float | str]]:
 
     Grammar: objects between ";", each "TYPE x1 y1 x2 y2 ..."; type 0 rectangle and 1 ellipse give
     two corners, 2 a polygon's points, whose extent is taken. Empty = no object.
+    Raises:  ValueError for anything else, without a word of it.
     """
     boxes: list[list[float | str]] = []
     for one in filter(str.strip, text.split(";")):
         kind, *coordinates = one.split()
-        numbers = [float(n) for n in coordinates]
+        try:
+            numbers = [float(n) for n in coordinates]
+        except ValueError:
+            numbers = []
         if kind not in _SHAPES or len(numbers) < 4 or len(numbers) % 2:
             raise ValueError("annotation: expected a type of 0, 1 or 2 and pairs of numbers")
         across, down = numbers[::2], numbers[1::2]
@@ -44,7 +48,7 @@ def parse_annotation(text: str) -> list[list[float | str]]:
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
-    """train.csv split 80/20 by image into train and val, dev.csv as test; or all by list."""
+    """train.csv split 80/20 by patient into train and val, dev.csv as test; or all by list."""
     tables = {}
     for name in ("train", "dev"):
         table = require(root / f"{name}.csv", ACCESS)

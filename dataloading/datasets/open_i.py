@@ -72,7 +72,7 @@ def parse_report(content: bytes) -> Report:
 
 
 def read_reports(root: Path) -> Iterator[Report]:
-    """Reports of NLMCXR_reports.tgz or of the unpacked ecgen-radiology/, by file name.
+    """Reports of the unpacked ecgen-radiology/, by file name, or of NLMCXR_reports.tgz, as there.
 
     The archive is read as a stream: links and devices are skipped, sizes and counts are capped.
     """

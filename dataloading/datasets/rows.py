@@ -97,7 +97,7 @@ def first_of(root: Path, names: list[str], access: str) -> Path:
 
 
 def read_csv(path: Path, columns: list[str], access: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV (also .gz) as text, header names stripped of blanks; extra columns are kept.
+    """Rows of a CSV (also .gz) as text, stripped of blanks, names too; extra columns are kept.
 
     Raises:  DatasetError naming every missing column, or the line of a ragged row.
     """
@@ -138,6 +138,18 @@ def read_text(path: Path, access: str) -> str:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def csv_lines(text: str, name: object) -> list[list[str]]:
+    """The cells of each line, stripped.
+
+    Raises:  DatasetError where a quoted cell does not end as one: it would hold all behind it.
+    """
+    try:
+        lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error:
+        raise DatasetError(f"{name}: a quoted cell does not end as one: mend the list") from None
+    return [[cell.strip() for cell in cells] for cells in lines]
+
+
 def numbers_of(cells: Iterable[str], what: str, path: Path) -> list[float]:
     """The cells of a table as finite numbers; `what` they are stands in the error.
 
@@ -171,7 +183,7 @@ def _capped(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
 
 def patient_share(patient_id: str, salt: str) -> float:
-    """A number in [0, 1) that follows from the patient id alone."""
+    """A number in [0, 1) that follows from the data set's salt and the patient id alone."""
     digest = hashlib.sha256(f"{salt}\0{patient_id}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2.0**56
 
@@ -187,7 +199,7 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
 
     A list is {train,validation,test}.csv or .txt, one id a line, in the column that its header
     names id, ID, image_id, patientId, ImageId or image_name, else in the first one.
-    Raises:  DatasetError for a list that is missing, no UTF-8, or shares an id with another.
+    Raises:  DatasetError for a list that is missing, no UTF-8 or CSV, or shares an id with another.
     """
     split_of: dict[str, str] = {}
     digest = hashlib.sha256()
@@ -202,7 +214,7 @@ def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
             raise DatasetError(f"{folder}: expected split lists train, validation and test")
         text = read_text(path, "the project that published it")
         digest.update(path.read_bytes())
-        lines = [[cell.strip() for cell in cells] for cells in csv.reader(io.StringIO(text))]
+        lines = csv_lines(text, path)
         header = lines[0] if lines else []
         # pandas writes the numbers of its rows in front
         place = next((i for i, cell in enumerate(header) if cell in _ID_NAMES), None)
@@ -247,7 +259,8 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
 
     option  path of the CSV, columns image_id and patient_id; "" = none
     images  ids of the data set's images
-    Raises:  DatasetError where it names none of them, or gives one image two patients.
+    Raises:  DatasetError where it names none of them, gives one image two patients, or has a quoted
+             cell that goes over lines.
     """
     if not option:
         return {}, []
@@ -255,6 +268,8 @@ def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str],
     patient_of: dict[str, str] = {}
     for row in read_csv(path, ["image_id", "patient_id"], "your own table of patients"):
         image, patient = _bare(row["image_id"]), row["patient_id"]
+        if "\n" in image or "\n" in patient:
+            raise DatasetError(f"{path}: a quoted cell does not end as one: mend the table")
         if patient and patient_of.setdefault(image, patient) != patient:
             raise DatasetError(f"{path}: one image_id has two patients: expected one row an image")
     found = {image: patient_of[_bare(image)] for image in images if _bare(image) in patient_of}

@@ -32,7 +32,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """One row an image; all its masks, which stand in separate lines, joined by "|".
 
     Both tables are read alike: header names are stripped (stage 1 writes " EncodedPixels") and
-    "-1" with or without a blank means no pneumothorax. 70/15/15 by image, or by list.
+    "-1" with or without a blank means no pneumothorax. 70/15/15 by patient, or by list.
     """
     table = first_of(root, _TABLES, ACCESS)
     masks: dict[str, list[str]] = {}

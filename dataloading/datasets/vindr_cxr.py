@@ -30,8 +30,8 @@ ACCESS = (
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """Official test set; 10 % of the training images are val (no patient numbers are published).
 
-    A training image's label is positive where most of its readers gave it, uncertain where one
-    alone did. Boxes of all readers stay, as they are; the test set has a consensus.
+    A training image's label is positive where most of its readers gave it, uncertain where fewer
+    did. Boxes of all readers stay, as they are; the test set has a consensus.
     """
     rows = []
     excluded: Counter[str] = Counter()

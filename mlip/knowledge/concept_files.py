@@ -99,9 +99,7 @@ def read_table(path: str | Path) -> ConceptTable:
             if "provenance" in row:
                 provenance, fingerprint = row["provenance"], row.get("fingerprint")
                 continue
-            texts = [row.get("id"), row.get("name"), *row.get("synonyms", ())]
-            if not all(isinstance(text, str) and text for text in texts):
-                raise TypeError("id, name and synonyms are texts")
+            _require_texts(row)
             concepts.append(
                 Concept(
                     **{
@@ -129,6 +127,18 @@ def read_table(path: str | Path) -> ConceptTable:
             "build the table again, or delete line 1 to accept the change"
         )
     return table
+
+
+def _require_texts(row: dict[str, Any]) -> None:
+    """Raises:  TypeError: a text in place of a list would be read letter by letter."""
+    lists = ("synonyms", "parents", "excludes", "licensed")
+    if not all(isinstance(row.get(key, []), list) for key in lists):
+        raise TypeError(f"{', '.join(lists)} are lists")
+    needed = [row.get("id"), row.get("name"), *row.get("synonyms", ())]
+    free = [row.get(key, "") for key in ("definition", "semantic_type", "category", "source")]
+    free += [text for key in lists for text in row.get(key, ())]
+    if not all(isinstance(text, str) for text in (*needed, *free)) or not all(needed):
+        raise TypeError("id, name, synonyms and what describes them are texts")
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -62,7 +62,8 @@ class Linker:
 
     Where two concepts share a surface form, the one earlier in the table has it.
     leave_out: semantic types whose mentions are not returned ("qualifier": mild, acute, stable).
-    Raises:  LexiconError where the cue file or a term cannot be used
+    Raises:  LexiconError where the cue file or a term cannot be used; ValueError for a type to
+             leave out that no concept has
     Source:  Aho and Corasick 1975; scope rules ours, in the line of NegEx (Chapman et al. 2001)
     """
 

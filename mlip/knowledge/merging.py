@@ -14,7 +14,7 @@ _SHARED_CODES = ("umls", "hpo", "doid", "radlex")
 def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
     """One table: concepts that share a code become one, the rest is appended in order.
 
-    The base keeps its ids, names and surface forms; a form it owns is taken from no other concept.
+    The base keeps its ids, names and surface forms; another's synonym that it owns is dropped.
     Licensed forms are remembered (Concept.licensed) so that open_part can take them out again.
     """
     concepts = {concept.id: concept for concept in base}

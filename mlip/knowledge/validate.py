@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from mlip.knowledge.concept_files import load_concepts
-from mlip.knowledge.concepts import Concept, ConceptTable
+from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles
 
@@ -16,7 +16,10 @@ _MAX_DEFINITION_WORDS = 40  # a definition is one or two sentences a radiologist
 
 
 def problems(table: ConceptTable) -> list[str]:
-    """Everything wrong with a table, one line each, empty where it is sound."""
+    """Everything wrong with a table, one line each, empty where it is sound.
+
+    Raises:  LexiconError for a term that no report can match.
+    """
     found = [f"{child}: is_a {parent} closes a circle" for child, parent in cycles(table)]
     linker = Linker(table)
     owner: dict[str, Concept] = {}
@@ -48,8 +51,12 @@ def problems(table: ConceptTable) -> list[str]:
 
 
 def main() -> int:
-    table = load_concepts(sys.argv[1] if len(sys.argv) > 1 else None)
-    lines = problems(table)
+    try:
+        table = load_concepts(sys.argv[1] if len(sys.argv) > 1 else None)
+        lines = problems(table)
+    except LexiconError as error:
+        print(error, file=sys.stderr)
+        return 2
     for line in lines:
         print(line)
     print(f"{len(table)} concepts, {len(lines)} problems")

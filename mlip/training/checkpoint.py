@@ -245,10 +245,12 @@ def find_newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def require_intact(folder: Path) -> None:
-    """Raises:  CheckpointError for one that is damaged or may not be read."""
-    problem = _damage(folder)
-    if problem is not None:
-        raise CheckpointError(f"{folder}: {problem}; name its run for the newest intact one")
+    """Raises:  CheckpointError where a hash of it does not hold, or it may not be read."""
+    if problem := _damage(folder):
+        raise CheckpointError(
+            f"{folder}: {problem}; if it is a copy that was cut, copy it again, else name another "
+            "checkpoint, or the folder of the run for its newest intact one"
+        )
 
 
 def _damage(folder: Path) -> str | None:

@@ -69,7 +69,7 @@ class Annotations:
                 raise ManifestError(
                     str(error).replace("data.columns", "transfer.columns")
                 ) from None
-            if found != manifest.fingerprint:
+            if found.hexdigest() != manifest.fingerprint:
                 raise ManifestError(f"{manifest.path}: changed while it was read; start again")
         check_labels(config, manifest)
         for name in ("uncertain", "negative"):
@@ -97,8 +97,7 @@ class Annotations:
     def states(self, rows: Array, classes: Sequence[str]) -> Array:
         """[rows, classes] int8: POSITIVE, NEGATIVE, UNCERTAIN or UNSAID.
 
-        Raises:  ManifestError if no labels column is set, a row states a class both ways, or no
-                 row of the whole manifest carries any of the classes (a misspelt name).
+        Raises:  ManifestError if no labels column is set, or a row states a class in two ways.
         """
         if self.manifest.label_column is None:
             raise ManifestError(
@@ -229,7 +228,8 @@ class Annotations:
     def mask(self, row: int, image_size: tuple[int, int]) -> Array:
         """[H, W] uint8 of INSIDE, IGNORED and 0, on the source image's pixel grid.
 
-        image_size  (height, width) of the image as read; a mask image must have it
+        image_size  (height, width) of the image as read; a mask image must have it, or that of
+                    transfer.columns.source_height and source_width
         """
         if self.transfer.mask_source == "boxes":
             return self._filled_boxes(row, image_size)

@@ -25,6 +25,7 @@ class UNetDecoder(nn.Module):
     """Upsample, join the encoder's level of that resolution, two convolutions; up to the input.
 
     Shapes:  maps [B, C_i, h_i, w_i] fine to coarse -> [B, 1, side, side] logits
+    Units:   finest: channels of the last level, 0 = as published
     Source:  Ronneberger et al. 2015 with the decoder of segmentation_models_pytorch's Unet
              (256, 128, 64, 32, 16 channels), which the published protocol uses; written anew.
     """

@@ -6,7 +6,7 @@
                               and patches where asked for
 <out>/part-00000.parquet      the same columns: a vector is a list of fixed length of float32,
                               patches are one list of patches x dimensions, row by row
-Rows are numbers of manifest rows: the join to files and patients stays in the manifest.
+Rows are numbers of manifest rows, from 0: the join to files and patients stays in the manifest.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def open_start(
 
     vision  the checkpoint's encoder, None where none was opened; random then takes its shape from
             model.vision, otherwise from the checkpoint, so that both differ in weights alone
-    Raises:  ValueError where start is imagenet and model.vision.source names no directory.
+    Raises:  ValueError for a checkpoint that was not given, an imagenet without
+             model.vision.source, a random with it.
     """
     start = config.transfer.start
     if start == "checkpoint":

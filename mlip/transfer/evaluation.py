@@ -1,7 +1,7 @@
 """evaluate_run: zero-shot, retrieval and grounding of a model on one split, in one pass.
 
-Every number comes with n, an interval over patients and what it is to be compared with. Results
-are plain JSON values; only "examples" holds pictures (PNG as base64).
+Headline numbers come with n, an interval over patients and what they are to be compared with.
+Results are plain JSON values; only "examples" holds pictures (PNG as base64).
 """
 
 from __future__ import annotations
@@ -172,23 +172,27 @@ def encode_split(
     )
     images: list[ImageBank] = []
     texts: list[TextBank] = []
-    beside: dict[str, list[Any]] = {"pair_id": [], "has_text": []}
+    has_text: list[Array] = []
     mentions: list[Array] = []
     seen = 0
     for batch, image, text in encoded(model, loader, config.data, device):
         images.append(image)
         texts.append(text)
-        beside["pair_id"].append(batch.pair_id.numpy())
-        beside["has_text"].append(batch.content_mask.any(dim=1).numpy())
+        has_text.append(batch.content_mask.any(dim=1).numpy())
         chosen = batch.entity_mask
         report = chosen.nonzero()[:, 0] + seen
         mentions.append(
             np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
         )
         seen += len(batch)
-    joined = {key: np.concatenate(parts) for key, parts in beside.items() if parts}
-    joined["mentions"] = np.concatenate(mentions) if mentions else np.zeros((0, 3), np.int64)
-    return join_images(images), join_texts(texts), joined
+    joined = join_images(images)
+    beside = {
+        # not the loader's, which knowledge.pair_id_by_concepts widens for training
+        "pair_id": manifest.pair_id[joined.row_index],
+        "has_text": np.concatenate(has_text),
+        "mentions": np.concatenate(mentions),
+    }
+    return joined, join_texts(texts), beside
 
 
 def _evaluate(

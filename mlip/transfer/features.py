@@ -93,6 +93,7 @@ def encode_texts(model: Any, batch: Batch | Any, *, device: torch.device) -> Tex
 def encode_images(
     model: Any, batch: Batch, *, mean: float, std: float, device: torch.device
 ) -> ImageBank:
+    """An ImageBank on the CPU; mean and std, which the loader took out, are for its pictures."""
     image = model.encode_image(batch.image.to(device))
     # channels repeat one grey image, so the first is the picture
     grey = (batch.image[:, 0].float().cpu() * std + mean).clamp(0.0, 1.0)
@@ -121,6 +122,7 @@ def encoded(
 
 
 def join_images(parts: list[ImageBank]) -> ImageBank:
+    """All parts as one.  Raises:  DataError where there is none."""
     if not parts:
         raise DataError(
             "none of the images could be read (the reasons stand above): check data.root, the "
@@ -146,6 +148,7 @@ def _pad(x: Tensor, length: int) -> Tensor:
 
 
 def join_texts(parts: list[TextBank]) -> TextBank:
+    """All parts as one, padded to the longest."""
     tokens = max(p.content_mask.shape[1] for p in parts)
     entities = max(p.knowledge.mask.shape[1] for p in parts)
     has_attention = all(p.text.attention is not None for p in parts)

@@ -30,7 +30,7 @@ from mlip.transfer.interval import (
 from mlip.transfer.truth_masks import Mask
 from mlip.unit_length import unit_length
 
-KINDS = ("keyword", "sentence")  # a bare name; a sentence that also says the side
+KINDS = ("keyword", "sentence")  # a bare name; a sentence, of phantoms with the side
 COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr", "miou")
 MASK_COLUMNS = ("hit", "area", "cnr", "miou")  # the same against the pixels of a mask
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the cosine, as BioViL's mIoU

@@ -24,8 +24,8 @@ def fit_logistic(
     """features [n, d] -> logits [n, classes].
 
     Shapes:  x [n, d], targets [n, classes] of 1, 0 or -1 (not known)
-    A class that train has in one kind only gets the constant logit 0: it says nothing, and its
-    scores on test show that.
+    A class that train has in one kind only gets the constant logit 0: it says nothing. Where
+    classes exclude each other, one that train lacks is never called.
     """
     mean = x.mean(axis=0)
     spread = x.std(axis=0)
@@ -44,7 +44,7 @@ def fit_logistic(
             known, known_val = targets[:, k] >= 0, val_targets[:, k] >= 0
             y, y_val = targets[known, k], val_targets[known_val, k]
         if len(np.unique(y)) < 2:
-            models.append(None)
+            models.append(int(y[0]) if exclusive else None)
             continue
         tried = []
         for strength in STRENGTHS:
@@ -78,10 +78,14 @@ def _loss(model: Any, x: Array, y: Array) -> float:
 
 
 def _spread(model: Any, x: Array, classes: int) -> Array:
-    """Logits by class; a class that train lacked is never chosen."""
+    """Logits by class; a class that train lacked is never chosen.
+
+    model  the number of the class where train had one alone
+    """
     logits = np.full((len(x), classes), -50.0)
-    if model is None:
-        return np.zeros((len(x), classes))
+    if isinstance(model, int):
+        logits[:, model] = 0.0
+        return logits
     found = model.decision_function(x)
     if found.ndim == 1:
         found = np.stack([np.zeros_like(found), found], axis=1)

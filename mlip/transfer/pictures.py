@@ -20,8 +20,9 @@ def example_pictures(
 ) -> list[dict[str, Any]]:
     """The worst test cases of a fit, each {"study", "caption", "image", and what to draw on it}.
 
-    "truth" and "predicted" are outlines [[x, y], ...] or boxes [[x0, y0, x1, y1], ...] in shares of
-    the picture's side. Studies appear under a salted hash, never under their id.
+    "truth_lines" and "predicted_lines" are outlines [[x, y], ...], "truth_boxes" and
+    "predicted_boxes" [[x0, y0, x1, y1], ...], in shares of the picture's side. Studies appear under
+    a salted hash, never under their id.
     """
     if config.evaluate.examples == 0:
         return []

@@ -1,6 +1,6 @@
 """A trained task from manifest to results: fractions x seeds, val for choices, test once per fit.
 
-Results are plain JSON values; only "pictures" (for the page) holds arrays, and is not saved.
+Results are plain JSON values; "pictures" (PNG as base64, for the page) is not saved.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def transfer_run(
     facts    what is known of its training: step, pairs_seen, checkpoint
     Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
              fits}], "fingerprints", "versions", "config", "pictures"}
-    Raises:  ManifestError for data the task cannot use; ValueError for broken features.
+    Raises:  ManifestError for data the task cannot use; ValueError for broken features;
+             TransferError for a loss that is not finite.
     """
     began = time.perf_counter()
     transfer = config.transfer

@@ -27,7 +27,7 @@ def average_precision(scores: Array, labels: Array) -> float | None:
 
 
 def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> Array:
-    """Average precision under each row of weights [R, N] -> [R]; NaN without a positive."""
+    """Average precision under each row of weights [R, N] -> [R]; NaN without both classes."""
     order = np.argsort(-scores, kind="stable")
     ranked = scores[order]
     ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])

@@ -68,7 +68,7 @@ def oracle_scores(manifest: Manifest, rows: Array) -> Array:
     names = [Path(manifest.image_path(row)).stem for row in rows.tolist()]
     scores = phantom_oracle.oracle_scores_of(folder, names)
     generator = np.random.default_rng(len(rows))
-    # information differs by whole nats where it differs: this only decides ties
+    # where information differs it does by far more: this only decides ties
     return scores + 1e-7 * generator.random(scores.shape)
 
 

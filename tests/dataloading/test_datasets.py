@@ -261,7 +261,7 @@ def test_object_cxr(tmp_path):
         [1.0, 1.0, 4.0, 8.0, "polygon"],
     ]
     assert rows["dev0.jpg"].negative == "Foreign Object"
-    for bad in ("3 1 2 3 4", "0 1 2 3", "0"):
+    for bad in ("3 1 2 3 4", "0 1 2 3", "0", "0 a 2 3 4"):
         with pytest.raises(ValueError, match="annotation"):
             parse_annotation(bad)
 

@@ -47,6 +47,17 @@ def test_fewer_bits_round_to_the_nearest_step(tmp_path, bits):
     assert back.min() >= 0 and np.abs(back.astype(int) - image).max() <= 65535 / steps / 2 + 1
 
 
+def test_ids_that_read_alike_one_after_the_other_give_other_uids(tmp_path):
+    # a set of such files was taken for copies of one image
+    image = np.zeros((16, 16), np.uint16)
+    uids = []
+    for patient, study in (("1", "11"), ("11", "1")):
+        write_radiograph(tmp_path / "a", image, patient_id=patient, study_id=study)
+        dataset = pydicom.dcmread(tmp_path / "a")
+        uids += [dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.SOPInstanceUID]
+    assert len(set(uids)) == 6
+
+
 def test_written_files_are_equal_byte_for_byte_and_valid_for_another_reader(tmp_path):
     for name in ("a", "b"):
         write_radiograph(tmp_path / name, noise(16), patient_id="p", study_id="s")

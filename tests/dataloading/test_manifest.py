@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import pickle
@@ -329,7 +330,11 @@ def test_messages_name_an_image_by_its_row_and_never_by_its_path(tmp_path: Path)
     for row in (0, 1):
         name = manifest.image_name(row)
         assert name == f"of data row {row + 1} (hashed {manifest.image_hash(row)})"
+        # results.json, which is passed on, holds the fingerprint: no guess can be tested with it
+        guess = hashlib.sha256(f"{manifest.fingerprint}\0{manifest.image_path(row)}".encode())
+        assert guess.hexdigest()[:12] != manifest.image_hash(row)
     assert len({manifest.image_hash(row) for row in (0, 1)}) == 2
+    assert manifest.salt not in repr(manifest)
 
 
 @pytest.mark.parametrize(

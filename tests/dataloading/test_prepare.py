@@ -364,13 +364,13 @@ def test_5x200_lists_are_read_in_every_published_form(tmp_path: Path, form: str)
     assert collected.notes[1].endswith(", ".join(f"{name} 1" for name in FIVE))
 
 
-def test_a_list_that_is_no_list_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"a": {"file": 1}}', "[]", "", "\n"])
+def test_a_list_that_is_no_list_is_refused(tmp_path: Path, text: str) -> None:
     write_chexpert(tmp_path)
-    (tmp_path / "list.json").write_text('{"a": {"file": 1}}')
-    with pytest.raises(DatasetError, match="expected JSON with paths"):
-        DATASETS["chexpert"].collect(
-            tmp_path, {"views": "frontal", "five_by_200": str(tmp_path / "list.json")}
-        )
+    file = tmp_path / ("list.json" if text.strip() else "list.csv")
+    file.write_text(text)
+    with pytest.raises(DatasetError, match="expected (JSON with )?paths"):
+        DATASETS["chexpert"].collect(tmp_path, {"views": "frontal", "five_by_200": str(file)})
 
 
 def test_split_lists_may_leave_out_the_suffix_but_never_a_part_of_an_id(tmp_path: Path) -> None:

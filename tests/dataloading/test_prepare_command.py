@@ -152,3 +152,14 @@ def test_list_explain_and_check_phi_print(tmp_path, capsys):
     assert mlip_prepare("--check-phi", tmp_path) == 1
     printed = capsys.readouterr().out
     assert "PatientID" in printed and "MRN" not in printed and "1 DICOM files" in printed
+
+
+def test_what_a_set_was_made_of_names_no_file_of_its_source(tmp_path, monkeypatch):
+    # one without a folder in its name was taken for a column's
+    image(tmp_path / "raw" / "a.png")
+    (tmp_path / "doe.csv").write_text("image,patient_id,Report\na.png,p,Clear lungs.\n")
+    monkeypatch.chdir(tmp_path)
+    more = ("--option", "file=doe.csv", "--option", "report=Report")
+    assert mlip_prepare("manifest", "--root", "raw", "--out", "out", *more) == 0
+    options = json.loads((tmp_path / "out" / "prepared.json").read_text())["options"]
+    assert "file" not in options and options["report"] == "Report"

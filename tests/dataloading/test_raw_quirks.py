@@ -78,6 +78,10 @@ def test_a_table_of_patients_that_names_no_image_is_refused(tmp_path: Path) -> N
         collect("rsna_pneumonia", tmp_path, patients=write([["00000001_000.png", 1]]))
     with pytest.raises(DatasetError, match="one image_id has two patients"):
         collect("rsna_pneumonia", tmp_path, patients=write([["id1", 1], ["id1", 2]]))
+    # each image behind an open quotation mark was a patient of its own, in any split
+    file.write_text('image_id,patient_id\nid1,"p1\nid2,p1\nid3,p1\n')
+    with pytest.raises(DatasetError, match="patients.csv: a quoted cell does not end"):
+        collect("rsna_pneumonia", tmp_path, patients=str(file))
 
 
 def test_split_lists_may_have_the_row_numbers_that_pandas_writes(tmp_path: Path) -> None:
@@ -88,6 +92,18 @@ def test_split_lists_may_have_the_row_numbers_that_pandas_writes(tmp_path: Path)
         table(lists / f"{name}.csv", ",Target,patientId", rows)
     collected = collect("rsna_pneumonia", tmp_path, split_lists=str(lists))
     assert Counter(row.split for row in collected.rows) == {"train": 6, "val": 2, "test": 2}
+
+
+def test_a_split_list_whose_quote_stays_open_is_no_list_of_its_first_ids(tmp_path: Path) -> None:
+    # all lines behind it were one id, of which no image is: they left the set without an error
+    raw_layouts.make_rsna(tmp_path)
+    lists = tmp_path / "lists"
+    for name, ids in (("train", IMAGES[:6]), ("valid", IMAGES[6:8]), ("test", IMAGES[8:])):
+        table(lists / f"{name}.csv", "patientId", [[image_id] for image_id in ids])
+    path = lists / "train.csv"
+    path.write_text(path.read_text().replace(IMAGES[2], f'"{IMAGES[2]}'))
+    with pytest.raises(DatasetError, match="train.csv: a quoted cell does not end"):
+        collect("rsna_pneumonia", tmp_path, split_lists=str(lists))
 
 
 BROKEN = {

@@ -29,6 +29,10 @@ from mlip.dataloading.report_text import clean_report
             "No edema\n\nNodule",
         ),
         ("No edema\\.br\\Nodule\\.sp2\\Mass", "No edema. Nodule. Mass"),
+        (
+            "No edema\\.br\\\\.in+4\\Nodule\\.sk3\\left\\.sp 2\\\\.fi\\Mass",
+            "No edema. Nodule left. Mass",
+        ),
         ("No edema\\X0D\\\\X0A\\Nodule\\x0a\\Mass", "No edema. Nodule. Mass"),
         ("A \\T\\ B \\f\\ C \\S\\ D \\R\\ E \\E\\ \\H\\F\\N\\", "A & B | C ^ D ~ E \\ F"),
         ("C:\\reports\\new", "C:\\reports\\new"),

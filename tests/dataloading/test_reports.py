@@ -94,6 +94,17 @@ def test_a_folder_with_only_a_vocabulary_file_is_read(tmp_path: Path) -> None:
     assert tokenizer.encode_batch(["Small effusions."])[0].ids == [5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("config", ["", '{"model_type": "bert"}'])
+def test_a_vocabulary_file_that_is_not_read_names_its_folder(tmp_path: Path, config: str) -> None:
+    # alone, as Google's BERT came; and cut inside a character
+    pieces = "[PAD] [UNK] [CLS] [SEP] [MASK] no".replace(" ", "\n").encode()
+    (tmp_path / "vocab.txt").write_bytes(pieces + (b"\xe9" if config else b"") + b"\n")
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=f"tokenizer {tmp_path}: .*config.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_pieces_never_cross_the_limit_of_the_vocabulary(tmp_path: Path) -> None:
     texts = ["Effusion on the left side."] * 5
     assert train_tokenizer(texts, 60, tmp_path / "a").vocab_size <= 60

@@ -9,7 +9,7 @@ import pytest
 
 from mlip.knowledge.concept_files import LEXICON_DIR, load_concepts, read_table, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
-from mlip.knowledge.validate import problems
+from mlip.knowledge.validate import main, problems
 
 CHEXPERT = {
     "No Finding",
@@ -121,6 +121,15 @@ def test_a_table_edited_or_cut_off_is_refused(table, tmp_path):
         read_table(path)
 
 
+@pytest.mark.parametrize("field", ['"synonyms": "edema"', '"category": []', '"excludes": [1]'])
+def test_a_table_edited_by_hand_is_read_as_it_is_meant_or_not_at_all(tmp_path, field):
+    # a text in place of a list was synonyms of a letter each
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"id": "a", "name": "a", ' + field + "}\n")
+    with pytest.raises(LexiconError, match="table.jsonl, line 1: .*are (lists|texts)"):
+        read_table(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -181,3 +190,11 @@ def test_ancestors_and_descendants_follow_is_a_over_any_number_of_steps(table):
     assert {"catheter", "device"} <= table.ancestors("picc")
     assert "picc" in table.descendants("device")
     assert "picc" not in table.ancestors("picc")
+
+
+def test_the_command_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "own.yaml"
+    for text, told in (("concepts: {a: {name: \u2603}}", "cannot be matched"), ("", "expected")):
+        file.write_text(text, encoding="utf-8")
+        monkeypatch.setattr("sys.argv", ["validate", str(file)])
+        assert main() == 2 and told in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.knowledge.linker import Mention
 from mlip.transfer.draws import splits_hash
-from mlip.transfer.evaluation import choose_rows, evaluate_run, save_results
+from mlip.transfer.evaluation import choose_rows, encode_split, evaluate_run, save_results
 from mlip.transfer.fingerprint import hash_of_weights
+from mlip.transfer.prompts import phrase_encoder
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
 
@@ -59,6 +63,23 @@ def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> No
         assert best >= 0.95
         assert best > retrieval["scores"]["global"][direction]["recall@1"]["value"]
     assert retrieval["chance"]["recall@10"] >= 10 / 16
+
+
+def test_a_setting_of_training_makes_no_more_answers_right() -> None:
+    # the page says that pairs of one study or one text are right for each other
+    class OneConcept:
+        def link(self, text: str) -> list[Mention]:
+            return [Mention("pulmonary_edema", 0, 1, "present")]
+
+    run = small_run()
+    knowledge = dataclasses.replace(run.config.knowledge, pair_id_by_concepts=True)
+    config = dataclasses.replace(run.config, knowledge=knowledge)
+    rows, parts = run.manifest.rows("test"), (run.tokenizer, OneConcept(), run.table)
+    joined = pair_ids_by_concepts(run.manifest, rows, phrase_encoder(config, *parts))
+    assert len(np.unique(joined[rows])) == 1
+    device = torch.device("cpu")
+    _, _, beside = encode_split(run.model, config, run.manifest, rows, *parts, device)
+    assert beside["pair_id"].tolist() == run.manifest.pair_id[rows].tolist()
 
 
 def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls() -> None:

@@ -21,6 +21,7 @@ import pytest
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
 from mlip.report_transfer import render_transfer
+from mlip.transfer.logistic import fit_logistic
 from mlip.transfer.protocol import transfer_run
 from tests.raw_layouts import encode_mask
 from tests.temporary import shared_folder
@@ -89,7 +90,9 @@ def test_detection_finds_the_rectangle() -> None:
     assert scores["images_with_boxes"] == 30 and scores["strict"]["n"] == 40
     assert scores["strict"]["value"] > 0.4
     assert scores["compat"]["value"] is None or scores["compat"]["n"] <= 30
-    assert "<rect" in render_transfer(results)
+    results["config"]["transfer"]["compat_score_cut"] = 0.3
+    page = render_transfer(results)
+    assert "<rect" in page and "without a prediction of 0.3 or more" in page
 
 
 @pytest.mark.parametrize("probe", ["adamw", "logistic"])
@@ -215,3 +218,11 @@ def test_broken_features_are_an_error_not_a_half() -> None:
     )
     with pytest.raises(ValueError, match="features hold NaN"):
         transfer_run(own, load_manifest(own.data), vision)
+
+
+def test_a_draw_of_one_class_alone_calls_no_other() -> None:
+    # the first class was called, though train had no row of it
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    targets = np.tile(np.array([0, 0, 1], np.int8), (6, 1))
+    predict = fit_logistic(x, targets, x, targets, exclusive=True)
+    assert predict(x).argmax(axis=1).tolist() == [2] * 6
