@@ -30,6 +30,9 @@ from mlip.dataloading.transforms import Transform
 
 logger = logging.getLogger("mlip")
 
+_MANY_REPORTS = 100_000  # to link them takes longer than anybody waits without a word
+MOST_TOLD = 50  # lines of a rank on bad images: of a million images a hundredth may be bad
+
 
 class Pipeline(Protocol):
     """What turns a Plan into images: TorchPipeline or DaliPipeline."""
@@ -68,6 +71,7 @@ class Loader:
         self.timeout_s = timeout_s  # longest wait for one batch; 0 = for ever
         self.step = 0  # of the next batch
         self.wait_seconds = 0.0  # how long the last next() waited for data
+        self._told = 0  # bad images that the log was to name
         self._producer: Producer | None = None
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
@@ -149,7 +153,7 @@ class Loader:
     def _account(self, images: Images, plan: Plan) -> None:
         for epoch, row, reason, in_order in images.bad:
             if row not in self.ledger.bad:
-                logger.warning("quarantined image %s: %s", self.manifest.image_name(row), reason)
+                self._tell_bad(row, reason)
             self.ledger.add_bad(epoch, row, reason, in_order=in_order)
             if in_order and self.is_training:
                 self.ledger.add_replacement(epoch)
@@ -159,6 +163,17 @@ class Loader:
             self.ledger.add_trained(epoch, count - bad)
         if images.bad:
             self.ledger.check()
+
+    def _tell_bad(self, row: int, reason: str) -> None:
+        self._told += 1
+        if self._told <= MOST_TOLD:
+            logger.warning("quarantined image %s: %s", self.manifest.image_name(row), reason)
+        elif self._told == MOST_TOLD + 1:
+            logger.warning(
+                "more than %d images quarantined: the others are counted and not named here; those "
+                "of a training stand in quarantine.json at the next checkpoint",
+                MOST_TOLD,
+            )
 
     def make(self, step: int) -> tuple[Batch, Images, Plan]:
         """The batch of a step; called by the background thread."""
@@ -324,6 +339,8 @@ def pair_ids_by_concepts(manifest: Manifest, rows: IntArray, encoder: ReportEnco
     """
     sets: dict[tuple[int, ...], int] = {}
     members, keys = [], []
+    if len(rows) > _MANY_REPORTS:
+        logger.info("knowledge.pair_id_by_concepts: linking %d reports", len(rows))
     for row in rows.tolist():
         mentions = encoder.of_row(row, manifest.text).mentions
         if len(mentions):

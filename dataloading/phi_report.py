@@ -12,6 +12,7 @@ from pathlib import Path
 from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import DatasetError
 from mlip.dataloading.dicom import SUFFIXES, DicomError, check_phi
+from mlip.dataloading.progress import Progress
 
 _FILE, _FOLDER = "file cannot be checked", "folder cannot be read"
 
@@ -27,7 +28,9 @@ def report_phi(path: Path) -> int:
     counts: Counter[tuple[str, str]] = Counter()
     files, others = _files(path, counts)
     checked = 0
-    for file in files:
+    told = Progress("files checked")
+    for place, file in enumerate(files):
+        told(place, len(files))
         try:
             leftovers = check_phi(file)
         except DicomError as error:

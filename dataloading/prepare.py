@@ -27,6 +27,7 @@ from mlip.dataloading.dicom import DicomError, explain
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.prepared_tables import write_csv
+from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
@@ -195,7 +196,7 @@ def _build(
             ) from None
     start = time.monotonic()
     try:
-        result = build_shards(collected.rows, plan, _Progress())
+        result = build_shards(collected.rows, plan, Progress("images", tells_end=True))
     except KeyboardInterrupt:
         print(
             "interrupted: finished shards are whole; the same command makes the rest",
@@ -283,20 +284,6 @@ def check_rows(rows: list[Row]) -> None:
                 f"data row {place + 1}: its image path may lead out of the root; expected a "
                 "relative path without '..'"
             )
-
-
-class _Progress:
-    """A line on stderr every few seconds."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last >= 5.0 or done == total:
-            self._last = now
-            rate = done / max(now - self._start, 1e-9)
-            print(f"{done} of {total} images, {rate:.0f}/s", file=sys.stderr, flush=True)
 
 
 def _print_counts(collected: Collected) -> None:

@@ -25,6 +25,7 @@ import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
+from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.dataloading.shards import (
     INDEX_SCHEMA,
@@ -96,14 +97,17 @@ def build_shards(
     remove_partials(folder)
     remove_partials(plan.out)
     shards = list(_cut(rows, folder, plan.shard_images))
-    prints = [_fingerprint(rows, shard, plan) for shard in shards]
-    mine = [s for s in shards if s.number % plan.part[1] == plan.part[0]]
-    missing = [
-        shard
-        for shard in mine
-        if not is_complete(shard.path, prints[shard.number], verify=plan.verify)
-        or _can_have_more(shard, rows, plan)
-    ]
+    told = Progress("shards compared with their sources")
+    prints, missing = [], []
+    for shard in shards:
+        told(shard.number, len(shards))
+        prints.append(_fingerprint(rows, shard, plan))
+        is_mine = shard.number % plan.part[1] == plan.part[0]
+        if is_mine and (
+            not is_complete(shard.path, prints[-1], verify=plan.verify)
+            or _can_have_more(shard, rows, plan)
+        ):
+            missing.append(shard)
     try:
         if missing:
             # an older manifest would name places in shards that are about to be replaced

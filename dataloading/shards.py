@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import resource
 import socket
 import stat
 import tarfile
@@ -31,7 +32,9 @@ from mlip.dataloading.ledger import BadSample, DataError
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file
 _GROUP_ROWS = 1 << 20  # Arrow's own, said here so that a manifest's bytes stay what they were
-_OPEN_SHARDS = 64  # descriptors kept open; a million images in shards of 4,096 need 245
+# of the files that this process may open: an image of a shuffled epoch is of any shard, and a
+# million images in shards of 4,096 are 245; beyond this each read opens its shard anew
+_OPEN_SHARE, _MOST_OPEN = 4, 4096
 _REFERENCE = re.compile(r"^(?P<shard>[^#\0]+\.tar)#(?P<offset>\d{1,15})\+(?P<size>\d{1,10})$")
 
 INDEX_SCHEMA = pa.schema(
@@ -136,6 +139,10 @@ class _Descriptors:
     def __init__(self) -> None:
         self._open: OrderedDict[tuple[str, str], _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if allowed == resource.RLIM_INFINITY:
+            allowed = _OPEN_SHARE * _MOST_OPEN
+        self._most = max(1, min(_MOST_OPEN, allowed // _OPEN_SHARE))
 
     def read(self, root: str, shard: str, offset: int, size: int) -> bytes:
         key = (root, shard)
@@ -143,7 +150,7 @@ class _Descriptors:
             descriptor = self._open.get(key)
             if descriptor is None:
                 descriptor = self._open[key] = _Descriptor(_open_inside(root, shard))
-                while len(self._open) > _OPEN_SHARDS:
+                while len(self._open) > self._most:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(key)

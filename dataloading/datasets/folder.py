@@ -22,10 +22,12 @@ from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.datasets.study_reports import StudyReports
 from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
+from mlip.dataloading.progress import Progress
 
 _MAX_REPORT_BYTES = 1 << 20
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
 _RULES = ("burned_in", "secondary_capture")
+_TEXT = (".txt", ".TXT")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 
 
@@ -50,7 +52,10 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     excluded: Counter[str] = Counter()
     texts: set[Path] = set()
     taken: list[tuple[Path, Identity | None]] = []
-    for path in _files(root, excluded):
+    files = _files(root, excluded)
+    told = Progress("files looked at")
+    for place, path in enumerate(files):
+        told(place, len(files))
         if not _is_unicode(relative(path, root)):
             excluded["name_not_utf8"] += 1
             continue
@@ -72,7 +77,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     identities: list[Identity | None] = []
     used: set[Path] = set()
     nameless = 0
-    for copies in _copies(taken):
+    groups = _copies(taken)
+    there = {path for path in files if path.suffix in _TEXT}
+    told = Progress("images joined with reports")
+    for place, copies in enumerate(groups):
+        told(place, len(groups))
         path, identity = copies[0]
         excluded.update(["duplicate_image"] * (len(copies) - 1))
         name = relative(path, root)
@@ -84,7 +93,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
         report = ""
-        beside = (found for copy, _ in copies if (found := _text_beside(copy, root)))
+        beside = (found for copy, _ in copies if (found := _text_beside(copy, root, there)))
         if table is None and (text := next(beside, None)):
             used.add(text)
             report, fault = _read_text(text)
@@ -131,8 +140,10 @@ def _files(root: Path, excluded: Counter[str]) -> list[Path]:
     def count_folder(error: OSError) -> None:
         excluded["unreadable_folder"] += 1
 
-    found = []
+    found: list[Path] = []
+    told = Progress("files found")
     for folder, names, files in os.walk(root, onerror=count_folder):
+        told(len(found))
         # os.walk does not follow a link to a folder, and does not say so
         excluded["link_or_special_file"] += sum(Path(folder, n).is_symlink() for n in names)
         excluded["hidden"] += sum(n.startswith(".") for n in (*names, *files))
@@ -219,14 +230,18 @@ def _word(text: str) -> str:
     return text.lower() if text.isalpha() and text.isascii() and len(text) <= 4 else "other"
 
 
-def _text_beside(path: Path, root: Path) -> Path | None:
+def _text_beside(path: Path, root: Path, there: set[Path]) -> Path | None:
+    """The report's file among those that are there: to ask the disk for six names of each image
+    takes longer than all else."""
+    if not there:
+        return None
     stems = [path, path.with_suffix("")]
     # the root's own neighbours are no part of the data set
     stems += [path.parent] if path.parent != root else []
     for stem in stems:
-        for suffix in (".txt", ".TXT"):
+        for suffix in _TEXT:
             text = stem.with_name(stem.name + suffix)
-            if text.is_file() and not text.is_symlink():
+            if text in there:
                 return text
     return None
 

@@ -30,7 +30,7 @@ from mlip.config import Knowledge
 from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import clean_report
 from mlip.knowledge.concept_files import load_concepts, read_text, write_table
-from mlip.knowledge.concepts import LexiconError
+from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
@@ -249,15 +249,34 @@ def colour_view(text: str, mentions: list[Mention]) -> Text:
     return view
 
 
+def _deepest(table: ConceptTable) -> int:
+    """Steps of the longest way up; without the set of all ancestors of each, which of a whole UMLS
+    would fill the memory."""
+    children: dict[str, list[str]] = {}
+    waits: dict[str, int] = {}  # parents whose depth is not known yet
+    for concept in table:
+        inside = [parent for parent in concept.parents if parent in table]
+        waits[concept.id] = len(inside)
+        for parent in inside:
+            children.setdefault(parent, []).append(concept.id)
+    # a parent outside of the table is a step too
+    depth = {c.id: int(bool(c.parents)) for c in table if waits[c.id] == 0}
+    ready = list(depth)
+    while ready:
+        above = ready.pop()
+        for below in children.get(above, ()):
+            depth[below] = max(depth.get(below, 0), 1 + depth[above])
+            waits[below] -= 1
+            if waits[below] == 0:
+                ready.append(below)
+    return max(depth.values(), default=0)
+
+
 def _stats(arguments: argparse.Namespace, console: Console) -> int:
     from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine
 
     table = load_concepts(arguments.lexicon)
     forms = sum(len(concept.surface_forms) for concept in table)
-    depth = {c.id: 0 for c in table if not c.parents}
-    for concept in sorted(table, key=lambda c: len(table.ancestors(c.id))):
-        known = [depth[p] for p in concept.parents if p in depth]
-        depth.setdefault(concept.id, 1 + max(known, default=0))
     console.print(f"concepts {len(table)}, surface forms {forms}, fingerprint {table.fingerprint}")
     counts = {
         "category": Counter(c.category for c in table),
@@ -271,7 +290,7 @@ def _stats(arguments: argparse.Namespace, console: Console) -> int:
         listed = ", ".join(f"{key} {n}" for key, n in counter.most_common())
         console.print(f"[cyan]{name}[/cyan]: {listed or 'none'}")
     undefined = sum(not c.definition for c in table)
-    console.print(f"roots {sum(not c.parents for c in table)}, deepest is-a {max(depth.values())}")
+    console.print(f"roots {sum(not c.parents for c in table)}, deepest is-a {_deepest(table)}")
     console.print(f"without definition {undefined}")
     if len(table) <= 5000:  # the factors of a larger table take minutes
         signed, absolute = mean_pairwise_cosine(knowledge_vectors(table, Knowledge()))

@@ -26,6 +26,7 @@ logger = logging.getLogger("mlip")
 Encode = Callable[[list[str]], Tensor]
 _VERSION = 1  # part of the cache key: raise it when the arithmetic below changes
 _PROBES = ["no pleural effusion", "the heart is enlarged"]  # identify an encoder by what it says
+_MOST_PIECES = 1 << 17  # the commonest: the sketch holds knowledge.dim numbers of each, twice
 _DENSE_ROWS = 3000  # above, the exact factors would take gigabytes: sketched instead, with a seed
 # a direction holding less than this share of the largest spread is rounding noise, not whitened
 _RANK_TOLERANCE = 1e-5
@@ -128,10 +129,22 @@ def _tfidf(texts: list[str], dim: int) -> np.ndarray:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    is_small = len(texts) <= _DENSE_ROWS
+    if not is_small:
+        logger.info(
+            "knowledge.vectors=tfidf of %d concepts: this takes minutes on every rank; "
+            "knowledge.cache_dir keeps them for the next start",
+            len(texts),
+        )
     # sub-word pieces relate "cardiomegaly" to "cardiac" where whole words share nothing
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    vectorizer = TfidfVectorizer(
+        analyzer="char_wb",
+        ngram_range=(3, 5),
+        sublinear_tf=True,
+        max_features=None if is_small else _MOST_PIECES,
+    )
     rows = vectorizer.fit_transform(texts)
-    if len(texts) <= _DENSE_ROWS:
+    if is_small:
         return np.asarray(rows.todense())
     # one direction more than asked for: the common one goes with the mean
     return np.asarray(TruncatedSVD(dim + 1, random_state=0).fit_transform(rows))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.progress import Progress
 from mlip.transfer.annotations import (
     LABEL_FORM,
     NEGATIVE,
@@ -85,6 +86,7 @@ class Classification:
             )
         self._cache: dict[int, Tensor] = {}  # features by row, of the encoder of this hash
         self._cache_of = ""
+        self._told = Progress("images encoded")
 
     def rows(self, split: str) -> Array:
         """Rows of the split that some class says something about."""
@@ -108,6 +110,7 @@ class Classification:
         if self._cache_of != start.weights_hash:
             self._cache.clear()
             self._cache_of = start.weights_hash
+            self._told = Progress("images encoded")
         wanted = [r for r in rows.tolist() if r not in self._cache]
         crops = Crops(self.config, self.images, train=False, seed=0)
         encoder.eval()
@@ -119,6 +122,7 @@ class Classification:
                     "the image features hold NaN or infinite values: the checkpoint is broken"
                 )
             self._cache.update(zip(part, found, strict=True))
+            self._told(len(self._cache))
         return torch.stack([self._cache[r] for r in rows.tolist()])
 
     def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array, weighted_mean
+from mlip.transfer.interval import Array, weighted_mean, weighted_sum
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.scores import Measured, over_seeds
 
@@ -61,8 +61,8 @@ def dice_per_image(counts: Counts) -> Array:
 
 def pooled_dice(counts: Counts, weights: Array) -> Array:
     """Dice over the pixels of all images under each row of weights [R, n] -> [R]."""
-    both = weights @ counts.both.astype(np.float64)
-    total = weights @ (counts.predicted + counts.truth).astype(np.float64)
+    both = weighted_sum(counts.both, weights)
+    total = weighted_sum(counts.predicted + counts.truth, weights)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(total > 0, 2.0 * both / total, np.nan)
 

@@ -29,6 +29,7 @@ from mlip.config import Config
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
+from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import whole_file
 from mlip.transfer.features import encoded, require_finite
@@ -105,6 +106,7 @@ def write_embeddings(
     done = _read_index(out / "index.json", index)
     reader = SampleReader(manifest, config.data)
     missing: dict[int, str] = {}
+    told = Progress("parts, whole already")
     parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
     for number, chosen in enumerate(parts):
         path = out / f"part-{number:05d}.{form}"
@@ -122,6 +124,8 @@ def write_embeddings(
             }
             _write_index(out / "index.json", {**index, "parts": done})
             say(f"part {number + 1} of {len(parts)}: {known['rows']} of {len(chosen)} rows")
+        else:
+            told(number + 1, len(parts))
         missing |= {int(row): reason for row, reason in known["missing"].items()}
         _check_share(missing, len(rows), config.data.bad_share)
     return Embedded(len(rows) - len(missing), len(rows), Counter(missing.values()))

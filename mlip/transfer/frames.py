@@ -22,6 +22,7 @@ from torch import Tensor
 from mlip.config import Config, Data
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Placement, Transform
 from mlip.transfer.annotations import resize_mask
@@ -29,6 +30,8 @@ from mlip.transfer.interval import Array
 
 # HKU-MedAI/MGCA's segmentation_dataset.py: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5)
 AUGMENT_CHANCE, AUGMENT_SCALE, AUGMENT_DEGREES = 0.5, 0.1, 10.0
+
+AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,12 @@ class Images:
                 return error.reason
             return ""
 
-        reasons = list(self._pool.map(look, np.asarray(rows).tolist()))
+        asked, reasons = np.asarray(rows).tolist(), list[str]()
+        told = Progress("images looked at")
+        # some at a time: a thread pool takes a kilobyte for all that is handed to it
+        for start in range(0, len(asked), AT_ONCE):
+            reasons += self._pool.map(look, asked[start : start + AT_ONCE])
+            told(len(reasons), len(asked))
         for reason in filter(None, reasons):
             bad[reason] = bad.get(reason, 0) + 1
         return np.asarray(rows)[[not r for r in reasons]], bad

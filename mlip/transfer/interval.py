@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 Array = NDArray[Any]
 CONFIDENCE = 0.95
+AT_ONCE = 64  # resamples: what is computed of a million rows stays in half a GB
 
 
 class Estimate(TypedDict):
@@ -56,8 +57,13 @@ def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: 
         # one patient drawn again and again would look like certainty: no weight, no interval
         return np.zeros((resamples, len(patient)), dtype=np.int32)
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(count, np.full(count, 1.0 / count), size=resamples)
-    return drawn.astype(np.int32)[:, patient]
+    chance = np.full(count, 1.0 / count)
+    weights = np.empty((resamples, len(patient)), dtype=np.int32)
+    # some at a time, of the same stream: the draws of a million patients would be 4 GB beside them
+    for first in range(0, resamples, AT_ONCE):
+        part = weights[first : first + AT_ONCE]
+        part[:] = generator.multinomial(count, chance, size=len(part))[:, patient]
+    return weights
 
 
 def auroc(scores: Array, labels: Array) -> float | None:
@@ -86,15 +92,15 @@ def weighted_auroc(scores: Array, labels: Array, weights: Array) -> Array:
     starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
     label = labels[order].astype(bool)
     result = np.full(len(weights), np.nan)
-    for first in range(0, len(weights), 64):  # 64 rows at a time bound the memory
-        chosen = weights[first : first + 64][:, order].astype(np.float64)
+    for first in range(0, len(weights), AT_ONCE):
+        chosen = weights[first : first + AT_ONCE][:, order].astype(np.float64)
         positive = np.add.reduceat(chosen * label, starts, axis=1)
         negative = np.add.reduceat(chosen * ~label, starts, axis=1)
         below = np.cumsum(negative, axis=1) - negative
         wins = (positive * (below + 0.5 * negative)).sum(axis=1)
         pairs = positive.sum(axis=1) * negative.sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            result[first : first + 64] = np.where(pairs > 0, wins / pairs, np.nan)
+            result[first : first + AT_ONCE] = np.where(pairs > 0, wins / pairs, np.nan)
     return result
 
 
@@ -110,11 +116,18 @@ def defined_mean(resampled: Array) -> Array:
         return np.where(defined, resampled, 0.0).sum(axis=0) / defined.sum(axis=0)
 
 
+def weighted_sum(values: Array, weights: Array) -> Array:
+    """Sum of values [N] under each row of weights [R, N] -> [R]; integers are not copied whole."""
+    wide = values.astype(np.float64)
+    sums = [weights[i : i + AT_ONCE] @ wide for i in range(0, len(weights), AT_ONCE)]
+    return np.concatenate([*sums, np.zeros(0)])
+
+
 def weighted_mean(values: Array, weights: Array) -> Array:
     """Mean of values [N] under each row of weights [R, N] -> [R]; NaN where nothing weighs."""
     total = weights.sum(axis=1).astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(total > 0, weights @ values.astype(np.float64) / total, np.nan)
+        return np.where(total > 0, weighted_sum(values, weights) / total, np.nan)
 
 
 def auroc_estimate(scores: Array, labels: Array, weights: Array) -> Estimate:

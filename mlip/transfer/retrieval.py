@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.interval import (
+    AT_ONCE,
     Array,
     estimate,
     mean_estimate,
@@ -105,9 +106,12 @@ def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
     if len(ranks) == 0:
         return {**summary, "median_rank": not_available("no rows")}
     order = np.argsort(ranks, kind="stable")
-    reached = np.cumsum(weights[:, order], axis=1)
-    middle = (reached >= reached[:, -1:] / 2.0).argmax(axis=1)
-    # a resample without weight (there is one patient) has no median
-    medians = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
+    medians = np.full(len(weights), np.nan)
+    for first in range(0, len(weights), AT_ONCE):
+        reached = np.cumsum(weights[first : first + AT_ONCE][:, order], axis=1)
+        middle = (reached >= reached[:, -1:] / 2.0).argmax(axis=1)
+        # a resample without weight (there is one patient) has no median
+        found = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
+        medians[first : first + AT_ONCE] = found
     summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks))
     return summary

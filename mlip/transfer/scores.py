@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import average_precision_score
 
-from mlip.transfer.interval import Array, Estimate, estimate, not_available
+from mlip.transfer.interval import (
+    AT_ONCE,
+    Array,
+    Estimate,
+    estimate,
+    not_available,
+    weighted_sum,
+)
 
 CALIBRATED_DRAWS = 100
 CURVE_POINTS = 120  # a chart 300 px wide shows no more
@@ -33,8 +40,8 @@ def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> 
     ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
     label = labels[order].astype(bool)
     result = np.full(len(weights), np.nan)
-    for first in range(0, len(weights), 64):  # 64 rows at a time bound the memory
-        chosen = weights[first : first + 64][:, order].astype(np.float64)
+    for first in range(0, len(weights), AT_ONCE):
+        chosen = weights[first : first + AT_ONCE][:, order].astype(np.float64)
         hits = np.cumsum(chosen * label, axis=1)[:, ends]
         shown = np.cumsum(chosen, axis=1)[:, ends]
         gained = np.diff(hits, axis=1, prepend=0.0)
@@ -43,7 +50,7 @@ def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> 
             value = (gained * precision).sum(axis=1) / hits[:, -1]
         # a resample without negatives has no precision-recall curve worth the name
         value[(hits[:, -1] == 0) | (hits[:, -1] == shown[:, -1])] = np.nan
-        result[first : first + 64] = value
+        result[first : first + AT_ONCE] = value
     return result
 
 
@@ -86,10 +93,10 @@ def best_threshold(scores: Array, labels: Array) -> float | None:
 
 def weighted_f1(called: Array, labels: Array, weights: Array) -> Array:
     """F1 of calls under each row of weights [R, N] -> [R]; NaN without a positive."""
-    hits = weights @ (called & labels).astype(np.float64)
-    both = weights @ (called.astype(np.float64) + labels.astype(np.float64))
+    hits = weighted_sum(called & labels, weights)
+    both = weighted_sum(called.astype(np.float64) + labels.astype(np.float64), weights)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(weights @ labels.astype(np.float64) > 0, 2.0 * hits / both, np.nan)
+        return np.where(weighted_sum(labels, weights) > 0, 2.0 * hits / both, np.nan)
 
 
 def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:

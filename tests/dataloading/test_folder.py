@@ -86,6 +86,18 @@ def test_a_text_is_found_whatever_its_case_and_never_outside_the_root(tmp_path: 
     assert "1 of the .txt files belong to no image" in collect(root).notes
 
 
+def test_the_disk_is_asked_of_files_that_are_there_once_and_of_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [picture(tmp_path / f"p{i}" / f"s{k}" / "a.png") for i in range(3) for k in range(2)]
+    (tmp_path / "p1" / "s1.txt").write_text("Of the study.")
+    asked: list[Path] = []
+    real = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: asked.append(path) or real(path))
+    assert sum(bool(text) for text in reports(tmp_path).values()) == 1
+    assert sorted(asked) == sorted([*paths, tmp_path / "p1" / "s1.txt"])
+
+
 def test_what_is_not_looked_into_is_counted_by_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,26 @@ def test_bad_files_cost_no_good_one_and_are_replaced_by_rule(
         assert torch.equal(torch.cat([r[step].row_index for r in ranks]), whole.row_index)
 
 
+def test_of_many_bad_files_the_first_are_named_in_the_log_and_all_in_the_list(
+    corpus: Make, build: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "MOST_TOLD", 2)
+    config = corpus("data.bad_share=0.9")
+    damage(config, [0, 1, 2, 3, 4, 5])
+    loader = build(config)
+    with caplog.at_level(logging.WARNING, "mlip"):
+        take(loader, 6)
+    bad = listed_bad(loader.manifest, loader.ledger)
+    told = [record.message for record in caplog.records]
+    assert len(bad) > 3 and len(told) == 3
+    assert [text.startswith("quarantined image of data row") for text in told] == [
+        True,
+        True,
+        False,
+    ]
+    assert "more than 2 images quarantined" in told[2] and "quarantine.json" in told[2]
+
+
 def test_too_many_bad_files_stop_the_run(corpus: Make, build: Any) -> None:
     config = corpus("data.bad_share=0.1")  # of 16 training rows: one is allowed
     damage(config, [1, 2])

@@ -5,6 +5,7 @@ Oracles: tarfile for the format, direct decoding for the pixels, the parsed path
 
 import hashlib
 import os
+import resource
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,7 @@ def test_reading_says_what_is_wrong_with_a_reference(built_shards, tmp_path):
 
 
 def test_threads_share_few_descriptors_and_read_the_right_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_files, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_files._descriptors, "_most", 2)
     references, expected = [], []
     for i in range(6):
         writer = ShardWriter(tmp_path / f"{i}.tar")
@@ -176,3 +177,22 @@ def test_threads_share_few_descriptors_and_read_the_right_bytes(tmp_path, monkey
     links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
     held = [os.readlink(link) for link in links if os.path.islink(link)]
     assert sum(name.startswith(str(tmp_path)) for name in held) <= 2
+
+
+@pytest.mark.parametrize(
+    ("allowed", "most"), [(1024, 256), (64, 16), (3, 1), (1 << 20, 4096), (-1, 4096)]
+)
+def test_shards_stay_open_as_far_as_the_limit_of_files_goes(monkeypatch, tmp_path, allowed, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
+    descriptors = shard_files._Descriptors()
+    assert descriptors._most == most
+    opened = []
+    real = shard_files._open_inside
+    monkeypatch.setattr(shard_files, "_open_inside", lambda *a: opened.append(a) or real(*a))
+    # 245 shards are a million images, read in any order
+    names = [f"{i}.tar" for i in range(min(245, most))]
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    for name in names * 2:
+        assert descriptors.read(str(tmp_path), name, 0, 1) == b"x"
+    assert len(opened) == len(names)

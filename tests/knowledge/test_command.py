@@ -7,8 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
-from mlip.knowledge.command import add_arguments, colour_view, run
+from mlip.knowledge.command import _deepest, add_arguments, colour_view, run
 from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import link
 
 
@@ -96,6 +97,21 @@ def test_stats_counts_concepts_relations_and_codes(capsys):
     table = load_concepts(None)
     assert f"concepts {len(table)}" in out and table.fingerprint in out
     assert "located_in" in out and "mean |cosine|" in out
+
+
+def test_the_deepest_way_up_is_found_without_the_ancestors_of_each(monkeypatch):
+    table = load_concepts(None)
+    depth = {c.id: 0 for c in table if not c.parents}
+    for concept in sorted(table, key=lambda c: len(table.ancestors(c.id))):
+        ways = [depth[parent] for parent in concept.parents]
+        depth.setdefault(concept.id, 1 + max(ways, default=0))
+    monkeypatch.setattr(ConceptTable, "_closure", None)
+    assert _deepest(table) == max(depth.values()) > 1
+    # two ways up, one of them longer; a parent that the table has not; a circle
+    ways = {"a": (), "b": ("a",), "c": ("b",), "d": ("a", "c"), "e": ("gone",), "f": ("f",)}
+    made = ConceptTable(Concept(id=i, name=i, parents=parents) for i, parents in ways.items())
+    assert _deepest(made) == 3
+    assert _deepest(ConceptTable(made.concepts[4:])) == 1
 
 
 def test_build_merges_a_table_that_can_be_used_as_a_lexicon(tmp_path, capsys):

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlip.config import Knowledge
+from mlip.knowledge import vectors as vectors_module
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine, whiten
@@ -141,3 +142,17 @@ def test_large_tables_are_sketched_within_memory():
     vectors = knowledge_vectors(big, Knowledge(dim=16))
     assert vectors.shape == (3200, 16)
     assert mean_pairwise_cosine(vectors[:500])[1] <= 0.3
+
+
+def test_of_a_large_table_the_commonest_pieces_are_taken_and_it_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(vectors_module, "_DENSE_ROWS", 10)
+    table = ConceptTable(
+        Concept(id=f"c{i}", name=f"{'lung' if i % 2 else 'heart'} sign {i:03d}") for i in range(60)
+    )
+    with caplog.at_level("INFO", "mlip"):
+        whole = knowledge_vectors(table, Knowledge(dim=8))
+        monkeypatch.setattr(vectors_module, "_MOST_PIECES", 40)
+        cut = knowledge_vectors(table, Knowledge(dim=8))
+    assert "60 concepts" in caplog.text and "knowledge.cache_dir" in caplog.text
+    assert whole.shape == cut.shape == (60, 8) and not torch.equal(whole, cut)
+    assert torch.allclose(cut.norm(dim=1), torch.ones(60))

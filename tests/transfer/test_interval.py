@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mlip.transfer import interval
+from mlip.transfer import interval, retrieval
+from mlip.transfer.retrieval import rank_summary
 
 
 def test_weighted_auroc_is_scikit_learns_with_sample_weights_and_ties() -> None:
@@ -77,3 +80,23 @@ def test_a_value_that_is_no_number_is_not_available(value: float) -> None:
     # hits over those of swapped images, of which there may be none
     found = interval.estimate(value, np.array([0.7, 0.8]), 12)
     assert found == {"value": None, "low": None, "high": None, "n": 12, "reason": "undefined"}
+
+
+def test_no_copy_of_all_resamples_is_made_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    patients = np.arange(4_000) // 2
+    whole = interval.patient_resamples(patients, 200, seed=1)
+    values = np.random.default_rng(2).random(len(patients))
+    mean = interval.weighted_mean(values, whole)
+    ranks = np.random.default_rng(3).integers(1, 99, len(patients))
+    summary = rank_summary(ranks, whole)
+    monkeypatch.setattr(interval, "AT_ONCE", 5)
+    monkeypatch.setattr(retrieval, "AT_ONCE", 5)
+    tracemalloc.start()
+    made = interval.patient_resamples(patients, 200, seed=1)
+    assert (made == whole).all()
+    tracemalloc.reset_peak()
+    np.testing.assert_allclose(interval.weighted_mean(values, made), mean, rtol=1e-15)
+    assert rank_summary(ranks, made) == summary
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.4 * made.nbytes  # 3.0 where they are copied as numbers of 64 bits
