@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
+import imagecodecs
 import numpy as np
 import pytest
 
@@ -22,9 +24,11 @@ from mlip.dataloading.datasets import rows
 from mlip.dataloading.datasets.rows import DatasetError
 from mlip.dataloading.dicom import check_phi, read_identity
 from mlip.dataloading.image_file import decode_grey, read_header
+from mlip.dataloading.jpeg2000 import checked_size
 
 BIG = 16 << 20
-IMPLICIT = "1.2.840.10008.1.2"
+IMPLICIT, RLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.5"
+JPEG, JPEG2000 = "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.90"
 
 
 def element(group: int, number: int, value: bytes) -> bytes:
@@ -145,3 +149,87 @@ def test_a_table_that_unpacks_to_one_endless_line_is_refused_in_little_memory(
     assert str(path) in came and mib < 200 and seconds < 20, (came, seconds, mib)
     with pytest.raises(DatasetError):
         read(b"")
+
+
+def progressive(scans: int, side: int = 2048) -> bytes:
+    """A picture whose last scan, of some 30 bytes, is there again and again."""
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    whole = cv2.imencode(".jpg", np.zeros((side, side), np.uint8), options)[1].tobytes()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * scans + b"\xff\xd9"
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
+    """Each goes over all pixels: 200 of them held 418 KB for 98 s, and a loader has no limit."""
+    assert decoded(progressive(4, 256)) == (256, 256)
+    for content in (progressive(1000), compressed(progressive(1000), 2048, JPEG)):
+        came, seconds, _ = told(decoded, content)
+        assert came.startswith(("undecodable: more than", "decode_failed")) and seconds < 2
+
+
+def test_run_lengths_are_not_unpacked_beyond_the_film() -> None:
+    frame = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\x00" * (BIG // 2)
+    came, seconds, mib = told(decoded, compressed(frame, 16, RLE))
+    assert came.startswith("decode_failed") and seconds < 2 and mib < 256, (came, seconds, mib)
+
+
+def jpeg2000(side: int, tile: int, style: bytes = b"") -> bytes:
+    """The stream of an empty picture whose headers claim these sizes; style: what COD holds."""
+    stream = bytearray(imagecodecs.jpeg2k_encode(np.zeros((64, 64), np.uint8), codecformat="j2k"))
+    struct.pack_into(">II", stream, 8, side, side)
+    struct.pack_into(">II", stream, 24, tile, tile)
+    at = stream.index(b"\xff\x52")
+    end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+    if style:
+        stream[at:end] = struct.pack(">HH", 0xFF52, 2 + len(style)) + style
+    return bytes(stream)
+
+
+# style, progression, layers, transform; levels, block sides less 2 as powers of two, two more
+SMALL_BLOCKS = bytes.fromhex("00 00 0001 00 05 00 00 00 01")
+SMALL_PRECINCTS = bytes.fromhex("01 00 0001 00 05 04 04 00 01 111111111111")
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        jpeg2000(10_000, 40),
+        jpeg2000(10_000, 10_000, SMALL_BLOCKS),
+        jpeg2000(10_000, 10_000, SMALL_PRECINCTS),
+    ],
+)
+def test_a_jpeg_2000_of_millions_of_parts_is_refused(stream: bytes) -> None:
+    """140 bytes that claim precincts of two pixels took 6 GiB and two minutes."""
+    came, seconds, mib = told(decoded, compressed(stream, 10_000, JPEG2000))
+    assert came.startswith("decode_failed") and seconds < 2 and mib < 256, (came, seconds, mib)
+
+
+def test_the_part_of_a_tile_cannot_bring_smaller_blocks() -> None:
+    stream = jpeg2000(10_000, 10_000)
+    at = stream.index(b"\xff\x90") + 12
+    hidden = struct.pack(">HH", 0xFF52, 2 + len(SMALL_BLOCKS)) + SMALL_BLOCKS
+    part = stream[:at] + hidden + stream[at:]
+    came, seconds, mib = told(decoded, compressed(part, 10_000, JPEG2000))
+    assert came.startswith("decode_failed") and seconds < 2 and mib < 256, (came, seconds, mib)
+
+
+def test_the_size_that_is_checked_is_that_of_the_picture_that_is_decoded() -> None:
+    """Of a JP2 file a box in front may hold the header of another picture."""
+    pictures = [np.zeros((side, side), np.uint8) for side in (64, 200)]
+    small, large = (
+        bytes(imagecodecs.jpeg2k_encode(picture, codecformat=form))
+        for picture, form in zip(pictures, ("j2k", "jp2"), strict=True)
+    )
+    at = 12 + int.from_bytes(large[12:16], "big")
+    box = struct.pack(">I4s", 8 + len(small), b"free") + small
+    content = compressed(large[:at] + box + large[at:], 64, JPEG2000)
+    assert decoded(content) == (64, 64)
+    assert decoded(compressed(large, 200, JPEG2000)) == (200, 200)
+
+
+def test_parts_of_a_usual_size_are_read() -> None:
+    size = (4000, 4000, 1, 8)
+    for tile in (128, 256, 4000):
+        assert checked_size(jpeg2000(4000, tile)) == size
+    precincts = bytes.fromhex("01 00 0001 00 05 04 04 00 01 777777888888")
+    assert checked_size(jpeg2000(4000, 1000, precincts)) == size
