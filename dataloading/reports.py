@@ -134,7 +134,16 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
     else:
         from transformers import AutoTokenizer
 
-        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True).backend_tokenizer
+        try:  # left to its default, transformers asks whether to run what the folder brings
+            read: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tokenizer {directory}: cannot be read; code that a folder brings is never run: "
+                "expected tokenizer.json, or a vocab.txt of BERT's kind"
+            ) from error
+        backend = read.backend_tokenizer
         # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
         lines = len((directory / "vocab.txt").read_text(encoding="utf-8").splitlines())
         if backend.get_vocab_size() < lines:
