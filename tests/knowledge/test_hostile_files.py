@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlip.cli import main
 from mlip.knowledge import ontologies
 from mlip.knowledge.concepts import LexiconError
 from mlip.knowledge.ontologies import read_obo
@@ -45,3 +46,22 @@ def test_a_line_or_file_that_unpacks_without_end_is_refused(
     path.write_bytes(gzip.compress((HEAD + "name: x\n" + "! comment\n" * 10_000).encode()))
     with pytest.raises(LexiconError, match=r"line 6\d\d\d: expected lines"):
         read_obo(path)
+
+
+def test_no_word_of_a_file_is_a_command_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns, ids and names stand in messages and tables: "\\x1b]0;" renamed the window."""
+    hostile = "x\x1b]0;owned\x07\x1b[2J\x9b2J\u202e"
+    for name, text in (
+        ("a.obo", f"format-version: 1.2\n[Term]\nid: {hostile}\nid: {hostile}\n"),
+        ("a.csv", f"id,name,definition,category\nedema,{hostile},{hostile},{hostile}\n"),
+        ("b.csv", f"id,{hostile}\n"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        for action in (["show", "edema"], ["stats"]):
+            main(["knowledge", *action, "--lexicon", str(tmp_path / name)])
+    main(["embed", f"data.manifest={tmp_path / 'b.csv'}", "--out", str(tmp_path / "out")])
+    said = "".join(capsys.readouterr())
+    assert "\\x1b]0;owned" in said
+    assert not set(said) & set("\x1b\x07\x9b\u202e")
