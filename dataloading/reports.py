@@ -162,7 +162,7 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer {file}: not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"tokenizer {file}: expected a JSON object; restore the file")

@@ -180,7 +180,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PretrainedError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PretrainedError(f"{path}: not JSON: {error}") from error
     if not isinstance(described, dict) or described.get("model_type") != "mlip":
         raise PretrainedError(f"{path}: expected model_type 'mlip'; this is another kind of model")

@@ -118,7 +118,7 @@ def read_table(path: str | Path) -> ConceptTable:
                     }
                 )
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise LexiconError(
                 f"{path}, line {number}: expected one concept as a JSON object: {error}"
             ) from error

@@ -157,7 +157,7 @@ class Annotations:
             text = self._text("boxes", row)
             try:
                 found = [(*map(float, b[:4]), str(b[4])) for b in (json.loads(text or "[]"))]
-            except (ValueError, TypeError, IndexError):
+            except (ValueError, TypeError, LookupError, RecursionError):
                 raise ManifestError(
                     f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
                     "[[x, y, width, height, class], ...]"

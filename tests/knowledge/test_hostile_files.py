@@ -10,6 +10,7 @@ import pytest
 
 from mlip.cli import main
 from mlip.knowledge import ontologies
+from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import LexiconError
 from mlip.knowledge.ontologies import read_obo
 from mlip.knowledge.umls import surface_form
@@ -46,6 +47,22 @@ def test_a_line_or_file_that_unpacks_without_end_is_refused(
     path.write_bytes(gzip.compress((HEAD + "name: x\n" + "! comment\n" * 10_000).encode()))
     with pytest.raises(LexiconError, match=r"line 6\d\d\d: expected lines"):
         read_obo(path)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.jsonl", '{"id": ' + "[" * 100_000),
+        ("a.yaml", "semantic_type: finding\nconcepts:\n  a:\n    name: 2026-13-45\n"),
+        ("b.yaml", "semantic_type: finding\nconcepts: !!map [a]\n"),
+    ],
+)
+def test_what_a_parser_trips_over_is_an_error_of_the_file(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(LexiconError, match=name):
+        load_concepts(tmp_path / name)
 
 
 def test_no_word_of_a_file_is_a_command_to_the_terminal(
