@@ -15,6 +15,8 @@ import numpy as np
 
 from mlip.dataloading.dicom_header import Header
 from mlip.dataloading.dicom_source import BIG_ENDIAN, COMPRESSED_SYNTAXES, DicomError, error_wall
+from mlip.dataloading.image_file import MAX_SCANS
+from mlip.dataloading.jpeg2000 import checked_size, code_stream
 
 _MAX_FRAGMENTS = 65_536  # a 100-megapixel frame in fragments of 4 KiB; walking them takes 0.1 s
 
@@ -110,9 +112,10 @@ def _rle(header: Header, frame: bytes) -> np.ndarray:
             start, end = offsets[plane], ends[plane]
             if not 64 <= start < end <= len(frame):
                 raise DicomError("decode_failed", "RLE segment offsets")
-            decoded = imagecodecs.packbits_decode(frame[start:end])
-            # an odd segment carries one pad byte, which may decode to nothing or to little
-            if not size <= len(decoded) <= size + 256:
+            # an odd segment carries one pad byte, which may decode to nothing or to little; to more
+            # than that nothing is unpacked: one byte may be 64
+            decoded = imagecodecs.packbits_decode(frame[start:end], out=size + 256)
+            if len(decoded) < size:
                 raise DicomError("frame_mismatch", f"{len(decoded)} RLE bytes, expected {size}")
             cells[:, planes - 1 - plane] = np.frombuffer(decoded, np.uint8, count=size)
     joined = cells.reshape(-1).view("<u2" if planes == 2 else np.uint8)
@@ -122,7 +125,11 @@ def _rle(header: Header, frame: bytes) -> np.ndarray:
 
 def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
     with error_wall("decode_failed"):
-        found = _jpeg2000_size(frame) if kind in ("jpeg2000", "htj2k") else _jpeg_size(frame)
+        if kind in ("jpeg2000", "htj2k"):
+            frame = code_stream(frame)
+            found = checked_size(frame)
+        else:
+            found = _jpeg_size(frame)
     rows, columns, components, bits = found
     if (rows, columns, components) != (header.rows, header.columns, 1):
         raise DicomError(
@@ -133,7 +140,7 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
         raise DicomError("frame_mismatch", f"{bits} bits in {header.bits_allocated} allocated")
     with error_wall("decode_failed"):
         if kind == "jpeg":
-            _check_jpeg_end(frame)
+            _check_jpeg_scans(frame)
             cells = imagecodecs.jpeg_decode(frame, bitspersample=bits if bits > 8 else None)
         elif kind == "jpegls":
             cells = imagecodecs.jpegls_decode(frame)
@@ -173,14 +180,17 @@ def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
     raise DicomError("decode_failed", "no JPEG frame header")
 
 
-def _check_jpeg_end(frame: bytes) -> None:
-    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns.
+def _check_jpeg_scans(frame: bytes) -> None:
+    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns. And one of more
+    scans than a picture has: each goes over all pixels.
 
     Looked for behind the first scan's header: an embedded thumbnail has an end marker of its own,
     and in the coded pixels a byte FF is always followed by 0 or a restart marker.
     """
     for marker, at in _jpeg_segments(frame):
         if marker == 0xDA:
+            if frame.count(b"\xff\xda", at) > MAX_SCANS:
+                raise DicomError("decode_failed", f"more than {MAX_SCANS} scans")
             if frame.find(b"\xff\xd9", at + 4) < 0:
                 raise DicomError("decode_failed", "no JPEG end marker")
             return
@@ -201,13 +211,3 @@ def _jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
             continue
         yield marker, at
         at += 2 + struct.unpack(">H", frame[at + 2 : at + 4])[0]
-
-
-def _jpeg2000_size(frame: bytes) -> tuple[int, int, int, int]:
-    """Rows, columns, components and precision from the SIZ marker segment."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)  # a JP2 box may stand in front
-    if start < 0:
-        raise DicomError("decode_failed", "no JPEG 2000 code stream")
-    fields = struct.unpack(">HHIIIIIIIIHB", frame[start + 4 : start + 43])
-    width, height, left, top, components, depth = *fields[2:6], fields[10], fields[11]
-    return height - top, width - left, components, (depth & 0x7F) + 1

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 # pydicom's warnings and log lines quote tag values, which may identify a patient.
@@ -29,6 +30,12 @@ MAX_FILE_BYTES = 512 << 20
 MAX_INFLATED_BYTES = 96 << 20  # deflated syntax: 48 megapixels of 16 bits, 256 MiB in all
 MAX_HEADER_READS = 200_000  # about 100,000 attributes and items; one second of parsing
 MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_VALUES = 100_000  # a name is split and decoded in 40 us, a number in 3
+# value representations that are split at backslashes; that are never converted
+_TEXTS = frozenset("AE AS CS DA DS DT IS LO PN SH TM UC UI".split())
+_BYTES = frozenset("OB OD OF OL OV OW UN LT ST UR UT".split())
+_ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
+_LUT_DATA = 0x00283006  # a table a sequence's item, of which one is converted
 MAX_SIDE_PX = 16_384
 MAX_PIXELS = 100_000_000
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags: of float32, of float64, the usual ones
@@ -198,19 +205,38 @@ def _inflated(file: BinaryIO, offset: int) -> BinaryIO:
     return plain
 
 
-class _Metered:
-    """A stream that refuses to be read without end: tiny nested items would cost hours."""
+class _Meter:
+    """What has been read of a file's header, in all streams over it: more than the limits is none.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._reads, self._bytes = file, 0, 0
+    Tiny nested items would cost hours, and so would one attribute of a million values.
+    """
+
+    def __init__(self) -> None:
+        self._reads = self._bytes = self._values = 0
+
+    def add(self, *, reads: int = 0, size: int = 0, values: int = 0) -> None:
+        self._reads += reads
+        self._bytes += size
+        self._values += values
+        if (
+            self._reads > MAX_HEADER_READS
+            or self._bytes > MAX_HEADER_BYTES
+            or self._values > MAX_HEADER_VALUES
+        ):
+            raise DicomError("too_large", "header")
+
+
+class _Metered:
+    """A stream that refuses to be read without end."""
+
+    def __init__(self, file: BinaryIO, meter: _Meter) -> None:
+        self._file, self._meter = file, meter
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
-        self._reads += 1
-        self._bytes += len(data)
-        if self._reads > MAX_HEADER_READS or self._bytes > MAX_HEADER_BYTES:
-            raise DicomError("too_large", "header")
+        # a data set is made of each item of a sequence, which takes ten times as long
+        self._meter.add(reads=10 if data[:4] in _ITEMS else 1, size=len(data))
         return data
 
 
@@ -228,13 +254,79 @@ def read_dataset(file: BinaryIO, tags: list[str] | None) -> tuple[str, BinaryIO,
 def _parsed(
     file: BinaryIO, syntax: str, tags: list[str] | None, ends_at: Callable[[int], bool]
 ) -> Dataset:
-    return pydicom.filereader.read_dataset(
-        _Metered(file),  # type: ignore[arg-type]
-        is_implicit_VR=syntax == NATIVE_SYNTAXES[0],
-        is_little_endian=syntax != BIG_ENDIAN,
-        stop_when=lambda tag, vr, length: ends_at(int(tag)),
-        specific_tags=[pydicom.tag.Tag(tag) for tag in tags] if tags else None,
-    )
+    meter = _Meter()
+    try:
+        dataset = pydicom.filereader.read_dataset(
+            _Metered(file, meter),  # type: ignore[arg-type]
+            is_implicit_VR=syntax == NATIVE_SYNTAXES[0],
+            is_little_endian=syntax != BIG_ENDIAN,
+            stop_when=lambda tag, vr, length: ends_at(int(tag)),
+            specific_tags=[pydicom.tag.Tag(tag) for tag in tags] if tags else None,
+        )
+    except Exception:
+        meter.add()  # over the limits: pydicom may have made another error of that
+        raise
+    _bound(dataset, meter)
+    return dataset
+
+
+def _bound(dataset: Dataset, meter: _Meter) -> None:
+    """Counts the values that pydicom makes of an attribute when it is asked for, and opens
+    sequences under the meter: pydicom itself reads those of a stated length later, without end.
+
+    Raises:  DicomError where they are over the limits
+    """
+    for tag in list(dataset.keys()):
+        element: Any = dataset.get_item(tag)
+        if isinstance(element, RawDataElement) and element.value:
+            representation = _representation(dataset, element)
+            if representation in _TEXTS:
+                meter.add(values=1 + element.value.count(b"\\"))
+            elif representation == "SQ":
+                _open_sequence(dataset, element, meter)
+            elif representation not in _BYTES and tag != _LUT_DATA:
+                meter.add(values=len(element.value) // 16)  # a number costs little
+        opened: Any = dataset.get_item(tag)
+        if not isinstance(opened, RawDataElement) and opened.VR == "SQ":
+            for item in opened.value:
+                _bound(item, meter)
+
+
+def _representation(dataset: Dataset, element: RawDataElement) -> str:
+    """As pydicom decides on it: by its dictionaries where the file does not say."""
+    tag = element.tag
+    if element.VR not in (None, "UN") or len(element.value or b"") >= 0xFFFF and element.VR == "UN":
+        return str(element.VR)
+    try:
+        if tag.is_private_creator:
+            return "LO"
+        if not tag.is_private:
+            return str(pydicom.datadict.dictionary_VR(tag))
+        creator = dataset.get_item((tag.group, tag.element >> 8)).value or b""
+        name = creator.decode("ascii", "replace") if isinstance(creator, bytes) else str(creator)
+        return str(pydicom.datadict.private_dictionary_VR(tag, name.strip(" \0")))
+    except KeyError:
+        return "UN"
+
+
+def _open_sequence(dataset: Dataset, element: RawDataElement, meter: _Meter) -> None:
+    """One that cannot be parsed stays as it is: only who asks for it meets the error."""
+    value = element.value or b""
+    stream = _Metered(io.BytesIO(value), meter)
+    try:
+        items = pydicom.filereader.read_sequence(
+            stream,  # type: ignore[arg-type]
+            element.is_implicit_VR,
+            element.is_little_endian,
+            len(value),
+            ["iso8859"],
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        meter.add()  # as in read_dataset
+        return
+    dataset[element.tag] = pydicom.DataElement(element.tag, "SQ", items)
 
 
 def read_everything_but_pixels(file: BinaryIO) -> Dataset:
@@ -264,7 +356,7 @@ def _skip_pixels(stream: BinaryIO, syntax: str) -> None:
     if length != 0xFFFFFFFF:
         stream.seek(length, io.SEEK_CUR)
         return
-    items = _Metered(stream)
+    items = _Metered(stream, _Meter())
     while len(head := items.read(8)) == 8:
         mark, length = head[:4], struct.unpack("<I", head[4:])[0]
         if mark == b"\xfe\xff\xdd\xe0":

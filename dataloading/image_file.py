@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
 MAX_SIDE_PX = 16_384
 MIN_SIDE_PX = 8
+MAX_SCANS = 50  # of a JPEG; a progressive one has about ten, each of which goes over all pixels
 
 # An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as
 # they are: at 8 bits four would be left of them, and the film would be nearly black.
@@ -168,8 +169,20 @@ def _jpeg_header(content: bytes) -> Header:
     bits, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
     if content.rfind(b"\xff\xd9", position) < 0:
         raise BadSample("truncated", "no JPEG end mark")
+    check_scans(content, position)
     usual = bits == 8 and components in (1, 3) and content[position + 1] in (0xC0, 0xC1, 0xC2)
     return Header("jpeg", height, width, bits, plain and usual)
+
+
+def check_scans(content: bytes, position: int) -> None:
+    """Raises BadSample for a JPEG, whose frame header is at position, of more than MAX_SCANS.
+
+    A scan of a few bytes goes over every pixel: 5,000 of them, 1 MB, took an hour. A baseline
+    picture of one channel has one, and libjpeg reads no more.
+    """
+    is_single = content[position + 1] in (0xC0, 0xC1) and content[position + 9] == 1
+    if not is_single and content.count(b"\xff\xda", position) > MAX_SCANS:
+        raise BadSample("undecodable", f"more than {MAX_SCANS} scans")
 
 
 def _is_frame(content: bytes, position: int) -> bool:

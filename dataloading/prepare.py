@@ -31,6 +31,7 @@ from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_build import Plan, Result, build_shards, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
+from mlip.unread_output import one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -294,12 +295,12 @@ def _print_counts(collected: Collected) -> None:
         print(
             f"{split:8s}{len(rows):10d}{len({(r.patient_id, r.study_id) for r in rows}):10d}"
             f"{len({r.patient_id for r in rows}):10d}{sum(bool(r.report) for r in rows):10d}  "
-            + ", ".join(f"{view} {count}" for view, count in views.most_common(6))
+            + one_line(", ".join(f"{view} {count}" for view, count in views.most_common(6)))
         )
     for rule, count in sorted(collected.excluded.items()):
         print(f"left out by rule {rule}: {count}")
     for note in collected.notes:
-        print(note)
+        print(one_line(note))
     sys.stdout.flush()
 
 

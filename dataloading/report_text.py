@@ -34,7 +34,8 @@ _TWICE = re.compile("\u00e2\u20ac[\u2122\u02dc\u0153\x9d\u201c\u201d]")
 _ONCE = dict(zip("\u2122\u02dc\u0153\x9d\u201c\u201d", "''\"\"--", strict=True))
 _SPACES = re.compile(r"[^\S\n]+")
 _SPACE_BEFORE_STOP = re.compile(r"[^\S\n]+([.,;:])")
-_DOUBLED_STOP = re.compile(r"([.,;:])(?:[^\S\n]*[.,;:])+(?=\s|$)")
+# each from the first mark of a run on only: from every one, a line of 20,000 dots took minutes
+_DOUBLED_STOP = re.compile(r"(?<![.,;:])([.,;:])(?:[^\S\n]*[.,;:])+(?=\s|$)")
 
 _WANTED = {
     "findings": ("findings", "finding"),
@@ -77,7 +78,8 @@ _MAY_HAVE_HEADING = "(?i)(" + "|".join(_NAMES) + f"){_BLANKS}:"
 _ABBREVIATIONS = frozenset(
     "dr mr mrs ms vs e.g i.e approx st fig resp cf incl max min pt pts a.p p.a a.m p.m".split()
 )
-_STOP = re.compile(r"[.!?]+(?=\s|$)|[.!?]+(?=[A-Z][a-z])|\n\s*\n")
+_LONGEST_ABBREVIATION = max(map(len, _ABBREVIATIONS))
+_STOP = re.compile(r"(?<![.!?])[.!?]+(?=\s|$|[A-Z][a-z])|\n\s*\n")
 
 
 def clean_report(text: str) -> str:
@@ -117,18 +119,16 @@ def _with_items(text: str) -> str:
 
 def split_sections(text: str) -> dict[str, str]:
     """Heading (lower case) -> body, in order; "" holds what stands before the first heading."""
-    sections: dict[str, str] = {}
+    sections: dict[str, list[str]] = {}
     name, start = "", 0
     for heading in _HEADING.finditer(text):
-        body = text[start : heading.start()].strip()
-        if body:
-            sections[name] = f"{sections[name]}\n\n{body}" if name in sections else body
+        if body := text[start : heading.start()].strip():
+            sections.setdefault(name, []).append(body)
         name = (heading["line"] or heading["capitals"]).lower()
         start = heading.end()
-    body = text[start:].strip()
-    if body:
-        sections[name] = f"{sections[name]}\n\n{body}" if name in sections else body
-    return sections
+    if body := text[start:].strip():
+        sections.setdefault(name, []).append(body)
+    return {name: "\n\n".join(bodies) for name, bodies in sections.items()}
 
 
 def choose_sections(text: str, sections: str) -> str | None:
@@ -189,7 +189,8 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 def _is_abbreviation(text: str, stop: int) -> bool:
     begin = stop
-    while begin > 0 and (text[begin - 1].isalnum() or text[begin - 1] == "."):
+    first = max(0, stop - _LONGEST_ABBREVIATION - 1)  # no farther: a report may be one long word
+    while begin > first and (text[begin - 1].isalnum() or text[begin - 1] == "."):
         begin -= 1
     word = text[begin:stop].lower()
     # a single capital letter is an initial or a grade, except at the end of the text

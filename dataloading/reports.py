@@ -144,12 +144,15 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
     else:
         from transformers import AutoTokenizer
 
-        try:
-            read = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        try:  # left to its default, transformers asks whether to run what the folder brings
+            read: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # the libraries raise no narrower kind
             raise ValueError(
                 f"tokenizer {directory}: its vocab.txt cannot be read ({str(error).splitlines()[0]}"
-                "); add the config.json of its model, which names the model type, or restore both"
+                "); code that a folder brings is never run: add the config.json of its model, "
+                "which names the model type, or restore both"
             ) from error
         backend = read.backend_tokenizer
         # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
@@ -170,7 +173,7 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             continue
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tokenizer {file}: not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"tokenizer {file}: expected a JSON object; restore the file")

@@ -24,7 +24,7 @@ from mlip.commands import (
 from mlip.doctor import install_line
 from mlip.output_file import refusal
 from mlip.typed_tree import ConfigError, require_utf8
-from mlip.unread_output import unread_output_is_lost
+from mlip.unread_output import one_line, unread_output_is_lost
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
             if unwritten is None:
                 raise  # not a mistake we know: the traceback is what helps
             code, told = CONFIG, unwritten
-        print(f"mlip {options.command}: {' '.join(told.split())}", file=sys.stderr)
+        print(f"mlip {options.command}: {one_line(told)}", file=sys.stderr)
         return code
 
 

@@ -162,6 +162,8 @@ def from_pretrained(
     described = _read_settings(folder)
     _check_sums(folder)
     config = _settings(described["config"], folder / SETTINGS)
+    # settings of a stranger: they name no source here, and must not open the network for one
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
     table = _read_concepts(folder, described, lexicon)
     tokenizer = load_tokenizer(folder / "tokenizer")
     try:
@@ -179,7 +181,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PretrainedError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PretrainedError(f"{path}: not JSON: {error}") from error
     if not isinstance(described, dict) or described.get("model_type") != "mlip":
         raise PretrainedError(f"{path}: expected model_type 'mlip'; this is another kind of model")
@@ -217,6 +219,8 @@ def _check_sums(folder: Path) -> None:
     for line in lines:
         expected, _, name = line.partition("  ")
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise PretrainedError(f"{folder / SUMS}: names a file outside: {name!r}")
         if not path.is_file():
             raise PretrainedError(f"{path}: missing; copy the whole folder again")
         if _sha256(path) != expected:

@@ -26,4 +26,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 def read_yaml(text: str) -> Any:
     """The values of a YAML text.  Raises:  yaml.YAMLError, also for a key that stands twice."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, RecursionError) as error:  # a date of month 13, a tag that lies
+        raise yaml.YAMLError(str(error)) from error

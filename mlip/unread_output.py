@@ -10,11 +10,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# what a terminal obeys or a reader is misled by: control characters, turns of direction
+_OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def one_line(text: str) -> str:
+    """A text fit for a terminal: on one line, and nothing in it is a command to the terminal.
+
+    Messages name columns, ids and terms of files that others wrote.
+    """
+    line = " ".join(text.split())
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 class _Lenient:

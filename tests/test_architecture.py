@@ -47,6 +47,7 @@ ALLOWED = {
         "mlip.knowledge",
         "mlip.config",
         "mlip.output_file",
+        "mlip.unread_output",
         "mlip.dataloading.report_markup",
         "mlip.dataloading.report_text",
     ),
@@ -58,6 +59,7 @@ ALLOWED = {
         "mlip.knowledge",
         "mlip.machine",
         "mlip.folder_lock",
+        "mlip.unread_output",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
     "mlip.model": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,28 @@ def test_a_list_of_hashes_that_was_cut_is_refused(folder: Path, tmp_path: Path, 
     (damaged / "SHA256SUMS").write_text("\n".join(x for x in lines if left and left in x))
     with pytest.raises(PretrainedError, match="SHA256SUMS: does not list"):
         from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("name", ["/proc/self/maps", "tokenizer/../../other", "../other"])
+def test_a_list_of_hashes_reaches_no_file_outside(folder: Path, tmp_path: Path, name: str) -> None:
+    changed = copy_of(folder, tmp_path)
+    with (changed / "SHA256SUMS").open("a") as sums:
+        sums.write(f"{'0' * 64}  {name}\n")
+    with pytest.raises(PretrainedError, match="names a file outside"):
+        from_pretrained(changed)
+
+
+def test_the_settings_of_an_export_do_not_open_the_network(folder: Path, tmp_path: Path) -> None:
+    """A stranger's run.offline=false beside a hub id would have it fetched at the opening."""
+    changed = copy_of(folder, tmp_path)
+    settings = json.loads((changed / "config.json").read_text())
+    settings["config"]["run"]["offline"] = False
+    (changed / "config.json").write_text(json.dumps(settings))
+    digest = hashlib.sha256((changed / "config.json").read_bytes()).hexdigest()
+    lines = (changed / "SHA256SUMS").read_text().splitlines()
+    kept = [f"{digest}  config.json" if line.endswith("  config.json") else line for line in lines]
+    (changed / "SHA256SUMS").write_text("\n".join(kept) + "\n")
+    assert from_pretrained(changed).config.run.offline
 
 
 def test_a_missing_file_is_named(folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlip.config import ConfigError
 
+MAX_LINE = 1 << 24
 MAX_TABLE_BYTES = 2 << 30  # MIMIC-CXR's largest table is 200 MB unpacked
 # header names of the column of ids in lists that go round
 _ID_NAMES = frozenset({"id", "ID", "image_id", "patientId", "ImageId", "image_name"})
@@ -173,9 +174,12 @@ def require_choice(options: Mapping[str, str], name: str, choices: tuple[str, ..
 
 
 def _capped(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    """Lines, refused past MAX_TABLE_BYTES: a .gz may hold far more than its size says."""
+    """Lines, refused past MAX_TABLE_BYTES: a .gz may hold far more than its size says.
+
+    One longer than MAX_LINE comes in pieces, which are no rows of the table: their reader refuses.
+    """
     total = 0
-    for line in stream:
+    while line := stream.readline(MAX_LINE):
         total += len(line)
         if total > MAX_TABLE_BYTES:
             raise DatasetError(f"{path}: unpacks to more than {MAX_TABLE_BYTES} bytes")

@@ -110,8 +110,8 @@ class StudyReports:
             if "patient" in read
             else [""] * len(keys)
         )
-        index: dict[str, dict[str, str]] = {}
-        texts_of: dict[tuple[str, str], list[str]] = {}
+        # the texts are keys: an accession number of "UNKNOWN" may have a hundred thousand
+        texts_of: dict[str, dict[str, dict[str, None]]] = {}
         first: dict[tuple[str, str], int] = {}
         repeats = []
         joined = joined_texts({name: read[f"text {name}"].to_pylist() for name in texts})
@@ -119,15 +119,13 @@ class StudyReports:
             if not key or (self._patient and not patient):
                 self._counts["row without key or patient"] += 1
                 continue
-            index.setdefault(key, {}).setdefault(patient, "")
-            there = texts_of.setdefault((key, patient), [])
+            there = texts_of.setdefault(key, {}).setdefault(patient, {})
             if not text or text in there:
                 continue
             if there:
                 repeats.append((first[key, patient], place))
             first.setdefault((key, patient), place)
-            there.append(text)
-            index[key][patient] = "\n\n".join(there)
+            there[text] = None
         if repeats and not joins:
             one, other = repeats[0]
             raise DatasetError(
@@ -136,7 +134,10 @@ class StudyReports:
                 "--option report_repeats=join where they are addenda, which puts them together"
             )
         self._put_together = len({one for one, _ in repeats})
-        return index
+        return {
+            key: {patient: "\n\n".join(there) for patient, there in of_patient.items()}
+            for key, of_patient in texts_of.items()
+        }
 
     def join(
         self, rows: Sequence[Row], identities: Sequence[Identity | None], excluded: Counter[str]

@@ -37,6 +37,7 @@ from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
 from mlip.output_file import require_writable
+from mlip.unread_output import one_line
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return actions[arguments.action](arguments, console)
     except ValueError as error:  # LexiconError is one
-        print(f"mlip knowledge: {error}", file=sys.stderr)
+        print(f"mlip knowledge: {one_line(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -184,8 +185,9 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
         hint = f"; near: {', '.join(dict.fromkeys(forms[n] for n in near))}" if near else ""
         raise LexiconError(f"no concept {arguments.concept!r} in {len(table)} concepts{hint}")
     concept = matches[0]
-    console.print(f"[bold]{escape(concept.name)}[/bold]  {concept.id}")
-    console.print(escape(concept.definition) or "(no definition)")
+    name, identifier = escape(one_line(concept.name)), escape(one_line(concept.id))
+    console.print(f"[bold]{name}[/bold]  {identifier}")
+    console.print(escape(one_line(concept.definition)) or "(no definition)")
     facts = {
         "category": concept.category,
         "type": concept.semantic_type,
@@ -206,7 +208,7 @@ def _show(arguments: argparse.Namespace, console: Console) -> int:
     }
     for name, value in facts.items():
         if value:
-            console.print(f"  [cyan]{name}[/cyan]: {escape(value)}")
+            console.print(f"  [cyan]{name}[/cyan]: {escape(one_line(value))}")
     return 0
 
 
@@ -287,8 +289,8 @@ def _stats(arguments: argparse.Namespace, console: Console) -> int:
         "source": Counter(c.source for c in table),
     }
     for name, counter in counts.items():
-        listed = ", ".join(f"{key} {n}" for key, n in counter.most_common())
-        console.print(f"[cyan]{name}[/cyan]: {listed or 'none'}")
+        listed = one_line(", ".join(f"{key} {n}" for key, n in counter.most_common()))
+        console.print(f"[cyan]{name}[/cyan]: {escape(listed) or 'none'}")
     undefined = sum(not c.definition for c in table)
     console.print(f"roots {sum(not c.parents for c in table)}, deepest is-a {_deepest(table)}")
     console.print(f"without definition {undefined}")

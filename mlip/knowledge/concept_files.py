@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from mlip.strict_yaml import read_yaml
 
 LEXICON_DIR = Path(__file__).with_name("lexicon")
 KEPT = "concepts.jsonl"  # in a run or an export: the table that its concept vectors are rows of
+_MAX_FORMS = 10_000  # of one line
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 
 
@@ -116,7 +118,7 @@ def read_table(path: str | Path) -> ConceptTable:
                     }
                 )
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise LexiconError(
                 f"{path}, line {number}: expected one concept as a JSON object: {error}"
             ) from error
@@ -172,10 +174,18 @@ def read_text(path: str | Path) -> str:
 
 
 def expand(lines: Iterable[str]) -> tuple[str, ...]:
-    """Terms with "[a|b|]" written out; an empty alternative leaves the word out."""
+    """Terms with "[a|b|]" written out; an empty alternative leaves the word out.
+
+    Raises:  LexiconError for a line of more than _MAX_FORMS terms: 40 choices of two are 10^12
+    """
     forms = []
     for line in lines:
         slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
+        if math.prod(map(len, slots)) > _MAX_FORMS:
+            raise LexiconError(
+                f"a term that begins {line[:40]!r} stands for more than {_MAX_FORMS} terms: write "
+                "fewer alternatives in brackets"
+            )
         for choice in itertools.product(*slots):
             forms.append(" ".join("".join(choice).split()))
     return tuple(dict.fromkeys(form for form in forms if form))

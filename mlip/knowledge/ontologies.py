@@ -202,8 +202,9 @@ def _quoted(path: Path, number: int, value: str) -> tuple[str, str]:
     return _unescaped(match[1]), match[2]
 
 
-# behind a value: qualifiers in braces, then a comment
-_TAIL = re.compile(r"(\s+\{[^{}]*=[^{}]*\})?(\s+!.*)?$")
+# behind a value: qualifiers in braces, then a comment; each from the first of its blanks on only
+_TAIL = re.compile(r"((?<!\s)\s+\{[^{}=]*=[^{}]*\})?((?<!\s)\s+!.*)?$")
+_MAX_LINE, _MAX_UNPACKED = 1 << 20, 1 << 30  # characters; CHEBI, of the largest, has 260 MB
 _ESCAPED = {"n": " ", "t": " ", "W": " "}  # a line break, a tab, a blank; all else is itself
 
 
@@ -217,14 +218,22 @@ def _unescaped(value: str) -> str:
 def numbered_lines(path: Path) -> Iterator[Iterable[tuple[int, str]]]:
     """Numbered lines of a UTF-8 file, plain or gzip, with errors that name file and line.
 
-    A byte order mark, which Excel writes, is left out; typographic signs become plain ones.
+    A byte order mark, which Excel writes, is left out; typographic signs become plain ones. A file
+    of a megabyte may unpack to a line of gigabytes: lines and what is unpacked are bounded.
     """
     number = 0
 
     def numbered(stream: IO[str]) -> Iterator[tuple[int, str]]:
         nonlocal number
-        for line in stream:
+        total = 0
+        while line := stream.readline(_MAX_LINE + 1):
             number += 1
+            total += len(line)
+            if len(line) > _MAX_LINE or path.suffix == ".gz" and total > _MAX_UNPACKED:
+                raise LexiconError(
+                    f"{path}, line {number}: expected lines of at most {_MAX_LINE} characters, and "
+                    f"a .gz of {_MAX_UNPACKED >> 20} MiB at most when unpacked"
+                )
             yield number, line if line.isascii() else line.translate(PLAIN)
 
     try:

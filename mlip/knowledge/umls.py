@@ -44,8 +44,8 @@ _TREE = {"CHD": "isa", "PAR": "inverse_isa"}
 _MAX_WORDS = 8  # longer names never stand in a report word for word
 _CUI = re.compile(r"C[0-9]{7}")
 _QUALIFIER = re.compile(
-    r"\s*\((disorder|finding|body structure|physical object|morphologic abnormality|procedure|"
-    r"situation|observable entity|device)\)$|,? NOS$",
+    r"(?<!\s)\s*\((disorder|finding|body structure|physical object|morphologic abnormality|"
+    r"procedure|situation|observable entity|device)\)$|,? NOS$",
     re.IGNORECASE,
 )
 

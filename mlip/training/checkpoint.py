@@ -296,7 +296,7 @@ def read(folder: Path) -> Checkpoint:
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
         tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}
         steps = int(state["optimizer_steps"])
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not what was written
         raise CheckpointError(f"{folder}: {_STATE} is not of a checkpoint: {error!r}") from error

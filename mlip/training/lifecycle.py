@@ -31,7 +31,7 @@ from mlip import distributed
 from mlip.config import ConfigError
 from mlip.folder_lock import is_seen, lock
 from mlip.training import presence
-from mlip.unread_output import unread_output_is_lost
+from mlip.unread_output import one_line, unread_output_is_lost
 
 CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
 _REASONS = {
@@ -158,7 +158,7 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
     reason = _REASONS.get(code, "unexpected")
     if isinstance(error, FolderInUse) and _rank() != 0:
         return  # rank 0 says the same
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(str(error)) or type(error).__name__
     if more["waited"] is not None:
         text = f"{more['waited']}: {text}"
     where = ""

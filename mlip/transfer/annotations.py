@@ -21,7 +21,7 @@ import pyarrow as pa
 from mlip.config import Config
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
-from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
@@ -142,10 +142,11 @@ class Annotations:
         text = self._text("source_height", row), self._text("source_width", row)
         if not all(text):
             return None
-        if not all(part.isdecimal() and int(part) > 0 for part in text):
+        # more pixels than an image may have are no size, and an empty mask of it no memory
+        if not all(p.isdecimal() and len(p) < 6 and 0 < int(p) <= MAX_SIDE_PX for p in text):
             raise ManifestError(
                 f"{self.manifest.path}: data row {row + 1}: transfer.columns.source_height and "
-                "source_width: expected whole numbers of px above 0"
+                f"source_width: expected whole numbers of px from 1 to {MAX_SIDE_PX}"
             )
         return int(text[0]), int(text[1])
 
@@ -156,7 +157,7 @@ class Annotations:
             text = self._text("boxes", row)
             try:
                 found = [(*map(float, b[:4]), str(b[4])) for b in (json.loads(text or "[]"))]
-            except (ValueError, TypeError, IndexError):
+            except (ValueError, TypeError, LookupError, RecursionError):
                 raise ManifestError(
                     f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
                     "[[x, y, width, height, class], ...]"

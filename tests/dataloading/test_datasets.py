@@ -344,7 +344,7 @@ def test_open_i(tmp_path):
     assert (row.patient_id, row.view, row.labels) == ("CXR1", "FRONTAL", "Lung|normal")
     assert rows["CXR2_1_IM-0002-1001"].report == "FINDINGS: Heart 2 is normal."
     bomb = b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]><eCitation/>'
-    for bad in (bomb, b"<open", b"<eCitation/>"):
+    for bad in (bomb, bomb.decode().encode("utf-16"), b"<open", b"<eCitation/>"):
         with pytest.raises(DatasetError):
             parse_report(bad)
 

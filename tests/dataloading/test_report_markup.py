@@ -87,3 +87,20 @@ def test_a_cell_padded_with_blanks_takes_no_longer_than_its_length() -> None:
     begin = time.process_time()
     assert without_markup("No effusion.<br> Clear." + " " * 50_000 + "x").endswith("x")
     assert time.process_time() - begin < 0.5
+
+
+@pytest.mark.parametrize("begin", ["<!--", "<style>", "<SCRIPT x=1>", "<head>", "<style></style "])
+def test_what_hides_text_and_never_ends_is_text_and_takes_no_longer_than_its_length(
+    begin: str,
+) -> None:
+    """Each one was looked for to the end: 200 KB took minutes, a megabyte hours."""
+    start = time.process_time()
+    text = without_markup(begin * (200_000 // len(begin)) + "No effusion.")
+    assert time.process_time() - start < 5
+    assert text.endswith("No effusion.")
+    assert without_markup("a <style> b <!-- c --> d").split() == ["a", "<style>", "b", "d"]
+
+
+def test_hidden_text_ends_at_the_first_end_of_its_own_kind() -> None:
+    text = "a<style>x<!--</style>b<!--y-->c<SCRIPT>z</style></script >d<!doctype html>e"
+    assert without_markup(text).split() == ["a", "b", "c", "d", "e"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pytest
 
@@ -143,3 +145,31 @@ def test_the_column_form_agrees_with_the_single_form() -> None:
         singles = [choose_sections(t, sections) for t in texts]
         assert column.to_pylist() == [s or "" for s in singles]
         assert missing.tolist() == [s is None for s in singles]
+
+
+LONG = {
+    "a line of dots": "." * 19_900 + "x",
+    "marks of questions": "?" * 19_900 + "x",
+    "dots and commas": ".," * 9_900 + "x",
+    "one long word": "a" * 19_900 + "1\nNo effusion",
+    "tabs": "a" + "\t" * 19_900 + "x\nNo effusion",
+    "stops in one word": "Aa." * 6_600 + "x",
+    "one heading again and again": "FINDINGS: a\n" * 90_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_no_text_takes_longer_than_its_length(name: str) -> None:
+    """A contents' line of 20,000 dots had taken a minute: each dot was tried as the first."""
+    begin = time.process_time()
+    sentence_spans(clean_report(LONG[name]))
+    split_sections(LONG[name])
+    assert time.process_time() - begin < 4
+
+
+def test_abbreviations_are_found_at_the_end_of_long_words() -> None:
+    text = "Seen by approx. Two, and abcapprox. Two."
+    assert [text[a:b] for a, b in sentence_spans(text)] == [
+        "Seen by approx. Two, and abcapprox.",
+        "Two.",
+    ]

@@ -5,6 +5,7 @@ Oracles: the tables and headers that were written; every file and every row is j
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,15 @@ def test_the_command_joins_a_ris_table_and_writes_no_identifier(
     assert "--option reports=: expected a value" in capsys.readouterr().err
     assert main(["prepare", "folder", *arguments, "--option", "reports=nowhere.csv"]) == 3
     assert "nowhere.csv: cannot be read" in capsys.readouterr().err
+
+
+def test_one_key_of_thousands_of_texts_takes_no_longer_than_its_length(tmp_path: Path) -> None:
+    """An accession number of "UNKNOWN" or 0: put together anew for each row, 20,000 took 18 s."""
+    film(tmp_path / "raw" / "a.dcm", "p1", "UNKNOWN")
+    count = 30_000
+    texts = [["UNKNOWN", f"No effusion, number {i}. " + "Clear. " * 20] for i in range(count)]
+    table(tmp_path / "reports.csv", "accession,report text", texts)
+    begin = time.process_time()
+    reports, _ = joined(tmp_path / "raw", tmp_path / "reports.csv", report_repeats="join")
+    assert time.process_time() - begin < 6
+    assert reports["a.dcm"].count("No effusion, number") == count

@@ -60,3 +60,9 @@ def test_a_blank_line_still_ends_what_the_indication_says() -> None:
     text = joined_lines("INDICATION: Cough\nFever.\n\nLeft pleural effusion\nNo pneumothorax")
     states = {mention.concept_id: mention.state for mention in link(text)}
     assert states["pleural_effusion"] == "present" and states["pneumothorax"] == "absent"
+
+
+@pytest.mark.parametrize("blanks", ["\t", " \t", "\t\t ", "    \t  "])
+def test_an_answer_may_stand_behind_any_blanks_with_a_tab(blanks: str) -> None:
+    assert joined_lines(f"Effusion{blanks}no\nHeart normal") == f"Effusion{blanks}no. Heart normal"
+    assert joined_lines("Effusion   no\nHeart normal") == "Effusion   no Heart normal"

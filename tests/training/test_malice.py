@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -21,6 +22,7 @@ import pytest
 import torch
 import yaml
 
+from mlip.dataloading.reports import load_tokenizer
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.training import checkpoint
 from mlip.training.lifecycle import CheckpointError
@@ -132,6 +134,20 @@ def test_a_planted_payload_is_never_executed(tmp_path, name, record_property):
         with pytest.raises((CheckpointError, PretrainedError, ValueError)):
             open_checkpoint(path)
     record_property("executed", int(marker.exists()))
+    assert not marker.exists()
+
+
+def test_code_that_a_tokenizer_brings_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    """transformers asks on the terminal whether to run it, unless it is told not to."""
+    marker = tmp_path / "executed"
+    (tmp_path / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}})
+    )
+    (tmp_path / "theirs.py").write_bytes(_code(marker))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ValueError, match="code that a folder brings is never run"):
+        load_tokenizer(tmp_path)
     assert not marker.exists()
 
 

@@ -163,3 +163,18 @@ def test_an_image_without_a_box_of_the_classes_was_not_looked_at_for_them(
         rows = [row for split in SPLITS for row in own.rows(split).tolist()]
         assert sorted(rows) == kept
         images.close()
+
+
+@pytest.mark.parametrize("height", ["99999999", "9" * 5000, "0"])
+def test_a_size_that_no_image_has_is_refused(tmp_path: Path, height: str) -> None:
+    """An empty mask of it took as many bytes."""
+    columns = {"source_height": [height, "40"], "source_width": ["99999999", "60"]}
+    config, manifest = make(tmp_path, mask=["-1", "-1"], **columns)
+    with pytest.raises(ManifestError, match="data row 1: .*whole numbers of px from 1 to 16384"):
+        Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
+
+
+def test_boxes_nested_without_end_are_an_error_of_their_row(tmp_path: Path) -> None:
+    config, manifest = make(tmp_path, boxes=["[" * 100_000, "[]"])
+    with pytest.raises(ManifestError, match="data row 1: boxes: expected JSON"):
+        Annotations(config, manifest).boxes(0)
