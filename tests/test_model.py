@@ -91,6 +91,12 @@ def test_every_setting_of_the_local_score_reaches_the_kernel(
         **settings,
     )
     torch.testing.assert_close(model.local_scores(patches, tokens, mask, None, knowledge), expected)
+    # what the settings say is not of the weights: a file that holds it would be refused, or win
+    assert "state_weights" not in model.state_dict()
+    if not torch.cuda.is_available():
+        forced = _make("loss.local_alignment.impl=triton")
+        with pytest.raises(ValueError, match="triton"):
+            forced.local_scores(patches, tokens, mask, None, None)
 
 
 def test_logit_scales_are_float32_exponentials_of_whatever_is_stored() -> None:
@@ -108,7 +114,8 @@ def test_attention_weights_are_clipped_to_the_reports_own_quantiles() -> None:
     model = _make("loss.local_alignment.token_weights=attention")
     attention = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(12) < torch.tensor([12, 3, 0])[:, None]
-    weights = model.token_weights(mask, attention)
+    weights = model.token_weights(mask, attention.clone().requires_grad_())
+    assert not weights.requires_grad
     for n, count in enumerate((12, 3)):
         shown = attention[n, :count].numpy()
         expected = np.clip(shown, *np.quantile(shown, [0.1, 0.9]))
