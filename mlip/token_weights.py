@@ -19,6 +19,6 @@ def token_weights(content_mask: Tensor, attention: Tensor | None) -> Tensor:
     shown = attention.detach().float().masked_fill(~content_mask, torch.nan)
     low = torch.nanquantile(shown, 0.1, dim=1, keepdim=True)
     high = torch.nanquantile(shown, 0.9, dim=1, keepdim=True)
-    clipped = torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0) * content_mask
+    clipped = torch.minimum(torch.maximum(shown, low), high).nan_to_num(0.0)  # outside: NaN
     has_weight = (clipped > 0).any(dim=1, keepdim=True)
     return torch.where(has_weight, clipped, content_mask.float())

@@ -56,6 +56,80 @@ def test_every_figure_stands_under_its_name() -> None:
     assert "| pairs seen | 12000 (12000 to 12000) |" in text
 
 
+def test_no_figure_takes_the_place_of_another() -> None:
+    """Oracle: a number of its own at every place, and the name that it must stand under."""
+
+    def of(number: float) -> dict[str, float]:
+        return {"value": number}
+
+    heads, ways = ("global", "local", "combined"), ("image_to_text", "text_to_image")
+    recall = {
+        head: {way: {"recall@10": of(20.0 + 2 * i + j)} for j, way in enumerate(ways)}
+        for i, head in enumerate(heads)
+    }
+    grounding = {
+        phrase: {
+            "all": {"hit": of(n), "over_swapped": of(n + 1), "area": n + 2}
+            | {"prior_with_side": n + 3},
+            "findings_at_twice_area": n + 4,
+        }
+        for phrase, n in (("keyword", 30.0), ("sentence", 40.0))
+    }
+    zero_shot = {
+        "macro": {head: of(10.0 + i) for i, head in enumerate(heads)},
+        "worst": {head: of(15.0 + i) for i, head in enumerate(heads)},
+    }
+    result = {"zero_shot": zero_shot, "grounding": grounding, "retrieval": {"scores": recall}}
+    expected = {
+        "zero-shot macro-AUROC, global head": 10.0,
+        "zero-shot macro-AUROC, local score": 11.0,
+        "zero-shot macro-AUROC, combined": 12.0,
+        "worst finding, global head": 15.0,
+        "worst finding, local score": 16.0,
+    }
+    for i, head in enumerate(heads):
+        for j, way in enumerate(("image to text", "text to image")):
+            expected[f"recall@10 of 256, {way}, {head}"] = 20.0 + 2 * i + j
+    names = ("hit rate", "over swapped image", "area chance", "fixed pixel with side")
+    for phrase, n in (("keyword", 30.0), ("sentence", 40.0)):
+        for k, name in enumerate((*names, "findings at twice their area")):
+            expected[f"pointing, {phrase}: {name}"] = n + k
+    made = bench_demo.measures(result | {"run": {"pairs_seen": 99}})
+    assert made == expected | {"pairs seen": 99}
+
+
+def test_a_figure_that_a_run_lacks_is_left_out_of_the_mean() -> None:
+    text = bench_demo.table({"mlip": [_row(1, 0.8), _row(2, 0.9, none=True)]})
+    assert "| pointing, keyword: hit rate | 0.800 |" in text
+    text = bench_demo.table({"mlip": [_row(2, 0.9, none=True)]})
+    assert "| pointing, keyword: hit rate | n/a |" in text
+
+
+def test_a_run_is_told_its_seed_and_its_test_patients_and_is_not_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = []
+
+    def launch(command: list[str], **named: Any) -> None:
+        assert named["check"] and named["env"]["DS_ACCELERATOR"] == "cpu"
+        commands.append(command)
+        result = _result(4, 0.8)
+        result["run"]["commit"] = "0123456"
+        (folder / "results.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(bench_demo, "ROOT", tmp_path)
+    monkeypatch.setattr(bench_demo.subprocess, "run", launch)
+    folder = tmp_path / "runs" / "bench" / "mgca_4"
+    for _ in range(2):
+        row = bench_demo.run("mgca", 4, 3_000_004)
+        assert (row["variant"], row["seed"], row["commit"]) == ("mgca", 4, "0123456")
+    (command,) = commands
+    at = command.index("--config")
+    assert command[at + 1 : at + 3] == ["configs/demo.yaml", "configs/transfer/baseline_mgca.yaml"]
+    assert {f"run.dir={folder}", "run.seed=4", "data.phantom.seed=4"} < set(command)
+    assert "data.phantom.test_seed=3000004" in command
+
+
 def test_differences_are_paired_by_seed_with_student_s_interval() -> None:
     ours = [_row(seed, value) for seed, value in ((1, 0.7), (2, 0.8), (3, 0.9))]
     theirs = [_row(seed, value, none=seed == 3) for seed, value in ((3, 0.6), (1, 0.6), (2, 0.6))]
@@ -64,6 +138,8 @@ def test_differences_are_paired_by_seed_with_student_s_interval() -> None:
     assert "| zero-shot macro-AUROC, local score | +0.200 (-0.048 to +0.448) |" in text
     assert "hit rate" not in text and "pairs seen" not in text
     assert bench_demo.differences({"mlip": ours, "clip": theirs[:1]}) == ""
+    other = [*theirs[1:], _row(9, 0.1)]  # of a seed that we have not run
+    assert "mlip minus clip, 2 seeds" in bench_demo.differences({"mlip": ours, "clip": other})
 
 
 def test_a_run_is_done_once_and_its_row_kept(

@@ -12,6 +12,7 @@ import yaml
 from mlip import config, typed_tree
 from mlip.config import ConfigError
 from mlip.config_bounds import BOUNDS
+from mlip.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,7 +27,8 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     file = _write(tmp_path, "run: {seed: 2}\ntrain: {lr: 1e-3, warmup_steps: 5}\n")
     loaded = config.load([file], ["train.warmup_steps=7"])
     assert (loaded.run.seed, loaded.train.lr, loaded.train.warmup_steps) == (2, 1e-3, 7)
-    assert config.load([], ["run.dir=runs/lr=0.1"]).run.dir == "runs/lr=0.1"
+    for name in ("runs/lr=0.1", "0.1", "7"):
+        assert config.load([], [f"run.dir={name}"]).run.dir == name
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,8 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     [
         ("run.sead=1", "run.seed"),
         ("seed=1", "run.seed"),
+        ("train.seed=1", "'run.seed'"),
+        ("train.warmup_step=1", "'train.warmup_steps'"),
         ("loss.global.weight=1", "loss.global_contrastive"),
         ("loss.globl.weight=1", "loss.global_contrastive"),
         ("batch.global_pair=8", "batch.global_pairs"),
@@ -59,6 +63,7 @@ train.max_steps=-5 train.epochs=-1 train.lr=-1e-3 train.lr=.nan train.lr=fast tr
 train.weight_decay=-1 train.betas=[0.9] train.betas=0.9 train.betas=[0.9,1.0] train.warmup_steps=-1
 train.min_lr_share=2 train.clip_norm=-1 train.ema_decay=1 train.precision=fp16 train.zero_stage=4
 train.checkpoint_steps=0 train.keep_checkpoints=0 train.log_steps=0 train.max_nan_steps=0
+train.zero_stage=true data.channels=3.0 transfer.seeds=3 train.lr=true run.dir=true run.seed=true
 train.spike_factor=0.5 model.embed_dim=0 model.vision.kind=vgg model.vision.patch_pool=0
 model.vision.patch_stage=-1 model.vision.options=3 model.heads.hidden=0 model.divergence.dropout=1
 knowledge.dim=0 knowledge.weight_present=-1 loss.matching.layers=0 loss.swapping.probability=2
@@ -224,6 +229,12 @@ def test_a_section_that_stands_twice_is_an_error_and_loses_nothing(tmp_path: Pat
         config.load([], ["data={crop_px: 64, crop_px: 96}"])
     path.write_text("data: {crop_px: 96}\nrun: {seed: 1}\n")
     assert config.load([path]).data.crop_px == 96
+    # YAML's own way of putting one mapping into another may stand twice
+    path.write_text("run: &a {seed: 3}\ntrain: &b {lr: 0.5}\n")
+    both = read_yaml(f"{path.read_text()}both:\n  <<: *a\n  <<: *b\n")["both"]
+    assert both == {"seed": 3, "lr": 0.5}
+    path.write_text("# nothing yet\n")
+    assert config.load([path]) == config.load()
 
 
 def test_one_name_for_a_list_of_files_or_overrides_is_said() -> None:
@@ -285,8 +296,12 @@ def test_a_run_that_was_moved_is_the_one_whose_folder_is_named(
     caplog.clear()
     assert config.load(["runs/mine/config.yaml"]).run.dir == "runs/mine"
     Path("config.yaml").write_text("run: {dir: runs/new}\n")  # no run's
-    assert config.load(["config.yaml"]).run.dir == "runs/new"
+    Path("runs/mine/next.yaml").write_text("run: {dir: runs/new}\n")  # nor is this
+    for named in ("config.yaml", "runs/mine/next.yaml"):
+        assert config.load([named]).run.dir == "runs/new"
     assert not caplog.text
+    Path("runs/mine/config.yaml").write_text("run: {seed: 8}\n")  # cut by hand
+    assert config.load(["runs/mine"]).run.dir == "runs/mine"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
-"""Collectives of mlip/distributed.py as autograd sees them; several real ranks are in
-tests/losses/test_ranks.py and tests/training/test_exact.py.
+"""Collectives of mlip/distributed.py as autograd sees them and over three ranks; several ranks of
+losses and of a step are in tests/losses/test_ranks.py and tests/training/test_exact.py.
 
 Oracle: a reduction that doubles in place, as the sum over two ranks of equal gradients would.
 """
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from mlip import distributed
 from mlip.training.grad_cache import equal_passes
 from mlip.training.lifecycle import guarded
+from tests import rank_farm
 from tests.virtual_gpu import virtual_gpu
 
 
@@ -69,7 +71,9 @@ def test_ranks_of_this_host_are_counted_by_each_launcher_s_name_and_a_line_is_lo
     with caplog.at_level("INFO", "mlip"):
         for _ in range(3):
             distributed.log_once("a line")
-    assert [record.message for record in caplog.records] == ["a line"]
+        distributed.log_once("a warning", logging.WARNING)
+    lines = [(record.message, record.levelname) for record in caplog.records]
+    assert lines == [("a line", "INFO"), ("a warning", "WARNING")]
 
 
 def test_on_gpus_rows_and_passes_of_other_ranks_are_known_without_an_exchange(
@@ -112,6 +116,7 @@ def test_numbers_of_the_hosts_go_over_gloo_and_by_the_gpu_where_there_is_none(
     [
         {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"},
         {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2"},
         {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},  # of Kubernetes, without its RANK
     ],
 )
@@ -178,3 +183,83 @@ def test_one_task_and_the_batch_script_of_a_job_with_several_are_a_process_alone
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert distributed.start(1.0) == distributed.device()
     assert not dist.is_initialized()
+
+
+def _every_collective() -> None:
+    """What each of three ranks does; rank r has r + 1 rows."""
+    distributed.start(60.0)
+    distributed.start(60.0)  # one that is there is used
+    distributed.start_alone()
+    rank, said = distributed.rank(), []
+    assert (distributed.world_size(), distributed.is_main()) == (3, rank == 0)
+    assert distributed.world_group() is dist.group.WORLD
+    distributed.logger.log = lambda _, message: said.append(message)  # type: ignore
+    distributed.log_once("a line")
+    assert said == ["a line"][rank:]
+    assert distributed.broadcast_object(f"of {rank}") == "of 0"
+    assert distributed.gather_objects(rank) == [0, 1, 2]
+    assert distributed.max_of_numbers([rank, 5 - rank]) == [2, 5]
+
+    first = rank * (rank + 1) // 2
+    own = torch.arange(float(first), first + rank + 1)[:, None]
+    rows = own.clone().requires_grad_()
+    made = distributed.gather_rows(rows)
+    assert made[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    made.square().sum().backward()
+    assert torch.equal(rows.grad, 3 * 2 * own)  # the same loss on each of three ranks
+    flags = distributed.gather_rows(own > 2.0)
+    assert flags.dtype == torch.bool and flags[:, 0].tolist() == [False] * 3 + [True] * 3
+    with torch.no_grad():
+        assert not distributed.gather_rows(rows).requires_grad
+
+    for learned in (True, False):
+        x = torch.tensor([rank + 1.0], requires_grad=learned)
+        total = distributed.sum_over_ranks(x)
+        assert (float(total), total.requires_grad, float(x)) == (6.0, learned, rank + 1.0)
+        if learned:
+            total.backward()
+            assert float(x.grad) == 3.0
+        most = distributed.max_over_ranks(x)
+        assert (float(most), most.requires_grad, float(x)) == (3.0, False, rank + 1.0)
+
+    kinds = ((2, torch.float32), (3, torch.float32), (1, torch.float64), (4, torch.float32))
+    tensors = [torch.full((n, 2), float(n * rank), dtype=kind) for n, kind in kinds]
+    distributed.average_(tensors, bucket_bytes=32)
+    assert [t.unique().tolist() for t in tensors] == [[2.0], [3.0], [1.0], [4.0]]
+    tensors = [torch.full((n,), float(n + rank)) for n in (1, 2)]
+    distributed.broadcast_(tensors)
+    assert [t.unique().tolist() for t in tensors] == [[1.0], [2.0]]
+    distributed.stop()
+    assert not dist.is_initialized()
+
+
+def test_every_collective_of_three_uneven_ranks() -> None:
+    rank_farm.run(_every_collective, 3)
+
+
+def test_a_maximum_has_no_gradient_in_one_process_either() -> None:
+    assert not distributed.max_over_ranks(torch.ones(1, requires_grad=True)).requires_grad
+
+
+def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Any] = []
+
+    def join(backend: str, timeout: Any) -> None:
+        told.append((backend, timeout.total_seconds()))
+        if len(told) > 2:
+            raise dist.DistNetworkError("no route to host")
+
+    launcher = {"RANK": "11", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+    for name, value in {**launcher, "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with virtual_gpu():
+        monkeypatch.setattr(torch.cuda, "set_device", told.append)
+        assert distributed.start(30.0) == torch.device("cuda", 3)
+        assert told == [torch.device("cuda", 3), ("cpu:gloo,cuda:nccl", 30.0)]
+        monkeypatch.delenv("LOCAL_RANK")  # of a launcher that names no such thing: one GPU a task
+        with pytest.raises(dist.DistNetworkError, match="no route"):
+            distributed.start(30.0)
+    assert told[2] == torch.device("cuda", 0)

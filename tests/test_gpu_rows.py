@@ -118,3 +118,15 @@ def test_a_failure_hides_the_figures_of_the_code_before_it() -> None:
     steps = [_step(old, 200.0), _step(new, 1.0, status="out of memory")]
     text = step_report.tables(steps, [], None)["gpu batches"]
     assert "| 256 | none | out of memory |" in text and "200.0" not in text
+
+
+def test_a_case_is_told_by_each_of_its_numbers_and_the_newest_row_by_its_date() -> None:
+    old, new = _run(H200, NEW, 27), _run(H200, OLD, 28)  # commits sort the other way
+    names = "kind variant pairs micro of is_cached op provider batch tokens patches dim pooling"
+    for name in [*names.split(), "fill", "learned"]:
+        rows = [{"environment": old, name: value} for value in (1, 2)]
+        assert gpu_rows.latest(rows) == rows, name
+        later = {"environment": new, name: 1}
+        assert gpu_rows.latest(gpu_rows.of_newest_card([later, *rows])) == [later, rows[1]]
+    on_cpu = _step(_run(None, NEW, 29), 9.0)  # type: ignore[arg-type]
+    assert gpu_rows.of_newest_card([_step(old, 1.0), on_cpu]) == [_step(old, 1.0)]

@@ -8,6 +8,8 @@ import torch
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import load
+from mlip.encoders import text, vision
+from mlip.encoders.residual import RoundedLayerNorm
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from mlip.model import MLIPModel
 
@@ -89,6 +91,12 @@ def test_every_setting_of_the_local_score_reaches_the_kernel(
         **settings,
     )
     torch.testing.assert_close(model.local_scores(patches, tokens, mask, None, knowledge), expected)
+    # what the settings say is not of the weights: a file that holds it would be refused, or win
+    assert "state_weights" not in model.state_dict()
+    if not torch.cuda.is_available():
+        forced = _make("loss.local_alignment.impl=triton")
+        with pytest.raises(ValueError, match="triton"):
+            forced.local_scores(patches, tokens, mask, None, None)
 
 
 def test_logit_scales_are_float32_exponentials_of_whatever_is_stored() -> None:
@@ -106,7 +114,8 @@ def test_attention_weights_are_clipped_to_the_reports_own_quantiles() -> None:
     model = _make("loss.local_alignment.token_weights=attention")
     attention = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(12) < torch.tensor([12, 3, 0])[:, None]
-    weights = model.token_weights(mask, attention)
+    weights = model.token_weights(mask, attention.clone().requires_grad_())
+    assert not weights.requires_grad
     for n, count in enumerate((12, 3)):
         shown = attention[n, :count].numpy()
         expected = np.clip(shown, *np.quantile(shown, [0.1, 0.9]))
@@ -158,3 +167,46 @@ def test_a_state_starts_about_as_long_as_a_concepts_vector() -> None:
     # concept vectors have unit length; a state of another length would drown them or turn nothing
     lengths = _make().state_embedding.weight.detach().norm(dim=1)
     assert bool(((lengths > 0.4) & (lengths < 1.8)).all())
+
+
+def test_the_settings_of_a_run_reach_both_towers_and_the_heads() -> None:
+    sizes = "hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16"
+    settings = [
+        *(setting for setting in TINY if "vision" not in setting),
+        "data.channels=3",
+        "model.attention=eager",
+        f"model.vision={{kind: vit, options: {{{sizes}, patch_size: 32}}}}",
+        "train.precision=bf16",
+        "train.residual=bf16",
+        "loss.local_alignment.token_weights=attention",
+    ]
+    model = MLIPModel(load([], settings), vocab_size=40, concept_vectors=torch.randn(6, 12))
+    for backbone in (model.text.backbone, model.vision.tower.backbone):
+        assert backbone.config._attn_implementation == "mlip_eager"
+        assert any(isinstance(module, RoundedLayerNorm) for module in backbone.modules())
+    ids, shown = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    images = model.encode_image(torch.randn(2, 3, 64, 64))
+    texts = model.encode_text(ids, shown, shown)
+    assert images.patches.dtype == texts.tokens.dtype == torch.bfloat16
+    for embedding in (images.embedding, texts.embedding):
+        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
+    assert texts.attention is not None
+    # elsewhere nobody asks for it, and the layer would be computed twice
+    assert _make().encode_text(ids, shown, shown).attention is None
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_tower_is_looked_for_in_the_network_only_where_that_is_allowed(
+    is_offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def load_tower(*_: object, offline: bool, **__: object) -> None:
+        told.append(offline)
+        raise LookupError
+
+    for module, name in ((text, "text"), (vision, "vision")):
+        monkeypatch.setattr(module, "load_tower", load_tower)
+        with pytest.raises(LookupError):
+            _make(f"run.offline={is_offline}", f"model.{name}={{source: org/name}}")
+    assert told == [is_offline] * 2

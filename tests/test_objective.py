@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mlip import objective as objective_module
 from mlip.config import ConfigError
 from mlip.losses import LOSSES
 from mlip.objective import Objective
@@ -109,6 +110,58 @@ def test_with_everything_off_but_the_global_loss_it_is_clip() -> None:
 def test_losses_are_given_the_runs_seed_and_the_place_in_the_run() -> None:
     context = _make("run.seed=7").context(make_batch(), step=3, progress=0.25)
     assert (context.seed, context.step, context.progress) == (7, 3, 0.25)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [([2, 2, 2, 2, 1], [3, 3, 3]), ([9], [3, 3, 3]), ([9], [9])])
+def test_each_tower_runs_in_micro_batches_of_its_own_size_and_its_attention_is_kept(
+    sizes: tuple[list[int], list[int]],
+) -> None:
+    micro = [0 if len(passes) == 1 else passes[0] for passes in sizes]
+    settings = (f"batch.micro_images={micro[0]}", f"batch.micro_texts={micro[1]}")
+    objective = _make("model.vision.norm=group", *settings)
+    model, seen = objective.model, ([], [])  # type: ignore[var-annotated]
+    encode_image, encode_text = model.encode_image, model.encode_text
+
+    def images(image: Tensor) -> Any:
+        seen[0].append(len(image))
+        return encode_image(image)
+
+    def texts(ids: Tensor, *masks: Tensor) -> Any:
+        seen[1].append(len(ids))
+        return dataclasses.replace(encode_text(ids, *masks), attention=ids.float())
+
+    model.encode_image, model.encode_text = images, texts
+    batch = make_batch()
+    found = objective.encode(batch)
+    assert seen == sizes
+    # else token_weights=attention would weigh all tokens alike, without a word
+    assert torch.equal(found.text.attention, batch.token_ids.float())
+
+
+def test_what_a_rank_adds_to_be_as_wide_as_the_widest_is_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective, batch = _make(), make_batch()
+    features = objective.encode(batch)
+    text = dataclasses.replace(features.text, attention=batch.token_ids.float())
+    width, mentions = batch.content_mask.shape[1], batch.entity_mask.shape[1]
+    for more in ((2, 0), (0, 3), (1, 1)):
+        wide = [width + more[0], mentions + more[1]]
+        monkeypatch.setattr(objective_module, "max_of_numbers", lambda own, wide=wide: wide)
+        whole, shown, knowledge = objective_module._equal_widths(
+            text, batch.content_mask, features.knowledge
+        )
+        for plain, padded, size in (
+            (text.tokens, whole.tokens, wide[0]),
+            (text.attention, whole.attention, wide[0]),
+            (batch.content_mask, shown, wide[0]),
+            (features.knowledge.entities, knowledge.entities, wide[1]),
+            (features.knowledge.mask, knowledge.mask, wide[1]),
+            (features.knowledge.row_weights, knowledge.row_weights, wide[1]),
+        ):
+            assert padded.shape[1] == size and not padded[:, plain.shape[1] :].any()
+            assert torch.equal(padded[:, : plain.shape[1]], plain)
 
 
 def test_no_loss_at_all_is_refused() -> None:

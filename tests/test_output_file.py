@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mlip.cli import main
-from mlip.output_file import refusal, whole_file
+from mlip.output_file import refusal, require_writable, whole_file
+from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
 PHANTOMS = ["data.phantom.studies=8", "data.phantom.val_studies=0", "data.phantom.test_studies=8"]
@@ -110,6 +111,14 @@ def test_an_empty_out_is_refused(name: str, capsys: pytest.CaptureFixture[str]) 
     """The empty path is the current folder."""
     assert main([*commands(name), ""]) == 2
     assert "is empty: expected" in capsys.readouterr().err
+
+
+def test_a_place_is_tried_before_the_work_and_not_made(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b" / "c"
+    assert require_writable(deep) == deep and not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/x: cannot be written to: Not a directory; name"):
+        require_writable(tmp_path / "file" / "x")
 
 
 def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:

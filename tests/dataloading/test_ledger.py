@@ -38,7 +38,7 @@ def test_the_run_stops_at_the_first_bad_row_beyond_the_share(
         ledger.add_bad(0, row, "missing")
         ledger.check()
     ledger.add_bad(0, 999, "truncated")
-    with pytest.raises(DataError, match=f"{allowed + 1} of {rows} training rows") as caught:
+    with pytest.raises(DataError, match=f"{allowed + 1} of {rows} .* allows {allowed}:") as caught:
         ledger.check()
     assert caught.value.exit_code == 3
 
@@ -46,8 +46,11 @@ def test_the_run_stops_at_the_first_bad_row_beyond_the_share(
 def test_a_row_that_is_bad_in_every_epoch_counts_once_towards_the_share() -> None:
     ledger = Ledger(10, {}, bad_share=0.1)
     for epoch in range(5):
-        ledger.add_bad(epoch, 4, "missing")
+        ledger.add_bad(epoch, 4, "truncated" if epoch else "missing")
+        ledger.add_replacement(epoch)
         ledger.check()
+    assert ledger.bad == {4: "missing"}  # what was found first
+    assert [count.replacements for count in ledger.epochs.values()] == [1] * 5
 
 
 def test_state_survives_json() -> None:
@@ -57,17 +60,17 @@ def test_state_survives_json() -> None:
     ledger.add_replacement(0)
     again = Ledger.from_state(json.loads(json.dumps(ledger.state_dict())))
     assert again.summary() == ledger.summary()
-    assert again.bad == ledger.bad
+    assert (again.bad, again.bad_share) == (ledger.bad, 0.5)  # a resumed run stops where it would
 
 
 def test_merged_ranks_add_up() -> None:
-    ranks = [Ledger(20, {"no_report": 4}) for _ in range(2)]
+    ranks = [Ledger(20, {"no_report": 4}, bad_share=0.2) for _ in range(2)]
     for rank, trained, bad in ((0, 7, 5), (1, 7, 3)):
         ranks[rank].add_trained(0, trained)
         ranks[rank].add_bad(0, bad, "missing")
         ranks[rank].add_replacement(0)
     merged = Ledger.merge(ranks)
-    assert merged.is_complete(0)
+    assert merged.is_complete(0) and merged.bad_share == 0.2
     assert merged.bad == {5: "missing", 3: "missing"}
     assert merged.summary()["epochs"]["0"] == {
         "trained": 14,
@@ -75,5 +78,6 @@ def test_merged_ranks_add_up() -> None:
         "replacements": 2,
         "ahead": 0,
     }
-    with pytest.raises(ValueError, match="one manifest"):
-        Ledger.merge([Ledger(20, {}), Ledger(21, {})])
+    for other in (Ledger(21, {}), Ledger(20, {"no_report": 1})):
+        with pytest.raises(ValueError, match="one manifest"):
+            Ledger.merge([Ledger(20, {}), other])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from mlip.dataloading.sampler import SequentialOrder, TrainingOrder, epoch_permutation, rank_slice
+from mlip.keyed_random import keyed_uniform
 
 ROWS = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233])
 
@@ -33,6 +35,23 @@ def test_every_epoch_visits_every_row_once_although_batches_span_epochs() -> Non
 def test_epochs_and_seeds_differ_in_order() -> None:
     orders = {tuple(epoch_permutation(seed, epoch, 50)) for seed in (1, 2) for epoch in range(3)}
     assert len(orders) == 6
+
+
+def test_an_epoch_reads_the_rows_in_the_order_of_its_permutation_and_forgets_older_ones() -> None:
+    order = TrainingOrder(ROWS, seed=5, global_pairs=7)
+    read = [row for step in range(20) for row in order.plan(step).rows]
+    for epoch in range(14):
+        expected = ROWS[epoch_permutation(5, epoch, 10)].tolist()
+        assert read[epoch * 10 : (epoch + 1) * 10] == expected
+    assert len(order._permutations) <= 3  # each as long as the data set
+
+
+def test_a_replacement_is_a_training_row_drawn_by_seed_epoch_and_position() -> None:
+    # oracle: the definition; another number would change what a resumed run reads
+    for seed, epoch, index in ((5, 0, 3), (5, 1, 3), (6, 0, 3), (5, 0, 4)):
+        rows = TrainingOrder(ROWS, seed=seed, global_pairs=4).replacements(index, epoch, 8)
+        draws = keyed_uniform(seed, "replacement", epoch, torch.tensor([index]), 8)[0]
+        assert rows.tolist() == [ROWS[int(draw * 10)] for draw in draws]
 
 
 def splitmix(x: int) -> int:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from mlip.dataloading.text_hash import contains_byte, hash_bytes, hash_words, mix
 
 TEXTS = ["", "a", "No effusion.", "no  EFFUSION", "Size 1.5 cm", "Size 15 cm", "Z0 A9",
-         "Ergu\u00df links", "___", None, "x" * 5000]  # fmt: skip
+         "Ergu\u00df links", "___", None, "x" * 5000, "@a[z`A{Z/0:9"]  # fmt: skip
 
 
 def fnv(data: bytes) -> int:
@@ -45,7 +45,11 @@ def test_hash_words_sees_words_in_order_and_nothing_else() -> None:
 def test_marks_beyond_ascii_are_no_words() -> None:
     """Of two copies of a report one has the blanks and the apostrophes of a word processor."""
     joiners = dict.fromkeys(map(ord, "\u00ad\u200c\u200d\u2060"))
-    characters = [*map(chr, range(0x80, 0x180)), *map(chr, range(0x2000, 0x2080)), *"ab .'\ufeff"]
+    characters = [
+        *map(chr, range(0x80, 0x180)),
+        *map(chr, range(0x2000, 0x2080)),
+        *"ab .'\ufeff\ufefb",
+    ]
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(characters, rng.integers(0, 9))) for _ in range(3000)]
 
@@ -80,6 +84,15 @@ def test_a_column_in_pieces_hashes_as_in_one() -> None:
     for a, b in zip(hash_words(pieces), hash_words(whole), strict=True):
         assert (a == b).all()
     assert (contains_byte(pieces, b".") == ["." in (t or "") for t in TEXTS]).all()
+
+
+def test_columns_without_a_row_or_without_a_text_have_hashes_too() -> None:
+    for texts in ([], [None, None]):
+        column = pa.array(texts, pa.large_string())
+        hashes, words = hash_words(column)
+        assert hash_bytes(column).tolist() == [mixed(fnv(b""), 1)] * len(texts)
+        assert hashes.tolist() == [mixed(fnv(b""), 2)] * len(texts) and not words.any()
+        assert not contains_byte(column, b"a").any()
 
 
 def test_mix_takes_one_salt_or_one_per_row() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlip import distributed
 from mlip.config import ConfigError, load
 from mlip.training.deepspeed_json import deepspeed_settings, read_json
 
@@ -36,6 +37,60 @@ def test_a_json_that_agrees_is_accepted_and_its_tuning_is_kept():
     assert "optimizer" not in settings and "bf16" not in settings
 
 
+def test_what_deepspeed_gets_is_the_config_and_nothing_beside_it(monkeypatch):
+    # oracle: written by hand; what is not here would be DeepSpeed's own default
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    config = load([], ["batch.global_pairs=64", "train.clip_norm=0.5", "train.zero_stage=1"])
+    expected = {
+        "train_micro_batch_size_per_gpu": 16,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    assert deepspeed_settings(config) == expected
+    whole = load([], ["batch.global_pairs=64", "train.zero_stage=3", "train.offload=true"])
+    assert deepspeed_settings(whole)["zero_optimization"] == {
+        "stage": 3,
+        "memory_efficient_linear": False,
+        "offload_optimizer": {"device": "cpu"},
+    }
+
+
+def test_a_json_may_repeat_every_setting_that_decides_a_key(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    params = {"lr": 0.001, "betas": [0.8, 0.9], "eps": 1e-8, "weight_decay": 0.2}
+    settings = ["batch.global_pairs=64", "train.offload=true"]
+    settings += ["train.lr_reference_pairs=16", "train.lr=0.0005"]  # times the root of 64 / 16
+    settings += ["train.betas=[0.8,0.9]", "train.weight_decay=0.2", "train.zero_stage=1"]
+    user = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 32,
+        "bf16": {"enabled": False},
+        "bfloat16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "optimizer": {"type": "AdamW", "params": params},
+        "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}},
+    }
+    made = deepspeed_settings(load([], settings), user)
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    for name, other in {
+        "lr": 0.0005,
+        "betas": [0.9, 0.9],
+        "eps": 1e-6,
+        "weight_decay": 0.05,
+    }.items():
+        wrong = {"optimizer": {"params": {name: other}}}
+        with pytest.raises(ConfigError, match=f"optimizer.params.{name} is"):
+            deepspeed_settings(load([], settings), wrong)
+    muon = load([], ["train.optimizer=muon", "train.zero_stage=0"])
+    deepspeed_settings(muon, {"optimizer": {"type": "Muon"}})
+
+
 @pytest.mark.parametrize(
     ("user", "named"),
     [
@@ -43,6 +98,10 @@ def test_a_json_that_agrees_is_accepted_and_its_tuning_is_kept():
         ({"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps", "4", "negatives"]),
         ({"zero_optimization": {"stage": 3}}, ["stage", "3", "train.zero_stage", "2"]),
         ({"bf16": {"enabled": False}}, ["bf16.enabled", "False", "train.precision", "True"]),
+        ({"bfloat16": {"enabled": False}}, ["bfloat16.enabled", "False", "True"]),
+        ({"optimizer": {"type": "Muon"}}, ["optimizer.type", "Muon", "train.optimizer", "AdamW"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["device", "'none'"]),
+        ({"zero_optimization": {"stage2_thing": 1}}, ["stage2_thing=1 has no place"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled", "train.precision"]),
         ({"optimizer": {"params": {"lr": 0.01}}}, ["optimizer.params.lr", "0.01", "0.001"]),
         ({"gradient_clipping": 5.0}, ["gradient_clipping", "5.0", "train.clip_norm", "1.0"]),

@@ -17,15 +17,16 @@ from tests.training.test_loop import _own_signals_and_faults, _run  # noqa: F401
 COUNTS, SKIPPED = torch.tensor(False), torch.tensor(True)
 
 
-def test_the_average_is_the_recursion_and_early_steps_forget_the_start():
-    # oracle: the recursion by hand, in Python floats
+@pytest.mark.parametrize("most", [0.99, 0.6])
+def test_the_average_is_the_recursion_and_early_steps_forget_the_start(most):
+    # oracle: the recursion by hand, in Python floats; the ramp reaches 0.6 at the thirteenth step
     weight = torch.tensor([1.0])
-    ema, expected = EMA([weight], 0.99), 1.0
+    ema, expected = EMA([weight], most), 1.0
     for n in range(30):
         weight.fill_(float(n))
         ema.update(COUNTS)
         ema.update(SKIPPED)  # changes nothing, the count neither
-        decay = min(0.99, (1 + n) / (10 + n))
+        decay = min(most, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
     assert float(ema.shadow[0]) == pytest.approx(expected, rel=1e-6) and ema.updates == 30
     assert expected > 18.0  # decay 0.99 from the start would give 4

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,8 @@ def _failed_collective() -> BaseException:
 
 
 def test_a_silent_rank_is_named_with_the_collective_and_its_last_place(three_ranks):
-    three_ranks(1, time=time.time() - 60.0, phase="load", host="elsewhere")
+    # of another host nothing is known but its signs: 2**30 is nobody's number here
+    three_ranks(1, time=time.time() - 60.0, phase="load", host="elsewhere", pid=2**30)
     three_ranks(2)
     text = presence.explain(_failed_collective())
     assert text is not None
@@ -77,6 +80,15 @@ def test_a_dead_process_is_gone_and_a_missing_file_never_came(three_ranks):
     three_ranks(1, pid=dead.pid)
     text = presence.explain(_failed_collective())
     assert text is not None and "rank 1: gone" in text and "rank 2: never gave a sign" in text
+    stopped = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    stopped.send_signal(signal.SIGSTOP)
+    three_ranks(1, pid=stopped.pid)
+    cut_off = presence._present.folder / "rank2.json"
+    cut_off.write_text('{"step": 6, "pha')
+    text = presence.explain(_failed_collective())
+    stopped.kill()
+    stopped.wait()
+    assert text is not None and "rank 1: stopped" in text and "rank 2: never gave a sign" in text
 
 
 def test_a_process_that_is_seen_to_be_dead_a_moment_after_the_error_is_named(
@@ -97,6 +109,9 @@ def test_a_rank_that_lives_but_is_behind_is_named_only_where_none_is_silent(thre
     three_ranks(2)
     text = presence.explain(_failed_collective())
     assert text is not None and "rank 1: alive" in text and "phase load" in text
+    three_ranks(1, step=5)
+    text = presence.explain(_failed_collective())
+    assert text is not None and "rank 1: alive" in text and "in step 5, phase forward" in text
     three_ranks(2, time=time.time() - 30.0)
     text = presence.explain(_failed_collective())
     assert text is not None and "rank 2" in text and "rank 1" not in text
@@ -124,3 +139,51 @@ def test_the_sign_of_life_goes_on_while_the_main_thread_waits(three_ranks, tmp_p
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert json.loads(path.read_text())["phase"] == "forward"
+
+
+def test_each_place_is_written_at_once_for_its_owner_alone_and_covers_the_one_before(
+    three_ranks, tmp_path, monkeypatch
+):
+    path = tmp_path / "ranks" / "rank0.json"
+    for step, phase in ((10_000, "a phase with a long name"), (7, "load")):
+        presence.at(step, phase)
+        seen = json.loads(path.read_text())
+        assert (seen["step"], seen["phase"], seen["pid"]) == (step, phase, os.getpid())
+    assert path.stat().st_mode & 0o077 == 0
+
+    def full(*_: object) -> int:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "pwrite", full)
+        presence.at(8, "backward")
+    presence.start(tmp_path)  # again, as after a resume: the one before ends
+    assert [t.name for t in threading.enumerate()].count("presence") == 1
+    held = presence._present._file
+    presence.stop()
+    assert "presence" not in [t.name for t in threading.enumerate()]
+    with pytest.raises(OSError):
+        os.fstat(held)
+
+
+def _raised_through(*frames: tuple[str, str]) -> BaseException:
+    """An error whose traceback goes through functions of these files, outermost first."""
+    inner: Any = None
+    for file, name in reversed(frames):
+        body = "inner()" if inner else "raise RuntimeError"
+        own: dict[str, Any] = {"inner": inner}
+        exec(compile(f"def {name}():\n    {body}", file, "exec"), own)
+        inner = own[name]
+    with pytest.raises(RuntimeError) as caught:
+        inner()
+    return caught.value
+
+
+def test_a_collective_is_named_by_torch_s_function_and_our_own_caller():
+    own, torch_nn = ("/m/loss.py", "train_step"), ("/l/torch/nn/modules/module.py", "_call_impl")
+    reduce = ("/l/torch/distributed/distributed_c10d.py", "all_reduce")
+    named = presence.collective_of(_raised_through(own, torch_nn, reduce))
+    assert named == "all_reduce of train_step"
+    # ZeRO-3 waits for a gather that it began before
+    waits = ("/l/deepspeed/runtime/zero/partition_parameters.py", "wait")
+    assert presence.collective_of(_raised_through(own, waits)) == "all_gather of train_step"

@@ -82,8 +82,23 @@ def test_a_spike_needs_eight_losses_before_it_and_does_not_move_the_median():
     assert watch.limit() == 3.0
 
 
+def test_the_median_is_of_the_last_fifty_and_no_mean():
+    watch = SpikeWatch(3.0)
+    for value in (1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 2.9):
+        watch.note(value)
+    assert watch.limit() == 3.0
+    watch = SpikeWatch(3.0)
+    for count, value, limit in ((50, 1.0, 3.0), (24, 2.0, 3.0), (2, 2.0, 6.0)):
+        for _ in range(count):
+            watch.note(value)
+        assert watch.limit() == limit
+
+
 def test_equal_to_rounding_is_data_and_a_flipped_bit_is_not():
     assert cause(100.0, 100.00001) == DATA and cause(100.0, 1.0) == HARDWARE
+    # relative to the first, whatever its size and sign
+    assert cause(0.01, 0.0105) == cause(100.0, 99.0) == HARDWARE
+    assert cause(-100.0, -100.00001) == DATA
 
 
 def test_a_factor_that_every_step_exceeds_is_refused():

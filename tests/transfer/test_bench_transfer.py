@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_transfer
 from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown
+from mlip.pretrained import from_pretrained
+from tests.small_run import small_export
 
 VALUES = {"imagenet": 0.65, "mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
 
@@ -84,7 +89,8 @@ def test_a_killed_run_goes_on_with_the_cells_that_are_missing(
     (tmp_path / "out" / "phantom_classification-random" / "results.json").unlink()
     assert run(tmp_path, monkeypatch, "phantoms", *tasks) == text
     assert len(commands) == 4 and "transfer.start=random" in commands[-1]
-    assert f"checkpoint={tmp_path}/runs/mlip_{{seed}}" in commands[1]
+    for command in (commands[1], commands[-1]):  # a random tower has MLIP's shape
+        assert f"checkpoint={tmp_path}/runs/mlip_{{seed}}" in command
 
 
 def test_a_cell_of_other_settings_or_another_checkpoint_is_refused(
@@ -156,3 +162,104 @@ def test_figures_of_real_reports_and_of_runs_stand_in_their_own_columns() -> Non
     cells = [cell.strip() for cell in line.split("|")]
     assert [cell[:5] for cell in cells[3:-1]] == ["0.400", "0.300", "0.125", "80"]
     assert "| pointing by name, hit rate | 0.800 (0.700 to 0.900) |" in lines
+
+
+def _options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> argparse.Namespace:
+    monkeypatch.setattr("sys.argv", ["bench_transfer.py", *arguments])
+    return bench_transfer.parse()
+
+
+def test_a_missing_pre_training_is_made_once_from_its_seed_and_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[str]] = []
+
+    def call(command: list[str], log: Path, threads: int) -> None:
+        told.append(command)
+        (tmp_path / "mgca_2").mkdir()
+        (tmp_path / "mgca_2" / "results.json").write_text("{}")
+
+    monkeypatch.setattr(bench_transfer, "call", call)
+    options = _options(monkeypatch, "ablation", "--pretrain", "50")
+    for _ in range(2):
+        bench_transfer.pretrain("mgca", 2, tmp_path, options)
+    (command,) = told
+    names = ("demo.yaml", "transfer/baseline_mgca.yaml")
+    configs = [str(bench_transfer.CONFIGS / name) for name in names]
+    at = command.index("--config")
+    assert command[at + 1 : at + 3] == configs
+    wanted = "run.seed=2 data.phantom.seed=2 data.phantom.test_seed=2000002 train.max_steps=50"
+    assert {*wanted.split(), f"run.dir={tmp_path / 'mgca_2'}"} < set(command)
+
+
+def test_settings_of_a_cell_are_those_of_its_task_and_method(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = _options(monkeypatch, "phantoms", "--imagenet", "w", "--fractions", "[5]")
+
+    def told(method: str, task: str) -> list[str]:
+        return bench_transfer.settings(method, task, "runs/x_{seed}", (1, 2), options)
+
+    cheap = set(bench_transfer.CHEAP)
+    assert {"transfer.max_steps=300", "transfer.patience=4", "transfer.epochs=100"} < cheap
+    found = told("mlip", "phantom_classification")
+    # patients of no pre-training: those are drawn from seeds 1, 2, ... and 2000001, ...
+    assert {"data.phantom.seed=3000001", "data.phantom.test_seed=4000001"} < set(found)
+    assert "transfer.fractions=[5]" in found and not cheap & set(found)
+    assert cheap < set(told("mlip", "phantom_detection"))
+    found = told("imagenet", "lung_segmentation")
+    assert {"transfer.start=imagenet", "model.vision.source=w", "data.channels=3"} < set(found)
+    assert cheap < set(found) and not any(item.startswith("checkpoint=") for item in found)
+
+
+def test_case_reports_are_read_by_each_seed_s_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]
+) -> None:
+    told, made, runs = [], [], tmp_path / "runs"
+
+    def untrained(checkpoint: Path, seed: int, folder: Path) -> Path:
+        made.append((checkpoint.name, seed))
+        return folder
+
+    monkeypatch.setattr(bench_transfer, "untrained", untrained)
+    monkeypatch.setattr(bench_transfer, "run_cell", lambda cell, items, *_: told.append(items))
+    options = _options(monkeypatch, "real", "--imagenet", "w")
+    cells = bench_transfer.cells
+    for method, names in (("clip", "clip_{}"), ("random", "untrained-{}")):
+        told.clear()
+        cells(method, CASE_REPORTS, (1, 2), runs, runs, options)
+        for seed, items in zip((1, 2), told, strict=True):
+            wanted = {f"checkpoint={runs / names.format(seed)}", f"run.seed={seed}"}
+            assert wanted | {"evaluate.split=test"} < set(items)
+    assert made == [("mlip_1", 1), ("mlip_2", 2)]
+    assert cells("imagenet", CASE_REPORTS, (1,), runs, runs, options) == []  # has no text tower
+    # one seed without a checkpoint: no mean over the others
+    (runs / "clip_2" / "checkpoints").rmdir()
+    (runs / "clip_2" / "results.json").unlink()
+    assert cells("clip", "phantom_classification", (1, 2), runs, runs, options) == []
+    assert bench_transfer.without_labels("clip", (1, 2), runs) == {}
+
+
+def test_an_untrained_model_has_new_weights_by_seed_and_the_concepts_of_the_trained(
+    tmp_path: Path,
+) -> None:
+    export = small_export()
+    assert bench_transfer.has_checkpoint(export) and not bench_transfer.has_checkpoint(tmp_path)
+    own = json.loads((export / "config.json").read_text())["fingerprints"]["weights"]
+    assert bench_transfer.weights_of(export) == own
+    models = [from_pretrained(export).model]
+    for seed in (1, 2):
+        folder = bench_transfer.untrained(export, seed, tmp_path / str(seed))
+        models.append(from_pretrained(folder).model)
+    weights = [model.image_head.first.weight for model in models]
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    for model in models[1:]:
+        assert torch.equal(model.concept_vectors, models[0].concept_vectors)
+
+
+def test_a_command_that_fails_ends_the_table_and_its_time_is_the_child_s(tmp_path: Path) -> None:
+    busy = "import time\nwhile time.process_time() < 0.3: pass"
+    spent, wall = bench_transfer.call([sys.executable, "-c", busy], tmp_path / "a.log", 1)
+    assert spent >= 0.3 and wall > 0.0
+    with pytest.raises(SystemExit, match="b ended with 3: see"):
+        bench_transfer.call([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "b.log", 1)
