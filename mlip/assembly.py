@@ -48,6 +48,7 @@ _LANGUAGE_REPORTS = 1_000  # looked at for their language, evenly spaced
 _OTHER_LANGUAGE = (
     0.1  # share of them from which a run warns; of 3,955 English ones none has few known words
 )
+_MANY_CONCEPTS = 100_000  # their linker takes seconds, that of a whole UMLS a minute
 _DEFINITIONS_AT_ONCE = 64
 
 
@@ -105,6 +106,8 @@ def open_corpus(config: Config) -> Corpus:
     if distributed.is_main():
         _warn_of_language(manifest)
     table = _open_concepts(config)
+    if len(table) > _MANY_CONCEPTS:
+        logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
     return Corpus(manifest, open_tokenizer(config, manifest), table, linker)

@@ -132,8 +132,8 @@ def _tfidf(texts: list[str], dim: int) -> np.ndarray:
     is_small = len(texts) <= _DENSE_ROWS
     if not is_small:
         logger.info(
-            "knowledge.vectors=tfidf of %d concepts: this takes minutes on every rank; "
-            "knowledge.cache_dir keeps them for the next start",
+            "knowledge.vectors=tfidf of %d concepts: about a second for each thousand, on every "
+            "rank; knowledge.cache_dir keeps them for the next start",
             len(texts),
         )
     # sub-word pieces relate "cardiomegaly" to "cardiac" where whole words share nothing
