@@ -177,8 +177,8 @@ def _jpeg_header(content: bytes) -> Header:
 def check_scans(content: bytes, position: int) -> None:
     """Raises BadSample for a JPEG, whose frame header is at position, of more than MAX_SCANS.
 
-    A scan of a few bytes goes over every pixel: 5,000 of them, 1 MB, took an hour. A baseline
-    picture of one channel has one, and libjpeg reads no more.
+    A scan of a few bytes goes over every pixel: 200 of them, 418 KB, took 98 s. A baseline picture
+    of one channel has one, and libjpeg reads no more.
     """
     is_single = content[position + 1] in (0xC0, 0xC1) and content[position + 9] == 1
     if not is_single and content.count(b"\xff\xda", position) > MAX_SCANS:
