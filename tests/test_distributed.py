@@ -257,6 +257,7 @@ def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
     monkeypatch.setattr(dist, "init_process_group", join)
     with virtual_gpu():
         monkeypatch.setattr(torch.cuda, "set_device", told.append)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         assert distributed.start(30.0) == torch.device("cuda", 3)
         assert told == [torch.device("cuda", 3), ("cpu:gloo,cuda:nccl", 30.0)]
         monkeypatch.delenv("LOCAL_RANK")  # of a launcher that names no such thing: one GPU a task
