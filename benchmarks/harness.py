@@ -46,7 +46,7 @@ def environment(device: str) -> dict[str, Any]:
     """GPU or CPU, driver, versions and commit."""
     # a copy without its history, or with that of another day, is told where it is from
     told = os.environ.get("MLIP_COMMIT")
-    changes = None if told else _run("git", "status", "--porcelain", "--untracked-files=no")
+    changes = None if told else _run("git", "--no-optional-locks", "status", "--porcelain", "-uno")
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": told or _run("git", "rev-parse", "--short=12", "HEAD"),

@@ -130,6 +130,9 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
         (errno.EPERM, "not permitted"),
         (errno.EBUSY, "busy"),
         (errno.ENAMETOOLONG, "too long"),
+        (errno.ENOTDIR, "Not a directory"),
+        (errno.EISDIR, "Is a directory"),
+        (errno.EEXIST, "a file stands in the way"),
     ):
         for named in (None, str(out / ".part.17"), str(tmp_path / ".out.17")):
             said = refusal(OSError(code, "", named), out)
@@ -147,6 +150,8 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
     )
     assert refusal(FileNotFoundError(errno.ENOENT, "", str(out)), out) is None
     assert refusal(RuntimeError("a bug (os error 28)"), out) is None
+    nowhere = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    assert "set TMPDIR to another" in (refusal(nowhere, out) or "")
     with pytest.raises(SafetensorError) as caught, full_disk():
         save_file({"a": torch.zeros(5000)}, out)
     assert "File too large" in (refusal(caught.value, out) or "")

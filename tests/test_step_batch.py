@@ -68,6 +68,12 @@ def test_reports_fill_half_of_the_tokens() -> None:
     lengths = report_lengths(4096, 112, torch.Generator().manual_seed(3))
     assert float(lengths.double().mean()) == pytest.approx(FILL * 112, rel=0.03)
     assert int(lengths.min()) >= 8 and int(lengths.max()) == 112
+    # of a gamma distribution of shape 6, cut at both ends
+    assert float(lengths.double().std()) == pytest.approx(FILL * 112 / 6**0.5, rel=0.1)
     config = load([], ["data.crop_px=16"])
     batch = made_batch(config, 4096, vocab_size=100, concepts=10)
     assert padding_share(batch) == pytest.approx(0.5, abs=0.02)
+    assert len(batch.pair_id.unique()) == 4096 - 82  # one study in fifty has two images
+    other = made_batch(config, 4096, vocab_size=100, concepts=10, seed=1)
+    both = torch.cat([batch.global_index, other.global_index])
+    assert both.tolist() == list(range(8192))  # no noise is drawn twice

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.step_batch import made_batch
 from benchmarks.step_flops import step_flop
-from benchmarks.step_timing import profile
+from benchmarks.step_timing import Clock, Runner, profile
 from tests.step_bench import shared_bench
 
 
@@ -69,3 +70,23 @@ def test_parts_and_operations_are_those_of_one_step_however_many_are_run() -> No
     assert times == sorted(times, reverse=True)
     for line in made[1]["profile"]:
         assert line["ms"] == pytest.approx(line["share"] * made[1]["device_ms"], abs=1e-6)
+
+
+def test_steps_take_batches_in_turn_with_numbers_of_their_own_and_a_skipped_one_is_an_error() -> (
+    None
+):
+    told: list[tuple[str, int]] = []
+    result = SimpleNamespace(is_skipped=False, bad_terms=lambda: ["category"])
+
+    def start_step(batch: str, *, step: int, **_: float) -> Any:
+        told.append((batch, step))
+        return SimpleNamespace(result=lambda: result)
+
+    engine = SimpleNamespace(device=torch.device("cpu"), start_step=start_step)
+    runner = Runner(engine, ["a", "b"])  # type: ignore[list-item]
+    assert len(runner.times_ms(warmup=1, least=2, budget_s=0.0)) == 2
+    assert told == [("a", 0), ("b", 1), ("a", 2)]
+    assert Clock(engine.device).ms(1.0, 1.5) == 500.0  # a process's clock counts seconds
+    result.is_skipped = True
+    with pytest.raises(RuntimeError, match="a step was skipped: .*category"):
+        runner.times_ms(warmup=1, least=1, budget_s=0.0)

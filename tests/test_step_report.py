@@ -27,6 +27,7 @@ def test_a_law_is_recovered_and_needs_four_sizes() -> None:
         {"kind": "scaling", "status": "ok", "micro": 0, "pairs": n, "step_ms": v}
         for n, v in zip(sizes, values, strict=True)
     ]
+    rows[1]["kind"] = "batch"  # of either section
     assert [law["of"] for law in step_law.laws(rows)] == ["step_ms"]
     assert step_law.laws(rows[:3]) == []
     later = {"kind": "batch", "status": "out of memory", "micro": 0, "pairs": 64}

@@ -135,7 +135,8 @@ def source_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *arguments],
+            # a status takes the index's lock otherwise, which stays behind when a run is killed
+            ["git", "--no-optional-locks", "-C", str(root), *arguments],
             capture_output=True,
             text=True,
             timeout=20,

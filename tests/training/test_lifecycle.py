@@ -237,10 +237,11 @@ def test_a_file_in_the_folders_place_is_a_settings_error(tmp_path):
             pass
 
 
-def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, caplog, code):
     # Lustre mounted without -o flock: "Function not implemented"
     def flock(descriptor: int, kind: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
     monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
@@ -250,7 +251,17 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, 
     with sole_writer(prepared := tmp_path / "prepared", (0, 2)) as is_ours:
         assert is_ours
     for folder in (tmp_path, prepared):
-        assert f"{folder}: its file system has no locks (Function not implemented)" in caplog.text
+        assert f"{folder}: its file system has no locks ({os.strerror(code)})" in caplog.text
+
+
+def test_shared_locks_stand_side_by_side_and_keep_an_exclusive_one_out(tmp_path):
+    files = [(tmp_path / "lock").open("w") for _ in range(3)]
+    for file in files[:2]:
+        folder_lock.lock(file.fileno(), tmp_path, shared=True)
+    with pytest.raises(BlockingIOError):
+        folder_lock.lock(files[2].fileno(), tmp_path)
+    for file in files:
+        file.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])

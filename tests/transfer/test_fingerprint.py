@@ -1,0 +1,34 @@
+"""What a result rests on: the commit of the checkout it was made from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mlip.transfer import fingerprint
+
+
+def test_asking_for_the_commit_leaves_the_checkouts_index_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a status refreshes the index under a lock; a run that was killed meanwhile left it behind
+    def git(*arguments: str) -> str:
+        person = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        command = ["git", *person, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "a.py").write_text("x = 1\n", encoding="utf-8")
+    git("add", "a.py")
+    git("commit", "--quiet", "-m", "One file.")
+    os.utime(tmp_path / "a.py", (1, 1))
+    before = (tmp_path / ".git" / "index").read_bytes()
+    monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "mlip" / "transfer" / "f.py"))
+    assert fingerprint.source_commit() == git("rev-parse", "--short=12", "HEAD")
+    assert (tmp_path / ".git" / "index").read_bytes() == before
+    (tmp_path / "a.py").write_text("x = 2\n", encoding="utf-8")
+    assert fingerprint.source_commit() == git("rev-parse", "--short=12", "HEAD") + "+"
