@@ -255,9 +255,10 @@ def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
     for name, value in {**launcher, "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", join)
-    with virtual_gpu():
-        monkeypatch.setattr(torch.cuda, "set_device", told.append)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    # undone before the virtual GPU puts back what it has replaced itself
+    with virtual_gpu(), monkeypatch.context() as node:
+        node.setattr(torch.cuda, "set_device", told.append)
+        node.setattr(torch.cuda, "device_count", lambda: 4)
         assert distributed.start(30.0) == torch.device("cuda", 3)
         assert told == [torch.device("cuda", 3), ("cpu:gloo,cuda:nccl", 30.0)]
         monkeypatch.delenv("LOCAL_RANK")  # of a launcher that names no such thing: one GPU a task
