@@ -115,6 +115,7 @@ ALLOWED = {
         "mlip.model",
         "mlip.keyed_random",
         "mlip.unit_length",
+        "mlip.machine",
     ),
 }
 FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,20 @@ from mlip.output_file import whole_file
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
+from mlip.transfer.feature_store import FeatureStore
 from mlip.transfer.features import (
     ImageBank,
     TextBank,
     encoded,
     global_scores,
-    join_images,
-    join_texts,
     local_scores,
     require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
-from mlip.transfer.grounding import evaluate_grounding, phrase_maps
+from mlip.transfer.grounding import evaluate_grounding
 from mlip.transfer.interval import Array
 from mlip.transfer.large_retrieval import class_precision, whole_retrieval
+from mlip.transfer.patch_maps import PhraseMaps
 from mlip.transfer.prompts import encode_prompts
 from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
@@ -157,7 +157,10 @@ def encode_split(
     table: Any,
     device: torch.device,
 ) -> tuple[ImageBank, TextBank, dict[str, Array]]:
-    """Images and reports of the rows, and the per-row arrays tasks need beside them."""
+    """Images and reports of the rows, and the per-row arrays tasks need beside them.
+
+    Raises:  ValueError where features hold NaN or infinite values, or find no room.
+    """
     loader = build_loader(
         config,
         manifest,
@@ -170,14 +173,15 @@ def encode_split(
         rows=rows,
         global_pairs=min(128, max(1, len(rows))),
     )
-    images: list[ImageBank] = []
-    texts: list[TextBank] = []
+    store = FeatureStore(
+        len(rows), max_tokens=config.data.max_tokens, max_entities=config.data.max_entities
+    )
     has_text: list[Array] = []
     mentions: list[Array] = []
     seen = 0
     for batch, image, text in encoded(model, loader, config.data, device):
-        images.append(image)
-        texts.append(text)
+        require_finite(image, text)
+        store.add(image, text)
         has_text.append(batch.content_mask.any(dim=1).numpy())
         chosen = batch.entity_mask
         report = chosen.nonzero()[:, 0] + seen
@@ -185,14 +189,14 @@ def encode_split(
             np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
         )
         seen += len(batch)
-    joined = join_images(images)
+    images, texts = store.banks()
     beside = {
         # not the loader's, which knowledge.pair_id_by_concepts widens for training
-        "pair_id": manifest.pair_id[joined.row_index],
+        "pair_id": manifest.pair_id[images.row_index],
         "has_text": np.concatenate(has_text),
         "mentions": np.concatenate(mentions),
     }
-    return joined, join_texts(texts), beside
+    return images, texts, beside
 
 
 def _evaluate(
@@ -211,7 +215,6 @@ def _evaluate(
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
     )
-    require_finite(images, reports)
     meta = truth.phantom_meta(manifest)
     patients = manifest.patient_key[images.row_index]
     is_phantom = meta is not None
@@ -229,7 +232,7 @@ def _evaluate(
 
     boxes = truth.load_boxes(config, manifest, images.row_index.tolist())
     with_text = np.flatnonzero(beside["has_text"])
-    oracle = truth.oracle_scores(manifest, images.row_index[with_text]) if is_phantom else None
+    oracle = truth.oracle(manifest, images.row_index[with_text]) if is_phantom else None
     scores = _PoolScores(model, images, reports, with_text, device, oracle)
     masks = load_masks(config, manifest, images.row_index.tolist())
     annotations = Annotations(config, manifest)
@@ -237,7 +240,7 @@ def _evaluate(
         images, annotations, boxes, table, is_phantom, config.run.seed, masks
     )
     bank = encode(phrases) if phrases else None
-    maps = phrase_maps(model, images.features.patches, bank).numpy() if bank is not None else None
+    maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
     results: dict[str, Any] = {
         "data": {
             "is_phantom": is_phantom,
@@ -368,7 +371,7 @@ class _PoolScores:
         reports: TextBank,
         with_text: Array,
         device: torch.device,
-        oracle: Array | None,
+        oracle: Callable[[Array], Array] | None,
     ) -> None:
         self.model, self.images, self.reports = model, images, reports
         self.with_text, self.device, self.oracle = with_text, device, oracle
@@ -381,7 +384,7 @@ class _PoolScores:
         by_local = local_scores(
             self.model, self.images.features.patches[at], texts, device=self.device
         )
-        known = {} if self.oracle is None else {"oracle": self.oracle[np.ix_(members, members)]}
+        known = {} if self.oracle is None else {"oracle": self.oracle(members)}
         return {
             "global": by_global,
             "local": by_local,

@@ -19,8 +19,9 @@ from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import ImageBank, TextBank, global_scores
-from mlip.transfer.grounding import Query, Upsampler, pointed_pixel, token_maps
+from mlip.transfer.grounding import Query
 from mlip.transfer.interval import Array
+from mlip.transfer.patch_maps import PhraseMaps, Upsampler, pointed_pixel, token_maps
 from mlip.transfer.retrieval import first_right_rank, make_pools
 from mlip.transfer.truth import Box
 
@@ -52,7 +53,7 @@ def collect_examples(
     *,
     queries: Sequence[Query],
     phrases: Sequence[str],
-    maps: Array | None,
+    maps: PhraseMaps | None,
     boxes: Mapping[int, Sequence[Box]],
     names: Mapping[str, str],
     tokenizer: Any,
@@ -84,7 +85,7 @@ def _grounding(
     images: ImageBank,
     queries: Sequence[Query],
     phrases: Sequence[str],
-    maps: Array,
+    maps: PhraseMaps,
     names: Mapping[str, str],
     study: Any,
 ) -> list[dict[str, Any]]:
@@ -100,13 +101,16 @@ def _grounding(
         by_sentence = next((q for q in same if q.kind == "sentence"), None)
         shown = []
         for query, swapped in ((by_name, False), (by_sentence, False), (by_name, True)):
-            if query is None or (swapped and query.swapped is None):
+            if query is None:
                 continue
             at = query.swapped if swapped else query.image
-            point = pointed_pixel(upsample(maps[query.phrase, at]), grid)
+            if at is None:
+                continue
+            heat = maps[query.phrase, at]
+            point = pointed_pixel(upsample(heat), grid)
             entry = {
                 "phrase": phrases[query.phrase],
-                "map": maps[query.phrase, at].reshape(grid).round(4).tolist(),
+                "map": heat.reshape(grid).round(4).tolist(),
                 "point": point.tolist(),
             }
             if swapped:

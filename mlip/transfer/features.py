@@ -15,7 +15,6 @@ from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Data
-from mlip.dataloading.ledger import DataError
 from mlip.dataloading.loader import Loader
 from mlip.transfer.interval import Array
 
@@ -119,24 +118,6 @@ def encoded(
                 yield batch, images, encode_texts(model, batch, device=device)
     finally:
         loader.close()
-
-
-def join_images(parts: list[ImageBank]) -> ImageBank:
-    """All parts as one.  Raises:  DataError where there is none."""
-    if not parts:
-        raise DataError(
-            "none of the images could be read (the reasons stand above): check data.root, the "
-            "folder that the manifest's paths are relative to"
-        )
-    return ImageBank(
-        features=ImageFeatures(
-            embedding=torch.cat([p.features.embedding for p in parts]),
-            patches=torch.cat([p.features.patches for p in parts]),
-            grid=parts[0].features.grid,
-        ),
-        row_index=np.concatenate([p.row_index for p in parts]),
-        pixels=np.concatenate([p.pixels for p in parts]),
-    )
 
 
 def _pad(x: Tensor, length: int) -> Tensor:

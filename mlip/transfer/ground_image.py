@@ -17,8 +17,8 @@ from mlip.dataloading.transforms import Transform
 from mlip.output_file import whole_file
 from mlip.transfer import own_inputs
 from mlip.transfer.features import encode_texts
-from mlip.transfer.grounding import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.interval import Array
+from mlip.transfer.patch_maps import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.prompts import make_text_batch, phrase_encoder
 
 # The longer side of each half of the picture written: small images are enlarged by a whole

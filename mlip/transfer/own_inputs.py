@@ -23,8 +23,8 @@ from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import choose_sections
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.features import TextBank, global_scores, local_scores
-from mlip.transfer.grounding import phrase_maps
 from mlip.transfer.interval import Array
+from mlip.transfer.patch_maps import phrase_maps
 from mlip.transfer.prompts import encode_prompts, named_phrase
 
 Head = Literal["global", "local"]

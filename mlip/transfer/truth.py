@@ -7,7 +7,7 @@ the wordings come from the concept table and the boxes from a boxes.csv beside t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,18 +58,22 @@ def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
 
 
-def oracle_scores(manifest: Manifest, rows: Array) -> Array:
-    """How well each report fits the truth of each image of generated studies, [rows, rows].
+def oracle(manifest: Manifest, rows: Array) -> Callable[[Array], Array]:
+    """How well reports fit the truth of images of generated studies: [n, n] for n of `rows`.
 
-    Ties are broken at random (keyed by the number of rows): this reader cannot tell the studies
-    apart, and the ceiling is what guessing among them reaches.
+    The function takes places in `rows`. Ties are broken at random (keyed by n): this reader cannot
+    tell the studies apart, and the ceiling is what guessing among them reaches.
     """
-    folder = Path(manifest.path).parent
     names = [Path(manifest.image_path(row)).stem for row in rows.tolist()]
-    scores = phantom_oracle.oracle_scores_of(folder, names)
-    generator = np.random.default_rng(len(rows))
-    # where information differs it does by far more: this only decides ties
-    return scores + 1e-7 * generator.random(scores.shape)
+    truths = phantom_oracle.read_truths(Path(manifest.path).parent, names)
+
+    def scores_of(members: Array) -> Array:
+        scores = phantom_oracle.oracle_scores([truths[i] for i in members.tolist()])
+        generator = np.random.default_rng(len(members))
+        # where information differs it does by far more: this only decides ties
+        return scores + 1e-7 * generator.random(scores.shape)
+
+    return scores_of
 
 
 def phantom_prompts(table: Any) -> list[Prompts]:

@@ -106,34 +106,37 @@ def _f1(
         rows = np.sort(generator.choice(rows, size=most, replace=False))
     if len(rows) == 0:
         return {"reason": "the manifest has no val rows to choose thresholds on"}
-    rows, embedding, patches = encode_rows(model, config, manifest, rows)
+    rows, on_val = _scores_of_rows(model, config, manifest, rows, scores_of)
     if len(rows) == 0:
         return {"reason": "no image of val could be read: there are no thresholds"}
-    on_val = scores_of(embedding, patches)
     return f1_at_thresholds(scores, labels, on_val, labels_of(rows), weights)
 
 
 @torch.no_grad()
-def encode_rows(
-    model: Any, config: Config, manifest: Manifest, rows: Array
-) -> tuple[Array, Tensor, Tensor]:
-    """(rows that could be read, embeddings [n, D], patches [n, P, D]) of images alone."""
+def _scores_of_rows(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    scores_of: Callable[[Tensor, Tensor], dict[str, Array]],
+) -> tuple[Array, dict[str, Array]]:
+    """(rows that could be read, their scores), of images alone."""
     images = Images(config, manifest, None)
     device = next(model.parameters()).device
     try:
         rows, _ = images.usable(rows)
         crops = Crops(config, images, train=False, seed=0)
-        if len(rows) == 0:
-            return rows, torch.zeros(0, 0), torch.zeros(0, 0, 0)
-        embeddings, patches = [], []
+        parts: list[dict[str, Array]] = []
         for at in range(0, len(rows), IMAGES_AT_ONCE):
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
             features = model.encode_image(batch.to(device))
-            embeddings.append(features.embedding.float().cpu())
-            patches.append(features.patches.float().cpu())
+            parts.append(
+                scores_of(features.embedding.float().cpu(), features.patches.float().cpu())
+            )
     finally:
         images.close()
-    return rows, torch.cat(embeddings), torch.cat(patches)
+    heads = parts[0] if parts else {}
+    return rows, {head: np.concatenate([part[head] for part in parts]) for head in heads}
 
 
 def logit_scales(model: Any) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import torch
 from mlip.cli import main
 from mlip.dataloading.dicom import write_radiograph
 from mlip.pretrained import from_pretrained
-from mlip.transfer import ground_image, grounding
+from mlip.transfer import ground_image, patch_maps
 from mlip.transfer.prompts import encode_prompts
 from tests.small_run import small_export, small_run
 
@@ -137,9 +137,9 @@ def test_a_phrase_is_the_weighted_sum_of_its_rows_and_parts_are_those_rows() -> 
         device=torch.device("cpu"),
     )
     patches = torch.randn(1, 16, run.config.model.embed_dim)
-    rows = grounding.token_maps(run.model, patches, bank)
-    _, weights = grounding.text_rows(run.model, bank)
-    whole = grounding.phrase_maps(run.model, patches, bank)[0]
+    rows = patch_maps.token_maps(run.model, patches, bank)
+    _, weights = patch_maps.text_rows(run.model, bank)
+    whole = patch_maps.phrase_maps(run.model, patches, bank)[0]
     torch.testing.assert_close((weights[..., None] * rows).sum(dim=1), whole, rtol=1e-4, atol=1e-5)
     parts = ground_image.phrase_parts(opened, phrase, patches)
     assert parts[-1].name == "pleural effusion (present)"

@@ -22,8 +22,8 @@ from mlip.onnx_graphs import ImageGraph, TextGraph
 from mlip.pretrained import from_pretrained
 from mlip.pretrained_model import Pretrained
 from mlip.transfer.embed import write_embeddings
-from mlip.transfer.grounding import phrase_maps
 from mlip.transfer.own_inputs import ImageFileError, encode_pixels, model_input
+from mlip.transfer.patch_maps import phrase_maps
 from tests.small_run import small_export, small_run
 
 
