@@ -8,7 +8,7 @@ with test patients of its own stream (data.phantom.test_seed). A folder that hol
 not run again, nor a run whose row is in the file of --rows: each run leaves its measures there.
 Variants of one seed share training and test patients, so what a part brings is a difference paired
 by seed: the second table gives its mean and Student's 95 % interval over the seeds. With --write
-the tables replace what stands between the two marks of the file.
+the tables replace what stands between the two marks of the file (--mark: their name).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from scipy import stats
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import ROOT, replace_between
 
-MARK = "demo table"
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],
     "clip": ["configs/demo.yaml", "configs/demo_clip.yaml"],
@@ -113,6 +112,10 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def tables(rows: dict[str, list[dict[str, Any]]]) -> str:
+    return "\n\n".join(filter(None, [table(rows), differences(rows)]))
+
+
 def differences(rows: dict[str, list[dict[str, Any]]]) -> str:
     """The first variant minus each other, paired by seed; empty with fewer than two of both."""
     (first, runs), *others = rows.items()
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--test-seed", type=int, default=3_000_000, help="run s tests on this + s")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON of runs, kept and used")
     parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("--mark", default="demo table")
     options = parser.parse_args()
     kept: list[dict[str, Any]] = []
     if options.rows and options.rows.is_file():
@@ -165,10 +169,10 @@ def main() -> None:
                     kept = [found[known] for known in sorted(found)]
                     options.rows.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             rows[name].append(found[key])
-    text = "\n\n".join(filter(None, [table(rows), differences(rows)]))
+    text = tables(rows)
     print(text)
     if options.write:
-        page = replace_between(options.write.read_text(encoding="utf-8"), MARK, text)
+        page = replace_between(options.write.read_text(encoding="utf-8"), options.mark, text)
         options.write.write_text(page, encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ import pytest
 
 import mlip.cli
 import train
+from benchmarks.bench_demo import tables
 from mlip.cli import FOREIGN, build_parser
 from mlip.commands import read_settings
 from mlip.config import Config
@@ -196,6 +197,19 @@ def test_the_page_for_contributors_names_the_walls_that_hold(package: str) -> No
 
 def _results(name: str) -> dict:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("mark", "variants", "seeds"),
+    [("demo table", ("mlip", "clip", "mgca", "no_knowledge"), (1, 2, 3))],
+)
+def test_the_demos_tables_are_those_of_their_rows(
+    mark: str, variants: tuple[str, ...], seeds: tuple[int, ...]
+) -> None:
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    kept = {(row["variant"], row["seed"]): row for row in _results("demo")}
+    rows = {name: [kept[name, seed] for seed in seeds] for name in variants}
+    assert f"<!-- {mark}: begin -->\n{tables(rows)}\n<!-- {mark}: end -->" in page
 
 
 def test_the_linkers_table_is_that_of_its_rows() -> None:
