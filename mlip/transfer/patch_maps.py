@@ -82,9 +82,13 @@ class PhraseMaps:
         self._rows, self._patches = _mean_rows(model, texts), patches
 
     def __getitem__(self, at: tuple[int | Sequence[int], int | Sequence[int]]) -> Array:
-        phrases, images = (torch.as_tensor(index) for index in at)
-        patches = unit_length(self._patches[images])
-        return torch.einsum("...d,...pd->...p", self._rows[phrases], patches).numpy()
+        phrases, images = (np.asarray(index) for index in at)
+        # an image is asked for all that is said of it, one phrase after another
+        own, place = np.unique(images, return_inverse=True)
+        patches = unit_length(self._patches[torch.from_numpy(own)])
+        patches = patches[torch.as_tensor(place.reshape(images.shape))]
+        rows = self._rows[torch.as_tensor(phrases)]
+        return torch.einsum("...d,...pd->...p", rows, patches).numpy()
 
 
 def token_maps(model: Any, patches: Tensor, texts: TextBank) -> Tensor:
