@@ -291,7 +291,7 @@ def run_grid(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="whole grid, a fresh process a row")
     parser.add_argument("--tune", action="store_true", help="time the tile maps of attention")
     parser.add_argument("--minutes", type=float, default=10.0, help="budget of the short grid")

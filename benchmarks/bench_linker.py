@@ -221,7 +221,7 @@ def states(linker: Linker, table: ConceptTable) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("half", choices=("dev", "test", "states", "speed"))
     parser.add_argument("--reports", type=Path, default=REPORTS)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")

@@ -102,7 +102,7 @@ def _hits(found: np.ndarray, own: torch.Tensor) -> np.ndarray:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--texts", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=128)

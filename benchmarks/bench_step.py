@@ -374,7 +374,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS + ON_REQUEST, default=list(SECTIONS))
     parser.add_argument("--minutes", type=float, default=8.5, help="rows that come later say so")
     parser.add_argument("--report", action="store_true", help="write the pages' tables and stop")

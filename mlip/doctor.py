@@ -149,6 +149,9 @@ def check_python() -> Check:
     if sys.version_info < MIN_PYTHON:
         wanted = ".".join(map(str, MIN_PYTHON))
         return Check("python", BROKEN, f"{version}; {wanted} or newer is needed", "", True)
+    if sys.flags.optimize > 1:
+        detail = f"{version} without docstrings (-OO), which transformers reads as it is imported"
+        return Check("python", BROKEN, detail, "unset PYTHONOPTIMIZE", True)
     return Check("python", OK, version)
 
 

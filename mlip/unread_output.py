@@ -77,6 +77,20 @@ class _Lenient:
         return getattr(self._stream, name)
 
 
+def _hold_descriptors() -> None:
+    """Standard streams that were closed before the start (`2>&-`) lead to nowhere from now on.
+
+    Their numbers would go to the files opened next: a checkpoint that is descriptor 2 takes in
+    what a C library has to say.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+            os.set_inheritable(null, True)
+
+
 @contextlib.contextmanager
 def unread_output_is_lost() -> Iterator[list[str]]:
     """While it lasts, printing to stdout and stderr raises no OSError and no UnicodeEncodeError.
@@ -84,6 +98,7 @@ def unread_output_is_lost() -> Iterator[list[str]]:
     Yields a list: why a disk did not take lines, empty where it took all; whole behind the block.
     """
     lost: list[str] = []
+    _hold_descriptors()
     with contextlib.ExitStack() as stack:
         for redirect, stream in (
             (contextlib.redirect_stdout, sys.stdout),

@@ -208,3 +208,16 @@ def test_no_temporary_folder_is_broken_and_a_line_elsewhere(
         tempfile.gettempdir()
     told = refusal(caught.value, "out")
     assert told is not None and str(tmp_path) in told and "set TMPDIR" in told
+
+
+def test_a_python_without_docstrings_is_refused_with_a_way_out() -> None:
+    """Importing the towers ended in a traceback of transformers, and the doctor said "Ready"."""
+    code = (
+        "from mlip import doctor; told = doctor.check_python().state == doctor.BROKEN\n"
+        "try: import mlip.encoders.text\n"
+        "except ValueError as error: print(told, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.startswith("True expected") and "PYTHONOPTIMIZE" in done.stdout, done.stderr

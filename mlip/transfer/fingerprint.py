@@ -138,7 +138,8 @@ def source_commit() -> str | None:
             # a status takes the index's lock otherwise, which stays behind when a run is killed
             ["git", "--no-optional-locks", "-C", str(root), *arguments],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",  # a file's name may be of any encoding
             timeout=20,
             check=True,
         ).stdout.strip()

@@ -14,6 +14,7 @@ import pytest
 
 from mlip.training import checkpoint
 from mlip.training.lifecycle import PREEMPTED, leave
+from mlip.unread_output import unread_output_is_lost
 from tests.training.toy_run import run_rank
 
 LONG = "train.max_steps=1000000"
@@ -71,6 +72,25 @@ def test_a_run_whose_lines_nobody_takes_trains_to_its_end(
         _train(tmp_path, "train.max_steps=6")
     assert _exit_code(pid) == 0
     assert checkpoint.checkpoints_of(tmp_path)[0].name == "step_00000006"
+
+
+def test_no_file_takes_the_number_of_a_stream_that_was_closed(tmp_path: Path) -> None:
+    """A checkpoint would take in what a C library says to descriptor 2, and children its lock."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.closerange(0, 3)
+            with unread_output_is_lost(), open(tmp_path / "checkpoint", "wb") as file:
+                file.write(b"weights")
+                file.flush()
+                for number in range(3):
+                    os.write(number, b"a warning")
+                    os.get_inheritable(number) or os._exit(98)
+            os._exit(0)
+        finally:
+            os._exit(99)
+    assert _exit_code(pid) == 0
+    assert (tmp_path / "checkpoint").read_bytes() == b"weights"
 
 
 def test_a_terminal_that_closes_is_a_request_to_stop(tmp_path: Path) -> None:
