@@ -30,8 +30,8 @@ setup(
         "torch>=2.11",  # no triton pin: torch's own metadata pins it on a GPU
         "numpy>=2,<2.4",  # 1.x: below what opencv 4.12 takes; 2.4 breaks triton 3.6's interpreter
         "transformers>=5.17,<6",
-        "tokenizers>=0.22",
-        "safetensors>=0.5",
+        "tokenizers>=0.23.1",  # this and the next: what transformers 5.17 takes
+        "safetensors>=0.8",
         "pyyaml>=6",
         "rich>=13",
         "pillow>=12.3",
