@@ -285,6 +285,10 @@ class Config:
     transfer: Transfer = field(default_factory=Transfer)
 
 
+# what begins a YAML string that is more than its letters
+_MARKED = "'\"|>&!"
+
+
 def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
     """(files, overrides) of a command line; a path may have "=" in its name, as runs/lr=0.1."""
     items = list(items)
@@ -316,6 +320,8 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
             value = read_yaml(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
+        if isinstance(value, str) and text.lstrip()[0] not in _MARKED:
+            value = text.strip()  # YAML ends "run #2" at its blank and folds a line's end
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}

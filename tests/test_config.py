@@ -267,6 +267,14 @@ def test_a_file_whose_name_holds_an_equals_sign_is_a_file(tmp_path: Path) -> Non
     assert config.sort_settings(items) == (items[:2], items[2:])
 
 
+@pytest.mark.parametrize("name", ["runs/lr 1 #2", "-run\nof two lines", "a  b"])
+def test_an_override_takes_a_name_as_it_is_typed(name: str) -> None:
+    """A second run, "run #2", went on in the folder of the first one, "run"."""
+    assert config.load([], [f"run.dir={name}"]).run.dir == name
+    assert config.load([], [f"run.dir='{name}' # quoted"]).run.dir.split() == name.split()
+    assert config.load([], ["run.seed=3 # three"]).run.seed == 3
+
+
 def test_an_override_longer_than_a_file_name_may_be_is_one() -> None:
     item = f"model.vision.options={{{', '.join(f'setting_{i}: {i}' for i in range(40))}}}"
     assert len(item) > 255
