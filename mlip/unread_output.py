@@ -104,8 +104,9 @@ def unread_output_is_lost() -> Iterator[list[str]]:
             (contextlib.redirect_stdout, sys.stdout),
             (contextlib.redirect_stderr, sys.stderr),
         ):
-            if stream is not None:  # None: it was closed before the start, and print does nothing
-                lenient: Any = _Lenient(stream, lost)
-                stack.enter_context(redirect(lenient))
-                stack.callback(lenient.finish)
+            if stream is None:  # closed before the start: print copes, sys.stdout.flush() does not
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            lenient: Any = _Lenient(stream, lost)
+            stack.enter_context(redirect(lenient))
+            stack.callback(lenient.finish)
         yield lost

@@ -93,6 +93,15 @@ def test_no_file_takes_the_number_of_a_stream_that_was_closed(tmp_path: Path) ->
     assert (tmp_path / "checkpoint").read_bytes() == b"weights"
 
 
+def test_a_stream_that_was_closed_can_be_asked_to_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mlip prepare ... >&-` ended in a traceback."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with unread_output_is_lost() as lost:
+        print("to nobody")
+        sys.stdout.flush()
+    assert sys.stdout is None and lost == []
+
+
 def test_a_terminal_that_closes_is_a_request_to_stop(tmp_path: Path) -> None:
     # SIGHUP, and from then on writing fails: an ssh connection that breaks
     pid, terminal = pty.fork()
