@@ -60,7 +60,7 @@ class RunLog:
         self.config = config
         self.folder = Path(config.run.dir)
         self.start_step = start_step
-        self.log_steps = max(1, config.train.log_steps)
+        self.log_steps = config.train.log_steps
         self.global_pairs = config.batch.global_pairs
         self.total_steps = total_steps
         self._is_main = distributed.is_main()
