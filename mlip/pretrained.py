@@ -44,6 +44,7 @@ from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weigh
 logger = logging.getLogger("mlip")
 FORMAT = 1
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
+CONTRACT = "preprocessing.json"
 
 
 def save_pretrained(
@@ -66,12 +67,7 @@ def save_pretrained(
     Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
-    if folder.exists() and not (folder / SETTINGS).is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise PretrainedError(
-                f"{folder}: expected no folder, an empty one or an earlier export; it is or holds "
-                "other files, so nothing was written; name another folder"
-            )
+    _require_free(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -83,6 +79,22 @@ def save_pretrained(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _require_free(folder: Path) -> None:
+    """What is there goes: so only what an export has written, every file of it in its list."""
+    if not folder.exists():
+        return
+    own = {*_sums(folder), SUMS} if (folder / SUMS).is_file() else set()
+    if not {WEIGHTS, SETTINGS, CONTRACT} <= own:  # a list of hashes of somebody else
+        own = set()
+    files = [p for p in folder.rglob("*") if not p.is_dir()] if folder.is_dir() else [folder]
+    other = next((p for p in files if p.relative_to(folder).as_posix() not in own), None)
+    if other is not None:
+        raise PretrainedError(
+            f"{folder}: expected no folder, an empty one or an earlier export; it is or holds "
+            f"other files ({other}), so nothing was written; name another folder"
+        )
 
 
 def _fill(
@@ -99,9 +111,7 @@ def _fill(
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     contract = preprocessing(config)
     own_lexicon = table.provenance.get("source") == "lexicon" and config.knowledge.lexicon is None
-    (folder / "preprocessing.json").write_text(
-        json.dumps(contract, indent=1) + "\n", encoding="utf-8"
-    )
+    (folder / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer")
     if own_lexicon or include_concepts:
         write_table(table, folder / KEPT)
@@ -164,14 +174,17 @@ def from_pretrained(
     config = _settings(described["config"], folder / SETTINGS)
     # settings of a stranger: they name no source here, and must not open the network for one
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
-    table = _read_concepts(folder, described, lexicon)
+    own = folder / KEPT
+    given = lexicon or (str(own) if own.is_file() else config.knowledge.lexicon)
+    table = load_concepts(given)
+    _check_concepts(folder, table, described["fingerprints"].get("concept_table"), given)
     tokenizer = load_tokenizer(folder / "tokenizer")
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise PretrainedError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
     model = model_with(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
-    facts = {**described.get("facts", {}), "checkpoint": str(folder)}
+    facts = {**described["facts"], "checkpoint": str(folder)}
     return Pretrained(model, config, tokenizer, table, Linker(table), facts)
 
 
@@ -189,7 +202,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise PretrainedError(
             f"{path}: format {described.get('format')!r}, this version reads format {FORMAT}"
         )
-    kinds = {"config": dict, "vocab_size": int, "fingerprints": dict}
+    kinds = {"config": dict, "vocab_size": int, "fingerprints": dict, "facts": dict}
     lacking = [name for name, kind in kinds.items() if not isinstance(described.get(name), kind)]
     if lacking:
         raise PretrainedError(f"{path}: lacks {lacking}; copy the whole folder again")
@@ -208,16 +221,11 @@ def _settings(tree: Mapping[str, Any], where: Path) -> Config:
 
 
 def _check_sums(folder: Path) -> None:
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
-    listed = {line.partition("  ")[2] for line in lines}
+    sums = _sums(folder)
     for name in (WEIGHTS, SETTINGS):
-        if name not in listed:
+        if name not in sums:
             raise PretrainedError(f"{folder / SUMS}: does not list {name}; copy the folder again")
-    for line in lines:
-        expected, _, name = line.partition("  ")
+    for name, expected in sums.items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise PretrainedError(f"{folder / SUMS}: names a file outside: {name!r}")
@@ -227,12 +235,13 @@ def _check_sums(folder: Path) -> None:
             raise PretrainedError(f"{path}: damaged or changed (SHA-256 differs); copy it again")
 
 
-def _read_concepts(folder: Path, described: Mapping[str, Any], lexicon: str | None) -> ConceptTable:
-    own = folder / KEPT
-    path = lexicon or (str(own) if own.is_file() else described["config"]["knowledge"]["lexicon"])
-    table = load_concepts(path)
-    _check_concepts(folder, table, described["fingerprints"].get("concept_table"), path)
-    return table
+def _sums(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 as the folder's list has them."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
+    return {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
 
 
 def _check_concepts(

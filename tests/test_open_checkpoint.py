@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,18 +25,23 @@ from tests.small_run import small_export, small_run
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    return _write_run(tmp_path / "run")
+
+
+def _write_run(folder: Path, **more: Any) -> Path:
     """A run folder with the checkpoints of steps 1 and 2, told apart by one weight."""
     small = small_run()
-    folder = tmp_path / "run"
     shutil.copytree(small.folder / "run" / "tokenizer", folder / "tokenizer")
     named = {f"model.{name}": p.detach() for name, p in small.model.named_parameters()}
     whole = {f"model.{name}": tensor for name, tensor in small.model.state_dict().items()}
     buffers = {name: tensor for name, tensor in whole.items() if name not in named}
+    buffers["losses.category.prototypes"] = torch.full((3, 32), 0.5)
     state = {
         "format": checkpoint.FORMAT,
         "config": to_dict(small.config),
         "tokenizer": hash_of_vocabulary(small.tokenizer),
         "concept_table": small.table.fingerprint,
+        **more,
     }
     for step in (1, 2):
         moved = named | {"model.image_head.second.bias": torch.full((32,), float(step))}
@@ -58,6 +64,35 @@ def test_the_newest_is_opened_and_a_damaged_one_is_named(
     (said,) = caplog.messages
     assert "step_00000002: parameters.safetensors is not what was written" in said
     assert said.endswith("step_00000001 is used")
+
+
+def test_what_is_known_of_the_training_comes_with_the_model(run: Path, tmp_path: Path) -> None:
+    folder = run / "checkpoints" / "step_00000001"
+    known = {"step": 1, "pairs_seen": small_run().config.batch.global_pairs}
+    opened = open_checkpoint(folder)
+    assert opened.facts == known | {"checkpoint": str(folder), "weights": "trained"}
+    assert opened.prototypes is not None and opened.prototypes.unique().tolist() == [0.5]
+    assert not opened.model.training
+    # of a version that kept no hashes of vocabulary and concepts; sizes of a batch that changed
+    earlier = _write_run(tmp_path / "earlier", tokenizer=None, concept_table=None, pairs_seen=5)
+    assert open_checkpoint(earlier).facts["pairs_seen"] == 5
+    put = open_checkpoint(earlier, device="meta")
+    assert {p.device.type for p in put.model.parameters()} == {"meta"}
+
+
+def test_a_run_without_a_checkpoint_is_told_from_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(PretrainedError, match="its folder checkpoints is empty"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_table_of_another_length_is_refused_where_no_hash_was_kept(tmp_path: Path) -> None:
+    earlier = _write_run(tmp_path / "earlier", concept_table=None)
+    (tmp_path / "own.yaml").write_text(
+        "category: x\nsemantic_type: finding\nconcepts: {one: {name: one}}\n"
+    )
+    with pytest.raises(PretrainedError, match=r"knows \d+ concepts, the concept table has 1;"):
+        open_checkpoint(earlier, lexicon=str(tmp_path / "own.yaml"))
 
 
 def test_another_vocabulary_than_that_of_the_training_is_refused(run: Path) -> None:
@@ -92,7 +127,7 @@ def test_where_there_is_no_average_of_the_weights_none_is_taken_for_it(run: Path
             open_checkpoint(path, weights_of="ema")
 
 
-@pytest.mark.parametrize("key", ["config", "fingerprints", "vocab_size"])
+@pytest.mark.parametrize("key", ["config", "facts", "fingerprints", "vocab_size"])
 def test_an_export_with_something_else_in_a_field_is_refused(key: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small_export(), tmp_path / "copy"))
     described = json.loads((folder / "config.json").read_text())
