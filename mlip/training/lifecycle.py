@@ -40,7 +40,6 @@ _REASONS = {
     CHECKPOINT: "checkpoint",
     NUMERIC: "numbers",
     PEER: "peer",
-    PREEMPTED: "preempted",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # of schedulers, and of a terminal: Ctrl-C, or its end
@@ -163,10 +162,12 @@ def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str,
         text = f"{more['waited']}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
-    if folder is not None and os.path.isdir(folder):  # is_dir raises for a name that is too long
-        with contextlib.suppress(OSError):
+    if folder is not None:
+        with contextlib.suppress(OSError):  # there is none, or no room
             log = folder / f"error-rank{_rank()}.log"
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            lines = "".join(traceback.format_exception(error))
+            # as stderr does: a file's name of other bytes is no Unicode
+            log.write_text(lines, encoding="utf-8", errors="backslashreplace")
             where = f" (traceback: {log})"
             told = {key: value for key, value in more.items() if value is not None}
             record_event(folder, "error", reason=reason, **facts, **told)

@@ -13,14 +13,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from mlip import folder_lock
 from mlip.config import ConfigError
 from mlip.dataloading.output_folder import sole_writer
+from mlip.pretrained_weights import PretrainedError
 from mlip.training import faults, lifecycle
 from mlip.training.lifecycle import (
     CheckpointError,
@@ -46,6 +49,10 @@ class ManifestError(ValueError):
     """As the data loading's: recognised by its name, without an import of it."""
 
 
+class _OddError(ValueError):
+    exit_code = "a library's own, no number"
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -54,12 +61,15 @@ class ManifestError(ValueError):
         (_DataError("x"), 3),
         (ManifestError("x"), 3),
         (CheckpointError("x"), 4),
+        (PretrainedError("x"), 4),
         (NumericError("x"), 5),
         (RuntimeError("x"), 1),
         (RuntimeError("timed out while thinking"), 1),  # not said by a collective
         # ZeRO-3 waits for a gather in a file of DeepSpeed's that is none of its collectives
         (RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"), 6),
         (Preempted("x"), 75),
+        (KeyError("x"), 1),
+        (_OddError("x"), 2),
     ],
 )
 def test_every_kind_of_error_has_its_exit_code(error, code):
@@ -82,12 +92,165 @@ def test_an_error_is_one_line_an_event_and_a_traceback_in_a_file(tmp_path, capsy
     assert "cannot" not in json.dumps(event)
 
 
-def test_without_a_folder_an_unexpected_error_still_shows_its_traceback(capsys):
-    def fail():
-        raise KeyError("who knows")
+@pytest.mark.parametrize(
+    ("kind", "text", "file", "code"),
+    [
+        *(
+            (RuntimeError, text, f"torch/distributed/{name}.py", 6)
+            for text in ("Connection closed by peer", "NCCL error", "Timed out")
+            for name in ("c10d", "store")
+        ),
+        (RuntimeError, "Broken pipe", "deepspeed/comm/comm.py", 6),
+        (RuntimeError, "Broken pipe", "deepspeed/runtime/engine.py", 1),
+        (RuntimeError, "x", "torch/distributed/c10d.py", 1),
+        (ValueError, "timeout must be positive", "torch/distributed/c10d.py", 2),
+    ],
+)
+def test_a_lost_peer_is_what_a_collective_says_of_it(kind, text, file, code):
+    names = {"kind": kind}
+    exec(compile(f"def call(): raise kind({text!r})", f"/x/{file}", "exec"), names)
+    with pytest.raises(kind) as caught:
+        names["call"]()
+    assert exit_code(caught.value) == code
 
-    assert guarded(fail, lambda: None) == 1
-    assert "Traceback" in capsys.readouterr().err
+
+@pytest.mark.parametrize("kind", [dist.DistNetworkError, dist.DistBackendError])
+def test_the_errors_of_torch_distributed_are_6(kind):
+    assert exit_code(kind("x")) == 6
+
+
+def test_ctrl_c_is_130_and_leaves_no_error(tmp_path, capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert guarded(interrupt, lambda: tmp_path) == 130
+    assert capsys.readouterr().err.startswith("mlip: ") and not list(tmp_path.iterdir())
+
+
+def test_a_stop_is_said_by_rank_0_alone(tmp_path, capsys, monkeypatch):
+    def stop():
+        raise Preempted("stopped at step 7")
+
+    for rank, said in (("1", ""), ("0", "mlip: stopped at step 7\n"), ("", "mlip: stopped at")):
+        monkeypatch.setenv("RANK", rank)
+        assert guarded(stop, lambda: tmp_path) == 75
+        assert capsys.readouterr().err.startswith(said) and (said or not capsys.readouterr().err)
+
+
+def test_what_all_ranks_say_is_printed_by_rank_0_and_what_one_says_by_itself(
+    tmp_path, capsys, monkeypatch
+):
+    def fail():
+        raise CheckpointError(text)
+
+    monkeypatch.setenv("RANK", "1")
+    for text, is_rank_0s in (("of all", True), ("of rank 1", False)):
+        word = lifecycle._hash("of all")
+        record_event(tmp_path, "error", code=4, error="CheckpointError", text=word)
+        entry = json.loads((tmp_path / "events.jsonl").read_text()) | {"rank": 0}
+        (tmp_path / "events.jsonl").write_text(json.dumps(entry) + "\n")
+        assert guarded(fail, lambda: tmp_path) == 4
+        said = capsys.readouterr().err
+        assert bool(said) != is_rank_0s and ("error on rank 1: of rank 1" in said) != is_rank_0s
+        mine = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[1])
+        assert (mine["rank"], mine["code"], mine["reason"]) == (1, 4, "checkpoint")
+        assert mine["text"] == lifecycle._hash(text)
+        assert abs(mine["caught"] - time.time()) < 30 and "waited" not in mine
+        (tmp_path / "events.jsonl").unlink()
+    assert "of rank 1" in (tmp_path / "error-rank1.log").read_text()
+
+
+def test_an_error_without_words_is_called_by_its_kind(tmp_path, capsys):
+    def fail():
+        raise CheckpointError
+
+    assert guarded(fail, lambda: tmp_path) == 4
+    assert "error on rank 0: CheckpointError (" in capsys.readouterr().err
+
+
+def test_a_lost_peer_is_named_with_the_collective(tmp_path, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(lifecycle.presence, "explain", lambda error: "in all_gather: rank 3")
+    assert guarded(fail, lambda: tmp_path) == 6
+    assert "peer error on rank 0: in all_gather: rank 3: [/x/gloo" in capsys.readouterr().err
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["reason"], event["waited"]) == ("peer", "in all_gather: rank 3")
+    assert guarded(fail, lambda: None) == 6
+
+
+def test_files_of_a_run_that_others_act_on_are_their_owners_alone(tmp_path):
+    folder = tmp_path / "runs" / "of-today"  # made, as far as it is not there
+    before = os.umask(0)
+    try:
+        with locked_folder(folder):
+            record_event(folder, "x")
+    finally:
+        os.umask(before)
+    for name in ("lock", "events.jsonl"):
+        assert (folder / name).stat().st_mode & 0o777 == 0o600, name
+
+
+def test_another_rank_than_0_closes_no_file_of_its_process(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("pid 1 on a\nmark\n")
+    monkeypatch.setattr(lifecycle.distributed, "is_main", lambda: False)
+    told = (ConfigError, None, "mark")
+    monkeypatch.setattr(lifecycle.distributed, "broadcast_object", lambda mine: told)
+    with locked_folder(tmp_path):
+        pass
+    for descriptor in range(3):
+        os.fstat(descriptor)
+
+
+def test_an_event_is_a_line_with_time_rank_and_facts(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    files = len(os.listdir("/proc/self/fd"))
+    for step in (1, 2):
+        record_event(tmp_path, "saved", step=step)
+    assert len(os.listdir("/proc/self/fd")) == files  # a run of a million steps has 1,024
+    first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert abs(first.pop("time") - time.time()) < 30
+    assert first == {"rank": 3, "event": "saved", "step": 1} and second["step"] == 2
+    with pytest.raises(ValueError, match="JSON"):  # no reader of JSON knows NaN
+        record_event(tmp_path, "saved", loss=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("error", "has_folder", "code", "is_traced"),
+    [
+        (KeyError("who knows"), False, 1, True),
+        (KeyError("who knows"), True, 1, False),
+        (CheckpointError("no room"), False, 4, False),
+        (CheckpointError("no room"), True, 4, False),
+    ],
+)
+def test_only_an_unexpected_error_without_a_folder_shows_its_traceback(
+    tmp_path, capsys, error, has_folder, code, is_traced
+):
+    def fail():
+        raise error
+
+    for place in (tmp_path, tmp_path / "gone") if has_folder else (None,):
+        assert guarded(fail, lambda: place) == code  # noqa: B023
+        said = capsys.readouterr().err
+        assert f"error on rank 0: {error}" in said
+        assert ("Traceback" in said) == (is_traced or (code == 1 and place != tmp_path))
+
+
+def test_an_error_is_told_where_its_file_has_no_room_and_its_text_is_no_unicode(tmp_path, capsys):
+    """The latter ended in a UnicodeEncodeError and another exit code."""
+
+    def fail():
+        raise CheckpointError("cannot read x\udcff")  # as Python reads names of other bytes
+
+    assert guarded(fail, lambda: tmp_path) == 4
+    assert (tmp_path / "events.jsonl").is_file()
+    (tmp_path / "error-rank0.log").unlink()
+    (tmp_path / "error-rank0.log").symlink_to("/dev/full")
+    capsys.readouterr()
+    assert guarded(fail, lambda: tmp_path) == 4
+    assert "checkpoint error on rank 0: cannot read x" in capsys.readouterr().err
 
 
 def test_success_and_preemption_leave_no_error(tmp_path):
@@ -126,6 +289,69 @@ def test_a_rank_whose_peer_left_no_word_ends_with_6(tmp_path, monkeypatch):
         raise DistBackendError("Connection closed by peer [127.0.0.1]:1234")
 
     assert guarded(fail, lambda: tmp_path) == 6
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The naps that were taken, in seconds, by a clock that nothing else moves."""
+    taken: list[float] = []
+    monkeypatch.setattr(lifecycle.time, "sleep", taken.append)
+    monkeypatch.setattr(lifecycle.time, "monotonic", lambda: 100.0 + sum(taken))
+    return taken
+
+
+@pytest.mark.parametrize(("rank", "code", "found"), [(0, 3, 3), (0, 6, 6), (1, 3, 6)])
+def test_only_another_ranks_own_error_is_the_cause(tmp_path, monkeypatch, naps, rank, code, found):
+    """Survivors leave 6 themselves, and a rank's first error is no other's."""
+    monkeypatch.setenv("RANK", str(rank))
+    record_event(tmp_path, "saved", code=4)  # no error
+    record_event(tmp_path, "error", code=code, error="DataError", text="0")
+    monkeypatch.setenv("RANK", "1")
+    assert (lifecycle._first_failure(tmp_path) or 6) == found
+    assert sum(naps) == pytest.approx(0 if found == 3 else 2)
+
+
+def test_a_cause_that_is_written_a_little_later_is_found(tmp_path, monkeypatch, naps):
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            record_event(tmp_path, "error", code=5, error="NumericError", text="0")
+
+    monkeypatch.setattr(lifecycle.time, "sleep", sleep)
+    found = lifecycle._find_event(tmp_path, 60.0, lambda event: event["code"] == 5)
+    assert found is not None and len(naps) == 3
+
+
+def test_the_lock_names_its_present_owner_and_nothing_of_an_earlier_one(tmp_path):
+    (tmp_path / "lock").write_text("pid 4194304 on a-host-of-a-long-name\n" + "0" * 99)
+    with locked_folder(tmp_path):
+        owner, mark = (tmp_path / "lock").read_text().splitlines()
+        assert owner == f"pid {os.getpid()} on {socket.gethostname()}" and len(mark) == 16
+        with pytest.raises(ConfigError) as caught, locked_folder(tmp_path):
+            pass
+    assert str(caught.value) == (
+        f"run.dir={tmp_path} is in use by another job ({owner}); choose another run.dir"
+    )
+
+
+@pytest.mark.parametrize("mark", ["the mark", "another"])
+def test_a_rank_sees_rank_0s_mark_or_the_run_ends(tmp_path, monkeypatch, mark):
+    (tmp_path / "lock").write_text(f"pid 1 on a\n{mark}\n")
+    monkeypatch.setattr(lifecycle.distributed, "is_main", lambda: False)
+    told: list[Any] = []
+
+    def gather(mine: Any) -> list[Any]:
+        told.append(mine)
+        return [(True, "a", "/there"), mine]
+
+    monkeypatch.setattr(lifecycle.distributed, "gather_objects", gather)
+    if mark == "the mark":
+        lifecycle._require_one_folder(tmp_path, "the mark", 0.0)
+    else:
+        place = f"rank 1 on {socket.gethostname()} does not see in {tmp_path} what rank 0 on a has"
+        with pytest.raises(ConfigError, match=place):
+            lifecycle._require_one_folder(tmp_path, "the mark", 0.0)
+    assert told == [(mark == "the mark", socket.gethostname(), str(tmp_path))]
 
 
 def test_a_second_job_on_a_folder_is_refused_and_names_the_first(tmp_path):
@@ -325,6 +551,62 @@ def test_a_launcher_that_is_gone_counts_as_a_request_to_stop():
     launcher.kill()
     launcher.wait()
     assert stop.is_set
+
+
+@pytest.mark.parametrize(
+    ("parent", "runner", "is_followed"),
+    [
+        (["python", "-m", "deepspeed.launcher.launch"], ["python", "/bin/deepspeed"], True),
+        (["python", "-m", "deepspeed.launcher.launch"], ["bash"], False),
+        (["torchrun"], ["python", "/bin/deepspeed"], False),
+        (["python", "-m", "deepspeed.launcher.launch"], None, False),
+        (None, None, False),
+    ],
+)
+def test_a_rank_ends_with_its_parent_and_asks_after_the_command_that_leaves_it(
+    monkeypatch, parent, runner, is_followed
+):
+    class Launched:
+        def __init__(self, *above: list[str] | None) -> None:
+            self.above, self.is_alive = above, True
+
+        def parent(self) -> Launched | None:
+            return Launched(*self.above[1:]) if self.above[1] is not None else None
+
+        def cmdline(self) -> list[str]:
+            assert self.above[0] is not None
+            return self.above[0]
+
+    told: list[tuple[int, int]] = []
+    library = types.SimpleNamespace(prctl=lambda *given: told.append(given))
+    monkeypatch.setattr(lifecycle.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(lifecycle.psutil, "Process", lambda: Launched([], parent, runner, None))
+    monkeypatch.delenv("RANK", raising=False)
+    assert StopRequest()._launcher is None and not told  # no launcher
+    monkeypatch.setenv("RANK", "0")
+    assert (StopRequest()._launcher is not None) == is_followed
+    assert told == [(1, signal.SIGTERM)]  # PR_SET_PDEATHSIG of man 2 prctl
+
+
+def test_a_wish_of_any_rank_stops_all(monkeypatch):
+    stop, others = StopRequest(), [False]
+    monkeypatch.setattr(lifecycle.distributed, "gather_objects", lambda mine: [mine, *others])
+    assert not stop.of_any_rank()
+    others.append(True)
+    assert stop.of_any_rank()
+
+
+def test_leaving_writes_what_was_said_and_gives_the_code():
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout, sys.stderr = open(writable, "w"), None  # one held back, one closed
+        sys.stdout.write("last words")
+        lifecycle.leave(75)
+    os.close(writable)
+    with open(readable) as said:
+        assert said.read() == "last words"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
 
 
 def _record_many(folder: Path) -> None:
