@@ -174,27 +174,13 @@ def _compiled() -> tuple[Callable[..., None], Callable[..., None]]:
 
 @functools.cache
 def _compile() -> tuple[Callable[..., None], Callable[..., None]]:
-    """The two loops as machine code, from numba's cache on disk where one can be written.
+    """The two loops as machine code."""
+    from mlip.dataloading.compiled import compiled
 
-    numba raises RuntimeError where neither the package nor the home folder is writable and lets
-    OSError of a full disk through: both cost 0.5 s of compiling, never the image.
-    """
-    import numba
-
-    for cache in (True, False):
-        try:
-            pair = tuple(
-                numba.njit(nogil=True, boundscheck=False, cache=cache)(loop)
-                for loop in (_gather, _mark)
-            )
-            for kind in (np.uint8, np.uint16):
-                cells, table = np.zeros(1, kind), np.zeros(1 << (8 * kind().itemsize), np.uint16)
-                cells.flags.writeable = False  # pixel bytes are read-only: a type of its own
-                pair[0](cells, table, np.empty(1, np.uint16))
-                pair[1](cells, np.zeros(len(table), np.bool_))
-        except (RuntimeError, OSError):
-            if not cache:
-                raise
-            continue
-        return pair[0], pair[1]
-    raise AssertionError("unreachable")
+    pair = compiled(_gather), compiled(_mark)
+    for kind in (np.uint8, np.uint16):
+        cells, table = np.zeros(1, kind), np.zeros(1 << (8 * kind().itemsize), np.uint16)
+        cells.flags.writeable = False  # pixel bytes are read-only: a type of its own
+        pair[0](cells, table, np.empty(1, np.uint16))
+        pair[1](cells, np.zeros(len(table), np.bool_))
+    return pair
