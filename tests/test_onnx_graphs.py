@@ -25,6 +25,7 @@ from mlip.transfer.prompts import make_text_batch, phrase_encoder
 from tests.small_run import SETTINGS, small_export, small_run
 
 pytest.importorskip("onnxruntime", reason="pip install 'mlip-medical[onnx]'")
+onnx = pytest.importorskip("onnx")
 HAS_A_SESSION = """
 import sys
 from pathlib import Path
@@ -80,6 +81,10 @@ def test_a_file_and_a_phrase_get_the_models_score(tmp_path: Path) -> None:
     np.testing.assert_allclose(image @ text.T, expected, atol=1e-5)
     np.testing.assert_allclose(patches, images.patches.numpy(), atol=1e-4)
     facts = json.loads((out / "config.json").read_text())["onnx"]
+    assert facts["versions"] == {p: importlib.metadata.version(p) for p in onnx_graphs.PACKAGES}
+    for name in ("image.onnx", "text.onnx"):
+        (domain,) = [d for d in onnx.load(out / name).opset_import if not d.domain]
+        assert domain.version == facts["opset"]
     assert set(facts["largest_difference"]) == {"image.onnx", "text.onnx"}
     assert all(0 <= value < 1e-5 for value in facts["largest_difference"].values())
 
@@ -125,6 +130,49 @@ def test_other_numbers_are_refused_and_nothing_is_left(
             *(tmp_path / "m", run.model, run.config, run.tokenizer, run.table), onnx=True
         )
     assert not list(tmp_path.iterdir())
+
+
+class _Double(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, 2 * x
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rows", "output", "expected"),
+    [
+        (0.0, 3, 0, 0.0),
+        (0.04, 3, 0, 0.01),  # of the largest number, 4
+        (-0.04, 3, 0, 0.01),
+        (0.04, 3, 1, 0.005),
+        (0.04, 1, 1, 0.02),  # of a single one, which a graph of a fixed size computes wrongly
+        (float("nan"), 1, 0, float("inf")),
+    ],
+)
+def test_what_a_runtime_computes_otherwise_is_found_wherever_it_is(
+    monkeypatch: pytest.MonkeyPatch, wrong: float, rows: int, output: int, expected: float
+) -> None:
+    class Session:
+        def run(self, names: list[str], fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+            assert names == ["same", "twice"]
+            found = [fed["x"].copy(), 2 * fed["x"]]
+            if len(fed["x"]) == rows:
+                found[output][-1, -1] += wrong
+            return found
+
+    monkeypatch.setattr(onnx_graphs, "open_session", lambda path: Session())
+    x = torch.tensor([[1.0, -1.0], [3.0, 2.0], [-4.0, 0.0]])
+    graph = onnx_graphs._Graph("g", _Double(), ("x",), ("same", "twice"), (x,), (x,), ({},))
+    found = onnx_graphs._difference(graph, Path("g.onnx"))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_numbers_that_are_not_finite_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_graphs, "_write", lambda graph, path: 18)
+    monkeypatch.setattr(onnx_graphs, "_difference", lambda graph, path: float("inf"))
+    with pytest.raises(PretrainedError, match=r"image\.onnx: .* differs from torch by inf"):
+        onnx_graphs.write_onnx(tmp_path, small_run().model, small_run().config)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,8 @@ def test_what_a_step_tells_is_of_the_moment_before_its_update() -> None:
 
 
 def test_a_host_read_holds_the_values_of_its_moment() -> None:
-    assert HostRead(torch.tensor([1.0, 2.5])).numbers() == [1.0, 2.5]
+    read = HostRead(torch.tensor([1.0, 2.5]))
+    assert read.is_there and read.numbers() == [1.0, 2.5]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
@@ -174,6 +175,9 @@ def test_a_host_read_waits_on_the_gpu_of_its_values() -> None:
         read = HostRead(values)
         torch.cuda.current_stream.assert_called_once_with(values.device)  # type: ignore[attr-defined]
         read._copied.record.assert_called_once_with(torch.cuda.current_stream.return_value)  # type: ignore
+        for is_made in (False, True):
+            read._copied.query.return_value = is_made  # type: ignore[union-attr]
+            assert read.is_there is is_made
         read._copied.synchronize.assert_not_called()  # type: ignore[union-attr]
         assert read.numbers() == [1.0, 2.5]
         read._copied.synchronize.assert_called_once_with()  # type: ignore[union-attr]
