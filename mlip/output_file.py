@@ -48,9 +48,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except BaseException:
-        # the first error is the one to tell: on a read-only disk removing fails as well
+        # the first error is the one to tell: there may be nothing to remove, or a read-only disk
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
         raise
 
 
