@@ -68,15 +68,19 @@ def save_pretrained(
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
     _require_free(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         _fill(partial, model, config, tokenizer, table, dict(facts or {}), include_concepts, onnx)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # moved, not deleted: a kill between the two leaves both
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
         partial.rename(folder)
     finally:
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 

@@ -220,6 +220,27 @@ def test_an_export_that_fails_leaves_the_one_before_it(
     assert from_pretrained(out).facts["step"] == 7
 
 
+def test_an_export_that_cannot_be_moved_leaves_the_one_before_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that a kill between the two moves left aside."""
+    out, move = copy_of(folder, tmp_path), Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return move(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    for lies in (out, tmp_path / f".{out.name}.previous"):
+        if lies != out:
+            move(out, lies)
+        with pytest.raises(OSError, match="Input/output"):
+            _export(out)
+        assert list(tmp_path.iterdir()) == [out]
+        assert from_pretrained(out).facts["step"] == 7
+
+
 def test_every_file_but_the_list_itself_is_listed_as_sha256sum_writes_it(folder: Path) -> None:
     files = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     lines = (folder / "SHA256SUMS").read_text().splitlines()
