@@ -201,7 +201,10 @@ def _results(name: str) -> dict:
 
 @pytest.mark.parametrize(
     ("mark", "variants", "seeds"),
-    [("demo table", ("mlip", "clip", "mgca", "no_knowledge"), (1, 2, 3))],
+    [
+        ("demo table", ("mlip", "clip", "mgca", "no_knowledge"), (1, 2, 3)),
+        ("knowledge table", ("mlip", "no_knowledge"), (1, 2, 3, 4, 5, 6)),
+    ],
 )
 def test_the_demos_tables_are_those_of_their_rows(
     mark: str, variants: tuple[str, ...], seeds: tuple[int, ...]
