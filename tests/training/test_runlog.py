@@ -54,6 +54,12 @@ def own_logger() -> Iterator[logging.Logger]:
     logger.handlers[:], logger.propagate, logger.level = kept
 
 
+def _heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By caplog alone, also where an earlier test's command has set the logger up."""
+    monkeypatch.setattr(logging.getLogger("mlip"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
+
+
 def _log(folder: Path, *more: str, steps: int = 7, start_step: int = 0) -> RunLog:
     config = toy_config(f"run.dir={folder}", *more)
     return RunLog(config, total_steps=steps, start_step=start_step)
@@ -222,7 +228,7 @@ def test_a_start_leaves_its_command_its_settings_and_an_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml", "train.lr=1"])
-    monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
+    _heard_once(monkeypatch)
     log = _log(tmp_path, start_step=4)
     with caplog.at_level("INFO", "mlip"):
         log.start(FACTS)
@@ -247,7 +253,7 @@ def test_another_rank_than_0_writes_only_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
+    _heard_once(monkeypatch)
     log = _log(tmp_path, "train.log_steps=1")
     with caplog.at_level("INFO", "mlip"):
         log.start(FACTS)
@@ -279,7 +285,7 @@ def test_messages_of_rank_0_and_warnings_of_the_others_with_their_rank(
 def test_a_full_disk_is_told_of_again_when_it_was_not_full_between(
     tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("mlip"), "propagate", True)
+    _heard_once(monkeypatch)
     log = _log(tmp_path)
     there, elsewhere = log.folder, tmp_path / "no" / "folder"
     for folder in (elsewhere, elsewhere, there, elsewhere):
