@@ -1,5 +1,5 @@
-"""Shares the GPU tests out for gpu_check.py (most of their time is compilation, on the CPU), and
-makes Triton's interpreter round as a chip does."""
+"""Shares the GPU tests out for gpu_check.py (most of their time is compilation, on the CPU), has
+Triton's interpreter watch what kernels touch, and makes it round as a chip does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mlip.kernels.token_knowledge_patch import tiling
+from tests.kernels.watching import watched
 
 SHARE_VARIABLE = "MLIP_TEST_SHARE"  # "2/4": the third of four equal shares
 
@@ -21,6 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if share:
         index, count = map(int, share.split("/"))
         items[:] = items[index::count]
+
+
+@pytest.fixture(autouse=True)
+def _watch_memory() -> Iterator[None]:
+    """No kernel leaves its tensors, and no two of its programs meet in one place of them."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    with watched():
+        yield
 
 
 @pytest.fixture
