@@ -55,7 +55,8 @@ setup(
         "tensorboard": ["tensorboard>=2.17"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],  # mlip export --onnx
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.5"],
+        # torchmetrics 1.6: the first with dice_score
+        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"],
     },
     entry_points={"console_scripts": ["mlip = mlip.cli:main"]},
 )

@@ -6,8 +6,10 @@ And files with attributes replaced to hold against it; shared by the tests of th
 import io
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pydicom
+import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
@@ -113,6 +115,13 @@ def compressed(
     buffer = io.BytesIO()
     pydicom.dcmwrite(buffer, dataset)
     return buffer.getvalue()
+
+
+def htj2k(cells: np.ndarray) -> bytes:
+    """A lossless HTJ2K code stream; every imagecodecs that setup.py takes reads one."""
+    if not hasattr(imagecodecs, "htj2k_encode"):
+        pytest.skip("imagecodecs before 2026.1 cannot write HTJ2K")
+    return bytes(imagecodecs.htj2k_encode(cells))
 
 
 def noise(bits: int, shape: tuple[int, int] = (37, 53), seed: int = 0) -> np.ndarray:

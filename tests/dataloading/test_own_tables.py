@@ -85,7 +85,10 @@ def test_texts_of_parquet_may_be_views(tmp_path):
     image(tmp_path / "0.png")
     frame = {"image": ["0.png"], "patient_id": ["7"], "report": ["Clear."]}
     views = {name: pyarrow.array(cells, pyarrow.string_view()) for name, cells in frame.items()}
-    pyarrow.parquet.write_table(pyarrow.table(views), tmp_path / "manifest.parquet")
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(views), tmp_path / "manifest.parquet")
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip("this pyarrow reads views (as strings) and cannot write them: 18 for one")
     row = collect("manifest", tmp_path).rows[0]
     assert (row.image, row.patient_id, row.report) == ("0.png", "7", "Clear.")
 
