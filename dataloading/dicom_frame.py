@@ -139,8 +139,9 @@ def _codec(header: Header, frame: bytes, kind: str) -> np.ndarray:
     if bits > header.bits_allocated:
         raise DicomError("frame_mismatch", f"{bits} bits in {header.bits_allocated} allocated")
     with error_wall("decode_failed"):
-        if kind == "jpeg":
+        if kind in ("jpeg", "jpegls"):
             _check_jpeg_scans(frame)
+        if kind == "jpeg":
             cells = imagecodecs.jpeg_decode(frame, bitspersample=bits if bits > 8 else None)
         elif kind == "jpegls":
             cells = imagecodecs.jpegls_decode(frame)
@@ -181,8 +182,9 @@ def _jpeg_size(frame: bytes) -> tuple[int, int, int, int]:
 
 
 def _check_jpeg_scans(frame: bytes) -> None:
-    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns. And one of more
-    scans than a picture has: each goes over all pixels.
+    """Refuses a cut frame: libjpeg fills what is missing with grey and only warns, and CharLS 2.4
+    looks for bits of JPEG-LS behind the last byte for 7 s before it gives up, however small the
+    film. And one of more scans than a picture has: each goes over all pixels.
 
     Looked for behind the first scan's header: an embedded thumbnail has an end marker of its own,
     and in the coded pixels a byte FF is always followed by 0 or a restart marker.
