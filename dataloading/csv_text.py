@@ -63,7 +63,7 @@ def read_header(path: Path) -> tuple[list[str], str]:
             if head.removeprefix(BOM)
             else "the manifest is empty: expected a header line"
         )
-    if re.fullmatch(r"sep=.", line.strip(), re.IGNORECASE):
+    if re.fullmatch(r'"?sep=.?"?', line.strip(), re.IGNORECASE):  # blank behind it: a tab
         raise CsvError(
             "its first line is 'sep=', which Excel alone reads: remove it, the header comes first"
         )

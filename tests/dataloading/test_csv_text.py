@@ -78,9 +78,10 @@ def test_a_cell_that_is_never_closed_swallows_no_other_report(tmp_path: Path, ma
     """Without the check row 3's text carried the ids of row 4, and row 4 was gone."""
     rows = lines()
     rows[2] = rows[2].replace('number 2"', f"number 2{mark}")
-    with pytest.raises(ManifestError, match="manifest.csv: line 4: a quoted cell") as caught:
-        load(write(tmp_path, "\n".join([HEADER, *rows]) + "\n"))
-    assert SECRET not in str(caught.value)
+    for end in ("\n", "\r", "\r\n"):
+        with pytest.raises(ManifestError, match="manifest.csv: line 4: a quoted cell") as caught:
+            load(write(tmp_path, end.join([HEADER, *rows, ""])))
+        assert SECRET not in str(caught.value)
     with pytest.raises(ManifestError, match="line 7"):
         load(write(tmp_path, plain().rstrip().removesuffix('",train')))
     # a mark inside an unquoted cell is text: a tube of 5"
@@ -102,9 +103,12 @@ def test_headers_over_two_lines_and_lines_that_end_in_cr_are_read(tmp_path: Path
         (b"PK\x03\x04" + b"\0" * 99, "Excel workbook"),
         (b"\0" * 99, "NUL bytes"),
         (b"sep=;\n" + plain().encode(), "remove it, the header comes first"),
+        (b"sep=\t\n" + plain().replace(",", "\t").encode(), "remove it, the header comes first"),
+        (b'"sep=,"\r\n' + plain().encode(), "remove it, the header comes first"),
         (b"\n\n" + plain().encode(), "first line is blank"),
         (b"", "empty"),
         (plain().replace("canary", "opacité").encode("latin-1"), "not UTF-8"),
+        (plain().replace("report", "opacité").encode("latin-1"), "line 1 is not UTF-8"),
         ("\n".join(lines()).encode(), "looks like data and is not shown"),
         ("\n".join(lines()).replace("\n", "\r").encode(), "looks like data and is not shown"),
     ],
@@ -127,6 +131,7 @@ def test_usual_headers_are_shown_and_rows_of_data_are_not() -> None:
     assert shown(usual.split(",")) == ", ".join(usual.split(","))
     assert shown(["image", " patient_id"]) == "image, ' patient_id'"
     assert shown(["Accession No.", "sha256", "SHA-256"]) == "Accession No., sha256, SHA-256"
+    assert shown([f"finding {i % 10}" for i in range(9999)]).count(", ") == 39
     identifiers = ("PAT00123", "AX-204", "A-12-34", "DOE^JOHN", "0012")
     for cell in ("a/b.dcm", "2024-01-01", "No effusion. Clear.", "No Edema.", "x" * 61):
         assert cell not in shown(["image", cell])
