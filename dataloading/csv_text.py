@@ -16,7 +16,7 @@ import numpy as np
 
 from mlip.dataloading.text_encoding import BOM, first_line_not_utf8, is_utf16
 
-_HEAD_BYTES = 1 << 16
+_HEAD_BYTES = 1 << 20  # a header line is shorter: 1,500 radiomics features have 75 KB
 _BLOCK_BYTES = 4 << 20
 _QUOTE = ord('"')
 _WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx is a ZIP file, .xls an OLE one
@@ -50,13 +50,16 @@ def read_header(path: Path) -> tuple[list[str], str]:
     record = _first_record(head.removeprefix(BOM))
     if b"\0" in record:
         raise CsvError("its first line holds NUL bytes: this is no text in UTF-8; save it as that")
+    if len(record) > _HEAD_BYTES - len(BOM):
+        raise CsvError(
+            f"its first line is longer than {_HEAD_BYTES >> 20} MiB: expected a header line with "
+            "the columns' names"
+        )
     try:
         line = record.decode("utf-8")
     except UnicodeDecodeError:
         place = first_line_not_utf8(path)
-        if place is not None:
-            raise CsvError(f"line {place} is not UTF-8: save the table as UTF-8 text") from None
-        line = record.decode("utf-8", errors="ignore")  # the head ends inside a character
+        raise CsvError(f"line {place} is not UTF-8: save the table as UTF-8 text") from None
     if not line.strip():
         raise CsvError(
             "its first line is blank: expected a header line with the columns' names"
@@ -69,7 +72,10 @@ def read_header(path: Path) -> tuple[list[str], str]:
         )
     bare = re.sub(r'"[^"]*"', "", line)
     delimiter = max(",;\t", key=bare.count)
-    return next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter)), delimiter
+    try:
+        return next(csv.reader(io.StringIO(line, newline=""), delimiter=delimiter)), delimiter
+    except csv.Error:  # a cell of more than 128 KiB
+        raise _unclosed(1) from None
 
 
 def _first_record(head: bytes) -> bytes:

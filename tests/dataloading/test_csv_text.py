@@ -96,6 +96,15 @@ def test_headers_over_two_lines_and_lines_that_end_in_cr_are_read(tmp_path: Path
     assert len(manifest) == 6 and manifest.patient[3].as_py() == "0037"
 
 
+def test_a_column_behind_thousands_of_others_is_found(tmp_path: Path) -> None:
+    """Only 64 KiB of a header were read: the report behind radiomics features was missing."""
+    features = ",".join(f"wavelet-HHL_glszm_SmallAreaLowGrayLevelEmphasis_{i}" for i in range(3000))
+    first, *rest = plain().splitlines()
+    header = first.replace("report", f"{features},report")
+    rows = [row.replace(',"', "," + "0," * 3000 + '"') for row in rest]
+    assert load(write(tmp_path, "\n".join([header, *rows]))).text(5) == f"{SECRET}, number 5"
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -107,6 +116,8 @@ def test_headers_over_two_lines_and_lines_that_end_in_cr_are_read(tmp_path: Path
         (b'"sep=,"\r\n' + plain().encode(), "remove it, the header comes first"),
         (b"\n\n" + plain().encode(), "first line is blank"),
         (b"", "empty"),
+        (HEADER.encode() + b"," * (1 << 20), "its first line is longer than 1 MiB"),
+        (b'"' + HEADER.encode() + b"\nx" * 99_999, "line 1: a quoted cell begins there"),
         (plain().replace("canary", "opacité").encode("latin-1"), "not UTF-8"),
         (plain().replace("report", "opacité").encode("latin-1"), "line 1 is not UTF-8"),
         ("\n".join(lines()).encode(), "looks like data and is not shown"),
