@@ -57,11 +57,13 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     try:
         descriptor = _open(path)
     except OSError as error:
-        if error.errno == errno.ELOOP and os.path.islink(path):
+        if os.path.islink(path):
             # the last part is a link: looked at before it is followed
             target = os.path.realpath(path)
             if not target.startswith(root.rstrip("/") + "/"):
                 raise _outside(name) from None
+            if os.path.islink(target):
+                raise BadSample("missing", "links that lead to one another") from None
             return read_bytes(root, os.path.relpath(target, root), name)
         if not os.path.isdir(root):
             raise DataError(
@@ -224,7 +226,7 @@ def decode_grey(content: bytes, header: Header) -> NDArray[Any]:
         )
     except (cv2.error, MemoryError) as error:
         raise BadSample("undecodable", type(error).__name__) from None
-    if image is None or image.ndim != 2 or image.dtype not in (np.uint8, np.uint16):
+    if image is None or image.dtype not in (np.uint8, np.uint16):
         raise BadSample("undecodable")
     return image
 

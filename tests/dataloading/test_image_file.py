@@ -40,7 +40,8 @@ def reason_of(content: bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "empty_file", "directory", "pipe", "dangling", "socketless"]
+    "kind",
+    ["missing", "empty_file", "directory", "pipe", "dangling", "loop", "loops", "socketless"],
 )
 def test_what_is_no_readable_file_has_a_reason_and_does_not_block(
     tmp_path: Path, kind: str
@@ -55,6 +56,9 @@ def test_what_is_no_readable_file_has_a_reason_and_does_not_block(
         os.mkfifo(path)
     elif kind == "dangling":
         path.symlink_to(tmp_path / "gone.png")
+    elif kind.startswith("loop"):  # a link to itself, or two to one another
+        path.symlink_to(tmp_path / ("x.png" if kind == "loop" else "y.png"))
+        (tmp_path / "y.png").symlink_to(path)
     elif kind == "socketless":
         path = tmp_path / "file" / "x.png"
         (tmp_path / "file").touch()
