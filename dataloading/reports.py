@@ -81,27 +81,34 @@ class ReportTokenizer:
         directory = Path(directory)
         temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
         temporary.mkdir(parents=True)
-        self.backend.save(str(temporary / "tokenizer.json"))
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        lines = sorted(vocabulary, key=lambda token: vocabulary[token])
-        (temporary / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        config = {**self._reader(), **self.special}
-        (temporary / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
-        )
         try:
-            temporary.rename(directory)
-        except OSError:
-            if not (directory / "tokenizer.json").is_file():
-                raise
-            if not _is_same_file(directory / "vocab.txt", temporary / "vocab.txt"):
-                raise ValueError(
-                    f"tokenizer {directory}: holds another vocabulary than this run's reports and "
-                    "settings give, an earlier try's for instance: remove the folder, or choose "
-                    "another run.dir"
-                ) from None
+            whole = self.backend.to_str(pretty=True)  # its save() hides a full disk's OSError
+            (temporary / "tokenizer.json").write_text(whole, encoding="utf-8")
+            vocabulary = self.backend.get_vocab(with_added_tokens=True)
+            lines = sorted(vocabulary, key=lambda token: vocabulary[token])
+            (temporary / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            config = {**self._reader(), **self.special}
+            (temporary / "tokenizer_config.json").write_text(
+                json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
+            )
+            _put(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(temporary: Path, directory: Path) -> None:
+    """Renames a written folder, unless one of the same vocabulary is there."""
+    try:
+        temporary.rename(directory)
+    except OSError:
+        if not (directory / "tokenizer.json").is_file():
+            raise
+        if not _is_same_file(directory / "vocab.txt", temporary / "vocab.txt"):
+            raise ValueError(
+                f"tokenizer {directory}: holds another vocabulary than this run's reports and "
+                "settings give, an earlier try's for instance: remove the folder, or choose "
+                "another run.dir"
+            ) from None
 
 
 def _is_same_file(a: Path, b: Path) -> bool:

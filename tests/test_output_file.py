@@ -157,6 +157,17 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
     assert "File too large" in (refusal(caught.value, out) or "")
 
 
+def test_a_disk_that_fills_with_the_vocabulary_says_so_and_keeps_no_part_of_it(
+    tmp_path: Path,
+) -> None:
+    """The tokenizers library told of it by a bare Exception: export ended in a traceback."""
+    tokenizer = small_run().tokenizer
+    with pytest.raises(OSError) as caught, full_disk(100):
+        tokenizer.save(tmp_path / "tokenizer")
+    assert "File too large" in (refusal(caught.value, tmp_path) or "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with whole_file(path) as partial:
