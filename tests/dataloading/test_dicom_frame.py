@@ -80,6 +80,17 @@ def test_the_end_mark_of_a_thumbnail_is_not_the_films(tmp_path):
             read_radiograph(cut)
 
 
+@pytest.mark.parametrize("syntax", [f"{UID}70", f"{UID}80"])
+def test_any_number_of_fill_bytes_may_stand_in_front_of_a_marker(tmp_path, syntax):
+    """ITU-T T.81 B.1.1.2."""
+    whole = bytes(CODE_STREAMS[syntax][1]())
+    expected = read_radiograph(compressed(tmp_path, FILM, whole, syntax, 12))[0]
+    for at in (2, whole.index(b"\xff\xda")):
+        frame = whole[:at] + b"\xff\xff" + whole[at:]
+        found = read_radiograph(compressed(tmp_path, FILM, frame, syntax, 12))[0]
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("fragments", [1, 7])
 @pytest.mark.parametrize("padding", [b"", b"\0", b"\0" * 5001, b"\xff" * 9])
 def test_padding_and_fragments_hide_no_end_mark(tmp_path, padding, fragments):
