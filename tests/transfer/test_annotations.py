@@ -165,11 +165,36 @@ def test_an_image_without_a_box_of_the_classes_was_not_looked_at_for_them(
         images.close()
 
 
+def test_a_blank_cell_of_a_column_of_boxes_says_that_there_is_none(tmp_path: Path) -> None:
+    """The films without a finding of a public set: without them every alarm on one is missed."""
+    boxes = [json.dumps([[5, 5, 20, 20, "Nodule"]]), ""]
+    settings = ("transfer.task=detection", "transfer.classes={Nodule: zero}")
+    config, manifest = make(tmp_path, *settings, boxes=boxes)
+    assert Annotations(config, manifest).looked_at(np.arange(2)).tolist() == [0, 1]
+
+
+def test_a_manifest_that_changes_under_an_evaluation_stops_it(tmp_path: Path) -> None:
+    """Its rows may be others by now: each image would get another's mask."""
+    config, manifest = make(tmp_path, mask=["-1", "5 3"])
+    make(tmp_path, mask=["5 3", "-1"])
+    with pytest.raises(ManifestError, match="changed while it was read; start again"):
+        Annotations(config, manifest)
+
+
+@pytest.mark.parametrize("field", ["patient_id", "image"])
+def test_a_column_of_identifiers_is_none_of_labels(tmp_path: Path, field: str) -> None:
+    """Names of labels stand in results and on pages."""
+    config, manifest = make(tmp_path, f"data.columns.labels={field}")
+    with pytest.raises(ManifestError, match=f"columns.labels and data.columns.{field} are both"):
+        Annotations(config, manifest)
+
+
 @pytest.mark.parametrize("height", ["99999999", "9" * 5000, "0"])
 def test_a_size_that_no_image_has_is_refused(tmp_path: Path, height: str) -> None:
     """An empty mask of it took as many bytes."""
-    columns = {"source_height": [height, "40"], "source_width": ["99999999", "60"]}
+    columns = {"source_height": [height, "16384"], "source_width": ["99999999", "60"]}
     config, manifest = make(tmp_path, mask=["-1", "-1"], **columns)
+    assert Annotations(config, manifest).source_size(1) == (16384, 60)
     with pytest.raises(ManifestError, match="data row 1: .*whole numbers of px from 1 to 16384"):
         Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
 

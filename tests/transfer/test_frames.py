@@ -199,6 +199,9 @@ def test_a_box_outside_its_image_is_an_error_that_shows_the_box() -> None:
     check_inside(np.array([[0.0, 0, 20.5, 10]]), (10, 20), "row")
     with pytest.raises(ManifestError, match="x=5 y=5 w=30 h=2.*20 x 10"):
         check_inside(np.array([[5.0, 5, 35, 7]]), (10, 20), "row")
+    for outside in ([-2.0, 0, 5, 5], [0, -2.0, 5, 5], [0, 0, 22, 5], [0, 0, 5, 12]):
+        with pytest.raises(ManifestError, match="does not lie inside"):
+            check_inside(np.array([[0.0, 0, 5, 5], outside]), (10, 20), "row")
 
 
 def test_boxes_of_the_data_set_cannot_be_edited() -> None:
