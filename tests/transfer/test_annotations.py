@@ -90,6 +90,11 @@ def test_run_lengths_files_and_boxes_give_the_same_mask(tmp_path: Path) -> None:
     config, manifest = make(tmp_path, "transfer.mask_source=boxes", boxes=boxes)
     filled = Annotations(config, manifest).mask(0, (HEIGHT, WIDTH))
     np.testing.assert_array_equal(filled, mask * INSIDE)
+    # two boxes of one film, which begin and end a pixel outside of it, as rounded ones may
+    boxes = [json.dumps([[-1, -1, 11, 6, "Nodule"], [50, 35, 11, 6, "Nodule"]]), ""]
+    config, manifest = make(tmp_path, "transfer.mask_source=boxes", boxes=boxes)
+    filled = Annotations(config, manifest).mask(0, (HEIGHT, WIDTH)) == INSIDE
+    assert filled[:5, :10].all() and filled[35:, 50:].all() and filled.sum() == 2 * 50
 
 
 @pytest.mark.parametrize(
