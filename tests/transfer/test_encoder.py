@@ -159,6 +159,48 @@ def test_targets_do_not_touch_the_boxes_and_ignore_similar_anchors() -> None:
     assert bool(empty.is_empty.all()) and not bool(empty.is_object.any())
 
 
+def test_the_loss_of_a_head_that_knows_nothing_is_its_formula() -> None:
+    """Of logits 0 every binary cross-entropy is ln 2; means are over cells, or over "objects"."""
+    head = _head(3)
+    box, label = torch.tensor([[8.0, 8, 24, 40], [40, 40, 60, 60]]), torch.tensor([0, 2])
+    outputs = [torch.zeros(1, 3, cells, cells, 8) for cells in (8, 4, 2)]
+    expected = {"grid": 0.0, "objects": 0.0}
+    for level, cells in enumerate((8, 4, 2)):
+        target = make_targets([box], [label], head.anchors(level), (cells, cells), 64, 3)
+        assert int(target.is_object.sum()) == 2 and bool((target.classes.sum(dim=4) <= 1).all())
+        size = float(target.offsets[target.is_object][:, 2:].square().sum())
+        found, empty = 2.5 * (2 * 2 * np.log(2) + size) + 2 * np.log(2), int(target.is_empty.sum())
+        expected["grid"] += (found + 0.5 * empty * np.log(2)) / (3 * cells**2) + np.log(2)
+        expected["objects"] += found / 2 + 0.5 * np.log(2) + np.log(2)
+    for mean_over, value in expected.items():
+        assert float(yolo_loss(outputs, head, [box], [label], mean_over)) == pytest.approx(value)
+
+
+def test_a_box_belongs_to_the_anchor_of_its_shape_in_the_cell_of_its_centre() -> None:
+    """Oracle: overlap over union of box and anchor on one corner, number by number."""
+    anchors = torch.tensor([[10.0, 10], [10, 20], [30, 10]])
+    shapes = [(10.0, 11.0), (11, 20), (29, 10), (10, 15)]
+    centres = [(5.0, 5.0), (40, 5), (60, 60), (20, 40)]
+    boxes = torch.tensor(
+        [[x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+         for (x, y), (w, h) in zip(centres, shapes, strict=True)]
+    )  # fmt: skip
+    target = make_targets([boxes], [torch.zeros(4, dtype=torch.int64)], anchors, (4, 8), 64, 1)
+    for (x, y), (w, h) in zip(centres, shapes, strict=True):
+        row, column = int(y / 16), int(x / 8)
+        common = [(min(w, aw) * min(h, ah), aw * ah) for aw, ah in anchors.tolist()]
+        similar = [both / (w * h + own - both) for both, own in common]
+        best = int(np.argmax(similar))
+        assert target.is_object[0, :, row, column].tolist() == [k == best for k in range(3)]
+        empty = [value <= 0.5 and k != best for k, value in enumerate(similar)]
+        assert target.is_empty[0, :, row, column].tolist() == empty
+        offsets = target.offsets[0, best, row, column].tolist()
+        aw, ah = anchors[best].tolist()
+        place = [x / 8 - column, y / 16 - row, np.log(w / aw), np.log(h / ah)]
+        assert offsets == pytest.approx(place, abs=1e-5)
+    assert int(target.is_object.sum()) == 4
+
+
 @pytest.mark.parametrize("mean_over", ["grid", "objects"])
 def test_the_loss_has_a_gradient_with_and_without_boxes(mean_over: str) -> None:
     head = _head()
