@@ -121,7 +121,9 @@ def test_a_place_is_tried_before_the_work_and_not_made(tmp_path: Path) -> None:
         require_writable(tmp_path / "file" / "x")
 
 
-def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
+def test_each_kind_of_error_names_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     for code, words in (
         (errno.ENOSPC, "No space left on device"),
@@ -138,6 +140,10 @@ def test_each_kind_of_error_names_its_place(tmp_path: Path) -> None:
             said = refusal(OSError(code, "", named), out)
             assert said is not None and said.startswith(f"{out} cannot be written: ")
             assert words in said
+    monkeypatch.chdir(tmp_path)  # most say where by a path from where they are
+    for told, name in (("out", str(out)), ("out", "out/.part.17"), (out, "out"), (out, ".out.17")):
+        said = refusal(OSError(errno.EPERM, "", name), told)
+        assert said is not None and said.startswith(f"{told} cannot be written: ")
     # another disk than the one of --out is named itself
     said = refusal(OSError(errno.ENOSPC, "", "/var/x"), out)
     assert said is not None and said.startswith("/var/x cannot be written: ")
