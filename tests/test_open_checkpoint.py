@@ -15,7 +15,7 @@ from mlip.config import to_dict
 from mlip.dataloading.reports import train_tokenizer
 from mlip.knowledge import concept_files
 from mlip.knowledge.concept_files import write_table
-from mlip.pretrained import PretrainedError, open_checkpoint
+from mlip.pretrained import PretrainedError, open_checkpoint, save_pretrained
 from mlip.training import checkpoint
 from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import TrainingState
@@ -125,6 +125,15 @@ def test_where_there_is_no_average_of_the_weights_none_is_taken_for_it(run: Path
     for path in (run, run / "checkpoints" / "step_00000002"):
         with pytest.raises(PretrainedError, match="holds no average of the weights"):
             open_checkpoint(path, weights_of="ema")
+
+
+def test_an_export_is_of_the_average_or_it_is_not(tmp_path: Path) -> None:
+    with pytest.raises(PretrainedError, match="was exported without the average of the weights"):
+        open_checkpoint(small_export(), weights_of="ema")
+    run = small_run()
+    parts = (run.model, run.config, run.tokenizer, run.table)
+    average = save_pretrained(tmp_path / "average", *parts, facts={"weights": "ema"})
+    assert open_checkpoint(average, weights_of="ema").facts["weights"] == "ema"
 
 
 @pytest.mark.parametrize("key", ["config", "facts", "fingerprints", "vocab_size"])
