@@ -19,7 +19,7 @@ from mlip.transfer.detection import warp_boxes
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
 from mlip.transfer.encoder import Encoder
 from mlip.transfer.evaluation import encode_split
-from mlip.transfer.frames import Crops, Frame, Images, augmentation, warp
+from mlip.transfer.frames import Crops, Frame, Images, augmentation, frame_of, warp
 from mlip.transfer.mask_file import INSIDE
 from tests.small_run import small_export, small_run
 
@@ -64,6 +64,30 @@ def test_augmentation_moves_image_mask_and_boxes_alike_and_never_mirrors() -> No
     np.testing.assert_array_equal(
         augmentation(64, 1, 3, 5) is None, augmentation(64, 1, 3, 5) is None
     )
+
+
+def test_half_of_the_images_are_turned_and_scaled_as_far_as_published_about_their_middle() -> None:
+    """HKU-MedAI/MGCA: p 0.5, 10 degrees and a tenth at most, both evenly drawn."""
+    drawn = [augmentation(64, 1, epoch, 5) for epoch in range(2000)]
+    moved = np.array([m for m in drawn if m is not None])
+    assert abs(len(moved) / 2000 - 0.5) < 5 * (0.25 / 2000) ** 0.5
+    scale = np.sqrt(np.linalg.det(moved[:, :, :2]))
+    degrees = np.degrees(np.arctan2(moved[:, 0, 1], moved[:, 0, 0]))
+    for found, least, most in ((scale, 0.9, 1.1), (degrees, -10.0, 10.0)):
+        assert least <= found.min() and found.max() <= most
+        middle, slack = (least + most) / 2, 0.06 * (most - least)
+        assert np.quantile(found, [0, 0.5, 1]) == pytest.approx([least, middle, most], abs=slack)
+    np.testing.assert_allclose(moved @ np.array([31.5, 31.5, 1.0]), 31.5)
+
+
+def test_masks_and_boxes_are_framed_at_the_side_and_the_fit_asked_for() -> None:
+    for own, frame in (
+        (["transfer.task=detection"], Frame(96, "letterbox")),
+        (["transfer.task=segmentation", "transfer.image_px=64"], Frame(64, "letterbox")),
+        (["transfer.task=detection", "transfer.fit=stretch"], Frame(96, "stretch")),
+        (["transfer.task=classification", "transfer.classes={mass: zero}"], None),
+    ):
+        assert frame_of(load([], [*small_run().settings, *own])) == frame
 
 
 def test_an_encoder_sees_the_pixels_of_pre_training() -> None:
@@ -139,6 +163,16 @@ def test_the_side_of_a_classification_reaches_its_encoder_and_its_results(tmp_pa
 def test_a_stretched_classification_is_refused() -> None:
     with pytest.raises(ConfigError, match="transfer.fit=stretch is for segmentation and detection"):
         load([], [*small_run().settings, "transfer.task=classification", "transfer.fit=stretch"])
+
+
+@pytest.mark.parametrize("gib, is_kept", [(1, True), (0, False)])
+def test_an_image_is_decoded_once_while_there_is_room(gib: int, is_kept: bool) -> None:
+    run = small_run()
+    images = Images(load([], [*run.settings, f"transfer.cache_gib={gib}"]), run.manifest, None)
+    try:
+        assert (images.read(0)[0] is images.read(0)[0]) == is_kept
+    finally:
+        images.close()
 
 
 def test_unreadable_images_are_counted_by_reason() -> None:
