@@ -24,6 +24,9 @@ from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Bad, Images, SampleReader, fill_place
 from mlip.dataloading.transforms import Parameters, Transform
+from mlip.machine import require_threads
+
+_DALI_THREADS = 8  # of a pipeline beside those that decode
 
 
 class Sample(NamedTuple):
@@ -223,6 +226,7 @@ class DaliPipeline:
             self._pipe = graph.finished(_dali(), self._batch, self.transform, **options)
         else:
             self._pipe = graph.pixels(_dali(), self._batch, **options)
+        require_threads(self.threads + _DALI_THREADS)
         self._pipe.build()
 
     def _batch(self, iteration: int) -> tuple[Any, ...]:

@@ -31,12 +31,12 @@ class Producer:
         self._thread = threading.Thread(
             target=self._run, args=(first, last), name="mlip-loader", daemon=True
         )
-        _running.add(self)
         # again, as functions registered later run earlier: DALI's, registered at its import, takes
         # the running pipeline away, and the thread would build a new one while the process ends
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
         self._thread.start()
+        _running.add(self)  # one that could not be started cannot be joined
 
     def take(self, timeout_s: float = 0.0) -> Any:
         """The next item; a failure of make() is raised here, and again at every later call.

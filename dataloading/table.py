@@ -26,12 +26,14 @@ from mlip.dataloading.csv_text import (
     shown,
 )
 from mlip.dataloading.text_encoding import first_line_not_utf8, is_utf16
+from mlip.machine import LimitError, limit_reached, require_threads
 
 _NAMED_LINES = 5  # how many bad lines an error names
 _TEXT = pa.large_string()
 _BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a megabyte happen
 _ROWS_AT_ONCE = 1 << 15  # of a Parquet file: about a block's worth
 _SMALL_BLOCK_BYTES = 1 << 20
+_CSV_THREADS = 2  # Arrow's for one CSV: one reads, one parses
 _ROUNDED = r"^\s*\d([.,]\d+)?[eE]\+\d+\s*$"
 _CSV, _PARQUET, _JSONL = (".csv", ".tsv"), ".parquet", (".jsonl", ".ndjson")
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
@@ -112,8 +114,10 @@ def _check_suffix(path: Path) -> None:
         )
 
 
-def _explained(error: Exception, path: Path) -> ManifestError:
+def _explained(error: Exception, path: Path) -> ManifestError | LimitError:
     """Without a word of Arrow's or Python's own: they quote cells."""
+    if isinstance(error, pa.ArrowException) and (told := limit_reached(error)):
+        return LimitError(f"{path}: cannot be read: {told}")
     if isinstance(error, CsvError):
         return ManifestError(f"{path}: {error}")
     if isinstance(error, UnicodeEncodeError):
@@ -210,6 +214,7 @@ def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int) -> Batche
         ragged += 1
         return "skip"
 
+    require_threads(_CSV_THREADS)
     reader = pa.csv.open_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=block_bytes),

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlip.machine import limit_reached
+
 # A worker that has one item waiting never idles while the parent writes a shard.
 _QUEUED = 2
 # Quick items: a message and a look at the clock for each would cost as much as a tenth of them.
@@ -182,14 +184,18 @@ class WorkerPool:
         # pictures come and go: giving their memory back each time costs a tenth of a small file in
         # page faults. glibc keeps at most this much; other C libraries do not read it.
         environment |= {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "134217728"}
-        process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-        )
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                bufsize=0,
+            )
+        except OSError as error:
+            told = limit_reached(error) or error.strerror
+            raise WorkerError(f"a worker process cannot be started: {told}") from None
         assert process.stdout is not None
         try:
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -30,6 +30,7 @@ from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_r
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
+from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.checkpoint import checkpoints_of
@@ -76,6 +77,8 @@ def provide_phantoms(config: Config) -> None:
         try:
             phantom_dataset.write_dataset(folder, wanted)
         except OSError as error:
+            if limit_reached(error):
+                raise
             raise ConfigError(
                 f"{folder}: data.phantom.studies={wanted.studies} cannot be generated there: "
                 f"{error.strerror}; name another place with data.manifest=..., or set "

@@ -22,6 +22,7 @@ from mlip.commands import (
     run_phantoms,
 )
 from mlip.doctor import install_line
+from mlip.machine import limit_reached
 from mlip.output_file import refusal
 from mlip.typed_tree import ConfigError, require_utf8
 from mlip.unread_output import one_line, unread_output_is_lost
@@ -83,6 +84,9 @@ def _run(options: argparse.Namespace) -> int:
     except ImportError:
         raise
     except Exception as error:
+        if told := limit_reached(error):  # first: without memory nothing can be imported
+            print(f"mlip {options.command}: {one_line(told)}", file=sys.stderr)
+            return 2
         from mlip.training.lifecycle import CONFIG, exit_code
 
         code, told = exit_code(error), str(error)

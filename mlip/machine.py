@@ -1,4 +1,4 @@
-"""What of the machine this process may use: a container's limits, where it has any.
+"""What of the machine this process may use: limits of a container or an account, where there are.
 
 `docker --cpus 4`, Kubernetes and SLURM limit processor time and memory by control groups, which
 neither os.cpu_count nor psutil knows: 64 threads in a share of 4 cores are stopped most of the
@@ -8,13 +8,35 @@ time, and memory that the machine has is not the container's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
+import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+
+_THREADS = (
+    "this account or container may start no more processes or threads: raise its limit (ulimit -u, "
+    "pids.max of a control group), end others, or take fewer (data.workers, --workers, run.threads)"
+)
+_MEMORY = (
+    "there is no more memory for this process: raise its limit (ulimit -v, memory.max of a control "
+    "group), or take less (`mlip doctor --plan` says what a training needs)"
+)
+_FILES = "too many files are open: raise the limit (ulimit -n), or take fewer workers"
+# errors of Python, of C++ (gloo, Arrow) and of torch's allocator, whose types say nothing
+_NO_THREAD = re.compile(
+    r"^can't start new thread$|^Resource temporarily unavailable$|Failed to launch worker thread"
+)
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: .*memory|^std::bad_alloc$|^bad allocation$")
+
+
+class LimitError(ValueError):
+    """A limit of the account or container stands in the way."""
 
 
 def usable_cores() -> int:
@@ -46,6 +68,42 @@ def usable_memory() -> int:
             with contextlib.suppress(OSError, ValueError):  # "max": no limit
                 limits.append(int((folder / name).read_text()))
     return min(limits)
+
+
+def require_threads(count: int) -> None:
+    """Starts that many threads at once and ends them.
+
+    Arrow waits for ever, and DALI aborts the process, where one of theirs cannot be started.
+    Raises:  LimitError where they cannot all be started.
+    """
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait, daemon=True) for _ in range(count)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        raise LimitError(_THREADS) from None
+    finally:
+        over.set()
+        for thread in started:
+            thread.join()
+
+
+def limit_reached(error: BaseException) -> str | None:
+    """One line for an error that a limit of the machine has caused; None for any other."""
+    code = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if code == errno.EAGAIN or _NO_THREAD.search(text):
+        told = _THREADS
+    elif code in (errno.EMFILE, errno.ENFILE):
+        told = _FILES
+    elif code == errno.ENOMEM or isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+        told = _MEMORY
+    else:
+        return None
+    return f"{told} ({text})" if text else told
 
 
 def _groups(controller: str) -> Iterator[Path]:

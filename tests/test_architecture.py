@@ -90,6 +90,7 @@ ALLOWED = {
         "mlip.batch",
         "mlip.host_read",
         "mlip.machine",
+        "mlip.output_file",
         "mlip.folder_lock",
         "mlip.unread_output",
     ),

@@ -1,8 +1,12 @@
-"""Cores and memory under a container's limits, from made-up trees of control groups."""
+"""Cores and memory under a container's limits, from made-up trees of control groups; threads,
+processes, memory and files that a limit of the account withholds.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from pathlib import Path
 
 import psutil
@@ -75,3 +79,37 @@ def test_a_share_below_one_core_is_one(groups: Path) -> None:
     _write(groups.parent / "own", "0::/")
     _write(groups / "cpu.max", "10000 100000")
     assert machine.usable_cores() == 1
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_threads_that_cannot_all_be_started_are_a_line_and_none_is_left(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.require_threads(3)
+    before, started, start = threading.active_count(), [], threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(machine.LimitError, match="ulimit -u, pids.max"):
+        machine.require_threads(3)
+    assert threading.active_count() == before and len(started) == most
+
+
+def test_an_error_of_a_limit_is_told_by_its_limit_and_no_other_is() -> None:
+    for error, named in (
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("Resource temporarily unavailable"), "ulimit -u"),  # gloo's
+        (OSError(errno.EMFILE, "Too many open files", "a.png"), "ulimit -n"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "ulimit -v"),
+        (MemoryError(), "ulimit -v"),
+        (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"), "ulimit -v"),
+    ):
+        assert named in (machine.limit_reached(error) or "")
+    for error in (OSError(errno.ENOSPC, "No space"), RuntimeError("a bug"), ValueError("memory")):
+        assert machine.limit_reached(error) is None

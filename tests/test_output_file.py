@@ -185,3 +185,27 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the first error"), whole_file(path) as partial:
         partial.mkdir()  # which cannot be unlinked: as on a disk that has become read-only
         raise ValueError("the first error")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "no more memory for this process"),
+        (RuntimeError("can't start new thread"), "start no more processes or threads"),
+        (OSError(errno.EMFILE, "Too many open files", "m.csv"), "too many files are open"),
+    ],
+)
+def test_a_limit_of_the_account_is_one_line_too(
+    error: Exception,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr("mlip.commands.read_settings", fail)
+    assert main(["phantoms", "--out", str(tmp_path / "p")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("mlip phantoms: ") and told in said and said.count("\n") == 1

@@ -30,6 +30,8 @@ import psutil
 from mlip import distributed
 from mlip.config import ConfigError
 from mlip.folder_lock import is_seen, lock
+from mlip.machine import limit_reached
+from mlip.output_file import refusal
 from mlip.training import presence
 from mlip.unread_output import one_line, unread_output_is_lost
 
@@ -125,12 +127,16 @@ def _guarded(function: Callable[[], None], folder: Callable[[], Path | None]) ->
         return 130  # 128 + SIGINT, as shells report it
     except Exception as error:
         code, caught = exit_code(error), round(time.time(), 3)
+        if code == 1 and (told := limit_reached(error) or refusal(error, None)):
+            code = CONFIG
+        else:
+            told = str(error)
         # at once: other survivors end soon, and would look missing too
         explained = presence.explain(error) if code == PEER else None
         place = None if isinstance(error, FolderInUse) else folder()
         if code == PEER and place is not None:
             code = _first_failure(place) or PEER
-        _report(error, code, place, {"caught": caught, "waited": explained})
+        _report(error, told, code, place, {"caught": caught, "waited": explained})
         return code
 
 
@@ -153,11 +159,13 @@ def _rank() -> int:
     return int(given) if given.isdigit() else 0  # the run says what is wrong with it
 
 
-def _report(error: Exception, code: int, folder: Path | None, more: Mapping[str, Any]) -> None:
+def _report(
+    error: Exception, line: str, code: int, folder: Path | None, more: Mapping[str, Any]
+) -> None:
     reason = _REASONS.get(code, "unexpected")
     if isinstance(error, FolderInUse) and _rank() != 0:
         return  # rank 0 says the same
-    text = one_line(str(error)) or type(error).__name__
+    text = one_line(line) or type(error).__name__
     if more["waited"] is not None:
         text = f"{more['waited']}: {text}"
     where = ""

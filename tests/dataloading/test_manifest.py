@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 from mlip import config
 from mlip.dataloading.manifest import Manifest, ManifestError, connect, load_manifest
+from mlip.machine import LimitError
 
 HEADER = "image,report,patient_id,study_id,split"
 GOOD = [
@@ -155,6 +157,38 @@ def test_bytes_that_are_no_utf8_are_refused_without_quoting_them(tmp_path: Path)
     with pytest.raises(ManifestError, match="not UTF-8") as caught:
         load(path)
     assert "Canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_a_limit_on_threads_is_no_fault_of_the_file(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrow, which needs two, said "damaged" where it got none, and hung where it got one."""
+    started: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(LimitError, match="ulimit -u"):
+        load(write(tmp_path, GOOD))
+
+
+def test_what_arrow_says_of_a_limit_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **named: object) -> None:
+        raise pa.ArrowException("Unknown error: Failed to launch worker thread: Resource temp")
+
+    monkeypatch.setattr(pa.parquet, "ParquetFile", refuse)
+    path = tmp_path / "m.parquet"
+    path.touch()
+    with pytest.raises(LimitError, match=r"m\.parquet: cannot be read: .*ulimit -u"):
+        load(path)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

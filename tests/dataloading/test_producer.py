@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mlip.dataloading.ledger import DataError
-from mlip.dataloading.producer import Producer
+from mlip.dataloading.producer import Producer, _stop_all
 
 
 class Maker:
@@ -70,6 +70,21 @@ def test_a_read_that_hangs_is_an_error_after_the_asked_time() -> None:
             producer.take(timeout_s=0.2)
     hung.set()
     producer.stop()
+
+
+def test_a_thread_that_could_not_be_started_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the end of the process that was a traceback."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    maker = Maker()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        Producer(maker.make, 0, None, 2)
+    _stop_all()
 
 
 def test_at_the_end_of_a_process_the_thread_stops_before_libraries_do() -> None:

@@ -1,5 +1,7 @@
 """A worker that crashes, hangs or babbles costs its own item; order and every other item hold."""
 
+import errno
+import subprocess
 import time
 
 import pytest
@@ -105,6 +107,17 @@ def test_workers_that_cannot_start_are_an_error_and_no_items_fault(tmp_path, mon
     with WorkerPool("no_worker", "", 2, timeout_s=60) as pool:
         with pytest.raises(WorkerError, match=r"5 worker processes .* \(status 7\): .*ulimit -v"):
             list(pool.ordered({"n": i} for i in range(9)))
+
+
+def test_a_worker_that_no_process_is_left_for_names_the_limit(monkeypatch):
+    """The output folder was said to be one that cannot be written."""
+
+    def refuse(*args, **named):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(WorkerError, match=r"cannot be started: .*ulimit -u"):
+        WorkerPool("worker", "", 2, timeout_s=60)
 
 
 def test_a_worker_that_does_not_start_once_costs_no_item(tmp_path, module):

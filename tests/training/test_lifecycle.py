@@ -238,6 +238,25 @@ def test_only_an_unexpected_error_without_a_folder_shows_its_traceback(
         assert ("Traceback" in said) == (is_traced or (code == 1 and place != tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (MemoryError("Unable to allocate 4.00 TiB"), "Unable to allocate 4.00 TiB"),
+        (OSError(errno.ENOSPC, "No space left on device", "/run/report.html"), "/run/report.html"),
+        (Exception("File too large (os error 27)"), "cannot be written: File too large"),
+    ],
+)
+def test_a_limit_and_a_full_disk_are_a_line_and_no_unexpected_error(tmp_path, capsys, error, told):
+    def fail():
+        raise error
+
+    for place in (tmp_path, None):
+        assert guarded(fail, lambda: place) == 2  # noqa: B023
+        said = capsys.readouterr().err
+        assert "settings error on rank 0: " in said and told in said and said.count("\n") == 1
+
+
 def test_an_error_is_told_where_its_file_has_no_room_and_its_text_is_no_unicode(tmp_path, capsys):
     """The latter ended in a UnicodeEncodeError and another exit code."""
 
