@@ -20,18 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mlip.launcher import require_gpu, require_launcher, require_one_task
+from mlip.machine import require_threads
+
 logger = logging.getLogger("mlip")
 
-# what starts several processes without a RANK for torch -> how many it says that it has started;
-# srun: of this step, not of the job, whose batch script is one process
-_TASKS = {
-    "srun": "SLURM_STEP_NUM_TASKS",
-    "mpirun": "OMPI_COMM_WORLD_SIZE",
-    "an MPI launcher": "PMI_SIZE",
-    "a launcher": "WORLD_SIZE",
-}
 _said: set[str] = set()
 _POLL_S, _DONE = 0.5, "mlip/done"
+# of a process group, where gloo aborts or waits for ever with fewer
+_GROUP_THREADS = 8
 
 
 def is_distributed() -> bool:
@@ -212,14 +209,15 @@ def start(timeout_s: float) -> torch.device:
              variables are there in part, or where LOCAL_RANK is of no GPU that is here
     """
     if not dist.is_initialized():
-        _require_launcher() if "RANK" in os.environ else _require_one_task()
+        require_launcher() if "RANK" in os.environ else require_one_task()
     here = device()
     if here.type == "cuda":
-        _require_gpu(here)
+        require_gpu(here.index)
         torch.cuda.set_device(here)
     if "RANK" in os.environ and not dist.is_initialized():
         # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        require_threads(_GROUP_THREADS)
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         except dist.DistNetworkError as error:
@@ -233,52 +231,12 @@ def start(timeout_s: float) -> torch.device:
     return here
 
 
-def _require_launcher() -> None:
-    """Raises:  ValueError where RANK is there, of a shell or a job script, without all the rest."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    given = {name: os.environ.get(name, "") for name in names}
-    given["LOCAL_RANK"] = os.environ.get("LOCAL_RANK", "0")
-    for name, value in given.items():
-        if not (value if name == "MASTER_ADDR" else value.isdigit()):
-            raise ValueError(
-                f"RANK is set, as a launcher does, but {name} is {value!r}: start the ranks by "
-                "torchrun or deepspeed, or for one process `unset RANK`"
-            )
-
-
-def _require_gpu(here: torch.device) -> None:
-    """Raises:  ValueError for a task that was given one GPU and counts as the third of its node."""
-    found = torch.cuda.device_count()
-    if here.index >= found:
-        raise ValueError(
-            f"LOCAL_RANK={here.index}, and this process sees {found} GPU(s): the GPU that it takes "
-            "is that of its LOCAL_RANK. Start as many ranks on a node as it has GPUs, let each see "
-            "all of them (CUDA_VISIBLE_DEVICES, no --gpus-per-task), or set LOCAL_RANK=0 where "
-            "each sees its own alone"
-        )
-
-
-def _require_one_task() -> None:
-    """Raises:  ValueError where `srun python train.py` or the like has started several processes.
-
-    One of them would hold run.dir and train alone, on one GPU, and the others would be refused.
-    """
-    for launcher, name in _TASKS.items():
-        tasks = os.environ.get(name, "")
-        if tasks.isdigit() and int(tasks) > 1:
-            raise ValueError(
-                f"{launcher} has started {tasks} processes ({name}={tasks}) and none has a RANK, "
-                "so each would train alone: start one process a node and let it start the ranks, "
-                "for example srun --ntasks-per-node 1 torchrun ... train.py ... (docs/"
-                f"reliability.md, On a cluster); for runs of their own, unset {name}"
-            )
-
-
 def start_alone() -> None:
     """A process group of one where no launcher made one: DeepSpeed does not run without."""
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        require_threads(_GROUP_THREADS)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -345,8 +303,9 @@ def _store() -> Any:
 def local_ranks() -> int:
     """How many ranks share this host; torchrun and DeepSpeed name it differently."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
-        if name in os.environ:
-            return max(1, int(os.environ[name]))
+        given = os.environ.get(name, "")  # of a job script, or of another program, it may be a word
+        if given.isdecimal():
+            return max(1, int(given))
     return 1
 
 

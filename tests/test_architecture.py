@@ -35,7 +35,8 @@ ALLOWED = {
     "mlip.host_read": (),
     "mlip.unit_length": (),
     "mlip.token_weights": (),
-    "mlip.distributed": (),
+    "mlip.launcher": (),
+    "mlip.distributed": ("mlip.launcher", "mlip.machine"),
     "mlip.kernels": ("mlip.kernels",),
     "mlip.knowledge": (
         "mlip.knowledge",

@@ -67,6 +67,8 @@ def test_ranks_of_this_host_are_counted_by_each_launcher_s_name_and_a_line_is_lo
     for name, ranks in (("LOCAL_SIZE", 4), ("LOCAL_WORLD_SIZE", 2)):
         monkeypatch.setenv(name, str(ranks))
         assert distributed.local_ranks() == ranks
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "")  # as a job script exports what it lacks
+    assert distributed.local_ranks() == 4
     monkeypatch.setattr(distributed, "_said", set())
     with caplog.at_level("INFO", "mlip"):
         for _ in range(3):
@@ -137,6 +139,7 @@ def test_processes_that_know_nothing_of_each_other_are_refused(
     [
         ({"RANK": ""}, "RANK is ''"),  # `export RANK=` of a job script: it was a traceback
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
+        ({"RANK": "\u00b2"}, "RANK is '\u00b2'"),
         ({"RANK": "0"}, "WORLD_SIZE is ''"),
         ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_PORT is ''"),
         # of Kubernetes, for a service that is called master
@@ -159,6 +162,15 @@ def test_a_launchers_variables_in_part_are_refused(
     said = capsys.readouterr().err
     assert f"RANK is set, as a launcher does, but {named}" in said and "`unset RANK`" in said
     assert not dist.is_initialized()
+
+
+def test_a_rank_beyond_the_last_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waited for run.timeout_s and was told of a peer."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**place, "RANK": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="RANK=2 with WORLD_SIZE=2: expected ranks from 0"):
+        distributed.start(1.0)
 
 
 def test_a_task_with_one_gpu_that_counts_as_the_fourth_of_its_node_is_told_so(
@@ -251,6 +263,7 @@ def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
         if len(told) > 2:
             raise dist.DistNetworkError("no route to host")
 
+    seen = 4
     launcher = {"RANK": "11", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
     for name, value in {**launcher, "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
@@ -258,10 +271,13 @@ def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
     # undone before the virtual GPU puts back what it has replaced itself
     with virtual_gpu(), monkeypatch.context() as node:
         node.setattr(torch.cuda, "set_device", told.append)
-        node.setattr(torch.cuda, "device_count", lambda: 4)
+        node.setattr(torch.cuda, "device_count", lambda: seen)
         assert distributed.start(30.0) == torch.device("cuda", 3)
         assert told == [torch.device("cuda", 3), ("cpu:gloo,cuda:nccl", 30.0)]
-        monkeypatch.delenv("LOCAL_RANK")  # of a launcher that names no such thing: one GPU a task
+        monkeypatch.delenv("LOCAL_RANK")  # of a launcher that names no such thing
+        with pytest.raises(ValueError, match=r"sees 4 GPUs: .*LOCAL_RANK=\$SLURM_LOCALID"):
+            distributed.start(30.0)  # each of sixteen ranks took the first
+        seen = 1  # one GPU a task
         with pytest.raises(dist.DistNetworkError, match="no route"):
             distributed.start(30.0)
     assert told[2] == torch.device("cuda", 0)

@@ -54,6 +54,8 @@ class DeepSpeedEngine(Engine):
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         distributed.start_alone()
+        # of an mpirun that has started torchrun; DeepSpeed asserts that it equals LOCAL_RANK
+        os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         import deepspeed
         import deepspeed.ops
         from deepspeed.runtime.zero import stage_1_and_2

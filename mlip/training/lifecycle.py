@@ -156,7 +156,7 @@ def leave(code: int) -> NoReturn:
 
 def _rank() -> int:
     given = os.environ.get("RANK", "")
-    return int(given) if given.isdigit() else 0  # the run says what is wrong with it
+    return int(given) if given.isdecimal() else 0  # the run says what is wrong with it
 
 
 def _report(

@@ -16,7 +16,9 @@ from tests.training.toy_engines import CASES, DECAY, MORE, STEPS, build, run_all
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What toy_engines.py found on two gloo ranks; it checks save and load by itself."""
     out = tmp_path_factory.mktemp("ranks") / "found.json"
-    rank_farm.run(run_all, 2, str(out))
+    # what an mpirun of one task a node leaves to the torchrun that it starts: DeepSpeed asserts
+    # that it is each rank's own
+    rank_farm.run(run_all, 2, str(out), environment={"OMPI_COMM_WORLD_LOCAL_RANK": "0"})
     return json.loads(out.read_text())
 
 
