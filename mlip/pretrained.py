@@ -254,7 +254,7 @@ def _check_concepts(
     """Another table's rows would mean other concepts, without any error to see."""
     if expected is not None and table.fingerprint != expected:
         raise PretrainedError(
-            f"{folder}: the model was trained with the concept table {expected[:12]}, "
+            f"{folder}: the model was trained with the concept table {str(expected)[:12]}, "
             f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; give the table of the "
             f"training run (knowledge.lexicon){'' if path else or_else}"
         )
@@ -363,7 +363,7 @@ def _tokenizer_of(folder: Path, config: Config, run_dir: Path, trained: Any) -> 
     tokenizer = load_tokenizer(place)
     if trained not in (None, found := hash_of_vocabulary(tokenizer)):
         raise PretrainedError(
-            f"{folder}: the model was trained with the vocabulary {trained[:12]}, {place} is "
+            f"{folder}: the model was trained with the vocabulary {str(trained)[:12]}, {place} is "
             f"{found[:12]}; restore that of the training run"
         )
     return tokenizer

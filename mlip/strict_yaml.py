@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
+
+_DEEPEST = 1000  # levels; the C parser, which calls itself for each, kills the process at 20,000
 
 
 # the C parser reads the lexicon in a tenth of the time; the pure one gives the same result
@@ -24,8 +27,29 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return made
 
 
+def _require_flat(text: str) -> None:
+    """Raises:  yaml.YAMLError for a text of more than _DEEPEST levels."""
+    # each level takes one of these marks or one blank more in front: most texts have too few
+    marks = sum(text.count(mark) for mark in ("[", "{", "- ", "-\t", "? ", "?\t"))
+    if marks + max(map(len, re.findall(r"^ *", text, re.MULTILINE))) < _DEEPEST:
+        return
+    level = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            level += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            level -= 1
+        if level > _DEEPEST:
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: expected at most {_DEEPEST} levels of nesting")
+
+
 def read_yaml(text: str) -> Any:
-    """The values of a YAML text.  Raises:  yaml.YAMLError, also for a key that stands twice."""
+    """The values of a YAML text.
+
+    Raises:  yaml.YAMLError, also for a key that stands twice, and for more than 1,000 levels
+    """
+    _require_flat(text)
     try:
         return yaml.load(text, Loader=_Loader)
     except (ValueError, TypeError, RecursionError) as error:  # a date of month 13, a tag that lies

@@ -12,6 +12,8 @@ import yaml
 from mlip import config, typed_tree
 from mlip.config import ConfigError
 from mlip.config_bounds import BOUNDS
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import LexiconError
 from mlip.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +219,19 @@ def test_every_shipped_file_loads_and_opens_with_its_command(path: Path) -> None
     config.load([*base, path])
     opening = [line for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
     assert any(path.name in line and ("deepspeed" in line or "mlip" in line) for line in opening)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, "- " * 5000 + "x", "{a: " * 5000])
+def test_yaml_of_thousands_of_levels_is_refused(text: str, tmp_path: Path) -> None:
+    """The C parser calls itself for each level: 100,000 of a lexicon or a config killed Python."""
+    for place in (tmp_path / "c.yaml", tmp_path / "l.yaml"):
+        place.write_text("data:\n  " + text)
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*line 2: expected at most 1000 levels"):
+        config.load([tmp_path / "c.yaml"])
+    with pytest.raises(LexiconError, match=r"l\.yaml: .*line 2: expected at most 1000 levels"):
+        load_concepts(tmp_path / "l.yaml")
+    many = "a: [" + ", ".join(["[x]"] * 2000) + "]"  # brackets beside one another
+    assert len(read_yaml(many)["a"]) == 2000
 
 
 def test_a_section_that_stands_twice_is_an_error_and_loses_nothing(tmp_path: Path) -> None:

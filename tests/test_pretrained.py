@@ -315,6 +315,19 @@ def test_settings_that_lack_a_section_take_its_defaults(folder: Path, tmp_path: 
     assert from_pretrained(changed).table.fingerprint == small_run().table.fingerprint
 
 
+@pytest.mark.parametrize("given", [7, {"a": 1}, ["x"]])
+def test_a_fingerprint_that_is_no_text_is_another_one(
+    folder: Path, tmp_path: Path, given: object
+) -> None:
+    changed = copy_of(folder, tmp_path)
+    described = json.loads((changed / "config.json").read_text())
+    described["fingerprints"]["concept_table"] = given
+    (changed / "config.json").write_text(json.dumps(described))
+    _list_again(changed)
+    with pytest.raises(PretrainedError, match="was trained with the concept table"):
+        from_pretrained(changed)
+
+
 def test_weights_that_are_no_safetensors_are_refused(folder: Path, tmp_path: Path) -> None:
     changed = copy_of(folder, tmp_path)
     (changed / "model.safetensors").write_bytes(b"pickle")

@@ -40,6 +40,10 @@ from mlip.training.step import MOMENTS, TrainingState
 
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
+_KINDS: dict[str, type] = {  # of state.json; the first two are in every one
+    **{"step": int, "config": dict, "loader": dict, "rng": list, "world_size": int},
+    **{"skipped_steps": int, "skipped_in_a_row": int},
+}
 _EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
@@ -292,10 +296,15 @@ def read(folder: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
             )
+        for name, kind in _KINDS.items():
+            if name in state or name in ("step", "config"):
+                if not isinstance(state[name], kind):
+                    raise TypeError(f"{name}: expected {kind.__name__}, got {state[name]!r:.40}")
         updates = state.get("ema_updates")
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
         tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}
         steps = int(state["optimizer_steps"])
+        ema = None if updates is None else EMAState(tensors[_EMA], int(updates))
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not what was written
@@ -305,7 +314,7 @@ def read(folder: Path) -> Checkpoint:
         moments={key: tensors[key] for key in MOMENTS},
         buffers=tensors["buffers"],
         optimizer_steps=steps,
-        ema=None if updates is None else EMAState(tensors[_EMA], int(updates)),
+        ema=ema,
     )
     return Checkpoint(folder, training, state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -124,6 +125,18 @@ def test_a_state_that_is_json_but_none_of_ours_is_a_checkpoint_error(tmp_path, c
     folder = _save(tmp_path, 1)
     (folder / "state.json").write_text(content)
     with pytest.raises(CheckpointError, match="step_00000001: "):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", None), ("step", "7"), ("config", []), ("loader", 3), ("rng", {})]
+)
+def test_an_entry_of_another_kind_is_a_checkpoint_error_that_names_it(tmp_path, key, value):
+    """A TypeError or KeyError of whoever took it out."""
+    folder = _save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, key: value}))
+    with pytest.raises(CheckpointError, match=f"not of a checkpoint: .*{key}: expected"):
         checkpoint.read(folder)
 
 
