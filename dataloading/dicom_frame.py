@@ -187,7 +187,7 @@ def _check_jpeg_scans(frame: bytes) -> None:
     film. And one of more scans than a picture has: each goes over all pixels.
 
     Looked for behind the first scan's header: an embedded thumbnail has an end marker of its own,
-    and in the coded pixels a byte FF is always followed by 0 or a restart marker.
+    and in the coded pixels a byte FF is always followed by one below 80 or a restart marker.
     """
     for marker, at in _jpeg_segments(frame):
         if marker == 0xDA:

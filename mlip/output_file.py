@@ -76,11 +76,9 @@ def refusal(error: Exception, out: str | Path | None) -> str | None:
 def _errno_of(error: Exception) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors and tokenizers have one error for all, and the system's number in its text
+    # safetensors has one error for all, and the system's number in its text
     found = re.search(r"\(os error (\d+)\)", str(error))
-    return (
-        int(found[1]) if found and type(error).__name__ in ("SafetensorError", "Exception") else 0
-    )
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else 0
 
 
 def _belongs_to(named: Any, out: Path) -> bool:
