@@ -244,7 +244,6 @@ def test_only_an_unexpected_error_without_a_folder_shows_its_traceback(
         (RuntimeError("can't start new thread"), "ulimit -u"),
         (MemoryError("Unable to allocate 4.00 TiB"), "Unable to allocate 4.00 TiB"),
         (OSError(errno.ENOSPC, "No space left on device", "/run/report.html"), "/run/report.html"),
-        (Exception("File too large (os error 27)"), "cannot be written: File too large"),
     ],
 )
 def test_a_limit_and_a_full_disk_are_a_line_and_no_unexpected_error(tmp_path, capsys, error, told):
