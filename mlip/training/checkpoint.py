@@ -40,10 +40,10 @@ from mlip.training.step import MOMENTS, TrainingState
 
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
-_KINDS: dict[str, type] = {  # of state.json; the first two are in every one
-    **{"step": int, "config": dict, "loader": dict, "rng": list, "world_size": int},
-    **{"skipped_steps": int, "skipped_in_a_row": int},
-}
+# entries of state.json -> their kinds; a state has the first two at least
+_NEEDED: dict[str, type] = {"step": int, "config": dict}
+_COUNTS = dict.fromkeys(("world_size", "skipped_steps", "skipped_in_a_row"), int)
+_KINDS: dict[str, type] = _NEEDED | _COUNTS | {"loader": dict, "rng": list}
 _EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
@@ -297,9 +297,8 @@ def read(folder: Path) -> Checkpoint:
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
             )
         for name, kind in _KINDS.items():
-            if name in state or name in ("step", "config"):
-                if not isinstance(state[name], kind):
-                    raise TypeError(f"{name}: expected {kind.__name__}, got {state[name]!r:.40}")
+            if (name in state or name in _NEEDED) and not isinstance(state[name], kind):
+                raise TypeError(f"{name}: expected {kind.__name__}, got {state[name]!r:.40}")
         updates = state.get("ema_updates")
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
         tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}

@@ -34,7 +34,9 @@ KINDS = {
 
 def _json_lines(script: str, cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    # what the variable names already stays: a newer Triton is tried that way
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-P", str(Path(__file__).with_name(script)), json.dumps(cases)]
     run = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
