@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from mlip.commands import (
 from mlip.doctor import install_line
 from mlip.machine import limit_reached
 from mlip.output_file import refusal
+from mlip.stop_signal import Stopped, signals_stop
 from mlip.typed_tree import ConfigError, require_utf8
 from mlip.unread_output import one_line, unread_output_is_lost
 
@@ -40,7 +42,13 @@ FOREIGN = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one sub-command; its exit code (mlip/training/lifecycle.py lists them)."""
     with unread_output_is_lost() as lost:  # `mlip prepare ... | head` prepares all the same
-        code = _main(arguments)
+        try:
+            with signals_stop():
+                code = _main(arguments)
+        except KeyboardInterrupt as error:
+            stop = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+            print(f"mlip: {stop}", file=sys.stderr)
+            code = stop.exit_code
     if lost and code == 0:  # not a reader that left: `> file` on a full disk
         print(f"mlip: the lines of this command were not written: {lost[0]}", file=sys.stderr)
         return 2
@@ -78,9 +86,6 @@ def _run(options: argparse.Namespace) -> int:
             if given == "":
                 raise ConfigError(f"--{name} is empty: expected the name of a file or folder")
         return int(options.run(options) or 0)
-    except KeyboardInterrupt:
-        print("mlip: interrupted", file=sys.stderr)
-        return 130
     except ImportError:
         raise
     except Exception as error:
