@@ -6,7 +6,6 @@ end an epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.ledger import BadSample, DataError, unreadable
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
@@ -49,7 +48,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     name     what stands for it in errors, which never hold its path: that may name a patient
 
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
-             root is gone.
+             root is gone; LimitError where a limit of the machine is in the way.
     """
     path = os.path.join(root, relative)
     if not _is_inside(root, os.path.dirname(relative)):
@@ -69,9 +68,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
             raise DataError(
                 "the image folder (data.root) is gone: mount or restore it, then resume"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise BadSample("no_permission") from None
-        raise BadSample("missing") from None
+        raise unreadable(error) from None
     try:
         status = os.fstat(descriptor)
         # the descriptor's own path: no link can be swapped between this check and the read
@@ -89,7 +86,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
             content += more
         return content
     except OSError as error:
-        raise BadSample("missing", f"reading failed: {error.strerror}") from None
+        raise unreadable(error) from None
     finally:
         os.close(descriptor)
 
@@ -224,8 +221,11 @@ def decode_grey(content: bytes, header: Header) -> NDArray[Any]:
         image = cv2.imdecode(
             np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH
         )
-    except (cv2.error, MemoryError) as error:
-        raise BadSample("undecodable", type(error).__name__) from None
+    except MemoryError:
+        raise BadSample("out_of_memory") from None
+    except cv2.error as error:
+        reason = "out_of_memory" if error.code == cv2.Error.StsNoMem else "undecodable"
+        raise BadSample(reason, type(error).__name__) from None
     if image is None or image.dtype not in (np.uint8, np.uint16):
         raise BadSample("undecodable")
     return image

@@ -5,16 +5,22 @@ Holds counts and row numbers only, never paths, texts or patient ids, so its sta
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from mlip.machine import LimitError, limit_reached
 
 # Stable codes: they appear in run logs and are compared between runs.
 REASONS = {
     "missing": "the file does not exist",
     "no_permission": "the file may not be read",
     "not_a_file": "the path is a folder, a pipe or a device",
+    "io_error": "the system could not read the file",
+    "out_of_memory": "there was no memory to decode the file",
     "empty_file": "the file has zero bytes",
     "too_large": "the file or its declared picture is over the size limits",
     "unsupported": "the file is no JPEG, PNG or DICOM that can be read",
@@ -37,6 +43,27 @@ class BadSample(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail or REASONS.get(reason, '')}")
         self.reason = reason
+
+
+def unreadable(error: OSError, what: str = "") -> BadSample:
+    """Why the system gave no bytes of a file: a disk that fails is no missing file.
+
+    what     of the file was to be read, for the detail
+    Raises:  LimitError where nothing is wrong with the file: a good film must not be left out
+             because too many others are open.
+    """
+    nameless = OSError(error.errno, error.strerror)  # the path of a film may name a patient
+    # EAGAIN of an open is another program's lease on the file, no limit
+    if error.errno != errno.EAGAIN and (told := limit_reached(nameless)):
+        raise LimitError(f"an image cannot be read: {told}") from None
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return BadSample("no_permission", what)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return BadSample("missing", what)
+    if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device that nothing serves
+        return BadSample("not_a_file", what)
+    told = os.strerror(error.errno) if error.errno else type(error).__name__
+    return BadSample("io_error", f"{what}: {told}" if what else told)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.prepared_tables import write_csv
 from mlip.dataloading.progress import Progress
-from mlip.dataloading.shard_build import Plan, Result, build_shards, write_id_map
+from mlip.dataloading.shard_build import PASSING, Plan, Result, build_shards, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
 from mlip.unread_output import one_line
@@ -335,7 +335,7 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
         f"{result.images} images, {result.member_bytes / 1e6:.1f} MB"
     )
     for reason, count in result.refused.most_common():
-        again = "; the same command takes those that are there by then" * (reason == "missing")
+        again = "; the same command takes those that are there by then" * (reason in PASSING)
         print(f"refused, {reason}: {count}{again}")
     for code, count in result.noted.most_common():
         print(f"noted, {code}: {count}")

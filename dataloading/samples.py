@@ -16,6 +16,7 @@ from mlip.dataloading.image_file import Header, check_hash, decode_grey, read_by
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
+from mlip.machine import LimitError
 
 T = TypeVar("T")
 Bad = tuple[int, int, str, bool]  # epoch, row, reason, met in the order (not as a replacement)
@@ -53,13 +54,13 @@ class SampleReader:
         self._references = shards.References(manifest.image_path, len(manifest))
 
     def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
-        """Raises:  BadSample, DataError."""
+        """Raises:  BadSample, DataError; LimitError, which is no fault of the row."""
         try:
             return self._read(row, epoch)
-        except (BadSample, DataError):
+        except (BadSample, DataError, LimitError):
             raise
         except Exception as error:
-            raise BadSample("undecodable", type(error).__name__) from error
+            raise _bad(error) from error
 
     def _read(self, row: int, epoch: int) -> tuple[bytes, Header]:
         manifest = self.manifest
@@ -82,7 +83,7 @@ class SampleReader:
         return content, read_header(content)
 
     def pixels(self, row: int, epoch: int) -> NDArray[Any]:
-        """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
+        """[H, W] uint8 or uint16.  Raises:  BadSample, DataError, LimitError."""
         return self.decode(*self.read(row, epoch))
 
     def decode(self, content: bytes, header: Header) -> NDArray[Any]:
@@ -92,7 +93,12 @@ class SampleReader:
         except (BadSample, DataError):
             raise
         except Exception as error:
-            raise BadSample("undecodable", type(error).__name__) from error
+            raise _bad(error) from error
+
+
+def _bad(error: Exception) -> BadSample:
+    reason = "out_of_memory" if isinstance(error, MemoryError) else "undecodable"
+    return BadSample(reason, type(error).__name__)
 
 
 def fill_place(

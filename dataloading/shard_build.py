@@ -24,6 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_worker import ImageSettings
@@ -37,11 +39,13 @@ from mlip.dataloading.shards import (
     write_table,
 )
 from mlip.dataloading.worker_pool import Reply, WorkerPool
+from mlip.machine import LimitError
 
 # part of every fingerprint: raise it when the pixels of a member change, or what is refused.
 # 3: padding, VOI tables, windows, cut streams and requisitions are read as since 2026-11-27
 FORMAT = 3
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
+PASSING = ("missing", "io_error")  # reasons that may be none at the next look
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -86,8 +90,8 @@ def build_shards(
 
     rows are sorted by split here; places in that order are the index's `row`.
 
-    Raises:  ShardError where the disk is full or not writable, or plan.root goes away; finished
-             shards stay whole.
+    Raises:  ShardError where the disk is full or not writable, or plan.root goes away; LimitError
+             where a worker meets a limit of the machine; finished shards stay whole.
     """
     order = {"train": 0, "val": 1, "test": 2}
     rows = sorted(rows, key=lambda row: order[row.split])
@@ -179,15 +183,22 @@ def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
 
 
 def _can_have_more(shard: _Shard, rows: list[Row], plan: Plan) -> bool:
-    """Whether a file was given up after less time than it may take now, or was gone and is there:
-    the fingerprint was taken before a network's folder went away."""
+    """Whether a file was given up after less time than it may take now, or was gone or out of reach
+    and is there: the fingerprint was taken before a network's folder went away."""
     index = pa.parquet.read_table(index_path(shard.path), columns=["reason"])
     reasons = index.column("reason").to_pylist()
     given = (index.schema.metadata or {}).get(b"timeout_s")
     if given is not None and float(given) < plan.timeout_s and "timeout" in reasons:
         return True
-    gone = [p for p, reason in zip(shard.rows, reasons, strict=True) if reason == "missing"]
-    return any(os.path.exists(plan.root / rows[place].image) for place in gone)
+    gone = [p for p, reason in zip(shard.rows, reasons, strict=True) if reason in PASSING]
+    return any(_can_be_read(plan.root, rows[place].image) for place in gone)
+
+
+def _can_be_read(root: Path, image: str) -> bool:
+    try:
+        return bool(read_bytes(str(root), image))
+    except (BadSample, DataError):
+        return False
 
 
 def _make(
@@ -220,6 +231,10 @@ def _make(
                         raise ShardError(
                             f"{plan.root}: the folder of the images is gone: mount or restore it "
                             "and run the same command again; finished shards are whole"
+                        )
+                    if limit := reply.fields.get("limit"):
+                        raise LimitError(
+                            f"{limit}; finished shards are whole: run the same command again"
                         )
                     entries.append(_entry(place, keys[place], suffix, reply, plan, writer))
                     done += 1

@@ -27,6 +27,7 @@ from mlip.dataloading.image_file import (
     read_header,
 )
 from mlip.dataloading.ledger import BadSample, DataError
+from mlip.machine import LimitError
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
 
@@ -82,7 +83,10 @@ def encode(image: NDArray[Any], settings: ImageSettings) -> bytes:
 def make_member(
     root: str, item: dict[str, Any], settings: ImageSettings
 ) -> tuple[dict[str, Any], bytes]:
-    """The answer to one item {"image": relative path, "sha256": expected or absent}."""
+    """The answer to one item {"image": relative path, "sha256": expected or absent}.
+
+    A "limit" in it is of the machine, whatever the file holds.
+    """
     fields: dict[str, Any] = {"reason": ""}
     try:
         content = read_bytes(root, item["image"])
@@ -104,6 +108,8 @@ def make_member(
         return {"reason": error.reason}, b""
     except DataError:
         return {"reason": "outside_root" if os.path.isdir(root) else "missing"}, b""
+    except LimitError as error:
+        return {"reason": "", "limit": str(error)}, b""
     except MemoryError:
         return {"reason": "out_of_memory"}, b""
     except Exception as error:

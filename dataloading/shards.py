@@ -7,7 +7,6 @@ as WebDataset by others) with `<split>-<number>.parquet` beside it. The manifest
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -27,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.ledger import BadSample, DataError, unreadable
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file
@@ -172,9 +171,7 @@ def _open_inside(root: str, shard: str) -> int:
     except OSError as error:
         if not os.path.isdir(root):
             raise DataError("the shard folder (data.root) is gone: mount or restore it") from None
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise BadSample("no_permission", "shard") from None
-        raise BadSample("missing", "shard") from None
+        raise unreadable(error, "shard") from None
     # the descriptor's own path: no link can be swapped between this check and the read
     real = os.readlink(f"/proc/self/fd/{descriptor}")
     if not real.startswith(os.path.realpath(root).rstrip("/") + "/"):
@@ -189,8 +186,8 @@ def _open_inside(root: str, shard: str) -> int:
 def read_bytes(root: str, reference: str | Reference) -> bytes:
     """The content of one member, by one pread; threads and forked processes may share it.
 
-    Raises:  BadSample (missing, no_permission, not_a_file, truncated, too_large, unsupported);
-             DataError where the root is gone or a link leads out of it.
+    Raises:  BadSample (missing, no_permission, not_a_file, io_error, truncated, too_large,
+             unsupported); DataError where the root is gone or a link leads out of it; LimitError.
     """
     parsed = parse_reference(reference) if isinstance(reference, str) else reference
     if parsed is None:
@@ -201,7 +198,7 @@ def read_bytes(root: str, reference: str | Reference) -> bytes:
         content = _descriptors.read(root, parsed.shard, parsed.offset, parsed.size)
     except OSError as error:
         _descriptors.forget(root, parsed.shard)
-        raise BadSample("missing", f"reading failed: {error.strerror}") from None
+        raise unreadable(error, "shard") from None
     if len(content) != parsed.size:
         _descriptors.forget(root, parsed.shard)
         raise BadSample("truncated", "the shard ends before the member does")

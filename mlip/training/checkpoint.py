@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.config import Config, difference, from_dict
+from mlip.machine import limit_reached
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
@@ -260,7 +261,8 @@ def require_intact(folder: Path) -> None:
 def _damage(folder: Path) -> str | None:
     """Why the checkpoint cannot be trusted, or None.
 
-    Raises:  CheckpointError for one that this user may not read.
+    Raises:  CheckpointError for one that this user may not read, or a limit of the machine keeps
+             from being read.
     """
     try:
         marker = (folder / _MARKER).read_text(encoding="utf-8").strip()
@@ -283,6 +285,8 @@ def _damage(folder: Path) -> str | None:
             "user alone who trained it: ask that one for an `mlip export`, or for the right to read"
         ) from None
     except (OSError, ValueError, UnicodeDecodeError) as error:
+        if told := limit_reached(error):  # nothing is wrong with it either
+            raise CheckpointError(f"{folder}: cannot be read: {told}") from None
         return f"cannot be read: {error}"
     missing = {*(f"{kind}.safetensors" for kind in _TENSORS), _STATE} - names
     return f"{_SUMS} lacks {sorted(missing)}" if missing else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
+import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from mlip.dataloading.image_file import (
     read_header,
 )
 from mlip.dataloading.ledger import BadSample, DataError
+from mlip.machine import LimitError
 
 GREY = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
 
@@ -41,25 +44,29 @@ def reason_of(content: bytes) -> str:
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "empty_file", "directory", "pipe", "dangling", "loop", "loops", "socketless"],
+    ["missing", "empty_file", "directory", "pipe", "socket", "dangling", "loop", "loops", "file"],
 )
 def test_what_is_no_readable_file_has_a_reason_and_does_not_block(
     tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "x.png"
-    expected = {"directory": "not_a_file", "pipe": "not_a_file", "empty_file": "empty_file"}
+    expected = dict.fromkeys(("directory", "pipe", "socket"), "not_a_file")
+    expected["empty_file"] = "empty_file"
     if kind == "empty_file":
         path.touch()
     elif kind == "directory":
         path.mkdir()
     elif kind == "pipe":
         os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
     elif kind == "dangling":
         path.symlink_to(tmp_path / "gone.png")
     elif kind.startswith("loop"):  # a link to itself, or two to one another
         path.symlink_to(tmp_path / ("x.png" if kind == "loop" else "y.png"))
         (tmp_path / "y.png").symlink_to(path)
-    elif kind == "socketless":
+    elif kind == "file":  # in a folder's place
         path = tmp_path / "file" / "x.png"
         (tmp_path / "file").touch()
     begin = time.perf_counter()
@@ -78,6 +85,48 @@ def test_a_file_without_permission_has_its_reason(
     monkeypatch.setattr(image_file, "_open", refuse)
     with pytest.raises(BadSample, match="no_permission"):
         read_bytes(str(tmp_path), "x.png")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+@pytest.mark.parametrize("step", ["open", "read"])
+def test_a_disk_that_fails_is_no_missing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int
+) -> None:
+    def fail(*given: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    (tmp_path / "x.png").write_bytes(b"content")
+    monkeypatch.setattr(*((image_file, "_open", fail) if step == "open" else (os, "read", fail)))
+    with pytest.raises(BadSample, match=f"^io_error: {os.strerror(code)}$"):
+        read_bytes(str(tmp_path), "x.png")
+
+
+def test_too_many_open_files_are_no_fault_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"content")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest_free:  # all below it are taken
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free.fileno() + 1, hard))
+        try:
+            with pytest.raises(LimitError, match="an image cannot be read: .*ulimit -n") as caught:
+                read_bytes(str(tmp_path), "x.png")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(tmp_path) not in str(caught.value)  # the path may name a patient
+    assert read_bytes(str(tmp_path), "x.png") == b"content"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), None])
+def test_a_picture_that_memory_is_too_short_for_is_not_damaged(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    of_opencv = cv2.error("Insufficient memory")
+    of_opencv.code = cv2.Error.StsNoMem
+
+    def fail(*given: object) -> None:
+        raise error or of_opencv
+
+    monkeypatch.setattr(cv2, "imdecode", fail)
+    assert reason_of(encode(".png", GREY)) == "out_of_memory"
 
 
 def test_a_huge_sparse_file_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Oracles: the batches of one undamaged, uninterrupted process, and the ledger's s
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -21,10 +22,12 @@ import torch
 
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError
+from mlip.dataloading import image_file
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.ledger import DataError, Ledger
 from mlip.dataloading.loader import build_loader, listed_bad, merge_states
 from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.machine import LimitError
 from tests.dataloading.conftest import take
 
 Make = Callable[..., Config]
@@ -212,6 +215,22 @@ def test_a_lost_image_folder_stops_the_run(corpus: Make, build: Any) -> None:
         next(loader)
 
 
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+def test_too_many_open_files_stop_the_run_and_cost_no_film(
+    corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch, pipeline: str
+) -> None:
+    def refuse(path: str) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    if pipeline == "dali":
+        pytest.importorskip("nvidia.dali")
+    loader = build(corpus(f"data.pipeline={pipeline}", "data.bad_share=0.5"))
+    monkeypatch.setattr(image_file, "_open", refuse)
+    with pytest.raises(LimitError, match="an image cannot be read: too many files.*ulimit -n"):
+        take(loader, 1)
+    assert loader.ledger.bad == {}
+
+
 def test_evaluation_leaves_bad_images_out_and_counts_them(corpus: Make, build: Any) -> None:
     config = corpus()
     damage(config, [17])
@@ -292,7 +311,8 @@ def test_an_exception_inside_decoding_is_one_bad_sample(
     loader = build(corpus("data.bad_share=0.5"))
     batches = take(loader, 3)
     assert [len(b) for b in batches] == [6, 6, 6]
-    assert list(loader.ledger.bad.values()) == ["undecodable"]
+    reason = "out_of_memory" if isinstance(error, MemoryError) else "undecodable"
+    assert list(loader.ledger.bad.values()) == [reason]
 
 
 def test_stop_iteration_anywhere_else_is_an_error_and_no_end(

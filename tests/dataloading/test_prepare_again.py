@@ -5,8 +5,10 @@ Oracle: the account it prints (rows = images + refused + lost) and the manifest'
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading import shard_build
+from mlip.dataloading import image_file, shard_build
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.output_folder import sole_writer
@@ -23,6 +25,7 @@ from mlip.dataloading.shard_build import Plan, build_shards
 from mlip.dataloading.shard_worker import ImageSettings, make_member
 from mlip.dataloading.shards import ShardWriter
 from mlip.dataloading.worker_pool import Reply, WorkerPool
+from mlip.machine import LimitError
 
 
 def make_root(folder: Path, count: int) -> Path:
@@ -49,6 +52,13 @@ def plan_for(root: Path, **changes: Any) -> Plan:
         "shard_images": 2,
     }
     return Plan(**settings | changes)
+
+
+def refuse_with(code: int) -> Callable[[str], int]:
+    def refuse(path: str) -> int:
+        raise OSError(code, os.strerror(code), path)
+
+    return refuse
 
 
 def prepare(*arguments: object) -> int:
@@ -106,6 +116,43 @@ def test_files_that_may_be_read_now_are_taken_by_the_same_command(
     locked.clear()
     assert result.made == 2
     assert build_shards(rows_of(root), plan_for(root)).made == 1
+
+
+def test_files_of_a_disk_that_failed_are_taken_once_it_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_root(tmp_path, 4)
+    ordered = WorkerPool.ordered
+
+    def failing(pool: WorkerPool, items: Any) -> Any:
+        replies = ordered(pool, items)
+        return (Reply({"reason": "io_error"}, b"") if i == 1 else r for i, r in enumerate(replies))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerPool, "ordered", failing)
+        assert build_shards(rows_of(root), plan_for(root)).refused == {"io_error": 1}
+        # while it fails nothing is made again
+        patch.setattr(image_file, "_open", refuse_with(errno.EIO))
+        assert build_shards(rows_of(root), plan_for(root)).made == 0
+    again = build_shards(rows_of(root), plan_for(root))
+    assert (again.made, again.images, dict(again.refused)) == (1, 4, {})
+
+
+def test_a_limit_that_a_worker_meets_stops_the_run_and_refuses_no_film(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_root(tmp_path, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_file, "_open", refuse_with(errno.ENFILE))
+        fields, _ = make_member(str(root), {"image": "1.png"}, plan_for(root).settings)
+
+        def limited(pool: WorkerPool, items: Any) -> Any:
+            return (Reply(fields, b"") for _ in items)
+
+        patch.setattr(WorkerPool, "ordered", limited)
+        with pytest.raises(LimitError, match="ulimit -n.*run the same command again"):
+            build_shards(rows_of(root), plan_for(root))
+    assert build_shards(rows_of(root), plan_for(root)).images == 4
 
 
 def test_more_time_is_given_to_files_that_were_given_up(

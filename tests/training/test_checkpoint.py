@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -217,6 +218,18 @@ def test_one_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match="step_00000002.*cannot be read: Permission") as told:
         checkpoint.find_newest(tmp_path)
     assert "mlip export" in str(told.value) and "delete" not in str(told.value)
+
+
+def test_one_that_a_limit_keeps_from_being_read_is_not_called_damaged(tmp_path, monkeypatch):
+    # too many open files on a shared node: an older one would be taken, and this one marked
+    _save(tmp_path, 1), _save(tmp_path, 2)
+
+    def refuse(path):
+        raise OSError(errno.ENFILE, "Too many open files in system", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    with pytest.raises(CheckpointError, match="step_00000002: cannot be read: too many files"):
+        checkpoint.find_newest(tmp_path)
 
 
 def test_a_passed_over_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
