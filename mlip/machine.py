@@ -95,7 +95,10 @@ def limit_reached(error: BaseException) -> str | None:
     """One line for an error that a limit of the machine has caused; None for any other."""
     code = error.errno if isinstance(error, OSError) else None
     text = str(error)
-    if code == errno.EAGAIN or _NO_THREAD.search(text):
+    # a stream that does not wait counts what it took, an open names the file that is held: neither
+    # a full terminal nor a lease is a limit on processes
+    is_other = hasattr(error, "characters_written") or getattr(error, "filename", None) is not None
+    if (code == errno.EAGAIN and not is_other) or _NO_THREAD.search(text):
         told = _THREADS
     elif code in (errno.EMFILE, errno.ENFILE):
         told = _FILES

@@ -113,3 +113,14 @@ def test_an_error_of_a_limit_is_told_by_its_limit_and_no_other_is() -> None:
         assert named in (machine.limit_reached(error) or "")
     for error in (OSError(errno.ENOSPC, "No space"), RuntimeError("a bug"), ValueError("memory")):
         assert machine.limit_reached(error) is None
+
+
+def test_a_full_terminal_that_does_not_wait_is_no_limit_on_processes() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with pytest.raises(BlockingIOError) as caught, open(writing, "w") as terminal:
+        terminal.write("x" * (1 << 20))
+    os.close(reading)
+    assert caught.value.errno == errno.EAGAIN and machine.limit_reached(caught.value) is None
+    held = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable", "a.png")  # a lease
+    assert machine.limit_reached(held) is None
