@@ -29,6 +29,7 @@ from mlip.assembly import (
 from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
+from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
 from mlip.report import write_report
 from mlip.training import agreement, randomness
@@ -101,8 +102,8 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         ledger = Ledger.from_state(state["ledger"])
         bad = listed_bad(corpus.manifest, ledger)
         for name, content in (("ledger", ledger.summary()), ("quarantine", bad)):
-            path = Path(config.run.dir) / f"{name}.json"
-            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            with whole_file(Path(config.run.dir) / f"{name}.json") as partial:
+                partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     objective = build_objective(config, corpus)
     content = {

@@ -48,6 +48,11 @@ def read_file(file: Path, settings: Any) -> dict[str, Any]:
     check_keys(tree, settings, where=where)
     folder = path.parent
     if path.name == OF_A_RUN and (folder / "checkpoints").is_dir():
+        if not tree:  # of a copy that was cut: every setting would be the default
+            raise ConfigError(
+                f"{path}: is empty: expected the settings of the run; copy the run again, or take "
+                f"the settings from meta.json beside it ('config')"
+            )
         run = tree.get("run", {})
         named = run.get("dir")
         if named is None or Path(str(named)).resolve() != folder.resolve():

@@ -8,6 +8,7 @@ on the page loads anything: it opens on a machine without a network.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from mlip.report_tables import (
 )
 from mlip.report_training import read_log, training_charts
 
+logger = logging.getLogger("mlip")
 SECTIONS = (
     ("zero-shot", "Zero-shot", "zero_shot"),
     ("retrieval", "Retrieval", "retrieval"),
@@ -54,10 +56,20 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
     return write_page(Path(run_dir), render(Path(run_dir), results))
 
 
+def _read_ledger(path: Path) -> dict[str, Any] | None:
+    """The bar of a run's rows, from its ledger.json; a damaged one costs the bar, not the page."""
+    if not path.is_file():
+        return None
+    try:
+        return ledger_context(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: is no ledger of a run, the page goes without: %r", path, error)
+        return None
+
+
 def render(run_dir: Path, results: Mapping[str, Any]) -> str:
     """The page as text, with the run's log.jsonl and ledger.json where they are there."""
-    log, kept = read_log(run_dir / "log.jsonl"), run_dir / "ledger.json"
-    ledger = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    log, ledger = read_log(run_dir / "log.jsonl"), _read_ledger(run_dir / "ledger.json")
     is_phantom = bool(results.get("data", {}).get("is_phantom"))
     context: dict[str, Any] = {
         "title": results["run"].get("name") or run_dir.name,
@@ -69,7 +81,7 @@ def render(run_dir: Path, results: Mapping[str, Any]) -> str:
         "retrieval": retrieval_context(results),
         "grounding": grounding_context(results),
         "charts": training_charts(log),
-        "ledger": ledger_context(ledger),
+        "ledger": ledger,
         "knowledge": knowledge_context(results),
         "settings": _settings(results["config"]),
         "provenance": _provenance(results),

@@ -55,11 +55,11 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return []
     kept: list[dict[str, float]] = []
     every = 1
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
                 continue

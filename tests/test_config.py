@@ -302,6 +302,18 @@ def _run_of(folder: Path, **run: object) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("content", ["", "{}", "null", "# cut\n"])
+def test_an_emptied_file_of_a_run_is_no_run_of_default_settings(
+    tmp_path: Path, content: str
+) -> None:
+    run = _run_of(tmp_path / "run", seed=7)
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(config.ConfigError, match=r"run/config\.yaml: is empty: expected"):
+        config.load([run])
+    (tmp_path / "own.yaml").write_text(content)
+    assert config.load([tmp_path / "own.yaml"]).run.seed == config.Config().run.seed
+
+
 def test_a_run_that_was_moved_is_the_one_whose_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

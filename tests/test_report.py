@@ -198,6 +198,19 @@ def test_of_a_long_log_evenly_spaced_rows_are_kept_and_not_all(tmp_path: Path) -
     assert peak < 3e6  # of 20,000 rows 9e6, the text among it
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"", b"3", b"[1]", b'{"rows": 3, "epochs": []}', b"\xff", b"[" * 100_000]
+)
+def test_a_damaged_ledger_or_log_costs_its_section_and_not_the_page(
+    tmp_path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ledger.json").write_bytes(damaged)
+    (tmp_path / "log.jsonl").write_bytes(damaged)
+    page = write_report(tmp_path, small_results()).read_text()
+    assert 'id="ledger"' not in page and 'id="training"' not in page
+    assert "ledger.json: is no ledger of a run" in caplog.text
+
+
 def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None:
     """The same run taken for real data: no report, no word maps, hashed studies."""
     run, results = small_run(), copy.deepcopy(small_results())

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlip import distributed
 from mlip.config import Config, ConfigError, to_dict
+from mlip.output_file import whole_file
 from mlip.training.lifecycle import record_event
 from mlip.training.step import StepResult
 
@@ -185,8 +186,10 @@ class RunLog:
         text = yaml.safe_dump(settings, sort_keys=False)
         meta = {"config": settings, "command": sys.argv[1:], **facts}
         try:
-            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
-            (self.folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            # whole: a resume that is killed here, or finds the disk full, leaves what was there
+            for name, content in (("config.yaml", text), ("meta.json", json.dumps(meta, indent=1))):
+                with whole_file(self.folder / name) as partial:
+                    partial.write_text(content, encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"run.dir={self.folder} cannot be written: {error.strerror}; make room or choose "

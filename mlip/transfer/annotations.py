@@ -24,7 +24,7 @@ from mlip.dataloading.datasets.rows import is_list_text
 from mlip.dataloading.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import read_truth
+from mlip.dataloading.phantom_dataset import read_meta, read_truth
 from mlip.dataloading.table import ManifestError, read_table
 from mlip.transfer.box_file import DrawnBox, box_file, read_box_file
 from mlip.transfer.interval import Array
@@ -209,11 +209,10 @@ class Annotations:
 
     @cached_property
     def _phantom_size(self) -> tuple[int, int] | None:
-        try:
-            meta = json.loads(Path(self.manifest.path).with_name("meta.json").read_text())
-            side = int(meta["settings"]["image_px"])
-        except (OSError, ValueError, KeyError, TypeError):
+        meta = read_meta(Path(self.manifest.path).parent)  # not that of another program
+        if meta is None:
             return None
+        side = int(meta["settings"]["image_px"])
         return side, side
 
     @cached_property

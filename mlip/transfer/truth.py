@@ -6,7 +6,6 @@ the wordings come from the concept table and the boxes from a boxes.csv beside t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from mlip.dataloading import phantom_oracle, phantom_reports
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import MARK
+from mlip.dataloading.phantom_dataset import read_meta
 from mlip.dataloading.samples import SampleReader
+from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import (
     INSIDE,
@@ -50,12 +50,18 @@ class Box:
 
 
 def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
-    """meta.json of generated studies beside the manifest; None where the data is real."""
-    try:
-        meta = json.loads(Path(manifest.path).with_name("meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
+    """meta.json of generated studies beside the manifest; None where the data is real.
+
+    Raises:  ManifestError where it is damaged: such studies would be scored as real ones.
+    """
+    folder = Path(manifest.path).parent
+    meta = read_meta(folder)
+    if meta is None and (folder / "truth.jsonl").is_file():
+        raise ManifestError(
+            f"{folder / 'meta.json'}: expected that of the generated studies whose truth.jsonl "
+            "lies beside it: restore it, or generate the studies again"
+        )
+    return meta
 
 
 def oracle(manifest: Manifest, rows: Array) -> Callable[[Array], Array]:

@@ -63,7 +63,17 @@ def test_a_run_goes_on_where_its_log_its_events_and_its_ledger_find_no_room(
         full.close()
 
 
-def test_a_folder_without_room_is_named_before_the_first_step(tmp_path):
-    (tmp_path / "meta.json").symlink_to(FULL)
+def test_a_folder_without_room_is_named_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("of the run before")
+
+    def write_half(path, text, **named):
+        with path.open("w", **named) as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(ConfigError, match=rf"run\.dir={tmp_path} cannot be written: No space"):
         _trainer(tmp_path)
+    # a resume that finds no room leaves the settings that every command opens the run by
+    assert (tmp_path / "config.yaml").read_text() == "of the run before"
+    assert not list(tmp_path.glob(".config*"))

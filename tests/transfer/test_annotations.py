@@ -170,6 +170,16 @@ def test_an_image_without_a_box_of_the_classes_was_not_looked_at_for_them(
         images.close()
 
 
+def test_a_meta_file_of_another_program_gives_no_size_to_boxes(tmp_path: Path) -> None:
+    """An exporter's meta.json beside real films of 60 x 80 px: their boxes were said to be of 9."""
+    (tmp_path / "boxes.csv").write_text("path,label,x,y,w,h\na.png,Nodule,5,5,20,20\n")
+    (tmp_path / "meta.json").write_text('{"settings": {"image_px": 9}}')
+    annotations = Annotations(*make(tmp_path, "transfer.task=detection"))
+    assert annotations.boxes(0).size != (9, 9)
+    # what nobody is known to have looked at is not taken for negative
+    assert annotations.looked_at(np.arange(2)).tolist() == [0]
+
+
 def test_a_blank_cell_of_a_column_of_boxes_says_that_there_is_none(tmp_path: Path) -> None:
     """The films without a finding of a public set: without them every alarm on one is missed."""
     boxes = [json.dumps([[5, 5, 20, 20, "Nodule"]]), ""]

@@ -13,6 +13,7 @@ import pytest
 from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
 from mlip.dataloading.phantom_reports import CONCEPT_IDS
+from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
@@ -170,6 +171,19 @@ def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text('{"kind": "something else"}')
     assert truth.phantom_meta(manifest) is None
     assert truth.phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "[" * 100_000, '{"kind": "mlip phantom studies", "settings": []}']
+)
+def test_generated_studies_with_a_damaged_meta_are_not_scored_as_real_ones(
+    tmp_path: Path, content: str
+) -> None:
+    _, manifest = write_manifest(tmp_path, "50,90,80,60")
+    (tmp_path / "truth.jsonl").write_text("{}\n")
+    (tmp_path / "meta.json").write_text(content)
+    with pytest.raises(ManifestError, match=r"meta\.json: expected that of the generated studies"):
+        truth.phantom_meta(manifest)
 
 
 def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
