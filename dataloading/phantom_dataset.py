@@ -77,7 +77,7 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     mark = fingerprint(settings)
     if is_complete(folder, mark):
         return folder / "manifest.csv"
-    if folder.exists() and read_meta(folder) is None:
+    if folder.exists() and _read_meta(folder) is None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(
                 f"{folder}: expected no folder, an empty one or generated phantom studies; it is "
@@ -109,7 +109,7 @@ def fingerprint(settings: Phantom) -> str:
 
 def is_complete(folder: Path, mark: str) -> bool:
     """Whether the folder's marker has this fingerprint and every file it counts is there."""
-    meta = read_meta(folder)
+    meta = _read_meta(folder)
     if meta is None or meta["fingerprint"] != mark:
         return False
     for name, expected in meta["sha256"].items():
@@ -160,17 +160,12 @@ def _jobs(settings: Phantom) -> list[_Job]:
     return train + val + test
 
 
-def read_meta(folder: Path) -> dict[str, Any] | None:
-    """meta.json of a folder of generated studies; None where there is none or another program's."""
+def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
-    if not isinstance(meta, dict) or meta.get("kind") != MARK:
-        return None
-    kinds = {"fingerprint": str, "sha256": dict, "studies": int, "settings": dict}
-    is_whole = all(isinstance(meta.get(name), kind) for name, kind in kinds.items())
-    return meta if is_whole and isinstance(meta["settings"].get("image_px"), int) else None
+    return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
 
 
 def _remove_leftovers(folder: Path) -> None:

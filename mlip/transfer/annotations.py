@@ -24,9 +24,10 @@ from mlip.dataloading.datasets.rows import is_list_text
 from mlip.dataloading.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import read_meta, read_truth
+from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.table import ManifestError, read_table
 from mlip.transfer.box_file import DrawnBox, box_file, read_box_file
+from mlip.transfer.generated import phantom_meta, truth_of
 from mlip.transfer.interval import Array
 from mlip.transfer.mask_file import INSIDE, read_mask
 
@@ -209,11 +210,8 @@ class Annotations:
 
     @cached_property
     def _phantom_size(self) -> tuple[int, int] | None:
-        meta = read_meta(Path(self.manifest.path).parent)  # not that of another program
-        if meta is None:
-            return None
-        side = int(meta["settings"]["image_px"])
-        return side, side
+        meta = phantom_meta(self.manifest)
+        return None if meta is None else (meta["settings"]["image_px"],) * 2
 
     @cached_property
     def _box_file(self) -> dict[str, list[DrawnBox]]:
@@ -293,7 +291,8 @@ class Annotations:
 
     @cached_property
     def _phantom_truth(self) -> dict[str, list[dict[str, Any]]]:
-        return read_truth(Path(self.manifest.path).parent)
+        with truth_of(self.manifest) as folder:
+            return read_truth(folder)
 
     def _phantom_mask(self, row: int) -> Array:
         size = self._phantom_size
@@ -304,7 +303,10 @@ class Annotations:
             )
         mask = np.zeros(size, dtype=np.uint8)
         wanted = self.transfer.classes
-        for finding in self._phantom_truth[Path(self.manifest.image_path(row)).stem]:
+        image_id = Path(self.manifest.image_path(row)).stem
+        if image_id not in self._phantom_truth:
+            raise ManifestError(f"{self.manifest.path}: truth.jsonl has no line for {image_id}")
+        for finding in self._phantom_truth[image_id]:
             if not wanted or finding["concept_id"] in wanted:
                 mask[finding["mask"]] = INSIDE
         return mask

@@ -34,6 +34,7 @@ from mlip.transfer.features import (
     require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
+from mlip.transfer.generated import phantom_meta
 from mlip.transfer.grounding import evaluate_grounding
 from mlip.transfer.interval import Array
 from mlip.transfer.large_retrieval import class_precision, whole_retrieval
@@ -215,7 +216,7 @@ def _evaluate(
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
     )
-    meta = truth.phantom_meta(manifest)
+    meta = phantom_meta(manifest)
     patients = manifest.patient_key[images.row_index]
     is_phantom = meta is not None
 

@@ -15,7 +15,8 @@ from mlip.dataloading.table import ManifestError
 from mlip.transfer.annotations import Annotations
 from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.evaluation import choose_rows
-from mlip.transfer.truth import label_names, lexicon_prompts, load_boxes, phantom_meta
+from mlip.transfer.generated import phantom_meta
+from mlip.transfer.truth import label_names, lexicon_prompts, load_boxes
 
 logger = logging.getLogger("mlip")
 # rows whose boxes are laid on their images: each opens a file

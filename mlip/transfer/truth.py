@@ -19,9 +19,7 @@ from mlip.dataloading import phantom_oracle, phantom_reports
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import read_meta
 from mlip.dataloading.samples import SampleReader
-from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import (
     INSIDE,
@@ -32,6 +30,7 @@ from mlip.transfer.annotations import (
     check_inside,
 )
 from mlip.transfer.box_file import box_file, read_box_file
+from mlip.transfer.generated import phantom_meta, truth_of
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
 
@@ -49,21 +48,6 @@ class Box:
     corners: tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
-def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
-    """meta.json of generated studies beside the manifest; None where the data is real.
-
-    Raises:  ManifestError where it is damaged: such studies would be scored as real ones.
-    """
-    folder = Path(manifest.path).parent
-    meta = read_meta(folder)
-    if meta is None and (folder / "truth.jsonl").is_file():
-        raise ManifestError(
-            f"{folder / 'meta.json'}: expected that of the generated studies whose truth.jsonl "
-            "lies beside it: restore it, or generate the studies again"
-        )
-    return meta
-
-
 def oracle(manifest: Manifest, rows: Array) -> Callable[[Array], Array]:
     """How well reports fit the truth of images of generated studies: [n, n] for n of `rows`.
 
@@ -71,7 +55,8 @@ def oracle(manifest: Manifest, rows: Array) -> Callable[[Array], Array]:
     tell the studies apart, and the ceiling is what guessing among them reaches.
     """
     names = [Path(manifest.image_path(row)).stem for row in rows.tolist()]
-    truths = phantom_oracle.read_truths(Path(manifest.path).parent, names)
+    with truth_of(manifest) as folder:
+        truths = phantom_oracle.read_truths(folder, names)
 
     def scores_of(members: Array) -> Array:
         scores = phantom_oracle.oracle_scores([truths[i] for i in members.tolist()])

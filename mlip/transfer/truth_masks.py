@@ -17,9 +17,10 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import Annotations, resize_mask
+from mlip.transfer.generated import phantom_meta, truth_of
 from mlip.transfer.interval import Array
 from mlip.transfer.mask_file import INSIDE
-from mlip.transfer.truth import SIDES, phantom_meta, sized_rows
+from mlip.transfer.truth import SIDES, sized_rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def _of_phantoms(config: Config, manifest: Manifest, rows: Iterable[int]) -> dic
     row_of = {Path(manifest.image_path(row)).stem: row for row in rows}
     transform = Transform(config.data, train=False, seed=config.run.seed)
     found: dict[int, list[Mask]] = {}
-    for image_id, findings in read_truth(Path(manifest.path).parent, only=row_of).items():
+    with truth_of(manifest) as folder:
+        truth = read_truth(folder, only=row_of)
+    for image_id, findings in truth.items():
         for finding in findings:
             side = finding["side"] if finding["side"] in SIDES else None
             mask = _to_model(finding["mask"], finding["concept_id"], side, transform)

@@ -12,6 +12,7 @@ import pytest
 
 from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
+from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.phantom_reports import CONCEPT_IDS
 from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
@@ -19,6 +20,7 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations
+from mlip.transfer.generated import phantom_meta, truth_of
 
 
 def write_manifest(folder: Path, box: str, labels: str = "Pneumonia") -> tuple[Config, Manifest]:
@@ -167,10 +169,10 @@ def test_prompts_of_phantoms_state_their_finding_or_deny_it() -> None:
 
 def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
     _, manifest = write_manifest(tmp_path, "50,90,80,60")
-    assert truth.phantom_meta(manifest) is None
+    assert phantom_meta(manifest) is None
     (tmp_path / "meta.json").write_text('{"kind": "something else"}')
-    assert truth.phantom_meta(manifest) is None
-    assert truth.phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
+    assert phantom_meta(manifest) is None
+    assert phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
 
 
 @pytest.mark.parametrize(
@@ -182,8 +184,20 @@ def test_generated_studies_with_a_damaged_meta_are_not_scored_as_real_ones(
     _, manifest = write_manifest(tmp_path, "50,90,80,60")
     (tmp_path / "truth.jsonl").write_text("{}\n")
     (tmp_path / "meta.json").write_text(content)
-    with pytest.raises(ManifestError, match=r"meta\.json: expected that of the generated studies"):
-        truth.phantom_meta(manifest)
+    with pytest.raises(ManifestError, match=r"meta\.json: is damaged or not that of the"):
+        phantom_meta(manifest)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "{", "[" * 100_000, "\xff", None])
+def test_a_truth_that_is_damaged_is_named(tmp_path: Path, content: str | None) -> None:
+    _, manifest = write_manifest(tmp_path, "50,90,80,60")
+    if content is not None:
+        (tmp_path / "truth.jsonl").write_text(content + "\n" * bool(content), encoding="latin-1")
+    with pytest.raises(ManifestError, match=r"truth\.jsonl: (is damaged|cannot be read)"):
+        truth.oracle(manifest, np.arange(1))
+    if content != "":  # a folder without a finding has no line
+        with pytest.raises(ManifestError, match=r"truth\.jsonl: "), truth_of(manifest) as folder:
+            read_truth(folder)
 
 
 def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
