@@ -160,9 +160,14 @@ class Ledger:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Ledger:
-        ledger = cls(state["rows"], state["excluded"], state["bad_share"])
+        excluded = {rule: int(count) for rule, count in state["excluded"].items()}
+        ledger = cls(int(state["rows"]), excluded, float(state["bad_share"]))
         ledger.epochs = {
-            int(e): EpochCount(trained, Counter(quarantined), replacements)
+            int(e): EpochCount(
+                int(trained),
+                Counter({reason: int(count) for reason, count in quarantined.items()}),
+                int(replacements),
+            )
             for e, (trained, quarantined, replacements) in state["epochs"].items()
         }
         ledger.bad = {int(row): reason for row, reason in state["bad"].items()}

@@ -114,7 +114,8 @@ class Loader:
 
         `state` is merge_states of all ranks' states: rank 0 takes its counts, the others start
         theirs at zero, so the sum over ranks stays right.
-        Raises:  ValueError if the state belongs to another order of rows.
+        Raises:  ValueError if the state belongs to another order of rows; TypeError, KeyError or
+                 AttributeError where it is none.
         """
         saved, mine = state["order"], self._order_key()
         if saved != mine:
@@ -125,8 +126,10 @@ class Loader:
                 + ": resume with the manifest and settings of the saved run, or start a new one"
             )
         self._stop()
-        self.step = int(state["step"])
-        ledger = Ledger.from_state(state["ledger"])
+        try:
+            self.step, ledger = int(state["step"]), Ledger.from_state(state["ledger"])
+        except ValueError as error:  # a text in a number's place
+            raise TypeError(f"loader: {error}") from error
         if self.order.rank != 0:
             ledger.epochs = {}
         ledger.bad_share = self.ledger.bad_share

@@ -43,7 +43,7 @@ FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
 # entries of state.json -> their kinds; a state has the first two at least
 _NEEDED: dict[str, type] = {"step": int, "config": dict}
-_COUNTS = dict.fromkeys(("world_size", "skipped_steps", "skipped_in_a_row"), int)
+_COUNTS = dict.fromkeys(("world_size", "threads", "skipped_steps", "skipped_in_a_row"), int)
 _KINDS: dict[str, type] = _NEEDED | _COUNTS | {"loader": dict, "rng": list}
 _EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"

@@ -89,7 +89,7 @@ class Trainer:
         if distributed.is_main():
             checkpoint.remove_leftovers(config.run.dir)
         saved = checkpoint.load_newest(config, allow_mismatch=allow_mismatch)
-        threads = randomness.set_threads(config, saved.state["threads"] if saved else None)
+        threads = randomness.set_threads(config, saved.state.get("threads") if saved else None)
         keep_freed_memory()
         self.engine: Engine = build_engine(objective, config, deepspeed_json)
         self.steps = total_steps(config, loader.num_rows)
@@ -106,7 +106,13 @@ class Trainer:
         randomness.seed_rank(config.run.seed)
         self.facts = dict(facts or {})
         if saved is not None:
-            self._resume(saved, allow_mismatch)
+            try:
+                self._resume(saved, allow_mismatch)
+            except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
+                raise CheckpointError(
+                    f"{saved.folder}: its state.json is not one of this version: {error!r}; name "
+                    "another run.dir, or remove this checkpoint for the one before it"
+                ) from error
         self.facts |= {
             "engine": self.engine.name,
             "threads": threads,

@@ -66,11 +66,20 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: Sequence[Mapping[str, Any]], *, seed: int, step: int) -> None:
-    """This rank's saved generators; seeds of its own where there were more or fewer ranks."""
+    """This rank's saved generators; seeds of its own where there were more or fewer ranks.
+
+    Raises:  TypeError, KeyError, IndexError or OverflowError where they are not what was saved
+    """
     if distributed.world_size() != len(states):
         seed_rank(seed, step)
         return
-    state = states[distributed.rank()]
+    try:
+        _set(states[distributed.rank()])
+    except (ValueError, RuntimeError) as error:  # of torch, for a state of another length
+        raise TypeError(f"rng: {error}") from error
+
+
+def _set(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

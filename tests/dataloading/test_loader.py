@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,35 @@ def test_resume_at_any_step_repeats_nothing_and_skips_nothing(
     whole = build(config)
     take(whole, 10)
     assert second.ledger.summary() == whole.ledger.summary()
+
+
+def _places(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield (*path, key)
+        yield from _places(value, (*path, key))
+
+
+@pytest.mark.parametrize("other", [None, "x", [], {}, [1], {"x": "y"}])
+def test_a_state_with_a_part_of_another_kind_is_refused_when_it_is_loaded(
+    corpus: Make, build: Any, other: Any
+) -> None:
+    """Taken in, a text for a count ended a run hours later, at its first bad image."""
+    config = corpus()
+    first = build(config)
+    take(first, 4)
+    state = json.loads(json.dumps(first.state_dict()))
+    for path in _places(state):
+        if type(other) is dict and path[-1] in ("excluded", "epochs", "bad") and not other:
+            continue  # none yet
+        changed = json.loads(json.dumps(state))
+        within = changed
+        for key in path[:-1]:
+            within = within[key]
+        within[path[-1]] = other
+        with pytest.raises((ValueError, TypeError, KeyError, AttributeError)) as caught:
+            build(config).load_state_dict(changed)
+        # a ValueError is of another order, which is refused by what differs
+        assert "loader state" in str(caught.value) or not isinstance(caught.value, ValueError)
 
 
 def test_a_state_grows_with_epochs_only(corpus: Make, build: Any) -> None:

@@ -186,6 +186,40 @@ def test_times_of_steps_add_up_to_the_run_either_way(tmp_path):
     assert 0.99 * 12 * 0.05 < sum(seconds) < 1.01 * (time.perf_counter() - begin)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("rng", 0), {}),
+        (("rng", 0, "torch"), None),
+        (("rng", 0, "python"), 3),
+        (("rng", 0, "python", 1), []),
+        (("rng", 0, "numpy", 1), ["x"]),
+        (("rng", 0, "numpy", 1), [-1] * 624),
+        (("rng", 0, "torch"), "no hex"),
+        (("rng", 0, "torch"), "00"),
+        (("loader",), {}),
+        (("world_size",), None),
+    ],
+)
+def test_a_state_with_a_part_of_another_kind_is_an_error_of_the_checkpoint(tmp_path, place, value):
+    """It was a traceback: "unexpected error", code 1."""
+    first = make_trainer(_config(tmp_path, "train.max_steps=4"))
+    first.fit(StopRequest())
+    read = checkpoint.load_newest(first.config)
+    within = read.state
+    for key in place[:-1]:
+        within = within[key]
+    within[place[-1]] = value
+    if value is None:
+        del within[place[-1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_newest", lambda *args, **named: read)
+        with pytest.raises(
+            CheckpointError, match=r"step_00000004: .*state\.json.*another run\.dir"
+        ):
+            make_trainer(_config(tmp_path, "train.max_steps=4"))
+
+
 def test_counts_of_skipped_steps_go_on_after_a_resume(tmp_path):
     # or a run that is stopped now and then would never reach train.max_nan_steps
     trainer = trainer_of(_config(tmp_path))
