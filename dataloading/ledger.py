@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from mlip.machine import LimitError, limit_reached
@@ -66,6 +67,14 @@ def unreadable(error: OSError, what: str = "") -> BadSample:
     return BadSample("io_error", f"{what}: {told}" if what else told)
 
 
+def most_bad(share: float, rows: int) -> int:
+    """How many of the rows are not more than the share, which is meant as it is written.
+
+    0.29 * 100 is below 29: a product of floats would stop a run at its 29th bad image.
+    """
+    return int(Fraction(repr(float(share))) * rows)
+
+
 @dataclass
 class EpochCount:
     trained: int = 0
@@ -113,14 +122,15 @@ class Ledger:
 
     def check(self) -> None:
         """Raises:  DataError once more than bad_share of the training rows is bad."""
-        if len(self.bad) > self.bad_share * self.order_rows:
+        allowed = most_bad(self.bad_share, self.order_rows)
+        if len(self.bad) > allowed:
             top = ", ".join(
                 f"{reason} {count}" for reason, count in Counter(self.bad.values()).most_common(5)
             )
             raise DataError(
                 f"{len(self.bad)} of {self.order_rows} training rows have a bad image "
-                f"({top}); data.bad_share={self.bad_share} allows "
-                f"{int(self.bad_share * self.order_rows)}: repair the files or raise it"
+                f"({top}); data.bad_share={self.bad_share} allows {allowed}: repair the files or "
+                "raise it"
             )
 
     def is_complete(self, epoch: int) -> bool:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from mlip.config import Config
-from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.ledger import BadSample, DataError, most_bad
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
@@ -145,12 +145,13 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> None:
     """As in training: a folder that is not mounted is told after the first part, not at the end."""
-    if missing and (len(missing) > bad_share * rows or len(missing) == rows):
+    allowed = most_bad(bad_share, rows)
+    if missing and (len(missing) > allowed or len(missing) == rows):
         raise DataError(
             f"{len(missing)} of {rows} rows have a bad image "
             f"({_listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "
-            f"{int(bad_share * rows)}: repair the files, check data.root, or raise it; finished "
-            "parts are kept, run again to go on"
+            f"{allowed}: repair the files, check data.root, or raise it; finished parts are kept, "
+            "run again to go on"
         )
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlip.dataloading.ledger import DataError, Ledger
+from mlip.dataloading.ledger import DataError, Ledger, most_bad
 
 
 def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
@@ -81,3 +81,21 @@ def test_merged_ranks_add_up() -> None:
     for other in (Ledger(21, {}), Ledger(20, {"no_report": 1})):
         with pytest.raises(ValueError, match="one manifest"):
             Ledger.merge([Ledger(20, {}), other])
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "most"),
+    [(0.29, 100, 29), (0.35, 180, 63), (0.33, 3, 0), (0.34, 3, 1), (0.01, 99, 0), (0.01, 100, 1)],
+)
+def test_a_share_of_bad_rows_is_meant_as_it_is_written(share: float, rows: int, most: int) -> None:
+    ledger = Ledger(rows, {}, bad_share=share)
+    for row in range(most):
+        ledger.add_bad(0, row, "missing")
+    ledger.check()
+    ledger.add_bad(0, most, "missing")
+    with pytest.raises(DataError, match=f"data.bad_share={share} allows {most}:"):
+        ledger.check()
+
+
+def test_no_bad_row_and_every_bad_row_may_be_allowed() -> None:
+    assert (most_bad(0.0, 10), most_bad(1.0, 10), most_bad(1e-07, 10**8)) == (0, 10, 10)
