@@ -64,7 +64,7 @@ def read_header(path: Path) -> tuple[list[str], str]:
         raise CsvError(
             "its first line is blank: expected a header line with the columns' names"
             if head.removeprefix(BOM)
-            else "the manifest is empty: expected a header line"
+            else "it is empty: expected a header line"
         )
     if re.fullmatch(r'"?sep=.?"?', line.strip(), re.IGNORECASE):  # blank behind it: a tab
         raise CsvError(

@@ -52,7 +52,8 @@ def why_not_dali(config: Config) -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
-        return f"nvidia.dali cannot be imported ({error}): pip install 'mlip-medical[dali]'"
+        mend = "pip install '.[dali]' in the checkout"
+        return f"nvidia.dali cannot be imported ({error}): {mend}"
     if config.data.augment.rotation_degrees != 0.0 and not torch.cuda.is_available():
         return (
             "data.augment.rotation_degrees on DALI's CPU backend runs at a fifth of the speed "

@@ -195,7 +195,7 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
             hint = f", nearest is {near[0]!r}" if near else ""
             parts.append(f"{name!r} (data.columns.{field}{hint})")
         raise ManifestError(
-            f"{path}: missing columns: {'; '.join(parts)}. The manifest has: "
+            f"{path}: missing columns: {'; '.join(parts)}. The file has: "
             f"{shown(names)}. Map them with data.columns.<field>=<name>, "
             "or null where there is none"
         )

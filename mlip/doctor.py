@@ -202,7 +202,9 @@ def check_compiler() -> Check:
             "compiler",
             MISSING,
             f"{' and '.join(lacking)}: DeepSpeed on a CPU builds an extension with it",
-            "apt-get install g++" if "g++" in lacking else "pip install ninja",
+            " && ".join(
+                {"g++": "apt-get install g++", "ninja": "pip install ninja"}[n] for n in lacking
+            ),
         )
     return Check("compiler", OK, "g++ and ninja: DeepSpeed can build its extension")
 
@@ -254,7 +256,7 @@ def check_dali() -> Check | None:
         "nvidia-dali-cuda120",
         BROKEN,
         f"{version}: brings nvJPEG 12, which can decode 9 to 15 bit lossless JPEG to all zeros",
-        f"pip uninstall -y nvidia-dali-cuda120 && pip install '{NAME}[dali]'",
+        f"pip uninstall -y nvidia-dali-cuda120 && {_remedy('nvidia-dali-cuda130')}",
     )
 
 

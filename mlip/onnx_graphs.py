@@ -103,7 +103,7 @@ def _versions() -> dict[str, str]:
     if missing:
         raise ConfigError(
             f"ONNX files need {', '.join(missing)}, not installed here: pip install "
-            "'mlip-medical[onnx]', or export without --onnx"
+            "'.[onnx]' in the checkout, or export without --onnx"
         )
     return found
 

@@ -31,6 +31,10 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(doctor, "_is_importable", lambda module: module != "deepspeed")
+    dali = {"nvidia-dali-cuda120": "1.0"}
+    monkeypatch.setattr(doctor, "version_of", dali.get)
+    mended = doctor.check_dali()
+    assert mended is not None and mended.remedy.endswith("pip install '.[dali]'")
     monkeypatch.setattr(doctor, "version_of", lambda name: None)
     by_name = {check.name: check for check in doctor.check_packages()}
     assert by_name["deepspeed"].remedy == "pip install '.[deepspeed]'"  # a checkout alone
@@ -49,6 +53,9 @@ def test_a_missing_package_comes_with_the_line_that_installs_it(
     assert "missing  pydicom" in text and "off      deepspeed" not in text
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "ninja" else name)
     assert doctor.check_compiler().state == doctor.MISSING
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.check_compiler().remedy == "apt-get install g++ && pip install ninja"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name == "ninja" else name)
     monkeypatch.setattr(doctor, "version_of", lambda name: "1.13")  # pip's, not on the path
     assert doctor.check_compiler().state == doctor.OK
 

@@ -24,7 +24,7 @@ from mlip.transfer.own_inputs import model_input, read_image
 from mlip.transfer.prompts import make_text_batch, phrase_encoder
 from tests.small_run import SETTINGS, small_export, small_run
 
-pytest.importorskip("onnxruntime", reason="pip install 'mlip-medical[onnx]'")
+pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
 onnx = pytest.importorskip("onnx")
 HAS_A_SESSION = """
 import sys

@@ -40,13 +40,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """
     table = StudyReports(options) if options["reports"] else None
     if table is None and (given := [n for n in STUDY_REPORTS if options[n] != STUDY_REPORTS[n][0]]):
-        raise ConfigError(f"option {given[0]}: says something of a table: give option reports too")
+        raise ConfigError(
+            f"--option {given[0]} says something of a table: give --option reports too"
+        )
     level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
     if level < 1:
-        raise ConfigError("option patient_level: expected a folder level of 1 or more")
+        raise ConfigError("--option patient_level: expected a folder level of 1 or more")
     kept = {word.strip() for word in options["keep"].split(",")} - {""}
     if not kept <= set(_RULES):
-        raise ConfigError(f"option keep: expected some of {', '.join(_RULES)}, commas between")
+        raise ConfigError(f"--option keep: expected some of {', '.join(_RULES)}, commas between")
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()

@@ -63,7 +63,7 @@ class StudyReports:
         """
         path = Path(options["reports"])
         if options["report_repeats"] not in ("refuse", "join"):
-            raise ConfigError("option report_repeats: expected refuse or join")
+            raise ConfigError("--option report_repeats: expected refuse or join")
         names = column_names(path)
         key = _column(path, names, options, "report_key", _KEYS)
         texts = find_report(path, names, options["report_text"], "report_text")

@@ -65,7 +65,7 @@ def graph_vectors(
     except ImportError as error:
         raise ValueError(
             "graph embeddings need torch_geometric, which is not installed: "
-            "pip install 'mlip-medical[graph]'"
+            "pip install '.[graph]' in the checkout"
         ) from error
     edges, names = triplets(table)
     if len(edges) < 2:

@@ -158,7 +158,7 @@ def _user_table(table: ConceptTable, path: Path) -> Tensor:
         )
     try:
         rows = load_file(path)
-    except Exception as error:  # safetensors raises its own type, outside ValueError
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"knowledge.vectors {path}: not a safetensors file: {error}") from error
     known = {name: row for name, row in rows.items() if name in table.index}
     if not known:

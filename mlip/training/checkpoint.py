@@ -366,7 +366,7 @@ def check_config(checkpoint: Checkpoint, config: Config, *, allow_mismatch: bool
     different = {
         key: values
         for key, values in difference(saved, config).items()
-        if not any(key == free or key.startswith(free) for free in FREE_SETTINGS)
+        if not key.startswith(FREE_SETTINGS)
     }
     if not different:
         return

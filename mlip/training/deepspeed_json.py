@@ -47,7 +47,9 @@ def read_json(path: str | None) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed JSON {path}: cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"DeepSpeed JSON {path}: expected an object, got a {type(content)}")
+        raise ConfigError(
+            f"DeepSpeed JSON {path}: expected an object, got a {type(content).__name__}"
+        )
     return content
 
 
@@ -93,7 +95,7 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
             derived["train_micro_batch_size_per_gpu"],
         ),
         "gradient_accumulation_steps": (
-            "(accumulation loses negatives; batch.micro_images splits exactly)",
+            "what the loss needs (accumulation loses negatives; batch.micro_images splits exactly)",
             1,
         ),
         "gradient_clipping": ("train.clip_norm", train.clip_norm),
@@ -102,8 +104,8 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
             "train.offload",
             "cpu" if train.offload else "none",
         ),
-        "zero_allow_untested_optimizer": ("(the engine)", True),
-        "zero_force_ds_cpu_optimizer": ("(the engine)", False),
+        "zero_allow_untested_optimizer": ("what our optimisers need", True),
+        "zero_force_ds_cpu_optimizer": ("what our optimisers need", False),
         "bf16.enabled": ("train.precision", train.precision == "bf16"),
         "bfloat16.enabled": ("train.precision", train.precision == "bf16"),
         "fp16.enabled": ("train.precision", False),
@@ -113,7 +115,7 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
         ),
         "optimizer.params.lr": ("train.lr, scaled by the batch", peak_lr(config)),
         "optimizer.params.betas": ("train.betas", list(train.betas)),
-        "optimizer.params.eps": ("(the engine)", 1e-8),
+        "optimizer.params.eps": ("what our optimisers take", 1e-8),
         "optimizer.params.weight_decay": ("train.weight_decay", train.weight_decay),
     }
 
@@ -128,10 +130,10 @@ def _merge_free(
             name, ours = agreed[key]
             if value != ours:
                 raise ConfigError(
-                    f"DeepSpeed JSON: {key} is {value!r}, but {name} is {ours!r}; change one of "
-                    "them, or leave the key out of the JSON: it is derived from the config"
+                    f"DeepSpeed JSON: {key} is {value!r}, but {name} is {ours!r}; leave "
+                    "the key out of the JSON: it is derived from the config"
                 )
-        elif any(key.startswith(free) for free in _FREE_KEYS):
+        elif key.startswith(_FREE_KEYS):
             *sections, leaf = key.split(".")
             place = into
             for section in sections:

@@ -87,8 +87,6 @@ def exit_code(error: BaseException) -> int:
         return code
     if isinstance(error, ConfigError):
         return CONFIG
-    if "manifest" in type(error).__name__.lower():
-        return DATA
     module = type(error).__module__
     if module.startswith("torch.distributed") or type(error).__name__.startswith("Dist"):
         return PEER

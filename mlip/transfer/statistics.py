@@ -60,7 +60,6 @@ def knowledge_statistics(
         ("mentions uncertain", f"{int(total[UNCERTAIN]):,}"),
         ("reports without a mention", f"{reports - len(np.unique(mentions[:, 2])):,}"),
         ("categories", f"{len(table.categories)}"),
-        ("linker", type(linker).__name__ if linker is not None else "none"),
     ]
     if most > 0:
         full = int((np.unique(mentions[:, 2], return_counts=True)[1] >= most).sum())

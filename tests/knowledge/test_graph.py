@@ -130,7 +130,7 @@ def test_what_cannot_be_trained_is_named(stand_in, tmp_path, monkeypatch, capsys
     assert call("embed", "--out", str(tmp_path / "x.npz")) == 2
     monkeypatch.setitem(sys.modules, "torch_geometric.nn.kge", None)  # as if not installed
     assert call("embed", "--out", str(tmp_path / "x.safetensors")) == 2
-    assert "pip install 'mlip-medical[graph]'" in capsys.readouterr().err
+    assert "pip install '.[graph]'" in capsys.readouterr().err
 
 
 @pytest.mark.long

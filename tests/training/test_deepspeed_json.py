@@ -124,5 +124,5 @@ def test_an_unreadable_json_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(ConfigError, match="ds.json"):
         read_json(str(path))
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="expected an object"):
+    with pytest.raises(ConfigError, match="expected an object, got a list$"):
         read_json(str(path))

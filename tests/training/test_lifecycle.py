@@ -45,10 +45,6 @@ class _DataError(RuntimeError):
     exit_code = 3
 
 
-class ManifestError(ValueError):
-    """As the data loading's: recognised by its name, without an import of it."""
-
-
 class _OddError(ValueError):
     exit_code = "a library's own, no number"
 
@@ -59,7 +55,6 @@ class _OddError(ValueError):
         (ConfigError("x"), 2),
         (ValueError("x"), 2),
         (_DataError("x"), 3),
-        (ManifestError("x"), 3),
         (CheckpointError("x"), 4),
         (PretrainedError("x"), 4),
         (NumericError("x"), 5),
