@@ -133,11 +133,6 @@ class Ledger:
                 "raise it"
             )
 
-    def is_complete(self, epoch: int) -> bool:
-        """Whether the epoch's rows are all accounted for (over the ranks merged here)."""
-        count = self.epochs.get(epoch)
-        return count is not None and count.seen == self.order_rows
-
     def summary(self) -> dict[str, Any]:
         """What a person reads: per epoch where the rows went, and what is still ahead."""
         return {

@@ -244,7 +244,7 @@ def build_loader(
     tokenizer: Any,
     linker: Any,
     table: Any,
-    with_report: bool | None = None,
+    with_report: bool = True,
     rows: IntArray | None = None,
     global_pairs: int | None = None,
 ) -> Loader:
@@ -256,9 +256,8 @@ def build_loader(
     Raises:  ManifestError (no rows, or hashes asked for that are not there), ValueError.
     """
     data = config.data
-    pairs_only = True if with_report is None else with_report
-    allowed = manifest.rows(split, with_report=pairs_only)
-    excluded = manifest.excluded(split, with_report=pairs_only)
+    allowed = manifest.rows(split, with_report=with_report)
+    excluded = manifest.excluded(split, with_report=with_report)
     chosen = allowed if rows is None else np.asarray(rows, dtype=np.int64)
     if not np.isin(chosen, allowed).all():
         raise ValueError(f"rows: expected usable rows of split {split!r} only")

@@ -25,7 +25,14 @@ from mlip.dataloading.report_text import clean_report, sentence_spans
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_BERT_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+SPECIAL = tuple(_BERT_TOKENS.values())
 MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
 
 
@@ -54,9 +61,6 @@ class ReportTokenizer:
     def encode_batch(self, texts: list[str]) -> list[Any]:
         """tokenizers.Encoding per text (ids, offsets), without special tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def token(self, token_id: int) -> str:
         """The piece behind an id, "##" included."""
@@ -132,12 +136,7 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
             f"tokenizer {directory}: expected tokenizer.json or vocab.txt in it; another folder "
             "that has them can be named in model.text.tokenizer"
         )
-    special = dict(
-        zip(
-            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
-        )
-    )
-    special |= _special_tokens(directory)
+    special = _BERT_TOKENS | _special_tokens(directory)
     if (directory / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
@@ -184,7 +183,7 @@ def _special_tokens(directory: Path) -> dict[str, str]:
             raise ValueError(f"tokenizer {file}: not JSON: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"tokenizer {file}: expected a JSON object; restore the file")
-        for key in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"):
+        for key in _BERT_TOKENS:
             value = content.get(key)
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
@@ -259,12 +258,7 @@ def train_tokenizer(
     backend.normalizer, backend.pre_tokenizer = normalizer, splitter
     backend.decoder = decoders.WordPiece()
     backend.add_special_tokens(list(SPECIAL))
-    special = dict(
-        zip(
-            ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True
-        )
-    )
-    ReportTokenizer(backend, special).save(directory)
+    ReportTokenizer(backend, _BERT_TOKENS).save(directory)
     return load_tokenizer(directory)
 
 

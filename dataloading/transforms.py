@@ -48,6 +48,15 @@ class Placement:
     left: int
 
 
+def letterbox(height: int, width: int, side: int) -> Placement:
+    """An image's longest side scaled to `side`, centred."""
+    longest = max(height, width)
+    # integer rounding, half up: the same on every machine
+    scaled_h = max(1, (2 * height * side + longest) // (2 * longest))
+    scaled_w = max(1, (2 * width * side + longest) // (2 * longest))
+    return Placement(scaled_h, scaled_w, (side - scaled_h) // 2, (side - scaled_w) // 2)
+
+
 class Transform:
     """The specification of a run's images: `train` switches the random part on."""
 
@@ -84,14 +93,7 @@ class Transform:
         )
 
     def placement(self, height: int, width: int) -> Placement:
-        """The letterbox of an image: longest side scaled to resize_px, centred."""
-        longest = max(height, width)
-        # integer rounding, half up: the same on every machine
-        scaled_h = max(1, (2 * height * self.resize_px + longest) // (2 * longest))
-        scaled_w = max(1, (2 * width * self.resize_px + longest) // (2 * longest))
-        return Placement(
-            scaled_h, scaled_w, (self.resize_px - scaled_h) // 2, (self.resize_px - scaled_w) // 2
-        )
+        return letterbox(height, width, self.resize_px)
 
     def placements(
         self, height: NDArray[np.int64], width: NDArray[np.int64]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import tempfile
@@ -38,6 +39,11 @@ def require_writable(folder: Path) -> Path:
         raise ConfigError(
             f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
         ) from None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

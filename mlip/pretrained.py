@@ -15,7 +15,6 @@ No pickle anywhere: reading a folder from a stranger runs no code of theirs.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
@@ -36,6 +35,7 @@ from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
 from mlip.onnx_graphs import write_onnx
+from mlip.output_file import file_sha256
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import PretrainedError as PretrainedError
 from mlip.pretrained_weights import embedding_rows, model_with
@@ -137,7 +137,7 @@ def _fill(
         described["onnx"] = write_onnx(folder, model, standalone)
     (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]
+    lines = [f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]
     (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -235,7 +235,7 @@ def _check_sums(folder: Path) -> None:
             raise PretrainedError(f"{folder / SUMS}: names a file outside: {name!r}")
         if not path.is_file():
             raise PretrainedError(f"{path}: missing; copy the whole folder again")
-        if _sha256(path) != expected:
+        if file_sha256(path) != expected:
             raise PretrainedError(f"{path}: damaged or changed (SHA-256 differs); copy it again")
 
 
@@ -367,8 +367,3 @@ def _tokenizer_of(folder: Path, config: Config, run_dir: Path, trained: Any) -> 
             f"{found[:12]}; restore that of the training run"
         )
     return tokenizer
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

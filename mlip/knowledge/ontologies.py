@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator
@@ -18,6 +17,7 @@ from typing import IO, Any
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
 from mlip.knowledge.plain_letters import PLAIN
+from mlip.output_file import file_sha256
 
 
 def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
@@ -80,7 +80,7 @@ def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:
             raise LexiconError(f"{path}: no term {missing[0]} to take the terms below of")
         kept = {i: kept[i] for i in _below(kept, under)}
     concepts = [_obo_concept(identifier, term, kept) for identifier, term in kept.items()]
-    provenance = {"source": "obo", "sha256": {path.name: sha256(path)}}
+    provenance = {"source": "obo", "sha256": {path.name: file_sha256(path)}}
     return without_cycles(ConceptTable(concepts, provenance))
 
 
@@ -163,13 +163,8 @@ def read_csv(path: str | Path) -> ConceptTable:
                 )
         except csv.Error as error:
             raise LexiconError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
-    provenance = {"source": "csv", "sha256": {path.name: sha256(path)}}
+    provenance = {"source": "csv", "sha256": {path.name: file_sha256(path)}}
     return without_cycles(ConceptTable(concepts, provenance))
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _below(terms: dict[str, dict[str, Any]], roots: Collection[str]) -> list[str]:

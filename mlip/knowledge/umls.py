@@ -15,7 +15,8 @@ import numpy as np
 
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
-from mlip.knowledge.ontologies import numbered_lines, sha256
+from mlip.knowledge.ontologies import numbered_lines
+from mlip.output_file import file_sha256
 
 Progress = Callable[[str, int, int], None]  # file name, bytes read, bytes in all
 # findings, signs, diseases, anatomy and devices: what a chest report can speak of
@@ -118,7 +119,7 @@ def read_umls(
             )
         )
     del names, definitions, types
-    files = {n: sha256(folder / n) for n in _COLUMNS if (folder / n).exists()}
+    files = {n: file_sha256(folder / n) for n in _COLUMNS if (folder / n).exists()}
     provenance = {
         "source": "umls",
         "licensed": True,

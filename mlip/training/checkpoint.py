@@ -16,7 +16,6 @@ safetensors nor torch notices a flipped bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.config import Config, difference, from_dict
 from mlip.machine import limit_reached
+from mlip.output_file import file_sha256
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
@@ -177,13 +177,13 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
     text = json.dumps({**state, **counts}, allow_nan=False)
     (partial / _STATE).write_text(text, encoding="utf-8")
     names = [*(f"{kind}.safetensors" for kind in tensors), _STATE]
-    sums = "".join(f"{_sha256(partial / name)}  {name}\n" for name in names)
+    sums = "".join(f"{file_sha256(partial / name)}  {name}\n" for name in names)
     (partial / _SUMS).write_text(sums, encoding="utf-8")
     for name in (*names, _SUMS):
         _fsync(partial / name)
     fire("ckpt-fsync", step, run_dir)
     fire("pointer-update", step, run_dir)
-    (partial / _MARKER).write_text(_sha256(partial / _SUMS) + "\n", encoding="utf-8")
+    (partial / _MARKER).write_text(file_sha256(partial / _SUMS) + "\n", encoding="utf-8")
     _fsync(partial / _MARKER)
     _fsync(partial)
     if final.exists():
@@ -266,7 +266,7 @@ def _damage(folder: Path) -> str | None:
     """
     try:
         marker = (folder / _MARKER).read_text(encoding="utf-8").strip()
-        if marker != _sha256(folder / _SUMS):
+        if marker != file_sha256(folder / _SUMS):
             return f"{_SUMS} is not the one that {_MARKER} names"
         lines = (folder / _SUMS).read_text(encoding="utf-8").splitlines()
         names = set()
@@ -274,7 +274,7 @@ def _damage(folder: Path) -> str | None:
             expected, name = line.split("  ")
             if Path(name).name != name:
                 return f"{_SUMS} names a file outside: {name!r}"
-            if _sha256(folder / name) != expected:
+            if file_sha256(folder / name) != expected:
                 return f"{name} is not what was written (SHA-256 differs)"
             names.add(name)
     except FileNotFoundError as error:
@@ -377,11 +377,6 @@ def check_config(checkpoint: Checkpoint, config: Config, *, allow_mismatch: bool
             "restore the settings, or pass --allow-mismatch"
         )
     distributed.log_once(f"resuming although settings differ: {shown}", logging.WARNING)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -175,7 +175,7 @@ class Trainer:
             batches = iter(self.loader)
             while self.step < self.steps:
                 self._one_step(batches, stop)
-                is_due = every > 0 and self.step % every == 0
+                is_due = self.step % every == 0
                 if self.stop_requested or is_due or self.step == self.steps:
                     self._read_numbers()  # those of all steps that a save would hold
                 if self.stop_requested and self.step < self.steps:
@@ -264,7 +264,6 @@ class Trainer:
             epoch=under_way.epoch,
             step_seconds=step_seconds,
             wait_seconds=under_way.wait_seconds,
-            scales=result.scales,
         )
         return result
 

@@ -97,7 +97,6 @@ class RunLog:
         epoch: float,
         step_seconds: float,
         wait_seconds: float,
-        scales: dict[str, float],
     ) -> None:
         """Step counts from 1: the number of steps done."""
         if not self._is_main:
@@ -109,7 +108,7 @@ class RunLog:
             "terms": {name: _finite(value) for name, value in result.terms.items()},
             "grad_norm": _finite(result.grad_norm),
             "lr": lr,
-            "scales": scales,
+            "scales": result.scales,
             "pairs_per_s": round(self.global_pairs / max(step_seconds, 1e-9), 2),
             "data_wait_s": round(wait_seconds, 4),
             "memory_gib": round(memory_gib(), 3),
@@ -122,7 +121,7 @@ class RunLog:
             self._file.write(json.dumps(entry, allow_nan=False) + "\n")
             self._file.flush()
         if self._board is not None:
-            self._to_board(step, result, lr, scales, entry["pairs_per_s"])
+            self._to_board(step, result, lr, entry["pairs_per_s"])
         self._window_steps += 1
         self._window_wait += wait_seconds
         is_line = step % self.log_steps == 0 or step == self.total_steps
@@ -130,16 +129,16 @@ class RunLog:
             text = f"loss {result.total:.4f}"
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         if is_line:
-            self._say(step, result, lr, scales)
+            self._say(step, result, lr)
 
-    def _say(self, step: int, result: StepResult, lr: float, scales: dict[str, float]) -> None:
+    def _say(self, step: int, result: StepResult, lr: float) -> None:
         now = time.perf_counter()
         seconds = max(now - self._window_start, 1e-9)
         rate = self.global_pairs * self._window_steps / seconds
         wait = 100.0 * self._window_wait / seconds
         self._window_start, self._window_steps, self._window_wait = now, 0, 0.0
         terms = " ".join(f"{_SHORT.get(n, n)} {v:.3f}" for n, v in result.terms.items())
-        shown = "/".join(f"{value:.1f}" for value in scales.values())
+        shown = "/".join(f"{value:.1f}" for value in result.scales.values())
         text = (
             f"loss {result.total:.4f} ({terms})  scales {shown}  grad {result.grad_norm:.3g}  "
             f"lr {lr:.2e}  {rate:.0f} pairs/s  data {wait:.0f} %  {memory_gib():.2f} GiB"
@@ -150,16 +149,14 @@ class RunLog:
         else:
             print(line, flush=True)
 
-    def _to_board(
-        self, step: int, result: StepResult, lr: float, scales: dict[str, float], rate: Any
-    ) -> None:
+    def _to_board(self, step: int, result: StepResult, lr: float, rate: Any) -> None:
         numbers = {
             "total": result.total,
             "grad_norm": result.grad_norm,
             "lr": lr,
             "pairs_per_s": rate,
             **{f"terms/{k}": v for k, v in result.terms.items()},
-            **{f"scales/{k}": v for k, v in scales.items()},
+            **{f"scales/{k}": v for k, v in result.scales.items()},
         }
         for name, value in numbers.items():
             self._board.add_scalar(name, value, step)

@@ -11,7 +11,6 @@ Rows are numbers of manifest rows, from 0: the join to files and patients stays 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
-from mlip.output_file import whole_file
+from mlip.output_file import file_sha256, whole_file
 from mlip.transfer.features import encoded, require_finite
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
@@ -111,7 +110,8 @@ def write_embeddings(
     for number, chosen in enumerate(parts):
         path = out / f"part-{number:05d}.{form}"
         known = done.get(path.name)
-        if known is None or known["sha256"] != _sha256(path) or _is_mended(reader, known):
+        found = file_sha256(path) if path.is_file() else None
+        if known is None or known["sha256"] != found or _is_mended(reader, known):
             for left in out.glob(f".{path.name}.*"):
                 left.unlink()  # of a run that was killed while it wrote
             tensors, bad = _encode(
@@ -177,14 +177,7 @@ def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
             pa.parquet.write_table(as_table(tensors), partial)
         else:
             save_file(tensors, partial)
-        return _sha256(partial)
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(partial)
 
 
 def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:

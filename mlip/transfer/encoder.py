@@ -116,12 +116,10 @@ def _as_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Start:
-    """An encoder's weights before a task, and what to call them."""
+    """An encoder's weights before a task."""
 
     vision: VisionEncoder
-    name: str  # "checkpoint" | "imagenet" | "random"
     weights_hash: str
-    facts: dict[str, Any]
 
     def encoder(self, *, is_frozen: bool, side: int, channels: int) -> Encoder:
         """A fresh copy: a tuned fit must not reach the next one."""
@@ -130,9 +128,7 @@ class Start:
         )
 
 
-def open_start(
-    config: Config, vision: VisionEncoder | None, facts: dict[str, Any] | None, seed: int
-) -> Start:
+def open_start(config: Config, vision: VisionEncoder | None, seed: int) -> Start:
     """The encoder of transfer.start.
 
     vision  the checkpoint's encoder, None where none was opened; random then takes its shape from
@@ -144,7 +140,7 @@ def open_start(
     if start == "checkpoint":
         if vision is None:
             raise ValueError("transfer.start=checkpoint: no checkpoint was given (checkpoint=DIR)")
-        return Start(vision, start, hash_of_weights(vision), dict(facts or {}))
+        return Start(vision, hash_of_weights(vision))
     settings = config.model.vision
     if start == "imagenet" and settings.source is None:
         raise ValueError(
@@ -173,4 +169,4 @@ def open_start(
         ).eval()
     finally:
         torch.random.set_rng_state(state)
-    return Start(made, start, hash_of_weights(made), {})
+    return Start(made, hash_of_weights(made))

@@ -22,7 +22,7 @@ from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.output_file import whole_file
 from mlip.transfer import truth
-from mlip.transfer.annotations import Annotations, check_labels
+from mlip.transfer.annotations import Annotations, check_labels, phantom_meta
 from mlip.transfer.examples import collect_examples
 from mlip.transfer.feature_store import FeatureStore
 from mlip.transfer.features import (
@@ -46,7 +46,7 @@ from mlip.transfer.retrieval import DIRECTIONS, evaluate_retrieval
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.truth_masks import load_masks
 from mlip.transfer.zero_shot import combine
-from mlip.transfer.zero_shot_run import logit_scales, zero_shot_run
+from mlip.transfer.zero_shot_run import logit_scales, some_of, zero_shot_run
 
 SCHEMA = 1
 
@@ -129,11 +129,7 @@ def choose_rows(config: Config, manifest: Manifest) -> Array:
             f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
             "evaluate; choose another split"
         )
-    most = config.evaluate.max_studies
-    if most and len(rows) > most:
-        generator = np.random.default_rng(config.run.seed)
-        rows = np.sort(generator.choice(rows, size=most, replace=False))
-    return rows
+    return some_of(rows, config)
 
 
 def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:

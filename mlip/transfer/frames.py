@@ -24,7 +24,7 @@ from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
-from mlip.dataloading.transforms import Placement, Transform
+from mlip.dataloading.transforms import Placement, Transform, letterbox
 from mlip.transfer.annotations import resize_mask
 from mlip.transfer.interval import Array
 
@@ -44,13 +44,7 @@ class Frame:
     def place(self, height: int, width: int) -> Placement:
         if self.fit == "stretch":
             return Placement(self.side, self.side, 0, 0)
-        longest = max(height, width)
-        # the rounding of transforms.py: half up, in integers
-        scaled_h = max(1, (2 * height * self.side + longest) // (2 * longest))
-        scaled_w = max(1, (2 * width * self.side + longest) // (2 * longest))
-        return Placement(
-            scaled_h, scaled_w, (self.side - scaled_h) // 2, (self.side - scaled_w) // 2
-        )
+        return letterbox(height, width, self.side)
 
     def image(self, grey: Array) -> Array:
         """[H, W] uint8 or uint16 -> [side, side] of the same type, black around."""

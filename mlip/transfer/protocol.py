@@ -79,7 +79,7 @@ def transfer_run(
             task.transfer = at_fraction(transfer, percent)
             for seed in transfer.seeds:
                 own = vision[seed] if isinstance(vision, Mapping) else vision
-                start = open_start(config, own, dict(facts or {}), seed)
+                start = open_start(config, own, seed)
                 used[seed] = start.weights_hash
                 rows = draws[percent, seed]
                 fitted, record = task.fit(start, rows, splits.val, seed)

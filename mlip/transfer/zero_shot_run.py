@@ -89,6 +89,15 @@ def zero_shot_run(
     return {**found, "labels_without_concept": told}
 
 
+def some_of(rows: Array, config: Config) -> Array:
+    """All of the rows, or a keyed random evaluate.max_studies of them."""
+    most = config.evaluate.max_studies
+    if len(rows) <= most:
+        return rows
+    generator = np.random.default_rng(config.run.seed)
+    return np.sort(generator.choice(rows, size=most, replace=False))
+
+
 def _f1(
     model: Any,
     config: Config,
@@ -99,11 +108,7 @@ def _f1(
     labels_of: Callable[[Array], Array],
     weights: Array,
 ) -> dict[str, Any]:
-    rows = manifest.rows("val", with_report=False)
-    most = config.evaluate.max_studies
-    if most and len(rows) > most:
-        generator = np.random.default_rng(config.run.seed)
-        rows = np.sort(generator.choice(rows, size=most, replace=False))
+    rows = some_of(manifest.rows("val", with_report=False), config)
     if len(rows) == 0:
         return {"reason": "the manifest has no val rows to choose thresholds on"}
     rows, on_val = _scores_of_rows(model, config, manifest, rows, scores_of)

@@ -12,10 +12,8 @@ from mlip.dataloading.ledger import DataError, Ledger, most_bad
 def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
     ledger = Ledger(100, {"blank_report": 7, "other_split_val": 13}, bad_share=0.1)
     ledger.add_trained(0, 78)
-    assert not ledger.is_complete(0)
     ledger.add_bad(0, 5, "missing")
     ledger.add_bad(0, 9, "truncated")
-    assert ledger.is_complete(0)
     epoch = ledger.summary()["epochs"]["0"]
     total = epoch["trained"] + sum(epoch["quarantined"].values()) + 7 + 13
     assert total == ledger.summary()["rows"] == 100
@@ -70,7 +68,7 @@ def test_merged_ranks_add_up() -> None:
         ranks[rank].add_bad(0, bad, "missing")
         ranks[rank].add_replacement(0)
     merged = Ledger.merge(ranks)
-    assert merged.is_complete(0) and merged.bad_share == 0.2
+    assert merged.bad_share == 0.2
     assert merged.bad == {5: "missing", 3: "missing"}
     assert merged.summary()["epochs"]["0"] == {
         "trained": 14,

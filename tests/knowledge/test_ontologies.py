@@ -12,8 +12,9 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles, merge, open_part
-from mlip.knowledge.ontologies import read_csv, read_obo, sha256
+from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls, surface_form
+from mlip.output_file import file_sha256
 
 KNOWLEDGE = Path(__file__).resolve().parents[3] / "shared/data/knowledge"
 OBO = """format-version: 1.2
@@ -56,7 +57,7 @@ def test_an_obo_file_gives_terms_synonyms_definitions_and_parents(tmp_path):
     assert first.definition == 'A sign, called "so".'
     assert first.mappings == {"xx": ("XX:1",), "umls": ("C0000001",)}
     assert table["xx:2"].parents == ("xx:1",)
-    assert table.provenance["sha256"]["small.obo"] == sha256(tmp_path / "small.obo")
+    assert table.provenance["sha256"]["small.obo"] == file_sha256(tmp_path / "small.obo")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_the_command_builds_a_licensed_table_with_filters_and_provenance(release
     table = load_concepts(out)
     assert "umls:c0000010" in table and "umls:c0032227" not in table
     part = table.provenance["parts"][1]
-    assert part["sha256"]["MRCONSO.RRF"] == sha256(release / "MRCONSO.RRF")
+    assert part["sha256"]["MRCONSO.RRF"] == file_sha256(release / "MRCONSO.RRF")
     assert part["filters"]["semantic_types"] == ["T023", "T033"]
     assert table["umls:c0000010"].mappings == {"umls": ("C0000010",)}
     assert not list(release.glob(".table*"))

@@ -214,7 +214,7 @@ def test_one_that_this_user_may_not_read_is_not_called_damaged(tmp_path, monkeyp
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
     with pytest.raises(CheckpointError, match="step_00000002.*cannot be read: Permission") as told:
         checkpoint.find_newest(tmp_path)
     assert "mlip export" in str(told.value) and "delete" not in str(told.value)

@@ -72,7 +72,7 @@ def _step(log: RunLog, step: int, wait_seconds: float = 0.5, **changed: Any) -> 
         "grad_norm": 12.3456,
         "is_skipped": False,
         "stop_requested": False,
-        "scales": {},
+        "scales": {"logit": 14.28, "logit_local": 5.0},
     }
     log.step(
         *(step, StepResult(**(result | changed))),
@@ -80,7 +80,6 @@ def _step(log: RunLog, step: int, wait_seconds: float = 0.5, **changed: Any) -> 
         epoch=0.123456,
         step_seconds=0.3,
         wait_seconds=wait_seconds,
-        scales={"logit": 14.28, "logit_local": 5.0},
     )
 
 

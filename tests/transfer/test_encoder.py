@@ -99,20 +99,20 @@ def test_a_tuned_encoder_learns_and_its_statistics_move() -> None:
 def test_each_fit_gets_an_encoder_of_its_own_and_random_ones_differ_by_seed() -> None:
     overrides = [f"model.vision.{s}" for s in TOWERS["resnet"]]
     config = load([], [*overrides, "data.channels=1", "data.crop_px=64", "transfer.start=random"])
-    one, two = (open_start(config, None, None, seed) for seed in (1, 2))
+    one, two = (open_start(config, None, seed) for seed in (1, 2))
     assert one.weights_hash != two.weights_hash
-    assert one.weights_hash == open_start(config, None, None, 1).weights_hash
+    assert one.weights_hash == open_start(config, None, 1).weights_hash
     encoder = one.encoder(is_frozen=False, side=64, channels=1)
     assert encoder.vision is not one.vision
     # a checkpoint's shape with random weights
     shallow = [f"model.vision.{s}" for s in TOWERS["shallow"]]
     same = load([], [*shallow, "data.channels=1", "data.crop_px=64", "transfer.start=random"])
-    like = open_start(same, _vision("shallow"), {"step": 3}, 1)
-    assert like.facts == {} and like.vision.tower.backbone.config.hidden_sizes == [8, 16]
+    like = open_start(same, _vision("shallow"), 1)
+    assert like.vision.tower.backbone.config.hidden_sizes == [8, 16]
     with pytest.raises(ValueError, match="model.vision.source to a local directory"):
-        open_start(load([], [*overrides, "transfer.start=imagenet"]), None, None, 1)
+        open_start(load([], [*overrides, "transfer.start=imagenet"]), None, 1)
     with pytest.raises(ValueError, match="checkpoint=DIR"):
-        open_start(load([], overrides), None, None, 1)
+        open_start(load([], overrides), None, 1)
 
 
 def _head(classes: int = 1) -> YoloHead:

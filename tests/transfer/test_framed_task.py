@@ -36,7 +36,7 @@ def _task(config: Config) -> tuple[Segmentation, Start, np.ndarray]:
     task = Segmentation(
         config, manifest, Annotations(config, manifest), images, torch.device("cpu")
     )
-    start = open_start(config, small_run().model.vision, None, 1)
+    start = open_start(config, small_run().model.vision, 1)
     return task, start, manifest.rows("train", with_report=False)[:6]
 
 

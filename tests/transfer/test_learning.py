@@ -190,7 +190,7 @@ def test_a_tuned_encoder_leaves_the_checkpoint_as_it_was() -> None:
         [*SETTINGS, f"data.manifest={_manifest()}", "transfer.task=classification"]
         + ["transfer.classes={thing: zero}", "transfer.epochs=1"],
     )
-    vision = open_start(config, None, None, 5).vision
+    vision = open_start(config, None, 5).vision
     before = hash_of_weights(vision)
     own = dataclasses.replace(
         config, transfer=dataclasses.replace(config.transfer, start="checkpoint")
@@ -210,7 +210,7 @@ def test_broken_features_are_an_error_not_a_half() -> None:
         [*SETTINGS, f"data.manifest={_manifest()}", "transfer.task=classification"]
         + ["transfer.classes={thing: zero}", "transfer.encoder=frozen"],
     )
-    vision = open_start(config, None, None, 5).vision
+    vision = open_start(config, None, 5).vision
     with torch.no_grad():
         next(vision.parameters()).fill_(torch.nan)
     own = dataclasses.replace(
