@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from mlip.config import Data
 from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
 from mlip.dataloading.table import ManifestError, check_identifiers, read_table
-from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, hash_bytes, hash_words, mix
+from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, HashArray, hash_bytes, hash_words, mix
 
 IntArray = NDArray[np.int64]
-HashArray = NDArray[np.uint64]
 
 SPLITS = ("train", "val", "test")
 SPLIT_OF = {

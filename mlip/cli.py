@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
             require_utf8(f"--{name}", str(given or ""))
             if given == "":
                 raise ConfigError(f"--{name} is empty: expected the name of a file or folder")
-        return int(options.run(options) or 0)
+        return int(options.run(options))
     except ImportError:
         raise
     except Exception as error:
@@ -208,7 +208,7 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
                 raise ConfigError(f"{named} is empty: expected a value, or leave it out")
         asked = own.parse_args(options.rest)
         options.out = getattr(asked, "out", None)  # for the line where it cannot be written
-        return int(command.run(asked) or 0)
+        return int(command.run(asked))
 
     parser.set_defaults(run=run)
 

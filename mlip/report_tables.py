@@ -297,12 +297,12 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
 def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = results.get("grounding") or {}
     tables = []
-    signs = {
-        "hit": Mark(None, colour=BLUE, shape="dot", label="hit rate"),
-        "area": Mark(None, colour=MUTED, shape="tick", label="area chance"),
-        "prior": Mark(None, colour=INK, shape="diamond", label="fixed pixel by side"),
-        "swapped": Mark(None, colour=ORANGE, shape="ring", label="swapped image"),
-    }
+    signs = [
+        Mark(None, colour=BLUE, shape="dot", label="hit rate"),
+        Mark(None, colour=MUTED, shape="tick", label="area chance"),
+        Mark(None, colour=INK, shape="diamond", label="fixed pixel by side"),
+        Mark(None, colour=ORANGE, shape="ring", label="swapped image"),
+    ]
     for kind, title in KIND_TITLES.items():
         if kind not in found:
             continue
@@ -340,7 +340,7 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "title": title,
                 "rows": rows,
                 "mask_rows": [row for row in rows if row.get("mask")],
-                "legend": legend(list(signs.values())),
+                "legend": legend(signs),
                 "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0), width=GROUNDING_PX),
             }
         )

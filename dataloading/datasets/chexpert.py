@@ -53,13 +53,13 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     }
     prefix = "" if base == root else base.relative_to(root).as_posix() + "/"
     chosen, notes = _five_by_200(tables["train"], options["five_by_200"])
-    patients_5x200 = {_patient(path) for path in chosen}
+    patients_5x200 = {_patient(path, "train.csv") for path in chosen}
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
     for name, table in tables.items():
         for row in table:
             path = _inside(row["Path"])
-            patient = _patient(path)
+            patient = _patient(path, f"{name}.csv")
             frontal = row["Frontal/Lateral"] == "Frontal"
             if options["views"] == "frontal" and not frontal:
                 excluded["view_not_frontal"] += 1
@@ -110,11 +110,12 @@ def _inside(path: str) -> str:
     return "/".join(parts[1:]) if parts[0].startswith("CheXpert") else path
 
 
-def _patient(path: str) -> str:
+def _patient(path: str, file: str) -> str:
     parts = path.split("/")
     if len(parts) < 4 or not parts[1].startswith("patient"):
         raise DatasetError(
-            "column Path: expected CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
+            f"{file}: column Path: expected "
+            "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"
         )
     return parts[1]
 

@@ -250,7 +250,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise DatasetError(f"{path.name}: cannot be read: {error.strerror}") from None
+        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 DATASET = Dataset(

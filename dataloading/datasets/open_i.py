@@ -46,21 +46,21 @@ class Report:
     images: tuple[str, ...]  # CXR1_1_IM-0001-3001
 
 
-def parse_report(content: bytes) -> Report:
+def parse_report(content: bytes, name: str) -> Report:
     """The report of one XML file.
 
-    Raises:  DatasetError where it is no XML, declares entities, or names no study.
+    Raises:  DatasetError naming the file where it is no XML, declares entities, or names no study.
     """
     try:
-        _refuse_document_type(content)
+        _refuse_document_type(content, name)
         tree = ET.fromstring(content)
     except DatasetError:
         raise
     except (ET.ParseError, expat.ExpatError, ValueError, LookupError):  # two of the encoding's name
-        raise DatasetError("an Open-i report is no well-formed XML") from None
+        raise DatasetError(f"{name}: no well-formed XML: fetch it again") from None
     study = tree.find("uId")
     if study is None or not study.get("id"):
-        raise DatasetError("an Open-i report has no uId")
+        raise DatasetError(f"{name}: has no uId: expected a report of Open-i")
     text: dict[str, str] = {}
     for node in tree.iter("AbstractText"):
         text[node.get("Label", "").upper()] = " ".join("".join(node.itertext()).split())
@@ -73,11 +73,11 @@ def parse_report(content: bytes) -> Report:
     )
 
 
-def _refuse_document_type(content: bytes) -> None:
+def _refuse_document_type(content: bytes, name: str) -> None:
     """By the parser, before it reads any entity: in UTF-16 no search for the word finds it."""
 
     def refuse(*_: object) -> None:
-        raise DatasetError("an Open-i report declares a document type: refused")
+        raise DatasetError(f"{name}: declares a document type: no report of Open-i does")
 
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
@@ -93,8 +93,12 @@ def read_reports(root: Path) -> Iterator[Report]:
     folder = root / "ecgen-radiology"
     if folder.is_dir():
         for path in sorted(folder.glob("*.xml")):
-            with open(path, "rb") as file:
-                yield parse_report(file.read(_MAX_XML_BYTES + 1))
+            try:
+                with open(path, "rb") as file:
+                    content = file.read(_MAX_XML_BYTES + 1)
+            except OSError as error:
+                raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+            yield parse_report(content, str(path))
         return
     if not archive.is_file():
         raise DatasetError(
@@ -106,14 +110,19 @@ def read_reports(root: Path) -> Iterator[Report]:
             for count, member in enumerate(stream):
                 total += member.size
                 if count > _MAX_MEMBERS or total > _MAX_TOTAL_BYTES:
-                    raise DatasetError(f"{archive}: more or larger members than it should hold")
+                    raise DatasetError(
+                        f"{archive}: more or larger members than it should hold: fetch it again"
+                    )
                 if not member.isreg() or not member.name.endswith(".xml"):
                     continue
                 if member.size > _MAX_XML_BYTES:
-                    raise DatasetError(f"{archive}: a report of {member.size} bytes")
-                content = stream.extractfile(member)
-                assert content is not None
-                yield parse_report(content.read())
+                    raise DatasetError(
+                        f"{archive}: {member.name} has {member.size} bytes, a report of Open-i "
+                        "less than a MiB: fetch the archive again"
+                    )
+                inside = stream.extractfile(member)
+                assert inside is not None
+                yield parse_report(inside.read(), f"{archive}: {member.name}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DatasetError(f"{archive}: damaged ({type(error).__name__}): fetch it again") from None
 

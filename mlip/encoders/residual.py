@@ -14,7 +14,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 
 class RoundedLayerNorm(nn.LayerNorm):
@@ -46,14 +45,11 @@ def round_norms(module: nn.Module) -> None:
             child.__class__ = RoundedLayerNorm  # in place: hooks and other names of it stay
 
 
-def round_residual(backbone: nn.Module) -> RemovableHandle:
-    """Keep the states between the layers of a transformers' ViT or BERT in autocast's type.
-
-    Returns the hook on the embeddings: a ViT's end in a sum with float32 positions, which would
-    widen all that follows.
-    """
+def round_residual(backbone: nn.Module) -> None:
+    """Keep the states between the layers of a transformers' ViT or BERT in autocast's type."""
     round_norms(backbone)
-    return backbone.get_submodule("embeddings").register_forward_hook(_round_output)
+    # a ViT's embeddings end in a sum with float32 positions, which would widen all that follows
+    backbone.get_submodule("embeddings").register_forward_hook(_round_output)
 
 
 def _round_output(_: nn.Module, __: Any, states: Tensor) -> Tensor:

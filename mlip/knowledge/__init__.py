@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Tables of concepts, where a report mentions them, and a vector for each."""

@@ -105,31 +105,14 @@ class ConceptTable:
 
     def ancestors(self, concept_id: str) -> frozenset[str]:
         """Every concept reached over is-a, without the concept itself."""
-        return self._closure("up")[concept_id]
+        seen, waiting = {concept_id}, [concept_id]
+        while waiting:
+            ways = {parent for parent in self[waiting.pop()].parents if parent in self.index}
+            waiting.extend(ways - seen)
+            seen |= ways
+        return frozenset(seen - {concept_id})
 
     def descendants(self, concept_id: str) -> frozenset[str]:
         """Every concept that is-a this one over any number of steps, without itself."""
-        return self._closure("down")[concept_id]
-
-    def _closure(self, direction: str) -> dict[str, frozenset[str]]:
-        cache: dict[str, dict[str, frozenset[str]]] = self.__dict__.setdefault("_closures", {})
-        if direction in cache:
-            return cache[direction]
-        edges: dict[str, set[str]] = {concept.id: set() for concept in self.concepts}
-        for concept in self.concepts:
-            for parent in concept.parents:
-                if parent in edges:
-                    start, end = (concept.id, parent) if direction == "up" else (parent, concept.id)
-                    edges[start].add(end)
-        closure = {}
-        for start in edges:
-            seen: set[str] = set()
-            stack = list(edges[start])
-            while stack:
-                node = stack.pop()
-                if node not in seen:
-                    seen.add(node)
-                    stack.extend(edges[node])
-            closure[start] = frozenset(seen - {start})
-        cache[direction] = closure
-        return closure
+        below = (c.id for c in self.concepts if concept_id in self.ancestors(c.id))
+        return frozenset(below)

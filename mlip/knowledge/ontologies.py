@@ -91,7 +91,7 @@ def _require_id(path: Path, term: dict[str, Any] | None) -> None:
 
 def _obo_concept(identifier: str, term: dict[str, Any], kept: dict[str, Any]) -> Concept:
     prefix = identifier.partition(":")[0].lower()
-    vocabulary = {"hp": "hpo", "doid": "doid"}.get(prefix, prefix)
+    vocabulary = "hpo" if prefix == "hp" else prefix
     umls = [
         x.partition(":")[2] for x in term.get("xref", ()) if x.startswith(("UMLS:", "UMLS_CUI"))
     ]

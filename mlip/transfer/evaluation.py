@@ -22,7 +22,7 @@ from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.output_file import whole_file
 from mlip.transfer import truth
-from mlip.transfer.annotations import Annotations, check_labels, phantom_meta
+from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
 from mlip.transfer.feature_store import FeatureStore
 from mlip.transfer.features import (

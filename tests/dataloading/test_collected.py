@@ -133,9 +133,9 @@ def test_open_i_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert len(collected.rows) == 1 and collected.notes[0] == "3 reports"
     assert "not told apart" in collected.notes[1]
     study = b'<eCitation><uId id="CXR1"/></eCitation>'
-    assert parse_report(study).study_id == "CXR1"
-    with pytest.raises(DatasetError, match="document type"):
-        parse_report(b"<!DOCTYPE eCitation>" + study)
+    assert parse_report(study, "a.xml").study_id == "CXR1"
+    with pytest.raises(DatasetError, match=r"^a\.xml: declares a document type"):
+        parse_report(b"<!DOCTYPE eCitation>" + study, "a.xml")
 
 
 def test_labels_without_boxes_and_boxes_without_labels(tmp_path: Path) -> None:

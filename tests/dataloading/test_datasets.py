@@ -18,7 +18,7 @@ import pytest
 from mlip.dataloading.datasets.covidx import parse_line
 from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
-from mlip.dataloading.datasets.open_i import parse_report, plain_name, read_reports
+from mlip.dataloading.datasets.open_i import plain_name, read_reports
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import DatasetError
 from tests.raw_layouts import (
@@ -345,8 +345,9 @@ def test_open_i(tmp_path):
     assert rows["CXR2_1_IM-0002-1001"].report == "FINDINGS: Heart 2 is normal."
     bomb = b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "c">]><eCitation/>'
     for bad in (bomb, bomb.decode().encode("utf-16"), b"<open", b"<eCitation/>"):
-        with pytest.raises(DatasetError):
-            parse_report(bad)
+        (tmp_path / "ecgen-radiology" / "3.xml").write_bytes(bad)
+        with pytest.raises(DatasetError, match=r"ecgen-radiology/3\.xml: "):
+            list(read_reports(tmp_path))
 
 
 @needs_shared
