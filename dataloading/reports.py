@@ -299,8 +299,6 @@ class ReportEncoder:
         max_entities: int,
         max_cache_bytes: int = 256 * 1024 * 1024,
     ) -> None:
-        if max_tokens < 3:
-            raise ValueError(f"data.max_tokens={max_tokens}: expected 3 or more")
         self.tokenizer, self.linker, self.table = tokenizer, linker, table
         self.max_tokens, self.max_entities = max_tokens, max_entities
         self._cache: dict[int, EncodedReport] = {}

@@ -46,8 +46,6 @@ def knowledge_vectors(
     kind = settings.vectors
     if kind not in ("tfidf", "text_tower"):
         return _user_table(table, Path(kind))
-    if settings.dim < 1:
-        raise ValueError(f"knowledge.dim: expected 1 or more, got {settings.dim}")
     texts = [concept_text(table, row) for row in range(len(table))]
     key = f"{_VERSION}|{kind}|{settings.dim}|{table.fingerprint}"
     if kind == "text_tower":
