@@ -209,7 +209,7 @@ def test_columns_that_are_not_there_are_named(
     table(tmp_path / "ris.csv", header, [["A1", "Text."]])
     with pytest.raises(DatasetError, match=message):
         joined(tmp_path / "pacs", tmp_path / "ris.csv", **options)
-    with pytest.raises(ConfigError, match="give option reports too"):
+    with pytest.raises(ConfigError, match="give --option reports too"):
         collect("folder", tmp_path / "pacs", report_key="accession")
 
 
