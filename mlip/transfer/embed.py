@@ -205,7 +205,9 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
         try:
             # folders of earlier versions know one form and do not name it
             old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
-        except (ValueError, TypeError):
+            # earlier versions kept none: theirs are made again, as is one that is not ours
+            parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise EmbedError(
                 f"{path}: damaged: what its parts hold is not known; delete the folder, or name "
                 "another one"
@@ -216,9 +218,20 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
                 f"{path.parent} holds embeddings that differ in {', '.join(different)}: name "
                 "another folder, or delete this one"
             )
-        return dict(old.get("parts", {}))  # earlier versions kept none: theirs are made again
+        return parts
     _write_index(path, index)
     return {}
+
+
+def _is_record(part: Any) -> bool:
+    """Whether it says of a part what write_embeddings does."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("rows"), int)
+        and isinstance(part.get("missing"), dict)
+        and all(row.isdecimal() and isinstance(why, str) for row, why in part["missing"].items())
+        and "sha256" in part
+    )
 
 
 def _write_index(path: Path, index: dict[str, Any]) -> None:

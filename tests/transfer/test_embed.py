@@ -134,6 +134,29 @@ def test_a_part_damaged_on_the_disk_is_made_again(
     assert made(capsys.readouterr().out) == [2] and path.read_bytes() == whole
 
 
+def test_an_index_of_another_shape_is_named_and_a_part_it_tells_nothing_of_is_made_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were tracebacks."""
+    assert embed(tmp_path, root) == 0
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    whole = path.read_bytes()
+    for content in ("[" * 100_000, *(json.dumps({**index, "parts": x}) for x in (None, 5, [1]))):
+        path.write_text(content)
+        capsys.readouterr()
+        assert embed(tmp_path, root) == 4
+        assert f"{path}: damaged: what its parts hold" in capsys.readouterr().err
+    record = index["parts"]["part-00001.safetensors"]
+    for part in (5, "x", [], {}, {**record, "missing": None}, {**record, "missing": {"x": "y"}}):
+        parts = {**index["parts"], "part-00001.safetensors": part}
+        path.write_text(json.dumps({**index, "parts": parts}))
+        capsys.readouterr()
+        assert embed(tmp_path, root) == 0
+        assert made(capsys.readouterr().out) == [2]
+        assert json.loads(path.read_text()) == json.loads(whole)
+
+
 def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
