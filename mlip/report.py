@@ -56,6 +56,14 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
     return write_page(Path(run_dir), render(Path(run_dir), results))
 
 
+def _read_log(path: Path) -> list[dict[str, float]]:
+    try:
+        return read_log(path)
+    except OSError as error:
+        logger.warning("%s: cannot be read, the page goes without: %s", path, error.strerror)
+        return []
+
+
 def _read_ledger(path: Path) -> dict[str, Any] | None:
     """The bar of a run's rows, from its ledger.json; a damaged one costs the bar, not the page."""
     if not path.is_file():
@@ -69,7 +77,7 @@ def _read_ledger(path: Path) -> dict[str, Any] | None:
 
 def render(run_dir: Path, results: Mapping[str, Any]) -> str:
     """The page as text, with the run's log.jsonl and ledger.json where they are there."""
-    log, ledger = read_log(run_dir / "log.jsonl"), _read_ledger(run_dir / "ledger.json")
+    log, ledger = _read_log(run_dir / "log.jsonl"), _read_ledger(run_dir / "ledger.json")
     is_phantom = bool(results.get("data", {}).get("is_phantom"))
     context: dict[str, Any] = {
         "title": results["run"].get("name") or run_dir.name,

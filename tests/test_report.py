@@ -211,6 +211,17 @@ def test_a_damaged_ledger_or_log_costs_its_section_and_not_the_page(
     assert "ledger.json: is no ledger of a run" in caplog.text
 
 
+def test_a_log_that_may_not_be_read_costs_its_curves_and_not_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> list[Any]:  # root may read every file
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("mlip.report.read_log", refuse)
+    assert 'id="training"' not in write_report(tmp_path, small_results()).read_text()
+    assert "log.jsonl: cannot be read, the page goes without: Permission" in caplog.text
+
+
 def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None:
     """The same run taken for real data: no report, no word maps, hashed studies."""
     run, results = small_run(), copy.deepcopy(small_results())
