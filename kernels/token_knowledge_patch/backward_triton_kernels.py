@@ -154,6 +154,11 @@ def _rows_over_images(
     share = tl.cdiv(images, tl.num_programs(1))
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, images)
+    if WANT_ALPHA and not PLAIN:
+        # true, as the host makes the shares. Else Triton 3.7 and newer put the zeros of a loop that
+        # never runs between its last product and the wait for it, and ptxas makes every product of
+        # the kernel wait for the one before
+        tl.assume(begin < end)
     # images and their tiles in one loop: a short inner loop would drain the load pipeline
     for step in tl.range(begin * TILES, end * TILES, disable_licm=True):
         m = tl.full([], 0, tl.int64) + step // TILES
@@ -236,10 +241,10 @@ def _pair_bwd_rows_kernel(
 
 @triton.jit
 def _patches_step(
-    q, v, r, stat, g, alpha, acc,
+    q, vt, r, stat, g, alpha, acc,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, vt, tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # unbounded: a weight that overflows on padding stays in the column of a patch that is padding,
     # and nobody reads that column's gradient
     ds = _similarity_gradient(s, tl.exp2(_log2_weight(s, stat, alpha)), r, g, alpha)
@@ -278,6 +283,7 @@ def _pair_bwd_patches_kernel(
     alpha = tl.load(alpha_ptr)
     WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     v, _ = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
+    vt = tl.trans(v)  # outside the loop, see _pool_rows
     acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
@@ -289,6 +295,6 @@ def _pair_bwd_patches_kernel(
         stat = tl.load(stat_ptr + here + offs_r, mask=mask_r, other=ABSENT)
         g = tl.load(g_ptr + here + offs_r, mask=mask_r, other=0.0)
         r = tl.load(r_ptr + here + offs_r, mask=mask_r, other=0.0)
-        acc = _patches_step(q, v, r, stat, g, alpha, acc, BLOCK_R, SEG0, PRECISION, UPCAST)
+        acc = _patches_step(q, vt, r, stat, g, alpha, acc, BLOCK_R, SEG0, PRECISION, UPCAST)
     out = patch_grad_ptr + tl.program_id(1).to(tl.int64) * stride_part
     _store_patches(out, acc, first, m, P_PAD, DIM, BLOCK_D, SEG0, ACCUMULATE)

@@ -21,10 +21,10 @@ from mlip.kernels.token_knowledge_patch.forward_triton_kernels import (
 
 @triton.jit
 def _weights(
-    q, v, stat, alpha, BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr,
+    q, vt, stat, alpha, BLOCK_R: tl.constexpr, SEG: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, vt, tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     # a real weight is at most 1; one on padding would overflow and turn the zero it meets into NaN
     return s, tl.exp2(tl.minimum(s * (alpha * LOG2_E) - stat[:, None], 0.0))
 
@@ -59,7 +59,7 @@ def _context_turn_kernel(
             v, unused_bias = _load_patches(
                 v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
             )
-            unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+            unused_s, a = _weights(q, tl.trans(v), stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
             context = dot(a.to(v.dtype), v, context, PRECISION, UPCAST)
         g = tl.load(g_ptr + place, mask=mask_r, other=0.0)
         r = tl.load(r_ptr + place, mask=mask_r, other=0.0)
@@ -114,9 +114,10 @@ def _context_bwd_rows_kernel(
             v, unused_bias = _load_patches(
                 v_ptr, bias_ptr, tile * SEG0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE
             )
-            s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+            vt = tl.trans(v)
+            s, a = _weights(q, vt, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
             y = tl.zeros([BLOCK_R, SEG0], tl.float32)
-            y = dot(turned, tl.trans(v), y, PRECISION, UPCAST)
+            y = dot(turned, vt, y, PRECISION, UPCAST)
             dl = a * (h[:, None] * y - floor[:, None])
             if WANT_ALPHA:
                 alpha_sum += tl.sum(dl * (s - mean[:, None]), 1)
@@ -148,6 +149,7 @@ def _context_bwd_patches_kernel(
     alpha = tl.load(alpha_ptr)
     offs_d = tl.arange(0, BLOCK_D)
     v, unused_bias = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
+    vt = tl.trans(v)  # outside the loop, see _pool_rows
     acc = tl.zeros([BLOCK_D, SEG0], tl.float32)
     tiles = tl.cdiv(count, BLOCK_R)
     share = tl.cdiv(tiles, tl.num_programs(1))
@@ -165,8 +167,8 @@ def _context_bwd_patches_kernel(
         stat = tl.load(stat_ptr + place, mask=mask_r, other=0.0)
         floor = tl.load(floor_ptr + place, mask=mask_r, other=0.0)
         h = tl.load(h_ptr + place, mask=mask_r, other=0.0)
-        unused_s, a = _weights(q, v, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
-        y = dot(turned, tl.trans(v), tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
+        unused_s, a = _weights(q, vt, stat, alpha, BLOCK_R, SEG0, PRECISION, UPCAST)
+        y = dot(turned, vt, tl.zeros([BLOCK_R, SEG0], tl.float32), PRECISION, UPCAST)
         dl = alpha * a * (h[:, None] * y - floor[:, None])
         acc = dot(tl.trans(q), dl.to(q.dtype), acc, PRECISION, UPCAST)
         acc = dot(tl.trans(turned), (h[:, None] * a).to(q.dtype), acc, PRECISION, UPCAST)

@@ -60,12 +60,12 @@ def _load_rows(
 
 @triton.jit
 def _absorb(
-    q, v, bias, first, top, total, part, where, context, alpha2,
+    q, vt, bias, first, top, total, part, where, context, alpha2,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, POOLING: tl.constexpr, SHIFT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Fold SEG patches into the running pooled state of BLOCK_R rows."""
-    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    """Fold SEG patches, transposed [D, SEG], into the running pooled state of BLOCK_R rows."""
+    s = dot(q, vt, tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     if POOLING == "max":
         x = s + bias[None, :]
         best = tl.max(x, 1)
@@ -90,8 +90,8 @@ def _absorb(
         total += tl.sum(p, 1)
         if POOLING == "context":
             # the same rounded weights on both sides of q . c / |c|: their bias cancels
-            narrow = p.to(v.dtype)
-            context = dot(narrow, v, context, PRECISION, UPCAST)
+            narrow = p.to(vt.dtype)
+            context = dot(narrow, tl.trans(vt), context, PRECISION, UPCAST)
             p = narrow.to(tl.float32)
         part += tl.sum(p * s, 1)
     return top, total, part, where, context
@@ -109,14 +109,19 @@ def _pool_rows(
     SPAN: tl.constexpr = SEG0 + SEG1 + SEG2
     WHOLE: tl.constexpr = TILES * SPAN == P_PAD
     WIDE: tl.constexpr = BLOCK_D if POOLING == "context" else 1
+    # turned here: Triton 3.9 puts a product's operand into shared memory where it is turned, and
+    # inside the loop would do so for every row tile
     if TILES == 1:
         v0, b0 = _load_patches(v_ptr, bias_ptr, 0, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
+        vt0 = tl.trans(v0)
         if SEG1 > 0:
             v1, b1 = _load_patches(v_ptr, bias_ptr, SEG0, m, P_PAD, DIM, BLOCK_D, SEG1, WHOLE)
+            vt1 = tl.trans(v1)
         if SEG2 > 0:
             v2, b2 = _load_patches(
                 v_ptr, bias_ptr, SEG0 + SEG1, m, P_PAD, DIM, BLOCK_D, SEG2, WHOLE
             )
+            vt2 = tl.trans(v2)
     for tile in tl.range(
         tl.program_id(1), tl.cdiv(count, BLOCK_R), tl.num_programs(1), disable_licm=True
     ):
@@ -135,17 +140,17 @@ def _pool_rows(
         context = tl.zeros([BLOCK_R, WIDE], tl.float32)
         if TILES == 1:
             top, total, part, where, context = _absorb(
-                q, v0, b0, 0, top, total, part, where, context, alpha2,
+                q, vt0, b0, 0, top, total, part, where, context, alpha2,
                 BLOCK_R, SEG0, POOLING, SHIFT, PRECISION, UPCAST,
             )  # fmt: skip
             if SEG1 > 0:
                 top, total, part, where, context = _absorb(
-                    q, v1, b1, SEG0, top, total, part, where, context, alpha2,
+                    q, vt1, b1, SEG0, top, total, part, where, context, alpha2,
                     BLOCK_R, SEG1, POOLING, SHIFT, PRECISION, UPCAST,
                 )  # fmt: skip
             if SEG2 > 0:
                 top, total, part, where, context = _absorb(
-                    q, v2, b2, SEG0 + SEG1, top, total, part, where, context, alpha2,
+                    q, vt2, b2, SEG0 + SEG1, top, total, part, where, context, alpha2,
                     BLOCK_R, SEG2, POOLING, SHIFT, PRECISION, UPCAST,
                 )  # fmt: skip
         else:
@@ -153,7 +158,7 @@ def _pool_rows(
                 first = step * SPAN
                 v0, b0 = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
                 top, total, part, where, context = _absorb(
-                    q, v0, b0, first, top, total, part, where, context, alpha2,
+                    q, tl.trans(v0), b0, first, top, total, part, where, context, alpha2,
                     BLOCK_R, SEG0, POOLING, SHIFT, PRECISION, UPCAST,
                 )  # fmt: skip
         out = m * stride_rm + offs_r

@@ -72,12 +72,12 @@ def _pull_kernel(
 
 @triton.jit
 def _similarity_step(
-    q, v, bias, r, stat, g, alpha, alpha_sum, at, mask,
+    q, vt, bias, r, stat, g, alpha, alpha_sum, at, mask,
     BLOCK_R: tl.constexpr, SEG: tl.constexpr, WANT_ALPHA: tl.constexpr, PLAIN: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """ds [BLOCK_R, SEG] to `at`; returns alpha_sum and its part of d alpha."""
-    s = dot(q, tl.trans(v), tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
+    s = dot(q, vt, tl.zeros([BLOCK_R, SEG], tl.float32), PRECISION, UPCAST)
     ds, alpha_sum = _bounded_gradient(s, bias, r, stat, g, alpha, alpha_sum, WANT_ALPHA, PLAIN)
     tl.store(at, ds.to(at.dtype.element_ty), mask=mask)
     return alpha_sum
@@ -96,6 +96,7 @@ def _similarity_tiles(
     first = (tl.program_id(0) % TILES) * SEG0
     WHOLE: tl.constexpr = TILES * SEG0 == P_PAD
     v, bias = _load_patches(v_ptr, bias_ptr, first, m, P_PAD, DIM, BLOCK_D, SEG0, WHOLE)
+    vt = tl.trans(v)  # outside the loop, see _pool_rows
     offs_p = first + tl.arange(0, SEG0)
     alpha_sum = tl.zeros([BLOCK_R], tl.float32)
     for tile in tl.range(
@@ -112,7 +113,7 @@ def _similarity_tiles(
         at = (ds_ptr + offs_r.to(tl.int64) * stride_ds + m * P_PAD)[:, None] + offs_p[None, :]
         mask = mask_r[:, None]
         alpha_sum = _similarity_step(
-            q, v, bias, r, stat, g, alpha, alpha_sum, at,
+            q, vt, bias, r, stat, g, alpha, alpha_sum, at,
             mask if WHOLE else mask & (offs_p < P_PAD)[None, :],
             BLOCK_R, SEG0, WANT_ALPHA, PLAIN, PRECISION, UPCAST,
         )  # fmt: skip

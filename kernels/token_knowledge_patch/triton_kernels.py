@@ -236,7 +236,8 @@ class _TwoPasses:
         if not (is_one_chunk or is_whole):
             most, spare = MOST_PARTS_OF_A_CHUNK, max(spare, PARTIAL_FLOOR_BYTES)
         groups = _groups(programs, 2 * self._processors, part_bytes, spare, most)
-        self.row_parts = min(p.images, groups)
+        share = triton.cdiv(p.images, min(p.images, groups))
+        self.row_parts = triton.cdiv(p.images, share)  # no part is without an image
         spare -= (self.row_parts - 1) * part_bytes
         programs = p.images * self._by_patches.tiles
         groups = _groups(programs, 2 * self._processors, like.numel() * 4, spare)

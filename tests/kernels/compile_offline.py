@@ -80,6 +80,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
     for word in ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "STL", "LDL", "WARPGROUP"):
         out[word] = len(re.findall(rf"\b{word}\b", assembly))
     out["loops"] = product_loops(assembly)
+    out["triton"] = triton.__version__  # whose counts they are: PYTHONPATH may name another
     return out
 
 
@@ -234,10 +235,10 @@ def main() -> None:
         used = resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
         used["tensor"] = compiled.metadata.tmem_size
         if "BLOCK_R" in constants and used["loops"]:
-            # of the first loop, which an attention scale of usual size takes: thread instructions
-            # for every pair of a row and a real patch
+            # of the shortest loop, which an attention scale of usual size takes (Triton 3.8 and
+            # newer put it last): thread instructions for every pair of a row and a real patch
             pairs = constants["BLOCK_R"] * case["patches"] / constants["TILES"]
-            used["an_element"] = round(used["loops"][0] * 32 * case["warps"] / pairs, 2)
+            used["an_element"] = round(min(used["loops"]) * 32 * case["warps"] / pairs, 2)
         print(json.dumps(case | used), flush=True)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mlip.kernels._chip import SHARED_MEMORY, Chip
 from mlip.kernels.info_nce import info_nce_loss, info_nce_views_loss
 from mlip.kernels.token_knowledge_patch import tiling, token_knowledge_patch_scores
 from tests.kernels.interpreting import compare, interpreted
@@ -69,6 +70,18 @@ def test_a_learned_scale_is_exact_where_an_image_takes_several_tiles(
     """By two passes and by library products: what stands for a whole image is added once."""
     errors = learned_scale_errors(10.0, torch.bfloat16, "cpu", dim, patches)
     assert all(error <= 1.5e-2 for error in errors.values()), errors
+
+
+@interpreted
+def test_no_share_of_the_images_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 images in 4 shares of 2 the last would be: the pass over rows is compiled for loops that
+    run."""
+    from mlip.kernels.token_knowledge_patch import triton_kernels
+
+    chip = Chip(SHARED_MEMORY[9, 0], 132)
+    monkeypatch.setattr(triton_kernels, "chip_facts", lambda device: chip)
+    errors = learned_scale_errors(10.0, torch.float32, "cpu", 16, 20)
+    assert all(error <= 1e-5 for error in errors.values()), errors
 
 
 @interpreted

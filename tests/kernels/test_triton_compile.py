@@ -49,6 +49,11 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
     return made
 
 
+def release(used: dict[str, Any]) -> tuple[int, ...]:
+    """Of the Triton that compiled: the one that PYTHONPATH names."""
+    return tuple(int(part) for part in used["triton"].split(".")[:2])
+
+
 def check(used: dict[str, Any]) -> None:
     assert used["shared"] <= SHARED_LIMIT[used["capability"]], used
     assert used["tensor"] <= TENSOR_MEMORY_COLUMNS, used
@@ -66,6 +71,9 @@ def check(used: dict[str, Any]) -> None:
     elif used["element"] == "bf16":
         # numbers that no loop changes, read again: an instruction or two in a hundred
         stack, reloads = (128, 30) if used["capability"] == 80 else (16, 4)
+        if release(used) >= (3, 9) and used["capability"] == 90:
+            # outside the loops that a scale of usual size takes
+            stack, reloads = 32, 16
         assert used["STACK"] <= stack and used["LDL"] <= reloads, used
         # two a product where ptxas makes every product wait for the one before
         assert used["WARPGROUP"] <= used["HGMMA"], used
@@ -184,6 +192,9 @@ MOST_INSTRUCTIONS = {
     ("max", "backward_patches"): 9.6,
     ("context", "backward_rows"): 18.6,
 }
+# what newer releases may take more: 3.8 and newer add up in trees, whose first additions do not
+# fuse with a product, and 3.9 waits for the asynchronous proxy before every product
+MORE_INSTRUCTIONS = {(3, 6): 1.0, (3, 7): 1.02, (3, 8): 1.08, (3, 9): 1.14}
 
 
 def test_the_loops_of_pair_kernels_stay_short(tmp_path: Path) -> None:
@@ -193,7 +204,8 @@ def test_the_loops_of_pair_kernels_stay_short(tmp_path: Path) -> None:
     ]
     for used in compile_all(cases, tmp_path):
         check(used)
-        most = MOST_INSTRUCTIONS[used["pooling"], used["kind"]]
+        more = MORE_INSTRUCTIONS.get(release(used), max(MORE_INSTRUCTIONS.values()))
+        most = more * MOST_INSTRUCTIONS[used["pooling"], used["kind"]]
         assert used["an_element"] <= most, used
 
 
