@@ -214,7 +214,7 @@ def test_a_damaged_ledger_or_log_costs_its_section_and_not_the_page(
 def test_a_log_that_may_not_be_read_costs_its_curves_and_not_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(path: Path) -> list[Any]:  # root may read every file
+    def refuse(path: Path) -> list[dict[str, float]]:  # root may read every file
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("mlip.report.read_log", refuse)
