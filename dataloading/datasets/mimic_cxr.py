@@ -249,8 +249,8 @@ def _read_text(path: Path) -> str:
             return file.read(_MAX_REPORT_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+    except OSError as error:  # the name alone: the folders around it are a patient's
+        raise DatasetError(f"{path.name}: cannot be read: {error.strerror}") from None
 
 
 DATASET = Dataset(
