@@ -34,6 +34,7 @@ def run_doctor(options):
             print("on the way out", flush=True)
             if times == 2:
                 os.kill(os.getpid(), number)
+    return 0
 cli.run_doctor = run_doctor
 sys.exit(cli.main(["doctor"]))
 """

@@ -227,7 +227,7 @@ def test_one_that_a_limit_keeps_from_being_read_is_not_called_damaged(tmp_path, 
     def refuse(path):
         raise OSError(errno.ENFILE, "Too many open files in system", str(path))
 
-    monkeypatch.setattr(checkpoint, "_sha256", refuse)
+    monkeypatch.setattr(checkpoint, "file_sha256", refuse)
     with pytest.raises(CheckpointError, match="step_00000002: cannot be read: too many files"):
         checkpoint.find_newest(tmp_path)
 
