@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["mlip", "mlip.*"]) + under("kernels") + under("dataloading"),
     package_dir={"mlip": "mlip", "mlip.kernels": "kernels", "mlip.dataloading": "dataloading"},
     package_data={
-        "mlip": ["py.typed", "templates/*"],
+        "mlip": ["py.typed"],
+        "mlip.report": ["templates/*"],
         "mlip.knowledge": ["lexicon/*"],
         "mlip.kernels": ["README.md"],
     },

@@ -31,7 +31,7 @@ from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
-from mlip.report import write_report
+from mlip.report.run_page import write_report
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic

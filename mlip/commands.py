@@ -95,7 +95,7 @@ def _open(config: Config, device: str) -> Any:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
-    from mlip.report import write_report
+    from mlip.report.run_page import write_report
     from mlip.transfer.evaluation import evaluate_run, save_results
     from mlip.transfer.summary import summary_lines
 

@@ -11,7 +11,7 @@ from mlip.config import Config, ConfigError
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
-from mlip.report_transfer import write_transfer_page
+from mlip.report.transfer_page import write_transfer_page
 from mlip.transfer.evaluation import save_results
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
 from mlip.transfer.protocol import transfer_run

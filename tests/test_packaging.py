@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_module_once_and_its_data(wheel: Path) -> None:
     assert len(expected) > 60
     assert expected <= set(names)
     assert any(name.startswith("mlip/knowledge/lexicon/") for name in names)
-    assert any(name.startswith("mlip/templates/") for name in names)
+    assert any(name.startswith("mlip/report/templates/") for name in names)
     assert "mlip/py.typed" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 

@@ -60,7 +60,7 @@ def collect_examples(
     shows_text: bool,
     shows_id: bool,
 ) -> dict[str, Any]:
-    """What report_examples.py draws; every list may be empty."""
+    """What report/examples.py draws; every list may be empty."""
     count = config.evaluate.examples
 
     def study(i: int) -> str:

@@ -186,7 +186,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
 
     from mlip.config import load
     from mlip.dataloading.manifest import load_manifest
-    from mlip.report import render
+    from mlip.report.run_page import render
 
     run = small_run()
     with open(run.folder / "data" / "manifest.csv", encoding="utf-8", newline="") as file:

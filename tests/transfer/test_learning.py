@@ -20,7 +20,7 @@ import pytest
 
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.report_transfer import render_transfer
+from mlip.report.transfer_page import render_transfer
 from mlip.transfer.logistic import fit_logistic
 from mlip.transfer.protocol import transfer_run
 from tests.raw_layouts import encode_mask

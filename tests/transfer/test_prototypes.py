@@ -11,7 +11,7 @@ import torch
 from mlip.batch import ABSENT, PRESENT
 from mlip.dataloading.report_column import TextStore
 from mlip.knowledge.concepts import Concept, ConceptTable
-from mlip.report_corpus import knowledge_context
+from mlip.report.corpus import knowledge_context
 from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
 from tests.small_run import small_results, small_run

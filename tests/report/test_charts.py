@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from mlip.report_charts import Mark, line_chart, scale_axis, scale_marks, stacked_bar
+from mlip.report.charts import Mark, line_chart, scale_axis, scale_marks, stacked_bar
 
 _TEXT = re.compile(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)" class="axis">([^<]+)<')
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip.report import write_report
-from mlip.report_charts import Mark, line_chart, powers_of_ten, scale_marks
-from mlip.report_corpus import ledger_context
-from mlip.report_pictures import decode_png, heat_uri
-from mlip.report_training import MOST_ROWS, read_log, training_charts
+from mlip.report.charts import Mark, line_chart, powers_of_ten, scale_marks
+from mlip.report.corpus import ledger_context
+from mlip.report.pictures import decode_png, heat_uri
+from mlip.report.run_page import write_report
+from mlip.report.training import MOST_ROWS, read_log, training_charts
 from mlip.transfer.examples import collect_examples, picture
 from tests.small_run import small_results, small_run
 
@@ -217,7 +217,7 @@ def test_a_log_that_may_not_be_read_costs_its_curves_and_not_the_page(
     def refuse(path: Path) -> list[dict[str, float]]:  # root may read every file
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("mlip.report.read_log", refuse)
+    monkeypatch.setattr("mlip.report.run_page.read_log", refuse)
     assert 'id="training"' not in write_report(tmp_path, small_results()).read_text()
     assert "log.jsonl: cannot be read, the page goes without: Permission" in caplog.text
 

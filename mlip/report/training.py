@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.report_charts import (
+from mlip.report.charts import (
     BLUE,
     GREEN,
     MUTED,

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlip.report_charts import (
+from mlip.report.charts import (
     INK,
     MUTED,
     PALETTE,
@@ -22,8 +22,8 @@ from mlip.report_charts import (
     scale_axis,
     scale_marks,
 )
-from mlip.report_page import dotted, render_page, write_page
-from mlip.report_pictures import decode_png, picture_uri
+from mlip.report.page import dotted, render_page, write_page
+from mlip.report.pictures import decode_png, picture_uri
 from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text
 
 STARTS = {

@@ -1,8 +1,8 @@
 """A run's page: one self-contained HTML file that says what was learned and how sure that is.
 
-write_report puts it together; the drawings live in report_charts.py, the pictures in
-report_pictures.py, the tables in report_tables.py, the page in templates/ (report_page.py). Nothing
-on the page loads anything: it opens on a machine without a network.
+write_report puts it together; the drawings live in charts.py, the pictures in pictures.py, the
+tables in tables.py, the page in templates/ (page.py). Nothing on the page loads anything: it opens
+on a machine without a network.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from mlip import config as configuration
-from mlip.report_corpus import knowledge_context, ledger_context
-from mlip.report_examples import example_context
-from mlip.report_page import dotted, render_page, write_page
-from mlip.report_tables import (
+from mlip.report.corpus import knowledge_context, ledger_context
+from mlip.report.examples import example_context
+from mlip.report.page import dotted, render_page, write_page
+from mlip.report.tables import (
     cards,
     grounding_context,
     headline,
     retrieval_context,
     zero_shot_context,
 )
-from mlip.report_training import read_log, training_charts
+from mlip.report.training import read_log, training_charts
 
 logger = logging.getLogger("mlip")
 SECTIONS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mlip.report_charts import PALETTE, line_chart
-from mlip.report_transfer import unit_chart
+from mlip.report.charts import PALETTE, line_chart
+from mlip.report.transfer_page import unit_chart
 
 
 def test_a_colour_used_again_is_dashed_in_curve_and_key() -> None:

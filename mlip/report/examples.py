@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from mlip.report_pictures import crosshair, decode_png, heat_uri, outline, picture_uri
+from mlip.report.pictures import crosshair, decode_png, heat_uri, outline, picture_uri
 
 NO_TEXT = "report {study}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlip.report_charts import BLUE, ORANGE, PALETTE, RULE, stacked_bar
+from mlip.report.charts import BLUE, ORANGE, PALETTE, RULE, stacked_bar
 
 
 def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:

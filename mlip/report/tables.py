@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlip.report_charts import (
+from mlip.report.charts import (
     BLUE,
     GREEN,
     INK,
