@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def file_sha256(path: Path) -> str:
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """The name to write under: renamed to `path` at the end, removed where the writing failed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # containers on one disk have equal process numbers
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         yield partial
         partial.replace(path)

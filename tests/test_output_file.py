@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mlip.cli import main
+from mlip.config import Knowledge
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.vectors import knowledge_vectors
 from mlip.output_file import refusal, require_writable, whole_file
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
@@ -172,6 +175,12 @@ def test_a_disk_that_fills_with_the_vocabulary_says_so_and_keeps_no_part_of_it(
         tokenizer.save(tmp_path / "tokenizer")
     assert "File too large" in (refusal(caught.value, tmp_path) or "")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_with_concept_vectors_keeps_no_part_of_them(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError), full_disk(100):
+        knowledge_vectors(load_concepts(None), Knowledge(dim=8, cache_dir=str(tmp_path / "cache")))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from mlip.config import Knowledge
 from mlip.knowledge.concepts import ConceptTable
+from mlip.output_file import whole_file
 
 logger = logging.getLogger("mlip")
 
@@ -184,7 +183,5 @@ def _user_table(table: ConceptTable, path: Path) -> Tensor:
 
 def _save(vectors: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    save_file({"vectors": vectors.contiguous()}, temporary)
-    os.replace(temporary, path)  # another rank may be reading: never a half-written file
+    with whole_file(path) as partial:  # another rank may be reading
+        save_file({"vectors": vectors.contiguous()}, partial)

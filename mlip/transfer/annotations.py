@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 
@@ -374,10 +373,3 @@ def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split("|") if part.strip()]
-
-
-def resize_mask(mask: Array, height: int, width: int) -> Array:
-    """A mask on another grid by nearest neighbour: values stay INSIDE, IGNORED or 0."""
-    if mask.shape == (height, width):
-        return mask
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)

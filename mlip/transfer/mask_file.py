@@ -83,3 +83,11 @@ def _middle_planes(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
             "class so"
         )
     return planes[is_middle]
+
+
+def resize_mask(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """A mask on another grid by nearest neighbour: values stay INSIDE, IGNORED or 0."""
+    if mask.shape == (height, width):
+        return mask
+    resized = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized.astype(np.uint8, copy=False)

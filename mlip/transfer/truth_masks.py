@@ -16,10 +16,10 @@ from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.transforms import Transform
-from mlip.transfer.annotations import Annotations, resize_mask
+from mlip.transfer.annotations import Annotations
 from mlip.transfer.generated import phantom_meta, truth_of
 from mlip.transfer.interval import Array
-from mlip.transfer.mask_file import INSIDE
+from mlip.transfer.mask_file import INSIDE, resize_mask
 from mlip.transfer.truth import SIDES, sized_rows
 
 
