@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.dataloading.text_hash import contains_byte
-from mlip.knowledge.plain_letters import PLAIN
+from mlip.knowledge.plain_letters import plain
 from mlip.knowledge.report_lines import joined_lines
 
 # A report of a megabyte is a fault of the export; sections of a chest report are under 10,000.
@@ -29,7 +29,7 @@ _ITEM_NUMBER = re.compile(r"(?:^|(?<=\s))\(?(\d{1,2})[.)]\s+(?=[A-Z])")
 # a form's boxes; an empty bracket is one only where another is ticked
 _TICKED = re.compile(r"\[[xX]\]|\( ?[xX] ?\)|[\u2611\u2612\u2713\u2714\U0001f5f9]")
 _EMPTY_BOX = re.compile(r"\[ ?\]|\( ?\)|\u2610")
-# UTF-8 that was read as Windows-1252, of the marks that PLAIN knows
+# UTF-8 that was read as Windows-1252, of the marks that plain_letters.py knows
 _TWICE = re.compile("\u00e2\u20ac[\u2122\u02dc\u0153\x9d\u201c\u201d]")
 _ONCE = dict(zip("\u2122\u02dc\u0153\x9d\u201c\u201d", "''\"\"--", strict=True))
 _SPACES = re.compile(r"[^\S\n]+")
@@ -92,7 +92,7 @@ def clean_report(text: str) -> str:
     ends a statement gets the full stop that it lacks (report_lines.py).
     """
     text = _TWICE.sub(lambda mark: _ONCE[mark[0][-1]], text[:MAX_CHARACTERS])
-    text = text.translate(PLAIN)[:MAX_CHARACTERS]
+    text = plain(text)[:MAX_CHARACTERS]
     text = _CONTROL.sub(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
     if _TICKED.search(text) or "\u2610" in text:
         text = _EMPTY_BOX.sub("(-)", _TICKED.sub("(+)", text))

@@ -106,9 +106,9 @@ def open_corpus(config: Config) -> Corpus:
     manifest = load_manifest(config.data)
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
     _check_pairs(manifest)
-    if distributed.is_main():
-        _warn_of_language(manifest)
     table = _open_concepts(config)
+    if distributed.is_main() and table.cues is None:
+        _warn_of_language(manifest)
     if len(table) > _MANY_CONCEPTS:
         logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
@@ -170,7 +170,7 @@ def _warn_of_language(manifest: Manifest) -> None:
             "reports: in %d of %d training reports looked at, less than %.0f %% of the words are "
             "of the English lexicon; in another language most findings are missed, and denied "
             "ones whose word is the same ('kein Pneumothorax') count as present: translate the "
-            "reports first, see docs/knowledge.md",
+            "reports, or give a lexicon and cues of their language, see docs/knowledge.md",
             few,
             len(rows),
             100 * FEW_KNOWN_WORDS,

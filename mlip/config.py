@@ -270,6 +270,9 @@ class Evaluate:
     exclusive: bool = False  # exactly one label is true of an image: accuracy by the best score
     thresholds: bool = True  # F1 at thresholds chosen on val, where the manifest has a val split
     show_text: bool = False  # real report text on the page; phantoms always show theirs
+    # sentences that state a label's concept and that deny it; {} is its name in the lexicon
+    positive_prompts: tuple[str, ...] = ("{}.", "there is {}.", "findings of {}.")
+    negative_prompts: tuple[str, ...] = ("no {}.", "there is no {}.", "no evidence of {}.")
 
 
 @dataclass(frozen=True, kw_only=True)

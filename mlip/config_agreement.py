@@ -25,6 +25,13 @@ def check_agreement(config: Any) -> None:
         train.max_steps > 0 or train.epochs > 0,
         "train.max_steps and train.epochs are both 0: nothing would be trained",
     )
+    for name in ("positive_prompts", "negative_prompts"):
+        sentences = getattr(config.evaluate, name)
+        require(
+            bool(sentences) and all(sentence.count("{}") == 1 for sentence in sentences),
+            f"evaluate.{name}={list(sentences)}: expected sentences, each with one {{}} where the "
+            "finding's name goes",
+        )
     cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision
     require(

@@ -72,6 +72,7 @@ knowledge.dim=0 knowledge.weight_present=-1 loss.matching.layers=0 loss.swapping
 loss.category.weight=-1 loss.category.prototypes=1 loss.category.sinkhorn_temperature=0
 loss.local_alignment.knowledge_share=2 loss.local_alignment.aggregation_scale=0
 evaluate.max_studies=0 evaluate.retrieval_pool=1 evaluate.bootstrap=0 evaluate.examples=-1
+evaluate.positive_prompts=[] evaluate.negative_prompts=["no."] evaluate.positive_prompts=["{}{}."]
 transfer.lr=-1 transfer.weight_decay=-1 transfer.encoder_lr=-1 transfer.epochs=0 transfer.batch=0
 transfer.patience=0 transfer.image_px=-64 transfer.seeds=[-1] transfer.fractions=[0]
 transfer.fractions=[101] transfer.fractions=[] transfer.val_share=1 transfer.iou_thresholds=[1.0]

@@ -29,9 +29,11 @@ from rich.text import Text
 from mlip.config import Knowledge
 from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import clean_report
-from mlip.knowledge.concept_files import load_concepts, read_text, write_table
+from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.cues import cues_of, read_cues
 from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
+from mlip.knowledge.lexicon_text import read_text
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--languages", nargs="+", default=["ENG"], help="UMLS languages")
     build.add_argument("--sources", nargs="+", default=[], help="UMLS sources; default all")
     build.add_argument("--types", nargs="+", default=list(SEMANTIC_TYPES), help="UMLS types (TUI)")
+    build.add_argument("--cues", type=Path, help="cue words of another language (.yaml)")
     build.add_argument("--no-lexicon", action="store_true", help="leave our own lexicon out")
     show = commands.add_parser("show", help="one concept with all that is known of it")
     show.add_argument("concept", help="concept id, name or synonym")
@@ -124,6 +127,7 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     ):
         if values and not given:
             raise LexiconError(f"{option} filters what {reader} reads; {reader} is not given")
+    cues = read_cues(arguments.cues) if arguments.cues is not None else None
     tables = [] if arguments.no_lexicon else [load_concepts(None)]
     for path in arguments.obo:
         tables.append(read_obo(path, under=arguments.under))
@@ -157,6 +161,8 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
                 f"({part.provenance.get('filters', 'none')})"
             )
     table = merge(tables[0], *tables[1:]) if len(tables) > 1 else tables[0]
+    if cues is not None:
+        table = ConceptTable(table.concepts, table.provenance, cues)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, arguments.out)
     console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
@@ -239,7 +245,8 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
     known, total = linker.known_words(text)
     console.print(f"{len(mentions)} mentions; {known} of {total} words are in the lexicon")
     if total and known / total < FEW_KNOWN_WORDS:
-        console.print("few known words: the lexicon is English, other languages are not guessed")
+        kind = "English" if linker.table.cues is None else "of one language"
+        console.print(f"few known words: the lexicon is {kind}, other languages are not guessed")
     return 0
 
 
@@ -280,6 +287,9 @@ def _stats(arguments: argparse.Namespace, console: Console) -> int:
     table = load_concepts(arguments.lexicon)
     forms = sum(len(concept.surface_forms) for concept in table)
     console.print(f"concepts {len(table)}, surface forms {forms}, fingerprint {table.fingerprint}")
+    kinds = cues_of(table)
+    whose = "English" if table.cues is None else "its own"
+    console.print(f"cues {sum(map(len, kinds.values()))} of {len(kinds)} kinds, {whose}")
     counts = {
         "category": Counter(c.category for c in table),
         "type": Counter(c.semantic_type for c in table),

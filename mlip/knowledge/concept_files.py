@@ -6,9 +6,7 @@ What does not live here: how ontologies are read (ontologies.py, umls.py).
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,20 +15,21 @@ from typing import Any
 import yaml
 
 from mlip.knowledge.concepts import RELATIONS, Concept, ConceptTable, LexiconError
+from mlip.knowledge.cues import CUES_FILE, checked_cues, english_cues, read_cues
+from mlip.knowledge.lexicon_text import LEXICON_DIR, expand, read_text
 from mlip.knowledge.ontologies import read_csv, read_obo
-from mlip.knowledge.plain_letters import PLAIN
+from mlip.knowledge.plain_letters import plain
 from mlip.output_file import whole_file
 from mlip.strict_yaml import read_yaml
 
-LEXICON_DIR = Path(__file__).with_name("lexicon")
 KEPT = "concepts.jsonl"  # in a run or an export: the table that its concept vectors are rows of
-_MAX_FORMS = 10_000  # of one line
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 
 
 def load_concepts(path: str | Path | None = None) -> ConceptTable:
     """The table of a lexicon folder, a YAML, JSONL, CSV or OBO file; None = the project's own.
 
+    A folder's _cues.yaml is read with it, a built table holds its cues; all else is English.
     Raises:  LexiconError naming the file and the reason, also where it holds no concept.
     """
     source = LEXICON_DIR if path is None else Path(path)
@@ -56,7 +55,8 @@ def _read(source: Path) -> ConceptTable:
         files = sorted(f for f in source.glob("*.yaml") if not f.name.startswith("_"))
         if not files:
             raise LexiconError(f"concept folder {source}: no *.yaml file in it")
-        return _from_yaml(files)
+        cues = source / CUES_FILE
+        return _from_yaml(files, cues if cues.is_file() and source != LEXICON_DIR else None)
     suffixes = "".join(source.suffixes[-2:]) if source.suffix == ".gz" else source.suffix
     if suffixes in (".yaml", ".yml"):
         return _from_yaml([source])
@@ -73,12 +73,14 @@ def _read(source: Path) -> ConceptTable:
 
 
 def write_table(table: ConceptTable, path: str | Path) -> None:
-    """A built table as JSON lines: first its provenance, then one concept a line."""
+    """A built table as JSON lines: its provenance, its cues if it has own, one concept a line."""
     path = Path(path)
     head = {"provenance": table.provenance, "fingerprint": table.fingerprint}
     try:
         with whole_file(path) as new, new.open("w", encoding="utf-8", newline="\n") as stream:
             stream.write(json.dumps(head) + "\n")
+            if table.cues is not None:
+                stream.write(json.dumps({"cues": table.cues}, sort_keys=True) + "\n")
             for concept in table:
                 stream.write(json.dumps(concept.as_json(), sort_keys=True) + "\n")
     except OSError as error:
@@ -92,7 +94,7 @@ def read_table(path: str | Path) -> ConceptTable:
     """
     concepts: list[Concept] = []
     provenance: dict[str, Any] = {}
-    fingerprint = None
+    fingerprint = cues = None
     for number, line in enumerate(_lines(Path(path)), start=1):
         if not line.strip():
             continue
@@ -100,6 +102,9 @@ def read_table(path: str | Path) -> ConceptTable:
             row = json.loads(line)
             if "provenance" in row:
                 provenance, fingerprint = row["provenance"], row.get("fingerprint")
+                continue
+            if "cues" in row:
+                cues = checked_cues(row["cues"], path)
                 continue
             _require_texts(row)
             concepts.append(
@@ -122,7 +127,7 @@ def read_table(path: str | Path) -> ConceptTable:
             raise LexiconError(
                 f"{path}, line {number}: expected one concept as a JSON object: {error}"
             ) from error
-    table = ConceptTable(concepts, provenance)
+    table = ConceptTable(concepts, provenance, cues)
     if fingerprint is not None and fingerprint != table.fingerprint:
         raise LexiconError(
             f"{path}: the concepts do not match the fingerprint in line 1 (edited or cut off); "
@@ -158,40 +163,7 @@ def _lines(path: Path) -> Iterator[str]:
         ) from error
 
 
-def read_text(path: str | Path) -> str:
-    """A whole UTF-8 file, with an error that names it.
-
-    Raises:  LexiconError where the file is missing or not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise LexiconError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise LexiconError(
-            f"{path}: not UTF-8 (byte {error.start}); convert it, for example with iconv"
-        ) from error
-
-
-def expand(lines: Iterable[str]) -> tuple[str, ...]:
-    """Terms with "[a|b|]" written out; an empty alternative leaves the word out.
-
-    Raises:  LexiconError for a line of more than _MAX_FORMS terms: 40 choices of two are 10^12
-    """
-    forms = []
-    for line in lines:
-        slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
-        if math.prod(map(len, slots)) > _MAX_FORMS:
-            raise LexiconError(
-                f"a term that begins {line[:40]!r} stands for more than {_MAX_FORMS} terms: write "
-                "fewer alternatives in brackets"
-            )
-        for choice in itertools.product(*slots):
-            forms.append(" ".join("".join(choice).split()))
-    return tuple(dict.fromkeys(form for form in forms if form))
-
-
-def _from_yaml(files: Iterable[Path]) -> ConceptTable:
+def _from_yaml(files: Iterable[Path], cues_file: Path | None = None) -> ConceptTable:
     concepts, hashes = [], {}
     for file in files:
         text = read_text(file)
@@ -206,7 +178,13 @@ def _from_yaml(files: Iterable[Path]) -> ConceptTable:
             )
         for concept_id, row in content["concepts"].items():
             concepts.append(_concept_from_yaml(file, str(concept_id), row, content))
-    return ConceptTable(concepts, {"source": "lexicon", "sha256": hashes})
+    cues = None
+    if cues_file is not None:
+        hashes[cues_file.name] = hashlib.sha256(read_text(cues_file).encode()).hexdigest()
+        cues = read_cues(cues_file)
+        if cues == english_cues():  # a copy of the project's own folder
+            cues = None
+    return ConceptTable(concepts, {"source": "lexicon", "sha256": hashes}, cues)
 
 
 _YAML_KEYS = {"name", "synonyms", "definition", "semantic_type", "category", "is_a", "apart"} | {
@@ -234,7 +212,7 @@ def _concept_from_yaml(
             raise LexiconError(
                 f"{where}: {key} must be text or a list of texts (quote numbers, yes, no, on, off)"
             )
-        return tuple(item.strip().translate(PLAIN) for item in items)
+        return tuple(plain(item.strip()) for item in items)
 
     def text(key: str, default: str) -> str:
         value = row.get(key)
@@ -247,7 +225,10 @@ def _concept_from_yaml(
         if not isinstance(row.get(key), kind | type(None)):
             raise LexiconError(f"{where}: expected {wanted} for {key}")
     apart = tuple(
-        tuple(expand(words("apart", slot)) for slot in (term if isinstance(term, list) else [term]))
+        tuple(
+            expand(words("apart", slot), where)
+            for slot in (term if isinstance(term, list) else [term])
+        )
         for term in row.get("apart") or ()
     )
     if any(len(term) < 2 for term in apart):
@@ -255,7 +236,7 @@ def _concept_from_yaml(
     return Concept(
         id=concept_id,
         name=text("name", concept_id.replace("_", " ")),
-        synonyms=expand(words("synonyms", row.get("synonyms", []))),
+        synonyms=expand(words("synonyms", row.get("synonyms", [])), where),
         definition=text("definition", ""),
         semantic_type=text("semantic_type", str(defaults.get("semantic_type") or "finding")),
         category=text("category", str(defaults.get("category") or file.stem)),
@@ -267,5 +248,5 @@ def _concept_from_yaml(
         ),
         mappings={k: words(f"maps.{k}", v) for k, v in (row.get("maps") or {}).items()},
         apart=apart,
-        excludes=expand(words("excludes", row.get("excludes", []))),
+        excludes=expand(words("excludes", row.get("excludes", [])), where),
     )

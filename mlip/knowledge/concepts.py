@@ -57,13 +57,21 @@ class Concept:
 
 
 class ConceptTable:
-    """Concepts in a fixed order: the row of `.index` is the row of every vector table."""
+    """Concepts in a fixed order: the row of `.index` is the row of every vector table.
+
+    cues: kind of cue (scope.KINDS) -> words that assert or deny in the language of the concepts;
+    None = the project's English ones.
+    """
 
     def __init__(
-        self, concepts: Iterable[Concept], provenance: Mapping[str, Any] | None = None
+        self,
+        concepts: Iterable[Concept],
+        provenance: Mapping[str, Any] | None = None,
+        cues: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.concepts = tuple(concepts)
         self.provenance = dict(provenance or {})
+        self.cues = cues
         self.index: dict[str, int] = {}
         for row, concept in enumerate(self.concepts):
             if concept.id in self.index:
@@ -91,11 +99,13 @@ class ConceptTable:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of every field of every concept in order: keys all caches."""
+        """SHA-256 (hex) of every field of every concept in order, and of own cues: keys caches."""
         digest = hashlib.sha256()
         for concept in self.concepts:
             digest.update(json.dumps(concept.as_json(), sort_keys=True).encode())
             digest.update(b"\n")
+        if self.cues is not None:
+            digest.update(json.dumps(self.cues, sort_keys=True).encode())
         return digest.hexdigest()
 
     @cached_property

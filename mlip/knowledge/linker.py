@@ -16,10 +16,10 @@ from typing import NamedTuple
 import ahocorasick
 
 from mlip.knowledge import scope
-from mlip.knowledge.concept_files import LEXICON_DIR, expand, load_concepts, read_text
+from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.cues import cues_of
 from mlip.knowledge.scope import FLAG, Entry, State
-from mlip.strict_yaml import read_yaml
 
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
@@ -42,7 +42,6 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
-_NOT = re.compile(r"\b(is|are|was|were|does|do|did|has|have|had|could|would|should|ca) not\b")
 FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
 # "CT rules out" denies, "please rule out" asks: with s these are no plurals
 _VERBS = frozenset({"rule", "exclude"})
@@ -78,7 +77,7 @@ class Linker:
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
         for mark, kinds in _MARKS.items():
             flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
-        for kind, forms in read_cues().items():
+        for kind, forms in cues_of(table).items():
             for form in forms:
                 key = self.key(form)
                 flags[key] = flags.get(key, 0) | FLAG[kind]
@@ -213,7 +212,7 @@ class Linker:
         return "present"
 
     def known_words(self, text: str) -> tuple[int, int]:
-        """(words of the text that the lexicon or its cues use, words in all): low for a report in
+        """(words of the text that the table or its cues use, words in all): low for a report in
         another language, which gets few links and no guesses."""
         words = _WORD.findall(text.lower())
         unknown = self._codes.unknown
@@ -299,27 +298,6 @@ def default_linker() -> Linker:
     return Linker(load_concepts(None))
 
 
-@lru_cache(maxsize=1)
-def read_cues() -> dict[str, tuple[str, ...]]:
-    """Kind of cue -> its surface forms, alternatives written out.
-
-    Raises:  LexiconError on an unknown kind
-    """
-    path = LEXICON_DIR / "_cues.yaml"
-    content = read_yaml(read_text(path))
-    unknown = sorted(set(content) - set(scope.KINDS))
-    if unknown:
-        raise LexiconError(f"{path}: unknown kind of cue {unknown[0]!r}; known: {scope.KINDS}")
-    cues = {kind: expand(lines) for kind, lines in content.items()}
-    return {kind: (*forms, *_contracted(forms)) for kind, forms in cues.items()}
-
-
-def _contracted(forms: Iterable[str]) -> list[str]:
-    """Forms with "is not" once more with "isn't", and so on."""
-    short = (_NOT.sub(r"\1n't", form.replace("can not", "ca not")) for form in forms)
-    return [form for form in short if "n't" in form]
-
-
 def lexicon_words() -> frozenset[str]:
     """Every word of the project's own lexicon: terms, cues, definitions, plurals; lower case."""
     table = load_concepts(None)
@@ -340,7 +318,7 @@ def few_known_words(texts: Iterable[str]) -> int:
 def _words(table: ConceptTable) -> list[str]:
     """Every word of cues and terms, shorter ones first."""
     words: set[str] = set()
-    for forms in read_cues().values():
+    for forms in cues_of(table).values():
         for form in forms:
             words.update(_WORD.findall(form))
     for concept in table:

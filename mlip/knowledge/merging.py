@@ -14,7 +14,8 @@ _SHARED_CODES = ("umls", "hpo", "doid", "radlex")
 def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
     """One table: concepts that share a code become one, the rest is appended in order.
 
-    The base keeps its ids, names and surface forms; another's synonym that it owns is dropped.
+    The base keeps its ids, names and surface forms; another's synonym that it owns is dropped. Cues
+    are the base's.
     Licensed forms are remembered (Concept.licensed) so that open_part can take them out again.
     """
     concepts = {concept.id: concept for concept in base}
@@ -63,7 +64,7 @@ def merge(base: ConceptTable, *others: ConceptTable) -> ConceptTable:
         "licensed": any(t.provenance.get("licensed") for t in (base, *others)),
         "parts": [t.provenance for t in (base, *others)],
     }
-    return without_cycles(ConceptTable(concepts.values(), provenance))
+    return without_cycles(ConceptTable(concepts.values(), provenance, base.cues))
 
 
 def _joined(host: Concept, guest: Concept, fresh: tuple[str, ...]) -> Concept:
@@ -110,7 +111,7 @@ def open_part(table: ConceptTable) -> ConceptTable:
                 licensed=(),
             )
         )
-    return ConceptTable(cleaned, {"source": "open part", "of": table.fingerprint})
+    return ConceptTable(cleaned, {"source": "open part", "of": table.fingerprint}, table.cues)
 
 
 def cycles(table: ConceptTable) -> list[tuple[str, str]]:
@@ -149,4 +150,5 @@ def without_cycles(table: ConceptTable) -> ConceptTable:
         else c
         for c in table
     ]
-    return ConceptTable(concepts, {**table.provenance, "is_a_edges_dropped": len(closing)})
+    provenance = {**table.provenance, "is_a_edges_dropped": len(closing)}
+    return ConceptTable(concepts, provenance, table.cues)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
-from mlip.knowledge.plain_letters import PLAIN
+from mlip.knowledge.plain_letters import plain
 from mlip.output_file import file_sha256
 
 
@@ -229,7 +229,7 @@ def numbered_lines(path: Path) -> Iterator[Iterable[tuple[int, str]]]:
                     f"{path}, line {number}: expected lines of at most {_MAX_LINE} characters, and "
                     f"a .gz of {_MAX_UNPACKED >> 20} MiB at most when unpacked"
                 )
-            yield number, line if line.isascii() else line.translate(PLAIN)
+            yield number, plain(line)
 
     try:
         if path.suffix == ".gz":

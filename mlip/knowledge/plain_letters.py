@@ -1,9 +1,11 @@
 """What word processors and PDF files put in the place of plain letters: no vocabulary knows it.
 
-Reports and concept files are read through the same table, so that one finds the other.
+Reports and concept files are read through the same function, so that one finds the other.
 """
 
-PLAIN = str.maketrans(
+import unicodedata
+
+_PLAIN = str.maketrans(
     {
         "\u2018": "'",
         "\u2019": "'",
@@ -26,3 +28,9 @@ PLAIN = str.maketrans(
         "\ufb06": "st",
     }
 )
+
+
+def plain(text: str) -> str:
+    """The text with plain marks, and a letter and its accent as one character (NFC): apart, as
+    some PDF files have them, they would be a word and a sign."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text.translate(_PLAIN))

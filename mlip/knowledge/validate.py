@@ -9,6 +9,7 @@ import sys
 
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+from mlip.knowledge.cues import cues_of
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles
 
@@ -21,6 +22,8 @@ def problems(table: ConceptTable) -> list[str]:
     Raises:  LexiconError for a term that no report can match.
     """
     found = [f"{child}: is_a {parent} closes a circle" for child, parent in cycles(table)]
+    if not any(kind.startswith("negation") for kind in cues_of(table)):
+        found.append("cues: none denies a finding (negation_before, negation_after)")
     linker = Linker(table)
     owner: dict[str, Concept] = {}
     for concept in table:

@@ -314,8 +314,9 @@ class Annotations:
 def shared_names(manifest: Manifest) -> list[str]:
     """Names of the labels column that two patients have, sorted; an identifier is none of them."""
     carriers: dict[str, set[int]] = {}
-    column = manifest.label_column
-    values = column.to_pylist() if column is not None else []
+    if manifest.label_column is None:
+        return []
+    values = manifest.label_column.to_pylist()
     for value, patient in zip(values, manifest.patient_key.tolist(), strict=True):
         for name in _split(value or ""):
             carriers.setdefault(name, set()).add(patient)

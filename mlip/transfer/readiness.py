@@ -48,7 +48,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
         # thresholds are chosen on val; a finding stated in two ways is refused
         for looked_at in (chosen, manifest.rows("val", with_report=False)):
             annotations.states(looked_at, names)
-        if names and not lexicon_prompts(names, linker, table)[0]:
+        if names and not lexicon_prompts(names, linker, table, config.evaluate)[0]:
             logger.warning(
                 "none of the %d labels of split %s (data.columns.labels) names a concept of the "
                 "table: the evaluation will have no zero-shot scores",

@@ -14,11 +14,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mlip.config import Config
+from mlip.config import Config, Evaluate
 from mlip.dataloading import phantom_oracle, phantom_reports
 from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.annotations import (
@@ -34,8 +34,6 @@ from mlip.transfer.generated import phantom_meta, truth_of
 from mlip.transfer.interval import Array
 from mlip.transfer.zero_shot import Prompts
 
-LEXICON_POSITIVE = ("{n}.", "there is {n}.", "findings of {n}.")
-LEXICON_NEGATIVE = ("no {n}.", "there is no {n}.", "no evidence of {n}.")
 SIDES = ("left", "right")
 
 
@@ -80,9 +78,13 @@ def phantom_prompts(table: Any) -> list[Prompts]:
 
 
 def lexicon_prompts(
-    labels: Iterable[str], linker: Any, table: Any
+    labels: Iterable[str], linker: Any, table: Any, settings: Evaluate
 ) -> tuple[list[Prompts], list[str]]:
-    """Prompts for the labels that name a concept of the table, and the labels that name none."""
+    """Prompts for the labels that name a concept of the table, and the labels that name none.
+
+    Raises:  ManifestError for a sentence of evaluate.negative_prompts that a lexicon with its own
+             cues reads as a statement: it is of another language.
+    """
     prompts, unknown = [], []
     for label in labels:
         text = label.replace("_", " ").strip().lower()
@@ -91,16 +93,26 @@ def lexicon_prompts(
         if not mentions or mentions[0].state != "present":
             unknown.append(label)
             continue
-        name = table[mentions[0].concept_id].name
-        prompts.append(
-            Prompts(
-                label,
-                _title(text),
-                tuple(f.format(n=name) for f in LEXICON_POSITIVE),
-                tuple(f.format(n=name) for f in LEXICON_NEGATIVE),
-            )
+        concept = table[mentions[0].concept_id]
+        if table.cues is not None and concept.semantic_type not in ("anatomy", "normal"):
+            _require_denials(concept, linker, settings.negative_prompts)
+        positive, negative = (
+            tuple(sentence.replace("{}", concept.name) for sentence in sentences)
+            for sentences in (settings.positive_prompts, settings.negative_prompts)
         )
+        prompts.append(Prompts(label, _title(text), positive, negative))
     return prompts, unknown
+
+
+def _require_denials(concept: Any, linker: Any, sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        found = linker.link(sentence.replace("{}", concept.name))
+        if any(m.concept_id == concept.id and m.state == "present" for m in found):
+            raise ManifestError(
+                f"evaluate.negative_prompts: the cues of the lexicon read {sentence!r} as a "
+                f"statement of {concept.id}: write evaluate.positive_prompts and "
+                "evaluate.negative_prompts in the lexicon's language"
+            )
 
 
 def _title(text: str) -> str:

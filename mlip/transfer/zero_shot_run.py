@@ -53,7 +53,7 @@ def zero_shot_run(
         return {"reason": "data.columns.labels is not set: there is nothing to score against"}
     else:
         names = truth.label_names(manifest, images.row_index)
-        prompts, unknown = truth.lexicon_prompts(names, linker, table)
+        prompts, unknown = truth.lexicon_prompts(names, linker, table, config.evaluate)
     if not prompts:
         return {"reason": "no label of this split names a concept of the table"}
     findings = [p.finding for p in prompts]

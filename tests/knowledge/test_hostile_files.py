@@ -65,7 +65,7 @@ def test_what_a_parser_trips_over_is_an_error_of_the_file(
     tmp_path: Path, name: str, text: str
 ) -> None:
     (tmp_path / name).write_text(text)
-    with pytest.raises(LexiconError, match=f"{name}|stands for more than 10000 terms"):
+    with pytest.raises(LexiconError, match=name):
         load_concepts(tmp_path / name)
 
 

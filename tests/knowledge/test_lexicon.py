@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from mlip.knowledge.concept_files import LEXICON_DIR, load_concepts, read_table, write_table
+from mlip.knowledge.concept_files import load_concepts, read_table, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+from mlip.knowledge.lexicon_text import LEXICON_DIR
 from mlip.knowledge.validate import main, problems
 
 CHEXPERT = {

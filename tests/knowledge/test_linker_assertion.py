@@ -8,7 +8,8 @@ from collections import defaultdict
 
 import pytest
 
-from mlip.knowledge.linker import default_linker, link, read_cues
+from mlip.knowledge.cues import english_cues
+from mlip.knowledge.linker import default_linker, link
 from mlip.knowledge.report_lines import joined_lines
 
 LETTER = {"present": "P", "absent": "A", "uncertain": "U"}
@@ -241,7 +242,7 @@ def test_a_sign_leaves_the_places_of_mentions():
 def test_no_two_wordings_of_cues_share_a_key_across_kinds():
     linker = default_linker()
     kinds, wordings = defaultdict(set), defaultdict(set)
-    for kind, forms in read_cues().items():
+    for kind, forms in english_cues().items():
         for form in forms:
             kinds[linker.key(form)].add(kind)
             wordings[linker.key(form)].add(form)

@@ -8,9 +8,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from mlip.config import Config, load
+from mlip.config import Config, Evaluate, load
 from mlip.dataloading.manifest import Manifest, load_manifest
 from mlip.dataloading.phantom_dataset import read_truth
 from mlip.dataloading.phantom_reports import CONCEPT_IDS
@@ -19,8 +20,10 @@ from mlip.dataloading.transforms import Transform
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import Linker
 from mlip.transfer import truth
-from mlip.transfer.annotations import Annotations
+from mlip.transfer.annotations import Annotations, shared_names
 from mlip.transfer.generated import phantom_meta, truth_of
+
+GERMAN = Path(__file__).parent.parent / "knowledge" / "lexicon_de"
 
 
 def write_manifest(folder: Path, box: str, labels: str = "Pneumonia") -> tuple[Config, Manifest]:
@@ -148,12 +151,34 @@ def test_boxes_of_a_jpeg_that_is_turned_by_exif_lie_on_the_picture_as_shown(
 def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> None:
     table = load_concepts()
     prompts, unknown = truth.lexicon_prompts(
-        ["Pleural_Effusion", "No Finding", "Xyzzy"], Linker(table), table
+        ["Pleural_Effusion", "No Finding", "Xyzzy"], Linker(table), table, Evaluate()
     )
     assert [p.finding for p in prompts] == ["Pleural_Effusion"]
     assert "there is pleural effusion." in prompts[0].positive
     assert "no pleural effusion." in prompts[0].negative
     assert unknown == ["No Finding", "Xyzzy"]
+
+
+def test_prompts_are_the_users_and_deny_in_the_language_of_the_cues() -> None:
+    table = load_concepts(GERMAN)
+    labels = ["Pneumothorax", "Pleuraerguss"]
+    own = Evaluate(
+        positive_prompts=("{} nachweisbar.",), negative_prompts=("Kein {}.", "Kein {} {x}.")
+    )
+    prompts, _ = truth.lexicon_prompts(labels, Linker(table), table, own)
+    assert prompts[0].positive == ("Pneumothorax nachweisbar.",)
+    assert prompts[1].negative == ("Kein Pleuraerguss.", "Kein Pleuraerguss {x}.")
+    with pytest.raises(ManifestError, match="'no {}.' as a statement of pneumothorax"):
+        truth.lexicon_prompts(labels, Linker(table), table, Evaluate())
+
+
+def test_labels_that_no_manifest_has_are_nobodys(tmp_path: Path) -> None:
+    """Generated studies, no column of labels, another lexicon: the evaluation broke at its end."""
+    _, manifest = write_manifest(tmp_path, "50,90,80,60")
+    column = pa.chunked_array([["a", "a|b", "c"]])
+    named = dataclasses.replace(manifest, label_column=column, patient_key=np.array([1, 2, 3]))
+    assert shared_names(named) == ["a"]
+    assert shared_names(dataclasses.replace(manifest, label_column=None)) == []
 
 
 def test_prompts_of_phantoms_state_their_finding_or_deny_it() -> None:
