@@ -128,6 +128,49 @@ def make_nih(root: Path) -> None:
         (root / f"{name}_list.txt").write_text("\n".join(names))
 
 
+PADCHEST = (
+    ",ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,"
+    "ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,Manufacturer_DICOM,"
+    "PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,"
+    "SpatialResolution_DICOM,BitsStored_DICOM,WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,"
+    "Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,"
+    "RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,"
+    "LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS"
+)
+PADCHEST_LABELS = (  # of the images 0 to 9; 0 to 5 are by physicians
+    "['pleural effusion', 'cardiomegaly']",
+    "['normal']",
+    "['unchanged']",
+    "['pneumonia', ' cardiomegaly', 'pneumonia', '']",
+    "['normal', 'unchanged']",
+    "['pleural effusion']",
+    "['cardiomegaly']",
+    "",
+    "['exclude']",
+    "['normal']",
+)
+
+
+def make_padchest(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    lines: list[list[object]] = []
+    for i, labels in enumerate(PADCHEST_LABELS):
+        name, folder = f"2168{i}_02-094-10{i}.png", str(i % 3)
+        path = root / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 65536, size).astype(np.uint16)
+        cv2.imwrite(str(path), pixels)
+        method = "Physician" if i < 6 else "RNN_model"
+        view = "AP_horizontal" if i == 3 else "PA"
+        given = {
+            **{"": i, "ImageID": name, "ImageDir": folder, "StudyID": f"21{i}"},
+            **{"PatientID": f"839{i if i < 7 else 5}", "Projection": view},
+            **{"PhotometricInterpretation_DICOM": "MONOCHROME2", "Report": "derram pleural ."},
+            **{"MethodLabel": method, "Labels": labels},
+        }
+        lines.append([given.get(column, "") for column in PADCHEST.split(",")])
+    table(root / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", PADCHEST, lines)
+
+
 def make_vindr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
     for name, count in (("train", 7), ("test", 3)):
         labels: list[list[object]] = []

@@ -63,6 +63,7 @@ SHARES: dict[str, tuple[Callable[[Path], None], float, float]] = {  # share of v
     "nih_cxr14": (raw_layouts.make_nih, 0.1, 0.0),
     "object_cxr": (raw_layouts.make_object_cxr, 0.2, 0.0),
     "open_i": (make_open_i, 0.1, 0.1),
+    "padchest": (raw_layouts.make_padchest, 0.1, 0.1),
     "rsna_pneumonia": (raw_layouts.make_rsna, 0.2, 0.2),
     "siim_pneumothorax": (make_siim, 0.15, 0.15),
     "vindr_cxr": (raw_layouts.make_vindr, 0.1, 0.0),

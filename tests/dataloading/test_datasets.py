@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlip.config import ConfigError
 from mlip.dataloading.datasets.covidx import parse_line
 from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
@@ -30,6 +31,7 @@ from tests.raw_layouts import (
     make_covidx,
     make_nih,
     make_object_cxr,
+    make_padchest,
     make_rsna,
     make_siim,
     make_vindr,
@@ -303,6 +305,62 @@ def test_nih_cxr14(tmp_path):
     (tmp_path / "test_list.txt").unlink()
     with pytest.raises(DatasetError, match="test_list.txt.*nihcc.app.box.com"):
         collect("nih_cxr14", tmp_path)
+
+
+def test_padchest(tmp_path):
+    make_padchest(tmp_path)
+    collected = collect("padchest", tmp_path)
+    rows = {row.image_id.partition("_")[0]: row for row in collected.rows}
+    assert len(rows) == 9 and collected.excluded == {"excluded_by_publisher": 1}
+    assert rows["21680"].labels == "pleural effusion|cardiomegaly"
+    assert rows["21680"].image == "0/21680_02-094-100.png" and rows["21680"].report == ""
+    assert (rows["21683"].labels, rows["21683"].view) == ("pneumonia|cardiomegaly", "AP_horizontal")
+    # unchanged says nothing of what is there, blank neither; unchanged from normal is normal
+    found = [rows[name].labels for name in ("21681", "21682", "21684", "21687")]
+    assert found == ["normal", "", "normal", ""]
+    assert [rows[name].subset for name in ("21685", "21686")] == ["physician", ""]
+    assert "by physicians: 6 images, by a network: 3; of all, 2 name" in collected.notes[0]
+    stems = collect("padchest", tmp_path, report="stems")
+    assert {row.report for row in stems.rows} == {"derram pleural ."}
+    with pytest.raises(ConfigError, match="split=official: expected hash or physician"):
+        collect("padchest", tmp_path, split="official")
+
+
+def test_padchest_keeps_what_physicians_labelled_as_test_and_its_patients_out_of_training(tmp_path):
+    make_padchest(tmp_path)
+    collected = collect("padchest", tmp_path, split="physician")
+    split = {row.image_id.partition("_")[0]: row.split for row in collected.rows}
+    assert [split[f"2168{i}"] for i in range(6)] == ["test"] * 6
+    # 7, 8 and 9 are patient 5's, too
+    assert set(split) == {f"2168{i}" for i in range(7)} and split["21686"] != "test"
+    assert collected.excluded["other_image_of_test_patient"] == 2
+
+
+def test_padchest_leaves_out_what_is_wrong_of_its_own_and_says_what_is_no_list(tmp_path):
+    make_padchest(tmp_path)
+    path = tmp_path / "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+    whole = path.read_text()
+    (tmp_path / "0" / "21680_02-094-100.png").unlink()
+    (tmp_path / "1" / "21681_02-094-101.png").rename(tmp_path / "21681_02-094-101.png")
+    lines = whole.splitlines()
+    lines[3] = lines[3].replace("MONOCHROME2", "MONOCHROME1")
+    lines[4] = lines[4].replace("AP_horizontal", "L")
+    lines[5] = lines[5].replace("8394", "")
+    path.write_text("\n".join(lines))
+    collected = collect("padchest", tmp_path)
+    assert collected.excluded == {
+        **{"listed_but_not_there": 1, "monochrome1": 1, "view_not_frontal": 1},
+        **{"no_patient": 1, "excluded_by_publisher": 1},
+    }
+    assert "21681_02-094-101.png" in {row.image for row in collected.rows}
+    assert len(collect("padchest", tmp_path, views="all").rows) == len(collected.rows) + 1
+    for cell in ("normal", "['normal'", "[normal]"):
+        path.write_text(whole.replace("['unchanged']", cell))
+        with pytest.raises(DatasetError, match="column Labels: expected lists as"):
+            collect("padchest", tmp_path)
+    path.unlink()
+    with pytest.raises(DatasetError, match="bimcv.cipf.es"):
+        collect("padchest", tmp_path)
 
 
 def test_vindr_cxr(tmp_path):

@@ -30,6 +30,10 @@ RAW: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "covidx": (raw_layouts.make_covidx, []),
     "nih_cxr14": (raw_layouts.make_nih, []),
     "vindr_cxr": (lambda root: raw_layouts.make_vindr(root, BIG), []),
+    "padchest": (
+        lambda root: raw_layouts.make_padchest(root, BIG),
+        ["--option", "split=physician"],
+    ),
 }
 ROWS = {
     "chexpert_classification": "chexpert",
@@ -342,8 +346,24 @@ def test_images_without_the_finding_count_in_zero_shot(
     assert (found["labels alone"]["positives"], found["labels alone"]["n"]) == (2, 2)
 
 
+def test_padchest_zero_shot_asks_for_what_physicians_labelled(
+    prepared: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Of six test images one says nothing of any finding: it counts in no score."""
+    settings = [*SMALL, "data.max_tokens=64", f"data.manifest={prepared('padchest')}"]
+    config = str(CONFIGS / "padchest_zero_shot.yaml")
+    command = ["evaluate", config, *settings, f"checkpoint={checkpoint}"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    found = {row["finding"]: row for row in results["zero_shot"]["findings"]}
+    assert results["data"]["images"] == 6
+    counts = {name: (row["positives"], row["n"]) for name, row in found.items()}
+    assert counts == {"cardiomegaly": (2, 5), "pleural effusion": (2, 5), "pneumonia": (1, 5)}
+    assert "normal" in str(results["zero_shot"]["labels_without_concept"])
+
+
 def test_every_config_is_run_here() -> None:
-    run = {*ROWS, "chexpert_zero_shot"} | {
+    run = {*ROWS, "chexpert_zero_shot", "padchest_zero_shot"} | {
         *("phantom_classification", "phantom_segmentation", "phantom_detection"),
         *("lung_segmentation", "lung_detection", "nih_pneumonia_classification"),
         *(f"baseline_{name}" for name in ("random", "imagenet", "convirt", "gloria", "mgca")),
