@@ -159,6 +159,25 @@ def test_labels_become_prompts_through_the_lexicon_and_no_finding_does_not() -> 
     assert unknown == ["No Finding", "Xyzzy"]
 
 
+def test_a_label_is_asked_by_what_it_says() -> None:
+    """The first word that the lexicon has was asked for: a fissure for its thickening, a heart for
+    its insufficiency, anything chronic for chronic changes."""
+    table = load_concepts(None)
+    labels = {
+        "Edema": "pulmonary edema",
+        "calcified pleural plaques": "calcified pleural plaques",
+        "NSG tube": "nsg tube",
+        "Nodule/Mass": "nodule/mass",
+        "Support Devices": "medical device",
+        "Enlarged Cardiomediastinum": table["wide_mediastinum"].name,
+    }
+    nobody = ["fissure thickening", "heart insufficiency", "chronic changes", "clear lungs"]
+    nobody += ["Pleural Other", "no pneumothorax"]  # of two concepts; denied
+    prompts, unknown = truth.lexicon_prompts([*labels, *nobody], Linker(table), table, Evaluate())
+    assert {p.finding: p.positive[0] for p in prompts} == {k: f"{v}." for k, v in labels.items()}
+    assert unknown == nobody
+
+
 def test_prompts_are_the_users_and_deny_in_the_language_of_the_cues() -> None:
     table = load_concepts(GERMAN)
     labels = ["Pneumothorax", "Pleuraerguss"]
