@@ -25,6 +25,7 @@ from mlip.folder_lock import lock
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
 _OURS = frozenset({"dataset", "side_px", "shard_images"})
+_BEFORE = {"png_white": 65535}  # settings that earlier sets do not state, and what they had
 # what a run leaves that is killed before its settings stand there, and what a new disk holds
 _BEFORE_SETTINGS = re.compile(r"\.lock(-\d+)?|\.settings\.json\..*\.part|\.salt|lost\+found")
 
@@ -87,9 +88,9 @@ class OutputFolder:
         if not isinstance(found, dict) or not found.keys() >= _OURS:
             raise self._foreign()
         different = [
-            f"{name} (there {found.get(name)!r}, asked {value!r})"
+            f"{name} (there {there!r}, asked {value!r})"
             for name, value in self.asked.items()
-            if found.get(name) != value
+            if (there := found.get(name, _BEFORE.get(name))) != value
         ]
         if different and not self.overwrite:
             raise ConfigError(

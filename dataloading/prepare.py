@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
     add("--quality", type=int, default=95, help="of JPEG (default 95)")
+    white_help = "value that is white in 16-bit PNGs (default 65535; 4095; own: the brightest)"
+    add("--png-white", default="65535", metavar="N", help=white_help)
     add("--shard-images", type=int, default=4096, metavar="N", help="images a shard (default 4096)")
     add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
     add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
@@ -241,6 +243,9 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         raise ConfigError(f"--side {arguments.side}: expected 32 to 4096")
     if not 1 <= arguments.quality <= 100:
         raise ConfigError(f"--quality {arguments.quality}: expected 1 to 100")
+    white = arguments.png_white
+    if white != "own" and not (white.isascii() and white.isdigit() and 255 <= int(white) <= 65535):
+        raise ConfigError(f"--png-white {white}: expected 255 to 65535, or own")
     if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
         raise ConfigError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
     if not 0.0 < arguments.timeout < float("inf"):
@@ -251,6 +256,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         codec=codec,
         quality=arguments.quality if codec == "jpeg" else 0,
         require_deid=arguments.require_deid,
+        png_white="own" if white == "own" else int(white),
     )
 
 

@@ -41,9 +41,13 @@ class ImageSettings:
     codec: Literal["jpeg", "png"] = "jpeg"
     quality: int = 95  # JPEG only
     require_deid: bool = False  # refuse a DICOM file that check_phi objects to severely
+    png_white: int | Literal["own"] = 65535  # of 16-bit PNGs; "own" = each one's brightest pixel
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.png_white == 65535:
+            del fields["png_white"]  # sets from before there was a choice are not out of date
+        return json.dumps(fields, sort_keys=True)
 
 
 def scaled_size(height: int, width: int, side_px: int) -> tuple[int, int]:
@@ -53,6 +57,19 @@ def scaled_size(height: int, width: int, side_px: int) -> tuple[int, int]:
         return height, width
     scaled = [max(1, (2 * n * side_px + longest) // (2 * longest)) for n in (height, width)]
     return scaled[0], scaled[1]
+
+
+def whitened(image: NDArray[np.uint16], white: int | Literal["own"]) -> NDArray[np.uint16]:
+    """The picture with the value that is white in it at 65,535.
+
+    Raises:  BadSample "above_white" where a pixel is brighter than that
+    """
+    brightest = int(image.max())
+    top = brightest if white == "own" else white
+    if brightest > top:
+        raise BadSample("above_white")
+    scaled = (image.astype(np.uint32) * 65535 + top // 2) // max(top, 1)
+    return scaled.astype(np.uint16)
 
 
 def convert(image: NDArray[Any], settings: ImageSettings) -> NDArray[Any]:
@@ -99,6 +116,8 @@ def make_member(
             check_size(*image.shape)
         else:
             image = decode_grey(content, header)
+            if image.dtype == np.uint16 and settings.png_white != 65535:
+                image = whitened(image, settings.png_white)
         if is_too_dark(image):
             raise BadSample("too_dark")
         fields["source_height"], fields["source_width"] = image.shape

@@ -6,6 +6,7 @@ Oracle: the account it prints (rows = images + refused + lost) and the manifest'
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable
@@ -207,6 +208,46 @@ def test_twelve_bits_in_a_sixteen_bit_picture_are_refused_and_not_blackened(
         cv2.imwrite(str(tmp_path / f"{name}.png"), image)
         fields, _ = make_member(str(tmp_path), {"image": f"{name}.png"}, settings)
         assert fields["reason"] == reason
+
+
+@pytest.mark.parametrize(
+    ("white", "brightest", "wanted"),
+    [(4095, 4095, 65535), (4095, 2000, 32007), ("own", 2000, 65535), (1023, 1024, "above_white")],
+)
+def test_what_is_white_in_sixteen_bits_can_be_said(
+    tmp_path: Path, white: Any, brightest: int, wanted: int | str
+) -> None:
+    """Oracle: the value over white, of 65,535 parts; 2000 / 4095 * 65535 is 32007.3."""
+    ramp = np.linspace(0, brightest, 1600).astype(np.uint16).reshape(40, 40)
+    cv2.imwrite(str(tmp_path / "a.png"), ramp)
+    settings = ImageSettings(bits=16, codec="png", png_white=white)
+    fields, member = make_member(str(tmp_path), {"image": "a.png"}, settings)
+    if isinstance(wanted, str):
+        assert fields == {"reason": wanted}
+        return
+    found = cv2.imdecode(np.frombuffer(member, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert found.min() == 0 and found.max() == wanted
+    assert np.abs(found / 65535 - ramp / (brightest * 65535 / wanted)).max() < 1e-4
+
+
+def test_a_set_from_before_white_could_be_said_is_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_root(tmp_path, 2)
+    out = tmp_path / "out"
+    assert prepare("folder", "--root", root, "--out", out) == 0
+    path = out / "settings.json"
+    stated = json.loads(path.read_text())
+    assert stated.pop("png_white") == 65535
+    path.write_text(json.dumps(stated))
+    before = {shard: shard.stat().st_mtime_ns for shard in out.rglob("*.tar")}
+    assert before and prepare("folder", "--root", root, "--out", out) == 0
+    assert {shard: shard.stat().st_mtime_ns for shard in out.rglob("*.tar")} == before
+    capsys.readouterr()
+    assert prepare("folder", "--root", root, "--out", out, "--png-white", "own") == 2
+    assert "png_white (there 65535, asked 'own')" in capsys.readouterr().err
+    assert prepare("folder", "--root", root, "--out", out, "--png-white", "70000") == 2
+    assert "--png-white 70000: expected 255 to 65535, or own" in capsys.readouterr().err
 
 
 def test_a_dicom_of_a_few_pixels_is_refused_as_a_picture_is(tmp_path: Path) -> None:
