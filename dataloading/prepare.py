@@ -33,6 +33,11 @@ from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
 from mlip.unread_output import one_line
 
+_ADVICE = {
+    "too_dark": "; of 12-bit values in 16-bit PNGs say --png-white 4095",
+    "above_white": "; say a larger --png-white",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip prepare`."""
@@ -341,8 +346,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
         f"{result.images} images, {result.member_bytes / 1e6:.1f} MB"
     )
     for reason, count in result.refused.most_common():
-        again = "; the same command takes those that are there by then" * (reason in PASSING)
-        print(f"refused, {reason}: {count}{again}")
+        advice = "; the same command takes those that are there by then" * (reason in PASSING)
+        print(f"refused, {reason}: {count}{_ADVICE.get(reason, advice)}")
     for code, count in result.noted.most_common():
         print(f"noted, {code}: {count}")
     if not result.complete:

@@ -230,6 +230,22 @@ def test_what_is_white_in_sixteen_bits_can_be_said(
     assert np.abs(found / 65535 - ramp / (brightest * 65535 / wanted)).max() < 1e-4
 
 
+def test_a_set_of_dark_pictures_is_refused_with_the_way_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_root(tmp_path, 2)
+    dark = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    cv2.imwrite(str(root / "dark.png"), dark)
+    out = tmp_path / "out"
+    assert prepare("folder", "--root", root, "--out", out) == 0
+    assert "refused, too_dark: 1; of 12-bit values" in capsys.readouterr().out
+    command = ["folder", "--root", root, "--out", out, "--overwrite", "--png-white"]
+    assert prepare(*command, "1000") == 0
+    assert "refused, above_white: 1; say a larger --png-white" in capsys.readouterr().out
+    assert prepare(*command, "4095") == 0
+    assert "refused" not in capsys.readouterr().out.replace("+ refused 0", "")
+
+
 def test_a_set_from_before_white_could_be_said_is_as_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
