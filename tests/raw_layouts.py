@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -103,6 +104,72 @@ def make_covidx(root: Path) -> None:
         lines[name].append(f"{'p1' if i in (0, 8) else i} {file} {label} rsna")
     for name, content in lines.items():
         (root / f"{name}_COVIDx9A.txt").write_text("\n".join(content) + "\n")
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ COMPARISON:  ___.
+
+ FINDINGS:
+
+ Heart size is normal.
+ No effusion of 1.5 cm.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+def make_mimic(
+    root: Path, suffix: str = "jpg", zipped: bool = True, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> None:
+    base = root / "physionet.org" / "files" / "mimic-cxr-jpg" / "2.1.0"
+    metadata, split, reports = [], [], {}
+    for i in range(10):
+        subject, study, dicom = f"1000{i // 2:04d}", f"5000{i:04d}", f"{i:08x}-aaaa"
+        folder = f"files/p10/p{subject}/s{study}"
+        image(base / folder / f"{dicom}.{suffix}", i, size)
+        metadata.append([dicom, subject, study, "LATERAL" if i == 3 else "PA" if i % 2 else "AP"])
+        split.append(
+            [dicom, study, subject, ("train", "train", "train", "validate", "test")[i // 2]]
+        )
+        reports[f"{folder}.txt"] = "" if i == 5 else REPORT
+    table(
+        base / "mimic-cxr-2.0.0-metadata.csv.gz",
+        "dicom_id,subject_id,study_id,ViewPosition",
+        metadata,
+    )
+    table(base / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", split)
+    labels = [["10000000", "50000000", "1.0", "0.0", "-1.0", ""]]
+    table(
+        base / "mimic-cxr-2.0.0-chexpert.csv.gz",
+        "subject_id,study_id,Edema,Fracture,Pneumonia,No Finding",
+        labels,
+    )
+    if zipped:
+        with zipfile.ZipFile(root / "mimic-cxr-reports.zip", "w") as archive:
+            for name, text in reports.items():
+                archive.writestr(name, text)
+    else:
+        for name, text in reports.items():
+            (base / name).write_text(text)
+
+
+def make_ms_cxr(path: Path) -> Path:
+    """Boxes of the images 0 and 8 of make_mimic, and of one that it has not; the file's path."""
+    header = "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split"
+    effusion = ["Pleural Effusion", "small left effusion", "files/p10/a.jpg"]
+    rows: list[list[object]] = [
+        ["00000000-aaaa", *effusion, 2, 6, 30, 20, 72, 80, "train"],
+        ["00000000-aaaa", *effusion, 40, 30, 10, 20, 72, 80, "train"],
+        ["00000000-aaaa", "Edema", "mild  edema", "files/p10/a.jpg", 5, 5, 9, 9, 72, 80, "train"],
+        ["00000008-aaaa", "Edema", "edema", "files/p10/b.jpg", 5, 5, 30, 30, 72, 80, "test"],
+        ["not-there", "Edema", "edema", "files/p10/c.jpg", 5, 5, 30, 30, 72, 80, "test"],
+    ]
+    table(path, header, rows)
+    return path
 
 
 def make_nih(root: Path) -> None:

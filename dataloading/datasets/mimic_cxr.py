@@ -7,12 +7,14 @@ labels) and https://physionet.org/content/mimic-cxr/ (DICOM, mimic-cxr-reports.z
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from mlip.dataloading.datasets.ms_cxr import read_boxes
 from mlip.dataloading.datasets.rows import (
     FRONTAL,
     Collected,
@@ -113,20 +115,31 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         for row in read_csv(names["split"], ["dicom_id", "study_id", "split"], ACCESS)
     }
     labels = _labels(base)
+    boxes_of = read_boxes(options["ms_cxr"])
+    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
+    boxed = {  # image -> patient
+        row["dicom_id"]: row["subject_id"]
+        for row in (read_csv(names["metadata"], columns, ACCESS) if boxes_of else ())
+        if row["dicom_id"] in boxes_of
+    }
+    boxed_patients = set(boxed.values())
     suffix = options["files"]
     text_of = _reports(root, base, options["reports"])
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
     sections_of: dict[str, dict[str, str]] = {}
-    columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
     for row in read_csv(names["metadata"], columns, ACCESS):
         subject, study, view = row["subject_id"], row["study_id"], row["ViewPosition"].upper()
-        split = split_of.get(row["dicom_id"], "")
+        is_boxed = row["dicom_id"] in boxed
+        split = "test" if is_boxed else split_of.get(row["dicom_id"], "")
         if not split:
             excluded["not_in_split_file"] += 1
             continue
         if options["views"] == "frontal" and view not in FRONTAL:
             excluded["view_not_frontal"] += 1
+            continue
+        if split != "test" and subject in boxed_patients:
+            excluded["other_image_of_ms_cxr_patient"] += 1
             continue
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         if study not in sections_of:
@@ -144,6 +157,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 labels=positive,
                 uncertain=uncertain,
                 negative=negative,
+                boxes=json.dumps(boxes_of[row["dicom_id"]]) if is_boxed else "",
+                subset="ms_cxr" if is_boxed else "",
             )
         )
     empty = sum(not any(sections.values()) for sections in sections_of.values())
@@ -153,6 +168,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         for study, sections in sections_of.items()
     ]
     notes = [f"{len(sections_of)} studies, {empty} of them without any usable report text"]
+    if boxes_of:
+        notes.append(
+            f"MS-CXR: boxes of {len(boxed)} images, which are test (subset ms_cxr); "
+            f"{len(boxes_of) - len(boxed)} others of its list are not in the metadata"
+        )
     return Collected(rows, excluded, notes, {"mimic_cxr_sectioned.csv": table})
 
 
@@ -262,5 +282,6 @@ DATASET = Dataset(
         "files": ("jpg", "jpg or dcm"),
         "views": ("frontal", "frontal (PA and AP) or all"),
         "reports": ("", "mimic-cxr-reports.zip or the folder that holds files/; empty = look"),
+        "ms_cxr": ("", "MS_CXR_Local_Alignment_v1.1.0.csv: its images are test, with boxes"),
     },
 )

@@ -31,6 +31,7 @@ SCORES = {"global": "Global head", "local": "Local score", "combined": "Combined
 KIND_TITLES = {
     "keyword": "By name (\u201cpleural effusion\u201d)",
     "sentence": "By a sentence with its side (\u201cthere is a left pleural effusion\u201d)",
+    "phrase": "By the words of its own report",
 }
 
 SENTENCE_WITHOUT_SIDE = "By a sentence (\u201cthere is pneumonia\u201d)"

@@ -42,6 +42,7 @@ class Boxes:
     corners: Array  # [n, 4] float64 x0, y0, x1, y1; read-only
     names: tuple[str, ...]
     size: tuple[int, int] | None  # height, width they are in; None = the image file's
+    phrases: tuple[str, ...] = ()  # words of the report that each one answers; "" = none stated
 
 
 class Annotations:
@@ -156,15 +157,19 @@ class Annotations:
         if "boxes" in self._columns:
             text = self._text("boxes", row)
             try:
-                found = [(*map(float, b[:4]), str(b[4])) for b in (json.loads(text or "[]"))]
+                found = [
+                    (*map(float, b[:4]), str(b[4]), " ".join("".join(b[5:6]).split()))
+                    for b in json.loads(text or "[]")
+                ]
             except (ValueError, TypeError, LookupError, RecursionError):
                 raise ManifestError(
                     f"{self.manifest.path}: data row {row + 1}: boxes: expected JSON "
-                    "[[x, y, width, height, class], ...]"
+                    "[[x, y, width, height, class], ...], behind the class its phrase where it has "
+                    "one"
                 ) from None
         else:
             drawn = self._box_file.get(self.manifest.image_path(row), [])
-            found = [(*box.xywh, box.label) for box in drawn]
+            found = [(*box.xywh, box.label, box.phrase) for box in drawn]
             size = size or self._phantom_size
         xywh = np.array([b[:4] for b in found], dtype=np.float64).reshape(-1, 4)
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
@@ -174,7 +179,8 @@ class Annotations:
                 "height: expected x, y, width and height in px"
             )
         corners.flags.writeable = False
-        return Boxes(corners, tuple(str(b[4]) for b in found), size)
+        names, phrases = (tuple(str(b[i]) for b in found) for i in (4, 5))
+        return Boxes(corners, names, size, phrases)
 
     def looked_at(self, rows: Array) -> Array:
         """The rows in which somebody looked for boxes of transfer.classes.

@@ -19,6 +19,7 @@ class DrawnBox:
     label: str
     side: str  # "" where none is stated
     xywh: tuple[float, float, float, float]  # px of the image file
+    phrase: str = ""  # words of the report that the box answers; "" where none are stated
 
 
 def box_file(manifest_path: str) -> Path:
@@ -57,8 +58,9 @@ def read_box_file(manifest_path: str) -> dict[str, list[DrawnBox]] | None:
                 if entry["path"] is None or entry["label"] is None:
                     raise ManifestError(f"{path}: line {reader.line_num}: cut off before its end")
                 side = (entry.get("side") or "").strip().lower()
+                phrase = " ".join((entry.get("phrase") or "").split())
                 found.setdefault(entry["path"], []).append(
-                    DrawnBox(entry["label"], side, (x, y, w, h))
+                    DrawnBox(entry["label"], side, (x, y, w, h), phrase)
                 )
     except UnicodeDecodeError:
         raise ManifestError(f"{path}: not UTF-8: save it as UTF-8 text") from None

@@ -216,7 +216,7 @@ def _evaluate(
     patients = manifest.patient_key[images.row_index]
     is_phantom = meta is not None
 
-    def encode(phrases: list[str]) -> TextBank:
+    def encode(phrases: list[str], cut: bool = False) -> TextBank:
         return encode_prompts(
             model,
             phrases,
@@ -225,6 +225,7 @@ def _evaluate(
             linker=linker,
             table=table,
             device=device,
+            cut=cut,
         )
 
     boxes = truth.load_boxes(config, manifest, images.row_index.tolist())
@@ -236,7 +237,9 @@ def _evaluate(
     queries, phrases, names = make_queries(
         images, annotations, boxes, table, is_phantom, config.run.seed, masks
     )
-    bank = encode(phrases) if phrases else None
+    # words of a report stand in no message
+    holds_reports = any(query.kind == "phrase" for query in queries)
+    bank = encode(phrases, cut=holds_reports) if phrases else None
     maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
     results: dict[str, Any] = {
         "data": {

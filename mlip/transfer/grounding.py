@@ -23,7 +23,8 @@ from mlip.transfer.interval import (
 from mlip.transfer.patch_maps import PhraseMaps, Upsampler, pointed_pixel
 from mlip.transfer.truth_masks import Mask
 
-KINDS = ("keyword", "sentence")  # a bare name; a sentence, of phantoms with the side
+# a bare name; a sentence, of phantoms with the side; a phrase of the report that a box answers
+KINDS = ("keyword", "sentence", "phrase")
 COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr", "miou")
 MASK_COLUMNS = ("hit", "area", "cnr", "miou")  # the same against the pixels of a mask
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the cosine, as BioViL's mIoU

@@ -31,8 +31,9 @@ def make_queries(
 ) -> tuple[list[Query], list[str], dict[str, str]]:
     """Queries, the phrases they point into, and findings' names for people.
 
-    A name asks for all boxes of the finding; a sentence with a side for those of that side. Every
-    wording is a query of its own, so that no wording is picked.
+    A name asks for all boxes of the finding; a sentence with a side for those of that side; words
+    of a report for those that answer them. Every wording is a query of its own, so that no wording
+    is picked.
 
     masks    the rows' masks, where there are any: a query takes those of its finding and side
     """
@@ -64,7 +65,7 @@ def make_queries(
         drawn = tuple(
             m
             for m in (masks or {}).get(int(images.row_index[i]), ())
-            if m.finding == finding and (not only_side or m.side == side)
+            if m.finding == finding and (not only_side or m.side == side) and kind != "phrase"
         )
         queries.append(Query(i, finding, side, kind, phrase, chosen, swapped, drawn))
 
@@ -85,6 +86,11 @@ def make_queries(
                 for side in sides:
                     chosen = np.array([box.corners for box in own if box.side == side])
                     ask(i, finding, "sentence", side, text.format(side=side), chosen, True)
+            for text in dict.fromkeys(box.phrase for box in own if box.phrase):
+                answers = [box for box in own if box.phrase == text]
+                sides = sorted({box.side for box in answers if box.side is not None})
+                chosen = np.array([box.corners for box in answers])
+                ask(i, finding, "phrase", sides[0] if len(sides) == 1 else None, text, chosen)
     return queries, list(phrases), names
 
 

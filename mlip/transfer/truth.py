@@ -46,6 +46,7 @@ class Box:
     finding: str
     side: str | None
     corners: tuple[float, float, float, float]  # x0, y0, x1, y1
+    phrase: str = ""  # words of the report that it answers
 
 
 def oracle(manifest: Manifest, rows: Array) -> Callable[[Array], Array]:
@@ -169,7 +170,8 @@ def label_matrix(
 def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[int, list[Box]]:
     """Boxes of boxes.csv beside the manifest for these rows, cut to the model's crop.
 
-    Columns: path (as in the manifest), label, x, y, w, h in pixels of the file; side is optional.
+    Columns: path (as in the manifest), label, x, y, w, h in pixels of the file; side and phrase are
+    optional.
     Where transfer.columns names a column of boxes or masks, that is read instead (a mask is the
     extents of its parts, named by the row's one label).
     A box that the centre crop leaves less than half of is dropped: it cannot be pointed at.
@@ -196,7 +198,7 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
             moved = _to_model((x0, y0, x1, y1), size, transform)
             if moved is not None:
                 side = box.side if box.side in SIDES else None
-                boxes.setdefault(row, []).append(Box(box.label, side, moved))
+                boxes.setdefault(row, []).append(Box(box.label, side, moved, box.phrase))
     return boxes
 
 
@@ -238,22 +240,22 @@ def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     transform = Transform(config.data, train=False, seed=config.run.seed)
     found: dict[int, list[Box]] = {}
     for row, size in sized_rows(config, annotations, rows):
-        named: list[tuple[Array, str]] = []
+        named: list[tuple[Array, str, str]] = []
         if config.transfer.columns.boxes is not None:
             boxes = annotations.boxes(row)
             check_inside(boxes.corners, size, f"{manifest.path}: data row {row + 1}")
-            named = list(zip(boxes.corners, boxes.names, strict=True))
+            named = list(zip(boxes.corners, boxes.names, boxes.phrases, strict=True))
         elif len(labels := manifest.labels(row)) == 1:
             _, _, parts, _ = cv2.connectedComponentsWithStats(
                 (annotations.mask(row, size) == INSIDE).astype(np.uint8)
             )
             for x, y, w, h, _ in parts[1:].tolist():
-                named.append((np.array([x, y, x + w, y + h], dtype=float), labels[0]))
-        for corners, name in named:
+                named.append((np.array([x, y, x + w, y + h], dtype=float), labels[0], ""))
+        for corners, name, phrase in named:
             x0, y0, x1, y1 = corners.tolist()
             moved = _to_model((x0, y0, x1, y1), size, transform)
             if moved is not None:
-                found.setdefault(row, []).append(Box(name, None, moved))
+                found.setdefault(row, []).append(Box(name, None, moved, phrase))
     return found
 
 

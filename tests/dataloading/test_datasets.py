@@ -8,7 +8,6 @@ import io
 import json
 import shutil
 import tarfile
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -23,12 +22,15 @@ from mlip.dataloading.datasets.open_i import plain_name, read_reports
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import DatasetError
 from tests.raw_layouts import (
+    REPORT,
     by_id,
     collect,
     encode_mask,
     image,
     make_chexpert,
     make_covidx,
+    make_mimic,
+    make_ms_cxr,
     make_nih,
     make_object_cxr,
     make_padchest,
@@ -40,55 +42,6 @@ from tests.raw_layouts import (
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
-
-
-REPORT = """                                 FINAL REPORT
- EXAMINATION:  CHEST (PA AND LAT)
-
- COMPARISON:  ___.
-
- FINDINGS:
-
- Heart size is normal.
- No effusion of 1.5 cm.
-
- IMPRESSION:
-
- No acute process.
-"""
-
-
-def make_mimic(root: Path, suffix: str = "jpg", zipped: bool = True) -> None:
-    base = root / "physionet.org" / "files" / "mimic-cxr-jpg" / "2.1.0"
-    metadata, split, reports = [], [], {}
-    for i in range(10):
-        subject, study, dicom = f"1000{i // 2:04d}", f"5000{i:04d}", f"{i:08x}-aaaa"
-        folder = f"files/p10/p{subject}/s{study}"
-        image(base / folder / f"{dicom}.{suffix}", i)
-        metadata.append([dicom, subject, study, "LATERAL" if i == 3 else "PA" if i % 2 else "AP"])
-        split.append(
-            [dicom, study, subject, ("train", "train", "train", "validate", "test")[i // 2]]
-        )
-        reports[f"{folder}.txt"] = "" if i == 5 else REPORT
-    table(
-        base / "mimic-cxr-2.0.0-metadata.csv.gz",
-        "dicom_id,subject_id,study_id,ViewPosition",
-        metadata,
-    )
-    table(base / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", split)
-    labels = [["10000000", "50000000", "1.0", "0.0", "-1.0", ""]]
-    table(
-        base / "mimic-cxr-2.0.0-chexpert.csv.gz",
-        "subject_id,study_id,Edema,Fracture,Pneumonia,No Finding",
-        labels,
-    )
-    if zipped:
-        with zipfile.ZipFile(root / "mimic-cxr-reports.zip", "w") as archive:
-            for name, text in reports.items():
-                archive.writestr(name, text)
-    else:
-        for name, text in reports.items():
-            (base / name).write_text(text)
 
 
 @pytest.mark.parametrize("suffix, zipped", [("jpg", True), ("dcm", False)])
@@ -110,6 +63,30 @@ def test_mimic_cxr(tmp_path, suffix, zipped):
     assert sectioned[0] == ["study", "impression", "findings", "last_paragraph", "comparison"]
     assert sectioned[1][0] == "s50000000" and len(sectioned) == 10
     assert len(collect("mimic_cxr", tmp_path, files=suffix, views="all").rows) == 10
+
+
+def test_ms_cxr_boxes_are_test_and_their_patients_leave_training(tmp_path):
+    make_mimic(tmp_path)
+    listed = make_ms_cxr(tmp_path / "MS_CXR_Local_Alignment_v1.1.0.csv")
+    collected = collect("mimic_cxr", tmp_path, ms_cxr=str(listed))
+    rows = by_id(collected)
+    row = rows["00000000-aaaa"]
+    assert (row.split, row.subset) == ("test", "ms_cxr")
+    assert json.loads(row.boxes) == [
+        [2.0, 6.0, 30.0, 20.0, "Pleural Effusion", "small left effusion"],
+        [40.0, 30.0, 10.0, 20.0, "Pleural Effusion", "small left effusion"],
+        [5.0, 5.0, 9.0, 9.0, "Edema", "mild edema"],
+    ]
+    # 0 and 1 are one patient's, 8 and 9 another's, who was in test before
+    assert "00000001-aaaa" not in rows and collected.excluded["other_image_of_ms_cxr_patient"] == 1
+    assert rows["00000008-aaaa"].subset == "ms_cxr" and rows["00000009-aaaa"].split == "test"
+    assert {row.subset for row in rows.values()} == {"", "ms_cxr"}
+    assert "MS-CXR: boxes of 2 images" in collected.notes[1] and "1 others" in collected.notes[1]
+    listed.write_text(listed.read_text().replace("40", "forty"))
+    with pytest.raises(DatasetError, match="MS_CXR.*x, y, w, h: expected numbers"):
+        collect("mimic_cxr", tmp_path, ms_cxr=str(listed))
+    with pytest.raises(DatasetError, match="none.csv: no such file. It is part of MS-CXR"):
+        collect("mimic_cxr", tmp_path, ms_cxr=str(tmp_path / "none.csv"))
 
 
 def test_mimic_cxr_names_what_is_missing_and_where_it_comes_from(tmp_path):

@@ -362,8 +362,39 @@ def test_padchest_zero_shot_asks_for_what_physicians_labelled(
     assert "normal" in str(results["zero_shot"]["labels_without_concept"])
 
 
+def test_ms_cxr_points_by_the_words_of_reports_and_repeats_none_of_them(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One query a phrase of an image, against all boxes of that phrase."""
+    raw, out = tmp_path / "raw", tmp_path / "data"
+    raw_layouts.make_mimic(raw, size=BIG)
+    listed = raw_layouts.make_ms_cxr(tmp_path / "MS_CXR_Local_Alignment_v1.1.0.csv")
+    command = ["prepare", "mimic_cxr", "--root", str(raw), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--side", "96", "--option", f"ms_cxr={listed}"]) == 0
+    settings = [*SMALL, "data.max_tokens=64", f"data.manifest={out / 'manifest.parquet'}"]
+    config = str(CONFIGS / "ms_cxr_grounding.yaml")
+    command = ["evaluate", config, *settings, f"checkpoint={checkpoint}"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["data"]["images"] == 2
+    found = results["grounding"]["phrase"]
+    assert {row["finding"]: row["n"] for row in found["findings"]} == {
+        "Edema": 2,
+        "Pleural Effusion": 1,
+    }
+    effusion = found["findings"][1]
+    # 800 px of two boxes; 80 x 72 px in a letterbox of 112, cropped to 96
+    assert effusion["area"] == pytest.approx(800 * (112 / 80) ** 2 / 96**2, rel=0.03)
+    assert 0.0 <= found["all"]["miou"]["value"] <= 1.0
+    said = capsys.readouterr()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "By the words of its own report" in page
+    for text in (said.out, said.err, page, json.dumps(results)):
+        assert "small left effusion" not in text and "mild edema" not in text
+
+
 def test_every_config_is_run_here() -> None:
-    run = {*ROWS, "chexpert_zero_shot", "padchest_zero_shot"} | {
+    run = {*ROWS, "chexpert_zero_shot", "padchest_zero_shot", "ms_cxr_grounding"} | {
         *("phantom_classification", "phantom_segmentation", "phantom_detection"),
         *("lung_segmentation", "lung_detection", "nih_pneumonia_classification"),
         *(f"baseline_{name}" for name in ("random", "imagenet", "convirt", "gloria", "mgca")),

@@ -283,3 +283,30 @@ def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
     assert ("Left_Lung", "sentence") not in swapped  # nobody states a part of the body
     assert phrases == ["left lung", "pneumonia", "there is pneumonia."]
     assert names["Left_Lung"] == "Left lung"
+
+
+def test_words_of_a_report_are_asked_once_and_answered_by_all_of_their_boxes(
+    tmp_path: Path,
+) -> None:
+    from mlip.transfer.queries import make_queries
+
+    config, manifest = write_manifest(tmp_path, "50,90,80,60")
+    path = tmp_path / "boxes.csv"
+    path.write_text(
+        "path,label,x,y,w,h,phrase\none.png,Pneumonia,10,20,40,60,patchy  opacity\n"
+        "one.png,Pneumonia,80,20,40,60,patchy opacity\none.png,Pneumonia,80,220,40,60,\n"
+    )
+
+    class FakeImages:
+        row_index = np.arange(1)
+
+    images: Any = FakeImages()
+    boxes = truth.load_boxes(config, manifest, [0])
+    queries, phrases, _ = make_queries(
+        images, Annotations(config, manifest), boxes, load_concepts(), False, 0
+    )
+    (asked,) = [q for q in queries if q.kind == "phrase"]
+    assert phrases[asked.phrase] == "patchy opacity"
+    assert asked.boxes.tolist() == [list(box.corners) for box in boxes[0][:2]]
+    (named,) = [q for q in queries if q.kind == "keyword"]
+    assert len(named.boxes) == 3
