@@ -149,7 +149,8 @@ def evaluate_grounding(
     Shapes:  patient_ids [images]
     Returns: {kind: {"findings": [...], "all": {...}, "findings_at_twice_area": int}} with, for
              each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr, miou
-             and "mask": {n, hit, area, cnr, miou} against mask pixels, where queries have masks
+             and "mask": {n, hit, area, cnr, miou} against mask pixels, where queries have masks;
+             "over_findings": hit, cnr and miou as the mean of the findings' own, as BioViL has it
     """
     result: dict[str, Any] = {}
     upsample = Upsampler(grid, size)
@@ -176,6 +177,10 @@ def evaluate_grounding(
         result[kind] = {
             "findings": rows,
             "all": _summary(measured, weights),
+            "over_findings": {
+                key: _mean_of(measured[key], weights, [q.finding for q in chosen])
+                for key in ("hit", "cnr", "miou")
+            },
             "findings_at_twice_area": sum(
                 r["hit"]["value"] >= 2.0 * r["area"] for r in rows if r["hit"]["value"] is not None
             ),
@@ -275,6 +280,20 @@ def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:
         "miou": mean_estimate(columns["miou"], weights),
         "mask": _mask_summary(columns, weights),
     }
+
+
+def _mean_of(values: Array, weights: Array, findings: Sequence[str]) -> Estimate:
+    """The mean of the findings' means; its n is the findings that have one."""
+    means, resampled = [], []
+    for finding in dict.fromkeys(findings):
+        own = np.isfinite(values) & np.array([name == finding for name in findings])
+        if own.any():
+            means.append(float(values[own].mean()))
+            resampled.append(weighted_mean(values[own], weights[:, own]))
+    if not means:
+        return not_available("no rows")
+    # a resample without any row of a finding has no mean over all of them
+    return estimate(float(np.mean(means)), np.mean(resampled, axis=0), len(means))
 
 
 def _mask_summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any] | None:

@@ -73,4 +73,9 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             f"{_text(row['swapped'])}  over swapped {_text(row['over_swapped'], 1)}  "
             f"{table['findings_at_twice_area']} of {table['num_findings']} findings at 2x area"
         )
+        mean = table["over_findings"]
+        lines.append(
+            f"  mean over findings    {_text(mean['hit'])}  CNR {_text(mean['cnr'])}  mIoU "
+            f"{_text(mean['miou'])}"
+        )
     return lines

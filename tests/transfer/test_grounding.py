@@ -85,6 +85,22 @@ def test_maps_that_know_the_truth_hit_always_and_beat_every_control() -> None:
     assert (found["findings_at_twice_area"], found["num_findings"]) == (1, 1)
 
 
+def test_the_mean_over_findings_counts_a_rare_finding_as_a_frequent_one() -> None:
+    """Oracle: nine phrases that hit and one of another finding that does not."""
+    values = np.array([1.0] * 9 + [0.0])
+    findings = ["nodule"] * 9 + ["mass"]
+    weights = np.ones((20, 10))
+    weights[0, 9] = 0.0  # a resample without the mass has no mean over both
+    found = grounding._mean_of(values, weights, findings)
+    assert (found["value"], found["low"], found["high"], found["n"]) == (0.5, 0.5, 0.5, 2)
+    half = grounding._mean_of(np.where(values == 0, np.nan, values), weights, findings)
+    assert (half["value"], half["n"]) == (1.0, 1)
+    boxes = _boxes(60)
+    masks = [grounding.box_mask(b, SIZE).reshape(8, 8, 8, 8).mean(axis=(1, 3)) for b in boxes]
+    row = evaluate(np.stack(masks).reshape(1, 60, 64), _queries(boxes))["keyword"]
+    assert row["over_findings"]["cnr"] == {**row["all"]["cnr"], "n": 1}
+
+
 def test_a_map_that_ignores_the_image_gains_nothing_over_the_swapped_image() -> None:
     heat = np.zeros((1, 60, 64))
     heat[:, :, 27] = 1.0  # one habitual place
