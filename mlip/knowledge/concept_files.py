@@ -56,6 +56,8 @@ def _read(source: Path) -> ConceptTable:
         if not files:
             raise LexiconError(f"concept folder {source}: no *.yaml file in it")
         cues = source / CUES_FILE
+        if (other := cues.with_suffix(".yml")).exists():
+            raise LexiconError(f"{other}: is not read: rename it to {CUES_FILE}")
         return _from_yaml(files, cues if cues.is_file() and source != LEXICON_DIR else None)
     suffixes = "".join(source.suffixes[-2:]) if source.suffix == ".gz" else source.suffix
     if suffixes in (".yaml", ".yml"):

@@ -33,10 +33,16 @@ def expand(lines: Iterable[str], where: str) -> tuple[str, ...]:
     """Terms with "[a|b|]" written out; an empty alternative leaves the word out.
 
     where  what an error calls the file and the place in it
-    Raises:  LexiconError for a line of more than _MAX_FORMS terms: 40 choices of two are 10^12
+    Raises:  LexiconError for a line of more than _MAX_FORMS terms: 40 choices of two are 10^12; for
+             a "|" outside of brackets, which would make each part a term ("no sign|evidence")
     """
     forms = []
     for line in lines:
+        if re.search(r"[\[\]|]", re.sub(r"\[[^\[\]]*\]", "", line)):
+            raise LexiconError(
+                f"{where}: in the term {line[:40]!r} a bracket lacks its other, or | stands "
+                "outside of brackets: write alternatives as [a|b], none inside another"
+            )
         slots = [part.split("|") for part in re.split(r"[\[\]]", line)]
         if math.prod(map(len, slots)) > _MAX_FORMS:
             raise LexiconError(

@@ -79,7 +79,10 @@ class Linker:
             flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
         for kind, forms in cues_of(table).items():
             for form in forms:
-                key = self.key(form)
+                try:
+                    key = self.key(form)
+                except LexiconError as error:
+                    raise LexiconError(f"cues, {kind}: {error}") from None
                 flags[key] = flags.get(key, 0) | FLAG[kind]
         owners: dict[str, int] = {}
         for row, concept in enumerate(table):

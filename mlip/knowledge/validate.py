@@ -22,7 +22,7 @@ def problems(table: ConceptTable) -> list[str]:
     Raises:  LexiconError for a term that no report can match.
     """
     found = [f"{child}: is_a {parent} closes a circle" for child, parent in cycles(table)]
-    if not any(kind.startswith("negation") for kind in cues_of(table)):
+    if not any(forms for kind, forms in cues_of(table).items() if kind.startswith("negation")):
         found.append("cues: none denies a finding (negation_before, negation_after)")
     linker = Linker(table)
     owner: dict[str, Concept] = {}

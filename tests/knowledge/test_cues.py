@@ -173,6 +173,9 @@ def test_a_table_is_built_with_cues(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("answer: [no]", "expected a list of texts for answer"),  # YAML's false
         ("negation_before: [kein\n", "not valid YAML"),
         ("negation_before: ['" + "[a|b]" * 14 + "']", "stands for more than"),
+        ("negation_before: ['kein Hinweis|Nachweis']", "write alternatives as [a|b]"),
+        ("negation_before: ['kein [Hinweis|Nachweis']", "write alternatives as [a|b]"),
+        ("negation_before: ['kein [[Hinweis|Nachweis] auf|]']", "write alternatives as [a|b]"),
     ],
 )
 def test_a_file_of_cues_that_cannot_be_used_is_named(
@@ -191,3 +194,16 @@ def test_marks_that_a_file_does_not_name_are_as_ours(tmp_path: Path) -> None:
     cues = read_cues(path)
     assert cues["sentence"] == (".", ";", "!") and cues["comma"] == (",",)
     assert cues["question"] == ("\u00bf",)
+
+
+def test_a_mistaken_file_of_cues_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "befunde.yaml").write_bytes((GERMAN / "befunde.yaml").read_bytes())
+    path = tmp_path / "_cues.yaml"
+    path.write_text("negation_before: []\n")
+    assert any("none denies" in problem for problem in problems(load_concepts(tmp_path)))
+    path.write_text("negation_before: [kein, '-']\n")
+    with pytest.raises(LexiconError, match="cues, negation_before: term '-'"):
+        Linker(load_concepts(tmp_path))
+    path.rename(tmp_path / "_cues.yml")
+    with pytest.raises(LexiconError, match=r"_cues\.yml: is not read: rename it to _cues\.yaml"):
+        load_concepts(tmp_path)
