@@ -122,6 +122,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         for row in (read_csv(names["metadata"], columns, ACCESS) if boxes_of else ())
         if row["dicom_id"] in boxes_of
     }
+    if options["ms_cxr"] and not boxed:  # its images would be trained on
+        raise DatasetError(
+            f"{options['ms_cxr']}: names no image of {names['metadata']}: expected dicom_id as "
+            "MIMIC-CXR writes it"
+        )
     boxed_patients = set(boxed.values())
     suffix = options["files"]
     text_of = _reports(root, base, options["reports"])

@@ -21,6 +21,7 @@ from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
+from mlip.knowledge.plain_letters import plain
 from mlip.transfer.annotations import (
     INSIDE,
     NEGATIVE,
@@ -92,7 +93,7 @@ def lexicon_prompts(
     """
     prompts, unknown = [], []
     for label in labels:
-        text = " ".join(label.replace("_", " ").lower().split())
+        text = " ".join(plain(label).replace("_", " ").lower().split())
         found = _concept_of(label, text, linker, table)
         if found is None:
             unknown.append(label)

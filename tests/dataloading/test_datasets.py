@@ -87,6 +87,9 @@ def test_ms_cxr_boxes_are_test_and_their_patients_leave_training(tmp_path):
         collect("mimic_cxr", tmp_path, ms_cxr=str(listed))
     with pytest.raises(DatasetError, match="none.csv: no such file. It is part of MS-CXR"):
         collect("mimic_cxr", tmp_path, ms_cxr=str(tmp_path / "none.csv"))
+    listed.write_text(make_ms_cxr(listed).read_text().replace("-aaaa", "-AAAA"))
+    with pytest.raises(DatasetError, match="MS_CXR.*names no image of .*metadata.csv"):
+        collect("mimic_cxr", tmp_path, ms_cxr=str(listed))
 
 
 def test_mimic_cxr_names_what_is_missing_and_where_it_comes_from(tmp_path):

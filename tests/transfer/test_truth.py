@@ -187,6 +187,12 @@ def test_prompts_are_the_users_and_deny_in_the_language_of_the_cues() -> None:
     prompts, _ = truth.lexicon_prompts(labels, Linker(table), table, own)
     assert prompts[0].positive == ("Pneumothorax nachweisbar.",)
     assert prompts[1].negative == ("Kein Pleuraerguss.", "Kein Pleuraerguss {x}.")
+    apart = (
+        "Rippenfellergu\u0308sse",
+        "Pleuraergu\u0308sse",
+    )  # an accent of its own, as files have it
+    prompts, unknown = truth.lexicon_prompts(apart, Linker(table), table, own)
+    assert unknown == [apart[0]] and prompts[0].positive == ("Pleuraerguss nachweisbar.",)
     with pytest.raises(ManifestError, match="'no {}.' as a statement of pneumothorax"):
         truth.lexicon_prompts(labels, Linker(table), table, Evaluate())
 
