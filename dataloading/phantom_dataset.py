@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from mlip.config import Phantom
 from mlip.dataloading import phantom
 from mlip.dataloading.phantom_types import PhantomStudy, mask_from_runs, mask_to_runs
+from mlip.folder_lock import is_alive
 from mlip.machine import usable_cores
 
 MANIFEST_COLUMNS = (
@@ -173,18 +174,8 @@ def _remove_leftovers(folder: Path) -> None:
     host = f"@{socket.gethostname()}"  # of another's nobody knows here whether they are alive
     for leftover in folder.parent.glob(f".{folder.name}.partial-*{host}"):
         pid = leftover.name.removesuffix(host).rsplit("-", 1)[-1]
-        if not pid.isdigit() or not _is_alive(int(pid)):
+        if not pid.isdigit() or not is_alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _fill(partial: Path, settings: Phantom, mark: str, workers: int) -> None:

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,20 @@ def is_seen(question: Callable[[], bool], timeout_s: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.2)
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    """Whether this host has a process of that number: one that is gone left its files as they are.
+
+    Of another host's number it says nothing.
+    """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):  # more digits than a process's number has
+        return False
+    except PermissionError:  # another user's
+        return True
     return True
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlip.folder_lock import is_alive
 from mlip.typed_tree import ConfigError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -49,9 +50,14 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The name to write under: renamed to `path` at the end, removed where the writing failed."""
+    """The name to write under: renamed to `path` at the end, removed where the writing failed.
+
+    What a killed process of this host left of the same file is removed first.
+    """
     # containers on one disk have equal process numbers
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    begin = f".{path.name}.{socket.gethostname()}."
+    _remove_leftovers(path.parent, begin)
+    partial = path.with_name(f"{begin}{os.getpid()}")
     try:
         yield partial
         partial.replace(path)
@@ -60,6 +66,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _remove_leftovers(folder: Path, begin: str) -> None:
+    with contextlib.suppress(OSError):  # what keeps the folder from being read is told by the write
+        for name in os.listdir(folder):
+            pid = name.removeprefix(begin)
+            if pid != name and pid.isdecimal() and not is_alive(int(pid)):
+                (folder / name).unlink(missing_ok=True)
 
 
 def refusal(error: Exception, out: str | Path | None) -> str | None:

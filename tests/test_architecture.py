@@ -26,7 +26,7 @@ ALLOWED = {
         "mlip.config_file",
         "mlip.transfer_settings",
     ),
-    "mlip.output_file": ("mlip.typed_tree",),
+    "mlip.output_file": ("mlip.typed_tree", "mlip.folder_lock"),
     "mlip.machine": (),
     "mlip.folder_lock": (),
     "mlip.unread_output": (),

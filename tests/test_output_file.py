@@ -10,6 +10,8 @@ import contextlib
 import errno
 import os
 import resource
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +196,20 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the first error"), whole_file(path) as partial:
         partial.mkdir()  # which cannot be unlinked: as on a disk that has become read-only
         raise ValueError("the first error")
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    kept = {f".a.txt.{host}.{os.getppid()}", f".a.txt.another.{ended.pid}", f".a.txt.{host}.x"}
+    for name in (*kept, f".a.txt.{host}.{ended.pid}", f".a.txt.{host}.{10**12}"):
+        (tmp_path / name).write_text("half")
+    with whole_file(tmp_path / "a.txt") as partial:
+        partial.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *kept}
 
 
 @pytest.mark.parametrize(
