@@ -305,7 +305,7 @@ def read(folder: Path) -> Checkpoint:
                 raise TypeError(f"{name}: expected {kind.__name__}, got {state[name]!r:.40}")
         updates = state.get("ema_updates")
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
-        tensors = {kind: load_file(folder / f"{kind}.safetensors") for kind in kinds}
+        tensors = {kind: _load(folder / f"{kind}.safetensors") for kind in kinds}
         steps = int(state["optimizer_steps"])
         ema = None if updates is None else EMAState(tensors[_EMA], int(updates))
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -320,6 +320,17 @@ def read(folder: Path) -> Checkpoint:
         ema=ema,
     )
     return Checkpoint(folder, training, state)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Raises:  ValueError for what no save writes: training on from it would break steps later."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if path.stem != "buffers" and tensor.dtype != torch.float32:
+            raise ValueError(f"{path.name}: {name}: expected torch.float32, got {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path.name}: {name} holds a number that is not finite")
+    return tensors
 
 
 def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config, to_dict
+from mlip.config import Config, ConfigError, to_dict
 from mlip.training import checkpoint, grad_cache, presence, randomness
 from mlip.training.allocator import keep_freed_memory
 from mlip.training.determinism import levels
@@ -142,8 +142,11 @@ class Trainer:
     def _resume(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
         state = saved.state
         self._require_same_identity(saved, allow_mismatch)
-        self.engine.load(saved.training)
-        self.loader.load_state_dict(state["loader"])
+        try:
+            self.engine.load(saved.training)
+            self.loader.load_state_dict(state["loader"])
+        except ValueError as error:
+            raise ConfigError(f"{saved.folder}: {error}") from error
         randomness.restore(state["rng"], seed=self.config.run.seed, step=saved.step)
         self.step = saved.step
         self.skipped_steps = state["skipped_steps"]

@@ -347,7 +347,10 @@ class Engine(abc.ABC):
             )
         _require_shapes({n: b.shape for n, b in own.items()}, state.buffers)
         for name, buffer in own.items():
-            buffer.copy_(state.buffers[name])
+            saved = state.buffers[name]
+            if saved.dtype != buffer.dtype:
+                raise ValueError(f"{name}: expected {buffer.dtype}, got {saved.dtype}")
+            buffer.copy_(saved)
 
     def _check_names(self, state: TrainingState) -> None:
         own = dict(self.objective.named_parameters())
@@ -370,6 +373,10 @@ class Engine(abc.ABC):
         # ZeRO-3 keeps a part in the parameter's place, and would take any number of values
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in own.items()}
         _require_shapes(shapes, state.parameters)
+        for key, moments in state.moments.items() if state.optimizer_steps else ():
+            _require_shapes({n: shapes[n] for n, k in self.moments.items() if key in k}, moments)
+        if self.ema is not None and state.ema is not None:
+            _require_shapes({n: shapes[n] for n in self.parameters}, state.ema.parameters)
 
 
 def fixed_buffers(objective: nn.Module) -> set[str]:
@@ -384,8 +391,9 @@ def fixed_buffers(objective: nn.Module) -> set[str]:
 def _require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:
     """Raises:  ValueError naming the first tensor of another shape, which no resume can use."""
     for name, shape in own.items():
-        if saved[name].shape != shape:
+        found = list(saved[name].shape) if name in saved else "none"
+        if found != list(shape):
             raise ValueError(
-                f"{name}: expected {list(shape)} from the settings, the checkpoint has "
-                f"{list(saved[name].shape)}; restore the settings or choose another run.dir"
+                f"{name}: expected {list(shape)} from the settings, the checkpoint has {found}; "
+                "restore the settings or choose another run.dir"
             )
