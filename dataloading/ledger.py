@@ -75,6 +75,12 @@ def most_bad(share: float, rows: int) -> int:
     return int(Fraction(repr(float(share))) * rows)
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"ledger: expected a whole number of 0 or more, got {value!r:.40}")
+    return value
+
+
 @dataclass
 class EpochCount:
     trained: int = 0
@@ -165,13 +171,14 @@ class Ledger:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Ledger:
-        excluded = {rule: int(count) for rule, count in state["excluded"].items()}
-        ledger = cls(int(state["rows"]), excluded, float(state["bad_share"]))
+        """Raises:  KeyError, TypeError, ValueError, AttributeError where it is no state_dict."""
+        excluded = {rule: _count(count) for rule, count in state["excluded"].items()}
+        ledger = cls(_count(state["rows"]), excluded, float(state["bad_share"]))
         ledger.epochs = {
             int(e): EpochCount(
-                int(trained),
-                Counter({reason: int(count) for reason, count in quarantined.items()}),
-                int(replacements),
+                _count(trained),
+                Counter({reason: _count(count) for reason, count in quarantined.items()}),
+                _count(replacements),
             )
             for e, (trained, quarantined, replacements) in state["epochs"].items()
         }

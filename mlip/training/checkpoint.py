@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mlip import distributed
 from mlip.config import Config, difference, from_dict
 from mlip.machine import limit_reached
 from mlip.output_file import file_sha256
+from mlip.training.checkpoint_content import load_tensors, require_state
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
@@ -41,10 +42,6 @@ from mlip.training.step import MOMENTS, TrainingState
 
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
-# entries of state.json -> their kinds; a state has the first two at least
-_NEEDED: dict[str, type] = {"step": int, "config": dict}
-_COUNTS = dict.fromkeys(("world_size", "threads", "skipped_steps", "skipped_in_a_row"), int)
-_KINDS: dict[str, type] = _NEEDED | _COUNTS | {"loader": dict, "rng": list}
 _EMA = "ema"
 _SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
@@ -300,14 +297,11 @@ def read(folder: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"
             )
-        for name, kind in _KINDS.items():
-            if (name in state or name in _NEEDED) and not isinstance(state[name], kind):
-                raise TypeError(f"{name}: expected {kind.__name__}, got {state[name]!r:.40}")
+        require_state(state)
         updates = state.get("ema_updates")
         kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
-        tensors = {kind: _load(folder / f"{kind}.safetensors") for kind in kinds}
-        steps = int(state["optimizer_steps"])
-        ema = None if updates is None else EMAState(tensors[_EMA], int(updates))
+        tensors = {kind: load_tensors(folder / f"{kind}.safetensors") for kind in kinds}
+        ema = None if updates is None else EMAState(tensors[_EMA], updates)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not what was written
@@ -316,21 +310,10 @@ def read(folder: Path) -> Checkpoint:
         parameters=tensors["parameters"],
         moments={key: tensors[key] for key in MOMENTS},
         buffers=tensors["buffers"],
-        optimizer_steps=steps,
+        optimizer_steps=state["optimizer_steps"],
         ema=ema,
     )
     return Checkpoint(folder, training, state)
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    """Raises:  ValueError for what no save writes: training on from it would break steps later."""
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        if path.stem != "buffers" and tensor.dtype != torch.float32:
-            raise ValueError(f"{path.name}: {name}: expected torch.float32, got {tensor.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{path.name}: {name} holds a number that is not finite")
-    return tensors
 
 
 def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint | None:

@@ -97,3 +97,22 @@ def test_a_share_of_bad_rows_is_meant_as_it_is_written(share: float, rows: int, 
 
 def test_no_bad_row_and_every_bad_row_may_be_allowed() -> None:
     assert (most_bad(0.0, 10), most_bad(1.0, 10), most_bad(1e-07, 10**8)) == (0, 10, 10)
+
+
+@pytest.mark.parametrize("value", [-1, "3", 2.5, True, None, 1e300])
+@pytest.mark.parametrize("place", ["rows", "excluded", "trained", "quarantined", "replacements"])
+def test_a_saved_count_that_is_no_count_is_refused(place, value):
+    """2.5 was taken as 2, -1 as it is: the rows of the page add up to another sum."""
+    epoch = [4, {"missing": 1}, 0]
+    state = {"rows": 6, "excluded": {"no_image": 1}, "bad_share": 0.1, "epochs": {"0": epoch}}
+    state["bad"] = {}
+    Ledger.from_state(state)
+    if place == "rows":
+        state["rows"] = value
+    elif place == "excluded":
+        state["excluded"]["no_image"] = value
+    else:
+        at = ["trained", "quarantined", "replacements"].index(place)
+        epoch[at] = {"missing": value} if place == "quarantined" else value
+    with pytest.raises(TypeError, match="expected a whole number"):
+        Ledger.from_state(state)

@@ -223,7 +223,8 @@ def test_a_state_with_a_part_of_another_kind_is_an_error_of_the_checkpoint(tmp_p
 def test_counts_of_skipped_steps_go_on_after_a_resume(tmp_path):
     # or a run that is stopped now and then would never reach train.max_nan_steps
     trainer = trainer_of(_config(tmp_path))
-    trainer.step, trainer.skipped_steps, trainer.skipped_in_a_row = 3, 5, 2
+    trainer.step = trainer.loader.step = 3
+    trainer.skipped_steps, trainer.skipped_in_a_row = 5, 2
     trainer.save()
     resumed = trainer_of(_config(tmp_path))
     assert (resumed.step, resumed.skipped_steps, resumed.skipped_in_a_row) == (3, 5, 2)

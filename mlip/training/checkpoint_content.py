@@ -1,0 +1,57 @@
+"""What the files of a checkpoint may hold: hashes tell of damage, not of what wrote them.
+
+Where they lie and how they are written is checkpoint.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# entries of state.json -> their kinds; a state has the needed ones at least
+_NEEDED: dict[str, type] = {"step": int, "config": dict, "optimizer_steps": int}
+_COUNTS = ("world_size", "threads", "skipped_steps", "skipped_in_a_row", "ema_updates")
+_KINDS: dict[str, type] = {
+    **_NEEDED,
+    **dict.fromkeys(_COUNTS, int),
+    **dict.fromkeys(("tokenizer", "concept_table"), str),  # hashes
+    **{"loader": dict, "rng": list},
+}
+
+
+def require_state(state: Mapping[str, Any]) -> None:
+    """Whether state.json is one that a save writes, as far as a resume takes from it.
+
+    Raises:  KeyError, TypeError for an entry that is missing or of another kind, a count below 0,
+             or a loader at another step than the weights.
+    """
+    for name, kind in _KINDS.items():
+        value = state[name] if name in _NEEDED else state.get(name)
+        if name not in state or (name == "ema_updates" and value is None):  # no average is kept
+            continue
+        is_negative = isinstance(value, int) and value < 0
+        if type(value) is not kind or is_negative:
+            expected = "a whole number of 0 or more" if kind is int else kind.__name__
+            raise TypeError(f"{name}: expected {expected}, got {value!r:.40}")
+    step, of_loader = state["step"], state.get("loader", {}).get("step")
+    if of_loader not in (None, step):
+        raise TypeError(f"loader.step: expected {step}, the state's step, got {of_loader!r:.40}")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU.
+
+    Raises:  ValueError for what no save writes: training on from it would break steps later.
+    """
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if path.stem != "buffers" and tensor.dtype != torch.float32:
+            raise ValueError(f"{path.name}: {name}: expected torch.float32, got {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path.name}: {name} holds a number that is not finite")
+    return tensors
