@@ -132,7 +132,8 @@ class Loader:
             raise TypeError(f"loader: {error}") from error
         if self.order.rank != 0:
             ledger.epochs = {}
-        ledger.bad_share = self.ledger.bad_share
+        own = self.ledger  # of the same manifest: its rows are known
+        ledger.rows, ledger.excluded, ledger.bad_share = own.rows, own.excluded, own.bad_share
         self.ledger = ledger
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ class OutputFolder:
             return False
         try:
             found = json.loads(path.read_bytes())
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConfigError(
                 f"--out {self.given}: its {SETTINGS_FILE} is damaged, so that nobody can tell what "
                 "the set there was made with: name another folder, or remove this one and prepare "

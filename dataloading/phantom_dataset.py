@@ -111,14 +111,17 @@ def fingerprint(settings: Phantom) -> str:
 def is_complete(folder: Path, mark: str) -> bool:
     """Whether the folder's marker has this fingerprint and every file it counts is there."""
     meta = _read_meta(folder)
-    if meta is None or meta["fingerprint"] != mark:
+    if meta is None or meta.get("fingerprint") != mark:
         return False
-    for name, expected in meta["sha256"].items():
+    sums = meta.get("sha256")
+    if not isinstance(sums, dict) or not sums.keys() >= {"manifest.csv", "truth.jsonl"}:
+        return False
+    for name, expected in sums.items():
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             return False
     images = sum(1 for path in (folder / "images").rglob("*") if path.is_file())
-    return images == meta["studies"]
+    return bool(images == meta.get("studies"))
 
 
 def read_truth(
@@ -164,7 +167,7 @@ def _jobs(settings: Phantom) -> list[_Job]:
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return meta if isinstance(meta, dict) and meta.get("kind") == MARK else None
 

@@ -97,8 +97,9 @@ def test_what_a_killed_run_leaves_is_no_other_file(tmp_path: Path) -> None:
         assert json.loads((out / SETTINGS_FILE).read_text()) == ASKED
 
 
-def test_a_damaged_settings_file_is_refused_with_a_remedy(tmp_path: Path) -> None:
-    (tmp_path / SETTINGS_FILE).write_bytes(b'{"dataset": "fol\xff')
+@pytest.mark.parametrize("content", [b'{"dataset": "fol\xff', b"[" * 100_000], ids=["cut", "deep"])
+def test_a_damaged_settings_file_is_refused_with_a_remedy(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / SETTINGS_FILE).write_bytes(content)
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"settings.json is damaged.* name another folder"):
             OutputFolder(tmp_path, "out", ASKED, overwrite=overwrite).check()
