@@ -27,7 +27,8 @@ from scipy import stats
 
 # as a script, sys.path begins with this folder
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from benchmarks.harness import ROOT, replace_between
+from benchmarks.harness import ROOT, read_json, replace_between
+from mlip.output_file import whole_file
 
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],
@@ -54,14 +55,20 @@ def run(name: str, seed: int, test_seed: int) -> dict[str, Any]:
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, check=True
             )
         (folder / "seconds.json").write_text(json.dumps(time.monotonic() - begin))
-    result = json.loads(results.read_text(encoding="utf-8"))
-    return {
-        "variant": name,
-        "seed": seed,
-        "test_seed": test_seed,
-        "commit": result["run"]["commit"],
-        "measures": measures(result),
-    }
+    result = read_json(results)
+    try:
+        made = result["config"]["data"]["phantom"]["test_seed"]
+        row = {"commit": result["run"]["commit"], "measures": measures(result)}
+    except (KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{results}: is not of a demo's evaluation ({error!r}): delete {folder} to run it again"
+        ) from None
+    if made != test_seed:
+        raise SystemExit(
+            f"{results}: is of the test patients of seed {made}, asked for {test_seed}: delete "
+            f"{folder} to run it again"
+        )
+    return {"variant": name, "seed": seed, "test_seed": test_seed, **row}
 
 
 def measures(result: dict[str, Any]) -> dict[str, float]:
@@ -157,8 +164,13 @@ def main() -> None:
     options = parser.parse_args()
     kept: list[dict[str, Any]] = []
     if options.rows and options.rows.is_file():
-        kept = json.loads(options.rows.read_text(encoding="utf-8"))
-    found = {(row["variant"], row["seed"], row["test_seed"]): row for row in kept}
+        kept = read_json(options.rows, list)
+    try:
+        found = {(row["variant"], row["seed"], row["test_seed"]): row for row in kept}
+    except (KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{options.rows}: is no file of --rows ({error!r}): name another"
+        ) from None
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in options.variants}
     for name in options.variants:
         for seed in options.seeds:
@@ -167,7 +179,8 @@ def main() -> None:
                 found[key] = run(*key)
                 if options.rows:  # after each: a run takes ten minutes
                     kept = [found[known] for known in sorted(found)]
-                    options.rows.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                    with whole_file(options.rows) as partial:
+                        partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             rows[name].append(found[key])
     text = tables(rows)
     print(text)

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from benchmarks.harness import ROOT, environment
+from benchmarks.harness import ROOT, environment, read_json
 from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary
+from mlip.output_file import whole_file
 
 CONFIGS = ROOT / "configs"
 SEEDS = (1, 2, 3)
@@ -181,7 +182,12 @@ def weights_of(run: Path) -> str | None:
     """The hash of a run's or export's weights, as its own results or settings name it."""
     for name in ("results.json", "config.json"):
         if (run / name).is_file():
-            return json.loads((run / name).read_text(encoding="utf-8"))["fingerprints"]["weights"]
+            found = read_json(run / name).get("fingerprints")
+            if isinstance(found, dict) and isinstance(found.get("weights"), str):
+                return found["weights"]
+            raise SystemExit(
+                f"{run / name}: names no fingerprints.weights: evaluate or export it again"
+            )
     return None
 
 
@@ -242,14 +248,16 @@ def run_cell(
     folder = out / cell.name
     told, saved = folder / "cell.json", folder / "results.json"
     if saved.is_file() and told.is_file():
-        before = json.loads(told.read_text(encoding="utf-8"))
-        if before["settings"] != items or before["checkpoints"] != origin:
-            different = sorted(set(before["settings"]) ^ set(items)) or ["other checkpoints"]
+        before = read_json(told)
+        if before.get("settings") != items or before.get("checkpoints") != origin:
+            said = before.get("settings")
+            known = map(str, said if isinstance(said, list) else ())
+            different = sorted(set(known) ^ set(items)) or ["other checkpoints"]
             raise SystemExit(
                 f"{folder} was made of something else ({', '.join(different)}): delete it or "
                 "name another --out"
             )
-        return {**json.loads(saved.read_text(encoding="utf-8")), "cell": before}
+        return {**_results(saved), "cell": before}
     ensure_phantoms(cell.task, items, options)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlip.cli", "evaluate", *items, "--out", str(folder)]
@@ -261,8 +269,16 @@ def run_cell(
         "wall_s": round(wall, 1),
         "environment": environment("cpu"),
     }
-    told.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return {**json.loads(saved.read_text(encoding="utf-8")), "cell": facts}
+    with whole_file(told) as partial:  # a killed table goes on with the cells that are there
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return {**_results(saved), "cell": facts}
+
+
+def _results(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = read_json(path)
+    if not found.keys() >= {"run", "fingerprints"}:
+        raise SystemExit(f"{path}: is not of an evaluation: delete it to make it again")
+    return found
 
 
 def ensure_phantoms(task: str, items: list[str], options: argparse.Namespace) -> None:
@@ -303,7 +319,7 @@ def without_labels(
     files = [runs / f"{method}_{seed}" / "results.json" for seed in seeds]
     if method not in OVERLAYS or not all(f.is_file() for f in files):
         return {}
-    results = [json.loads(f.read_text(encoding="utf-8")) for f in files]
+    results = [read_json(f) for f in files]
     found: dict[str, list[dict[str, Any] | None]] = {}
     for name, path in WITHOUT_LABELS.items():
         found[name] = []

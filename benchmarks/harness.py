@@ -193,6 +193,23 @@ def matmul_peak_tflops(device: str) -> float | None:
     return 2 * size**3 / (spent["median_ms"] * 1e-3) / 1e12
 
 
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a run left in a JSON file, of that kind.
+
+    Raises:  SystemExit with one line that names the file where it holds no such thing
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SystemExit(f"{path}: cannot be read ({error}): delete it to make it again") from None
+    if not isinstance(content, kind):
+        raise SystemExit(
+            f"{path}: expected a JSON {kind.__name__}, got {content!r:.40}: delete it to make it "
+            "again"
+        )
+    return content
+
+
 def write_rows(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
     """One JSON file a run: a list of rows; `path` is written again where it is given."""
     if path is None:

@@ -30,7 +30,8 @@ def _result(seed: int, value: float, *, none: bool = False) -> dict[str, Any]:
     keyword |= {"area": 0.25, "prior_with_side": 0.5}
     part = {"all": keyword, "findings_at_twice_area": 3}
     return {
-        "run": {"seed": seed, "pairs_seen": 12_000},
+        "run": {"seed": seed, "pairs_seen": 12_000, "commit": "0123456"},
+        "config": {"data": {"phantom": {"test_seed": 3_000_000 + seed}}},
         "zero_shot": {"macro": macro, "worst": macro},
         "retrieval": {"scores": heads({"local": ways, "combined": ways})},
         "grounding": {"keyword": part, "sentence": part},
@@ -114,7 +115,6 @@ def test_a_run_is_told_its_seed_and_its_test_patients_and_is_not_made_twice(
         assert named["check"] and named["env"]["DS_ACCELERATOR"] == "cpu"
         commands.append(command)
         result = _result(4, 0.8)
-        result["run"]["commit"] = "0123456"
         (folder / "results.json").write_text(json.dumps(result))
 
     monkeypatch.setattr(bench_demo, "ROOT", tmp_path)
@@ -128,6 +128,32 @@ def test_a_run_is_told_its_seed_and_its_test_patients_and_is_not_made_twice(
     assert command[at + 1 : at + 3] == ["configs/demo.yaml", "configs/transfer/baseline_mgca.yaml"]
     assert {f"run.dir={folder}", "run.seed=4", "data.phantom.seed=4"} < set(command)
     assert "data.phantom.test_seed=3000004" in command
+
+
+CONTENTS = ("", "[]", "null", '{"run": {}}', '{"run"', "[" * 100_000)
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, json.dumps(_result(5, 0.8))])
+def test_results_that_are_none_of_this_run_are_one_line_with_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    """Those of other test patients stood in the table under the asked ones' number."""
+    monkeypatch.setattr(bench_demo, "ROOT", tmp_path)
+    folder = tmp_path / "runs" / "bench" / "mgca_4"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(content)
+    with pytest.raises(SystemExit, match="mgca_4/results.json: .*: delete "):
+        bench_demo.run("mgca", 4, 3_000_004)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '[{"variant": "mlip"}]', "[{"])
+def test_a_damaged_file_of_rows_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "demo.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["bench_demo.py", "--rows", str(tmp_path / "demo.json")])
+    with pytest.raises(SystemExit, match="demo.json: "):
+        bench_demo.main()
 
 
 def test_differences_are_paired_by_seed_with_student_s_interval() -> None:

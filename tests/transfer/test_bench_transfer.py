@@ -106,6 +106,24 @@ def test_a_cell_of_other_settings_or_another_checkpoint_is_refused(
         run(tmp_path, monkeypatch, "phantoms", *tasks)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"settings"', "{}", '{"settings": 5}'])
+@pytest.mark.parametrize("name", ["cell.json", "results.json", "runs"])
+def test_a_damaged_file_of_a_cell_is_one_line_with_its_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    commands: list[list[str]],
+    name: str,
+    content: str,
+) -> None:
+    tasks = ("--tasks", "phantom_classification")
+    run(tmp_path, monkeypatch, "phantoms", *tasks)
+    cell = tmp_path / "out" / "phantom_classification-mlip"
+    path = tmp_path / "runs" / "mlip_2" / "results.json" if name == "runs" else cell / name
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=f"{path.parent.name}.*: "):
+        run(tmp_path, monkeypatch, "phantoms", *tasks)
+
+
 def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commands: list[list[str]]
 ) -> None:
