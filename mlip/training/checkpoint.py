@@ -34,7 +34,7 @@ from mlip import distributed
 from mlip.config import Config, difference, from_dict
 from mlip.machine import limit_reached
 from mlip.output_file import file_sha256
-from mlip.training.checkpoint_content import load_tensors, require_state
+from mlip.training.checkpoint_content import load_tensors, refuse_constant, require_state
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
@@ -292,7 +292,8 @@ def _damage(folder: Path) -> str | None:
 def read(folder: Path) -> Checkpoint:
     """A checkpoint whose hashes hold (find_newest, require_intact); tensors on the CPU."""
     try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        text = (folder / _STATE).read_text(encoding="utf-8")
+        state = json.loads(text, parse_constant=refuse_constant)
         if state.get("format") != FORMAT:
             raise CheckpointError(
                 f"{folder}: format {state.get('format')!r}, this version reads format {FORMAT}"

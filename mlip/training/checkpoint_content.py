@@ -24,6 +24,11 @@ _KINDS: dict[str, type] = {
 }
 
 
+def refuse_constant(name: str) -> float:
+    """For json.loads: NaN and Infinity are no JSON, and the next save would fail of them."""
+    raise ValueError(f"state.json holds {name}")
+
+
 def require_state(state: Mapping[str, Any]) -> None:
     """Whether state.json is one that a save writes, as far as a resume takes from it.
 
@@ -38,6 +43,9 @@ def require_state(state: Mapping[str, Any]) -> None:
         if type(value) is not kind or is_negative:
             expected = "a whole number of 0 or more" if kind is int else kind.__name__
             raise TypeError(f"{name}: expected {expected}, got {value!r:.40}")
+    saved = len(state.get("rng", ()))
+    if "rng" in state and saved != state.get("world_size", max(1, saved)):
+        raise TypeError(f"rng: expected an entry for each rank, got {saved}")
     step, of_loader = state["step"], state.get("loader", {}).get("step")
     if of_loader not in (None, step):
         raise TypeError(f"loader.step: expected {step}, the state's step, got {of_loader!r:.40}")

@@ -144,6 +144,7 @@ def test_a_state_that_is_json_but_none_of_ours_is_a_checkpoint_error(tmp_path, c
         ("ema_updates", "2"),
         ("tokenizer", 5),
         ("loader", {"step": 2}),
+        ("rng", []),
     ],
 )
 def test_an_entry_of_another_kind_is_a_checkpoint_error_that_names_it(tmp_path, key, value):
@@ -152,6 +153,16 @@ def test_an_entry_of_another_kind_is_a_checkpoint_error_that_names_it(tmp_path, 
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**state, key: value}))
     with pytest.raises(CheckpointError, match=rf"not of a checkpoint: .*{key}(\.step)?: expected"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_state_with_a_number_that_json_lacks_is_refused(tmp_path, number):
+    """The next save failed of it, hours later and in its own name."""
+    folder = _save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "rng": [{"numpy": number}]}))
+    with pytest.raises(CheckpointError, match=r"step_00000001: cannot be read: state\.json holds"):
         checkpoint.read(folder)
 
 
