@@ -22,6 +22,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("tokenizer", "concept_table"), str),  # hashes
     **{"loader": dict, "rng": list},
 }
+_MAY_BE_NULL = ("ema_updates", "tokenizer", "concept_table")  # no average, no hash was kept
 
 
 def refuse_constant(name: str) -> float:
@@ -37,7 +38,7 @@ def require_state(state: Mapping[str, Any]) -> None:
     """
     for name, kind in _KINDS.items():
         value = state[name] if name in _NEEDED else state.get(name)
-        if name not in state or (name == "ema_updates" and value is None):  # no average is kept
+        if name not in state or (name in _MAY_BE_NULL and value is None):
             continue
         is_negative = isinstance(value, int) and value < 0
         if type(value) is not kind or is_negative:
