@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,9 +27,13 @@ def require_utf8(name: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
+        known = sys.getfilesystemencoding()
+        remedy = "rename that file or folder, or choose another one"
+        if known != "utf-8":  # of the locale: the name may well be UTF-8
+            remedy = f"this Python takes names for {known}: set PYTHONUTF8=1"
         raise ConfigError(
             f"{name}: expected a name in UTF-8, got {text!a}, where each \\udc.. is a byte of "
-            "another encoding; rename that file or folder, or choose another one"
+            f"another encoding; {remedy}"
         ) from None
 
 

@@ -7,6 +7,8 @@ Oracle: the exit codes of mlip/training/lifecycle.py, and that nothing is left b
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +98,14 @@ def test_what_is_only_read_may_have_any_name(
     write_radiograph(path, np.full((64, 64), 7, np.uint16), patient_id="p", study_id="s")
     assert main(["prepare", "--explain", str(path)]) == 0
     assert "64 x 64" in capsys.readouterr().out
+
+
+def test_where_the_locale_is_not_utf_8_the_remedy_is_the_locale() -> None:
+    """A name in UTF-8 was to be renamed."""
+    code = "import sys; from mlip.typed_tree import require_utf8; require_utf8('x', sys.argv[1])"
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, "D\u00e4t\u00e4"]
+    ended = subprocess.run(
+        command, env=os.environ | plain, capture_output=True, cwd=Path(__file__).parents[1]
+    )
+    assert b"set PYTHONUTF8=1" in ended.stderr and b"rename" not in ended.stderr
