@@ -158,7 +158,7 @@ class Annotations:
             text = self._text("boxes", row)
             try:
                 found = [
-                    (*map(float, b[:4]), str(b[4]), " ".join("".join(b[5:6]).split()))
+                    (*map(float, b[:4]), str(b[4]), _phrase(*b[5:6]))
                     for b in json.loads(text or "[]")
                 ]
             except (ValueError, TypeError, LookupError, RecursionError):
@@ -376,6 +376,11 @@ def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:
             f"its {width} x {height} image; of a prepared set name transfer.columns.source_height "
             "and source_width, which boxes are in px of"
         )
+
+
+def _phrase(text: str | None = None) -> str:
+    """Raises:  TypeError for what is no text."""
+    return " ".join("".join(text or ()).split())
 
 
 def _split(text: str) -> list[str]:
