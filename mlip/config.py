@@ -268,11 +268,19 @@ class Evaluate:
     examples: int = 6  # pictures in the report
     subset: str | None = None  # only rows of this subset (transfer.columns.subset), as 5x200
     exclusive: bool = False  # exactly one label is true of an image: accuracy by the best score
-    thresholds: bool = True  # F1 at thresholds chosen on val, where the manifest has a val split
+    thresholds: bool = True  # yes-or-no scores at thresholds of val, where there is a val split
+    # how val chooses them: f1, youden, sensitivity=S or specificity=S
+    threshold_rule: str = "f1"
+    # manifest's column -> numbers that cut it into ranges, [] = a group a value; null takes one out
+    subgroups: dict[str, Any] = field(default_factory=dict)  # {sex: [], age: [20, 40, 60, 80]}
     show_text: bool = False  # real report text on the page; phantoms always show theirs
     # sentences that state a label's concept and that deny it; {} is its name in the lexicon
     positive_prompts: tuple[str, ...] = ("{}.", "there is {}.", "findings of {}.")
     negative_prompts: tuple[str, ...] = ("no {}.", "there is no {}.", "no evidence of {}.")
+
+    def __post_init__(self) -> None:
+        kept = {column: edges for column, edges in self.subgroups.items() if edges is not None}
+        object.__setattr__(self, "subgroups", kept)
 
 
 @dataclass(frozen=True, kw_only=True)

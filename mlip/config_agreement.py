@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from mlip.transfer_settings import check as check_transfer
+from mlip.transfer_settings import threshold_rule
 from mlip.typed_tree import ConfigError
 
 
@@ -32,6 +36,8 @@ def check_agreement(config: Any) -> None:
             f"evaluate.{name}={list(sentences)}: expected sentences, each with one {{}} where the "
             "finding's name goes",
         )
+    threshold_rule(config.evaluate.threshold_rule)
+    _check_subgroups(config.evaluate.subgroups)
     cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision
     require(
@@ -87,3 +93,16 @@ def check_agreement(config: Any) -> None:
         not (train.offload and train.zero_stage == 0),
         "train.offload needs train.zero_stage of 1 or more",
     )
+
+
+def _check_subgroups(subgroups: Mapping[str, Any]) -> None:
+    for column, edges in subgroups.items():
+        is_list = isinstance(edges, list | tuple) and all(
+            isinstance(edge, int | float) and not isinstance(edge, bool) and isfinite(edge)
+            for edge in edges
+        )
+        if not is_list or any(low >= high for low, high in pairwise(edges)):
+            raise ConfigError(
+                f"evaluate.subgroups.{column}={edges!r}: expected rising numbers that cut the "
+                "column into ranges, as [20, 40, 60, 80], or [] for a group a value"
+            )

@@ -165,6 +165,22 @@ def check(transfer: Transfer) -> None:
     )
 
 
+def threshold_rule(text: str) -> tuple[str, float]:
+    """evaluate.threshold_rule as (name, share); the share is 0 where the rule has none.
+
+    Raises:  ConfigError for another rule, or a share that is not between 0 and 1.
+    """
+    name, _, share = text.partition("=")
+    if text in ("f1", "youden"):
+        return text, 0.0
+    if name in ("sensitivity", "specificity") and _is_number(share) and 0.0 < float(share) <= 1.0:
+        return name, float(share)
+    raise ConfigError(
+        f"evaluate.threshold_rule={text!r}: expected f1, youden, sensitivity=S or specificity=S "
+        "with S above 0 and at most 1, as sensitivity=0.95"
+    )
+
+
 def _read(value: Any) -> Any:
     """YAML takes 2e-4 for text, and its range would not be looked at."""
     return float(value) if isinstance(value, str) and _is_number(value) else value

@@ -91,9 +91,11 @@ def scale_marks(
     return Markup("".join([*parts, "</svg>"]))
 
 
-def scale_axis(*, low: float, ticks: Sequence[float], width: int = 250) -> Markup:
-    """The axis that belongs over a column of scale_marks up to 1."""
-    high, pad = 1.0, 7.0
+def scale_axis(
+    *, low: float, ticks: Sequence[float], width: int = 250, high: float = 1.0
+) -> Markup:
+    """The axis that belongs over a column of scale_marks."""
+    pad = 7.0
     parts = [f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15">']
     for tick in ticks:
         x = pad + (tick - low) / (high - low) * (width - 2 * pad)

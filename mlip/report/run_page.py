@@ -18,6 +18,7 @@ from mlip import config as configuration
 from mlip.report.corpus import knowledge_context, ledger_context
 from mlip.report.examples import example_context
 from mlip.report.page import dotted, render_page, write_page
+from mlip.report.subgroups import subgroup_context
 from mlip.report.tables import (
     cards,
     grounding_context,
@@ -28,8 +29,17 @@ from mlip.report.tables import (
 from mlip.report.training import read_log, training_charts
 
 logger = logging.getLogger("mlip")
+# AUROC of each head, and at the thresholds that serve all images
+SUBGROUP_SCORES = {
+    "global": "AUROC, global head",
+    "local": "AUROC, local score",
+    "combined": "AUROC, combined",
+    "combined_sensitivity": "Sensitivity",
+    "combined_specificity": "Specificity",
+}
 SECTIONS = (
     ("zero-shot", "Zero-shot", "zero_shot"),
+    ("subgroups", "Subgroups", "subgroups"),
     ("retrieval", "Retrieval", "retrieval"),
     ("grounding", "Grounding", "grounding"),
     ("maps", "Where words point", "maps"),
@@ -86,6 +96,9 @@ def render(run_dir: Path, results: Mapping[str, Any]) -> str:
         "cards": cards(results),
         "is_phantom": is_phantom,
         "zero_shot": zero_shot_context(results),
+        "subgroups": subgroup_context(
+            (results.get("zero_shot") or {}).get("subgroups") or [], SUBGROUP_SCORES, "global"
+        ),
         "retrieval": retrieval_context(results),
         "grounding": grounding_context(results),
         "charts": training_charts(log),

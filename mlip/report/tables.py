@@ -231,9 +231,22 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             for f, w in found["wordings"].items()
         ],
         "left_out": found.get("labels_without_concept") or [],
-        "f1": (found.get("f1") or {}).get("macro"),
+        "at_thresholds": _threshold_context(found),
         "exclusive": found.get("exclusive"),
     }
+
+
+def _threshold_context(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Yes-or-no scores of the combined score, and the mean of each head; None without thresholds.
+
+    One head in the table: three with five rates each are no table that anybody reads.
+    """
+    told = found.get("at_thresholds") or {}
+    if "findings" not in told:
+        return None
+    names = {row["finding"]: row["name"] for row in found["findings"]}
+    rows = [(names[finding], row["combined"]) for finding, row in told["findings"].items()]
+    return {"rule": told["rule"], "rows": rows, "macro": told["macro"]}
 
 
 def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:

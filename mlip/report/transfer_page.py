@@ -24,8 +24,19 @@ from mlip.report.charts import (
 )
 from mlip.report.page import dotted, render_page, write_page
 from mlip.report.pictures import decode_png, picture_uri
+from mlip.report.subgroups import subgroup_context
 from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text
 
+SUBGROUP_SCORES = {
+    "auroc": "AUROC",
+    "accuracy": "Accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "published": "Dice, published form",
+    "positive_only": "Dice, images with truth",
+    "pooled": "Dice, pixels pooled",
+    "strict": "mAP, strict",
+}
 STARTS = {
     "checkpoint": "pre-trained checkpoint",
     "imagenet": "ImageNet weights",
@@ -49,7 +60,17 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "task": task,
         "last_percent": f"{last['percent']:g}",
         "classes": last["scores"].get("classes", []),
-        "columns": _columns(last["scores"]),
+        "class_tables": _class_tables(
+            last["scores"], results["config"]["evaluate"]["threshold_rule"]
+        ),
+        "subgroups": subgroup_context(
+            last["scores"].get("subgroups") or [],
+            SUBGROUP_SCORES,
+            # accuracy moves with how common a class is in a group
+            "auroc"
+            if task["name"] == "classification"
+            else last["scores"]["headline"].rpartition(".")[2],
+        ),
         "curves": _curves(last["scores"]),
         "confusions": _confusions(last["scores"], task["classes"]),
         "pictures": [_picture(p) for p in results.get("pictures", ())],
@@ -123,20 +144,33 @@ def _drawing(estimate: Mapping[str, Any]) -> Markup:
     return scale_marks([[*seeds, whole]], low=0.0, high=1.0, grid=(0.5,))
 
 
-def _columns(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(key, title) of what the per-class table shows."""
+def _class_tables(
+    scores: Mapping[str, Any], rule: str
+) -> list[tuple[str, list[tuple[str, Markup]]]]:
+    """(heading, [(key, title)]) of the tables by class."""
     if not scores.get("classes"):
         return []
-    titles = {
+    ranked = {
         "auroc": "AUROC",
         "auprc": "AUPRC",
-        "f1": "F1",
-        "accuracy": "Accuracy",
         "ece": "ECE",
         "ece_calibrated": "ECE, if calibrated",
         "strict": "AP, strict",
     }
-    return [(key, title) for key, title in titles.items() if key in scores["classes"][0]]
+    called = {
+        "sensitivity": "Sensitivity",
+        "specificity": "Specificity",
+        "ppv": "Positive<br>predictive value",
+        "npv": "Negative<br>predictive value",
+        "f1": "F1",
+        "accuracy": "Accuracy",
+    }
+    tables = [("By class", ranked), (f"Yes or no, at the threshold of val ({rule})", called)]
+    shown = [
+        (heading, [(k, Markup(title)) for k, title in titles.items() if k in scores["classes"][0]])
+        for heading, titles in tables
+    ]
+    return [(heading, columns) for heading, columns in shown if columns]
 
 
 def _curves(scores: Mapping[str, Any]) -> list[tuple[str, Markup]]:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from mlip.transfer.interval import Array, defined_mean
 from mlip.transfer.scores import Measured, over_seeds
+from mlip.transfer.subgroups import Measures, over_seeds_of
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
 MOST_BOXES = 100  # per image, the COCO tool's largest
@@ -180,6 +182,34 @@ def compat_images(truth: Sequence[Truth], found: Sequence[Found], cut: float) ->
         ],
         dtype=np.int64,
     )
+
+
+def detection_measures(
+    truth: Sequence[Truth],
+    by_seed: Sequence[Sequence[Found]],
+    weights: Array,
+    *,
+    thresholds: Sequence[float],
+    num_classes: int,
+    score_cut: float,
+) -> Callable[[Array], Measures]:
+    """What some of the test images score over the seeds' fits, for subgroup_scores: strict mAP."""
+
+    @cache
+    def matches_of(seed: int) -> list[Matches]:
+        return match(truth, [f.over(score_cut) for f in by_seed[seed]], thresholds, num_classes)
+
+    def measure(inside: Array) -> Measures:
+        each: list[Measured | None] = []
+        for seed in range(len(by_seed)):
+            # an image of weight 0 is in neither count: nothing has to be matched again
+            value = mean_average_precision(matches_of(seed), inside[None].astype(np.float64))
+            under = mean_average_precision(matches_of(seed), weights * inside)
+            each.append((float(value[0]), under, int(inside.sum())))
+        joined = over_seeds_of(each)
+        return Measures(whole={} if joined is None else {"strict": joined})
+
+    return measure
 
 
 def detection_scores(

@@ -31,7 +31,9 @@ from mlip.transfer.annotations import (
 )
 from mlip.transfer.classification_scores import (
     IGNORED,
+    exclusive_measures,
     exclusive_scores,
+    label_measures,
     label_scores,
     macro_auroc,
 )
@@ -40,6 +42,7 @@ from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
+from mlip.transfer.subgroups import read_groupings, subgroup_scores
 
 FEATURES_AT_ONCE = 64
 
@@ -205,8 +208,14 @@ class Classification:
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
         targets = self.targets(test)
         if self.transfer.exclusive:
-            return exclusive_scores(predictions, targets, weights, self.classes)
-        return label_scores(predictions, targets, self.targets(val), weights, self.classes)
+            given = (predictions, targets, weights, self.classes)
+            scores, measure = exclusive_scores(*given), exclusive_measures(*given)
+        else:
+            rule = self.config.evaluate.threshold_rule
+            told = (predictions, targets, self.targets(val), weights, self.classes, rule)
+            scores, measure = label_scores(*told), label_measures(*told)
+        groupings = read_groupings(self.config, self.manifest, test)
+        return {**scores, "subgroups": subgroup_scores(groupings, patients, measure)}
 
     def worst(self, prediction: dict[str, Array], test: Array, most: int) -> list[dict[str, Any]]:
         """The test rows whose labels were the most surprising to the fit."""

@@ -6,7 +6,7 @@ or one that the training draw showed in one kind only (its constant output would
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,20 @@ from mlip.transfer.interval import (
     weighted_auroc,
     weighted_mean,
 )
+from mlip.transfer.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
 from mlip.transfer.scores import (
     Measured,
     average_precision,
-    best_threshold,
     calibration_error,
     confusion,
     curve,
     over_seeds,
     weighted_average_precision,
-    weighted_f1,
 )
+from mlip.transfer.subgroups import Measures, has_both, over_seeds_of
 
 IGNORED = -1  # a target that is not known
-KEYS = ("auroc", "auprc", "f1", "accuracy", "ece", "ece_calibrated")
+KEYS = ("auroc", "auprc", *RATES, "accuracy", "ece", "ece_calibrated")
 Prediction = dict[str, Array]  # "val" and "test" logits [n, classes], "learnt" [classes] bool
 
 
@@ -41,35 +41,35 @@ def label_scores(
     val_targets: Array,
     weights: Array,
     classes: Sequence[str],
+    rule: str = "f1",
 ) -> dict[str, Any]:
     """Independent labels, one prediction a seed.
 
     Shapes:  targets [test, classes], val_targets [val, classes] of 1, 0, IGNORED; weights [R, test]
-    Returns: {"classes": [{class, n, positives, auroc, auprc, f1, accuracy, ece,
-               ece_calibrated, ...}],
-             "macro": {auroc, auprc, f1}, "headline": "auroc"}; f1 and accuracy at val's threshold;
-             a macro score says over how many classes it is
+    Returns: {"classes": [{class, n, positives, auroc, auprc, RATES, accuracy, ece,
+               ece_calibrated, threshold_logits, ...}],
+             "macro": {auroc, auprc, MEANT}, "headline": "auroc"}; RATES and accuracy at the
+             threshold that val chose by `rule`; a macro score says over how many classes it is
     """
     table: list[dict[str, Any]] = []
-    kept: dict[str, list[list[Measured]]] = {"auroc": [], "auprc": [], "f1": []}
+    cuts = _thresholds(predictions, val_targets, rule)
+    kept: dict[str, list[list[Measured]]] = {key: [] for key in ("auroc", "auprc", *MEANT)}
     for k, name in enumerate(classes):
-        known, known_val = targets[:, k] != IGNORED, val_targets[:, k] != IGNORED
+        known = targets[:, k] != IGNORED
         truth, w = targets[known, k] == 1, weights[:, known]
         row: dict[str, Any] = {"class": name, "n": len(truth), "positives": int(truth.sum())}
         found: dict[str, list[Measured | None]] = {key: [] for key in KEYS}
-        thresholds = []
-        for p in predictions:
+        thresholds = [of_seed[k] for of_seed in cuts]
+        for p, threshold in zip(predictions, thresholds, strict=True):
             logit = p["test"][known, k].astype(np.float64)
-            threshold = best_threshold(
-                p["val"][known_val, k].astype(np.float64), val_targets[known_val, k] == 1
-            )
-            thresholds.append(threshold)
             measured = _binary(logit, truth, w, threshold) if p["learnt"][k] else {}
             for key in KEYS:
                 found[key].append(measured.get(key))
         reason = _reason(truth, predictions, k)
         for key, values in found.items():
-            row[key] = over_seeds(values, reason)
+            # a rate of nothing, as the positive predictive value where no row is called positive
+            is_empty = all(v is not None for v in values)
+            row[key] = over_seeds(values, UNDEFINED.get(key, reason) if is_empty else reason)
             if key in kept and all(v is not None for v in values):
                 kept[key].append([v for v in values if v is not None])
         row["threshold_logits"] = thresholds
@@ -89,6 +89,101 @@ def label_scores(
         },
         "headline": "auroc",
     }
+
+
+def _thresholds(
+    predictions: Sequence[Prediction], val_targets: Array, rule: str
+) -> list[list[float | None]]:
+    """Of each seed and class, on val's rows that say something of the class."""
+    known = val_targets != IGNORED
+    return [
+        [
+            choose_threshold(
+                p["val"][known[:, k], k].astype(np.float64), val_targets[known[:, k], k] == 1, rule
+            )
+            for k in range(val_targets.shape[1])
+        ]
+        for p in predictions
+    ]
+
+
+def label_measures(
+    predictions: Sequence[Prediction],
+    targets: Array,
+    val_targets: Array,
+    weights: Array,
+    classes: Sequence[str],
+    rule: str,
+) -> Callable[[Array], Measures]:
+    """What some of the test rows score over the seeds' fits, for subgroup_scores: AUROC, and
+    sensitivity and specificity at the thresholds that serve all rows.
+
+    AUPRC and predictive values are left out: they move with how common a finding is in a group.
+    Shapes:  as label_scores
+    """
+    cuts = _thresholds(predictions, val_targets, rule)
+
+    def measure(inside: Array) -> Measures:
+        found: dict[str, dict[str, Measured]] = {}
+        counts = {}
+        for k, name in enumerate(classes):
+            rows = inside & (targets[:, k] != IGNORED)
+            truth, of = targets[rows, k] == 1, weights[:, rows]
+            counts[name] = (len(truth), int(truth.sum()))
+            found[name] = {}
+            if not has_both(truth):
+                continue
+            each = [
+                _binary(p["test"][rows, k].astype(np.float64), truth, of, own[k])
+                for p, own in zip(predictions, cuts, strict=True)
+                if p["learnt"][k]
+            ]
+            for key in ("auroc", "sensitivity", "specificity"):
+                joined = over_seeds_of([fit.get(key) for fit in each])
+                if joined is not None:
+                    found[name][key] = joined
+        return Measures(found, counts)
+
+    return measure
+
+
+def exclusive_measures(
+    predictions: Sequence[Prediction], targets: Array, weights: Array, classes: Sequence[str]
+) -> Callable[[Array], Measures]:
+    """What some of the test rows score over the seeds' fits: accuracy, and AUROC of each class.
+
+    Of two classes the second stands for both: the AUROC of one against the other is one number.
+    """
+    shown = list(enumerate(classes))[-1:] if len(classes) == 2 else list(enumerate(classes))
+    truth = targets.argmax(axis=1)
+    probabilities = [softmax(p["test"].astype(np.float64)) for p in predictions]
+
+    def measure(inside: Array) -> Measures:
+        of = weights[:, inside]
+        found: dict[str, dict[str, Measured]] = {}
+        counts = {}
+        for k, name in shown:
+            is_true = truth[inside] == k
+            counts[name] = (len(is_true), int(is_true.sum()))
+            found[name] = {}
+            if not has_both(is_true):
+                continue
+            areas: list[Measured | None] = []
+            for p, probability in zip(predictions, probabilities, strict=True):
+                own = probability[inside, k]
+                value = auroc(own, is_true) if p["learnt"][k] else None
+                if value is not None:
+                    areas.append((value, weighted_auroc(own, is_true, of), len(is_true)))
+            joined = over_seeds_of(areas)
+            if joined is not None:
+                found[name]["auroc"] = joined
+        right = [(p[inside].argmax(axis=1) == truth[inside]).astype(float) for p in probabilities]
+        accuracy = over_seeds_of(
+            [(float(r.mean()), weighted_mean(r, of), len(r)) for r in right if len(r)]
+        )
+        return Measures(found, counts, {} if accuracy is None else {"accuracy": accuracy})
+
+    return measure
 
 
 def _reason(truth: Array, predictions: Sequence[Prediction], k: int) -> str:
@@ -174,9 +269,8 @@ def _binary(
     if threshold is not None:
         called = logit >= threshold
         right = (called == truth).astype(np.float64)
-        f1 = float(weighted_f1(called, truth, np.ones((1, n)))[0])
         found["accuracy"] = (float(right.mean()), weighted_mean(right, weights), n)
-        found["f1"] = (f1, weighted_f1(called, truth, weights), n)
+        found |= rates(called, truth, weights)
     return found
 
 

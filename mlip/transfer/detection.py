@@ -19,6 +19,7 @@ from mlip.transfer.annotations import check_inside
 from mlip.transfer.average_precision import (
     Found,
     Truth,
+    detection_measures,
     detection_scores,
     match,
     mean_average_precision,
@@ -29,6 +30,7 @@ from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.froc import froc_scores
 from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.subgroups import read_groupings, subgroup_scores
 from mlip.transfer.yolo import YoloHead, decode, yolo_loss
 
 ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
@@ -157,7 +159,20 @@ class Detection(FramedTask):
             score_cut=self.transfer.score_cut,
             compat_score_cut=self.transfer.compat_score_cut,
         )
-        return {**scores, "froc": froc_scores(truth, predictions, weights)}
+        measure = detection_measures(
+            truth,
+            predictions,
+            weights,
+            thresholds=self.transfer.iou_thresholds,
+            num_classes=len(self.classes),
+            score_cut=self.transfer.score_cut,
+        )
+        groupings = read_groupings(self.config, self.manifest, test)
+        return {
+            **scores,
+            "froc": froc_scores(truth, predictions, weights),
+            "subgroups": subgroup_scores(groupings, patients, measure),
+        }
 
     def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
         """Test images whose true boxes the best predictions overlap least."""

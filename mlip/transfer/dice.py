@@ -9,7 +9,7 @@ pooled         all pixels of all images as one image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ import numpy as np
 from mlip.transfer.interval import Array, weighted_mean, weighted_sum
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.scores import Measured, over_seeds
+from mlip.transfer.subgroups import Measures, over_seeds_of
+
+FORMS = ("published", "positive_only", "pooled")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Counts:
     both: Array
     predicted: Array
     truth: Array
+
+    def of(self, inside: Array) -> Counts:
+        """Those of some of the images.  Shapes:  inside [n] bool"""
+        return Counts(self.both[inside], self.predicted[inside], self.truth[inside])
 
 
 def count(predicted: Array, masks: Array) -> Counts:
@@ -69,24 +76,35 @@ def pooled_dice(counts: Counts, weights: Array) -> Array:
 
 def dice_scores(by_seed: Sequence[Counts], weights: Array) -> dict[str, Any]:
     """The three forms, over seeds and with intervals over patients; None where nothing is there."""
-    found: dict[str, list[Measured | None]] = {"published": [], "positive_only": [], "pooled": []}
-    ones = np.ones((1, weights.shape[1]))
-    for counts in by_seed:
-        each, n = dice_per_image(counts), len(counts.truth)
-        positive = counts.truth > 0
-        if not positive.any():
-            for values in found.values():
-                values.append(None)
-            continue
-        found["published"].append((float(each.mean()), weighted_mean(each, weights), n))
-        found["positive_only"].append(
-            (
-                float(each[positive].mean()),
-                weighted_mean(each[positive], weights[:, positive]),
-                int(positive.sum()),
-            )
-        )
-        pooled = float(pooled_dice(counts, ones)[0])
-        found["pooled"].append((pooled, pooled_dice(counts, weights), n))
+    each = [_measured(counts, weights) for counts in by_seed]
     reason = "no test image has anything to find"
-    return {key: over_seeds(values, reason) for key, values in found.items()}
+    return {key: over_seeds([found.get(key) for found in each], reason) for key in FORMS}
+
+
+def dice_measures(by_seed: Sequence[Counts], weights: Array) -> Callable[[Array], Measures]:
+    """What some of the test images score over the seeds' fits, for subgroup_scores."""
+
+    def measure(inside: Array) -> Measures:
+        each = [_measured(counts.of(inside), weights[:, inside]) for counts in by_seed]
+        joined = {key: over_seeds_of([found.get(key) for found in each]) for key in FORMS}
+        return Measures(whole={key: found for key, found in joined.items() if found is not None})
+
+    return measure
+
+
+def _measured(counts: Counts, weights: Array) -> dict[str, Measured]:
+    """FORMS of one fit; empty where no image has anything to find."""
+    positive = counts.truth > 0
+    if not positive.any():
+        return {}
+    each, n = dice_per_image(counts), len(counts.truth)
+    pooled = pooled_dice(counts, np.ones((1, n)))
+    return {
+        "published": (float(each.mean()), weighted_mean(each, weights), n),
+        "positive_only": (
+            float(each[positive].mean()),
+            weighted_mean(each[positive], weights[:, positive]),
+            int(positive.sum()),
+        ),
+        "pooled": (float(pooled[0]), pooled_dice(counts, weights), n),
+    }

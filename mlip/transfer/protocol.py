@@ -32,6 +32,7 @@ from mlip.transfer.frames import Images, crop_of, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
 from mlip.transfer.segmentation import Segmentation
+from mlip.transfer.subgroups import read_groupings
 from mlip.transfer_settings import at_fraction
 
 SCHEMA = 1
@@ -70,6 +71,7 @@ def transfer_run(
         device = torch.device(device)
         task = TASKS[transfer.task](config, manifest, annotations, images, device)
         splits, unused = _splits(config, manifest, task, images)
+        read_groupings(config, manifest, splits.test)  # refused before hours of fits
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)

@@ -16,6 +16,7 @@ from mlip.transfer.annotations import Annotations
 from mlip.transfer.box_file import box_file, read_box_file
 from mlip.transfer.evaluation import choose_rows
 from mlip.transfer.generated import phantom_meta
+from mlip.transfer.subgroups import read_groupings
 from mlip.transfer.truth import label_names, lexicon_prompts, load_boxes
 
 logger = logging.getLogger("mlip")
@@ -43,6 +44,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     else:
         drawn = _in_box_file(manifest, rows)
     load_boxes(config, manifest, drawn[:_SIZED_ROWS])
+    read_groupings(config, manifest, chosen)
     if manifest.label_column is not None and phantom_meta(manifest) is None:
         names = label_names(manifest, chosen)
         # thresholds are chosen on val; a finding stated in two ways is refused

@@ -18,7 +18,6 @@ from mlip.transfer.interval import (
     Estimate,
     estimate,
     not_available,
-    weighted_sum,
 )
 
 CALIBRATED_DRAWS = 100
@@ -74,29 +73,6 @@ def calibration_error(confidence: Array, right: Array) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     drawn = [generator.random(len(confidence)) < confidence for _ in range(CALIBRATED_DRAWS)]
     return error(right.astype(np.float64)), float(np.mean([error(labels) for labels in drawn]))
-
-
-def best_threshold(scores: Array, labels: Array) -> float | None:
-    """The score above or at which calling positive gives the highest F1; None without positives.
-
-    Chosen on val, used on test. Of equal ones the highest, which calls the fewest positive.
-    """
-    if not labels.any():
-        return None
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order]
-    ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
-    hits = np.cumsum(labels[order])[ends]
-    f1 = 2.0 * hits / (ends + 1 + labels.sum())
-    return float(ranked[ends[int(np.argmax(f1))]])
-
-
-def weighted_f1(called: Array, labels: Array, weights: Array) -> Array:
-    """F1 of calls under each row of weights [R, N] -> [R]; NaN without a positive."""
-    hits = weighted_sum(called & labels, weights)
-    both = weighted_sum(called.astype(np.float64) + labels.astype(np.float64), weights)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(weighted_sum(labels, weights) > 0, 2.0 * hits / both, np.nan)
 
 
 def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:

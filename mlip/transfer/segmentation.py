@@ -18,13 +18,21 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.transfer.decoders import make_decoder
-from mlip.transfer.dice import Counts, count, dice_per_image, dice_scores, join
+from mlip.transfer.dice import (
+    Counts,
+    count,
+    dice_measures,
+    dice_per_image,
+    dice_scores,
+    join,
+)
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.mask_file import IGNORED, INSIDE
+from mlip.transfer.subgroups import read_groupings, subgroup_scores
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
 THRESHOLD_LOGIT = 0.0  # a probability of one half
@@ -153,6 +161,11 @@ class Segmentation(FramedTask):
             "images": len(test),
             "images_with_truth": int((by_seed[0].truth > 0).sum()),
             "headline": "dice.published",
+            "subgroups": subgroup_scores(
+                read_groupings(self.config, self.manifest, test),
+                patients,
+                dice_measures(by_seed, weights),
+            ),
         }
 
     def worst(self, prediction: dict[str, Any], test: Array, most: int) -> list[dict[str, Any]]:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlip.transfer.table import subgroup_lines
+
+RATE_TITLES = {
+    "f1": "F1 at val thresholds",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+}
 HEADS = ("global", "local", "combined")
 
 
@@ -30,11 +37,10 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {row['name']:<24}" + "".join(f"{_text(row[h]):<20}" for h in HEADS))
         macro = zero_shot["macro"]
         lines.append(f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS))
-        f1 = (zero_shot.get("f1") or {}).get("macro")
-        if f1:
-            lines.append(
-                f"{'F1 at val thresholds':<26}" + "".join(f"{_text(f1[h]):<20}" for h in HEADS)
-            )
+        means = (zero_shot.get("at_thresholds") or {}).get("macro", {})
+        for rate, title in RATE_TITLES.items() if means else ():
+            shown = "".join(f"{_text(means[h][rate]):<20}" for h in HEADS)
+            lines.append(f"{title:<26}{shown}")
         for name in ("plain", "z_normalised") if "exclusive" in zero_shot else ():
             of = zero_shot["exclusive"]
             shown = "".join(f"{_text(of[h][name]):<20}" for h in HEADS)
@@ -43,6 +49,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             lines.append(
                 "not scored, no concept: " + ", ".join(zero_shot["labels_without_concept"])
             )
+        lines += subgroup_lines(zero_shot.get("subgroups", ()))
     retrieval = results["retrieval"]
     if retrieval["scores"]:
         chance = retrieval["chance"]["recall@10"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NAMES = {
     "auroc": "AUROC",
     "auprc": "AUPRC",
     "f1": "F1 (threshold of val)",
+    "sensitivity": "sensitivity (threshold of val)",
+    "specificity": "specificity (threshold of val)",
     "accuracy": "accuracy",
     "ece": "ECE",
     "ece_calibrated": "ECE, if calibrated",
@@ -86,4 +88,35 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"{fraction['percent']:g} % of the training patients ({shown} images)")
         for name, estimate in rows_of(fraction["scores"]):
             lines.append(f"  {name:38s} {interval_text(estimate)}")
+    # of the most labels alone: three fractions of every group are no lines that anybody reads
+    return lines + subgroup_lines(results["fractions"][-1]["scores"].get("subgroups", ()))
+
+
+def subgroup_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each group's first score and how it differs from all other rows, for a terminal."""
+    lines = []
+    for table in found:
+        small = table["small_groups"]
+        left_out = [
+            f"{small['images']} images of {small['groups']} groups of too few patients"
+            if small["groups"]
+            else "",
+            f"{table['not_stated']} images do not state it" if table["not_stated"] else "",
+        ]
+        said = "; ".join(text for text in left_out if text)
+        lines.append(f"by {table['column']}{f' ({said})' if said else ''}")
+        for group in table["groups"]:
+            key = next(iter(group["macro"]), None)
+            if key is None:
+                lines.append(f"  {group['name']:24s} nothing to score")
+                continue
+            own, other = group["macro"][key], group["difference"][key]
+            apart = f"{other['value']:+.3f}" if other["value"] is not None else "n/a"
+            if other["low"] is not None:
+                apart += f" [{other['low']:+.3f}, {other['high']:+.3f}]"
+            name = NAMES.get(key, f"AUROC, {key}")
+            lines.append(
+                f"  {group['name']:24s} {name} {interval_text(own)}, minus the others' {apart} "
+                f"({group['images']} images of {group['patients']} patients)"
+            )
     return lines

@@ -17,6 +17,7 @@ import numpy as np
 from mlip.transfer.interval import (
     Array,
     Estimate,
+    auroc,
     auroc_estimate,
     defined_mean,
     estimate,
@@ -25,7 +26,9 @@ from mlip.transfer.interval import (
     patient_resamples,
     weighted_auroc,
 )
-from mlip.transfer.scores import best_threshold, weighted_f1
+from mlip.transfer.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
+from mlip.transfer.scores import Measured
+from mlip.transfer.subgroups import Measures, has_both
 
 
 @dataclass(frozen=True)
@@ -138,44 +141,99 @@ def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
     return {**lowest[head], "finding": lowest["finding"]}
 
 
-def f1_at_thresholds(
-    scores: Mapping[str, Array],
-    labels: Array,
-    val_scores: Mapping[str, Array],
-    val_labels: Array,
-    weights: Array,
+Thresholds = Mapping[str, Sequence[float | None]]  # of each head and finding
+
+
+def choose_thresholds(val_scores: Mapping[str, Array], val_labels: Array, rule: str) -> Thresholds:
+    """A threshold of each head and finding by evaluate.threshold_rule; None where val cannot tell.
+
+    Shapes:  val_scores {head: [images, findings]}, val_labels alike, -1 = not said
+    """
+    known = val_labels >= 0
+    return {
+        head: [
+            choose_threshold(values[known[:, f], f], val_labels[known[:, f], f] > 0, rule)
+            for f in range(val_labels.shape[1])
+        ]
+        for head, values in val_scores.items()
+    }
+
+
+def at_thresholds(
+    scores: Mapping[str, Array], labels: Array, thresholds: Thresholds, weights: Array
 ) -> dict[str, Any]:
-    """F1 of each finding and head at the threshold that was best on val, with intervals.
+    """RATES of each finding and head at its threshold, with intervals.
 
     Shapes:  scores {head: [images, findings]}, labels alike with -1 = not said; weights [R, images]
-    Returns: {"findings": [{head: Estimate with "threshold"}], "macro": {head: Estimate}}; a finding
-             that val or test lacks is value None with the reason
+    Returns: {"findings": [{head: {"threshold", rate: Estimate, ...}}], "macro": {head: {rate of
+             MEANT: Estimate}}}; a rate that val or test cannot give is value None with the reason
     """
     table: list[dict[str, Any]] = [{} for _ in range(labels.shape[1])]
-    macro: dict[str, Estimate] = {}
+    macro: dict[str, dict[str, Estimate]] = {}
     for head, values in scores.items():
-        means, resampled = [], []
+        kept: dict[str, list[Measured]] = {name: [] for name in MEANT}
         for f, row in enumerate(table):
-            known, known_val = labels[:, f] >= 0, val_labels[:, f] >= 0
-            truth = labels[known, f] > 0
-            cut = best_threshold(val_scores[head][known_val, f], val_labels[known_val, f] > 0)
-            if cut is None or not truth.any():
-                where = "val" if cut is None else "test"
-                reason = f"no {where} row carries the finding"
-                row[head] = {**not_available(reason, len(truth)), "threshold": cut}
+            known, cut = labels[:, f] >= 0, thresholds[head][f]
+            row[head] = {"threshold": cut}
+            if cut is None:
+                reason = "val does not carry the finding in both kinds of rows"
+                row[head] |= {name: not_available(reason, int(known.sum())) for name in RATES}
                 continue
-            called = values[known, f] >= cut
-            value = float(weighted_f1(called, truth, np.ones((1, len(truth))))[0])
-            under = weighted_f1(called, truth, weights[:, known])
-            row[head] = {**estimate(value, under, len(truth)), "threshold": cut}
-            means.append(value)
-            resampled.append(under)
-        macro[head] = (
-            estimate(float(np.mean(means)), defined_mean(np.stack(resampled)), len(labels))
-            if means
+            found = rates(values[known, f] >= cut, labels[known, f] > 0, weights[:, known])
+            for name, (value, resampled, n) in found.items():
+                is_there = bool(np.isfinite(value))
+                row[head][name] = (
+                    estimate(value, resampled, n) if is_there else not_available(UNDEFINED[name], n)
+                )
+                if is_there and name in kept:
+                    kept[name].append((value, resampled, n))
+        macro[head] = {
+            name: estimate(
+                float(np.mean([m[0] for m in measured])),
+                defined_mean(np.stack([m[1] for m in measured])),
+                len(labels),
+            )
+            if measured
             else not_available("no finding has a threshold")
-        )
+            for name, measured in kept.items()
+        }
     return {"findings": table, "macro": macro}
+
+
+def measured(
+    scores: Mapping[str, Array],
+    labels: Array,
+    findings: Sequence[str],
+    thresholds: Thresholds,
+    weights: Array,
+    inside: Array,
+) -> Measures:
+    """What some of the images score, for subgroup_scores: AUROC of each head, and sensitivity and
+    specificity at the thresholds that serve all images ("global_sensitivity").
+
+    Shapes:  as at_thresholds; inside [images] bool. thresholds may be empty
+    """
+    classes: dict[str, dict[str, Measured]] = {}
+    counts = {}
+    for f, finding in enumerate(findings):
+        rows = inside & (labels[:, f] >= 0)
+        truth, of = labels[rows, f] > 0, weights[:, rows]
+        counts[finding] = (len(truth), int(truth.sum()))
+        classes[finding] = found = {}
+        if not has_both(truth):
+            continue
+        for head, values in scores.items():
+            own = values[rows, f]
+            area = auroc(own, truth)
+            assert area is not None
+            found[head] = (area, weighted_auroc(own, truth, of), len(truth))
+        for head, cuts in thresholds.items():
+            cut = cuts[f]
+            if cut is not None:
+                told = rates(scores[head][rows, f] >= cut, truth, of)
+                for name in ("sensitivity", "specificity"):
+                    found[f"{head}_{name}"] = told[name]
+    return Measures(classes, counts)
 
 
 def exclusive_accuracy(

@@ -5,7 +5,7 @@ The metrics live in zero_shot.py; here the model meets the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,16 @@ from mlip.transfer.annotations import Annotations, shared_names
 from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.subgroups import read_groupings, subgroup_scores
 from mlip.transfer.zero_shot import (
+    Thresholds,
+    at_thresholds,
+    choose_thresholds,
     combine,
     evaluate_zero_shot,
     exclusive_accuracy,
-    f1_at_thresholds,
     finding_scores,
+    measured,
     prompt_texts,
 )
 
@@ -43,8 +47,9 @@ def zero_shot_run(
     is_phantom: bool,
     device: torch.device,
 ) -> dict[str, Any]:
-    """evaluate_zero_shot of the images, with F1 at val's thresholds and, where the labels exclude
-    each other, accuracy; {"reason": why} where there is nothing to score against."""
+    """evaluate_zero_shot of the images, with rates at val's thresholds, scores by subgroup and,
+    where the labels exclude each other, accuracy; {"reason": why} where there is nothing to score
+    against."""
     manifest = annotations.manifest
     unknown: list[str] = []
     if is_phantom:
@@ -76,17 +81,28 @@ def zero_shot_run(
         scores, labels, prompts, patients, bootstrap=settings.bootstrap, seed=config.run.seed
     )
     weights = patient_resamples(patients, settings.bootstrap, config.run.seed)
+    thresholds: Thresholds = {}
     if settings.thresholds and settings.split != "val":
-        found["f1"] = _f1(model, config, manifest, scores, labels, scores_of, labels_of, weights)
-        if "findings" in found["f1"]:
-            found["f1"]["findings"] = dict(zip(findings, found["f1"]["findings"], strict=True))
+        on_val = _val_scores(model, config, manifest, scores_of)
+        if isinstance(on_val, str):
+            found["at_thresholds"] = {"reason": on_val}
+        else:
+            thresholds = choose_thresholds(on_val[1], labels_of(on_val[0]), settings.threshold_rule)
+            told = at_thresholds(scores, labels, thresholds, weights)
+            told["findings"] = dict(zip(findings, told["findings"], strict=True))
+            found["at_thresholds"] = {"rule": settings.threshold_rule, **told}
+    found["subgroups"] = subgroup_scores(
+        read_groupings(config, manifest, images.row_index),
+        patients,
+        lambda inside: measured(scores, labels, findings, thresholds, weights, inside),
+    )
     if settings.exclusive:
         found["exclusive"] = exclusive_accuracy(scores, labels, weights)
     # results are passed on: what one patient alone has may be an identifier
-    told = sorted(set(unknown) & set(shared_names(manifest)))
-    if rare := len(unknown) - len(told):
-        told.append(f"{rare} more, each of one patient alone")
-    return {**found, "labels_without_concept": told}
+    named = sorted(set(unknown) & set(shared_names(manifest)))
+    if rare := len(unknown) - len(named):
+        named.append(f"{rare} more, each of one patient alone")
+    return {**found, "labels_without_concept": named}
 
 
 def some_of(rows: Array, config: Config) -> Array:
@@ -98,23 +114,20 @@ def some_of(rows: Array, config: Config) -> Array:
     return np.sort(generator.choice(rows, size=most, replace=False))
 
 
-def _f1(
+def _val_scores(
     model: Any,
     config: Config,
     manifest: Manifest,
-    scores: Mapping[str, Array],
-    labels: Array,
     scores_of: Callable[[Tensor, Tensor], dict[str, Array]],
-    labels_of: Callable[[Array], Array],
-    weights: Array,
-) -> dict[str, Any]:
+) -> tuple[Array, dict[str, Array]] | str:
+    """(rows of val, their scores), or why there are none."""
     rows = some_of(manifest.rows("val", with_report=False), config)
     if len(rows) == 0:
-        return {"reason": "the manifest has no val rows to choose thresholds on"}
+        return "the manifest has no val rows to choose thresholds on"
     rows, on_val = _scores_of_rows(model, config, manifest, rows, scores_of)
     if len(rows) == 0:
-        return {"reason": "no image of val could be read: there are no thresholds"}
-    return f1_at_thresholds(scores, labels, on_val, labels_of(rows), weights)
+        return "no image of val could be read: there are no thresholds"
+    return rows, on_val
 
 
 @torch.no_grad()

@@ -175,11 +175,11 @@ def test_all_rows_are_one_pool_too_and_pointing_has_its_overlap() -> None:
     row = results["grounding"]["keyword"]["all"]
     assert 0.0 <= row["miou"]["value"] <= 1.0
     # this run has no val split: no threshold can be chosen, and that is said
-    assert "no val rows" in results["zero_shot"]["f1"]["reason"]
+    assert "no val rows" in results["zero_shot"]["at_thresholds"]["reason"]
 
 
 def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The settings of configs/transfer/chexpert_zero_shot.yaml, on generated studies."""
     import csv
@@ -198,6 +198,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
             "val" if row["split"] == "train" and int(row["patient_id"][-1]) < 5 else (row["split"])
         )
         row["labels"] = named[i // 2 % 2]
+        row["sex"] = "FM"[i // 4 % 2]
     path = tmp_path / "manifest.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -206,23 +207,37 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     settings = [*run.settings, f"data.manifest={path}", f"data.root={run.folder / 'data'}"]
     settings += ["transfer.columns.subset=subset", "evaluate.subset=5x200"]
     settings += ["evaluate.exclusive=true", "evaluate.examples=0"]
+    settings += ["evaluate.subgroups={sex: []}", "evaluate.threshold_rule=sensitivity=0.9"]
+    for name, least in (("FEWEST_PATIENTS", 2), ("FEWEST_ROWS", 1)):
+        monkeypatch.setattr(f"mlip.transfer.subgroups.{name}", least)
     config = load([], settings)
     results = evaluate_run(
         *(run.model, config, load_manifest(config.data), run.tokenizer, run.linker, run.table)
     )
     assert results["data"]["images"] == 16
     assert results["zero_shot"]["exclusive"]["global"]["plain"]["n"] == 16
-    assert results["zero_shot"]["f1"]["macro"]["local"]["value"] is not None
+    assert results["zero_shot"]["at_thresholds"]["macro"]["local"]["f1"]["value"] is not None
+    (sex,) = results["zero_shot"]["subgroups"]
+    assert [group["images"] for group in sex["groups"]] == [8, 8]
+    for score in ("local", "global_specificity"):
+        assert sex["groups"][0]["macro"][score]["value"] is not None
+        assert sex["groups"][0]["difference"][score]["low"] is not None
     by_class = results["retrieval"]["by_class"]["image_to_text"]
     assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
     lines = "\n".join(summary_lines(results))
     results["zero_shot"]["labels_without_concept"] = ["Hernia"]
     assert "not scored, no concept: Hernia" in "\n".join(summary_lines(results))
-    for part in ("F1 at val thresholds", "accuracy, plain", "class precision image to text"):
+    for part in (
+        "F1 at val thresholds",
+        "by sex",
+        "accuracy, plain",
+        "class precision image to text",
+    ):
         assert part in lines
     page = render(tmp_path, results)
     for part in (
-        "F1 at thresholds chosen on val",
+        "evaluate.threshold_rule: sensitivity=0.9",
+        "By sex",
         "whose one finding scores",
         "Precision by class",
     ):

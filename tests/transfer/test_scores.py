@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score
+from sklearn.metrics import average_precision_score, confusion_matrix
 from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
@@ -13,13 +13,11 @@ from mlip.transfer.classification_scores import exclusive_scores, label_scores, 
 from mlip.transfer.interval import patient_resamples, weighted_auroc
 from mlip.transfer.scores import (
     average_precision,
-    best_threshold,
     calibration_error,
     confusion,
     curve,
     over_seeds,
     weighted_average_precision,
-    weighted_f1,
 )
 
 CASES = {
@@ -88,18 +86,6 @@ def test_a_calibrated_model_shows_the_error_that_chance_gives(n: int) -> None:
     assert abs(errors.mean() - by_chance[0]) < 3 * errors.std() / np.sqrt(100)
     assert (by_chance == by_chance[0]).all()  # the same in every process
     assert calibration_error(confidence, rng.random(n) < confidence**3)[0] > 2 * by_chance[0]
-
-
-def test_the_threshold_is_the_best_of_all_by_counting() -> None:
-    rng = np.random.default_rng(2)
-    scores, labels = rng.integers(0, 9, 40) / 9.0, rng.random(40) < 0.4
-    cut = best_threshold(scores, labels)
-    assert cut is not None
-    best = max(f1_score(labels, scores >= c) for c in np.unique(scores))
-    assert f1_score(labels, scores >= cut) == pytest.approx(best)
-    assert best_threshold(scores, np.zeros(40, bool)) is None
-    called = scores >= cut
-    assert weighted_f1(called, labels, np.ones((1, 40)))[0] == pytest.approx(best)
 
 
 def test_confusion_has_true_classes_in_rows_as_scikit_learn() -> None:

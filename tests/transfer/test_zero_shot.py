@@ -105,28 +105,49 @@ def test_a_rare_finding_does_not_cost_the_mean_its_interval() -> None:
     assert macro["low"] < macro["value"] < macro["high"]
 
 
-def test_f1_uses_the_threshold_of_val_and_never_of_test() -> None:
-    from sklearn.metrics import f1_score
+def test_rates_use_the_threshold_of_val_and_never_of_test() -> None:
+    from sklearn.metrics import f1_score, precision_score, recall_score
 
-    from mlip.transfer.zero_shot import f1_at_thresholds
+    from mlip.transfer.zero_shot import at_thresholds, choose_thresholds
 
     rng = np.random.default_rng(0)
     val_labels = (rng.random((50, 2)) < 0.4).astype(np.int8)
     val_scores = {"global": val_labels + rng.normal(0, 0.4, (50, 2))}
     labels = (rng.random((80, 2)) < 0.4).astype(np.int8)
+    labels[:3, 0] = -1  # not said: in no rate
     scores = {"global": labels + rng.normal(0, 0.4, (80, 2))}
     weights = np.ones((10, 80))
-    found = f1_at_thresholds(scores, labels, val_scores, val_labels, weights)
+    cuts = choose_thresholds(val_scores, val_labels, "f1")
+    found = at_thresholds(scores, labels, cuts, weights)
     for f in range(2):
-        row = found["findings"][f]["global"]
-        cuts = np.unique(val_scores["global"][:, f])
-        on_val = [f1_score(val_labels[:, f], val_scores["global"][:, f] >= c) for c in cuts]
-        assert row["threshold"] == pytest.approx(cuts[int(np.argmax(on_val))])
-        expected = f1_score(labels[:, f], scores["global"][:, f] >= row["threshold"])
-        assert row["value"] == pytest.approx(expected)
-    none = f1_at_thresholds(scores, labels, val_scores, np.zeros_like(val_labels), weights)
-    assert none["macro"]["global"]["value"] is None
-    assert "no val row" in none["findings"][0]["global"]["reason"]
+        row, known = found["findings"][f]["global"], labels[:, f] >= 0
+        several = np.unique(val_scores["global"][:, f])
+        on_val = [f1_score(val_labels[:, f], val_scores["global"][:, f] >= c) for c in several]
+        assert row["threshold"] == pytest.approx(several[int(np.argmax(on_val))])
+        truth, called = labels[known, f], scores["global"][known, f] >= row["threshold"]
+        assert row["f1"]["value"] == pytest.approx(f1_score(truth, called))
+        assert row["sensitivity"]["value"] == pytest.approx(recall_score(truth, called))
+        assert row["specificity"]["value"] == pytest.approx(recall_score(1 - truth, ~called))
+        assert row["ppv"]["value"] == pytest.approx(precision_score(truth, called))
+        assert row["npv"]["value"] == pytest.approx(precision_score(1 - truth, ~called))
+        assert row["ppv"]["n"] == called.sum() and row["npv"]["n"] == (~called).sum()
+    mean = np.mean([row["global"]["sensitivity"]["value"] for row in found["findings"]])
+    assert found["macro"]["global"]["sensitivity"]["value"] == pytest.approx(mean)
+    none = choose_thresholds(val_scores, np.zeros_like(val_labels), "f1")
+    assert none == {"global": [None, None]}
+    found = at_thresholds(scores, labels, none, weights)
+    assert found["macro"]["global"]["f1"]["value"] is None
+    assert "val does not carry" in found["findings"][0]["global"]["npv"]["reason"]
+
+
+def test_a_rate_of_nothing_is_stated_with_its_reason() -> None:
+    from mlip.transfer.zero_shot import at_thresholds
+
+    labels = np.array([[1], [0], [0], [1]], dtype=np.int8)
+    scores = {"global": np.zeros((4, 1))}
+    row = at_thresholds(scores, labels, {"global": [1.0]}, np.ones((3, 4)))["findings"][0]["global"]
+    assert row["sensitivity"]["value"] == 0.0 and row["specificity"]["value"] == 1.0
+    assert row["ppv"]["value"] is None and row["ppv"]["reason"] == "no row is called positive"
 
 
 def test_accuracy_of_exclusive_findings_is_stated_with_and_without_normalising() -> None:

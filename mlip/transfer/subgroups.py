@@ -1,0 +1,258 @@
+"""Scores by group of patients: by sex, age, view, site, or any other column of the manifest.
+
+A mean over all test rows hides for whom a model fails, and a model that reads the view or the ward
+off an image can look good in the mean while it is no better than chance within either
+(Seyyed-Kalantari et al. 2021; Zech et al. 2018). So each group's scores stand beside those of all
+other rows, with an interval over patients of their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.table import ManifestError, read_table
+from mlip.transfer.annotations import MOST_NAME_CHARACTERS
+from mlip.transfer.interval import Array, Estimate, defined_mean, estimate, not_available
+from mlip.transfer.scores import Measured
+
+# fewer could be told who they are by somebody who knows them, and say little of others
+FEWEST_PATIENTS = 10
+FEWEST_ROWS = 5  # of a finding, with and without it: a rate of fewer is a coin's
+_SAYS_NOTHING = frozenset({"", "na", "n/a", "nan", "null"})  # what programs write for a gap
+_IDENTIFIERS = ("image", "report", "patient_id", "study_id", "image_id", "sha256")
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The rows of an evaluation by what a column says of them.
+
+    Shapes:  members [groups, rows] bool; stated [rows] bool, rows whose cell says something
+    """
+
+    column: str
+    names: tuple[str, ...]
+    members: Array
+    stated: Array
+    small: dict[str, int]  # groups of fewer than FEWEST_PATIENTS: how many, their images, patients
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What one set of rows scores: of each finding, and of all rows at once.
+
+    A score that the rows cannot give is not in it.
+    """
+
+    classes: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)  # finding: rows, with it
+    whole: dict[str, Measured] = field(default_factory=dict)
+
+
+def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grouping]:
+    """The groups of evaluate.subgroups among these manifest rows.
+
+    Raises:  ManifestError for a column that is not there, that holds reports, paths or identifiers,
+             or, where it is cut into ranges, a cell that is no number. Cells are not told.
+    """
+    wanted = config.evaluate.subgroups
+    if not wanted:
+        return []
+    for field_name in _IDENTIFIERS:
+        if (column := getattr(config.data.columns, field_name)) in wanted:
+            raise ManifestError(
+                f"evaluate.subgroups: {column!r} is the column of data.columns.{field_name}: "
+                "expected one that groups patients, as sex, age or view"
+            )
+    try:
+        columns, found = read_table(
+            Path(manifest.path), {name: name for name in wanted}, numbers=wanted
+        )
+    except ManifestError as error:
+        raise ManifestError(f"evaluate.subgroups: {error}") from None
+    if found.hexdigest() != manifest.fingerprint:
+        raise ManifestError(f"{manifest.path}: changed while it was read; start again")
+    patients = manifest.patient_key[rows]
+    return [
+        _grouping(name, edges, columns[name].take(rows).to_pylist(), patients, rows, manifest.path)
+        for name, edges in wanted.items()
+    ]
+
+
+def _grouping(
+    column: str, edges: Sequence[float], cells: list[Any], patients: Array, rows: Array, path: str
+) -> Grouping:
+    said = [(cell or "").strip() for cell in cells]
+    said = ["" if text.lower() in _SAYS_NOTHING else text for text in said]
+    texts = np.array(said, dtype=object)
+    stated = np.array([text != "" for text in said], dtype=bool)
+    if len(edges):
+        values = _numbers(column, texts, rows, path)
+        place = np.searchsorted(np.asarray(edges, dtype=np.float64), values, side="right")
+        named = dict(enumerate(_ranges(edges)))
+        texts = np.array([named[k] for k in place.tolist()], dtype=object)
+        order = list(named.values())
+    else:
+        order = sorted({text for text in texts.tolist() if text})
+        if any(len(text) > MOST_NAME_CHARACTERS for text in order):
+            raise ManifestError(
+                f"{path}: column {column!r} (evaluate.subgroups) holds texts of more than "
+                f"{MOST_NAME_CHARACTERS} characters: expected names of groups"
+            )
+    names, members = [], []
+    small = {"groups": 0, "images": 0, "patients": 0}
+    for name in order:
+        inside = stated & (texts == name)
+        count = len(np.unique(patients[inside]))
+        if count >= FEWEST_PATIENTS:
+            names.append(name)
+            members.append(inside)
+        elif count:
+            small["groups"] += 1
+            small["images"] += int(inside.sum())
+            small["patients"] += count
+    shown = np.stack(members) if members else np.zeros((0, len(texts)), dtype=bool)
+    return Grouping(column, tuple(names), shown, stated, small)
+
+
+def _numbers(column: str, texts: Array, rows: Array, path: str) -> Array:
+    values = np.zeros(len(texts))
+    for i, text in enumerate(texts.tolist()):
+        try:
+            values[i] = float(text or 0.0)
+        except ValueError:
+            values[i] = np.nan
+        if not np.isfinite(values[i]):
+            raise ManifestError(
+                f"{path}: data row {int(rows[i]) + 1}: column {column!r} holds no number, which "
+                f"evaluate.subgroups.{column} cuts into ranges: expected years or the like, blank "
+                "where it is not known; [] makes a group of each value"
+            )
+    return values
+
+
+def _ranges(edges: Sequence[float]) -> list[str]:
+    inner = [f"{low:g} to below {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
+    return [f"below {edges[0]:g}", *inner, f"{edges[-1]:g} or more"]
+
+
+def subgroup_scores(
+    groupings: Sequence[Grouping], patients: Array, measure: Callable[[Array], Measures]
+) -> list[dict[str, Any]]:
+    """Each group's scores and how they differ from those of all other rows of its column.
+
+    measure  rows [n] bool -> what they score; its resamples are of the same draws of patients
+             whatever the rows, so that differences are paired
+    Returns: [{"column", "not_stated": images, "small_groups", "groups": [{"name", "images",
+             "patients", "macro": {score: Estimate}, "difference": {score: Estimate}, "classes":
+             [{"class", "n", "positives", score: Estimate, ..., "difference": {...}}]}]}]
+             "macro" holds means over findings (with "classes", how many) and scores of all rows;
+             a difference of means is over the findings that both sides can score
+    """
+    known: dict[bytes, Measures] = {}
+
+    def of(rows: Array) -> Measures:
+        key = rows.tobytes()  # with two groups the others of one are the other
+        if key not in known:
+            known[key] = measure(rows)
+        return known[key]
+
+    return [
+        {
+            "column": grouping.column,
+            "not_stated": int((~grouping.stated).sum()),
+            "small_groups": grouping.small,
+            "groups": [
+                {
+                    "name": name,
+                    "images": int(inside.sum()),
+                    "patients": len(np.unique(patients[inside])),
+                    **_beside(of(inside), of(grouping.stated & ~inside)),
+                }
+                for name, inside in zip(grouping.names, grouping.members, strict=True)
+            ],
+        }
+        for grouping in groupings
+    ]
+
+
+def _beside(own: Measures, others: Measures) -> dict[str, Any]:
+    keys = list(dict.fromkeys(key for found in own.classes.values() for key in found))
+    keys += [key for found in others.classes.values() for key in found if key not in keys]
+    macro: dict[str, Any] = {key: _mean_over(own.classes, key) for key in dict.fromkeys(keys)}
+    difference: dict[str, Any] = {
+        key: _mean_difference(own.classes, others.classes, key) for key in macro
+    }
+    for key in dict.fromkeys([*own.whole, *others.whole]):
+        macro[key] = _told(own.whole.get(key))
+        difference[key] = _told(_less(own.whole.get(key), others.whole.get(key)))
+    classes = []
+    for name, (n, positives) in own.counts.items():
+        found, beside = own.classes.get(name, {}), others.classes.get(name, {})
+        classes.append(
+            {
+                "class": name,
+                "n": n,
+                "positives": positives,
+                **{key: _told(found.get(key)) for key in macro if key not in own.whole},
+                "difference": {
+                    key: _told(_less(found.get(key), beside.get(key)))
+                    for key in macro
+                    if key not in own.whole
+                },
+            }
+        )
+    return {"macro": macro, "difference": difference, "classes": classes}
+
+
+def _less(own: Measured | None, others: Measured | None) -> Measured | None:
+    if own is None or others is None:
+        return None
+    return own[0] - others[0], own[1] - others[1], own[2]
+
+
+def _told(measured: Measured | None) -> Estimate:
+    reason = f"fewer than {FEWEST_ROWS} rows with or without it"
+    return not_available(reason) if measured is None else estimate(*measured)
+
+
+def _mean_over(classes: Mapping[str, Mapping[str, Measured]], key: str) -> dict[str, Any]:
+    return _mean([found[key] for found in classes.values() if key in found])
+
+
+def _mean_difference(
+    own: Mapping[str, Mapping[str, Measured]],
+    others: Mapping[str, Mapping[str, Measured]],
+    key: str,
+) -> dict[str, Any]:
+    pairs = [_less(found.get(key), others.get(name, {}).get(key)) for name, found in own.items()]
+    return _mean([pair for pair in pairs if pair is not None])
+
+
+def _mean(measured: Sequence[Measured]) -> dict[str, Any]:
+    if not measured:
+        return {**_told(None), "classes": 0}
+    value = float(np.mean([m[0] for m in measured]))
+    resampled = defined_mean(np.stack([m[1] for m in measured]))
+    return {**estimate(value, resampled, max(m[2] for m in measured)), "classes": len(measured)}
+
+
+def over_seeds_of(measured: Sequence[Measured | None]) -> Measured | None:
+    """The mean over the fits that have the score; None where none has."""
+    found = [m for m in measured if m is not None and np.isfinite(m[0])]
+    if not found:
+        return None
+    value = float(np.mean([m[0] for m in found]))
+    return value, np.mean([m[1] for m in found], axis=0), found[0][2]
+
+
+def has_both(truth: Array) -> bool:
+    """Whether FEWEST_ROWS rows carry a finding and as many do not.  Shapes: truth [n] bool"""
+    positives = int(truth.sum())
+    return min(positives, len(truth) - positives) >= FEWEST_ROWS
