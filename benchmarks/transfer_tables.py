@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlip.transfer.table import interval_text, rows_of
+from mlip.transfer.table import apart_text, interval_text, rows_of
 
 METHODS = {
     "mlip": "full MLIP",
@@ -76,7 +76,7 @@ def as_markdown(
             for name in each[0]:
                 cells_of = " | ".join(interval_text(scores[name]) for scores in each)
                 lines.append(f"| {title} | {name} | {cells_of} |")
-        lines += ["", *_verdicts(task, by_method, titles), ""]
+        lines += ["", *_verdicts(task, by_method, titles), "", *_groups(by_method, titles)]
     if known:
         lines += _label_free(known, titles)
     return "\n".join(lines) + "\n"
@@ -108,6 +108,33 @@ def _verdicts(task: str, by_method: dict[str, Any], titles: dict[str, str]) -> l
             )
     seconds = [f"{m} {r[0]['cell']['processor_s']:.0f} s" for m, r in by_method.items()]
     return [*lines, f"- processor time: {', '.join(seconds)}"]
+
+
+def _groups(by_method: dict[str, Any], titles: dict[str, str]) -> list[str]:
+    """By subgroup, all labels: AUROC of each method, and its difference from all other rows."""
+    subgroups = {m: r[0]["fractions"][-1]["scores"].get("subgroups") for m, r in by_method.items()}
+    shown = [m for m in titles if subgroups.get(m)]
+    if not shown:
+        return []
+    lines = [
+        "by group, AUROC, and minus that of all other rows: "
+        f"{by_method[shown[0]][0]['fractions'][-1]['percent']:g} % of labels",
+        "",
+        "| group | images (patients) | " + " | ".join(titles[m] for m in shown) + " |",
+        "|---|---|" + "---|" * len(shown),
+    ]
+    for t, table in enumerate(subgroups[shown[0]]):
+        for g, group in enumerate(table["groups"]):
+            each = [subgroups[m][t]["groups"][g] for m in shown]
+            lines.append(
+                f"| {table['column']}: {group['name']} | {group['images']} ({group['patients']}) | "
+                + " | ".join(
+                    f"{interval_text(e['macro']['auroc'])}, {apart_text(e['difference']['auroc'])}"
+                    for e in each
+                )
+                + " |"
+            )
+    return [*lines, ""]
 
 
 def _case_reports(by_method: dict[str, Any], titles: dict[str, str]) -> list[str]:
@@ -171,8 +198,10 @@ def _of_cell(result: dict[str, Any]) -> dict[str, Any]:
     kept = {key: result[key] for key in ("run", "fingerprints", "versions", "cell")}
     if "fractions" not in result:
         return {**kept, "retrieval": result["retrieval"]["whole"]}
+    subgroups = result["fractions"][-1]["scores"].get("subgroups")
     return {
         **kept,
         "data": result["data"],
+        **({"subgroups": subgroups} if subgroups else {}),
         "fractions": {f"{f['percent']:g}": dict(rows_of(f["scores"])) for f in result["fractions"]},
     }

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.table import ManifestError, read_table
+from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.transfer.annotations import MOST_NAME_CHARACTERS
 from mlip.transfer.interval import Array, Estimate, defined_mean, estimate, not_available
 from mlip.transfer.scores import Measured
@@ -25,6 +25,7 @@ from mlip.transfer.scores import Measured
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
 FEWEST_ROWS = 5  # of a finding, with and without it: a rate of fewer is a coin's
+TOO_FEW = f"fewer than {FEWEST_ROWS} rows with or without it"
 _SAYS_NOTHING = frozenset({"", "na", "n/a", "nan", "null"})  # what programs write for a gap
 _IDENTIFIERS = ("image", "report", "patient_id", "study_id", "image_id", "sha256")
 
@@ -70,12 +71,18 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
                 f"evaluate.subgroups: {column!r} is the column of data.columns.{field_name}: "
                 "expected one that groups patients, as sex, age or view"
             )
+    path = Path(manifest.path)
     try:
-        columns, found = read_table(
-            Path(manifest.path), {name: name for name in wanted}, numbers=wanted
-        )
-    except ManifestError as error:
-        raise ManifestError(f"evaluate.subgroups: {error}") from None
+        columns, found = read_table(path, {name: name for name in wanted}, numbers=wanted)
+    except ManifestError:
+        there = column_names(path)
+        missing = [name for name in wanted if name not in there]
+        if not missing:
+            raise
+        raise ManifestError(
+            f"evaluate.subgroups: {path} has no column {', '.join(map(repr, missing))}; it has: "
+            f"{', '.join(there)}; evaluate.subgroups.{missing[0]}=null takes one out"
+        ) from None
     if found.hexdigest() != manifest.fingerprint:
         raise ManifestError(f"{manifest.path}: changed while it was read; start again")
     patients = manifest.patient_key[rows]
@@ -173,25 +180,29 @@ def subgroup_scores(
                     "name": name,
                     "images": int(inside.sum()),
                     "patients": len(np.unique(patients[inside])),
-                    **_beside(of(inside), of(grouping.stated & ~inside)),
+                    **_beside(of(inside), of(rest) if rest.any() else None),
                 }
                 for name, inside in zip(grouping.names, grouping.members, strict=True)
+                for rest in (grouping.stated & ~inside,)
             ],
         }
         for grouping in groupings
     ]
 
 
-def _beside(own: Measures, others: Measures) -> dict[str, Any]:
+def _beside(own: Measures, others: Measures | None) -> dict[str, Any]:
+    """A group's scores and their differences; others is None where every row is of the group."""
+    reason = TOO_FEW if others is not None else "no other rows"
+    others = others or Measures()
     keys = list(dict.fromkeys(key for found in own.classes.values() for key in found))
     keys += [key for found in others.classes.values() for key in found if key not in keys]
     macro: dict[str, Any] = {key: _mean_over(own.classes, key) for key in dict.fromkeys(keys)}
     difference: dict[str, Any] = {
-        key: _mean_difference(own.classes, others.classes, key) for key in macro
+        key: _mean_difference(own.classes, others.classes, key, reason) for key in macro
     }
     for key in dict.fromkeys([*own.whole, *others.whole]):
         macro[key] = _told(own.whole.get(key))
-        difference[key] = _told(_less(own.whole.get(key), others.whole.get(key)))
+        difference[key] = _told(_less(own.whole.get(key), others.whole.get(key)), reason)
     classes = []
     for name, (n, positives) in own.counts.items():
         found, beside = own.classes.get(name, {}), others.classes.get(name, {})
@@ -202,7 +213,7 @@ def _beside(own: Measures, others: Measures) -> dict[str, Any]:
                 "positives": positives,
                 **{key: _told(found.get(key)) for key in macro if key not in own.whole},
                 "difference": {
-                    key: _told(_less(found.get(key), beside.get(key)))
+                    key: _told(_less(found.get(key), beside.get(key)), reason)
                     for key in macro
                     if key not in own.whole
                 },
@@ -217,30 +228,35 @@ def _less(own: Measured | None, others: Measured | None) -> Measured | None:
     return own[0] - others[0], own[1] - others[1], own[2]
 
 
-def _told(measured: Measured | None) -> Estimate:
-    reason = f"fewer than {FEWEST_ROWS} rows with or without it"
+def _told(measured: Measured | None, reason: str = TOO_FEW) -> Estimate:
     return not_available(reason) if measured is None else estimate(*measured)
 
 
 def _mean_over(classes: Mapping[str, Mapping[str, Measured]], key: str) -> dict[str, Any]:
-    return _mean([found[key] for found in classes.values() if key in found])
+    return _mean([found.get(key) for found in classes.values()])
 
 
 def _mean_difference(
     own: Mapping[str, Mapping[str, Measured]],
     others: Mapping[str, Mapping[str, Measured]],
     key: str,
+    reason: str,
 ) -> dict[str, Any]:
-    pairs = [_less(found.get(key), others.get(name, {}).get(key)) for name, found in own.items()]
-    return _mean([pair for pair in pairs if pair is not None])
+    return _mean(
+        [_less(found.get(key), others.get(name, {}).get(key)) for name, found in own.items()],
+        reason,
+    )
 
 
-def _mean(measured: Sequence[Measured]) -> dict[str, Any]:
-    if not measured:
-        return {**_told(None), "classes": 0}
-    value = float(np.mean([m[0] for m in measured]))
-    resampled = defined_mean(np.stack([m[1] for m in measured]))
-    return {**estimate(value, resampled, max(m[2] for m in measured)), "classes": len(measured)}
+def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[str, Any]:
+    """With "classes", over how many of "classes_asked" it is, as all means over findings."""
+    found = [m for m in measured if m is not None]
+    counted = {"classes": len(found), "classes_asked": len(measured)}
+    if not found:
+        return {**_told(None, reason), **counted}
+    value = float(np.mean([m[0] for m in found]))
+    resampled = defined_mean(np.stack([m[1] for m in found]))
+    return {**estimate(value, resampled, max(m[2] for m in found)), **counted}
 
 
 def over_seeds_of(measured: Sequence[Measured | None]) -> Measured | None:

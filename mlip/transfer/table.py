@@ -68,6 +68,16 @@ def interval_text(estimate: Mapping[str, Any]) -> str:
     return text
 
 
+def apart_text(difference: Mapping[str, Any]) -> str:
+    """A difference with its sign and interval."""
+    if difference["value"] is None:
+        return "n/a"
+    text = f"{difference['value']:+.3f}"
+    if difference["low"] is not None:
+        text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    return text
+
+
 def classes_text(estimate: Mapping[str, Any]) -> str:
     """Over how many classes a mean is, "" where all count: means of others do not compare."""
     count, asked = estimate.get("classes"), estimate.get("classes_asked")
@@ -110,10 +120,7 @@ def subgroup_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
             if key is None:
                 lines.append(f"  {group['name']:24s} nothing to score")
                 continue
-            own, other = group["macro"][key], group["difference"][key]
-            apart = f"{other['value']:+.3f}" if other["value"] is not None else "n/a"
-            if other["low"] is not None:
-                apart += f" [{other['low']:+.3f}, {other['high']:+.3f}]"
+            own, apart = group["macro"][key], apart_text(group["difference"][key])
             name = NAMES.get(key, f"AUROC, {key}")
             lines.append(
                 f"  {group['name']:24s} {name} {interval_text(own)}, minus the others' {apart} "

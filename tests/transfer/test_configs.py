@@ -251,7 +251,7 @@ def test_what_the_data_lacks_is_named(
 
 def _radiographs(folder: Path) -> Path:
     """Ten rows in the layout of configs/real_cxr.yaml: text, labels, mask files, boxes.csv."""
-    header = "image_id,path,dataset,patient_id,split,view,text,findings,mask"
+    header = "image_id,path,dataset,patient_id,split,view,text,findings,mask,sex,age"
     rows: list[list[object]] = []
     boxes: list[list[object]] = []
     for i in range(10):
@@ -265,7 +265,7 @@ def _radiographs(folder: Path) -> Path:
         finding = "Pneumonia" if i % 8 < 4 else "No_Finding"
         text = "There is pneumonia." if i % 8 < 4 else "Clear lungs."
         rows.append([i, f"{i}.png", "nih-chestxray14", f"p{i}", split, "PA", text, finding])
-        rows[-1].append(f"{i}-mask.png")
+        rows[-1] += [f"{i}-mask.png", "FM"[i % 2], 30 + i]
     raw_layouts.table(folder / "manifest.csv", header, rows)
     raw_layouts.table(folder / "boxes.csv", "path,label,x,y,w,h", boxes)
     return folder / "manifest.csv"

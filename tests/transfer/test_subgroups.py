@@ -249,7 +249,8 @@ def test_a_column_that_is_not_there_is_refused_before_the_first_fit(
     settings = [*write(tmp_path), *LABELS, "evaluate.subgroups={sex: []}"]
     assert evaluate(tmp_path, settings) == 3
     said = capsys.readouterr().err
-    assert "evaluate.subgroups" in said and "sex" in said
+    assert "evaluate.subgroups: " in said and "has no column 'sex'; it has: image, " in said
+    assert "evaluate.subgroups.sex=null" in said and "data.columns" not in said
     assert not (tmp_path / "out" / "results.json").exists()
 
 
