@@ -155,6 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--onnx", action="store_true", help="write both towers as ONNX files too, and check them"
     )
+    export.add_argument(
+        "--transformers",
+        action="store_true",
+        help="write both towers as folders that transformers opens too, and check them",
+    )
     export.set_defaults(run=run_export)
 
     doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")

@@ -190,6 +190,7 @@ def run_export(options: argparse.Namespace) -> int:
         facts=opened.facts,
         include_concepts=options.include_concepts,
         onnx=options.onnx,
+        transformers=options.transformers,
     )
     print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes")
     return 0

@@ -12,7 +12,6 @@ Knowledge is no part of the graphs: the local score and its heat maps are mlip.p
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from mlip.config import Config, ConfigError
 from mlip.model import MLIPModel
-from mlip.pretrained_weights import PretrainedError, model_with
+from mlip.pretrained_weights import PretrainedError, plain_model
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MOST_DIFFERENT = 1e-4  # of the largest number of an output; float32 gives 1e-6
@@ -78,7 +77,7 @@ def write_onnx(folder: Path, model: MLIPModel, config: Config) -> dict[str, Any]
              other numbers
     """
     versions = _versions()
-    plain = _plain(model, config)
+    plain = plain_model(model, config)
     facts: dict[str, Any] = {"versions": versions, "largest_difference": {}}
     for graph in (_images(plain, config), _texts(plain, config)):
         path = folder / f"{graph.name}.onnx"
@@ -106,21 +105,6 @@ def _versions() -> dict[str, str]:
             "'.[onnx]' in the checkout, or export without --onnx"
         )
     return found
-
-
-def _plain(model: MLIPModel, config: Config) -> MLIPModel:
-    """The model in float32 with torch's attention over padded texts: what every runtime knows."""
-    text = dataclasses.replace(config.model.text, packed=False, checkpointing=False)
-    vision = dataclasses.replace(config.model.vision, checkpointing=False)
-    towers = dataclasses.replace(config.model, attention="sdpa", text=text, vision=vision)
-    train = dataclasses.replace(config.train, precision="fp32", residual="fp32")
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return model_with(
-        dataclasses.replace(config, model=towers, train=train),
-        int(model.text.backbone.config.vocab_size),
-        state,
-        "the model",
-    )
 
 
 def _images(model: MLIPModel, config: Config) -> _Graph:

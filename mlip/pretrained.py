@@ -7,6 +7,7 @@
   tokenizer/            vocabulary
   concepts.jsonl        concept table: the project's own lexicon, another only where asked for
   image.onnx, text.onnx both towers for other runtimes, where asked for (mlip/onnx_graphs.py)
+  image_tower/, text_tower/  both for transformers, where asked for (mlip/transformers_folders.py)
   SHA256SUMS            of the files above; checked when the folder is read
 
 No pickle anywhere: reading a folder from a stranger runs no code of theirs.
@@ -40,6 +41,7 @@ from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import PretrainedError as PretrainedError
 from mlip.pretrained_weights import embedding_rows, model_with
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
+from mlip.transformers_folders import write_towers
 
 logger = logging.getLogger("mlip")
 FORMAT = 1
@@ -57,6 +59,7 @@ def save_pretrained(
     facts: Mapping[str, Any] | None = None,
     include_concepts: bool = False,
     onnx: bool = False,
+    transformers: bool = False,
 ) -> Path:
     """Write the model's folder; it appears whole or not at all.
 
@@ -64,7 +67,9 @@ def save_pretrained(
                       Without it such a folder holds no text of theirs, and its reader needs the
                       table beside it.
     onnx              write both towers as ONNX files too (mlip.onnx_graphs)
-    Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx
+    transformers      write both towers as folders of transformers too (mlip.transformers_folders)
+    Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx and
+             write_towers
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
     _require_free(folder)
@@ -72,7 +77,17 @@ def save_pretrained(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(partial, model, config, tokenizer, table, dict(facts or {}), include_concepts, onnx)
+        _fill(
+            partial,
+            model,
+            config,
+            tokenizer,
+            table,
+            dict(facts or {}),
+            include_concepts,
+            onnx,
+            transformers,
+        )
         if folder.exists():  # moved, not deleted: a kill between the two leaves both
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -110,6 +125,7 @@ def _fill(
     facts: dict[str, Any],
     include_concepts: bool,
     onnx: bool,
+    transformers: bool,
 ) -> None:
     state = {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
@@ -135,6 +151,8 @@ def _fill(
     }
     if onnx:
         described["onnx"] = write_onnx(folder, model, standalone)
+    if transformers:
+        described["transformers"] = write_towers(folder, model, standalone, tokenizer)
     (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     lines = [f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]

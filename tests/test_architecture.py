@@ -127,7 +127,7 @@ WALLS = {
     "triton": ("triton_kernels.py",),
     "pydicom": ("dataloading/dicom",),
     "imagecodecs": ("dataloading/dicom",),
-    "transformers": ("mlip/encoders/", "dataloading/reports.py"),
+    "transformers": ("mlip/encoders/", "dataloading/reports.py", "mlip/transformers_folders.py"),
     "xformers": ("mlip/encoders/attention.py",),
     "torchvision": (),
     "pycocotools": ("mlip/transfer/average_precision.py",),
