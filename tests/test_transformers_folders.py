@@ -129,5 +129,20 @@ def test_other_numbers_are_refused_and_nothing_is_left(
     assert not list(tmp_path.iterdir())
 
 
+@torch.no_grad()
+def test_another_pre_training_starts_from_them(tmp_path: Path) -> None:
+    model, config = _model(*TOWERS["vit"])
+    out = _written(tmp_path / "m", model, config)
+    changed = [
+        f"model.{kind}.source={out / f'{name}_tower'}"
+        for kind, name in (("vision", "image"), ("text", "text"))
+    ]
+    later, _ = _model("model.vision.kind=vit", *changed)
+    image = torch.randn(2, 1, 96, 96)
+    assert torch.allclose(later.vision.tower(image)[1], model.vision.tower(image)[1], atol=1e-6)
+    ids, mask = torch.randint(0, 100, (2, 9)), torch.ones(2, 9, dtype=torch.bool)
+    assert torch.allclose(later.text(ids, mask)[1], model.text(ids, mask)[1], atol=1e-6)
+
+
 def test_a_plain_export_holds_none_of_them() -> None:
     assert not (small_export() / "image_tower").exists()
