@@ -15,6 +15,8 @@ from mlip.transfer.operating_point import RATES, choose_threshold, rates, weight
 RNG = np.random.default_rng(2)
 SCORES, LABELS = RNG.integers(0, 9, 40) / 9.0, RNG.random(40) < 0.4
 
+RULE_ALL = "specificity=1"
+
 
 def _sensitivity(cut: float) -> float:
     return float(recall_score(LABELS, cut <= SCORES))
@@ -54,6 +56,11 @@ def test_shares_are_counted_and_not_rounded() -> None:
     assert choose_threshold(scores, labels, "specificity=0.7") == -13.0
 
 
+def test_where_the_highest_score_is_a_negatives_a_threshold_above_all_is_left() -> None:
+    cut = choose_threshold(np.array([3.0, 2.0, 1.0]), np.array([False, True, False]), RULE_ALL)
+    assert cut is not None and 3.0 < cut < 3.0001
+
+
 def test_val_without_the_kind_of_rows_that_a_rule_needs_gives_no_threshold() -> None:
     nothing, everything = np.zeros(40, bool), np.ones(40, bool)
     for rule in ("f1", "youden", "sensitivity=0.9"):
@@ -80,11 +87,14 @@ def test_rates_are_scikit_learns_under_any_resample() -> None:
     told = rates(called, LABELS, weights)
     assert told["ppv"][0] == pytest.approx(precision_score(LABELS, called))
     assert told["ppv"][2] == called.sum() and told["specificity"][2] == (~LABELS).sum()
+    assert told["npv"][2] == (~called).sum() and told["sensitivity"][2] == LABELS.sum()
+    assert told["f1"][2] == 40
 
 
 def test_a_share_of_nothing_is_undefined() -> None:
     silent = weighted_rates(np.zeros(3, bool), np.array([True, False, False]), np.ones((1, 3)))
     assert np.isnan(silent["ppv"][0]) and silent["sensitivity"][0] == 0.0
+    assert silent["f1"][0] == 0.0 and silent["npv"][0] == pytest.approx(2 / 3)
     absent = weighted_rates(np.ones(3, bool), np.zeros(3, bool), np.ones((1, 3)))
     assert np.isnan(absent["sensitivity"][0]) and np.isnan(absent["f1"][0])
     assert absent["ppv"][0] == 0.0 and np.isnan(absent["npv"][0])
