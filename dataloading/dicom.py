@@ -61,6 +61,8 @@ class RadiographInfo:
     inverted: bool
     modality: str
     view: str  # ViewPosition, upper case; empty where absent
+    sex: str  # as demographics.py writes it; "" = not stated
+    age: str  # whole years at the study, "90" for all over 89
     intent: str  # PresentationIntentType
     spacing_mm: tuple[float, float] | None  # between rows, between columns
     modality_step: str  # "none", "rescale" or "lut"
@@ -202,6 +204,8 @@ def _info(header: Header, voi: str, own_range: tuple[float, float] | None) -> Ra
         inverted=header.photometric == "MONOCHROME1" and not constant,
         modality=header.modality,
         view=header.view,
+        sex=header.sex,
+        age=header.age,
         intent=header.intent,
         spacing_mm=header.spacing_mm,
         modality_step="lut" if header.modality_lut else "rescale" if header.rescale else "none",

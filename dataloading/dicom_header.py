@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
+from mlip.dataloading.demographics import age_between, read_age, read_sex
 from mlip.dataloading.dicom_source import (
     MAX_PIXELS,
     MAX_SIDE_PX,
@@ -25,7 +26,7 @@ _TAGS = (
     "PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction "
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
     "PixelSpacing PixelAspectRatio SpecificCharacterSet SharedFunctionalGroupsSequence "
-    "PerFrameFunctionalGroupsSequence"
+    "PerFrameFunctionalGroupsSequence PatientSex PatientAge PatientBirthDate StudyDate"
 ).split()
 
 # Where the enhanced image objects keep what others have at the top (PS3.3 C.7.6.16).
@@ -37,6 +38,8 @@ _GROUPS = {
 _SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
 
 _LATERAL = frozenset({"LL", "RL", "LATERAL", "LAT"})  # decubitus films (LLD, RLD) are frontal
+
+UNREAD = frozenset({"unread_sex", "unread_age"})  # notes on what stands there and tells nothing
 
 _COLOURS = frozenset(
     "MONOCHROME1|MONOCHROME2|PALETTE COLOR|RGB|HSV|ARGB|CMYK|YBR_FULL|YBR_FULL_422|"
@@ -55,7 +58,7 @@ class Lut:
 
 @dataclass(frozen=True)
 class Header:
-    """What the pixel chain needs, checked; no attribute that identifies anybody."""
+    """What the pixel chain needs, checked, and whose film it is: no attribute that identifies."""
 
     transfer_syntax: str
     rows: int
@@ -66,6 +69,8 @@ class Header:
     photometric: str
     modality: str
     view: str
+    sex: str
+    age: str
     intent: str
     spacing_mm: tuple[float, float] | None
     padding: tuple[int, int] | None  # lowest and highest stored value that is no image
@@ -121,6 +126,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         )
     view = _code(dataset, "ViewPosition")
     notes = _turned(dataset, view)
+    sex, age = _demographics(dataset, notes)
     rescale = _rescale(dataset)
     modality_lut, voi_lut = _luts(dataset, stored, representation == 1, rescale, notes)
     spacing = _numbers(dataset, "ImagerPixelSpacing") or _numbers(dataset, "PixelSpacing")
@@ -138,6 +144,8 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         photometric=photometric,
         modality=_code(dataset, "Modality"),
         view=view,
+        sex=sex,
+        age=age,
         intent=_code(dataset, "PresentationIntentType"),
         spacing_mm=(spacing[0], spacing[1]) if spacing and valid_spacing else None,
         padding=_padding(dataset, representation == 1),
@@ -175,6 +183,22 @@ def _turned(dataset: Dataset, view: str) -> list[str]:
         return []
     notes = ["mirrored"] if rows == "R" and view not in _LATERAL else []
     return [*notes, "upside_down"] if columns == "H" else notes
+
+
+def _demographics(dataset: Dataset, notes: list[str]) -> tuple[str, str]:
+    """Sex and age at the study; the dates that may tell the age go no further than this.
+
+    000Y, and 0 without a unit, are what devices write for a gap: infants are told in days to
+    months, or by their birth date.
+    """
+    sex = read_sex(_text(dataset, "PatientSex"))
+    age = read_age(_text(dataset, "PatientAge"), zero_years="")
+    if not age:
+        birth, study = (_text(dataset, name) for name in ("PatientBirthDate", "StudyDate"))
+        by_dates = age_between(birth, study)
+        age = by_dates if by_dates or age == "" else age
+    notes += [note for note, told in (("unread_sex", sex), ("unread_age", age)) if told is None]
+    return sex or "", age or ""
 
 
 def _value(dataset: Dataset, name: str) -> Any:

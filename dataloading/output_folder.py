@@ -25,7 +25,8 @@ from mlip.folder_lock import lock
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
 _OURS = frozenset({"dataset", "side_px", "shard_images"})
-_BEFORE = {"png_white": 65535}  # settings that earlier sets do not state, and what they had
+# settings that earlier sets do not state, and what they had
+_BEFORE = {"png_white": 65535, "demographics": False}
 # what a run leaves that is killed before its settings stand there, and what a new disk holds
 _BEFORE_SETTINGS = re.compile(r"\.lock(-\d+)?|\.settings\.json\..*\.part|\.salt|lost\+found")
 
@@ -93,9 +94,12 @@ class OutputFolder:
             if (there := found.get(name, _BEFORE.get(name))) != value
         ]
         if different and not self.overwrite:
+            is_older = self.asked.get("demographics") and not found.get("demographics")
+            hint = ", or --no-demographics to go on as it was made, without sex and age"
             raise ConfigError(
                 f"--out {self.given}: holds a set made with other settings: "
                 f"{', '.join(different)}; choose another folder, or --overwrite to remake it"
+                f"{hint if is_older and len(different) == 1 else ''}"
             )
         return not different
 

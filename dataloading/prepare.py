@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
     add("--id-map", type=Path, metavar="FILE", help="table of hashed ids and originals: secret")
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
+    no_help = "leave sex and age of the patients out of index and manifest"
+    add("--no-demographics", action="store_true", help=no_help)
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
     add("--list", action="store_true", help="data sets, licences, where they come from, options")
     add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
@@ -117,6 +119,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if not root.is_dir():
         raise ConfigError(f"--root {arguments.root}: no such folder")
     options = _options(dataset, arguments.option)
+    if arguments.no_demographics:
+        _leave_out_demographics(dataset, options)
     settings = _settings(arguments)
     part = _part(arguments.part)
     keep_ids = dataset.keeps_ids or arguments.keep_ids
@@ -240,6 +244,17 @@ def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
     return options
 
 
+def _leave_out_demographics(dataset: Dataset, options: dict[str, str]) -> None:
+    """Raises ConfigError where an option says where sex and age are, which nobody would see."""
+    for name in dataset.demographics:
+        if options[name] not in ("", "none"):
+            raise ConfigError(
+                f"--option {name}={options[name]}: tells where sex or age are, which "
+                "--no-demographics leaves out: leave out one of the two"
+            )
+        options[name] = "none"
+
+
 def _settings(arguments: argparse.Namespace) -> ImageSettings:
     codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
     if codec == "jpeg" and arguments.bits == 16:
@@ -262,6 +277,7 @@ def _settings(arguments: argparse.Namespace) -> ImageSettings:
         quality=arguments.quality if codec == "jpeg" else 0,
         require_deid=arguments.require_deid,
         png_white="own" if white == "own" else int(white),
+        demographics=not arguments.no_demographics,
     )
 
 

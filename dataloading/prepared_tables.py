@@ -14,11 +14,11 @@ from typing import Any
 import pyarrow as pa
 
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.shards import TableWriter, synced_file
+from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
 
 _TEXTS = (
-    "image image_id patient_id study_id split view report labels uncertain negative boxes mask "
-    "subset sha256"
+    "image image_id patient_id study_id split view sex age report labels uncertain negative boxes "
+    "mask subset sha256"
 ).split()
 _SIZES = ("height", "width", "bits", "source_height", "source_width")
 _MANIFEST_SCHEMA = pa.schema(
@@ -52,8 +52,12 @@ def outputs(rows: list[Row], out: Path, salt: str | None) -> Iterator[Callable[[
 def _manifest_part(
     rows: list[Row], index: pa.Table, salt: str | None, refused: list[list[Any]]
 ) -> pa.Table:
-    """The manifest's rows of a shard; its refused ones are added to the list."""
-    columns: dict[str, list[Any]] = {field.name: [] for field in _MANIFEST_SCHEMA}
+    """The manifest's rows of a shard; its refused ones are added to the list.
+
+    Sex and age are in it where they are in the index.
+    """
+    schema = kept_columns(_MANIFEST_SCHEMA, demographics="sex" in index.column_names)
+    columns: dict[str, list[Any]] = {field.name: [] for field in schema}
     names = [field.name for field in fields(Row)]
     for entry in index.to_pylist():
         row = rows[entry["row"]]
@@ -65,7 +69,8 @@ def _manifest_part(
         values = {name: getattr(row, name) for name in names}
         values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
         values["sha256"] = entry["sha256"]
-        values["view"] = row.view or entry["view"]
+        for name in ("view", *DEMOGRAPHICS):
+            values[name] = values[name] or entry.get(name, "")
         if salt is not None:
             values["image_id"] = entry["key"]
             for level in ("patient", "study"):
@@ -74,7 +79,7 @@ def _manifest_part(
             values[name] = entry[name]
         for name, column in columns.items():
             column.append(values[name])
-    return pa.table(columns, schema=_MANIFEST_SCHEMA)
+    return pa.table(columns, schema=schema)
 
 
 def write_csv(rows: list[list[Any]], path: Path) -> None:

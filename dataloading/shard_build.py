@@ -30,11 +30,13 @@ from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.dataloading.shards import (
+    DEMOGRAPHICS,
     INDEX_SCHEMA,
     ShardError,
     ShardWriter,
     index_path,
     is_complete,
+    kept_columns,
     remove_partials,
     write_table,
 )
@@ -244,7 +246,8 @@ def _make(
             except BaseException:
                 writer.abandon()
                 raise
-            schema = INDEX_SCHEMA.with_metadata(
+            columns = kept_columns(INDEX_SCHEMA, demographics=plan.settings.demographics)
+            schema = columns.with_metadata(
                 {
                     "fingerprint": prints[shard.number],
                     "tar_bytes": str(size),
@@ -266,13 +269,14 @@ def _entry(
         "size": 0,
         "sha256": "",
         "bits": plan.settings.bits,
-        "view": fields.get("view", ""),
         "source_sha256": fields.get("source_sha256", ""),
         "reason": reason,
         "notes": fields.get("notes", []),
     }
     for name in ("height", "width", "source_height", "source_width"):
         entry[name] = fields.get(name, 0)
+    for name in ("view", *DEMOGRAPHICS):
+        entry[name] = fields.get(name, "")
     if not reason:
         member = writer.add(f"{key}.{suffix}", reply.content)
         entry.update(offset=member.offset, size=member.size, sha256=member.sha256)

@@ -34,7 +34,7 @@ _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What decides the bytes of a member."""
+    """What decides the bytes of a member, and what is told of its file."""
 
     side_px: int = 256  # longest side; smaller images stay as they are
     bits: Literal[8, 16] = 8
@@ -42,11 +42,14 @@ class ImageSettings:
     quality: int = 95  # JPEG only
     require_deid: bool = False  # refuse a DICOM file that check_phi objects to severely
     png_white: int | Literal["own"] = 65535  # of 16-bit PNGs; "own" = each one's brightest pixel
+    demographics: bool = True  # tell sex and age of a DICOM file's patient
 
     def to_json(self) -> str:
         fields = asdict(self)
         if self.png_white == 65535:
             del fields["png_white"]  # sets from before there was a choice are not out of date
+        if not self.demographics:
+            del fields["demographics"]  # as before
         return json.dumps(fields, sort_keys=True)
 
 
@@ -112,7 +115,8 @@ def make_member(
         fields["source_sha256"] = hashlib.sha256(content).hexdigest()
         header = read_header(content)
         if header.kind == "dicom":
-            image, fields["view"], fields["notes"] = _radiograph(content, settings.require_deid)
+            image, told = _radiograph(content, settings)
+            fields |= told
             check_size(*image.shape)
         else:
             image = decode_grey(content, header)
@@ -138,19 +142,27 @@ def make_member(
     return fields, member
 
 
-def _radiograph(content: bytes, require_deid: bool) -> tuple[NDArray[np.uint16], str, list[str]]:
-    """The film, its view, and the codes of what was noted, each once; own_range is one of them."""
+def _radiograph(
+    content: bytes, settings: ImageSettings
+) -> tuple[NDArray[np.uint16], dict[str, Any]]:
+    """The film, what its header tells, and the codes of its notes, own_range too, each once."""
     from mlip.dataloading.dicom import DicomError, check_phi, read_radiograph
+    from mlip.dataloading.dicom_header import UNREAD
     from mlip.dataloading.dicom_phi import SEVERE
 
     try:
-        if require_deid and SEVERE & {leftover.reason for leftover in check_phi(content)}:
+        if settings.require_deid and SEVERE & {leftover.reason for leftover in check_phi(content)}:
             raise BadSample("not_deidentified")
         image, info = read_radiograph(content)
     except DicomError as error:
         raise BadSample(error.code, "DICOM") from None
     notes = {*info.notes, "own_range"} if info.voi == "own_range" else set(info.notes)
-    return image, info.view, sorted(notes)
+    told: dict[str, Any] = {"view": info.view}
+    if settings.demographics:
+        told |= {"sex": info.sex, "age": info.age}
+    else:
+        notes -= UNREAD
+    return image, told | {"notes": sorted(notes)}
 
 
 def main() -> int:

@@ -50,10 +50,21 @@ INDEX_SCHEMA = pa.schema(
         ("source_width", pa.int32()),
         ("source_sha256", pa.string()),
         ("view", pa.string()),  # DICOM ViewPosition, "" where there is none
+        ("sex", pa.string()),  # of the DICOM header, in the words of demographics.py; so is age
+        ("age", pa.string()),
         ("reason", pa.string()),  # "" or why the file was refused
         ("notes", pa.list_(pa.string())),  # codes of what its reader noted
     ]
 )
+
+DEMOGRAPHICS = ("sex", "age")  # columns of index and manifest unless they are not wanted
+
+
+def kept_columns(schema: pa.Schema, *, demographics: bool) -> pa.Schema:
+    """The schema, or what it was before there were sex and age."""
+    if demographics:
+        return schema
+    return pa.schema([field for field in schema if field.name not in DEMOGRAPHICS])
 
 
 class ShardError(ValueError):

@@ -58,7 +58,8 @@ def make_chexpert(root: Path, count: int = 10) -> None:
         lateral = i == 1
         labels = ["1.0" if j == i % 5 else "" for j in range(5)] + ["-1.0" if i == 0 else "", "0.0"]
         side = ["Lateral", ""] if lateral else ["Frontal", "AP"]
-        rows[name].append([path, "Male", 60, *side, *labels])
+        sex = "Unknown" if i == 4 else ("Male", "Female")[i % 2]
+        rows[name].append([path, sex, (0, 90, 18 + i)[min(i, 2)], *side, *labels])
     for name, lines in rows.items():
         header = f"Path,Sex,Age,Frontal/Lateral,AP/PA,{CHEXPERT}"
         table(root / "CheXpert-v1.0" / f"{name}.csv", header, lines)
@@ -131,14 +132,15 @@ def make_mimic(
         subject, study, dicom = f"1000{i // 2:04d}", f"5000{i:04d}", f"{i:08x}-aaaa"
         folder = f"files/p10/p{subject}/s{study}"
         image(base / folder / f"{dicom}.{suffix}", i, size)
-        metadata.append([dicom, subject, study, "LATERAL" if i == 3 else "PA" if i % 2 else "AP"])
+        view = "LATERAL" if i == 3 else "PA" if i % 2 else "AP"
+        metadata.append([dicom, subject, study, view, f"{2150 + 2 * i}0506"])
         split.append(
             [dicom, study, subject, ("train", "train", "train", "validate", "test")[i // 2]]
         )
         reports[f"{folder}.txt"] = "" if i == 5 else REPORT
     table(
         base / "mimic-cxr-2.0.0-metadata.csv.gz",
-        "dicom_id,subject_id,study_id,ViewPosition",
+        "dicom_id,subject_id,study_id,ViewPosition,StudyDate",
         metadata,
     )
     table(base / "mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", split)
@@ -157,6 +159,19 @@ def make_mimic(
             (base / name).write_text(text)
 
 
+def make_mimic_iv(path: Path) -> Path:
+    """The patients of make_mimic but the last, and one that is not in it; the file's path."""
+    rows: list[list[object]] = [
+        ["10000000", "F", 52, 2151, "2014 - 2016", ""],
+        ["10000001", "M", 88, 2153, "2014 - 2016", "2160-01-01"],
+        ["10000002", "M", 91, 2159, "2014 - 2016", ""],
+        ["10000003", "F", 20, 2170, "2014 - 2016", ""],
+        ["19999999", "F", 33, 2151, "2014 - 2016", ""],
+    ]
+    table(path, "subject_id,gender,anchor_age,anchor_year,anchor_year_group,dod", rows)
+    return path
+
+
 def make_ms_cxr(path: Path) -> Path:
     """Boxes of the images 0 and 8 of make_mimic, and of one that it has not; the file's path."""
     header = "dicom_id,category_name,label_text,path,x,y,w,h,image_width,image_height,split"
@@ -172,6 +187,9 @@ def make_ms_cxr(path: Path) -> Path:
     return path
 
 
+NIH_AGES = ("058Y", "058Y", "58", "013M", "414Y", "", "089Y", "090Y", "94", "001D")
+
+
 def make_nih(root: Path) -> None:
     lines: list[list[object]] = []
     listed: dict[str, list[str]] = {"train_val": [], "test": []}
@@ -180,7 +198,8 @@ def make_nih(root: Path) -> None:
         image(root / f"images_{1 + i % 2:03d}" / "images" / name, i)
         found = "No Finding" if i % 3 else "Mass|Pleural_Thickening"
         lines.append(
-            [name, found, i, i // 2, 60, "M", "PA" if i % 2 else "AP", 2500, 2048, 0.1, 0.1]
+            [name, found, i, i // 2, NIH_AGES[i], "MF"[i % 2], "PA" if i % 2 else "AP"]
+            + [2500, 2048, 0.1, 0.1]
         )
         if i != 9:
             listed["test" if i >= 6 else "train_val"].append(name)
@@ -231,6 +250,8 @@ def make_padchest(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
         given = {
             **{"": i, "ImageID": name, "ImageDir": folder, "StudyID": f"21{i}"},
             **{"PatientID": f"839{i if i < 7 else 5}", "Projection": view},
+            **{"StudyDate_DICOM": "20140915", "PatientBirth": f"{1920 + 10 * i}.0"},
+            **{"PatientSex_DICOM": "MFO"[i] if i < 3 else "None" if i == 3 else "F"},
             **{"PhotometricInterpretation_DICOM": "MONOCHROME2", "Report": "derram pleural ."},
             **{"MethodLabel": method, "Labels": labels},
         }

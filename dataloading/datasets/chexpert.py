@@ -1,7 +1,9 @@
 """CheXpert, full or small: train.csv and valid.csv with uncertain labels kept apart.
 
 Licence: Stanford University Dataset Research Use Agreement. Access: registration,
-https://stanfordaimi.azurewebsites.net (data set CheXpert-v1.0).
+https://stanfordaimi.azurewebsites.net (data set CheXpert-v1.0). Sex and age are its columns Sex
+(Male, Female, Unknown) and Age, in which all over 89 are 90. An Age of 0 counts as not stated: the
+publisher does not explain it, public loaders (torchxrayvision) read it so.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from mlip.dataloading.datasets.rows import (
     require_choice,
     split_by_patient,
 )
+from mlip.dataloading.demographics import PatientCells
 
 ACCESS = "CheXpert-v1.0, https://stanfordaimi.azurewebsites.net (registration and agreement)"
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
@@ -56,6 +59,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     patients_5x200 = {_patient(path, "train.csv") for path in chosen}
     excluded: Counter[str] = Counter()
     rows: list[Row] = []
+    cells = PatientCells()
     for name, table in tables.items():
         for row in table:
             path = _inside(row["Path"])
@@ -80,13 +84,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                     if official_test
                     else split_by_patient(patient, "chexpert", _VAL_SHARE),
                     view=row["AP/PA"] if frontal else "LATERAL",
+                    sex=cells.sex(row.get("Sex", "")),
+                    age=cells.age(row.get("Age", ""), zero_years=""),
                     labels=positive,
                     uncertain=uncertain,
                     negative=negative,
                     subset="5x200" if listed else "valid" if name == "valid" else "",
                 )
             )
-    return Collected(rows, excluded, notes)
+    return Collected(rows, excluded, notes + cells.notes())
 
 
 def _base(root: Path) -> Path:

@@ -21,6 +21,7 @@ from mlip.dataloading.datasets.rows import (
     is_list_text,
     split_by_patient,
 )
+from mlip.dataloading.demographics import PatientCells
 from mlip.dataloading.manifest import SPLIT_OF
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
@@ -32,11 +33,14 @@ _USUAL = {
     "image_id": ("image_id", "dicom_id", "SOPInstanceUID"),
     "split": ("split", "Split", "set"),
     "view": ("view", "ViewPosition", "view_position", "projection"),
+    "sex": ("sex", "Sex", "gender", "Gender", "PatientSex", "patient_sex", "Patient Gender"),
+    "age": ("age", "Age", "PatientAge", "patient_age", "Patient Age"),
     "labels": ("labels", "finding_labels", "Finding Labels"),
     "sha256": ("sha256", "sha_256"),
 }
 _NEEDED = ("image", "patient_id")
 _IDENTIFIERS = {"patient_id", "study_id", "image_id"}
+_DEMOGRAPHICS = {"sex", "age"}  # of pandas a column of ages with a gap holds numbers with a point
 _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
@@ -73,7 +77,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 "another column with --option report, or report=none"
             )
     read = read_table(
-        path, wanted | states | {f"text {name}": name for name in texts}, numbers=states
+        path,
+        wanted | states | {f"text {name}": name for name in texts},
+        numbers=states.keys() | (_DEMOGRAPHICS & wanted.keys()),
     )[0]
     for field in _IDENTIFIERS & read.keys():
         check_identifiers(read[field], wanted[field], path)
@@ -85,6 +91,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     excluded: Counter[str] = Counter()
     rows = []
     place_of: dict[str, int] = {}
+    cells = PatientCells()
     for place in range(count):
         cell = {field: (column[place] or "").strip() for field, column in table.items()}
         cell |= {field: said(cell[field]) for field in _IDENTIFIERS & cell.keys()}
@@ -117,6 +124,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 image_id=cell.get("image_id") or cell["image"],
                 split=split or split_by_patient(cell["patient_id"], "manifest", 0.1, 0.1),
                 view=cell.get("view", ""),
+                sex=cells.sex(cell.get("sex", "")),
+                age=cells.age(cell.get("age", "")),
                 report=cell.get("report", ""),
                 labels=positive if findings else cell.get("labels", ""),
                 uncertain=uncertain,
@@ -132,6 +141,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         notes.append("no column of reports was found: name one with --option report=COLUMN")
     if count := sum("\\" in row.image for row in rows):
         notes.append(f"{count} image paths hold a backslash: folders are separated by '/'")
+    notes += cells.notes()
     if findings:
         notes.append(f"findings: {', '.join(findings)}")
     return Collected(rows, excluded, notes)
@@ -180,6 +190,7 @@ DATASET = Dataset(
     access="you: one row an image with at least its path and a patient id",
     collect=collect,
     keeps_ids=False,
+    demographics=("sex", "age"),
     options={
         "file": ("", "manifest file; empty = manifest.csv, .parquet or .jsonl in the root"),
         **{

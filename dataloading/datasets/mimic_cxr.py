@@ -2,7 +2,8 @@
 
 Licence: PhysioNet Credentialed Health Data License 1.5.0. Access: credentialed account, CITI
 course, signed agreement; https://physionet.org/content/mimic-cxr-jpg/ (images, metadata, split,
-labels) and https://physionet.org/content/mimic-cxr/ (DICOM, mimic-cxr-reports.zip).
+labels) and https://physionet.org/content/mimic-cxr/ (DICOM, mimic-cxr-reports.zip). Its tables have
+neither sex nor age: those come from MIMIC-IV, with the StudyDate (YYYYMMDD) of its metadata.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from mlip.dataloading.datasets.mimic_iv import Patients
 from mlip.dataloading.datasets.ms_cxr import read_boxes
 from mlip.dataloading.datasets.rows import (
     FRONTAL,
@@ -117,6 +119,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     labels = _labels(base)
     boxes_of = read_boxes(options["ms_cxr"])
     columns = ["dicom_id", "subject_id", "study_id", "ViewPosition"]
+    patients = _patients(options["patients"], names["metadata"])
     boxed = {  # image -> patient
         row["dicom_id"]: row["subject_id"]
         for row in (read_csv(names["metadata"], columns, ACCESS) if boxes_of else ())
@@ -150,6 +153,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if study not in sections_of:
             sections_of[study] = report_sections(text_of(f"{folder}.txt"))
         positive, uncertain, negative = labels.get(study, ("", "", ""))
+        sex, age = patients.sex_and_age(subject, row.get("StudyDate", ""))
         rows.append(
             Row(
                 image=f"{_prefix(base, root)}{folder}/{row['dicom_id']}.{suffix}",
@@ -158,6 +162,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 image_id=row["dicom_id"],
                 split=split,
                 view=view,
+                sex=sex,
+                age=age,
                 report=joined_report(sections_of[study]),
                 labels=positive,
                 uncertain=uncertain,
@@ -178,7 +184,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"MS-CXR: boxes of {len(boxed)} images, which are test (subset ms_cxr); "
             f"{len(boxes_of) - len(boxed)} others of its list are not in the metadata"
         )
+    notes += patients.notes()
     return Collected(rows, excluded, notes, {"mimic_cxr_sectioned.csv": table})
+
+
+def _patients(option: str, metadata: Path) -> Patients:
+    if option in ("", "none"):
+        return Patients("", ())
+    table = read_csv(metadata, ["subject_id", "StudyDate"], ACCESS)
+    return Patients(option, {row["subject_id"] for row in table})
 
 
 def _base(root: Path) -> Path:
@@ -283,10 +297,12 @@ DATASET = Dataset(
     licence="PhysioNet Credentialed Health Data License 1.5.0",
     access=ACCESS,
     collect=collect,
+    demographics=("patients",),
     options={
         "files": ("jpg", "jpg or dcm"),
         "views": ("frontal", "frontal (PA and AP) or all"),
         "reports": ("", "mimic-cxr-reports.zip or the folder that holds files/; empty = look"),
+        "patients": ("", "patients.csv.gz of MIMIC-IV, for sex and age; empty = neither"),
         "ms_cxr": ("", "MS_CXR_Local_Alignment_v1.1.0.csv: its images are test, with boxes"),
     },
 )

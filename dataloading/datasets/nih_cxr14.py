@@ -2,6 +2,8 @@
 
 Licence: use unrestricted with a link to the source, acknowledgement of the NIH Clinical Center and
 citation of Wang et al., CVPR 2017. Access: https://nihcc.app.box.com/v/ChestXray-NIHCC, open.
+Sex and age are its columns Patient Gender (M, F) and Patient Age: "058Y" in the first table, some
+over 120 years, "58" in that of 2020.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from mlip.dataloading.datasets.rows import (
     require,
     split_by_patient,
 )
+from mlip.dataloading.demographics import PatientCells
 
 ACCESS = "NIH ChestX-ray14, https://nihcc.app.box.com/v/ChestXray-NIHCC (open)"
 FINDINGS = (
@@ -47,6 +50,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     boxes = _boxes(root)
     excluded: Counter[str] = Counter()
     rows = []
+    cells = PatientCells()
     for row in read_csv(table, columns, ACCESS):
         name = row["Image Index"]
         if name not in path_of:
@@ -71,12 +75,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 image_id=name,
                 split=split,
                 view=row["View Position"],
+                sex=cells.sex(row.get("Patient Gender", "")),
+                age=cells.age(row.get("Patient Age", "")),
                 labels="|".join(found),
                 negative="|".join(label for label in FINDINGS if label not in found),
                 boxes=json.dumps(boxes[name]) if name in boxes else "",
             )
         )
-    return Collected(rows, excluded)
+    return Collected(rows, excluded, cells.notes())
 
 
 def _boxes(root: Path) -> dict[str, list[list[float | str]]]:

@@ -3,6 +3,8 @@
 Licence: PadChest Dataset Research Use Agreement: research, no sharing, no re-identification.
 Access: registration, https://bimcv.cipf.es/bimcv-projects/padchest. Labels of 27 % of the reports
 are physicians', the others a recurrent network's. Reports are Spanish, cut to the stems of words.
+Sex is its column PatientSex_DICOM, the age the year of StudyDate_DICOM (YYYYMMDD) less PatientBirth
+(a year), so it may be one too many.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from mlip.dataloading.datasets.rows import (
     require_choice,
     split_by_patient,
 )
+from mlip.dataloading.demographics import PatientCells
 
 ACCESS = "PadChest, https://bimcv.cipf.es/bimcv-projects/padchest (registration and agreement)"
 FRONTAL = frozenset({"PA", "AP", "AP_horizontal"})  # of the column Projection
@@ -56,6 +59,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     is_test_kept = options["split"] == BY_PHYSICIANS
     test_patients = {r["PatientID"] for _, r in kept if _is_by_physicians(r)}
     rows, unsaid = [], 0
+    cells = PatientCells()
     for path, row in kept:
         patient, by_physicians = row["PatientID"], _is_by_physicians(row)
         if is_test_kept and patient in test_patients:
@@ -81,6 +85,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 image_id=row["ImageID"],
                 split=split,
                 view=row["Projection"],
+                sex=cells.sex(row.get("PatientSex_DICOM", "")),
+                age=cells.age_between(row.get("PatientBirth", ""), row.get("StudyDate_DICOM", "")),
                 report=row["Report"] if has_report else "",
                 labels="|".join(findings),
                 subset=BY_PHYSICIANS if by_physicians else "",
@@ -91,7 +97,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         f"labels by physicians: {physicians} images, by a network: {len(rows) - physicians}; of "
         f"all, {unsaid} name no finding and not normal"
     ]
-    return Collected(rows, excluded, notes)
+    return Collected(rows, excluded, notes + cells.notes())
 
 
 def _kept_lines(

@@ -48,6 +48,8 @@ class Row:
     image_id: str
     split: str  # "train", "val" or "test"
     view: str = ""
+    sex: str = ""  # "F", "M", "O"; as age in the words of demographics.py, "" = not stated
+    age: str = ""  # whole years at the study, "90" for all over 89
     report: str = ""
     labels: str = ""  # names of what is there, "|" between them
     uncertain: str = ""
@@ -78,6 +80,7 @@ class Dataset:
     collect: Any  # (root: Path, options: dict[str, str]) -> Collected
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name: default, help
     keeps_ids: bool = True  # False where ids may be those of patients, not pseudonyms
+    demographics: tuple[str, ...] = ()  # options that say where sex and age are; "none" = nowhere
 
 
 def require(path: Path, access: str, *, folder: bool = False) -> Path:
