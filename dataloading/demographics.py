@@ -1,8 +1,8 @@
 """Sex and age of a patient at the study, from what publishers and DICOM headers write for them.
 
 Both are texts: sex "F", "M", "O" or "", age whole years or ""; "" = not stated. Ages over 89 become
-"90": with all dates of the patient they count as identifiers under HIPAA's Safe Harbor rule,
-45 CFR 164.514(b)(2)(i)(C), which allows one class of "age 90 or older". No date is handed on.
+"90": HIPAA's Safe Harbor rule, 45 CFR 164.514(b)(2)(i)(C), counts them as identifiers and allows
+one class "age 90 or older". No date is handed on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SEX = {
     **dict.fromkeys(("m", "male"), "M"),
     **dict.fromkeys(("o", "other"), "O"),
 }
-_AGE = re.compile(r"(\d{1,3})(\.\d*)?([YMWD]?)", re.ASCII)
+_AGE = re.compile(r"(\d{1,3})(\.\d*)?\s*([YMWD]?)", re.ASCII)
 _OVER = frozenset({">89", "90+", ">=90"})
 _IN_A_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}  # of DICOM's age strings, PS3.5 6.2
 _DATE = re.compile(r"(\d{4})(?:[-.]?(\d{2})[-.]?(\d{2}))?(?:\.0)?", re.ASCII)

@@ -58,7 +58,7 @@ class Lut:
 
 @dataclass(frozen=True)
 class Header:
-    """What the pixel chain needs, checked, and whose film it is: no attribute that identifies."""
+    """What the pixel chain needs, view, sex and age, checked: nothing that identifies anybody."""
 
     transfer_syntax: str
     rows: int

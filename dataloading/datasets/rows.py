@@ -48,7 +48,7 @@ class Row:
     image_id: str
     split: str  # "train", "val" or "test"
     view: str = ""
-    sex: str = ""  # "F", "M", "O"; as age in the words of demographics.py, "" = not stated
+    sex: str = ""  # "F", "M" or "O", as demographics.py reads them
     age: str = ""  # whole years at the study, "90" for all over 89
     report: str = ""
     labels: str = ""  # names of what is there, "|" between them
