@@ -108,5 +108,5 @@ class PatientCells:
 
     def notes(self) -> list[str]:
         """One line where something could not be read: how much, never what."""
-        found = [f"{name} of {count} images" for name, count in self._unread.items() if count]
-        return [f"not read, so not stated: {', '.join(found)}"] if found else []
+        found = [f"{name} {count}" for name, count in self._unread.items() if count]
+        return [f"cells not read, so not stated: {', '.join(found)}"] if found else []

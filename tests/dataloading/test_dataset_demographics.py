@@ -38,7 +38,7 @@ def test_nih_tells_both_in_the_words_of_either_table(tmp_path: Path) -> None:
         *(("M", "58"), ("F", "58"), ("M", "58"), ("F", "1"), ("M", "")),
         *(("F", ""), ("M", "89"), ("F", "90"), ("M", "90")),
     ]
-    assert collected.notes == ["not read, so not stated: age of 1 images"]
+    assert collected.notes == ["cells not read, so not stated: age 1"]
     without_columns(tmp_path / "Data_Entry_2017_v2020.csv", "Patient Age", "Patient Gender")
     assert set(told(collect("nih_cxr14", tmp_path)).values()) == {("", "")}
 
@@ -105,7 +105,7 @@ def test_a_manifest_of_ones_own_has_them_under_usual_names(
     collected = collect("manifest", tmp_path)
     expected = [("F", "58"), ("M", "61"), ("", ""), ("", ""), ("M", "0")]
     assert list(told(collected).values()) == expected
-    assert "not read, so not stated: sex of 1 images, age of 1 images" in collected.notes
+    assert "cells not read, so not stated: sex 1, age 1" in collected.notes
     assert set(told(collect("manifest", tmp_path, sex="none", age="none")).values()) == {("", "")}
 
 

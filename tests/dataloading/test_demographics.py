@@ -124,9 +124,9 @@ def test_age_between_two_dates(birth: str, study: str, age: str | None) -> None:
 def test_what_cannot_be_read_is_counted_and_not_told() -> None:
     cells = PatientCells()
     assert [cells.sex(word) for word in ("F", "ZELDA", "")] == ["F", "", ""]
-    assert cells.notes() == ["not read, so not stated: sex of 1 images"]
+    assert cells.notes() == ["cells not read, so not stated: sex 1"]
     assert [cells.age("414Y"), cells.age_between("x", "y"), cells.age("5")] == ["", "", "5"]
-    assert cells.notes() == ["not read, so not stated: sex of 1 images, age of 2 images"]
+    assert cells.notes() == ["cells not read, so not stated: sex 1, age 2"]
     assert PatientCells().notes() == []
 
 
