@@ -85,20 +85,29 @@ def weighted_auroc(scores: Array, labels: Array, weights: Array) -> Array:
     """AUROC under each row of integer weights [R, N] -> [R]; NaN where a class has no weight.
 
     The Mann-Whitney form with half credit for ties: one sort serves all resamples, where a call
-    per resample of the library would cost seconds a finding.
+    per resample of the library would cost seconds a finding. The rows of the larger class are added
+    up once in the order of their scores; each row of the smaller looks its place up, which for rare
+    findings is a third of the time of adding up both.
     """
-    order = np.argsort(scores, kind="stable")
-    ranked = scores[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])
-    label = labels[order].astype(bool)
+    label = labels.astype(bool)
+    has_few_positives = 2 * int(label.sum()) <= len(label)
+    few, many = (
+        np.flatnonzero(label == side) for side in (has_few_positives, not has_few_positives)
+    )
+    many = many[np.argsort(scores[many], kind="stable")]
+    low, high = (np.searchsorted(scores[many], scores[few], side) for side in ("left", "right"))
     result = np.full(len(weights), np.nan)
     for first in range(0, len(weights), AT_ONCE):
-        chosen = weights[first : first + AT_ONCE][:, order].astype(np.float64)
-        positive = np.add.reduceat(chosen * label, starts, axis=1)
-        negative = np.add.reduceat(chosen * ~label, starts, axis=1)
-        below = np.cumsum(negative, axis=1) - negative
-        wins = (positive * (below + 0.5 * negative)).sum(axis=1)
-        pairs = positive.sum(axis=1) * negative.sum(axis=1)
+        part = weights[first : first + AT_ONCE]
+        own = part[:, few].astype(np.float64)
+        up_to = np.zeros((len(part), len(many) + 1))
+        np.cumsum(part[:, many], axis=1, out=up_to[:, 1:])
+        # sums of whole and half numbers: exact, whichever class is looked up
+        beaten = 0.5 * (up_to[:, low] + up_to[:, high])
+        if not has_few_positives:
+            beaten = up_to[:, -1:] - beaten
+        wins = (own * beaten).sum(axis=1)
+        pairs = own.sum(axis=1) * up_to[:, -1]
         with np.errstate(invalid="ignore", divide="ignore"):
             result[first : first + AT_ONCE] = np.where(pairs > 0, wins / pairs, np.nan)
     return result
