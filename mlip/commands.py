@@ -176,6 +176,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
 
 def run_export(options: argparse.Namespace) -> int:
+    from mlip.model_facts import results_beside
     from mlip.pretrained import save_pretrained
 
     out = Path(options.out)
@@ -188,6 +189,8 @@ def run_export(options: argparse.Namespace) -> int:
         opened.tokenizer,
         opened.table,
         facts=opened.facts,
+        origin=opened.origin,
+        results=results_beside(opened.facts["checkpoint"]),
         include_concepts=options.include_concepts,
         onnx=options.onnx,
         transformers=options.transformers,

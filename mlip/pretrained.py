@@ -6,6 +6,7 @@
   preprocessing.json    what pixels and tokens the model expects, for people and other programs
   tokenizer/            vocabulary
   concepts.jsonl        concept table: the project's own lexicon, another only where asked for
+  README.md             model card (mlip/model_card.py)
   image.onnx, text.onnx both towers for other runtimes, where asked for (mlip/onnx_graphs.py)
   image_tower/, text_tower/  both for transformers, where asked for (mlip/transformers_folders.py)
   SHA256SUMS            of the files above; checked when the folder is read
@@ -35,8 +36,18 @@ from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_r
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
+from mlip.model_card import model_card
+from mlip.model_facts import kept_origin, knowledge_of, origin_of, scores_of, sizes_of
 from mlip.onnx_graphs import write_onnx
-from mlip.output_file import file_sha256
+from mlip.pretrained_folder import (
+    CARD,
+    CONTRACT,
+    SETTINGS,
+    WEIGHTS,
+    check_sums,
+    require_free,
+    write_sums,
+)
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import PretrainedError as PretrainedError
 from mlip.pretrained_weights import embedding_rows, model_with
@@ -45,8 +56,6 @@ from mlip.transformers_folders import write_towers
 
 logger = logging.getLogger("mlip")
 FORMAT = 1
-WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
-CONTRACT = "preprocessing.json"
 
 
 def save_pretrained(
@@ -57,12 +66,16 @@ def save_pretrained(
     table: ConceptTable,
     *,
     facts: Mapping[str, Any] | None = None,
+    origin: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
     include_concepts: bool = False,
     onnx: bool = False,
     transformers: bool = False,
 ) -> Path:
     """Write the model's folder; it appears whole or not at all.
 
+    origin            Pretrained.origin, for the model card
+    results           an evaluation, for the card too: left out unless it is of these weights
     include_concepts  write a table of other sources too: its licences are the caller's to keep.
                       Without it such a folder holds no text of theirs, and its reader needs the
                       table beside it.
@@ -72,22 +85,14 @@ def save_pretrained(
              write_towers
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
-    _require_free(folder)
+    require_free(folder)
     partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _fill(
-            partial,
-            model,
-            config,
-            tokenizer,
-            table,
-            dict(facts or {}),
-            include_concepts,
-            onnx,
-            transformers,
-        )
+        known = {"facts": dict(facts or {}), "origin": origin, "results": results}
+        parts = (model, config, tokenizer, table)
+        _fill(partial, *parts, known, include_concepts, onnx, transformers)
         if folder.exists():  # moved, not deleted: a kill between the two leaves both
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
@@ -100,29 +105,13 @@ def save_pretrained(
     return folder
 
 
-def _require_free(folder: Path) -> None:
-    """What is there goes: so only what an export has written, every file of it in its list."""
-    if not folder.exists():
-        return
-    own = {*_sums(folder), SUMS} if (folder / SUMS).is_file() else set()
-    if not {WEIGHTS, SETTINGS, CONTRACT} <= own:  # a list of hashes of somebody else
-        own = set()
-    files = [p for p in folder.rglob("*") if not p.is_dir()] if folder.is_dir() else [folder]
-    other = next((p for p in files if p.relative_to(folder).as_posix() not in own), None)
-    if other is not None:
-        raise PretrainedError(
-            f"{folder}: expected no folder, an empty one or an earlier export; it is or holds "
-            f"other files ({other}), so nothing was written; name another folder"
-        )
-
-
 def _fill(
     folder: Path,
     model: MLIPModel,
     config: Config,
     tokenizer: ReportTokenizer,
     table: ConceptTable,
-    facts: dict[str, Any],
+    known: Mapping[str, Any],
     include_concepts: bool,
     onnx: bool,
     transformers: bool,
@@ -133,16 +122,22 @@ def _fill(
     own_lexicon = table.provenance.get("source") == "lexicon" and config.knowledge.lexicon is None
     (folder / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n", encoding="utf-8")
     tokenizer.save(folder / "tokenizer")
-    if own_lexicon or include_concepts:
+    is_included = own_lexicon or include_concepts
+    if is_included:
         write_table(table, folder / KEPT)
+    weights = hash_of_weights(model)
     standalone = _standalone(config, model)
     described = {
         "model_type": "mlip",
         "format": FORMAT,
         "vocab_size": int(model.text.backbone.config.vocab_size),
-        "facts": facts,
+        "facts": {k: v for k, v in known["facts"].items() if k != "checkpoint"},  # a path
+        "origin": kept_origin(known["origin"], config),
+        "sizes": sizes_of(model),
+        "knowledge": knowledge_of(table, is_own=own_lexicon, is_included=is_included),
+        "evaluation": scores_of(known["results"], weights, table),
         "fingerprints": {
-            "weights": hash_of_weights(model),
+            "weights": weights,
             "preprocessing": hash_of(contract),
             "vocabulary": hash_of_vocabulary(tokenizer),
             "concept_table": table.fingerprint,
@@ -154,13 +149,15 @@ def _fill(
     if transformers:
         described["transformers"] = write_towers(folder, model, standalone, tokenizer)
     (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    lines = [f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}" for p in files]
-    (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(described, contract), encoding="utf-8")
+    write_sums(folder)
 
 
 def _standalone(config: Config, model: MLIPModel) -> Config:
-    """The settings with towers described by size instead of by where they came from."""
+    """The settings with towers described by size instead of by where they came from.
+
+    Without places of this machine, but that of a lexicon: it says which table the reader needs.
+    """
     vision, text = config.model.vision, config.model.text
     if vision.source is not None:
         vision = dataclasses.replace(
@@ -173,8 +170,16 @@ def _standalone(config: Config, model: MLIPModel) -> Config:
     # the folder's own vocabulary is meant, wherever the folder lies
     text = dataclasses.replace(text, tokenizer=None)
     towers = dataclasses.replace(config.model, vision=vision, text=text)
-    run = dataclasses.replace(config.run, dir=configuration.Run().dir)
-    return dataclasses.replace(config, model=towers, run=run)
+    return dataclasses.replace(
+        config,
+        model=towers,
+        run=dataclasses.replace(config.run, dir=configuration.Run().dir),
+        data=dataclasses.replace(config.data, manifest="", root=None),
+        knowledge=dataclasses.replace(
+            config.knowledge, vectors=Path(config.knowledge.vectors).name, cache_dir=None
+        ),
+        evaluate=dataclasses.replace(config.evaluate, checkpoint=None),
+    )
 
 
 def from_pretrained(
@@ -192,7 +197,7 @@ def from_pretrained(
     """
     folder = Path(folder)
     described = _read_settings(folder)
-    _check_sums(folder)
+    check_sums(folder)
     config = _settings(described["config"], folder / SETTINGS)
     # settings of a stranger: they name no source here, and must not open the network for one
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
@@ -207,7 +212,8 @@ def from_pretrained(
         raise PretrainedError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
     model = model_with(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
     facts = {**described["facts"], "checkpoint": str(folder)}
-    return Pretrained(model, config, tokenizer, table, Linker(table), facts)
+    origin = kept_origin(described.get("origin"), config)
+    return Pretrained(model, config, tokenizer, table, Linker(table), facts, origin=origin)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -240,30 +246,6 @@ def _settings(tree: Mapping[str, Any], where: Path) -> Config:
     is_bound = config.model.attention == "xformers"
     towers = dataclasses.replace(config.model, attention="sdpa") if is_bound else config.model
     return dataclasses.replace(config, model=towers)
-
-
-def _check_sums(folder: Path) -> None:
-    sums = _sums(folder)
-    for name in (WEIGHTS, SETTINGS):
-        if name not in sums:
-            raise PretrainedError(f"{folder / SUMS}: does not list {name}; copy the folder again")
-    for name, expected in sums.items():
-        path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise PretrainedError(f"{folder / SUMS}: names a file outside: {name!r}")
-        if not path.is_file():
-            raise PretrainedError(f"{path}: missing; copy the whole folder again")
-        if file_sha256(path) != expected:
-            raise PretrainedError(f"{path}: damaged or changed (SHA-256 differs); copy it again")
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 as the folder's list has them."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise PretrainedError(f"{folder / SUMS}: cannot be read: {error.strerror}") from error
-    return {name: expected for expected, _, name in (line.partition("  ") for line in lines)}
 
 
 def _check_concepts(
@@ -367,6 +349,7 @@ def open_checkpoint(
     return Pretrained(
         *(model.to(device), config, tokenizer, table, Linker(table), facts),
         prototypes=tensors.get("losses.category.prototypes"),
+        origin=origin_of(read.state, config),
     )
 
 

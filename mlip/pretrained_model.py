@@ -11,7 +11,7 @@ scores = mlip.similarity(images, texts)  # [2, 2], high = match
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Pretrained:
     linker: Linker
     facts: dict[str, Any]  # step, pairs_seen, checkpoint, weights: what is known of its training
     prototypes: Tensor | None = None  # [C, D] of the category level; a training checkpoint's only
+    origin: dict[str, Any] = field(default_factory=dict)  # of the training: model_facts.origin_of
 
     def encode_images(self, paths: Iterable[str | Path]) -> ImageFeatures:
         """mlip.transfer.own_inputs.encode_images: of JPEG, PNG or DICOM files."""
