@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from mlip import onnx_graphs
 from mlip.cli import main
@@ -57,7 +59,9 @@ def test_no_device_id_and_no_event_are_kept_for_the_maker_of_the_runtime(tmp_pat
     assert not list(home.rglob("*"))
 
 
-def test_a_file_and_a_phrase_get_the_models_score(tmp_path: Path) -> None:
+def test_a_file_and_a_phrase_get_the_models_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From a picture on disk to the global score, every number by ONNX Runtime."""
     out = tmp_path / "model"
     assert main(["export", f"checkpoint={small_export()}", "--out", str(out), "--onnx"]) == 0
@@ -87,6 +91,14 @@ def test_a_file_and_a_phrase_get_the_models_score(tmp_path: Path) -> None:
         assert domain.version == facts["opset"]
     assert set(facts["largest_difference"]) == {"image.onnx", "text.onnx"}
     assert all(0 <= value < 1e-5 for value in facts["largest_difference"].values())
+
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "onnx" in yaml.safe_load(card.split("---\n")[1])["tags"]
+    _, code = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["image_features"].shape == (1, 32)
 
 
 def test_towers_for_a_gpu_become_plain_float32_graphs(tmp_path: Path) -> None:
