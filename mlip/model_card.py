@@ -1,8 +1,8 @@
 """README.md of an export: a model card as model hubs read it, made of what config.json holds.
 
 Nothing is looked up, so the same config.json gives the same bytes. Whatever the page shows is
-escaped unless this module made it: names of findings and groups are users' own. The page lives in
-mlip/report/templates/model_card.md.
+escaped unless this module made it: names of findings and groups are users' own. Its text lives in
+mlip/report/templates.
 Source:  Mitchell et al., Model Cards for Model Reporting, 2019 (arXiv 1810.03993): its sections.
 """
 
