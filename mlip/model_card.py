@@ -84,6 +84,7 @@ def _context(described: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[
         **{key: described[key] for key in ("vocab_size", "knowledge", "fingerprints")},
         **{"config": config, "contract": contract, "scores": scores, "sizes": sizes, "onnx": onnx},
         "origin": origin,
+        "has_folders": "transformers" in described,
         "front_matter": Markup(
             yaml.safe_dump(_front_matter(described, is_generated), sort_keys=False)
         ),

@@ -19,7 +19,9 @@ from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.merging import LICENSED_SOURCES, open_part
 from mlip.model import MLIPModel
 from mlip.transfer.grounding import KINDS
+from mlip.transfer.interval import not_available
 from mlip.transfer.retrieval import CUTS, DIRECTIONS
+from mlip.transfer.subgroups import FEWEST_PATIENTS, TOO_FEW
 from mlip.transfer.summary import HEADS
 
 logger = logging.getLogger("mlip")
@@ -241,21 +243,24 @@ def _zero_shot(found: Mapping[str, Any], may_be_named: Any) -> dict[str, Any]:
 def _subgroup(found: Mapping[str, Any], heads: list[str]) -> dict[str, Any]:
     groups = [
         {
-            # what one patient alone has may tell who that is
-            "name": str(group["name"]) if int(group["patients"]) > 1 else None,
-            "images": int(group["images"]),
-            "patients": int(group["patients"]),
-            "macro": _estimates(group["macro"], heads),
-            "difference": _estimates(group["difference"], heads),
+            "name": str(group["name"]),
+            **{key: int(group[key]) for key in ("images", "patients")},
+            "macro": {head: _mean(group["macro"].get(head)) for head in heads},
+            "difference": {head: _mean(group["difference"].get(head)) for head in heads},
         }
         for group in found["groups"]
+        if int(group["patients"]) >= FEWEST_PATIENTS
     ]
-    return {
-        "column": str(found["column"]),
-        "groups": groups,
-        "has_small_groups": bool(found.get("small_groups") or found.get("has_small_groups")),
-        "not_stated": int(found["not_stated"]),
-    }
+    small = {key: int(found["small_groups"][key]) for key in ("groups", "images", "patients")}
+    stated = {"column": str(found["column"]), "not_stated": int(found["not_stated"])}
+    return {**stated, "groups": groups, "small_groups": small}
+
+
+def _mean(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An estimate over as many findings as it says; no rows gave one where there is none."""
+    told: Mapping[str, Any] = found or not_available(TOO_FEW)
+    counted = {key: int(told[key]) for key in ("classes", "classes_asked") if key in told}
+    return {**_estimate(told), **counted}
 
 
 def _retrieval(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mlip.model_facts import kept_origin, scores_of, sizes_of, start_of
 from mlip.pretrained import PretrainedError, from_pretrained, save_pretrained
 from mlip.training import checkpoint
 from mlip.training.step import TrainingState
-from mlip.transfer.evaluation import save_results
+from mlip.transfer.evaluation import evaluate_run, save_results
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 from tests.small_run import small_export, small_results, small_run
 
@@ -317,7 +317,7 @@ def test_names_of_users_are_shown_as_they_are_and_do_nothing(tmp_path: Path) -> 
     found = _rows(card, "Zero-shot")
     assert [row[0] for row in found[1:-2]] == wanted and {len(row) for row in found} == {6}
     groups = _rows(card, "By subgroup")
-    assert [row[0] for row in groups[1:]] == wanted and {len(row) for row in groups} == {9}
+    assert [row[0] for row in groups[1:]] == wanted and {len(row) for row in groups} == {10}
     assert _headings(card) == _headings(_card(_save(tmp_path / "plain", _with(lambda r: None))))
     inside = [child for token in _tokens(card) for child in token.children or ()]
     kinds = {token.type for token in [*_tokens(card), *inside]}
@@ -333,34 +333,64 @@ def _collapsed(name: str) -> str:
 
 
 def _subgroups(names: list[str]) -> list[dict[str, Any]]:
-    def estimate(value: float) -> dict[str, Any]:
-        return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 8, "reason": None}
+    def mean(value: float) -> dict[str, Any]:
+        inside = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {**inside, "n": 8, "reason": None, "classes": 7, "classes_asked": 8}
 
-    heads = ("global", "local", "combined")
+    heads = ("global", "local", "combined", "global_sensitivity")
     groups = [
         {
             "name": name,
-            "images": 8 + k,
-            "patients": 4 + k,
-            "macro": {h: estimate(0.75) for h in heads},
-            "difference": {h: estimate(-0.05) for h in heads},
+            "images": 28 + k,
+            "patients": 14 + k,
+            "macro": {h: mean(0.75) for h in heads},
+            "difference": {h: mean(-0.05) for h in heads},
+            "classes": [],
         }
         for k, name in enumerate(names)
     ]
-    return [{"column": "sex", "groups": groups, "small_groups": {}, "not_stated": 3}]
+    small = {"groups": 2, "images": 9, "patients": 4}
+    return [{"column": "sex", "groups": groups, "small_groups": small, "not_stated": 3}]
 
 
-def test_subgroups_stand_in_a_table_and_one_person_is_no_group(tmp_path: Path) -> None:
+def test_subgroups_stand_in_a_table_and_few_patients_are_no_group(tmp_path: Path) -> None:
     subgroups = _subgroups(["F", "M", "Smith"])
-    subgroups[0]["groups"][2]["patients"] = 1
+    subgroups[0]["groups"][2]["patients"] = 9
+    # what no row of a group can give is not among its scores
+    del (
+        subgroups[0]["groups"][1]["macro"]["local"],
+        subgroups[0]["groups"][1]["difference"]["local"],
+    )
     results = _with(lambda r: r["zero_shot"].update(subgroups=subgroups))
     out = _save(tmp_path / "model", results)
     rows = _rows(_card(out), "By subgroup")
     shown = ["0.750 (0.650 to 0.850)", "-0.050 (-0.150 to +0.050)"]
-    assert rows[1] == ["F", "8", "4", *shown * 3]
-    assert [row[0] for row in rows[1:3]] == ["F", "M"] and rows[3][1:3] == ["10", "1"]
+    assert rows[1] == ["F", "28", "14", "7", *shown * 3]
+    assert rows[2][:6] == ["M", "29", "15", "7", *shown] and rows[2][6].startswith("n/a")
+    assert len(rows) == 3
     assert "Smith" not in _card(out) + (out / "config.json").read_text()
+    described = json.loads((out / "config.json").read_text())
+    weights = described["fingerprints"]["weights"]
+    assert scores_of(described["evaluation"], weights, small_run().table) == described["evaluation"]
     assert _rows(_card(_save(tmp_path / "none", _with(lambda r: None))), "By subgroup") == []
+
+
+def test_subgroups_are_those_that_an_evaluation_gives(tmp_path: Path) -> None:
+    small = small_run()
+    config = dataclasses.replace(
+        small.config,
+        evaluate=dataclasses.replace(
+            small.config.evaluate, subgroups={"view": []}, thresholds=False
+        ),
+    )
+    parts = (small.model, config, small.manifest, small.tokenizer, small.linker, small.table)
+    results = evaluate_run(*parts)
+    (found,) = results["zero_shot"]["subgroups"]
+    rows = _rows(_card(_save(tmp_path / "model", results)), "By subgroup")[1:]
+    assert found["groups"] and [row[:3] for row in rows] == [
+        [group["name"], str(group["images"]), str(group["patients"])] for group in found["groups"]
+    ]
+    assert [row[4] for row in rows] == [_shown(g["macro"]["global"]) for g in found["groups"]]
 
 
 def test_a_label_that_one_patient_alone_may_have_is_not_named(tmp_path: Path) -> None:
