@@ -25,10 +25,10 @@ TAGS = (
 )
 _KINDS = {"resnet": "ResNet", "vit": "ViT", "bert": "BERT"}
 _SHAPE = {
-    "hidden_sizes": "stages of channels",
-    "depths": "of blocks",
-    "layer_type": "block",
-    "patch_size": "patches of px",
+    "hidden_sizes": "channels by stage",
+    "depths": "blocks by stage",
+    "layer_type": "kind of block",
+    "patch_size": "patch side in px",
     "num_hidden_layers": "layers",
     "hidden_size": "width",
 }
@@ -61,7 +61,7 @@ def model_card(described: Mapping[str, Any], contract: Mapping[str, Any]) -> str
         "short": lambda value: Markup(f"{value:g}"),
         "signed": lambda estimate: _estimate(estimate, form="+.3f"),
     }
-    return environment.get_template("model_card.md").render(_context(described, contract))
+    return environment.get_template("model_card.jinja").render(_context(described, contract))
 
 
 def escaped(value: Any) -> Markup:
@@ -212,7 +212,7 @@ def _tower(sizes: Mapping[str, Any]) -> Markup:
             value = sizes[key]
             shown = " and ".join(map(str, value)) if isinstance(value, list) else value
             parts.append(escaped(f"{name} {shown}"))
-    return Markup(", ").join(parts)
+    return Markup("; ").join(parts)
 
 
 def _start(start: Mapping[str, str] | None) -> str | Markup:
