@@ -134,7 +134,7 @@ def knowledge_of(table: ConceptTable, *, is_own: bool, is_included: bool) -> dic
     }
 
 
-def results_beside(checkpoint: str | Path) -> Mapping[str, Any] | None:
+def results_beside(checkpoint: str | Path) -> Any:
     """results.json of a checkpoint's run, or the scores that an export holds; None without any.
 
     One that cannot be read costs the scores of the card, not the export, and is warned of.
@@ -142,7 +142,8 @@ def results_beside(checkpoint: str | Path) -> Mapping[str, Any] | None:
     folder = Path(checkpoint)
     if (folder / "state.json").is_file():
         # the folder of checkpoints may be a link to another disk
-        places = [run / "results.json" for run in (folder.parents[1], folder.resolve().parents[1])]
+        runs = (folder.absolute().parents[1], folder.resolve().parents[1])
+        places = [run / "results.json" for run in runs]
     else:
         places = [folder / "config.json"]
     for path in places:
@@ -153,15 +154,11 @@ def results_beside(checkpoint: str | Path) -> Mapping[str, Any] | None:
         except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s: cannot be read, the card goes without scores: %s", path, error)
             return None
-        if path.name == "config.json":
-            found = found.get("evaluation") if isinstance(found, dict) else None
-        return found if isinstance(found, dict) else None
+        return found if path.name == "results.json" else found.get("evaluation")
     return None
 
 
-def scores_of(
-    results: Mapping[str, Any] | None, weights: str, table: ConceptTable
-) -> dict[str, Any] | None:
+def scores_of(results: Any, weights: str, table: ConceptTable) -> dict[str, Any] | None:
     """The part of an evaluation that a card shows, in the form of results.json; None if it is of
     other weights.
 
@@ -169,11 +166,20 @@ def scores_of(
     Names of findings and groups stay only where they cannot be of one patient alone.
     """
     try:
-        if results is None or results["fingerprints"]["weights"] != weights:
+        if results is None:
+            return None
+        if results["fingerprints"]["weights"] != weights:
+            logger.warning(
+                "results.json is of other weights, so the card says that these were not evaluated; "
+                "evaluate them (evaluate.weights, the newest checkpoint), then export again"
+            )
             return None
         return _scores(results, _public_names(table))
     except _FAULTS as error:
-        logger.warning("results.json: is not that of an evaluation, the card is without: %r", error)
+        logger.warning(
+            "results.json: is not that of an evaluation, the card goes without scores: %s",
+            type(error).__name__,  # its text may be a cell's
+        )
         return None
 
 

@@ -24,8 +24,8 @@ from mlip.cli import main
 from mlip.config import to_dict
 from mlip.knowledge.concept_files import load_concepts
 from mlip.model import MLIPModel
-from mlip.model_facts import kept_origin, scores_of, sizes_of, start_of
-from mlip.pretrained import PretrainedError, from_pretrained, save_pretrained
+from mlip.model_facts import kept_origin, results_beside, scores_of, sizes_of, start_of
+from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint, save_pretrained
 from mlip.training import checkpoint
 from mlip.training.step import TrainingState
 from mlip.transfer.evaluation import evaluate_run, save_results
@@ -206,8 +206,26 @@ def test_what_the_run_recorded_stands_there(folder: Path) -> None:
     assert contract[-1][1] == hash_of(preprocessing(small.config))
 
 
+def test_the_results_of_a_checkpoint_are_its_runs_wherever_it_is_named_from(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(run)
+    step = "step_00000007"
+    for place, name in (
+        (run / "checkpoints", step),
+        (run, "."),
+        (tmp_path, f"link/checkpoints/{step}"),
+    ):
+        monkeypatch.chdir(place)
+        opened = open_checkpoint(name)
+        results = results_beside(opened.facts["checkpoint"])
+        assert results["fingerprints"] == small_results()["fingerprints"]
+
+
 @pytest.mark.parametrize("what", ["other weights", "no file", "cut file", "a list", "lacks data"])
-def test_scores_that_are_not_of_these_weights_are_left_out(what: str, tmp_path: Path) -> None:
+def test_scores_that_are_not_of_these_weights_are_left_out(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     changes: dict[str, Any] = {
         "other weights": lambda r: r["fingerprints"].update(weights="0" * 64),
         "lacks data": lambda r: r.pop("data"),
@@ -219,6 +237,8 @@ def test_scores_that_are_not_of_these_weights_are_left_out(what: str, tmp_path: 
         path.write_text(path.read_text()[:100] if what == "cut file" else "[1]")
     out = _export(run, tmp_path / "model")
     assert json.loads((out / "config.json").read_text())["evaluation"] is None
+    said = [message.startswith(("results.json", str(run))) for message in caplog.messages]
+    assert said == [True] * (what != "no file")
     headings = _headings(_card(out))
     assert "Evaluation" in headings and "Zero-shot" not in headings
     assert f"{small_results()['zero_shot']['macro']['global']['value']:.3f}" not in _card(out)
