@@ -81,7 +81,9 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
             raise
         raise ManifestError(
             f"evaluate.subgroups: {path} has no column {', '.join(map(repr, missing))}; it has: "
-            f"{', '.join(there)}; evaluate.subgroups.{missing[0]}=null takes one out"
+            f"{', '.join(there)}. `mlip prepare` writes sex, age and view, earlier versions view "
+            f"alone (--overwrite makes a set again); evaluate.subgroups.{missing[0]}=null takes "
+            "one out"
         ) from None
     if found.hexdigest() != manifest.fingerprint:
         raise ManifestError(f"{manifest.path}: changed while it was read; start again")
