@@ -34,7 +34,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"{'zero-shot AUROC':<26}" + "".join(f"{h:<20}" for h in HEADS))
         for row in zero_shot["findings"]:
-            lines.append(f"  {row['name']:<24}" + "".join(f"{_text(row[h]):<20}" for h in HEADS))
+            lines.append(f"  {row['name']:<23} " + "".join(f"{_text(row[h]):<20}" for h in HEADS))
         macro = zero_shot["macro"]
         lines.append(f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS))
         means = (zero_shot.get("at_thresholds") or {}).get("macro", {})
