@@ -36,7 +36,12 @@ def check_agreement(config: Any) -> None:
             f"evaluate.{name}={list(sentences)}: expected sentences, each with one {{}} where the "
             "finding's name goes",
         )
-    threshold_rule(config.evaluate.threshold_rule)
+    rule, _ = threshold_rule(config.evaluate.threshold_rule)
+    require(
+        config.evaluate.thresholds or rule == "f1" or config.transfer.task == "classification",
+        f"evaluate.threshold_rule={config.evaluate.threshold_rule} chooses thresholds, which "
+        "evaluate.thresholds=false turns off: leave out one of the two",
+    )
     _check_subgroups(config.evaluate.subgroups)
     cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision

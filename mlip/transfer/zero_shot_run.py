@@ -55,7 +55,8 @@ def zero_shot_run(
     if is_phantom:
         prompts = truth.phantom_prompts(table)
     elif manifest.label_column is None:
-        return {"reason": "data.columns.labels is not set: there is nothing to score against"}
+        nor = ", nor to tell by evaluate.subgroups" if config.evaluate.subgroups else ""
+        return {"reason": f"data.columns.labels is not set: there is nothing to score against{nor}"}
     else:
         names = truth.label_names(manifest, images.row_index)
         prompts, unknown = truth.lexicon_prompts(names, linker, table, config.evaluate)

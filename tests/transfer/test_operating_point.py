@@ -111,3 +111,11 @@ def test_another_rule_is_refused_by_name(text: str) -> None:
 def test_a_rule_with_a_share_can_be_given_on_the_command_line() -> None:
     config = load(overrides=["evaluate.threshold_rule=sensitivity=0.95"])
     assert config.evaluate.threshold_rule == "sensitivity=0.95"
+
+
+def test_a_rule_for_thresholds_that_are_turned_off_is_refused() -> None:
+    off = ["evaluate.thresholds=false", "evaluate.threshold_rule=youden"]
+    with pytest.raises(ConfigError, match=r"evaluate\.thresholds=false turns off"):
+        load(overrides=off)
+    # a linear probe has thresholds of its own
+    load(overrides=[*off, "transfer.task=classification", "transfer.classes={Edema: one}"])
