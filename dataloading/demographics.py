@@ -57,7 +57,7 @@ def age_between(birth: str, study: str) -> str | None:
     """Whole years from one date to another, YYYYMMDD or a year alone; "" where one is not stated.
 
     With a year alone the difference of the years, which may be one too many.
-    Returns: None for what is no date, or no age.
+    Returns: None for what is no date or a stand-in for one, or no age.
     """
     if birth.strip().lower() in _NOTHING or study.strip().lower() in _NOTHING:
         return ""

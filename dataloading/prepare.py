@@ -26,7 +26,7 @@ from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row
 from mlip.dataloading.dicom import DicomError, explain
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
-from mlip.dataloading.prepared_tables import write_csv
+from mlip.dataloading.prepared_tables import grouping_lines, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_build import PASSING, Plan, Result, build_shards, write_id_map
 from mlip.dataloading.shard_worker import ImageSettings
@@ -371,5 +371,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
         return 0
     lost = len(collected.rows) - result.images - refused
     print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")
+    # the headers of DICOM files have told by now what the split's table above could not know
+    for line in grouping_lines(plan.out / "manifest.parquet"):
+        print(one_line(line))
     print(f"manifest: {plan.out / 'manifest.parquet'}")
     return lost

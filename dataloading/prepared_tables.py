@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import fields
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
@@ -20,6 +23,7 @@ _TEXTS = (
     "image image_id patient_id study_id split view sex age report labels uncertain negative boxes "
     "mask subset sha256"
 ).split()
+_MOST_TOLD = 8  # views: more are no words of a publisher
 _SIZES = ("height", "width", "bits", "source_height", "source_width")
 _MANIFEST_SCHEMA = pa.schema(
     [*((name, pa.string()) for name in _TEXTS), *((name, pa.int64()) for name in _SIZES)]
@@ -80,6 +84,26 @@ def _manifest_part(
         for name, column in columns.items():
             column.append(values[name])
     return pa.table(columns, schema=schema)
+
+
+def grouping_lines(manifest: Path) -> list[str]:
+    """What evaluations may group a manifest's images by: views and sexes counted, ages stated."""
+    names = [n for n in ("view", *DEMOGRAPHICS) if n in pq.read_schema(manifest).names]
+    table = pq.read_table(manifest, columns=names)
+    lines = []
+    for name in names:
+        found = Counter(
+            {
+                row["values"] or "not stated": row["counts"]
+                for row in pc.value_counts(table[name]).to_pylist()
+            }
+        )
+        if name == "age":
+            lines.append(f"age: stated of {len(table) - found['not stated']} of {len(table)}")
+        else:
+            told = ", ".join(f"{value} {count}" for value, count in found.most_common(_MOST_TOLD))
+            lines.append(f"{name}: {told}")
+    return lines
 
 
 def write_csv(rows: list[list[Any]], path: Path) -> None:

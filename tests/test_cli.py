@@ -300,3 +300,10 @@ def test_a_letter_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
     ended = _make_phantoms(tmp_path / "\u00e9", subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.endswith("/\\xe9/manifest.csv\n")
+
+
+def test_python_m_mlip_is_the_command() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "mlip", "export"], capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 2 and "mlip export: " in said.stderr

@@ -280,3 +280,19 @@ def test_a_run_that_was_stopped_ends_with_the_bytes_of_one_that_was_not(tmp_path
     for name in files:
         assert (whole.out / name).read_bytes() == (stopped.out / name).read_bytes(), name
     assert [row["age"] for row in prepared(stopped.out)] == [str(30 + i) for i in range(6)]
+
+
+def test_prepare_ends_with_what_evaluations_may_group_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of splits is printed before a header is read: of DICOM files it knows no view."""
+    root = tmp_path / "raw"
+    root.mkdir()
+    tags = ({"PatientSex": "F", "PatientAge": "058Y"}, {"PatientSex": "F"}, {"PatientSex": ""})
+    for i, (view, own) in enumerate(zip(("PA", "PA", "AP"), tags, strict=True)):
+        film(root / f"{i}.dcm", i, ViewPosition=view, **own)
+    assert prepare(root, tmp_path / "out") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-4:-1] == ["view: PA 2, AP 1", "sex: F 2, not stated 1", "age: stated of 1 of 3"]
+    assert prepare(root, tmp_path / "without", "--no-demographics") == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "view: PA 2, AP 1"
