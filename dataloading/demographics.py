@@ -21,10 +21,10 @@ _SEX = {
     **dict.fromkeys(("o", "other"), "O"),
 }
 _AGE = re.compile(r"(\d{1,3})(\.\d*)?\s*([YMWD]?)", re.ASCII)
-_OVER = frozenset({">89", "90+", ">=90"})
+_OVER = frozenset({">89", "90+", ">=90", ">90"})
 _IN_A_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}  # of DICOM's age strings, PS3.5 6.2
 _DATE = re.compile(r"(\d{4})(?:[-.]?(\d{2})[-.]?(\d{2}))?(?:\.0)?", re.ASCII)
-_DUMMY_BIRTH = (1900, 1, 1)  # what stands for a birth date that was taken away
+_DUMMY_BIRTHS = ((1900, 1, 1), (1900,))  # what stands for a birth date that was taken away
 
 
 def read_sex(text: str) -> str | None:
@@ -62,7 +62,7 @@ def age_between(birth: str, study: str) -> str | None:
     if birth.strip().lower() in _NOTHING or study.strip().lower() in _NOTHING:
         return ""
     born, seen = _date(birth), _date(study)
-    if born is None or seen is None or born == _DUMMY_BIRTH:
+    if born is None or seen is None or born in _DUMMY_BIRTHS:
         return None
     is_before_birthday = len(born) == len(seen) == 3 and seen[1:] < born[1:]
     return _told(seen[0] - born[0] - is_before_birthday)
