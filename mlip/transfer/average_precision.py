@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.interval import Array, defined_mean
-from mlip.transfer.scores import Measured, over_seeds
-from mlip.transfer.subgroups import Measures, over_seeds_of
+from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
+from mlip.transfer.subgroups import Measures
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
 MOST_BOXES = 100  # per image, the COCO tool's largest
@@ -206,7 +206,7 @@ def detection_measures(
             value = mean_average_precision(matches_of(seed), inside[None].astype(np.float64))
             under = mean_average_precision(matches_of(seed), weights * inside)
             each.append((float(value[0]), under, int(inside.sum())))
-        joined = over_seeds_of(each)
+        joined = mean_of_fits(each)
         return Measures(whole={} if joined is None else {"strict": joined})
 
     return measure

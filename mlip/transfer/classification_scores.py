@@ -25,10 +25,11 @@ from mlip.transfer.scores import (
     calibration_error,
     confusion,
     curve,
+    mean_of_fits,
     over_seeds,
     weighted_average_precision,
 )
-from mlip.transfer.subgroups import Measures, has_both, over_seeds_of
+from mlip.transfer.subgroups import Measures, has_both
 
 IGNORED = -1  # a target that is not known
 KEYS = ("auroc", "auprc", *RATES, "accuracy", "ece", "ece_calibrated")
@@ -133,13 +134,17 @@ def label_measures(
             found[name] = {}
             if not has_both(truth):
                 continue
-            each = [
-                _binary(p["test"][rows, k].astype(np.float64), truth, of, own[k])
-                for p, own in zip(predictions, cuts, strict=True)
-                if p["learnt"][k]
-            ]
+            each: list[dict[str, Measured]] = []
+            for p, own in zip(predictions, cuts, strict=True):
+                if not p["learnt"][k]:
+                    continue
+                logit, cut = p["test"][rows, k].astype(np.float64), own[k]
+                area = auroc(logit, truth)
+                assert area is not None
+                told = {} if cut is None else rates(logit >= cut, truth, of)
+                each.append({**told, "auroc": (area, weighted_auroc(logit, truth, of), len(truth))})
             for key in ("auroc", "sensitivity", "specificity"):
-                joined = over_seeds_of([fit.get(key) for fit in each])
+                joined = mean_of_fits([fit.get(key) for fit in each])
                 if joined is not None:
                     found[name][key] = joined
         return Measures(found, counts)
@@ -174,11 +179,11 @@ def exclusive_measures(
                 value = auroc(own, is_true) if p["learnt"][k] else None
                 if value is not None:
                     areas.append((value, weighted_auroc(own, is_true, of), len(is_true)))
-            joined = over_seeds_of(areas)
+            joined = mean_of_fits(areas)
             if joined is not None:
                 found[name]["auroc"] = joined
         right = [(p[inside].argmax(axis=1) == truth[inside]).astype(float) for p in probabilities]
-        accuracy = over_seeds_of(
+        accuracy = mean_of_fits(
             [(float(r.mean()), weighted_mean(r, of), len(r)) for r in right if len(r)]
         )
         return Measures(found, counts, {} if accuracy is None else {"accuracy": accuracy})

@@ -17,8 +17,8 @@ import numpy as np
 
 from mlip.transfer.interval import Array, weighted_mean, weighted_sum
 from mlip.transfer.mask_file import IGNORED, INSIDE
-from mlip.transfer.scores import Measured, over_seeds
-from mlip.transfer.subgroups import Measures, over_seeds_of
+from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
+from mlip.transfer.subgroups import Measures
 
 FORMS = ("published", "positive_only", "pooled")
 
@@ -86,7 +86,7 @@ def dice_measures(by_seed: Sequence[Counts], weights: Array) -> Callable[[Array]
 
     def measure(inside: Array) -> Measures:
         each = [_measured(counts.of(inside), weights[:, inside]) for counts in by_seed]
-        joined = {key: over_seeds_of([found.get(key) for found in each]) for key in FORMS}
+        joined = {key: mean_of_fits([found.get(key) for found in each]) for key in FORMS}
         return Measures(whole={key: found for key, found in joined.items() if found is not None})
 
     return measure

@@ -85,6 +85,18 @@ def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
 Measured = tuple[float, Array, int]  # value, its resamples [R], n
 
 
+def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
+    """The mean over the fits that have the score, None where none has.
+
+    One resample of patients serves all fits. A fit without the score does not count as a zero.
+    """
+    found = [m for m in measured if m is not None and np.isfinite(m[0])]
+    if not found:
+        return None
+    value = float(np.mean([m[0] for m in found]))
+    return value, np.mean([m[1] for m in found], axis=0), found[0][2]
+
+
 def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -> dict[str, Any]:
     """The mean over seeds with an interval over patients, and how much seeds differ.
 
@@ -92,15 +104,9 @@ def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -
     patients would do to the mean; "seed_sd" says what another seed does.
     Returns: Estimate with "seeds" (each value or None) and "seed_sd" (None for one seed)
     """
-    found = [m for m in measured if m is not None and np.isfinite(m[0])]
+    found = mean_of_fits(measured)
     each = [None if m is None or not np.isfinite(m[0]) else float(m[0]) for m in measured]
-    mean: Estimate
-    if not found:
-        mean = not_available(reason)
-    else:
-        # a seed for which the score does not exist is shown, and does not count as a zero
-        value = float(np.mean([m[0] for m in found]))
-        mean = estimate(value, np.mean([m[1] for m in found], axis=0), found[0][2])
+    mean: Estimate = not_available(reason) if found is None else estimate(*found)
     values = [v for v in each if v is not None]
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {**mean, "seeds": each, "seed_sd": deviation}

@@ -261,15 +261,6 @@ def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[st
     return {**estimate(value, resampled, max(m[2] for m in found)), **counted}
 
 
-def over_seeds_of(measured: Sequence[Measured | None]) -> Measured | None:
-    """The mean over the fits that have the score; None where none has."""
-    found = [m for m in measured if m is not None and np.isfinite(m[0])]
-    if not found:
-        return None
-    value = float(np.mean([m[0] for m in found]))
-    return value, np.mean([m[1] for m in found], axis=0), found[0][2]
-
-
 def has_both(truth: Array) -> bool:
     """Whether FEWEST_ROWS rows carry a finding and as many do not.  Shapes: truth [n] bool"""
     positives = int(truth.sum())
