@@ -20,7 +20,8 @@ def test_shards_through_dali_beat_files_through_a_dataloader():
     lines = [line.split() for line in printed.splitlines()]
     place = lines[0].index("dali_is_x_cpu")
     ratio = {line[0]: float(line[place]) for line in lines[1:] if not line[0].endswith("_gpu")}
-    assert ratio["dataloader"] > 1.6 and ratio["dataloader_rgb"] > 2.4 and ratio["full"] > 60
+    # three runs on an Intel Xeon: 1.68 to 1.80, 2.41 to 2.67; on an AMD EPYC 1.77 and 3.26
+    assert ratio["dataloader"] > 1.6 and ratio["dataloader_rgb"] > 2.2 and ratio["full"] > 60
 
 
 @pytest.mark.long
