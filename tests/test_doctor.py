@@ -138,6 +138,9 @@ def test_torch_for_cuda_without_a_driver_is_no_fault_and_a_card_is_named_in_gib(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     assert "2 x a card, 80 GiB, CUDA 13.0" in doctor.check_accelerator().detail
+    for version, is_slow in (("3.6.0", False), ("3.7.1", False), ("3.9.0", True), ("3.10.1", True)):
+        monkeypatch.setattr(doctor, "version_of", {"triton": version}.get)
+        assert ("instructions" in doctor.check_accelerator().detail) == is_slow
 
 
 BLOCKED = """

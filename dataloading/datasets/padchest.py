@@ -41,7 +41,7 @@ _COLUMNS = [
 _NORMAL, _UNCHANGED, _EXCLUDE = "normal", "unchanged", "exclude"
 _NO_FINDINGS = frozenset({_NORMAL, _UNCHANGED, "suboptimal study"})
 _NAME = r"""'([^']*)'|"([^"]*)\""""
-_LIST = re.compile(rf"\[\s*(?:(?:{_NAME})[\s,]*)*\]")
+_LIST = re.compile(rf"\[\s*(?:(?:{_NAME}|nan|None)[\s,]*)*\]")
 _NO_TEXT = frozenset({"", "nan", "None"})
 
 
@@ -71,7 +71,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             split = split_by_patient(patient, "padchest", 0.1)
         else:
             split = split_by_patient(patient, "padchest", 0.1, 0.1)
-        labels = _labels(row["Labels"], table)
+        labels = _labels(row, table)
         findings = [name for name in labels if name not in _NO_FINDINGS]
         if not findings and _NORMAL in labels:
             findings = [_NORMAL]
@@ -129,7 +129,7 @@ def _reason(row: dict[str, str], is_frontal: bool, table: Path) -> str | None:
     # the publisher's own rule: the header is often wrong, so nobody knows which ones are inverted
     if row["PhotometricInterpretation_DICOM"] == "MONOCHROME1":
         return "monochrome1"
-    if row["Projection"] == "EXCLUDE" or _EXCLUDE in _labels(row["Labels"], table):
+    if row["Projection"] == "EXCLUDE" or _EXCLUDE in _labels(row, table):
         return "excluded_by_publisher"
     return "view_not_frontal" if is_frontal and row["Projection"] not in FRONTAL else None
 
@@ -138,14 +138,15 @@ def _is_by_physicians(row: dict[str, str]) -> bool:
     return row["MethodLabel"] == "Physician"
 
 
-def _labels(cell: str, table: Path) -> list[str]:
+def _labels(row: dict[str, str], table: Path) -> list[str]:
     """Names of a list as Python writes it, without blanks around them and repeats."""
+    cell = row["Labels"]
     if cell in _NO_TEXT:
         return []
     if not _LIST.fullmatch(cell):
         raise DatasetError(
-            f"{table}: column Labels: expected lists as ['pleural effusion', 'pneumonia']; fetch "
-            "the file again"
+            f"{table}: column Labels of image {row['ImageID']}: expected a list as ['pleural "
+            "effusion', 'pneumonia']; fetch the file again"
         )
     names = ("".join(pair) for pair in re.findall(_NAME, cell))
     return list(dict.fromkeys(" ".join(name.split()) for name in names if name.strip()))

@@ -336,8 +336,10 @@ def test_padchest_leaves_out_what_is_wrong_of_its_own_and_says_what_is_no_list(t
     assert len(collect("padchest", tmp_path, views="all").rows) == len(collected.rows) + 1
     for cell in ("normal", "['normal'", "[normal]"):
         path.write_text(whole.replace("['unchanged']", cell))
-        with pytest.raises(DatasetError, match="column Labels: expected lists as"):
+        with pytest.raises(DatasetError, match="column Labels of image 2168.*: expected a list as"):
             collect("padchest", tmp_path)
+    path.write_text(whole.replace("['unchanged']", "\"['scoliosis', nan]\""))  # of pandas, no text
+    assert "scoliosis" in {row.labels for row in collect("padchest", tmp_path).rows}
     path.unlink()
     with pytest.raises(DatasetError, match="bimcv.cipf.es"):
         collect("padchest", tmp_path)
