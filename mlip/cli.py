@@ -1,4 +1,4 @@
-"""The `mlip` command: evaluate, ground, embed, export, doctor, phantoms, prepare, knowledge.
+"""The `mlip` command: every sub-command's arguments, and how it ends.
 
 What does not live here: any work (mlip/commands.py). Errors of ours are one line and a stable exit
 code. Nothing that needs another package is imported before it is used: what is missing is a line,
@@ -20,6 +20,7 @@ from mlip.commands import (
     run_evaluate,
     run_export,
     run_ground,
+    run_outliers,
     run_phantoms,
 )
 from mlip.doctor import install_line
@@ -80,7 +81,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """The sub-command, its errors as one line; one of an import is the caller's."""
     try:
-        for name in ("out", "checkpoint"):
+        for name in ("out", "checkpoint", "fit", "reference"):
             given = getattr(options, name, None)
             require_utf8(f"--{name}", str(given or ""))
             if given == "":
@@ -141,6 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
     embed.add_argument("--device", default=None)
     embed.set_defaults(run=run_embed)
+
+    outliers = commands.add_parser(
+        "outliers", help="how unlike a reference's images each image is: a p-value, in a table"
+    )
+    _add_settings(outliers)
+    way = outliers.add_mutually_exclusive_group(required=True)
+    way.add_argument("--fit", metavar="FILE", help="write the reference of a split's images")
+    way.add_argument("--reference", metavar="FILE", help="one that --fit wrote: rank images by it")
+    outliers.add_argument("--out", default="outliers.csv", help="table to write (outliers.csv)")
+    outliers.add_argument(
+        "--split", choices=("train", "val", "test"), help="(train of --fit, else evaluate.split)"
+    )
+    outliers.add_argument("--device", default=None)
+    outliers.set_defaults(run=run_outliers)
 
     export = commands.add_parser(
         "export", help="one folder with weights, settings, vocabulary: for from_pretrained"

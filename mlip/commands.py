@@ -175,6 +175,33 @@ def run_embed(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_outliers(options: argparse.Namespace) -> int:
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.transfer.outlier_table import write_outliers, write_reference
+
+    config = read_settings(options.settings)
+    device = _device(options.device)
+    _keep_memory(device)
+    made = Path(options.fit or options.out)
+    options.out = str(made)  # for the line where it cannot be written
+    require_writable(made.absolute().parent)
+    opened, config = _open(config, device)
+    # of new films the reports are not written yet
+    data = dataclasses.replace(config.data, empty_report="image_only")
+    config = dataclasses.replace(config, data=data)
+    manifest = load_manifest(config.data)
+    if options.fit:
+        split = options.split or "train"
+        print(write_reference(opened, config, manifest, made, split=split, device=device))
+        return 0
+    split = options.split or config.evaluate.split
+    table = write_outliers(
+        opened, config, manifest, Path(options.reference), made, split=split, device=device
+    )
+    print("\n".join(table))
+    return 0
+
+
 def run_export(options: argparse.Namespace) -> int:
     from mlip.model_facts import results_beside
     from mlip.pretrained import save_pretrained

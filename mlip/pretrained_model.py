@@ -26,6 +26,7 @@ from mlip.model import MLIPModel
 from mlip.transfer import own_inputs
 from mlip.transfer.features import TextBank
 from mlip.transfer.interval import Array
+from mlip.transfer.outliers import Reference, load_reference
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,7 @@ class Pretrained:
     def heat_maps(self, images: ImageFeatures, texts: TextBank) -> Array:
         """mlip.transfer.own_inputs.heat_maps: where, [N, M, rows, columns] of the patch grid."""
         return own_inputs.heat_maps(self, images, texts)
+
+    def open_reference(self, path: str | Path) -> Reference:
+        """mlip.transfer.outliers.load_reference: .p_values(images) tell which are unlike it."""
+        return load_reference(path, self)

@@ -1,0 +1,220 @@
+"""How unlike a reference's images an image is to a model: a p-value for each, and its file.
+
+Of one split's patients a half gives mean and covariance of the image's features (the mean of its
+patch embeddings), the other half the distances that a new one is ranked among. Of images like the
+reference's one in twenty has p <= 0.05, whatever the model; an inverted, turned or lateral film,
+another scanner's or no radiograph at all has less, as far as the model's features see it.
+
+Source:  Mahalanobis distance of features: Lee et al., NeurIPS 2018; its covariance: Ledoit and
+         Wolf 2004; p-value by rank among held-out ones: Bates et al., Annals of Statistics 2023.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mlip.batch import ImageFeatures
+from mlip.config import Config
+from mlip.dataloading.loader import build_loader
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.output_file import whole_file
+from mlip.transfer.features import encode_images
+from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.interval import Array
+
+MOST_REFERENCE = 10_000  # images; a covariance of 512 dimensions is known from far fewer
+FEWEST = 20  # images in each half: p <= 0.05 needs 19 to rank among
+_ROWS_AT_ONCE = 128
+_FORMAT = "1"
+
+
+class OutlierError(ValueError):
+    """A reference that cannot be made, read or used with this model; says what to do."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where the features of known images lie.
+
+    mean [D], whitening [D, D] float64: |(feature - mean) whitening| is the Mahalanobis distance;
+    ranked [M] float64: distances of the half that gave neither, ascending
+    made_of  hashes of weights and preprocessing, number of images: what load_reference checks
+    """
+
+    mean: Array
+    whitening: Array
+    ranked: Array
+    made_of: Mapping[str, str]
+
+    def distances(self, images: ImageFeatures) -> Array:
+        """Shapes:  patches [N, P, D] -> [N] float64. Raises:  OutlierError for another D or NaN."""
+        features = _summary(images)
+        if features.shape[1] != len(self.mean):
+            raise OutlierError(
+                f"images: features of {features.shape[1]} dimensions, the reference has "
+                f"{len(self.mean)}: it was made with another model; make it again (--fit)"
+            )
+        return np.asarray(np.linalg.norm((features - self.mean) @ self.whitening, axis=1))
+
+    def p_values(self, images: ImageFeatures) -> Array:
+        """Share of the ranked images, the new one among them, that lie at least as far.
+
+        Shapes:  patches [N, P, D] -> [N] float64 in [1 / (M + 1), 1]
+        Raises:  OutlierError as distances
+        """
+        return self.share_as_far(self.distances(images))
+
+    def share_as_far(self, distances: Array) -> Array:
+        """p-values of distances, [N] -> [N]."""
+        nearer = np.searchsorted(self.ranked, distances, side="left")
+        return np.asarray((1 + len(self.ranked) - nearer) / (1 + len(self.ranked)))
+
+
+def fit_reference(
+    images: ImageFeatures, patients: Array, *, seed: int = 0, made_of: Mapping[str, str]
+) -> Reference:
+    """The reference of encoded images; which half a patient falls in is drawn by `seed`.
+
+    Shapes:  patches [N, P, D]; patients [N], equal for images of one patient
+    Raises:  OutlierError where a half would have fewer than FEWEST images, or for NaN features
+    """
+    from sklearn.covariance import LedoitWolf
+
+    features = _summary(images)
+    names, patient = np.unique(patients, return_inverse=True)
+    is_fitted = np.zeros(len(names), dtype=bool)
+    is_fitted[np.random.default_rng(seed).permutation(len(names))[: (len(names) + 1) // 2]] = True
+    fitted, others = features[is_fitted[patient]], features[~is_fitted[patient]]
+    if min(len(fitted), len(others)) < FEWEST:
+        raise OutlierError(
+            f"reference: {len(features)} images of {len(names)} patients, in halves "
+            f"{len(fitted)} and {len(others)}: expected {FEWEST} or more in each; use a larger "
+            "split or manifest"
+        )
+    covariance = LedoitWolf().fit(fitted)
+    whitening = np.linalg.cholesky(covariance.precision_)
+    bare = Reference(covariance.location_, whitening, np.zeros(0), made_of)
+    of_others = np.linalg.norm((others - bare.mean) @ whitening, axis=1)
+    return Reference(bare.mean, whitening, np.sort(of_others), made_of)
+
+
+def _summary(images: ImageFeatures) -> Array:
+    """Mean of the patch embeddings, [N, D] float64.
+
+    On real films it tells more than the global embedding (docs/evaluation.md).
+    """
+    features = images.patches.detach().to("cpu", torch.float64).mean(dim=1).numpy()
+    if not np.isfinite(features).all():
+        raise OutlierError(
+            "the image features hold NaN or infinite values: the checkpoint is broken"
+        )
+    return np.asarray(features)
+
+
+def made_with(opened: Any) -> dict[str, str]:
+    """What a reference depends on of an open model: its weights, and how pixels reach it."""
+    return {
+        "weights": hash_of_weights(opened.model),
+        "preprocessing": hash_of(preprocessing(opened.config)),
+    }
+
+
+def save_reference(reference: Reference, path: Path) -> None:
+    """safetensors of mean, whitening and ranked; no image and no patient is in it."""
+    tensors: dict[str, Tensor] = {
+        name: torch.from_numpy(np.ascontiguousarray(getattr(reference, name)))
+        for name in ("mean", "whitening", "ranked")
+    }
+    # one entry: the order of several would change from file to file
+    facts = {"format": _FORMAT, **reference.made_of}
+    with whole_file(path) as partial:
+        save_file(tensors, partial, {"reference": json.dumps(facts)})
+
+
+def load_reference(path: str | Path, opened: Any) -> Reference:
+    """The reference of a file, for the model it was made with.
+
+    Raises:  OutlierError where it cannot be read, or was made with other weights or preprocessing
+    """
+    try:
+        with safe_open(path, "np") as stored:
+            facts = stored.metadata() or {}
+            mean, whitening, ranked = map(stored.get_tensor, ("mean", "whitening", "ranked"))
+        made_of = dict(json.loads(facts["reference"]))
+        is_whole = made_of.pop("format") == _FORMAT and whitening.shape == (len(mean), len(mean))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise OutlierError(
+            f"reference {path}: cannot be read ({type(error).__name__}): expected a file that "
+            "`mlip outliers --fit` wrote"
+        ) from error
+    if not is_whole or len(ranked) < FEWEST:
+        raise OutlierError(f"reference {path}: of another version; make it again (--fit)")
+    for name, value in made_with(opened).items():
+        if made_of.get(name) != value:
+            raise OutlierError(
+                f"reference {path}: was made with other {name}: make it again with this model "
+                "(--fit)"
+            )
+    return Reference(mean, whitening, np.sort(ranked), made_of)
+
+
+def encode_rows(
+    opened: Any, config: Config, manifest: Manifest, split: str, *, most: int | None, device: str
+) -> tuple[ImageFeatures, Array, dict[int, str]]:
+    """The split's images, at most `most` of them drawn by run.seed.
+
+    Rows without a report take part where the manifest was read with data.empty_report=image_only.
+
+    Returns: features whose patches are their mean alone, [N, 1, D]; row of the manifest of each,
+             [N] int64; row -> reason of those that cannot be read
+    Raises:  ManifestError for a split without rows; DataError as the loader
+    """
+    rows = manifest.rows(split, with_report=False)
+    if len(rows) == 0:
+        raise ManifestError(
+            f"{manifest.path}: split {split!r} has none of its {len(manifest)} rows: choose "
+            "another --split"
+        )
+    if most is not None and len(rows) > most:
+        drawn = np.random.default_rng(config.run.seed).choice(rows, most, replace=False)
+        rows = np.sort(drawn)
+    loader = build_loader(
+        config,
+        manifest,
+        split=split,
+        train=False,
+        tokenizer=opened.tokenizer,
+        linker=opened.linker,
+        table=opened.table,
+        with_report=False,
+        rows=rows,
+        global_pairs=min(_ROWS_AT_ONCE, len(rows)),
+    )
+    embeddings, means, found = [], [], []
+    at = torch.device(device)
+    data = config.data
+    try:
+        for batch in loader:
+            if len(batch):
+                bank = encode_images(opened.model, batch, mean=data.mean, std=data.std, device=at)
+                embeddings.append(bank.features.embedding)
+                means.append(bank.features.patches.mean(dim=1, keepdim=True))
+                found.append(bank.row_index.astype(np.int64))
+    finally:
+        loader.close()
+    if not found:
+        raise ManifestError(f"{manifest.path}: no image of split {split!r} can be read")
+    features = ImageFeatures(torch.cat(embeddings), torch.cat(means), grid=(1, 1))
+    return features, np.concatenate(found), dict(loader.ledger.bad)

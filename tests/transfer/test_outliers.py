@@ -1,0 +1,155 @@
+"""`mlip outliers`: p-values that mean what they say, and a file that only its own model takes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import LedoitWolf
+
+from mlip.batch import ImageFeatures
+from mlip.cli import main
+from mlip.pretrained import open_checkpoint
+from mlip.transfer import outliers
+from mlip.transfer.outliers import OutlierError, Reference, fit_reference, load_reference
+from tests.small_run import small_export
+from tests.transfer.small_manifest import SECRETS, pictures, write
+
+D = 6
+
+
+def features(values: np.ndarray) -> ImageFeatures:
+    """Patches whose mean is `values` [N, D]."""
+    apart = np.random.default_rng(9).normal(size=(len(values), 1, values.shape[1]))
+    patches = torch.from_numpy(values[:, None] + np.concatenate([apart, -apart], axis=1))
+    return ImageFeatures(patches[:, 0], patches, (1, 2))
+
+
+def drawn(count: int, seed: int) -> np.ndarray:
+    mixing = np.random.default_rng(5).normal(size=(D, D))
+    return np.random.default_rng(seed).normal(size=(count, D)) @ mixing + 3.0
+
+
+def test_of_images_like_the_reference_one_in_twenty_has_a_p_of_a_twentieth():
+    shares = []
+    for seed in range(20):
+        known = drawn(400, seed)
+        reference = fit_reference(features(known), np.arange(400), seed=seed, made_of={})
+        shares.append((reference.p_values(features(drawn(500, 100 + seed))) <= 0.05).mean())
+    # a share of 200 ranked images has a standard error of 0.015, the mean of twenty 0.0035
+    assert abs(np.mean(shares) - 0.05) < 0.0125
+    far = reference.p_values(features(drawn(3, 1) + 40.0))
+    assert far == pytest.approx([1 / 201] * 3)
+
+
+def test_a_p_value_is_the_share_that_lies_at_least_as_far():
+    reference = Reference(np.zeros(1), np.eye(1), np.array([1.0, 2.0, 2.0, 4.0]), {})
+    found = reference.p_values(features(np.array([[0.5], [2.0], [-2.0], [3.0], [5.0]])))
+    assert found == pytest.approx([1.0, 4 / 5, 4 / 5, 2 / 5, 1 / 5])
+
+
+def test_the_distance_is_that_of_the_fitted_half_and_patients_stay_whole():
+    known = drawn(120, 3)
+    patients = np.repeat(np.arange(60), 2)  # two images each
+    reference = fit_reference(features(known), patients, seed=4, made_of={})
+    in_fit = np.zeros(60, dtype=bool)
+    in_fit[np.random.default_rng(4).permutation(60)[:30]] = True
+    half = known[in_fit[patients]]
+    fitted = LedoitWolf().fit(half)
+    new = drawn(5, 8)
+    oracle = [mahalanobis(one, half.mean(axis=0), fitted.precision_) for one in new]
+    np.testing.assert_allclose(reference.distances(features(new)), oracle, rtol=1e-9)
+    of_others = np.sort(reference.distances(features(known[~in_fit[patients]])))
+    np.testing.assert_allclose(reference.ranked, of_others, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("count", "patients"), [(39, np.arange(39)), (200, np.zeros(200)), (60, [0] * 45 + [1] * 15)]
+)
+def test_too_few_images_or_patients_make_no_reference(count, patients):
+    with pytest.raises(OutlierError, match="expected 20 or more in each"):
+        fit_reference(features(drawn(count, 0)), np.array(patients), made_of={})
+
+
+def test_features_that_are_no_numbers_or_of_another_model_are_refused():
+    known = drawn(80, 0)
+    reference = fit_reference(features(known), np.arange(80), made_of={})
+    with pytest.raises(OutlierError, match="another model"):
+        reference.p_values(features(known[:, :-1]))
+    known[3, 2] = np.nan
+    with pytest.raises(OutlierError, match="NaN"):
+        reference.p_values(features(known))
+    with pytest.raises(OutlierError, match="NaN"):
+        fit_reference(features(known), np.arange(80), made_of={})
+
+
+def run(folder: Path, *options: str, root: Path | None = None, **columns: Any) -> int:
+    settings = [*write(folder, **columns), f"checkpoint={small_export()}"]
+    settings += [f"data.root={root}"] if root else []
+    return main(["outliers", *settings, *options])
+
+
+def test_the_command_ranks_a_split_by_the_reference_of_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    path, table = tmp_path / "reference.safetensors", tmp_path / "outliers.csv"
+    assert run(tmp_path, "--fit", str(path)) == 0
+    assert "6 images for mean and covariance, 6 to rank among" in capsys.readouterr().out
+    assert oct(os.stat(path).st_mode & 0o777) == "0o600"
+    stored = path.read_bytes()
+    assert run(tmp_path, "--fit", str(path)) == 0 and path.read_bytes() == stored
+
+    root = Path(shutil.copytree(pictures(), tmp_path / "images"))
+    cut = root / "8.png"
+    cut.write_bytes(cut.read_bytes()[:100])
+    asked = ("--reference", str(path), "--split", "test", "--out", str(table))
+    capsys.readouterr()
+    assert run(tmp_path, *asked, "data.bad_share=0.5", root=root) == 0
+    said = capsys.readouterr().out
+    rows = list(csv.DictReader(table.open(encoding="utf-8")))
+    assert [int(row["row_index"]) for row in rows] == [i for i in range(30) if i % 5 >= 3]
+    assert {row["row_index"]: row["reason"] for row in rows if row["reason"]} == {"8": "truncated"}
+    assert "11 images: " in said and "12 rows; 1 cannot be read (truncated 1)" in said
+    assert not any(secret in said + table.read_text() for secret in SECRETS)
+
+    opened = open_checkpoint(small_export())
+    reference = opened.open_reference(path)
+    for row in rows[:2]:  # of files the same as of the loader's batches
+        image = opened.encode_images([root / f"{row['row_index']}.png"])
+        assert float(row["p_value"]) == pytest.approx(reference.p_values(image)[0])
+        assert float(row["distance"]) == pytest.approx(reference.distances(image)[0], rel=1e-3)
+    assert run(tmp_path, *asked, report="") == 0  # of films whose reports are not written yet
+    assert "12 images: " in capsys.readouterr().out
+
+
+def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    path = tmp_path / "reference.safetensors"
+    opened = open_checkpoint(small_export())
+    known = fit_reference(features(drawn(40, 0)), np.arange(40), made_of=outliers.made_with(opened))
+    outliers.save_reference(known, path)
+    again = load_reference(path, opened)
+    np.testing.assert_array_equal(again.ranked, known.ranked)
+    np.testing.assert_array_equal(again.whitening, known.whitening)
+    other = {**outliers.made_with(opened), "weights": "0" * 64}
+    outliers.save_reference(Reference(known.mean, known.whitening, known.ranked, other), path)
+    assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
+    assert "was made with other weights" in capsys.readouterr().err
+    for content in (b"", b"junk" * 50):
+        path.write_bytes(content)
+        assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
+        assert "cannot be read" in capsys.readouterr().err
+    path.unlink()
+    assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
+    assert str(path) in capsys.readouterr().err
+    assert not (tmp_path / "t.csv").exists()
+    assert run(tmp_path, "--fit", str(path), split="test") == 3
+    assert "split 'train' has none of its 30 rows" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # one of the two
+        run(tmp_path)
