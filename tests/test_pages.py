@@ -22,6 +22,7 @@ import pytest
 import mlip.cli
 import train
 from benchmarks.bench_demo import tables
+from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
 from mlip.commands import read_settings
 from mlip.config import Config
@@ -231,6 +232,12 @@ def test_the_linkers_table_is_that_of_its_rows() -> None:
     causes = [int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \|$", page, re.MULTILINE)]
     assert sorted(causes) == sorted(score["miss_causes_top14"].values())
     assert f"test half: {sum(causes)})" in page
+
+
+def test_the_outliers_table_is_that_of_its_rows() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    made = page_table(_results("outliers"))
+    assert f"<!-- outliers: begin -->\n{made}\n<!-- outliers: end -->" in page
 
 
 @pytest.mark.parametrize("rows", ["transfer_ablation", "transfer_real"])
