@@ -152,7 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
     way.add_argument("--reference", metavar="FILE", help="one that --fit wrote: rank images by it")
     outliers.add_argument("--out", default="outliers.csv", help="table to write (outliers.csv)")
     outliers.add_argument(
-        "--split", choices=("train", "val", "test"), help="(train of --fit, else evaluate.split)"
+        "--split",
+        choices=("train", "val", "test", "all"),
+        help="(train of --fit, all of --reference)",
     )
     outliers.add_argument("--device", default=None)
     outliers.set_defaults(run=run_outliers)

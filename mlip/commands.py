@@ -194,7 +194,7 @@ def run_outliers(options: argparse.Namespace) -> int:
         split = options.split or "train"
         print(write_reference(opened, config, manifest, made, split=split, device=device))
         return 0
-    split = options.split or config.evaluate.split
+    split = options.split or "all"
     table = write_outliers(
         opened, config, manifest, Path(options.reference), made, split=split, device=device
     )

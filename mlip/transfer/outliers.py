@@ -11,6 +11,7 @@ Source:  Mahalanobis distance of features: Lee et al., NeurIPS 2018; its covaria
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
 from mlip.output_file import whole_file
 from mlip.transfer.features import encode_images
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
@@ -173,7 +174,7 @@ def load_reference(path: str | Path, opened: Any) -> Reference:
 def encode_rows(
     opened: Any, config: Config, manifest: Manifest, split: str, *, most: int | None, device: str
 ) -> tuple[ImageFeatures, Array, dict[int, str]]:
-    """The split's images, at most `most` of them drawn by run.seed.
+    """The split's images ("all": of every split and of none), at most `most`, drawn by run.seed.
 
     Rows without a report take part where the manifest was read with data.empty_report=image_only.
 
@@ -181,6 +182,10 @@ def encode_rows(
              [N] int64; row -> reason of those that cannot be read
     Raises:  ManifestError for a split without rows; DataError as the loader
     """
+    if split == "all":
+        split = "test"
+        everywhere = np.full_like(manifest.split, SPLITS.index(split))
+        manifest = dataclasses.replace(manifest, split=everywhere)
     rows = manifest.rows(split, with_report=False)
     if len(rows) == 0:
         raise ManifestError(

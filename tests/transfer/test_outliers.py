@@ -124,8 +124,9 @@ def test_the_command_ranks_a_split_by_the_reference_of_another(tmp_path, monkeyp
         image = opened.encode_images([root / f"{row['row_index']}.png"])
         assert float(row["p_value"]) == pytest.approx(reference.p_values(image)[0])
         assert float(row["distance"]) == pytest.approx(reference.distances(image)[0], rel=1e-3)
-    assert run(tmp_path, *asked, report="") == 0  # of films whose reports are not written yet
-    assert "12 images: " in capsys.readouterr().out
+    everything = ("--reference", str(path), "--out", str(table))  # of new films: of no split
+    assert run(tmp_path, *everything, report="", split="") == 0  # and without reports
+    assert "30 images: " in capsys.readouterr().out
 
 
 def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monkeypatch, capsys):
