@@ -46,9 +46,9 @@ def choose_threshold(scores: Array, labels: Array, rule: str = "f1") -> float | 
     false = ends + 1 - hits
     if name == "f1":
         return float(ranked[ends[int(np.argmax(2.0 * hits / (ends + 1 + positives)))]])
-    if name == "youden":
-        return float(ranked[ends[int(np.argmax(hits / positives - false / negatives))]])
     # shares compared as counts: 0.9 of 10 is 9, whatever 9 / 10 is in binary
+    if name == "youden":
+        return float(ranked[ends[int(np.argmax(hits * negatives - false * positives))]])
     if name == "sensitivity":
         return float(ranked[ends[int(np.argmax(hits >= share * positives - 1e-9))]])
     kept = np.flatnonzero(negatives - false >= share * negatives - 1e-9)

@@ -37,6 +37,15 @@ def test_f1_and_youden_take_the_best_of_all_thresholds() -> None:
     assert _sensitivity(cut) + _specificity(cut) == pytest.approx(best)
 
 
+def test_of_equal_thresholds_the_highest_is_taken_and_equal_is_not_a_matter_of_rounding() -> None:
+    # both leave sensitivity + specificity - 1 at a third: 1/3 - 0 and, more in binary, 1 - 2/3
+    scores = np.array([6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    labels = np.array([True, False, False, True, True, False])
+    assert choose_threshold(scores, labels, "youden") == 6.0
+    # F1 of 2/3 at the first row and at all four
+    assert choose_threshold(scores[:4], np.array([True, False, False, True]), "f1") == 6.0
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 0.95, 1.0])
 def test_a_share_asked_for_is_reached_and_no_more_is_given_away(share: float) -> None:
     cuts = np.unique(SCORES)
