@@ -66,16 +66,21 @@ def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: 
     return weights
 
 
-def auroc(scores: Array, labels: Array) -> float | None:
-    """Area under the ROC curve through scikit-learn; None where a class is absent.
-
-    Raises:  ValueError on a score that is not finite.
-    """
+def require_finite_scores(scores: Array) -> None:
+    """Raise ValueError where a score is NaN or infinite: it has no place among the others."""
     if not np.isfinite(scores).all():
         raise ValueError(
             f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are NaN or infinite: "
             "the model's features are broken; check the checkpoint"
         )
+
+
+def auroc(scores: Array, labels: Array) -> float | None:
+    """Area under the ROC curve through scikit-learn; None where a class is absent.
+
+    Raises:  ValueError on a score that is not finite.
+    """
+    require_finite_scores(scores)
     if labels.all() or not labels.any():
         return None
     return float(roc_auc_score(labels, scores))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlip.transfer.interval import Array, weighted_sum
+from mlip.transfer.interval import Array, require_finite_scores, weighted_sum
 from mlip.transfer.scores import Measured
 from mlip.transfer_settings import threshold_rule
 
@@ -32,7 +32,9 @@ def choose_threshold(scores: Array, labels: Array, rule: str = "f1") -> float | 
           "sensitivity=S" the highest that calls at least S of the positives, "specificity=S" the
           lowest that leaves at least S of the negatives alone
     Shapes:  scores, labels [n], of val
+    Raises:  ValueError on a score that is not finite.
     """
+    require_finite_scores(scores)
     name, share = threshold_rule(rule)
     labels = labels.astype(bool)
     positives, negatives = int(labels.sum()), int((~labels).sum())

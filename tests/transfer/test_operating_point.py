@@ -79,6 +79,13 @@ def test_val_without_the_kind_of_rows_that_a_rule_needs_gives_no_threshold() -> 
     assert choose_threshold(SCORES, everything, "f1") == SCORES.min()
 
 
+@pytest.mark.parametrize("rule", ["f1", "youden", "sensitivity=0.5", "specificity=0.5"])
+def test_scores_of_val_that_are_no_numbers_give_no_threshold(rule: str) -> None:
+    scores = np.array([np.nan, 1.0, 2.0, np.inf])
+    with pytest.raises(ValueError, match="2 of 4 scores are NaN or infinite"):
+        choose_threshold(scores, np.array([True, False, False, True]), rule)
+
+
 def test_rates_are_scikit_learns_under_any_resample() -> None:
     called = SCORES >= 0.5
     weights = RNG.integers(0, 3, (7, 40))
