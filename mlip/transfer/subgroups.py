@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlip.config import Config
+from mlip.dataloading.csv_text import shown
+from mlip.dataloading.datasets.report_columns import said
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.transfer.annotations import MOST_NAME_CHARACTERS
@@ -26,7 +29,6 @@ from mlip.transfer.scores import Measured
 FEWEST_PATIENTS = 10
 FEWEST_ROWS = 5  # of a finding, with and without it: a rate of fewer is a coin's
 TOO_FEW = f"fewer than {FEWEST_ROWS} rows with or without it"
-_SAYS_NOTHING = frozenset({"", "na", "n/a", "nan", "null"})  # what programs write for a gap
 _IDENTIFIERS = ("image", "report", "patient_id", "study_id", "image_id", "sha256")
 
 
@@ -81,7 +83,7 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
             raise
         raise ManifestError(
             f"evaluate.subgroups: {path} has no column {', '.join(map(repr, missing))}; it has: "
-            f"{', '.join(there)}. `mlip prepare` writes sex, age and view, earlier versions view "
+            f"{shown(there)}. `mlip prepare` writes sex, age and view, earlier versions view "
             f"alone (--overwrite makes a set again); evaluate.subgroups.{missing[0]}=null takes "
             "one out"
         ) from None
@@ -97,42 +99,44 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
 def _grouping(
     column: str, edges: Sequence[float], cells: list[Any], patients: Array, rows: Array, path: str
 ) -> Grouping:
-    said = [(cell or "").strip() for cell in cells]
-    said = ["" if text.lower() in _SAYS_NOTHING else text for text in said]
-    texts = np.array(said, dtype=object)
-    stated = np.array([text != "" for text in said], dtype=bool)
+    texts = [_one_line(said(cell)) for cell in cells]
+    stated = np.array([text != "" for text in texts], dtype=bool)
     if len(edges):
         values = _numbers(column, texts, rows, path)
         place = np.searchsorted(np.asarray(edges, dtype=np.float64), values, side="right")
-        named = dict(enumerate(_ranges(edges)))
-        texts = np.array([named[k] for k in place.tolist()], dtype=object)
-        order = list(named.values())
+        order = _ranges(edges)
     else:
-        order = sorted({text for text in texts.tolist() if text})
+        order = sorted({text for text in texts if text})
         if any(len(text) > MOST_NAME_CHARACTERS for text in order):
             raise ManifestError(
                 f"{path}: column {column!r} (evaluate.subgroups) holds texts of more than "
                 f"{MOST_NAME_CHARACTERS} characters: expected names of groups"
             )
-    names, members = [], []
-    small = {"groups": 0, "images": 0, "patients": 0}
-    for name in order:
-        inside = stated & (texts == name)
-        count = len(np.unique(patients[inside]))
-        if count >= FEWEST_PATIENTS:
-            names.append(name)
-            members.append(inside)
-        elif count:
-            small["groups"] += 1
-            small["images"] += int(inside.sum())
-            small["patients"] += count
-    shown = np.stack(members) if members else np.zeros((0, len(texts)), dtype=bool)
-    return Grouping(column, tuple(names), shown, stated, small)
+        number = {text: k for k, text in enumerate(order)}
+        place = np.array([number.get(text, -1) for text in texts], dtype=np.int64)
+    patient = np.unique(patients, return_inverse=True)[1]
+    in_group = np.unique(np.stack([place[stated], patient[stated]]), axis=1)[0]  # of each patient
+    counts = np.bincount(in_group, minlength=len(order))
+    images = np.bincount(place[stated], minlength=len(order))
+    large = np.flatnonzero(counts >= FEWEST_PATIENTS)
+    few = (counts > 0) & (counts < FEWEST_PATIENTS)
+    small = {
+        "groups": int(few.sum()),
+        "images": int(images[few].sum()),
+        "patients": int(counts[few].sum()),
+    }
+    members = stated & (place == large[:, None])
+    return Grouping(column, tuple(order[k] for k in large), members, stated, small)
 
 
-def _numbers(column: str, texts: Array, rows: Array, path: str) -> Array:
+def _one_line(text: str) -> str:
+    """A cell as a name that a page and a terminal show as it is."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _numbers(column: str, texts: Sequence[str], rows: Array, path: str) -> Array:
     values = np.zeros(len(texts))
-    for i, text in enumerate(texts.tolist()):
+    for i, text in enumerate(texts):
         try:
             values[i] = float(text or 0.0)
         except ValueError:
@@ -147,8 +151,10 @@ def _numbers(column: str, texts: Array, rows: Array, path: str) -> Array:
 
 
 def _ranges(edges: Sequence[float]) -> list[str]:
-    inner = [f"{low:g} to below {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
-    return [f"below {edges[0]:g}", *inner, f"{edges[-1]:g} or more"]
+    # all digits of a date such as 20200131
+    cuts = [f"{edge:.15g}" for edge in edges]
+    inner = [f"{low} to below {high}" for low, high in pairwise(cuts)]
+    return [f"below {cuts[0]}", *inner, f"{cuts[-1]} or more"]
 
 
 def subgroup_scores(

@@ -52,6 +52,27 @@ def test_groups_are_the_cells_of_a_column_and_ranges_of_a_number(tmp_path: Path)
     assert age.small == {"groups": 1, "images": 5, "patients": 5}
 
 
+def test_ranges_of_large_numbers_are_told_apart(tmp_path: Path) -> None:
+    days = [20200100 + i % 4 for i in range(ROWS)]
+    edges = "[20200101, 20200102, 20200103.5]"
+    (day,) = read_groupings(*_manifest(tmp_path, f"{{day: {edges}}}", day=days))
+    assert day.names == (
+        *("below 20200101", "20200101 to below 20200102"),
+        "20200102 to below 20200103.5",
+    )
+    assert [m.sum() for m in day.members] == [30, 30, 60] and not day.small["groups"]
+
+
+def test_what_programs_write_for_a_gap_is_no_group_and_names_fit_a_line(tmp_path: Path) -> None:
+    cells = ["NA", " None ", "<NA>", "nan", "null", "#N/A"] * 10
+    cells += ["ward  3", "ward 3 ", '"ward\n3"', "ward\x1b3", "Ward 3", "Ward 3"] * 10
+    (ward,) = read_groupings(*_manifest(tmp_path, "{ward: []}", ward=cells))
+    assert ward.names == ("Ward 3", "ward 3")
+    assert [m.sum() for m in ward.members] == [20, 40] and ward.stated.sum() == 60
+    (ward,) = read_groupings(*_manifest(tmp_path, "{ward: []}", ward=["na"] * ROWS))
+    assert ward.names == () and ward.members.shape == (0, ROWS) and not ward.stated.any()
+
+
 def test_a_subset_of_rows_is_grouped_by_its_own_cells(tmp_path: Path) -> None:
     config, manifest, _ = _manifest(tmp_path, "{sex: []}")
     rows = np.array([5, 1, 100, *range(20, 60)])
