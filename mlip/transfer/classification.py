@@ -209,11 +209,11 @@ class Classification:
         targets = self.targets(test)
         if self.transfer.exclusive:
             given = (predictions, targets, weights, self.classes)
-            scores, measure = exclusive_scores(*given), exclusive_measures(*given)
+            scores, measure = exclusive_scores(*given), exclusive_measures(*given, patients)
         else:
             rule = self.config.evaluate.threshold_rule
             told = (predictions, targets, self.targets(val), weights, self.classes, rule)
-            scores, measure = label_scores(*told), label_measures(*told)
+            scores, measure = label_scores(*told), label_measures(*told, patients)
         groupings = read_groupings(self.config, self.manifest, test)
         return {**scores, "subgroups": subgroup_scores(groupings, patients, measure)}
 

@@ -115,12 +115,13 @@ def label_measures(
     weights: Array,
     classes: Sequence[str],
     rule: str,
+    patients: Array,
 ) -> Callable[[Array], Measures]:
     """What some of the test rows score over the seeds' fits, for subgroup_scores: AUROC, and
     sensitivity and specificity at the thresholds that serve all rows.
 
     AUPRC and predictive values are left out: they move with how common a finding is in a group.
-    Shapes:  as label_scores
+    Shapes:  as label_scores; patients [test]
     """
     cuts = _thresholds(predictions, val_targets, rule)
 
@@ -132,7 +133,7 @@ def label_measures(
             truth, of = targets[rows, k] == 1, weights[:, rows]
             counts[name] = (len(truth), int(truth.sum()))
             found[name] = {}
-            if not has_both(truth):
+            if not has_both(truth, patients[rows]):
                 continue
             each: list[dict[str, Measured]] = []
             for p, own in zip(predictions, cuts, strict=True):
@@ -153,7 +154,11 @@ def label_measures(
 
 
 def exclusive_measures(
-    predictions: Sequence[Prediction], targets: Array, weights: Array, classes: Sequence[str]
+    predictions: Sequence[Prediction],
+    targets: Array,
+    weights: Array,
+    classes: Sequence[str],
+    patients: Array,
 ) -> Callable[[Array], Measures]:
     """What some of the test rows score over the seeds' fits: accuracy, and AUROC of each class.
 
@@ -171,7 +176,7 @@ def exclusive_measures(
             is_true = truth[inside] == k
             counts[name] = (len(is_true), int(is_true.sum()))
             found[name] = {}
-            if not has_both(is_true):
+            if not has_both(is_true, patients[inside]):
                 continue
             areas: list[Measured | None] = []
             for p, probability in zip(predictions, probabilities, strict=True):

@@ -27,8 +27,8 @@ from mlip.transfer.scores import Measured
 
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
-FEWEST_ROWS = 5  # of a finding, with and without it: a rate of fewer is a coin's
-TOO_FEW = f"fewer than {FEWEST_ROWS} rows with or without it"
+FEWEST_OF_EACH = 5  # patients with a finding, and without it: a rate of fewer is a coin's
+TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
 _IDENTIFIERS = ("image", "report", "patient_id", "study_id", "image_id", "sha256")
 
 
@@ -178,6 +178,13 @@ def subgroup_scores(
             known[key] = measure(rows)
         return known[key]
 
+    def others(rows: Array) -> tuple[Measures, str]:
+        """Nothing of so few patients that the difference would tell what they score."""
+        if len(np.unique(patients[rows])) >= FEWEST_PATIENTS:
+            return of(rows), TOO_FEW
+        few = f"fewer than {FEWEST_PATIENTS} patients in all other rows"
+        return Measures(), few if rows.any() else "no other rows"
+
     return [
         {
             "column": grouping.column,
@@ -188,7 +195,7 @@ def subgroup_scores(
                     "name": name,
                     "images": int(inside.sum()),
                     "patients": len(np.unique(patients[inside])),
-                    **_beside(of(inside), of(rest) if rest.any() else None),
+                    **_beside(of(inside), *others(rest)),
                 }
                 for name, inside in zip(grouping.names, grouping.members, strict=True)
                 for rest in (grouping.stated & ~inside,)
@@ -198,10 +205,8 @@ def subgroup_scores(
     ]
 
 
-def _beside(own: Measures, others: Measures | None) -> dict[str, Any]:
-    """A group's scores and their differences; others is None where every row is of the group."""
-    reason = TOO_FEW if others is not None else "no other rows"
-    others = others or Measures()
+def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
+    """A group's scores and their differences; reason: why there is no difference."""
     keys = list(dict.fromkeys(key for found in own.classes.values() for key in found))
     keys += [key for found in others.classes.values() for key in found if key not in keys]
     macro: dict[str, Any] = {key: _mean_over(own.classes, key) for key in dict.fromkeys(keys)}
@@ -267,7 +272,10 @@ def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[st
     return {**estimate(value, resampled, max(m[2] for m in found)), **counted}
 
 
-def has_both(truth: Array) -> bool:
-    """Whether FEWEST_ROWS rows carry a finding and as many do not.  Shapes: truth [n] bool"""
-    positives = int(truth.sum())
-    return min(positives, len(truth) - positives) >= FEWEST_ROWS
+def has_both(truth: Array, patients: Array) -> bool:
+    """Whether FEWEST_OF_EACH patients carry a finding in some row and as many do not in some.
+
+    Rows of one patient are not independent: five rows of one would be one patient's word.
+    Shapes:  truth [n] bool, patients [n]
+    """
+    return all(len(np.unique(patients[truth == side])) >= FEWEST_OF_EACH for side in (True, False))

@@ -206,12 +206,13 @@ def measured(
     findings: Sequence[str],
     thresholds: Thresholds,
     weights: Array,
+    patients: Array,
     inside: Array,
 ) -> Measures:
     """What some of the images score, for subgroup_scores: AUROC of each head, and sensitivity and
     specificity at the thresholds that serve all images ("global_sensitivity").
 
-    Shapes:  as at_thresholds; inside [images] bool. thresholds may be empty
+    Shapes:  as at_thresholds; patients [images]; inside [images] bool. thresholds may be empty
     """
     classes: dict[str, dict[str, Measured]] = {}
     counts = {}
@@ -220,7 +221,7 @@ def measured(
         truth, of = labels[rows, f] > 0, weights[:, rows]
         counts[finding] = (len(truth), int(truth.sum()))
         classes[finding] = found = {}
-        if not has_both(truth):
+        if not has_both(truth, patients[rows]):
             continue
         for head, values in scores.items():
             own = values[rows, f]

@@ -95,7 +95,7 @@ def zero_shot_run(
     found["subgroups"] = subgroup_scores(
         read_groupings(config, manifest, images.row_index),
         patients,
-        lambda inside: measured(scores, labels, findings, thresholds, weights, inside),
+        lambda inside: measured(scores, labels, findings, thresholds, weights, patients, inside),
     )
     if settings.exclusive:
         found["exclusive"] = exclusive_accuracy(scores, labels, weights)

@@ -208,7 +208,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     settings += ["transfer.columns.subset=subset", "evaluate.subset=5x200"]
     settings += ["evaluate.exclusive=true", "evaluate.examples=0"]
     settings += ["evaluate.subgroups={sex: []}", "evaluate.threshold_rule=sensitivity=0.9"]
-    for name, least in (("FEWEST_PATIENTS", 2), ("FEWEST_ROWS", 1)):
+    for name, least in (("FEWEST_PATIENTS", 2), ("FEWEST_OF_EACH", 1)):
         monkeypatch.setattr(f"mlip.transfer.subgroups.{name}", least)
     config = load([], settings)
     results = evaluate_run(

@@ -128,11 +128,13 @@ def _scored(tmp_path: Path, gap: float) -> tuple[list[dict[str, Any]], np.ndarra
     seen = 2.5 * labels.clip(0)
     seen[is_f, 0] *= 1.0 - gap
     scores = {"global": noise + seen}
-    weights = patient_resamples(manifest.patient_key, 200, 0)
+    patients = manifest.patient_key
+    weights = patient_resamples(patients, 200, 0)
+    cuts = {"global": [1.0, None]}
     found = subgroup_scores(
         read_groupings(config, manifest, rows),
-        manifest.patient_key,
-        lambda inside: measured(scores, labels, "ab", {"global": [1.0, None]}, weights, inside),
+        patients,
+        lambda inside: measured(scores, labels, "ab", cuts, weights, patients, inside),
     )
     return found, scores["global"], labels
 
@@ -182,7 +184,11 @@ def test_a_planted_gap_is_found_and_none_where_there_is_none(tmp_path: Path) -> 
     assert none["low"] < 0 < none["high"]
 
 
-def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score() -> None:
+def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subgroups, "FEWEST_PATIENTS", 1)
+
     def scores(a: float, b: float | None) -> Measures:
         found = {"a": a} if b is None else {"a": a, "b": b}
         return Measures(
@@ -204,15 +210,39 @@ def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score() -> No
     assert b["auroc"]["value"] == 0.4 and b["difference"]["auroc"]["value"] is None
 
 
-def test_few_rows_of_a_finding_give_no_score() -> None:
-    labels = np.array([[1]] * 4 + [[0]] * 40, dtype=np.int8)
+@pytest.mark.parametrize("side", [0, 1])
+def test_few_patients_of_a_finding_give_no_score_however_many_rows_they_have(side: int) -> None:
+    labels = np.array([[side]] * 8 + [[1 - side]] * 36, dtype=np.int8)
     scores = {"global": labels.astype(float)}
-    weights = np.ones((3, 44))
-    found = measured(scores, labels, ["a"], {}, weights, np.ones(44, bool))
-    assert found.classes["a"] == {} and found.counts["a"] == (44, 4)
-    labels[4] = 1
-    found = measured(scores, labels, ["a"], {}, weights, np.ones(44, bool))
-    assert found.classes["a"]["global"][2] == 44
+    patients = np.arange(44).clip(4)  # the first five rows are of one
+    everybody = np.ones(44, bool)
+    given = (scores, labels, ["a"], {}, np.ones((3, 44)))
+    found = measured(*given, patients, everybody)
+    assert found.classes["a"] == {} and found.counts["a"] == (44, int(labels.sum()))
+    patients[0] = 0
+    assert measured(*given, patients, everybody).classes["a"]["global"][2] == 44
+
+
+def test_a_difference_from_few_patients_is_not_told(tmp_path: Path) -> None:
+    """Else the group's own score less the difference would be theirs."""
+    wards = ["A"] * (ROWS - 9) + ["B"] * 9
+    (grouping,) = read_groupings(*_manifest(tmp_path, "{ward: []}", ward=wards))
+    one = Measures({"a": {"auroc": (0.5, np.full(9, 0.5), 9)}}, {"a": (9, 5)})
+    told = Measures(one.classes, one.counts, {"accuracy": (0.5, np.full(9, 0.5), 9)})
+    (table,) = subgroup_scores([grouping], np.arange(ROWS), lambda inside: told)
+    (group,) = table["groups"]
+    assert group["macro"]["auroc"]["value"] == group["macro"]["accuracy"]["value"] == 0.5
+    for difference in (group["difference"], group["classes"][0]["difference"]):
+        for estimate in difference.values():
+            assert estimate["value"] is None and "10 patients" in estimate["reason"]
+    # ten images of nine patients are nine patients
+    wards[-10] = "B"
+    (grouping,) = read_groupings(*_manifest(tmp_path, "{ward: []}", ward=wards))
+    patients = np.arange(ROWS).clip(max=ROWS - 2)
+    (table,) = subgroup_scores([grouping], patients, lambda inside: told)
+    assert table["groups"][0]["difference"]["auroc"]["value"] is None
+    (table,) = subgroup_scores([grouping], np.arange(ROWS), lambda inside: told)
+    assert table["groups"][0]["difference"]["auroc"]["value"] == 0.0
 
 
 GROUPED = "evaluate.subgroups={sex: [], age: [50], ward: []}"
@@ -231,7 +261,7 @@ def test_every_task_tells_its_scores_by_group(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(subgroups, "FEWEST_PATIENTS", 3)
-    monkeypatch.setattr(subgroups, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(subgroups, "FEWEST_OF_EACH", 1)
     rows = {
         **COLUMNS,
         "mask": "mask.png",
