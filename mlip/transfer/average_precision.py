@@ -21,7 +21,7 @@ import numpy as np
 
 from mlip.transfer.interval import Array, defined_mean
 from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
-from mlip.transfer.subgroups import Measures
+from mlip.transfer.subgroups import Measures, enough
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
 MOST_BOXES = 100  # per image, the COCO tool's largest
@@ -188,26 +188,44 @@ def detection_measures(
     truth: Sequence[Truth],
     by_seed: Sequence[Sequence[Found]],
     weights: Array,
+    patients: Array,
     *,
     thresholds: Sequence[float],
-    num_classes: int,
+    classes: Sequence[str],
     score_cut: float,
 ) -> Callable[[Array], Measures]:
-    """What some of the test images score over the seeds' fits, for subgroup_scores: strict mAP."""
+    """What some of the test images score over the seeds' fits, for subgroup_scores: strict AP of
+    each class that enough of the patients have boxes of.
+
+    Shapes:  weights [R, images], patients [images]
+    """
 
     @cache
     def matches_of(seed: int) -> list[Matches]:
-        return match(truth, [f.over(score_cut) for f in by_seed[seed]], thresholds, num_classes)
+        return match(truth, [f.over(score_cut) for f in by_seed[seed]], thresholds, len(classes))
+
+    has_box = [np.array([(t.labels == k).any() for t in truth]) for k in range(len(classes))]
 
     def measure(inside: Array) -> Measures:
-        each: list[Measured | None] = []
-        for seed in range(len(by_seed)):
-            # an image of weight 0 is in neither count: nothing has to be matched again
-            value = mean_average_precision(matches_of(seed), inside[None].astype(np.float64))
-            under = mean_average_precision(matches_of(seed), weights * inside)
-            each.append((float(value[0]), under, int(inside.sum())))
-        joined = mean_of_fits(each)
-        return Measures(whole={} if joined is None else {"strict": joined})
+        # an image of weight 0 is in neither count: nothing has to be matched again
+        one, under = inside[None].astype(np.float64), weights * inside
+        found: dict[str, dict[str, Measured]] = {}
+        counts = {}
+        for k, name in enumerate(classes):
+            with_box = inside & has_box[k]
+            counts[name] = (int(inside.sum()), int(with_box.sum()))
+            found[name] = {}
+            if not enough(patients[with_box]):
+                continue
+            each: list[Measured] = []
+            for seed in range(len(by_seed)):
+                own = matches_of(seed)[k]
+                value = float(average_precisions(own, one).mean())
+                each.append((value, average_precisions(own, under).mean(axis=1), counts[name][0]))
+            joined = mean_of_fits(each)
+            assert joined is not None
+            found[name]["strict"] = joined
+        return Measures(found, counts)
 
     return measure
 

@@ -163,8 +163,9 @@ class Detection(FramedTask):
             truth,
             predictions,
             weights,
+            patients,
             thresholds=self.transfer.iou_thresholds,
-            num_classes=len(self.classes),
+            classes=self.classes,
             score_cut=self.transfer.score_cut,
         )
         groupings = read_groupings(self.config, self.manifest, test)

@@ -18,7 +18,7 @@ import numpy as np
 from mlip.transfer.interval import Array, weighted_mean, weighted_sum
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
-from mlip.transfer.subgroups import Measures
+from mlip.transfer.subgroups import Measures, enough
 
 FORMS = ("published", "positive_only", "pooled")
 
@@ -81,10 +81,18 @@ def dice_scores(by_seed: Sequence[Counts], weights: Array) -> dict[str, Any]:
     return {key: over_seeds([found.get(key) for found in each], reason) for key in FORMS}
 
 
-def dice_measures(by_seed: Sequence[Counts], weights: Array) -> Callable[[Array], Measures]:
-    """What some of the test images score over the seeds' fits, for subgroup_scores."""
+def dice_measures(
+    by_seed: Sequence[Counts], weights: Array, patients: Array
+) -> Callable[[Array], Measures]:
+    """What some of the test images score over the seeds' fits, for subgroup_scores.
+
+    Shapes:  weights [R, images], patients [images]
+    """
+    has_truth = by_seed[0].truth > 0
 
     def measure(inside: Array) -> Measures:
+        if not enough(patients[inside & has_truth]):
+            return Measures()
         each = [_measured(counts.of(inside), weights[:, inside]) for counts in by_seed]
         joined = {key: mean_of_fits([found.get(key) for found in each]) for key in FORMS}
         return Measures(whole={key: found for key, found in joined.items() if found is not None})

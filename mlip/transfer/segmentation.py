@@ -164,7 +164,7 @@ class Segmentation(FramedTask):
             "subgroups": subgroup_scores(
                 read_groupings(self.config, self.manifest, test),
                 patients,
-                dice_measures(by_seed, weights),
+                dice_measures(by_seed, weights, patients),
             ),
         }
 

@@ -28,7 +28,9 @@ from mlip.transfer.scores import Measured
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
 FEWEST_OF_EACH = 5  # patients with a finding, and without it: a rate of fewer is a coin's
-TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
+TOO_FEW = (
+    f"fewer than {FEWEST_OF_EACH} patients with or without it, or val or the training draw lacks it"
+)
 _IDENTIFIERS = ("image", "report", "patient_id", "study_id", "image_id", "sha256")
 
 
@@ -278,4 +280,9 @@ def has_both(truth: Array, patients: Array) -> bool:
     Rows of one patient are not independent: five rows of one would be one patient's word.
     Shapes:  truth [n] bool, patients [n]
     """
-    return all(len(np.unique(patients[truth == side])) >= FEWEST_OF_EACH for side in (True, False))
+    return enough(patients[truth]) and enough(patients[~truth])
+
+
+def enough(patients: Array) -> bool:
+    """Whether these rows are of FEWEST_OF_EACH patients or more.  Shapes: patients [n]"""
+    return len(np.unique(patients)) >= FEWEST_OF_EACH

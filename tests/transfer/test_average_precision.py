@@ -13,12 +13,14 @@ from mlip.transfer.average_precision import (
     Found,
     Truth,
     average_precisions,
+    detection_measures,
     detection_scores,
     match,
     mean_average_precision,
     run_coco,
 )
 from mlip.transfer.boxes import box_iou, keep_best
+from mlip.transfer.subgroups import Grouping, subgroup_scores
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 A, B = [10.0, 10, 30, 30], [50.0, 50, 90, 90]
@@ -125,6 +127,41 @@ def test_weights_of_images_equal_repeating_them() -> None:
     repeated = match([truths[i] for i in again], [predictions[i] for i in again], IOUS, 2)
     expected = mean_average_precision(repeated, np.ones((1, len(again))))[0]
     assert ours == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_group_is_scored_on_the_classes_that_enough_of_its_patients_have() -> None:
+    pairs = [pair for pair in zip(*_random_images(80), strict=True) if len(pair[0].labels)][:40]
+    truths, predictions = map(list, zip(*pairs, strict=True))
+    rng = np.random.default_rng(0)
+    weights, inside = rng.integers(0, 3, (20, 40)), np.arange(40) < 20
+    for i in (*range(5), *range(20, 35)):  # both classes; in the first half the second is rare
+        truths[i].labels[:1], predictions[i].labels[:1] = 1, 1
+    for i in range(5, 20):
+        truths[i].labels[:] = 0
+    given = {"thresholds": IOUS, "classes": ["a", "b"], "score_cut": 0.3}
+    fits = [predictions, [found.over(0.5) for found in predictions]]
+    measure = detection_measures(truths, fits, weights, np.arange(40).clip(1), **given)
+    half, rest = measure(inside), measure(~inside)
+    with_b = sum((t.labels == 1).any() for t in truths[:20])
+    assert with_b == 5 and half.counts["b"] == (20, 5) and half.classes["b"] == {}
+    assert rest.classes.keys() == {"a", "b"} and "strict" in rest.classes["b"]
+    value, resampled, n = half.classes["a"]["strict"]
+    places = np.flatnonzero(inside)
+    expected = [
+        average_precisions(
+            match([truths[i] for i in places], [fit[i].over(0.3) for i in places], IOUS, 2)[0],
+            np.concatenate([np.ones((1, 20)), weights[:, inside]]),
+        ).mean(axis=1)
+        for fit in fits
+    ]
+    assert n == 20 and value == pytest.approx(np.mean(expected, axis=0)[0])
+    assert resampled == pytest.approx(np.mean(expected, axis=0)[1:])
+    # the difference of means is over what both sides have: the first class alone
+    halves = Grouping("half", ("x",), inside[None], np.ones(40, bool), {})
+    (table,) = subgroup_scores([halves], np.arange(40), measure)
+    difference = table["groups"][0]["difference"]["strict"]
+    assert difference["value"] == pytest.approx(value - rest.classes["a"]["strict"][0])
+    assert (difference["classes"], difference["classes_asked"]) == (1, 2)
 
 
 def test_nan_scores_are_an_error() -> None:

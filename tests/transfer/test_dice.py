@@ -7,9 +7,10 @@ import pytest
 import torch
 from torchmetrics.functional.segmentation import dice_score
 
-from mlip.transfer.dice import count, dice_per_image, dice_scores, pooled_dice
+from mlip.transfer.dice import count, dice_measures, dice_per_image, dice_scores, pooled_dice
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.segmentation import mask_loss
+from mlip.transfer.subgroups import Measures
 
 
 def _masks(*rows: list[int]) -> np.ndarray:
@@ -31,6 +32,26 @@ def test_each_form_by_hand() -> None:
     assert scores["positive_only"]["value"] == pytest.approx((2 / 3) / 2)
     assert scores["positive_only"]["n"] == 2
     assert scores["pooled"]["value"] == pytest.approx(2 * 1 / (2 + 6))
+
+
+def test_a_group_is_scored_alone_where_five_of_its_patients_have_something_to_find() -> None:
+    rng = np.random.default_rng(1)
+    truth = (rng.random((20, 8, 9)) < 0.4).astype(np.uint8) * INSIDE
+    truth[6:14] = 0
+    fits = [count(rng.random((20, 8, 9)) < share, truth) for share in (0.3, 0.6)]
+    weights, inside = rng.integers(0, 3, (30, 20)), np.arange(20) < 14
+    measure = dice_measures(fits, weights, np.arange(20))
+    alone = dice_scores([counts.of(inside) for counts in fits], weights[:, inside])
+    for key, (value, resampled, n) in measure(inside).whole.items():
+        assert (value, n) == (pytest.approx(alone[key]["value"]), alone[key]["n"])
+        assert np.quantile(resampled, 0.025) == pytest.approx(alone[key]["low"])
+    assert measure(inside).whole.keys() == alone.keys()
+    # six images with truth, of four patients
+    assert measure(inside & (np.arange(20) != 0)).whole.keys() == alone.keys()
+    of_four = dice_measures(fits, weights, np.arange(20).clip(2))
+    assert (
+        of_four(inside) == Measures() and of_four(np.arange(20) < 15).whole.keys() == alone.keys()
+    )
 
 
 def test_random_masks_equal_torchmetrics() -> None:
