@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlip.report.charts import BLUE, MUTED, Mark, scale_axis, scale_marks
+from mlip.transfer.table import classes_text
 
 MOST_SHOWN = 8  # differences of single findings that the page names
 WIDTH_PX = 170
@@ -58,8 +59,10 @@ def _table(
                 "name": group["name"],
                 "images": group["images"],
                 "patients": group["patients"],
-                "scores": [group["macro"].get(key) for key in shown],
-                "difference": estimate,
+                "scores": [
+                    (told, classes_text(told or {}))  # a mean over some findings alone says so
+                    for told in (*(group["macro"].get(key) for key in shown), estimate)
+                ],
                 "drawing": scale_marks(
                     [marks], low=-reach, high=reach, width=WIDTH_PX, grid=(-reach, 0.0, reach)
                 ),
