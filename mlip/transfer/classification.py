@@ -8,7 +8,7 @@ thresholds from val, calibration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
-from mlip.transfer.subgroups import read_groupings, subgroup_scores
+from mlip.transfer.subgroups import Grouping, subgroup_scores
 
 FEATURES_AT_ONCE = 64
 
@@ -202,7 +202,13 @@ class Classification:
         learnt = (targets == 1).any(axis=0) & (targets == 0).any(axis=0)
         return {"val": fitted(val), "test": fitted(test), "learnt": learnt}
 
-    def score(self, predictions: list[dict[str, Array]], val: Array, test: Array) -> dict[str, Any]:
+    def score(
+        self,
+        predictions: list[dict[str, Array]],
+        val: Array,
+        test: Array,
+        groupings: Sequence[Grouping],
+    ) -> dict[str, Any]:
         """Scores on test of each seed's fit, joined; thresholds are val's."""
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
@@ -214,7 +220,6 @@ class Classification:
             rule = self.config.evaluate.threshold_rule
             told = (predictions, targets, self.targets(val), weights, self.classes, rule)
             scores, measure = label_scores(*told), label_measures(*told, patients)
-        groupings = read_groupings(self.config, self.manifest, test)
         return {**scores, "subgroups": subgroup_scores(groupings, patients, measure)}
 
     def worst(self, prediction: dict[str, Array], test: Array, most: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ frozen encoders in eval mode, a head for ViT, mAP that counts every image beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.froc import froc_scores
 from mlip.transfer.interval import Array, patient_resamples
-from mlip.transfer.subgroups import read_groupings, subgroup_scores
+from mlip.transfer.subgroups import Grouping, subgroup_scores
 from mlip.transfer.yolo import YoloHead, decode, yolo_loss
 
 ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
@@ -145,7 +145,13 @@ class Detection(FramedTask):
     def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> list[Found]:
         return fitted(test)
 
-    def score(self, predictions: list[list[Found]], val: Array, test: Array) -> dict[str, Any]:
+    def score(
+        self,
+        predictions: list[list[Found]],
+        val: Array,
+        test: Array,
+        groupings: Sequence[Grouping],
+    ) -> dict[str, Any]:
         """mAP of test in both forms and FROC over the seeds' fits."""
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
@@ -168,7 +174,6 @@ class Detection(FramedTask):
             classes=self.classes,
             score_cut=self.transfer.score_cut,
         )
-        groupings = read_groupings(self.config, self.manifest, test)
         return {
             **scores,
             "froc": froc_scores(truth, predictions, weights),

@@ -44,6 +44,7 @@ from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
 from mlip.transfer.retrieval import DIRECTIONS, evaluate_retrieval
 from mlip.transfer.statistics import knowledge_statistics, pair_statistics
+from mlip.transfer.subgroups import read_groupings
 from mlip.transfer.truth_masks import load_masks
 from mlip.transfer.zero_shot import combine
 from mlip.transfer.zero_shot_run import logit_scales, some_of, zero_shot_run
@@ -209,6 +210,7 @@ def _evaluate(
     """(manifest rows that were scored, results)"""
     check_labels(config, manifest)
     rows = choose_rows(config, manifest)
+    read_groupings(config, manifest, rows)  # refused before the images are encoded
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
     )

@@ -71,7 +71,7 @@ def transfer_run(
         device = torch.device(device)
         task = TASKS[transfer.task](config, manifest, annotations, images, device)
         splits, unused = _splits(config, manifest, task, images)
-        read_groupings(config, manifest, splits.test)  # refused before hours of fits
+        groupings = read_groupings(config, manifest, splits.test)  # refused before hours of fits
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)
@@ -101,7 +101,7 @@ def transfer_run(
                     f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
                     f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
                 )
-            scores = task.score(predictions, splits.val, splits.test)
+            scores = task.score(predictions, splits.val, splits.test, groupings)
             fractions.append({"percent": percent, "scores": scores, "fits": fits})
             pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
     finally:

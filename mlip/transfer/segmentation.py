@@ -7,7 +7,7 @@ image's own letterbox, frozen encoders in eval mode, Dice in three forms with in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -32,7 +32,7 @@ from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.mask_file import IGNORED, INSIDE
-from mlip.transfer.subgroups import read_groupings, subgroup_scores
+from mlip.transfer.subgroups import Grouping, subgroup_scores
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
 THRESHOLD_LOGIT = 0.0  # a probability of one half
@@ -151,7 +151,13 @@ class Segmentation(FramedTask):
             packed.append(np.packbits(called.reshape(len(called), -1), axis=1))
         return {"counts": join(counts), "masks": np.concatenate(packed)}
 
-    def score(self, predictions: list[dict[str, Any]], val: Array, test: Array) -> dict[str, Any]:
+    def score(
+        self,
+        predictions: list[dict[str, Any]],
+        val: Array,
+        test: Array,
+        groupings: Sequence[Grouping],
+    ) -> dict[str, Any]:
         """Dice of test in its three forms over the seeds' fits."""
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
@@ -162,9 +168,7 @@ class Segmentation(FramedTask):
             "images_with_truth": int((by_seed[0].truth > 0).sum()),
             "headline": "dice.published",
             "subgroups": subgroup_scores(
-                read_groupings(self.config, self.manifest, test),
-                patients,
-                dice_measures(by_seed, weights, patients),
+                groupings, patients, dice_measures(by_seed, weights, patients)
             ),
         }
 

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
-from mlip.transfer import subgroups
+from mlip.transfer import protocol, subgroups
 from mlip.transfer.interval import patient_resamples
 from mlip.transfer.subgroups import Measures, read_groupings, subgroup_scores
 from mlip.transfer.zero_shot import measured
@@ -294,15 +294,38 @@ def test_every_task_tells_its_scores_by_group(
         assert not [secret for secret in SECRETS if secret in text]
 
 
-def test_a_column_that_is_not_there_is_refused_before_the_first_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("task", [LABELS, []], ids=["probe", "nothing trained"])
+def test_a_column_that_is_not_there_is_refused_before_images_are_encoded(
+    task: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = [*write(tmp_path), *LABELS, "evaluate.subgroups={sex: []}"]
+    for late in ("mlip.transfer.evaluation.encode_split", "mlip.transfer.protocol.open_start"):
+        monkeypatch.setattr(late, None)
+    settings = [*write(tmp_path), *task, "evaluate.subgroups={sex: []}"]
     assert evaluate(tmp_path, settings) == 3
     said = capsys.readouterr().err
     assert "evaluate.subgroups: " in said and "has no column 'sex'; it has: image, " in said
     assert "evaluate.subgroups.sex=null" in said and "data.columns" not in said
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_manifest_may_change_while_fits_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*write(tmp_path, sex="F"), *LABELS, "evaluate.subgroups={sex: []}"]
+    opened = protocol.open_start
+
+    def change(*given: Any) -> Any:
+        (tmp_path / "manifest.csv").write_text("image\n")
+        return opened(*given)
+
+    monkeypatch.setattr(protocol, "open_start", change)
+    assert evaluate(tmp_path, settings) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (sex,) = results["fractions"][0]["scores"]["subgroups"]
+    assert [group["name"] for group in sex["groups"]] == ["F"]
 
 
 def test_a_manifest_that_changed_is_refused(tmp_path: Path) -> None:
