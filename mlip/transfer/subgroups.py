@@ -8,7 +8,7 @@ other rows, with an interval over patients of their difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -209,11 +209,20 @@ def subgroup_scores(
 
 def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
     """A group's scores and their differences; reason: why there is no difference."""
-    keys = list(dict.fromkeys(key for found in own.classes.values() for key in found))
-    keys += [key for found in others.classes.values() for key in found if key not in keys]
-    macro: dict[str, Any] = {key: _mean_over(own.classes, key) for key in dict.fromkeys(keys)}
+    sides = (*own.classes.values(), *others.classes.values())
+    keys = list(dict.fromkeys(key for found in sides for key in found))
+    macro: dict[str, Any] = {
+        key: _mean([found.get(key) for found in own.classes.values()]) for key in keys
+    }
     difference: dict[str, Any] = {
-        key: _mean_difference(own.classes, others.classes, key, reason) for key in macro
+        key: _mean(
+            [
+                _less(found.get(key), others.classes.get(name, {}).get(key))
+                for name, found in own.classes.items()
+            ],
+            reason,
+        )
+        for key in keys
     }
     for key in dict.fromkeys([*own.whole, *others.whole]):
         macro[key] = _told(own.whole.get(key))
@@ -226,11 +235,9 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
                 "class": name,
                 "n": n,
                 "positives": positives,
-                **{key: _told(found.get(key)) for key in macro if key not in own.whole},
+                **{key: _told(found.get(key)) for key in keys},
                 "difference": {
-                    key: _told(_less(found.get(key), beside.get(key)), reason)
-                    for key in macro
-                    if key not in own.whole
+                    key: _told(_less(found.get(key), beside.get(key)), reason) for key in keys
                 },
             }
         )
@@ -245,22 +252,6 @@ def _less(own: Measured | None, others: Measured | None) -> Measured | None:
 
 def _told(measured: Measured | None, reason: str = TOO_FEW) -> Estimate:
     return not_available(reason) if measured is None else estimate(*measured)
-
-
-def _mean_over(classes: Mapping[str, Mapping[str, Measured]], key: str) -> dict[str, Any]:
-    return _mean([found.get(key) for found in classes.values()])
-
-
-def _mean_difference(
-    own: Mapping[str, Mapping[str, Measured]],
-    others: Mapping[str, Mapping[str, Measured]],
-    key: str,
-    reason: str,
-) -> dict[str, Any]:
-    return _mean(
-        [_less(found.get(key), others.get(name, {}).get(key)) for name, found in own.items()],
-        reason,
-    )
 
 
 def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[str, Any]:
