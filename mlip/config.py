@@ -279,7 +279,8 @@ class Evaluate:
     negative_prompts: tuple[str, ...] = ("no {}.", "there is no {}.", "no evidence of {}.")
 
     def __post_init__(self) -> None:
-        kept = {column: edges for column, edges in self.subgroups.items() if edges is not None}
+        # YAML takes a column called 2021 for a number
+        kept = {str(name): edges for name, edges in self.subgroups.items() if edges is not None}
         object.__setattr__(self, "subgroups", kept)
 
 

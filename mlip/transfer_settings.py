@@ -71,7 +71,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         # files are merged key by key: null is how a later one takes a class away
-        kept = {name: policy for name, policy in self.classes.items() if policy is not None}
+        kept = {str(name): policy for name, policy in self.classes.items() if policy is not None}
         object.__setattr__(self, "classes", kept)
         read = {
             key: {name: _read(value) for name, value in changes.items()}

@@ -110,6 +110,15 @@ def test_edges_that_do_not_rise_are_refused(edges: str) -> None:
         load(overrides=[f"evaluate.subgroups={{age: {edges}}}"])
 
 
+def test_a_column_may_be_called_by_a_number(tmp_path: Path) -> None:
+    columns = {"2021": ["new"] * 60 + ["old"] * 60}
+    (scanner,) = read_groupings(*_manifest(tmp_path, "{2021: []}", **columns))
+    assert (scanner.column, scanner.names) == ("2021", ("new", "old"))
+    with pytest.raises(ManifestError, match="has no column '2022'"):
+        read_groupings(*_manifest(tmp_path, "{2022: []}"))
+    assert load(overrides=["transfer.classes={1: zero}"]).transfer.classes == {"1": "zero"}
+
+
 def test_null_takes_a_column_away(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("evaluate: {subgroups: {sex: [], age: [40]}}\n")
     (tmp_path / "b.yaml").write_text("evaluate: {subgroups: {sex: null}}\n")
