@@ -76,7 +76,7 @@ def label_scores(
         row["threshold_logits"] = thresholds
         first = predictions[0]
         if truth.any() and not truth.all() and first["learnt"][k]:
-            logit = first["test"][known, k]
+            logit = first["test"][known, k].astype(np.float64)
             row["curve"] = curve(logit, truth)
             if thresholds[0] is not None:
                 called = (logit >= thresholds[0]).astype(int)

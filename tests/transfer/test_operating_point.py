@@ -63,6 +63,9 @@ def test_shares_are_counted_and_not_rounded() -> None:
     # 0.7 * 10 is 7.000000000000001 in binary: eight of ten would be one too many
     assert choose_threshold(scores, labels, "sensitivity=0.7") == 3.0
     assert choose_threshold(scores, labels, "specificity=0.7") == -13.0
+    # 9.005 of ten are ten
+    assert choose_threshold(scores, labels, "sensitivity=0.9005") == 0.0
+    assert choose_threshold(scores, labels, "specificity=0.9005") == 0.0
 
 
 def test_where_the_highest_score_is_a_negatives_a_threshold_above_all_is_left() -> None:

@@ -131,6 +131,17 @@ def test_labels_that_are_ignored_leave_their_class_and_no_class_is_a_silent_half
     assert scores["macro"]["auroc"]["value"] == 1.0
 
 
+def test_the_confusion_is_what_the_rates_say_where_all_scores_are_equal() -> None:
+    targets = np.array([[1], [0]] * 4, dtype=np.int8)
+    logits = np.full((8, 1), 0.3, dtype=np.float32)  # a threshold above all is no float32
+    (row,) = label_scores(
+        *([_prediction(logits, [True])], targets, targets, np.ones((3, 8)), ["A"]),
+        "specificity=0.9",
+    )["classes"]
+    assert row["threshold_logits"][0] > float(logits.max()) and row["specificity"]["value"] == 1.0
+    assert row["confusion"] == [[4, 0], [4, 0]]
+
+
 def test_exclusive_classes_are_scored_by_the_best_one() -> None:
     truth = np.array([0, 1, 2, 2])
     targets = np.eye(3, dtype=np.int8)[truth]
