@@ -73,6 +73,20 @@ def test_what_programs_write_for_a_gap_is_no_group_and_names_fit_a_line(tmp_path
     assert ward.names == () and ward.members.shape == (0, ROWS) and not ward.stated.any()
 
 
+def test_groups_are_of_patients_however_many_images_they_have(tmp_path: Path) -> None:
+    patients = [f"p{i // 3}" for i in range(ROWS)]  # forty of three images
+    long = "w" * 80  # characters that a name may have
+    wards = ["A"] * 30 + ["B"] * 27 + ["C"] * 3 + [long] * 60
+    years = [10 * (i // 30) for i in range(ROWS)]
+    columns = {"patient_id": patients, "ward": wards, "year": years}
+    given = _manifest(tmp_path, "{ward: [], year: [10, 20, 30]}", **columns)
+    ward, year = read_groupings(*given)
+    # ten patients are shown; nine, and one, are not
+    assert ward.names == ("A", long) and [m.sum() for m in ward.members] == [30, 60]
+    assert ward.small == {"groups": 2, "images": 30, "patients": 10}
+    assert year.names == ("below 10", "10 to below 20", "20 to below 30", "30 or more")
+
+
 def test_a_subset_of_rows_is_grouped_by_its_own_cells(tmp_path: Path) -> None:
     config, manifest, _ = _manifest(tmp_path, "{sex: []}")
     rows = np.array([5, 1, 100, *range(20, 60)])
@@ -201,7 +215,10 @@ def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score(
     def scores(a: float, b: float | None) -> Measures:
         found = {"a": a} if b is None else {"a": a, "b": b}
         return Measures(
-            {name: {"auroc": (value, np.full(9, value), 5)} for name, value in found.items()},
+            {
+                name: {"auroc": (value, np.full(9, value), 7 if name == "a" else 5)}
+                for name, value in found.items()
+            },
             {"a": (9, 5), "b": (9, 0 if b is None else 5)},
         )
 
@@ -215,6 +232,7 @@ def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score(
     assert group["macro"]["auroc"]["classes"] == 2
     assert group["difference"]["auroc"]["value"] == pytest.approx(0.2)
     assert group["difference"]["auroc"]["classes"] == 1
+    assert group["macro"]["auroc"]["n"] == 7  # the most rows that a finding has
     b = group["classes"][1]
     assert b["auroc"]["value"] == 0.4 and b["difference"]["auroc"]["value"] is None
 
