@@ -54,17 +54,17 @@ def test_without_subgroups_there_is_nothing_to_show() -> None:
 
 def test_differences_are_counted_once_and_named_by_size() -> None:
     edge = _told(0.1, 0.0, 0.2)  # 0 is in it
-    given = (UP, DOWN, SAME, edge, _told(None), _told(0.5))
+    given = (UP, DOWN, SAME, edge, _told(-0.1, -0.2, 0.0), _told(None), _told(0.5))
     pair = _table(_group("F", *given), _group("M", *given), unsaid=3)
     found = _context(pair)
-    assert (found["compared"], found["apart_count"]) == (4, 2)
-    assert found["by_chance"] == pytest.approx(0.2)
+    assert (found["compared"], found["apart_count"]) == (5, 2)
+    assert found["by_chance"] == pytest.approx(0.25)
     assert [name for name, _ in found["apart"]] == ["lung 1, sex F", "lung 0, sex F"]
     # with a third group that is not shown one difference is not the other's
-    assert _context({**pair, "small_groups": _table(small=1)["small_groups"]})["compared"] == 8
-    assert _context(_table(_group("F", *given)))["compared"] == 4
+    assert _context({**pair, "small_groups": _table(small=1)["small_groups"]})["compared"] == 10
+    assert _context(_table(_group("F", *given)))["compared"] == 5
     third = _context(_table(*(_group(name, *[DOWN] * 3) for name in "ABC")), pair)
-    assert (third["compared"], third["apart_count"], len(third["apart"])) == (13, 11, 8)
+    assert (third["compared"], third["apart_count"], len(third["apart"])) == (14, 11, 8)
 
 
 def test_the_scale_reaches_past_the_widest_interval_and_no_further_than_one() -> None:
