@@ -16,8 +16,10 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from mlip.config import Config, from_dict
 from mlip.report.page import TEMPLATES
 from mlip.report.tables import DIRECTIONS, SCORES
+from mlip.training.schedule import peak_lr, total_steps
 
 TAGS = (
     *("chest-x-ray", "radiology", "medical-imaging", "vision-language", "contrastive-learning"),
@@ -80,6 +82,7 @@ def _context(described: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[
     zero_shot = (scores or {}).get("zero_shot", {})
     heads = list(zero_shot.get("macro", ()))
     onnx = described.get("onnx")
+    settings = from_dict(config)
     return {
         **{key: described[key] for key in ("vocab_size", "knowledge", "fingerprints")},
         **{"config": config, "contract": contract, "scores": scores, "sizes": sizes, "onnx": onnx},
@@ -89,6 +92,8 @@ def _context(described: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[
             yaml.safe_dump(_front_matter(described, is_generated), sort_keys=False)
         ),
         "facts": {key: facts.get(key) for key in ("step", "pairs_seen")},
+        "unfinished": _unfinished(facts.get("step"), settings, origin["rows"]),
+        "peak_lr": peak_lr(settings),
         "average": ", here their average over the training"
         if facts.get("weights") == "ema"
         else "",
@@ -139,6 +144,14 @@ def _is_generated(origin: Mapping[str, Any], scores: Mapping[str, Any] | None) -
     if scores is None or scores["fingerprints"]["manifest"] != origin["manifest"]:
         return None
     return bool(scores["data"]["is_phantom"])
+
+
+def _unfinished(step: Any, config: Config, rows: int | None) -> Markup:
+    """How many steps were meant, where the training had not come to its end."""
+    planned = total_steps(config, rows or 0)
+    if type(step) is not int or step >= planned:
+        return Markup("")
+    return Markup(f" of {planned:,} planned: not trained to the end")
 
 
 def _of_data(origin: Mapping[str, Any], is_generated: bool | None) -> dict[str, str]:

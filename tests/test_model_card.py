@@ -191,7 +191,8 @@ def test_the_numbers_are_those_of_the_results(folder: Path) -> None:
 def test_what_the_run_recorded_stands_there(folder: Path) -> None:
     small, card = small_run(), _card(folder)
     training = dict(_rows(card, "Training"))
-    assert (training["Steps"], training["Pairs seen"]) == ("7", "5,600")
+    # 50 epochs of 32 rows in batches of 144
+    assert training["Steps"].startswith("7 of 12 planned") and training["Pairs seen"] == "5,600"
     assert training["Training rows"].startswith("32 ")
     assert training["Manifest (SHA-256)"] == small.manifest.fingerprint
     assert training["First weights, text tower"] == "random"
@@ -204,6 +205,23 @@ def test_what_the_run_recorded_stands_there(folder: Path) -> None:
         str(v) for v in preprocessing(small.config).values()
     ]
     assert contract[-1][1] == hash_of(preprocessing(small.config))
+
+
+def test_the_rate_and_the_steps_are_those_that_the_training_has(tmp_path: Path) -> None:
+    """train.lr is of lr_reference_pairs; a run that was killed has not come to its last step."""
+    small = small_run()
+    batch = dataclasses.replace(small.config.batch, global_pairs=576)
+    train = dataclasses.replace(small.config.train, lr=1e-4, lr_reference_pairs=144, max_steps=9)
+    config = dataclasses.replace(small.config, batch=batch, train=train)
+    parts = (small.model, config, small.tokenizer, small.table)
+
+    def training(step: int) -> dict[str, str]:
+        return dict(
+            _rows(_card(save_pretrained(tmp_path, *parts, facts={"step": step})), "Training")
+        )
+
+    assert "learning rate up to 0.0002," in training(9)["Optimiser"]
+    assert training(9)["Steps"] == "9" and training(8)["Steps"].startswith("8 of 9 planned")
 
 
 def test_the_results_of_a_checkpoint_are_its_runs_wherever_it_is_named_from(
