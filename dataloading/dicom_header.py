@@ -191,10 +191,10 @@ def _demographics(dataset: Dataset, notes: list[str]) -> tuple[str, str]:
     000Y, and 0 without a unit, are what devices write for a gap: infants are told in days to
     months, or by their birth date.
     """
-    sex = read_sex(_text(dataset, "PatientSex"))
-    age = read_age(_text(dataset, "PatientAge"), zero_years="")
+    sex = read_sex(_said(dataset, "PatientSex"))
+    age = read_age(_said(dataset, "PatientAge"), zero_years="")
     if not age:
-        birth, study = (_text(dataset, name) for name in ("PatientBirthDate", "StudyDate"))
+        birth, study = (_said(dataset, name) for name in ("PatientBirthDate", "StudyDate"))
         by_dates = age_between(birth, study)
         age = by_dates if by_dates or age == "" else age
     notes += [note for note, told in (("unread_sex", sex), ("unread_age", age)) if told is None]
@@ -251,6 +251,12 @@ def _entries(dataset: Dataset, name: str) -> list[float | None] | None:
 def _text(dataset: Dataset, name: str) -> str:
     value = _value(dataset, name)
     return value.strip(" \0") if isinstance(value, str) else ""
+
+
+def _said(dataset: Dataset, name: str) -> str:
+    """As _text, of a number or of several values too: those tell nothing, and are no gap."""
+    value = _value(dataset, name)
+    return "" if value is None else str(value).strip(" \0")
 
 
 def _code(dataset: Dataset, name: str) -> str:

@@ -357,7 +357,8 @@ def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
 def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if may_be_number and (pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+    of_numbers = (pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
+    if may_be_number and any(is_kind(kind) for is_kind in of_numbers):
         return
     if not (
         pa.types.is_string(kind)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -121,6 +122,15 @@ def test_an_age_with_a_gap_is_a_number_with_a_point_to_pandas(tmp_path: Path, ki
         pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "manifest.parquet")
     else:
         (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(told(collect("manifest", tmp_path)).values()) == [("", "58"), ("", "")]
+
+
+def test_an_age_of_a_data_base_is_a_decimal_number(tmp_path: Path) -> None:
+    for i in range(2):
+        image(tmp_path / f"{i}.png", i)
+    ages = pa.array([Decimal("58.0"), None], pa.decimal128(4, 1))
+    table = pa.table({"image": ["0.png", "1.png"], "patient_id": ["a", "b"], "age": ages})
+    pa.parquet.write_table(table, tmp_path / "manifest.parquet")
     assert list(told(collect("manifest", tmp_path)).values()) == [("", "58"), ("", "")]
 
 

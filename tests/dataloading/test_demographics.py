@@ -36,7 +36,9 @@ def film(path: Path, seed: int = 0, **tags: object) -> None:
     write_radiograph(path, cells, patient_id=f"MRN{seed}", study_id=f"ACC{seed}")
     dataset = pydicom.dcmread(path)
     for name, value in tags.items():
-        if isinstance(value, str) and name == "PatientAge":
+        if name == "PatientAge" and isinstance(value, int):
+            dataset.add_new(name, "IS", value)  # not the kind that the standard wants
+        elif isinstance(value, str) and name == "PatientAge":
             # as a sender would have written it: pydicom refuses what is no age string
             element = pydicom.DataElement(name, "AS", None)
             element._value = value
@@ -153,11 +155,17 @@ def test_what_cannot_be_read_is_counted_and_not_told() -> None:
         ({"PatientAge": "148"}, ("", "", {"unread_age"})),
         ({"PatientSex": "X", "PatientAge": "CANARY"}, ("", "", {"unread_sex", "unread_age"})),
         ({"PatientBirthDate": "19000101", "StudyDate": "20140712"}, ("", "", {"unread_age"})),
+        ({"PatientAge": 51}, ("", "51", set())),
+        (
+            {"PatientSex": ["M", "F"], "PatientAge": ["051Y", "052Y"]},
+            ("", "", {"unread_sex", "unread_age"}),
+        ),
+        ({"PatientBirthDate": [BIRTH] * 2, "StudyDate": "20140712"}, ("", "", {"unread_age"})),
         ({}, ("", "", set())),
     ],
 )
 def test_a_header_tells_sex_and_age(
-    tmp_path: Path, tags: dict[str, str], expected: tuple[str, str, set[str]]
+    tmp_path: Path, tags: dict[str, object], expected: tuple[str, str, set[str]]
 ) -> None:
     film(tmp_path / "a.dcm", **tags)
     _, info = read_radiograph(tmp_path / "a.dcm")
