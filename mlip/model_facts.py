@@ -27,7 +27,8 @@ from mlip.transfer.summary import HEADS
 logger = logging.getLogger("mlip")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _SHAPE = ("hidden_sizes", "depths", "layer_type", "patch_size", "num_hidden_layers", "hidden_size")
-_RANKS = (*(f"recall@{k}" for k in CUTS), "median_rank")
+_RECALLS = tuple(f"recall@{k}" for k in CUTS)
+_RANKS = (*_RECALLS, "median_rank")
 _ORIGIN: dict[str, type] = {
     **dict.fromkeys(("commit", "manifest"), str),
     **dict.fromkeys(("world_size", "rows", "manifest_rows"), int),
@@ -236,9 +237,8 @@ def _zero_shot(found: Mapping[str, Any], may_be_named: Any) -> dict[str, Any]:
         ],
         "macro": _estimates(found["macro"], heads),
         "worst": {
-            head: {**_estimate(worst), "finding": names.get(worst["finding"])}
-            for head, worst in found["worst"].items()
-            if head in heads
+            head: {**_estimate(found["worst"][head]), "finding": names.get(name)}
+            for head, name in ((head, found["worst"][head]["finding"]) for head in heads)
         },
     }
     if found.get("subgroups"):
@@ -276,7 +276,7 @@ def _retrieval(found: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         "pool": int(found["pool"]),
         "n": int(found["n"]),
-        "chance": {k: float(found["chance"][k]) for k in _RANKS if k in found["chance"]},
+        "chance": {k: _number(found["chance"][k]) for k in _RECALLS},
         "scores": {head: _directions(both) for head, both in scores.items()},
     }
     if found.get("oracle"):
@@ -312,6 +312,8 @@ def _estimates(found: Mapping[str, Any], keys: Any) -> dict[str, Any]:
 
 def _estimate(found: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {key: _number(found[key]) for key in ("value", "low", "high")}
+    if (numbers["low"] is None) != (numbers["high"] is None):
+        raise ValueError("expected both ends of an interval, or none")
     reason = found["reason"]
     return {**numbers, "n": int(found["n"]), "reason": None if reason is None else str(reason)}
 

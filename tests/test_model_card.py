@@ -262,6 +262,24 @@ def test_scores_that_are_not_of_these_weights_are_left_out(
     assert f"{small_results()['zero_shot']['macro']['global']['value']:.3f}" not in _card(out)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r["retrieval"]["chance"].pop("recall@5"),
+        lambda r: r["retrieval"]["chance"].update({"recall@1": float("nan")}),
+        lambda r: r["zero_shot"]["worst"].pop("local"),
+        lambda r: r["zero_shot"]["macro"]["global"].update(high=None),
+        lambda r: r["data"].update(images=[]),
+    ],
+)
+def test_scores_that_a_page_cannot_show_cost_the_scores_and_not_the_export(
+    damage: Callable[[dict[str, Any]], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = _save(tmp_path / "model", _with(damage))
+    assert json.loads((out / "config.json").read_text())["evaluation"] is None
+    assert any("is not that of an evaluation" in message for message in caplog.messages)
+
+
 def test_no_place_no_patient_and_no_report_is_told(folder: Path, run: Path) -> None:
     small, card = small_run(), _card(folder)
     told = card + (folder / "config.json").read_text()
