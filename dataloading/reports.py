@@ -76,9 +76,10 @@ class ReportTokenizer:
         is_lower = normalizer is not None and normalizer.normalize_str("A") == "a"
         return {"tokenizer_class": "BertTokenizer", "do_lower_case": is_lower}
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, max_tokens: int | None = None) -> None:
         """Write tokenizer.json, tokenizer_config.json and vocab.txt: what transformers reads.
 
+        max_tokens  where transformers cuts a text if asked to, [CLS] and [SEP] counted
         Written beside and renamed, so a folder that exists is complete; it is left as it is.
         Raises:  ValueError where a folder of another vocabulary stands there.
         """
@@ -92,6 +93,7 @@ class ReportTokenizer:
             lines = sorted(vocabulary, key=lambda token: vocabulary[token])
             (temporary / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
             config = {**self._reader(), **self.special}
+            config |= {} if max_tokens is None else {"model_max_length": max_tokens}
             (temporary / "tokenizer_config.json").write_text(
                 json.dumps(config, indent=1, sort_keys=True), encoding="utf-8"
             )

@@ -45,7 +45,7 @@ def write_towers(
     _require_known(config)
     plain = plain_model(model, config)
     image, text = _as_known(plain.vision.tower.backbone), plain.text.backbone
-    tokenizer.save(folder / TEXTS)
+    tokenizer.save(folder / TEXTS, config.data.max_tokens)  # longer texts it has not seen
     for backbone, name in ((image, IMAGES), (text, TEXTS)):
         with _quiet():
             backbone.save_pretrained(folder / name)

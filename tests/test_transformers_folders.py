@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from markdown_it import MarkdownIt
 
 from mlip import transformers_folders
 from mlip.cli import main
@@ -99,6 +100,24 @@ def test_the_command_writes_them_and_the_export_is_read_as_before(tmp_path: Path
     # an export with them is an export: written over like any other
     assert main(["export", f"checkpoint={source}", "--out", str(out)]) == 0
     assert not (out / "image_tower").exists()
+
+
+def test_the_lines_of_the_card_run_and_a_text_is_cut_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = _model(*TOWERS["resnet"])
+    card = (_written(tmp_path / "model", model, config) / "README.md").read_text(encoding="utf-8")
+    blocks = [t.content for t in MarkdownIt("commonmark").parse(card) if t.info == "python"]
+    (lines,) = (block for block in blocks if "transformers" in block)
+    monkeypatch.chdir(tmp_path)
+    named: dict[str, Any] = {}
+    exec(lines, named)
+    assert named["image_states"].shape == (1, 24, 6, 6)
+    run = small_run()
+    text, most = "no pneumothorax, left pleural effusion and " * 20, config.data.max_tokens
+    (ids,) = named["tokenizer"]([text], truncation=True)["input_ids"]
+    own = run.tokenizer.encode_batch([text])[0].ids[: most - 2]
+    assert ids == [run.tokenizer.cls_id, *own, run.tokenizer.sep_id] and len(ids) == most
 
 
 @pytest.mark.parametrize(
