@@ -24,7 +24,15 @@ from mlip.cli import main
 from mlip.config import to_dict
 from mlip.knowledge.concept_files import load_concepts
 from mlip.model import MLIPModel
-from mlip.model_facts import kept_origin, results_beside, scores_of, sizes_of, start_of
+from mlip.model_facts import (
+    kept_origin,
+    knowledge_of,
+    origin_of,
+    results_beside,
+    scores_of,
+    sizes_of,
+    start_of,
+)
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint, save_pretrained
 from mlip.training import checkpoint
 from mlip.training.step import TrainingState
@@ -411,6 +419,7 @@ def _subgroups(names: list[str]) -> list[dict[str, Any]]:
 
 def test_subgroups_stand_in_a_table_and_few_patients_are_no_group(tmp_path: Path) -> None:
     subgroups = _subgroups(["F", "M", "Smith"])
+    subgroups[0]["groups"][0]["patients"] = 10
     subgroups[0]["groups"][2]["patients"] = 9
     # what no row of a group can give is not among its scores
     del (
@@ -421,7 +430,7 @@ def test_subgroups_stand_in_a_table_and_few_patients_are_no_group(tmp_path: Path
     out = _save(tmp_path / "model", results)
     rows = _rows(_card(out), "By subgroup")
     shown = ["0.750 (0.650 to 0.850)", "-0.050 (-0.150 to +0.050)"]
-    assert rows[1] == ["F", "28", "14", "7", *shown * 3]
+    assert rows[1] == ["F", "28", "10", "7", *shown * 3]
     assert rows[2][:6] == ["M", "29", "15", "7", *shown] and rows[2][6].startswith("n/a")
     assert len(rows) == 3
     assert "Smith" not in _card(out) + (out / "config.json").read_text()
@@ -543,9 +552,32 @@ def test_a_foreign_concept_table_is_asked_for_and_said_to_be_licensed(tmp_path: 
     out = save_pretrained(tmp_path / "umls", *parts[:3], licensed, include_concepts=True)
     assert json.loads((out / "config.json").read_text())["knowledge"]["is_licensed"]
     assert "UMLS" in _card(out) and "UMLS" not in included
+    merged = type(table)(list(table), {**table.provenance, "licensed": True})
+    assert knowledge_of(merged, is_own=False, is_included=False)["is_licensed"]
 
 
-def test_first_weights_are_named_without_their_place(tmp_path: Path) -> None:
+def test_only_studies_that_training_makes_itself_are_told_to_be_generated() -> None:
+    config = small_run().config
+
+    def is_generated(manifest: str, studies: int) -> Any:
+        phantom = dataclasses.replace(config.data.phantom, studies=studies)
+        data = dataclasses.replace(config.data, manifest=manifest, phantom=phantom)
+        return origin_of({}, dataclasses.replace(config, data=data))["is_generated"]
+
+    assert is_generated("generated/manifest.csv", 1) is True
+    assert is_generated("own/films.csv", 1) is None and is_generated("own/manifest.csv", 0) is None
+
+
+def test_the_name_of_a_users_subset_is_not_handed_on() -> None:
+    results = _with(lambda r: r["config"]["evaluate"].update(subset="ward of Dr Smith"))
+    small = small_run()
+    kept = scores_of(results, hash_of_weights(small.model), small.table)
+    assert kept is not None and kept["config"]["evaluate"]["subset"] == "set"
+
+
+def test_first_weights_are_named_without_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = small_run().config
     (tmp_path / "resnet-50").mkdir()
     vision = dataclasses.replace(config.model.vision, source=str(tmp_path / "resnet-50"))
@@ -558,6 +590,13 @@ def test_first_weights_are_named_without_their_place(tmp_path: Path) -> None:
     # the settings of an export name no source any more: what was known is kept
     assert kept_origin({"start": found}, config)["start"] == found
     assert kept_origin(None, named)["start"] == found
+    placed = {"text": {"kind": "folder", "name": "/home/smith/bert"}}
+    kept = kept_origin({"start": placed}, config)["start"]
+    assert kept == {"image": None, "text": {"kind": "folder", "name": "bert"}}
+    (tmp_path / "google" / "bert_x").mkdir(parents=True)
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        assert start_of(named)["text"] == {"kind": "folder", "name": "bert_x"}
     card = _card(_save(tmp_path / "model", origin={"start": found}))
     assert _front(card)["base_model"] == ["google/bert_x"]
     assert str(tmp_path) not in card

@@ -29,7 +29,7 @@ class Patients:
         self._cells = PatientCells()
         self._of: dict[str, dict[str, str]] = {}
         self._notes: list[str] = []
-        if option in ("", "none"):
+        if not option:
             return
         path = require(Path(option), ACCESS)
         wanted = set(subjects)

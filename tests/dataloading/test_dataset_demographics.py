@@ -70,7 +70,9 @@ def test_mimic_takes_both_from_the_table_of_patients_at_the_year_of_the_study(
     tmp_path: Path,
 ) -> None:
     raw_layouts.make_mimic(tmp_path)
-    assert set(told(collect("mimic_cxr", tmp_path, views="all")).values()) == {("", "")}
+    for option in ("", "none"):  # "none": of --no-demographics
+        collected = collect("mimic_cxr", tmp_path, views="all", patients=option)
+        assert set(told(collected).values()) == {("", "")}
     patients = raw_layouts.make_mimic_iv(tmp_path / "hosp" / "patients.csv.gz")
     collected = collect("mimic_cxr", tmp_path, views="all", patients=str(patients))
     assert list(told(collected).values()) == [
