@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from markdown_it import MarkdownIt
+from transformers.utils import logging as hub_logging
 
 from mlip import transformers_folders
 from mlip.cli import main
@@ -47,8 +48,11 @@ def _model(*changes: str) -> tuple[MLIPModel, Config]:
         config, vocab_size=run.tokenizer.vocab_size, concept_vectors=run.model.concept_vectors
     )
     for name, tensor in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")):
-            tensor.uniform_(0.5, 1.5)  # those of a trained tower are not 0 and 1
+        # those of a trained tower are not 0 and 1; means far from 0 would leave no channel alive
+        if name.endswith("running_mean"):
+            tensor.uniform_(-0.1, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
     return model.eval(), config
 
 
@@ -66,6 +70,7 @@ def test_each_tower_is_what_was_trained(name: str, tmp_path: Path) -> None:
     opened = transformers.AutoModel.from_pretrained(out / "image_tower").eval()
     states = opened(image).last_hidden_state
     pooled, patches, _ = model.float().vision.tower(image)
+    assert pooled.abs().max() > 0.01 and patches.abs().max() > 0.01
     if "vit" in name:
         assert torch.allclose(states[:, 0], pooled, atol=1e-5)
         assert torch.allclose(states[:, 1:], patches, atol=1e-5)
@@ -130,22 +135,28 @@ def test_towers_that_transformers_does_not_have_are_refused(setting: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+@pytest.mark.parametrize(
+    ("tower", "name"), [("vit", "image_tower"), ("vit", "text_tower"), ("resnet", "image_tower")]
+)
 def test_other_numbers_are_refused_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tower: str, name: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, config = _model(*TOWERS["vit"])
+    model, config = _model(*TOWERS[tower])
     opened = transformers_folders._opened
 
     def broken(folder: Path) -> Any:
         other = opened(folder)
-        for parameter in other.parameters():
-            parameter.data.mul_(1.01)
+        for parameter in other.parameters() if folder.name == name else ():
+            parameter.data.mul_(factor)
         return other
 
     monkeypatch.setattr(transformers_folders, "_opened", broken)
-    with pytest.raises(PretrainedError, match=r"image_tower: transformers .* differs from the"):
+    before = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
+    with pytest.raises(PretrainedError, match=rf"{name}: transformers .* differs from the"):
         _written(tmp_path / "m", model, config)
     assert not list(tmp_path.iterdir())
+    assert (hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()) == before
 
 
 @torch.no_grad()
