@@ -44,6 +44,7 @@ _REASONS = {
     PEER: "peer",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_job = ""  # what its ranks have agreed on: the folder also holds words of earlier jobs
 # of schedulers, and of a terminal: Ctrl-C, or its end
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -113,6 +114,8 @@ def guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> 
 
 
 def _guarded(function: Callable[[], None], folder: Callable[[], Path | None]) -> int:
+    global _job
+    _job = ""
     try:
         function()
         return 0
@@ -132,9 +135,12 @@ def _guarded(function: Callable[[], None], folder: Callable[[], Path | None]) ->
         # at once: other survivors end soon, and would look missing too
         explained = presence.explain(error) if code == PEER else None
         place = None if isinstance(error, FolderInUse) else folder()
-        if code == PEER and place is not None:
-            code = _first_failure(place) or PEER
-        _report(error, told, code, place, {"caught": caught, "waited": explained})
+        cause = _first_failure(place) if code == PEER and place is not None else None
+        if cause is not None:
+            code = int(cause["code"])
+            told = f"rank {cause['rank']} on {cause.get('host')} ended with it; its line says why"
+        more = {"caught": caught, "waited": explained, "host": socket.gethostname(), "job": _job}
+        _report(error, told, code, place, more, cause)
         return code
 
 
@@ -158,13 +164,18 @@ def _rank() -> int:
 
 
 def _report(
-    error: Exception, line: str, code: int, folder: Path | None, more: Mapping[str, Any]
+    error: Exception,
+    line: str,
+    code: int,
+    folder: Path | None,
+    more: Mapping[str, Any],
+    cause: Mapping[str, Any] | None,
 ) -> None:
     reason = _REASONS.get(code, "unexpected")
     if isinstance(error, FolderInUse) and _rank() != 0:
         return  # rank 0 says the same
     text = one_line(line) or type(error).__name__
-    if more["waited"] is not None:
+    if more["waited"] is not None and cause is None:
         text = f"{more['waited']}: {text}"
     where = ""
     facts = {"code": code, "error": type(error).__name__, "text": _hash(text)}
@@ -174,6 +185,8 @@ def _report(
             lines = "".join(traceback.format_exception(error))
             # as stderr does: a file's name of other bytes is no Unicode
             log.write_text(lines, encoding="utf-8", errors="backslashreplace")
+            if cause is not None:
+                log = folder / f"error-rank{cause['rank']}.log"
             where = f" (traceback: {log})"
             told = {key: value for key, value in more.items() if value is not None}
             record_event(folder, "error", reason=reason, **facts, **told)
@@ -203,21 +216,28 @@ def record_event(folder: Path, kind: str, **facts: Any) -> None:
         os.close(descriptor)
 
 
-def _first_failure(folder: Path) -> int | None:
-    """The exit code of the rank whose own error took this one's peer away, if it left word.
+def _first_failure(folder: Path) -> dict[str, Any] | None:
+    """The error event of the rank whose own error took this one's peer away, if it left word.
 
     Launchers report whichever rank they look at first: so all ranks end with the cause's code.
     """
     # the other rank writes its event within milliseconds
-    event = _find_event(folder, 2.0, lambda e: e["rank"] != _rank() and e["code"] != PEER)
-    return int(event["code"]) if event is not None else None
+    return _find_event(folder, 2.0, lambda e: e["rank"] != _rank() and e["code"] != PEER)
 
 
 def _find_event(
     folder: Path, wait_s: float, wanted: Callable[[Mapping[str, Any]], bool]
 ) -> dict[str, Any] | None:
-    """An error event of this run (since this process began) that is wanted, waiting for it."""
+    """An error event of this job that is wanted, waiting for it.
+
+    Before its ranks have agreed on a name, of the time since this process began: clocks of two
+    hosts may be hours apart.
+    """
     started = psutil.Process().create_time()
+
+    def is_ours(event: Mapping[str, Any]) -> bool:
+        return event.get("job") == _job if _job else bool(event["time"] >= started)
+
     deadline = time.monotonic() + wait_s
     while True:
         with contextlib.suppress(OSError):
@@ -225,7 +245,7 @@ def _find_event(
                 # network file systems let lines of two nodes, appended at once, cover each other
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     event: dict[str, Any] = json.loads(line)
-                    if event["event"] == "error" and event["time"] >= started and wanted(event):
+                    if event["event"] == "error" and is_ours(event) and wanted(event):
                         return event
         if time.monotonic() >= deadline:
             return None
@@ -258,7 +278,9 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
             refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
             refusal = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
+    global _job
     kind, refusal, mark = distributed.broadcast_object((kind, refusal, mark))
+    _job = mark
     try:
         if refusal is not None:
             raise kind(refusal)

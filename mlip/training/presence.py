@@ -36,6 +36,7 @@ class Presence:
         self.folder = Path(run_dir) / "ranks"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.step, self.phase = -1, "start"
+        self.ahead_s = [0.0] * distributed.world_size()  # rank -> its host's clock before this one
         self._lock = threading.Lock()
         path = self.folder / f"rank{distributed.rank()}.json"
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -50,7 +51,7 @@ class Presence:
 
     def _write(self) -> None:
         now = {"step": self.step, "phase": self.phase, "time": round(time.time(), 3)}
-        now |= {"pid": os.getpid(), "host": socket.gethostname()[:100]}
+        now |= {"pid": os.getpid(), "host": _host()}
         # a sign that a full disk does not take is missed only where something else is wrong too
         with self._lock, contextlib.suppress(OSError):
             os.pwrite(self._file, json.dumps(now).ljust(_ROOM).encode(), 0)
@@ -68,11 +69,14 @@ class Presence:
 
 
 def start(run_dir: str | Path) -> None:
-    """Show this rank's place from here on; nothing where there is one rank."""
+    """Show this rank's place from here on; nothing where there is one rank. A collective call."""
     global _present
     stop()
     if distributed.is_distributed():
         _present = Presence(run_dir)
+        distributed.barrier()  # all look at their clocks at one moment
+        own = time.time()
+        _present.ahead_s = [there - own for there in distributed.gather_objects(own)]
 
 
 def stop() -> None:
@@ -98,10 +102,10 @@ def explain(error: BaseException) -> str | None:
     is_one_host = distributed.local_ranks() >= distributed.world_size()
     wait_s = _DYING_S if is_one_host else _DYING_S + _SILENT_BEATS * _BEAT_S
     deadline = time.monotonic() + wait_s
-    silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
+    silent, behind = missing_ranks(_present)
     while not silent and time.monotonic() < deadline:
         time.sleep(0.02)
-        silent, behind = missing_ranks(_present.folder, (_present.step, _present.phase))
+        silent, behind = missing_ranks(_present)
     missing = silent or behind
     if not missing:
         return f"{place}; every other rank still gives signs of life from the same place"
@@ -122,31 +126,37 @@ def collective_of(error: BaseException) -> str:
     return f"{called} of {caller}" if caller else called
 
 
-def missing_ranks(folder: Path, own: tuple[int, str]) -> tuple[list[str], list[str]]:
+def missing_ranks(own: Presence) -> tuple[list[str], list[str]]:
     """Other ranks that are dead, stopped or silent; and those behind this one; with states."""
     silent, behind = [], []
     for rank in range(distributed.world_size()):
         if rank == distributed.rank():
             continue
         try:
-            seen = json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8"))
+            seen = json.loads((own.folder / f"rank{rank}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             silent.append(f"rank {rank}: never gave a sign")
             continue
-        age = time.time() - seen["time"]
         state = _state(seen)
+        age = time.time() - seen["time"]
+        if seen["host"] != _host():
+            age += own.ahead_s[rank]
         text = f"rank {rank}: {state}, last sign {age:.1f} s ago in step {seen['step']}, "
         text += f"phase {seen['phase']}"
         if state in ("gone", "stopped") or age > _SILENT_BEATS * _BEAT_S:
             silent.append(text)
-        elif (seen["step"], seen["phase"]) != own:
+        elif (seen["step"], seen["phase"]) != (own.step, own.phase):
             behind.append(text)
     return silent, behind
 
 
+def _host() -> str:
+    return socket.gethostname()[:100]
+
+
 def _state(seen: Mapping[str, Any]) -> str:
     """What this host knows of the process; of another host's it knows the place."""
-    if seen["host"] != socket.gethostname()[:100]:
+    if seen["host"] != _host():
         return f"on {seen['host']}"
     try:
         status = psutil.Process(seen["pid"]).status()

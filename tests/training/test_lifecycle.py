@@ -41,6 +41,11 @@ FORK = multiprocessing.get_context("fork")  # a spawned one would import torch f
 pytestmark = pytest.mark.usefixtures("own_signals")
 
 
+@pytest.fixture(autouse=True)
+def _no_job_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_job", "")
+
+
 class _DataError(RuntimeError):
     exit_code = 3
 
@@ -290,6 +295,55 @@ def test_a_rank_that_lost_its_peer_ends_with_the_peers_code(tmp_path, monkeypatc
     assert guarded(fail, lambda: tmp_path) == 3
 
 
+def test_the_rank_whose_error_ended_all_is_named_and_not_what_gloo_says_of_it(
+    tmp_path, monkeypatch, capsys
+):
+    """Rank 0 said "data error: Connection closed by peer", and nothing of the node it came from."""
+    monkeypatch.setenv("RANK", "1")
+
+    def fail():
+        raise ConfigError("no images here")
+
+    assert guarded(fail, lambda: tmp_path) == 2
+    monkeypatch.setenv("RANK", "0")
+    capsys.readouterr()
+
+    def lose():
+        raise RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    assert guarded(lose, lambda: tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mlip: settings error on rank 0: rank 1 on {socket.gethostname()} ")
+    assert "error-rank1.log" in line and "gloo" not in line
+    assert "gloo" in (tmp_path / "error-rank0.log").read_text()
+
+
+def test_what_a_job_wrote_is_told_by_its_name_and_not_by_another_hosts_clock(tmp_path, monkeypatch):
+    """An hour slow, the cause was not found; an hour fast, that of an earlier job was taken."""
+
+    def lose():
+        raise RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    def word(hours: float, code: int) -> None:
+        monkeypatch.setenv("RANK", "1")
+        with monkeypatch.context() as host:
+            host.setattr(lifecycle.time, "time", lambda: 3600.0 * hours + real())
+            record_event(tmp_path, "error", code=code, job=lifecycle._job)
+        monkeypatch.setenv("RANK", "0")
+
+    def run(*words: tuple[float, int]) -> None:
+        with locked_folder(tmp_path):
+            for hours, code in words:
+                word(hours, code)
+            lose()
+
+    real = time.time
+    monkeypatch.setattr(lifecycle, "_job", "the one before")
+    word(1.0, 3)
+    assert guarded(lambda: run(), lambda: tmp_path) == 6
+    assert guarded(lambda: run((-1.0, 4)), lambda: tmp_path) == 4
+
+
 def test_a_rank_whose_peer_left_no_word_ends_with_6(tmp_path, monkeypatch):
     record_event(tmp_path, "error", code=3, error="DataError", text="0")
     old = json.loads((tmp_path / "events.jsonl").read_text()) | {"time": 1.0, "rank": 1}
@@ -320,7 +374,7 @@ def test_only_another_ranks_own_error_is_the_cause(tmp_path, monkeypatch, naps, 
     record_event(tmp_path, "saved", code=4)  # no error
     record_event(tmp_path, "error", code=code, error="DataError", text="0")
     monkeypatch.setenv("RANK", "1")
-    assert (lifecycle._first_failure(tmp_path) or 6) == found
+    assert (lifecycle._first_failure(tmp_path) or {"code": 6})["code"] == found
     assert sum(naps) == pytest.approx(0 if found == 3 else 2)
 
 

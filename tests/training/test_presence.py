@@ -20,11 +20,16 @@ import torch.distributed
 from mlip import distributed
 from mlip.training import presence
 
+HOUR = 3600.0
+
 
 @pytest.fixture
 def three_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """This process as rank 0 of three; the others are files."""
+    """This process as rank 0 of three; the others are files. On another host than this one rank 1's
+    clock is an hour slow, and rank 2's an hour fast."""
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "gather_objects", lambda now: [now, now - HOUR, now + HOUR])
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(presence, "_DYING_S", 0.05)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
@@ -53,7 +58,7 @@ def _failed_collective() -> BaseException:
 
 def test_a_silent_rank_is_named_with_the_collective_and_its_last_place(three_ranks):
     # of another host nothing is known but its signs: 2**30 is nobody's number here
-    three_ranks(1, time=time.time() - 60.0, phase="load", host="elsewhere", pid=2**30)
+    three_ranks(1, time=time.time() - HOUR - 60, phase="load", host="elsewhere", pid=2**30)
     three_ranks(2)
     text = presence.explain(_failed_collective())
     assert text is not None
@@ -68,9 +73,18 @@ def test_a_rank_killed_on_another_node_is_named_when_its_signs_stay_away(three_r
     monkeypatch.setattr(presence, "_SILENT_BEATS", 0.5)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     three_ranks(1, time=time.time() + 60.0)  # it goes on giving signs
-    three_ranks(2, host="elsewhere")
+    three_ranks(2, time=time.time() + HOUR, host="elsewhere")
     text = presence.explain(_failed_collective())
     assert text is not None and "waiting for rank 2: on elsewhere, last sign 0." in text
+    assert "rank 1" not in text
+
+
+def test_a_host_whose_clock_is_an_hour_slow_is_not_called_silent(three_ranks):
+    """It was, "last sign 3600.2 s ago", and one that is fast never was."""
+    three_ranks(1, time=time.time() - HOUR, host="elsewhere")
+    three_ranks(2, time=time.time() + HOUR - 60, host="beyond")
+    text = presence.explain(_failed_collective())
+    assert text is not None and "waiting for rank 2: on beyond, last sign 6" in text
     assert "rank 1" not in text
 
 
