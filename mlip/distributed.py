@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlip.launcher import require_gpu, require_launcher, require_one_task
+from mlip.launcher import name_interface, require_gpu, require_launcher, require_one_task
 from mlip.machine import require_threads
 
 logger = logging.getLogger("mlip")
@@ -218,10 +219,13 @@ def start(timeout_s: float) -> torch.device:
         # objects and checkpoints travel over gloo where tensors of a GPU travel over NCCL
         backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
         require_threads(_GROUP_THREADS)
+        name_interface(is_one_host=local_ranks() >= int(os.environ["WORLD_SIZE"]))
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except dist.DistNetworkError as error:
+        except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
+                if isinstance(error, dist.DistError) or "Gloo" in str(error):
+                    raise dist.DistNetworkError(_not_met(error)) from error
                 raise
             raise ValueError(
                 f"port {os.environ.get('MASTER_PORT')} of this machine is in use, most likely by "
@@ -229,6 +233,26 @@ def start(timeout_s: float) -> torch.device:
                 "N train.py ..., or torchrun --master_port N train.py ..."
             ) from error
     return here
+
+
+def _not_met(error: Exception) -> str:
+    """What a rank says that could not join the others."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    who = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    if "connectFullMesh" in str(error):
+        own = os.environ.get("GLOO_SOCKET_IFNAME", "the one of its host's name")
+        text = (
+            f"{who} met the others at {place}, and not each of them can reach it or be reached: "
+            "let TCP pass between the nodes on all ports, and set GLOO_SOCKET_IFNAME on each to "
+            f"its interface of the network that they share (here {own})"
+        )
+    else:
+        text = (
+            f"{who} did not meet all {os.environ['WORLD_SIZE']} ranks at {place}: start all nodes "
+            "within run.timeout_s, each with the address of rank 0's node and one port that its "
+            "firewall lets through (--master_addr, --master_port)"
+        )
+    return f"{text}. {error}"
 
 
 def start_alone() -> None:

@@ -1,12 +1,16 @@
-"""The variables by which a launcher tells a process its place: whole, of one world, and with a GPU.
+"""The variables by which a launcher tells a process its place: whole, of one world, and with a GPU;
+and the network interface by which other hosts reach it.
 
 What does not live here: joining the ranks' group (distributed.start).
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 
+import psutil
 import torch
 
 # what starts several processes without a RANK for torch -> how many it says that it has started;
@@ -74,3 +78,50 @@ def require_one_task() -> None:
                 "for example srun --ntasks-per-node 1 torchrun ... train.py ... (docs/"
                 f"reliability.md, On a cluster); for runs of their own, unset {name}"
             )
+
+
+def name_interface(is_one_host: bool) -> None:
+    """Set GLOO_SOCKET_IFNAME where this host's own name leads to its loopback, or nowhere.
+
+    Debian and Ubuntu write 127.0.1.1 for it into /etc/hosts, and gloo would tell the other hosts to
+    come to that address. Instead: the interface towards MASTER_ADDR; on the host that MASTER_ADDR
+    names by such a name, the only one there is.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = _own_address_towards(os.environ["MASTER_ADDR"])
+    is_far = address is not None and not _is_loopback(address)
+    if (is_one_host and not is_far) or not _is_loopback(socket.gethostname()):
+        return
+    interfaces = {
+        name: {entry.address for entry in entries}
+        for name, entries in psutil.net_if_addrs().items()
+        if any(e.family == socket.AF_INET and not _is_loopback(e.address) for e in entries)
+    }
+    if is_far:
+        found = [name for name, addresses in interfaces.items() if address in addresses]
+    else:
+        states = psutil.net_if_stats()
+        found = [n for n in interfaces if n in states and states[n].isup]
+    if len(found) == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = found[0]
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a name or address is, by what gloo takes of it: the first; or leads nowhere."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError:
+        return True
+    return ipaddress.ip_address(str(found).split("%")[0]).is_loopback
+
+
+def _own_address_towards(name: str) -> str | None:
+    """Where the system would send from; nothing is sent. None where there is no way."""
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            way.connect(place)
+            return str(way.getsockname()[0])
+    except OSError:
+        return None

@@ -7,6 +7,8 @@ Oracle: a reduction that doubles in place, as the sum over two ranks of equal gr
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlip import distributed
+from mlip import distributed, launcher
 from mlip.training.grad_cache import equal_passes
 from mlip.training.lifecycle import guarded
 from tests import rank_farm
@@ -253,6 +255,90 @@ def test_a_maximum_has_no_gradient_in_one_process_either() -> None:
     assert not distributed.max_over_ranks(torch.ones(1, requires_grad=True)).requires_grad
 
 
+def _nodes(monkeypatch: pytest.MonkeyPatch, own: str | None, towards: str | None) -> None:
+    """This host as one of two: what its name leads to, and its address towards rank 0's."""
+
+    def look_up(name: str, port: Any, **_: Any) -> list[Any]:
+        found = own if name == socket.gethostname() else name
+        if found is None:
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (found, port))]
+
+    monkeypatch.setattr(launcher.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(launcher, "_own_address_towards", lambda _: towards)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set is undone
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    addresses = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
+    entries = {n: [SimpleNamespace(family=socket.AF_INET, address=a)] for n, a in addresses.items()}
+    monkeypatch.setattr(launcher.psutil, "net_if_addrs", lambda: entries)
+    states = {n: SimpleNamespace(isup=n != "ib0") for n in addresses}
+    monkeypatch.setattr(launcher.psutil, "net_if_stats", lambda: states)
+
+
+@pytest.mark.parametrize(
+    ("own", "towards", "is_one_host", "taken"),
+    [
+        ("127.0.1.1", "10.1.0.7", False, "ib0"),
+        ("127.0.1.1", "10.0.0.7", True, "eth0"),  # ranks set by hand, of one host as it seems
+        (None, "10.1.0.7", False, "ib0"),
+        ("127.0.1.1", "127.0.1.1", False, "eth0"),  # rank 0's own name is that of its loopback
+        ("127.0.1.1", None, False, "eth0"),
+        ("127.0.1.1", "127.0.0.1", True, None),
+        ("127.0.1.1", "10.9.0.7", False, None),
+        ("10.0.0.7", "10.1.0.7", False, None),  # gloo finds it
+    ],
+)
+def test_a_host_whose_name_leads_to_its_loopback_is_reached_by_its_network(
+    own, towards, is_one_host, taken, monkeypatch
+):
+    """As Debian and Ubuntu write /etc/hosts: ranks of two hosts never met."""
+    _nodes(monkeypatch, own, towards)
+    launcher.name_interface(is_one_host)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == taken
+
+
+def test_an_interface_that_is_named_stays_and_one_of_several_is_not_guessed(monkeypatch):
+    _nodes(monkeypatch, "127.0.1.1", "127.0.1.1")
+    states = {n: SimpleNamespace(isup=True) for n in ("lo", "eth0", "ib0")}
+    monkeypatch.setattr(launcher.psutil, "net_if_stats", lambda: states)
+    launcher.name_interface(is_one_host=False)
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")
+    monkeypatch.setattr(launcher, "_own_address_towards", lambda _: "10.0.0.7")
+    launcher.name_interface(is_one_host=False)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "bond0"
+
+
+def test_the_own_address_towards_another_is_the_systems():
+    assert launcher._own_address_towards("127.0.0.1") == "127.0.0.1"
+    assert launcher._own_address_towards("no.such.name.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "named"),
+    [
+        (dist.DistStoreError, "Timed out after 6 seconds", "--master_addr, --master_port"),
+        (dist.DistNetworkError, "failed to connect", "--master_addr, --master_port"),
+        (RuntimeError, "Gloo connectFullMesh failed with x", "GLOO_SOCKET_IFNAME"),
+    ],
+)
+def test_a_rank_that_cannot_join_names_itself_the_place_and_what_to_do(
+    kind, text, named, monkeypatch
+):
+    def join(*_: Any, **__: Any) -> None:
+        raise kind(text)
+
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    with pytest.raises(dist.DistError) as caught:
+        distributed.start(1.0)
+    for part in (f"rank 1 on {socket.gethostname()}", "127.0.0.1:29500", named, text):
+        assert part in str(caught.value)
+
+
 def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -264,8 +350,8 @@ def test_a_rank_takes_its_own_gpu_and_joins_with_the_runs_patience(
             raise dist.DistNetworkError("no route to host")
 
     seen = 4
-    launcher = {"RANK": "11", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
-    for name, value in {**launcher, "LOCAL_RANK": "3"}.items():
+    given = {"RANK": "11", "WORLD_SIZE": "16", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}
+    for name, value in {**given, "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", join)
     # undone before the virtual GPU puts back what it has replaced itself
