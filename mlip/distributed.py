@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -273,7 +275,8 @@ def stop() -> None:
 def main_first(work: Callable[[], None]) -> None:
     """Rank 0 works, the others wait, for hours if need be, where a collective has its timeout.
 
-    Raises:  what `work` raises, on rank 0; DistError on the others where rank 0 failed or is gone
+    Raises:  what `work` raises, on rank 0; DistError on the others where rank 0 failed, is gone, or
+             cannot be reached any more
     """
     if not is_distributed():
         work()
@@ -288,9 +291,9 @@ def main_first(work: Callable[[], None]) -> None:
             raise
         store.set(key, "done")
         return
-    while not store.check([key]):
+    while (word := _ask(store, key)) is None:
         time.sleep(_POLL_S)
-    if store.get(key) != b"done":
+    if word != b"done":
         raise dist.DistError("rank 0 could not do what the others wait for; its line says why")
 
 
@@ -311,7 +314,7 @@ def rank_0_alone() -> Iterator[bool]:
         yield is_first
         # rank 0 may be gone: its own launcher says so
         with contextlib.suppress(RuntimeError):
-            while store is not None and not is_first and not store.check([_DONE]):
+            while store is not None and not is_first and _ask(store, _DONE) is None:
                 time.sleep(_POLL_S)
     finally:
         if store is not None and is_first:
@@ -322,6 +325,35 @@ def rank_0_alone() -> Iterator[bool]:
 def _store() -> Any:
     """What the ranks met by: it has no timeout but that of a question."""
     return dist.distributed_c10d._get_default_store()
+
+
+def _ask(store: Any, key: str) -> bytes | None:
+    """What the store holds under the key; None where nothing.
+
+    Raises:  DistError where it has not answered within its timeout: over a link that is down TCP
+             asks again for a quarter of an hour and more, and the store waits for it
+    """
+    answers: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(store.get(key) if store.check([key]) else None)
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    wait_s = store.timeout.total_seconds()
+    try:
+        answer = answers.get(timeout=wait_s)
+    except queue.Empty:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise dist.DistError(
+            f"the meeting point of all ranks, {place}, has not answered for {wait_s:.0f} s: its "
+            "node or the network is gone"
+        ) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def local_ranks() -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -253,6 +255,51 @@ def test_every_collective_of_three_uneven_ranks() -> None:
 
 def test_a_maximum_has_no_gradient_in_one_process_either() -> None:
     assert not distributed.max_over_ranks(torch.ones(1, requires_grad=True)).requires_grad
+
+
+class _Store:
+    """Behind a link that is down, or of a rank that is gone, once it has been asked twice."""
+
+    timeout = timedelta(seconds=0.2)
+
+    def __init__(self, error: Exception | None) -> None:
+        self.asked, self.error, self.end = 0, error, threading.Event()
+
+    def check(self, keys: list[str]) -> bool:
+        self.asked += 1
+        if self.asked > 2:
+            if self.error is not None:
+                raise self.error
+            self.end.wait(60.0)
+        return False
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(None, "has not answered for 0 s"), (dist.DistNetworkError("reset"), "reset")],
+)
+def test_who_waits_for_rank_0_ends_when_the_link_or_rank_0_is_gone(
+    error, says, monkeypatch, as_if_two_ranks
+):
+    """Over a link that was down a rank waited on for rank 0, which had ended long ago."""
+    store = _Store(error)
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "_POLL_S", 0.01)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda value: value)
+    ended: list[str] = []
+
+    def wait() -> None:
+        try:
+            distributed.main_first(lambda: None)
+        except dist.DistError as told:
+            ended.append(str(told))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(20.0)
+    store.end.set()
+    assert store.asked == 3 and len(ended) == 1 and says in ended[0]
 
 
 def _nodes(monkeypatch: pytest.MonkeyPatch, own: str | None, towards: str | None) -> None:
