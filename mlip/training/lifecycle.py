@@ -323,6 +323,14 @@ def _foreign(folder: Path) -> str:
     return ""
 
 
+def _lives(process: psutil.Process) -> bool:
+    """A dead one stays for psutil until its parent has asked for its code: a wrapper that first
+    reads the output to its end never asks while ranks run."""
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class StopRequest:
     """Whether this process was asked to stop: by a signal of _STOP, or its launcher is gone.
 
@@ -361,7 +369,7 @@ class StopRequest:
 
     @property
     def is_set(self) -> bool:
-        if self._launcher is not None and not self._launcher.is_running():
+        if self._launcher is not None and not _lives(self._launcher):
             self._noted = True
         return self._noted
 

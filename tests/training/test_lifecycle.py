@@ -610,14 +610,17 @@ def test_before_training_a_signal_ends_the_run_and_one_that_was_swallowed_is_not
     assert stop.is_set
 
 
-def test_a_launcher_that_is_gone_counts_as_a_request_to_stop():
+@pytest.mark.parametrize("is_asked_for", [True, False])
+def test_a_launcher_that_is_gone_counts_as_a_request_to_stop(is_asked_for):
+    """Below a wrapper that read all output before it asked for the code, the run went on."""
     stop = StopRequest()
     launcher = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     stop._launcher = lifecycle.psutil.Process(launcher.pid)
     assert not stop.is_set
     launcher.kill()
-    launcher.wait()
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | (0 if is_asked_for else os.WNOWAIT))
     assert stop.is_set
+    launcher.wait()
 
 
 @pytest.mark.parametrize(
