@@ -108,7 +108,8 @@ def explain(error: BaseException) -> str | None:
         silent, behind = missing_ranks(_present)
     missing = silent or behind
     if not missing:
-        return f"{place}; every other rank still gives signs of life from the same place"
+        network = "" if is_one_host else ": look at the network between the nodes"
+        return f"{place}; every other rank still gives signs of life from the same place{network}"
     return f"{place}, waiting for " + "; ".join(missing)
 
 

@@ -132,11 +132,18 @@ def test_a_rank_that_lives_but_is_behind_is_named_only_where_none_is_silent(thre
     assert text is not None and "rank 2" in text and "rank 1" not in text
 
 
-def test_where_all_are_at_one_place_nobody_is_accused(three_ranks):
+def test_where_all_are_at_one_place_nobody_is_accused(three_ranks, monkeypatch):
     three_ranks(1)
     three_ranks(2)
     text = presence.explain(_failed_collective())
     assert text is not None and "every other rank still gives signs of life" in text
+    assert "network" not in text
+    monkeypatch.setattr(presence, "_SILENT_BEATS", 0.5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    three_ranks(2, time=time.time() + HOUR + 60, host="elsewhere")
+    three_ranks(1, time=time.time() + 60)
+    text = presence.explain(_failed_collective())
+    assert text is not None and text.endswith("place: look at the network between the nodes")
 
 
 def test_one_rank_writes_nothing_and_explains_nothing(tmp_path):
