@@ -18,6 +18,7 @@ from mlip.dataloading.phantom_reports import CONCEPT_IDS
 from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
 from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations, shared_names
@@ -166,16 +167,21 @@ def test_a_label_is_asked_by_what_it_says() -> None:
     labels = {
         "Edema": "pulmonary edema",
         "calcified pleural plaques": "calcified pleural plaques",
-        "NSG tube": "nsg tube",
+        "NSG tube": "enteric tube",
+        "external foreign body": "external foreign body",
+        "fissure thickening": "fissure thickening",
+        "Pleural Other": "pleural abnormality",
         "Nodule/Mass": "nodule/mass",
         "Support Devices": "medical device",
         "Enlarged Cardiomediastinum": table["wide_mediastinum"].name,
     }
-    nobody = ["fissure thickening", "heart insufficiency", "chronic changes", "clear lungs"]
-    nobody += ["Pleural Other", "no pneumothorax"]  # of two concepts; denied
+    nobody = ["chronic changes", "end on vessel", "clear lungs", "no pneumothorax"]
     prompts, unknown = truth.lexicon_prompts([*labels, *nobody], Linker(table), table, Evaluate())
     assert {p.finding: p.positive[0] for p in prompts} == {k: f"{v}." for k, v in labels.items()}
     assert unknown == nobody
+    fewer = ConceptTable([concept for concept in table if concept.id != "pleural_disease"])
+    of_two = truth.lexicon_prompts(["Pleural Other"], Linker(fewer), fewer, Evaluate())
+    assert of_two == ([], ["Pleural Other"])  # CheXpert's label of two concepts names no one
 
 
 def test_prompts_are_the_users_and_deny_in_the_language_of_the_cues() -> None:
