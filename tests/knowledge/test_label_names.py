@@ -82,12 +82,60 @@ def test_a_label_means_this_concept_and_no_other(linker, name, concepts):
         "Liver abscess.",
         "Enlarged PA and lateral views.",
         "Pedal swelling in the legs.",
+        "Bilateral leg swelling and dyspnea.",
+        "Left arm swelling with PICC.",
+        "Dental abscess with fever.",
+        "Perirectal abscess.",
+        "Intravenous drug use and spinal abscess.",
+        "Right MCA infarct, intubated.",
+        "Cerebellar infarction.",
+        "ST elevation infarct.",
+        "Pilonidal cyst.",
+        "Cyst in the left kidney.",
+        "Pre-operative radiograph for hernia repair.",
+        "Spigelian hernia.",
     ],
 )
 def test_what_lies_elsewhere_in_the_body_is_not_of_the_chest(linker, text):
     of_the_chest = {"hiatal_hernia", "lung_cyst", "pulmonary_infarct", "lung_abscess"}
     of_the_chest |= {"dilated_pulmonary_artery", "soft_tissue_swelling"}
     assert not findings_of(linker, text) & of_the_chest
+
+
+@pytest.mark.parametrize(
+    ("text", "concept"),
+    [
+        ("Thoracic surgery consultation is recommended.", "postsurgical_change"),
+        ("Patient going for cardiac surgery.", "postsurgical_change"),
+        ("Overlying electronic devices obscure the left base.", "pacemaker"),
+        ("Hip endoprosthesis.", "stent"),
+        ("Status post esophagectomy with colonic interposition.", "chilaiditi"),
+        ("Normal mediastinal fat planes.", "mediastinal_lipomatosis"),
+        ("Displaced sixth rib fracture without callus formation.", "fracture"),
+    ],
+)
+def test_words_of_a_label_mean_another_thing_in_a_report(linker, text, concept):
+    assert concept not in {one.concept_id for one in linker.link(text)}
+
+
+@pytest.mark.parametrize(
+    ("text", "concept"),
+    [
+        ("Sternal wires, s/p cardiac surgery.", "postsurgical_change"),
+        ("Cardiac electronic device in the left chest wall.", "pacemaker"),
+        ("Hip endoprosthesis.", "orthopedic_hardware"),
+        ("Colonic interposition beneath the right hemidiaphragm.", "chilaiditi"),
+        ("Rib with callus formation.", "fracture"),
+        ("Hiatal hernia repair in 2019.", "hiatal_hernia"),
+        ("Swelling of the chest wall.", "soft_tissue_swelling"),
+    ],
+)
+def test_beside_the_excluded_words_the_finding_is_read(linker, text, concept):
+    assert concept in {one.concept_id for one in linker.link(text)}
+
+
+def test_miliary_nodules_are_nodules(linker):
+    assert "lung_nodule" in linker.table["miliary_opacities"].parents
 
 
 def test_the_upper_limit_of_normal_is_normal(linker):
