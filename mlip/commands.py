@@ -177,7 +177,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
 def run_outliers(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
-    from mlip.transfer.outlier_table import write_outliers, write_reference
+    from mlip.transfer.outlier_table import require_replaceable, write_outliers, write_reference
 
     config = read_settings(options.settings)
     device = _device(options.device)
@@ -185,6 +185,7 @@ def run_outliers(options: argparse.Namespace) -> int:
     made = Path(options.fit or options.out)
     options.out = str(made)  # for the line where it cannot be written
     require_writable(made.absolute().parent)
+    require_replaceable(made, is_table=not options.fit)
     opened, config = _open(config, device)
     # of new films the reports are not written yet
     data = dataclasses.replace(config.data, empty_report="image_only")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,38 @@ from mlip.transfer.outliers import (
     MOST_REFERENCE,
     encode_rows,
     fit_reference,
+    is_reference,
     load_reference,
     made_with,
     save_reference,
+    told,
 )
+from mlip.typed_tree import ConfigError
 
 LEVELS = (0.05, 0.01)
+_COLUMNS = ["row_index", "p_value", "distance", "reason"]
 _SHOWN = 10  # rows that are named on the terminal
+
+
+def require_replaceable(path: Path, *, is_table: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that this command did not write.
+
+    A manifest, a model's weights or the reference itself named by mistake would be lost.
+    """
+    if not path.exists():
+        return
+    if path.is_file() and path.stat().st_size:
+        begin = ",".join(_COLUMNS).encode()
+        with path.open("rb") as stream:
+            is_ours = stream.read(len(begin)) == begin if is_table else is_reference(path)
+    else:
+        is_ours = path.is_file()
+    if not is_ours:
+        option, kind = ("--out", "table") if is_table else ("--fit", "reference")
+        raise ConfigError(
+            f"{option} {path}: is there already and is no {kind} of mlip outliers: expected the "
+            "name of a new file, or of one to replace"
+        )
 
 
 def write_reference(
@@ -35,6 +59,7 @@ def write_reference(
     reference = fit_reference(
         images, manifest.patient_key[rows], seed=config.run.seed, made_of=made_of
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_reference(reference, path)
     ranked = len(reference.ranked)
     return (
@@ -67,11 +92,12 @@ def write_outliers(
         for row, p, distance in zip(rows, p_values, distances, strict=True)
     ]
     lines += [(row, [row, "", "", reason]) for row, reason in bad.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
         partial.touch(mode=0o600)
         with partial.open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
-            table.writerow(["row_index", "p_value", "distance", "reason"])
+            table.writerow(_COLUMNS)
             table.writerows(line for _, line in sorted(lines, key=lambda entry: entry[0]))
     return [
         *_summary(rows, p_values, distances),
@@ -91,5 +117,4 @@ def _summary(rows: Array, p_values: Array, distances: Array) -> list[str]:
 
 
 def _told(bad: dict[int, str]) -> str:
-    listed = ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(bad.values()).items()))
-    return f"; {len(bad)} cannot be read ({listed})" if bad else ""
+    return f"; {len(bad)} cannot be read ({told(bad)})" if bad else ""

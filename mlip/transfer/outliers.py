@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from mlip.transfer.interval import Array
 MOST_REFERENCE = 10_000  # images; a covariance of 512 dimensions is known from far fewer
 FEWEST = 20  # images in each half: p <= 0.05 needs 19 to rank among
 _ROWS_AT_ONCE = 128
+_PART = 4096  # images whose float64 features exist at once
 _FORMAT = "1"
 
 
@@ -61,12 +63,15 @@ class Reference:
 
     def distances(self, images: ImageFeatures) -> Array:
         """Shapes:  patches [N, P, D] -> [N] float64. Raises:  OutlierError for another D or NaN."""
-        features = _summary(images)
-        if features.shape[1] != len(self.mean):
+        if images.patches.shape[2] != len(self.mean):
             raise OutlierError(
-                f"images: features of {features.shape[1]} dimensions, the reference has "
+                f"images: features of {images.patches.shape[2]} dimensions, the reference has "
                 f"{len(self.mean)}: it was made with another model; make it again (--fit)"
             )
+        # in parts: float64 copies of a million images' features are 12 GB
+        return np.concatenate([self._distances(_summary(p)) for p in images.patches.split(_PART)])
+
+    def _distances(self, features: Array) -> Array:
         return np.asarray(np.linalg.norm((features - self.mean) @ self.whitening, axis=1))
 
     def p_values(self, images: ImageFeatures) -> Array:
@@ -93,7 +98,7 @@ def fit_reference(
     """
     from sklearn.covariance import LedoitWolf
 
-    features = _summary(images)
+    features = _summary(images.patches)
     names, patient = np.unique(patients, return_inverse=True)
     is_fitted = np.zeros(len(names), dtype=bool)
     is_fitted[np.random.default_rng(seed).permutation(len(names))[: (len(names) + 1) // 2]] = True
@@ -105,18 +110,23 @@ def fit_reference(
             "split or manifest"
         )
     covariance = LedoitWolf().fit(fitted)
-    whitening = np.linalg.cholesky(covariance.precision_)
+    try:
+        whitening = np.linalg.cholesky(covariance.precision_)
+    except np.linalg.LinAlgError:
+        raise OutlierError(
+            f"reference: the features of {len(fitted)} images do not differ: expected images of "
+            "many patients, and a trained model"
+        ) from None
     bare = Reference(covariance.location_, whitening, np.zeros(0), made_of)
-    of_others = np.linalg.norm((others - bare.mean) @ whitening, axis=1)
-    return Reference(bare.mean, whitening, np.sort(of_others), made_of)
+    return dataclasses.replace(bare, ranked=np.sort(bare._distances(others)))
 
 
-def _summary(images: ImageFeatures) -> Array:
-    """Mean of the patch embeddings, [N, D] float64.
+def _summary(patches: Tensor) -> Array:
+    """Mean of the patch embeddings, [N, P, D] -> [N, D] float64.
 
     On real films it tells more than the global embedding (docs/evaluation.md).
     """
-    features = images.patches.detach().to("cpu", torch.float64).mean(dim=1).numpy()
+    features = patches.detach().cpu().mean(dim=1, dtype=torch.float64).numpy()
     if not np.isfinite(features).all():
         raise OutlierError(
             "the image features hold NaN or infinite values: the checkpoint is broken"
@@ -142,6 +152,15 @@ def save_reference(reference: Reference, path: Path) -> None:
     facts = {"format": _FORMAT, **reference.made_of}
     with whole_file(path) as partial:
         save_file(tensors, partial, {"reference": json.dumps(facts)})
+
+
+def is_reference(path: Path) -> bool:
+    """Whether save_reference wrote this file, of whatever model."""
+    try:
+        with safe_open(path, "np") as stored:
+            return "reference" in (stored.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_reference(path: str | Path, opened: Any) -> Reference:
@@ -178,10 +197,11 @@ def encode_rows(
 
     Rows without a report take part where the manifest was read with data.empty_report=image_only.
 
-    Returns: features whose patches are their mean alone, [N, 1, D]; row of the manifest of each,
-             [N] int64; row -> reason of those that cannot be read
-    Raises:  ManifestError for a split without rows; DataError as the loader
+    Returns: features of the mean of each image's patches alone, as both fields, [N, 1, D]; row of
+             the manifest of each, [N] int64; row -> reason of those that cannot be read
+    Raises:  ManifestError for a split without rows or whose images can none be read
     """
+    asked = split
     if split == "all":
         split = "test"
         everywhere = np.full_like(manifest.split, SPLITS.index(split))
@@ -189,7 +209,7 @@ def encode_rows(
     rows = manifest.rows(split, with_report=False)
     if len(rows) == 0:
         raise ManifestError(
-            f"{manifest.path}: split {split!r} has none of its {len(manifest)} rows: choose "
+            f"{manifest.path}: split {asked!r} has none of its {len(manifest)} rows: choose "
             "another --split"
         )
     if most is not None and len(rows) > most:
@@ -207,19 +227,27 @@ def encode_rows(
         rows=rows,
         global_pairs=min(_ROWS_AT_ONCE, len(rows)),
     )
-    embeddings, means, found = [], [], []
+    means, found = [], []
     at = torch.device(device)
     data = config.data
     try:
         for batch in loader:
             if len(batch):
                 bank = encode_images(opened.model, batch, mean=data.mean, std=data.std, device=at)
-                embeddings.append(bank.features.embedding)
                 means.append(bank.features.patches.mean(dim=1, keepdim=True))
                 found.append(bank.row_index.astype(np.int64))
     finally:
         loader.close()
     if not found:
-        raise ManifestError(f"{manifest.path}: no image of split {split!r} can be read")
-    features = ImageFeatures(torch.cat(embeddings), torch.cat(means), grid=(1, 1))
+        raise ManifestError(
+            f"{manifest.path}: no image of split {asked!r} can be read "
+            f"({told(loader.ledger.bad)}): is data.root the folder of the images?"
+        )
+    patches = torch.cat(means)
+    features = ImageFeatures(patches[:, 0], patches, grid=(1, 1))
     return features, np.concatenate(found), dict(loader.ledger.bad)
+
+
+def told(bad: Mapping[int, str]) -> str:
+    """Reasons of bad rows with their counts, "missing 3, truncated 1"."""
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(bad.values()).items()))

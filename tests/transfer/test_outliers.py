@@ -90,6 +90,20 @@ def test_features_that_are_no_numbers_or_of_another_model_are_refused():
         fit_reference(features(known), np.arange(80), made_of={})
 
 
+def test_images_that_are_all_alike_make_no_reference():
+    patches = torch.full((60, 1, D), 3.0)
+    with pytest.raises(OutlierError, match="do not differ"):
+        fit_reference(ImageFeatures(patches[:, 0], patches, (1, 1)), np.arange(60), made_of={})
+
+
+def test_the_distances_of_many_images_are_those_of_each(monkeypatch):
+    reference = fit_reference(features(drawn(80, 0)), np.arange(80), made_of={})
+    new = features(drawn(7, 1))
+    at_once = reference.distances(new)
+    monkeypatch.setattr(outliers, "_PART", 3)
+    np.testing.assert_allclose(reference.distances(new), at_once, rtol=1e-12)
+
+
 def run(folder: Path, *options: str, root: Path | None = None, **columns: Any) -> int:
     settings = [*write(folder, **columns), f"checkpoint={small_export()}"]
     settings += [f"data.root={root}"] if root else []
@@ -110,7 +124,7 @@ def test_the_command_ranks_a_split_by_the_reference_of_another(tmp_path, monkeyp
     cut.write_bytes(cut.read_bytes()[:100])
     asked = ("--reference", str(path), "--split", "test", "--out", str(table))
     capsys.readouterr()
-    assert run(tmp_path, *asked, "data.bad_share=0.5", root=root) == 0
+    assert run(tmp_path, *asked, root=root) == 0
     said = capsys.readouterr().out
     rows = list(csv.DictReader(table.open(encoding="utf-8")))
     assert [int(row["row_index"]) for row in rows] == [i for i in range(30) if i % 5 >= 3]
@@ -154,3 +168,41 @@ def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monke
     assert "split 'train' has none of its 30 rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # one of the two
         run(tmp_path)
+
+
+def test_a_file_of_another_kind_is_never_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    reference, table = tmp_path / "new" / "r.safetensors", tmp_path / "other" / "t.csv"
+    assert run(tmp_path, "--fit", str(reference)) == 0  # in folders that are not there yet
+    assert run(tmp_path, "--reference", str(reference), "--out", str(table)) == 0
+    manifest, weights = tmp_path / "manifest.csv", tmp_path / "model.safetensors"
+    shutil.copy(next(Path(small_export()).glob("*.safetensors")), weights)
+    held = {path: path.read_bytes() for path in (reference, table, manifest, weights)}
+    capsys.readouterr()
+    for option, path in (
+        ("--out", manifest),
+        ("--out", reference),
+        ("--out", tmp_path),
+        ("--fit", manifest),
+        ("--fit", table),
+        ("--fit", weights),
+        ("--fit", tmp_path),
+    ):
+        by = ("--reference", str(reference)) if option == "--out" else ()
+        assert run(tmp_path, option, str(path), *by) == 2
+        assert f"{option} {path}: is there already" in capsys.readouterr().err
+    assert held == {path: path.read_bytes() for path in held}
+    (tmp_path / "empty.csv").touch()
+    for path in (table, tmp_path / "empty.csv"):  # a table, or nothing yet
+        assert run(tmp_path, "--reference", str(reference), "--out", str(path)) == 0
+        assert path.read_bytes() == held[table]
+
+
+def test_where_no_image_can_be_read_the_reasons_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    reference = tmp_path / "r.safetensors"
+    assert run(tmp_path, "--fit", str(reference)) == 0
+    (tmp_path / "elsewhere").mkdir()
+    asked = ("--reference", str(reference), "--out", str(tmp_path / "t.csv"))
+    assert run(tmp_path, *asked, root=tmp_path / "elsewhere") == 3
+    assert "no image of split 'all' can be read (missing 30)" in capsys.readouterr().err
