@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config
+from mlip.config import Config, ConfigError
 from mlip.dataloading.manifest import Manifest
 from mlip.output_file import whole_file
 from mlip.transfer.interval import Array
@@ -20,7 +20,6 @@ from mlip.transfer.outliers import (
     save_reference,
     told,
 )
-from mlip.typed_tree import ConfigError
 
 LEVELS = (0.05, 0.01)
 _COLUMNS = ["row_index", "p_value", "distance", "reason"]
