@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from sklearn.covariance import LedoitWolf
 from mlip.batch import ImageFeatures
 from mlip.cli import main
 from mlip.pretrained import open_checkpoint
-from mlip.transfer import outliers
+from mlip.transfer import outlier_table, outliers
 from mlip.transfer.outliers import OutlierError, Reference, fit_reference, load_reference
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, pictures, write
@@ -76,6 +77,7 @@ def test_the_distance_is_that_of_the_fitted_half_and_patients_stay_whole():
 def test_too_few_images_or_patients_make_no_reference(count, patients):
     with pytest.raises(OutlierError, match="expected 20 or more in each"):
         fit_reference(features(drawn(count, 0)), np.array(patients), made_of={})
+    assert len(fit_reference(features(drawn(40, 0)), np.arange(40), made_of={}).ranked) == 20
 
 
 def test_features_that_are_no_numbers_or_of_another_model_are_refused():
@@ -152,10 +154,17 @@ def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monke
     again = load_reference(path, opened)
     np.testing.assert_array_equal(again.ranked, known.ranked)
     np.testing.assert_array_equal(again.whitening, known.whitening)
-    other = {**outliers.made_with(opened), "weights": "0" * 64}
-    outliers.save_reference(Reference(known.mean, known.whitening, known.ranked, other), path)
-    assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
-    assert "was made with other weights" in capsys.readouterr().err
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"made_of": {**known.made_of, "weights": "0" * 64}}, "was made with other weights"),
+        ({"made_of": {**known.made_of, "preprocessing": "0"}}, "was made with other preprocessing"),
+        ({"made_of": {**known.made_of, "format": "0"}}, "of another version"),
+        ({"mean": known.mean[1:]}, "of another version"),
+        ({"ranked": known.ranked[:3]}, "of another version"),
+    ]
+    for change, told in changes:
+        outliers.save_reference(dataclasses.replace(known, **change), path)
+        assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
+        assert told in capsys.readouterr().err
     for content in (b"", b"junk" * 50):
         path.write_bytes(content)
         assert run(tmp_path, "--reference", str(path), "--out", str(tmp_path / "t.csv")) == 4
@@ -206,3 +215,36 @@ def test_where_no_image_can_be_read_the_reasons_are_told(tmp_path, monkeypatch, 
     asked = ("--reference", str(reference), "--out", str(tmp_path / "t.csv"))
     assert run(tmp_path, *asked, root=tmp_path / "elsewhere") == 3
     assert "no image of split 'all' can be read (missing 30)" in capsys.readouterr().err
+
+
+def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_manifest(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    monkeypatch.setattr(outlier_table, "MOST_REFERENCE", 9)
+    made = [tmp_path / name for name in ("a", "b", "again")]
+    for path, seed in zip(made, (1, 2, 1), strict=True):
+        assert run(tmp_path, "--fit", str(path), f"run.seed={seed}") == 0
+        said = capsys.readouterr().out
+        assert "5 images for mean and covariance, 4 to rank among (smallest p 0.2)" in said
+    a, b, again = (path.read_bytes() for path in made)
+    assert a == again and a != b
+    assert run(tmp_path, "--fit", str(made[0]), patient_id="one", split="train") == 4
+    assert "9 images of 1 patients" in capsys.readouterr().err
+
+
+def test_the_lines_count_and_name_what_the_table_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    monkeypatch.setattr(outlier_table, "LEVELS", (4 / 7, 1 / 7))
+    reference, out = tmp_path / "r", tmp_path / "t.csv"
+    assert run(tmp_path, "--fit", str(reference)) == 0  # six to rank among
+    capsys.readouterr()
+    assert run(tmp_path, "--reference", str(reference), "--out", str(out)) == 0
+    said = capsys.readouterr().out
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    p_values = np.array([float(row["p_value"]) for row in rows])
+    middle, smallest = (p_values < 0.58).sum(), (p_values < 0.15).sum()  # sevenths
+    assert f"30 images: {middle} with p <= 0.571" in said and "(17 of images" in said
+    assert f", {smallest} with p <= 0.14" in said
+    farthest = sorted(rows, key=lambda row: -float(row["distance"]))[:10]
+    assert f"rows {', '.join(row['row_index'] for row in farthest)}\n" in said
