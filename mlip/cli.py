@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     way = outliers.add_mutually_exclusive_group(required=True)
     way.add_argument("--fit", metavar="FILE", help="write the reference of a split's images")
     way.add_argument("--reference", metavar="FILE", help="one that --fit wrote: rank images by it")
-    outliers.add_argument("--out", default="outliers.csv", help="table to write (outliers.csv)")
+    outliers.add_argument("--out", help="table of --reference to write (outliers.csv)")
     outliers.add_argument(
         "--split",
         choices=("train", "val", "test", "all"),

@@ -182,7 +182,11 @@ def run_outliers(options: argparse.Namespace) -> int:
     config = read_settings(options.settings)
     device = _device(options.device)
     _keep_memory(device)
-    made = Path(options.fit or options.out)
+    if options.fit and options.out:
+        raise ConfigError(
+            f"--out {options.out}: is the table of --reference; --fit writes its own file alone"
+        )
+    made = Path(options.fit or options.out or "outliers.csv")
     options.out = str(made)  # for the line where it cannot be written
     require_writable(made.absolute().parent)
     require_replaceable(made, is_table=not options.fit)

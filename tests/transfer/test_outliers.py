@@ -177,6 +177,8 @@ def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monke
     assert "split 'train' has none of its 30 rows" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # one of the two
         run(tmp_path)
+    assert run(tmp_path, "--fit", str(path), "--out", str(tmp_path / "t.csv")) == 2
+    assert "is the table of --reference" in capsys.readouterr().err and not path.exists()
 
 
 def test_a_file_of_another_kind_is_never_replaced(tmp_path, monkeypatch, capsys):
