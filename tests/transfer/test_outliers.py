@@ -17,6 +17,8 @@ from sklearn.covariance import LedoitWolf
 
 from mlip.batch import ImageFeatures
 from mlip.cli import main
+from mlip.commands import read_settings
+from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
 from mlip.transfer import outlier_table, outliers
 from mlip.transfer.outliers import OutlierError, Reference, fit_reference, load_reference
@@ -231,6 +233,20 @@ def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_mani
         assert "5 images for mean and covariance, 4 to rank among (smallest p 0.2)" in said
     a, b, again = (path.read_bytes() for path in made)
     assert a == again and a != b
+    opened, rows = open_checkpoint(small_export()), []
+    for seed in (1, 2):
+        config = read_settings([*write(tmp_path), f"run.seed={seed}"])
+        manifest = load_manifest(config.data)
+        rows.append(
+            outliers.encode_rows(opened, config, manifest, "train", most=9, device="cpu")[1]
+        )
+    assert rows[0].tolist() != rows[1].tolist() and len(rows[0]) == 9  # other images
+    monkeypatch.setattr(outlier_table, "MOST_REFERENCE", 12)  # all: other halves alone
+    for path, seed in zip(made[:2], (1, 2), strict=True):
+        assert run(tmp_path, "--fit", str(path), f"run.seed={seed}") == 0
+    assert made[0].read_bytes() != made[1].read_bytes()
+    monkeypatch.setattr(outlier_table, "MOST_REFERENCE", 9)
+    capsys.readouterr()
     assert run(tmp_path, "--fit", str(made[0]), patient_id="one", split="train") == 4
     assert "9 images of 1 patients" in capsys.readouterr().err
 
