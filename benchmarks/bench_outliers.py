@@ -173,7 +173,8 @@ def main() -> None:
     for kind in SPOILT:
         others[kind] = ([spoilt(film, kind, rng) for film in like[0]], like[1])
     count = len(like[0])
-    others["photographs"] = (photographs(count, rng), [f"photo {i}" for i in range(count)])
+    # cut-outs of one photograph are no more apart than films of one patient
+    others["photographs"] = (photographs(count, rng), [f"photo {i % 2}" for i in range(count)])
     opened = open_checkpoint(arguments.checkpoint)
     rows = []
     for name, encode in (
