@@ -6,6 +6,7 @@ Oracle: the model's own towers; every tower shape that the settings allow.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,29 @@ def test_other_numbers_are_refused_and_nothing_is_left(
         return other
 
     monkeypatch.setattr(transformers_folders, "_opened", broken)
-    before = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
     with pytest.raises(PretrainedError, match=rf"{name}: transformers .* differs from the"):
         _written(tmp_path / "m", model, config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def talkative() -> Iterator[None]:
+    """transformers at a level that no check sets, its bars drawn."""
+    started = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
+    hub_logging.set_verbosity_info()
+    hub_logging.enable_progress_bar()
+    yield
+    hub_logging.set_verbosity(started[0])
+    if not started[1]:
+        hub_logging.disable_progress_bar()
+
+
+def test_what_transformers_tells_a_user_is_as_before_a_check(talkative: None) -> None:
+    before = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
+    with pytest.raises(RuntimeError), transformers_folders._quiet():
+        assert hub_logging.get_verbosity() != before[0]
+        assert not hub_logging.is_progress_bar_enabled()
+        raise RuntimeError
     assert (hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()) == before
 
 
