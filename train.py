@@ -38,7 +38,7 @@ from mlip.training.determinism import require_deterministic
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
-from mlip.transfer.evaluation import evaluate_run, save_results
+from mlip.transfer.evaluation import evaluate_run
 from mlip.transfer.fingerprint import (
     hash_of_shapes,
     hash_of_source,
@@ -46,6 +46,7 @@ from mlip.transfer.fingerprint import (
     source_commit,
     versions,
 )
+from mlip.transfer.results_file import save_results
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlip.commands import (
+    run_classify,
+    run_compare,
     run_doctor,
     run_embed,
     run_evaluate,
@@ -81,7 +83,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """The sub-command, its errors as one line; one of an import is the caller's."""
     try:
-        for name in ("out", "checkpoint", "fit", "reference"):
+        for name in ("out", "checkpoint", "fit", "reference", "wordings", "like"):
             given = getattr(options, name, None)
             require_utf8(f"--{name}", str(given or ""))
             if given == "":
@@ -142,6 +144,54 @@ def build_parser() -> argparse.ArgumentParser:
     embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
     embed.add_argument("--device", default=None)
     embed.set_defaults(run=run_embed)
+
+    classify = commands.add_parser(
+        "classify", help="findings of images that nobody labelled: a table of scores"
+    )
+    _add_settings(classify)
+    asked = classify.add_mutually_exclusive_group(required=True)
+    asked.add_argument(
+        "--finding", action="append", metavar="NAME", help="one that the lexicon knows; repeatable"
+    )
+    asked.add_argument(
+        "--wordings", metavar="FILE", help="YAML: finding -> positive and negative sentences"
+    )
+    asked.add_argument(
+        "--like",
+        metavar="RESULTS",
+        help="results.json of an evaluation of this model: its findings, sentences, thresholds",
+    )
+    classify.add_argument(
+        "--head", choices=("combined", "global", "local"), default="combined", help="(combined)"
+    )
+    classify.add_argument("--out", default="findings.csv", help="table to write (findings.csv)")
+    classify.add_argument(
+        "--split", choices=("train", "val", "test", "all"), default="all", help="(all)"
+    )
+    classify.add_argument("--device", default=None)
+    classify.set_defaults(run=run_classify)
+
+    compare = commands.add_parser(
+        "compare", help="two evaluations on the same images: the difference with its interval"
+    )
+    compare.add_argument("of", nargs="+", help="folder of results, or predictions.parquet")
+    compare.add_argument(
+        "--with",
+        dest="against",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="what it is compared with; several (of other seeds) in pairs with the first",
+    )
+    compare.add_argument(
+        "--method",
+        action="append",
+        help="that alone, as global or '10 %%'; twice: of the first and of the second side",
+    )
+    compare.add_argument("--out", help="the same as JSON")
+    compare.add_argument("--bootstrap", type=int, default=1000, help="resamples (1000)")
+    compare.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
+    compare.set_defaults(run=run_compare)
 
     outliers = commands.add_parser(
         "outliers", help="how unlike a reference's images each image is: a p-value, in a table"

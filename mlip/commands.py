@@ -93,10 +93,21 @@ def _open(config: Config, device: str) -> Any:
     return opened, merged
 
 
+def _open_for_films(config: Config, device: str) -> tuple[Any, Config, Any]:
+    """_open, and the manifest: of new films the reports are not written yet."""
+    from mlip.dataloading.manifest import load_manifest
+
+    opened, config = _open(config, device)
+    data = dataclasses.replace(config.data, empty_report="image_only")
+    config = dataclasses.replace(config, data=data)
+    return opened, config, load_manifest(config.data)
+
+
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
     from mlip.report.run_page import write_report
-    from mlip.transfer.evaluation import evaluate_run, save_results
+    from mlip.transfer.evaluation import evaluate_run
+    from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
 
     config = read_settings(options.settings)
@@ -176,8 +187,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
 
 def run_outliers(options: argparse.Namespace) -> int:
-    from mlip.dataloading.manifest import load_manifest
-    from mlip.transfer.outlier_table import require_replaceable, write_outliers, write_reference
+    from mlip.transfer.outlier_table import require_own_file, write_outliers, write_reference
 
     config = read_settings(options.settings)
     device = _device(options.device)
@@ -189,12 +199,8 @@ def run_outliers(options: argparse.Namespace) -> int:
     made = Path(options.fit or options.out or "outliers.csv")
     options.out = str(made)  # for the line where it cannot be written
     require_writable(made.absolute().parent)
-    require_replaceable(made, is_table=not options.fit)
-    opened, config = _open(config, device)
-    # of new films the reports are not written yet
-    data = dataclasses.replace(config.data, empty_report="image_only")
-    config = dataclasses.replace(config, data=data)
-    manifest = load_manifest(config.data)
+    require_own_file(made, is_table=not options.fit)
+    opened, config, manifest = _open_for_films(config, device)
     if options.fit:
         split = options.split or "train"
         print(write_reference(opened, config, manifest, made, split=split, device=device))
@@ -204,6 +210,58 @@ def run_outliers(options: argparse.Namespace) -> int:
         opened, config, manifest, Path(options.reference), made, split=split, device=device
     )
     print("\n".join(table))
+    return 0
+
+
+def run_classify(options: argparse.Namespace) -> int:
+    from mlip.transfer.classify import ask_as_evaluated, ask_names, ask_wordings
+    from mlip.transfer.classify_table import require_own_file, write_classification
+
+    config = read_settings(options.settings)
+    device = _device(options.device)
+    _keep_memory(device)
+    out = Path(options.out)
+    require_writable(out.absolute().parent)
+    require_own_file(out)
+    wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
+    opened, config, manifest = _open_for_films(config, device)
+    if wordings is not None:
+        question = wordings
+    elif options.like is not None:
+        question = ask_as_evaluated(Path(options.like), opened, options.head)
+    else:
+        question = ask_names(options.finding, opened, config.evaluate)
+    table = write_classification(
+        *(opened, config, manifest, question, out),
+        split=options.split,
+        head=options.head,
+        device=device,
+    )
+    print("\n".join([*table, "Not for clinical use."]))
+    return 0
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    from mlip.transfer.compare import compare, comparison_lines
+    from mlip.transfer.predictions import load_predictions
+    from mlip.transfer.results_file import save_json
+
+    if options.out:
+        require_writable(Path(options.out).absolute().parent)
+    own, others = (
+        [load_predictions(Path(path)) for path in side] for side in (options.of, options.against)
+    )
+    methods = None
+    if options.method:
+        if len(options.method) > 2:
+            raise ConfigError(f"--method: expected one or two, got {len(options.method)}")
+        methods = (options.method[0], options.method[-1])
+    if options.bootstrap < 1:
+        raise ConfigError(f"--bootstrap {options.bootstrap}: expected 1 or more")
+    found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
+    print("\n".join(comparison_lines(found)))
+    if options.out:
+        print(save_json(found, Path(options.out)))
     return 0
 
 

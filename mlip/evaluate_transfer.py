@@ -12,9 +12,9 @@ from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.report.transfer_page import write_transfer_page
-from mlip.transfer.evaluation import save_results
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
 from mlip.transfer.protocol import transfer_run
+from mlip.transfer.results_file import save_results
 from mlip.transfer.table import table_lines
 
 SEED = "{seed}"
@@ -30,8 +30,7 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
     results = transfer_run(
         config, load_manifest(config.data), vision, facts=facts, device=device, say=print
     )
-    kept = {key: value for key, value in results.items() if key != "pictures"}
-    saved = save_results(kept, folder / "results.json")  # before what is drawn from them
+    saved = save_results(results, folder / "results.json")  # before what is drawn from them
     page = write_transfer_page(folder, results)
     print("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
     return results

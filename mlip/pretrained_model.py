@@ -23,7 +23,7 @@ from mlip.dataloading.reports import ReportTokenizer
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
-from mlip.transfer import own_inputs
+from mlip.transfer import classify, own_inputs
 from mlip.transfer.features import TextBank
 from mlip.transfer.interval import Array
 from mlip.transfer.outliers import Reference, load_reference
@@ -63,6 +63,21 @@ class Pretrained:
     def heat_maps(self, images: ImageFeatures, texts: TextBank) -> Array:
         """mlip.transfer.own_inputs.heat_maps: where, [N, M, rows, columns] of the patch grid."""
         return own_inputs.heat_maps(self, images, texts)
+
+    def classify(
+        self,
+        images: ImageFeatures,
+        findings: Iterable[str],
+        head: classify.ScoreHead = "combined",
+    ) -> Array:
+        """Scores of findings that the lexicon knows by name, [N, findings]; high = there.
+
+        As mlip.transfer.classify.scores, asked in the sentences of evaluate.positive_prompts.
+        Raises:  QuestionError for a name that the lexicon does not know
+        """
+        question = classify.ask_names(findings, self, self.config.evaluate)
+        texts = classify.encode_question(self, question)
+        return classify.scores(self, images, question, texts, head)
 
     def open_reference(self, path: str | Path) -> Reference:
         """mlip.transfer.outliers.load_reference: .p_values(images) tell which are unlike it."""

@@ -108,6 +108,8 @@ ALLOWED = {
         "mlip.transfer",
         "mlip.transfer_settings",
         "mlip.config",
+        "mlip.strict_yaml",
+        "mlip.typed_tree",
         "mlip.output_file",
         "mlip.batch",
         "mlip.kernels",

@@ -36,12 +36,14 @@ from mlip.transfer.classification_scores import (
     label_measures,
     label_scores,
     macro_auroc,
+    softmax,
 )
 from mlip.transfer.encoder import Encoder, Start
 from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.logistic import fit_logistic
+from mlip.transfer.predictions import Series, of_findings, of_marks
 from mlip.transfer.subgroups import Grouping, subgroup_scores
 
 FEATURES_AT_ONCE = 64
@@ -221,6 +223,19 @@ class Classification:
             told = (predictions, targets, self.targets(val), weights, self.classes, rule)
             scores, measure = label_scores(*told), label_measures(*told, patients)
         return {**scores, "subgroups": subgroup_scores(groupings, patients, measure)}
+
+    def series(
+        self, prediction: dict[str, Array], test: Array, method: str, seed: int
+    ) -> list[Series]:
+        """One fit's scores of the test rows, of the classes that its training rows could teach."""
+        targets, logits = self.targets(test), prediction["test"].astype(np.float64)
+        values = softmax(logits) if self.transfer.exclusive else logits
+        found = of_findings(method, seed, self.classes, test, targets, values)
+        found = [one for one, learnt in zip(found, prediction["learnt"], strict=True) if learnt]
+        if self.transfer.exclusive:
+            right = values.argmax(axis=1) == targets.argmax(axis=1)
+            found.append(of_marks(method, seed, "all classes", "accuracy", test, right))
+        return found
 
     def worst(self, prediction: dict[str, Array], test: Array, most: int) -> list[dict[str, Any]]:
         """The test rows whose labels were the most surprising to the fit."""

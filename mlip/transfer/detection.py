@@ -30,6 +30,7 @@ from mlip.transfer.fitting import Record, fit, shuffled_batches
 from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.froc import froc_scores
 from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.predictions import Series
 from mlip.transfer.subgroups import Grouping, subgroup_scores
 from mlip.transfer.yolo import YoloHead, decode, yolo_loss
 
@@ -179,6 +180,10 @@ class Detection(FramedTask):
             "froc": froc_scores(truth, predictions, weights),
             "subgroups": subgroup_scores(groupings, patients, measure),
         }
+
+    def series(self, prediction: Any, test: Array, method: str, seed: int) -> list[Series]:
+        """None: an average precision is no mean over images."""
+        return []
 
     def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
         """Test images whose true boxes the best predictions overlap least."""

@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 
 from mlip.config import Config
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
-from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
@@ -34,9 +33,9 @@ from mlip.output_file import file_sha256, whole_file
 from mlip.transfer.features import encoded, require_finite
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
+from mlip.transfer.row_images import row_loader
 
 PART_ROWS = 2048
-ROWS_AT_ONCE = 128
 
 
 class EmbedError(ValueError):
@@ -250,18 +249,7 @@ def _encode(
     device: torch.device,
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
-    loader = build_loader(
-        config,
-        manifest,
-        split=split,
-        train=False,
-        tokenizer=opened.tokenizer,
-        linker=opened.linker,
-        table=opened.table,
-        with_report=False,
-        rows=rows,
-        global_pairs=min(ROWS_AT_ONCE, len(rows)),
-    )
+    loader = row_loader(opened, config, manifest, split, rows)
     parts: list[dict[str, torch.Tensor]] = []
     # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
     for _, image, text in encoded(opened.model, loader, config.data, device):

@@ -1,16 +1,15 @@
 """evaluate_run: zero-shot, retrieval and grounding of a model on one split, in one pass.
 
 Headline numbers come with n, an interval over patients and what they are to be compared with.
-Results are plain JSON values; only "examples" holds pictures (PNG as base64).
+Results are plain JSON values but for "examples", which holds pictures (PNG as base64), and
+"predictions", the scores of every image.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from torch import Tensor
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.output_file import whole_file
 from mlip.transfer import truth
 from mlip.transfer.annotations import Annotations, check_labels
 from mlip.transfer.examples import collect_examples
@@ -39,6 +37,7 @@ from mlip.transfer.grounding import evaluate_grounding
 from mlip.transfer.interval import Array
 from mlip.transfer.large_retrieval import class_precision, whole_retrieval
 from mlip.transfer.patch_maps import PhraseMaps
+from mlip.transfer.predictions import predictions_of
 from mlip.transfer.prompts import encode_prompts
 from mlip.transfer.prototypes import prototype_statistics
 from mlip.transfer.queries import make_prior, make_queries
@@ -69,7 +68,8 @@ def evaluate_run(
     run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
     prototypes  [C, D] of the category level, where the checkpoint holds them
     Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
-             "prototypes", "pairs", "fingerprints", "versions", "config", "examples"}; a task that
+             "prototypes", "pairs", "fingerprints", "versions", "config", "examples",
+             "predictions"}; a task that
              the data cannot carry is {"reason": why}
     Raises:  ValueError if features are not finite, or boxes.csv is not usable.
     """
@@ -102,16 +102,6 @@ def evaluate_run(
         "versions": versions(),
         "config": to_dict(config),
     }
-
-
-def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
-    """The results without their pictures as JSON, written beside and renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in results.items() if key != "examples"}
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(kept, indent=1, allow_nan=False), encoding="utf-8")
-    return path
 
 
 def choose_rows(config: Config, manifest: Manifest) -> Array:
@@ -243,6 +233,9 @@ def _evaluate(
     holds_reports = any(query.kind == "phrase" for query in queries)
     bank = encode(phrases, cut=holds_reports) if phrases else None
     maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
+    zero_shot, series = zero_shot_run(
+        model, config, annotations, images, patients, encode, linker, table, is_phantom, device
+    )
     results: dict[str, Any] = {
         "data": {
             "is_phantom": is_phantom,
@@ -251,9 +244,7 @@ def _evaluate(
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
         },
-        "zero_shot": zero_shot_run(
-            model, config, annotations, images, patients, encode, linker, table, is_phantom, device
-        ),
+        "zero_shot": zero_shot,
         "retrieval": evaluate_retrieval(
             scores,
             beside["pair_id"][with_text],
@@ -330,6 +321,9 @@ def _evaluate(
         tokenizer=tokenizer,
         shows_text=is_phantom or config.evaluate.show_text,
         shows_id=is_phantom,
+    )
+    results["predictions"] = predictions_of(
+        series, config, manifest, config.evaluate.split, images.row_index
     )
     return images.row_index, results
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, ConfigError
+from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import whole_file
 from mlip.transfer.interval import Array
 from mlip.transfer.outliers import (
     MOST_REFERENCE,
@@ -18,33 +16,22 @@ from mlip.transfer.outliers import (
     load_reference,
     made_with,
     save_reference,
-    told,
 )
+from mlip.transfer.row_table import begins_with, require_replaceable, unread, write_row_table
 
 LEVELS = (0.05, 0.01)
-_COLUMNS = ["row_index", "p_value", "distance", "reason"]
+_COLUMNS = ["p_value", "distance"]
 _SHOWN = 10  # rows that are named on the terminal
 
 
-def require_replaceable(path: Path, *, is_table: bool) -> None:
-    """Raises:  ConfigError for a folder, or a file that this command did not write.
-
-    A manifest, a model's weights or the reference itself named by mistake would be lost.
-    """
-    if not path.exists():
-        return
-    if path.is_file() and path.stat().st_size:
-        begin = ",".join(_COLUMNS).encode()
-        with path.open("rb") as stream:
-            is_ours = stream.read(len(begin)) == begin if is_table else is_reference(path)
+def require_own_file(path: Path, *, is_table: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that this command did not write."""
+    if is_table:
+        is_ours = begins_with(path, ["row_index", *_COLUMNS])
+        require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
     else:
-        is_ours = path.is_file()
-    if not is_ours:
-        option, kind = ("--out", "table") if is_table else ("--fit", "reference")
-        raise ConfigError(
-            f"{option} {path}: is there already and is no {kind} of mlip outliers: expected the "
-            "name of a new file, or of one to replace"
-        )
+        is_ours = is_reference(path)
+        require_replaceable(path, "--fit", "reference of mlip outliers", is_ours=is_ours)
 
 
 def write_reference(
@@ -63,7 +50,7 @@ def write_reference(
     ranked = len(reference.ranked)
     return (
         f"{path}: {len(rows) - ranked} images for mean and covariance, {ranked} to rank among "
-        f"(smallest p {1 / (1 + ranked):.2g}){_told(bad)}"
+        f"(smallest p {1 / (1 + ranked):.2g}){unread(bad)}"
     )
 
 
@@ -86,21 +73,14 @@ def write_outliers(
     images, rows, bad = encode_rows(opened, config, manifest, split, most=None, device=device)
     distances = reference.distances(images)
     p_values = reference.share_as_far(distances)
-    lines: list[tuple[int, list[object]]] = [
-        (int(row), [int(row), f"{p:.6g}", f"{distance:.6g}", ""])
+    lines = {
+        int(row): (f"{p:.6g}", f"{distance:.6g}")
         for row, p, distance in zip(rows, p_values, distances, strict=True)
-    ]
-    lines += [(row, [row, "", "", reason]) for row, reason in bad.items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as partial:
-        partial.touch(mode=0o600)
-        with partial.open("w", encoding="utf-8", newline="") as stream:
-            table = csv.writer(stream)
-            table.writerow(_COLUMNS)
-            table.writerows(line for _, line in sorted(lines, key=lambda entry: entry[0]))
+    }
+    write_row_table(out, _COLUMNS, lines, bad)
     return [
         *_summary(rows, p_values, distances),
-        f"{out}: {len(lines)} rows{_told(bad)}",
+        f"{out}: {len(lines) + len(bad)} rows{unread(bad)}",
     ]
 
 
@@ -113,7 +93,3 @@ def _summary(rows: Array, p_values: Array, distances: Array) -> list[str]:
     farthest = rows[distances.argsort()[::-1][:_SHOWN]]
     named = ", ".join(str(int(row)) for row in farthest)
     return [f"{len(rows)} images: {counts}", f"farthest first, rows {named}"]
-
-
-def _told(bad: dict[int, str]) -> str:
-    return f"; {len(bad)} cannot be read ({told(bad)})" if bad else ""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +26,14 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures
 from mlip.config import Config
-from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest
 from mlip.output_file import whole_file
-from mlip.transfer.features import encode_images
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from mlip.transfer.interval import Array
+from mlip.transfer.row_images import RowImages
 
 MOST_REFERENCE = 10_000  # images; a covariance of 512 dimensions is known from far fewer
 FEWEST = 20  # images in each half: p <= 0.05 needs 19 to rank among
-_ROWS_AT_ONCE = 128
 _PART = 4096  # images whose float64 features exist at once
 _FORMAT = "1"
 
@@ -195,59 +192,15 @@ def encode_rows(
 ) -> tuple[ImageFeatures, Array, dict[int, str]]:
     """The split's images ("all": of every split and of none), at most `most`, drawn by run.seed.
 
-    Rows without a report take part where the manifest was read with data.empty_report=image_only.
-
     Returns: features of the mean of each image's patches alone, as both fields, [N, 1, D]; row of
              the manifest of each, [N] int64; row -> reason of those that cannot be read
-    Raises:  ManifestError for a split without rows or whose images can none be read
+    Raises:  ManifestError as RowImages
     """
-    asked = split
-    if split == "all":
-        split = "test"
-        everywhere = np.full_like(manifest.split, SPLITS.index(split))
-        manifest = dataclasses.replace(manifest, split=everywhere)
-    rows = manifest.rows(split, with_report=False)
-    if len(rows) == 0:
-        raise ManifestError(
-            f"{manifest.path}: split {asked!r} has none of its {len(manifest)} rows: choose "
-            "another --split"
-        )
-    if most is not None and len(rows) > most:
-        drawn = np.random.default_rng(config.run.seed).choice(rows, most, replace=False)
-        rows = np.sort(drawn)
-    loader = build_loader(
-        config,
-        manifest,
-        split=split,
-        train=False,
-        tokenizer=opened.tokenizer,
-        linker=opened.linker,
-        table=opened.table,
-        with_report=False,
-        rows=rows,
-        global_pairs=min(_ROWS_AT_ONCE, len(rows)),
-    )
+    images = RowImages(opened, config, manifest, split, device=device, most=most)
     means, found = [], []
-    at = torch.device(device)
-    data = config.data
-    try:
-        for batch in loader:
-            if len(batch):
-                bank = encode_images(opened.model, batch, mean=data.mean, std=data.std, device=at)
-                means.append(bank.features.patches.mean(dim=1, keepdim=True))
-                found.append(bank.row_index.astype(np.int64))
-    finally:
-        loader.close()
-    if not found:
-        raise ManifestError(
-            f"{manifest.path}: no image of split {asked!r} can be read "
-            f"({told(loader.ledger.bad)}): is data.root the folder of the images?"
-        )
+    for bank in images:
+        means.append(bank.features.patches.mean(dim=1, keepdim=True))
+        found.append(bank.row_index.astype(np.int64))
     patches = torch.cat(means)
     features = ImageFeatures(patches[:, 0], patches, grid=(1, 1))
-    return features, np.concatenate(found), dict(loader.ledger.bad)
-
-
-def told(bad: Mapping[int, str]) -> str:
-    """Reasons of bad rows with their counts, "missing 3, truncated 1"."""
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(bad.values()).items()))
+    return features, np.concatenate(found), images.bad

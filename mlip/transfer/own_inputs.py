@@ -212,7 +212,7 @@ def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) 
 
     Raises:  ValueError for another head, or for what is not features of this model
     """
-    _require_features(opened, images, texts)
+    require_features(opened, images, texts)
     if head == "global":
         return global_scores(images.embedding, texts)
     if head == "local":
@@ -221,7 +221,7 @@ def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) 
     raise ValueError(f"head: expected 'global' or 'local', got {head!r}")
 
 
-def _require_features(opened: Any, images: Any, texts: Any) -> None:
+def require_features(opened: Any, images: Any, texts: Any) -> None:
     if not isinstance(images, ImageFeatures) or not isinstance(texts, TextBank):
         raise ValueError(
             "expected what encode_images gave and then what encode_texts or encode_reports gave, "
@@ -243,6 +243,6 @@ def heat_maps(opened: Any, images: ImageFeatures, texts: TextBank) -> Array:
 
     Raises:  ValueError for what is not features of this model
     """
-    _require_features(opened, images, texts)
+    require_features(opened, images, texts)
     heat = phrase_maps(opened.model, images.patches, texts).transpose(0, 1).float().numpy()
     return heat.reshape(*heat.shape[:2], *images.grid)

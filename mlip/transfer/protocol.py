@@ -1,6 +1,7 @@
 """A trained task from manifest to results: fractions x seeds, val for choices, test once per fit.
 
-Results are plain JSON values; "pictures" (PNG as base64, for the page) is not saved.
+Results are plain JSON values but for "pictures" (PNG as base64, for the page) and "predictions"
+(the scores of every test image).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mlip.transfer.fingerprint import (
 from mlip.transfer.frames import Images, crop_of, frame_of
 from mlip.transfer.interval import Array
 from mlip.transfer.pictures import example_pictures
+from mlip.transfer.predictions import Series, predictions_of
 from mlip.transfer.segmentation import Segmentation
 from mlip.transfer.subgroups import read_groupings
 from mlip.transfer_settings import at_fraction
@@ -58,7 +60,7 @@ def transfer_run(
              pre-training of its own (None: transfer.start is imagenet or random)
     facts    what is known of its training: step, pairs_seen, checkpoint
     Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
-             fits}], "fingerprints", "versions", "config", "pictures"}
+             fits}], "fingerprints", "versions", "config", "pictures", "predictions"}
     Raises:  ManifestError for data the task cannot use; ValueError for broken features;
              TransferError for a loss that is not finite.
     """
@@ -76,6 +78,7 @@ def transfer_run(
         fractions, used = [], {}
         test = HeldOut(splits.test)
         pictures: list[dict[str, Any]] = []
+        series: list[Series] = []
         for percent in transfer.fractions:
             fits, predictions = [], []
             task.transfer = at_fraction(transfer, percent)
@@ -101,6 +104,8 @@ def transfer_run(
                     f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
                     f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
                 )
+            for seed, prediction in zip(transfer.seeds, predictions, strict=True):
+                series += task.series(prediction, splits.test, f"{percent:g} %", seed)
             scores = task.score(predictions, splits.val, splits.test, groupings)
             fractions.append({"percent": percent, "scores": scores, "fits": fits})
             pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
@@ -138,6 +143,7 @@ def transfer_run(
         "versions": versions(),
         "config": to_dict(config),
         "pictures": pictures,
+        "predictions": predictions_of(series, config, manifest, "test", splits.test),
     }
 
 

@@ -85,6 +85,13 @@ def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
 Measured = tuple[float, Array, int]  # value, its resamples [R], n
 
 
+def less(own: Measured | None, others: Measured | None) -> Measured | None:
+    """The first minus the second, resample by resample: paired where both are of one draw."""
+    if own is None or others is None:
+        return None
+    return own[0] - others[0], own[1] - others[1], own[2]
+
+
 def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
     """The mean over the fits that have the score, None where none has.
 

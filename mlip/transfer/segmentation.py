@@ -32,6 +32,7 @@ from mlip.transfer.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.interval import Array, patient_resamples
 from mlip.transfer.mask_file import IGNORED, INSIDE
+from mlip.transfer.predictions import Series, of_marks
 from mlip.transfer.subgroups import Grouping, subgroup_scores
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
@@ -171,6 +172,17 @@ class Segmentation(FramedTask):
                 groupings, patients, dice_measures(by_seed, weights, patients)
             ),
         }
+
+    def series(
+        self, prediction: dict[str, Any], test: Array, method: str, seed: int
+    ) -> list[Series]:
+        """One fit's Dice of every test image, in its published form, and of those with truth."""
+        counts: Counts = prediction["counts"]
+        each, truth = dice_per_image(counts), counts.truth > 0
+        return [
+            of_marks(method, seed, "mask", "dice", test, each),
+            of_marks(method, seed, "mask", "dice_positive", test[truth], each[truth]),
+        ]
 
     def worst(self, prediction: dict[str, Any], test: Array, most: int) -> list[dict[str, Any]]:
         """The test images with the lowest Dice (with credit), those with truth first."""

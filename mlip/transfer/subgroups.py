@@ -23,7 +23,7 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.transfer.annotations import MOST_NAME_CHARACTERS
 from mlip.transfer.interval import Array, Estimate, defined_mean, estimate, not_available
-from mlip.transfer.scores import Measured
+from mlip.transfer.scores import Measured, less
 
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
@@ -217,7 +217,7 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
     difference: dict[str, Any] = {
         key: _mean(
             [
-                _less(found.get(key), others.classes.get(name, {}).get(key))
+                less(found.get(key), others.classes.get(name, {}).get(key))
                 for name, found in own.classes.items()
             ],
             reason,
@@ -226,7 +226,7 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
     }
     for key in dict.fromkeys([*own.whole, *others.whole]):
         macro[key] = _told(own.whole.get(key))
-        difference[key] = _told(_less(own.whole.get(key), others.whole.get(key)), reason)
+        difference[key] = _told(less(own.whole.get(key), others.whole.get(key)), reason)
     classes = []
     for name, (n, positives) in own.counts.items():
         found, beside = own.classes.get(name, {}), others.classes.get(name, {})
@@ -237,17 +237,11 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
                 "positives": positives,
                 **{key: _told(found.get(key)) for key in keys},
                 "difference": {
-                    key: _told(_less(found.get(key), beside.get(key)), reason) for key in keys
+                    key: _told(less(found.get(key), beside.get(key)), reason) for key in keys
                 },
             }
         )
     return {"macro": macro, "difference": difference, "classes": classes}
-
-
-def _less(own: Measured | None, others: Measured | None) -> Measured | None:
-    if own is None or others is None:
-        return None
-    return own[0] - others[0], own[1] - others[1], own[2]
 
 
 def _told(measured: Measured | None, reason: str = TOO_FEW) -> Estimate:

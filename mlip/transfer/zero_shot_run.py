@@ -5,13 +5,13 @@ The metrics live in zero_shot.py; here the model meets the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer import truth
@@ -19,8 +19,10 @@ from mlip.transfer.annotations import Annotations, shared_names
 from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.interval import Array, patient_resamples
+from mlip.transfer.predictions import Series, of_findings
 from mlip.transfer.subgroups import read_groupings, subgroup_scores
 from mlip.transfer.zero_shot import (
+    Prompts,
     Thresholds,
     at_thresholds,
     choose_thresholds,
@@ -46,37 +48,34 @@ def zero_shot_run(
     table: Any,
     is_phantom: bool,
     device: torch.device,
-) -> dict[str, Any]:
-    """evaluate_zero_shot of the images, with rates at val's thresholds, scores by subgroup and,
-    where the labels exclude each other, accuracy; {"reason": why} where there is nothing to score
-    against."""
+) -> tuple[dict[str, Any], list[Series]]:
+    """(evaluate_zero_shot of the images, with rates at val's thresholds, scores by subgroup and,
+    where the labels exclude each other, accuracy; the scores of every image); ({"reason": why}, [])
+    where there is nothing to score against."""
     manifest = annotations.manifest
     unknown: list[str] = []
     if is_phantom:
         prompts = truth.phantom_prompts(table)
     elif manifest.label_column is None:
         nor = ", nor to tell by evaluate.subgroups" if config.evaluate.subgroups else ""
-        return {"reason": f"data.columns.labels is not set: there is nothing to score against{nor}"}
+        reason = f"data.columns.labels is not set: there is nothing to score against{nor}"
+        return {"reason": reason}, []
     else:
         names = truth.label_names(manifest, images.row_index)
         prompts, unknown = truth.lexicon_prompts(names, linker, table, config.evaluate)
     if not prompts:
-        return {"reason": "no label of this split names a concept of the table"}
+        return {"reason": "no label of this split names a concept of the table"}, []
     findings = [p.finding for p in prompts]
     bank = encode(prompt_texts(prompts))
 
-    def scores_of(embedding: Tensor, patches: Tensor) -> dict[str, Array]:
-        by_global = global_scores(embedding, bank)
-        by_local = local_scores(model, patches, bank, device=device)
-        both = combine(by_global, by_local, *logit_scales(model))
-        named = {"global": by_global, "local": by_local, "combined": both}
-        return {head: finding_scores(value, prompts) for head, value in named.items()}
+    def scores_of(features: ImageFeatures) -> dict[str, Array]:
+        return head_scores(model, features, bank, prompts, device=device)
 
     def labels_of(rows: Array) -> Array:
         return truth.label_matrix(annotations, rows, findings, blank_is_negative=is_phantom)
 
     labels = labels_of(images.row_index)
-    scores = scores_of(images.features.embedding, images.features.patches)
+    scores = scores_of(images.features)
     settings = config.evaluate
     found = evaluate_zero_shot(
         scores, labels, prompts, patients, bootstrap=settings.bootstrap, seed=config.run.seed
@@ -103,7 +102,28 @@ def zero_shot_run(
     named = sorted(set(unknown) & set(shared_names(manifest)))
     if rare := len(unknown) - len(named):
         named.append(f"{rare} more, each of one patient alone")
-    return {**found, "labels_without_concept": named}
+    series = [
+        one
+        for head, values in scores.items()
+        for one in of_findings(head, None, findings, images.row_index, labels, values)
+    ]
+    return {**found, "labels_without_concept": named}, series
+
+
+def head_scores(
+    model: Any,
+    images: ImageFeatures,
+    texts: TextBank,
+    prompts: Sequence[Prompts],
+    *,
+    device: torch.device,
+) -> dict[str, Array]:
+    """Scores of each head, [images, findings]; texts are those of prompt_texts(prompts)."""
+    by_global = global_scores(images.embedding, texts)
+    by_local = local_scores(model, images.patches, texts, device=device)
+    both = combine(by_global, by_local, *logit_scales(model))
+    named = {"global": by_global, "local": by_local, "combined": both}
+    return {head: finding_scores(value, prompts) for head, value in named.items()}
 
 
 def some_of(rows: Array, config: Config) -> Array:
@@ -119,7 +139,7 @@ def _val_scores(
     model: Any,
     config: Config,
     manifest: Manifest,
-    scores_of: Callable[[Tensor, Tensor], dict[str, Array]],
+    scores_of: Callable[[ImageFeatures], dict[str, Array]],
 ) -> tuple[Array, dict[str, Array]] | str:
     """(rows of val, their scores), or why there are none."""
     rows = some_of(manifest.rows("val", with_report=False), config)
@@ -137,7 +157,7 @@ def _scores_of_rows(
     config: Config,
     manifest: Manifest,
     rows: Array,
-    scores_of: Callable[[Tensor, Tensor], dict[str, Array]],
+    scores_of: Callable[[ImageFeatures], dict[str, Array]],
 ) -> tuple[Array, dict[str, Array]]:
     """(rows that could be read, their scores), of images alone."""
     images = Images(config, manifest, None)
@@ -149,9 +169,8 @@ def _scores_of_rows(
         for at in range(0, len(rows), IMAGES_AT_ONCE):
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
             features = model.encode_image(batch.to(device))
-            parts.append(
-                scores_of(features.embedding.float().cpu(), features.patches.float().cpu())
-            )
+            embedding, patches = features.embedding.float().cpu(), features.patches.float().cpu()
+            parts.append(scores_of(ImageFeatures(embedding, patches, features.grid)))
     finally:
         images.close()
     heads = parts[0] if parts else {}

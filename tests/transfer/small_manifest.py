@@ -75,6 +75,7 @@ def evaluate(folder: Path, settings: list[str], checkpoint: Path | None = None) 
 
 
 def require_silence(folder: Path, said: str) -> None:
-    texts = [said, *(p.read_text() for p in (folder / "out").glob("*") if p.is_file())]
+    files = [path for path in (folder / "out").glob("*") if path.is_file()]
+    texts = [said, *(path.read_text(errors="replace") for path in files)]
     for secret in SECRETS:
         assert not [text for text in texts if secret in text], secret

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from mlip.cli import main
 from mlip.transfer import embed as embedding
+from mlip.transfer import row_images
 from mlip.transfer.embed import write_embeddings
 from mlip.transfer.features import encoded
 from tests.small_run import small_export
@@ -194,7 +195,7 @@ def test_of_a_batch_only_what_goes_into_the_part_is_kept(
             alive.append(sum(patches() is not None for patches in seen))
             yield batch, image, text
 
-    monkeypatch.setattr(embedding, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(row_images, "ROWS_AT_ONCE", 1)
     monkeypatch.setattr(embedding, "encoded", counted)
     assert embed(tmp_path, root, *more) == 0
     assert len(alive) == len(TEST_ROWS) and max(alive) == most

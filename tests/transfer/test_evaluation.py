@@ -15,9 +15,10 @@ from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.phantom_types import CONCEPT_IDS
 from mlip.knowledge.linker import Mention
 from mlip.transfer.draws import splits_hash
-from mlip.transfer.evaluation import choose_rows, encode_split, evaluate_run, save_results
+from mlip.transfer.evaluation import choose_rows, encode_split, evaluate_run
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.prompts import phrase_encoder
+from mlip.transfer.results_file import save_results
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
 
@@ -102,7 +103,8 @@ def test_the_saved_results_are_strict_json_without_report_text(tmp_path: Path) -
     assert "examples" not in read and read["run"]["step"] == 7
     for row in run.manifest.rows("test").tolist():
         assert run.manifest.text(row) not in text
-    assert list(tmp_path.joinpath("deep").iterdir()) == [tmp_path / "deep" / "results.json"]
+    written = sorted(path.name for path in (tmp_path / "deep").iterdir())
+    assert written == ["predictions.parquet", "results.json"]
 
 
 def test_fingerprints_name_weights_data_and_preprocessing() -> None:

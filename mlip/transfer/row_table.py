@@ -1,0 +1,70 @@
+"""A CSV with a line for each row of a manifest: what a command found of its image, or why nothing.
+
+Rows are numbers of manifest rows, from 0: files and patients stay in the manifest.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mlip.output_file import whole_file
+from mlip.typed_tree import ConfigError
+
+
+def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that is there and of another kind.
+
+    A manifest, a model's weights or what the command reads, named by mistake, would be lost.
+    is_ours  whether the file, where there is one that holds something, is of this kind
+    """
+    if not path.exists() or (path.is_file() and (is_ours or not path.stat().st_size)):
+        return
+    raise ConfigError(
+        f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
+        "of one to replace"
+    )
+
+
+def begins_with(path: Path, columns: Sequence[str]) -> bool:
+    """Whether it is a file whose first columns are these."""
+    begin = ",".join(columns).encode()
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(begin)) == begin
+
+
+def write_row_table(
+    path: Path,
+    columns: Sequence[str],
+    lines: Mapping[int, Sequence[object]],
+    bad: Mapping[int, str],
+) -> None:
+    """`row_index`, the columns and, of a row whose image cannot be read, `reason`, by row.
+
+    lines  manifest row -> a cell a column
+    bad    manifest row -> why its image cannot be read
+    """
+    blank = [""] * len(columns)
+    every = {row: [*cells, ""] for row, cells in lines.items()}
+    every |= {row: [*blank, reason] for row, reason in bad.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.touch(mode=0o600)
+        with partial.open("w", encoding="utf-8", newline="") as stream:
+            table = csv.writer(stream)
+            table.writerow(["row_index", *columns, "reason"])
+            table.writerows([row, *every[row]] for row in sorted(every))
+
+
+def told(bad: Mapping[int, str]) -> str:
+    """Reasons of bad rows with their counts, "missing 3, truncated 1"."""
+    return ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(bad.values()).items()))
+
+
+def unread(bad: Mapping[int, str]) -> str:
+    """The end of a line about a table: "" where every image could be read."""
+    return f"; {len(bad)} cannot be read ({told(bad)})" if bad else ""
