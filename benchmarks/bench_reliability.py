@@ -263,11 +263,8 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
             return
-        wall, processor = self.begin
         self.ended[report.nodeid] = {
             "outcome": report.outcome,
-            "seconds": round(time.monotonic() - wall, 2),
-            "processor_seconds": round(processor_seconds() - processor, 2),
             "figures": dict(report.user_properties),
             "commit": self.facts["commit"],
             "modified": self.facts["modified"],
@@ -275,10 +272,16 @@ class Recorder:
         }
 
     def pytest_runtest_logfinish(self) -> None:
-        # not before: until its end a test may have put its own in os.open's place
+        # not before: until its end a test may have put its own os.open, clock or processes in place
+        wall, processor = self.begin
+        spent = {
+            "seconds": round(time.monotonic() - wall, 2),
+            "processor_seconds": round(processor_seconds() - processor, 2),
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(self.path.parent):
-            held = {**read(self.path), **self.ended}
+            ended = {name: {**outcome, **spent} for name, outcome in self.ended.items()}
+            held = {**read(self.path), **ended}
             self.ended.clear()
             partial = self.path.with_suffix(".partial")
             partial.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")

@@ -89,6 +89,20 @@ def test_outcomes_are_kept_from_run_to_run_and_survive_a_kill(tmp_path):
     assert held["a"]["figures"] == {"cases": 3}
 
 
+def test_a_test_with_a_clock_or_processes_of_its_own_ends_no_run(tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path / "out.json")
+    recorder.pytest_runtest_logstart()
+    with monkeypatch.context() as test:
+        test.setattr("psutil.Process", lambda *arguments: SimpleNamespace())
+        test.setattr("time.monotonic", lambda: -1e9)
+        report = pytest.TestReport(
+            "a", ("", 0, ""), {}, "passed", None, "call",  # type: ignore[arg-type]
+        )  # fmt: skip
+        recorder.pytest_runtest_logreport(report)  # before the test's own are taken back
+    recorder.pytest_runtest_logfinish()
+    assert 0.0 <= read(tmp_path / "out.json")["a"]["seconds"] < 60.0
+
+
 def test_missing_leaves_out_what_has_passed_or_was_skipped_and_nothing_else(tmp_path):
     path = tmp_path / "out.json"
     held = {name: _outcome(name) for name in ("passed", "skipped", "failed")}
