@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array, defined_mean
-from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
+from mlip.transfer.interval import Array, Measured, bounded, defined_mean
+from mlip.transfer.scores import mean_of_fits, over_seeds
 from mlip.transfer.subgroups import Measures, enough
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
@@ -221,7 +221,9 @@ def detection_measures(
             for seed in range(len(by_seed)):
                 own = matches_of(seed)[k]
                 value = float(average_precisions(own, one).mean())
-                each.append((value, average_precisions(own, under).mean(axis=1), counts[name][0]))
+                resampled = average_precisions(own, under).mean(axis=1)
+                of = weights[:, with_box]
+                each.append(bounded(value, resampled, counts[name][0], of))
             joined = mean_of_fits(each)
             assert joined is not None
             found[name]["strict"] = joined
@@ -250,15 +252,19 @@ def detection_scores(
     per_class: list[list[Measured | None]] = [[] for _ in classes]
     counted = []
     ones = np.ones((1, len(truth)))
+    has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
     for found in by_seed:
         matches = match(truth, [f.over(score_cut) for f in found], thresholds, len(classes))
         value = float(mean_average_precision(matches, ones)[0])
         resampled = mean_average_precision(matches, weights)
-        strict.append((value, resampled, len(truth)) if np.isfinite(value) else None)
+        told = bounded(value, resampled, len(truth), weights[:, has_box])
+        strict.append(told if np.isfinite(value) else None)
         for k, m in enumerate(matches):
             own = float(average_precisions(m, ones).mean())
             each = average_precisions(m, weights).mean(axis=1) if len(classes) > 1 else resampled
-            per_class[k].append((own, each, len(truth)) if np.isfinite(own) else None)
+            with_box = np.array([(t.labels == k).any() for t in truth], dtype=bool)
+            told = bounded(own, each, len(truth), weights[:, with_box])
+            per_class[k].append(told if np.isfinite(own) else None)
         kept = compat_images(truth, found, compat_score_cut)
         counted.append(len(kept))
         if len(kept) == 0:
@@ -267,7 +273,8 @@ def detection_scores(
         shown = [found[i].over(compat_score_cut) for i in kept]
         matches = match([truth[i] for i in kept], shown, thresholds, len(classes))
         value = float(mean_average_precision(matches, np.ones((1, len(kept))))[0])
-        compat.append((value, mean_average_precision(matches, weights[:, kept]), len(kept)))
+        of = weights[:, kept]
+        compat.append(bounded(value, mean_average_precision(matches, of), len(kept), of))
     boxes = np.concatenate([*(t.labels for t in truth), np.zeros(0)])
     return {
         "strict": {

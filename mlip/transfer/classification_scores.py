@@ -13,14 +13,15 @@ import numpy as np
 
 from mlip.transfer.interval import (
     Array,
+    Measured,
     auroc,
-    defined_mean,
-    weighted_auroc,
-    weighted_mean,
+    bounded,
+    mean_over,
+    measured_auroc,
+    measured_mean,
 )
 from mlip.transfer.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
 from mlip.transfer.scores import (
-    Measured,
     average_precision,
     calibration_error,
     confusion,
@@ -140,10 +141,10 @@ def label_measures(
                 if not p["learnt"][k]:
                     continue
                 logit, cut = p["test"][rows, k].astype(np.float64), own[k]
-                area = auroc(logit, truth)
+                area = measured_auroc(logit, truth, of)
                 assert area is not None
                 told = {} if cut is None else rates(logit >= cut, truth, of)
-                each.append({**told, "auroc": (area, weighted_auroc(logit, truth, of), len(truth))})
+                each.append({**told, "auroc": area})
             for key in ("auroc", "sensitivity", "specificity"):
                 joined = mean_of_fits([fit.get(key) for fit in each])
                 if joined is not None:
@@ -180,17 +181,13 @@ def exclusive_measures(
                 continue
             areas: list[Measured | None] = []
             for p, probability in zip(predictions, probabilities, strict=True):
-                own = probability[inside, k]
-                value = auroc(own, is_true) if p["learnt"][k] else None
-                if value is not None:
-                    areas.append((value, weighted_auroc(own, is_true, of), len(is_true)))
+                if p["learnt"][k]:
+                    areas.append(measured_auroc(probability[inside, k], is_true, of))
             joined = mean_of_fits(areas)
             if joined is not None:
                 found[name]["auroc"] = joined
         right = [(p[inside].argmax(axis=1) == truth[inside]).astype(float) for p in probabilities]
-        accuracy = mean_of_fits(
-            [(float(r.mean()), weighted_mean(r, of), len(r)) for r in right if len(r)]
-        )
+        accuracy = mean_of_fits([measured_mean(r, of) for r in right if len(r)])
         return Measures(found, counts, {} if accuracy is None else {"accuracy": accuracy})
 
     return measure
@@ -215,16 +212,12 @@ def exclusive_scores(
         probability = softmax(p["test"].astype(np.float64))
         right = (probability.argmax(axis=1) == truth).astype(np.float64)
         confidence = probability.max(axis=1)
-        found["accuracy"].append((float(right.mean()), weighted_mean(right, weights), n))
+        found["accuracy"].append(measured_mean(right, weights))
         for key, measured in _calibration(confidence, right, weights).items():
             found[key].append(measured)
         for k in range(len(classes)):
-            value = auroc(probability[:, k], truth == k) if p["learnt"][k] else None
-            areas[k].append(
-                None
-                if value is None
-                else (value, weighted_auroc(probability[:, k], truth == k, weights), n)
-            )
+            own = measured_auroc(probability[:, k], truth == k, weights)
+            areas[k].append(own if p["learnt"][k] else None)
     first = softmax(predictions[0]["test"].astype(np.float64))
     table: list[dict[str, Any]] = []
     for k, name in enumerate(classes):
@@ -268,18 +261,19 @@ def _binary(
     n = len(truth)
     if truth.all() or not truth.any():
         return {}
-    area, precision = auroc(logit, truth), average_precision(logit, truth)
+    area, precision = measured_auroc(logit, truth, weights), average_precision(logit, truth)
     assert area is not None and precision is not None
+    of_precision = weighted_average_precision(logit, truth, weights)
     probability = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))  # exp overflows past 709
     found: dict[str, Measured | None] = {
-        "auroc": (area, weighted_auroc(logit, truth, weights), n),
-        "auprc": (precision, weighted_average_precision(logit, truth, weights), n),
+        "auroc": area,
+        "auprc": bounded(precision, of_precision, n, weights[:, truth]),
         **_calibration(probability, truth, weights),
     }
     if threshold is not None:
         called = logit >= threshold
         right = (called == truth).astype(np.float64)
-        found["accuracy"] = (float(right.mean()), weighted_mean(right, weights), n)
+        found["accuracy"] = measured_mean(right, weights)
         found |= rates(called, truth, weights)
     return found
 
@@ -288,7 +282,10 @@ def _calibration(confidence: Array, right: Array, weights: Array) -> dict[str, M
     """The error and that of a calibrated model, both without an interval."""
     none = np.full(len(weights), np.nan)
     error, by_chance = calibration_error(confidence, right)
-    return {"ece": (error, none, len(right)), "ece_calibrated": (by_chance, none, len(right))}
+    return {
+        "ece": Measured(error, none, len(right)),
+        "ece_calibrated": Measured(by_chance, none, len(right)),
+    }
 
 
 def _macro(values: list[list[Measured]], n: int, reasons: Sequence[str | None]) -> dict[str, Any]:
@@ -303,10 +300,7 @@ def _macro(values: list[list[Measured]], n: int, reasons: Sequence[str | None]) 
         first = next((reason for reason in reasons if reason), "not all seeds have a score")
         reason = first if len(reasons) == 1 else f"no class has it; the first: {first}"
         return {**over_seeds([], reason), **counted}
-    seeds: list[Measured | None] = []
-    for of_seed in zip(*values, strict=True):
-        means = defined_mean(np.stack([m[1] for m in of_seed]))
-        seeds.append((float(np.mean([m[0] for m in of_seed])), means, n))
+    seeds = [mean_over(of_seed, n) for of_seed in zip(*values, strict=True)]
     return {**over_seeds(seeds), **counted}
 
 

@@ -16,14 +16,14 @@ import numpy as np
 
 from mlip.transfer.interval import (
     Array,
-    auroc,
-    defined_mean,
+    Measured,
+    mean_over,
+    measured_auroc,
+    measured_mean,
     patient_resamples,
-    weighted_auroc,
-    weighted_mean,
 )
 from mlip.transfer.predictions import UNKNOWN, Predictions, PredictionsError, Series
-from mlip.transfer.scores import Measured, less, mean_of_fits, over_seeds
+from mlip.transfer.scores import less, mean_of_fits, over_seeds
 from mlip.transfer.subgroups import FEWEST_OF_EACH, enough, has_both
 
 SCHEMA = 1
@@ -206,7 +206,11 @@ def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
                 mean_of_fits([_score(s, rows, truth, of) for s in side])
                 for side in (unit.a, unit.b)
             ]
-        each.append({"a": sides[0], "b": sides[1], "difference": less(*sides)})
+        own, others = sides
+        if own is not None and others is not None and own.units is None is others.units:
+            # neither errs: one's draws in the other's order, for they need not err together
+            others = others._replace(resampled=others.resampled[::-1])
+        each.append({"a": own, "b": others, "difference": less(own, others)})
     joined = [sum(column) for column in zip(*counts.values(), strict=True)]
     return _Measures(each, (joined[0], joined[1]))
 
@@ -238,11 +242,8 @@ def _at(rows: Array, values: Array, wanted: Array) -> Array:
 def _score(series: Series, rows: Array, truth: Array, weights: Array) -> Measured | None:
     values = _at(series.rows, series.scores, rows)
     if series.measure != "auroc":
-        return float(values.mean()), weighted_mean(values, weights), len(rows)
-    value = auroc(values, truth == 1)
-    return (
-        None if value is None else (value, weighted_auroc(values, truth == 1, weights), len(rows))
-    )
+        return measured_mean(values, weights)
+    return measured_auroc(values, truth == 1, weights)
 
 
 def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
@@ -271,8 +272,7 @@ def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
 
 def _over_findings(units: Sequence[Mapping[str, Measured | None]], name: str) -> Measured:
     measured = [m for unit in units if (m := unit[name]) is not None]
-    value = float(np.mean([m[0] for m in measured]))
-    return value, defined_mean(np.stack([m[1] for m in measured])), max(m[2] for m in measured)
+    return mean_over(measured, max(m.n for m in measured))
 
 
 def _left_out(pairs: Sequence[tuple[Predictions, Predictions]]) -> list[str]:
@@ -322,8 +322,8 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         away = sum(d["low"] > 0 or d["high"] < 0 for d in apart)
         if len(apart) > 1:
             lines.append(
-                f"  {away} of {len(apart)} intervals of single findings leave 0 (by chance alone "
-                "one in twenty, more where few carry the finding)"
+                f"  {away} of {len(apart)} intervals of single findings leave 0 (one in twenty "
+                "does by chance alone)"
             )
     if found["not_compared"]:
         lines.append(f"not on both sides: {', '.join(found['not_compared'])}")

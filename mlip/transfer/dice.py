@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.transfer.interval import Array, weighted_mean, weighted_sum
+from mlip.transfer.interval import Array, Measured, bounded, measured_mean, weighted_sum
 from mlip.transfer.mask_file import IGNORED, INSIDE
-from mlip.transfer.scores import Measured, mean_of_fits, over_seeds
+from mlip.transfer.scores import mean_of_fits, over_seeds
 from mlip.transfer.subgroups import Measures, enough
 
 FORMS = ("published", "positive_only", "pooled")
@@ -108,11 +108,7 @@ def _measured(counts: Counts, weights: Array) -> dict[str, Measured]:
     each, n = dice_per_image(counts), len(counts.truth)
     pooled = pooled_dice(counts, np.ones((1, n)))
     return {
-        "published": (float(each.mean()), weighted_mean(each, weights), n),
-        "positive_only": (
-            float(each[positive].mean()),
-            weighted_mean(each[positive], weights[:, positive]),
-            int(positive.sum()),
-        ),
-        "pooled": (float(pooled[0]), pooled_dice(counts, weights), n),
+        "published": measured_mean(each, weights),
+        "positive_only": measured_mean(each[positive], weights[:, positive]),
+        "pooled": bounded(float(pooled[0]), pooled_dice(counts, weights), n, weights[:, positive]),
     }

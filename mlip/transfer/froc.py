@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.average_precision import Found, Truth
-from mlip.transfer.interval import Array
-from mlip.transfer.scores import Measured, over_seeds
+from mlip.transfer.interval import Array, Measured, bounded
+from mlip.transfer.scores import over_seeds
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false marks an image, as Object-CXR and LUNA16
 
@@ -101,6 +101,7 @@ def froc_scores(
     Shapes:  weights [R, images]
     """
     columns: list[list[Measured | None]] = [[] for _ in range(len(RATES) + 1)]
+    has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
     for found in by_seed:
         marks = marks_of(truth, found)
         value = sensitivities(marks, np.ones((1, len(truth))))[0]
@@ -108,6 +109,7 @@ def froc_scores(
         for k, (own, each) in enumerate(
             [(value.mean(), resampled.mean(axis=1)), *zip(value, resampled.T, strict=True)]
         ):
-            columns[k].append((float(own), each, len(truth)) if np.isfinite(own) else None)
+            known = bounded(float(own), each, len(truth), weights[:, has_box])
+            columns[k].append(known if np.isfinite(own) else None)
     mean, *rates = (over_seeds(c, "no test image has a true box") for c in columns)
     return {"mean": mean, "rates": {f"{r:g}": s for r, s in zip(RATES, rates, strict=True)}}

@@ -16,8 +16,11 @@ from mlip.transfer.interval import (
     Estimate,
     estimate,
     mean_estimate,
+    mean_over,
+    measured_mean,
     not_available,
     patient_resamples,
+    patients_in,
     weighted_mean,
 )
 from mlip.transfer.patch_maps import PhraseMaps, Upsampler, pointed_pixel
@@ -284,16 +287,16 @@ def _summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any]:
 
 def _mean_of(values: Array, weights: Array, findings: Sequence[str]) -> Estimate:
     """The mean of the findings' means; its n is the findings that have one."""
-    means, resampled = [], []
+    each = []
     for finding in dict.fromkeys(findings):
         own = np.isfinite(values) & np.array([name == finding for name in findings])
         if own.any():
-            means.append(float(values[own].mean()))
-            resampled.append(weighted_mean(values[own], weights[:, own]))
-    if not means:
+            each.append(measured_mean(values[own], weights[:, own]))
+    if not each:
         return not_available("no rows")
     # a resample without any row of a finding has no mean over all of them
-    return estimate(float(np.mean(means)), np.mean(resampled, axis=0), len(means))
+    resampled = np.mean([m.resampled for m in each], axis=0)
+    return estimate(*mean_over(each, len(each))._replace(resampled=resampled))
 
 
 def _mask_summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any] | None:
@@ -321,4 +324,5 @@ def _ratio(hits: Array, swapped: Array, weights: Array) -> Estimate:
         return not_available("the swapped images were never hit", len(hits))
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = weighted_mean(hits, weights) / weighted_mean(swapped, weights)
-    return estimate(float(hits.mean() / swapped.mean()), resampled, len(hits))
+    value, units = float(hits.mean() / swapped.mean()), patients_in(weights)
+    return estimate(value, resampled, len(hits), units)

@@ -2,20 +2,46 @@
 
 Every score of an evaluation is an Estimate: value, 95 % interval, and the n it rests on. A score
 that cannot be computed is value None with a reason, never 0.5.
+
+Plain percentiles of a bootstrap are too narrow where few patients carry a finding, and have no
+width where all answers are right. So the percentiles lie farther out the fewer patients a score
+rests on, as far as Student's t and n / (n - 1) ask for (Hesterberg, The American Statistician 2015,
+"expanded percentile"), and a perfect score gets the interval of Clopper and Pearson (1934).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from functools import lru_cache
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, stdtrit
 from sklearn.metrics import roc_auc_score
 
 Array = NDArray[Any]
 CONFIDENCE = 0.95
 AT_ONCE = 64  # resamples: what is computed of a million rows stays in half a GB
+
+
+# two of 100,000 patients agree in so many draws once in a hundred evaluations
+_KEYS = np.random.default_rng(0).integers(1, 1 << 63, size=28, dtype=np.uint64)
+
+
+class Measured(NamedTuple):
+    """A score before its interval is taken: differences and means are made of these.
+
+    resampled  [R], NaN = undefined there
+    n          rows that it rests on
+    units      patients that its spread rests on (of AUROC those of the rarer kind); None = its
+               resamples need no widening
+    """
+
+    value: float
+    resampled: Array
+    n: int
+    units: float | None = None
 
 
 class Estimate(TypedDict):
@@ -32,17 +58,77 @@ def not_available(reason: str, n: int = 0) -> Estimate:
     return {"value": None, "low": None, "high": None, "n": n, "reason": reason}
 
 
-def estimate(value: float, resampled: Array, n: int) -> Estimate:
-    """A value with the percentile interval of its bootstrap resamples (NaN = undefined there)."""
+def estimate(value: float, resampled: Array, n: int, units: float | None = None) -> Estimate:
+    """The interval of a Measured: percentiles of its resamples, widened for few units."""
     if not np.isfinite(value):
         return not_available("undefined", n)
     kept = resampled[np.isfinite(resampled)]
     low, high = (None, None)
     # an interval from a handful of defined resamples would look surer than it is
     if len(kept) >= max(1, len(resampled) // 2):
-        tail = (1.0 - CONFIDENCE) / 2.0
+        tail = _tail(units)
         low, high = (float(q) for q in np.quantile(kept, [tail, 1.0 - tail]))
+        low, high = min(low, value), max(high, value)
     return {"value": float(value), "low": low, "high": high, "n": n, "reason": None}
+
+
+@lru_cache(maxsize=4096)
+def _tail(units: float | None) -> float:
+    """The share of resamples beyond either end.  Source:  Hesterberg 2015, section 4.6"""
+    tail = (1.0 - CONFIDENCE) / 2.0
+    if units is None or units <= 1.0:
+        return tail
+    return float(ndtr(np.sqrt(units / (units - 1.0)) * stdtrit(units - 1.0, tail)))
+
+
+def patients_in(weights: Array) -> int:
+    """How many patients the rows are of: rows of one weigh the same in every resample.
+
+    Shapes:  weights [R, rows] of patient_resamples, or some of its columns
+    """
+    return len(np.unique(_codes(weights)))
+
+
+def _codes(weights: Array) -> Array:
+    """One number a row, equal for rows of one patient."""
+    few = weights[: len(_KEYS)].astype(np.uint64)
+    return np.asarray(_KEYS[: len(few)] @ few)  # wraps around
+
+
+def bounded(value: float, resampled: Array, n: int, weights: Array) -> Measured:
+    """A score in [0, 1] that rests on the rows of these columns of weights.
+
+    Where every resample is perfect too (or all wrong) they say nothing of the next patient: draws
+    of U ** (1 / patients) stand for them, whose percentiles are Clopper and Pearson's limits.
+    Shapes:  weights [R, rows]
+    """
+    codes = np.unique(_codes(weights))
+    units = len(codes)
+    kept = resampled[np.isfinite(resampled)]
+    is_perfect = value in (0.0, 1.0) and len(kept) > 0 and bool((kept == value).all())
+    if not is_perfect or 2 * len(kept) < len(resampled):
+        return Measured(value, resampled, n, units)
+    # of other patients other draws: two groups without an error are not surely alike
+    draws = np.random.default_rng(int(codes.sum())).random(len(resampled)) ** (1.0 / units)
+    return Measured(value, draws if value else 1.0 - draws, n)
+
+
+def mean_over(measured: Sequence[Measured], n: int) -> Measured:
+    """The mean over findings, which one draw of patients serves.
+
+    A finding so rare that a resample lost it leaves that resample's mean.
+    Source:  units of a sum of spreads: Satterthwaite 1946
+    """
+    value = float(np.mean([m.value for m in measured]))
+    resampled = defined_mean(np.stack([m.resampled for m in measured]))
+    each = [m.resampled[np.isfinite(m.resampled)] for m in measured]
+    spread = [float(r.var()) if len(r) else 0.0 for r in each]
+    lost = sum(
+        s**2 / max(1.0, m.units - 1.0)
+        for s, m in zip(spread, measured, strict=True)
+        if m.units is not None
+    )
+    return Measured(value, resampled, n, 1.0 + sum(spread) ** 2 / lost if lost else None)
 
 
 def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: int) -> Array:
@@ -144,16 +230,39 @@ def weighted_mean(values: Array, weights: Array) -> Array:
         return np.where(total > 0, weighted_sum(values, weights) / total, np.nan)
 
 
-def auroc_estimate(scores: Array, labels: Array, weights: Array) -> Estimate:
-    """AUROC with its interval, or "n/a" with the reason."""
+def measured_auroc(scores: Array, labels: Array, weights: Array) -> Measured | None:
+    """AUROC with its resamples; None where a class is absent.
+
+    Shapes:  scores, labels [n]; weights [R, n]
+    """
     value = auroc(scores, labels)
     if value is None:
+        return None
+    label = labels.astype(bool)
+    kinds = [weights[:, label], weights[:, ~label]]
+    fewer = kinds[int(patients_in(kinds[1]) < patients_in(kinds[0]))]
+    return bounded(value, weighted_auroc(scores, labels, weights), len(labels), fewer)
+
+
+def measured_mean(values: Array, weights: Array) -> Measured:
+    """Mean of marks with its resamples, in [0, 1] where they are.  Shapes:  [n], [R, n]"""
+    return bounded(float(np.mean(values)), weighted_mean(values, weights), len(values), weights)
+
+
+def auroc_estimate(scores: Array, labels: Array, weights: Array) -> Estimate:
+    """AUROC with its interval, or "n/a" with the reason."""
+    return auroc_of(measured_auroc(scores, labels, weights), labels)
+
+
+def auroc_of(measured: Measured | None, labels: Array) -> Estimate:
+    """The Estimate of measured_auroc, or "n/a" with the reason."""
+    if measured is None:
         present = int(labels.sum())
         return not_available(f"{present} of {len(labels)} rows carry the finding", len(labels))
-    return estimate(value, weighted_auroc(scores, labels, weights), len(labels))
+    return estimate(*measured)
 
 
 def mean_estimate(values: Array, weights: Array) -> Estimate:
     if len(values) == 0:
         return not_available("no rows")
-    return estimate(float(np.mean(values)), weighted_mean(values, weights), len(values))
+    return estimate(*measured_mean(values, weights))

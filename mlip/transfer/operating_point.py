@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlip.transfer.interval import Array, require_finite_scores, weighted_sum
-from mlip.transfer.scores import Measured
+from mlip.transfer.interval import (
+    Array,
+    Measured,
+    bounded,
+    require_finite_scores,
+    weighted_sum,
+)
 from mlip.transfer_settings import threshold_rule
 
 RATES = ("f1", "sensitivity", "specificity", "ppv", "npv")
@@ -84,10 +89,14 @@ def rates(called: Array, labels: Array, weights: Array) -> dict[str, Measured]:
     value = weighted_rates(called, labels, np.ones((1, len(labels))))
     under = weighted_rates(called, labels, weights)
     of = {
-        "f1": len(labels),
-        "sensitivity": int(labels.sum()),
-        "specificity": int((~labels).sum()),
-        "ppv": int(called.sum()),
-        "npv": int((~called).sum()),
+        "f1": labels,  # what is neither called nor there is in no F1
+        "sensitivity": labels,
+        "specificity": ~labels,
+        "ppv": called,
+        "npv": ~called,
     }
-    return {name: (float(value[name][0]), under[name], of[name]) for name in RATES}
+    found = {
+        name: bounded(float(value[name][0]), under[name], int(rows.sum()), weights[:, rows])
+        for name, rows in of.items()
+    }
+    return {**found, "f1": found["f1"]._replace(n=len(labels))}

@@ -82,9 +82,10 @@ def _lined_up(nearest: Array, category: Array, patients: Array, seed: int) -> di
         [both(nearest, generator.permutation(category)) for _ in range(_SHUFFLES)], axis=0
     )
     purity, nmi = np.array(drawn).T
+    units = len(np.unique(patients))
     return {
-        "purity": estimate(value[0], purity, len(nearest)),
-        "nmi": estimate(value[1], nmi, len(nearest)),
+        "purity": estimate(value[0], purity, len(nearest), units),
+        "nmi": estimate(value[1], nmi, len(nearest), units),
         "purity_chance": float(chance[0]),
         "nmi_chance": float(chance[1]),
         "prototypes_used": len(np.unique(nearest)),

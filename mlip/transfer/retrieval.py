@@ -18,6 +18,7 @@ from mlip.transfer.interval import (
     mean_estimate,
     not_available,
     patient_resamples,
+    patients_in,
 )
 
 CUTS = (1, 5, 10)
@@ -113,5 +114,6 @@ def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
         # a resample without weight (there is one patient) has no median
         found = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
         medians[first : first + AT_ONCE] = found
-    summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks))
+    units = patients_in(weights)
+    summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks), units)
     return summary

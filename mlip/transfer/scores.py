@@ -16,6 +16,7 @@ from mlip.transfer.interval import (
     AT_ONCE,
     Array,
     Estimate,
+    Measured,
     estimate,
     not_available,
 )
@@ -82,14 +83,12 @@ def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
     return table.tolist()
 
 
-Measured = tuple[float, Array, int]  # value, its resamples [R], n
-
-
 def less(own: Measured | None, others: Measured | None) -> Measured | None:
     """The first minus the second, resample by resample: paired where both are of one draw."""
     if own is None or others is None:
         return None
-    return own[0] - others[0], own[1] - others[1], own[2]
+    apart = own.resampled - others.resampled
+    return Measured(own.value - others.value, apart, own.n, _fewest([own, others]))
 
 
 def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
@@ -97,11 +96,16 @@ def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
 
     One resample of patients serves all fits. A fit without the score does not count as a zero.
     """
-    found = [m for m in measured if m is not None and np.isfinite(m[0])]
+    found = [m for m in measured if m is not None and np.isfinite(m.value)]
     if not found:
         return None
-    value = float(np.mean([m[0] for m in found]))
-    return value, np.mean([m[1] for m in found], axis=0), found[0][2]
+    value = float(np.mean([m.value for m in found]))
+    resampled = np.mean([m.resampled for m in found], axis=0)
+    return Measured(value, resampled, found[0].n, _fewest(found))
+
+
+def _fewest(measured: Sequence[Measured]) -> float | None:
+    return min((m.units for m in measured if m.units is not None), default=None)
 
 
 def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -> dict[str, Any]:
@@ -112,7 +116,7 @@ def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -
     Returns: Estimate with "seeds" (each value or None) and "seed_sd" (None for one seed)
     """
     found = mean_of_fits(measured)
-    each = [None if m is None or not np.isfinite(m[0]) else float(m[0]) for m in measured]
+    each = [None if m is None or not np.isfinite(m.value) else float(m.value) for m in measured]
     mean: Estimate = not_available(reason) if found is None else estimate(*found)
     values = [v for v in each if v is not None]
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None

@@ -22,8 +22,15 @@ from mlip.dataloading.datasets.report_columns import said
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.transfer.annotations import MOST_NAME_CHARACTERS
-from mlip.transfer.interval import Array, Estimate, defined_mean, estimate, not_available
-from mlip.transfer.scores import Measured, less
+from mlip.transfer.interval import (
+    Array,
+    Estimate,
+    Measured,
+    estimate,
+    mean_over,
+    not_available,
+)
+from mlip.transfer.scores import less
 
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
@@ -254,9 +261,7 @@ def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[st
     counted = {"classes": len(found), "classes_asked": len(measured)}
     if not found:
         return {**_told(None, reason), **counted}
-    value = float(np.mean([m[0] for m in found]))
-    resampled = defined_mean(np.stack([m[1] for m in found]))
-    return {**estimate(value, resampled, max(m[2] for m in found)), **counted}
+    return {**estimate(*mean_over(found, max(m.n for m in found))), **counted}
 
 
 def has_both(truth: Array, patients: Array) -> bool:

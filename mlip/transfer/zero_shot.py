@@ -17,17 +17,16 @@ import numpy as np
 from mlip.transfer.interval import (
     Array,
     Estimate,
-    auroc,
-    auroc_estimate,
-    defined_mean,
+    Measured,
+    auroc_of,
     estimate,
     mean_estimate,
+    mean_over,
+    measured_auroc,
     not_available,
     patient_resamples,
-    weighted_auroc,
 )
 from mlip.transfer.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
-from mlip.transfer.scores import Measured
 from mlip.transfer.subgroups import Measures, has_both
 
 
@@ -98,7 +97,7 @@ def evaluate_zero_shot(
     """
     weights = patient_resamples(patient_ids, bootstrap, seed)
     table: list[dict[str, Any]] = []
-    resampled: dict[str, list[Array]] = {head: [] for head in scores}
+    kept: dict[str, list[Measured]] = {head: [] for head in scores}
     for f, p in enumerate(prompts):
         known = labels[:, f] >= 0
         truth = labels[known, f] > 0
@@ -110,13 +109,15 @@ def evaluate_zero_shot(
             "chance": 0.5,
         }
         for head, values in scores.items():
-            row[head] = auroc_estimate(values[known, f], truth, weights[:, known])
-            if row[head]["value"] is not None:
-                resampled[head].append(weighted_auroc(values[known, f], truth, weights[:, known]))
+            area = measured_auroc(values[known, f], truth, weights[:, known])
+            row[head] = auroc_of(area, truth)
+            if area is not None:
+                kept[head].append(area)
         table.append(row)
     return {
         "findings": table,
-        "macro": {head: _macro(table, head, resampled[head]) for head in scores},
+        # one resample of patients serves all findings, so their errors stay correlated in the mean
+        "macro": {head: _macro(measured) for head, measured in kept.items()},
         "worst": {head: _worst(table, head) for head in scores},
         "wordings": {
             p.finding: {"positive": list(p.positive), "negative": list(p.negative)} for p in prompts
@@ -124,13 +125,10 @@ def evaluate_zero_shot(
     }
 
 
-def _macro(table: list[dict[str, Any]], head: str, resampled: list[Array]) -> Estimate:
-    values = [row[head]["value"] for row in table if row[head]["value"] is not None]
-    if not values:
+def _macro(measured: Sequence[Measured]) -> Estimate:
+    if not measured:
         return not_available("no finding has both classes")
-    # one resample of patients serves all findings, so their errors stay correlated in the mean
-    means = defined_mean(np.stack(resampled))
-    return estimate(float(np.mean(values)), means, max(r["n"] for r in table))
+    return estimate(*mean_over(measured, max(m.n for m in measured)))
 
 
 def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
@@ -180,19 +178,15 @@ def at_thresholds(
                 row[head] |= {name: not_available(reason, int(known.sum())) for name in RATES}
                 continue
             found = rates(values[known, f] >= cut, labels[known, f] > 0, weights[:, known])
-            for name, (value, resampled, n) in found.items():
-                is_there = bool(np.isfinite(value))
+            for name, rate in found.items():
+                is_there = bool(np.isfinite(rate.value))
                 row[head][name] = (
-                    estimate(value, resampled, n) if is_there else not_available(UNDEFINED[name], n)
+                    estimate(*rate) if is_there else not_available(UNDEFINED[name], rate.n)
                 )
                 if is_there and name in kept:
-                    kept[name].append((value, resampled, n))
+                    kept[name].append(rate)
         macro[head] = {
-            name: estimate(
-                float(np.mean([m[0] for m in measured])),
-                defined_mean(np.stack([m[1] for m in measured])),
-                len(labels),
-            )
+            name: estimate(*mean_over(measured, len(labels)))
             if measured
             else not_available("no finding has a threshold")
             for name, measured in kept.items()
@@ -224,10 +218,9 @@ def measured(
         if not has_both(truth, patients[rows]):
             continue
         for head, values in scores.items():
-            own = values[rows, f]
-            area = auroc(own, truth)
+            area = measured_auroc(values[rows, f], truth, of)
             assert area is not None
-            found[head] = (area, weighted_auroc(own, truth, of), len(truth))
+            found[head] = area
         for head, cuts in thresholds.items():
             cut = cuts[f]
             if cut is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from mlip.cli import main
@@ -55,6 +56,12 @@ def run(a: Any, b: Any, methods: Any = None, **options: Any) -> dict[str, Any]:
     return compare(own, others, methods, **{"resamples": 50, "seed": 4, **options})
 
 
+def ends(resampled: Any, units: float) -> Any:
+    """Hesterberg's expanded percentiles."""
+    tail = norm.cdf(-np.sqrt(units / (units - 1)) * t.ppf(0.975, units - 1))
+    return pytest.approx(np.quantile(resampled, [tail, 1 - tail]))
+
+
 def test_the_difference_is_that_of_each_resample_of_patients():
     a, b = drawn(1, 2.0), drawn(2)
     found = run(side(a), side(b, name="two"))
@@ -70,13 +77,16 @@ def test_the_difference_is_that_of_each_resample_of_patients():
             - roc_auc_score(TRUTH[:, f], b[:, f], sample_weight=w)
             for w in weights
         ]
-        low, high = np.quantile(apart, [0.025, 0.975])
-        assert [line["difference"][k] for k in ("low", "high")] == pytest.approx([low, high])
+        units = len(np.unique(PATIENTS[TRUTH[:, f]]))
+        assert [line["difference"][k] for k in ("low", "high")] == ends(apart, units)
         assert (line["n"], line["positives"]) == (200, int(TRUTH[:, f].sum()))
         means.append(apart)
     mean = found["methods"][0]["mean"][0]
-    low, high = np.quantile(np.mean(means, axis=0), [0.025, 0.975])
-    assert [mean["difference"][k] for k in ("low", "high")] == pytest.approx([low, high])
+    spread = np.var(means, axis=1)
+    carriers = np.array([len(np.unique(PATIENTS[TRUTH[:, f]])) for f in range(2)])
+    units = 1 + spread.sum() ** 2 / (spread**2 / (carriers - 1)).sum()
+    joined = np.mean(means, axis=0)
+    assert [mean["difference"][k] for k in ("low", "high")] == ends(joined, units)
     assert (found["images"], found["patients"]) == (200, 100)
     assert found["pairs"] == [{"a": "one", "b": "two"}]
     # the interval of a model against itself has no width, whatever its own
@@ -298,7 +308,19 @@ def test_the_same_resamples_serve_every_finding(tmp_path: Path):
     twice = [np.repeat(s[:, :1], 2, axis=1) for s in (a, b)]
     truth = np.repeat(TRUTH[:, :1], 2, axis=1)
     found = run(side(twice[0], truth=truth), side(twice[1], truth=truth))["methods"][0]
-    for key in ("low", "high"):
-        assert found["mean"][0]["difference"][key] == pytest.approx(
-            found["findings"][0]["difference"][key]
-        )
+    single = found["findings"][0]["difference"]
+    width, own = (d["high"] - d["low"] for d in (found["mean"][0]["difference"], single))
+    # but for the widening: two findings' spreads are taken for the word of twice the patients
+    assert 0.9 < width / own <= 1.0
+
+
+def test_two_models_without_an_error_are_not_surely_alike():
+    perfect = TRUTH * 1.0
+    found = run(side(perfect), side(perfect * 2 + 1, name="two"), resamples=400)
+    line = found["methods"][0]["findings"][0]
+    carriers = len(np.unique(PATIENTS[TRUTH[:, 0]]))
+    assert line["a"]["value"] == line["b"]["value"] == 1.0
+    assert line["difference"]["value"] == 0.0
+    bound = 1 - 0.025 ** (1 / carriers)
+    assert -1.3 * bound < line["difference"]["low"] < -0.5 * bound
+    assert 0.5 * bound < line["difference"]["high"] < 1.3 * bound

@@ -8,6 +8,7 @@ import torch
 from torchmetrics.functional.segmentation import dice_score
 
 from mlip.transfer.dice import count, dice_measures, dice_per_image, dice_scores, pooled_dice
+from mlip.transfer.interval import estimate
 from mlip.transfer.mask_file import IGNORED, INSIDE
 from mlip.transfer.segmentation import mask_loss
 from mlip.transfer.subgroups import Measures
@@ -42,9 +43,11 @@ def test_a_group_is_scored_alone_where_five_of_its_patients_have_something_to_fi
     weights, inside = rng.integers(0, 3, (30, 20)), np.arange(20) < 14
     measure = dice_measures(fits, weights, np.arange(20))
     alone = dice_scores([counts.of(inside) for counts in fits], weights[:, inside])
-    for key, (value, resampled, n) in measure(inside).whole.items():
-        assert (value, n) == (pytest.approx(alone[key]["value"]), alone[key]["n"])
-        assert np.quantile(resampled, 0.025) == pytest.approx(alone[key]["low"])
+    for key, measured in measure(inside).whole.items():
+        told = estimate(*measured)
+        assert told["n"] == alone[key]["n"]
+        for name in ("value", "low", "high"):
+            assert told[name] == pytest.approx(alone[key][name])
     assert measure(inside).whole.keys() == alone.keys()
     # six images with truth, of four patients
     assert measure(inside & (np.arange(20) != 0)).whole.keys() == alone.keys()

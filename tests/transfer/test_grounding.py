@@ -92,7 +92,8 @@ def test_the_mean_over_findings_counts_a_rare_finding_as_a_frequent_one() -> Non
     weights = np.ones((20, 10))
     weights[0, 9] = 0.0  # a resample without the mass has no mean over both
     found = grounding._mean_of(values, weights, findings)
-    assert (found["value"], found["low"], found["high"], found["n"]) == (0.5, 0.5, 0.5, 2)
+    # none of nine missed, and one of one: the next of either may be otherwise
+    assert (found["value"], found["n"]) == (0.5, 2) and found["low"] < 0.5 < found["high"]
     half = grounding._mean_of(np.where(values == 0, np.nan, values), weights, findings)
     assert (half["value"], half["n"]) == (1.0, 1)
     boxes = _boxes(60)

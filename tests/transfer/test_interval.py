@@ -6,10 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from scipy.stats import beta, norm, t
 from sklearn.metrics import roc_auc_score
 
 from mlip.transfer import interval, retrieval
 from mlip.transfer.retrieval import rank_summary
+from mlip.transfer.scores import less
 
 
 def test_weighted_auroc_is_scikit_learns_with_sample_weights_and_ties() -> None:
@@ -100,3 +102,114 @@ def test_no_copy_of_all_resamples_is_made_beside_them(monkeypatch: pytest.Monkey
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.4 * made.nbytes  # 3.0 where they are copied as numbers of 64 bits
+
+
+@pytest.mark.parametrize("units", [2.0, 5.0, 20.0, 20.5, 400.0])
+def test_few_units_put_the_percentiles_where_student_s_t_asks(units: float) -> None:
+    resampled = np.linspace(-1.0, 1.0, 100_001)
+    found = interval.estimate(0.0, resampled, 9, units)
+    tail = norm.cdf(-np.sqrt(units / (units - 1)) * t.ppf(0.975, units - 1))
+    assert found["low"] == pytest.approx(-1 + 2 * tail, abs=1e-4)
+    assert found["high"] == pytest.approx(1 - 2 * tail, abs=1e-4)
+    plain = interval.estimate(0.0, resampled, 9)
+    assert plain["low"] == pytest.approx(-0.95) and found["low"] < plain["low"]
+    assert interval.estimate(0.0, resampled, 9, 1.0) == plain
+
+
+def test_an_interval_holds_its_value() -> None:
+    assert interval.estimate(0.9, np.linspace(0.2, 0.6, 99), 9)["high"] == 0.9
+    assert interval.estimate(0.1, np.linspace(0.2, 0.6, 99), 9)["low"] == 0.1
+
+
+def test_patients_are_counted_by_their_weights() -> None:
+    patients = np.random.default_rng(0).integers(0, 3000, 9000)
+    weights = interval.patient_resamples(patients, 40, seed=1)
+    chosen = np.random.default_rng(1).random(9000) < 0.2
+    assert interval.patients_in(weights[:, chosen]) == len(np.unique(patients[chosen]))
+    assert interval.patients_in(np.zeros((40, 5))) == 1
+    assert interval.patients_in(weights[:, :0]) == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_a_score_without_an_error_has_the_interval_of_clopper_and_pearson(count: int) -> None:
+    rows = np.arange(100)
+    weights = interval.patient_resamples(rows, 20_000, seed=0)[:, :count]
+    for right in (1.0, 0.0):
+        found = interval.mean_estimate(np.full(count, right), weights)
+        limit = beta.ppf(0.025, count, 1)
+        ends = (limit, 1.0) if right else (0.0, 1.0 - limit)
+        assert (found["low"], found["high"]) == pytest.approx(ends, abs=0.02)
+        assert found["value"] == right and found["n"] == count
+    # three rows a patient are no three patients
+    weights = interval.patient_resamples(np.repeat(np.arange(100), 3), 20_000, seed=0)
+    thrice = interval.mean_estimate(np.ones(3 * count), weights[:, : 3 * count])
+    assert thrice["low"] == pytest.approx(beta.ppf(0.025, count, 1), abs=0.02)
+
+
+def test_a_perfect_auroc_rests_on_the_rarer_kind() -> None:
+    labels = np.arange(100) < 6
+    weights = interval.patient_resamples(np.arange(100), 20_000, seed=0)
+    for flip in (False, True):
+        truth = ~labels if flip else labels
+        found = interval.auroc_estimate(truth * 1.0, truth, weights)
+        assert found["value"] == 1.0 == found["high"]
+        assert found["low"] == pytest.approx(beta.ppf(0.025, 6, 1), abs=0.02)
+        none = interval.auroc_estimate(~truth * 1.0, truth, weights)
+        assert none["value"] == 0.0 == none["low"] and none["high"] > 0.4
+
+
+def test_a_group_of_few_without_an_error_is_not_told_apart_from_the_others() -> None:
+    """Five of five found here and 85 of 100 there: 44 of 100 such groups have no miss."""
+    labels, answers = np.ones(105, bool), np.ones(105)
+    answers[5:20] = 0.0
+    weights = interval.patient_resamples(np.arange(105), 2000, seed=0)
+    own, others = (
+        interval.measured_mean(answers[s], weights[:, s]) for s in (np.s_[:5], np.s_[5:])
+    )
+    apart = less(own, others)
+    assert apart is not None and labels.all()
+    told = interval.estimate(*apart)
+    assert told["value"] == pytest.approx(0.15) and told["low"] < 0.0 < told["high"]
+
+
+def test_a_perfect_score_that_most_resamples_lost_has_no_interval() -> None:
+    resampled = np.array([1.0] + [np.nan] * 9)
+    found = interval.bounded(1.0, resampled, 3, np.ones((10, 3)))
+    assert found.resampled is resampled and interval.estimate(*found)["low"] is None
+
+
+def test_the_mean_over_findings_rests_on_the_patients_that_its_spread_comes_from() -> None:
+    generator = np.random.default_rng(0)
+    wide, narrow = generator.normal(0, 1.0, 4000), generator.normal(0, 0.1, 4000)
+    rare, common = interval.Measured(0.5, wide, 9, 6), interval.Measured(0.7, narrow, 30, 400)
+    found = interval.mean_over([rare, common], 30)
+    assert found.value == pytest.approx(0.6) and found.n == 30
+    np.testing.assert_allclose(found.resampled, (wide + narrow) / 2)
+    lost = wide.var() ** 2 / 5 + narrow.var() ** 2 / 399
+    assert found.units == pytest.approx(1 + (wide.var() + narrow.var()) ** 2 / lost)
+    assert 6 <= found.units < 6.2
+    assert interval.mean_over([rare._replace(units=None)], 30).units is None
+    assert interval.mean_over([rare._replace(units=1)], 30).units == pytest.approx(2.0)
+    gaps = interval.mean_over([rare._replace(resampled=np.full(4000, np.nan)), common], 30)
+    np.testing.assert_allclose(gaps.resampled, narrow)
+
+
+@pytest.mark.parametrize(("carriers", "most"), [(5, 0.06), (10, 0.08)])
+def test_without_a_difference_few_carriers_seldom_leave_0(carriers: int, most: float) -> None:
+    """Plain percentiles leave it in 12 and 8 of 100 (AUROC 0.76, 50 others, 500 elsewhere)."""
+    away = 0
+    for seed in range(200):
+        generator = np.random.default_rng([seed, carriers])
+        labels = np.r_[np.ones(carriers), np.zeros(50), np.ones(100), np.zeros(400)] > 0
+        inside = np.arange(len(labels)) < carriers + 50
+        scores = generator.normal(size=len(labels)) + labels
+        weights = interval.patient_resamples(np.arange(len(labels)), 300, seed)
+        own, others = (
+            interval.measured_auroc(scores[s], labels[s], weights[:, s]) for s in (inside, ~inside)
+        )
+        apart = less(own, others)
+        assert apart is not None
+        told = interval.estimate(*apart)
+        assert told["low"] is not None and told["high"] is not None
+        away += told["low"] > 0 or told["high"] < 0
+    assert 1 <= away <= most * 200

@@ -10,7 +10,7 @@ from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibr
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from mlip.transfer.classification_scores import exclusive_scores, label_scores, macro_auroc
-from mlip.transfer.interval import patient_resamples, weighted_auroc
+from mlip.transfer.interval import Measured, measured_auroc, patient_resamples, weighted_auroc
 from mlip.transfer.scores import (
     average_precision,
     calibration_error,
@@ -104,7 +104,7 @@ def test_curves_start_and_end_where_they_must() -> None:
 
 def test_seeds_are_averaged_under_the_same_patients_and_their_spread_is_stated() -> None:
     resampled = np.linspace(0.4, 0.8, 101)
-    mean = over_seeds([(0.6, resampled, 9), (0.8, resampled + 0.2, 9), None])
+    mean = over_seeds([Measured(0.6, resampled, 9), Measured(0.8, resampled + 0.2, 9), None])
     assert mean["value"] == pytest.approx(0.7) and mean["n"] == 9
     assert mean["seeds"] == [0.6, 0.8, None]
     assert mean["seed_sd"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
@@ -155,7 +155,8 @@ def test_exclusive_classes_are_scored_by_the_best_one() -> None:
 
 def test_one_patient_gives_a_value_without_an_interval() -> None:
     weights = patient_resamples(["a"] * 4, 50, 0)
-    found = over_seeds([(0.5, weighted_auroc(np.arange(4.0), np.arange(4) > 1, weights), 4)])
+    scores, labels = np.array([2.0, 1.0, 3.0, 4.0]), np.array([False, True, False, True])
+    found = over_seeds([measured_auroc(scores, labels, weights)])
     assert found["value"] == 0.5 and found["low"] is None
 
 

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.transfer import protocol, subgroups
-from mlip.transfer.interval import patient_resamples
+from mlip.transfer.interval import Measured, patient_resamples
 from mlip.transfer.subgroups import Measures, read_groupings, subgroup_scores
 from mlip.transfer.zero_shot import measured
 from tests.transfer.small_manifest import BOXES, LABELS, MASKS, SECRETS, evaluate, write
@@ -216,7 +216,7 @@ def test_a_mean_of_differences_is_over_the_findings_both_sides_can_score(
         found = {"a": a} if b is None else {"a": a, "b": b}
         return Measures(
             {
-                name: {"auroc": (value, np.full(9, value), 7 if name == "a" else 5)}
+                name: {"auroc": Measured(value, np.full(9, value), 7 if name == "a" else 5)}
                 for name, value in found.items()
             },
             {"a": (9, 5), "b": (9, 0 if b is None else 5)},
@@ -254,8 +254,8 @@ def test_a_difference_from_few_patients_is_not_told(tmp_path: Path) -> None:
     """Else the group's own score less the difference would be theirs."""
     wards = ["A"] * (ROWS - 9) + ["B"] * 9
     (grouping,) = read_groupings(*_manifest(tmp_path, "{ward: []}", ward=wards))
-    one = Measures({"a": {"auroc": (0.5, np.full(9, 0.5), 9)}}, {"a": (9, 5)})
-    told = Measures(one.classes, one.counts, {"accuracy": (0.5, np.full(9, 0.5), 9)})
+    one = Measures({"a": {"auroc": Measured(0.5, np.full(9, 0.5), 9)}}, {"a": (9, 5)})
+    told = Measures(one.classes, one.counts, {"accuracy": Measured(0.5, np.full(9, 0.5), 9)})
     (table,) = subgroup_scores([grouping], np.arange(ROWS), lambda inside: told)
     (group,) = table["groups"]
     assert group["macro"]["auroc"]["value"] == group["macro"]["accuracy"]["value"] == 0.5
