@@ -53,6 +53,7 @@ PATHS = (
     "tests/dataloading/test_fuzz_images.py",
     "tests/dataloading/test_phi_run.py",
     "tests/kernels/test_token_knowledge_patch_reference.py",
+    "tests/kernels/test_token_knowledge_patch_float32.py",
 )
 Outcome = Mapping[str, Any]
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.bench_reliability import (
     PAGE,
+    PATHS,
     ROWS,
     Recorder,
     as_block,
@@ -61,6 +62,7 @@ def test_every_row_belongs_to_tests_that_exist():
             file, _, beginning = start.partition("::")
             files = sorted((root / file).glob("*.py")) if file.endswith("/") else [root / file]
             assert any(f"def {beginning}" in f.read_text() for f in files), start
+            assert any(file == path or file.startswith(f"{path}/") for path in PATHS), start
 
 
 def test_the_page_shows_the_outcomes_on_disk():
