@@ -257,7 +257,7 @@ def run_cell(
                 f"{folder} was made of something else ({', '.join(different)}): delete it or "
                 "name another --out"
             )
-        return {**_results(saved), "cell": before}
+        return {**_results(saved), "cell": before, "folder": folder}
     ensure_phantoms(cell.task, items, options)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mlip.cli", "evaluate", *items, "--out", str(folder)]
@@ -271,7 +271,7 @@ def run_cell(
     }
     with whole_file(told) as partial:  # a killed table goes on with the cells that are there
         partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return {**_results(saved), "cell": facts}
+    return {**_results(saved), "cell": facts, "folder": folder}
 
 
 def _results(path: Path) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from mlip.transfer.table import apart_text, interval_text, rows_of
+from mlip.transfer.compare import compare
+from mlip.transfer.predictions import FILE, load_predictions
+from mlip.transfer.table import NAMES, apart_text, interval_text, rows_of
 
 METHODS = {
     "mlip": "full MLIP",
@@ -83,31 +86,53 @@ def as_markdown(
 
 
 def _verdicts(task: str, by_method: dict[str, Any], titles: dict[str, str]) -> list[str]:
-    """Each method against random weights: whether the intervals are apart, and seeds won."""
-    if "random" not in by_method:
-        return []
+    """Each method against random weights and against plain contrast: the difference, and in how
+    many seeds it is higher."""
     lines = []
-    (base,) = by_method["random"]
-    for method in titles:
-        if method == "random" or method not in by_method:
-            continue
-        (result,) = by_method[method]
-        for own, rest in zip(result["fractions"], base["fractions"], strict=True):
-            (name, a), b = next(iter(shown_scores(task, own).items())), shown_scores(task, rest)
-            c = b[name]
-            if a["value"] is None or c["value"] is None or a["low"] is None or c["low"] is None:
-                lines.append(f"- {method}, {own['percent']:g} %: n/a")
+    for base, name in (("random", "random weights"), ("clip", "plain contrast")):
+        for method in titles:
+            if method in ("random", base) or method not in by_method or base not in by_method:
                 continue
-            apart = "above" if a["low"] > c["high"] else "below" if a["high"] < c["low"] else None
-            pairs = zip(a["seeds"], c["seeds"], strict=True)
-            won = sum(x is not None and y is not None and x > y for x, y in pairs)
-            lines.append(
-                f"- {method}, {own['percent']:g} %: {a['value'] - c['value']:+.3f} against random "
-                f"weights, {f'{apart}, intervals apart' if apart else 'intervals overlap'}; "
-                f"higher in {won} of {len(a['seeds'])} seeds"
-            )
+            (result,), (other,) = by_method[method], by_method[base]
+            for own, rest in zip(result["fractions"], other["fractions"], strict=True):
+                told = _difference(result, other, own["percent"]) or _unpaired(task, own, rest)
+                lines.append(f"- {method}, {own['percent']:g} %, against {name}: {told}")
     seconds = [f"{m} {r[0]['cell']['processor_s']:.0f} s" for m, r in by_method.items()]
     return [*lines, f"- processor time: {', '.join(seconds)}"]
+
+
+def _difference(result: dict[str, Any], other: dict[str, Any], percent: float) -> str | None:
+    """Paired over patients; None where a cell kept no scores of its images (boxes, older cells)."""
+    folders: list[Path] = [r["folder"] for r in (result, other) if "folder" in r]
+    if len(folders) < 2 or not all((folder / FILE).is_file() for folder in folders):
+        return None
+    own, rest = (load_predictions(folder) for folder in folders)
+    method = f"{percent:g} %"
+    found = compare([own], [rest], (method, method), resamples=2000, seed=0)["methods"][0]["mean"][
+        0
+    ]
+    each = found["difference"]["seeds"]
+    won = sum(value is not None and value > 0 for value in each)
+    return (
+        f"{NAMES.get(found['measure'], found['measure'])} {apart_text(found['difference'])}, "
+        f"higher in {won} of {len(each)} seeds"
+    )
+
+
+def _unpaired(task: str, own: dict[str, Any], rest: dict[str, Any]) -> str:
+    """Whether the two intervals are apart, which says less."""
+    (name, a), b = next(iter(shown_scores(task, own).items())), shown_scores(task, rest)
+    c = b[name]
+    if a["low"] is None or c["low"] is None:
+        return "n/a"
+    apart = "above" if a["low"] > c["high"] else "below" if a["high"] < c["low"] else None
+    pairs = zip(a["seeds"], c["seeds"], strict=True)
+    won = sum(x is not None and y is not None and x > y for x, y in pairs)
+    return (
+        f"{name} {a['value'] - c['value']:+.3f}, "
+        f"{f'{apart}, intervals apart' if apart else 'intervals overlap'}; "
+        f"higher in {won} of {len(a['seeds'])} seeds"
+    )
 
 
 def _groups(by_method: dict[str, Any], titles: dict[str, str]) -> list[str]:

@@ -249,7 +249,8 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.out:
         require_writable(Path(options.out).absolute().parent)
     own, others = (
-        [load_predictions(Path(path)) for path in side] for side in (options.of, options.against)
+        [load_predictions(Path(path)).named(path) for path in side]  # run.dir may be of one name
+        for side in (options.of, options.against)
     )
     methods = None
     if options.method:

@@ -232,6 +232,8 @@ class Classification:
         values = softmax(logits) if self.transfer.exclusive else logits
         found = of_findings(method, seed, self.classes, test, targets, values)
         found = [one for one, learnt in zip(found, prediction["learnt"], strict=True) if learnt]
+        if self.transfer.exclusive and len(self.classes) == 2:
+            found = found[-1:]  # one against the other is one number
         if self.transfer.exclusive:
             right = values.argmax(axis=1) == targets.argmax(axis=1)
             found.append(of_marks(method, seed, "all classes", "accuracy", test, right))

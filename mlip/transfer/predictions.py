@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,10 @@ class Predictions:
     series: Sequence[Series]
     patients: Mapping[int, int]
     facts: Mapping[str, Any]
+
+    def named(self, name: str) -> Predictions:
+        """The same, called by another name than the run's."""
+        return replace(self, facts={**self.facts, "name": name})
 
 
 def of_findings(

@@ -15,6 +15,8 @@ NAMES = {
     "ece": "ECE",
     "ece_calibrated": "ECE, if calibrated",
     "published": "Dice, published form (empty = 1)",
+    "dice": "Dice, published form (empty = 1)",
+    "dice_positive": "Dice, images with truth only",
     "positive_only": "Dice, images with truth only",
     "pooled": "Dice, all pixels pooled",
     "strict": "mAP, strict (every image)",

@@ -8,12 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import bench_transfer
 from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown
 from mlip.pretrained import from_pretrained
+from mlip.transfer.compare import compare
+from mlip.transfer.predictions import (
+    FILE,
+    Predictions,
+    load_predictions,
+    of_findings,
+    save_predictions,
+)
 from tests.small_run import small_export
 
 VALUES = {"imagenet": 0.65, "mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
@@ -84,7 +93,7 @@ def test_a_killed_run_goes_on_with_the_cells_that_are_missing(
     text = run(tmp_path, monkeypatch, "phantoms", *tasks)
     assert len(commands) == 3  # data, and one cell for each of two methods
     assert "| full MLIP | macro AUROC | 0.900" in text and "9 test images of 8 patients" in text
-    assert "mlip, 1 %: +0.300 against random weights, above, intervals apart" in text
+    assert "mlip, 1 %, against random weights: macro AUROC +0.300, above, intervals apart" in text
     assert "higher in 2 of 2 seeds" in text and "mlip 5 s, random 5 s" in text
     (tmp_path / "out" / "phantom_classification-random" / "results.json").unlink()
     assert run(tmp_path, monkeypatch, "phantoms", *tasks) == text
@@ -133,7 +142,7 @@ def test_methods_without_a_checkpoint_are_not_run_and_said_so(
     assert any("model.vision.source=weights/resnet" in command for command in commands)
     line = next(x for x in text.splitlines() if x.startswith("| MGCA"))
     assert line.count("not run") == 2
-    assert "clip, 10 %: +0.100" in text
+    assert "clip, 10 %, against random weights: macro AUROC +0.100" in text
     assert "zero-shot macro-AUROC, global head | 0.750 (0.750 to 0.750)" in text
     assert "zero-shot macro-AUROC, local score | 0.850 (0.850 to 0.850)" in text
     assert "recall@10 of 256, image to text | n/a" in text
@@ -162,10 +171,56 @@ def test_intervals_that_touch_are_not_called_apart_and_a_draw_is_not_won() -> No
     }
     text = as_markdown({"phantom_classification": found}, {}, ("mlip", "clip", "random"), (1, 2))
     won = "higher in 1 of 2 seeds"
-    assert f"mlip, 1 %: +0.040 against random weights, intervals overlap; {won}" in text
-    assert f"mlip, 10 %: -0.100 against random weights, below, intervals apart; {won}" in text
-    assert f"clip, 1 %: -0.040 against random weights, intervals overlap; {won}" in text
-    assert f"clip, 10 %: +0.150 against random weights, above, intervals apart; {won}" in text
+    assert (
+        f"mlip, 1 %, against random weights: macro AUROC +0.040, intervals overlap; {won}" in text
+    )
+    assert (
+        f"mlip, 10 %, against random weights: macro AUROC -0.100, below, intervals apart; {won}"
+        in text
+    )
+    assert (
+        f"clip, 1 %, against random weights: macro AUROC -0.040, intervals overlap; {won}" in text
+    )
+    assert (
+        f"clip, 10 %, against random weights: macro AUROC +0.150, above, intervals apart; {won}"
+        in text
+    )
+
+
+def test_cells_that_kept_their_images_scores_are_compared_patient_by_patient(
+    tmp_path: Path,
+) -> None:
+    generator = np.random.default_rng(0)
+    rows, truth = np.arange(60), generator.random((60, 1)) < 0.4
+    found = {}
+    for method, signal in (("mlip", 3.0), ("clip", 0.5), ("random", 0.0)):
+        series = [
+            one
+            for percent in ("1 %", "10 %")
+            for seed in (1, 2)
+            for one in of_findings(
+                percent, seed, ["a"], rows, truth, generator.normal(size=(60, 1)) + signal * truth
+            )
+        ]
+        facts = {"name": method, "split": "test", "manifest": "m"}
+        (tmp_path / method).mkdir()
+        made = Predictions(series, dict(zip(range(60), range(60), strict=True)), facts)
+        save_predictions(made, tmp_path / method / FILE)
+        cell = {"cell": {"processor_s": 5.0}, "folder": tmp_path / method}
+        found[method] = [results_of([]) | cell]
+    text = as_markdown({"phantom_classification": found}, {}, tuple(found), (1, 2))
+    told = compare(
+        [load_predictions(tmp_path / "mlip")],
+        [load_predictions(tmp_path / "clip")],
+        ("10 %", "10 %"),
+        resamples=2000,
+        seed=0,
+    )["methods"][0]["mean"][0]["difference"]
+    assert told["low"] > 0
+    ends = f"{told['value']:+.3f} [{told['low']:+.3f}, {told['high']:+.3f}]"
+    assert f"- mlip, 10 %, against plain contrast: AUROC {ends}, higher in 2 of 2 seeds" in text
+    assert text.count("against random weights: AUROC") == 4 and "overlap" not in text
+    assert "random, 1 %" not in text and "clip, 1 %, against plain" not in text
 
 
 def test_figures_of_real_reports_and_of_runs_stand_in_their_own_columns() -> None:

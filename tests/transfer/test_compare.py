@@ -276,6 +276,7 @@ def test_the_command_compares_folders_of_evaluations(tmp_path, capsys):
     out = tmp_path / "new.json"
     assert main(["compare", *places, "--out", str(out), "--bootstrap", "30"]) == 0
     said, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert said.startswith(f"{first / 'out'} minus {second / 'out' / FILE}, split test: 12 images")
     assert "12 images of 12 patients" in said and "100 %" in said and "fits +-" in said
     assert found["kind"] == "comparison" and found["methods"][0]["findings"][0]["n"] == 12
     assert main(["compare", *places, "--bootstrap", "30", "--seed", "1"]) == 0
