@@ -254,3 +254,9 @@ def test_every_score_of_the_transfer_tables_is_that_of_its_rows(rows: str) -> No
         if name in shown
     ]
     assert len(cells) > 8 and [cell for cell in cells if cell not in page] == []
+
+
+def test_no_row_names_a_folder_of_the_machine_it_was_measured_on() -> None:
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        found = re.search(r"[\"=]/(tmp|root|home|work|mnt|data|Users)/[^\"]*", path.read_text())
+        assert found is None, f"{path.name}: {found and found[0]}"
