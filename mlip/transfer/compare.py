@@ -25,6 +25,7 @@ from mlip.transfer.interval import (
 from mlip.transfer.predictions import UNKNOWN, Predictions, PredictionsError, Series
 from mlip.transfer.scores import less, mean_of_fits, over_seeds
 from mlip.transfer.subgroups import FEWEST_OF_EACH, enough, has_both
+from mlip.transfer.table import NAMES, apart_text, number
 
 SCHEMA = 1
 TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
@@ -290,7 +291,6 @@ def _has(sides: Sequence[Predictions]) -> str:
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     """The comparison for a terminal."""
-    from mlip.transfer.table import NAMES, apart_text, number
 
     def line(name: str, row: Mapping[str, Any]) -> str:
         difference = row["difference"]
@@ -316,9 +316,15 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
             if mean["classes_asked"] > 1:
                 told = f"mean of {mean['classes']} findings, {NAMES.get(mean['measure'], '')}"
                 lines.append(line(told, mean))
-        single = table["findings"]
-        lines += [line(row["finding"], row) for row in single]
-        apart = [r["difference"] for r in single if r["difference"]["low"] is not None]
+        for row in table["findings"]:
+            finding, measure = row["finding"], row["measure"]
+            is_plain = measure == "auroc"
+            lines.append(line(finding if is_plain else f"{finding}, {NAMES[measure]}", row))
+        apart = [
+            row["difference"]
+            for row in table["findings"]
+            if row["measure"] == "auroc" and row["difference"]["low"] is not None
+        ]
         away = sum(d["low"] > 0 or d["high"] < 0 for d in apart)
         if len(apart) > 1:
             lines.append(

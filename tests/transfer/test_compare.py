@@ -215,7 +215,8 @@ def test_marks_of_images_are_compared_by_their_mean():
     line = found["methods"][0]["findings"][0]
     assert line["difference"]["value"] == pytest.approx(dice[0].mean() - dice[1].mean())
     assert line["n"] == 200
-    assert any("mask" in text for text in comparison_lines(found))
+    assert comparison_lines(found)[2].startswith("  mask, Dice, published form (empty = 1) ")
+    assert len(comparison_lines(found)) == 3
 
 
 def test_what_is_not_of_the_same_images_is_refused():
