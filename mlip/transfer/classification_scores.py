@@ -16,6 +16,7 @@ from mlip.transfer.interval import (
     Measured,
     auroc,
     bounded,
+    marks_of_patients,
     mean_over,
     measured_auroc,
     measured_mean,
@@ -267,7 +268,7 @@ def _binary(
     probability = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))  # exp overflows past 709
     found: dict[str, Measured | None] = {
         "auroc": area,
-        "auprc": bounded(precision, of_precision, n, weights[:, truth]),
+        "auprc": bounded(precision, of_precision, n, marks_of_patients(weights)[:, truth]),
         **_calibration(probability, truth, weights),
     }
     if threshold is not None:

@@ -208,9 +208,6 @@ def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
                 for side in (unit.a, unit.b)
             ]
         own, others = sides
-        if own is not None and others is not None and own.units is None is others.units:
-            # neither errs: one's draws in the other's order, for they need not err together
-            others = others._replace(resampled=others.resampled[::-1])
         each.append({"a": own, "b": others, "difference": less(own, others)})
     joined = [sum(column) for column in zip(*counts.values(), strict=True)]
     return _Measures(each, (joined[0], joined[1]))

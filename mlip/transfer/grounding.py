@@ -15,6 +15,7 @@ from mlip.transfer.interval import (
     Array,
     Estimate,
     estimate,
+    joined_ends,
     mean_estimate,
     mean_over,
     measured_mean,
@@ -295,8 +296,8 @@ def _mean_of(values: Array, weights: Array, findings: Sequence[str]) -> Estimate
     if not each:
         return not_available("no rows")
     # a resample without any row of a finding has no mean over all of them
-    resampled = np.mean([m.resampled for m in each], axis=0)
-    return estimate(*mean_over(each, len(each))._replace(resampled=resampled))
+    below, above = joined_ends(each, lambda draws: np.asarray(draws.mean(axis=0)))
+    return estimate(*mean_over(each, len(each))._replace(resampled=below, above=above))
 
 
 def _mask_summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any] | None:

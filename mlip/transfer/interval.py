@@ -6,12 +6,14 @@ that cannot be computed is value None with a reason, never 0.5.
 Plain percentiles of a bootstrap are too narrow where few patients carry a finding, and have no
 width where all answers are right. So the percentiles lie farther out the fewer patients a score
 rests on, as far as Student's t and n / (n - 1) ask for (Hesterberg, The American Statistician 2015,
-"expanded percentile"), and a perfect score gets the interval of Clopper and Pearson (1934).
+"expanded percentile"), and a perfect score gets the interval of Clopper and Pearson (1934). Sums
+and differences take each end from draws for that end: a perfect score is up to 1, so draws below it
+may not pull the upper end of a mean down (Fay, Proschan and Brittain, Biometrics 2015, "melding").
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
@@ -36,12 +38,20 @@ class Measured(NamedTuple):
     n          rows that it rests on
     units      patients that its spread rests on (of AUROC those of the rarer kind); None = its
                resamples need no widening
+    above      [R], draws for the upper end of the interval where resampled is for the lower alone;
+               None = resampled is for both
     """
 
     value: float
     resampled: Array
     n: int
     units: float | None = None
+    above: Array | None = None
+
+    @property
+    def ends(self) -> tuple[Array, Array]:
+        """Draws for the lower and for the upper end."""
+        return self.resampled, self.resampled if self.above is None else self.above
 
 
 class Estimate(TypedDict):
@@ -58,25 +68,38 @@ def not_available(reason: str, n: int = 0) -> Estimate:
     return {"value": None, "low": None, "high": None, "n": n, "reason": reason}
 
 
-def estimate(value: float, resampled: Array, n: int, units: float | None = None) -> Estimate:
-    """The interval of a Measured: percentiles of its resamples, widened for few units."""
+def estimate(
+    value: float,
+    resampled: Array,
+    n: int,
+    units: float | None = None,
+    above: Array | None = None,
+) -> Estimate:
+    """The interval of a Measured: percentiles of its resamples, widened for few units.
+
+    None of one patient, whose answer says nothing of how another's would differ.
+    """
     if not np.isfinite(value):
         return not_available("undefined", n)
-    kept = resampled[np.isfinite(resampled)]
+    ends = [draws[np.isfinite(draws)] for draws in Measured(value, resampled, n, units, above).ends]
     low, high = (None, None)
     # an interval from a handful of defined resamples would look surer than it is
-    if len(kept) >= max(1, len(resampled) // 2):
+    if _are_enough(ends[0], resampled) and (units is None or units > 1.0):
         tail = _tail(units)
-        low, high = (float(q) for q in np.quantile(kept, [tail, 1.0 - tail]))
-        low, high = min(low, value), max(high, value)
+        low = min(value, float(np.quantile(ends[0], tail)))
+        high = max(value, float(np.quantile(ends[1], 1.0 - tail)))
     return {"value": float(value), "low": low, "high": high, "n": n, "reason": None}
+
+
+def _are_enough(kept: Array, resampled: Array) -> bool:
+    return len(kept) > 0 and 2 * len(kept) >= len(resampled)
 
 
 @lru_cache(maxsize=4096)
 def _tail(units: float | None) -> float:
     """The share of resamples beyond either end.  Source:  Hesterberg 2015, section 4.6"""
     tail = (1.0 - CONFIDENCE) / 2.0
-    if units is None or units <= 1.0:
+    if units is None:
         return tail
     return float(ndtr(np.sqrt(units / (units - 1.0)) * stdtrit(units - 1.0, tail)))
 
@@ -89,9 +112,14 @@ def patients_in(weights: Array) -> int:
     return len(np.unique(_codes(weights)))
 
 
+def marks_of_patients(weights: Array) -> Array:
+    """What tells patients apart of weights [R, rows]: its columns are copied in no time."""
+    return weights[: len(_KEYS)]
+
+
 def _codes(weights: Array) -> Array:
     """One number a row, equal for rows of one patient."""
-    few = weights[: len(_KEYS)].astype(np.uint64)
+    few = marks_of_patients(weights).astype(np.uint64)
     return np.asarray(_KEYS[: len(few)] @ few)  # wraps around
 
 
@@ -99,18 +127,22 @@ def bounded(value: float, resampled: Array, n: int, weights: Array) -> Measured:
     """A score in [0, 1] that rests on the rows of these columns of weights.
 
     Where every resample is perfect too (or all wrong) they say nothing of the next patient: draws
-    of U ** (1 / patients) stand for them, whose percentiles are Clopper and Pearson's limits.
-    Shapes:  weights [R, rows]
+    of U ** (1 / patients) stand for them at the end that is open, whose percentiles are Clopper and
+    Pearson's limits; the other end is the bound itself.
+    Shapes:  weights [R, rows], or its first rows as marks_of_patients has them
     """
     codes = np.unique(_codes(weights))
     units = len(codes)
     kept = resampled[np.isfinite(resampled)]
-    is_perfect = value in (0.0, 1.0) and len(kept) > 0 and bool((kept == value).all())
-    if not is_perfect or 2 * len(kept) < len(resampled):
+    # the COCO tool's precision of one box is 1 but for the last digit
+    at = [bound for bound in (0.0, 1.0) if np.allclose([value, *kept], bound, rtol=0, atol=1e-9)]
+    if not at or not _are_enough(kept, resampled):
         return Measured(value, resampled, n, units)
-    # of other patients other draws: two groups without an error are not surely alike
+    # of other patients other draws: of two groups without an error one may err first
     draws = np.random.default_rng(int(codes.sum())).random(len(resampled)) ** (1.0 / units)
-    return Measured(value, draws if value else 1.0 - draws, n)
+    bound = np.full(len(resampled), value)
+    below, above = (draws, bound) if at == [1.0] else (bound, 1.0 - draws)
+    return Measured(value, below, n, above=above)
 
 
 def mean_over(measured: Sequence[Measured], n: int) -> Measured:
@@ -119,16 +151,33 @@ def mean_over(measured: Sequence[Measured], n: int) -> Measured:
     A finding so rare that a resample lost it leaves that resample's mean.
     Source:  units of a sum of spreads: Satterthwaite 1946
     """
+    if len(measured) == 1:
+        return measured[0]._replace(n=n)
     value = float(np.mean([m.value for m in measured]))
-    resampled = defined_mean(np.stack([m.resampled for m in measured]))
-    each = [m.resampled[np.isfinite(m.resampled)] for m in measured]
-    spread = [float(r.var()) if len(r) else 0.0 for r in each]
+    below, above = joined_ends(measured, defined_mean)
+    # a perfect score's draws need no widening, and hide none that the others need
+    spread = [min(_variance(draws) for draws in m.ends) for m in measured]
     lost = sum(
         s**2 / max(1.0, m.units - 1.0)
         for s, m in zip(spread, measured, strict=True)
         if m.units is not None
     )
-    return Measured(value, resampled, n, 1.0 + sum(spread) ** 2 / lost if lost else None)
+    return Measured(value, below, n, 1.0 + sum(spread) ** 2 / lost if lost else None, above)
+
+
+def joined_ends(
+    measured: Sequence[Measured], mean: Callable[[Array], Array]
+) -> tuple[Array, Array | None]:
+    """resampled and above of a mean of these.  Shapes:  mean [scores, R] -> [R]"""
+    below = mean(np.stack([m.resampled for m in measured]))
+    if all(m.above is None for m in measured):
+        return below, None
+    return below, mean(np.stack([m.ends[1] for m in measured]))
+
+
+def _variance(draws: Array) -> float:
+    kept = draws[np.isfinite(draws)]
+    return float(kept.var()) if len(kept) else 0.0
 
 
 def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: int) -> Array:
@@ -239,7 +288,8 @@ def measured_auroc(scores: Array, labels: Array, weights: Array) -> Measured | N
     if value is None:
         return None
     label = labels.astype(bool)
-    kinds = [weights[:, label], weights[:, ~label]]
+    marks = marks_of_patients(weights)
+    kinds = [marks[:, label], marks[:, ~label]]
     fewer = kinds[int(patients_in(kinds[1]) < patients_in(kinds[0]))]
     return bounded(value, weighted_auroc(scores, labels, weights), len(labels), fewer)
 

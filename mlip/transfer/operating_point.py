@@ -12,6 +12,7 @@ from mlip.transfer.interval import (
     Array,
     Measured,
     bounded,
+    marks_of_patients,
     require_finite_scores,
     weighted_sum,
 )
@@ -95,8 +96,9 @@ def rates(called: Array, labels: Array, weights: Array) -> dict[str, Measured]:
         "ppv": called,
         "npv": ~called,
     }
+    marks = marks_of_patients(weights)
     found = {
-        name: bounded(float(value[name][0]), under[name], int(rows.sum()), weights[:, rows])
+        name: bounded(float(value[name][0]), under[name], int(rows.sum()), marks[:, rows])
         for name, rows in of.items()
     }
     return {**found, "f1": found["f1"]._replace(n=len(labels))}

@@ -18,6 +18,7 @@ from mlip.transfer.interval import (
     Estimate,
     Measured,
     estimate,
+    joined_ends,
     not_available,
 )
 
@@ -84,11 +85,16 @@ def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
 
 
 def less(own: Measured | None, others: Measured | None) -> Measured | None:
-    """The first minus the second, resample by resample: paired where both are of one draw."""
+    """The first minus the second, resample by resample: paired where both are of one draw.
+
+    The lower end is of the first's lower and the second's upper end.
+    """
     if own is None or others is None:
         return None
-    apart = own.resampled - others.resampled
-    return Measured(own.value - others.value, apart, own.n, _fewest([own, others]))
+    below, above = own.resampled - others.ends[1], None
+    if own.above is not None or others.above is not None:
+        above = own.ends[1] - others.resampled
+    return Measured(own.value - others.value, below, own.n, _fewest([own, others]), above)
 
 
 def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
@@ -100,8 +106,8 @@ def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
     if not found:
         return None
     value = float(np.mean([m.value for m in found]))
-    resampled = np.mean([m.resampled for m in found], axis=0)
-    return Measured(value, resampled, found[0].n, _fewest(found))
+    below, above = joined_ends(found, lambda each: np.asarray(each.mean(axis=0)))
+    return Measured(value, below, found[0].n, _fewest(found), above)
 
 
 def _fewest(measured: Sequence[Measured]) -> float | None:

@@ -113,7 +113,9 @@ def test_few_units_put_the_percentiles_where_student_s_t_asks(units: float) -> N
     assert found["high"] == pytest.approx(1 - 2 * tail, abs=1e-4)
     plain = interval.estimate(0.0, resampled, 9)
     assert plain["low"] == pytest.approx(-0.95) and found["low"] < plain["low"]
-    assert interval.estimate(0.0, resampled, 9, 1.0) == plain
+    # one patient's answer says nothing of how the next one's would differ
+    alone = interval.estimate(0.0, resampled, 9, 1.0)
+    assert alone == {**plain, "low": None, "high": None}
 
 
 def test_an_interval_holds_its_value() -> None:
@@ -188,10 +190,89 @@ def test_the_mean_over_findings_rests_on_the_patients_that_its_spread_comes_from
     lost = wide.var() ** 2 / 5 + narrow.var() ** 2 / 399
     assert found.units == pytest.approx(1 + (wide.var() + narrow.var()) ** 2 / lost)
     assert 6 <= found.units < 6.2
-    assert interval.mean_over([rare._replace(units=None)], 30).units is None
-    assert interval.mean_over([rare._replace(units=1)], 30).units == pytest.approx(2.0)
+    assert interval.mean_over([rare._replace(units=None)] * 2, 30).units is None
+    assert interval.mean_over([rare._replace(units=1)] * 2, 30).units == pytest.approx(3.0)
+    assert interval.mean_over([rare], 30) == rare._replace(n=30)
     gaps = interval.mean_over([rare._replace(resampled=np.full(4000, np.nan)), common], 30)
     np.testing.assert_allclose(gaps.resampled, narrow)
+
+
+@pytest.mark.parametrize("best", [1.0, 0.0])
+def test_perfect_findings_do_not_pull_the_far_end_of_a_mean(best: float) -> None:
+    """Of 14 findings of five carriers, all found nine times in ten, eight are found by chance
+    without a miss: their draws below 1 are no evidence that the mean is below its value."""
+    away, widths = 0, []
+    for seed in range(100):
+        hits = (np.random.default_rng(seed).random((14, 5)) < 0.9) == (best == 1.0)
+        weights = interval.patient_resamples(np.arange(120), 200, seed)
+        each = [
+            interval.measured_mean(own * 1.0, weights[:, 5 * k : 5 * k + 5])
+            for k, own in enumerate(hits)
+        ]
+        told = interval.estimate(*interval.mean_over(each, 70))
+        truth = abs(1.0 - best - 0.9)
+        assert told["low"] is not None and told["high"] is not None and told["value"] is not None
+        assert 0.0 <= told["low"] <= told["value"] <= told["high"] <= 1.0
+        away += told["low"] > truth or told["high"] < truth
+        widths.append(told["high"] - told["low"])
+    assert away <= 6 and np.mean(widths) < 0.3  # 40 where perfect scores pull both ends
+
+
+def test_a_mean_takes_each_end_from_draws_for_it() -> None:
+    plain = interval.Measured(0.5, np.linspace(0.3, 0.7, 101), 9, 8)
+    sure = interval.Measured(1.0, np.linspace(0.4, 1.0, 101), 9, None, np.ones(101))
+    found = interval.mean_over([plain, sure], 12)
+    np.testing.assert_allclose(found.resampled, np.linspace(0.35, 0.85, 101))
+    assert found.above is not None
+    np.testing.assert_allclose(found.above, np.linspace(0.65, 0.85, 101))
+    # the widening that the plain one needs is not hidden by the other's spread
+    assert found.units == pytest.approx(8) and found.n == 12
+    assert interval.mean_over([plain, plain], 9).above is None
+
+
+def test_a_difference_takes_its_lower_end_from_the_first_s_lower_and_the_second_s_upper() -> None:
+    plain = interval.Measured(0.5, np.linspace(0.3, 0.7, 101), 9, 8)
+    sure = interval.Measured(1.0, np.linspace(0.4, 1.0, 101), 7, None, np.ones(101))
+    found, back = less(sure, plain), less(plain, sure)
+    assert found is not None and back is not None
+    assert found.above is not None and back.above is not None
+    assert (found.value, found.n, found.units) == (0.5, 7, 8)
+    assert (back.value, back.n, back.units) == (-0.5, 9, 8)
+    np.testing.assert_allclose(found.resampled, np.linspace(0.1, 0.3, 101))
+    np.testing.assert_allclose(found.above, np.linspace(0.7, 0.3, 101))
+    np.testing.assert_allclose(back.resampled, -found.above)
+    np.testing.assert_allclose(back.above, -found.resampled)
+    both = less(plain, plain)
+    assert both is not None and both.above is None and less(None, sure) is less(sure, None) is None
+
+
+def test_two_groups_of_the_same_patients_without_an_error_are_not_surely_alike() -> None:
+    """Two views of each of eight patients, all found in both."""
+    weights = interval.patient_resamples(np.repeat(np.arange(50), 2), 4000, seed=0)
+    views = [
+        interval.measured_auroc(np.arange(50) < 8, np.arange(50) < 8, weights[:, k::2])
+        for k in (0, 1)
+    ]
+    told = less(*views)
+    assert told is not None
+    found = interval.estimate(*told)
+    bound = 1 - beta.ppf(0.025, 8, 1)
+    assert (found["low"], found["value"], found["high"]) == pytest.approx(
+        (-bound, 0.0, bound), abs=0.02
+    )
+
+
+def test_a_score_that_misses_1_by_a_last_digit_is_perfect() -> None:
+    """As the COCO tool's precision of one box, hits / (shown + eps)."""
+    nearly = 1.0 / (1.0 + np.spacing(1))
+    assert nearly < 1.0
+    weights = interval.patient_resamples(np.arange(40), 400, seed=0)
+    resampled = np.where(np.arange(400) % 2, nearly, 1.0)
+    for value in (nearly, 1.0):
+        found = interval.estimate(*interval.bounded(value, resampled, 40, weights[:, :5]))
+        assert found["low"] == pytest.approx(beta.ppf(0.025, 5, 1), abs=0.05)
+    resampled[0] = 0.999  # an error is an error
+    assert interval.bounded(1.0, resampled, 40, weights[:, :5]).resampled is resampled
 
 
 @pytest.mark.parametrize(("carriers", "most"), [(5, 0.06), (10, 0.08)])
