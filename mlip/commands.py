@@ -93,12 +93,20 @@ def _open(config: Config, device: str) -> Any:
     return opened, merged
 
 
-def _open_for_films(config: Config, device: str) -> tuple[Any, Config, Any]:
-    """_open, and the manifest: of new films the reports are not written yet."""
+def _open_for_films(config: Config, device: str, *, by_patient: bool) -> tuple[Any, Config, Any]:
+    """_open, and the manifest: of new films nothing is written yet, so no other columns are asked
+    for than that of the image and, by_patient, those of patient and split."""
     from mlip.dataloading.manifest import load_manifest
 
     opened, config = _open(config, device)
-    data = dataclasses.replace(config.data, empty_report="image_only")
+    columns = dataclasses.replace(
+        config.data.columns, report=None, study_id=None, image_id=None, labels=None
+    )
+    if config.data.verify == "none":
+        columns = dataclasses.replace(columns, sha256=None)
+    if not by_patient:
+        columns = dataclasses.replace(columns, split=None, patient_id=columns.image)
+    data = dataclasses.replace(config.data, columns=columns, empty_report="image_only")
     config = dataclasses.replace(config, data=data)
     return opened, config, load_manifest(config.data)
 
@@ -200,12 +208,13 @@ def run_outliers(options: argparse.Namespace) -> int:
     options.out = str(made)  # for the line where it cannot be written
     require_writable(made.absolute().parent)
     require_own_file(made, is_table=not options.fit)
-    opened, config, manifest = _open_for_films(config, device)
+    split = options.split or ("train" if options.fit else "all")
+    opened, config, manifest = _open_for_films(
+        config, device, by_patient=bool(options.fit) or split != "all"
+    )
     if options.fit:
-        split = options.split or "train"
         print(write_reference(opened, config, manifest, made, split=split, device=device))
         return 0
-    split = options.split or "all"
     table = write_outliers(
         opened, config, manifest, Path(options.reference), made, split=split, device=device
     )
@@ -224,7 +233,7 @@ def run_classify(options: argparse.Namespace) -> int:
     require_writable(out.absolute().parent)
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
-    opened, config, manifest = _open_for_films(config, device)
+    opened, config, manifest = _open_for_films(config, device, by_patient=options.split != "all")
     if wordings is not None:
         question = wordings
     elif options.like is not None:

@@ -54,6 +54,11 @@ class Question:
 
     def __post_init__(self) -> None:
         names = [prompt.finding for prompt in self.prompts]
+        # each is a column of a table, whose header is one line
+        if odd := [n for n in names if n != n.strip() or len(n.splitlines()) != 1]:
+            raise QuestionError(
+                f"finding {odd[0]!r}: expected a name in one line without blanks around it"
+            )
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise QuestionError(f"finding {twice[0]!r} is asked twice: leave one out")
 
@@ -100,7 +105,7 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
         at_thresholds = found.get("at_thresholds", {})
         chosen, why = at_thresholds.get("findings", {}), at_thresholds.get("reason", "none chosen")
         cuts = {name: chosen[name][head]["threshold"] for name in chosen}
-        is_sound = all(cut is None or isinstance(cut, float | int) for cut in cuts.values())
+        is_sound = all(cut is None or _is_number(cut) for cut in cuts.values())
     except OSError as error:
         raise QuestionError(f"{path}: cannot be read: {error.strerror}; {expected}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -138,6 +143,12 @@ def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:
             raise QuestionError(f"{where}: {finding!r}: {extra[0]!r} is none of {_SIDES}")
         prompts.append(Prompts(finding, finding, *(tuple(side) for side in sides)))
     return tuple(prompts)
+
+
+def _is_number(value: Any) -> bool:
+    """Python's JSON reads NaN and Infinity too, from which on nothing, or all, would be called."""
+    is_one = isinstance(value, float | int) and not isinstance(value, bool)
+    return is_one and abs(value) < float("inf")
 
 
 def _is_sentences(side: Any) -> bool:

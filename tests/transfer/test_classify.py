@@ -177,10 +177,13 @@ def test_results_of_another_model_or_none_are_refused(tmp_path):
         with pytest.raises(QuestionError, match=told):
             ask_as_evaluated(path, opened, "local")
     shot = whole["zero_shot"]
-    broken = {"findings": {"Edema": {"local": {"threshold": "high"}}}}
+    broken = [
+        {"findings": {"Edema": {"local": {"threshold": cut}}}}
+        for cut in ("high", True, float("nan"), float("inf"), float("-inf"))
+    ]
     for change in (
         {"zero_shot": {"reason": "data.columns.labels is not set"}},
-        {"zero_shot": {**shot, "at_thresholds": broken}},
+        *({"zero_shot": {**shot, "at_thresholds": one}} for one in broken),
         {"zero_shot": {**shot, "at_thresholds": {"findings": {"Edema": {}}}}},
         {"zero_shot": []},
         {"fingerprints": {}},
@@ -228,6 +231,30 @@ def test_a_file_of_another_kind_is_never_replaced(tmp_path, capsys):
         assert run(tmp_path, "--finding", "Edema", "--out", str(path)) == 2
         assert f"--out {path}: is there already" in capsys.readouterr().err
         assert not before or path.read_bytes() == before
+
+
+def test_of_new_films_no_column_but_the_image_s_is_needed(tmp_path, capsys):
+    assert run(tmp_path, "--finding", "Edema") == 0
+    expected = read(tmp_path)
+    capsys.readouterr()
+    settings = [*write(tmp_path), f"checkpoint={small_export()}"]
+    path = tmp_path / "manifest.csv"
+    path.write_text("image\n" + "".join(f"{i}.png\n" for i in range(30)))
+    # what a run's own settings name: none of them is there
+    settings += ["data.columns.study_id=study_id", "data.columns.image_id=image_id"]
+    settings += ["data.columns.sha256=sha256"]
+    asked = ["classify", *settings, "--finding", "Edema", "--out", str(tmp_path / "f.csv")]
+    assert main(asked) == 0
+    assert read(tmp_path) == expected
+    assert main([*asked, "--split", "test"]) == 3
+    missing = "missing columns: 'patient_id' (data.columns.patient_id); 'split' (data.columns.split"
+    assert missing in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", " edema", "edema ", "edema\nmild", "edema\u2028mild"])
+def test_a_name_that_is_no_column_s_is_refused(name):
+    with pytest.raises(QuestionError, match="expected a name in one line without blanks around"):
+        Question((Prompts("fine", "Fine", ("a",), ("b",)), Prompts(name, name, ("a",), ("b",))))
 
 
 def test_columns_that_would_stand_twice_are_refused(tmp_path, capsys):
