@@ -251,12 +251,16 @@ def run_classify(options: argparse.Namespace) -> int:
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    from mlip.transfer.compare import compare, comparison_lines
+    from mlip.transfer.compare import compare, comparison_lines, is_comparison
     from mlip.transfer.predictions import load_predictions
     from mlip.transfer.results_file import save_json
+    from mlip.transfer.row_table import require_replaceable
 
     if options.out:
-        require_writable(Path(options.out).absolute().parent)
+        out = Path(options.out)
+        require_writable(out.absolute().parent)
+        # results.json and predictions.parquet of hours lie beside
+        require_replaceable(out, "--out", "file of mlip compare", is_ours=is_comparison(out))
     own, others = (
         [load_predictions(Path(path)).named(path) for path in side]  # run.dir may be of one name
         for side in (options.of, options.against)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from mlip.transfer.subgroups import FEWEST_OF_EACH, enough, has_both
 from mlip.transfer.table import NAMES, apart_text, number
 
 SCHEMA = 1
+KIND = "comparison"
 TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
 
 
@@ -77,7 +79,7 @@ def compare(
         )
     return {
         "schema": SCHEMA,
-        "kind": "comparison",
+        "kind": KIND,
         "pairs": [{"a": a.facts.get("name"), "b": b.facts.get("name")} for a, b in pairs],
         "split": pairs[0][0].facts.get("split"),
         "images": weights.images,
@@ -280,6 +282,14 @@ def _left_out(pairs: Sequence[tuple[Predictions, Predictions]]) -> list[str]:
     lost = {m for m, _ in every} - {m for m, _ in shared}
     single = sorted({finding for m, finding in every - shared if m not in lost})
     return sorted(f"method {method}" for method in lost) + [f"finding {f}" for f in single]
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether it is a file of what compare gives, as JSON."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return f'"kind": "{KIND}"'.encode() in stream.read(100)
 
 
 def _has(sides: Sequence[Predictions]) -> str:

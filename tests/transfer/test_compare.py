@@ -304,6 +304,20 @@ def test_a_comparison_leaves_the_evaluations_as_they_are(tmp_path, capsys):
     assert "+0.000 [+0.000, +0.000]" in capsys.readouterr().out
 
 
+def test_no_file_of_another_kind_is_replaced_by_a_comparison(tmp_path, capsys):
+    save_predictions(side(drawn(0)), tmp_path / FILE)
+    results = tmp_path / "results.json"
+    results.write_text('{"schema": 3, "kind": "results"}')
+    asked = ["compare", str(tmp_path), "--with", str(tmp_path), "--bootstrap", "5", "--out"]
+    for out in (tmp_path / FILE, results, tmp_path):
+        before = out.read_bytes() if out.is_file() else b""
+        assert main([*asked, str(out)]) == 2
+        assert f"--out {out}: is there already" in capsys.readouterr().err
+        assert not before or out.read_bytes() == before
+    for _ in range(2):  # one of its own is
+        assert main([*asked, str(tmp_path / "difference.json")]) == 0
+
+
 def test_the_same_resamples_serve_every_finding(tmp_path: Path):
     # the mean's interval is of one draw for all findings: two equal findings leave it as one
     a, b = drawn(1), drawn(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mlip.transfer.predictions import (
     of_marks,
     save_predictions,
 )
+from mlip.transfer.results_file import save_results
 from tests.small_run import small_export
 from tests.transfer.small_manifest import BOXES, LABELS, MASKS, SECRETS, evaluate, write
 
@@ -171,3 +173,19 @@ def test_rows_of_the_series_are_of_the_manifest_not_of_the_split(tmp_path: Path)
     found = load_predictions(tmp_path / "out")
     assert {tuple(s.rows) for s in found.series} == {(2, 7, 12, 17, 22, 27)}
     assert found.facts["split"] == "val"
+
+
+@pytest.mark.parametrize("odd", ["results", "predictions"])
+def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_written(tmp_path, odd):
+    path = tmp_path / "results.json"
+    save_results({"of": "first", "predictions": drawn()}, path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    kept = drawn()
+    second = {"of": "second", "predictions": dataclasses.replace(kept, series=kept.series[:1])}
+    if odd == "results":
+        second["score"] = float("nan")
+    else:
+        second["predictions"] = dataclasses.replace(kept, patients={})
+    with pytest.raises((ValueError, KeyError)):
+        save_results(second, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
