@@ -9,6 +9,7 @@ denies it. No score is a probability.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,9 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise QuestionError(f"{path}: {expected}") from error
     if wordings is None or not is_sound:
-        raise QuestionError(f"{path}: holds no zero-shot scores: {expected}")
+        raise QuestionError(
+            f"{path}: holds no zero-shot scores, or thresholds that are no numbers: {expected}"
+        )
     own = (
         hash_of_weights(opened.model),
         hash_of(preprocessing(opened.config)),
@@ -148,7 +151,7 @@ def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:
 def _is_number(value: Any) -> bool:
     """Python's JSON reads NaN and Infinity too, from which on nothing, or all, would be called."""
     is_one = isinstance(value, float | int) and not isinstance(value, bool)
-    return is_one and abs(value) < float("inf")
+    return is_one and abs(value) <= sys.float_info.max
 
 
 def _is_sentences(side: Any) -> bool:
