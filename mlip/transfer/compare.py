@@ -223,7 +223,6 @@ def _common(unit: _Unit) -> tuple[Array, Array]:
     rows = known[0]
     for other in known[1:]:
         rows = np.intersect1d(rows, other)
-    rows = np.sort(rows)
     truths = [_at(s.rows, s.truth, rows) for s in fits]
     if asks_truth and any((truth != truths[0]).any() for truth in truths):
         count = max(int((truth != truths[0]).sum()) for truth in truths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ def test_only_images_that_both_scored_count_in_any_order():
     found = run(fewer, side(b))
     both = run(fewer, side(b[20:], rows=ROWS[20:], truth=TRUTH[20:]))
     assert found == both and (found["images"], found["patients"]) == (180, 90)
+    found = run(side(b), fewer)
+    assert (found["images"], found["patients"]) == (180, 90)
 
 
 def test_a_row_whose_truth_one_side_does_not_know_is_left_out_and_contradictions_refused():
@@ -128,6 +131,8 @@ def test_a_row_whose_truth_one_side_does_not_know_is_left_out_and_contradictions
     unsure[:50, 0] = -1
     found = run(side(a, truth=unsure), side(b))["methods"][0]["findings"]
     assert [line["n"] for line in found] == [150, 200]
+    mean = run(side(a, truth=unsure), side(b))["methods"][0]["mean"][0]
+    assert mean["difference"]["n"] == 200
     assert found[0]["b"]["value"] == pytest.approx(roc_auc_score(TRUTH[50:, 0], b[50:, 0]))
     other = TRUTH.copy()
     other[[3, 5], 1] ^= True
@@ -148,6 +153,11 @@ def test_findings_that_few_patients_carry_have_a_reason_and_leave_the_mean():
     truth[8, 1] = True
     found = run(side(a, truth=truth), side(b, truth=truth))["methods"][0]
     assert found["findings"][1]["difference"]["value"] is not None
+    # a mean is over the findings that every pair can score
+    truth[8, 1] = False
+    pairs = [[side(s), side(s, truth=truth, manifest="n")] for s in (a, b)]
+    found = run(*pairs)["methods"][0]["mean"][0]
+    assert found["classes"] == 1 and found["classes_asked"] == 2
 
 
 def test_fits_of_equal_seeds_stand_against_each_other():
@@ -173,6 +183,14 @@ def test_fits_of_equal_seeds_stand_against_each_other():
         for s, seeds in ((1, (1, 2)), (0, (2, 3)))
     ]
     assert line["difference"]["seeds"] == pytest.approx([of[0] - of[1]])
+    other = [
+        replace(fits(s, seeds), facts={"name": "n", "split": "test", "manifest": "n"})
+        for s, seeds in ((1, (1, 2)), (0, (2, 3)))
+    ]
+    line = run([fits(1, (1, 2)), other[0]], [fits(0, (2, 3)), other[1]])["methods"][0]["findings"][
+        0
+    ]
+    assert line["n"] == 400
 
 
 def test_several_pre_trainings_are_compared_in_pairs():
@@ -217,6 +235,11 @@ def test_marks_of_images_are_compared_by_their_mean():
     assert line["n"] == 200
     assert comparison_lines(found)[2].startswith("  mask, Dice, published form (empty = 1) ")
     assert len(comparison_lines(found)) == 3
+    few = [
+        Predictions([of_marks("100 %", 1, "mask", "dice", ROWS[:8], d[:8])], patients, facts)
+        for d in dice
+    ]
+    assert run(*few)["methods"][0]["findings"][0]["difference"]["value"] is None  # four patients
 
 
 def test_what_is_not_of_the_same_images_is_refused():
@@ -263,6 +286,8 @@ def test_the_lines_say_how_many_intervals_leave_0():
     )
     assert any(line.startswith("  x") and own in line for line in lines)
     assert any("2 of 2 intervals of single findings leave 0" in line for line in lines)
+    back = comparison_lines(run(side(drawn(2, 0.2)), side(drawn(1, 3.0)), resamples=100))
+    assert any("2 of 2 intervals of single findings leave 0" in line for line in back)
     assert any("mean of 2 findings, AUROC" in line for line in lines)
 
 

@@ -75,6 +75,9 @@ def test_interval_of_a_mean_has_the_normal_theory_width() -> None:
 def test_no_interval_from_a_handful_of_defined_resamples() -> None:
     found = interval.estimate(0.7, np.array([0.7] + [np.nan] * 9), 12)
     assert found["value"] == 0.7 and found["low"] is None and found["high"] is None
+    half = interval.estimate(0.7, np.array([0.7] * 5 + [np.nan] * 5), 12)
+    assert half["low"] == half["high"] == 0.7
+    assert interval.estimate(0.7, np.zeros(0), 12)["low"] is None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -158,6 +161,11 @@ def test_a_perfect_auroc_rests_on_the_rarer_kind() -> None:
         assert found["low"] == pytest.approx(beta.ppf(0.025, 6, 1), abs=0.02)
         none = interval.auroc_estimate(~truth * 1.0, truth, weights)
         assert none["value"] == 0.0 == none["low"] and none["high"] > 0.4
+    # the rarer kind by patients: ninety rows of three, beside sixty of sixty others
+    patients = np.r_[np.repeat(np.arange(3), 30), np.arange(3, 63)]
+    weights = interval.patient_resamples(patients, 20_000, seed=0)
+    found = interval.auroc_estimate((patients < 3) * 1.0, patients < 3, weights)
+    assert found["low"] == pytest.approx(beta.ppf(0.025, 3, 1), abs=0.02)
 
 
 def test_a_group_of_few_without_an_error_is_not_told_apart_from_the_others() -> None:
@@ -242,8 +250,9 @@ def test_a_difference_takes_its_lower_end_from_the_first_s_lower_and_the_second_
     np.testing.assert_allclose(found.above, np.linspace(0.7, 0.3, 101))
     np.testing.assert_allclose(back.resampled, -found.above)
     np.testing.assert_allclose(back.above, -found.resampled)
-    both = less(plain, plain)
-    assert both is not None and both.above is None and less(None, sure) is less(sure, None) is None
+    both = less(plain._replace(units=30), plain)
+    assert both is not None and both.above is None and both.units == 8
+    assert less(None, sure) is less(sure, None) is None
 
 
 def test_two_groups_of_the_same_patients_without_an_error_are_not_surely_alike() -> None:
@@ -271,7 +280,9 @@ def test_a_score_that_misses_1_by_a_last_digit_is_perfect() -> None:
     for value in (nearly, 1.0):
         found = interval.estimate(*interval.bounded(value, resampled, 40, weights[:, :5]))
         assert found["low"] == pytest.approx(beta.ppf(0.025, 5, 1), abs=0.05)
-    resampled[0] = 0.999  # an error is an error
+    # an error is an error, in a resample or in the score alone
+    assert interval.bounded(0.99, resampled, 40, weights[:, :5]).resampled is resampled
+    resampled[0] = 0.999
     assert interval.bounded(1.0, resampled, 40, weights[:, :5]).resampled is resampled
 
 

@@ -109,6 +109,11 @@ def test_seeds_are_averaged_under_the_same_patients_and_their_spread_is_stated()
     assert mean["seeds"] == [0.6, 0.8, None]
     assert mean["seed_sd"] == pytest.approx(np.std([0.6, 0.8], ddof=1))
     assert mean["low"] == pytest.approx(0.51) and mean["high"] == pytest.approx(0.89)
+    # a fit whose rate is a share of nothing is no zero, and takes the others' mean from nobody
+    silent = Measured(np.nan, np.full(101, np.nan), 0)
+    fits = [Measured(0.6, resampled, 9), silent, Measured(0.8, resampled + 0.2, 7)]
+    told = over_seeds(fits)
+    assert told == {**mean, "seeds": [0.6, None, 0.8]}
     nothing = over_seeds([None], "why")
     assert nothing["value"] is None and nothing["reason"] == "why"
 
