@@ -54,10 +54,10 @@ def compare(
 
     own, others  one evaluation or several (pre-trainings of other seeds), pairs in their order
     methods      of the first and of the second side; None = each with the one of its name
-    Returns: {"schema", "kind", "pairs", "fits", "images", "patients", "methods": [{"a", "b",
+    Returns: {"schema", "kind", "pairs", "split", "images", "patients", "methods": [{"a", "b",
              "findings": [{"finding", "measure", "n", "positives", "a", "b", "difference"}], "mean":
-             {"measure", "a", "b", "difference"}}], "not_compared"}, of Estimates with "seeds",
-             the fits' own values
+             [{"measure", "classes", "classes_asked", "a", "b", "difference"}]}], "not_compared"},
+             of Estimates with "seeds", the fits' own values
     Raises:  PredictionsError for sides that are not of the same images, or share nothing
     """
     pairs = list(zip(own, others, strict=True)) if len(own) == len(others) else []

@@ -197,5 +197,9 @@ def load_predictions(path: Path) -> Predictions:
         at = np.array(group["place_list"])
         method, seed, finding, measure = (group[key] for key in keys)
         series.append(Series(method, seed, finding, measure, rows[at], truth[at], scores[at]))
+    if other := sorted({s.measure for s in series} - set(MEASURES)):
+        raise PredictionsError(
+            f"{path}: measure {other[0]!r}: expected one of {', '.join(MEASURES)}: evaluate again"
+        )
     own, first = np.unique(rows, return_index=True)
     return Predictions(series, dict(zip(own.tolist(), patient[first].tolist(), strict=True)), facts)

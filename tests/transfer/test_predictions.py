@@ -82,6 +82,10 @@ def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
             "of another version",
         ),
         (whole.drop_columns(["seed"]), "of another version"),
+        (
+            whole.set_column(5, "measure", pa.array(["kappa"] * len(whole))),
+            "measure 'kappa': expected one of auroc",
+        ),
         (whole.slice(0, 0), "holds no scores"),
         (
             whole.set_column(7, "score", pa.array(np.full(len(whole), np.nan))),
