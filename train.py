@@ -38,7 +38,7 @@ from mlip.training.determinism import require_deterministic
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
-from mlip.transfer.evaluation import evaluate_run
+from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.fingerprint import (
     hash_of_shapes,
     hash_of_source,

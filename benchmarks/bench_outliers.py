@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import RESULTS, environment, table, write_rows
 from mlip.batch import ImageFeatures
 from mlip.pretrained import open_checkpoint
-from mlip.transfer.interval import Array, auroc_estimate, patient_resamples
-from mlip.transfer.outliers import Reference, fit_reference
-from mlip.transfer.own_inputs import encode_pixels, model_input
+from mlip.transfer.array import Array
+from mlip.transfer.films.outliers import Reference, fit_reference
+from mlip.transfer.films.own_inputs import encode_pixels, model_input
+from mlip.transfer.measures.interval import auroc_estimate, patient_resamples
 
 RESAMPLES = 1000
 ROWS = RESULTS / "outliers.json"

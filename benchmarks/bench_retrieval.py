@@ -22,7 +22,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
-from mlip.transfer.large_retrieval import first_right_ranks, top_candidates
+from mlip.transfer.alignment.large_retrieval import first_right_ranks, top_candidates
 
 NEAR = 3.0  # of noise to signal in an image's embedding: its report is found, but not always first
 MOST = 100  # answers kept for class precision

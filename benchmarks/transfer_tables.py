@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlip.transfer.compare import compare
-from mlip.transfer.predictions import FILE, load_predictions
+from mlip.transfer.measures.compare import compare
+from mlip.transfer.measures.predictions import FILE, load_predictions
 from mlip.transfer.table import NAMES, apart_text, interval_text, rows_of
 
 METHODS = {

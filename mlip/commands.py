@@ -114,7 +114,7 @@ def _open_for_films(config: Config, device: str, *, by_patient: bool) -> tuple[A
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
     from mlip.report.run_page import write_report
-    from mlip.transfer.evaluation import evaluate_run
+    from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
 
@@ -149,7 +149,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
-    from mlip.transfer.ground_image import ground_image
+    from mlip.transfer.films.ground_image import ground_image
 
     out, device = Path(options.out), _device(options.device)
     require_writable(out.parent)
@@ -172,7 +172,7 @@ def run_ground(options: argparse.Namespace) -> int:
 
 def run_embed(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
-    from mlip.transfer.embed import write_embeddings
+    from mlip.transfer.films.embed import write_embeddings
 
     config = read_settings(options.settings)
     device = _device(options.device)
@@ -195,7 +195,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
 
 def run_outliers(options: argparse.Namespace) -> int:
-    from mlip.transfer.outlier_table import require_own_file, write_outliers, write_reference
+    from mlip.transfer.films.outlier_table import require_own_file, write_outliers, write_reference
 
     config = read_settings(options.settings)
     device = _device(options.device)
@@ -223,8 +223,8 @@ def run_outliers(options: argparse.Namespace) -> int:
 
 
 def run_classify(options: argparse.Namespace) -> int:
-    from mlip.transfer.classify import ask_as_evaluated, ask_names, ask_wordings
-    from mlip.transfer.classify_table import require_own_file, write_classification
+    from mlip.transfer.films.classify import ask_as_evaluated, ask_names, ask_wordings
+    from mlip.transfer.films.classify_table import require_own_file, write_classification
 
     config = read_settings(options.settings)
     device = _device(options.device)
@@ -251,10 +251,10 @@ def run_classify(options: argparse.Namespace) -> int:
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    from mlip.transfer.compare import compare, comparison_lines, is_comparison
-    from mlip.transfer.predictions import load_predictions
+    from mlip.transfer.films.row_table import require_replaceable
+    from mlip.transfer.measures.compare import compare, comparison_lines, is_comparison
+    from mlip.transfer.measures.predictions import load_predictions
     from mlip.transfer.results_file import save_json
-    from mlip.transfer.row_table import require_replaceable
 
     if options.out:
         out = Path(options.out)

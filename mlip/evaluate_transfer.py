@@ -13,7 +13,7 @@ from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.report.transfer_page import write_transfer_page
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
-from mlip.transfer.protocol import transfer_run
+from mlip.transfer.fits.protocol import transfer_run
 from mlip.transfer.results_file import save_results
 from mlip.transfer.table import table_lines
 

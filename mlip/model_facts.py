@@ -18,10 +18,10 @@ from mlip.config import Config
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.merging import LICENSED_SOURCES, open_part
 from mlip.model import MLIPModel
-from mlip.transfer.grounding import KINDS
-from mlip.transfer.interval import not_available
-from mlip.transfer.retrieval import CUTS, DIRECTIONS
-from mlip.transfer.subgroups import FEWEST_PATIENTS, TOO_FEW
+from mlip.transfer.alignment.grounding import KINDS
+from mlip.transfer.alignment.retrieval import CUTS, DIRECTIONS
+from mlip.transfer.measures.interval import not_available
+from mlip.transfer.measures.subgroups import FEWEST_PATIENTS, TOO_FEW
 from mlip.transfer.summary import HEADS
 
 logger = logging.getLogger("mlip")

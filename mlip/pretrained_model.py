@@ -23,10 +23,10 @@ from mlip.dataloading.reports import ReportTokenizer
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
-from mlip.transfer import classify, own_inputs
+from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank
-from mlip.transfer.interval import Array
-from mlip.transfer.outliers import Reference, load_reference
+from mlip.transfer.films import classify, own_inputs
+from mlip.transfer.films.outliers import Reference, load_reference
 
 
 @dataclass(frozen=True)
@@ -43,25 +43,25 @@ class Pretrained:
     origin: dict[str, Any] = field(default_factory=dict)  # of the training: model_facts.origin_of
 
     def encode_images(self, paths: Iterable[str | Path]) -> ImageFeatures:
-        """mlip.transfer.own_inputs.encode_images: of JPEG, PNG or DICOM files."""
+        """mlip.transfer.films.own_inputs.encode_images: of JPEG, PNG or DICOM files."""
         return own_inputs.encode_images(self, paths)
 
     def encode_texts(self, texts: Iterable[str]) -> TextBank:
-        """mlip.transfer.own_inputs.encode_texts: of phrases."""
+        """mlip.transfer.films.own_inputs.encode_texts: of phrases."""
         return own_inputs.encode_texts(self, texts)
 
     def encode_reports(self, reports: Iterable[str]) -> TextBank:
-        """mlip.transfer.own_inputs.encode_reports: of whole reports, as training reads them."""
+        """mlip.transfer.films.own_inputs.encode_reports: of reports, as training reads them."""
         return own_inputs.encode_reports(self, reports)
 
     def similarity(
         self, images: ImageFeatures, texts: TextBank, head: own_inputs.Head = "global"
     ) -> Array:
-        """mlip.transfer.own_inputs.similarity: every image with every text, [N, M]."""
+        """mlip.transfer.films.own_inputs.similarity: every image with every text, [N, M]."""
         return own_inputs.similarity(self, images, texts, head)
 
     def heat_maps(self, images: ImageFeatures, texts: TextBank) -> Array:
-        """mlip.transfer.own_inputs.heat_maps: where, [N, M, rows, columns] of the patch grid."""
+        """mlip.transfer.films.own_inputs.heat_maps: where, [N, M, rows, columns] of patches."""
         return own_inputs.heat_maps(self, images, texts)
 
     def classify(
@@ -72,7 +72,7 @@ class Pretrained:
     ) -> Array:
         """Scores of findings that the lexicon knows by name, [N, findings]; high = there.
 
-        As mlip.transfer.classify.scores, asked in the sentences of evaluate.positive_prompts.
+        As mlip.transfer.films.classify.scores, asked in the sentences of evaluate.positive_prompts.
         Raises:  QuestionError for a name that the lexicon does not know
         """
         question = classify.ask_names(findings, self, self.config.evaluate)
@@ -80,5 +80,5 @@ class Pretrained:
         return classify.scores(self, images, question, texts, head)
 
     def open_reference(self, path: str | Path) -> Reference:
-        """mlip.transfer.outliers.load_reference: .p_values(images) tell which are unlike it."""
+        """mlip.transfer.films.outliers.load_reference: .p_values(images) tell the unlike ones."""
         return load_reference(path, self)

@@ -19,7 +19,7 @@ from mlip.knowledge.linker import Linker
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import save_pretrained
-from mlip.transfer.evaluation import evaluate_run
+from mlip.transfer.alignment.evaluation import evaluate_run
 from tests.temporary import shared_folder
 
 SETTINGS = (

@@ -10,6 +10,37 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# what every part of mlip.transfer may use, and each part beside it: labels know no score, scores no
+# task, tasks that fit nothing none that fit
+_TRANSFER_USES = (
+    "mlip.transfer_settings",
+    "mlip.config",
+    "mlip.strict_yaml",
+    "mlip.typed_tree",
+    "mlip.output_file",
+    "mlip.batch",
+    "mlip.kernels",
+    "mlip.knowledge",
+    "mlip.dataloading",
+    "mlip.encoders",
+    "mlip.model",
+    "mlip.keyed_random",
+    "mlip.unit_length",
+    "mlip.machine",
+    "mlip.transfer.array",
+)
+_TRANSFER_SHARED = tuple(
+    f"mlip.transfer.{name}"
+    for name in ("features", "fingerprint", "feature_store", "frames", "draws", "png_text", "truth")
+)
+_TRANSFER_PARTS = {
+    "truth": (),
+    "measures": ("mlip.transfer.truth", "mlip.transfer.fingerprint", "mlip.transfer.table"),
+    "alignment": (*_TRANSFER_SHARED, "mlip.transfer.measures"),
+    "fits": (*_TRANSFER_SHARED, "mlip.transfer.measures"),
+    "films": (*_TRANSFER_SHARED, "mlip.transfer.alignment"),
+}
+
 # module prefix -> prefixes of ours it may import; the most specific rule holds
 ALLOWED = {
     "mlip.strict_yaml": (),
@@ -104,23 +135,11 @@ ALLOWED = {
         "mlip.training.grad_cache",
         "mlip.training.determinism",
     ),
-    "mlip.transfer": (
-        "mlip.transfer",
-        "mlip.transfer_settings",
-        "mlip.config",
-        "mlip.strict_yaml",
-        "mlip.typed_tree",
-        "mlip.output_file",
-        "mlip.batch",
-        "mlip.kernels",
-        "mlip.knowledge",
-        "mlip.dataloading",
-        "mlip.encoders",
-        "mlip.model",
-        "mlip.keyed_random",
-        "mlip.unit_length",
-        "mlip.machine",
-    ),
+    **{
+        f"mlip.transfer.{part}": (f"mlip.transfer.{part}", *_TRANSFER_USES, *own)
+        for part, own in _TRANSFER_PARTS.items()
+    },
+    "mlip.transfer": ("mlip.transfer", *_TRANSFER_USES),
 }
 FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")
 WALLS = {
@@ -132,7 +151,7 @@ WALLS = {
     "transformers": ("mlip/encoders/", "dataloading/reports.py", "mlip/transformers_folders.py"),
     "xformers": ("mlip/encoders/attention.py",),
     "torchvision": (),
-    "pycocotools": ("mlip/transfer/average_precision.py",),
+    "pycocotools": ("mlip/transfer/measures/average_precision.py",),
     "torchmetrics": (),
     "timm": (),
     "pickle": (),

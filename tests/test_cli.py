@@ -92,7 +92,7 @@ def test_a_phrase_of_unknown_characters_points_nowhere(
 
 
 def _embed_in_parts_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlip.transfer.embed import write_embeddings
+    from mlip.transfer.films.embed import write_embeddings
 
     defaults = {**write_embeddings.__kwdefaults__, "part_rows": rows}
     monkeypatch.setattr(write_embeddings, "__kwdefaults__", defaults)

@@ -36,7 +36,7 @@ from mlip.model_facts import (
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint, save_pretrained
 from mlip.training import checkpoint
 from mlip.training.step import TrainingState
-from mlip.transfer.evaluation import evaluate_run
+from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 from mlip.transfer.results_file import save_results
 from tests.small_run import small_export, small_results, small_run

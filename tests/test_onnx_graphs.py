@@ -22,8 +22,8 @@ from mlip.cli import main
 from mlip.config import ConfigError, load
 from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, from_pretrained, save_pretrained
-from mlip.transfer.own_inputs import model_input, read_image
-from mlip.transfer.prompts import make_text_batch, phrase_encoder
+from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
+from mlip.transfer.films.own_inputs import model_input, read_image
 from tests.small_run import SETTINGS, small_export, small_run
 
 pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")

@@ -24,13 +24,13 @@ from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.torch_pipeline import TorchPipeline
 from mlip.losses import context
-from mlip.transfer.protocol import transfer_run
+from mlip.transfer.fits.protocol import transfer_run
 from tests import rank_farm
 from tests.small_run import small_run
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
 from tests.training.deepspeed_waits import find_waits
 from tests.training.exact_step import PROGRESS, exact_engine, make_batch
-from tests.transfer import test_learning
+from tests.transfer.fits import test_learning
 from tests.virtual_gpu import GPU, ROOT, virtual_gpu
 
 EVERYTHING = (

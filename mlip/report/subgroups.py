@@ -16,7 +16,7 @@ STEP = 0.1  # of the scale's ends
 def subgroup_context(
     found: Sequence[Mapping[str, Any]], titles: Mapping[str, str], headline: str
 ) -> dict[str, Any] | None:
-    """What templates/subgroups.html shows of mlip.transfer.subgroups.subgroup_scores.
+    """What templates/subgroups.html shows of mlip.transfer.measures.subgroups.subgroup_scores.
 
     titles    score -> its column's heading; scores that no group has are left out
     headline  the score whose difference from all others is drawn

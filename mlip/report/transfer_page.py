@@ -45,7 +45,7 @@ STARTS = {
 
 
 def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
-    """folder/report.html of what mlip.transfer.protocol.transfer_run gave."""
+    """folder/report.html of what mlip.transfer.fits.protocol.transfer_run gave."""
     return write_page(folder, render_transfer(results))
 
 

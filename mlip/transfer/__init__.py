@@ -1,5 +1,8 @@
 """What a checkpoint is worth: one task, one file.
 
-evaluation.py runs the tasks that train nothing, protocol.py those that train something on the image
-encoder.
+truth/      what is right; knows no score
+measures/   how right an output is, and how sure that is; knows no task
+alignment/  tasks that train nothing (evaluation.py runs them)
+fits/       tasks that train something on the image encoder (protocol.py runs them)
+films/      commands on films that nobody labelled
 """

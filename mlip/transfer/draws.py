@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.transfer.interval import Array
+from mlip.transfer.array import Array
 
 SPLITS = ("train", "val", "test")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from mlip.batch import ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.dataloading.ledger import DataError
 from mlip.machine import usable_memory
+from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, TextBank
-from mlip.transfer.interval import Array
 
 IN_MEMORY = 0.25  # of usable_memory()
 

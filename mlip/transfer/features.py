@@ -16,7 +16,7 @@ from torch import Tensor
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.config import Data
 from mlip.dataloading.loader import Loader
-from mlip.transfer.interval import Array
+from mlip.transfer.array import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.
 CHUNK_BYTES = 96 * 2**20

@@ -15,8 +15,8 @@ import torch
 
 from mlip.config import Config, Run, to_dict
 from mlip.dataloading.manifest import Manifest
+from mlip.transfer.array import Array
 from mlip.transfer.draws import SPLITS, splits_hash
-from mlip.transfer.interval import Array
 
 PACKAGES = ("torch", "numpy", "transformers", "scikit-learn", "deepspeed", "nvidia-dali-cuda130")
 

@@ -25,8 +25,8 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Placement, Transform, letterbox
-from mlip.transfer.interval import Array
-from mlip.transfer.mask_file import resize_mask
+from mlip.transfer.array import Array
+from mlip.transfer.truth.mask_file import resize_mask
 
 # HKU-MedAI/MGCA's segmentation_dataset.py: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5)
 AUGMENT_CHANCE, AUGMENT_SCALE, AUGMENT_DEGREES = 0.5, 0.1, 10.0

@@ -12,12 +12,14 @@ import pyarrow.compute as pc
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError
-from mlip.transfer.annotations import Annotations
-from mlip.transfer.box_file import box_file, read_box_file
-from mlip.transfer.evaluation import choose_rows
-from mlip.transfer.generated import phantom_meta
-from mlip.transfer.subgroups import read_groupings
-from mlip.transfer.truth import label_names, lexicon_prompts, load_boxes
+from mlip.transfer.alignment.evaluation import choose_rows
+from mlip.transfer.alignment.label_prompts import lexicon_prompts
+from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.truth.annotations import Annotations
+from mlip.transfer.truth.box_file import box_file, read_box_file
+from mlip.transfer.truth.finding_boxes import load_boxes
+from mlip.transfer.truth.generated import phantom_meta
+from mlip.transfer.truth.labels import label_names
 
 logger = logging.getLogger("mlip")
 # rows whose boxes are laid on their images: each opens a file

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.output_file import whole_file
-from mlip.transfer.predictions import FILE, save_predictions
+from mlip.transfer.measures.predictions import FILE, save_predictions
 
 _NO_JSON = ("examples", "pictures", "predictions")  # pictures are the page's
 

@@ -17,7 +17,8 @@ from mlip.report.corpus import ledger_context
 from mlip.report.pictures import decode_png, heat_uri
 from mlip.report.run_page import write_report
 from mlip.report.training import MOST_ROWS, read_log, training_charts
-from mlip.transfer.examples import collect_examples, picture
+from mlip.transfer.alignment.examples import collect_examples
+from mlip.transfer.png_text import png_text
 from tests.small_run import small_results, small_run
 
 LEDGER = {
@@ -239,7 +240,7 @@ def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None
 
 
 def _examples_of_real_data() -> dict:
-    from mlip.transfer.evaluation import choose_rows, encode_split
+    from mlip.transfer.alignment.evaluation import choose_rows, encode_split
 
     run = small_run()
     import torch
@@ -320,7 +321,7 @@ def test_a_picture_survives_and_cold_parts_of_a_map_leave_it_as_it_is() -> None:
 
     image = np.random.default_rng(0).integers(60, 200, (288, 288)).astype(np.uint8)
     image = cv2.GaussianBlur(image, (0, 0), 4)
-    np.testing.assert_array_equal(decode_png(picture(image)), image)
+    np.testing.assert_array_equal(decode_png(png_text(image)), image)
     heat = np.zeros((4, 4))
     heat[0, 0] = 1.0
     data = base64.b64decode(heat_uri(image, heat, 0.0, 1.0).split(",")[1])

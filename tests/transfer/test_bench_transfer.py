@@ -15,8 +15,8 @@ import torch
 from benchmarks import bench_transfer
 from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown
 from mlip.pretrained import from_pretrained
-from mlip.transfer.compare import compare
-from mlip.transfer.predictions import (
+from mlip.transfer.measures.compare import compare
+from mlip.transfer.measures.predictions import (
     FILE,
     Predictions,
     load_predictions,

@@ -15,7 +15,7 @@ import torch
 from mlip.batch import ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.dataloading.ledger import DataError
 from mlip.transfer import feature_store
-from mlip.transfer.evaluation import evaluate_run
+from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.feature_store import FeatureStore
 from mlip.transfer.features import ImageBank, TextBank
 from tests.small_run import small_results, small_run

@@ -14,13 +14,13 @@ import torch
 from mlip.cli import main
 from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import ManifestError
-from mlip.transfer.annotations import Annotations, check_inside
-from mlip.transfer.detection import warp_boxes
+from mlip.transfer.alignment.evaluation import encode_split
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
-from mlip.transfer.encoder import Encoder
-from mlip.transfer.evaluation import encode_split
+from mlip.transfer.fits.detection import warp_boxes
+from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.frames import Crops, Frame, Images, augmentation, frame_of, warp
-from mlip.transfer.mask_file import INSIDE
+from mlip.transfer.truth.annotations import Annotations, check_inside
+from mlip.transfer.truth.mask_file import INSIDE
 from tests.small_run import small_export, small_run
 
 

@@ -1,0 +1,1 @@
+"""What the two towers know together, nothing trained: zero-shot, retrieval, grounding."""

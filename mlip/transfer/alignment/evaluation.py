@@ -1,0 +1,389 @@
+"""evaluate_run: zero-shot, retrieval and grounding of a model on one split, in one pass.
+
+Headline numbers come with n, an interval over patients and what they are to be compared with.
+Results are plain JSON values but for "examples", which holds pictures (PNG as base64), and
+"predictions", the scores of every image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.config import Config, to_dict
+from mlip.dataloading.loader import build_loader
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.transfer.alignment.examples import collect_examples
+from mlip.transfer.alignment.grounding import evaluate_grounding
+from mlip.transfer.alignment.large_retrieval import class_precision, whole_retrieval
+from mlip.transfer.alignment.patch_maps import PhraseMaps
+from mlip.transfer.alignment.prompts import encode_prompts
+from mlip.transfer.alignment.prototypes import prototype_statistics
+from mlip.transfer.alignment.queries import make_prior, make_queries
+from mlip.transfer.alignment.retrieval import DIRECTIONS, evaluate_retrieval
+from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
+from mlip.transfer.alignment.zero_shot import combine
+from mlip.transfer.alignment.zero_shot_run import logit_scales, some_of, zero_shot_run
+from mlip.transfer.array import Array
+from mlip.transfer.feature_store import FeatureStore
+from mlip.transfer.features import (
+    ImageBank,
+    TextBank,
+    encoded,
+    global_scores,
+    local_scores,
+    require_finite,
+)
+from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
+from mlip.transfer.measures.predictions import predictions_of
+from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.truth import finding_boxes, generated
+from mlip.transfer.truth.annotations import Annotations, check_labels
+from mlip.transfer.truth.finding_masks import load_masks
+from mlip.transfer.truth.generated import phantom_meta
+
+SCHEMA = 1
+
+
+def evaluate_run(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    *,
+    device: torch.device | str = "cpu",
+    run: Mapping[str, Any] | None = None,
+    prototypes: Tensor | None = None,
+) -> dict[str, Any]:
+    """Every score of the model on config.evaluate.split.
+
+    run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
+    prototypes  [C, D] of the category level, where the checkpoint holds them
+    Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
+             "prototypes", "pairs", "fingerprints", "versions", "config", "examples",
+             "predictions"}; a task that
+             the data cannot carry is {"reason": why}
+    Raises:  ValueError if features are not finite, or boxes.csv is not usable.
+    """
+    began = time.perf_counter()
+    # rows without a usable report are no pairs, but their labels and boxes count
+    manifest = dataclasses.replace(manifest, keep_without_report=True)
+    device = torch.device(device)
+    was_training = bool(model.training)
+    model.eval()
+    try:
+        rows, results = _evaluate(
+            *(model, config, manifest, tokenizer, linker, table, device), prototypes=prototypes
+        )
+    finally:
+        model.train(was_training)
+    facts = {
+        "name": run_name(config),
+        "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
+        "split": config.evaluate.split,
+        "device": str(device),
+        "commit": source_commit(),
+        **(run or {}),
+        "evaluation_seconds": round(time.perf_counter() - began, 1),
+    }
+    return {
+        "schema": SCHEMA,
+        "run": facts,
+        **results,
+        "fingerprints": fingerprints(model, config, manifest, tokenizer, table, rows),
+        "versions": versions(),
+        "config": to_dict(config),
+    }
+
+
+def choose_rows(config: Config, manifest: Manifest) -> Array:
+    """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
+    rows = manifest.rows(config.evaluate.split, with_report=False)
+    if config.evaluate.subset is not None:
+        whole, rows = len(rows), _of_subset(config, manifest, rows)
+        if whole > 0 and len(rows) == 0:
+            raise ManifestError(
+                f"{manifest.path}: none of the {whole} rows of split {config.evaluate.split!r} "
+                f"(evaluate.split) is of evaluate.subset={config.evaluate.subset!r} in column "
+                f"{config.transfer.columns.subset!r}; choose another subset or split"
+            )
+    if len(rows) == 0:
+        raise ValueError(
+            f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
+            "evaluate; choose another split"
+        )
+    return some_of(rows, config)
+
+
+def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
+    if config.transfer.columns.subset is None:
+        raise ValueError(
+            f"evaluate.subset={config.evaluate.subset!r}: set transfer.columns.subset to the "
+            "manifest's column of subsets"
+        )
+    annotations = Annotations(config, manifest)
+    kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
+    return rows[np.array(kept, dtype=bool)]
+
+
+@torch.no_grad()
+def encode_split(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    device: torch.device,
+) -> tuple[ImageBank, TextBank, dict[str, Array]]:
+    """Images and reports of the rows, and the per-row arrays tasks need beside them.
+
+    Raises:  ValueError where features hold NaN or infinite values, or find no room.
+    """
+    loader = build_loader(
+        config,
+        manifest,
+        split=config.evaluate.split,
+        train=False,
+        tokenizer=tokenizer,
+        linker=linker,
+        table=table,
+        with_report=False,
+        rows=rows,
+        global_pairs=min(128, max(1, len(rows))),
+    )
+    store = FeatureStore(
+        len(rows), max_tokens=config.data.max_tokens, max_entities=config.data.max_entities
+    )
+    has_text: list[Array] = []
+    mentions: list[Array] = []
+    seen = 0
+    for batch, image, text in encoded(model, loader, config.data, device):
+        require_finite(image, text)
+        store.add(image, text)
+        has_text.append(batch.content_mask.any(dim=1).numpy())
+        chosen = batch.entity_mask
+        report = chosen.nonzero()[:, 0] + seen
+        mentions.append(
+            np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
+        )
+        seen += len(batch)
+    images, texts = store.banks()
+    beside = {
+        # not the loader's, which knowledge.pair_id_by_concepts widens for training
+        "pair_id": manifest.pair_id[images.row_index],
+        "has_text": np.concatenate(has_text),
+        "mentions": np.concatenate(mentions),
+    }
+    return images, texts, beside
+
+
+def _evaluate(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    tokenizer: Any,
+    linker: Any,
+    table: Any,
+    device: torch.device,
+    prototypes: Tensor | None,
+) -> tuple[Array, dict[str, Any]]:
+    """(manifest rows that were scored, results)"""
+    check_labels(config, manifest)
+    rows = choose_rows(config, manifest)
+    read_groupings(config, manifest, rows)  # refused before the images are encoded
+    images, reports, beside = encode_split(
+        model, config, manifest, rows, tokenizer, linker, table, device
+    )
+    meta = phantom_meta(manifest)
+    patients = manifest.patient_key[images.row_index]
+    is_phantom = meta is not None
+
+    def encode(phrases: list[str], cut: bool = False) -> TextBank:
+        return encode_prompts(
+            model,
+            phrases,
+            config=config,
+            tokenizer=tokenizer,
+            linker=linker,
+            table=table,
+            device=device,
+            cut=cut,
+        )
+
+    boxes = finding_boxes.load_boxes(config, manifest, images.row_index.tolist())
+    with_text = np.flatnonzero(beside["has_text"])
+    oracle = generated.oracle(manifest, images.row_index[with_text]) if is_phantom else None
+    scores = _PoolScores(model, images, reports, with_text, device, oracle)
+    masks = load_masks(config, manifest, images.row_index.tolist())
+    annotations = Annotations(config, manifest)
+    queries, phrases, names = make_queries(
+        images, annotations, boxes, table, is_phantom, config.run.seed, masks
+    )
+    # words of a report stand in no message
+    holds_reports = any(query.kind == "phrase" for query in queries)
+    bank = encode(phrases, cut=holds_reports) if phrases else None
+    maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
+    zero_shot, series = zero_shot_run(
+        model, config, annotations, images, patients, encode, linker, table, is_phantom, device
+    )
+    results: dict[str, Any] = {
+        "data": {
+            "is_phantom": is_phantom,
+            "rows_asked": len(rows),
+            "images": len(images),
+            "reports": len(with_text),
+            "patients": len(np.unique(patients)),
+        },
+        "zero_shot": zero_shot,
+        "retrieval": evaluate_retrieval(
+            scores,
+            beside["pair_id"][with_text],
+            patients[with_text],
+            pool=config.evaluate.retrieval_pool,
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        ),
+        "grounding": {"reason": "no boxes.csv with boxes of these images beside the manifest"}
+        if maps is None
+        else evaluate_grounding(
+            maps,
+            queries,
+            patients,
+            grid=images.features.grid,
+            size=images.pixels.shape[1:],
+            prior=make_prior(config, manifest, images.pixels.shape[1:]),
+            names=names,
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        ),
+        "knowledge": knowledge_statistics(
+            *(beside["mentions"], len(with_text), table, linker),
+            texts=(manifest.text(int(row)) for row in images.row_index[with_text]),
+            most=config.data.max_entities,
+        ),
+        "prototypes": prototype_statistics(
+            prototypes,
+            {
+                "image": (images.features.embedding, beside["has_text"]),
+                "report": (reports.text.embedding, beside["has_text"]),
+                "entities": (
+                    reports.knowledge.present_mean,
+                    reports.knowledge.has_present.numpy(),
+                ),
+            },
+            beside["mentions"],
+            table,
+            patients,
+            config.run.seed,
+        ),
+        "pairs": pair_statistics(config, manifest, tokenizer, linker, table),
+    }
+    if "oracle" in results["retrieval"]["scores"]:
+        # not a score of the model: the ceiling to read the others by
+        results["retrieval"]["oracle"] = results["retrieval"]["scores"].pop("oracle")
+    embeddings = (
+        images.features.embedding[torch.as_tensor(with_text)],
+        reports.text.embedding[torch.as_tensor(with_text)],
+    )
+    results["retrieval"]["whole"] = whole_retrieval(
+        *embeddings,
+        pair_id=beside["pair_id"][with_text],
+        patient_ids=patients[with_text],
+        bootstrap=config.evaluate.bootstrap,
+        seed=config.run.seed,
+    )
+    results["retrieval"]["by_class"] = _by_class(
+        config, manifest, images.row_index[with_text], embeddings, patients[with_text]
+    )
+    results["examples"] = collect_examples(
+        model,
+        config,
+        manifest,
+        images,
+        reports,
+        with_text,
+        beside["pair_id"],
+        queries=queries,
+        phrases=phrases,
+        maps=maps,
+        boxes=boxes,
+        names=names,
+        tokenizer=tokenizer,
+        shows_text=is_phantom or config.evaluate.show_text,
+        shows_id=is_phantom,
+    )
+    results["predictions"] = predictions_of(
+        series, config, manifest, config.evaluate.split, images.row_index
+    )
+    return images.row_index, results
+
+
+def _by_class(
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    embeddings: tuple[Tensor, Tensor],
+    patients: Array,
+) -> dict[str, Any]:
+    """Class precision of both directions among the rows that carry exactly one label."""
+    if manifest.label_column is None:
+        return {"reason": "data.columns.labels is not set"}
+    labels = [manifest.labels(row) for row in rows.tolist()]
+    one = np.flatnonzero([len(names) == 1 for names in labels])
+    classes = np.array([labels[i][0] for i in one.tolist()], dtype=str)
+    image, text = (e[torch.as_tensor(one)] for e in embeddings)
+    both = ((image, text), (text, image))
+    return {
+        direction: class_precision(
+            q,
+            c,
+            classes,
+            classes,
+            patients[one],
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        )
+        for direction, (q, c) in zip(DIRECTIONS, both, strict=True)
+    }
+
+
+class _PoolScores:
+    """Score matrices of a pool of rows that have a report, for evaluate_retrieval."""
+
+    def __init__(
+        self,
+        model: Any,
+        images: ImageBank,
+        reports: TextBank,
+        with_text: Array,
+        device: torch.device,
+        oracle: Callable[[Array], Array] | None,
+    ) -> None:
+        self.model, self.images, self.reports = model, images, reports
+        self.with_text, self.device, self.oracle = with_text, device, oracle
+
+    def __call__(self, members: Array) -> dict[str, Array]:
+        rows = self.with_text[members]
+        texts = self.reports.rows(rows)
+        at = torch.as_tensor(rows)
+        by_global = global_scores(self.images.features.embedding[at], texts)
+        by_local = local_scores(
+            self.model, self.images.features.patches[at], texts, device=self.device
+        )
+        known = {} if self.oracle is None else {"oracle": self.oracle(members)}
+        return {
+            "global": by_global,
+            "local": by_local,
+            "combined": combine(by_global, by_local, *logit_scales(self.model)),
+            **known,
+        }

@@ -1,0 +1,145 @@
+"""Which phrases are asked of which images, and what an image without the finding is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlip.config import Config
+from mlip.dataloading import phantom_reports
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer.alignment.grounding import PixelPrior, Query
+from mlip.transfer.array import Array
+from mlip.transfer.features import ImageBank
+from mlip.transfer.truth import finding_boxes
+from mlip.transfer.truth.annotations import Annotations
+from mlip.transfer.truth.finding_masks import Mask
+from mlip.transfer.truth.labels import label_matrix
+
+PRIOR_ROWS = 4000  # training rows behind the fixed pixel; more no longer move it
+
+
+def make_queries(
+    images: ImageBank,
+    annotations: Annotations,
+    boxes: Mapping[int, Sequence[finding_boxes.Box]],
+    table: Any,
+    is_phantom: bool,
+    seed: int,
+    masks: Mapping[int, Sequence[Mask]] | None = None,
+) -> tuple[list[Query], list[str], dict[str, str]]:
+    """Queries, the phrases they point into, and findings' names for people.
+
+    A name asks for all boxes of the finding; a sentence with a side for those of that side; words
+    of a report for those that answer them. Every wording is a query of its own, so that no wording
+    is picked.
+
+    masks    the rows' masks, where there are any: a query takes those of its finding and side
+    """
+    by_image: list[dict[str, list[finding_boxes.Box]]] = []
+    for row in images.row_index.tolist():
+        found: dict[str, list[finding_boxes.Box]] = {}
+        for box in boxes.get(row, ()):
+            found.setdefault(box.finding, []).append(box)
+        by_image.append(found)
+    findings = sorted({name for found in by_image for name in found})
+    names = {f: _name(f, table) for f in findings}
+    without = _images_without(findings, images, annotations, by_image, is_phantom)
+    generator = np.random.default_rng(seed)
+    phrases: dict[str, int] = {}
+    queries: list[Query] = []
+
+    def ask(
+        i: int,
+        finding: str,
+        kind: str,
+        side: str | None,
+        text: str,
+        chosen: Array,
+        only_side: bool = False,
+    ) -> None:
+        free = without[finding]
+        swapped = free[int(generator.integers(len(free)))] if free else None
+        phrase = phrases.setdefault(text, len(phrases))
+        drawn = tuple(
+            m
+            for m in (masks or {}).get(int(images.row_index[i]), ())
+            if m.finding == finding and (not only_side or m.side == side) and kind != "phrase"
+        )
+        queries.append(Query(i, finding, side, kind, phrase, chosen, swapped, drawn))
+
+    for i, found in enumerate(by_image):
+        for finding, own in sorted(found.items()):
+            wordings = _wordings(
+                finding, names[finding].lower(), is_phantom, bool(without[finding])
+            )
+            corners = np.array([box.corners for box in own])
+            sides = sorted({box.side for box in own if box.side is not None})
+            only = sides[0] if len(sides) == 1 else None
+            for text in wordings["keyword"]:
+                ask(i, finding, "keyword", only, text, corners)
+            for text in wordings["sentence"]:
+                if "{side}" not in text:
+                    ask(i, finding, "sentence", only, text, corners)
+                    continue
+                for side in sides:
+                    chosen = np.array([box.corners for box in own if box.side == side])
+                    ask(i, finding, "sentence", side, text.format(side=side), chosen, True)
+            for text in dict.fromkeys(box.phrase for box in own if box.phrase):
+                answers = [box for box in own if box.phrase == text]
+                sides = sorted({box.side for box in answers if box.side is not None})
+                chosen = np.array([box.corners for box in answers])
+                ask(i, finding, "phrase", sides[0] if len(sides) == 1 else None, text, chosen)
+    return queries, list(phrases), names
+
+
+def _images_without(
+    findings: Sequence[str],
+    images: ImageBank,
+    annotations: Annotations,
+    by_image: Sequence[Mapping[str, Any]],
+    is_phantom: bool,
+) -> dict[str, list[int]]:
+    """Images known to lack each finding.
+
+    Phantoms are boxed in full. On real data a missing box means that nobody drew one: there only
+    an image whose labels name other things or deny it, and never a part of the body, counts as
+    without it.
+    """
+    if is_phantom:
+        return {f: [i for i, found in enumerate(by_image) if f not in found] for f in findings}
+    labels = label_matrix(annotations, images.row_index, findings, blank_is_negative=False)
+    return {
+        f: np.flatnonzero(labels[:, k] == 0).tolist() if (labels[:, k] == 1).any() else []
+        for k, f in enumerate(findings)
+    }
+
+
+def make_prior(config: Config, manifest: Manifest, size: tuple[int, int]) -> PixelPrior:
+    """The fixed-pixel prior from the training split's boxes."""
+    rows = manifest.rows("train", with_report=False)[:PRIOR_ROWS]
+    prior = PixelPrior(size)
+    for own in finding_boxes.load_boxes(config, manifest, rows.tolist()).values():
+        for finding in {box.finding for box in own}:
+            chosen = [box for box in own if box.finding == finding]
+            # the prior knows a box's side only where the query would
+            for side in {box.side for box in chosen}:
+                corners = np.array([box.corners for box in chosen if box.side == side])
+                prior.add(finding, side, corners)
+    return prior
+
+
+def _name(finding: str, table: Any) -> str:
+    text = table[finding].name if finding in table else finding.replace("_", " ").lower()
+    return text[:1].upper() + text[1:]
+
+
+def _wordings(
+    finding: str, name: str, is_phantom: bool, can_be_absent: bool
+) -> Mapping[str, Sequence[str]]:
+    if is_phantom and finding in phantom_reports.GROUNDING_PHRASES:
+        return phantom_reports.GROUNDING_PHRASES[finding]
+    # nobody states a part of the body: it is only named
+    return {"keyword": [name], "sentence": [f"there is {name}."] if can_be_absent else []}

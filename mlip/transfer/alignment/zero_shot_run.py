@@ -1,0 +1,184 @@
+"""Zero-shot scores of one split: prompts of its labels, three similarities, thresholds from val.
+
+The metrics live in zero_shot.py; here the model meets the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.batch import ImageFeatures
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
+from mlip.transfer.alignment.zero_shot import (
+    Prompts,
+    Thresholds,
+    at_thresholds,
+    choose_thresholds,
+    combine,
+    evaluate_zero_shot,
+    exclusive_accuracy,
+    finding_scores,
+    measured,
+    prompt_texts,
+)
+from mlip.transfer.array import Array
+from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
+from mlip.transfer.frames import Crops, Images
+from mlip.transfer.measures.interval import patient_resamples
+from mlip.transfer.measures.predictions import Series, of_findings
+from mlip.transfer.measures.subgroups import read_groupings, subgroup_scores
+from mlip.transfer.truth.annotations import Annotations, shared_names
+from mlip.transfer.truth.labels import label_matrix, label_names
+
+IMAGES_AT_ONCE = 64
+
+
+def zero_shot_run(
+    model: Any,
+    config: Config,
+    annotations: Annotations,
+    images: ImageBank,
+    patients: Array,
+    encode: Callable[[list[str]], TextBank],
+    linker: Any,
+    table: Any,
+    is_phantom: bool,
+    device: torch.device,
+) -> tuple[dict[str, Any], list[Series]]:
+    """(evaluate_zero_shot of the images, with rates at val's thresholds, scores by subgroup and,
+    where the labels exclude each other, accuracy; the scores of every image); ({"reason": why}, [])
+    where there is nothing to score against."""
+    manifest = annotations.manifest
+    unknown: list[str] = []
+    if is_phantom:
+        prompts = phantom_prompts(table)
+    elif manifest.label_column is None:
+        nor = ", nor to tell by evaluate.subgroups" if config.evaluate.subgroups else ""
+        reason = f"data.columns.labels is not set: there is nothing to score against{nor}"
+        return {"reason": reason}, []
+    else:
+        names = label_names(manifest, images.row_index)
+        prompts, unknown = lexicon_prompts(names, linker, table, config.evaluate)
+    if not prompts:
+        return {"reason": "no label of this split names a concept of the table"}, []
+    findings = [p.finding for p in prompts]
+    bank = encode(prompt_texts(prompts))
+
+    def scores_of(features: ImageFeatures) -> dict[str, Array]:
+        return head_scores(model, features, bank, prompts, device=device)
+
+    def labels_of(rows: Array) -> Array:
+        return label_matrix(annotations, rows, findings, blank_is_negative=is_phantom)
+
+    labels = labels_of(images.row_index)
+    scores = scores_of(images.features)
+    settings = config.evaluate
+    found = evaluate_zero_shot(
+        scores, labels, prompts, patients, bootstrap=settings.bootstrap, seed=config.run.seed
+    )
+    weights = patient_resamples(patients, settings.bootstrap, config.run.seed)
+    thresholds: Thresholds = {}
+    if settings.thresholds and settings.split != "val":
+        on_val = _val_scores(model, config, manifest, scores_of)
+        if isinstance(on_val, str):
+            found["at_thresholds"] = {"reason": on_val}
+        else:
+            thresholds = choose_thresholds(on_val[1], labels_of(on_val[0]), settings.threshold_rule)
+            told = at_thresholds(scores, labels, thresholds, weights)
+            told["findings"] = dict(zip(findings, told["findings"], strict=True))
+            found["at_thresholds"] = {"rule": settings.threshold_rule, **told}
+    found["subgroups"] = subgroup_scores(
+        read_groupings(config, manifest, images.row_index),
+        patients,
+        lambda inside: measured(scores, labels, findings, thresholds, weights, patients, inside),
+    )
+    if settings.exclusive:
+        found["exclusive"] = exclusive_accuracy(scores, labels, weights)
+    # results are passed on: what one patient alone has may be an identifier
+    named = sorted(set(unknown) & set(shared_names(manifest)))
+    if rare := len(unknown) - len(named):
+        named.append(f"{rare} more, each of one patient alone")
+    series = [
+        one
+        for head, values in scores.items()
+        for one in of_findings(head, None, findings, images.row_index, labels, values)
+    ]
+    return {**found, "labels_without_concept": named}, series
+
+
+def head_scores(
+    model: Any,
+    images: ImageFeatures,
+    texts: TextBank,
+    prompts: Sequence[Prompts],
+    *,
+    device: torch.device,
+) -> dict[str, Array]:
+    """Scores of each head, [images, findings]; texts are those of prompt_texts(prompts)."""
+    by_global = global_scores(images.embedding, texts)
+    by_local = local_scores(model, images.patches, texts, device=device)
+    both = combine(by_global, by_local, *logit_scales(model))
+    named = {"global": by_global, "local": by_local, "combined": both}
+    return {head: finding_scores(value, prompts) for head, value in named.items()}
+
+
+def some_of(rows: Array, config: Config) -> Array:
+    """All of the rows, or a keyed random evaluate.max_studies of them."""
+    most = config.evaluate.max_studies
+    if len(rows) <= most:
+        return rows
+    generator = np.random.default_rng(config.run.seed)
+    return np.sort(generator.choice(rows, size=most, replace=False))
+
+
+def _val_scores(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    scores_of: Callable[[ImageFeatures], dict[str, Array]],
+) -> tuple[Array, dict[str, Array]] | str:
+    """(rows of val, their scores), or why there are none."""
+    rows = some_of(manifest.rows("val", with_report=False), config)
+    if len(rows) == 0:
+        return "the manifest has no val rows to choose thresholds on"
+    rows, on_val = _scores_of_rows(model, config, manifest, rows, scores_of)
+    if len(rows) == 0:
+        return "no image of val could be read: there are no thresholds"
+    return rows, on_val
+
+
+@torch.no_grad()
+def _scores_of_rows(
+    model: Any,
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    scores_of: Callable[[ImageFeatures], dict[str, Array]],
+) -> tuple[Array, dict[str, Array]]:
+    """(rows that could be read, their scores), of images alone."""
+    images = Images(config, manifest, None)
+    device = next(model.parameters()).device
+    try:
+        rows, _ = images.usable(rows)
+        crops = Crops(config, images, train=False, seed=0)
+        parts: list[dict[str, Array]] = []
+        for at in range(0, len(rows), IMAGES_AT_ONCE):
+            batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
+            features = model.encode_image(batch.to(device))
+            embedding, patches = features.embedding.float().cpu(), features.patches.float().cpu()
+            parts.append(scores_of(ImageFeatures(embedding, patches, features.grid)))
+    finally:
+        images.close()
+    heads = parts[0] if parts else {}
+    return rows, {head: np.concatenate([part[head] for part in parts]) for head in heads}
+
+
+def logit_scales(model: Any) -> tuple[float, float]:
+    scales = model.scales
+    return scales.logit_scale().item(), scales.logit_scale_local().item()

@@ -1,0 +1,192 @@
+"""Findings asked of images that nobody labelled: a score each, and yes or no where an evaluation
+of the same model chose thresholds.
+
+What is asked comes from names that the lexicon knows, from sentences of one's own, or from the
+results.json of an evaluation. A score is what zero_shot.py says: what states the finding minus what
+denies it. No score is a probability.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+
+from mlip.batch import ImageFeatures
+from mlip.config import Evaluate
+from mlip.strict_yaml import read_yaml
+from mlip.transfer.alignment.label_prompts import lexicon_prompts
+from mlip.transfer.alignment.zero_shot import Prompts, prompt_texts
+from mlip.transfer.alignment.zero_shot_run import head_scores
+from mlip.transfer.array import Array
+from mlip.transfer.features import TextBank
+from mlip.transfer.films.own_inputs import encode_texts, require_features
+from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+
+ScoreHead = Literal["combined", "global", "local"]
+SCORE_HEADS: tuple[str, ...] = get_args(ScoreHead)
+_SIDES = ("positive", "negative")
+
+
+class QuestionError(ValueError):
+    """Findings that cannot be asked of this model; says what to do."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every image.
+
+    thresholds  finding -> score from which on it is called, of one head; a finding that the
+                evaluation could choose none for is None
+    no_thresholds  why there are none, where an evaluation was named
+    """
+
+    prompts: tuple[Prompts, ...]
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)
+    no_thresholds: str = ""
+
+    def __post_init__(self) -> None:
+        names = [prompt.finding for prompt in self.prompts]
+        # each is a column of a table, whose header is one line
+        if odd := [n for n in names if n != n.strip() or len(n.splitlines()) != 1]:
+            raise QuestionError(
+                f"finding {odd[0]!r}: expected a name in one line without blanks around it"
+            )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise QuestionError(f"finding {twice[0]!r} is asked twice: leave one out")
+
+
+def ask_names(names: Iterable[str], opened: Any, settings: Evaluate) -> Question:
+    """Findings by names that the lexicon knows, in the sentences of evaluate.positive_prompts.
+
+    Raises:  QuestionError naming those it does not know
+    """
+    prompts, unknown = lexicon_prompts(names, opened.linker, opened.table, settings)
+    if unknown:
+        raise QuestionError(
+            f"the lexicon knows no finding called {', '.join(map(repr, unknown))}: expected names "
+            "such as 'pneumothorax' (`mlip knowledge link` shows what a text names); with "
+            "sentences of your own (--wordings) anything can be asked"
+        )
+    return Question(tuple(prompts))
+
+
+def ask_wordings(path: Path) -> Question:
+    """Findings by sentences: YAML of finding -> positive and negative, a list each.
+
+    Raises:  QuestionError naming the file and what was expected
+    """
+    expected = "expected YAML as `pneumonia: {positive: [a sentence, ...], negative: [...]}`"
+    try:
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QuestionError(f"{path}: cannot be read: {error}; {expected}") from error
+    return Question(_prompts(tree, f"{path}", expected))
+
+
+def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
+    """Findings, sentences and thresholds of `results.json` of a zero-shot evaluation.
+
+    Raises:  QuestionError where it cannot be read, holds none, or is of another model
+    """
+    expected = "expected results.json of `mlip evaluate` with zero-shot scores"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        made_with, found = results["fingerprints"], results["zero_shot"]
+        same = (made_with["weights"], made_with["preprocessing"], made_with["concept_table"])
+        wordings = found.get("wordings")
+        at_thresholds = found.get("at_thresholds", {})
+        chosen, why = at_thresholds.get("findings", {}), at_thresholds.get("reason", "none chosen")
+        cuts = {name: chosen[name][head]["threshold"] for name in chosen}
+        is_sound = all(cut is None or _is_number(cut) for cut in cuts.values())
+    except OSError as error:
+        raise QuestionError(f"{path}: cannot be read: {error.strerror}; {expected}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise QuestionError(f"{path}: {expected}") from error
+    if wordings is None or not is_sound:
+        raise QuestionError(
+            f"{path}: holds no zero-shot scores, or thresholds that are no numbers: {expected}"
+        )
+    own = (
+        hash_of_weights(opened.model),
+        hash_of(preprocessing(opened.config)),
+        opened.table.fingerprint,
+    )
+    names = ("weights", "preprocessing", "concepts")
+    if different := [n for n, a, b in zip(names, same, own, strict=True) if a != b]:
+        raise QuestionError(
+            f"{path}: is of a model with other {' and '.join(different)}: its thresholds mean "
+            "nothing for this one; evaluate this model and name its results.json"
+        )
+    prompts = _prompts(wordings, f"{path}", expected)
+    if not cuts:
+        return Question(prompts, no_thresholds=f"{path}: {why}")
+    return Question(prompts, {p.finding: cuts.get(p.finding) for p in prompts})
+
+
+def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:
+    if not isinstance(tree, dict) or not tree:
+        raise QuestionError(f"{where}: {expected}")
+    prompts = []
+    for finding, wordings in tree.items():
+        sides: list[Any] = (
+            [wordings.get(side) for side in _SIDES] if isinstance(wordings, dict) else [None]
+        )
+        if not isinstance(finding, str) or not all(map(_is_sentences, sides)):
+            raise QuestionError(f"{where}: {finding!r}: {expected}")
+        if extra := sorted(set(map(str, wordings)) - set(_SIDES)):
+            raise QuestionError(f"{where}: {finding!r}: {extra[0]!r} is none of {_SIDES}")
+        prompts.append(Prompts(finding, finding, *(tuple(side) for side in sides)))
+    return tuple(prompts)
+
+
+def _is_number(value: Any) -> bool:
+    """Python's JSON reads NaN and Infinity too, from which on nothing, or all, would be called."""
+    is_one = isinstance(value, float | int) and not isinstance(value, bool)
+    return is_one and abs(value) <= sys.float_info.max
+
+
+def _is_sentences(side: Any) -> bool:
+    return isinstance(side, list) and bool(side) and all(isinstance(text, str) for text in side)
+
+
+def encode_question(opened: Any, question: Question) -> TextBank:
+    """The sentences' features.  Raises:  ValueError as encode_texts"""
+    return encode_texts(opened, prompt_texts(question.prompts))
+
+
+@torch.no_grad()
+def scores(
+    opened: Any, images: ImageFeatures, question: Question, texts: TextBank, head: ScoreHead
+) -> Array:
+    """[images, findings] float64; high = the finding is there.
+
+    texts   encode_question of the question
+    Raises:  ValueError for another head, or for what is not features of this model
+    """
+    if head not in SCORE_HEADS:
+        raise ValueError(f"head: expected one of {', '.join(SCORE_HEADS)}, got {head!r}")
+    require_features(opened, images, texts)
+    device = next(opened.model.parameters()).device
+    return head_scores(opened.model, images, texts, question.prompts, device=device)[head]
+
+
+def called(values: Array, question: Question) -> dict[str, Array]:
+    """Finding -> which of the images have it, where its threshold is known.
+
+    Shapes:  values [images, findings] -> [images] bool each
+    """
+    cuts: Sequence[float | None] = [question.thresholds.get(p.finding) for p in question.prompts]
+    return {
+        p.finding: values[:, f] >= cut
+        for f, (p, cut) in enumerate(zip(question.prompts, cuts, strict=True))
+        if cut is not None
+    }

@@ -1,0 +1,83 @@
+"""`mlip classify`: scores of findings for the images of a manifest, as a CSV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer.films.classify import (
+    Question,
+    QuestionError,
+    ScoreHead,
+    called,
+    encode_question,
+    scores,
+)
+from mlip.transfer.films.row_images import RowImages
+from mlip.transfer.films.row_table import require_replaceable, unread, write_row_table
+
+_CALLED = " called"
+
+
+def require_own_file(path: Path) -> None:
+    """Raises:  ConfigError for a folder, or a file that this command did not write."""
+    is_ours = False
+    if path.is_file():
+        with path.open("rb") as stream:
+            names = stream.readline(1 << 16).rstrip(b"\r\n").split(b",")
+        is_ours = names[0] == b"row_index" and names[-1] == b"reason" and names[1] != b"p_value"
+    require_replaceable(path, "--out", "table of mlip classify", is_ours=is_ours)
+
+
+def write_classification(
+    opened: Any,
+    config: Config,
+    manifest: Manifest,
+    question: Question,
+    out: Path,
+    *,
+    split: str,
+    head: ScoreHead,
+    device: str,
+) -> list[str]:
+    """A CSV of row_index, a score a finding, yes or no (1 or 0) where thresholds are known, and
+    reason (of images that cannot be read), by row.
+
+    Returns: lines for the terminal
+    """
+    findings = [prompt.finding for prompt in question.prompts]
+    decided = [f for f in findings if question.thresholds.get(f) is not None]
+    columns = [*findings, *(f"{finding}{_CALLED}" for finding in decided)]
+    if clash := sorted({name for name in columns if columns.count(name) > 1}):
+        raise QuestionError(f"finding {clash[0]!r}: its column would stand twice; rename it")
+    if taken := sorted({"row_index", "reason"} & set(findings)):
+        raise QuestionError(f"finding {taken[0]!r} is a column of the table: rename it")
+    texts = encode_question(opened, question)
+    lines: dict[int, list[object]] = {}
+    counts = dict.fromkeys(decided, 0)
+    images = RowImages(opened, config, manifest, split, device=device)
+    for bank in images:
+        values = scores(opened, bank.features, question, texts, head)
+        answers = called(values, question)
+        for finding in decided:
+            counts[finding] += int(answers[finding].sum())
+        yes = np.stack([answers[f] for f in decided], axis=1) if decided else values[:, :0]
+        for row, own, said in zip(bank.row_index, values, yes, strict=True):
+            lines[int(row)] = [*(f"{value:.6g}" for value in own), *map(int, said)]
+    write_row_table(out, columns, lines, images.bad)
+    return [
+        f"{len(lines)} images, {len(findings)} findings by the {head} score (high = there; no "
+        "probability)",
+        *(f"  {f}: {n} called (threshold {question.thresholds[f]:.6g})" for f, n in counts.items()),
+        *(
+            f"  {f}: no threshold: val cannot tell"
+            for f in findings
+            if decided and f not in decided
+        ),
+        *([f"  no thresholds ({question.no_thresholds})"] if question.no_thresholds else []),
+        f"{out}: {len(lines) + len(images.bad)} rows{unread(images.bad)}",
+    ]

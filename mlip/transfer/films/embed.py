@@ -1,0 +1,271 @@
+"""`mlip embed`: embeddings of a split in parts of safetensors or Parquet; run again to go on.
+
+<out>/index.json              what the parts depend on; of each its SHA-256, its rows, and the rows
+                              whose image could not be read, with the reason
+<out>/part-00000.safetensors  row_index, image, report, has_report, knowledge, has_knowledge,
+                              and patches where asked for
+<out>/part-00000.parquet      the same columns: a vector is a list of fixed length of float32,
+                              patches are one list of patches x dimensions, row by row
+Rows are numbers of manifest rows, from 0: the join to files and patients stays in the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from safetensors.torch import save_file
+
+from mlip.config import Config
+from mlip.dataloading.ledger import BadSample, DataError, most_bad
+from mlip.dataloading.manifest import RULES, Manifest, ManifestError
+from mlip.dataloading.progress import Progress
+from mlip.dataloading.samples import SampleReader
+from mlip.output_file import file_sha256, whole_file
+from mlip.transfer.array import Array
+from mlip.transfer.features import encoded, require_finite
+from mlip.transfer.films.row_images import row_loader
+from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+
+PART_ROWS = 2048
+
+
+class EmbedError(ValueError):
+    """A folder of embeddings that cannot be continued."""
+
+    exit_code = 4
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What a folder of embeddings holds of a split."""
+
+    rows: int
+    asked: int  # rows of the split that no rule leaves out
+    missing: Mapping[str, int]  # reason -> rows whose image could not be read
+
+    def __str__(self) -> str:
+        return f"{self.rows} of {self.asked} rows" + (
+            f" ({_listed(self.missing)})" if self.missing else ""
+        )
+
+
+def write_embeddings(
+    opened: Any,
+    config: Config,
+    manifest: Manifest,
+    out: Path,
+    *,
+    split: str,
+    with_patches: bool,
+    device: str,
+    form: str = "safetensors",
+    part_rows: int = PART_ROWS,
+    say: Callable[[str], None] = lambda line: None,
+) -> Embedded:
+    """Embed what is not there yet: parts that are whole are kept.
+
+    A part that lacks rows is made again as soon as one of their images can be read.
+
+    form     safetensors or parquet, the same numbers in both
+    Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
+             for a split without rows; DataError where more than data.bad_share of the images, or
+             all of them, cannot be read.
+    """
+    rows = manifest.rows(split, with_report=False)
+    left_out = _left_out(manifest, split)
+    if len(rows) == 0:
+        raise ManifestError(
+            f"{manifest.path}: split {split!r} has no usable rows of {len(manifest)} "
+            f"({left_out or 'none at all'}): choose another --split"
+        )
+    if left_out:
+        say(f"left out: {left_out}")
+    out.mkdir(parents=True, exist_ok=True)
+    index = {
+        "weights": hash_of_weights(opened.model),
+        "manifest": manifest.fingerprint,
+        "preprocessing": hash_of(preprocessing(config)),
+        "split": split,
+        "rows": len(rows),
+        "part_rows": part_rows,
+        "with_patches": with_patches,
+        "embed_dim": config.model.embed_dim,
+        "form": form,
+    }
+    done = _read_index(out / "index.json", index)
+    reader = SampleReader(manifest, config.data)
+    missing: dict[int, str] = {}
+    told = Progress("parts, whole already")
+    parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
+    for number, chosen in enumerate(parts):
+        path = out / f"part-{number:05d}.{form}"
+        known = done.get(path.name)
+        found = file_sha256(path) if path.is_file() else None
+        if known is None or known["sha256"] != found or _is_mended(reader, known):
+            for left in out.glob(f".{path.name}.*"):
+                left.unlink()  # of a run that was killed while it wrote
+            tensors, bad = _encode(
+                opened, config, manifest, chosen, split, with_patches, torch.device(device)
+            )
+            known = done[path.name] = {
+                "sha256": _write_part(tensors, path),
+                "rows": len(chosen) - len(bad),
+                "missing": {str(row): reason for row, reason in sorted(bad.items())},
+            }
+            _write_index(out / "index.json", {**index, "parts": done})
+            say(f"part {number + 1} of {len(parts)}: {known['rows']} of {len(chosen)} rows")
+        else:
+            told(number + 1, len(parts))
+        missing |= {int(row): reason for row, reason in known["missing"].items()}
+        _check_share(missing, len(rows), config.data.bad_share)
+    return Embedded(len(rows) - len(missing), len(rows), Counter(missing.values()))
+
+
+def _left_out(manifest: Manifest, split: str) -> str:
+    """Rows of the split that a rule leaves out, by rule; "" where none is."""
+    counts = manifest.excluded(split, with_report=False)
+    by_rule = {rule: n for rule, n in counts.items() if rule in RULES and rule != "no_split"}
+    hint = "; data.empty_report=image_only embeds them without a report"
+    return _listed(by_rule) + hint if by_rule else ""
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> None:
+    """As in training: a folder that is not mounted is told after the first part, not at the end."""
+    allowed = most_bad(bad_share, rows)
+    if missing and (len(missing) > allowed or len(missing) == rows):
+        raise DataError(
+            f"{len(missing)} of {rows} rows have a bad image "
+            f"({_listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "
+            f"{allowed}: repair the files, check data.root, or raise it; finished parts are kept, "
+            "run again to go on"
+        )
+
+
+def _is_mended(reader: SampleReader, known: Mapping[str, Any]) -> bool:
+    """Whether an image that the part lacks can be read by now."""
+    for row in known["missing"]:
+        try:
+            reader.pixels(int(row), 0)
+        except BadSample:
+            continue
+        return True
+    return False
+
+
+def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
+    """SHA-256 of the part's file; None where no row has an image, and there is no file."""
+    if not tensors:
+        path.unlink(missing_ok=True)
+        return None
+    with whole_file(path) as partial:
+        if path.suffix == ".parquet":
+            partial.touch(mode=0o600)  # as safetensors makes its files: for their owner
+            pa.parquet.write_table(as_table(tensors), partial)
+        else:
+            save_file(tensors, partial)
+        return file_sha256(partial)
+
+
+def as_table(tensors: dict[str, torch.Tensor]) -> pa.Table:
+    """A column a tensor: numbers [N] as they are, vectors [N, ...] as lists of fixed length.
+
+    The shape of a vector with more than one dimension stands in its column's metadata.
+    """
+    fields, columns = [], []
+    for name, tensor in tensors.items():
+        values = pa.array(tensor.reshape(-1).numpy())
+        shape = {"shape": json.dumps(list(tensor.shape[1:]))} if tensor.dim() > 2 else None
+        if tensor.dim() > 1:
+            values = pa.FixedSizeListArray.from_arrays(values, int(tensor[0].numel()))
+        fields.append(pa.field(name, values.type, nullable=False, metadata=shape))
+        columns.append(values)
+    return pa.table(columns, schema=pa.schema(fields))
+
+
+def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the parts by their names, {} in a new folder.
+
+    Raises:  EmbedError where the index is damaged, or of other embeddings than `index` asks for.
+    """
+    if path.is_file():
+        try:
+            # folders of earlier versions know one form and do not name it
+            old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
+            # earlier versions kept none: theirs are made again, as is one that is not ours
+            parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise EmbedError(
+                f"{path}: damaged: what its parts hold is not known; delete the folder, or name "
+                "another one"
+            ) from None
+        different = sorted(k for k in index if old.get(k) != index[k])
+        if different:
+            raise EmbedError(
+                f"{path.parent} holds embeddings that differ in {', '.join(different)}: name "
+                "another folder, or delete this one"
+            )
+        return parts
+    _write_index(path, index)
+    return {}
+
+
+def _is_record(part: Any) -> bool:
+    """Whether it says of a part what write_embeddings does."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("rows"), int)
+        and isinstance(part.get("missing"), dict)
+        and all(row.isdecimal() and isinstance(why, str) for row, why in part["missing"].items())
+        and "sha256" in part
+    )
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _encode(
+    opened: Any,
+    config: Config,
+    manifest: Manifest,
+    rows: Array,
+    split: str,
+    with_patches: bool,
+    device: torch.device,
+) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
+    loader = row_loader(opened, config, manifest, split, rows)
+    parts: list[dict[str, torch.Tensor]] = []
+    # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
+    for _, image, text in encoded(opened.model, loader, config.data, device):
+        require_finite(image, text)
+        part = {
+            "row_index": torch.from_numpy(image.row_index.astype(np.int64)),
+            "image": image.features.embedding,
+            "report": text.text.embedding,
+            "has_report": text.content_mask.any(dim=1),
+            "knowledge": text.knowledge.present_mean,
+            "has_knowledge": text.knowledge.has_present,
+        }
+        if with_patches:
+            part["patches"] = image.features.patches
+        parts.append(part)
+    if not parts:
+        return {}, loader.ledger.bad
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return joined, loader.ledger.bad

@@ -1,0 +1,95 @@
+"""`mlip outliers`: the reference of a split, or how unlike it the images of another one are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest
+from mlip.transfer.array import Array
+from mlip.transfer.films.outliers import (
+    MOST_REFERENCE,
+    encode_rows,
+    fit_reference,
+    is_reference,
+    load_reference,
+    made_with,
+    save_reference,
+)
+from mlip.transfer.films.row_table import begins_with, require_replaceable, unread, write_row_table
+
+LEVELS = (0.05, 0.01)
+_COLUMNS = ["p_value", "distance"]
+_SHOWN = 10  # rows that are named on the terminal
+
+
+def require_own_file(path: Path, *, is_table: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that this command did not write."""
+    if is_table:
+        is_ours = begins_with(path, ["row_index", *_COLUMNS])
+        require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
+    else:
+        is_ours = is_reference(path)
+        require_replaceable(path, "--fit", "reference of mlip outliers", is_ours=is_ours)
+
+
+def write_reference(
+    opened: Any, config: Config, manifest: Manifest, path: Path, *, split: str, device: str
+) -> str:
+    """The reference of the split's images in `path`; what was made, in a line."""
+    images, rows, bad = encode_rows(
+        opened, config, manifest, split, most=MOST_REFERENCE, device=device
+    )
+    made_of = {**made_with(opened), "images": str(len(rows)), "split": split}
+    reference = fit_reference(
+        images, manifest.patient_key[rows], seed=config.run.seed, made_of=made_of
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_reference(reference, path)
+    ranked = len(reference.ranked)
+    return (
+        f"{path}: {len(rows) - ranked} images for mean and covariance, {ranked} to rank among "
+        f"(smallest p {1 / (1 + ranked):.2g}){unread(bad)}"
+    )
+
+
+def write_outliers(
+    opened: Any,
+    config: Config,
+    manifest: Manifest,
+    reference_path: Path,
+    out: Path,
+    *,
+    split: str,
+    device: str,
+) -> list[str]:
+    """A CSV of row_index, p_value, distance and reason (of images that cannot be read), by row.
+
+    Rows are numbers of manifest rows, from 0: files and patients stay in the manifest.
+    Returns: lines for the terminal
+    """
+    reference = load_reference(reference_path, opened)
+    images, rows, bad = encode_rows(opened, config, manifest, split, most=None, device=device)
+    distances = reference.distances(images)
+    p_values = reference.share_as_far(distances)
+    lines = {
+        int(row): (f"{p:.6g}", f"{distance:.6g}")
+        for row, p, distance in zip(rows, p_values, distances, strict=True)
+    }
+    write_row_table(out, _COLUMNS, lines, bad)
+    return [
+        *_summary(rows, p_values, distances),
+        f"{out}: {len(lines) + len(bad)} rows{unread(bad)}",
+    ]
+
+
+def _summary(rows: Array, p_values: Array, distances: Array) -> list[str]:
+    counts = ", ".join(
+        f"{int((p_values <= level).sum())} with p <= {level} ({len(rows) * level:.0f} of images "
+        "like the reference's)"
+        for level in LEVELS
+    )
+    farthest = rows[distances.argsort()[::-1][:_SHOWN]]
+    named = ", ".join(str(int(row)) for row in farthest)
+    return [f"{len(rows)} images: {counts}", f"farthest first, rows {named}"]

@@ -1,0 +1,92 @@
+"""The images of some rows of a manifest, encoded batch by batch with an open model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.config import Config
+from mlip.dataloading.loader import Loader, build_loader
+from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.transfer.array import Array
+from mlip.transfer.features import ImageBank, encode_images
+from mlip.transfer.films.row_table import told
+
+ROWS_AT_ONCE = 128
+
+
+def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows: Array) -> Loader:
+    """Batches of these rows of the split as the model reads them, in their order."""
+    return build_loader(
+        config,
+        manifest,
+        split=split,
+        train=False,
+        tokenizer=opened.tokenizer,
+        linker=opened.linker,
+        table=opened.table,
+        with_report=False,
+        rows=rows,
+        global_pairs=min(ROWS_AT_ONCE, len(rows)),
+    )
+
+
+class RowImages:
+    """Iterate for the ImageBanks of a split's rows; `bad` says then what could not be read.
+
+    Rows without a report take part where the manifest was read with data.empty_report=image_only.
+
+    split  a split, or "all": of every split and of none
+    most   at most so many rows, drawn by run.seed
+    bad    row -> reason
+    Raises:  ManifestError for a split without rows or whose images can none be read
+    """
+
+    def __init__(
+        self,
+        opened: Any,
+        config: Config,
+        manifest: Manifest,
+        split: str,
+        *,
+        device: str,
+        most: int | None = None,
+    ) -> None:
+        self._model, self._data, self._device = opened.model, config.data, torch.device(device)
+        self._asked, self._path = split, manifest.path
+        if split == "all":
+            split = "test"
+            everywhere = np.full_like(manifest.split, SPLITS.index(split))
+            manifest = dataclasses.replace(manifest, split=everywhere)
+        rows = manifest.rows(split, with_report=False)
+        if len(rows) == 0:
+            raise ManifestError(
+                f"{manifest.path}: split {self._asked!r} has none of its {len(manifest)} rows: "
+                "choose another --split"
+            )
+        if most is not None and len(rows) > most:
+            drawn = np.random.default_rng(config.run.seed).choice(rows, most, replace=False)
+            rows = np.sort(drawn)
+        self._loader = row_loader(opened, config, manifest, split, rows)
+        self.bad: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[ImageBank]:
+        found = False
+        try:
+            for batch in self._loader:
+                if len(batch):
+                    found = True
+                    mean, std = self._data.mean, self._data.std
+                    yield encode_images(self._model, batch, mean=mean, std=std, device=self._device)
+        finally:
+            self._loader.close()
+        self.bad = dict(self._loader.ledger.bad)
+        if not found:
+            raise ManifestError(
+                f"{self._path}: no image of split {self._asked!r} can be read "
+                f"({told(self.bad)}): is data.root the folder of the images?"
+            )

@@ -1,0 +1,231 @@
+"""Detection on an encoder's levels: boxes of one or several classes, encoder frozen or tuned.
+
+Source:  ssl_detector.py and yolo_loss.py of HKU-MedAI/MGCA: YOLOv3 head on the three coarsest
+levels, AdamW, early stopping on val. Ours: whole images letterboxed, boxes never edited in place,
+frozen encoders in eval mode, a head for ViT, mAP that counts every image beside the published form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.transfer.array import Array
+from mlip.transfer.fits.boxes import box_iou
+from mlip.transfer.fits.encoder import Encoder, Start
+from mlip.transfer.fits.fitting import Record, fit, shuffled_batches
+from mlip.transfer.fits.framed_task import FramedTask
+from mlip.transfer.fits.yolo import YoloHead, decode, yolo_loss
+from mlip.transfer.measures.average_precision import (
+    Found,
+    Truth,
+    detection_measures,
+    detection_scores,
+    match,
+    mean_average_precision,
+)
+from mlip.transfer.measures.froc import froc_scores
+from mlip.transfer.measures.interval import patient_resamples
+from mlip.transfer.measures.predictions import Series
+from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.truth.annotations import check_inside
+
+ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
+SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
+
+
+class Detection(FramedTask):
+    """The task for one manifest: rows, boxes, fits and their scores."""
+
+    truth_name = "a box"  # what every draw of training rows has to show
+
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
+        self.annotations.require_box_names()
+        self.classes = list(config.transfer.classes) or [ANY_CLASS]
+        self._boxes: dict[int, Truth] = {}
+
+    def rows(self, split: str) -> Array:
+        """All rows of the split that were looked at: an image without a box counts too."""
+        rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
+        return self.annotations.looked_at(rows)
+
+    def truth(self, row: int) -> Truth:
+        """The row's boxes in px of the encoder's input; the arrays are read-only."""
+        if row not in self._boxes:
+            boxes = self.annotations.boxes(row)
+            size = boxes.size or self.images.read(row)[1]
+            check_inside(boxes.corners, size, f"{self.manifest.path}: data row {row + 1}")
+            place = {name: k for k, name in enumerate(self.transfer.classes)}
+            labels = [place.get(n, -1) if place else 0 for n in boxes.names]
+            kept = np.array([k >= 0 for k in labels], dtype=bool)
+            corners = self.frame.boxes(boxes.corners[kept], size)
+            chosen = np.array(labels, dtype=np.int64)[kept]
+            corners.flags.writeable = chosen.flags.writeable = False
+            self._boxes[row] = Truth(corners, chosen)
+        return self._boxes[row]
+
+    def positive(self, rows: Array) -> Array:
+        return np.array([len(self.truth(r).corners) > 0 for r in rows.tolist()], dtype=bool)
+
+    def _inputs(
+        self, encoder: Encoder, rows: Array, epoch: int | None, seed: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The encoder's levels, boxes and labels of a batch; augmented together where an epoch is
+        given."""
+        levels, matrices = self._levels(encoder, rows, epoch, seed)
+        boxes, labels = [], []
+        for row, matrix in zip(rows.tolist(), matrices, strict=True):
+            truth = self.truth(row)
+            corners, kept = warp_boxes(truth.corners, matrix, self.side)
+            boxes.append(torch.from_numpy(corners.astype(np.float32)))
+            labels.append(torch.from_numpy(truth.labels[kept]))
+        return levels, boxes, labels
+
+    def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
+        """(predict: rows -> Found per image, record)"""
+        transfer = self.transfer
+        encoder = self._encoder(start)
+        torch.manual_seed(seed)
+        head = self._head(YoloHead(encoder, self.side, len(self.classes), transfer.decoder_width))
+
+        def loss_of(outputs: list[Tensor], boxes: list[Tensor], labels: list[Tensor]) -> Tensor:
+            return yolo_loss(outputs, head, boxes, labels, transfer.box_loss)
+
+        def predicted(levels: list[Tensor]) -> list[Tensor]:
+            with self._precision():
+                raw = head(levels)
+            return [r.float() for r in raw]
+
+        def losses(epoch: int) -> Iterator[Tensor]:
+            fewest = transfer.epoch_steps
+            for number, rows in shuffled_batches(train, transfer.batch, seed, epoch, fewest):
+                drawn = number if transfer.augment else None
+                levels, boxes, labels = self._inputs(encoder, rows, drawn, seed)
+                yield loss_of(predicted(levels), boxes, labels)
+
+        def outputs(rows: Array) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
+            for at in range(0, len(rows), transfer.batch):
+                part = rows[at : at + transfer.batch]
+                with torch.no_grad():
+                    levels, boxes, labels = self._inputs(encoder, part, None, seed)
+                    raw = predicted(levels)
+                yield len(part), raw, boxes, labels
+
+        def predict(rows: Array) -> list[Found]:
+            return [
+                Found(*parts)
+                for _, raw, _, _ in outputs(rows)
+                for parts in decode(
+                    raw, head, score_cut=transfer.score_cut, nms_iou=transfer.nms_iou
+                )
+            ]
+
+        def validate() -> tuple[float, float | None]:
+            total, found = 0.0, []
+            for count, raw, boxes, labels in outputs(val):
+                total += float(loss_of(raw, boxes, labels)) * count
+                if transfer.monitor == "score":
+                    cut = {"score_cut": transfer.score_cut, "nms_iou": transfer.nms_iou}
+                    found += [Found(*parts) for parts in decode(raw, head, **cut)]
+            score = self._val_score(val, found) if transfer.monitor == "score" else None
+            return total / len(val), score
+
+        return predict, fit(head, encoder, transfer, losses, validate)
+
+    def _val_score(self, val: Array, found: list[Found]) -> float | None:
+        truth = [self.truth(r) for r in val.tolist()]
+        matches = match(truth, found, self.transfer.iou_thresholds, len(self.classes))
+        value = float(mean_average_precision(matches, np.ones((1, len(val))))[0])
+        return value if np.isfinite(value) else None
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> list[Found]:
+        return fitted(test)
+
+    def score(
+        self,
+        predictions: list[list[Found]],
+        val: Array,
+        test: Array,
+        groupings: Sequence[Grouping],
+    ) -> dict[str, Any]:
+        """mAP of test in both forms and FROC over the seeds' fits."""
+        patients = self.manifest.patient_key[test]
+        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
+        truth = [self.truth(r) for r in test.tolist()]
+        scores = detection_scores(
+            truth,
+            predictions,
+            weights,
+            thresholds=self.transfer.iou_thresholds,
+            classes=self.classes,
+            score_cut=self.transfer.score_cut,
+            compat_score_cut=self.transfer.compat_score_cut,
+        )
+        measure = detection_measures(
+            truth,
+            predictions,
+            weights,
+            patients,
+            thresholds=self.transfer.iou_thresholds,
+            classes=self.classes,
+            score_cut=self.transfer.score_cut,
+        )
+        return {
+            **scores,
+            "froc": froc_scores(truth, predictions, weights),
+            "subgroups": subgroup_scores(groupings, patients, measure),
+        }
+
+    def series(self, prediction: Any, test: Array, method: str, seed: int) -> list[Series]:
+        """None: an average precision is no mean over images."""
+        return []
+
+    def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
+        """Test images whose true boxes the best predictions overlap least."""
+        shown = []
+        for i, row in enumerate(test.tolist()):
+            truth, found = self.truth(row), prediction[i]
+            best = np.argsort(-found.scores, kind="stable")[: max(1, len(truth.corners))]
+            corners = found.corners[best]
+            if len(truth.corners) == 0:
+                continue
+            overlap = 0.0
+            if len(corners):
+                pairs = box_iou(
+                    torch.tensor(truth.corners), torch.from_numpy(corners.astype(np.float64))
+                )
+                overlap = float(pairs.max(dim=1).values.mean())
+            shown.append(
+                {
+                    "row": row,
+                    "caption": f"mean overlap {overlap:.2f}",
+                    "overlap": overlap,
+                    "predicted_boxes": corners.tolist(),
+                    "scores": found.scores[best].tolist(),
+                }
+            )
+        shown.sort(key=lambda s: s["overlap"])
+        return shown[:most]
+
+
+def warp_boxes(corners: Array, matrix: Array | None, side: int) -> tuple[Array, Array]:
+    """(extents of the mapped boxes cut to the picture, which boxes are still there); new arrays."""
+    if matrix is None or len(corners) == 0:
+        return corners.copy(), np.arange(len(corners))
+    x0, y0, x1, y1 = corners.T
+    points = np.stack([[x0, x1, x1, x0], [y0, y0, y1, y1]])  # [2, 4, n]
+    moved = np.einsum("ij,jkn->ikn", matrix[:, :2], points) + matrix[:, 2][:, None, None]
+    whole = np.concatenate([moved.min(axis=1), moved.max(axis=1)]).T
+    cut = whole.clip(0.0, float(side))
+
+    def area(c: Array) -> Array:
+        return (c[:, 2] - c[:, 0]) * (c[:, 3] - c[:, 1])
+
+    kept = np.flatnonzero(area(cut) > SMALLEST_SHARE * area(whole))
+    return cut[kept], kept

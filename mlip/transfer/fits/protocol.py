@@ -1,0 +1,209 @@
+"""A trained task from manifest to results: fractions x seeds, val for choices, test once per fit.
+
+Results are plain JSON values but for "pictures" (PNG as base64, for the page) and "predictions"
+(the scores of every test image).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.config import Config, to_dict
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.encoders.vision import VisionEncoder
+from mlip.transfer.array import Array
+from mlip.transfer.draws import SPLITS, HeldOut, Splits, balance, divide, draw_fraction
+from mlip.transfer.fingerprint import (
+    hash_of,
+    image_preprocessing,
+    run_name,
+    source_commit,
+    versions,
+)
+from mlip.transfer.fits.classification import Classification
+from mlip.transfer.fits.detection import Detection
+from mlip.transfer.fits.encoder import open_start
+from mlip.transfer.fits.pictures import example_pictures
+from mlip.transfer.fits.segmentation import Segmentation
+from mlip.transfer.frames import Images, crop_of, frame_of
+from mlip.transfer.measures.predictions import Series, predictions_of
+from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.truth.annotations import Annotations
+from mlip.transfer_settings import at_fraction
+
+SCHEMA = 1
+TASKS: dict[str, Any] = {
+    "classification": Classification,
+    "segmentation": Segmentation,
+    "detection": Detection,
+}
+
+
+def transfer_run(
+    config: Config,
+    manifest: Manifest,
+    vision: VisionEncoder | Mapping[int, VisionEncoder] | None,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The task of config.transfer, trained for every fraction and seed and scored on test.
+
+    vision   the checkpoint's encoder, or one for each of transfer.seeds where every seed has a
+             pre-training of its own (None: transfer.start is imagenet or random)
+    facts    what is known of its training: step, pairs_seen, checkpoint
+    Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
+             fits}], "fingerprints", "versions", "config", "pictures", "predictions"}
+    Raises:  ManifestError for data the task cannot use; ValueError for broken features;
+             TransferError for a loss that is not finite.
+    """
+    began = time.perf_counter()
+    transfer = config.transfer
+    manifest = dataclasses.replace(manifest, keep_without_report=True)
+    images = Images(config, manifest, frame_of(config))
+    try:
+        annotations = Annotations(config, manifest)
+        device = torch.device(device)
+        task = TASKS[transfer.task](config, manifest, annotations, images, device)
+        splits, unused = _splits(config, manifest, task, images)
+        groupings = read_groupings(config, manifest, splits.test)  # refused before hours of fits
+        draws = _draws(config, manifest, task, splits)
+        fractions, used = [], {}
+        test = HeldOut(splits.test)
+        pictures: list[dict[str, Any]] = []
+        series: list[Series] = []
+        for percent in transfer.fractions:
+            fits, predictions = [], []
+            task.transfer = at_fraction(transfer, percent)
+            for seed in transfer.seeds:
+                own = vision[seed] if isinstance(vision, Mapping) else vision
+                start = open_start(config, own, seed)
+                used[seed] = start.weights_hash
+                rows = draws[percent, seed]
+                fitted, record = task.fit(start, rows, splits.val, seed)
+                predictions.append(
+                    task.predict(fitted, rows, splits.val, test.open((percent, seed)))
+                )
+                fits.append(
+                    {
+                        "seed": seed,
+                        "rows": len(rows),
+                        "patients": len(np.unique(manifest.patient_key[rows])),
+                        "rows_hash": hash_of(sorted(map(manifest.image_path, rows.tolist()))),
+                        **record.as_dict(),
+                    }
+                )
+                say(
+                    f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
+                    f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
+                )
+            for seed, prediction in zip(transfer.seeds, predictions, strict=True):
+                series += task.series(prediction, splits.test, f"{percent:g} %", seed)
+            scores = task.score(predictions, splits.val, splits.test, groupings)
+            fractions.append({"percent": percent, "scores": scores, "fits": fits})
+            pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
+    finally:
+        images.close()
+    return {
+        "schema": SCHEMA,
+        "kind": "transfer",
+        "run": {
+            "name": run_name(config),
+            "seeds": list(transfer.seeds),
+            "device": str(device),
+            "commit": source_commit(),
+            **(facts or {}),
+            "seconds": round(time.perf_counter() - began, 1),
+        },
+        "task": {
+            "name": transfer.task,
+            "encoder": transfer.encoder,
+            "start": transfer.start,
+            "classes": list(getattr(task, "classes", [])),
+        },
+        "data": {**_account(manifest, task, splits), "unused": unused},
+        "fractions": fractions,
+        "fingerprints": {
+            "weights": [used[seed] for seed in transfer.seeds]
+            if len(set(used.values())) > 1
+            else next(iter(used.values())),
+            "splits": splits.hash,
+            "manifest": manifest.fingerprint,
+            "preprocessing": hash_of(image_preprocessing(config)),
+            "frame": hash_of(_frame(config)),
+            "settings": hash_of(to_dict(config)),
+        },
+        "versions": versions(),
+        "config": to_dict(config),
+        "pictures": pictures,
+        "predictions": predictions_of(series, config, manifest, "test", splits.test),
+    }
+
+
+def _splits(
+    config: Config, manifest: Manifest, task: Any, images: Images
+) -> tuple[Splits, dict[str, int]]:
+    """(the rows of each split, how many rows of the manifest's splits are none for the task)"""
+    usable: dict[str, Array] = {}
+    bad: dict[str, int] = {}
+    unused: dict[str, int] = {}
+    for split in SPLITS:
+        rows = task.rows(split)
+        unused[split] = len(manifest.rows(split, with_report=False)) - len(rows)
+        usable[split], reasons = images.usable(rows)
+        for reason, count in reasons.items():
+            bad[reason] = bad.get(reason, 0) + count
+    return divide(manifest, config.transfer.val_share, usable, bad), unused
+
+
+def _draws(
+    config: Config, manifest: Manifest, task: Any, splits: Splits
+) -> dict[tuple[float, int], Array]:
+    """Training rows by (percent, seed), all of them looked at before the first fit.
+
+    Raises:  ManifestError for a draw without a mask or box: it teaches nothing but silence.
+    """
+    draws: dict[tuple[float, int], Array] = {}
+    for percent in config.transfer.fractions:
+        for seed in config.transfer.seeds:
+            rows = splits.train
+            if config.transfer.balance:
+                rows = balance(rows, task.positive(rows), seed)
+            rows = draw_fraction(rows, manifest.patient_key[rows], percent, seed)
+            if task.truth_name is not None and not task.positive(rows).any():
+                raise ManifestError(
+                    f"{manifest.path}: none of the {len(rows)} training images drawn ({percent:g} "
+                    f"%, seed {seed}) has {task.truth_name} of the classes asked for: raise "
+                    "transfer.fractions, or check transfer.classes and transfer.columns"
+                )
+            draws[percent, seed] = rows
+    return draws
+
+
+def _frame(config: Config) -> Any:
+    """How an image is laid before the encoder, to be hashed."""
+    frame, crop = frame_of(config), crop_of(config)
+    if frame is not None:
+        return dataclasses.asdict(frame)
+    return "crop" if crop == config.data else ["crop", crop.resize_px, crop.crop_px]
+
+
+def _account(manifest: Manifest, task: Any, splits: Splits) -> dict[str, Any]:
+    return {
+        "splits": {
+            split: {
+                "images": len(splits[split]),
+                "patients": len(np.unique(manifest.patient_key[splits[split]])),
+                "with_a_positive": int(task.positive(splits[split]).sum()),
+            }
+            for split in SPLITS
+        },
+        "unreadable": splits.unreadable,
+    }

@@ -1,0 +1,204 @@
+"""Segmentation on an encoder's levels: one mask per image, encoder frozen or tuned.
+
+Source:  ssl_segmenter.py and segmentation_dataset.py of HKU-MedAI/MGCA: U-Net decoder (ViT:
+SETR-PUP), 10 focal - log(soft Dice), threshold 0.5. Ours: masks by nearest neighbour through the
+image's own letterbox, frozen encoders in eval mode, Dice in three forms with intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlip.config import Config
+from mlip.transfer.array import Array
+from mlip.transfer.fits.decoders import make_decoder
+from mlip.transfer.fits.encoder import Encoder, Start
+from mlip.transfer.fits.fitting import Record, fit, shuffled_batches
+from mlip.transfer.fits.framed_task import FramedTask
+from mlip.transfer.frames import warp
+from mlip.transfer.measures.dice import (
+    Counts,
+    count,
+    dice_measures,
+    dice_per_image,
+    dice_scores,
+    join,
+)
+from mlip.transfer.measures.interval import patient_resamples
+from mlip.transfer.measures.predictions import Series, of_marks
+from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.truth.mask_file import IGNORED, INSIDE
+
+FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
+THRESHOLD_LOGIT = 0.0  # a probability of one half
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """10 focal(gamma 2) - log(soft Dice over the batch as one image, smooth 1); scalar.
+
+    Shapes:  logits [B, 1, H, W]; masks [B, H, W] uint8, IGNORED pixels have no part in it
+    Source:  MGCA's MixedLoss, in logits throughout.
+    """
+    seen = (masks != IGNORED).to(logits.dtype)
+    truth = (masks == INSIDE).to(logits.dtype)
+    shown = logits[:, 0]
+    entropy = F.binary_cross_entropy_with_logits(shown, truth, reduction="none")
+    # 1 - p of the true class, from its logarithm: nothing underflows
+    wrong = F.logsigmoid(-shown * (2.0 * truth - 1.0))
+    focal = ((FOCAL_GAMMA * wrong).exp() * entropy * seen).sum() / seen.sum().clamp_min(1.0)
+    probability = shown.sigmoid() * seen
+    overlap = (probability * truth).sum()
+    dice = (2.0 * overlap + DICE_SMOOTH) / (probability.sum() + truth.sum() + DICE_SMOOTH)
+    return FOCAL_WEIGHT * focal - dice.log()
+
+
+class Segmentation(FramedTask):
+    """The task for one manifest: rows, masks, fits and their scores."""
+
+    truth_name = "a mask"  # what every draw of training rows has to show
+
+    def __init__(self, config: Config, *parts: Any) -> None:
+        super().__init__(config, *parts)
+        if self.transfer.mask_source == "boxes":
+            self.annotations.require_box_names()
+        self._masks: dict[int, Array] = {}
+
+    def rows(self, split: str) -> Array:
+        """Rows of the split that have a mask, empty ones included."""
+        rows = self.annotations.of_subset(self.manifest.rows(split, with_report=False), split)
+        if self.transfer.mask_source == "mask" and self.annotations.masks_are_files:
+            rows = rows[np.array([self.annotations.has_mask(r) for r in rows.tolist()], dtype=bool)]
+        if self.transfer.mask_source == "boxes":
+            rows = self.annotations.looked_at(rows)
+        return rows
+
+    def mask(self, row: int) -> Array:
+        """[side, side] uint8 of INSIDE, IGNORED, 0; kept compressed."""
+        if row not in self._masks:
+            _, size = self.images.read(row)
+            mask = self.frame.mask(self.annotations.mask(row, size))
+            self._masks[row] = cv2.imencode(".png", mask)[1]
+        kept = cv2.imdecode(self._masks[row], cv2.IMREAD_GRAYSCALE)
+        assert kept is not None
+        return kept
+
+    def masks(self, rows: Array) -> Array:
+        return np.stack([self.mask(r) for r in rows.tolist()])
+
+    def positive(self, rows: Array) -> Array:
+        return np.array([(self.mask(r) == INSIDE).any() for r in rows.tolist()], dtype=bool)
+
+    def _inputs(
+        self, encoder: Encoder, rows: Array, epoch: int | None, seed: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The encoder's levels and masks of a batch; augmented together where an epoch is given."""
+        levels, matrices = self._levels(encoder, rows, epoch, seed)
+        masks = [
+            warp(self.mask(row), matrix, nearest=True)
+            for row, matrix in zip(rows.tolist(), matrices, strict=True)
+        ]
+        return levels, torch.from_numpy(np.stack(masks)).to(self.device)
+
+    def fit(self, start: Start, train: Array, val: Array, seed: int) -> tuple[Any, Record]:
+        """(predict: rows -> logits in batches, record)"""
+        transfer = self.transfer
+        encoder = self._encoder(start)
+        torch.manual_seed(seed)
+        decoder = self._head(make_decoder(encoder, self.side, transfer.decoder_width))
+
+        def losses(epoch: int) -> Iterator[Tensor]:
+            fewest = transfer.epoch_steps
+            for number, rows in shuffled_batches(train, transfer.batch, seed, epoch, fewest):
+                drawn = number if transfer.augment else None
+                levels, masks = self._inputs(encoder, rows, drawn, seed)
+                with self._precision():
+                    shown = decoder(levels)
+                yield mask_loss(shown.float(), masks)
+
+        def logits(rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
+            for at in range(0, len(rows), transfer.batch):
+                part = rows[at : at + transfer.batch]
+                with torch.no_grad():
+                    levels, masks = self._inputs(encoder, part, None, seed)
+                    with self._precision():
+                        shown = decoder(levels)
+                yield part, shown.float(), masks
+
+        def validate() -> tuple[float, float | None]:
+            total, counts = 0.0, []
+            for part, shown, masks in logits(val):
+                total += float(mask_loss(shown, masks)) * len(part)
+                counts.append(
+                    count((shown[:, 0] > THRESHOLD_LOGIT).cpu().numpy(), masks.cpu().numpy())
+                )
+            return total / len(val), float(dice_per_image(join(counts)).mean())
+
+        return logits, fit(decoder, encoder, transfer, losses, validate)
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Any]:
+        """Counts of test, and the predicted masks as packed bits for the page."""
+        counts, packed = [], []
+        for _, shown, masks in fitted(test):
+            called = (shown[:, 0] > THRESHOLD_LOGIT).cpu().numpy()
+            if not bool(torch.isfinite(shown).all()):
+                raise ValueError("the decoder's logits hold NaN or infinite values")
+            counts.append(count(called, masks.cpu().numpy()))
+            packed.append(np.packbits(called.reshape(len(called), -1), axis=1))
+        return {"counts": join(counts), "masks": np.concatenate(packed)}
+
+    def score(
+        self,
+        predictions: list[dict[str, Any]],
+        val: Array,
+        test: Array,
+        groupings: Sequence[Grouping],
+    ) -> dict[str, Any]:
+        """Dice of test in its three forms over the seeds' fits."""
+        patients = self.manifest.patient_key[test]
+        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
+        by_seed: list[Counts] = [p["counts"] for p in predictions]
+        return {
+            "dice": dice_scores(by_seed, weights),
+            "images": len(test),
+            "images_with_truth": int((by_seed[0].truth > 0).sum()),
+            "headline": "dice.published",
+            "subgroups": subgroup_scores(
+                groupings, patients, dice_measures(by_seed, weights, patients)
+            ),
+        }
+
+    def series(
+        self, prediction: dict[str, Any], test: Array, method: str, seed: int
+    ) -> list[Series]:
+        """One fit's Dice of every test image, in its published form, and of those with truth."""
+        counts: Counts = prediction["counts"]
+        each, truth = dice_per_image(counts), counts.truth > 0
+        return [
+            of_marks(method, seed, "mask", "dice", test, each),
+            of_marks(method, seed, "mask", "dice_positive", test[truth], each[truth]),
+        ]
+
+    def worst(self, prediction: dict[str, Any], test: Array, most: int) -> list[dict[str, Any]]:
+        """The test images with the lowest Dice (with credit), those with truth first."""
+        counts: Counts = prediction["counts"]
+        each = dice_per_image(counts)
+        order = np.lexsort((np.arange(len(each)), counts.truth == 0, each))[:most]
+        return [
+            {
+                "row": int(test[i]),
+                "caption": f"Dice {each[i]:.2f}",
+                "predicted": self.unpack(prediction, i),
+            }
+            for i in order.tolist()
+        ]
+
+    def unpack(self, prediction: dict[str, Any], i: int) -> Array:
+        bits = np.unpackbits(prediction["masks"][i], count=self.side * self.side)
+        return bits.reshape(self.side, self.side).astype(bool)

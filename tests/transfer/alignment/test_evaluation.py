@@ -1,0 +1,247 @@
+"""One whole evaluation of an untrained model: what it must and must not contain."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlip.dataloading.loader import pair_ids_by_concepts
+from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.knowledge.linker import Mention
+from mlip.transfer.alignment.evaluation import choose_rows, encode_split, evaluate_run
+from mlip.transfer.alignment.prompts import phrase_encoder
+from mlip.transfer.draws import splits_hash
+from mlip.transfer.fingerprint import hash_of_weights
+from mlip.transfer.results_file import save_results
+from mlip.transfer.summary import summary_lines
+from tests.small_run import small_results, small_run
+
+
+def test_every_score_has_n_and_an_interval_around_it() -> None:
+    results = small_results()
+    seen = []
+
+    def walk(value: object) -> None:
+        if isinstance(value, dict):
+            if {"value", "low", "high", "n", "reason"} <= value.keys():
+                seen.append(value)
+                assert isinstance(value["n"], int)
+                if value["value"] is None:
+                    assert value["reason"]
+                elif value["low"] is not None:
+                    assert value["low"] <= value["value"] + 0.2 and value["low"] <= value["high"]
+            for child in value.values():
+                walk(child)
+        elif isinstance(value, list):
+            for child in value:
+                walk(child)
+
+    walk({k: v for k, v in results.items() if k != "examples"})
+    assert len(seen) > 60
+
+
+def test_all_findings_of_the_phantoms_are_scored_against_their_true_labels() -> None:
+    run, results = small_run(), small_results()
+    rows = run.manifest.rows("test").tolist()
+    found = {row["finding"]: row for row in results["zero_shot"]["findings"]}
+    assert found.keys() == set(CONCEPT_IDS)
+    for finding, row in found.items():
+        assert row["n"] == len(rows)
+        assert row["positives"] == sum(finding in run.manifest.labels(r) for r in rows)
+
+
+def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> None:
+    retrieval = small_results()["retrieval"]
+    assert retrieval["scores"].keys() == {"global", "local", "combined"}
+    for direction in ("image_to_text", "text_to_image"):
+        best = retrieval["oracle"][direction]["recall@10"]["value"]
+        assert best >= 0.95
+        assert best > retrieval["scores"]["global"][direction]["recall@1"]["value"]
+    assert retrieval["chance"]["recall@10"] >= 10 / 16
+
+
+def test_a_setting_of_training_makes_no_more_answers_right() -> None:
+    # the page says that pairs of one study or one text are right for each other
+    class OneConcept:
+        def link(self, text: str) -> list[Mention]:
+            return [Mention("pulmonary_edema", 0, 1, "present")]
+
+    run = small_run()
+    knowledge = dataclasses.replace(run.config.knowledge, pair_id_by_concepts=True)
+    config = dataclasses.replace(run.config, knowledge=knowledge)
+    rows, parts = run.manifest.rows("test"), (run.tokenizer, OneConcept(), run.table)
+    joined = pair_ids_by_concepts(run.manifest, rows, phrase_encoder(config, *parts))
+    assert len(np.unique(joined[rows])) == 1
+    device = torch.device("cpu")
+    _, _, beside = encode_split(run.model, config, run.manifest, rows, *parts, device)
+    assert beside["pair_id"].tolist() == run.manifest.pair_id[rows].tolist()
+
+
+def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls() -> None:
+    run, grounding = small_run(), small_results()["grounding"]
+    present = {f for r in run.manifest.rows("test").tolist() for f in run.manifest.labels(r)}
+    for kind in ("keyword", "sentence"):
+        rows = {row["finding"]: row for row in grounding[kind]["findings"]}
+        assert rows.keys() <= present and len(rows) >= len(present) - 1
+        for row in rows.values():
+            assert 0 < row["area"] < 1 and row["n"] > 0
+            assert row["swapped"]["value"] is not None
+            # generated studies have a mask for every finding, inside its box
+            assert row["mask"]["n"] == row["n"] and 0 < row["mask"]["area"] <= row["area"]
+
+
+def test_the_saved_results_are_strict_json_without_report_text(tmp_path: Path) -> None:
+    run, results = small_run(), small_results()
+    text = save_results(results, tmp_path / "deep" / "results.json").read_text()
+    read = json.loads(text)
+    assert "examples" not in read and read["run"]["step"] == 7
+    for row in run.manifest.rows("test").tolist():
+        assert run.manifest.text(row) not in text
+    written = sorted(path.name for path in (tmp_path / "deep").iterdir())
+    assert written == ["predictions.parquet", "results.json"]
+
+
+def test_fingerprints_name_weights_data_and_preprocessing() -> None:
+    run, results = small_run(), small_results()
+    assert results["fingerprints"]["manifest"] == run.manifest.fingerprint
+    assert results["fingerprints"]["concept_table"] == run.table.fingerprint
+    changed = copy.deepcopy(run.model)
+    with torch.no_grad():
+        changed.scales.log_scale.add_(1e-6)
+    assert results["fingerprints"]["weights"] == hash_of_weights(run.model)
+    assert results["fingerprints"]["weights"] != hash_of_weights(changed)
+
+
+def test_a_result_names_its_splits_its_scored_rows_and_its_seed() -> None:
+    """The splits' hash is that of a trained task; one more image in any split changes it."""
+    import dataclasses
+
+    from mlip.transfer.fingerprint import fingerprints
+
+    run, results = small_run(), small_results()
+    rows = {name: run.manifest.rows(name, with_report=False) for name in ("train", "val", "test")}
+    found = results["fingerprints"]
+    assert found["splits"] == splits_hash(run.manifest, rows)
+    fewer = {**rows, "train": rows["train"][1:]}
+    assert found["splits"] != splits_hash(run.manifest, fewer)
+    assert results["run"]["seed"] == run.config.run.seed
+    assert {"weights", "splits", "rows", "preprocessing"} <= found.keys()
+    half = dataclasses.replace(
+        run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=9)
+    )
+    chosen = choose_rows(half, run.manifest)
+    other = fingerprints(run.model, half, run.manifest, run.tokenizer, run.table, chosen)
+    assert other["splits"] == found["splits"] and other["rows"] != found["rows"]
+
+
+def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error() -> None:
+    run = small_run()
+    broken = copy.deepcopy(run.model).train()
+    with torch.no_grad():
+        next(broken.image_head.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="image features hold NaN"):
+        evaluate_run(broken, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+    assert broken.training
+
+
+def test_more_rows_than_asked_for_are_a_keyed_choice() -> None:
+    import dataclasses
+
+    run = small_run()
+    few = dataclasses.replace(
+        run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=9)
+    )
+    chosen = choose_rows(few, run.manifest)
+    assert len(chosen) == 9 == len(np.unique(chosen))
+    np.testing.assert_array_equal(chosen, choose_rows(few, run.manifest))
+    assert set(chosen.tolist()) <= set(run.manifest.rows("test").tolist())
+
+
+def test_the_summary_says_each_headline_number() -> None:
+    lines = "\n".join(summary_lines(small_results()))
+    for part in ("zero-shot AUROC", "recall@10 of 16", "pointing by keyword", "Pneumothorax"):
+        assert part in lines
+
+
+def test_all_rows_are_one_pool_too_and_pointing_has_its_overlap() -> None:
+    results = small_results()
+    whole = results["retrieval"]["whole"]
+    assert whole["n"] == results["data"]["reports"]
+    assert whole["scores"].keys() == {"image_to_text", "text_to_image"}
+    row = results["grounding"]["keyword"]["all"]
+    assert 0.0 <= row["miou"]["value"] <= 1.0
+    # this run has no val split: no threshold can be chosen, and that is said
+    assert "no val rows" in results["zero_shot"]["at_thresholds"]["reason"]
+
+
+def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings of configs/transfer/chexpert_zero_shot.yaml, on generated studies."""
+    import csv
+
+    from mlip.config import load
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.report.run_page import render
+
+    run = small_run()
+    with open(run.folder / "data" / "manifest.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    named = ("Nodule", "Pneumothorax")
+    for i, row in enumerate(rows):
+        row["subset"] = "5x200" if row["split"] == "test" and i % 2 else ""
+        row["split"] = (
+            "val" if row["split"] == "train" and int(row["patient_id"][-1]) < 5 else (row["split"])
+        )
+        row["labels"] = named[i // 2 % 2]
+        row["sex"] = "FM"[i // 4 % 2]
+    path = tmp_path / "manifest.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    settings = [*run.settings, f"data.manifest={path}", f"data.root={run.folder / 'data'}"]
+    settings += ["transfer.columns.subset=subset", "evaluate.subset=5x200"]
+    settings += ["evaluate.exclusive=true", "evaluate.examples=0"]
+    settings += ["evaluate.subgroups={sex: []}", "evaluate.threshold_rule=sensitivity=0.9"]
+    for name, least in (("FEWEST_PATIENTS", 2), ("FEWEST_OF_EACH", 1)):
+        monkeypatch.setattr(f"mlip.transfer.measures.subgroups.{name}", least)
+    config = load([], settings)
+    results = evaluate_run(
+        *(run.model, config, load_manifest(config.data), run.tokenizer, run.linker, run.table)
+    )
+    assert results["data"]["images"] == 16
+    assert results["zero_shot"]["exclusive"]["global"]["plain"]["n"] == 16
+    assert results["zero_shot"]["at_thresholds"]["macro"]["local"]["f1"]["value"] is not None
+    (sex,) = results["zero_shot"]["subgroups"]
+    assert [group["images"] for group in sex["groups"]] == [8, 8]
+    for score in ("local", "global_specificity"):
+        assert sex["groups"][0]["macro"][score]["value"] is not None
+        assert sex["groups"][0]["difference"][score]["low"] is not None
+    by_class = results["retrieval"]["by_class"]["image_to_text"]
+    assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
+    lines = "\n".join(summary_lines(results))
+    results["zero_shot"]["labels_without_concept"] = ["Hernia"]
+    assert "not scored, no concept: Hernia" in "\n".join(summary_lines(results))
+    for part in (
+        "F1 at val thresholds",
+        "by sex",
+        "accuracy, plain",
+        "class precision image to text",
+    ):
+        assert part in lines
+    page = render(tmp_path, results)
+    for part in (
+        "evaluate.threshold_rule: sensitivity=0.9",
+        "By sex",
+        "whose one finding scores",
+        "Precision by class",
+    ):
+        assert part in page
+    assert "mIoU" in render(tmp_path, small_results())

@@ -1,0 +1,201 @@
+"""`mlip embed` where images are damaged, parts are damaged, or reports are missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlip.cli import main
+from mlip.transfer.features import encoded
+from mlip.transfer.films import embed as embedding
+from mlip.transfer.films import row_images
+from mlip.transfer.films.embed import write_embeddings
+from tests.small_run import small_export
+from tests.transfer.small_manifest import SECRETS, pictures, write
+
+TEST_ROWS = [i for i in range(30) if i % 5 >= 3]  # 12 rows: three parts of four
+PART_ROWS = 4
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Images of this test alone, embedded in small parts."""
+    defaults = {**write_embeddings.__kwdefaults__, "part_rows": PART_ROWS}
+    monkeypatch.setattr(write_embeddings, "__kwdefaults__", defaults)
+    return Path(shutil.copytree(pictures(), tmp_path / "images"))
+
+
+def embed(folder: Path, root: Path, *more: str, out: str = "out", **columns: Any) -> int:
+    settings = [*write(folder, **columns), f"data.root={root}", *more]
+    where = [f"checkpoint={small_export()}", "--split", "test", "--out", str(folder / out)]
+    return main(["embed", *settings, *where])
+
+
+def truncate(root: Path, *rows: int) -> None:
+    for row in rows:
+        path = root / f"{row}.png"
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def mend(root: Path, *rows: int) -> None:
+    for row in rows:
+        shutil.copy(pictures() / f"{row}.png", root / f"{row}.png")
+
+
+def made(said: str) -> list[int]:
+    return [int(n) for n in re.findall(r"part (\d) of 3", said)]
+
+
+def test_rows_without_an_image_are_counted_and_come_as_soon_as_it_is_mended(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(root, 3, 4, 28)  # of the first part two, of the last one
+    allowed = "data.bad_share=0.5"
+    assert embed(tmp_path, root, allowed) == 0
+    said = capsys.readouterr()
+    assert "9 of 12 rows (truncated 3) in" in said.out and "part 1 of 3: 2 of 4 rows" in said.out
+    assert not any(secret in said.out + said.err for secret in SECRETS)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    part = index["parts"]["part-00000.safetensors"]
+    assert part["rows"] == 2 and part["missing"] == {"3": "truncated", "4": "truncated"}
+
+    assert embed(tmp_path, root, allowed) == 0  # nothing is mended: nothing is made again
+    said = capsys.readouterr()
+    assert made(said.out) == [] and "9 of 12 rows (truncated 3) in" in said.out
+
+    mend(root, 4)
+    assert embed(tmp_path, root, allowed) == 0
+    said = capsys.readouterr()
+    assert made(said.out) == [1] and "10 of 12 rows (truncated 2) in" in said.out
+
+    mend(root, 3, 28)
+    assert embed(tmp_path, root) == 0
+    said = capsys.readouterr()
+    assert made(said.out) == [1, 3] and "12 of 12 rows in" in said.out
+    assert embed(tmp_path, root, out="never-damaged") == 0
+    for path in (tmp_path / "never-damaged").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    rows = [load_file(p)["row_index"] for p in sorted((tmp_path / "out").glob("part-*"))]
+    np.testing.assert_array_equal(np.concatenate(rows), TEST_ROWS)
+
+
+def test_more_bad_images_than_allowed_stop_it_and_finished_parts_are_kept(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(root, 13, 18)
+    assert embed(tmp_path, root) == 3
+    said = capsys.readouterr()
+    assert made(said.out) == [1, 2]
+    assert "2 of 12 rows have a bad image (truncated 2); data.bad_share=0.01" in said.err
+    assert embed(tmp_path, root, "data.bad_share=0.2") == 0
+    said = capsys.readouterr()
+    assert made(said.out) == [3] and "10 of 12 rows" in said.out
+
+
+def test_a_part_without_any_image_is_an_empty_one(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncate(root, *TEST_ROWS[4:8])
+    assert embed(tmp_path, root, "data.bad_share=0.5") == 0
+    assert "8 of 12 rows (truncated 4)" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "part-00001.safetensors").exists()
+    assert embed(tmp_path, root, "data.bad_share=0.5") == 0
+    assert made(capsys.readouterr().out) == []
+    truncate(root, *TEST_ROWS)
+    assert embed(tmp_path, root, "data.bad_share=1.0", out="none") == 3
+    assert "12 of 12 rows have a bad image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["zeros", "one bit", "gone"])
+def test_a_part_damaged_on_the_disk_is_made_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """Zeros in place of numbers are a file that opens, with as many rows as it should have."""
+    assert embed(tmp_path, root) == 0
+    path = tmp_path / "out" / "part-00001.safetensors"
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    if damage == "gone":
+        path.unlink()
+    elif damage == "zeros":
+        path.write_bytes(whole[:head] + bytes(len(whole) - head))
+    else:
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    capsys.readouterr()
+    assert embed(tmp_path, root) == 0
+    assert made(capsys.readouterr().out) == [2] and path.read_bytes() == whole
+
+
+def test_an_index_of_another_shape_is_named_and_a_part_it_tells_nothing_of_is_made_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They were tracebacks."""
+    assert embed(tmp_path, root) == 0
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    whole = path.read_bytes()
+    for content in ("[" * 100_000, *(json.dumps({**index, "parts": x}) for x in (None, 5, [1]))):
+        path.write_text(content)
+        capsys.readouterr()
+        assert embed(tmp_path, root) == 4
+        assert f"{path}: damaged: what its parts hold" in capsys.readouterr().err
+    record = index["parts"]["part-00001.safetensors"]
+    for part in (5, "x", [], {}, {**record, "missing": None}, {**record, "missing": {"x": "y"}}):
+        parts = {**index["parts"], "part-00001.safetensors": part}
+        path.write_text(json.dumps({**index, "parts": parts}))
+        capsys.readouterr()
+        assert embed(tmp_path, root) == 0
+        assert made(capsys.readouterr().out) == [2]
+        assert json.loads(path.read_text()) == json.loads(whole)
+
+
+def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(tmp_path, root, report="") == 3
+    said = capsys.readouterr().err
+    assert "'test' has no usable rows of 30 (no_report 12; data.empty_report=image_only" in said
+    assert embed(tmp_path, root, "data.empty_report=image_only", report="") == 0
+    assert "12 of 12 rows in" in capsys.readouterr().out
+
+
+def test_rows_that_a_rule_leaves_out_are_counted(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(tmp_path, root, report=lambda i: "" if i == 3 else "No edema.") == 0
+    said = capsys.readouterr().out
+    assert "left out: no_report 1; data.empty_report=image_only" in said and "11 of 11 rows" in said
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+def test_parts_are_for_their_owner_alone(root: Path, tmp_path: Path, form: str) -> None:
+    assert embed(tmp_path, root, "--format", form) == 0
+    assert [p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("part-*")] == [0o600] * 3
+
+
+@pytest.mark.parametrize(("more", "most"), [([], 2), (["--patches"], PART_ROWS)])
+def test_of_a_batch_only_what_goes_into_the_part_is_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], most: int
+) -> None:
+    alive: list[int] = []
+
+    def counted(*args: Any) -> Iterator[Any]:
+        seen: list[Any] = []
+        for batch, image, text in encoded(*args):
+            seen.append(weakref.ref(image.features.patches))
+            alive.append(sum(patches() is not None for patches in seen))
+            yield batch, image, text
+
+    monkeypatch.setattr(row_images, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(embedding, "encoded", counted)
+    assert embed(tmp_path, root, *more) == 0
+    assert len(alive) == len(TEST_ROWS) and max(alive) == most

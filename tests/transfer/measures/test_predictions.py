@@ -1,0 +1,195 @@
+"""predictions.parquet: what evaluations scored of every image, and nothing that names anybody."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from mlip.transfer.measures.predictions import (
+    FILE,
+    Predictions,
+    PredictionsError,
+    load_predictions,
+    of_findings,
+    of_marks,
+    save_predictions,
+)
+from mlip.transfer.results_file import save_results
+from tests.small_run import small_export
+from tests.transfer.small_manifest import BOXES, LABELS, MASKS, SECRETS, evaluate, write
+
+
+def drawn() -> Predictions:
+    generator = np.random.default_rng(0)
+    rows = np.array([7, 3, 12, 4])
+    truth = np.array([[1, 0], [0, 1], [-1, 1], [1, -1]], dtype=np.int8)
+    series = [
+        *of_findings("global", None, ["b", "a|c"], rows, truth, generator.normal(size=(4, 2))),
+        *of_findings("10 %", 3, ["b", "a|c"], rows, truth, generator.normal(size=(4, 2))),
+        of_marks("10 %", 3, "all classes", "accuracy", rows[:2], np.array([True, False])),
+    ]
+    facts = {"name": "mine", "split": "test", "manifest": "0" * 64}
+    return Predictions(series, {7: 0, 3: 2, 12: 0, 4: 4}, facts)
+
+
+def test_a_file_gives_back_what_was_written_to_the_bit(tmp_path):
+    made = drawn()
+    path = tmp_path / FILE
+    save_predictions(made, path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    for place in (path, tmp_path):
+        found = load_predictions(place)
+        assert found.patients == made.patients and found.facts == made.facts
+        assert len(found.series) == len(made.series)
+        for one, other in zip(made.series, found.series, strict=True):
+            assert (one.method, one.seed, one.key) == (other.method, other.seed, other.key)
+            for name in ("rows", "truth", "scores"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    table = pa.parquet.read_table(path).to_pylist()
+    assert len(table) == 18 and table[2]["truth"] is None and table[0]["seed"] is None
+    assert table[-1] == {
+        **{"row_index": 3, "patient": 2, "method": "10 %", "seed": 3, "finding": "all classes"},
+        **{"measure": "accuracy", "truth": None, "score": 0.0},
+    }
+    save_predictions(None, path)  # an evaluation without any: the earlier one's would lie
+    assert not path.exists()
+    save_predictions(None, path)
+
+
+def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
+    path = tmp_path / FILE
+    with pytest.raises(PredictionsError, match=r"cannot be read: there is none.*evaluate again"):
+        load_predictions(tmp_path)
+    for content in (b"", b"junk" * 40):
+        path.write_bytes(content)
+        with pytest.raises(PredictionsError, match=r"predictions\.parquet: is no file of"):
+            load_predictions(path)
+    save_predictions(drawn(), path)
+    whole = pa.parquet.read_table(path)
+    facts = json.loads(whole.schema.metadata[b"mlip"])
+    for table, told in (
+        (whole.replace_schema_metadata({}), "is no file of predictions"),
+        (whole.replace_schema_metadata({"mlip": "{"}), "is no file of predictions"),
+        (
+            whole.replace_schema_metadata({"mlip": json.dumps({**facts, "format": 2})}),
+            "of another version",
+        ),
+        (whole.drop_columns(["seed"]), "of another version"),
+        (
+            whole.set_column(5, "measure", pa.array(["kappa"] * len(whole))),
+            "measure 'kappa': expected one of auroc",
+        ),
+        (whole.slice(0, 0), "holds no scores"),
+        (
+            whole.set_column(7, "score", pa.array(np.full(len(whole), np.nan))),
+            "holds no scores, or some",
+        ),
+    ):
+        pa.parquet.write_table(table, path)
+        with pytest.raises(PredictionsError, match=told):
+            load_predictions(path)
+
+
+def test_an_evaluation_keeps_every_image_s_scores_and_names_nobody(tmp_path):
+    """Two images a patient: of either the first row of the manifest stands for the patient."""
+    settings = write(tmp_path, patient_id=lambda i: f"PATIENT-SECRET-{i // 5 * 5 + min(i % 5, 3)}")
+    assert evaluate(tmp_path, settings) == 0
+    found = load_predictions(tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found.facts == {
+        **{"name": small_export().name, "split": "test"},
+        **{"manifest": results["fingerprints"]["manifest"]},
+    }
+    # rows 3 and 4 of each five are one patient's, both of test
+    assert found.patients == {row: row - row % 5 + 3 for row in range(30) if row % 5 >= 3}
+    scored = {f["finding"]: f for f in results["zero_shot"]["findings"]}
+    assert {s.method for s in found.series} == {"global", "local", "combined"}
+    for one in found.series:
+        value = roc_auc_score(one.truth, one.scores)
+        assert value == pytest.approx(scored[one.finding][one.method]["value"])
+    raw = (tmp_path / "out" / FILE).read_bytes()
+    assert not any(secret.encode() in raw for secret in SECRETS)
+
+
+def test_a_probe_and_masks_keep_their_scores_by_share_and_seed(tmp_path):
+    more = ["transfer.seeds=[1, 2]", "transfer.fractions=[50, 100]"]
+    assert evaluate(tmp_path, [*write(tmp_path), *LABELS, *more]) == 0
+    found = load_predictions(tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(s.method, s.seed) for s in found.series] == [
+        *(("50 %", 1), ("50 %", 2), ("100 %", 1), ("100 %", 2)),
+    ]
+    for fraction in results["fractions"]:
+        told = fraction["scores"]["classes"][0]["auroc"]["seeds"]
+        own = [s for s in found.series if s.method == f"{fraction['percent']:g} %"]
+        assert [roc_auc_score(s.truth, s.scores) for s in own] == pytest.approx(told)
+
+    assert evaluate(tmp_path, [*write(tmp_path, mask="mask.png"), *MASKS]) == 0
+    found = load_predictions(tmp_path / "out")
+    dice = json.loads((tmp_path / "out" / "results.json").read_text())["fractions"][0]["scores"]
+    assert [s.measure for s in found.series] == ["dice", "dice_positive"]
+    for one, form in zip(found.series, ("published", "positive_only"), strict=True):
+        assert one.scores.mean() == pytest.approx(dice["dice"][form]["value"])
+
+    boxes = '[[5, 5, 20, 20, "Edema"]]'
+    assert evaluate(tmp_path, [*write(tmp_path, boxes=boxes), *BOXES]) == 0
+    assert not (tmp_path / "out" / FILE).exists()  # no score of an image makes a mAP
+
+
+def test_classes_that_exclude_each_other_keep_the_answer_s_mark(tmp_path):
+    settings = [
+        *write(tmp_path),
+        "transfer.task=classification",
+        "transfer.classes={Edema: zero, Mass: zero}",
+        "transfer.exclusive=true",
+    ]
+    assert evaluate(tmp_path, settings) == 0
+    found = load_predictions(tmp_path / "out").series
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["fractions"][0]["scores"]
+    # of two classes one against the other is one number
+    assert [s.key for s in found] == [("Mass", "auroc"), ("all classes", "accuracy")]
+    assert roc_auc_score(found[0].truth, found[0].scores) == pytest.approx(
+        scores["classes"][1]["auroc"]["value"]
+    )
+    assert 0.0 <= found[0].scores.min() <= found[0].scores.max() <= 1.0
+    assert found[1].scores.mean() == pytest.approx(scores["macro"]["accuracy"]["value"])
+
+
+def test_a_class_that_the_fit_could_not_learn_has_no_scores(tmp_path):
+    settings = [
+        *write(tmp_path, labels=lambda i: "Mass" if i % 5 < 2 else ("Edema|Mass", "Mass")[i % 2]),
+        "transfer.task=classification",
+        "transfer.classes={Edema: zero, Mass: zero}",
+    ]
+    assert evaluate(tmp_path, settings) == 0  # train shows no edema, and mass everywhere
+    assert not (tmp_path / "out" / FILE).exists()
+
+
+def test_rows_of_the_series_are_of_the_manifest_not_of_the_split(tmp_path: Path):
+    assert evaluate(tmp_path, [*write(tmp_path), "evaluate.split=val"]) == 0
+    found = load_predictions(tmp_path / "out")
+    assert {tuple(s.rows) for s in found.series} == {(2, 7, 12, 17, 22, 27)}
+    assert found.facts["split"] == "val"
+
+
+@pytest.mark.parametrize("odd", ["results", "predictions"])
+def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_written(tmp_path, odd):
+    path = tmp_path / "results.json"
+    save_results({"of": "first", "predictions": drawn()}, path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    kept = drawn()
+    second = {"of": "second", "predictions": dataclasses.replace(kept, series=kept.series[:1])}
+    if odd == "results":
+        second["score"] = float("nan")
+    else:
+        second["predictions"] = dataclasses.replace(kept, patients={})
+    with pytest.raises((ValueError, KeyError)):
+        save_results(second, path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
