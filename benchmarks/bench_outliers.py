@@ -32,7 +32,10 @@ from mlip.pretrained import open_checkpoint
 from mlip.transfer.array import Array
 from mlip.transfer.films.outliers import Reference, fit_reference
 from mlip.transfer.films.own_inputs import encode_pixels, model_input
-from mlip.transfer.measures.interval import auroc_estimate, patient_resamples
+from mlip.transfer.measures.auroc import auroc_estimate
+from mlip.transfer.measures.interval import (
+    patient_resamples,
+)
 
 RESAMPLES = 1000
 ROWS = RESULTS / "outliers.json"

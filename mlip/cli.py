@@ -1,8 +1,8 @@
 """The `mlip` command: every sub-command's arguments, and how it ends.
 
-What does not live here: any work (mlip/commands.py). Errors of ours are one line and a stable exit
-code. Nothing that needs another package is imported before it is used: what is missing is a line,
-too.
+What does not live here: any work (mlip/commands.py, mlip/film_commands.py). Errors of ours are one
+line and a stable exit code. Nothing that needs another package is imported before it is used: what
+is missing is a line, too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlip.commands import (
-    run_classify,
-    run_compare,
-    run_doctor,
-    run_embed,
-    run_evaluate,
-    run_export,
-    run_ground,
-    run_outliers,
-    run_phantoms,
-)
+from mlip.commands import run_compare, run_doctor, run_evaluate, run_export, run_phantoms
 from mlip.doctor import install_line
+from mlip.film_commands import run_classify, run_embed, run_ground, run_outliers, run_search
 from mlip.machine import limit_reached
 from mlip.output_file import refusal
 from mlip.stop_signal import Stopped, signals_stop
@@ -40,6 +31,12 @@ FOREIGN = {
     ),
     "knowledge": ("mlip.knowledge.command", "build and look into concept tables"),
 }
+
+# options that name a file or folder
+_PATHS = {
+    name: f"--{name}"
+    for name in ("out", "checkpoint", "fit", "reference", "wordings", "like", "page")
+} | {"embeddings": "--in"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +80,16 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """The sub-command, its errors as one line; one of an import is the caller's."""
     try:
-        for name in ("out", "checkpoint", "fit", "reference", "wordings", "like"):
+        for name in (
+            "out",
+            "checkpoint",
+            "fit",
+            "reference",
+            "wordings",
+            "like",
+            "embeddings",
+            "page",
+        ):
             given = getattr(options, name, None)
             require_utf8(f"--{name}", str(given or ""))
             if given == "":
@@ -137,13 +143,62 @@ def build_parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="embeddings of a split as files, resumable")
     _add_settings(embed)
     embed.add_argument("--out", required=True, help="folder to write; run again to go on")
-    embed.add_argument("--split", choices=("train", "val", "test"), help="(evaluate.split)")
+    embed.add_argument(
+        "--split",
+        choices=("train", "val", "test", "all"),
+        help="(evaluate.split; all of --images)",
+    )
+    embed.add_argument(
+        "--images",
+        action="store_true",
+        help="of images alone: the list needs no column but theirs",
+    )
     embed.add_argument(
         "--format", choices=("safetensors", "parquet"), default="safetensors", help="(safetensors)"
     )
     embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
     embed.add_argument("--device", default=None)
     embed.set_defaults(run=run_embed)
+
+    search = commands.add_parser(
+        "search", help="the films of an embedded archive that fit words, or are like a film"
+    )
+    _add_settings(search)
+    search.add_argument(
+        "--in", dest="embeddings", required=True, metavar="FOLDER", help="what `mlip embed` wrote"
+    )
+    search.add_argument("--phrase", action="append", default=[], metavar="TEXT", help="repeatable")
+    search.add_argument(
+        "--finding",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="one that the lexicon knows: sentences that state it against those that deny it",
+    )
+    search.add_argument(
+        "--wordings", metavar="FILE", help="YAML: finding -> positive and negative sentences"
+    )
+    search.add_argument("--image", action="append", default=[], metavar="FILE", help="a film")
+    search.add_argument(
+        "--row", action="append", default=[], type=int, help="a film of the archive: its row_index"
+    )
+    search.add_argument(
+        "--among", choices=("image", "report"), default="image", help="what is searched (image)"
+    )
+    search.add_argument("--top", type=int, default=20, help="answers a query (20)")
+    search.add_argument(
+        "--per-patient", action="store_true", help="at most one answer a patient, by the manifest"
+    )
+    search.add_argument(
+        "--rerank",
+        type=int,
+        metavar="N",
+        help="score the N best films again by both heads together, which reads them",
+    )
+    search.add_argument("--out", default="found.csv", help="table to write (found.csv)")
+    search.add_argument("--page", metavar="FILE", help="an HTML page with the films as well")
+    search.add_argument("--device", default=None)
+    search.set_defaults(run=run_search)
 
     classify = commands.add_parser(
         "classify", help="findings of images that nobody labelled: a table of scores"

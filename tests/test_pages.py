@@ -24,7 +24,7 @@ import train
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
-from mlip.commands import read_settings
+from mlip.command_inputs import read_settings
 from mlip.config import Config
 from mlip.pretrained_model import Pretrained
 from tests.test_architecture import WALLS

@@ -120,6 +120,18 @@ def encoded(
         loader.close()
 
 
+def encoded_images(
+    model: Any, loader: Loader, data: Data, device: torch.device
+) -> Iterator[ImageBank]:
+    """The images of each batch of the loader that has a row; the loader is closed."""
+    try:
+        for batch in loader:
+            if len(batch):
+                yield encode_images(model, batch, mean=data.mean, std=data.std, device=device)
+    finally:
+        loader.close()
+
+
 def _pad(x: Tensor, length: int) -> Tensor:
     if x.shape[1] == length:
         return x
@@ -152,12 +164,12 @@ def join_texts(parts: list[TextBank]) -> TextBank:
     )
 
 
-def require_finite(images: ImageBank, texts: TextBank) -> None:
+def require_finite(images: ImageBank, texts: TextBank | None = None) -> None:
     """Raise ValueError where features are NaN or infinite: no score of them means anything."""
-    for name, values in (
-        ("image", (images.features.embedding, images.features.patches)),
-        ("report", (texts.text.embedding, texts.text.tokens[texts.content_mask])),
-    ):
+    features = [("image", (images.features.embedding, images.features.patches))]
+    if texts is not None:
+        features.append(("report", (texts.text.embedding, texts.text.tokens[texts.content_mask])))
+    for name, values in features:
         if not all(bool(torch.isfinite(value).all()) for value in values):
             raise ValueError(
                 f"the {name} features hold NaN or infinite values: the checkpoint is broken"

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.array import Array
+from mlip.transfer.measures.auroc import auroc_of, measured_auroc
 from mlip.transfer.measures.interval import (
     Estimate,
     Measured,
-    auroc_of,
     estimate,
     mean_estimate,
     mean_over,
-    measured_auroc,
     not_available,
     patient_resamples,
 )

@@ -6,6 +6,7 @@
                               and patches where asked for
 <out>/part-00000.parquet      the same columns: a vector is a list of fixed length of float32,
                               patches are one list of patches x dimensions, row by row
+Of images alone (images_only) a part holds row_index, image and, where asked for, patches.
 Rows are numbers of manifest rows, from 0: the join to files and patients stays in the manifest.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ from safetensors.torch import save_file
 
 from mlip.config import Config
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
+from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import file_sha256, whole_file
-from mlip.transfer.array import Array
-from mlip.transfer.features import encoded, require_finite
-from mlip.transfer.films.row_images import row_loader
+from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite
+from mlip.transfer.films.row_images import of_split, row_loader
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 
 PART_ROWS = 2048
@@ -66,6 +67,7 @@ def write_embeddings(
     *,
     split: str,
     with_patches: bool,
+    images_only: bool = False,
     device: str,
     form: str = "safetensors",
     part_rows: int = PART_ROWS,
@@ -75,16 +77,18 @@ def write_embeddings(
 
     A part that lacks rows is made again as soon as one of their images can be read.
 
+    split    a split, or "all": of every split and of none
     form     safetensors or parquet, the same numbers in both
     Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
              for a split without rows; DataError where more than data.bad_share of the images, or
              all of them, cannot be read.
     """
+    asked, split, manifest = split, *of_split(manifest, split)
     rows = manifest.rows(split, with_report=False)
     left_out = _left_out(manifest, split)
     if len(rows) == 0:
         raise ManifestError(
-            f"{manifest.path}: split {split!r} has no usable rows of {len(manifest)} "
+            f"{manifest.path}: split {asked!r} has no usable rows of {len(manifest)} "
             f"({left_out or 'none at all'}): choose another --split"
         )
     if left_out:
@@ -94,10 +98,11 @@ def write_embeddings(
         "weights": hash_of_weights(opened.model),
         "manifest": manifest.fingerprint,
         "preprocessing": hash_of(preprocessing(config)),
-        "split": split,
+        "split": asked,
         "rows": len(rows),
         "part_rows": part_rows,
         "with_patches": with_patches,
+        "images_only": images_only,
         "embed_dim": config.model.embed_dim,
         "form": form,
     }
@@ -113,9 +118,9 @@ def write_embeddings(
         if known is None or known["sha256"] != found or _is_mended(reader, known):
             for left in out.glob(f".{path.name}.*"):
                 left.unlink()  # of a run that was killed while it wrote
-            tensors, bad = _encode(
-                opened, config, manifest, chosen, split, with_patches, torch.device(device)
-            )
+            loader = row_loader(opened, config, manifest, split, chosen)
+            encode = _encode_images if images_only else _encode
+            tensors, bad = encode(opened, config, loader, with_patches, torch.device(device))
             known = done[path.name] = {
                 "sha256": _write_part(tensors, path),
                 "rows": len(chosen) - len(bad),
@@ -202,8 +207,12 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """
     if path.is_file():
         try:
-            # folders of earlier versions know one form and do not name it
-            old = {"form": "safetensors", **json.loads(path.read_text(encoding="utf-8"))}
+            # folders of earlier versions know one form and do not name it, and hold reports
+            old = {
+                "form": "safetensors",
+                "images_only": False,
+                **json.loads(path.read_text(encoding="utf-8")),
+            }
             # earlier versions kept none: theirs are made again, as is one that is not ours
             parts = {n: part for n, part in old.get("parts", {}).items() if _is_record(part)}
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -240,32 +249,45 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _encode(
-    opened: Any,
-    config: Config,
-    manifest: Manifest,
-    rows: Array,
-    split: str,
-    with_patches: bool,
-    device: torch.device,
+    opened: Any, config: Config, loader: Loader, with_patches: bool, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
-    loader = row_loader(opened, config, manifest, split, rows)
     parts: list[dict[str, torch.Tensor]] = []
     # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
     for _, image, text in encoded(opened.model, loader, config.data, device):
         require_finite(image, text)
-        part = {
-            "row_index": torch.from_numpy(image.row_index.astype(np.int64)),
-            "image": image.features.embedding,
-            "report": text.text.embedding,
-            "has_report": text.content_mask.any(dim=1),
-            "knowledge": text.knowledge.present_mean,
-            "has_knowledge": text.knowledge.has_present,
-        }
-        if with_patches:
-            part["patches"] = image.features.patches
-        parts.append(part)
+        parts.append(
+            {
+                **_of_images(image, with_patches),
+                "report": text.text.embedding,
+                "has_report": text.content_mask.any(dim=1),
+                "knowledge": text.knowledge.present_mean,
+                "has_knowledge": text.knowledge.has_present,
+            }
+        )
+    return _joined(parts), loader.ledger.bad
+
+
+def _encode_images(
+    opened: Any, config: Config, loader: Loader, with_patches: bool, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """As _encode, of the images alone."""
+    parts = []
+    for image in encoded_images(opened.model, loader, config.data, device):
+        require_finite(image)
+        parts.append(_of_images(image, with_patches))
+    return _joined(parts), loader.ledger.bad
+
+
+def _of_images(image: ImageBank, with_patches: bool) -> dict[str, torch.Tensor]:
+    own = {
+        "row_index": torch.from_numpy(image.row_index.astype(np.int64)),
+        "image": image.features.embedding,
+    }
+    return {**own, "patches": image.features.patches} if with_patches else own
+
+
+def _joined(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     if not parts:
-        return {}, loader.ledger.bad
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return joined, loader.ledger.bad
+        return {}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -13,7 +13,7 @@ from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
 from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, encode_images
+from mlip.transfer.features import ImageBank, encoded_images
 from mlip.transfer.films.row_table import told
 
 ROWS_AT_ONCE = 128
@@ -35,6 +35,17 @@ def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows
     )
 
 
+def of_split(manifest: Manifest, split: str) -> tuple[str, Manifest]:
+    """(a split's name, the manifest in which it holds what is asked for)
+
+    split  a split, or "all": rows of every split and of none
+    """
+    if split != "all":
+        return split, manifest
+    everywhere = np.full_like(manifest.split, SPLITS.index("test"))
+    return "test", dataclasses.replace(manifest, split=everywhere)
+
+
 class RowImages:
     """Iterate for the ImageBanks of a split's rows; `bad` says then what could not be read.
 
@@ -42,6 +53,7 @@ class RowImages:
 
     split  a split, or "all": of every split and of none
     most   at most so many rows, drawn by run.seed
+    rows   of them these alone
     bad    row -> reason
     Raises:  ManifestError for a split without rows or whose images can none be read
     """
@@ -55,14 +67,13 @@ class RowImages:
         *,
         device: str,
         most: int | None = None,
+        rows: Array | None = None,
     ) -> None:
         self._model, self._data, self._device = opened.model, config.data, torch.device(device)
         self._asked, self._path = split, manifest.path
-        if split == "all":
-            split = "test"
-            everywhere = np.full_like(manifest.split, SPLITS.index(split))
-            manifest = dataclasses.replace(manifest, split=everywhere)
-        rows = manifest.rows(split, with_report=False)
+        split, manifest = of_split(manifest, split)
+        usable = manifest.rows(split, with_report=False)
+        rows = usable if rows is None else np.intersect1d(usable, rows)
         if len(rows) == 0:
             raise ManifestError(
                 f"{manifest.path}: split {self._asked!r} has none of its {len(manifest)} rows: "
@@ -76,14 +87,9 @@ class RowImages:
 
     def __iter__(self) -> Iterator[ImageBank]:
         found = False
-        try:
-            for batch in self._loader:
-                if len(batch):
-                    found = True
-                    mean, std = self._data.mean, self._data.std
-                    yield encode_images(self._model, batch, mean=mean, std=std, device=self._device)
-        finally:
-            self._loader.close()
+        for bank in encoded_images(self._model, self._loader, self._data, self._device):
+            found = True
+            yield bank
         self.bad = dict(self._loader.ledger.bad)
         if not found:
             raise ManifestError(

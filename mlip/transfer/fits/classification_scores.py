@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.array import Array
+from mlip.transfer.measures.auroc import auroc, measured_auroc
 from mlip.transfer.measures.interval import (
     Measured,
-    auroc,
     bounded,
     marks_of_patients,
     mean_over,
-    measured_auroc,
     measured_mean,
 )
 from mlip.transfer.measures.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates

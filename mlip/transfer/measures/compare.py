@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.array import Array
+from mlip.transfer.measures.auroc import careful_auroc, paired_auroc
 from mlip.transfer.measures.interval import (
     Measured,
     mean_over,
-    measured_auroc,
     measured_mean,
     patient_resamples,
 )
@@ -210,7 +210,10 @@ def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
                 for side in (unit.a, unit.b)
             ]
         own, others = sides
-        each.append({"a": own, "b": others, "difference": less(own, others)})
+        apart = less(own, others)
+        if measure == "auroc":
+            own, others = (m and careful_auroc(m, truth == 1, of) for m in sides)
+        each.append({"a": own, "b": others, "difference": apart})
     joined = [sum(column) for column in zip(*counts.values(), strict=True)]
     return _Measures(each, (joined[0], joined[1]))
 
@@ -242,7 +245,7 @@ def _score(series: Series, rows: Array, truth: Array, weights: Array) -> Measure
     values = _at(series.rows, series.scores, rows)
     if series.measure != "auroc":
         return measured_mean(values, weights)
-    return measured_auroc(values, truth == 1, weights)
+    return paired_auroc(values, truth == 1, weights)
 
 
 def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.commands import read_settings
+from mlip.command_inputs import read_settings
 from mlip.pretrained import open_checkpoint
 from mlip.transfer.alignment.zero_shot import Prompts
 from mlip.transfer.films.classify import (

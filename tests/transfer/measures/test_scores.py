@@ -10,11 +10,10 @@ from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibr
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from mlip.transfer.fits.classification_scores import exclusive_scores, label_scores, macro_auroc
+from mlip.transfer.measures.auroc import measured_auroc, weighted_auroc
 from mlip.transfer.measures.interval import (
     Measured,
-    measured_auroc,
     patient_resamples,
-    weighted_auroc,
 )
 from mlip.transfer.measures.scores import (
     average_precision,

@@ -1,0 +1,108 @@
+"""What sub-commands of `mlip` share: settings of the command line, a device, the model they name.
+
+Nothing that needs another package is imported before it is used (mlip/cli.py says what is missing).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlip.typed_tree import ConfigError
+
+if TYPE_CHECKING:
+    from mlip.config import Config
+
+
+def read_settings(items: Sequence[str]) -> Config:
+    """Config of YAML files and overrides in any order; files are read first."""
+    from mlip.config import load, sort_settings
+
+    if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
+        raise ConfigError(
+            "checkpoint= is empty: expected a run folder, a checkpoint or an export, or leave it "
+            "out for the newest checkpoint of run.dir"
+        )
+    files, overrides = sort_settings(items)
+    return load(
+        files,
+        [f"evaluate.{item}" if item.startswith("checkpoint=") else item for item in overrides],
+    )
+
+
+def pick_device(asked: str | None) -> str:
+    import torch
+
+    if asked is not None:
+        if asked.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device {asked}: torch sees no GPU here; leave --device out")
+        try:
+            torch.empty(1, device=asked)
+        except (RuntimeError, AssertionError):
+            raise ConfigError(
+                f"--device {asked}: torch has no such device here; expected cpu, cuda or cuda:1"
+            ) from None
+        return asked
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keep_memory(device: str) -> None:
+    """On a CPU activations of one batch are the next one's memory: 3 to 14 % of an embedding."""
+    from mlip.training.allocator import keep_freed_memory
+
+    if device == "cpu":
+        keep_freed_memory()
+
+
+def open_trained(config: Config, device: str) -> Any:
+    """The checkpoint of the settings (evaluate.checkpoint or run.dir) as it was trained."""
+    from mlip.pretrained import open_checkpoint
+
+    return open_checkpoint(
+        config.evaluate.checkpoint or config.run.dir,
+        device=device,
+        lexicon=config.knowledge.lexicon,
+        weights_of=config.evaluate.weights,
+    )
+
+
+def open_with_settings(config: Config, device: str) -> Any:
+    """The checkpoint of the settings (evaluate.checkpoint or run.dir) and the settings to use.
+
+    The towers are the checkpoint's; pixels and tokens must be prepared as it was trained.
+    """
+    from mlip.evaluate_transfer import check_preprocessing
+    from mlip.transfer.fingerprint import preprocessing
+
+    opened = open_trained(config, device)
+    where = str(config.evaluate.checkpoint or config.run.dir)
+    check_preprocessing(preprocessing(config), preprocessing(opened.config), where)
+    merged = dataclasses.replace(
+        config,
+        model=opened.config.model,
+        loss=opened.config.loss,
+        knowledge=dataclasses.replace(opened.config.knowledge, lexicon=config.knowledge.lexicon),
+        train=dataclasses.replace(config.train, precision=opened.config.train.precision),
+    )
+    return opened, merged
+
+
+def open_for_films(config: Config, device: str, *, by_patient: bool) -> tuple[Any, Config, Any]:
+    """open_with_settings, and the manifest of films of which nothing is written yet.
+
+    No columns are asked for but that of the image and, by_patient, those of patient and split.
+    """
+    from mlip.dataloading.manifest import load_manifest
+
+    opened, config = open_with_settings(config, device)
+    columns = dataclasses.replace(
+        config.data.columns, report=None, study_id=None, image_id=None, labels=None
+    )
+    if config.data.verify == "none":
+        columns = dataclasses.replace(columns, sha256=None)
+    if not by_patient:
+        columns = dataclasses.replace(columns, split=None, patient_id=columns.image)
+    data = dataclasses.replace(config.data, columns=columns, empty_report="image_only")
+    config = dataclasses.replace(config, data=data)
+    return opened, config, load_manifest(config.data)

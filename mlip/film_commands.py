@@ -1,0 +1,202 @@
+"""The sub-commands of `mlip` on a user's own films: ground, embed, search, outliers, classify.
+
+Nothing that needs another package is imported before it is used (mlip/cli.py says what is missing).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlip.command_inputs import (
+    keep_memory,
+    open_for_films,
+    open_trained,
+    open_with_settings,
+    pick_device,
+    read_settings,
+)
+from mlip.output_file import require_writable
+from mlip.typed_tree import ConfigError
+
+
+def run_ground(options: argparse.Namespace) -> int:
+    from mlip.pretrained import open_checkpoint
+    from mlip.transfer.films.ground_image import ground_image
+
+    out, device = Path(options.out), pick_device(options.device)
+    require_writable(out.parent)
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
+    opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
+    answer = ground_image(
+        opened, Path(options.image), options.phrase, out, with_parts=options.words
+    )
+    x, y = answer.point
+    print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
+    print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
+    linked = ", ".join(f"{name} ({state})" for name, state in answer.mentions) or "none"
+    print(f"linked knowledge: {linked}")
+    for part in answer.parts:
+        print(f"  {part.name:<32} best patch {part.heat.max():+.3f}, mean {part.heat.mean():+.3f}")
+    print(f"{options.out}\nNot for clinical use.")
+    return 0
+
+
+def run_embed(options: argparse.Namespace) -> int:
+    from mlip.dataloading.manifest import load_manifest
+    from mlip.transfer.films.embed import write_embeddings
+
+    config = read_settings(options.settings)
+    device = pick_device(options.device)
+    keep_memory(device)
+    out = require_writable(Path(options.out))
+    split = options.split or ("all" if options.images else config.evaluate.split)
+    if options.images:
+        opened, config, manifest = open_for_films(config, device, by_patient=split != "all")
+    else:
+        opened, config = open_with_settings(config, device)
+        manifest = load_manifest(config.data)
+    embedded = write_embeddings(
+        *(opened, config, manifest, out),
+        split=split,
+        with_patches=options.patches,
+        images_only=options.images,
+        device=device,
+        form=options.format,
+        say=print,
+    )
+    print(f"{embedded} in {options.out}")
+    return 0
+
+
+def run_search(options: argparse.Namespace) -> int:
+    from mlip.report.search_page import require_own_page, write_search_page
+    from mlip.transfer.films import search_table
+    from mlip.transfer.films.archive import Archive
+    from mlip.transfer.films.search import ask, require_same_model
+
+    config, device = read_settings(options.settings), pick_device(options.device)
+    archive = Archive(options.embeddings)
+    out, page = Path(options.out), Path(options.page) if options.page else None
+    for path in (out, *([page] if page else [])):
+        require_writable(path.absolute().parent)
+    search_table.require_own_file(out)
+    if page:
+        require_own_page(page)
+    _check_search(options)
+    opened: Any = None
+    manifest: Any = None
+    groups = None
+    if page or options.rerank or options.per_patient:
+        opened, config, manifest = open_for_films(config, device, by_patient=options.per_patient)
+        groups = search_table.patients_of(archive, manifest) if options.per_patient else None
+        search_table.require_same_rows(archive, manifest)
+    elif options.phrase or options.finding or options.wordings or options.image:
+        opened = open_trained(config, device)
+    if opened is not None:
+        require_same_model(archive, opened)
+    queries = ask(
+        *(archive, opened, config.evaluate),
+        phrases=options.phrase,
+        findings=options.finding,
+        wordings=options.wordings,
+        images=options.image,
+        rows=options.row,
+    )
+    most = max(options.top, options.rerank or 0)
+    hits = search_table.search(archive, queries, most, among=options.among, groups=groups)
+    bad: dict[int, str] = {}
+    if options.rerank:
+        hits, bad = search_table.reranked(
+            opened, config, manifest, queries, hits, options.top, device=device
+        )
+    count = search_table.write_answers(out, queries, hits)
+    lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
+    print("\n".join([*lines, f"{out}: {count} answers"]))
+    if page:
+        shown = search_table.pictures(opened, config, manifest, queries, hits, device=device)
+        is_reranked = bool(options.rerank)
+        print(write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked))
+    print("Not for clinical use.")
+    return 0
+
+
+def _check_search(options: argparse.Namespace) -> None:
+    """Raises:  ConfigError for options that cannot be honoured together"""
+    words = options.phrase or options.finding or options.wordings
+    if not (words or options.image or options.row):
+        raise ConfigError(
+            "nothing is asked: expected --phrase, --finding, --wordings, --image or --row"
+        )
+    if options.top < 1:
+        raise ConfigError(f"--top {options.top}: expected 1 or more")
+    if options.rerank is None:
+        return
+    if options.rerank < options.top:
+        raise ConfigError(
+            f"--rerank {options.rerank}: expected at least --top {options.top}, as that many of "
+            "the best are scored again"
+        )
+    if not words or options.among != "image":
+        raise ConfigError(
+            "--rerank scores images by words: it needs --phrase, --finding or --wordings, and "
+            "--among image"
+        )
+
+
+def run_outliers(options: argparse.Namespace) -> int:
+    from mlip.transfer.films.outlier_table import require_own_file, write_outliers, write_reference
+
+    config = read_settings(options.settings)
+    device = pick_device(options.device)
+    keep_memory(device)
+    if options.fit and options.out:
+        raise ConfigError(
+            f"--out {options.out}: is the table of --reference; --fit writes its own file alone"
+        )
+    made = Path(options.fit or options.out or "outliers.csv")
+    options.out = str(made)  # for the line where it cannot be written
+    require_writable(made.absolute().parent)
+    require_own_file(made, is_table=not options.fit)
+    split = options.split or ("train" if options.fit else "all")
+    opened, config, manifest = open_for_films(
+        config, device, by_patient=bool(options.fit) or split != "all"
+    )
+    if options.fit:
+        print(write_reference(opened, config, manifest, made, split=split, device=device))
+        return 0
+    table = write_outliers(
+        opened, config, manifest, Path(options.reference), made, split=split, device=device
+    )
+    print("\n".join(table))
+    return 0
+
+
+def run_classify(options: argparse.Namespace) -> int:
+    from mlip.transfer.films.classify import ask_as_evaluated, ask_names, ask_wordings
+    from mlip.transfer.films.classify_table import require_own_file, write_classification
+
+    config = read_settings(options.settings)
+    device = pick_device(options.device)
+    keep_memory(device)
+    out = Path(options.out)
+    require_writable(out.absolute().parent)
+    require_own_file(out)
+    wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
+    opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
+    if wordings is not None:
+        question = wordings
+    elif options.like is not None:
+        question = ask_as_evaluated(Path(options.like), opened, options.head)
+    else:
+        question = ask_names(options.finding, opened, config.evaluate)
+    table = write_classification(
+        *(opened, config, manifest, question, out),
+        split=options.split,
+        head=options.head,
+        device=device,
+    )
+    print("\n".join([*table, "Not for clinical use."]))
+    return 0

@@ -1,0 +1,185 @@
+"""A folder of embeddings that `mlip embed` wrote, searched a part at a time: memory of one part.
+
+What does not live here: any model. Queries are vectors (search.py makes them).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+from safetensors import SafetensorError, safe_open
+
+from mlip.transfer.array import Array
+
+Among = Literal["image", "report"]
+KINDS: tuple[str, ...] = get_args(Among)
+
+
+class ArchiveError(ValueError):
+    """A folder of embeddings that cannot be searched; names the file and what to do."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The best rows of one query, best first.
+
+    row_index  [K] int64, rows of the manifest
+    scores     [K] float64, what the query's vector times theirs is
+    """
+
+    row_index: Array
+    scores: Array
+
+    def __len__(self) -> int:
+        return len(self.row_index)
+
+
+class Archive:
+    """Embeddings of a manifest's rows.
+
+    weights, manifest  what they were made with (SHA-256)
+    rows, asked        how many there are, and how many the split has
+    Raises:  ArchiveError where the folder holds no index of `mlip embed`
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "index.json"
+        expected = "expected a folder that `mlip embed` wrote"
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            self.weights, self.manifest = str(index["weights"]), str(index["manifest"])
+            self.preprocessing = str(index["preprocessing"])
+            self.dim, self.asked = int(index["embed_dim"]), int(index["rows"])
+            self.has_reports = not index.get("images_only", False)
+            self._parts = {
+                str(name): int(part["rows"]) for name, part in sorted(index["parts"].items())
+            }
+        except OSError as error:
+            raise ArchiveError(f"{path}: cannot be read ({error.strerror}): {expected}") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ArchiveError(f"{path}: {expected}") from error
+        self.rows = sum(self._parts.values())
+        if self.rows == 0:
+            raise ArchiveError(f"{self.folder} holds no embedding of any row yet: {expected}")
+
+    def parts(self, among: Among = "image") -> Iterator[tuple[Array, Array]]:
+        """(row_index [N] int64, embeddings [N, D] float32 of unit length), part by part.
+
+        among    "report": of rows that have one
+        Raises:  ArchiveError for a part that is missing or damaged, or reports that are not there
+        """
+        if among not in KINDS:
+            raise ArchiveError(f"among: expected one of {', '.join(KINDS)}, got {among!r}")
+        if among == "report" and not self.has_reports:
+            raise ArchiveError(
+                f"{self.folder} holds images alone (`mlip embed --images`): search among images, "
+                "or embed the reports too"
+            )
+        columns = ["row_index", among, *(["has_report"] if among == "report" else [])]
+        for name, count in self._parts.items():
+            if count == 0:
+                continue
+            path = self.folder / name
+            found = _read(path, columns)
+            rows, vectors = found["row_index"], found[among]
+            if rows.shape != (count,) or vectors.shape != (count, self.dim):
+                raise _damaged(path, f"{count} rows of {self.dim} numbers were written")
+            if not np.isfinite(vectors).all():
+                raise _damaged(path, "it holds NaN or infinite values")
+            if among == "report":
+                said = found["has_report"].astype(bool)
+                rows, vectors = rows[said], vectors[said]
+            yield rows, vectors
+
+    def images_of(self, rows: Sequence[int]) -> Array:
+        """Image embeddings of manifest rows, [len(rows), D] float32.
+
+        Raises:  ArchiveError naming a row that is not here
+        """
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        got: dict[int, Array] = {}
+        for own, vectors in self.parts():
+            here = np.isin(own, wanted)
+            got |= dict(zip(own[here].tolist(), vectors[here], strict=True))
+            if len(got) == len(np.unique(wanted)):
+                break
+        if missing := [row for row in wanted.tolist() if row not in got]:
+            raise ArchiveError(
+                f"row {missing[0]} has no embedding in {self.folder}: expected a row_index that "
+                "its parts hold (0 = the first data row of the manifest)"
+            )
+        return np.stack([got[row] for row in wanted.tolist()]) if len(wanted) else np.zeros((0, 0))
+
+    def best(
+        self,
+        vectors: Array,
+        most: int,
+        *,
+        among: Among = "image",
+        groups: Array | None = None,
+        without: Sequence[Array] | None = None,
+    ) -> list[Hits]:
+        """The `most` best rows of each query, exactly: every row is compared. Equal scores are in
+        the order of the rows.
+
+        Shapes:  vectors [Q, D]
+        groups   [rows of the manifest], a patient's number each: at most one row a group
+        without  manifest rows that a query may not find, by query
+        Raises:  ValueError for vectors of another length or most < 1; ArchiveError as parts
+        """
+        vectors = np.asarray(vectors, dtype=np.float32)
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise ValueError(f"expected queries [Q, {self.dim}], got {list(vectors.shape)}")
+        if most < 1:
+            raise ValueError(f"most: expected 1 or more, got {most}")
+        found = [Hits(np.zeros(0, np.int64), np.zeros(0)) for _ in vectors]
+        for rows, candidates in self.parts(among):
+            scores = candidates.astype(np.float64) @ vectors.T.astype(np.float64)
+            for q, before in enumerate(found):
+                own, values = rows, scores[:, q]
+                if without is not None and len(without[q]):
+                    kept = ~np.isin(own, without[q])
+                    own, values = own[kept], values[kept]
+                if len(before) == most:  # of a large archive nearly all: nothing is left to sort
+                    kept = values >= before.scores[-1]
+                    own, values = own[kept], values[kept]
+                own = np.concatenate([before.row_index, own])
+                values = np.concatenate([before.scores, values])
+                order = np.lexsort((own, -values))
+                if groups is not None:
+                    _, first = np.unique(groups[own[order]], return_index=True)
+                    order = order[np.sort(first)]
+                found[q] = Hits(own[order[:most]], values[order[:most]])
+        return found
+
+
+def _read(path: Path, columns: Sequence[str]) -> dict[str, Array]:
+    """These columns alone: patches of a part can be a hundred times as large."""
+    try:
+        if path.suffix == ".parquet":
+            table = pa.parquet.read_table(path, columns=list(columns))
+            return {name: _column(table[name].combine_chunks()) for name in columns}
+        with safe_open(path, "np") as tensors:
+            return {name: tensors.get_tensor(name) for name in columns}
+    except (OSError, pa.ArrowException, SafetensorError, KeyError, ValueError) as error:
+        raise _damaged(path, "it is missing, cut or of another kind") from error
+
+
+def _column(column: Any) -> Array:
+    if pa.types.is_fixed_size_list(column.type):
+        return np.asarray(column.flatten()).reshape(len(column), -1)
+    return np.asarray(column)
+
+
+def _damaged(path: Path, why: str) -> ArchiveError:
+    return ArchiveError(f"{path}: {why}: run the `mlip embed` that wrote it again")
