@@ -121,8 +121,9 @@ class Train:
     min_lr_share: float = 0.0  # the cosine ends at lr times this
     clip_norm: float = 1.0  # 0 = not clipped
     ema_decay: float = 0.0  # of an average of the weights, saved apart; 0 = none, 0.999 is usual
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 keeps float32 master weights
-    # with precision bf16: what a transformer's layers add to, and results of LayerNorms
+    # of the towers' passes; weights stay float32. auto: bf16 where the device multiplies it
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    # in a pass of bf16: what a transformer's layers add to, and results of LayerNorms
     residual: Literal["fp32", "bf16"] = "fp32"
     engine: Literal["auto", "deepspeed", "plain"] = "auto"  # auto: DeepSpeed under a launcher
     zero_stage: Literal[0, 1, 2, 3] = 1

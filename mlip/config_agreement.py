@@ -66,9 +66,9 @@ def check_agreement(config: Any) -> None:
         f"train.spike_factor={train.spike_factor}: expected 0 (off) or more than 1, for example 3",
     )
     require(
-        train.residual == "fp32" or train.precision == "bf16",
+        train.residual == "fp32" or train.precision != "fp32",
         "train.residual=bf16 with train.precision=fp32: nothing is rounded there; set "
-        "train.precision=bf16, or train.residual=fp32",
+        "train.precision=bf16 or auto, or train.residual=fp32",
     )
     require(
         train.optimizer == "adamw" or train.zero_stage == 0,

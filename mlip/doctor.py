@@ -232,10 +232,11 @@ def check_accelerator() -> Check:
             "accelerator",
             OK,
             f"{torch.cuda.device_count()} x {properties.name}, {memory:.0f} GiB, "
-            f"CUDA {torch.version.cuda}; kernels: triton{_speed_of_triton()}",
+            f"CUDA {torch.version.cuda}; kernels: triton{_speed_of_triton()}{_bfloat16('cuda')}",
         )
     memory = usable_memory() / 2**30
     detail = f"none; {usable_cores()} cores and {memory:.1f} GiB to use; kernels: torch"
+    detail += _bfloat16("cpu")
     if torch.version.cuda is not None and shutil.which("nvidia-smi"):
         return Check(
             "accelerator",
@@ -245,6 +246,14 @@ def check_accelerator() -> Check:
             "check the driver with nvidia-smi; it may be older than this CUDA needs",
         )
     return Check("accelerator", OK, detail)
+
+
+def _bfloat16(device: str) -> str:
+    import torch
+
+    from mlip.precision import multiplies_bf16
+
+    return "" if multiplies_bf16(torch.device(device)) else "; no products of bfloat16"
 
 
 def _speed_of_triton() -> str:

@@ -21,6 +21,7 @@ from mlip.encoders.rounded_weights import RoundedTogether
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
+from mlip.precision import takes_bf16
 from mlip.token_weights import token_weights
 from mlip.unit_length import unit_length
 
@@ -159,7 +160,8 @@ class MLIPModel(nn.Module):
         return local.knowledge_gain > 0 or local.knowledge_share > 0
 
     def _autocast(self) -> Any:
-        if self.config.train.precision != "bf16":
+        precision = self.config.train.precision
+        if not takes_bf16(precision, self.device, is_training=self.training):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 

@@ -133,7 +133,7 @@ def test_torch_for_cuda_without_a_driver_is_no_fault_and_a_card_is_named_in_gib(
     for driver, state in ((None, doctor.OK), ("/usr/bin/nvidia-smi", doctor.BROKEN)):
         monkeypatch.setattr(doctor.shutil, "which", lambda name, found=driver: found)
         assert doctor.check_accelerator().state == state
-    card = SimpleNamespace(name="a card", total_memory=80 * 2**30)
+    card = SimpleNamespace(name="a card", total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)

@@ -88,6 +88,8 @@ def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) ->
 def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
     """Dotted DeepSpeed key -> (the setting here that decides it, its value)."""
     train = config.train
+    # auto is decided by the device, which a second setting must not
+    on = "auto" if train.precision == "auto" else train.precision == "bf16"
     return {
         "train_batch_size": ("batch.global_pairs", config.batch.global_pairs),
         "train_micro_batch_size_per_gpu": (
@@ -106,8 +108,8 @@ def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, 
         ),
         "zero_allow_untested_optimizer": ("what our optimisers need", True),
         "zero_force_ds_cpu_optimizer": ("what our optimisers need", False),
-        "bf16.enabled": ("train.precision", train.precision == "bf16"),
-        "bfloat16.enabled": ("train.precision", train.precision == "bf16"),
+        "bf16.enabled": ("train.precision", on),
+        "bfloat16.enabled": ("train.precision", on),
         "fp16.enabled": ("train.precision", False),
         "optimizer.type": (
             "train.optimizer",

@@ -21,6 +21,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.batch import Batch
 from mlip.config import Config, ConfigError, to_dict
+from mlip.precision import precision_on, why_not_as_asked
 from mlip.training import checkpoint, grad_cache, presence, randomness
 from mlip.training.allocator import keep_freed_memory
 from mlip.training.determinism import levels
@@ -115,12 +116,26 @@ class Trainer:
                 ) from error
         self.facts |= {
             "engine": self.engine.name,
+            "precision": precision_on(config.train.precision, self.engine.device),
             "threads": threads,
             "world_size": distributed.world_size(),
             "determinism": levels(config, objective),
         }
         self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
         self.log.start(self.facts)
+        self._say_precision(saved)
+
+    def _say_precision(self, saved: checkpoint.Checkpoint | None) -> None:
+        """What train.precision came to here, where that is not what it says or was."""
+        told = why_not_as_asked(self.config.train.precision, self.engine.device)
+        if told:
+            (self.log.say if self.config.train.precision == "auto" else self.log.warn)(told)
+        before = saved.state.get("precision") if saved is not None else None
+        if before not in (None, self.facts["precision"]):
+            self.log.warn(
+                f"begun in {before}, goes on in {self.facts['precision']}: this device is of "
+                "another kind than the one that began"
+            )
 
     def _require_same_identity(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
         """Raises:  CheckpointError where vocabulary or concepts are not those of the checkpoint."""

@@ -29,7 +29,7 @@ def rounds_weights_together(config: Config) -> bool:
     widen a whole set of gradients beside the one there is.
     """
     is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
-    return config.train.precision == "bf16" and not config.train.compile and not is_cached
+    return config.train.precision != "fp32" and not config.train.compile and not is_cached
 
 
 class PlainEngine(Engine):

@@ -201,7 +201,7 @@ class RunLog:
             self.global_pairs,
             facts["world_size"],
             facts["engine"],
-            self.config.train.precision,
+            facts["precision"],
             facts["threads"],
             facts["determinism"],
         )

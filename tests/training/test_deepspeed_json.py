@@ -91,6 +91,14 @@ def test_a_json_may_repeat_every_setting_that_decides_a_key(monkeypatch):
     deepspeed_settings(muon, {"optimizer": {"type": "Muon"}})
 
 
+def test_what_the_device_decides_has_no_second_setting():
+    config = load([], ["train.precision=auto"])
+    for enabled in (True, False):
+        with pytest.raises(ConfigError, match="bf16.enabled is .*train.precision is 'auto'; leave"):
+            deepspeed_settings(config, {"bf16": {"enabled": enabled}})
+    assert deepspeed_settings(config, {"bf16": {"enabled": "auto"}}) == deepspeed_settings(config)
+
+
 @pytest.mark.parametrize(
     ("user", "named"),
     [

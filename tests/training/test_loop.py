@@ -7,6 +7,7 @@ when the next one is under way, as on a GPU.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlip import precision
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer
@@ -348,6 +350,24 @@ def test_lines_name_losses_scales_gradient_rate_and_memory(tmp_path, capsys):
     assert [x.split()[1] for x in lines] == ["4/12", "8/12", "12/12"]  # train.log_steps=4
     for word in ("loss", "nce", "local", "scales", "grad", "lr", "pairs/s", "data", "GiB"):
         assert word in lines[0]
+
+
+def test_the_precision_that_auto_came_to_is_said_and_kept(tmp_path, monkeypatch, caplog):
+    """A run that goes on where bfloat16 has no products is told so: its numbers are others."""
+    caplog.set_level(logging.INFO, "mlip")
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
+    monkeypatch.setenv("FAULT", "term@0:4:backward")
+    with pytest.raises(Preempted):
+        _run(tmp_path, "train.precision=auto")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["precision"] == "bf16" and meta["config"]["train"]["precision"] == "auto"
+    assert "bfloat16" not in caplog.text
+
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
+    _run(tmp_path, "train.precision=auto")
+    assert "train.precision=auto takes fp32: this processor has no products" in caplog.text
+    assert "begun in bf16, goes on in fp32" in caplog.text
+    assert json.loads((tmp_path / "meta.json").read_text())["precision"] == "fp32"
 
 
 def test_tensorboard_that_is_not_installed_is_a_clear_error(tmp_path, monkeypatch):
