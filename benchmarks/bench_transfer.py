@@ -54,7 +54,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 PHANTOMS = ("data.phantom.seed=3000001", "data.phantom.test_seed=4000001")
 # settings that make a fit cheap and are equal for all methods: a look at val every 25 steps
 CHEAP = (
-    *("transfer.precision=bf16", "transfer.epoch_steps=25", "transfer.epochs=100"),
+    *("transfer.precision=auto", "transfer.epoch_steps=25", "transfer.epochs=100"),
     *("transfer.max_steps=300", "transfer.patience=4"),
 )
 

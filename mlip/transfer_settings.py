@@ -53,7 +53,7 @@ class Transfer:
     epochs: int = 50
     max_steps: int = 0  # of one fit; 0 = by epochs
     epoch_steps: int = 0  # fewest steps between two looks at val: small draws are gone over again
-    precision: Literal["fp32", "bf16"] = "fp32"  # of convolutions for masks and boxes
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of convolutions for masks and boxes
     batch: int = 48
     lr: float = 5e-4
     encoder_lr: float = 0.0  # of a tuned encoder; 0 = lr
@@ -133,8 +133,9 @@ def check(transfer: Transfer) -> None:
         f"transfer.seeds={list(transfer.seeds)}: a seed counted twice is one seed; name others",
     )
     require(
-        not (transfer.precision == "bf16" and transfer.task == "classification"),
-        "transfer.precision=bf16 is for segmentation and detection; set transfer.precision=fp32",
+        transfer.precision == "fp32" or transfer.task != "classification",
+        f"transfer.precision={transfer.precision} is for segmentation and detection; set "
+        "transfer.precision=fp32",
     )
     require(
         not (transfer.fit == "stretch" and transfer.task == "classification"),

@@ -27,6 +27,7 @@ _TRANSFER_USES = (
     "mlip.keyed_random",
     "mlip.unit_length",
     "mlip.machine",
+    "mlip.precision",
     "mlip.transfer.array",
 )
 _TRANSFER_SHARED = tuple(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.precision import takes_bf16
 from mlip.transfer.array import Array
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp
@@ -53,7 +54,7 @@ class FramedTask:
         return head.to(self.device, memory_format=torch.channels_last)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.transfer.precision == "fp32":
+        if not takes_bf16(self.transfer.precision, self.device, is_training=True):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
