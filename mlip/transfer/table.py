@@ -21,6 +21,11 @@ NAMES = {
     "pooled": "Dice, all pixels pooled",
     "strict": "mAP, strict (every image)",
     "compat": "mAP, published form",
+    "recall@1": "recall@1",
+    "recall@5": "recall@5",
+    "recall@10": "recall@10",
+    "hit": "pointing",
+    "miou": "mIoU of the map",
     "froc": "FROC, mean at 1/8 to 8 false an image",
 }
 

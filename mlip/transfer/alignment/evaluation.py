@@ -41,7 +41,7 @@ from mlip.transfer.features import (
     require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
-from mlip.transfer.measures.predictions import predictions_of
+from mlip.transfer.measures.predictions import of_marks, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
@@ -236,6 +236,11 @@ def _evaluate(
     zero_shot, series = zero_shot_run(
         model, config, annotations, images, patients, encode, linker, table, is_phantom, device
     )
+
+    def keep(method: str, what: str, measure: str, places: Array, marks: Array) -> None:
+        if method != "oracle":
+            series.append(of_marks(method, None, what, measure, images.row_index[places], marks))
+
     results: dict[str, Any] = {
         "data": {
             "is_phantom": is_phantom,
@@ -252,6 +257,7 @@ def _evaluate(
             pool=config.evaluate.retrieval_pool,
             bootstrap=config.evaluate.bootstrap,
             seed=config.run.seed,
+            keep=lambda m, what, measure, at, marks: keep(m, what, measure, with_text[at], marks),
         ),
         "grounding": {"reason": "no boxes.csv with boxes of these images beside the manifest"}
         if maps is None
@@ -265,6 +271,7 @@ def _evaluate(
             names=names,
             bootstrap=config.evaluate.bootstrap,
             seed=config.run.seed,
+            keep=keep,
         ),
         "knowledge": knowledge_statistics(
             *(beside["mentions"], len(with_text), table, linker),

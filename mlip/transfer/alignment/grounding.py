@@ -25,6 +25,7 @@ from mlip.transfer.measures.interval import (
     patients_in,
     weighted_mean,
 )
+from mlip.transfer.measures.predictions import KeepMarks
 from mlip.transfer.truth.finding_masks import Mask
 
 # a bare name; a sentence, of phantoms with the side; a phrase of the report that a box answers
@@ -146,10 +147,12 @@ def evaluate_grounding(
     names: Mapping[str, str],
     bootstrap: int,
     seed: int,
+    keep: KeepMarks | None = None,
 ) -> dict[str, Any]:
     """Pointing game per kind of phrase and finding, beside every control.
 
     maps     PhraseMaps, or phrase_maps: [phrases, images, P]
+    keep     gets of each finding the images' hits and overlaps, of several phrases their mean
     Shapes:  patient_ids [images]
     Returns: {kind: {"findings": [...], "all": {...}, "findings_at_twice_area": int}} with, for
              each row: hit, area (chance), prior, prior_with_side, swapped, over_swapped, cnr, miou
@@ -163,11 +166,17 @@ def evaluate_grounding(
         if not chosen:
             continue
         measured = _measure(chosen, maps, size, prior, upsample)
-        patients = np.asarray(patient_ids)[[q.image for q in chosen]]
+        images = np.array([q.image for q in chosen])
+        patients = np.asarray(patient_ids)[images]
         weights = patient_resamples(patients, bootstrap, seed)
         rows = []
         for finding in dict.fromkeys(q.finding for q in chosen):
             own = np.array([q.finding == finding for q in chosen])
+            if keep is not None:
+                places, of = np.unique(images[own], return_inverse=True)
+                for key in ("hit", "miou"):
+                    marks = np.bincount(of, measured[key][own]) / np.bincount(of)
+                    keep(f"pointing by {kind}", finding, key, places, marks)
             rows.append(
                 {
                     "finding": finding,

@@ -20,6 +20,7 @@ from mlip.transfer.measures.interval import (
     patient_resamples,
     patients_in,
 )
+from mlip.transfer.measures.predictions import KeepMarks
 
 CUTS = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -62,11 +63,13 @@ def evaluate_retrieval(
     pool: int,
     bootstrap: int,
     seed: int,
+    keep: KeepMarks | None = None,
 ) -> dict[str, Any]:
     """Recall@1/5/10 and median rank for each score and direction, with intervals and chance.
 
     score_matrices(rows) gives {name: [n, n]}, images down and texts across, for the rows of one
-    pool. Returns {"pool", "pools", "n", "left_out", "scores": {name: {direction: {...}}}}.
+    pool; `keep` gets what is right of each query.
+    Returns {"pool", "pools", "n", "left_out", "scores": {name: {direction: {...}}}}.
     """
     rows = len(pair_id)
     pools = make_pools(rows, pool, seed)
@@ -86,6 +89,13 @@ def evaluate_retrieval(
     members = np.concatenate(pools)
     weights = patient_resamples(np.asarray(patient_ids)[members], bootstrap, seed)
     size = len(pools[0])
+    if keep is not None:
+        for name, both in ranks.items():
+            for direction, parts in both.items():
+                rank = np.concatenate(parts)
+                for k in CUTS:
+                    what = f"{direction.replace('_', ' ')} among {size}"
+                    keep(name, what, f"recall@{k}", members, (rank <= k).astype(np.float64))
     return {
         "pool": size,
         "pools": len(pools),

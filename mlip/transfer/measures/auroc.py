@@ -68,33 +68,16 @@ def measured_auroc(scores: Array, labels: Array, weights: Array) -> Measured | N
 
     Shapes:  scores, labels [n]; weights [R, n]
     """
-    found = paired_auroc(scores, labels, weights)
-    return None if found is None else careful_auroc(found, labels, weights)
-
-
-def paired_auroc(scores: Array, labels: Array, weights: Array) -> Measured | None:
-    """measured_auroc for the difference from another score of the same patients.
-
-    Both err on the same ones, which the resamples of both have in common; draws that careful_auroc
-    stretched would not.
-    """
     value = auroc(scores, labels)
     if value is None:
         return None
-    kinds = _marks_of_kinds(labels, weights)
-    fewer = kinds[int(patients_in(kinds[1]) < patients_in(kinds[0]))]
-    return bounded(value, weighted_auroc(scores, labels, weights), len(labels), fewer)
-
-
-def careful_auroc(measured: Measured, labels: Array, weights: Array) -> Measured:
-    """The same with draws that are not too sure near 1 or 0 (auroc_limit.py)."""
-    return with_careful_end(measured, *map(patients_in, _marks_of_kinds(labels, weights)))
-
-
-def _marks_of_kinds(labels: Array, weights: Array) -> tuple[Array, Array]:
-    """Of the rows that carry the finding, and of the others."""
-    label, marks = labels.astype(bool), marks_of_patients(weights)
-    return marks[:, label], marks[:, ~label]
+    label = labels.astype(bool)
+    marks = marks_of_patients(weights)
+    kinds = [marks[:, label], marks[:, ~label]]
+    carriers, others = map(patients_in, kinds)
+    fewer = kinds[int(others < carriers)]
+    found = bounded(value, weighted_auroc(scores, labels, weights), len(labels), fewer)
+    return with_careful_end(found, carriers, others)
 
 
 def auroc_estimate(scores: Array, labels: Array, weights: Array) -> Estimate:

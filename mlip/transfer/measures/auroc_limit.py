@@ -43,8 +43,8 @@ def lower_limit(value: float, carriers: int, others: int) -> float:
 def with_careful_end(measured: Measured, carriers: int, others: int) -> Measured:
     """The same AUROC, its draws for the end away from 1 (or from 0) stretched towards that limit.
 
-    In full where no carrier's worth of error stands behind the score, not at all from ten on. Draws
-    stay in pairs with those of other scores, so means and differences are widened as they are.
+    In full where no carrier's worth of error stands behind the score, not at all from ten on. In a
+    difference it is as it was: there both ends are of the spread of two scores.
     carriers, others  patients
     Source:  ours
     """
@@ -63,5 +63,5 @@ def with_careful_end(measured: Measured, carriers: int, others: int) -> Measured
     factor = 1.0 + (1.0 - errors / _ENOUGH_ERRORS) * (wanted / gap - 1.0)
     stretched = np.clip(value + (measured.resampled - value) * factor, 0.0, 1.0)
     if is_high:
-        return measured._replace(resampled=stretched, above=measured.resampled)
-    return measured._replace(above=stretched)
+        return measured._replace(resampled=stretched, above=measured.resampled, apart=measured)
+    return measured._replace(above=stretched, apart=measured)

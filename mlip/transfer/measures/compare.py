@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlip.transfer.array import Array
-from mlip.transfer.measures.auroc import careful_auroc, paired_auroc
+from mlip.transfer.measures.auroc import measured_auroc
 from mlip.transfer.measures.interval import (
     Measured,
     mean_over,
@@ -210,10 +210,7 @@ def _measured(units: Sequence[_Unit], weights: _Weights) -> _Measures:
                 for side in (unit.a, unit.b)
             ]
         own, others = sides
-        apart = less(own, others)
-        if measure == "auroc":
-            own, others = (m and careful_auroc(m, truth == 1, of) for m in sides)
-        each.append({"a": own, "b": others, "difference": apart})
+        each.append({"a": own, "b": others, "difference": less(own, others)})
     joined = [sum(column) for column in zip(*counts.values(), strict=True)]
     return _Measures(each, (joined[0], joined[1]))
 
@@ -245,7 +242,7 @@ def _score(series: Series, rows: Array, truth: Array, weights: Array) -> Measure
     values = _at(series.rows, series.scores, rows)
     if series.measure != "auroc":
         return measured_mean(values, weights)
-    return paired_auroc(values, truth == 1, weights)
+    return measured_auroc(values, truth == 1, weights)
 
 
 def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
@@ -323,7 +320,8 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(a if a == b else f"{a} minus {b}")
         for mean in table["mean"]:
             if mean["classes_asked"] > 1:
-                told = f"mean of {mean['classes']} findings, {NAMES.get(mean['measure'], '')}"
+                what = "directions" if mean["measure"].startswith("recall@") else "findings"
+                told = f"mean of {mean['classes']} {what}, {NAMES[mean['measure']]}"
                 lines.append(line(told, mean))
         for row in table["findings"]:
             finding, measure = row["finding"], row["measure"]

@@ -39,6 +39,8 @@ class Measured(NamedTuple):
                resamples need no widening
     above      [R], draws for the upper end of the interval where resampled is for the lower alone;
                None = resampled is for both
+    apart      what stands for it in a difference, where draws for an end are stretched: those of
+               two scores would no longer err alike; None = this itself
     """
 
     value: float
@@ -46,6 +48,7 @@ class Measured(NamedTuple):
     n: int
     units: float | None = None
     above: Array | None = None
+    apart: Measured | None = None
 
     @property
     def ends(self) -> tuple[Array, Array]:
@@ -73,8 +76,10 @@ def estimate(
     n: int,
     units: float | None = None,
     above: Array | None = None,
+    apart: Measured | None = None,
 ) -> Estimate:
-    """The interval of a Measured: percentiles of its resamples, widened for few units.
+    """The interval of a Measured: percentiles of its resamples, widened for few units (`apart` is
+    for differences, and not asked).
 
     None of one patient, whose answer says nothing of how another's would differ.
     """
@@ -161,7 +166,17 @@ def mean_over(measured: Sequence[Measured], n: int) -> Measured:
         for s, m in zip(spread, measured, strict=True)
         if m.units is not None
     )
-    return Measured(value, below, n, 1.0 + sum(spread) ** 2 / lost if lost else None, above)
+    found = Measured(value, below, n, 1.0 + sum(spread) ** 2 / lost if lost else None, above)
+    return found._replace(apart=apart_of(measured, lambda each: mean_over(each, n)))
+
+
+def apart_of(
+    measured: Sequence[Measured], join: Callable[[Sequence[Measured]], Measured | None]
+) -> Measured | None:
+    """`apart` of what joins these; None where each of them stands for itself."""
+    if all(m.apart is None for m in measured):
+        return None
+    return join([m.apart or m for m in measured])
 
 
 def joined_ends(

@@ -3,19 +3,20 @@
 predictions.parquet, a line an image, finding and fit:
   row_index  of the manifest, from 0
   patient    the first row of the manifest that is of the same patient
-  method     head of zero-shot, or share of the labels that a fit had ("10 %")
+  method     head of zero-shot and retrieval, kind of the pointing phrases, or share of the labels
+             that a fit had ("10 %")
   seed       of the fit; null of zero-shot
-  finding    name
+  finding    name; of retrieval its direction and how many candidates there were
   measure    what makes one score of the lines (MEASURES)
   truth      1, 0, or null where nothing is known, or the score is no answer but a mark itself
-  score      high = there; of "accuracy" and "dice" the image's own mark
+  score      high = there; of all measures but "auroc" the image's own mark
 No image, report or identifier is in it; joined with the manifest it is as much as the manifest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ from mlip.transfer.fingerprint import run_name
 
 FILE = "predictions.parquet"
 # what joins the lines of a finding: AUROC of score against truth, else the mean of the scores
-MEASURES = ("auroc", "accuracy", "dice", "dice_positive")
+MEASURES = (
+    *("auroc", "accuracy", "dice", "dice_positive"),
+    *("recall@1", "recall@5", "recall@10", "hit", "miou"),
+)
 UNKNOWN = -1
+# takes a method, what was asked, a measure, places [n] of what was asked, and marks [n] in [0, 1]
+KeepMarks = Callable[[str, str, str, Array, Array], None]
 _FORMAT = 1
 _TYPES = {
     "row_index": pa.int32(),

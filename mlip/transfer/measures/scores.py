@@ -17,6 +17,7 @@ from mlip.transfer.measures.interval import (
     AT_ONCE,
     Estimate,
     Measured,
+    apart_of,
     estimate,
     joined_ends,
     not_available,
@@ -91,6 +92,7 @@ def less(own: Measured | None, others: Measured | None) -> Measured | None:
     """
     if own is None or others is None:
         return None
+    own, others = own.apart or own, others.apart or others
     below, above = own.resampled - others.ends[1], None
     if own.above is not None or others.above is not None:
         above = own.ends[1] - others.resampled
@@ -107,7 +109,8 @@ def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
         return None
     value = float(np.mean([m.value for m in found]))
     below, above = joined_ends(found, lambda each: np.asarray(each.mean(axis=0)))
-    return Measured(value, below, found[0].n, _fewest(found), above)
+    joined = Measured(value, below, found[0].n, _fewest(found), above)
+    return joined._replace(apart=apart_of(found, mean_of_fits))
 
 
 def _fewest(measured: Sequence[Measured]) -> float | None:

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from mlip.transfer.measures.auroc_limit import lower_limit, spread_at, with_careful_end
-from mlip.transfer.measures.interval import Measured, estimate
+from mlip.transfer.measures.interval import Measured, estimate, mean_over
+from mlip.transfer.measures.scores import less, mean_of_fits
 
 
 @pytest.mark.parametrize("value", [0.6, 0.8, 0.95])
@@ -50,6 +51,23 @@ def test_an_end_near_0_is_that_near_1_turned() -> None:
     assert high["low"] == pytest.approx(
         plain["low"] - (1 - 0.4 / 10) * (plain["low"] - lower_limit(0.96, 10, 100)), abs=1e-6
     )
+
+
+def test_a_difference_knows_nothing_of_it() -> None:
+    """Two models that err on the same patients are no more apart for it, nor is their mean."""
+    plain = Measured(0.96, draws_of(0.96), 110, 10)
+    careful = with_careful_end(plain, 10, 100)
+    other = with_careful_end(plain._replace(value=0.95), 10, 100)
+    for own, others in ((careful, other), (mean_of_fits([careful] * 2), mean_of_fits([other]))):
+        apart = less(own, others)
+        assert apart is not None and apart.above is None
+        np.testing.assert_allclose(apart.resampled, 0.0, atol=1e-15)
+    mean = mean_over([careful, plain], 110)
+    expected = less(mean_over([plain, plain], 110), plain)
+    apart = less(mean, careful)
+    assert apart is not None and expected is not None
+    np.testing.assert_array_equal(apart.resampled, expected.resampled)
+    assert estimate(*mean)["low"] < estimate(*mean_over([plain, plain], 110))["low"]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_a_group_is_scored_on_the_classes_that_enough_of_its_patients_have() -> 
     with_b = sum((t.labels == 1).any() for t in truths[:20])
     assert with_b == 5 and half.counts["b"] == (20, 5) and half.classes["b"] == {}
     assert rest.classes.keys() == {"a", "b"} and "strict" in rest.classes["b"]
-    value, resampled, n, units, _ = half.classes["a"]["strict"]
+    value, resampled, n, units, *_ = half.classes["a"]["strict"]
     assert units == sum((t.labels == 0).any() for t in truths[:20])
     places = np.flatnonzero(inside)
     expected = [
