@@ -8,10 +8,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,6 +36,12 @@ _SMALL_BLOCK_BYTES = 1 << 20
 _CSV_THREADS = 2  # Arrow's for one CSV: one reads, one parses
 _ROUNDED = r"^\s*\d([.,]\d+)?[eE]\+\d+\s*$"
 _CSV, _PARQUET, _JSONL = (".csv", ".tsv"), ".parquet", (".jsonl", ".ndjson")
+_TEXTS = (
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_integer, pa.types.is_null),
+)
+_NUMBERS = (pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
+UNREADABLE = "?"  # a cell that is neither text nor number, where that is no error
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
@@ -45,6 +51,13 @@ class Sink(Protocol):
     def append(self, piece: pa.LargeStringArray) -> None: ...
 
     def clear(self) -> None: ...
+
+
+class _Free(NamedTuple):
+    """Fields that may hold more than text and integers."""
+
+    of_numbers: Collection[str]
+    of_anything: Collection[str]
 
 
 class ManifestError(ValueError):
@@ -58,28 +71,31 @@ def read_table(
     wanted: Mapping[str, str],
     take: Mapping[str, Sink] | None = None,
     numbers: Collection[str] = (),
+    anything: Collection[str] = (),
 ) -> tuple[dict[str, pa.ChunkedArray], Any]:
     """Field -> text column for the wanted columns (field -> column name), and hashlib's SHA-256.
 
     Columns stay in the pieces they were read in: a copy of all texts would be half the memory.
     `take` (field -> sink) gets a field's pieces in row order as they are read, in place of a
     column of the result: at no time are all of them in memory. Fields in `numbers` may hold numbers
-    with a point and truth values too: "1", "0.5", "true".
+    with a point and truth values too: "1", "0.5", "true". Those in `anything` may hold whatever a
+    table can, which is UNREADABLE where it is neither text nor number: a date, a list.
 
     Raises:  ManifestError: unreadable, another format, ragged rows, missing or doubled columns.
     """
     _check_suffix(path)
     suffix = path.suffix.lower()
+    free = _Free({*numbers, *anything}, frozenset(anything))
     try:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
         if suffix == _PARQUET:
-            columns = _collect(_read_parquet(path, wanted), path, wanted, take or {}, numbers)
+            columns = _collect(_read_parquet(path, wanted), path, wanted, take or {}, free)
         elif suffix in _JSONL:
-            reader = _read_jsonl(path, wanted, numbers)
-            columns = _collect(reader, path, wanted, take or {}, numbers)
+            reader = _read_jsonl(path, wanted, free)
+            columns = _collect(reader, path, wanted, take or {}, free)
         else:
-            columns = _whole_csv(path, wanted, take or {}, numbers)
+            columns = _whole_csv(path, wanted, take or {}, free)
     except OSError as error:
         below = "" if path.is_absolute() else f" (looked for below {os.getcwd()})"
         raise ManifestError(f"{path}: cannot be read: {error.strerror}{below}") from None
@@ -150,7 +166,7 @@ def check_identifiers(column: pa.ChunkedArray, name: str, path: Path) -> None:
 
 
 def _whole_csv(
-    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], numbers: Collection[str]
+    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], free: _Free
 ) -> dict[str, pa.ChunkedArray]:
     """A CSV's columns, read in small blocks, in large ones where a row is longer than those.
 
@@ -158,11 +174,11 @@ def _whole_csv(
     """
     check_quotes(path, read_header(path)[1])
     try:
-        return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take, numbers)
+        return _collect(_read_csv(path, wanted, _SMALL_BLOCK_BYTES), path, wanted, take, free)
     except pa.ArrowInvalid:
         for sink in take.values():
             sink.clear()
-    return _collect(_read_csv(path, wanted, _BLOCK_BYTES), path, wanted, take, numbers)
+    return _collect(_read_csv(path, wanted, _BLOCK_BYTES), path, wanted, take, free)
 
 
 def _collect(
@@ -170,12 +186,13 @@ def _collect(
     path: Path,
     wanted: Mapping[str, str],
     take: Mapping[str, Sink],
-    numbers: Collection[str],
+    free: _Free,
 ) -> dict[str, pa.ChunkedArray]:
     pieces: dict[str, list[pa.Array]] = {field: [] for field in wanted if field not in take}
     schema, batches = reader
     for field, name in wanted.items():
-        _check_type(schema.field(name).type, name, path, field in numbers)
+        if field not in free.of_anything:
+            _check_type(schema.field(name).type, name, path, field in free.of_numbers)
     for batch in batches:
         for field, name in wanted.items():
             piece = _as_text(batch.column(name))
@@ -295,12 +312,13 @@ def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
     return list(names)
 
 
-def _read_jsonl(path: Path, wanted: Mapping[str, str], numbers: Collection[str]) -> Batches:
+def _read_jsonl(path: Path, wanted: Mapping[str, str], free: _Free) -> Batches:
     """Row by row: of a column that holds texts here and numbers there Arrow makes nothing, and of
     texts that look like a date a point in time."""
     _check_columns(_jsonl_names(path, set(wanted.values())), wanted, path)
     schema = pa.schema([(name, _TEXT) for name in sorted(set(wanted.values()))])
-    free = {wanted[field] for field in numbers}
+    of_numbers = {wanted[field] for field in free.of_numbers}
+    of_anything = {wanted[field] for field in free.of_anything}
 
     def batches() -> Iterator[pa.RecordBatch]:
         cells: dict[str, list[str | None]] = {name: [] for name in schema.names}
@@ -308,8 +326,10 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str], numbers: Collection[str])
         for number, row in _json_rows(path):
             for name, column in cells.items():
                 value = row.get(name)
-                if value is not None and type(value) is not str:
-                    value = _json_text(value, name, name in free, f"{path}: line {number}")
+                if name in of_anything and not isinstance(value, str | float | int | None):
+                    value = UNREADABLE
+                elif value is not None and type(value) is not str:
+                    value = _json_text(value, name, name in of_numbers, f"{path}: line {number}")
                 column.append(value)
             rows += 1
             if rows % _ROWS_AT_ONCE == 0:
@@ -357,21 +377,19 @@ def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
 def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    of_numbers = (pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
-    if may_be_number and any(is_kind(kind) for is_kind in of_numbers):
-        return
-    if not (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_null(kind)
-    ):
+    if not (_is_kind(kind, _TEXTS) or may_be_number and _is_kind(kind, _NUMBERS)):
         # a number with a point cannot be turned back into the identifier it was
         raise ManifestError(f"{path}: column {name!r}: expected text or integers, got {kind}")
+
+
+def _is_kind(kind: pa.DataType, kinds: Iterable[Callable[[pa.DataType], bool]]) -> bool:
+    return any(is_one(kind) for is_one in kinds)
 
 
 def _as_text(piece: pa.Array) -> pa.LargeStringArray:
     if pa.types.is_dictionary(piece.type):
         piece = pc.cast(piece, piece.type.value_type)
+    if not _is_kind(piece.type, (*_TEXTS, *_NUMBERS)):  # let through as one of anything
+        said, nothing = pa.scalar(UNREADABLE, _TEXT), pa.scalar(None, _TEXT)
+        return pc.if_else(piece.is_valid(), said, nothing)
     return pc.cast(piece, _TEXT)

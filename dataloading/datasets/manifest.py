@@ -40,7 +40,9 @@ _USUAL = {
 }
 _NEEDED = ("image", "patient_id")
 _IDENTIFIERS = {"patient_id", "study_id", "image_id"}
-_DEMOGRAPHICS = {"sex", "age"}  # of pandas a column of ages with a gap holds numbers with a point
+# of pandas a column of ages with a gap holds numbers with a point; where it holds dates or lists
+# nothing is stated, which is counted
+_DEMOGRAPHICS = {"sex", "age"}
 _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
@@ -79,7 +81,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     read = read_table(
         path,
         wanted | states | {f"text {name}": name for name in texts},
-        numbers=states.keys() | (_DEMOGRAPHICS & wanted.keys()),
+        numbers=states.keys(),
+        anything=_DEMOGRAPHICS & wanted.keys(),
     )[0]
     for field in _IDENTIFIERS & read.keys():
         check_identifiers(read[field], wanted[field], path)

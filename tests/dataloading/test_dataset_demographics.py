@@ -6,9 +6,11 @@ Oracle: the cells that the fakes were made with.
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -152,3 +154,45 @@ def test_where_they_are_is_not_said_of_what_is_left_out(
     assert "columns: image = image, patient_id = patient_id\n" in capsys.readouterr().out
     names = pyarrow.parquet.read_schema(tmp_path / "out" / "manifest.parquet").names
     assert not {"sex", "age"} & set(names)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize(
+    ("sexes", "ages", "unread"),
+    [
+        ([datetime.date(2020, 1, 31), None], [datetime.datetime(1961, 5, 4), None], (1, 1)),
+        ([["F"], ["M"]], [{"years": 58}, None], (2, 1)),
+        ([True, False], [datetime.timedelta(days=9), None], (2, 1)),
+        ([b"F", None], [58.0, float("nan")], (1, 0)),
+    ],
+)
+def test_columns_of_dates_lists_and_mixed_types_are_counted_and_stop_nothing(
+    tmp_path: Path, kind: str, sexes: list[Any], ages: list[Any], unread: tuple[int, int]
+) -> None:
+    for i in range(2):
+        image(tmp_path / f"{i}.png", i)
+    names, path = [f"{i}.png" for i in range(2)], tmp_path / f"manifest.{kind}"
+    columns = {"image": names, "patient_id": ["a", "b"], "sex": sexes, "age": ages}
+    if kind == "parquet":
+        pa.parquet.write_table(pa.table(columns), path)
+    else:  # JSON has no dates and no bytes: lists stand for them
+        rows = [
+            dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+        ]
+        path.write_text("".join(json.dumps(row, default=lambda _: [0]) + "\n" for row in rows))
+    collected = collect("manifest", tmp_path)
+    assert [row.sex for row in collected.rows] == ["", ""]
+    assert [row.age for row in collected.rows] == ["58" if ages[0] == 58.0 else "", ""]
+    said = ", ".join(f"{n} {c}" for n, c in zip(("sex", "age"), unread, strict=True) if c)
+    assert f"cells not read, so not stated: {said}" in collected.notes
+
+
+def test_an_age_may_be_text_in_one_row_and_a_number_in_the_next(tmp_path: Path) -> None:
+    cells: list[Any] = ["058Y", 58, 58.0, [58], None, True]
+    for i in range(len(cells)):
+        image(tmp_path / f"{i}.png", i)
+    rows = ({"image": f"{i}.png", "patient_id": str(i), "age": c} for i, c in enumerate(cells))
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    collected = collect("manifest", tmp_path)
+    assert [row.age for row in collected.rows] == ["58", "58", "58", "", "", ""]
+    assert "cells not read, so not stated: age 2" in collected.notes
