@@ -86,6 +86,16 @@ def _date(text: str) -> tuple[int, ...] | None:
     return parts
 
 
+def differs(name: str, one: str, other: str) -> bool:
+    """Whether two sources tell another "sex" or "age"; "" tells none.
+
+    A year apart is none: a list has the age of the day it was made.
+    """
+    if not (one and other):
+        return False
+    return one != other if name == "sex" else abs(int(one) - int(other)) > 1
+
+
 class PatientCells:
     """Sex and age as a table's rows are read, and how many of them could not be."""
 

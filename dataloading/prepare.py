@@ -155,6 +155,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
                 timeout_s=arguments.timeout,
                 part=part,
                 verify=arguments.verify,
+                header_first=dataset.header_first,
             )
             return _build(arguments, options, collected, plan)
         except OSError as error:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.demographics import differs
 from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
 
 _TEXTS = (
@@ -31,11 +32,15 @@ _MANIFEST_SCHEMA = pa.schema(
 
 
 @contextmanager
-def outputs(rows: list[Row], out: Path, salt: str | None) -> Iterator[Callable[[pa.Table], None]]:
+def outputs(
+    rows: list[Row], out: Path, salt: str | None, noted: Counter[str], *, header_first: bool = False
+) -> Iterator[Callable[[pa.Table], None]]:
     """Takes the shards' indexes in order; index, manifest and refused.csv are there at the end.
 
     A shard at a time: as Python objects the cells of a million rows are 2 GB.
     salt    of the ids, which are written hashed; None = as they are
+    noted   gets how many films' headers tell another sex or age than the row
+    header_first  sex and age are the header's where it tells them, else the row's first
     """
     refused: list[list[Any]] = [["row", "key", "split", "reason", "image"]]
     with (
@@ -47,14 +52,19 @@ def outputs(rows: list[Row], out: Path, salt: str | None) -> Iterator[Callable[[
 
         def write(index: pa.Table) -> None:
             indexes.add(index)
-            manifest.add(_manifest_part(rows, index, salt, refused))
+            manifest.add(_manifest_part(rows, index, salt, refused, noted, header_first))
 
         yield write
     write_csv(refused, out / "refused.csv")
 
 
 def _manifest_part(
-    rows: list[Row], index: pa.Table, salt: str | None, refused: list[list[Any]]
+    rows: list[Row],
+    index: pa.Table,
+    salt: str | None,
+    refused: list[list[Any]],
+    noted: Counter[str],
+    header_first: bool,
 ) -> pa.Table:
     """The manifest's rows of a shard; its refused ones are added to the list.
 
@@ -73,8 +83,12 @@ def _manifest_part(
         values = {name: getattr(row, name) for name in names}
         values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
         values["sha256"] = entry["sha256"]
-        for name in ("view", *DEMOGRAPHICS):
-            values[name] = values[name] or entry.get(name, "")
+        values["view"] = values["view"] or entry["view"]
+        for name in DEMOGRAPHICS:
+            told = values[name], entry.get(name, "")
+            if differs(name, *told):
+                noted[f"{name}_unlike_table"] += 1
+            values[name] = (told[1] or told[0]) if header_first else (told[0] or told[1])
         if salt is not None:
             values["image_id"] = entry["key"]
             for level in ("patient", "study"):

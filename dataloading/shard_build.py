@@ -65,6 +65,7 @@ class Plan:
     timeout_s: float = 10.0
     part: tuple[int, int] = (0, 1)  # this process makes shards with number % n == i
     verify: bool = False  # read finished shards again and compare every hash
+    header_first: bool = False  # a DICOM header tells sex and age before the row does
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,9 @@ def _finish(
     images = member_bytes = 0
     salt = None if plan.keep_ids else plan.salt
     complete = complete and all(index_path(shard.path).exists() for shard in shards)
-    with outputs(rows, plan.out, salt) if complete else nullcontext() as write:
+    first = plan.header_first
+    made_of = outputs(rows, plan.out, salt, noted, header_first=first)
+    with made_of if complete else nullcontext() as write:
         for shard in shards:
             if not index_path(shard.path).exists():
                 continue

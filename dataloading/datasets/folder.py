@@ -18,8 +18,8 @@ from mlip.dataloading.datasets.rows import (
     relative,
     split_by_patient,
 )
+from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
-from mlip.dataloading.datasets.study_reports import StudyReports
 from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE
 from mlip.dataloading.progress import Progress
@@ -39,7 +39,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     UTF-8 or marked UTF-16; with option reports, of the table's row of the DICOM study.
     """
     table = StudyReports(options) if options["reports"] else None
-    if table is None and (given := [n for n in STUDY_REPORTS if options[n] != STUDY_REPORTS[n][0]]):
+    unsaid = {
+        name: (default, "none" if name in DEMOGRAPHICS else default)
+        for name, (default, _) in STUDY_REPORTS.items()
+    }
+    if table is None and (given := [n for n in unsaid if options[n] not in unsaid[n]]):
         raise ConfigError(
             f"--option {given[0]} says something of a table: give --option reports too"
         )
@@ -270,6 +274,8 @@ DATASET = Dataset(
     access="you: DICOM, JPEG or PNG files in any tree, reports as .txt beside them or in a table",
     collect=collect,
     keeps_ids=False,
+    demographics=DEMOGRAPHICS,
+    header_first=True,
     options={
         "patient_level": ("1", "folder level that names the patient of files that are no DICOM"),
         "modalities": (

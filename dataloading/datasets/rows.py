@@ -81,6 +81,7 @@ class Dataset:
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name: default, help
     keeps_ids: bool = True  # False where ids may be those of patients, not pseudonyms
     demographics: tuple[str, ...] = ()  # options that say where sex and age are; "none" = nowhere
+    header_first: bool = False  # DICOM headers tell sex and age before its table does
 
 
 def require(path: Path, access: str, *, folder: bool = False) -> Path:

@@ -24,6 +24,7 @@ from mlip.dataloading.datasets.report_columns import (
     said,
 )
 from mlip.dataloading.datasets.rows import DatasetError, Row
+from mlip.dataloading.demographics import PatientCells, differs
 from mlip.dataloading.dicom import Identity
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
@@ -32,7 +33,11 @@ _KEYS = (
     "accessionnumber accessionno accessionnr accession accno studyinstanceuid studyuid studyid"
 ).split()
 _PATIENTS = "patientid patientnumber patientno mrn subjectid patid patient".split()
+_SEXES = "sex gender patientsex patientgender".split()
+_AGES = "age patientage ageatstudy ageatexam ageyears".split()
+_UNSURE = "?"
 _UID = r"^\d+(\.\d+){3,}$"  # PS3.5 9.1; an accession number of four dots is not known
+DEMOGRAPHICS = ("report_sex", "report_age")  # options; "none" = not read
 OPTIONS = {
     "reports": ("", "CSV, TSV, Parquet or JSONL of reports, one row a study, in place of .txt"),
     "report_key": (
@@ -45,6 +50,8 @@ OPTIONS = {
         "its column of patient ids, which must be the files'; empty = a usual name, none = "
         "do not compare",
     ),
+    "report_sex": ("", "its column of sex, for films whose header tells none; none = do not read"),
+    "report_age": ("", "its column of age, as report_sex"),
     "report_repeats": (
         "refuse",
         "several rows of one study with different texts: refuse, or join in the order of rows",
@@ -67,9 +74,14 @@ class StudyReports:
         names = column_names(path)
         key = _column(path, names, options, "report_key", _KEYS)
         texts = find_report(path, names, options["report_text"], "report_text")
-        patient = ""
-        if options["report_patient"] != "none":
-            patient = _column(path, names, options, "report_patient", _PATIENTS)
+        patient, sex, age = (
+            _column(path, names, options, option, usual)
+            for option, usual in (
+                ("report_patient", _PATIENTS),
+                ("report_sex", _SEXES),
+                ("report_age", _AGES),
+            )
+        )
         if not key or not texts:
             missing = "report_key" if not key else "report_text"
             raise DatasetError(
@@ -82,9 +94,9 @@ class StudyReports:
                 "other columns with --option report_text"
             )
         wanted = {"key": key, **{f"text {name}": name for name in texts}}
-        if patient:
-            wanted["patient"] = patient
-        read = read_table(path, wanted)[0]
+        told = {"patient": patient, "sex": sex, "age": age}
+        wanted |= {field: name for field, name in told.items() if name}
+        read = read_table(path, wanted, anything={"sex", "age"} & wanted.keys())[0]
         for field in ("key", "patient"):
             if field in read:
                 check_identifiers(read[field], wanted[field], path)
@@ -93,6 +105,9 @@ class StudyReports:
         self._counts: Counter[str] = Counter()
         self._found: set[str] = set()
         self._rewritten = 0
+        self._cells, self._told_twice = PatientCells(), 0
+        # "sex", "age" -> (key, patient) -> what is told
+        self._sex_and_age: dict[str, dict[tuple[str, str], str]] = {"sex": {}, "age": {}}
         self._texts = self._index(read, texts, options["report_repeats"] == "join")
 
     @property
@@ -110,6 +125,8 @@ class StudyReports:
             if "patient" in read
             else [""] * len(keys)
         )
+        readers = {"sex": self._cells.sex, "age": lambda cell: self._cells.age(cell, zero_years="")}
+        told = {n: (of, read[n].to_pylist()) for n, of in readers.items() if n in read}
         # the texts are keys: an accession number of "UNKNOWN" may have a hundred thousand
         texts_of: dict[str, dict[str, dict[str, None]]] = {}
         first: dict[tuple[str, str], int] = {}
@@ -119,6 +136,8 @@ class StudyReports:
             if not key or (self._patient and not patient):
                 self._counts["row without key or patient"] += 1
                 continue
+            for name, (reader, cells) in told.items():
+                self._tell(name, (key, patient), reader(cells[place] or ""))
             there = texts_of.setdefault(key, {}).setdefault(patient, {})
             if not text or text in there:
                 continue
@@ -139,6 +158,20 @@ class StudyReports:
             for key, of_patient in texts_of.items()
         }
 
+    def _tell(self, name: str, study: tuple[str, str], told: str) -> None:
+        """Remembers what a row tells; of rows of one study that tell different things none."""
+        known = self._sex_and_age[name]
+        before = known.get(study, "")
+        if before != _UNSURE and differs(name, before, told):
+            self._told_twice += 1
+            known[study] = _UNSURE
+        elif told and not before:
+            known[study] = told
+
+    def _told(self, name: str, study: tuple[str, str]) -> str:
+        told = self._sex_and_age[name].get(study, "")
+        return "" if told == _UNSURE else told
+
     def join(
         self, rows: Sequence[Row], identities: Sequence[Identity | None], excluded: Counter[str]
     ) -> list[Row]:
@@ -155,7 +188,7 @@ class StudyReports:
         shared = {key for key, names in patients.items() if len(names) > 1}
         kept = []
         for row, identity in zip(rows, identities, strict=True):
-            row.report, rule = self._find(identity, shared)
+            row.report, rule = self._find(row, identity, shared)
             if rule:
                 excluded[rule] += 1
             else:
@@ -165,8 +198,11 @@ class StudyReports:
     def _key_of(self, identity: Identity) -> str:
         return identity.study if self._is_uid else identity.accession
 
-    def _find(self, identity: Identity | None, shared: set[str]) -> tuple[str, str]:
-        """The report of a file's study ("" where there is none), or the rule to leave it out by."""
+    def _find(self, row: Row, identity: Identity | None, shared: set[str]) -> tuple[str, str]:
+        """The report of a file's study ("" where there is none), or the rule to leave it out by.
+
+        The row gets what the table tells of the patient's sex and age.
+        """
         key = "" if identity is None else self._key_of(identity)
         if identity is None or not key:
             self._counts["image without key"] += 1
@@ -187,6 +223,8 @@ class StudyReports:
             return "", "report_of_another_patient"
         else:
             text = of_patient[identity.patient]
+        study = key, identity.patient if self._patient else ""
+        row.sex, row.age = self._told("sex", study), self._told("age", study)
         self._counts["image with report" if text else "image with blank report"] += 1
         return text, ""
 
@@ -217,6 +255,9 @@ class StudyReports:
             f"studies of the table: {len(self._texts)}, {lost} without an image; rows without key "
             f"or patient: {count['row without key or patient']}"
         )
+        notes += self._cells.notes()
+        if self._told_twice:
+            notes.append(f"sexes or ages that rows of one study tell otherwise: {self._told_twice}")
         if self._put_together:
             notes.append(f"studies whose several texts were put together: {self._put_together}")
         if self._rewritten:
@@ -261,8 +302,10 @@ def _bare(key: str) -> str:
 def _column(
     path: Path, names: list[str], options: dict[str, str], option: str, usual: Sequence[str]
 ) -> str:
-    """The column an option names, else the first of a usual name, else ""."""
+    """The column an option names, else the first of a usual name, else ""; "none" names none."""
     given = options[option]
+    if given == "none" and option in ("report_patient", *DEMOGRAPHICS):
+        return ""
     if given and given not in names:
         raise DatasetError(
             f"{path}: --option {option}={given}: no such column; the file has {shown(names)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ def test_cells_are_objects_a_shard_at_a_time(tmp_path: Path) -> None:
     rows = [Row(f"{i}.png", f"p{i}", f"s{i}", f"i{i}", "train") for i in range(8_000)]
     sizes = ("bits", "height", "width", "source_height", "source_width")
     tracemalloc.start()
-    with outputs(rows, tmp_path, "salt") as write:
+    with outputs(rows, tmp_path, "salt", Counter()) as write:
         for first in range(0, len(rows), 200):
             places = range(first, first + 200)
             entry = {"shard": "s.tar", "offset": 1, "size": 2, "sha256": "a" * 64, "view": ""}

@@ -5,6 +5,7 @@ Oracles: the tables and headers that were written; every file and every row is j
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -292,3 +293,57 @@ def test_one_key_of_thousands_of_texts_takes_no_longer_than_its_length(tmp_path:
     reports, _ = joined(tmp_path / "raw", tmp_path / "reports.csv", report_repeats="join")
     assert time.process_time() - begin < 6
     assert reports["a.dcm"].count("No effusion, number") == count
+
+
+def prepared(root: Path, out: Path, *options: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """(sex, age) of each row of the prepared manifest, by image; what was noted."""
+    status = main(
+        ["prepare", "folder", "--root", str(root), "--out", str(out), "--keep-ids", *options]
+    )
+    assert status == 0
+    read = pa.parquet.read_table(out / "manifest.parquet")
+    assert list(read.column("patient_id").unique().to_pylist())
+    rows = sorted(read.to_pylist(), key=lambda row: row["image_id"])
+    noted = json.loads((out / "prepared.json").read_text())["noted"]
+    noted.pop("own_range", None)
+    return [(row.get("sex", "-"), row.get("age", "-")) for row in rows], noted
+
+
+def test_sex_and_age_of_the_list_stand_in_where_the_header_tells_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    header = {"PatientSex": "F", "PatientAge": "058Y"}
+    for i, told in enumerate([{}, header, header, {}, {}]):
+        film(root / f"{i}.dcm", f"P{i}", f"A{i}", SOPInstanceUID=f"1.2.{i}", **told)
+    table(
+        ris,
+        "accession,report,Gender,Age at study",
+        [
+            ["A0", "Clear.", "male", "97"],
+            ["A1", "Clear.", "M", "40"],
+            ["A2", "Clear.", "F", "59"],  # a birthday since the study
+            ["A3", "Clear.", "M", "2020-01-31"],
+            ["A4", "Clear.", "F", 30],
+            ["A4", "Clear.", "M", 30],
+            ["A4", "Clear.", "M", ""],
+        ],
+    )
+    given = ["--option", f"reports={ris}"]
+    found, noted = prepared(root, tmp_path / "out", *given)
+    assert found == [("M", "90"), ("F", "58"), ("F", "58"), ("M", ""), ("", "30")]
+    assert noted == {"sex_unlike_table": 1, "age_unlike_table": 1}
+    printed = capsys.readouterr().out
+    assert "noted, sex_unlike_table: 1\n" in printed
+    assert "cells not read, so not stated: age 1\n" in printed
+    assert "sexes or ages that rows of one study tell otherwise: 1\n" in printed
+    without, noted = prepared(root, tmp_path / "none", *given, "--no-demographics")
+    assert set(without) == {("-", "-")} and noted == {}
+    unread, _ = prepared(root, tmp_path / "sex", *given, "--option", "report_age=none")
+    assert [age for _, age in unread] == ["", "58", "58", "", ""]
+
+
+def test_demographics_may_be_left_out_without_a_list_too(tmp_path: Path) -> None:
+    film(tmp_path / "pacs" / "a.dcm", "P1", "A1")
+    found, _ = prepared(tmp_path / "pacs", tmp_path / "out", "--no-demographics")
+    assert found == [("-", "-")]
