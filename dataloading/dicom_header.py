@@ -18,6 +18,7 @@ from mlip.dataloading.dicom_source import (
     error_wall,
     read_dataset,
 )
+from mlip.dataloading.view_position import projection
 
 _TAGS = (
     "Modality ViewPosition PatientOrientation PresentationIntentType SamplesPerPixel "
@@ -36,8 +37,6 @@ _GROUPS = {
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
 _SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
-
-_LATERAL = frozenset({"LL", "RL", "LATERAL", "LAT"})  # decubitus films (LLD, RLD) are frontal
 
 UNREAD = frozenset({"unread_sex", "unread_age"})  # notes on what stands there and tells nothing
 
@@ -124,8 +123,8 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
             "bad_bits",
             f"allocated {allocated}, stored {stored}, high {high}, sign {representation}",
         )
-    view = _code(dataset, "ViewPosition")
-    notes = _turned(dataset, view)
+    view = _codes(dataset, "ViewPosition")
+    notes = _turned(dataset, view) + ["several_views"] * ("\\" in view)
     sex, age = _demographics(dataset, notes)
     rescale = _rescale(dataset)
     modality_lut, voi_lut = _luts(dataset, stored, representation == 1, rescale, notes)
@@ -181,7 +180,7 @@ def _turned(dataset: Dataset, view: str) -> list[str]:
         return ["on_its_side"]
     if rows not in "LRAP" or columns not in "HF":
         return []
-    notes = ["mirrored"] if rows == "R" and view not in _LATERAL else []
+    notes = ["mirrored"] if rows == "R" and projection(view) != "LATERAL" else []
     return [*notes, "upside_down"] if columns == "H" else notes
 
 
@@ -259,9 +258,21 @@ def _said(dataset: Dataset, name: str) -> str:
     return "" if value is None else str(value).strip(" \0")
 
 
+def _codes(dataset: Dataset, name: str) -> str:
+    """As _code; several values, where one is allowed, with the backslash of the file between."""
+    value = _value(dataset, name)
+    if not isinstance(value, pydicom.multival.MultiValue):
+        return _code(dataset, name)
+    codes = [_as_code(str(part).strip(" \0")) for part in value if str(part).strip(" \0")]
+    return "\\".join(dict.fromkeys(codes)) if all(codes) else ""
+
+
 def _code(dataset: Dataset, name: str) -> str:
     """A code string; anything that is none, free text for instance, is dropped."""
-    text = _text(dataset, name)
+    return _as_code(_text(dataset, name))
+
+
+def _as_code(text: str) -> str:
     valid = len(text) <= 16 and all(c.isascii() and (c.isalnum() or c in " _") for c in text)
     return text.upper() if valid else ""
 

@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.demographics import differs
 from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
+from mlip.dataloading.view_position import PROJECTIONS, projection
 
 _TEXTS = (
     "image image_id patient_id study_id split view sex age report labels uncertain negative boxes "
     "mask subset sha256"
 ).split()
+_NOTHING = "not stated"
 _MOST_TOLD = 8  # views: more are no words of a publisher
 _SIZES = ("height", "width", "bits", "source_height", "source_width")
 _MANIFEST_SCHEMA = pa.schema(
@@ -101,22 +103,29 @@ def _manifest_part(
 
 
 def grouping_lines(manifest: Path) -> list[str]:
-    """What evaluations may group a manifest's images by: views and sexes counted, ages stated."""
+    """What evaluations may group a manifest's images by: views, their projections and sexes
+    counted, ages stated."""
     names = [n for n in ("view", *DEMOGRAPHICS) if n in pq.read_schema(manifest).names]
     table = pq.read_table(manifest, columns=names)
     lines = []
     for name in names:
         found = Counter(
             {
-                row["values"] or "not stated": row["counts"]
+                row["values"] or _NOTHING: row["counts"]
                 for row in pc.value_counts(table[name]).to_pylist()
             }
         )
         if name == "age":
-            lines.append(f"age: stated of {len(table) - found['not stated']} of {len(table)}")
+            lines.append(f"age: stated of {len(table) - found[_NOTHING]} of {len(table)}")
         else:
             told = ", ".join(f"{value} {count}" for value, count in found.most_common(_MOST_TOLD))
             lines.append(f"{name}: {told}")
+        if name == "view":
+            of = Counter(dict.fromkeys(PROJECTIONS, 0))
+            for view, count in found.items():
+                of["" if view == _NOTHING else projection(view)] += count
+            told = ", ".join(f"{p or _NOTHING} {count}" for p, count in of.most_common() if count)
+            lines.append(f"projections: {told}")
     return lines
 
 

@@ -272,7 +272,8 @@ class Evaluate:
     thresholds: bool = True  # yes-or-no scores at thresholds of val, where there is a val split
     # how val chooses them: f1, youden, sensitivity=S or specificity=S
     threshold_rule: str = "f1"
-    # manifest's column -> numbers that cut it into ranges, [] = a group a value; null takes one out
+    # manifest's column -> numbers that cut it into ranges, [] = a group a value, projections = of
+    # views: LL, RL and LATERAL are one group; null takes one out
     subgroups: dict[str, Any] = field(default_factory=dict)  # {sex: [], age: [20, 40, 60, 80]}
     show_text: bool = False  # real report text on the page; phantoms always show theirs
     # sentences that state a label's concept and that deny it; {} is its name in the lexicon

@@ -7,8 +7,8 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
+from mlip.transfer_settings import BY_PROJECTION, threshold_rule
 from mlip.transfer_settings import check as check_transfer
-from mlip.transfer_settings import threshold_rule
 from mlip.typed_tree import ConfigError
 
 
@@ -102,6 +102,8 @@ def check_agreement(config: Any) -> None:
 
 def _check_subgroups(subgroups: Mapping[str, Any]) -> None:
     for column, edges in subgroups.items():
+        if edges == BY_PROJECTION:
+            continue
         is_list = isinstance(edges, list | tuple) and all(
             isinstance(edge, int | float) and not isinstance(edge, bool) and isfinite(edge)
             for edge in edges
@@ -109,5 +111,6 @@ def _check_subgroups(subgroups: Mapping[str, Any]) -> None:
         if not is_list or any(low >= high for low, high in pairwise(edges)):
             raise ConfigError(
                 f"evaluate.subgroups.{column}={edges!r}: expected rising numbers that cut the "
-                "column into ranges, as [20, 40, 60, 80], or [] for a group a value"
+                "column into ranges, as [20, 40, 60, 80], [] for a group a value, or "
+                f"{BY_PROJECTION} for a column of views"
             )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mlip.typed_tree import ConfigError
 
+BY_PROJECTION = "projections"  # a value of evaluate.subgroups: a column of views by what they mean
 UNCERTAIN = ("one", "zero", "ignore")
 # what may differ between fractions
 BY_FRACTION = {"batch": int, "lr": float, "epochs": int, "patience": int, "max_steps": int}

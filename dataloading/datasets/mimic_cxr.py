@@ -18,7 +18,6 @@ from pathlib import Path
 from mlip.dataloading.datasets.mimic_iv import Patients
 from mlip.dataloading.datasets.ms_cxr import read_boxes
 from mlip.dataloading.datasets.rows import (
-    FRONTAL,
     Collected,
     Dataset,
     DatasetError,
@@ -28,6 +27,7 @@ from mlip.dataloading.datasets.rows import (
     require_choice,
 )
 from mlip.dataloading.manifest import SPLIT_OF
+from mlip.dataloading.view_position import is_frontal
 
 ACCESS = (
     "MIMIC-CXR-JPG, https://physionet.org/content/mimic-cxr-jpg/ (credentialed account and signed "
@@ -143,7 +143,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if not split:
             excluded["not_in_split_file"] += 1
             continue
-        if options["views"] == "frontal" and view not in FRONTAL:
+        if options["views"] == "frontal" and not is_frontal(view):
             excluded["view_not_frontal"] += 1
             continue
         if split != "test" and subject in boxed_patients:

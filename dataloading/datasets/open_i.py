@@ -25,6 +25,7 @@ from mlip.dataloading.datasets.rows import (
     require_choice,
     split_by_patient,
 )
+from mlip.dataloading.view_position import is_frontal
 
 ACCESS = (
     "the Open-i collection, https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz and NLMCXR_png.tgz)"
@@ -159,7 +160,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 excluded["listed_but_not_there"] += 1
                 continue
             view = views.get(plain_name(image), "")
-            if options["views"] == "frontal" and view and view != "FRONTAL":
+            if options["views"] == "frontal" and view and not is_frontal(view):
                 excluded["view_not_frontal"] += 1
                 continue
             rows.append(

@@ -25,9 +25,9 @@ from mlip.dataloading.datasets.rows import (
     split_by_patient,
 )
 from mlip.dataloading.demographics import PatientCells
+from mlip.dataloading.view_position import is_frontal
 
 ACCESS = "PadChest, https://bimcv.cipf.es/bimcv-projects/padchest (registration and agreement)"
-FRONTAL = frozenset({"PA", "AP", "AP_horizontal"})  # of the column Projection
 BY_PHYSICIANS = "physician"  # subset of the images whose labels physicians read in the report
 _TABLES = [
     f"PADCHEST_chest_x_ray_images_labels_160K{name}"
@@ -101,7 +101,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 
 
 def _kept_lines(
-    root: Path, table: Path, is_frontal: bool
+    root: Path, table: Path, only_frontal: bool
 ) -> tuple[list[tuple[str, dict[str, str]]], Counter[str]]:
     """Image path and line of each image that stays, and why others do not."""
     paths = sorted(relative(path, root) for path in root.rglob("*.png"))
@@ -113,7 +113,7 @@ def _kept_lines(
     for row in read_csv(table, _COLUMNS, ACCESS):
         own = f"{row['ImageDir']}/{row['ImageID']}"  # archives may be unpacked into one folder
         path = own if own in there else path_of.get(row["ImageID"])
-        if reason := _reason(row, is_frontal, table):
+        if reason := _reason(row, only_frontal, table):
             excluded[reason] += 1
         elif path is None:
             excluded["listed_but_not_there"] += 1
@@ -122,7 +122,7 @@ def _kept_lines(
     return kept, excluded
 
 
-def _reason(row: dict[str, str], is_frontal: bool, table: Path) -> str | None:
+def _reason(row: dict[str, str], only_frontal: bool, table: Path) -> str | None:
     """Why an image is left out, whatever the split."""
     if not row["PatientID"]:
         return "no_patient"
@@ -131,7 +131,7 @@ def _reason(row: dict[str, str], is_frontal: bool, table: Path) -> str | None:
         return "monochrome1"
     if row["Projection"] == "EXCLUDE" or _EXCLUDE in _labels(row, table):
         return "excluded_by_publisher"
-    return "view_not_frontal" if is_frontal and row["Projection"] not in FRONTAL else None
+    return "view_not_frontal" if only_frontal and not is_frontal(row["Projection"]) else None
 
 
 def _is_by_physicians(row: dict[str, str]) -> bool:

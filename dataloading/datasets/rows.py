@@ -24,7 +24,6 @@ MAX_TABLE_BYTES = 2 << 30  # MIMIC-CXR's largest table is 200 MB unpacked
 # header names of the column of ids in lists that go round
 _ID_NAMES = frozenset({"id", "ID", "image_id", "patientId", "ImageId", "image_name"})
 _IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "dcm", "dicom"})
-FRONTAL = frozenset({"PA", "AP", "FRONTAL"})
 # options of a data set whose publisher gives neither splits nor patients
 PLACING: dict[str, tuple[str, str]] = {
     "split_lists": ("", "folder of train, validation and test .csv of ids; empty = by hash"),

@@ -21,10 +21,12 @@ from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import said
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError, column_names, read_table
+from mlip.dataloading.view_position import projection
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Estimate, Measured, estimate, mean_over, not_available
 from mlip.transfer.measures.scores import less
 from mlip.transfer.truth.annotations import MOST_NAME_CHARACTERS
+from mlip.transfer_settings import BY_PROJECTION
 
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10
@@ -100,9 +102,11 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
 
 
 def _grouping(
-    column: str, edges: Sequence[float], cells: list[Any], patients: Array, rows: Array, path: str
+    column: str, edges: Any, cells: list[Any], patients: Array, rows: Array, path: str
 ) -> Grouping:
     texts = [_one_line(said(cell)) for cell in cells]
+    if edges == BY_PROJECTION:
+        texts, edges = [projection(text) for text in texts], ()
     stated = np.array([text != "" for text in texts], dtype=bool)
     if len(edges):
         values = _numbers(column, texts, rows, path)

@@ -364,3 +364,12 @@ def test_a_manifest_that_changed_is_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(manifest, fingerprint="0" * 64)
     with pytest.raises(ManifestError, match="changed while it was read"):
         read_groupings(config, other, rows)
+
+
+def test_views_are_grouped_by_their_projection(tmp_path: Path) -> None:
+    views = ["PA", "LL", "RL", "Lateral", "PA\\LL", ""] * 20
+    (view,) = read_groupings(*_manifest(tmp_path, "{view: projections}", view=views))
+    assert (view.column, view.names) == ("view", ("LATERAL", "PA"))
+    assert [m.sum() for m in view.members] == [60, 20] and view.stated.sum() == 80
+    (view,) = read_groupings(*_manifest(tmp_path, "{view: []}", view=views))
+    assert view.names == ("LL", "Lateral", "PA", "PA\\LL", "RL")

@@ -1,0 +1,72 @@
+"""Names of views and the projections they mean.
+
+Oracles: the terms of the DICOM standard; the values that data sets publish, and for the frontal
+films of each the lists by which they were told before there was one place for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+from mlip.dataloading.dicom import read_radiograph, write_radiograph
+from mlip.dataloading.view_position import PROJECTIONS, is_frontal, projection
+
+MIMIC = (
+    "AP,PA,LATERAL,LL,AP AXIAL,AP LLD,AP RLD,PA LLD,PA RLD,LAO,RAO,LPO,SWIMMERS,XTABLE LATERAL,"
+).split(",")
+PADCHEST = "PA,L,AP_horizontal,AP,COSTAL,EXCLUDE,UNK".split(",")
+
+
+@pytest.mark.parametrize(
+    ("views", "expected"),
+    [
+        ("PA|pa| PA |PA ERECT", "PA"),
+        ("AP|AP_horizontal|AP SUPINE|AP Portable", "AP"),
+        ("FRONTAL|Frontal|PA\\AP|AP/PA", "FRONTAL"),
+        ("LL|RL|LATERAL|Lateral|LAT|L|XTABLE LATERAL|LL\\LATERAL", "LATERAL"),
+        ("LLD|RLD|AP LLD|PA RLD|AP\\LLD|LATERAL DECUBITUS", "DECUBITUS"),
+        ("RLO|LLO|RAO|LAO|LPO|RPO|OBLIQUE", "OBLIQUE"),
+        ("AP AXIAL|LORDOTIC|SWIMMERS|COSTAL|EXCLUDE|MLO", "OTHER"),
+        ("| |UNK|unknown|NA|PA\\LL|AP LATERAL", ""),
+    ],
+)
+def test_each_name_means_one_projection(views: str, expected: str) -> None:
+    assert {projection(view) for view in views.split("|")} == {expected}
+    assert expected in (*PROJECTIONS, "")
+
+
+@pytest.mark.parametrize(
+    ("views", "before"),
+    [(MIMIC, {"PA", "AP", "FRONTAL"}), (PADCHEST, {"PA", "AP", "AP_horizontal"})],
+)
+def test_the_frontal_films_of_published_sets_are_those_of_before(
+    views: list[str], before: set[str]
+) -> None:
+    assert {view for view in views if is_frontal(view)} == before & set(views)
+
+
+def test_a_header_of_several_views_keeps_them_and_free_text_stays_out(tmp_path: Path) -> None:
+    path = tmp_path / "film.dcm"
+    write_radiograph(
+        path,
+        np.arange(1600, dtype=np.uint16).reshape(40, 40),
+        view="AP",
+        patient_id="P",
+        study_id="S",
+    )
+    for view, expected in (
+        (["AP", "LLD"], "AP\\LLD"),
+        (["PA", "PA"], "PA"),
+        (["PA", ""], "PA"),
+        (["PA", "of Mrs. Doe"], ""),
+    ):
+        dataset = pydicom.dcmread(path)
+        dataset.add_new(0x00185101, "CS", view)
+        pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
+        info = read_radiograph(tmp_path / "new.dcm")[1]
+        assert info.view == expected
+        assert ("several_views" in info.notes) == (len(expected.split("\\")) > 1)
