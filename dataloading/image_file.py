@@ -45,13 +45,15 @@ class Header(NamedTuple):
 def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     """The content of root/relative, read through one descriptor.
 
+    relative as UTF-8 whatever the locale says of names (LC_ALL=C): tables and disks write it so
     name     what stands for it in errors, which never hold its path: that may name a patient
 
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
              root is gone; LimitError where a limit of the machine is in the way.
     """
-    path = os.path.join(root, relative)
-    if not _is_inside(root, os.path.dirname(relative)):
+    top, below = os.fsencode(root), on_disk(relative)
+    path, inside = os.path.join(top, below), top.rstrip(b"/") + b"/"
+    if not _is_inside(top, os.path.dirname(below)):
         raise _outside(name)
     try:
         descriptor = _open(path)
@@ -59,11 +61,11 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         if os.path.islink(path):
             # the last part is a link: looked at before it is followed
             target = os.path.realpath(path)
-            if not target.startswith(root.rstrip("/") + "/"):
+            if not target.startswith(inside):
                 raise _outside(name) from None
             if os.path.islink(target):
                 raise BadSample("missing", "links that lead to one another") from None
-            return read_bytes(root, os.path.relpath(target, root), name)
+            return read_bytes(root, as_utf8(os.path.relpath(target, top)), name)
         if not os.path.isdir(root):
             raise DataError(
                 "the image folder (data.root) is gone: mount or restore it, then resume"
@@ -72,8 +74,8 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     try:
         status = os.fstat(descriptor)
         # the descriptor's own path: no link can be swapped between this check and the read
-        real = os.readlink(f"/proc/self/fd/{descriptor}")
-        if not real.startswith(root.rstrip("/") + "/"):
+        real = os.readlink(b"/proc/self/fd/%d" % descriptor)
+        if not real.startswith(inside):
             raise _outside(name)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("not_a_file")
@@ -91,16 +93,26 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         os.close(descriptor)
 
 
-def _open(path: str) -> int:
+def on_disk(relative: str) -> bytes:
+    """The bytes of a name that a table holds; what is no UTF-8 in it stays as it was."""
+    return relative.encode("utf-8", "surrogateescape")
+
+
+def as_utf8(name: str | bytes | os.PathLike[str]) -> str:
+    """The text of a name of the disk, so that on_disk gives its bytes again."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
+
+
+def _open(path: bytes) -> int:
     # O_NONBLOCK: opening a pipe must not wait for a writer
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 @functools.lru_cache(maxsize=65_536)
-def _is_inside(root: str, folder: str) -> bool:
+def _is_inside(root: bytes, folder: bytes) -> bool:
     """Whether a folder's real path lies in the root; remembered, the open descriptor decides."""
     real = os.path.realpath(os.path.join(root, folder))
-    return real == root.rstrip("/") or real.startswith(root.rstrip("/") + "/")
+    return real == root.rstrip(b"/") or real.startswith(root.rstrip(b"/") + b"/")
 
 
 def _outside(name: str) -> DataError:

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.image_file import on_disk, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.progress import Progress
@@ -173,10 +173,11 @@ def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
     for place in shard.rows:
         row = rows[place]
         try:
-            status = os.stat(plan.root / row.image)
+            path = os.path.join(os.fsencode(plan.root), on_disk(row.image))
+            status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
             # a change of mode leaves size and time as they are
-            if not os.access(plan.root / row.image, os.R_OK):
+            if not os.access(path, os.R_OK):
                 state += " unreadable"
         except (OSError, ValueError):
             state = "absent"

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import train
@@ -109,3 +110,25 @@ def test_where_the_locale_is_not_utf_8_the_remedy_is_the_locale() -> None:
         command, env=os.environ | plain, capture_output=True, cwd=Path(__file__).parents[1]
     )
     assert b"set PYTHONUTF8=1" in ended.stderr and b"rename" not in ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["manifest", "folder"])
+def test_films_with_other_letters_are_read_in_a_locale_of_ascii(kind: str, tmp_path: Path) -> None:
+    """In LC_ALL=C without Python's UTF-8 mode each was refused as undecodable, by `folder` as
+    named otherwise than in UTF-8."""
+    root, out = tmp_path / "raw", tmp_path / "out"
+    names = ["R\u00f6ntgen \u80f8\u90e8.dcm", "plain.dcm", "B\u00fcro/a.dcm"]
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40
+        write_radiograph(root / name, pixels, patient_id=f"P{i}", study_id="S", image_id=str(i))
+    lines = [f"{name},P{i},Clear.\n" for i, name in enumerate(names)]
+    (root / "manifest.csv").write_text("image,patient_id,report\n" + "".join(lines), "utf-8")
+    command = [sys.executable, "-m", "mlip.cli", "prepare", kind, "--root", str(root)]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [*command, "--out", str(out), "--keep-ids"], env=environment, capture_output=True
+    )
+    assert b"rows 3 = images 3 + refused 0 + lost 0" in done.stdout, done.stdout + done.stderr
+    told = pq.read_table(out / "index.parquet").column("reason").to_pylist()
+    assert told == ["", "", ""]

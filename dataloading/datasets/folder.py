@@ -21,7 +21,7 @@ from mlip.dataloading.datasets.rows import (
 from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
-from mlip.dataloading.image_file import PNG_SIGNATURE
+from mlip.dataloading.image_file import PNG_SIGNATURE, as_utf8
 from mlip.dataloading.progress import Progress
 
 _MAX_REPORT_BYTES = 1 << 20
@@ -62,7 +62,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     told = Progress("files looked at")
     for place, path in enumerate(files):
         told(place, len(files))
-        if not _is_unicode(relative(path, root)):
+        if not _is_unicode(as_utf8(relative(path, root))):
             excluded["name_not_utf8"] += 1
             continue
         kind = _kind(path)
@@ -90,10 +90,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         told(place, len(groups))
         path, identity = copies[0]
         excluded.update(["duplicate_image"] * (len(copies) - 1))
-        name = relative(path, root)
+        name = as_utf8(relative(path, root))
         parts = name.split("/")
-        patient = parts[level - 1] if len(parts) > level else path.stem
-        study, image = "/".join(parts[:-1]) or path.stem, name
+        stem = as_utf8(path.stem)
+        patient = parts[level - 1] if len(parts) > level else stem
+        study, image = "/".join(parts[:-1]) or stem, name
         if identity is not None:
             nameless += not identity.patient
             patient = identity.patient or patient
