@@ -83,7 +83,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     identities: list[Identity | None] = []
     used: set[Path] = set()
     nameless = 0
-    groups = _copies(taken)
+    groups = _copies(taken, excluded)
     there = {path for path in files if path.suffix in _TEXT}
     told = Progress("images joined with reports")
     for place, copies in enumerate(groups):
@@ -217,19 +217,27 @@ def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:
     return ""
 
 
-def _copies(files: list[tuple[Path, Identity | None]]) -> list[list[tuple[Path, Identity | None]]]:
+def _copies(
+    files: list[tuple[Path, Identity | None]], excluded: Counter[str]
+) -> list[list[tuple[Path, Identity | None]]]:
     """The files of each image, largest first: a copy that was cut off is smaller than a whole one.
 
-    DICOM files of one SOPInstanceUID are one image, every other file is one of its own.
+    DICOM files of one SOPInstanceUID are one image, every other file is one of its own. Where they
+    name several patients a header is wrong, and nobody can tell which: all are left out, counted.
     """
     groups: dict[str | Path, list[tuple[Path, Identity | None]]] = {}
     for path, identity in files:
         uid = identity.image if identity is not None else ""
         groups.setdefault(uid or path, []).append((path, identity))
+    found = []
     for group in groups.values():
+        if len({identity.patient for _, identity in group if identity is not None} - {""}) > 1:
+            excluded["image_of_several_patients"] += len(group)
+            continue
         if len(group) > 1:
             group.sort(key=lambda copy: -copy[0].stat().st_size)
-    return list(groups.values())
+        found.append(group)
+    return found
 
 
 def _word(text: str) -> str:

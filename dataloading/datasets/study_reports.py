@@ -36,6 +36,10 @@ _PATIENTS = "patientid patientnumber patientno mrn subjectid patid patient".spli
 _SEXES = "sex gender patientsex patientgender".split()
 _AGES = "age patientage ageatstudy ageatexam ageyears".split()
 _UNSURE = "?"
+_OTHERWISE = (
+    "in another writing only: leading zeros, case, blanks or marks differ, which spreadsheets "
+    "change: export that column as text"
+)
 _UID = r"^\d+(\.\d+){3,}$"  # PS3.5 9.1; an accession number of four dots is not known
 DEMOGRAPHICS = ("report_sex", "report_age")  # options; "none" = not read
 OPTIONS = {
@@ -104,7 +108,7 @@ class StudyReports:
         self._is_uid = _holds_uids(read["key"])
         self._counts: Counter[str] = Counter()
         self._found: set[str] = set()
-        self._rewritten = 0
+        self._rewritten = self._patient_rewritten = 0
         self._cells, self._told_twice = PatientCells(), 0
         # "sex", "age" -> (key, patient) -> what is told
         self._sex_and_age: dict[str, dict[tuple[str, str], str]] = {"sex": {}, "age": {}}
@@ -220,6 +224,7 @@ class StudyReports:
         elif not identity.patient:
             return "", "report_patient_unknown"
         elif identity.patient not in of_patient:
+            self._patient_rewritten += _bare(identity.patient) in map(_bare, of_patient)
             return "", "report_of_another_patient"
         else:
             text = of_patient[identity.patient]
@@ -262,16 +267,19 @@ class StudyReports:
             notes.append(f"studies whose several texts were put together: {self._put_together}")
         if self._rewritten:
             notes.append(self._other_writing())
+        if self._patient_rewritten:
+            notes.append(self._other_patient_writing())
         return notes
 
     def _why_none(self, excluded: Counter[str]) -> str:
         count = self._counts
         if others := excluded["report_of_another_patient"] + excluded["report_patient_unknown"]:
-            return (
+            told = (
                 f"{others} images are of studies in it, none of the patient that its column "
                 f"{self._patient} names: expected the files' PatientID, leading zeros included; "
                 "where it holds pseudonyms give --option report_patient=none"
             )
+            return f"{told}. {self._other_patient_writing()}" if self._patient_rewritten else told
         if shared := excluded["report_of_several_patients"]:
             return (
                 f"{shared} images share their {self.attribute} with images of another patient, so "
@@ -287,16 +295,18 @@ class StudyReports:
         return f"{reason}. {self._other_writing()}" if self._rewritten else reason
 
     def _other_writing(self) -> str:
+        return f"{self._rewritten} images have a key that stands in the table {_OTHERWISE}"
+
+    def _other_patient_writing(self) -> str:
         return (
-            f"{self._rewritten} images have a key that stands in the table in another writing "
-            "only: leading zeros, case, blanks or marks differ, which spreadsheets change: export "
-            "that column as text"
+            f"{self._patient_rewritten} images were left out whose patient stands beside their "
+            f"study {_OTHERWISE}"
         )
 
 
 def _bare(key: str) -> str:
-    """A key without what spreadsheets take away or add: ="0042" and 42 are one."""
-    return re.sub(r"[\W_]+", "", key.lower()).lstrip("0")
+    """A key without what spreadsheets and pandas take away or add: ="0042", 42 and 42.0 are one."""
+    return re.sub(r"[\W_]+", "", re.sub(r"\.0$", "", key.lower())).lstrip("0")
 
 
 def _column(

@@ -218,3 +218,14 @@ def test_a_report_that_may_not_be_read_leaves_its_image_out(
     monkeypatch.setattr(Path, "read_bytes", locked)
     assert reports(tmp_path) == {"b.png": ""}
     assert collect(tmp_path).excluded == {"report_text": 1, "report_unreadable": 1}
+
+
+def test_files_of_one_image_uid_and_several_patients_are_all_left_out(tmp_path: Path) -> None:
+    """The larger was taken, under its own patient, and the other called a copy of it."""
+    film(tmp_path / "a.dcm", SOPInstanceUID="1.2.3", PatientID="P1")
+    film(tmp_path / "b.dcm", SOPInstanceUID="1.2.3", PatientID="P2", ImageComments="longer")
+    film(tmp_path / "c.dcm", SOPInstanceUID="1.2.4", PatientID="P3")
+    film(tmp_path / "d.dcm", SOPInstanceUID="1.2.4", PatientID="")  # says nothing against P3
+    collected = collect(tmp_path)
+    assert [row.image for row in collected.rows] == ["c.dcm"]
+    assert collected.excluded == {"image_of_several_patients": 2, "duplicate_image": 1}

@@ -347,3 +347,19 @@ def test_demographics_may_be_left_out_without_a_list_too(tmp_path: Path) -> None
     film(tmp_path / "pacs" / "a.dcm", "P1", "A1")
     found, _ = prepared(tmp_path / "pacs", tmp_path / "out", "--no-demographics")
     assert found == [("-", "-")]
+
+
+def test_a_patient_whose_leading_zeros_a_spreadsheet_took_is_said_to_be_one(
+    tmp_path: Path,
+) -> None:
+    for i, patient in enumerate(["0007", "0017", "0027"]):
+        film(tmp_path / "pacs" / f"{i}.dcm", patient, f"A{i}")
+    ris = tmp_path / "ris.csv"
+    table(ris, "accession,MRN,report", [["A0", "7", "a."], ["A1", "0017", "b."], ["A2", "9", "c."]])
+    texts, collected = joined(tmp_path / "pacs", ris)
+    assert texts == {"1.dcm": "b."} and collected.excluded == {"report_of_another_patient": 2}
+    said = "1 images were left out whose patient stands beside their study in another writing only"
+    assert collected.notes[-1].startswith(said)
+    table(ris, "accession,MRN,report", [["A0", "7.0", "a."]])
+    with pytest.raises(DatasetError, match=said):
+        joined(tmp_path / "pacs", ris)
