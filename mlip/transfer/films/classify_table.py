@@ -21,6 +21,9 @@ from mlip.transfer.films.row_images import RowImages
 from mlip.transfer.films.row_table import require_replaceable, unread, write_row_table
 
 _CALLED = " called"
+# what a cell begins with that Excel and LibreOffice take for a formula, full-width forms too
+# (OWASP, CSV Injection)
+_FORMULA = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
 
 
 def require_own_file(path: Path) -> None:
@@ -56,6 +59,12 @@ def write_classification(
         raise QuestionError(f"finding {clash[0]!r}: its column would stand twice; rename it")
     if taken := sorted({"row_index", "reason"} & set(findings)):
         raise QuestionError(f"finding {taken[0]!r} is a column of the table: rename it")
+    # another sign in front would make it another name than the one that was asked
+    if formulas := [name for name in findings if name.startswith(_FORMULA)]:
+        raise QuestionError(
+            f"finding {formulas[0]!r}: a spreadsheet would run a column of that name as a formula: "
+            "begin it with a letter"
+        )
     texts = encode_question(opened, question)
     lines: dict[int, list[object]] = {}
     counts = dict.fromkeys(decided, 0)

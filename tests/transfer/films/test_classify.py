@@ -280,3 +280,12 @@ def test_sentences_in_the_settings_are_those_that_are_asked(tmp_path):
     texts = encode_question(opened, question)
     assert scores(opened, images, question, texts, "global").shape == (1, 1)
     assert len(texts) == 1 + len(settings.evaluate.negative_prompts)
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+edema", "-edema", "@SUM(A1)", "\uff1dedema"])
+def test_a_column_that_a_spreadsheet_would_run_as_a_formula_is_refused(name, tmp_path, capsys):
+    wordings = tmp_path / "w.yaml"
+    wordings.write_text(f'"{name}": {{positive: [edema.], negative: [no edema.]}}\n', "utf-8")
+    assert run(tmp_path, "--wordings", str(wordings)) == 4
+    assert "would run a column of that name as a formula" in capsys.readouterr().err
+    assert not (tmp_path / "f.csv").exists()
