@@ -27,6 +27,7 @@ from mlip.dataloading.dicom_tone import (
     apply_table,
     build_tone,
     drop_useless_padding,
+    has_stray_bits,
     image_cells,
     needs_range,
     seen_cells,
@@ -94,6 +95,8 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
 
 def _displayed(header: Header, cells: np.ndarray) -> tuple[Header, Tone, np.ndarray]:
     """The image, and the header without what shows nothing of it or pads nothing."""
+    if has_stray_bits(header, cells):
+        header = replace(header, notes=(*header.notes, "bits_over_stored"))
     seen = None
     if needs_range(header) or header.padding is not None:
         seen = seen_cells(cells)

@@ -21,7 +21,8 @@ from mlip.dataloading.dicom_source import (
 from mlip.dataloading.view_position import projection
 
 _TAGS = (
-    "Modality ViewPosition PatientOrientation PresentationIntentType SamplesPerPixel "
+    "Modality ViewPosition PatientOrientation PresentationIntentType PresentationLUTShape "
+    "SamplesPerPixel "
     "PhotometricInterpretation "
     "NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation "
     "PixelPaddingValue PixelPaddingRangeLimit WindowCenter WindowWidth VOILUTFunction "
@@ -36,6 +37,8 @@ _GROUPS = {
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
     "PixelMeasuresSequence": ("PixelSpacing",),
 }
+# what PS3.3 C.8.11.3.1.2 excludes: one says that high values are white, the other black
+_OTHER_SHAPE = {"MONOCHROME1": "IDENTITY", "MONOCHROME2": "INVERSE"}
 _SQUARE = 1.05  # a larger ratio of a pixel's sides would squash the chest visibly
 
 UNREAD = frozenset({"unread_sex", "unread_age"})  # notes on what stands there and tells nothing
@@ -125,6 +128,8 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
         )
     view = _codes(dataset, "ViewPosition")
     notes = _turned(dataset, view) + ["several_views"] * ("\\" in view)
+    if _text(dataset, "PresentationLUTShape").upper() == _OTHER_SHAPE[photometric]:
+        notes.append("unsure_polarity")
     sex, age = _demographics(dataset, notes)
     rescale = _rescale(dataset)
     modality_lut, voi_lut = _luts(dataset, stored, representation == 1, rescale, notes)

@@ -98,6 +98,22 @@ def drop_useless_padding(header: Header, seen: np.ndarray) -> Header:
     return header
 
 
+def has_stray_bits(header: Header, cells: np.ndarray) -> bool:
+    """Whether bits above BitsStored are set that are no sign: an overlay of old, or BitsStored is
+    too small, and the film, of which they are masked, is garbled.
+
+    Shapes:  cells [H, W] uint8 or uint16
+    """
+    unused = (1 << header.bits_allocated) - (1 << header.bits_stored)
+    # one pass without a branch; only where it finds some are the cells looked at
+    if not unused or not int(np.bitwise_or.reduce(cells, axis=None)) & unused:
+        return False
+    found = np.flatnonzero(seen_cells(cells))
+    above = found & unused
+    is_negative = (found >> (header.bits_stored - 1) & 1).astype(bool) & header.signed
+    return bool(((above != 0) & ~(is_negative & (above == unused))).any())
+
+
 def image_cells(header: Header, seen: np.ndarray) -> np.ndarray:
     """bool [2 ** bits_allocated]: the cells that occur and are no padding."""
     return seen if header.padding is None else seen & ~_padding_cells(header)

@@ -28,6 +28,8 @@ _MAX_REPORT_BYTES = 1 << 20
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
 _RULES = ("burned_in", "secondary_capture")
 _TEXT = (".txt", ".TXT")
+# the first attribute of a data set without preamble: its group and length, or one of group 8
+_GROUP_2_OR_8 = (b"\x02\0\0\0", b"\x08\0\0\0", b"\x08\0\x05\0", b"\x08\0\x08\0", b"\x08\0\x16\0")
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 
 
@@ -197,7 +199,8 @@ def _kind(path: Path) -> str:
     if not head:
         return "empty_file"
     # an old archive's files without preamble: said apart, they may be the whole export
-    return "not_dicom" if suffix in SUFFIXES else "no_image"
+    is_bare = head.startswith(_GROUP_2_OR_8)
+    return "not_dicom" if suffix in SUFFIXES or is_bare else "no_image"
 
 
 def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:

@@ -95,7 +95,7 @@ def test_a_window_that_shows_nothing_of_the_film_counts_as_none(
     tmp_path: Path, centre: int, photometric: str
 ) -> None:
     """An 8-bit window on 16-bit pixels: the film was one white, or black, sheet."""
-    kind = at_top(PhotometricInterpretation=photometric)
+    kind = at_top(PhotometricInterpretation=photometric, PresentationLUTShape="")
     wrong = film(tmp_path / "a.dcm", at_top(WindowCenter=centre, WindowWidth=200))
     dataset = pydicom.dcmread(wrong)
     kind(dataset)
@@ -194,3 +194,59 @@ def test_a_film_that_hangs_otherwise_is_noted_and_not_flipped(
 def test_a_flip_that_the_maker_already_applied_makes_no_note(tmp_path: Path) -> None:
     done = at_top(FieldOfViewHorizontalFlip="YES", FieldOfViewRotation=180)
     assert read_radiograph(film(tmp_path / "a.dcm", done))[1].notes == ()
+
+
+@pytest.mark.parametrize(
+    ("high_bits", "signed", "noted"),
+    [(0, False, False), (0x1000, False, True), (0xF000, True, False), (0x1000, True, True)],
+)
+def test_bits_over_those_stored_are_noted_unless_they_are_a_sign(
+    tmp_path: Path, high_bits: int, signed: bool, noted: bool
+) -> None:
+    """10-bit films of which 12 were filled were garbled without a word; high_bits are set where
+    the number's highest stored bit is."""
+    cells = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    cells |= np.where(cells & 0x800, high_bits, 0).astype(np.uint16)
+    path = tmp_path / "film.dcm"
+    write_radiograph(path, cells, patient_id="P", study_id="S")
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = cells.tobytes()
+    dataset.BitsStored, dataset.HighBit = 12, 11
+    dataset.PixelRepresentation = int(signed)
+    pydicom.dcmwrite(path, dataset)
+    image, info = read_radiograph(path)
+    assert ("bits_over_stored" in info.notes) == noted
+    # masked, as before: the same picture as without them
+    dataset.PixelData = (cells & 0xFFF).tobytes()
+    pydicom.dcmwrite(path, dataset)
+    again, info = read_radiograph(path)
+    assert (image == again).all() and "bits_over_stored" not in info.notes
+
+
+@pytest.mark.parametrize(
+    ("photometric", "shape", "noted"),
+    [
+        ("MONOCHROME1", "IDENTITY", True),
+        ("MONOCHROME2", "INVERSE", True),
+        ("MONOCHROME1", "INVERSE", False),
+        ("MONOCHROME2", "IDENTITY", False),
+        ("MONOCHROME1", None, False),
+    ],
+)
+def test_a_presentation_shape_that_says_the_opposite_is_noted_and_not_followed(
+    tmp_path: Path, photometric: str, shape: str | None, noted: bool
+) -> None:
+    path = tmp_path / "film.dcm"
+    write_radiograph(
+        path, np.arange(4096, dtype=np.uint16).reshape(64, 64), patient_id="P", study_id="S"
+    )
+    dataset = pydicom.dcmread(path)
+    dataset.PhotometricInterpretation = photometric
+    if shape is not None:
+        dataset.PresentationLUTShape = shape
+    elif "PresentationLUTShape" in dataset:
+        del dataset.PresentationLUTShape
+    pydicom.dcmwrite(path, dataset)
+    image, info = read_radiograph(path)
+    assert ("unsure_polarity" in info.notes) == noted
+    assert (image[0, 0] > image[-1, -1]) == (photometric == "MONOCHROME1")

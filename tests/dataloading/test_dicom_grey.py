@@ -62,6 +62,7 @@ def test_grey_scale_chain_equals_the_float64_path(tmp_path, changes, photometric
         HighBit=11,
         PixelRepresentation=int(signed),
         PhotometricInterpretation=photometric,
+        PresentationLUTShape=None,
         **changes,
     )
     stored = noise(12).astype(np.int64) - 2048 if signed else noise(12).astype(np.int64)
@@ -247,7 +248,7 @@ def padded(tmp_path: Path, value: int, **changes: object) -> tuple[np.ndarray, b
 def test_padding_is_black_on_either_side_of_the_films_values(tmp_path, photometric, value, window):
     """Below the values of a MONOCHROME1 film it became a white frame around the chest."""
     limit = {"PixelPaddingValue": value + 50, "PixelPaddingRangeLimit": max(value - 50, 0)}
-    fields = {"PhotometricInterpretation": photometric, **window}
+    fields = {"PhotometricInterpretation": photometric, "PresentationLUTShape": None, **window}
     border, data = padded(tmp_path, value, **fields, **limit)
     image, info = read_radiograph(data)
     expected, _ = read_radiograph(padded(tmp_path, 1000, **fields)[1])
@@ -283,5 +284,6 @@ def test_a_window_that_shows_only_where_the_padding_is_counts_as_none(tmp_path):
 
 def test_explain_says_what_is_padding(tmp_path):
     fields = {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}
+    fields["PresentationLUTShape"] = "INVERSE"
     lines = explain(padded(tmp_path, 0, **fields)[1])
     assert lines[-2] == "padding: 0 .. 0.99237 (stored 0 to 0 is black)"

@@ -229,3 +229,17 @@ def test_files_of_one_image_uid_and_several_patients_are_all_left_out(tmp_path: 
     collected = collect(tmp_path)
     assert [row.image for row in collected.rows] == ["c.dcm"]
     assert collected.excluded == {"image_of_several_patients": 2, "duplicate_image": 1}
+
+
+def test_films_without_preamble_are_told_from_other_files_whatever_they_are_called(
+    tmp_path: Path,
+) -> None:
+    """An old archive whose files have no suffix was so many files that are no image."""
+    whole = film(tmp_path / "a").read_bytes()
+    (tmp_path / "a").unlink()
+    (tmp_path / "IM000001").write_bytes(whole[132:])  # with its group 2
+    (tmp_path / "IM000002").write_bytes(whole[whole.index(b"\x08\x00\x16\x00UI") :])
+    (tmp_path / "x.ico").write_bytes(b"\0\0\1\0")
+    (tmp_path / "notes.doc").write_bytes(b"\x08 some other file")
+    picture(tmp_path / "p.png")
+    assert collect(tmp_path).excluded == {"not_dicom": 2, "no_image": 2}
