@@ -8,10 +8,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,23 +25,17 @@ from mlip.dataloading.csv_text import (
     read_header,
     shown,
 )
+from mlip.dataloading.table_cells import TEXT, UNREADABLE, Free, KindError, as_text, check_kind
 from mlip.dataloading.text_encoding import first_line_not_utf8, is_utf16
 from mlip.machine import LimitError, limit_reached, require_threads
 
 _NAMED_LINES = 5  # how many bad lines an error names
-_TEXT = pa.large_string()
 _BLOCK_BYTES = 16 << 20  # Arrow wants every row inside one block; reports of a megabyte happen
 _ROWS_AT_ONCE = 1 << 15  # of a Parquet file: about a block's worth
 _SMALL_BLOCK_BYTES = 1 << 20
 _CSV_THREADS = 2  # Arrow's for one CSV: one reads, one parses
 _ROUNDED = r"^\s*\d([.,]\d+)?[eE]\+\d+\s*$"
 _CSV, _PARQUET, _JSONL = (".csv", ".tsv"), ".parquet", (".jsonl", ".ndjson")
-_TEXTS = (
-    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-    *(pa.types.is_integer, pa.types.is_null),
-)
-_NUMBERS = (pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
-UNREADABLE = "?"  # a cell that is neither text nor number, where that is no error
 Batches = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
@@ -51,13 +45,6 @@ class Sink(Protocol):
     def append(self, piece: pa.LargeStringArray) -> None: ...
 
     def clear(self) -> None: ...
-
-
-class _Free(NamedTuple):
-    """Fields that may hold more than text and integers."""
-
-    of_numbers: Collection[str]
-    of_anything: Collection[str]
 
 
 class ManifestError(ValueError):
@@ -85,7 +72,7 @@ def read_table(
     """
     _check_suffix(path)
     suffix = path.suffix.lower()
-    free = _Free({*numbers, *anything}, frozenset(anything))
+    free = Free({*numbers, *anything}, frozenset(anything))
     try:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")
@@ -99,7 +86,7 @@ def read_table(
     except OSError as error:
         below = "" if path.is_absolute() else f" (looked for below {os.getcwd()})"
         raise ManifestError(f"{path}: cannot be read: {error.strerror}{below}") from None
-    except (CsvError, UnicodeError, pa.ArrowException) as error:
+    except (CsvError, KindError, UnicodeError, pa.ArrowException) as error:
         raise _explained(error, path) from None
     # what parsing needed: 100 MiB of a million rows
     pa.default_memory_pool().release_unused()
@@ -134,7 +121,7 @@ def _explained(error: Exception, path: Path) -> ManifestError | LimitError:
     """Without a word of Arrow's or Python's own: they quote cells."""
     if isinstance(error, pa.ArrowException) and (told := limit_reached(error)):
         return LimitError(f"{path}: cannot be read: {told}")
-    if isinstance(error, CsvError):
+    if isinstance(error, CsvError | KindError):
         return ManifestError(f"{path}: {error}")
     if isinstance(error, UnicodeEncodeError):
         return ManifestError(
@@ -166,7 +153,7 @@ def check_identifiers(column: pa.ChunkedArray, name: str, path: Path) -> None:
 
 
 def _whole_csv(
-    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], free: _Free
+    path: Path, wanted: Mapping[str, str], take: Mapping[str, Sink], free: Free
 ) -> dict[str, pa.ChunkedArray]:
     """A CSV's columns, read in small blocks, in large ones where a row is longer than those.
 
@@ -186,21 +173,20 @@ def _collect(
     path: Path,
     wanted: Mapping[str, str],
     take: Mapping[str, Sink],
-    free: _Free,
+    free: Free,
 ) -> dict[str, pa.ChunkedArray]:
     pieces: dict[str, list[pa.Array]] = {field: [] for field in wanted if field not in take}
     schema, batches = reader
     for field, name in wanted.items():
-        if field not in free.of_anything:
-            _check_type(schema.field(name).type, name, path, field in free.of_numbers)
+        check_kind(schema.field(name).type, field, name, free)
     for batch in batches:
         for field, name in wanted.items():
-            piece = _as_text(batch.column(name))
+            piece = as_text(batch.column(name), field, name, free)
             if field in take:
                 take[field].append(piece)
             else:
                 pieces[field].append(piece)
-    return {field: pa.chunked_array(parts, type=_TEXT) for field, parts in pieces.items()}
+    return {field: pa.chunked_array(parts, type=TEXT) for field, parts in pieces.items()}
 
 
 def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> None:
@@ -240,7 +226,7 @@ def _read_csv(path: Path, wanted: Mapping[str, str], block_bytes: int) -> Batche
         ),
         convert_options=pa.csv.ConvertOptions(
             include_columns=sorted(set(wanted.values())),
-            column_types=dict.fromkeys(wanted.values(), _TEXT),
+            column_types=dict.fromkeys(wanted.values(), TEXT),
             strings_can_be_null=True,
             quoted_strings_can_be_null=True,
             null_values=[""],
@@ -312,11 +298,11 @@ def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
     return list(names)
 
 
-def _read_jsonl(path: Path, wanted: Mapping[str, str], free: _Free) -> Batches:
+def _read_jsonl(path: Path, wanted: Mapping[str, str], free: Free) -> Batches:
     """Row by row: of a column that holds texts here and numbers there Arrow makes nothing, and of
     texts that look like a date a point in time."""
     _check_columns(_jsonl_names(path, set(wanted.values())), wanted, path)
-    schema = pa.schema([(name, _TEXT) for name in sorted(set(wanted.values()))])
+    schema = pa.schema([(name, TEXT) for name in sorted(set(wanted.values()))])
     of_numbers = {wanted[field] for field in free.of_numbers}
     of_anything = {wanted[field] for field in free.of_anything}
 
@@ -372,24 +358,3 @@ def _checked(batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch, whose texts are UTF-8; of a CSV alone Arrow looks at that by itself."""
     batch.validate(full=True)
     return batch
-
-
-def _check_type(kind: pa.DataType, name: str, path: Path, may_be_number: bool) -> None:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (_is_kind(kind, _TEXTS) or may_be_number and _is_kind(kind, _NUMBERS)):
-        # a number with a point cannot be turned back into the identifier it was
-        raise ManifestError(f"{path}: column {name!r}: expected text or integers, got {kind}")
-
-
-def _is_kind(kind: pa.DataType, kinds: Iterable[Callable[[pa.DataType], bool]]) -> bool:
-    return any(is_one(kind) for is_one in kinds)
-
-
-def _as_text(piece: pa.Array) -> pa.LargeStringArray:
-    if pa.types.is_dictionary(piece.type):
-        piece = pc.cast(piece, piece.type.value_type)
-    if not _is_kind(piece.type, (*_TEXTS, *_NUMBERS)):  # let through as one of anything
-        said, nothing = pa.scalar(UNREADABLE, _TEXT), pa.scalar(None, _TEXT)
-        return pc.if_else(piece.is_valid(), said, nothing)
-    return pc.cast(piece, _TEXT)

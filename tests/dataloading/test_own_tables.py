@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
@@ -145,3 +147,22 @@ def test_manifest_refuses_labels_that_are_lists_in_a_cell(tmp_path):
         collect("manifest", tmp_path, labels="Labels")
     (row,) = collect("manifest", tmp_path, labels="none").rows
     assert row.labels == ""
+
+
+def test_a_column_of_gaps_alone_is_blank_whatever_it_is_written_as(tmp_path: Path) -> None:
+    """pandas writes texts that are all missing as numbers: "expected text, got double"."""
+    image(tmp_path / "0.png")
+    image(tmp_path / "1.png", 1)
+    frame = {"image": ["0.png", "1.png"], "patient_id": ["7", "8"], "report": ["Clear.", ""]}
+    for gaps in ([float("nan")] * 2, [None, None]):
+        nothing = pa.array(gaps, pa.float64())
+        cells = pa.table({**frame, "view": nothing, "labels": nothing, "study_id": nothing})
+        pa.parquet.write_table(cells, tmp_path / "manifest.parquet")
+        rows = collect("manifest", tmp_path).rows
+        assert [(row.view, row.labels, row.study_id) for row in rows] == [("", "", "")] * 2
+    for name in ("patient_id", "view"):
+        some = {**frame, name: pa.array([7.0, None], pa.float64())}
+        pa.parquet.write_table(pa.table(some), tmp_path / "manifest.parquet")
+        message = f"column '{name}': expected text or integers, got double"
+        with pytest.raises(ManifestError, match=message):
+            collect("manifest", tmp_path)
