@@ -132,7 +132,7 @@ def check_hash(content: bytes, expected: str) -> None:
 def read_header(content: bytes) -> Header:
     """Kind and declared size, before any decoder sees the bytes.
 
-    Raises:  BadSample: unsupported, truncated, too_large, undecodable.
+    Raises:  BadSample: unsupported, truncated, too_large, too_small, undecodable.
     """
     if content.startswith(PNG_SIGNATURE):
         header = _png_header(content)
@@ -147,11 +147,11 @@ def read_header(content: bytes) -> Header:
 
 
 def check_size(height: int, width: int) -> None:
-    """Raises:  BadSample: too_large, undecodable (no radiograph is so small)."""
+    """Raises:  BadSample: too_large, too_small."""
     if height > MAX_SIDE_PX or width > MAX_SIDE_PX or height * width > MAX_PIXELS:
         raise BadSample("too_large", f"{width} x {height} px")
     if min(height, width) < MIN_SIDE_PX:
-        raise BadSample("undecodable", f"{width} x {height} px is no radiograph")
+        raise BadSample("too_small", f"{width} x {height} px is no radiograph")
 
 
 def _png_header(content: bytes) -> Header:

@@ -24,6 +24,7 @@ REASONS = {
     "out_of_memory": "there was no memory to decode the file",
     "empty_file": "the file has zero bytes",
     "too_large": "the file or its declared picture is over the size limits",
+    "too_small": "the picture has a side of fewer pixels than any radiograph",
     "unsupported": "the file is no JPEG, PNG or DICOM that can be read",
     "truncated": "the file ends before its picture does",
     "undecodable": "the decoder refused the file",

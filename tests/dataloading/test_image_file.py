@@ -244,7 +244,8 @@ def test_a_damaged_png_body_is_undecodable() -> None:
 
 
 def test_a_picture_of_a_few_pixels_is_no_radiograph() -> None:
-    assert reason_of(encode(".png", GREY[:3, :3])) == "undecodable"
+    """It was called undecodable, which sends for a damage that is not there."""
+    assert reason_of(encode(".png", GREY[:3, :3])) == "too_small"
 
 
 def test_an_exif_orientation_leaves_the_direct_path() -> None:
