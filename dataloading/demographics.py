@@ -20,7 +20,11 @@ _SEX = {
     **dict.fromkeys(("m", "male"), "M"),
     **dict.fromkeys(("o", "other"), "O"),
 }
-_AGE = re.compile(r"(\d{1,3})(\.\d*)?\s*([YMWD]?)", re.ASCII)
+# beside DICOM's own letters what lists of a RIS say: 58 years, 58yrs, 58 y/o, 18 months
+_AGE = re.compile(
+    r"(\d{1,3})(\.\d*)?\s*(Y(?:(?:EA)?RS?|/?O)?|M(?:O(?:NTH)?S?)?|W(?:EEKS?|KS?)?|D(?:AYS?)?)?\.?",
+    re.ASCII,
+)
 _OVER = frozenset({">89", "90+", ">=90", ">90"})
 _IN_A_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}  # of DICOM's age strings, PS3.5 6.2
 _DATE = re.compile(r"(\d{4})(?:[-.]?(\d{2})[-.]?(\d{2}))?(?:\.0)?", re.ASCII)
@@ -47,7 +51,8 @@ def read_age(text: str, zero_years: str = "0") -> str | None:
     match = _AGE.fullmatch(word)
     if match is None:
         return None
-    number, fraction, unit = match.groups()
+    number, fraction, word = match.groups()
+    unit = (word or "")[:1]
     if unit in ("", "Y") and not float(number + (fraction or "")):
         return zero_years
     return _told(int(number) // _IN_A_YEAR[unit])

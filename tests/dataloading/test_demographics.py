@@ -81,6 +81,8 @@ def test_sex_is_one_of_three_letters_or_nothing(text: str, sex: str | None) -> N
             ("58.9", "58"),
             ("058Y", "58"),
             ("58 y", "58"),
+            *(("58 years", "58"), ("58yrs.", "58"), ("58 Y/O", "58"), ("58yo", "58")),
+            *(("18 months", "1"), ("18mo", "1"), ("1 year", "1"), ("9 days", "0")),
             (" 7 ", "7"),
         ),
         *(("003M", "0"), ("011M", "0"), ("018M", "1"), ("012W", "0"), ("104W", "2"), ("010D", "0")),
@@ -96,7 +98,14 @@ def test_sex_is_one_of_three_letters_or_nothing(text: str, sex: str | None) -> N
             ("nan", ""),
         ),
         *(("121", None), ("414Y", None), ("-3", None), ("old", None), ("58 or so", None)),
-        *(("1954", None), ("58Q", None), ("\u0665\u0668", None)),
+        *(
+            ("1954", None),
+            ("58Q", None),
+            ("12 May", None),
+            ("1 Dec", None),
+            ("58 yes", None),
+            ("\u0665\u0668", None),
+        ),
     ],
 )
 def test_age_is_whole_years_and_all_over_89_are_one_class(text: str, age: str | None) -> None:
