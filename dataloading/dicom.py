@@ -133,6 +133,7 @@ class Identity:
     accession: str  # the order's number, by which a RIS names a study
     sop_class: str  # UID of the kind of object
     burned_in: str  # BurnedInAnnotation: YES, NO or ""
+    view: str  # ViewPosition, for view_position.py
 
 
 def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
@@ -142,7 +143,7 @@ def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
     """
     names = (
         "PatientID StudyInstanceUID SOPInstanceUID Modality AccessionNumber SOPClassUID "
-        "BurnedInAnnotation"
+        "BurnedInAnnotation ViewPosition"
     ).split()
     with error_wall("malformed"), open_regular(source) as (file, _):
         dataset = read_dataset(file, names)[2]

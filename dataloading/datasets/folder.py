@@ -16,6 +16,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     relative,
+    require_choice,
     split_by_patient,
 )
 from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
@@ -23,6 +24,7 @@ from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE, as_utf8
 from mlip.dataloading.progress import Progress
+from mlip.dataloading.view_position import FRONTAL, projection
 
 _MAX_REPORT_BYTES = 1 << 20
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5
@@ -55,11 +57,13 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     kept = {word.strip() for word in options["keep"].split(",")} - {""}
     if not kept <= set(_RULES):
         raise ConfigError(f"--option keep: expected some of {', '.join(_RULES)}, commas between")
+    require_choice(options, "views", ("frontal", "all"))
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
     excluded: Counter[str] = Counter()
     texts: set[Path] = set()
     taken: list[tuple[Path, Identity | None]] = []
+    viewless = 0
     files = _files(root, excluded)
     told = Progress("files looked at")
     for place, path in enumerate(files):
@@ -75,6 +79,10 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             try:
                 identity = read_identity(path)
                 kind = _left_out(identity, modalities, kept) or kind
+                if kind == "dicom" and options["views"] == "frontal":
+                    shown = projection(identity.view)
+                    viewless += not shown
+                    kind = kind if shown in ("", *FRONTAL) else "view_not_frontal"
             except DicomError as error:
                 kind = error.code
         if kind in ("dicom", "picture"):
@@ -137,6 +145,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"{nameless} DICOM files state no patient: the folder of --option patient_level, or "
             "the file's name, stands for it"
         )
+    if viewless:
+        notes.append(f"{viewless} DICOM files state no view: they are taken as frontal ones")
     if count := len(texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
@@ -294,6 +304,7 @@ DATASET = Dataset(
             "CR,DX,DR,RG,XR,OT",
             "DICOM modalities to take; files that state none are taken too",
         ),
+        "views": ("all", "all, or frontal: PA, AP and DICOM files that state no view"),
         "keep": (
             "",
             "take DICOM files that these rules leave out, commas between: burned_in "

@@ -243,3 +243,18 @@ def test_films_without_preamble_are_told_from_other_files_whatever_they_are_call
     (tmp_path / "notes.doc").write_bytes(b"\x08 some other file")
     picture(tmp_path / "p.png")
     assert collect(tmp_path).excluded == {"not_dicom": 2, "no_image": 2}
+
+
+def test_frontal_films_alone_are_taken_where_that_is_asked(tmp_path: Path) -> None:
+    """Oracle: the views that were written. A file that states none may be frontal and stays."""
+    views = ["PA", "AP", "LL", "LATERAL", ["AP", "LLD"], "LAO", "", ["PA", "LL"]]
+    for i, view in enumerate(views):
+        film(tmp_path / f"{i}.dcm", ViewPosition=view, SOPInstanceUID=f"1.2.{i}")
+    picture(tmp_path / "p.png")
+    assert len(collect(tmp_path).rows) == 9 and not collect(tmp_path).excluded
+    frontal = collect(tmp_path, views="frontal")
+    assert [row.image for row in frontal.rows] == ["0.dcm", "1.dcm", "6.dcm", "7.dcm", "p.png"]
+    assert frontal.excluded == {"view_not_frontal": 4}
+    assert "2 DICOM files state no view: they are taken as frontal ones" in frontal.notes
+    with pytest.raises(ConfigError, match="expected frontal or all"):
+        collect(tmp_path, views="lateral")
