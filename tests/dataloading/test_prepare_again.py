@@ -111,7 +111,7 @@ def test_files_that_may_be_read_now_are_taken_by_the_same_command(
     """A change of mode leaves size and time alone: the refusal once stood for good."""
     root = make_root(tmp_path, 4)
     locked = {str(root / "1.png")}
-    monkeypatch.setattr(os, "access", lambda path, mode: str(path) not in locked)
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fsdecode(path) not in locked)
     result = build_shards(rows_of(root), plan_for(root))
     assert build_shards(rows_of(root), plan_for(root)).made == 0
     locked.clear()
@@ -270,7 +270,7 @@ def test_a_dicom_of_a_few_pixels_is_refused_as_a_picture_is(tmp_path: Path) -> N
     cells = np.arange(16, dtype=np.uint16).reshape(4, 4)
     write_radiograph(tmp_path / "a.dcm", cells, patient_id="p", study_id="s")
     fields, _ = make_member(str(tmp_path), {"image": "a.dcm"}, ImageSettings())
-    assert fields == {"reason": "undecodable"}
+    assert fields == {"reason": "too_small"}
 
 
 def test_ctrl_c_just_after_a_file_was_made_leaves_no_half_of_it(
