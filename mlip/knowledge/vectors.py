@@ -1,12 +1,14 @@
 """One fixed vector per concept: TF-IDF, the text tower, or a user's table; centred and whitened.
 
-What does not live here: the trainable projection and the state embedding (model).
+What does not live here: the arithmetic of that (whitening.py), the trainable projection and the
+state embedding (model).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,17 +20,20 @@ from torch import Tensor
 
 from mlip.config import Knowledge
 from mlip.knowledge.concepts import ConceptTable
+from mlip.knowledge.whitening import whiten, whiten_sparse
 from mlip.output_file import whole_file
 
 logger = logging.getLogger("mlip")
 
 Encode = Callable[[list[str]], Tensor]
-_VERSION = 1  # part of the cache key: raise it when the arithmetic below changes
+_VERSION = 2  # part of the cache key: raise it when the arithmetic below changes
 _PROBES = ["no pleural effusion", "the heart is enlarged"]  # identify an encoder by what it says
+_ROWS_AT_ONCE = 256  # of the cosines of all pairs
 _MOST_PIECES = 1 << 17  # the commonest: the sketch holds knowledge.dim numbers of each, twice
-_DENSE_ROWS = 3000  # above, the exact factors would take gigabytes: sketched instead, with a seed
-# a direction holding less than this share of the largest spread is rounding noise, not whitened
-_RANK_TOLERANCE = 1e-5
+_EXACT_ROWS = 3000  # above, the exact factors would take minutes: sketched instead, with a seed
+# up to here the factors are those of the dense table, to the bit what published runs trained with;
+# of 3,000 concepts it took 3 GB and a minute
+_DENSE_ROWS = 500
 
 
 def knowledge_vectors(
@@ -68,7 +73,7 @@ def knowledge_vectors(
                     "made again"
                 ) from error
     if kind == "tfidf":
-        raw = _tfidf(texts, settings.dim)
+        white = _tfidf(texts, settings.dim)
     else:
         assert encode is not None
         raw = encode(texts).detach().to("cpu", torch.float64).numpy()
@@ -77,7 +82,8 @@ def knowledge_vectors(
                 f"encode: expected finite [{len(texts)}, d], got shape {tuple(raw.shape)}"
                 + ("" if np.isfinite(raw).all() else " with NaN or Inf")
             )
-    vectors = torch.from_numpy(whiten(raw, settings.dim)).float()
+        white = whiten(raw, settings.dim)
+    vectors = torch.from_numpy(white).float()
     if cached is not None:
         _save(vectors, cached)
     return vectors
@@ -89,48 +95,30 @@ def concept_text(table: ConceptTable, row: int) -> str:
     return f"{concept.name}: {concept.definition or ', '.join(concept.synonyms)}"
 
 
-def whiten(raw_ED: np.ndarray, dim: int) -> np.ndarray:
-    """Rows centred, whitened along the `dim` widest directions, scaled to unit length.
-
-    Rows that are entirely zero are unknown: they are left out of the statistics and stay zero.
-    Returns: [E, dim] float64; directions beyond the rank are zero
-    """
-    raw_ED = np.asarray(raw_ED, dtype=np.float64)
-    known = np.abs(raw_ED).sum(axis=1) > 0
-    result = np.zeros((len(raw_ED), dim))
-    if known.sum() < 2:
-        result[known, 0] = 1.0
-        return result
-    centred = raw_ED[known] - raw_ED[known].mean(axis=0)
-    left, spread, right = np.linalg.svd(centred, full_matrices=False)
-    rank = min(int((spread > spread[0] * _RANK_TOLERANCE).sum()), dim)
-    # the sign of a singular vector is free: fixed here so that every machine gets one answer
-    signs = np.sign(right[np.arange(rank), np.abs(right[:rank]).argmax(axis=1)])
-    white = left[:, :rank] * signs
-    norms = np.linalg.norm(white, axis=1, keepdims=True)
-    result[known, :rank] = white / np.maximum(norms, 1e-12)
-    return result
-
-
 def mean_pairwise_cosine(vectors_ED: Tensor) -> tuple[float, float]:
     """(mean, mean of the absolute value) of the cosine over all pairs of known rows."""
     rows = vectors_ED.double()
     rows = rows[rows.norm(dim=1) > 1e-6]
     rows = rows / rows.norm(dim=1, keepdim=True)
-    upper = torch.triu_indices(len(rows), len(rows), offset=1)
-    cosine = (rows @ rows.T)[upper[0], upper[1]]
-    return float(cosine.mean()), float(cosine.abs().mean())
+    signed = absolute = 0.0
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # all pairs of 5,000 at once: a gigabyte
+        cosine = (rows[start : start + _ROWS_AT_ONCE] @ rows[start:].T).triu(diagonal=1)
+        signed += float(cosine.sum())
+        absolute += float(cosine.abs().sum())
+    pairs = len(rows) * (len(rows) - 1) / 2
+    return (signed / pairs, absolute / pairs) if pairs else (math.nan, math.nan)
 
 
 def _tfidf(texts: list[str], dim: int) -> np.ndarray:
+    """Whitened rows of the texts, [E, dim] float64."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    is_small = len(texts) <= _DENSE_ROWS
-    if not is_small:
+    is_exact = len(texts) <= _EXACT_ROWS
+    if not is_exact:
         logger.info(
-            "knowledge.vectors=tfidf of %d concepts: about a second for each thousand, on every "
-            "rank; knowledge.cache_dir keeps them for the next start",
+            "knowledge.vectors=tfidf of %d concepts: about two seconds for each thousand; "
+            "knowledge.cache_dir keeps them for the next start",
             len(texts),
         )
     # sub-word pieces relate "cardiomegaly" to "cardiac" where whole words share nothing
@@ -138,13 +126,15 @@ def _tfidf(texts: list[str], dim: int) -> np.ndarray:
         analyzer="char_wb",
         ngram_range=(3, 5),
         sublinear_tf=True,
-        max_features=None if is_small else _MOST_PIECES,
+        max_features=None if is_exact else _MOST_PIECES,
     )
     rows = vectorizer.fit_transform(texts)
-    if is_small:
-        return np.asarray(rows.todense())
+    if len(texts) <= _DENSE_ROWS:
+        return whiten(rows.toarray(), dim)
+    if is_exact:
+        return whiten_sparse(rows, dim)
     # one direction more than asked for: the common one goes with the mean
-    return np.asarray(TruncatedSVD(dim + 1, random_state=0).fit_transform(rows))
+    return whiten(TruncatedSVD(dim + 1, random_state=0).fit_transform(rows), dim)
 
 
 def _user_table(table: ConceptTable, path: Path) -> Tensor:

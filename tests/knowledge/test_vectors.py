@@ -9,7 +9,7 @@ from mlip.config import Knowledge
 from mlip.knowledge import vectors as vectors_module
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
-from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine, whiten
+from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,18 @@ def test_tfidf_vectors_are_distinct_unit_rows_of_the_asked_width(table):
 def test_cosines_that_cancel_count_by_their_size():
     rows = torch.tensor([[2.0, 0.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 3.0]])  # a zero row is unknown
     assert mean_pairwise_cosine(rows) == pytest.approx((-1 / 3, 1 / 3))
+    assert all(np.isnan(mean_pairwise_cosine(rows[2:])))  # one known row has no pair
+
+
+def test_the_mean_cosine_is_that_of_all_pairs_however_many_are_taken_at_once(monkeypatch):
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(1)) + 0.3
+    # oracle: the pairs one by one
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    each = [float(unit[i] @ unit[j]) for i in range(50) for j in range(i)]
+    monkeypatch.setattr(vectors_module, "_ROWS_AT_ONCE", 7)
+    signed, absolute = mean_pairwise_cosine(rows)
+    assert signed == pytest.approx(np.mean(each), abs=1e-12)
+    assert absolute == pytest.approx(np.mean(np.abs(each)), abs=1e-12)
 
 
 def test_related_concepts_are_nearer_than_unrelated_ones(table):
@@ -73,18 +85,6 @@ def test_a_tower_that_answers_nonsense_is_an_error(table, kind):
         knowledge_vectors(
             table, Knowledge(vectors="text_tower"), lambda t: answer if len(t) > 2 else answer[:2]
         )
-
-
-def test_whitening_gives_each_direction_the_same_spread():
-    rng = np.random.default_rng(1)
-    raw = rng.normal(size=(400, 12)) @ rng.normal(size=(12, 12)) + 50
-    # oracle: rows of the whitened table are rows of raw @ covariance^(-1/2), up to a rotation
-    centred = raw - raw.mean(0)
-    values, basis = np.linalg.eigh(centred.T @ centred)
-    oracle = centred @ basis / np.sqrt(values)
-    oracle /= np.linalg.norm(oracle, axis=1, keepdims=True)
-    white = whiten(raw, 12)
-    assert np.allclose(white @ white.T, oracle @ oracle.T, atol=1e-8)
 
 
 def test_the_cache_is_used_and_keyed_by_table_settings_and_encoder(table, tmp_path):
@@ -136,6 +136,15 @@ def test_a_users_table_that_cannot_be_used_is_named(table, tmp_path):
             knowledge_vectors(table, Knowledge(vectors=path))
 
 
+def test_a_table_that_is_too_large_for_dense_factors_has_the_same_vectors_without(
+    table, monkeypatch
+):
+    # oracle: the singular vectors of the dense table
+    dense = knowledge_vectors(table, Knowledge(dim=64))
+    monkeypatch.setattr(vectors_module, "_DENSE_ROWS", 0)
+    assert torch.allclose(knowledge_vectors(table, Knowledge(dim=64)), dense, rtol=0, atol=1e-7)
+
+
 def test_large_tables_are_sketched_within_memory():
     big = ConceptTable(
         Concept(id=f"c{i}", name=f"sign {i * 7919 % 10007}", definition=f"number {i}")
@@ -147,7 +156,7 @@ def test_large_tables_are_sketched_within_memory():
 
 
 def test_of_a_large_table_the_commonest_pieces_are_taken_and_it_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(vectors_module, "_DENSE_ROWS", 10)
+    monkeypatch.setattr(vectors_module, "_EXACT_ROWS", 10)
     table = ConceptTable(
         Concept(id=f"c{i}", name=f"{'lung' if i % 2 else 'heart'} sign {i:03d}") for i in range(60)
     )
