@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
 
 
 def build_model(config: Config, corpus: Corpus) -> MLIPModel:
-    """The model with random or pretrained towers, keyed by run.seed."""
+    """The model with random or pretrained towers, keyed by run.seed; a collective call."""
     torch.manual_seed(config.run.seed)
     vectors = _concept_vectors(config, corpus)
     return MLIPModel(config, vocab_size=corpus.tokenizer.vocab_size, concept_vectors=vectors)
@@ -248,7 +249,8 @@ def build_model(config: Config, corpus: Corpus) -> MLIPModel:
 def build_objective(config: Config, corpus: Corpus) -> Objective:
     """Model and losses, the prototypes started from the training reports' present entities.
 
-    Plain prototypes (loss.category.knowledge_terms false) keep their random start.
+    Plain prototypes (loss.category.knowledge_terms false) keep their random start. A collective
+    call: rank 0 makes the concept vectors.
     """
     objective = Objective(config, build_model(config, corpus))
     if "category" in objective.losses and config.loss.category.knowledge_terms:
@@ -261,9 +263,20 @@ def build_objective(config: Config, corpus: Corpus) -> Objective:
 
 
 def _concept_vectors(config: Config, corpus: Corpus) -> Tensor:
+    """Rank 0's on every rank: of a large table each would need its memory and time."""
     settings: Knowledge = config.knowledge
-    if settings.vectors != "text_tower":
-        return knowledge_vectors(corpus.table, settings)
+    # a tower from random weights takes them on every rank: all go on with the same numbers
+    encode = _definition_encoder(config, corpus) if settings.vectors == "text_tower" else None
+    made: list[Tensor] = []
+    distributed.main_first(lambda: made.append(knowledge_vectors(corpus.table, settings, encode)))
+    shape = distributed.broadcast_object([tuple(vectors.shape) for vectors in made])[0]
+    vectors = made[0] if made else torch.empty(shape)
+    distributed.broadcast_([vectors])
+    return vectors
+
+
+def _definition_encoder(config: Config, corpus: Corpus) -> Callable[[list[str]], Tensor]:
+    """Texts -> the mean of their tokens by the text tower as it is before training."""
     tower = TextEncoder(
         config.model.text,
         vocab_size=corpus.tokenizer.vocab_size,
@@ -287,7 +300,7 @@ def _concept_vectors(config: Config, corpus: Corpus) -> Tensor:
             parts.append(token_states(tower, ids, mask))
         return torch.cat(parts)
 
-    return knowledge_vectors(corpus.table, settings, encode)
+    return encode
 
 
 @torch.no_grad()

@@ -9,17 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip.assembly import Corpus, build_objective
+from mlip import assembly, distributed
+from mlip.assembly import Corpus, build_model, build_objective
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import Config, load, to_dict
+from mlip.dataloading.reports import train_tokenizer
 from mlip.knowledge.categories import category_index
 from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import merge
+from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import from_pretrained, save_pretrained
-from tests.small_run import small_run
+from tests import rank_farm
+from tests.small_run import SETTINGS, small_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = ("okapi sign", "pleural quagga", "a striped shadow of purely invented origin")
@@ -108,6 +112,46 @@ def test_training_starts_the_prototypes_where_the_reports_findings_are():
     near = (view @ prototypes.T).max(dim=1).values.mean()
     assert near > 0.9 > (view @ random.T).max(dim=1).values.mean() + 0.2
     assert torch.equal(plain.model.concept_vectors, model.concept_vectors)
+
+
+def make_vectors(folder: str, kind: str) -> None:
+    """A rank of two: leaves the model's start, the next random number, and what it made itself."""
+    distributed.start(60.0)
+    made: list[int] = []
+
+    def counted(*arguments):
+        made.append(len(arguments[0]))
+        return knowledge_vectors(*arguments)
+
+    assembly.knowledge_vectors = counted  # of this process alone
+    model, number = start_of(kind, Path(folder))
+    torch.save((model, number, made), Path(folder) / f"{kind}{distributed.rank()}.pt")
+
+
+def start_of(kind: str, folder: Path):
+    """Weights and buffers of a model that is built from the start, and the number drawn next."""
+    config = load([], [*SETTINGS, f"knowledge.vectors={kind}", f"run.dir={folder}"])
+    table = ConceptTable(
+        Concept(id=f"c{i}", name=f"sign {i}", definition=f"{'heart' if i % 3 else 'lung'} {i}")
+        for i in range(40)
+    )
+    tokenizer = train_tokenizer([c.definition for c in table], 60, folder / kind)
+    corpus = Corpus(None, tokenizer, table, Linker(table))  # type: ignore[arg-type]
+    return dict(build_model(config, corpus).state_dict()), torch.rand(())
+
+
+@pytest.mark.parametrize("kind", ["tfidf", "text_tower"])
+def test_rank_0_makes_the_vectors_and_each_rank_starts_with_the_same_model(tmp_path, kind):
+    """Each of eight ranks of a node took the gigabytes and the minute of a large table."""
+    rank_farm.run(make_vectors, 2, str(tmp_path), kind)
+    first, second = (torch.load(tmp_path / f"{kind}{r}.pt", weights_only=True) for r in (0, 1))
+    assert (first[2], second[2]) == ([40], [])
+    with torch.random.fork_rng():
+        alone, number = start_of(kind, tmp_path / "alone")  # oracle: one process
+    for model, drawn, _ in (first, second):
+        assert drawn == number
+        assert model.keys() == alone.keys()
+        assert all(torch.equal(model[name], alone[name]) for name in alone)
 
 
 def test_categories_of_a_users_table_reach_the_prototypes():
