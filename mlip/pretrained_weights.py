@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mlip.config import Config
 from mlip.model import MLIPModel
+
+# what torch.nn.init and transformers fill weights with: most of the time that a model takes
+_DRAWS = frozenset({"uniform_", "normal_", "kaiming_uniform_"})
 
 
 class PretrainedError(ValueError):
@@ -27,9 +32,12 @@ def model_with(
     """
     if "concept_vectors" not in weights:
         raise PretrainedError(f"{where}: holds no concept_vectors; it is no MLIP model")
-    model = MLIPModel(
-        config, vocab_size=vocab_size, concept_vectors=torch.zeros_like(weights["concept_vectors"])
-    )
+    with _WithoutDraws():  # whatever would be drawn is filled below, or an error
+        model = MLIPModel(
+            config,
+            vocab_size=vocab_size,
+            concept_vectors=torch.zeros_like(weights["concept_vectors"]),
+        )
     own = model.state_dict()
     weights = _under_all_names(model, weights, where)
     different = sorted(own.keys() ^ weights.keys())
@@ -46,6 +54,31 @@ def model_with(
             )
     model.load_state_dict(weights)
     return model.eval()
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Weights made inside are not drawn: what torch.nn.init would fill stays as it lies in memory.
+
+    Buffers that no file holds have what their constructors give them, as after the meta device they
+    would not. Of this thread alone, as patching torch.nn.init (transformers' no_init_weights) would
+    not be.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _DRAWS:
+            if not args:
+                return given["tensor"]  # torch.nn.init names it
+            # a tensor's own: torch draws a truncated normal again until it is within its bounds
+            with torch.no_grad():
+                return args[0].zero_()
+        return func(*args, **given)
 
 
 def plain_model(model: MLIPModel, config: Config) -> MLIPModel:

@@ -120,6 +120,15 @@ class ResNetTower(nn.Module):
         grid = (grid_BCHW.shape[2], grid_BCHW.shape[3])
         return x.mean(dim=(2, 3)), grid_BCHW.flatten(2).transpose(1, 2), grid
 
+    @torch.no_grad()
+    def grid(self, channels: int, image_px: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image that is `image_px` wide and high."""
+        was_training = self.training
+        self.eval()
+        _, _, grid = self(torch.zeros(1, channels, image_px, image_px))
+        self.train(was_training)
+        return grid
+
 
 class ViTTower(nn.Module):
     """transformers' ViT; patches from the last layer, global vector from [CLS]."""
@@ -180,6 +189,10 @@ class ViTTower(nn.Module):
         first, patches = states.split([1, states.shape[1] - 1], dim=1)
         return first.squeeze(1), patches, grid
 
+    def grid(self, channels: int, image_px: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image that is `image_px` wide and high."""
+        return (image_px // self.patch_px, image_px // self.patch_px)
+
 
 @torch.no_grad()
 def _resample_positions(backbone: Any, image_px: int) -> None:
@@ -231,18 +244,10 @@ class VisionEncoder(nn.Module):
                 settings, channels, image_px, attention, residual=residual, offline=offline
             )
         self.patch_dim, self.global_dim = self.tower.patch_dim, self.tower.global_dim
-        grid = self._grid(channels, image_px)
+        grid = self.tower.grid(channels, image_px)
         self.neck = Neck(self.patch_dim, grid, settings)
         heads = settings.pool_heads
         self.pool = AttentionPool(self.patch_dim, heads) if self.tower.pools_patches else None
-
-    @torch.no_grad()
-    def _grid(self, channels: int, image_px: int) -> tuple[int, int]:
-        was_training = self.tower.training
-        self.tower.eval()
-        _, _, grid = self.tower(torch.zeros(1, channels, image_px, image_px))
-        self.tower.train(was_training)
-        return grid
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         pooled, patches, grid = self.tower(image)

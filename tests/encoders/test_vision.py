@@ -34,6 +34,13 @@ def test_resnet_gives_a_pooled_patch_grid() -> None:
     assert grid == (4, 4) and patches.shape == (2, 16, 16) and pooled.shape == (2, 16)
 
 
+@pytest.mark.parametrize("settings", [RESNET, VIT])
+def test_the_grid_is_known_before_an_image_is_seen(settings: Vision) -> None:
+    encoder = VisionEncoder(settings, channels=1, image_px=64)
+    assert encoder.tower.grid(1, 64) == encoder(torch.randn(1, 1, 64, 64))[2] == (4, 4)
+    assert encoder.training and encoder.tower.training
+
+
 def test_vit_gives_one_patch_per_16_px_square() -> None:
     encoder = VisionEncoder(VIT, channels=3, image_px=64)
     pooled, patches, grid = encoder(torch.randn(2, 3, 64, 64))
