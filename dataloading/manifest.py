@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mlip.config import Data
 from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
 from mlip.dataloading.table import ManifestError, check_identifiers, read_table
-from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, HashArray, hash_bytes, hash_words, mix
+from mlip.dataloading.text_hash import HashArray, hash_bytes, hash_of_nan_words, hash_words, mix
 
 IntArray = NDArray[np.int64]
 
@@ -226,7 +226,7 @@ def _keyed(column: pa.ChunkedArray, fingerprint: str) -> HashArray:
 def _says_none(column: pa.ChunkedArray) -> NDArray[np.bool_]:
     """Where a cell is blank, holds marks alone, or what programs write for a gap: NA, nan, None."""
     hashes, words = hash_words(column)
-    return (words == 0) | np.isin(hashes, HASH_OF_NAN_WORDS)
+    return (words == 0) | np.isin(hashes, hash_of_nan_words())
 
 
 def _check_no_blank(column: pa.ChunkedArray, field: str, name: str, path: Path) -> None:

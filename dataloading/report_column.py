@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlip.dataloading.report_markup import plain_reports
 from mlip.dataloading.report_text import select_sections
-from mlip.dataloading.text_hash import HASH_OF_NAN_WORDS, HashArray, hash_words
+from mlip.dataloading.text_hash import HashArray, hash_of_nan_words, hash_words
 
 # Why a row is left out, by code; 0 = it is not.
 RULES = (
@@ -134,7 +134,7 @@ class ReportColumn:
         text_hash, words = hash_words(report)
         rule = np.zeros(len(column), dtype=np.uint8)
         rule[words == 1] = ONE_WORD_REPORT
-        rule[np.isin(text_hash, HASH_OF_NAN_WORDS)] = NAN_REPORT
+        rule[np.isin(text_hash, hash_of_nan_words())] = NAN_REPORT
         rule[words == 0] = BLANK_REPORT
         rule[without_section] = NO_SECTION
         rule[is_rtf] = RTF_REPORT

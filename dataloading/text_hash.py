@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-
-from mlip.dataloading.compiled import compiled
 
 HashArray = NDArray[np.uint64]
 Texts = Any  # a large_string column: pa.LargeStringArray or pa.ChunkedArray
@@ -94,10 +93,11 @@ def _find_loop(
         out[i] = found
 
 
-_find_compiled = compiled(_find_loop)
-_mix_compiled = compiled(_mix_loop)
-_bytes_compiled = compiled(_bytes_loop)
-_words_compiled = compiled(_words_loop)
+@cache
+def _compiled(loop: Callable[..., None]) -> Callable[..., None]:
+    from mlip.dataloading.compiled import compiled  # numba: half a second where nothing is hashed
+
+    return compiled(loop)
 
 
 def _pieces(
@@ -119,7 +119,7 @@ def _pieces(
 def mix(a: HashArray, b: HashArray | np.uint64) -> HashArray:
     """A well-spread hash of pairs; b is one value or one per row."""
     out = np.empty_like(a)
-    _mix_compiled(a, np.atleast_1d(np.asarray(b, dtype=np.uint64)), out)
+    _compiled(_mix_loop)(a, np.atleast_1d(np.asarray(b, dtype=np.uint64)), out)
     return out
 
 
@@ -127,7 +127,7 @@ def hash_bytes(column: Texts) -> HashArray:
     """Hash of every row's exact bytes.  Shapes: [R] -> [R] uint64"""
     out = np.empty(len(column), dtype=np.uint64)
     for first, last, data, offsets in _pieces(column):
-        _bytes_compiled(data, offsets, out[first:last])
+        _compiled(_bytes_loop)(data, offsets, out[first:last])
     return mix(out, np.uint64(1))
 
 
@@ -140,7 +140,7 @@ def hash_words(column: Texts) -> tuple[HashArray, NDArray[np.int32]]:
     out = np.empty(len(column), dtype=np.uint64)
     words = np.empty(len(column), dtype=np.int32)
     for first, last, data, offsets in _pieces(column):
-        _words_compiled(data, offsets, out[first:last], words[first:last])
+        _compiled(_words_loop)(data, offsets, out[first:last], words[first:last])
     return mix(out, np.uint64(2)), words
 
 
@@ -148,10 +148,15 @@ def contains_byte(column: Texts, byte: bytes) -> NDArray[np.bool_]:
     """Which rows hold an ASCII character; a tenth of a regular expression's time."""
     out = np.empty(len(column), dtype=bool)
     for first, last, data, offsets in _pieces(column):
-        _find_compiled(data, offsets, byte[0], out[first:last])
+        _compiled(_find_loop)(data, offsets, byte[0], out[first:last])
     return out
 
 
 # What exports of tables write where there is no text.
 NAN_WORDS = ("nan", "none", "null", "na", "n/a", "nil", "missing", "no report", "not available")
-HASH_OF_NAN_WORDS = hash_words(pa.array(NAN_WORDS, pa.large_string()))[0]
+
+
+@cache
+def hash_of_nan_words() -> HashArray:
+    """hash_words of each of NAN_WORDS.  Shapes: [n] uint64"""
+    return hash_words(pa.array(NAN_WORDS, pa.large_string()))[0]

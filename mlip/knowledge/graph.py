@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mlip.knowledge.concepts import ConceptTable
 from mlip.output_file import whole_file
+
+if TYPE_CHECKING:  # the other sub-commands of `mlip knowledge` need no torch: two seconds
+    from torch import Tensor
 
 MODELS = {"transe": "TransE", "rotate": "RotatE", "distmult": "DistMult", "complex": "ComplEx"}
 _LEARNING_RATE = 0.01  # of the library's own examples
@@ -30,6 +29,8 @@ def triplets(table: ConceptTable) -> tuple[Tensor, list[str]]:
 
     Returns: int64 [edges, 3] (row, relation, row) and the relations' names
     """
+    import torch
+
     edges = [(c.id, "is_a", parent) for c in table for parent in c.parents]
     edges += [(c.id, relation, target) for c in table for relation, target in c.relations]
     edges = [edge for edge in dict.fromkeys(edges) if edge[2] in table]
@@ -56,6 +57,8 @@ def graph_vectors(
     Source:  TransE: Bordes et al. 2013; a translation is the only one of the four that holds on a
              graph as small as the lexicon's (docs/knowledge.md)
     """
+    import torch
+
     if model not in MODELS:
         raise ValueError(f"model {model!r}: expected one of {sorted(MODELS)}")
     if dim < 1 or epochs < 1:
@@ -106,6 +109,8 @@ def graph_vectors(
 
 def write_vectors(vectors: dict[str, Tensor], path: str | Path) -> None:
     """A safetensors table that knowledge.vectors takes."""
+    from safetensors.torch import save_file
+
     with whole_file(Path(path)) as partial:
         save_file(vectors, str(partial))
 
@@ -118,6 +123,8 @@ def _train(
     done: int,
     total: int,
 ) -> Any:
+    import torch
+
     optimizer = torch.optim.Adam(model.parameters(), lr=_LEARNING_RATE)
     for epoch in range(epochs):
         for rows in torch.randperm(len(edges)).split(_BATCH):

@@ -3,6 +3,9 @@
 import argparse
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -24,6 +27,31 @@ def test_show_finds_a_concept_by_id_name_or_synonym(capsys):
         assert call("show", words) == 0
         out = capsys.readouterr().out
         assert "pleural_effusion" in out and "HP:0002202" in out and "hydropneumothorax" in out
+
+
+def test_what_takes_seconds_to_import_is_not_waited_for_where_it_is_not_used(tmp_path):
+    """Three seconds of processor time and 390 MiB for a line of help."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'numba', 'sklearn', 'scipy', 'transformers'):\n"
+        "    sys.modules[name] = None\n"
+        "from mlip.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    report, table = tmp_path / "report.txt", tmp_path / "table.jsonl"
+    report.write_text("No effusion.")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("id,name\nown,okapi sign\n")
+    for words in (("link", report, "--json"), ("build", "--csv", rows, "--out", table)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "knowledge", *map(str, words)],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "okapi sign" in table.read_text()
 
 
 def test_show_of_an_unknown_concept_names_near_ones(capsys):
