@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from mlip.transfer.array import Array
 from mlip.transfer.measures.auroc_limit import with_careful_end
@@ -25,6 +24,8 @@ def auroc(scores: Array, labels: Array) -> float | None:
 
     Raises:  ValueError on a score that is not finite.
     """
+    from sklearn.metrics import roc_auc_score  # a second that opening a model does not wait for
+
     require_finite_scores(scores)
     if labels.all() or not labels.any():
         return None

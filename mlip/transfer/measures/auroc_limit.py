@@ -7,7 +7,6 @@ percentiles lie too high. A limit that asks how far a true value lies from its o
 from __future__ import annotations
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ndtri
 
 from mlip.transfer.measures.interval import CONFIDENCE, Measured, estimate
@@ -29,6 +28,8 @@ def spread_at(value: float, carriers: int, others: int) -> float:
 
 def lower_limit(value: float, carriers: int, others: int) -> float:
     """The true value above which 2.5 % of samples reach `value`.  Source:  as spread_at"""
+    from scipy.optimize import brentq  # as in auroc.auroc
+
     far = float(-ndtri((1.0 - CONFIDENCE) / 2.0))
 
     def beyond(true: float) -> float:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score
 
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import (
@@ -32,6 +31,8 @@ def average_precision(scores: Array, labels: Array) -> float | None:
     """Area under the precision-recall curve (steps); None where a class is absent."""
     if labels.all() or not labels.any():
         return None
+    from sklearn.metrics import average_precision_score  # as in auroc.auroc
+
     return float(average_precision_score(labels, scores))
 
 
