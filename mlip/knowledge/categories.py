@@ -131,7 +131,8 @@ def _spread_start(points: Tensor, count: int, generator: torch.Generator) -> lis
     while len(chosen) < count:
         weights = distance.clamp_min(0)
         if float(weights.sum()) <= 0:
-            left = [i for i in range(len(points)) if i not in set(chosen)]
+            taken = set(chosen)
+            left = [i for i in range(len(points)) if i not in taken]
             chosen += left[: count - len(chosen)]
             break
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
