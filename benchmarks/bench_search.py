@@ -4,7 +4,7 @@
 
 Quality: the run's test split, embedded. Each finding of the labels is asked for as a finding (what
 states it minus what denies it), as a phrase, as a stating sentence, and by each of its own films;
-beside each the same reranked by both heads. precision@100 is the share of the first hundred answers that
+beside each the same reranked by both heads. precision@100 is the share of a hundred answers that
 carry the finding, the mean over findings; chance is the findings' share of all films.
 Cost: archives of random unit vectors; processor time of one search and the memory it adds to the
 process, by queries.

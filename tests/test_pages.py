@@ -21,6 +21,7 @@ import pytest
 
 import mlip.cli
 import train
+from benchmarks import bench_search
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
@@ -238,6 +239,12 @@ def test_the_outliers_table_is_that_of_its_rows() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     made = page_table(_results("outliers"))
     assert f"<!-- outliers: begin -->\n{made}\n<!-- outliers: end -->" in page
+
+
+def test_the_search_table_is_that_of_its_rows() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    made = bench_search.page_tables(_results("search"))
+    assert f"<!-- search: begin -->\n{made}\n<!-- search: end -->" in page
 
 
 @pytest.mark.parametrize("rows", ["transfer_ablation", "transfer_real"])
