@@ -74,6 +74,8 @@ def whiten_sparse(rows_EF: Any, dim: int) -> np.ndarray:
     squares, left = squares[::-1], left[:, ::-1]  # widest first
     spread = np.sqrt(np.maximum(squares, 0.0))
     rank = int((spread > spread[0] * _RANK_TOLERANCE).sum())
+    if not rank:  # all rows are one
+        return result
     white = left[:, :rank] * _signs(rows, left[:, :rank])
     norms = np.linalg.norm(white, axis=1, keepdims=True)
     result[known, :rank] = white / np.maximum(norms, 1e-12)

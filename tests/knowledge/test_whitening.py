@@ -57,6 +57,12 @@ def test_of_a_sparse_table_of_low_rank_the_directions_beyond_it_are_zero():
     assert np.allclose(found @ found.T, oracle @ oracle.T, rtol=0, atol=1e-9)
 
 
+def test_of_rows_that_are_all_alike_no_direction_is_left():
+    rows = np.ones((6, 4))  # their centred products are exactly 0
+    assert np.array_equal(whiten_sparse(csr_array(rows), 3), np.zeros((6, 3)))
+    assert np.array_equal(whiten(rows, 3), np.zeros((6, 3)))
+
+
 def test_a_sparse_table_is_never_made_dense():
     rows = sparse(600, 40_000, density=0.002)
     dense_bytes = 8 * 600 * 40_000
