@@ -24,7 +24,8 @@ _WORDS = {
     "OTHER": "AXIAL LORDOTIC APICAL SWIMMERS COSTAL",
 }
 _LATERAL = frozenset("LATERAL LAT LL RL L".split())
-_UNKNOWN = frozenset("NA NAN NONE NULL UNK UNKNOWN".split())
+_UNKNOWN = frozenset("NA NAN NONE NULL UNK UNKNOWN U UNSPECIFIED".split())
+_NOTHING = frozenset({"N A", "NOT STATED"})  # whole names, of which no word says it alone
 
 
 def projection(view: str) -> str:
@@ -32,7 +33,8 @@ def projection(view: str) -> str:
 
     FRONTAL is PA or AP, nobody says which.
     """
-    words = {word for word in re.split(r"[\W_]+", view.upper()) if word} - _UNKNOWN
+    in_order = [word for word in re.split(r"[\W_]+", view.upper()) if word]
+    words = set() if " ".join(in_order) in _NOTHING else {*in_order} - _UNKNOWN
     for name, known in _WORDS.items():
         if words & set(known.split()):
             return name

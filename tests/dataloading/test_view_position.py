@@ -31,7 +31,7 @@ PADCHEST = "PA,L,AP_horizontal,AP,COSTAL,EXCLUDE,UNK".split(",")
         ("LLD|RLD|AP LLD|PA RLD|AP\\LLD|LATERAL DECUBITUS", "DECUBITUS"),
         ("RLO|LLO|RAO|LAO|LPO|RPO|OBLIQUE", "OBLIQUE"),
         ("AP AXIAL|LORDOTIC|SWIMMERS|COSTAL|EXCLUDE|MLO", "OTHER"),
-        ("| |UNK|unknown|NA|PA\\LL|AP LATERAL", ""),
+        ("| |UNK|unknown|NA|N/A|n/a|Not stated|U|UNSPECIFIED|PA\\LL|AP LATERAL", ""),
     ],
 )
 def test_each_name_means_one_projection(views: str, expected: str) -> None:
