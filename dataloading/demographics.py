@@ -21,11 +21,12 @@ _SEX = {
     **dict.fromkeys(("o", "other"), "O"),
 }
 # beside DICOM's own letters what lists of a RIS say: 58 years, 58yrs, 58 y/o, 18 months
+_YEARS = r"Y(?:(?:EA)?RS?|/?O)?"
 _AGE = re.compile(
-    r"(\d{1,3})(\.\d*)?\s*(Y(?:(?:EA)?RS?|/?O)?|M(?:O(?:NTH)?S?)?|W(?:EEKS?|KS?)?|D(?:AYS?)?)?\.?",
+    rf"(\d{{1,3}})(\.\d*)?\s*({_YEARS}|M(?:O(?:NTH)?S?)?|W(?:EEKS?|KS?)?|D(?:AYS?)?)?\.?",
     re.ASCII,
 )
-_OVER = frozenset({">89", "90+", ">=90", ">90"})
+_OVER = re.compile(rf"(?:>89|90\+|>=90|>90)(?:{_YEARS})?\.?")  # blanks taken out
 _IN_A_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}  # of DICOM's age strings, PS3.5 6.2
 _DATE = re.compile(r"(\d{4})(?:[-.]?(\d{2})[-.]?(\d{2}))?(?:\.0)?", re.ASCII)
 _DUMMY_BIRTHS = ((1900, 1, 1), (1900,))  # what stands for a birth date that was taken away
@@ -46,7 +47,7 @@ def read_age(text: str, zero_years: str = "0") -> str | None:
     word = text.strip().upper()
     if word.lower() in _NOTHING:
         return ""
-    if word.replace(" ", "") in _OVER:
+    if _OVER.fullmatch(word.replace(" ", "")):
         return str(_OLDEST_TOLD)
     match = _AGE.fullmatch(word)
     if match is None:

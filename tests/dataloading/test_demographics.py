@@ -93,6 +93,10 @@ def test_sex_is_one_of_three_letters_or_nothing(text: str, sex: str | None) -> N
             (">89", "90"),
             ("> 90", "90"),
             ("90+", "90"),
+            ("90+ years", "90"),
+            ("> 89 y/o.", "90"),
+            (">88 years", None),  # of 89 or more nobody knows which
+            ("90+ months", None),
             (">=90", "90"),
             ("", ""),
             ("nan", ""),
