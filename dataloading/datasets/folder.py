@@ -146,7 +146,10 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             "the file's name, stands for it"
         )
     if viewless:
-        notes.append(f"{viewless} DICOM files state no view: they are taken as frontal ones")
+        notes.append(
+            f"{viewless} DICOM files state no view, or a frontal and a lateral one: they are taken "
+            "as frontal ones"
+        )
     if count := len(texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
