@@ -154,6 +154,22 @@ def test_rank_0_makes_the_vectors_and_each_rank_starts_with_the_same_model(tmp_p
         assert all(torch.equal(model[name], alone[name]) for name in alone)
 
 
+def fail_to_make_vectors(folder: str) -> None:
+    """A rank of two, whose rank 0 cannot read what knowledge.vectors names: leaves the error."""
+    distributed.start(60.0)
+    try:
+        start_of(f"{folder}/absent.safetensors", Path(folder) / "run")
+    except Exception as error:
+        (Path(folder) / f"said{distributed.rank()}").write_text(f"{type(error).__name__}: {error}")
+
+
+def test_where_rank_0_cannot_make_the_vectors_no_rank_waits_for_them(tmp_path):
+    rank_farm.run(fail_to_make_vectors, 2, str(tmp_path))
+    first, second = ((tmp_path / f"said{rank}").read_text() for rank in (0, 1))
+    assert first.startswith("ValueError: knowledge.vectors: expected")
+    assert second.startswith("DistError: rank 0 could not do what the others wait for")
+
+
 def test_categories_of_a_users_table_reach_the_prototypes():
     table = ConceptTable([Concept(id="a", name="x1", category="p"), Concept(id="b", name="y1")])
     assert category_index(table).tolist() == [0, 1]
