@@ -18,7 +18,7 @@ import pytest
 from mlip.cli import main
 from mlip.dataloading import shard_build
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.demographics import PatientCells, age_between, read_age, read_sex
+from mlip.dataloading.demographics import PatientCells, age_between, differs, read_age, read_sex
 from mlip.dataloading.dicom import read_radiograph, write_radiograph
 from mlip.dataloading.shard_build import build_shards
 from mlip.dataloading.shard_worker import ImageSettings
@@ -114,6 +114,12 @@ def test_sex_is_one_of_three_letters_or_nothing(text: str, sex: str | None) -> N
 )
 def test_age_is_whole_years_and_all_over_89_are_one_class(text: str, age: str | None) -> None:
     assert read_age(text) == age
+
+
+def test_two_sources_differ_from_two_years_on_and_where_both_tell() -> None:
+    ages = [("58", "59"), ("59", "58"), ("58", "60"), ("60", "58"), ("58", ""), ("", "58")]
+    assert [differs("age", *told) for told in ages] == [False, False, True, True, False, False]
+    assert differs("sex", "F", "M") and not differs("sex", "F", "F")
 
 
 def test_an_age_of_0_years_may_stand_for_a_gap_and_one_in_days_does_not() -> None:
