@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from mlip.config import ConfigError
@@ -240,6 +241,7 @@ def _copies(
 
     DICOM files of one SOPInstanceUID are one image, every other file is one of its own. Where they
     name several patients a header is wrong, and nobody can tell which: all are left out, counted.
+    A copy that names none is of the one that the others name.
     """
     groups: dict[str | Path, list[tuple[Path, Identity | None]]] = {}
     for path, identity in files:
@@ -247,9 +249,12 @@ def _copies(
         groups.setdefault(uid or path, []).append((path, identity))
     found = []
     for group in groups.values():
-        if len({identity.patient for _, identity in group if identity is not None} - {""}) > 1:
+        patients = {identity.patient for _, identity in group if identity is not None} - {""}
+        if len(patients) > 1:
             excluded["image_of_several_patients"] += len(group)
             continue
+        for patient in patients:
+            group = [(path, known and replace(known, patient=patient)) for path, known in group]
         if len(group) > 1:
             group.sort(key=lambda copy: -copy[0].stat().st_size)
         found.append(group)

@@ -231,6 +231,18 @@ def test_files_of_one_image_uid_and_several_patients_are_all_left_out(tmp_path: 
     assert collected.excluded == {"image_of_several_patients": 2, "duplicate_image": 1}
 
 
+def test_a_copy_that_names_no_patient_is_of_the_one_that_another_names(tmp_path: Path) -> None:
+    """The larger one is taken, and its patient's films must not fall into two splits."""
+    film(tmp_path / "a" / "small.dcm", SOPInstanceUID="1.2.3", PatientID="P1")
+    film(
+        tmp_path / "b" / "large.dcm", SOPInstanceUID="1.2.3", PatientID="", ImageComments="x" * 999
+    )
+    film(tmp_path / "c" / "other.dcm", SOPInstanceUID="1.2.4", PatientID="P1")
+    rows = collect(tmp_path).rows
+    assert [row.image for row in rows] == ["b/large.dcm", "c/other.dcm"]
+    assert rows[0].patient_id == rows[1].patient_id
+
+
 def test_films_without_preamble_are_told_from_other_files_whatever_they_are_called(
     tmp_path: Path,
 ) -> None:

@@ -26,6 +26,7 @@ from mlip.training.step import StepResult
 from tests.training.toy_run import toy_config
 
 FACTS = {"world_size": 1, "engine": "plain", "threads": 1, "determinism": "strict"}
+FACTS |= {"precision": "bf16"}
 
 
 @pytest.fixture

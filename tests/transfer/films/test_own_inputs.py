@@ -267,6 +267,7 @@ def test_half_a_model_and_autocast_give_float32(opened: Pretrained, tmp_path: Pa
 def test_the_page_of_evaluation_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its block runs as it is printed, on a folder and files of those names."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text()
+    page = page.split("## From Python")[1]
     block = page.split("```python\n")[1].split("```")[0]
     grey = np.random.default_rng(1).integers(0, 65536, (130, 120)).astype(np.uint16)
     write_radiograph(tmp_path / "film.dcm", grey, patient_id="P", study_id="S")

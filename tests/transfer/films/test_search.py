@@ -172,6 +172,19 @@ def test_another_model_or_other_rows_give_no_answers(tmp_path, capsys):
     assert "was made of another manifest than" in capsys.readouterr().err
 
 
+def test_the_page_of_evaluation_says_how(tmp_path, monkeypatch):
+    """Its block runs as it is printed, on an archive of that name."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text()
+    block = page.split("## An archive of films")[1].split("```python\n")[1].split("```")[0]
+    embedded(tmp_path, "--images").rename(tmp_path / "archive")
+    images = open_checkpoint(small_export()).encode_images([pictures() / "5.png"])
+    monkeypatch.chdir(tmp_path)
+    names = {"images": images}
+    exec(block, names)
+    (hits,) = names["hits"]  # type: ignore[misc]
+    assert hits.row_index[0] == 5 and len(hits) == 20
+
+
 def test_files_of_other_kinds_are_not_replaced(tmp_path, capsys):
     embedded(tmp_path, "--images")
     for option, name in (("--out", "manifest.csv"), ("--page", "manifest.csv")):
