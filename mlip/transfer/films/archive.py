@@ -16,10 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 
+from mlip.output_file import file_sha256
 from mlip.transfer.array import Array
 
 Among = Literal["image", "report"]
 KINDS: tuple[str, ...] = get_args(Among)
+# OverflowError: Python's JSON reads Infinity
+_OTHER_CONTENT = (
+    *(ValueError, TypeError, KeyError, AttributeError),
+    *(RecursionError, OverflowError),
+)
 
 
 class ArchiveError(ValueError):
@@ -64,9 +70,15 @@ class Archive:
             self._parts = {
                 str(name): int(part["rows"]) for name, part in sorted(index["parts"].items())
             }
+            # patches make files a hundred times as large as what is read of them
+            self._unproved = {
+                str(name): str(part["sha256"])
+                for name, part in index["parts"].items()
+                if part.get("sha256") and not index.get("with_patches", False)
+            }
         except OSError as error:
             raise ArchiveError(f"{path}: cannot be read ({error.strerror}): {expected}") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except _OTHER_CONTENT as error:
             raise ArchiveError(f"{path}: {expected}") from error
         self.rows = sum(self._parts.values())
         if self.rows == 0:
@@ -85,15 +97,20 @@ class Archive:
                 f"{self.folder} holds images alone (`mlip embed --images`): search among images, "
                 "or embed the reports too"
             )
+        last = -1
         columns = ["row_index", among, *(["has_report"] if among == "report" else [])]
         for name, count in self._parts.items():
             if count == 0:
                 continue
             path = self.folder / name
+            self._prove(path)
             found = _read(path, columns)
             rows, vectors = found["row_index"], found[among]
             if rows.shape != (count,) or vectors.shape != (count, self.dim):
                 raise _damaged(path, f"{count} rows of {self.dim} numbers were written")
+            if rows[0] <= last or (np.diff(rows) <= 0).any():
+                raise _damaged(path, "its rows are not those after the part before")
+            last = int(rows[-1])
             if not np.isfinite(vectors).all():
                 raise _damaged(path, "it holds NaN or infinite values")
             if among == "report":
@@ -101,24 +118,37 @@ class Archive:
                 rows, vectors = rows[said], vectors[said]
             yield rows, vectors
 
+    def _prove(self, path: Path) -> None:
+        """A part of another archive, or one that was altered, has the right shapes too; once."""
+        expected = self._unproved.get(path.name)
+        if expected is None:
+            return
+        try:
+            found = file_sha256(path)
+        except OSError as error:
+            raise _damaged(path, f"it cannot be read ({error.strerror})") from error
+        if found != expected:
+            raise _damaged(path, "it is not the file that index.json tells of (SHA-256)")
+        del self._unproved[path.name]
+
     def images_of(self, rows: Sequence[int]) -> Array:
         """Image embeddings of manifest rows, [len(rows), D] float32.
 
         Raises:  ArchiveError naming a row that is not here
         """
-        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        wanted = [int(row) for row in rows]  # of a user, and so of any size
         got: dict[int, Array] = {}
         for own, vectors in self.parts():
-            here = np.isin(own, wanted)
+            here = np.isin(own, [row for row in wanted if 0 <= row <= own[-1]])
             got |= dict(zip(own[here].tolist(), vectors[here], strict=True))
-            if len(got) == len(np.unique(wanted)):
+            if len(got) == len(set(wanted)):
                 break
-        if missing := [row for row in wanted.tolist() if row not in got]:
+        if missing := [row for row in wanted if row not in got]:
             raise ArchiveError(
                 f"row {missing[0]} has no embedding in {self.folder}: expected a row_index that "
                 "its parts hold (0 = the first data row of the manifest)"
             )
-        return np.stack([got[row] for row in wanted.tolist()]) if len(wanted) else np.zeros((0, 0))
+        return np.stack([got[row] for row in wanted]) if wanted else np.zeros((0, self.dim))
 
     def best(
         self,
@@ -144,6 +174,11 @@ class Archive:
             raise ValueError(f"most: expected 1 or more, got {most}")
         found = [Hits(np.zeros(0, np.int64), np.zeros(0)) for _ in vectors]
         for rows, candidates in self.parts(among):
+            if groups is not None and len(rows) and rows[-1] >= len(groups):
+                raise ValueError(
+                    f"groups: expected one of each row of the manifest, got {len(groups)}, and row "
+                    f"{rows[-1]} is embedded"
+                )
             scores = candidates.astype(np.float64) @ vectors.T.astype(np.float64)
             for q, before in enumerate(found):
                 own, values = rows, scores[:, q]

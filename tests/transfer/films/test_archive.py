@@ -10,17 +10,20 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from mlip.output_file import file_sha256
 from mlip.transfer.films.archive import Archive, ArchiveError
 from mlip.transfer.films.embed import as_table
 
 ROWS, DIM, PART = 50, 8, 16
 
 
-def made(folder: Path, form: str = "safetensors", **index: Any) -> tuple[Path, np.ndarray]:
+def made(
+    folder: Path, form: str = "safetensors", seed: int = 0, **index: Any
+) -> tuple[Path, np.ndarray]:
     """An archive of even row numbers, of which every fifth has no report; its image embeddings."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     vectors = generator.normal(size=(ROWS, DIM))
     vectors[7] = vectors[31]  # equal films: the earlier row first
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
@@ -50,6 +53,20 @@ def made(folder: Path, form: str = "safetensors", **index: Any) -> tuple[Path, n
     }
     (folder / "index.json").write_text(json.dumps(content))
     return folder, vectors
+
+
+def reindex(folder: Path, **changes: Any) -> None:
+    path = folder / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def hashed(folder: Path) -> Path:
+    """The same archive, its index with the parts' SHA-256 as `mlip embed` writes it."""
+    parts = json.loads((folder / "index.json").read_text())["parts"]
+    for name, part in parts.items():
+        part["sha256"] = file_sha256(folder / name) if part["rows"] else None
+    reindex(folder, parts=parts)
+    return folder
 
 
 @pytest.mark.parametrize("form", ["safetensors", "parquet"])
@@ -96,6 +113,7 @@ def test_a_patient_is_found_once_and_left_out_rows_never(tmp_path):
             "expected a folder that `mlip embed` wrote",
         ),
         (lambda f: (f / "index.json").write_text("[" * 10**5), "expected a folder that `mlip emb"),
+        (lambda f: reindex(f, rows=float("inf")), "expected a folder that `mlip embed` wrote"),
         (
             lambda f: (f / "part-00001.safetensors").unlink(),
             "part-00001.safetensors: it is",
@@ -124,6 +142,47 @@ def test_what_a_part_holds_is_what_the_index_says(tmp_path):
         Archive(folder).best(vectors[:1], 3)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+def test_a_part_of_another_archive_is_refused(tmp_path, form, monkeypatch):
+    """Of the right shapes, it would be searched: films under the numbers of others."""
+    folder, vectors = made(tmp_path / "a", form)
+    hashed(folder)
+    archive = Archive(folder)
+    assert archive.best(vectors[:1], 1)[0].row_index.tolist() == [0]
+    part = folder / f"part-00001.{form}"
+    own = part.read_bytes()
+    other, _ = made(tmp_path / "b", form, seed=1)
+    part.write_bytes((other / part.name).read_bytes())
+    told = rf"part-00001\.{form}: it is not the file that index\.json tells of \(SHA-256\): run the"
+    with pytest.raises(ArchiveError, match=told):
+        Archive(folder).best(vectors[:1], 1)
+    with pytest.raises(ArchiveError, match=told):
+        Archive(folder).images_of([40])
+    assert archive.images_of([0]).shape == (1, DIM)  # what was proved once is not read again
+    part.unlink()
+    with pytest.raises(ArchiveError, match=rf"00001\.{form}: it cannot be read \(No such file"):
+        Archive(folder).best(vectors[:1], 1)
+    part.write_bytes(own)
+    monkeypatch.setattr("mlip.transfer.films.archive.file_sha256", lambda path: pytest.fail())
+    archive.best(vectors[:1], 1)
+    reindex(folder, with_patches=True)  # a hundred times as much to read
+    assert len(Archive(folder).best(vectors[:1], 1)[0]) == 1
+
+
+@pytest.mark.parametrize("rows", [[5, 5, *range(6, 20)], [*range(1, 16), 0], [*range(-1, 15)]])
+def test_rows_that_are_not_in_order_are_refused(tmp_path, rows):
+    """A part that was copied over another holds films that the part before holds."""
+    folder, vectors = made(tmp_path / "a")
+    tensors = load_file(folder / "part-00000.safetensors")
+    save_file({**tensors, "row_index": torch.tensor(rows)}, folder / "part-00000.safetensors")
+    with pytest.raises(ArchiveError, match=r"00000\.safetensors: its rows are not those after the"):
+        Archive(folder).best(vectors[:1], 3)
+    save_file(tensors, folder / "part-00000.safetensors")
+    save_file(tensors, folder / "part-00001.safetensors")
+    with pytest.raises(ArchiveError, match=r"00001\.safetensors: its rows are not those after the"):
+        Archive(folder).best(vectors[:1], 3)
+
+
 def test_what_cannot_be_asked_is_said(tmp_path):
     folder, vectors = made(tmp_path / "a", images_only=True)
     archive = Archive(folder)
@@ -133,6 +192,13 @@ def test_what_cannot_be_asked_is_said(tmp_path):
         archive.best(vectors[:1], 3, among="patches")  # type: ignore[arg-type]
     with pytest.raises(ArchiveError, match="row 13 has no embedding"):
         archive.images_of([14, 13])
+    for row in (-2, 10**30, -(10**30)):
+        with pytest.raises(ArchiveError, match=f"row {row} has no embedding"):
+            archive.images_of([14, row])
+    assert archive.images_of([]).shape == (0, DIM)
+    with pytest.raises(ValueError, match="groups: expected one of each row .* got 98, and row 98"):
+        archive.best(vectors[:1], 3, groups=np.zeros(98))
+    assert len(archive.best(vectors[:1], 3, groups=np.zeros(99))[0]) == 1
     with pytest.raises(ValueError, match=r"expected queries \[Q, 8\], got \[1, 7\]"):
         archive.best(vectors[:1, :7], 3)
     with pytest.raises(ValueError, match="most: expected 1 or more, got 0"):
