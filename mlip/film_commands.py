@@ -83,6 +83,8 @@ def run_search(options: argparse.Namespace) -> int:
     for path in (out, *([page] if page else [])):
         require_writable(path.absolute().parent)
     search_table.require_own_file(out)
+    if page and page.resolve() == out.resolve():
+        raise ConfigError(f"--page {page}: is --out too, which it would replace: name two files")
     if page:
         require_own_page(page)
     _check_search(options)

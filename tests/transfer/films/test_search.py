@@ -149,6 +149,7 @@ def test_a_film_that_is_gone_keeps_its_place_and_has_a_reason(tmp_path, capsys):
         (["--phrase", "edema", "--among", "report"], 3, "holds images alone"),
         (["--image", "nowhere.png"], 3, "nowhere.png"),
         (["--phrase", "edema", "--page", ""], 2, "--page is empty"),
+        (["--row", "1", "--out", "x.html", "--page", "./x.html"], 2, "is --out too, which it"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(tmp_path, capsys, options, code, told):
