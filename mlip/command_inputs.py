@@ -88,10 +88,13 @@ def open_with_settings(config: Config, device: str) -> Any:
     return opened, merged
 
 
-def open_for_films(config: Config, device: str, *, by_patient: bool) -> tuple[Any, Config, Any]:
+def open_for_films(
+    config: Config, device: str, *, by_patient: bool, by_split: bool | None = None
+) -> tuple[Any, Config, Any]:
     """open_with_settings, and the manifest of films of which nothing is written yet.
 
-    No columns are asked for but that of the image and, by_patient, those of patient and split.
+    No columns are asked for but that of the image, by_patient that of the patient and by_split
+    (None: as by_patient) that of the split.
     """
     from mlip.dataloading.manifest import load_manifest
 
@@ -102,7 +105,9 @@ def open_for_films(config: Config, device: str, *, by_patient: bool) -> tuple[An
     if config.data.verify == "none":
         columns = dataclasses.replace(columns, sha256=None)
     if not by_patient:
-        columns = dataclasses.replace(columns, split=None, patient_id=columns.image)
+        columns = dataclasses.replace(columns, patient_id=columns.image)
+    if not (by_patient if by_split is None else by_split):
+        columns = dataclasses.replace(columns, split=None)
     data = dataclasses.replace(config.data, columns=columns, empty_report="image_only")
     config = dataclasses.replace(config, data=data)
     return opened, config, load_manifest(config.data)

@@ -92,7 +92,9 @@ def run_search(options: argparse.Namespace) -> int:
     manifest: Any = None
     groups = None
     if page or options.rerank or options.per_patient:
-        opened, config, manifest = open_for_films(config, device, by_patient=options.per_patient)
+        opened, config, manifest = open_for_films(
+            config, device, by_patient=options.per_patient, by_split=False
+        )
         groups = search_table.patients_of(archive, manifest) if options.per_patient else None
         search_table.require_same_rows(archive, manifest)
     elif options.phrase or options.finding or options.wordings or options.image:

@@ -17,7 +17,9 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        # a torch without this library multiplies it number by number on any processor
+        is_there = torch.backends.mkldnn.is_available()
+        return is_there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True
 
 

@@ -18,12 +18,14 @@ from mlip.transfer.films.classify import (
     scores,
 )
 from mlip.transfer.films.row_images import RowImages
-from mlip.transfer.films.row_table import require_replaceable, unread, write_row_table
+from mlip.transfer.films.row_table import (
+    begins_as_formula,
+    require_replaceable,
+    unread,
+    write_row_table,
+)
 
 _CALLED = " called"
-# what a cell begins with that Excel and LibreOffice take for a formula, full-width forms too
-# (OWASP, CSV Injection)
-_FORMULA = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
 
 
 def require_own_file(path: Path) -> None:
@@ -60,7 +62,7 @@ def write_classification(
     if taken := sorted({"row_index", "reason"} & set(findings)):
         raise QuestionError(f"finding {taken[0]!r} is a column of the table: rename it")
     # another sign in front would make it another name than the one that was asked
-    if formulas := [name for name in findings if name.startswith(_FORMULA)]:
+    if formulas := [name for name in findings if begins_as_formula(name)]:
         raise QuestionError(
             f"finding {formulas[0]!r}: a spreadsheet would run a column of that name as a formula: "
             "begin it with a letter"

@@ -22,8 +22,15 @@ from mlip.transfer.alignment.zero_shot_run import logit_scales
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.films.archive import Archive, ArchiveError, Hits
-from mlip.transfer.films.classify import Question, ask_names, ask_wordings, encode_question
+from mlip.transfer.films.classify import (
+    Question,
+    QuestionError,
+    ask_names,
+    ask_wordings,
+    encode_question,
+)
 from mlip.transfer.films.own_inputs import encode_images, encode_texts, heat_maps
+from mlip.transfer.films.row_table import begins_as_formula
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 
 
@@ -76,13 +83,31 @@ def ask(
 
     Raises:  QuestionError, ValueError, ImageFileError or ArchiveError of what cannot be asked
     """
-    return [
+    own = None if wordings is None else ask_wordings(Path(wordings))
+    for text in [*phrases, *findings, *(p.finding for p in (own.prompts if own else ()))]:
+        _require_cell(text)
+    queries = [
         *ask_phrases(phrases, opened),
         *(ask_findings(ask_names(findings, opened, settings), opened) if findings else []),
-        *(ask_findings(ask_wordings(Path(wordings)), opened) if wordings is not None else []),
+        *(ask_findings(own, opened) if own is not None else []),
         *ask_images(images, opened),
         *ask_rows(rows, archive),
     ]
+    names = [(query.kind, query.name) for query in queries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise QuestionError(f"{twice[0][0]} {twice[0][1]!r} is asked twice: leave one out")
+    return queries
+
+
+def _require_cell(text: str) -> None:
+    """Raises:  QuestionError for words that are no cell of the table of answers"""
+    if len(text.splitlines()) > 1:
+        raise QuestionError(f"{text!r}: expected words in one line")
+    if begins_as_formula(text):
+        raise QuestionError(
+            f"{text!r}: a spreadsheet would run it as a formula in the table of answers: begin it "
+            "with a letter"
+        )
 
 
 def ask_phrases(phrases: Sequence[str], opened: Any) -> list[Query]:

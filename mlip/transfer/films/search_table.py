@@ -165,7 +165,7 @@ def told_lines(
 ) -> Iterator[str]:
     """What a terminal is told: how much was searched, and the best of each query."""
     stopped = f" ({archive.asked:,} are in the list)" if archive.asked != archive.rows else ""
-    yield f"searched {among}s of {archive.rows:,} rows{stopped}{unread(bad)}"
+    yield f"searched the {among}s of {archive.rows:,} rows{stopped}{unread(bad)}"
     for query, own in zip(queries, hits, strict=True):
         best = ", ".join(
             f"{row} ({number(score, '+.3f')})"

@@ -95,6 +95,9 @@ def test_a_patient_is_found_once_and_left_out_rows_never(tmp_path):
     groups = (np.arange(2 * ROWS) // 2) % 7  # by manifest row: 7 patients
     query = vectors[[3]]
     (hits,) = Archive(folder).best(query, 20, groups=groups, without=[np.array([6])])
+    none = np.zeros(0, np.int64)
+    plain, other = Archive(folder).best(vectors[[3, 4]], 1, without=[none, np.array([8])])
+    assert plain.row_index[0] == 6 and other.row_index[0] not in (6, 8)
     assert len(hits) == 7 and len(set(groups[hits.row_index])) == 7
     scores = (query.astype(np.float64) @ vectors.T.astype(np.float64))[0]
     scores[3] = -np.inf
@@ -132,14 +135,23 @@ def test_a_damaged_folder_names_its_file_and_what_to_do(tmp_path, damage, told):
 def test_what_a_part_holds_is_what_the_index_says(tmp_path):
     folder, vectors = made(tmp_path / "a")
     broken = torch.from_numpy(vectors[:PART].copy())
-    broken[3, 2] = torch.nan
     rows = torch.arange(PART)
-    save_file({"row_index": rows, "image": broken}, folder / "part-00000.safetensors")
-    with pytest.raises(ArchiveError, match="holds NaN or infinite values: run the `mlip embed`"):
-        Archive(folder).best(vectors[:1], 3)
+    for odd in (torch.nan, torch.inf):
+        broken[3, 2] = odd
+        save_file({"row_index": rows, "image": broken}, folder / "part-00000.safetensors")
+        with pytest.raises(ArchiveError, match="holds NaN or infinite values: run the `mlip emb"):
+            Archive(folder).best(vectors[:1], 3)
     save_file({"row_index": rows[:5], "image": broken[:5]}, folder / "part-00000.safetensors")
     with pytest.raises(ArchiveError, match="16 rows of 8 numbers were written"):
         Archive(folder).best(vectors[:1], 3)
+
+
+def test_an_archive_of_an_earlier_version_holds_reports(tmp_path):
+    folder, vectors = made(tmp_path / "a")
+    index = json.loads((folder / "index.json").read_text())
+    del index["images_only"]
+    (folder / "index.json").write_text(json.dumps(index))
+    assert len(Archive(folder).best(vectors[:1], 3, among="report")[0]) == 3
 
 
 @pytest.mark.parametrize("form", ["safetensors", "parquet"])

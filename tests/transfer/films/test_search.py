@@ -50,10 +50,11 @@ def test_words_findings_and_films_rank_an_archive_by_what_the_model_says(tmp_pat
     embedded(tmp_path, "--images", split="", report="", labels="")
     film = pictures() / "11.png"
     asked = ["--phrase", "mild edema", "--finding", "Edema", "--image", str(film), "--row", "4"]
+    asked += ["--finding", "pneumothorax"]  # each asked by its own sentences
     capsys.readouterr()
     assert run(tmp_path, *asked, "--top", "7") == 0
     said, answers = capsys.readouterr().out, found(tmp_path)
-    assert "searched images of 30 rows" in said and "Not for clinical use" in said
+    assert "searched the images of 30 rows" in said and "Not for clinical use" in said
     assert not any(secret in said + (tmp_path / "found.csv").read_text() for secret in SECRETS)
     assert str(film) not in said + (tmp_path / "found.csv").read_text()
 
@@ -62,7 +63,9 @@ def test_words_findings_and_films_rank_an_archive_by_what_the_model_says(tmp_pat
     by_phrase = opened.similarity(images, opened.encode_texts(["mild edema"]))[:, 0]
     by_finding = opened.classify(images, ["Edema"], "global")[:, 0]
     alike = (images.embedding.double() @ images.embedding.double().T).numpy()
-    own = {"phrase mild edema": by_phrase, "finding Edema": by_finding, "film 1": alike[11]}
+    by_second = opened.classify(images, ["pneumothorax"], "global")[:, 0]
+    own = {"phrase mild edema": by_phrase, "finding Edema": by_finding}
+    own |= {"finding pneumothorax": by_second, "film 1": alike[11]}
     assert list(answers) == [*own, "row 4"]
     for name, scores in own.items():
         assert [row for row, _ in answers[name]] == ranked(scores)[:7], name
@@ -101,8 +104,8 @@ def test_a_patient_is_shown_once(tmp_path, capsys):
         return f"PATIENT-SECRET-{i % 6}"
 
     embedded(tmp_path, "--images", patient_id=whose, split="train")
-    asked = ["--row", "4", "--phrase", "edema", "--per-patient"]
-    assert run(tmp_path, *asked, patient_id=whose, split="train") == 0
+    asked = ["--row", "4", "--phrase", "edema", "--per-patient", "data.columns.split=nowhere"]
+    assert run(tmp_path, *asked, patient_id=whose, split="train") == 0  # asks for no split
     answers = found(tmp_path)
     assert sorted(row % 6 for row, _ in answers["phrase edema"]) == list(range(6))
     assert sorted(row % 6 for row, _ in answers["row 4"]) == [0, 1, 2, 3, 5]  # not their own others
@@ -118,7 +121,7 @@ def test_reports_are_searched_where_they_were_embedded(tmp_path, capsys):
     scores = vectors["report"].astype(np.float64) @ vectors["image"][3].astype(np.float64)
     scores[3] = -np.inf  # its own report is no answer
     assert [row for row, _ in found(tmp_path)["row 3"]] == ranked(scores)[:4]
-    assert "searched reports of 30 rows" in capsys.readouterr().out
+    assert "searched the reports of 30 rows" in capsys.readouterr().out
 
 
 def test_a_film_that_is_gone_keeps_its_place_and_has_a_reason(tmp_path, capsys):
@@ -149,6 +152,10 @@ def test_a_film_that_is_gone_keeps_its_place_and_has_a_reason(tmp_path, capsys):
         (["--phrase", "edema", "--among", "report"], 3, "holds images alone"),
         (["--image", "nowhere.png"], 3, "nowhere.png"),
         (["--phrase", "edema", "--page", ""], 2, "--page is empty"),
+        (["--phrase", "=1+1"], 4, "a spreadsheet would run it as a formula"),
+        (["--phrase", "a\nb"], 4, "expected words in one line"),
+        (["--phrase", "a", "--phrase", "a"], 4, "phrase 'a' is asked twice"),
+        (["--row", "2", "--row", "2"], 4, "row '2' is asked twice"),
         (["--row", "1", "--out", "x.html", "--page", "./x.html"], 2, "is --out too, which it"),
     ],
 )
@@ -168,6 +175,9 @@ def test_another_model_or_other_rows_give_no_answers(tmp_path, capsys):
     assert run(tmp_path, "--phrase", "edema") == 3
     assert "was made with other weights than this model's" in capsys.readouterr().err
     assert run(tmp_path, "--row", "1") == 0  # asks no model
+    (folder / "index.json").write_text(json.dumps({**index, "preprocessing": "0" * 64}))
+    assert run(tmp_path, "--phrase", "edema") == 3
+    assert "was made with other preprocessing than this model's" in capsys.readouterr().err
     (folder / "index.json").write_text(json.dumps(index))
     assert run(tmp_path, "--phrase", "edema", "--per-patient", report="other") == 3
     assert "was made of another manifest than" in capsys.readouterr().err

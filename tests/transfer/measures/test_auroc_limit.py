@@ -47,6 +47,11 @@ def test_an_end_near_0_is_that_near_1_turned() -> None:
     plain = estimate(0.96, draws, 110, 10)
     assert high["low"] == pytest.approx(1 - low["high"]) and high["low"] < plain["low"] - 0.05
     assert high["high"] == plain["high"] == pytest.approx(1 - low["low"])
+    turned = with_careful_end(Measured(1 - 0.96, 1 - draws, 110, 10), 10, 100)
+    assert turned.apart is not None and turned.apart.above is None
+    assert turned.ends[1].min() >= 0.0 and turned.ends[1].max() <= 1.0
+    wide = with_careful_end(Measured(0.99, draws_of(0.99, 0.002), 110, 10), 10, 100)
+    assert 0.0 <= wide.resampled.min() and wide.resampled.max() == 1.0
     # without an error's worth it is the limit, with half of ten halfway to it
     assert high["low"] == pytest.approx(
         plain["low"] - (1 - 0.4 / 10) * (plain["low"] - lower_limit(0.96, 10, 100)), abs=1e-6
