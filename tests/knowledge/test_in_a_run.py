@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,10 @@ def fail_to_make_vectors(folder: str) -> None:
         start_of(f"{folder}/absent.safetensors", Path(folder) / "run")
     except Exception as error:
         (Path(folder) / f"said{distributed.rank()}").write_text(f"{type(error).__name__}: {error}")
+    # rank 0 holds the store that the other asks: it stays until the other has its answer
+    end = time.monotonic() + 30.0
+    while not (Path(folder) / "said1").exists() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def test_where_rank_0_cannot_make_the_vectors_no_rank_waits_for_them(tmp_path):
