@@ -78,6 +78,7 @@ def run_search(options: argparse.Namespace) -> int:
     from mlip.transfer.films.search import ask, require_same_model
 
     config, device = read_settings(options.settings), pick_device(options.device)
+    keep_memory(device)
     archive = Archive(options.embeddings)
     out, page = Path(options.out), Path(options.page) if options.page else None
     for path in (out, *([page] if page else [])):
@@ -95,8 +96,8 @@ def run_search(options: argparse.Namespace) -> int:
         opened, config, manifest = open_for_films(
             config, device, by_patient=options.per_patient, by_split=False
         )
-        groups = search_table.patients_of(archive, manifest) if options.per_patient else None
         search_table.require_same_rows(archive, manifest)
+        groups = search_table.patients_of(manifest) if options.per_patient else None
     elif options.phrase or options.finding or options.wordings or options.image:
         opened = open_trained(config, device)
     if opened is not None:

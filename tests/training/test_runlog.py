@@ -25,8 +25,10 @@ from mlip.training.runlog import RunLog, setup_logging
 from mlip.training.step import StepResult
 from tests.training.toy_run import toy_config
 
-FACTS = {"world_size": 1, "engine": "plain", "threads": 1, "determinism": "strict"}
-FACTS |= {"precision": "bf16"}
+FACTS = {
+    **{"world_size": 1, "engine": "plain", "precision": "bf16", "threads": 1},
+    "determinism": "strict",
+}
 
 
 @pytest.fixture

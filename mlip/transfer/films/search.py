@@ -7,7 +7,7 @@ head, so the archive is ranked as `mlip classify --head global` would rank it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,8 +237,6 @@ def answers_of(
 ) -> Iterable[tuple[str, str, int, int, float]]:
     """(kind, query, rank from 1, row_index, score) of every answer."""
     for query, own in zip(queries, hits, strict=True):
-        pairs: Mapping[int, float] = dict(
-            zip(own.row_index.tolist(), own.scores.tolist(), strict=True)
-        )
-        for rank, (row, score) in enumerate(pairs.items(), start=1):
+        pairs = zip(own.row_index.tolist(), own.scores.tolist(), strict=True)
+        for rank, (row, score) in enumerate(pairs, start=1):
             yield query.kind, query.name, rank, row, score

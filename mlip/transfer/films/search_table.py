@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.output_file import whole_file
@@ -59,9 +60,8 @@ def require_same_rows(archive: Archive, manifest: Manifest) -> None:
         )
 
 
-def patients_of(archive: Archive, manifest: Manifest) -> Array:
-    """[rows of the manifest], a number for each patient.  Raises:  ArchiveError: other rows"""
-    require_same_rows(archive, manifest)
+def patients_of(manifest: Manifest) -> Array:
+    """[rows of the manifest], a number for each patient"""
     return np.unique(manifest.patient_key, return_inverse=True)[1]
 
 
@@ -129,7 +129,7 @@ def pictures(
     ]
 
 
-def _some(bank: ImageBank, places: list[int]) -> Any:
+def _some(bank: ImageBank, places: list[int]) -> ImageFeatures:
     at = torch.tensor(places)
     features = bank.features
     return replace(features, embedding=features.embedding[at], patches=features.patches[at])
