@@ -24,6 +24,7 @@ from mlip.assembly import (
     keep_concepts,
     open_corpus,
     open_loader,
+    open_validation,
     provide_phantoms,
 )
 from mlip.config import Config, ConfigError, load, sort_settings
@@ -98,6 +99,7 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
     corpus = open_corpus(config)
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = open_loader(config, corpus, **place)
+    validation = open_validation(config, corpus, **place)
 
     def keep_ledger(state: Mapping[str, Any]) -> None:
         ledger = Ledger.from_state(state["ledger"])
@@ -126,6 +128,7 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         loader,
         merge_states=merge_states,
         on_save=keep_ledger,
+        validation=validation,
         facts={"commit": source_commit(), "versions": versions(), **content},
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
@@ -135,11 +138,13 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         trainer.fit(stop)
     finally:
         loader.close()
+        if validation is not None:
+            validation.close()
     return corpus
 
 
 def evaluate(config: Config, corpus: Corpus) -> None:
-    """Score the newest checkpoint, read back from disk, and write the run's page."""
+    """Score the run's checkpoint, read back from disk, and write its page."""
     folder = Path(config.run.dir)
     opened = open_checkpoint(
         folder, device=distributed.device(), weights_of=config.evaluate.weights

@@ -136,6 +136,11 @@ class Loader:
         ledger.rows, ledger.excluded, ledger.bad_share = own.rows, own.excluded, own.bad_share
         self.ledger = ledger
 
+    def rewind(self) -> None:
+        """Begin again at the first step; rows found bad stay known, and are named once."""
+        self._stop()
+        self.step, self.ledger.epochs = 0, {}
+
     def close(self) -> None:
         """Stop the background thread and free the pipeline."""
         self._stop()

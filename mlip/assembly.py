@@ -5,6 +5,7 @@ Commands take the parts of a trained one from what it kept (pretrained.open_chec
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import STATES
-from mlip.config import Config, ConfigError, Knowledge
+from mlip.config import Augment, Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
@@ -35,6 +36,7 @@ from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.training.checkpoint import checkpoints_of
+from mlip.training.validation import Validation, batches_of
 from mlip.transfer.readiness import check_evaluation
 from mlip.unit_length import unit_length
 
@@ -130,6 +132,45 @@ def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: in
         linker=corpus.linker,
         table=corpus.table,
     )
+
+
+_AS_THEY_ARE = Augment(
+    random_crop=False, brightness=0.0, contrast=0.0, rotation_degrees=0.0, sentence_dropout=0.0
+)
+
+
+def open_validation(
+    config: Config, corpus: Corpus, *, rank: int = 0, world_size: int = 1
+) -> Validation | None:
+    """What scores checkpoints on val, where train.monitor asks for it; on every rank.
+
+    Raises:  ManifestError where val has too few rows with a report.
+    """
+    if config.train.monitor == "none":
+        return None
+    rows = len(corpus.manifest.rows("val"))
+    batches, pairs = batches_of(rows, config, world_size)
+    if pairs < 2:
+        raise ManifestError(
+            f"manifest {corpus.manifest.path}: train.monitor={config.train.monitor} needs at least "
+            f"{max(2, world_size)} rows with a report in split val, there are {rows}; give it some "
+            "(data.columns.split), or set train.monitor=none"
+        )
+    data = dataclasses.replace(config.data, augment=_AS_THEY_ARE)
+    loader = build_loader(
+        dataclasses.replace(config, data=data),
+        corpus.manifest,
+        split="val",
+        train=True,  # equal batches on all ranks: what cannot be read is replaced
+        rank=rank,
+        world_size=world_size,
+        tokenizer=corpus.tokenizer,
+        linker=corpus.linker,
+        table=corpus.table,
+        global_pairs=pairs,
+    )
+    loader.ledger.bad_share = 1.0  # as an evaluation's: bad images of val are named, and end no run
+    return Validation(config, loader, batches=batches, pairs=pairs)
 
 
 def _open_concepts(config: Config) -> ConceptTable:

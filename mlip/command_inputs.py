@@ -22,7 +22,7 @@ def read_settings(items: Sequence[str]) -> Config:
     if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
         raise ConfigError(
             "checkpoint= is empty: expected a run folder, a checkpoint or an export, or leave it "
-            "out for the newest checkpoint of run.dir"
+            "out for the checkpoint of run.dir"
         )
     files, overrides = sort_settings(items)
     return load(

@@ -131,6 +131,11 @@ class Train:
     offload: bool = False  # optimiser states in host memory (ZeRO >= 1 on a GPU)
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
+    # scored on val at every checkpoint: the contrastive loss, or recall@10 of the global head; the
+    # best checkpoint is kept too, and is what the run's folder stands for (docs/evaluation.md)
+    monitor: Literal["none", "loss", "recall"] = "none"
+    monitor_pairs: int = 1000  # of val, at most
+    patience: int = 0  # checkpoints in a row without a better score that end a run; 0 = none do
     log_steps: int = 20
     max_nan_steps: int = 3  # in a row of non-finite loss or gradient before the run stops
     spike_factor: float = 0.0  # a loss this many times the recent median is run again; 0 = off
@@ -264,7 +269,7 @@ class Evaluate:
     max_studies: int = 1000
     retrieval_pool: int = 256  # recall is measured inside pools of this many pairs
     bootstrap: int = 500  # resamples by patient behind each interval
-    checkpoint: str | None = None  # None = the newest complete one of run.dir
+    checkpoint: str | None = None  # None = run.dir's best on val, else newest
     weights: Literal["trained", "ema"] = "trained"  # "ema": the average of train.ema_decay
     examples: int = 6  # pictures in the report
     subset: str | None = None  # only rows of this subset (transfer.columns.subset), as 5x200

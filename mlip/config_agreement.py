@@ -11,6 +11,13 @@ from mlip.transfer_settings import BY_PROJECTION, threshold_rule
 from mlip.transfer_settings import check as check_transfer
 from mlip.typed_tree import ConfigError
 
+# train.monitor -> the losses of which one at least has to be trained
+_HELD_OUT = {
+    "none": (),
+    "loss": ("global_contrastive", "local_alignment"),
+    "recall": ("global_contrastive",),
+}
+
 
 def check_agreement(config: Any) -> None:
     """Raises:  ConfigError naming settings that cannot stand together, and what to change."""
@@ -36,6 +43,17 @@ def check_agreement(config: Any) -> None:
             f"evaluate.{name}={list(sentences)}: expected sentences, each with one {{}} where the "
             "finding's name goes",
         )
+    weights = {name: getattr(config.loss, name).weight for name in _HELD_OUT[train.monitor]}
+    require(
+        not weights or any(weights.values()),
+        f"train.monitor={train.monitor} watches what is not trained: "
+        f"{', '.join(f'loss.{name}.weight=0' for name in weights)}; set train.monitor=none",
+    )
+    require(
+        train.patience == 0 or train.monitor != "none",
+        f"train.patience={train.patience} with train.monitor=none: nothing is watched; set "
+        "train.monitor to loss or recall, or train.patience=0",
+    )
     rule, _ = threshold_rule(config.evaluate.threshold_rule)
     require(
         config.evaluate.thresholds or rule == "f1" or config.transfer.task == "classification",

@@ -83,6 +83,8 @@ BOUNDS: dict[str, Range] = {
     "train.ema_decay": SHARE_BELOW_1,
     "train.checkpoint_steps": FROM_1,
     "train.keep_checkpoints": FROM_1,
+    "train.monitor_pairs": Range(2),
+    "train.patience": FROM_0,
     "train.log_steps": FROM_1,
     "train.max_nan_steps": FROM_1,
     "train.spike_factor": FROM_0,

@@ -92,7 +92,7 @@ def _context(described: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[
             yaml.safe_dump(_front_matter(described, is_generated), sort_keys=False)
         ),
         "facts": {key: facts.get(key) for key in ("step", "pairs_seen")},
-        "unfinished": _unfinished(facts.get("step"), settings, origin["rows"]),
+        "unfinished": _unfinished(facts.get("step"), settings, origin),
         "peak_lr": peak_lr(settings),
         "average": ", here their average over the training"
         if facts.get("weights") == "ema"
@@ -146,11 +146,14 @@ def _is_generated(origin: Mapping[str, Any], scores: Mapping[str, Any] | None) -
     return bool(scores["data"]["is_phantom"])
 
 
-def _unfinished(step: Any, config: Config, rows: int | None) -> Markup:
-    """How many steps were meant, where the training had not come to its end."""
-    planned = total_steps(config, rows or 0)
+def _unfinished(step: Any, config: Config, origin: Mapping[str, Any]) -> Markup:
+    """How many steps were meant, where these are not the weights of the training's end."""
+    planned = total_steps(config, origin["rows"] or 0)
     if type(step) is not int or step >= planned:
         return Markup("")
+    if origin["is_best_on_val"]:
+        watched = f"train.monitor={config.train.monitor}"
+        return Markup(f" of {planned:,} planned: the best on val of its checkpoints ({watched})")
     return Markup(f" of {planned:,} planned: not trained to the end")
 
 

@@ -32,7 +32,7 @@ _RANKS = (*_RECALLS, "median_rank")
 _ORIGIN: dict[str, type] = {
     **dict.fromkeys(("commit", "manifest"), str),
     **dict.fromkeys(("world_size", "rows", "manifest_rows"), int),
-    **{"versions": dict, "is_generated": bool, "start": dict},
+    **{"versions": dict, "is_generated": bool, "is_best_on_val": bool, "start": dict},
 }
 _FAULTS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
@@ -45,6 +45,7 @@ def origin_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """
     loader = state.get("loader") or {}
     order, ledger = loader.get("order") or {}, loader.get("ledger") or {}
+    validation = state.get("validation")
     made = config.data.phantom.studies > 0 and Path(config.data.manifest).name == "manifest.csv"
     return {
         "commit": state.get("commit"),
@@ -54,6 +55,7 @@ def origin_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "rows": order.get("rows"),
         "manifest_rows": ledger.get("rows"),
         "is_generated": made or None,
+        "is_best_on_val": validation.get("best_step") == state.get("step") if validation else None,
         "start": start_of(config),
     }
 

@@ -15,6 +15,7 @@ from mlip.config import Config, ConfigError
 from mlip.distributed import max_of_numbers
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
+from mlip.losses.held_out import HELD_OUT_LOSSES, recall_terms
 from mlip.training.determinism import random_part
 from mlip.training.grad_cache import cached_forward, equal_passes
 
@@ -25,6 +26,8 @@ class Objective(nn.Module):
     forward(batch, step=..., progress=...) -> (total, terms): the total is the same on every rank,
     and averaging parameter gradients over ranks gives the gradient of the whole global batch.
     `terms` holds each loss before its weight, detached, for the log. `progress` is in epochs.
+    With held_out=True, in evaluation mode: the contrastive losses alone, and in `terms` also
+    recall@10 among the batch's pairs, for pairs that are not trained on.
 
     Raises:  ConfigError where every weight is 0, or run.exact is set and a part cannot be exact
     Source:  method.md section 7.
@@ -48,21 +51,24 @@ class Objective(nn.Module):
             _require_exact(model)
 
     def forward(
-        self, batch: Batch, *, step: int, progress: float
+        self, batch: Batch, *, step: int, progress: float, held_out: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         context = self.context(batch, step=step, progress=progress)
         terms: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
+        losses = {n: x for n, x in self.losses.items() if not held_out or n in HELD_OUT_LOSSES}
         # losses are float32 or better whatever precision the caller's towers run in
         with torch.autocast(batch.pair_id.device.type, enabled=False):
-            for loss in self.losses.values():
+            for loss in losses.values():
                 # what the host will have to read is asked for before the long ones are queued
                 if (prepare := getattr(loss, "prepare", None)) is not None:
                     context.prepared[loss] = prepare(context)
-            for name, loss in self.losses.items():
+            for name, loss in losses.items():
                 value = loss(context)
                 terms[name] = value.detach()
                 total = total + self.weights[name] * value
+            if held_out:
+                terms |= recall_terms(context)
         for name, value in context.regularisers.items():
             terms[name] = value.detach()
             total = total + value

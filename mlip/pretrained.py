@@ -267,7 +267,9 @@ def open_checkpoint(
     lexicon: str | None = None,
     weights_of: str = "trained",
 ) -> Pretrained:
-    """The model of an export, of a training checkpoint, or of a run folder (its newest one).
+    """The model of an export, of a training checkpoint, or of a run folder.
+
+    Of a run the best on val where it was watched (train.monitor), else the newest.
 
     weights_of  "trained", or "ema" for the average that train.ema_decay keeps
     Raises:  PretrainedError if the path is none of these, holds no average where one is asked for,
@@ -276,6 +278,7 @@ def open_checkpoint(
              damaged one is passed over with a warning)
     """
     from mlip.training import checkpoint as saved
+    from mlip.training.best_checkpoint import find_best
 
     if weights_of not in ("trained", "ema"):
         raise PretrainedError(f"weights_of: expected 'trained' or 'ema', got {weights_of!r}")
@@ -292,14 +295,14 @@ def open_checkpoint(
         saved.require_intact(path)
         folder, run_dir = path, path.resolve().parent.parent
     elif (path / "checkpoints").is_dir():
-        newest, passed_over = saved.find_newest(path)
-        if newest is None:
+        found, passed_over = find_best(path)
+        if found is None:
             raise PretrainedError(
                 f"{path}: its folder checkpoints is empty: train first, or copy the run again"
             )
         for text in passed_over:
-            logger.warning("checkpoint passed over: %s; %s is used", text, newest.name)
-        folder, run_dir = newest, path
+            logger.warning("checkpoint passed over: %s; %s is used", text, found.name)
+        folder, run_dir = found, path
     else:
         raise PretrainedError(
             f"checkpoint {path}: expected a run folder (with checkpoints/), a checkpoint (with "

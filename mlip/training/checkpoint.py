@@ -43,7 +43,7 @@ from mlip.training.step import MOMENTS, TrainingState
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")
 _EMA = "ema"
-_SUMS, _MARKER, _STATE = "SHA256SUMS", "COMPLETE", "state.json"
+_SUMS, _MARKER, STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
 _PASSED_OVER = "PASSED_OVER"  # in a damaged one
 
@@ -71,6 +71,8 @@ FREE_SETTINGS = (
     "train.offload",
     "train.checkpoint_steps",
     "train.keep_checkpoints",
+    "train.monitor",
+    "train.patience",
     "train.log_steps",
     "train.max_nan_steps",
     "train.spike_factor",
@@ -114,20 +116,28 @@ def checkpoints_of(run_dir: str | Path) -> list[Path]:
     )
 
 
+def folder_of(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or would lie."""
+    return Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
+
+
 def save(
     run_dir: str | Path, training: TrainingState, state: Mapping[str, Any], *, keep: int
 ) -> Path:
-    """Write one checkpoint from rank 0 and drop all but the newest `keep`; a collective call.
+    """Write one checkpoint from rank 0; a collective call.
+
+    All but the newest `keep` and the best on val (state["validation"]) are dropped.
 
     Raises:  CheckpointError on every rank where it cannot be written; earlier ones are untouched.
     """
     step = int(state["step"])
-    final = Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
+    final = folder_of(run_dir, step)
+    best = (state.get("validation") or {}).get("best_step")
     problem = None
     if distributed.is_main():
         try:
             _write(final, training, state, Path(run_dir))
-            _retain(Path(run_dir), keep, step)
+            _retain(Path(run_dir), keep, step, best)
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:  # safetensors has error types of its own for a full disk
@@ -172,8 +182,8 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
         "ema_updates": training.ema.updates if training.ema is not None else None,
     }
     text = json.dumps({**state, **counts}, allow_nan=False)
-    (partial / _STATE).write_text(text, encoding="utf-8")
-    names = [*(f"{kind}.safetensors" for kind in tensors), _STATE]
+    (partial / STATE).write_text(text, encoding="utf-8")
+    names = [*(f"{kind}.safetensors" for kind in tensors), STATE]
     sums = "".join(f"{file_sha256(partial / name)}  {name}\n" for name in names)
     (partial / _SUMS).write_text(sums, encoding="utf-8")
     for name in (*names, _SUMS):
@@ -200,11 +210,12 @@ def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> N
         )
 
 
-def _retain(run_dir: Path, keep: int, step: int) -> None:
+def _retain(run_dir: Path, keep: int, step: int, best: int | None = None) -> None:
     # one of a later step was passed over as damaged: it must not push out a good one
     held = [p for p in checkpoints_of(run_dir) if p.name <= f"{_PREFIX}{step:08d}"]
     good = [p for p in held if not (p / _PASSED_OVER).exists()]
     kept = good[:keep]
+    kept += [p for p in good[keep:] if best is not None and p == folder_of(run_dir, best)]
     # damaged ones may still help who looks into them, as long as good ones are few
     superfluous = [p for p in held if p not in kept and (p in good or len(kept) >= keep)]
     for old in superfluous:
@@ -285,14 +296,14 @@ def _damage(folder: Path) -> str | None:
         if told := limit_reached(error):  # nothing is wrong with it either
             raise CheckpointError(f"{folder}: cannot be read: {told}") from None
         return f"cannot be read: {error}"
-    missing = {*(f"{kind}.safetensors" for kind in _TENSORS), _STATE} - names
+    missing = {*(f"{kind}.safetensors" for kind in _TENSORS), STATE} - names
     return f"{_SUMS} lacks {sorted(missing)}" if missing else None
 
 
 def read(folder: Path) -> Checkpoint:
     """A checkpoint whose hashes hold (find_newest, require_intact); tensors on the CPU."""
     try:
-        text = (folder / _STATE).read_text(encoding="utf-8")
+        text = (folder / STATE).read_text(encoding="utf-8")
         state = json.loads(text, parse_constant=refuse_constant)
         if state.get("format") != FORMAT:
             raise CheckpointError(
@@ -306,7 +317,7 @@ def read(folder: Path) -> Checkpoint:
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not what was written
-        raise CheckpointError(f"{folder}: {_STATE} is not of a checkpoint: {error!r}") from error
+        raise CheckpointError(f"{folder}: {STATE} is not of a checkpoint: {error!r}") from error
     training = TrainingState(
         parameters=tensors["parameters"],
         moments={key: tensors[key] for key in MOMENTS},

@@ -5,6 +5,7 @@ Where they lie and how they are written is checkpoint.py's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mlip import distributed
+from mlip.training.lifecycle import CheckpointError
+
+# facts of a run that a resumed one must share: they are content, which no setting shows
+_IDENTITY = ("concept_table", "tokenizer")
 # entries of state.json -> their kinds; a state has the needed ones at least
 _NEEDED: dict[str, type] = {"step": int, "config": dict, "optimizer_steps": int}
 _COUNTS = ("world_size", "threads", "skipped_steps", "skipped_in_a_row", "ema_updates")
@@ -20,7 +26,7 @@ _KINDS: dict[str, type] = {
     **_NEEDED,
     **dict.fromkeys(_COUNTS, int),
     **dict.fromkeys(("tokenizer", "concept_table"), str),  # hashes
-    **{"loader": dict, "rng": list},
+    **{"loader": dict, "rng": list, "validation": dict},
 }
 _MAY_BE_NULL = ("ema_updates", "tokenizer", "concept_table")  # no average, no hash was kept
 
@@ -64,3 +70,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path.name}: {name} holds a number that is not finite")
     return tensors
+
+
+def require_same_identity(
+    folder: Path, state: Mapping[str, Any], facts: Mapping[str, Any], *, allow_mismatch: bool
+) -> None:
+    """Raises:  CheckpointError where vocabulary or concepts are not those of the checkpoint."""
+    different = [
+        f"{key} (saved {state[key][:12]}, now {facts[key][:12]})"
+        for key in _IDENTITY
+        if key in state and key in facts and state[key] != facts[key]
+    ]
+    if not different:
+        return
+    text = f"{folder} was trained with other content: {', '.join(different)}"
+    if not allow_mismatch:
+        raise CheckpointError(
+            f"{text}; restore it (docs/reliability.md, Another version), choose another "
+            "run.dir, or pass --allow-mismatch"
+        )
+    distributed.log_once(f"resuming although {text}", logging.WARNING)

@@ -18,7 +18,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip import distributed
-from mlip.batch import Batch
 from mlip.config import Config, ConfigError
 from mlip.training.ema import EMAState
 from mlip.training.grad_cache import set_recompute_context
@@ -86,6 +85,7 @@ class DeepSpeedEngine(Engine):
             self.engine, self.zero, _, _ = deepspeed.initialize(
                 model=objective, optimizer=build_optimizer(objective, config), config=settings
             )
+        self.call = self.engine
         set_recompute_context(self._keep_gathered if self.stage == 3 else contextlib.nullcontext)
         # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
         self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer
@@ -99,9 +99,6 @@ class DeepSpeedEngine(Engine):
         """
         coordinator = self.zero.parameter_offload.get_param_coordinator()
         return mock.patch.object(coordinator, "release_sub_module")
-
-    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
-        return self.engine(batch, step=step, progress=progress)
 
     def _backward(self, total: Tensor) -> None:
         self.engine.backward(total)

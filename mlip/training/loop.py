@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from mlip.config import Config, ConfigError, to_dict
 from mlip.precision import precision_on, why_not_as_asked
 from mlip.training import checkpoint, grad_cache, presence, randomness
 from mlip.training.allocator import keep_freed_memory
+from mlip.training.checkpoint_content import require_same_identity
 from mlip.training.determinism import levels
 from mlip.training.engine import build_engine
 from mlip.training.faults import fire
@@ -31,9 +31,8 @@ from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, St
 from mlip.training.runlog import RunLog
 from mlip.training.schedule import learning_rate, total_steps
 from mlip.training.step import Engine, StepResult, StepUnderWay
+from mlip.training.validation import Validation
 
-# facts of a run that a resumed one must share: they are content, which no setting shows
-IDENTITY = ("concept_table", "tokenizer")
 LAST_STEP_S = 1.0  # how long a step under way is waited for when an error ends the run
 
 
@@ -70,6 +69,7 @@ class Trainer:
 
     merge_states  all ranks' loader states as one that any number of ranks can load
     on_save       called on rank 0 with that state after each save
+    validation    scores each checkpoint on val, where train.monitor is set
     Raises:  ConfigError (engine, TensorBoard), CheckpointError (resume, last save)
     """
 
@@ -81,12 +81,14 @@ class Trainer:
         *,
         merge_states: Callable[[list[Mapping[str, Any]]], dict[str, Any]],
         on_save: Callable[[Mapping[str, Any]], None] | None = None,
+        validation: Validation | None = None,
         facts: Mapping[str, Any] | None = None,
         deepspeed_json: dict[str, Any] | None = None,
         allow_mismatch: bool = False,
     ) -> None:
         self.config, self.loader = config, loader
         self.merge_states, self.on_save = merge_states, on_save
+        self.validation = validation
         if distributed.is_main():
             checkpoint.remove_leftovers(config.run.dir)
         saved = checkpoint.load_newest(config, allow_mismatch=allow_mismatch)
@@ -137,26 +139,9 @@ class Trainer:
                 "another kind than the one that began"
             )
 
-    def _require_same_identity(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
-        """Raises:  CheckpointError where vocabulary or concepts are not those of the checkpoint."""
-        different = [
-            f"{key} (saved {saved.state[key][:12]}, now {self.facts[key][:12]})"
-            for key in IDENTITY
-            if key in saved.state and key in self.facts and saved.state[key] != self.facts[key]
-        ]
-        if not different:
-            return
-        text = f"{saved.folder} was trained with other content: {', '.join(different)}"
-        if not allow_mismatch:
-            raise CheckpointError(
-                f"{text}; restore it (docs/reliability.md, Another version), choose another "
-                "run.dir, or pass --allow-mismatch"
-            )
-        distributed.log_once(f"resuming although {text}", logging.WARNING)
-
     def _resume(self, saved: checkpoint.Checkpoint, allow_mismatch: bool) -> None:
         state = saved.state
-        self._require_same_identity(saved, allow_mismatch)
+        require_same_identity(saved.folder, state, self.facts, allow_mismatch=allow_mismatch)
         try:
             self.engine.load(saved.training)
             self.loader.load_state_dict(state["loader"])
@@ -166,6 +151,8 @@ class Trainer:
         self.step = saved.step
         self.skipped_steps = state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        if self.validation is not None:
+            self.validation.load_state_dict(state.get("validation"))
         distributed.log_once(f"resumed at step {saved.step} from {saved.folder}")
         if state["world_size"] != distributed.world_size():
             distributed.log_once(
@@ -190,8 +177,10 @@ class Trainer:
                     f"stopped on request before step {self.step + 1} of {self.steps}; nothing was "
                     "trained since the start: the same command goes on from there"
                 )
+            if self.step and self.step % every == 0:
+                self._look_at_val()  # not yet where a stop was asked for there
             batches = iter(self.loader)
-            while self.step < self.steps:
+            while self.step < self.steps and not (self.validation and self.validation.is_over):
                 self._one_step(batches, stop)
                 is_due = self.step % every == 0
                 if self.stop_requested or is_due or self.step == self.steps:
@@ -203,6 +192,8 @@ class Trainer:
                         f"stopped on request after step {self.step} of {self.steps}; saved: the "
                         "same command goes on from there"
                     )
+                if is_due or self.step == self.steps:
+                    self._look_at_val()
                 if is_due and self.step < self.steps:
                     self._save_or_go_on()
             self.save()
@@ -216,6 +207,10 @@ class Trainer:
             raise
         finally:
             self.log.close()
+
+    def _look_at_val(self) -> None:
+        if self.validation is not None and self.validation.last_look != self.step:
+            self.validation.look(self.engine, self.step, self.log)
 
     def _one_step(self, batches: Iterator[Batch], stop: StopRequest) -> None:
         """Start a step and read the numbers of one: of this, or on a GPU of the one before."""
@@ -355,6 +350,8 @@ class Trainer:
         try:
             self.save()
         except CheckpointError as error:
+            if self.validation is not None:
+                self.validation.forget()
             self.log.warn(f"not saved: {error}; training goes on")
             self._event("not_saved", step=self.step, reason=str(error))
 
@@ -379,6 +376,7 @@ class Trainer:
             "loader": loader,
             "rng": [part[1] for part in parts],
             "config": to_dict(self.config),
+            **({"validation": self.validation.state_dict()} if self.validation else {}),
             **self.facts,
         }
         path = checkpoint.save(

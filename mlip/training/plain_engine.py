@@ -9,7 +9,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip import distributed
-from mlip.batch import Batch
 from mlip.config import Config
 from mlip.training.ema import EMAState
 from mlip.training.step import (
@@ -45,9 +44,6 @@ class PlainEngine(Engine):
         if rounds_weights_together(config) and hasattr(objective.model, "round_weights_together"):
             model: Any = objective.model
             model.round_weights_together()
-
-    def _forward(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, dict]:
-        return self.objective(batch, step=step, progress=progress)
 
     def _backward(self, total: Tensor) -> None:
         total.backward()

@@ -149,6 +149,35 @@ class RunLog:
         else:
             print(line, flush=True)
 
+    def validated(
+        self, step: int, terms: Mapping[str, float], *, pairs: int, best_step: int | None
+    ) -> None:
+        """Scores on val after `step` steps: a line in validation.jsonl, and one said.
+
+        terms  "total", losses before their weights and recalls, means over batches of `pairs` pairs
+        """
+        if not self._is_main:
+            return
+        entry = {
+            "step": step,
+            **{name: _finite(value) for name, value in terms.items()},
+            "pairs": pairs,
+            "best_step": best_step,
+            "time": round(time.time(), 3),
+        }
+        path = self.folder / "validation.jsonl"
+        with self._told_if_full(path.name), _open_for_lines(path) as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        if self._board is not None:
+            for name, value in terms.items():
+                self._board.add_scalar(f"val/{name}", value, step)
+        parts = "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
+        best = "the best so far" if best_step == step else f"best at step {best_step}"
+        self.say(
+            f"val after step {step}, batches of {pairs} pairs: loss {terms['total']:.4f}  {parts} "
+            f"({best})"
+        )
+
     def _to_board(self, step: int, result: StepResult, lr: float, rate: Any) -> None:
         numbers = {
             "total": result.total,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.losses import LOSSES
+from mlip.losses.held_out import recall_terms
 from mlip.objective import Objective
 from tests.losses.loss_inputs import (
     DIM,
@@ -106,8 +107,13 @@ def _run_objective(name: str, rows: slice) -> dict[str, Any]:
     total, terms = objective(type(batch)(**doubled), step=4, progress=1.5)
     total.backward()
     parameters = _gradients(objective, "")
-    return {"values": [total.detach(), *terms.values()], "inputs": {}, "parameters": parameters,
-            "buffers": {}}  # fmt: skip
+    values = [total.detach(), *terms.values()]
+    with torch.no_grad():  # as a checkpoint is scored on val
+        held_out = type(batch)(**doubled)
+        total, terms = objective.eval()(held_out, step=0, progress=0.0, held_out=True)
+        context = objective.context(held_out, step=0, progress=0.0)
+        values += [total, *terms.values(), *recall_terms(context, at=1).values()]
+    return {"values": values, "inputs": {}, "parameters": parameters, "buffers": {}}
 
 
 def _run_all(rows: slice) -> dict[str, Any]:

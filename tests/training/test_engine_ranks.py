@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from tests import rank_farm
-from tests.training.toy_engines import CASES, DECAY, MORE, STEPS, build, run_all, step
+from tests.training.toy_engines import (
+    CASES,
+    DECAY,
+    MORE,
+    STEPS,
+    build,
+    held_out_scores,
+    run_all,
+    step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +46,7 @@ def alone() -> dict[str, Any]:
     state = engine.state()
     parameters = {n: t.flatten().tolist() for n, t in state.parameters.items()}
     return {
+        "held_out": held_out_scores(engine),
         "losses": [r.total for r in results]
         + [step(engine, number).total for number in range(STEPS, STEPS + MORE)],
         "grad_norms": [r.grad_norm for r in results],
@@ -55,6 +65,15 @@ def test_two_ranks_equal_one_process_at_every_zero_stage(case, two_ranks, alone)
     for name, values in alone["parameters"].items():
         # AdamW's first steps divide by the gradient's own size: the error of a tiny one stays
         torch.testing.assert_close(found["parameters"][name], values, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_held_out_scores_are_those_of_one_process_and_no_step_feels_them(case, two_ranks, alone):
+    # scored in the middle: the losses after it are held against one process above
+    found = two_ranks["/".join(map(str, case))]["held_out"]
+    assert set(found) == set(alone["held_out"]) >= {"total", "nce"}
+    for name, value in alone["held_out"].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

@@ -19,7 +19,7 @@ from mlip.training import faults, randomness
 from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine
 from mlip.training.step import MOMENTS, Engine, TrainingState
-from tests.training.toy_run import ToyObjective, make_batch, toy_config
+from tests.training.toy_run import ToyObjective, make_batch, make_validation, toy_config
 
 STEPS, MORE, DECAY = 5, 3, 0.9
 CASES = (  # engine, ZeRO stage, rows of a micro-batch, offload
@@ -96,15 +96,24 @@ def require_refused(engine: Engine, state: TrainingState) -> None:
             raise AssertionError((engine.name, name, "was taken"))
 
 
+def held_out_scores(engine: Engine) -> dict[str, float]:
+    config = toy_config("train.monitor=loss")
+    validation = make_validation(config)
+    assert validation is not None
+    return validation._scores(engine)
+
+
 def run_case(*case: Any) -> dict[str, Any]:
     engine = build(*case)
     results = [step(engine, number) for number in range(STEPS)]
     state = copy_of(engine.state())
+    held_out = held_out_scores(engine)
     on = [step(engine, number).total for number in range(STEPS, STEPS + MORE)]
     other = build(*case, seed=99)
     require_refused(other, state)
     other.load(state)
     require_equal(state, other.state(), case)
+    assert held_out_scores(other) == held_out, case
     resumed = [step(other, number).total for number in range(STEPS, STEPS + MORE)]
     assert on == resumed, (case, on, resumed)
     engine.load(state)  # of an engine that has made steps since
@@ -122,6 +131,7 @@ def run_case(*case: Any) -> dict[str, Any]:
     return {
         "engine": other.name,
         "losses": [r.total for r in results] + on,
+        "held_out": held_out,
         "grad_norms": [r.grad_norm for r in results],
         "parameters": {n: t.flatten().tolist() for n, t in state.parameters.items()},
         "ema": {n: t.flatten().tolist() for n, t in state.ema.parameters.items()},

@@ -27,6 +27,7 @@ from mlip.training.grad_cache import cached_forward, equal_passes
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
+from mlip.training.validation import Validation
 
 PIXELS, VOCABULARY, WIDTH, DIM = 12, 50, 31, 7  # odd: nothing divides by the world size
 SETTINGS = (
@@ -94,7 +95,7 @@ class ToyObjective(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def forward(
-        self, batch: Batch, *, step: int, progress: float
+        self, batch: Batch, *, step: int, progress: float, held_out: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         def image_tower(image: Tensor) -> tuple[Tensor, Tensor]:
             hidden = self.model.image(image)
@@ -108,6 +109,8 @@ class ToyObjective(nn.Module):
             (batch.token_ids,),
             self.config.batch.micro_texts,
         )
+        if held_out:
+            return self._held_out(image, text)
         noise = keyed_normal(1, "divergence_image", step, batch.global_index, DIM)
         image = F.normalize(image + 0.1 * noise, dim=-1)
         text = F.normalize(self.model.frozen(text), dim=-1)
@@ -121,6 +124,20 @@ class ToyObjective(nn.Module):
             self.queue.copy_(torch.cat([image_N.detach()[-1:], self.queue[:-1]]))
             self.count.add_(1)
         return nce + 0.5 * local, {"nce": nce.detach(), "local": local.detach()}
+
+    def _held_out(self, image: Tensor, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the real objective's: no draw, no buffer, and shares of what is found."""
+        image_N = distributed.gather_rows(F.normalize(image, dim=-1))
+        text_N = distributed.gather_rows(F.normalize(self.model.frozen(text), dim=-1))
+        logits = self.model.scales.logit_scale() * image_N @ text_N.T
+        target = torch.arange(len(logits))
+        hits = {
+            "recall@1 image to text": logits.argmax(dim=1) == target,
+            "recall@1 text to image": logits.argmax(dim=0) == target,
+        }
+        shares = {name: hit.float().mean() for name, hit in hits.items()}
+        nce = F.cross_entropy(logits, target)
+        return nce, {"nce": nce, **shares}
 
 
 class ToyLoader:
@@ -143,6 +160,34 @@ class ToyLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step = state["step"]
+
+
+class ToyHeldOut:
+    """Held-out batches, the same ones after each rewind."""
+
+    FIRST, PAIRS, BATCHES = 500, 6, 3
+
+    def __init__(self) -> None:
+        self.given = self.rewinds = 0
+        self.is_closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            self.given += 1
+            yield make_batch(self.FIRST + self.given - 1, self.PAIRS)
+
+    def rewind(self) -> None:
+        self.given, self.rewinds = 0, self.rewinds + 1
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def make_validation(config: Config) -> Validation | None:
+    if config.train.monitor == "none":
+        return None
+    kept = ToyHeldOut()
+    return Validation(config, kept, batches=kept.BATCHES, pairs=kept.PAIRS)
 
 
 def make_batch(step: int, pairs: int) -> Batch:
@@ -169,6 +214,7 @@ def make_trainer(config: Config, *, dropout: float = 0.0, **named: Any) -> Train
         ToyObjective(config, dropout),
         ToyLoader(config),
         merge_states=lambda states: dict(states[0]),
+        validation=make_validation(config),
         **named,
     )
 

@@ -1,0 +1,41 @@
+"""Which checkpoint a run's folder stands for, where it is used: the best on val, else the newest.
+
+A run goes on from its newest one; this is for evaluation, export and all that opens a run.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlip.training.checkpoint import STATE, find_newest, folder_of, require_intact
+from mlip.training.lifecycle import CheckpointError
+
+
+def find_best(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The intact checkpoint of the step that val chose (train.monitor), else the newest intact one.
+
+    Returns: its folder, None where there is none at all; and what is wrong with those passed over
+    Raises:  CheckpointError where there are checkpoints and none is intact, or may be read.
+    """
+    newest, problems = find_newest(run_dir)
+    if newest is None:
+        return None, problems
+    step = best_step(newest)
+    if step is None or (best := folder_of(run_dir, step)).name == newest.name:
+        return newest, problems
+    try:
+        require_intact(best)
+    except CheckpointError as error:
+        return newest, [*problems, f"the best on val, {error}"]
+    return best, problems
+
+
+def best_step(checkpoint: Path) -> int | None:
+    """The step that val had chosen when an intact checkpoint was saved; None = val not watched."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        step = (state.get("validation") or {}).get("best_step")
+        return None if step is None else int(step)
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return None  # no state that a save writes: who reads the checkpoint is told what is wrong

@@ -1,0 +1,241 @@
+"""Scores of val at each checkpoint: what they leave alone, what they keep, when they end a run.
+
+Scripted scores stand in for measured ones where the decision is what is tested.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlip.config import ConfigError, load
+from mlip.training import checkpoint, faults
+from mlip.training.best_checkpoint import find_best
+from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
+from mlip.training.loop import Trainer
+from mlip.training.validation import Validation, batches_of
+from tests.training.toy_run import ToyHeldOut, make_trainer, make_validation, toy_config
+
+NO_CONTRAST = ("loss.global_contrastive.weight=0", "loss.local_alignment.weight=0")
+WATCHED = ("train.monitor=loss", "train.checkpoint_steps=2")
+
+
+@pytest.fixture(autouse=True)
+def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch, own_signals: None):
+    monkeypatch.setattr(faults, "_fired", set())
+
+
+def _trainer(folder: Path, *more: str) -> Trainer:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [f"run.dir={folder}", "train.max_steps=12", "train.engine=plain", *more]
+    return make_trainer(toy_config(*settings), dropout=0.3)
+
+
+def _run(folder: Path, *more: str) -> Trainer:
+    trainer = _trainer(folder, *more)
+    trainer.fit(StopRequest())
+    return trainer
+
+
+def _script(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float], every: int = 2) -> list[int]:
+    """The loss on val by the look's step; returns the steps that were looked at."""
+    looked: list[int] = []
+
+    def scores(self: Validation, engine: Any) -> dict[str, float]:
+        step = (looked[-1] if looked else 0) + every
+        looked.append(step)
+        return {"total": losses[step // every - 1], "recall@1 image to text": 0.25}
+
+    monkeypatch.setattr(Validation, "_scores", scores)
+    return looked
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(c.name.removeprefix("step_")) for c in checkpoint.checkpoints_of(folder))
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_watched_is_the_same_run(tmp_path):
+    # oracle: the run without; dropout on, so a generator that was asked would show
+    _run(tmp_path / "alone", "train.checkpoint_steps=2")
+    trainer = _run(tmp_path / "watched", *WATCHED)
+    ends = [
+        checkpoint.read(checkpoint.checkpoints_of(tmp_path / n)[0]) for n in ("alone", "watched")
+    ]
+    for kind in ("parameters", "buffers"):
+        left, right = (getattr(end.training, kind) for end in ends)
+        assert all(torch.equal(left[name], right[name]) for name in left)
+    assert ends[0].state["rng"] == ends[1].state["rng"]
+    log = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("alone", "watched")]
+    totals = [[json.loads(line)["total"] for line in lines] for lines in log]
+    assert totals[0] == totals[1]
+    assert trainer.engine.objective.training
+    held_out = trainer.validation.held_out
+    assert isinstance(held_out, ToyHeldOut) and (held_out.rewinds, held_out.given) == (6, 0)
+
+
+def test_scores_are_means_over_the_same_batches_in_evaluation_mode(tmp_path):
+    trainer = _run(tmp_path, *WATCHED)
+    (last,) = [line for line in _lines(tmp_path) if line["step"] == 12]
+    again = make_validation(trainer.config)._scores(trainer.engine)
+    assert {name: last[name] for name in again} == again  # dropout would give others
+    assert last["pairs"] == ToyHeldOut.PAIRS
+    assert [line["step"] for line in _lines(tmp_path)] == [2, 4, 6, 8, 10, 12]
+    # three batches of six pairs: what is found is a multiple of 1/18
+    share = last["recall@1 image to text"] * 18
+    assert share == pytest.approx(round(share), abs=1e-4)
+
+
+def test_the_best_checkpoint_stays_and_is_what_the_run_stands_for(tmp_path, monkeypatch, caplog):
+    looked = _script(monkeypatch, [3.0, 1.0, 2.0, math.nan, 1.0, 1.5])
+    with caplog.at_level("INFO", logger="mlip"):
+        _run(tmp_path, *WATCHED, "train.keep_checkpoints=1")
+    assert looked == [2, 4, 6, 8, 10, 12]
+    # equal is no better, and no number is better than NaN
+    assert _steps(tmp_path) == [4, 12]
+    assert [line["best_step"] for line in _lines(tmp_path)] == [2, 4, 4, 4, 4, 4]
+    assert _lines(tmp_path)[3]["total"] is None
+    best, problems = find_best(tmp_path)
+    assert best is not None and best.name == "step_00000004" and not problems
+    newest, _ = checkpoint.find_newest(tmp_path)
+    assert newest is not None and newest.name == "step_00000012"  # what a resume takes
+    said = [r.message for r in caplog.records if r.message.startswith("val after")]
+    assert said[1].endswith("(the best so far)") and said[5].endswith("(best at step 4)")
+
+
+def test_recall_is_better_when_it_is_higher(tmp_path, monkeypatch):
+    looks = iter([0.2, 0.6, 0.5])
+
+    def scores(self: Validation, engine: Any) -> dict[str, float]:
+        value = next(looks)
+        both = {"recall@1 image to text": value + 0.1, "recall@1 text to image": value - 0.1}
+        return {"total": 1.0 + value, **both}
+
+    monkeypatch.setattr(Validation, "_scores", scores)
+    trainer = _run(tmp_path, "train.monitor=recall", "train.checkpoint_steps=4")
+    assert (trainer.validation.best_step, trainer.validation.best) == (8, pytest.approx(0.6))
+
+
+def test_patience_ends_a_run_which_then_trains_no_further(tmp_path, monkeypatch, caplog):
+    _script(monkeypatch, [3.0, 1.0, 2.0, 2.0, 0.1, 0.1])
+    with caplog.at_level("INFO", logger="mlip"):
+        _run(tmp_path, *WATCHED, "train.patience=2")
+    assert _steps(tmp_path) == [4, 6, 8]
+    assert "no better loss on val at 2 checkpoints in a row" in caplog.text
+    assert "best is that of step 4" in caplog.text
+    looked = _script(monkeypatch, [9.0] * 6)
+    again = _run(tmp_path, *WATCHED, "train.patience=2")  # the same command
+    assert (again.step, looked, _steps(tmp_path)) == (8, [], [4, 6, 8])
+    _script(monkeypatch, [0.5, 0.5, 0.5])  # who wants more gives more patience
+    more = _run(tmp_path, *WATCHED, "train.patience=3")
+    assert more.step == 12
+
+
+def test_a_stopped_run_decides_as_one_that_was_not(tmp_path, monkeypatch):
+    _run(tmp_path / "whole", *WATCHED, "train.patience=3")
+    monkeypatch.setenv("FAULT", "term@0:6:backward")
+    with pytest.raises(Preempted):
+        _run(tmp_path / "parts", *WATCHED, "train.patience=3")
+    _run(tmp_path / "parts", *WATCHED, "train.patience=3")
+    whole, parts = _lines(tmp_path / "whole"), _lines(tmp_path / "parts")
+    assert all(line.pop("time") for line in [*whole, *parts])
+    # the stop was saved at once, unlooked at; the run that went on looked first
+    assert parts == whole
+    states = [
+        checkpoint.read(checkpoint.checkpoints_of(tmp_path / n)[0]).state
+        for n in ("whole", "parts")
+    ]
+    assert states[0]["validation"]["best_step"] == states[1]["validation"]["best_step"] == 2
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
+    _script(monkeypatch, [3.0, 1.0, 2.0, 2.5, 2.5, 2.5])
+    save = checkpoint.save
+
+    def full_at_4(run_dir: Any, training: Any, state: Any, *, keep: int) -> Path:
+        if state["step"] == 4:
+            raise CheckpointError("no room")
+        return save(run_dir, training, state, keep=keep)
+
+    monkeypatch.setattr(checkpoint, "save", full_at_4)
+    _run(tmp_path, *WATCHED, "train.keep_checkpoints=1")
+    assert _steps(tmp_path) == [6, 12]
+    best, problems = find_best(tmp_path)
+    assert best is not None and best.name == "step_00000006" and not problems
+
+
+def test_where_the_best_is_damaged_or_gone_the_newest_is_taken_and_said(tmp_path, monkeypatch):
+    _script(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    _run(tmp_path, *WATCHED)
+    best = checkpoint.folder_of(tmp_path, 4)
+    (best / "buffers.safetensors").write_bytes(b"")
+    found, problems = find_best(tmp_path)
+    assert found is not None and found.name == "step_00000012"
+    assert len(problems) == 1 and "the best on val" in problems[0] and "buffers" in problems[0]
+    shutil.rmtree(best)
+    found, problems = find_best(tmp_path)
+    assert found is not None and found.name == "step_00000012" and "step_00000004" in problems[0]
+
+
+def test_another_score_begins_anew_and_watching_can_end(tmp_path, monkeypatch):
+    _script(monkeypatch, [1.0, 2.0, 2.0, 2.0, 2.0, 2.0])
+    _run(tmp_path, *WATCHED, "train.max_steps=4")
+    by_recall = ("train.monitor=recall", "train.checkpoint_steps=2", "train.max_steps=8")
+    folder = tmp_path / "by_recall"
+    shutil.copytree(tmp_path / "checkpoints", folder / "checkpoints")
+    config = toy_config(f"run.dir={folder}", "train.engine=plain", *by_recall)
+    trainer = make_trainer(config, dropout=0.3, allow_mismatch=True)  # max_steps is another
+    assert trainer.validation.best_step is None
+    trainer.fit(StopRequest())
+    assert trainer.validation.best_step == 4  # looked at before the first step
+    unwatched = toy_config(f"run.dir={folder}", "train.engine=plain", "train.max_steps=10")
+    make_trainer(unwatched, dropout=0.3, allow_mismatch=True).fit(StopRequest())
+    best, _ = find_best(folder)
+    assert best is not None and best.name == "step_00000010"  # newest: nobody looks any more
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "expected"),
+    [
+        (1000, 1, (1, 1000)),
+        (1000, 3, (1, 999)),
+        (5000, 1, (1, 1000)),
+        (7, 2, (1, 6)),
+        (1, 1, (1, 1)),
+        (0, 1, (1, 0)),
+        (1, 2, (1, 0)),
+    ],
+)
+def test_batches_are_of_one_size_that_ranks_can_share(rows, ranks, expected):
+    assert batches_of(rows, load([], ["batch.global_pairs=1024"]), ranks) == expected
+
+
+def test_more_rows_than_a_batch_are_several_equal_ones():
+    config = load([], ["batch.global_pairs=144", "train.monitor_pairs=1000"])
+    batches, pairs = batches_of(2000, config, 8)
+    assert (batches, pairs) == (7, 136) and pairs <= 144 and pairs % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["train.patience=3"], "train.patience=3 with train.monitor=none"),
+        (["train.monitor=recall", "loss.global_contrastive.weight=0"], "loss.global_contrastive"),
+        (["train.monitor=loss", *NO_CONTRAST], "watches what is not trained"),
+        (["train.monitor=auroc"], "train.monitor"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_watched_is_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        load([], settings)
+    assert load([], ["train.monitor=loss", NO_CONTRAST[0]])
