@@ -32,6 +32,7 @@ from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_r
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
+from mlip.losses.held_out import RECALL_AT
 from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
@@ -155,6 +156,12 @@ def open_validation(
             f"manifest {corpus.manifest.path}: train.monitor={config.train.monitor} needs at least "
             f"{max(2, world_size)} rows with a report in split val, there are {rows}; give it some "
             "(data.columns.split), or set train.monitor=none"
+        )
+    if config.train.monitor == "recall" and pairs <= RECALL_AT:
+        raise ManifestError(
+            f"manifest {corpus.manifest.path}: train.monitor=recall is recall@{RECALL_AT} among "
+            f"{pairs} pairs, which finds all; give val more rows, raise train.monitor_pairs and "
+            "batch.global_pairs, or set train.monitor=loss"
         )
     data = dataclasses.replace(config.data, augment=_AS_THEY_ARE)
     loader = build_loader(

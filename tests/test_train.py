@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 import train
+from mlip import cli
 from mlip.knowledge import concept_files
 from mlip.training import checkpoint, faults
+from mlip.training.validation import Validation
 from tests.rank_farm import free_port
 from tests.small_run import small_run
 
@@ -99,6 +102,82 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkey
     # 32 training rows, 4 steps of 8 pairs, and a stop in between: each row once
     assert epoch["trained"] == 32 and epoch["ahead"] == 0
     assert epoch["trained"] + sum(ledger["excluded"].values()) == ledger["rows"]
+
+
+def _with_val(folder: Path) -> list[str]:
+    """The same studies, eight of the training ones in split val."""
+    manifest = Path(small_run().config.data.manifest)
+    with manifest.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in [row for row in rows if row["split"] == "train"][:8]:
+        row["split"] = "val"
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    place = [f"data.manifest={folder / 'manifest.csv'}", f"data.root={manifest.parent}"]
+    return [*place, "data.phantom.studies=0", "train.monitor=loss", "train.checkpoint_steps=1"]
+
+
+def _looks(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_a_watched_run_is_scored_by_its_best_checkpoint(tmp_path, monkeypatch):
+    real, losses = Validation._scores, [3.0, 1.0, 2.0, 2.0]
+
+    def scores(self: Validation, engine: Any) -> dict[str, float]:
+        found.append(real(self, engine))
+        return {**found[-1], "total": losses[len(found) - 1]}
+
+    found: list[dict[str, float]] = []
+    monkeypatch.setattr(Validation, "_scores", scores)
+    folder = tmp_path / "run"
+    assert train.main(_overrides(folder, *_with_val(tmp_path), "train.keep_checkpoints=1")) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["run"]["step"] == 2 and len(found) == 4
+    assert [c.name for c in checkpoint.checkpoints_of(folder)] == ["step_00000004", "step_00000002"]
+    # what is not scripted is measured: finite, of the eight pairs, and it moves
+    assert [look["pairs"] for look in _looks(folder)] == [8] * 4
+    assert len({look["global_contrastive"] for look in _looks(folder)}) == 4
+    assert all(0 < terms["total"] < 20 for terms in found)
+    page = (folder / "report.html").read_text()
+    assert "On val, at each checkpoint (the best: that of step 2)" in page
+    # its rows of val are no training rows, and are in nobody's ledger
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert sum(epoch["trained"] for epoch in ledger["epochs"].values()) == 4 * 8
+    card = save_pretrained_card(folder, tmp_path / "model")
+    assert "of 4 planned: the best on val of its checkpoints (train.monitor=loss)" in card
+
+
+def save_pretrained_card(run: Path, out: Path) -> str:
+    """The model card of an export of the run."""
+    assert cli.main(["export", f"checkpoint={run}", "--out", str(out)]) == 0
+    return (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_without_val_that_is_to_watch_it_is_refused_before_it_starts(tmp_path, capsys):
+    assert train.main(_overrides(tmp_path, "train.monitor=recall")) == 3
+    said = capsys.readouterr().err
+    assert "train.monitor=recall needs at least 2 rows" in said and "there are 0" in said
+    assert not (tmp_path / "log.jsonl").exists()
+    by_recall = (*_with_val(tmp_path), "train.monitor=recall")
+    assert train.main(_overrides(tmp_path / "run", *by_recall)) == 3
+    assert "is recall@10 among 8 pairs" in capsys.readouterr().err
+
+
+def test_a_bad_image_of_val_is_replaced_and_named_once(tmp_path, capsys):
+    settings = _with_val(tmp_path)
+    text = (tmp_path / "manifest.csv").read_text(encoding="utf-8").splitlines()
+    at = next(i for i, line in enumerate(text) if ",val" in line)
+    image = next(cell for cell in text[at].split(",") if cell.endswith((".png", ".dcm")))
+    text[at] = text[at].replace(image, "images/gone.png")
+    (tmp_path / "manifest.csv").write_text("\n".join(text) + "\n", encoding="utf-8")
+    monitored = (*settings, "train.max_steps=3", "evaluate.after_training=false")
+    assert train.main(_overrides(tmp_path / "run", *monitored)) == 0
+    assert [look["pairs"] for look in _looks(tmp_path / "run")] == [8] * 3
+    assert capsys.readouterr().err.count("quarantined image of data row") == 1
+    assert json.loads((tmp_path / "run" / "ledger.json").read_text())["quarantined_rows"] == {}
 
 
 def test_a_stop_while_the_run_is_set_up_ends_it_at_once(tmp_path, monkeypatch, capsys):
@@ -222,7 +301,7 @@ def test_two_deepspeed_ranks_give_the_losses_of_one_process(tmp_path):
         "model.text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
         "intermediate_size: 32, hidden_dropout_prob: 0.0, attention_probs_dropout_prob: 0.0}"
     )
-    smaller = (quiet, "train.max_steps=2", "evaluate.bootstrap=10")
+    smaller = (quiet, *_with_val(tmp_path), "train.max_steps=2", "evaluate.bootstrap=10")
     assert train.main(_overrides(tmp_path / "one", *smaller)) == 0
     done = _two_ranks(tmp_path / "two", *smaller, "train.zero_stage=3")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -231,4 +310,9 @@ def test_two_deepspeed_ranks_give_the_losses_of_one_process(tmp_path):
     for step in one:
         # float32 sums in another order over two steps of AdamW
         torch.testing.assert_close(two[step], one[step], rtol=2e-5, atol=2e-6)
+    watched = [_looks(tmp_path / name) for name in ("one", "two")]
+    assert len(watched[0]) == 2
+    for alone, shared in zip(*watched, strict=True):
+        for name in ("total", "global_contrastive", "local_alignment"):
+            torch.testing.assert_close(shared[name], alone[name], rtol=2e-5, atol=2e-6)
     assert (tmp_path / "two" / "report.html").is_file()

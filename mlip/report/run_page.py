@@ -26,7 +26,7 @@ from mlip.report.tables import (
     retrieval_context,
     zero_shot_context,
 )
-from mlip.report.training import read_log, training_charts
+from mlip.report.training import held_out_charts, read_log, training_charts
 
 logger = logging.getLogger("mlip")
 # AUROC of each head, and at the thresholds that serve all images
@@ -86,8 +86,9 @@ def _read_ledger(path: Path) -> dict[str, Any] | None:
 
 
 def render(run_dir: Path, results: Mapping[str, Any]) -> str:
-    """The page as text, with the run's log.jsonl and ledger.json where they are there."""
+    """The page as text, with the run's logs and ledger.json where they are there."""
     log, ledger = _read_log(run_dir / "log.jsonl"), _read_ledger(run_dir / "ledger.json")
+    looks = _read_log(run_dir / "validation.jsonl")
     is_phantom = bool(results.get("data", {}).get("is_phantom"))
     context: dict[str, Any] = {
         "title": results["run"].get("name") or run_dir.name,
@@ -101,7 +102,7 @@ def render(run_dir: Path, results: Mapping[str, Any]) -> str:
         ),
         "retrieval": retrieval_context(results),
         "grounding": grounding_context(results),
-        "charts": training_charts(log),
+        "charts": training_charts(log) + held_out_charts(looks),
         "ledger": ledger,
         "knowledge": knowledge_context(results),
         "settings": _settings(results["config"]),

@@ -1,4 +1,4 @@
-"""Curves of a run from its log.jsonl: one small chart per logged number, in readable groups."""
+"""Curves of a run from its logs: one small chart per logged number, in readable groups."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ NAMES = {
     "memory_gib": "Memory (GiB)",
 }
 HIDDEN = {"step", "time", "epoch"}
+NOT_DRAWN = {*HIDDEN, "pairs", "best_step"}  # of validation.jsonl
 MOST_POINTS = 400  # a chart 300 px wide shows no more
 MOST_ROWS = 8 * MOST_POINTS  # read of a log: a million steps as objects would be 4 GiB
 
@@ -90,26 +91,41 @@ def training_charts(log: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     order = list(TERMS)
     keys.sort(key=lambda k: order.index(_leaf(k)) if _leaf(k) in TERMS else len(order))
     for key in keys:
-        steps = [row["step"] for row in log if key in row]
-        values = [row[key] for row in log if key in row]
-        stride = -(-len(steps) // MOST_POINTS)
-        steps, values = steps[::stride], values[::stride]
-        if len(steps) < 2 or not any(math.isfinite(v) for v in values):
-            continue
         group = _group(key)
         colour = {"Loss": BLUE, "Optimisation": ORANGE, "Machine": GREEN}[group]
         if key == "total":
             colour = MUTED
         is_smoothed = _leaf(key) != "lr"
-        last = smoothed(values, running_window(len(values)))[-1] if is_smoothed else values[-1]
-        groups[group].append(
-            {
-                "title": _title(key),
-                "last": _number(last),
-                "drawing": line_chart(steps, values, colour=colour, is_smoothed=is_smoothed),
-            }
-        )
+        groups[group] += _chart(log, key, _title(key), colour=colour, is_smoothed=is_smoothed)
     return [{"title": title, "charts": charts} for title, charts in groups.items() if charts]
+
+
+def held_out_charts(looks: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """The same of a run's validation.jsonl: val at each checkpoint, and which is the best."""
+    charts: list[dict[str, Any]] = []
+    for key in (k for k in dict.fromkeys(k for row in looks for k in row) if k not in NOT_DRAWN):
+        title = "Contrastive loss" if key == "total" else _title(key)
+        charts += _chart(looks, key, title, colour=BLUE, is_smoothed=False)
+    if not charts:
+        return []
+    best = looks[-1].get("best_step")
+    chosen = "none is the best yet" if best is None else f"the best: that of step {best:,.0f}"
+    return [{"title": f"On val, at each checkpoint ({chosen})", "charts": charts}]
+
+
+def _chart(
+    rows: Sequence[Mapping[str, float]], key: str, title: str, *, colour: str, is_smoothed: bool
+) -> list[dict[str, Any]]:
+    """One number's curve; none where there are fewer than two points."""
+    steps = [row["step"] for row in rows if key in row]
+    values = [row[key] for row in rows if key in row]
+    stride = -(-len(steps) // MOST_POINTS)
+    steps, values = steps[::stride], values[::stride]
+    if len(steps) < 2 or not any(math.isfinite(v) for v in values):
+        return []
+    last = smoothed(values, running_window(len(values)))[-1] if is_smoothed else values[-1]
+    drawing = line_chart(steps, values, colour=colour, is_smoothed=is_smoothed)
+    return [{"title": title, "last": _number(last), "drawing": drawing}]
 
 
 def _leaf(key: str) -> str:
