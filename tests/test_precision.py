@@ -70,12 +70,40 @@ def test_a_gpu_has_it_from_8_0_on(
     assert multiplies_bf16(torch.device("meta"))
 
 
-def test_a_processor_has_it_where_torch_s_library_does() -> None:
-    """Oracle: the flags that Linux shows; where it has none a product takes many times as long."""
+def test_a_processor_has_it_where_it_has_instructions_for_it() -> None:
+    """Oracle: the flags that Linux shows; AVX512 alone has torch widen every number."""
     with open("/proc/cpuinfo") as stream:
         flags = next(line for line in stream if line.startswith("flags")).split()
-    wanted = {"avx512bw", "avx512vl", "avx512dq"} <= set(flags)
-    assert multiplies_bf16(CPU) is wanted
+    assert multiplies_bf16(CPU) is bool({"avx512_bf16", "amx_bf16"} & set(flags))
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512_bf16", "amx", "library", "expected"),
+    [
+        ("x86_64", False, False, True, False),  # Skylake to Ice Lake: torch's library says yes
+        ("x86_64", True, False, True, True),
+        ("AMD64", False, True, True, True),
+        ("aarch64", False, False, True, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_which_processors_have_it(
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    avx512_bf16: bool,
+    amx: bool,
+    library: bool,
+    expected: bool,
+) -> None:
+    multiplies_bf16.cache_clear()
+    with monkeypatch.context() as processor:
+        processor.setattr("platform.machine", lambda: machine)
+        processor.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        processor.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        name = "_is_mkldnn_bf16_supported"
+        processor.setattr(torch.ops.mkldnn, name, lambda: library, raising=False)
+        assert multiplies_bf16(CPU) is expected
+    multiplies_bf16.cache_clear()
 
 
 def features(config: Config, *, training: bool) -> torch.Tensor:
