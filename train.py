@@ -33,6 +33,7 @@ from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
 from mlip.report.run_page import write_report
+from mlip.starting_point import open_start
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
@@ -62,7 +63,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")
     # "--config FILE key=value" reads all as files
-    config = load(*sort_settings(options.config + options.overrides))
+    config = load(*sort_settings(options.config + options.overrides), takes_exports=True)
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "
@@ -96,7 +97,8 @@ def require_one_command(options: argparse.Namespace, config: Config) -> None:
 def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:
     """From the first or the resumed step to the last; a collective call."""
     provide_phantoms(config)
-    corpus = open_corpus(config)
+    start = open_start(config)
+    corpus = open_corpus(config, start)
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = open_loader(config, corpus, **place)
     validation = open_validation(config, corpus, **place)
@@ -108,7 +110,8 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
             with whole_file(Path(config.run.dir) / f"{name}.json") as partial:
                 partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-    objective = build_objective(config, corpus)
+    objective = build_objective(config, corpus, start)
+    del start  # a whole model
     content = {
         "concept_table": corpus.table.fingerprint,
         "tokenizer": hash_of_vocabulary(corpus.tokenizer),

@@ -36,6 +36,8 @@ from mlip.losses.held_out import RECALL_AT
 from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.pretrained_model import Pretrained
+from mlip.starting_point import started_model
 from mlip.training.checkpoint import checkpoints_of
 from mlip.training.validation import Validation, batches_of
 from mlip.transfer.readiness import check_evaluation
@@ -99,10 +101,11 @@ def provide_phantoms(config: Config) -> None:
         )
 
 
-def open_corpus(config: Config) -> Corpus:
+def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
     """Read the manifest and concepts; train the vocabulary on the training split where needed.
 
-    A collective call: rank 0 trains, the others wait and read.
+    A collective call: rank 0 trains, the others wait and read. Vocabulary and concepts are those of
+    `start` (open_start), where there is one.
     Raises:  ManifestError, also where no two training reports differ, or a run that is evaluated
              after its training has no rows for that; LexiconError; ValueError for a tokenizer that
              is not there
@@ -110,14 +113,14 @@ def open_corpus(config: Config) -> Corpus:
     manifest = load_manifest(config.data)
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
     _check_pairs(manifest)
-    table = _open_concepts(config)
+    table = _open_concepts(config) if start is None else start.table
     if distributed.is_main() and table.cues is None:
         _warn_of_language(manifest)
     if len(table) > _MANY_CONCEPTS:
         logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
-    return Corpus(manifest, open_tokenizer(config, manifest), table, linker)
+    return Corpus(manifest, open_tokenizer(config, manifest, start), table, linker)
 
 
 def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: int = 1) -> Loader:
@@ -246,8 +249,10 @@ def _check_evaluation(
     check_evaluation(config, manifest, linker, table)
 
 
-def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
-    """The tokenizer of model.text, or the run's own, trained once on the training split.
+def open_tokenizer(
+    config: Config, manifest: Manifest, start: Pretrained | None = None
+) -> ReportTokenizer:
+    """The tokenizer of model.text, or the run's own: that of its start, or trained once on train.
 
     Raises:  ManifestError without training rows; ValueError where run.dir holds another vocabulary
              and no checkpoint that was trained with it
@@ -263,13 +268,16 @@ def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
         # trained again, equal ones give equal bytes
         if folder.is_dir() and checkpoints_of(config.run.dir):
             return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if start is not None:
+            start.tokenizer.save(folder)
+            return
         rows = manifest.rows("train")
         if len(rows) == 0:
             raise ManifestError(
                 f"manifest {manifest.path}: no training rows with a report; expected at least 2 "
                 "rows of split train (see data.columns.split and data.empty_report)"
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
         # evenly spaced: a million reports took minutes and 2 GiB for the same few thousand pieces
         rows = rows[:: -(-len(rows) // _VOCABULARY_REPORTS)]
         train_tokenizer(
@@ -287,26 +295,31 @@ def open_tokenizer(config: Config, manifest: Manifest) -> ReportTokenizer:
     return load_tokenizer(folder)
 
 
-def build_model(config: Config, corpus: Corpus) -> MLIPModel:
-    """The model with random or pretrained towers, keyed by run.seed; a collective call."""
+def build_model(config: Config, corpus: Corpus, start: Pretrained | None = None) -> MLIPModel:
+    """The model with random or pretrained towers, keyed by run.seed, or that of a start.
+
+    A collective call.
+    """
     torch.manual_seed(config.run.seed)
+    if start is not None:
+        return started_model(config, start)
     vectors = _concept_vectors(config, corpus)
     return MLIPModel(config, vocab_size=corpus.tokenizer.vocab_size, concept_vectors=vectors)
 
 
-def build_objective(config: Config, corpus: Corpus) -> Objective:
+def build_objective(config: Config, corpus: Corpus, start: Pretrained | None = None) -> Objective:
     """Model and losses, the prototypes started from the training reports' present entities.
 
     Plain prototypes (loss.category.knowledge_terms false) keep their random start. A collective
     call: rank 0 makes the concept vectors.
     """
-    objective = Objective(config, build_model(config, corpus))
+    objective = Objective(config, build_model(config, corpus, start))
     if "category" in objective.losses and config.loss.category.knowledge_terms:
         category = config.loss.category
         vectors, groups = _report_vectors(config, corpus, objective.model)
-        start = prototype_init(vectors, groups, category.prototypes, config.run.seed)
+        first = prototype_init(vectors, groups, category.prototypes, config.run.seed)
         prototypes: Any = objective.losses["category"]
-        prototypes.initialise(start)
+        prototypes.initialise(first)
     return objective
 
 

@@ -108,6 +108,8 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
+    # an export, a run or a checkpoint whose model is the first one; its settings by --config
+    start: str | None = None
     max_steps: int = 0  # 0 = by epochs
     epochs: float = 50.0
     lr: float = 2e-5
@@ -132,7 +134,7 @@ class Train:
     checkpoint_steps: int = 500
     keep_checkpoints: int = 2
     # scored on val at every checkpoint: the contrastive loss, or recall@10 of the global head; the
-    # best checkpoint is kept too, and is what the run's folder stands for (docs/evaluation.md)
+    # best checkpoint is kept too, and is what the run's folder stands for (docs/training.md)
     monitor: Literal["none", "loss", "recall"] = "none"
     monitor_pairs: int = 1000  # of val, at most
     patience: int = 0  # checkpoints in a row without a better score that end a run; 0 = none do
@@ -316,10 +318,16 @@ def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
     return files, [item for item, yes in zip(items, is_file, strict=True) if not yes]
 
 
-def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+def load(
+    files: Iterable[str | Path] = (),
+    overrides: Iterable[str] = (),
+    *,
+    takes_exports: bool = False,
+) -> Config:
     """One Config from YAML files (later wins) and ``a.b=value`` overrides (YAML values).
 
-    files    YAML files; a run's folder stands for its config.yaml
+    files    YAML files; a run's folder stands for its config.yaml, and with takes_exports the
+             folder of an export for the settings in it
     Raises:  ConfigError naming the file or override, the key, the nearest valid key or the
              expected type, or the two settings that contradict each other.
     Source:  ours.
@@ -329,7 +337,7 @@ def load(files: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
         if isinstance(given, str | Path):  # would be read letter by letter
             raise ConfigError(f"{name}: expected a list, got {str(given)!r} alone: put it into one")
     for file in files:
-        merge(tree, read_file(Path(file), Config))
+        merge(tree, read_file(Path(file), Config, takes_exports=takes_exports))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:

@@ -5,6 +5,7 @@ Knows no setting but two: run.dir, which is where a run's own file lies, and one
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import types
@@ -18,20 +19,23 @@ from mlip.strict_yaml import read_yaml
 from mlip.typed_tree import ConfigError, all_keys, check_keys
 
 logger = logging.getLogger("mlip")
-OF_A_RUN = "config.yaml"
+OF_A_RUN, OF_AN_EXPORT = "config.yaml", "config.json"
 _PRINTED_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 
 
-def read_file(file: Path, settings: Any) -> dict[str, Any]:
+def read_file(file: Path, settings: Any, *, takes_exports: bool = False) -> dict[str, Any]:
     """The checked settings of a YAML file; of a run's own config.yaml with run.dir where it lies.
 
     A run may have been renamed or copied, or be named from elsewhere, and another one may lie at
     the run.dir that it was trained in.
 
-    settings  the dataclass of all sections
-    Raises:   ConfigError naming the file, and the key or what was expected.
+    settings       the dataclass of all sections
+    takes_exports  whether the folder of an `mlip export` stands for the settings in it
+    Raises:        ConfigError naming the file, and the key or what was expected.
     """
     is_folder = os.path.isdir(file)  # Path.is_dir raises for a name that is too long
+    if takes_exports and is_folder and (file / OF_AN_EXPORT).is_file():
+        return _of_an_export(file / OF_AN_EXPORT, settings)
     path = file / OF_A_RUN if is_folder else file
     where = f"config file {file}"
     try:
@@ -58,6 +62,25 @@ def read_file(file: Path, settings: Any) -> dict[str, Any]:
         if named is None or Path(str(named)).resolve() != folder.resolve():
             logger.warning("run.dir=%s, where %s lies; it names %s", folder, path, named)
             tree["run"] = {**run, "dir": str(folder)}
+    return tree
+
+
+def _of_an_export(path: Path, settings: Any) -> dict[str, Any]:
+    """The settings in an export's config.json: what it was trained with, without places."""
+    where = f"config file {path}"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: cannot be read: {error}") from error
+    tree = described.get("config") if isinstance(described, dict) else None
+    if not isinstance(tree, dict) or described.get("model_type") != "mlip":
+        raise ConfigError(
+            f"{where}: is not of an `mlip export`; expected a YAML file, or an export"
+        )
+    tree = dict(without_view(tree))
+    check_keys(tree, settings, where=where)
+    # studies that were generated for it are none of what is trained on now
+    tree["data"] = {k: v for k, v in (tree.get("data") or {}).items() if k != "phantom"}
     return tree
 
 

@@ -91,7 +91,7 @@ def _kept_start(found: Any) -> dict[str, str] | None:
 def start_of(config: Config) -> dict[str, dict[str, str]]:
     """Where each tower's first weights came from; of a folder its last name alone."""
     towers = {"image": config.model.vision.source, "text": config.model.text.source}
-    return {tower: _start(source) for tower, source in towers.items()}
+    return {tower: _start(config.train.start or source) for tower, source in towers.items()}
 
 
 def _start(source: str | None) -> dict[str, str]:

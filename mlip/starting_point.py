@@ -1,0 +1,86 @@
+"""A trained model that a run begins with (train.start): its weights, its vocabulary, its concepts.
+
+Only the model is taken. What training alone needs (divergence encoders, prototypes, the matching
+head, the optimiser's moments) begins anew, as for a run from pretrained towers.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from mlip.config import Config, ConfigError
+from mlip.dataloading.reports import load_tokenizer
+from mlip.model import MLIPModel
+from mlip.pretrained import PretrainedError, open_checkpoint
+from mlip.pretrained_model import Pretrained
+from mlip.pretrained_weights import model_with
+from mlip.training.checkpoint import checkpoints_of
+from mlip.transfer.fingerprint import hash_of_vocabulary, preprocessing
+
+logger = logging.getLogger("mlip")
+
+
+def open_start(config: Config) -> Pretrained | None:
+    """The model of train.start; of a run that goes on its own, as the start may be gone by then.
+
+    Raises:  PretrainedError, CheckpointError where it cannot be opened; ConfigError where the
+             settings ask for what a started run takes from its start.
+    """
+    if config.train.start is None:
+        return None
+    if checkpoints_of(config.run.dir):
+        return open_checkpoint(config.run.dir, lexicon=config.knowledge.lexicon)
+    start = open_checkpoint(config.train.start, lexicon=config.knowledge.lexicon)
+    _require_its_own(config, start)
+    ours, theirs = preprocessing(config), preprocessing(start.config)
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        logger.warning(
+            "train.start=%s was trained with other preprocessing (%s): its first steps see images "
+            "or texts of another kind",
+            config.train.start,
+            ", ".join(changed),
+        )
+    return start
+
+
+def _require_its_own(config: Config, start: Pretrained) -> None:
+    """Raises:  ConfigError where another vocabulary or other concept vectors are asked for."""
+    where, given = f"train.start={config.train.start}", config.model.text.tokenizer
+    if given is not None:
+        if hash_of_vocabulary(load_tokenizer(given)) != hash_of_vocabulary(start.tokenizer):
+            raise ConfigError(
+                f"model.text.tokenizer={given}: is not the vocabulary of {where}, whose weights "
+                "are of its words; leave it out"
+            )
+    asked, has = config.knowledge.vectors, Path(start.config.knowledge.vectors).name
+    if Path(asked).name != has:
+        raise ConfigError(
+            f"knowledge.vectors={asked}: the vectors are those of {where}, made by {has}; set "
+            f"knowledge.vectors={has}"
+        )
+    if config.knowledge.lexicon is None and start.table.provenance.get("source") != "lexicon":
+        raise ConfigError(
+            f"{where} was trained with a concept table of its own; name it with knowledge.lexicon"
+        )
+
+
+def started_model(config: Config, start: Pretrained) -> MLIPModel:
+    """The model that the settings describe, with the weights of its start.
+
+    Of a run that goes on the weights are filled from its checkpoint later, by the engine.
+    Raises:  ConfigError where the settings describe another model.
+    """
+    vocab_size = int(start.model.text.backbone.config.vocab_size)
+    if checkpoints_of(config.run.dir):
+        vectors = start.model.concept_vectors
+        return MLIPModel(config, vocab_size=vocab_size, concept_vectors=vectors).train()
+    weights = start.model.state_dict()
+    try:
+        return model_with(config, vocab_size, weights, f"train.start={config.train.start}").train()
+    except PretrainedError as error:
+        raise ConfigError(
+            f"{error}; take the settings of the model from its folder: --config "
+            f"{config.train.start}, and yours behind it"
+        ) from error
