@@ -1,7 +1,8 @@
 """DICOM radiographs in and out: read_radiograph, explain, write_radiograph, DicomError.
 
-The parts: dicom_source.py (streams, limits, codes), dicom_header.py (checked values),
-dicom_frame.py (codecs), dicom_tone.py (arithmetic), dicom_write.py, dicom_phi.py.
+The parts: dicom_source.py (streams, limits, codes), dicom_values.py (single attributes),
+dicom_lut.py (tables), dicom_header.py (checked values), dicom_frame.py (codecs), dicom_tone.py
+(arithmetic), dicom_write.py, dicom_phi.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mlip.dataloading.dicom_frame import read_cells
-from mlip.dataloading.dicom_header import Header, Lut, read_header
+from mlip.dataloading.dicom_header import Header, read_header
+from mlip.dataloading.dicom_lut import Lut
 from mlip.dataloading.dicom_phi import Leftover, check_phi
 from mlip.dataloading.dicom_source import (
     CODES,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mlip.dataloading.dicom_header import Header, Lut
+from mlip.dataloading.dicom_header import Header
+from mlip.dataloading.dicom_lut import Lut
 
 _WHITE = 65_535
 _COMPILED_PIXELS = 1 << 20  # below, NumPy takes 2 ms and spares the second of numba's start

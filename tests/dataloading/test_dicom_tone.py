@@ -14,7 +14,8 @@ from pydicom.pixels import apply_windowing
 
 from mlip.dataloading import dicom_tone
 from mlip.dataloading.dicom import explain, read_radiograph, write_radiograph
-from mlip.dataloading.dicom_header import Lut, read_header
+from mlip.dataloading.dicom_header import read_header
+from mlip.dataloading.dicom_lut import Lut
 
 
 @pytest.fixture
