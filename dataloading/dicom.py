@@ -1,8 +1,8 @@
 """DICOM radiographs in and out: read_radiograph, explain, write_radiograph, DicomError.
 
 The parts: dicom_source.py (streams, limits, codes), dicom_values.py (single attributes),
-dicom_lut.py (tables), dicom_header.py (checked values), dicom_frame.py (codecs), dicom_tone.py
-(arithmetic), dicom_write.py, dicom_phi.py.
+dicom_view.py, dicom_lut.py (tables), dicom_header.py (checked values), dicom_frame.py (codecs),
+dicom_tone.py (arithmetic), dicom_write.py, dicom_phi.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mlip.dataloading.dicom_tone import (
     needs_range,
     seen_cells,
 )
+from mlip.dataloading.dicom_view import VIEW_TAGS, read_view_as_written
 from mlip.dataloading.dicom_write import write_radiograph
 
 __all__ = [
@@ -63,7 +64,7 @@ class RadiographInfo:
     photometric: str
     inverted: bool
     modality: str
-    view: str  # ViewPosition, upper case; empty where absent
+    view: str  # by dicom_view.py, upper case; empty where absent
     sex: str  # as demographics.py writes it; "" = not stated
     age: str  # whole years at the study, "90" for all over 89
     intent: str  # PresentationIntentType
@@ -135,7 +136,7 @@ class Identity:
     accession: str  # the order's number, by which a RIS names a study
     sop_class: str  # UID of the kind of object
     burned_in: str  # BurnedInAnnotation: YES, NO or ""
-    view: str  # ViewPosition, for view_position.py
+    view: str  # as the header states it, for view_position.py
 
 
 def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
@@ -145,11 +146,12 @@ def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
     """
     names = (
         "PatientID StudyInstanceUID SOPInstanceUID Modality AccessionNumber SOPClassUID "
-        "BurnedInAnnotation ViewPosition"
+        "BurnedInAnnotation"
     ).split()
     with error_wall("malformed"), open_regular(source) as (file, _):
-        dataset = read_dataset(file, names)[2]
-        return Identity(*(str(dataset.get(name) or "").strip(" \0") for name in names))
+        dataset = read_dataset(file, [*names, *VIEW_TAGS])[2]
+        said = [str(dataset.get(name) or "").strip(" \0") for name in names]
+        return Identity(*[*said, read_view_as_written(dataset)])
 
 
 def explain(source: str | os.PathLike[str] | bytes) -> list[str]:

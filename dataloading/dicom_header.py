@@ -21,17 +21,17 @@ from mlip.dataloading.dicom_values import (
     is_empty,
     read_any_text,
     read_code,
-    read_codes,
     read_entries,
     read_integer,
     read_numbers,
     read_text,
     value_of,
 )
+from mlip.dataloading.dicom_view import VIEW_TAGS, read_view
 from mlip.dataloading.view_position import projection
 
 _TAGS = (
-    "Modality ViewPosition PatientOrientation PresentationIntentType PresentationLUTShape "
+    "Modality PatientOrientation PresentationIntentType PresentationLUTShape "
     "SamplesPerPixel "
     "PhotometricInterpretation "
     "NumberOfFrames Rows Columns BitsAllocated BitsStored HighBit PixelRepresentation "
@@ -39,7 +39,7 @@ _TAGS = (
     "RescaleIntercept RescaleSlope ModalityLUTSequence VOILUTSequence ImagerPixelSpacing "
     "PixelSpacing PixelAspectRatio SpecificCharacterSet SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence PatientSex PatientAge PatientBirthDate StudyDate"
-).split()
+).split() + list(VIEW_TAGS)
 
 # Where the enhanced image objects keep what others have at the top (PS3.3 C.7.6.16).
 _GROUPS = {
@@ -127,7 +127,7 @@ def _checked(syntax: str, dataset: Dataset) -> Header:
             "bad_bits",
             f"allocated {allocated}, stored {stored}, high {high}, sign {representation}",
         )
-    view = read_codes(dataset, "ViewPosition")
+    view = read_view(dataset)
     notes = _turned(dataset, view) + ["several_views"] * ("\\" in view)
     if read_text(dataset, "PresentationLUTShape").upper() == _OTHER_SHAPE[photometric]:
         notes.append("unsure_polarity")

@@ -72,20 +72,12 @@ def read_any_text(dataset: Dataset, name: str) -> str:
     return "" if value is None else str(value).strip(" \0")
 
 
-def read_codes(dataset: Dataset, name: str) -> str:
-    """As read_code; several values, where one is allowed, with the file's backslash between."""
-    value = value_of(dataset, name)
-    if not isinstance(value, pydicom.multival.MultiValue):
-        return read_code(dataset, name)
-    codes = [_as_code(str(part).strip(" \0")) for part in value if str(part).strip(" \0")]
-    return "\\".join(dict.fromkeys(codes)) if all(codes) else ""
-
-
 def read_code(dataset: Dataset, name: str) -> str:
     """A code string; anything that is none, free text for instance, is dropped."""
-    return _as_code(read_text(dataset, name))
+    return as_code(read_text(dataset, name))
 
 
-def _as_code(text: str) -> str:
+def as_code(text: str) -> str:
+    """The text in capitals where it is a code string, else ""."""
     valid = len(text) <= 16 and all(c.isascii() and (c.isalnum() or c in " _") for c in text)
     return text.upper() if valid else ""

@@ -3,28 +3,43 @@
 Manifests keep the name as the header or the publisher wrote it (column `view`); what groups or
 filters films by their projection asks here.
 
-Source:  ViewPosition (0018,5101), PS3.3 C.8.1.1 and C.8.11.5; all values of MIMIC-CXR 2.0 (AP, PA,
-         LATERAL, LL, AP AXIAL, AP LLD, AP RLD, PA LLD, PA RLD, LAO, RAO, LPO, SWIMMERS, XTABLE
-         LATERAL), PadChest (PA, L, AP_horizontal, AP, COSTAL, EXCLUDE, UNK), CheXpert, NIH, RSNA,
-         Open-i (Frontal, Lateral).
+Source:  ViewPosition (0018,5101), PS3.3 C.8.1.1 and C.8.11.5; the meanings of PS3.16 CID 4010
+         (ViewCodeSequence); all values of MIMIC-CXR 2.0 (AP, PA, LATERAL, LL, AP AXIAL, AP LLD,
+         AP RLD, PA LLD, PA RLD, LAO, RAO, LPO, SWIMMERS, XTABLE LATERAL), PadChest (PA, L,
+         AP_horizontal, AP, COSTAL, EXCLUDE, UNK), CheXpert, NIH, RSNA, Open-i (Frontal, Lateral);
+         the usual words of German, Spanish, Portuguese, Italian and French departments.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 PROJECTIONS = ("PA", "AP", "FRONTAL", "LATERAL", "DECUBITUS", "OBLIQUE", "OTHER")
 FRONTAL = frozenset({"PA", "AP", "FRONTAL"})
 
-# Words of a name, the first line that one is of decides: "LATERAL DECUBITUS" is no lateral film,
-# and "AP AXIAL" (lordotic) none that a model of frontal films should meet.
+# The way of the ray written out, in capitals without accents: "POSTERO ANTERIOR", "P A",
+# "ANTEROPOSTERIEURE", "DORSOVENTRAL". Beside "FRONTAL" or "OBLIQUE" it is one word among others.
+_WRITTEN_OUT = (
+    (re.compile(r"\bPOSTER(O|IOR) ?ANTERI(OR|EUR)\w*|\bDORSO ?VENTRAL\w*|\bP A\b"), "PA"),
+    (re.compile(r"\bANTER(O|IOR) ?POSTERI(OR|EUR)\w*|\bVENTRO ?DORSAL\w*|\bA P\b"), "AP"),
+)
+# Lying on the back is no decubitus film, whose patient lies on a side: "AP DECUBITO SUPINO".
+_ON_THE_BACK = re.compile(r"\bDECUB\w* (SUPIN\w*|DORSAL\w*)|\b(SUPIN\w*|DORSAL\w*) DECUB\w*")
+# Words of a name, the first line that one begins with decides: "LATERAL DECUBITUS" is no lateral
+# film, and "AP AXIAL" (lordotic) none that a model of frontal films should meet.
 _WORDS = {
-    "DECUBITUS": "DECUBITUS DECUB LLD RLD",
-    "OBLIQUE": "OBLIQUE OBL LAO RAO LPO RPO LLO RLO",
-    "OTHER": "AXIAL LORDOTIC APICAL SWIMMERS COSTAL",
+    "DECUBITUS": r"DECUB\w*|LLD|RLD|(LINKS|RECHTS)?SEITENLAGE\w*",
+    "OBLIQUE": r"OBLI(Q|C)U\w*|OBL|LAO|RAO|LPO|RPO|LLO|RLO|OA[DGI]|OP[DGI]|SCHRA\w*",
+    "OTHER": r"AXIALE?|LORDOT\w*|APICAL\w*|SWIMMERS?|COSTAL",
 }
-_LATERAL = frozenset("LATERAL LAT LL RL L".split())
-_UNKNOWN = frozenset("NA NAN NONE NULL UNK UNKNOWN U UNSPECIFIED".split())
+_FRONTAL = re.compile(r"FRONTAL\w*|FACE|FRENTE")
+_LATERAL = re.compile(r"(LATERO)?LATERAL\w*|LAT|LL|RL|L|SEITL\w*|PERFIL|PROFIL\w*")
+# posture, place and part of the body: no projection is told by them
+_UNTOLD = re.compile(
+    r"NA|NAN|NONE|NULL|UNK|UNKNOWN|U|UNSPECIFIED|SUPINE|ERECT|UPRIGHT|STANDING|SITTING|PORTABLE|"
+    r"MOBILE|BEDSIDE|CHEST|THORAX|TORAX|LIEGEND|STEHEND|SITZEND"
+)
 _NOTHING = frozenset({"N A", "NOT STATED"})  # whole names, of which no word says it alone
 
 
@@ -33,16 +48,24 @@ def projection(view: str) -> str:
 
     FRONTAL is PA or AP, nobody says which.
     """
-    in_order = [word for word in re.split(r"[\W_]+", view.upper()) if word]
-    words = set() if " ".join(in_order) in _NOTHING else {*in_order} - _UNKNOWN
-    for name, known in _WORDS.items():
-        if words & set(known.split()):
-            return name
-    is_frontal, is_lateral = bool(words & FRONTAL), bool(words & _LATERAL)
+    letters = unicodedata.normalize("NFKD", view.upper())
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    name = " ".join(word for word in re.split(r"[\W_]+", plain) if word)
+    if name in _NOTHING:
+        return ""
+    name = _ON_THE_BACK.sub("", name)
+    for written, short in _WRITTEN_OUT:
+        name = written.sub(short, name)
+    words = {word for word in name.split() if not _UNTOLD.fullmatch(word)}
+    for found, known in _WORDS.items():
+        if any(re.fullmatch(known, word) for word in words):
+            return found
+    told = words & {"PA", "AP"}
+    is_frontal = bool(told) or any(map(_FRONTAL.fullmatch, words))
+    is_lateral = any(map(_LATERAL.fullmatch, words))
     if is_frontal and is_lateral:
         return ""
     if is_frontal:
-        told = words & FRONTAL - {"FRONTAL"}
         return told.pop() if len(told) == 1 else "FRONTAL"
     return "LATERAL" if is_lateral else "OTHER" if words else ""
 

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from mlip.dataloading.dicom import read_radiograph, write_radiograph
+from mlip.dataloading.dicom import read_identity, read_radiograph, write_radiograph
 from mlip.dataloading.view_position import PROJECTIONS, is_frontal, projection
 
 MIMIC = (
@@ -24,14 +24,21 @@ PADCHEST = "PA,L,AP_horizontal,AP,COSTAL,EXCLUDE,UNK".split(",")
 @pytest.mark.parametrize(
     ("views", "expected"),
     [
-        ("PA|pa| PA |PA ERECT", "PA"),
-        ("AP|AP_horizontal|AP SUPINE|AP Portable", "AP"),
-        ("FRONTAL|Frontal|PA\\AP|AP/PA", "FRONTAL"),
+        ("PA|pa| PA |PA ERECT|P.A.|p.a.|P/A|Thorax p. a. stehend|CHEST PA", "PA"),
+        ("posteroanterior|postero-anterior|POSTERIOR ANTERIOR|p\u00f3stero-anterior", "PA"),
+        ("dorsoventral|post\u00e9ro-ant\u00e9rieure|poste\u0301ro-ante\u0301rieur", "PA"),
+        ("AP|AP_horizontal|AP SUPINE|AP Portable|A.P.|a.p. liegend|AP dec\u00fabito supino", "AP"),
+        ("antero-posterior|Anteroposterior|ant\u00e9ro-post\u00e9rieur|ventro-dorsal", "AP"),
+        ("FRONTAL|Frontal|PA\\AP|AP/PA|de face|frente|PA/frontal/AP", "FRONTAL"),
         ("LL|RL|LATERAL|Lateral|LAT|L|XTABLE LATERAL|LL\\LATERAL", "LATERAL"),
-        ("LLD|RLD|AP LLD|PA RLD|AP\\LLD|LATERAL DECUBITUS", "DECUBITUS"),
-        ("RLO|LLO|RAO|LAO|LPO|RPO|OBLIQUE", "OBLIQUE"),
+        ("left lateral|seitlich|lateral izq.|perfil|profil gauche|latero-laterale", "LATERAL"),
+        ("dorsal decubitus lateral", "LATERAL"),
+        ("LLD|RLD|AP LLD|PA RLD|AP\\LLD|LATERAL DECUBITUS|Linksseitenlage", "DECUBITUS"),
+        ("dec\u00fabito lateral|d\u00e9cubitus lat\u00e9ral droit", "DECUBITUS"),
+        ("RLO|LLO|RAO|LAO|LPO|RPO|OBLIQUE|oblicua|schr\u00e4g|postero-anterior oblique", "OBLIQUE"),
         ("AP AXIAL|LORDOTIC|PA APICAL|SWIMMERS|COSTAL|EXCLUDE|MLO", "OTHER"),
         ("| |UNK|unknown|NA|N/A|n/a|Not stated|U|UNSPECIFIED|PA\\LL|AP LATERAL", ""),
+        ("SUPINE|erect|CHEST|Thorax|PORTABLE|dorsal decubitus|p.a./seitlich", ""),
     ],
 )
 def test_each_name_means_one_projection(views: str, expected: str) -> None:
@@ -49,6 +56,7 @@ def test_the_frontal_films_of_published_sets_are_those_of_before(
     assert {view for view in views if is_frontal(view)} == before & set(views)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
 def test_a_header_of_several_views_keeps_them_and_free_text_stays_out(tmp_path: Path) -> None:
     path = tmp_path / "film.dcm"
     write_radiograph(
@@ -63,6 +71,10 @@ def test_a_header_of_several_views_keeps_them_and_free_text_stays_out(tmp_path: 
         (["PA", "PA"], "PA"),
         (["PA", ""], "PA"),
         (["PA", "of Mrs. Doe"], ""),
+        ("Mrs. Doe", ""),
+        ("p.a.", "PA"),
+        ("antero-posterior", "AP"),
+        (["P.A.", "A.P."], "PA\\AP"),
     ):
         dataset = pydicom.dcmread(path)
         dataset.add_new(0x00185101, "CS", view)
@@ -70,3 +82,33 @@ def test_a_header_of_several_views_keeps_them_and_free_text_stays_out(tmp_path: 
         info = read_radiograph(tmp_path / "new.dcm")[1]
         assert info.view == expected
         assert ("several_views" in info.notes) == (len(expected.split("\\")) > 1)
+
+
+def test_the_view_code_stands_where_the_view_position_tells_no_projection(tmp_path: Path) -> None:
+    """A DX image must have ViewCodeSequence and may lack ViewPosition; oracle: CID 4010."""
+    path = tmp_path / "film.dcm"
+    write_radiograph(
+        path,
+        np.arange(1600, dtype=np.uint16).reshape(40, 40),
+        patient_id="P",
+        study_id="S",
+    )
+    for position, meaning, expected in (
+        (None, "postero-anterior", "PA"),
+        ("", "antero-posterior", "AP"),
+        ("CHEST", "left lateral", "LATERAL"),
+        ("AP", "postero-anterior", "AP"),
+        ("CHEST", "of Mrs. Doe", "CHEST"),
+        (None, "", ""),
+    ):
+        dataset = pydicom.dcmread(path)
+        if position is None:
+            del dataset.ViewPosition
+        else:
+            dataset.ViewPosition = position
+        code = pydicom.Dataset()
+        code.CodeMeaning = meaning
+        dataset.ViewCodeSequence = [code]
+        pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
+        assert read_radiograph(tmp_path / "new.dcm")[1].view == expected
+        assert read_identity(tmp_path / "new.dcm").view == expected
