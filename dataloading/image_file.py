@@ -6,6 +6,7 @@ end an epoch (a damaged DICOM can raise StopIteration). DICOM is handed to dicom
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
+from mlip.dataloading.name_forms import as_it_lies
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
@@ -45,7 +47,8 @@ class Header(NamedTuple):
 def read_bytes(root: str, relative: str, name: str = "") -> bytes:
     """The content of root/relative, read through one descriptor.
 
-    relative as UTF-8 whatever the locale says of names (LC_ALL=C): tables and disks write it so
+    relative as UTF-8 whatever the locale says of names (LC_ALL=C): tables and disks write it so;
+             in either form of Unicode (name_forms.py)
     name     what stands for it in errors, which never hold its path: that may name a patient
 
     Raises:  BadSample with the reason; DataError if the file lies outside root (a link) or the
@@ -66,6 +69,8 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
             if os.path.islink(target):
                 raise BadSample("missing", "links that lead to one another") from None
             return read_bytes(root, as_utf8(os.path.relpath(target, top)), name)
+        if error.errno == errno.ENOENT and (lies := as_it_lies(top, below)):
+            return read_bytes(root, as_utf8(lies), name)
         if not os.path.isdir(root):
             raise DataError(
                 "the image folder (data.root) is gone: mount or restore it, then resume"

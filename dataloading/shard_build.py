@@ -26,6 +26,7 @@ import pyarrow.parquet
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.image_file import on_disk, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.name_forms import as_it_lies
 from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_worker import ImageSettings
@@ -170,10 +171,13 @@ def _cut(rows: list[Row], folder: Path, size: int) -> Iterator[_Shard]:
 def _fingerprint(rows: list[Row], shard: _Shard, plan: Plan) -> str:
     """Of the settings and of every source file's name, size and time."""
     digest = hashlib.sha256(f"{FORMAT} {plan.settings.to_json()} {plan.salt}".encode())
+    root = os.fsencode(plan.root)
     for place in shard.rows:
         row = rows[place]
         try:
-            path = os.path.join(os.fsencode(plan.root), on_disk(row.image))
+            path = os.path.join(root, on_disk(row.image))
+            if not os.path.lexists(path) and (lies := as_it_lies(root, on_disk(row.image))):
+                path = os.path.join(root, lies)
             status = os.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
             # a change of mode leaves size and time as they are

@@ -24,6 +24,7 @@ from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.image_file import PNG_SIGNATURE, as_utf8
+from mlip.dataloading.name_forms import by_composed, composed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.view_position import FRONTAL, projection
 
@@ -95,7 +96,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     used: set[Path] = set()
     nameless = 0
     groups = _copies(taken, excluded)
-    there = {path for path in files if path.suffix in _TEXT}
+    there = {str(path): path for path in files if path.suffix in _TEXT}
+    in_form = by_composed(there)
     told = Progress("images joined with reports")
     for place, copies in enumerate(groups):
         told(place, len(groups))
@@ -110,8 +112,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             nameless += not identity.patient
             patient = identity.patient or patient
             study, image = identity.study or study, identity.image or image
+        patient = composed(patient)  # one patient's folders of two systems
         report = ""
-        beside = (found for copy, _ in copies if (found := _text_beside(copy, root, there)))
+        beside = (
+            found for copy, _ in copies if (found := _text_beside(copy, root, there, in_form))
+        )
         if table is None and (text := next(beside, None)):
             used.add(text)
             report, fault = _read_text(text)
@@ -266,9 +271,14 @@ def _word(text: str) -> str:
     return text.lower() if text.isalpha() and text.isascii() and len(text) <= 4 else "other"
 
 
-def _text_beside(path: Path, root: Path, there: set[Path]) -> Path | None:
+def _text_beside(
+    path: Path, root: Path, there: dict[str, Path], in_form: dict[str, list[str]]
+) -> Path | None:
     """The report's file among those that are there: to ask the disk for six names of each image
-    takes longer than all else."""
+    takes longer than all else.
+
+    in_form  names in two forms of Unicode: an image's and its report's may be of two systems
+    """
     if not there:
         return None
     stems = [path, path.with_suffix("")]
@@ -276,9 +286,11 @@ def _text_beside(path: Path, root: Path, there: set[Path]) -> Path | None:
     stems += [path.parent] if path.parent != root else []
     for stem in stems:
         for suffix in _TEXT:
-            text = stem.with_name(stem.name + suffix)
+            text = str(stem.with_name(stem.name + suffix))
             if text in there:
-                return text
+                return there[text]
+            if len(others := in_form.get(composed(text), [])) == 1:
+                return there[others[0]]
     return None
 
 

@@ -1,0 +1,61 @@
+"""Names of files in the two forms of Unicode: an accent in one character (NFC), or apart (NFD).
+
+macOS writes names apart, most tables hold them in one, and Linux compares bytes: a file that is
+plainly there would be missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import unicodedata
+from collections.abc import Iterable
+
+
+def composed(name: str) -> str:
+    """The name in the one form, by which names of either form are the same."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def as_it_lies(root: bytes, below: bytes) -> bytes | None:
+    """A path below root that is not there, in the forms in which its folders hold its parts.
+
+    None where a part is there in no form, or in several of which none is the one that was asked
+    for: those are different files, and nobody can tell which is meant.
+    """
+    folder, found = root, []
+    for part in below.split(b"/"):
+        if not os.path.lexists(os.path.join(folder, part)):
+            names = () if part.isascii() else _names(folder).get(composed(_text(part)), ())
+            if len(names) != 1:
+                return None
+            part = names[0].encode("utf-8", "surrogateescape")
+        found.append(part)
+        folder = os.path.join(folder, part)
+    return b"/".join(found)
+
+
+def by_composed(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names that have two forms, by the composed one."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if not name.isascii():
+            found.setdefault(composed(name), []).append(name)
+    return found
+
+
+def _names(folder: bytes) -> dict[str, list[str]]:
+    try:
+        return _listed(folder, os.stat(folder).st_mtime_ns)
+    except OSError:
+        return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _listed(folder: bytes, mtime_ns: int) -> dict[str, list[str]]:
+    """Listed once while the folder stays as it is: else a folder of n such names costs n^2."""
+    return by_composed(map(_text, os.listdir(folder)))
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "surrogateescape")  # whatever the locale says of names
