@@ -30,6 +30,14 @@ class TextBatch:
     entity_mask: Tensor
 
 
+class TextError(ValueError):
+    """A text that cannot be asked; `place` is its number among those that were given, from 0."""
+
+    def __init__(self, message: str, place: int) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 def named_phrase(text: str, place: int) -> str:
     """How an error calls a phrase: quoted where it is short, else by its number."""
     return f"the phrase {text!r}" if len(text) <= LONGEST_QUOTED else f"phrase {place + 1}"
@@ -42,15 +50,16 @@ def make_text_batch(
 
     cut    read a text as far as the model reads, as training does with reports
     first  how many texts came before these, which an error counts
-    Raises:  ValueError for a text longer than the model reads, unless cut.
+    Raises:  TextError for a text longer than the model reads, unless cut.
     """
     reports = [encoder.encode(text) for text in texts]
     counts, room = [len(report.ids) for report in reports], encoder.max_tokens - 2
     if max(counts) > room and not cut:
         at = counts.index(max(counts))
-        raise ValueError(
+        raise TextError(
             f"{named_phrase(texts[at], first + at)} has {counts[at]} tokens, the model reads "
-            f"{room}: shorten it"
+            f"{room}: shorten it",
+            first + at,
         )
     pieces = [encoder.compose(report) for report in reports]
     longest = max(len(p.ids) for p in pieces)
@@ -99,8 +108,8 @@ def encode_prompts(
     """A TextBank of free texts; knowledge is linked from each text, negation included.
 
     cut  as of make_text_batch; texts are reports then, which no message quotes
-    Raises:  ValueError naming a text that has no word the tokenizer can use, or for one that is
-             longer than the model reads.
+    Raises:  TextError for a text that has no word the tokenizer can use, or is longer than the
+             model reads.
     """
     encoder = phrase_encoder(config, tokenizer, linker, table)
     parts = []
@@ -112,6 +121,6 @@ def encode_prompts(
             place = int(empty[0])
             named = named_phrase(chunk[place], start + place)
             named = f"report {start + place + 1}" if cut else named
-            raise ValueError(f"{named} is empty: expected words")
+            raise TextError(f"{named} is empty: expected words", start + place)
         parts.append(encode_texts(model, batch, device=device))
     return join_texts(parts)

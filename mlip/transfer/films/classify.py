@@ -22,6 +22,7 @@ from mlip.batch import ImageFeatures
 from mlip.config import Evaluate
 from mlip.strict_yaml import read_yaml
 from mlip.transfer.alignment.label_prompts import lexicon_prompts
+from mlip.transfer.alignment.prompts import TextError
 from mlip.transfer.alignment.zero_shot import Prompts, prompt_texts
 from mlip.transfer.alignment.zero_shot_run import head_scores
 from mlip.transfer.array import Array
@@ -47,11 +48,13 @@ class Question:
     thresholds  finding -> score from which on it is called, of one head; a finding that the
                 evaluation could choose none for is None
     no_thresholds  why there are none, where an evaluation was named
+    file    of the sentences, "" where they are of no file
     """
 
     prompts: tuple[Prompts, ...]
     thresholds: Mapping[str, float | None] = field(default_factory=dict)
     no_thresholds: str = ""
+    file: str = ""
 
     def __post_init__(self) -> None:
         names = [prompt.finding for prompt in self.prompts]
@@ -89,7 +92,7 @@ def ask_wordings(path: Path) -> Question:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise QuestionError(f"{path}: cannot be read: {error}; {expected}") from error
-    return Question(_prompts(tree, f"{path}", expected))
+    return Question(_prompts(tree, f"{path}", expected), file=f"{path}")
 
 
 def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
@@ -128,8 +131,8 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
         )
     prompts = _prompts(wordings, f"{path}", expected)
     if not cuts:
-        return Question(prompts, no_thresholds=f"{path}: {why}")
-    return Question(prompts, {p.finding: cuts.get(p.finding) for p in prompts})
+        return Question(prompts, no_thresholds=f"{path}: {why}", file=f"{path}")
+    return Question(prompts, {p.finding: cuts.get(p.finding) for p in prompts}, file=f"{path}")
 
 
 def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:
@@ -159,8 +162,16 @@ def _is_sentences(side: Any) -> bool:
 
 
 def encode_question(opened: Any, question: Question) -> TextBank:
-    """The sentences' features.  Raises:  ValueError as encode_texts"""
-    return encode_texts(opened, prompt_texts(question.prompts))
+    """The sentences' features.
+
+    Raises:  QuestionError for a sentence that cannot be asked, else ValueError as encode_texts
+    """
+    try:
+        return encode_texts(opened, prompt_texts(question.prompts))
+    except TextError as error:
+        owners = [p.finding for p in question.prompts for _ in prompt_texts([p])]
+        where = f"{question.file}: " if question.file else ""
+        raise QuestionError(f"{where}finding {owners[error.place]!r}: {error}") from None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import choose_sections
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.alignment.patch_maps import phrase_maps
-from mlip.transfer.alignment.prompts import encode_prompts, named_phrase
+from mlip.transfer.alignment.prompts import TextError, encode_prompts, named_phrase
 from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank, global_scores, local_scores
 
@@ -139,13 +139,13 @@ def encode_images(opened: Any, paths: Iterable[str | Path]) -> ImageFeatures:
 def encode_texts(opened: Any, texts: Iterable[str]) -> TextBank:
     """Features of phrases with the knowledge linked from them, negation included.
 
-    Raises:  ValueError for a text without words, longer than the model reads, or in no word, part
-             of a word or character that the checkpoint's vocabulary knows; for what is no text, or
-             a model in training mode.
+    Raises:  TextError for a text without words, longer than the model reads, or in no word, part
+             of a word or character that the checkpoint's vocabulary knows; ValueError for what is
+             no text, or a model in training mode.
     """
     texts = _listed(texts, "texts", str)
     if (place := _first_unknown(opened, texts)) is not None:
-        raise ValueError(f"{named_phrase(texts[place], place)} {_UNKNOWN}")
+        raise TextError(f"{named_phrase(texts[place], place)} {_UNKNOWN}", place)
     return _encode(opened, texts, cut=False)
 
 

@@ -93,6 +93,24 @@ def test_as_evaluated_the_films_get_the_evaluation_s_scores_and_answers(tmp_path
     assert f"12 images, 2 findings by the {head} score" in said and "Not for clinical use" in said
 
 
+def test_a_sentence_that_cannot_be_asked_names_its_file_and_finding(tmp_path, capsys):
+    """The message said "phrase 4 has 901 tokens" and left its reader to count."""
+    long = "Extensive edema of the lungs. " * 300
+    for text, told in ((long, "phrase 4 has"), (" ", "the phrase ' '")):
+        wordings = tmp_path / "w.yaml"
+        side = {"positive": ["edema."], "negative": ["no edema."]}
+        own = {"first": side, "wet lungs": {"positive": ["wet lungs."], "negative": [text]}}
+        wordings.write_text(json.dumps(own))
+        assert run(tmp_path, "--wordings", str(wordings)) == 4
+        said = capsys.readouterr().err
+        assert f"{wordings}: finding 'wet lungs': {told}" in said and long[:20] not in said
+    with pytest.raises(QuestionError, match="^finding 'wet lungs': "):
+        encode_question(
+            open_checkpoint(small_export()),
+            Question((Prompts("wet lungs", "Wet lungs", ("wet.",), (long,)),)),
+        )
+
+
 def test_a_file_that_cannot_be_read_has_its_reason_and_nobody_is_named(tmp_path, capsys):
     root = Path(shutil.copytree(pictures(), tmp_path / "images"))
     cut = root / "8.png"
