@@ -19,6 +19,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     is_list_text,
+    leads_out,
     split_by_patient,
 )
 from mlip.dataloading.demographics import PatientCells
@@ -101,6 +102,12 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if not cell["image"] or not cell["patient_id"]:
             excluded["no_image_or_patient"] += 1
             continue
+        # of a table "~" is meant as a home folder; of a folder it is a name like any other
+        if leads_out(cell["image"]) or cell["image"].startswith("~"):
+            raise DatasetError(
+                f"{path}: data row {place + 1}: its image path may lead out of --root; expected a "
+                "relative path without '..'"
+            )
         if (first := place_of.setdefault(posixpath.normpath(cell["image"]), place)) != place:
             raise DatasetError(
                 f"{path}: data rows {first + 1} and {place + 1} name the same image: expected one "

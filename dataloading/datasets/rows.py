@@ -308,6 +308,12 @@ def place_images(
     return place, [*notes, *lists]
 
 
+def leads_out(image: str) -> bool:
+    """Whether a path may lead out of the root it is below, by its words alone."""
+    parts = image.split("/")
+    return image.startswith("/") or "\0" in image or ".." in parts or "" in parts
+
+
 def is_list_text(cell: str) -> bool:
     """Whether a cell of names is a list as Python or JSON write it: PadChest's ['a', 'b']."""
     return cell.lstrip().startswith("[") and cell.rstrip().endswith("]")

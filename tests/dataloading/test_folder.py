@@ -19,6 +19,8 @@ from mlip.config import ConfigError
 from mlip.dataloading.datasets import DATASETS, folder
 from mlip.dataloading.datasets.rows import Collected, DatasetError
 from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.prepare import check_rows
 
 
 def picture(path: Path) -> Path:
@@ -271,3 +273,14 @@ def test_frontal_films_alone_are_taken_where_that_is_asked(tmp_path: Path) -> No
     assert f"{told} ones" in frontal.notes
     with pytest.raises(ConfigError, match="expected frontal or all"):
         collect(tmp_path, views="lateral")
+
+
+def test_a_name_that_begins_with_a_tilde_stops_no_folder(tmp_path: Path) -> None:
+    """One such file among thousands was "data row 78: its image path may lead out of the root"."""
+    for name in ("~home/a.png", "~$b.png"):
+        picture(tmp_path / name)
+    rows = collect(tmp_path).rows
+    check_rows(rows)
+    for row in rows:
+        assert read_bytes(str(tmp_path), row.image) == (tmp_path / row.image).read_bytes()
+    assert [row.image for row in rows] == ["~$b.png", "~home/a.png"]

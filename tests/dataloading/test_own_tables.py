@@ -139,6 +139,16 @@ def test_manifest_names_what_is_wrong_with_a_finding_column(tmp_path):
         collect("manifest", tmp_path, findings="Edema", labels="labels")
 
 
+@pytest.mark.parametrize("name", ["~/0.png", "~him/0.png", "/0.png", "../0.png", "a//0.png"])
+def test_manifest_names_the_row_whose_path_may_lead_out_of_the_root(tmp_path, name):
+    image(tmp_path / "0.png")
+    # rows that a rule leaves out count: the number is the table's own
+    lines = [["0.png", "a"], ["", "b"], [name, "c"]]
+    table(tmp_path / "manifest.csv", "path,patient_id", lines)
+    with pytest.raises(DatasetError, match=r"manifest\.csv: data row 3: its image path may lead"):
+        collect("manifest", tmp_path)
+
+
 def test_manifest_refuses_labels_that_are_lists_in_a_cell(tmp_path):
     # PadChest's way: "['cardiomegaly', 'pleural effusion']" would be one finding of that name
     image(tmp_path / "0.png")

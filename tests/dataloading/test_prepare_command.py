@@ -51,7 +51,6 @@ def test_splits_follow_the_patient_in_the_asked_shares():
         ([Row("../a", "p", "", "1", "train")], "out of the root"),
         ([Row("/a", "p", "", "1", "train")], "out of the root"),
         ([Row("a\0b", "p", "", "1", "train")], "out of the root"),
-        ([Row("~/a", "p", "", "1", "train")], "out of the root"),
         ([Row("a//b", "p", "", "1", "train")], "out of the root"),
     ],
 )
