@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
     add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
     add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
-    add("--id-map", type=Path, metavar="FILE", help="table of hashed ids and originals: secret")
+    map_help = "table of hashed ids and originals, and of files left out with the rule: secret"
+    add("--id-map", type=Path, metavar="FILE", help=map_help)
     add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
     no_help = "leave sex and age of the patients out of index and manifest"
     add("--no-demographics", action="store_true", help=no_help)
@@ -202,7 +203,7 @@ def _build(
 ) -> int:
     if arguments.id_map is not None:
         try:
-            write_id_map(collected.rows, plan, arguments.id_map)
+            write_id_map(collected, plan, arguments.id_map)
         except OSError as error:
             raise ConfigError(
                 f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
@@ -324,6 +325,8 @@ def _print_counts(collected: Collected) -> None:
         )
     for rule, count in sorted(collected.excluded.items()):
         print(f"left out by rule {rule}: {count}")
+    if collected.left_out:
+        print("which files a rule left out stands at the end of the table of --id-map")
     for note in collected.notes:
         print(one_line(note))
     sys.stdout.flush()

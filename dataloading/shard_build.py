@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from mlip.dataloading.datasets.rows import Row
+from mlip.dataloading.datasets.rows import Collected, Row
 from mlip.dataloading.image_file import on_disk, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.name_forms import as_it_lies
@@ -49,6 +49,7 @@ from mlip.machine import LimitError
 FORMAT = 3
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
 PASSING = ("missing", "io_error")  # reasons that may be none at the next look
+_ID_MAP = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -348,14 +349,23 @@ def _placed(index: pa.Table, shard: _Shard, keys: list[str]) -> pa.Table:
     return index.set_column(place, index.schema.field(place), pa.array(shard.rows, pa.int64()))
 
 
-def write_id_map(rows: list[Row], plan: Plan, path: Path) -> None:
-    """The secret table from hashed ids back to the originals, readable by its owner alone."""
-    table = [["key", "image", "image_id", "patient_hash", "patient_id", "study_hash", "study_id"]]
+def write_id_map(collected: Collected, plan: Plan, path: Path) -> None:
+    """The secret table from hashed ids back to the originals, readable by its owner alone.
+
+    Behind the images, which refused.csv names by their key, stand the files that a rule left out.
+    """
+    rows = collected.rows
+    table = [_ID_MAP]
     for row, key in zip(rows, member_keys(rows, plan.salt), strict=True):
         patient, study = (
             hashed(getattr(row, f"{level}_id"), level, plan.salt) for level in ("patient", "study")
         )
-        table.append([key, row.image, row.image_id, patient, row.patient_id, study, row.study_id])
+        ids = [row.image_id, patient, row.patient_id, study, row.study_id]
+        table.append([key, row.image, *ids, ""])
+    for image, rule in collected.left_out:
+        # bytes that are no UTF-8 stand as \udc..
+        named = image.encode("utf-8", "backslashreplace").decode()
+        table.append(["", named, *[""] * 5, rule])
     write_csv(table, path)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,16 +63,20 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     require_choice(options, "views", ("frontal", "all"))
     # a file that states no modality may be a radiograph: it stays
     modalities = {"", *options["modalities"].upper().replace(" ", "").split(",")}
-    excluded: Counter[str] = Counter()
+    left_out: list[tuple[str, str]] = []
+
+    def leave(path: Path, rule: str) -> None:
+        left_out.append((as_utf8(relative(path, root)), rule))
+
     texts: set[Path] = set()
     taken: list[tuple[Path, Identity | None]] = []
     viewless = 0
-    files = _files(root, excluded)
+    files = _files(root, leave)
     told = Progress("files looked at")
     for place, path in enumerate(files):
         told(place, len(files))
         if not _is_unicode(as_utf8(relative(path, root))):
-            excluded["name_not_utf8"] += 1
+            leave(path, "name_not_utf8")
             continue
         kind = _kind(path)
         identity = None
@@ -90,19 +95,20 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if kind in ("dicom", "picture"):
             taken.append((path, identity))
         else:
-            excluded[kind] += 1
+            leave(path, kind)
     rows: list[Row] = []
     identities: list[Identity | None] = []
     used: set[Path] = set()
     nameless = 0
-    groups = _copies(taken, excluded)
+    groups = _copies(taken, leave)
     there = {str(path): path for path in files if path.suffix in _TEXT}
     in_form = by_composed(there)
     told = Progress("images joined with reports")
     for place, copies in enumerate(groups):
         told(place, len(groups))
         path, identity = copies[0]
-        excluded.update(["duplicate_image"] * (len(copies) - 1))
+        for copy, _ in copies[1:]:
+            leave(copy, "duplicate_image")
         name = as_utf8(relative(path, root))
         parts = name.split("/")
         stem = as_utf8(path.stem)
@@ -121,7 +127,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             used.add(text)
             report, fault = _read_text(text)
             if fault:
-                excluded[fault] += 1
+                leave(path, fault)
                 continue
         identities.append(identity)
         rows.append(
@@ -136,13 +142,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         )
     notes = []
     if table is not None:
-        rows = table.join(rows, identities, excluded)
-        notes = table.account(excluded)
+        rows, unfit = table.join(rows, identities)
+        left_out += unfit
+        notes = table.account(Counter(rule for _, rule in unfit))
+    excluded = Counter(rule for _, rule in left_out)
     if not rows:
-        left_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
+        told_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
         raise DatasetError(
             f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
-            f"{left_out or 'nothing, it is empty'})"
+            f"{told_out or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
             + ("; see --option keep" if any(excluded[rule] for rule in _RULES) else "")
         )
@@ -159,34 +167,34 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     if count := len(texts - used):
         why = "belong to no image" if table is None else "are not read: the table has the reports"
         notes.append(f"{count} of the .txt files {why}")
-    return Collected(rows, excluded, notes)
+    return Collected(rows, excluded, notes, left_out=left_out)
 
 
-def _files(root: Path, excluded: Counter[str]) -> list[Path]:
+def _files(root: Path, leave: Callable[[Path, str], None]) -> list[Path]:
     """Regular files below root; what is not looked into is counted and left alone."""
 
-    def count_folder(error: OSError) -> None:
-        excluded["unreadable_folder"] += 1
+    def leave_folder(error: OSError) -> None:
+        leave(Path(error.filename), "unreadable_folder")
 
     found: list[Path] = []
     told = Progress("files found")
-    for folder, names, files in os.walk(root, onerror=count_folder):
+    for folder, names, files in os.walk(root, onerror=leave_folder):
         told(len(found))
-        # os.walk does not follow a link to a folder, and does not say so
-        excluded["link_or_special_file"] += sum(Path(folder, n).is_symlink() for n in names)
-        excluded["hidden"] += sum(n.startswith(".") for n in (*names, *files))
+        for name in names:
+            # os.walk does not follow a link to a folder, and does not say so
+            if Path(folder, name).is_symlink():
+                leave(Path(folder, name), "link_or_special_file")
+            if name.startswith("."):
+                leave(Path(folder, name), "hidden")
         names[:] = sorted(n for n in names if not n.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)
             if name.startswith("."):
-                continue
-            if path.is_symlink() or not path.is_file():
-                excluded["link_or_special_file"] += 1
+                leave(path, "hidden")
+            elif path.is_symlink() or not path.is_file():
+                leave(path, "link_or_special_file")
             else:
                 found.append(path)
-    for rule in ("link_or_special_file", "hidden"):
-        if not excluded[rule]:
-            del excluded[rule]
     return found
 
 
@@ -240,7 +248,7 @@ def _left_out(identity: Identity, modalities: set[str], kept: set[str]) -> str:
 
 
 def _copies(
-    files: list[tuple[Path, Identity | None]], excluded: Counter[str]
+    files: list[tuple[Path, Identity | None]], leave: Callable[[Path, str], None]
 ) -> list[list[tuple[Path, Identity | None]]]:
     """The files of each image, largest first: a copy that was cut off is smaller than a whole one.
 
@@ -256,7 +264,8 @@ def _copies(
     for group in groups.values():
         patients = {identity.patient for _, identity in group if identity is not None} - {""}
         if len(patients) > 1:
-            excluded["image_of_several_patients"] += len(group)
+            for path, _ in group:
+                leave(path, "image_of_several_patients")
             continue
         for patient in patients:
             group = [(path, known and replace(known, patient=patient)) for path, known in group]

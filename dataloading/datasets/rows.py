@@ -67,6 +67,8 @@ class Collected:
     excluded: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     files: dict[str, list[list[str]]] = field(default_factory=dict)  # further CSVs to write
+    # (path, rule) of files that a rule left out, for --id-map alone: a path may name a patient
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,9 @@ class StudyReports:
         return "" if told == _UNSURE else told
 
     def join(
-        self, rows: Sequence[Row], identities: Sequence[Identity | None], excluded: Counter[str]
-    ) -> list[Row]:
-        """The rows with the reports of their files' studies; those left out are counted by rule.
+        self, rows: Sequence[Row], identities: Sequence[Identity | None]
+    ) -> tuple[list[Row], list[tuple[str, str]]]:
+        """The rows with the reports of their files' studies, and (image, rule) of those left out.
 
         identities  what stands in the header of each row's file, None where there is no header
         """
@@ -190,14 +190,15 @@ class StudyReports:
                     patients.setdefault(self._key_of(identity), set()).add(identity.patient)
         # accession numbers of two sites, or studies that somebody numbered alike
         shared = {key for key, names in patients.items() if len(names) > 1}
-        kept = []
+        kept: list[Row] = []
+        left_out = []
         for row, identity in zip(rows, identities, strict=True):
             row.report, rule = self._find(row, identity, shared)
             if rule:
-                excluded[rule] += 1
+                left_out.append((row.image, rule))
             else:
                 kept.append(row)
-        return kept
+        return kept, left_out
 
     def _key_of(self, identity: Identity) -> str:
         return identity.study if self._is_uid else identity.accession

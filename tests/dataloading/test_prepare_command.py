@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -129,6 +130,38 @@ def test_hashed_ids_can_be_mapped_back_by_a_secret_file_alone(tmp_path):
     hashed = table.column("patient_id").to_pylist()
     assert sorted(back[name] for name in hashed) == [f"MRN{i}" for i in range(4)]
     assert not any("MRN" in str(value) for row in table.to_pylist() for value in row.values())
+
+
+def test_the_secret_file_alone_names_the_files_that_were_left_out(tmp_path, capsys):
+    """ "left out by rule malformed: 2": which of 200,000 nobody could tell."""
+    raw = tmp_path / "raw"
+    for i in range(3):
+        image(raw / f"MRN{i}" / "a.dcm", i)
+    (raw / "MRN1" / "cut.dcm").write_bytes((raw / "MRN1" / "a.dcm").read_bytes()[:150])
+    (raw / "MRN2" / "copy.dcm").write_bytes((raw / "MRN2" / "a.dcm").read_bytes())
+    (raw / "MRN2" / "link.dcm").symlink_to(raw / "MRN2" / "a.dcm")
+    (raw / "MRN2" / "empty.dcm").touch()
+    (raw / ".MRN").touch()
+    with open(os.fsencode(raw / "MRN2") + b"/\xe9.dcm", "wb") as file:
+        file.write(b"x")
+    ids = tmp_path / "ids.csv"
+    arguments = ["folder", "--root", raw, "--out", tmp_path / "out", "--workers", 1]
+    assert mlip_prepare(*arguments, "--id-map", ids) == 0
+    printed = "".join(capsys.readouterr())
+    with open(ids, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    left_out = {row["image"]: row["left_out"] for row in rows if row["left_out"]}
+    assert left_out == {
+        ".MRN": "hidden",
+        "MRN1/cut.dcm": "not_dicom",
+        "MRN2/copy.dcm": "duplicate_image",
+        "MRN2/empty.dcm": "empty_file",
+        "MRN2/link.dcm": "link_or_special_file",
+        "MRN2/\\udce9.dcm": "name_not_utf8",
+    }
+    for rule in left_out.values():
+        assert f"left out by rule {rule}: 1" in printed
+    assert len(rows) == 3 + len(left_out) and "MRN" not in printed and "--id-map" in printed
 
 
 def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
