@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import datetime
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 
 _OLDEST_TOLD = 90
 _MOST_YEARS = 120  # more is a slip of the keyboard: NIH's first table has a patient of 414
 # what programs and publishers write for a gap; U and UNKNOWN are HL7's and CheXpert's
 _NOTHING = frozenset({"", "na", "n/a", "nan", "null", "none", "u", "unk", "unknown", "not stated"})
+# with the words that tables of German, Spanish, Portuguese, Italian and French departments have
 _SEX = {
-    **dict.fromkeys(("f", "female"), "F"),
-    **dict.fromkeys(("m", "male"), "M"),
-    **dict.fromkeys(("o", "other"), "O"),
+    **dict.fromkeys(
+        "f female w weiblich femenino feminino femminile feminin mujer femme".split(), "F"
+    ),
+    **dict.fromkeys(
+        "m male mannlich maennlich masculino maschile masculin hombre homme".split(), "M"
+    ),
+    **dict.fromkeys("o other d divers".split(), "O"),
 }
 # beside DICOM's own letters what lists of a RIS say: 58 years, 58yrs, 58 y/o, 18 months
 _YEARS = r"Y(?:(?:EA)?RS?|/?O)?"
@@ -34,7 +41,8 @@ _DUMMY_BIRTHS = ((1900, 1, 1), (1900,))  # what stands for a birth date that was
 
 def read_sex(text: str) -> str | None:
     """ "F", "M", "O", "" where nothing is stated; None for a word that is not known."""
-    word = text.strip().lower()
+    letters = unicodedata.normalize("NFKD", text.strip().lower())
+    word = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return "" if word in _NOTHING else _SEX.get(word)
 
 
@@ -103,12 +111,20 @@ def differs(name: str, one: str, other: str) -> bool:
 
 
 class PatientCells:
-    """Sex and age as a table's rows are read, and how many of them could not be."""
+    """Sex and age as a table's rows are read, and how many of them could not be.
 
-    def __init__(self) -> None:
+    sexes  the whole column of sex, where there is one: in one that has H (hombre, homme) M may be
+           mujer, so it is not read
+    """
+
+    def __init__(self, sexes: Iterable[str | None] = ()) -> None:
         self._unread: Counter[str] = Counter()
+        self._has_h = any((cell or "").strip().upper() == "H" for cell in sexes)
 
     def sex(self, cell: str) -> str:
+        letter = cell.strip().upper() if self._has_h else ""
+        if letter in ("H", "M"):
+            return self.counted("sex", "M" if letter == "H" else None)
         return self.counted("sex", read_sex(cell))
 
     def age(self, cell: str, zero_years: str = "0") -> str:

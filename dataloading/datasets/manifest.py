@@ -95,7 +95,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     excluded: Counter[str] = Counter()
     rows = []
     place_of: dict[str, int] = {}
-    cells = PatientCells()
+    cells = PatientCells(table.get("sex", ()))
     for place in range(count):
         cell = {field: (column[place] or "").strip() for field, column in table.items()}
         cell |= {field: said(cell[field]) for field in _IDENTIFIERS & cell.keys()}

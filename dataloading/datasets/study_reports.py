@@ -109,7 +109,8 @@ class StudyReports:
         self._counts: Counter[str] = Counter()
         self._found: set[str] = set()
         self._rewritten = self._patient_rewritten = 0
-        self._cells, self._told_twice = PatientCells(), 0
+        sexes = read["sex"].to_pylist() if "sex" in read else ()
+        self._cells, self._told_twice = PatientCells(sexes), 0
         # "sex", "age" -> (key, patient) -> what is told
         self._sex_and_age: dict[str, dict[tuple[str, str], str]] = {"sex": {}, "age": {}}
         self._texts = self._index(read, texts, options["report_repeats"] == "join")

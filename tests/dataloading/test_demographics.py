@@ -73,6 +73,32 @@ def test_sex_is_one_of_three_letters_or_nothing(text: str, sex: str | None) -> N
 
 
 @pytest.mark.parametrize(
+    ("sex", "words"),
+    [
+        ("F", "w|W|weiblich|Femenino|feminino|femminile|F\u00e9minin|mujer|femme"),
+        ("M", "m\u00e4nnlich|ma\u0308nnlich|maennlich|MASCULINO|maschile|masculin|hombre|homme"),
+        ("O", "d|divers"),
+        (None, "H|x|frau doe"),
+    ],
+)
+def test_sexes_are_read_in_the_words_of_other_departments(sex: str | None, words: str) -> None:
+    assert {read_sex(word) for word in words.split("|")} == {sex}
+
+
+def test_m_beside_h_may_be_mujer_and_is_no_man() -> None:
+    """A Spanish list of H and M made men of all women. In a French one H stands beside F."""
+    for column, expected in (
+        (["H", "M", "h ", "F", None], ["M", "", "M", "F", ""]),
+        (["H", "F"], ["M", "F"]),
+        (["M", "F"], ["M", "F"]),
+    ):
+        cells = PatientCells(column)
+        assert [cells.sex(cell or "") for cell in column] == expected
+        unread = ["cells not read, so not stated: sex 1"] if "M" in column and "H" in column else []
+        assert cells.notes() == unread
+
+
+@pytest.mark.parametrize(
     ("text", "age"),
     [
         *(

@@ -176,3 +176,13 @@ def test_a_column_of_gaps_alone_is_blank_whatever_it_is_written_as(tmp_path: Pat
         message = f"column '{name}': expected text or integers, got double"
         with pytest.raises(ManifestError, match=message):
             collect("manifest", tmp_path)
+
+
+def test_a_column_of_h_and_m_makes_no_man_of_a_woman(tmp_path: Path) -> None:
+    for i in range(3):
+        image(tmp_path / f"{i}.png", i)
+    lines = [["0.png", "a", "H"], ["1.png", "b", "M"], ["2.png", "c", "mujer"]]
+    table(tmp_path / "manifest.csv", "path,patient_id,sex", lines)
+    collected = collect("manifest", tmp_path)
+    assert [row.sex for row in collected.rows] == ["M", "", "F"]
+    assert "cells not read, so not stated: sex 1" in collected.notes

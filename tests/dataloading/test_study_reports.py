@@ -363,3 +363,13 @@ def test_a_patient_whose_leading_zeros_a_spreadsheet_took_is_said_to_be_one(
     table(ris, "accession,MRN,report", [["A0", "7.0", "a."]])
     with pytest.raises(DatasetError, match=said):
         joined(tmp_path / "pacs", ris)
+
+
+def test_a_list_with_h_for_men_makes_no_men_of_its_m(tmp_path: Path) -> None:
+    root, ris = tmp_path / "pacs", tmp_path / "ris.csv"
+    for number in (1, 2):
+        film(root / f"{number}.dcm", f"P{number}", f"A{number}")
+    table(ris, "Accession No.,Report,Sex", [["A1", "Clear.", "H"], ["A2", "Clear.", "M"]])
+    collected = joined(root, ris)[1]
+    assert [row.sex for row in collected.rows] == ["M", ""]
+    assert "cells not read, so not stated: sex 1" in collected.notes
