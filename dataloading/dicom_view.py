@@ -43,7 +43,9 @@ def _view_positions(dataset: Dataset) -> list[str]:
 def _or_coded(view: str, dataset: Dataset) -> str:
     if projection(view):
         return view
-    items = value_of(dataset, "ViewCodeSequence") or []
+    items = value_of(dataset, "ViewCodeSequence")
+    if not isinstance(items, pydicom.Sequence):  # of another kind in a careless file
+        return view
     meanings = (_meant(read_text(item, "CodeMeaning")) for item in items)
     return next(filter(None, meanings), view)
 

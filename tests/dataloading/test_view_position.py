@@ -112,3 +112,27 @@ def test_the_view_code_stands_where_the_view_position_tells_no_projection(tmp_pa
         pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
         assert read_radiograph(tmp_path / "new.dcm")[1].view == expected
         assert read_identity(tmp_path / "new.dcm").view == expected
+
+
+def test_what_stands_in_place_of_a_view_refuses_no_film(tmp_path: Path) -> None:
+    path = tmp_path / "film.dcm"
+    write_radiograph(
+        path,
+        np.arange(1600, dtype=np.uint16).reshape(40, 40),
+        patient_id="P",
+        study_id="S",
+    )
+    item = pydicom.Dataset()
+    item.add_new(0x00080104, "SQ", [pydicom.Dataset()])  # CodeMeaning of another kind
+    for kind, value in (("LO", "PA"), ("US", 7), ("SQ", []), ("SQ", [item])):
+        dataset = pydicom.dcmread(path)
+        del dataset.ViewPosition
+        dataset.add_new(0x00540220, kind, value)
+        pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
+        assert read_radiograph(tmp_path / "new.dcm")[1].view == ""
+        assert read_identity(tmp_path / "new.dcm").view == ""
+        dataset = pydicom.dcmread(path)
+        dataset.add_new(0x00185101, kind, value)
+        pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
+        assert read_radiograph(tmp_path / "new.dcm")[1].view in ("", "PA", "7")
+        assert read_identity(tmp_path / "new.dcm").modality == "DX"
