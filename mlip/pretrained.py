@@ -350,10 +350,13 @@ def open_checkpoint(
         "checkpoint": str(folder),
         "weights": weights_of,
     }
+    origin = origin_of(read.state, config)
+    if origin["is_best_on_val"]:
+        facts["is_best_on_val"] = True
     return Pretrained(
         *(model.to(device), config, tokenizer, table, Linker(table), facts),
         prototypes=tensors.get("losses.category.prototypes"),
-        origin=origin_of(read.state, config),
+        origin=origin,
     )
 
 

@@ -143,6 +143,7 @@ def test_a_watched_run_is_scored_by_its_best_checkpoint(tmp_path, monkeypatch):
     assert all(0 < terms["total"] < 20 for terms in found)
     page = (folder / "report.html").read_text()
     assert "On val, at each checkpoint (the best: that of step 2)" in page
+    assert "2 steps, the best on val" in page
     # its rows of val are no training rows, and are in nobody's ledger
     ledger = json.loads((folder / "ledger.json").read_text())
     assert sum(epoch["trained"] for epoch in ledger["epochs"].values()) == 4 * 8

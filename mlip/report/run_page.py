@@ -88,7 +88,7 @@ def _read_ledger(path: Path) -> dict[str, Any] | None:
 def render(run_dir: Path, results: Mapping[str, Any]) -> str:
     """The page as text, with the run's logs and ledger.json where they are there."""
     log, ledger = _read_log(run_dir / "log.jsonl"), _read_ledger(run_dir / "ledger.json")
-    looks = _read_log(run_dir / "validation.jsonl")
+    looks, charts = _read_log(run_dir / "validation.jsonl"), training_charts(log)
     is_phantom = bool(results.get("data", {}).get("is_phantom"))
     context: dict[str, Any] = {
         "title": results["run"].get("name") or run_dir.name,
@@ -102,7 +102,7 @@ def render(run_dir: Path, results: Mapping[str, Any]) -> str:
         ),
         "retrieval": retrieval_context(results),
         "grounding": grounding_context(results),
-        "charts": training_charts(log) + held_out_charts(looks),
+        "charts": [*charts[:1], *held_out_charts(looks), *charts[1:]],  # beside the losses
         "ledger": ledger,
         "knowledge": knowledge_context(results),
         "settings": _settings(results["config"]),
@@ -126,7 +126,8 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
         if lost:
             parts.append(f"{lost:,} could not be read and are in no score")
     if run.get("step"):
-        parts.append(f"{run['step']:,} steps")
+        best = ", the best on val" if run.get("is_best_on_val") else ""
+        parts.append(f"{run['step']:,} steps{best}")
     if run.get("pairs_seen"):
         parts.append(f"{run['pairs_seen']:,} pairs seen")
     if run.get("seed") is not None:
