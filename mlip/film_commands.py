@@ -75,6 +75,7 @@ def run_search(options: argparse.Namespace) -> int:
     from mlip.report.search_page import require_own_page, write_search_page
     from mlip.transfer.films import search_table
     from mlip.transfer.films.archive import Archive
+    from mlip.transfer.films.row_table import unread
     from mlip.transfer.films.search import ask, require_same_model
 
     config, device = read_settings(options.settings), pick_device(options.device)
@@ -121,9 +122,10 @@ def run_search(options: argparse.Namespace) -> int:
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print("\n".join([*lines, f"{out}: {count} answers"]))
     if page:
-        shown = search_table.pictures(opened, config, manifest, queries, hits, device=device)
+        shown, bad = search_table.pictures(opened, config, manifest, queries, hits, device=device)
         is_reranked = bool(options.rerank)
-        print(write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked))
+        write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
+        print(f"{page}{unread(bad)}")
     print("Not for clinical use.")
     return 0
 

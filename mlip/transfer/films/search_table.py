@@ -108,13 +108,15 @@ def pictures(
     hits: Sequence[Hits],
     *,
     device: str,
-) -> list[list[Picture]]:
-    """A picture of every answer, in the order of queries and hits."""
+) -> tuple[list[list[Picture]], dict[int, str]]:
+    """(a picture of every answer, in the order of queries and hits; row -> why it has none)"""
     wanted = [set(own.row_index.tolist()) for own in hits]
     made: dict[tuple[int, int], Picture] = {}
     rows = rows_found(hits)
+    if not len(rows):
+        return [[] for _ in hits], {}
     images = RowImages(opened, config, manifest, "all", device=device, rows=rows)
-    for bank in images if len(rows) else ():
+    for bank in images:
         for q, query in enumerate(queries):
             own = [i for i, row in enumerate(bank.row_index.tolist()) if row in wanted[q]]
             if own:
@@ -123,10 +125,11 @@ def pictures(
                     where = None if heat is None else heat[place]
                     made[q, int(bank.row_index[i])] = Picture(bank.pixels[i], where)
     missing = Picture(None, None)
-    return [
+    shown = [
         [made.get((q, row), missing) for row in own.row_index.tolist()]
         for q, own in enumerate(hits)
     ]
+    return shown, images.bad
 
 
 def _some(bank: ImageBank, places: list[int]) -> ImageFeatures:

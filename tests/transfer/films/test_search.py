@@ -138,6 +138,19 @@ def test_a_film_that_is_gone_keeps_its_place_and_has_a_reason(tmp_path, capsys):
     assert str(found(tmp_path)["finding Edema"][-1]) == f"({first}, nan)"
     text = page.read_text()
     assert text.count('class="unread"') == 1 and f"30. row {first}</p>" in text
+    # nothing but the page reads films here: its line says what it lacks
+    assert run(tmp_path, "--row", "3", "--top", "30", "--page", str(page), root=root) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "cannot be read" not in said[0] and f"{page}; 1 cannot be read (" in said[-2]
+
+
+def test_a_page_without_an_answer_says_so(tmp_path, capsys):
+    same = {"patient_id": "PATIENT-SECRET", "split": ""}
+    embedded(tmp_path, "--images", **same)
+    page = tmp_path / "p.html"
+    assert run(tmp_path, "--row", "3", "--per-patient", "--page", str(page), **same) == 0
+    assert "row 3: no answer" in capsys.readouterr().out
+    assert page.read_text().count("no answer") == 1
 
 
 @pytest.mark.parametrize(
