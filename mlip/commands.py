@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlip.command_inputs import (
     keep_memory,
@@ -20,9 +19,6 @@ from mlip.command_inputs import (
 from mlip.doctor import examine, is_healthy, report
 from mlip.output_file import require_writable
 from mlip.typed_tree import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_evaluate(options: argparse.Namespace) -> int:

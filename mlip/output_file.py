@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlip.folder_lock import is_alive
+from mlip.folder_lock import is_alive, lock
 from mlip.typed_tree import ConfigError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -74,6 +74,32 @@ def _remove_leftovers(folder: Path, begin: str) -> None:
             pid = name.removeprefix(begin)
             if pid != name and pid.isdecimal() and not is_alive(int(pid)):
                 (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(lock_file: Path, out: str | Path) -> Iterator[None]:
+    """Keeps other processes from writing `out` until the block, or this process, ends.
+
+    lock_file  made here, gone at the end; one that a killed process left is free
+    Raises:  ConfigError where another process is at work; OSError where no file can be made
+    """
+    with lock_file.open("a") as file:
+        try:
+            lock(file.fileno(), lock_file.parent)
+            # the one who held it may have removed it since it was opened here
+            is_ours = os.path.samestat(os.fstat(file.fileno()), lock_file.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise ConfigError(
+                f"{out}: another process is writing there: wait for its end, or name another place "
+                "with --out"
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock_file.unlink()
 
 
 def refusal(error: Exception, out: str | Path | None) -> str | None:

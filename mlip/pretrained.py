@@ -39,6 +39,7 @@ from mlip.model import MLIPModel
 from mlip.model_card import model_card
 from mlip.model_facts import kept_origin, knowledge_of, origin_of, scores_of, sizes_of
 from mlip.onnx_graphs import write_onnx
+from mlip.output_file import only_writer
 from mlip.pretrained_folder import (
     CARD,
     CONTRACT,
@@ -81,27 +82,31 @@ def save_pretrained(
                       table beside it.
     onnx              write both towers as ONNX files too (mlip.onnx_graphs)
     transformers      write both towers as folders of transformers too (mlip.transformers_folders)
-    Raises:  PretrainedError if the folder exists and holds something else, or see write_onnx and
-             write_towers
+    Raises:  PretrainedError if the folder exists and holds something else; ConfigError where
+             another process writes it; see write_onnx and write_towers
     """
     folder = Path(folder).resolve()  # a link stays, what it leads to is written
     require_free(folder)
-    partial, previous = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        known = {"facts": dict(facts or {}), "origin": origin, "results": results}
-        parts = (model, config, tokenizer, table)
-        _fill(partial, *parts, known, include_concepts, onnx, transformers)
-        if folder.exists():  # moved, not deleted: a kill between the two leaves both
-            shutil.rmtree(previous, ignore_errors=True)
-            folder.rename(previous)
-        partial.rename(folder)
-    finally:
-        if previous.exists() and not folder.exists():
-            previous.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder.with_name(f".{folder.name}.lock"), folder):
+        partial, previous = (
+            folder.with_name(f".{folder.name}.{x}") for x in ("partial", "previous")
+        )
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            known = {"facts": dict(facts or {}), "origin": origin, "results": results}
+            parts = (model, config, tokenizer, table)
+            _fill(partial, *parts, known, include_concepts, onnx, transformers)
+            if folder.exists():  # moved, not deleted: a kill between the two leaves both
+                shutil.rmtree(previous, ignore_errors=True)
+                folder.rename(previous)
+            partial.rename(folder)
+        finally:
+            if previous.exists() and not folder.exists():
+                previous.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

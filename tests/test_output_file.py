@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from mlip import output_file
 from mlip.cli import main
 from mlip.config import Knowledge
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
-from mlip.output_file import refusal, require_writable, whole_file
+from mlip.output_file import only_writer, refusal, require_writable, whole_file
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
@@ -210,6 +211,35 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
     with whole_file(tmp_path / "a.txt") as partial:
         partial.write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *kept}
+
+
+def test_one_process_at_a_time_writes_a_place(tmp_path: Path) -> None:
+    held = tmp_path / ".model.lock"
+    held.touch()  # of a process that was killed
+    with only_writer(held, "model"):
+        with (
+            pytest.raises(ConfigError, match="model: another process is writing there"),
+            only_writer(held, "model"),
+        ):
+            raise AssertionError("two writers")
+        assert held.exists()
+    assert not held.exists()
+
+
+def test_a_lock_that_its_holder_removed_while_it_was_opened_here_keeps_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third process may hold the file of that name by then."""
+    held, lock = tmp_path / ".lock", output_file.lock
+
+    def late(descriptor: int, folder: Path) -> None:
+        held.unlink()
+        held.touch()
+        lock(descriptor, folder)
+
+    monkeypatch.setattr(output_file, "lock", late)
+    with pytest.raises(ConfigError, match="another process"), only_writer(held, "out"):
+        raise AssertionError("two writers")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from mlip import pretrained, pretrained_weights
 from mlip.knowledge.concept_files import load_concepts
 from mlip.model import MLIPModel
+from mlip.output_file import only_writer
 from mlip.pretrained import (
     PretrainedError,
     from_pretrained,
@@ -27,6 +28,7 @@ from mlip.transfer.fingerprint import (
     hash_of_weights,
     preprocessing,
 )
+from mlip.typed_tree import ConfigError
 from tests.small_run import small_run
 
 
@@ -204,6 +206,19 @@ def test_nothing_of_a_killed_export_or_of_the_one_before_is_in_the_next(
         _export(place)
         assert [p.name for p in place.parent.iterdir()] == ["model"]
         assert {p.name for p in place.iterdir()} == {p.name for p in folder.iterdir()}
+
+
+def test_two_exports_at_once_into_one_folder_do_not_become_one(tmp_path: Path) -> None:
+    """One's weights beside the other's settings would have a list of hashes that holds."""
+    theirs = tmp_path / ".model.partial"
+    theirs.mkdir()
+    (theirs / "model.safetensors").touch()
+    with (
+        only_writer(tmp_path / ".model.lock", "theirs"),
+        pytest.raises(ConfigError, match="another process is writing there"),
+    ):
+        _export(tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [theirs] and (theirs / "model.safetensors").exists()
 
 
 def test_an_export_that_fails_leaves_the_one_before_it(

@@ -31,7 +31,7 @@ from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
-from mlip.output_file import file_sha256, whole_file
+from mlip.output_file import file_sha256, only_writer, whole_file
 from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite
 from mlip.transfer.films.row_images import of_split, row_loader
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
@@ -79,9 +79,9 @@ def write_embeddings(
 
     split    a split, or "all": of every split and of none
     form     safetensors or parquet, the same numbers in both
-    Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ManifestError
-             for a split without rows; DataError where more than data.bad_share of the images, or
-             all of them, cannot be read.
+    Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ConfigError
+             where another process writes there; ManifestError for a split without rows; DataError
+             where more than data.bad_share of the images, or all of them, cannot be read.
     """
     asked, split, manifest = split, *of_split(manifest, split)
     rows = manifest.rows(split, with_report=False)
@@ -106,32 +106,33 @@ def write_embeddings(
         "embed_dim": config.model.embed_dim,
         "form": form,
     }
-    done = _read_index(out / "index.json", index)
-    reader = SampleReader(manifest, config.data)
-    missing: dict[int, str] = {}
-    told = Progress("parts, whole already")
-    parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
-    for number, chosen in enumerate(parts):
-        path = out / f"part-{number:05d}.{form}"
-        known = done.get(path.name)
-        found = file_sha256(path) if path.is_file() else None
-        if known is None or known["sha256"] != found or _is_mended(reader, known):
-            for left in out.glob(f".{path.name}.*"):
-                left.unlink()  # of a run that was killed while it wrote
-            loader = row_loader(opened, config, manifest, split, chosen)
-            encode = _encode_images if images_only else _encode
-            tensors, bad = encode(opened, config, loader, with_patches, torch.device(device))
-            known = done[path.name] = {
-                "sha256": _write_part(tensors, path),
-                "rows": len(chosen) - len(bad),
-                "missing": {str(row): reason for row, reason in sorted(bad.items())},
-            }
-            _write_index(out / "index.json", {**index, "parts": done})
-            say(f"part {number + 1} of {len(parts)}: {known['rows']} of {len(chosen)} rows")
-        else:
-            told(number + 1, len(parts))
-        missing |= {int(row): reason for row, reason in known["missing"].items()}
-        _check_share(missing, len(rows), config.data.bad_share)
+    with only_writer(out / ".lock", out):
+        done = _read_index(out / "index.json", index)
+        reader = SampleReader(manifest, config.data)
+        missing: dict[int, str] = {}
+        told = Progress("parts, whole already")
+        parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]
+        for number, chosen in enumerate(parts):
+            path = out / f"part-{number:05d}.{form}"
+            known = done.get(path.name)
+            found = file_sha256(path) if path.is_file() else None
+            if known is None or known["sha256"] != found or _is_mended(reader, known):
+                for left in out.glob(f".{path.name}.*"):
+                    left.unlink()  # of a run that was killed while it wrote
+                loader = row_loader(opened, config, manifest, split, chosen)
+                encode = _encode_images if images_only else _encode
+                tensors, bad = encode(opened, config, loader, with_patches, torch.device(device))
+                known = done[path.name] = {
+                    "sha256": _write_part(tensors, path),
+                    "rows": len(chosen) - len(bad),
+                    "missing": {str(row): reason for row, reason in sorted(bad.items())},
+                }
+                _write_index(out / "index.json", {**index, "parts": done})
+                say(f"part {number + 1} of {len(parts)}: {known['rows']} of {len(chosen)} rows")
+            else:
+                told(number + 1, len(parts))
+            missing |= {int(row): reason for row, reason in known["missing"].items()}
+            _check_share(missing, len(rows), config.data.bad_share)
     return Embedded(len(rows) - len(missing), len(rows), Counter(missing.values()))
 
 

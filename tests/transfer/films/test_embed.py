@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlip.cli import main
+from mlip.output_file import only_writer
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding
 from mlip.transfer.films import row_images
@@ -86,6 +87,21 @@ def test_rows_without_an_image_are_counted_and_come_as_soon_as_it_is_mended(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     rows = [load_file(p)["row_index"] for p in sorted((tmp_path / "out").glob("part-*"))]
     np.testing.assert_array_equal(np.concatenate(rows), TEST_ROWS)
+
+
+def test_a_second_one_into_the_folder_is_refused_and_takes_nothing_from_the_first(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    half = out / ".part-00000.safetensors.other-host.1"
+    half.touch()
+    with only_writer(out / ".lock", "the first"):
+        assert embed(tmp_path, root) == 2
+    assert f"{out}: another process is writing there" in capsys.readouterr().err
+    assert list(out.iterdir()) == [half]
+    assert embed(tmp_path, root) == 0
+    assert not any(path.name.startswith(".") for path in out.iterdir())
 
 
 def test_more_bad_images_than_allowed_stop_it_and_finished_parts_are_kept(
