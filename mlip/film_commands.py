@@ -124,6 +124,7 @@ def run_search(options: argparse.Namespace) -> int:
     if page:
         shown, bad = search_table.pictures(opened, config, manifest, queries, hits, device=device)
         is_reranked = bool(options.rerank)
+        options.out = options.page  # for the line where it cannot be written
         write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
         print(f"{page}{unread(bad)}")
     print("Not for clinical use.")

@@ -12,6 +12,7 @@ import pytest
 
 from mlip.cli import main
 from mlip.pretrained import open_checkpoint
+from mlip.report import search_page
 from mlip.transfer.films.archive import Archive
 from tests.small_run import small_export
 from tests.transfer.small_manifest import ROWS, SECRETS, pictures, write
@@ -142,6 +143,20 @@ def test_a_film_that_is_gone_keeps_its_place_and_has_a_reason(tmp_path, capsys):
     assert run(tmp_path, "--row", "3", "--top", "30", "--page", str(page), root=root) == 0
     said = capsys.readouterr().out.splitlines()
     assert "cannot be read" not in said[0] and f"{page}; 1 cannot be read (" in said[-2]
+
+
+def test_a_page_that_finds_no_room_is_named_and_not_the_table_that_was_written(
+    tmp_path, capsys, monkeypatch
+):
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    embedded(tmp_path, "--images")
+    page = tmp_path / "p.html"
+    monkeypatch.setattr(search_page, "render_page", full)
+    assert run(tmp_path, "--row", "3", "--page", str(page)) == 2
+    assert f"mlip search: {page} cannot be written: No space" in capsys.readouterr().err
+    assert len(found(tmp_path)["row 3"]) == 20 and not list(tmp_path.glob("*p.html*"))
 
 
 def test_a_page_without_an_answer_says_so(tmp_path, capsys):
