@@ -79,7 +79,8 @@ def headline(results: Mapping[str, Any]) -> list[Markup]:
         )
     retrieval = results.get("retrieval") or {}
     chosen = _global_retrieval(retrieval)
-    if chosen:
+    # every order has the right one among the first 10 of ten
+    if chosen and retrieval["chance"]["recall@10"] < 1.0:
         i2t, t2i = chosen["image_to_text"]["recall@10"], chosen["text_to_image"]["recall@10"]
         lines.append(
             Markup(
@@ -170,12 +171,12 @@ def cards(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     keyword = (results.get("grounding") or {}).get("keyword", {}).get("all", {})
     times = keyword.get("over_swapped")
     top = max(4.0, ((times or {}).get("high") or 0.0))
-    chance = (retrieval.get("chance") or {}).get("recall@10")
+    chance, pool = (retrieval.get("chance") or {}).get("recall@10"), retrieval.get("pool")
     return [
         _card("Zero-shot AUROC, local score", macro.get("local"), low=0.5, high=1.0, chance=0.5),
         _card("Zero-shot AUROC, global head", macro.get("global"), low=0.5, high=1.0, chance=0.5),
         _card(
-            f"Report among the first 10 of {retrieval.get('pool', '')}",
+            f"Report among the first 10{f' of {pool}' if pool else ''}",
             (chosen.get("image_to_text") or {}).get("recall@10"),
             low=0.0,
             high=1.0,
@@ -218,6 +219,7 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
                 {**found["worst"][h], "name": _finding_name(results, found["worst"][h]["finding"])},
             )
             for h in heads
+            if found["worst"][h]["value"] is not None
         ],
         "legend": legend([HEAD_MARKS[h] for h in heads]),
         "axis": scale_axis(low=low, ticks=ticks),

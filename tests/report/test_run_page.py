@@ -281,6 +281,21 @@ def test_tasks_that_could_not_run_leave_their_sections_out(tmp_path: Path) -> No
     assert "retrieval" in sections and "provenance" in sections
 
 
+def test_what_no_finding_and_no_pool_can_tell_is_not_told(tmp_path: Path) -> None:
+    """ "Worst finding: global head - (None)", "in 100 % of cases" of the first 10 of 4."""
+    results = copy.deepcopy(small_results())
+    none = {"value": None, "low": None, "high": None, "n": 0, "reason": "no finding has both"}
+    for name in ("macro", "worst"):
+        extra = {"finding": None} if name == "worst" else {}
+        results["zero_shot"][name] = {h: none | extra for h in results["zero_shot"][name]}
+    results["retrieval"] |= {"pool": 4, "chance": {"recall@10": 1.0}}
+    text = write_report(tmp_path, results).read_text()
+    assert "Worst finding" not in text and "(None)" not in text and "Combined adds" in text
+    assert "finds the right report" not in text and "among the first 10 of 4" in text
+    results["retrieval"] = {"pool": 0, "pools": 0, "n": 0, "left_out": 1, "scores": {}}
+    assert "among the first 10 of" not in write_report(tmp_path, results).read_text()
+
+
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     results = copy.deepcopy(small_results())
     results["run"]["name"] = "<script>alert(1)</script>"
