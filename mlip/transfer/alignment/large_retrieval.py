@@ -46,11 +46,13 @@ def first_right_ranks(
     # numbers of 32 bits: half of what a comparison of all pairs has to read
     _, codes = np.unique(np.concatenate([query_pair, candidate_pair]), return_inverse=True)
     pair_q, pair_c = torch.as_tensor(codes.astype(np.int32)).split([len(queries), len(candidates)])
-    ranks, right = [], []
+    # all at once: results kept between chunks of scores leave holes that the next ones do not fit
+    ranks = torch.ones(len(queries), dtype=torch.int64)
+    right = torch.zeros(len(queries), dtype=torch.int64)
     for at in range(0, len(queries), rows):
         part, pair = queries[at : at + rows], pair_q[at : at + rows]
+        rank, count = ranks[at : at + rows], right[at : at + rows]
         best = torch.full((len(part),), -torch.inf)
-        count = torch.zeros(len(part), dtype=torch.int64)
         for over in range(0, len(candidates), columns):
             query, answer = _right(pair, pair_c[over : over + columns])
             if len(query) == 0:
@@ -60,16 +62,13 @@ def first_right_ranks(
             count += torch.bincount(query, minlength=len(part))
         if not bool((count > 0).all()):
             raise ValueError("a query has no right answer among the candidates")
-        rank = torch.ones(len(part), dtype=torch.int64)
         for over in range(0, len(candidates), columns):
             score = part @ candidates[over : over + columns].T
             rank += (score >= best[:, None]).count_nonzero(dim=1)
             query, answer = _right(pair, pair_c[over : over + columns])
             also = query[score[query, answer] >= best[query]]
             rank -= torch.bincount(also, minlength=len(part))
-        ranks.append(rank)
-        right.append(count)
-    return torch.cat(ranks).numpy(), torch.cat(right).numpy()
+    return ranks.numpy(), right.numpy()
 
 
 def _right(pair_q: Tensor, pair_c: Tensor) -> tuple[Tensor, Tensor]:
