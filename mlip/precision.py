@@ -41,9 +41,9 @@ def takes_bf16(precision: str, device: torch.device, *, is_training: bool) -> bo
     return precision != "fp32" and multiplies_bf16(device)
 
 
-def precision_on(precision: str, device: torch.device) -> str:
-    """What a training takes on this device, "bf16" or "fp32"."""
-    return "bf16" if takes_bf16(precision, device, is_training=True) else "fp32"
+def precision_on(precision: str, device: torch.device, *, is_training: bool = True) -> str:
+    """What a training, or the use of a trained model, takes on this device: "bf16" or "fp32"."""
+    return "bf16" if takes_bf16(precision, device, is_training=is_training) else "fp32"
 
 
 def why_not_as_asked(precision: str, device: torch.device) -> str:

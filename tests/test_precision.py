@@ -45,8 +45,8 @@ def test_which_passes_are_of_bfloat16(
 ) -> None:
     can(monkeypatch, has_products)
     assert takes_bf16(asked, CPU, is_training=is_training) is expected
-    if is_training:
-        assert precision_on(asked, CPU) == ("bf16" if expected else "fp32")
+    told = "bf16" if expected else "fp32"
+    assert precision_on(asked, CPU, is_training=is_training) == told
 
 
 def test_what_is_said_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

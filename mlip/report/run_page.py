@@ -167,7 +167,7 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in results.get("versions", {}).items():
         rows.append((key, str(value)))
     run = results["run"]
-    for key in ("checkpoint", "commit", "device", "evaluation_seconds"):
+    for key in ("checkpoint", "commit", "device", "precision", "evaluation_seconds"):
         if run.get(key) is not None:
             rows.append((key.replace("_", " "), str(run[key])))
     return rows

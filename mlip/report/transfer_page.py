@@ -336,7 +336,10 @@ def _provenance(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [*results["fingerprints"].items(), *results["versions"].items()]
     found += [
         (key, results["run"][key])
-        for key in ("checkpoint", "step", "pairs_seen", "seeds", "commit", "device", "seconds")
+        for key in (
+            *("checkpoint", "step", "pairs_seen", "seeds", "commit"),
+            *("device", "precision", "seconds"),
+        )
         if results["run"].get(key) is not None
     ]
     return [(key.replace("_", " "), _shown(value)) for key, value in found]

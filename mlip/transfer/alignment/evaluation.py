@@ -19,6 +19,7 @@ from torch import Tensor
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.precision import precision_on
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.alignment.grounding import evaluate_grounding
 from mlip.transfer.alignment.large_retrieval import class_precision, whole_retrieval
@@ -90,6 +91,7 @@ def evaluate_run(
         "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
         "device": str(device),
+        "precision": precision_on(model.config.train.precision, device, is_training=False),
         "commit": source_commit(),
         **(run or {}),
         "evaluation_seconds": round(time.perf_counter() - began, 1),
@@ -330,7 +332,8 @@ def _evaluate(
         shows_id=is_phantom,
     )
     results["predictions"] = predictions_of(
-        series, config, manifest, config.evaluate.split, images.row_index
+        *(series, config, manifest, config.evaluate.split, images.row_index),
+        precision=precision_on(model.config.train.precision, device, is_training=False),
     )
     return images.row_index, results
 

@@ -17,6 +17,7 @@ import torch
 from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.encoders.vision import VisionEncoder
+from mlip.precision import precision_on
 from mlip.transfer.array import Array
 from mlip.transfer.draws import SPLITS, HeldOut, Splits, balance, divide, draw_fraction
 from mlip.transfer.fingerprint import (
@@ -111,6 +112,7 @@ def transfer_run(
             pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
     finally:
         images.close()
+    precision = precision_on(transfer.precision, device)  # of val and test too, as in its fits
     return {
         "schema": SCHEMA,
         "kind": "transfer",
@@ -118,6 +120,7 @@ def transfer_run(
             "name": run_name(config),
             "seeds": list(transfer.seeds),
             "device": str(device),
+            "precision": precision,
             "commit": source_commit(),
             **(facts or {}),
             "seconds": round(time.perf_counter() - began, 1),
@@ -143,7 +146,9 @@ def transfer_run(
         "versions": versions(),
         "config": to_dict(config),
         "pictures": pictures,
-        "predictions": predictions_of(series, config, manifest, "test", splits.test),
+        "predictions": predictions_of(
+            series, config, manifest, "test", splits.test, precision=precision
+        ),
     }
 
 

@@ -54,7 +54,8 @@ def compare(
 
     own, others  one evaluation or several (pre-trainings of other seeds), pairs in their order
     methods      of the first and of the second side; None = each with the one of its name
-    Returns: {"schema", "kind", "pairs", "split", "images", "patients", "methods": [{"a", "b",
+    Returns: {"schema", "kind", "pairs", "split", "precision": {"a", "b": what each side was
+             computed in}, "images", "patients", "methods": [{"a", "b",
              "findings": [{"finding", "measure", "n", "positives", "a", "b", "difference"}], "mean":
              [{"measure", "classes", "classes_asked", "a", "b", "difference"}]}], "not_compared"},
              of Estimates with "seeds", the fits' own values
@@ -82,11 +83,17 @@ def compare(
         "kind": KIND,
         "pairs": [{"a": a.facts.get("name"), "b": b.facts.get("name")} for a, b in pairs],
         "split": pairs[0][0].facts.get("split"),
+        "precision": {"a": _precisions(own), "b": _precisions(others)},
         "images": weights.images,
         "patients": weights.patients,
         "methods": tables,
         "not_compared": _left_out(pairs) if methods is None else [],
     }
+
+
+def _precisions(sides: Sequence[Predictions]) -> list[str]:
+    """What the scores of a side were computed in; nothing of files of earlier versions."""
+    return sorted({side.facts["precision"] for side in sides if "precision" in side.facts})
 
 
 def _require_same_images(a: Predictions, b: Predictions) -> None:
@@ -315,6 +322,12 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         f"{found['patients']} patients that both scored; 95 % intervals of the difference over "
         "patients"
     ]
+    of_a, of_b = (" and ".join(found["precision"][side]) for side in ("a", "b"))
+    if of_a and of_b and of_a != of_b:
+        lines.append(
+            f"the first was computed in {of_a}, the second in {of_b}: some of the difference may "
+            "be of rounding alone"
+        )
     for table in found["methods"]:
         a, b = table["a"], table["b"]
         lines.append(a if a == b else f"{a} minus {b}")

@@ -85,7 +85,8 @@ class Predictions:
 
     patients  row -> first row of the manifest that is of the same patient: no identifier, and the
               same in every evaluation on the manifest
-    facts     name, split, manifest: what the evaluation was of
+    facts     name, split, manifest: what the evaluation was of; precision: what it was computed in
+              (not in files of earlier versions)
     """
 
     series: Sequence[Series]
@@ -121,13 +122,27 @@ def of_marks(
 
 
 def predictions_of(
-    series: Sequence[Series], config: Config, manifest: Manifest, split: str, rows: Array
+    series: Sequence[Series],
+    config: Config,
+    manifest: Manifest,
+    split: str,
+    rows: Array,
+    *,
+    precision: str,
 ) -> Predictions | None:
-    """The series of an evaluation of these rows of a split; None where there is none."""
+    """The series of an evaluation of these rows of a split; None where there is none.
+
+    precision  "fp32" or "bf16", what the scores were computed in
+    """
     if not series:
         return None
     _, first, patient = np.unique(manifest.patient_key, return_index=True, return_inverse=True)
-    facts = {"name": run_name(config), "split": split, "manifest": manifest.fingerprint}
+    facts = {
+        "name": run_name(config),
+        "split": split,
+        "manifest": manifest.fingerprint,
+        "precision": precision,
+    }
     patients = dict(zip(rows.tolist(), first[patient[rows]].tolist(), strict=True))
     return Predictions(series, patients, facts)
 

@@ -14,6 +14,7 @@ import torch
 from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.phantom_types import CONCEPT_IDS
 from mlip.knowledge.linker import Mention
+from mlip.report.run_page import render
 from mlip.transfer.alignment.evaluation import choose_rows, encode_split, evaluate_run
 from mlip.transfer.alignment.prompts import phrase_encoder
 from mlip.transfer.draws import splits_hash
@@ -163,6 +164,23 @@ def test_more_rows_than_asked_for_are_a_keyed_choice() -> None:
     assert set(chosen.tolist()) <= set(run.manifest.rows("test").tolist())
 
 
+@pytest.mark.parametrize("has_products", [True, False])
+def test_results_and_page_say_which_precision_the_machine_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_products: bool
+) -> None:
+    run = small_run()
+    monkeypatch.setattr("mlip.precision.multiplies_bf16", lambda device: has_products)
+    model = copy.deepcopy(run.model)
+    train = dataclasses.replace(run.config.train, precision="auto")
+    model.config = dataclasses.replace(run.config, train=train)
+    results = evaluate_run(model, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+    expected = "bf16" if has_products else "fp32"
+    assert results["run"]["precision"] == expected
+    assert results["predictions"].facts["precision"] == expected
+    entry = f'<span class="k">precision</span><span class="v mono">{expected}</span>'
+    assert entry in render(tmp_path, results)
+
+
 def test_the_summary_says_each_headline_number() -> None:
     lines = "\n".join(summary_lines(small_results()))
     for part in ("zero-shot AUROC", "recall@10 of 16", "pointing by keyword", "Pneumothorax"):
@@ -188,7 +206,6 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
 
     from mlip.config import load
     from mlip.dataloading.manifest import load_manifest
-    from mlip.report.run_page import render
 
     run = small_run()
     with open(run.folder / "data" / "manifest.csv", encoding="utf-8", newline="") as file:

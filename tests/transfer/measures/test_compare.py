@@ -291,6 +291,18 @@ def test_the_lines_say_how_many_intervals_leave_0():
     assert any("mean of 2 findings, AUROC" in line for line in lines)
 
 
+def test_scores_of_two_precisions_are_compared_and_it_is_told():
+    a, b = (side(drawn(k), precision=kind) for k, kind in ((1, "fp32"), (2, "bf16")))
+    found = run(a, b)
+    assert found["precision"] == {"a": ["fp32"], "b": ["bf16"]}
+    told = "the first was computed in fp32, the second in bf16: some of the difference may be of"
+    assert comparison_lines(found)[1].startswith(told)
+    mixed = run([a, replace(b, facts={**b.facts, "name": "n"})], [b, b])
+    assert "computed in bf16 and fp32, the second in bf16" in comparison_lines(mixed)[1]
+    for other in (a, side(drawn(2))):  # the same, and a file of an earlier version
+        assert not any("computed in" in line for line in comparison_lines(run(a, other)))
+
+
 def test_the_command_compares_folders_of_evaluations(tmp_path, capsys):
     first, second = tmp_path / "a", tmp_path / "b"
     for folder, more in ((first, []), (second, ["transfer.epochs=2"])):

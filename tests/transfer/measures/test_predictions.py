@@ -106,6 +106,7 @@ def test_an_evaluation_keeps_every_image_s_scores_and_names_nobody(tmp_path):
     assert found.facts == {
         **{"name": small_export().name, "split": "test"},
         **{"manifest": results["fingerprints"]["manifest"]},
+        **{"precision": results["run"]["precision"]},
     }
     # rows 3 and 4 of each five are one patient's, both of test
     assert found.patients == {row: row - row % 5 + 3 for row in range(30) if row % 5 >= 3}
