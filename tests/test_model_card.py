@@ -246,7 +246,7 @@ def test_the_results_of_a_checkpoint_are_its_runs_wherever_it_is_named_from(
         monkeypatch.chdir(place)
         opened = open_checkpoint(name)
         results = results_beside(opened.facts["checkpoint"])
-        assert results["fingerprints"] == small_results()["fingerprints"]
+        assert results["fingerprints"].items() >= small_results()["fingerprints"].items()
 
 
 @pytest.mark.parametrize("what", ["other weights", "no file", "cut file", "a list", "lacks data"])

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip.output_file import whole_file
-from mlip.transfer.measures.predictions import FILE, save_predictions
+from mlip.output_file import file_sha256, whole_file
+from mlip.transfer.measures.predictions import FILE, FINGERPRINT, save_predictions
 
 _NO_JSON = ("examples", "pictures", "predictions")  # pictures are the page's
 
@@ -16,15 +16,26 @@ _NO_JSON = ("examples", "pictures", "predictions")  # pictures are the page's
 def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
     """The results as JSON and predictions.parquet beside it, each written whole or not at all.
 
-    Neither is replaced before both can be written: they stay of one evaluation on a full disk too.
+    Neither is replaced before both are written: they stay of one evaluation on a full disk too. The
+    results hold the SHA-256 of the predictions, so that a kill between the two is found out.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {key: value for key, value in results.items() if key not in _NO_JSON}
+    predictions, beside = results.get("predictions"), path.with_name(FILE)
     with whole_file(path) as partial:
-        _write_json(plain, partial)
-        save_predictions(results.get("predictions"), path.with_name(FILE))
+        if predictions is None:
+            _write_json(_with_hash(plain, None), partial)
+            beside.unlink(missing_ok=True)
+        else:
+            with whole_file(beside) as rows:
+                save_predictions(predictions, rows)
+                _write_json(_with_hash(plain, file_sha256(rows)), partial)
     return path
+
+
+def _with_hash(plain: Mapping[str, Any], digest: str | None) -> dict[str, Any]:
+    return {**plain, "fingerprints": {**plain.get("fingerprints", {}), FINGERPRINT: digest}}
 
 
 def save_json(values: Mapping[str, Any], path: Path) -> Path:

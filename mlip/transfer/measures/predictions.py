@@ -27,11 +27,13 @@ import pyarrow.parquet
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import whole_file
+from mlip.output_file import file_sha256
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import run_name
 
 FILE = "predictions.parquet"
+RESULTS = "results.json"  # beside it
+FINGERPRINT = "predictions"  # in whose fingerprints the file's SHA-256 stands; None = no file
 # what joins the lines of a finding: AUROC of score against truth, else the mean of the scores
 MEASURES = (
     *("auroc", "accuracy", "dice", "dice_positive"),
@@ -147,11 +149,8 @@ def predictions_of(
     return Predictions(series, patients, facts)
 
 
-def save_predictions(predictions: Predictions | None, path: Path) -> None:
-    """Write the file, for its owner alone; without predictions an earlier one goes."""
-    if predictions is None:
-        path.unlink(missing_ok=True)
-        return
+def save_predictions(predictions: Predictions, path: Path) -> None:
+    """Write the file, for its owner alone (results_file.py puts it in its place)."""
     series = predictions.series
     lengths = [len(s.rows) for s in series]
     rows = np.concatenate([s.rows for s in series])
@@ -178,17 +177,34 @@ def save_predictions(predictions: Predictions | None, path: Path) -> None:
     }
     facts = json.dumps({"format": _FORMAT, **predictions.facts})
     schema = pa.schema(list(_TYPES.items()), metadata={"mlip": facts})
-    with whole_file(path) as partial:
-        partial.touch(mode=0o600)
-        pa.parquet.write_table(pa.table(columns, schema=schema), partial, compression="zstd")
+    path.touch(mode=0o600)
+    pa.parquet.write_table(pa.table(columns, schema=schema), path, compression="zstd")
+
+
+def _require_own_results(path: Path) -> None:
+    """Two files are renamed one after the other: a kill between leaves them of two evaluations."""
+    results = path.with_name(RESULTS)
+    try:
+        told = json.loads(results.read_text(encoding="utf-8"))["fingerprints"][FINGERPRINT]
+        own = file_sha256(path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # no results of an evaluation, those of an earlier version, or nothing to compare
+    if told != own:
+        raise PredictionsError(
+            f"{path}: is not of the evaluation of {results}, which tells of another file, or of "
+            "none: one of the two was replaced alone, as by a kill at the end of `mlip evaluate`; "
+            "evaluate again"
+        )
 
 
 def load_predictions(path: Path) -> Predictions:
     """What save_predictions wrote: a file, or the folder that it lies in.
 
-    Raises:  PredictionsError naming the file
+    Raises:  PredictionsError naming the file; of a results.json beside it that is of another
+             evaluation, too
     """
     path = path / FILE if path.is_dir() else path
+    _require_own_results(path)
     expected = "expected predictions.parquet of `mlip evaluate`, or its folder"
     try:
         table = pa.parquet.read_table(path)

@@ -58,9 +58,9 @@ def test_a_file_gives_back_what_was_written_to_the_bit(tmp_path):
         **{"row_index": 3, "patient": 2, "method": "10 %", "seed": 3, "finding": "all classes"},
         **{"measure": "accuracy", "truth": None, "score": 0.0},
     }
-    save_predictions(None, path)  # an evaluation without any: the earlier one's would lie
-    assert not path.exists()
-    save_predictions(None, path)
+    for _ in range(2):  # an evaluation without any: the earlier one's would lie
+        save_results({"of": "later"}, tmp_path / "results.json")
+        assert not path.exists()
 
 
 def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
@@ -220,3 +220,34 @@ def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_writ
     with pytest.raises((ValueError, KeyError)):
         save_results(second, path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_kill_between_the_two_files_is_found_out_by_whoever_reads_them(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    save_results({"of": "first", "predictions": drawn()}, path)
+    assert load_predictions(tmp_path).facts == drawn().facts
+    rename = Path.replace
+
+    def until_the_results(partial: Path, name: Path) -> Path:
+        if name == path:
+            raise KeyboardInterrupt
+        return rename(partial, name)
+
+    later = {"of": "second", "predictions": drawn().named("other")}
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", until_the_results)
+        with pytest.raises(KeyboardInterrupt):
+            save_results(later, path)
+    assert json.loads(path.read_text())["of"] == "first"
+    with pytest.raises(PredictionsError, match=r"is not of the evaluation of .*evaluate again"):
+        load_predictions(tmp_path)
+    save_results(later, path)
+    assert load_predictions(tmp_path).facts["name"] == "other"
+    # earlier versions told no hash, and whoever takes the file elsewhere has no results beside it
+    for told in ({"of": "second"}, {"fingerprints": {"manifest": "m"}}, []):
+        path.write_text(json.dumps(told))
+        load_predictions(tmp_path)
+    path.write_text("{")
+    load_predictions(tmp_path)
+    path.unlink()
+    load_predictions(tmp_path)
