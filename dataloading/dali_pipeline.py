@@ -327,7 +327,8 @@ class DaliPipeline:
     def _encoded(self, row: int, epoch: int) -> Sample:
         """A row's bytes for DALI's decoder, or what ours made of them where DALI's cannot."""
         content, header = self.reader.read(row, epoch)
-        if not header.plain or row in self._own_rows:
+        may_be_dark = self.reader.refuses_dark and header.bits == 16  # which pixels alone tell
+        if not header.plain or may_be_dark or row in self._own_rows:
             return self._raw(row, content, header)
         return Sample(content, header.height, header.width, header.bits == 16)
 

@@ -253,12 +253,14 @@ def build_loader(
     with_report: bool = True,
     rows: IntArray | None = None,
     global_pairs: int | None = None,
+    refuses_dark: bool = False,
 ) -> Loader:
     """The loader of one rank over a split.
 
     with_report: only rows with a usable text (default); False adds image-only rows where
     data.empty_report is image_only. rows: these manifest rows of the split instead of all.
-    global_pairs: batch size over all ranks, default batch.global_pairs.
+    global_pairs: batch size over all ranks, default batch.global_pairs. refuses_dark: as of
+    SampleReader.
     Raises:  ManifestError (no rows, or hashes asked for that are not there), ValueError.
     """
     data = config.data
@@ -291,7 +293,8 @@ def build_loader(
     if config.knowledge.pair_id_by_concepts:
         pair_id = pair_ids_by_concepts(manifest, chosen, encoder)
     transform = Transform(data, train=train, seed=seed)
-    pipeline = _build_pipeline(config, order, SampleReader(manifest, data), transform)
+    reader = SampleReader(manifest, data, refuses_dark=refuses_dark)
+    pipeline = _build_pipeline(config, order, reader, transform)
     return Loader(
         order,
         pipeline,

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mlip.config import Data
 from mlip.dataloading import shards
-from mlip.dataloading.image_file import Header, check_hash, decode_grey, read_bytes, read_header
+from mlip.dataloading.image_file import (
+    Header,
+    check_hash,
+    decode_grey,
+    is_too_dark,
+    read_bytes,
+    read_header,
+)
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
@@ -42,15 +49,18 @@ class SampleReader:
 
     Every exception of a library becomes a BadSample: a decoder may raise anything. StopIteration
     is the worst of them: unconverted, it would look like the end of an epoch.
+
+    refuses_dark  a picture that `mlip prepare` would refuse as too dark is bad here too: for films
+                  that are asked about, which nobody may have prepared
     """
 
-    def __init__(self, manifest: Manifest, data: Data) -> None:
+    def __init__(self, manifest: Manifest, data: Data, *, refuses_dark: bool = False) -> None:
         if data.verify != "none" and manifest.sha256 is None:
             raise ManifestError(
                 f"data.verify={data.verify} needs the image hashes: set data.columns.sha256, or "
                 "data.verify=none"
             )
-        self.manifest, self.verify = manifest, data.verify
+        self.manifest, self.verify, self.refuses_dark = manifest, data.verify, refuses_dark
         self._references = shards.References(manifest.image_path, len(manifest))
 
     def read(self, row: int, epoch: int) -> tuple[bytes, Header]:
@@ -89,11 +99,14 @@ class SampleReader:
     def decode(self, content: bytes, header: Header) -> NDArray[Any]:
         """[H, W] uint8 or uint16.  Raises:  BadSample, DataError."""
         try:
-            return decode_grey(content, header)
+            grey = decode_grey(content, header)
         except (BadSample, DataError):
             raise
         except Exception as error:
             raise _bad(error) from error
+        if self.refuses_dark and is_too_dark(grey):
+            raise BadSample("too_dark")
+        return grey
 
 
 def _bad(error: Exception) -> BadSample:

@@ -107,6 +107,21 @@ def test_bad_files_are_replaced_as_in_the_twin(
     assert begun[0] == 0 and len(begun) == 2
 
 
+def test_dark_films_are_refused_where_asked_for_as_in_the_twin(
+    corpus: Callable[..., Config], build: Any
+) -> None:
+    config = corpus()
+    manifest = load_manifest(config.data)
+    dark = Path(manifest.root) / manifest.image_path(6)
+    cv2.imwrite(str(dark), cv2.imread(str(dark), cv2.IMREAD_UNCHANGED) // 16)
+    for made in (config, corpus("data.pipeline=dali")):
+        for refuses in (True, False):
+            loader = build(made, train=False, rows=np.array([0, 6, 12]), refuses_dark=refuses)
+            rows = [row for batch in loader for row in batch.row_index.tolist()]
+            assert rows == ([0, 12] if refuses else [0, 6, 12])
+            assert loader.ledger.bad == ({6: "too_dark"} if refuses else {})
+
+
 def test_a_failure_stops_the_step_it_belongs_to_and_none_before(
     corpus: Callable[..., Config], build: Any
 ) -> None:

@@ -108,7 +108,7 @@ def write_embeddings(
     }
     with only_writer(out / ".lock", out):
         done = _read_index(out / "index.json", index)
-        reader = SampleReader(manifest, config.data)
+        reader = SampleReader(manifest, config.data, refuses_dark=True)
         missing: dict[int, str] = {}
         told = Progress("parts, whole already")
         parts = [rows[i : i + part_rows] for i in range(0, len(rows), part_rows)]

@@ -20,7 +20,10 @@ ROWS_AT_ONCE = 128
 
 
 def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows: Array) -> Loader:
-    """Batches of these rows of the split as the model reads them, in their order."""
+    """Batches of these rows of the split as the model reads them, in their order.
+
+    Films that `mlip prepare` refuses as too dark are bad: the model would see black, and answer.
+    """
     return build_loader(
         config,
         manifest,
@@ -32,6 +35,7 @@ def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows
         with_report=False,
         rows=rows,
         global_pairs=min(ROWS_AT_ONCE, len(rows)),
+        refuses_dark=True,
     )
 
 

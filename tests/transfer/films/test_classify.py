@@ -9,11 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
 from mlip.cli import main
 from mlip.command_inputs import read_settings
+from mlip.dataloading.dicom_write import write_radiograph
 from mlip.pretrained import open_checkpoint
 from mlip.transfer.alignment.zero_shot import Prompts
 from mlip.transfer.films.classify import (
@@ -126,6 +128,26 @@ def test_a_file_that_cannot_be_read_has_its_reason_and_nobody_is_named(tmp_path,
     assert (tmp_path / "f.csv").stat().st_mode & 0o777 == 0o600
     assert run(tmp_path, "--finding", "Edema", "--split", "val", split="") == 3
     assert "split 'val' has none of its 30 rows" in capsys.readouterr().err
+
+
+def test_a_film_that_prepare_refuses_as_too_dark_gets_the_reason_and_no_score(tmp_path, capsys):
+    """12-bit values as they are in a PNG, and a DICOM file of one value."""
+    root = Path(shutil.copytree(pictures(), tmp_path / "images"))
+    low = np.random.default_rng(0).integers(0, 4096, (40, 60)).astype(np.uint16)
+    cv2.imwrite(str(root / "8.png"), low)
+    cv2.imwrite(str(root / "9.png"), low * 16)
+    flat = np.full((40, 60), 7, np.uint16)
+    write_radiograph(root / "flat.dcm", flat, patient_id="p", study_id="s", bits_stored=12)
+
+    def image(i: int) -> str:
+        return "flat.dcm" if i == 3 else f"{i}.png"
+
+    assert run(tmp_path, "--finding", "Edema", root=root, image=image) == 0
+    rows = read(tmp_path)
+    for i, row in enumerate(rows):
+        expected = "too_dark" if i in (3, 8) else ""
+        assert row["reason"] == expected and bool(row["Edema"]) == (not expected)
+    assert "30 rows; 2 cannot be read (too_dark 2)" in capsys.readouterr().out
 
 
 def test_sentences_of_one_s_own_ask_for_anything(tmp_path, capsys):
