@@ -46,7 +46,7 @@ class Question:
     """What is asked of every image.
 
     thresholds  finding -> score from which on it is called, of one head; a finding that the
-                evaluation could choose none for is None
+                evaluation could choose none for is None, one that it names none of is not in it
     no_thresholds  why there are none, where an evaluation was named
     file    of the sentences, "" where they are of no file
     """
@@ -132,7 +132,8 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
     prompts = _prompts(wordings, f"{path}", expected)
     if not cuts:
         return Question(prompts, no_thresholds=f"{path}: {why}", file=f"{path}")
-    return Question(prompts, {p.finding: cuts.get(p.finding) for p in prompts}, file=f"{path}")
+    known = {p.finding: cuts[p.finding] for p in prompts if p.finding in cuts}
+    return Question(prompts, known, file=f"{path}")
 
 
 def _prompts(tree: Any, where: str, expected: str) -> tuple[Prompts, ...]:

@@ -85,9 +85,10 @@ def write_classification(
         "probability)",
         *(f"  {f}: {n} called (threshold {question.thresholds[f]:.6g})" for f, n in counts.items()),
         *(
-            f"  {f}: no threshold: val cannot tell"
+            f"  {f}: no threshold: {why}"
             for f in findings
-            if decided and f not in decided
+            for why in ("val cannot tell" if f in question.thresholds else "the results name none",)
+            if question.thresholds and f not in decided
         ),
         *([f"  no thresholds ({question.no_thresholds})"] if question.no_thresholds else []),
         f"{out}: {len(lines) + len(images.bad)} rows{unread(images.bad)}",

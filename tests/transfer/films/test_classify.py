@@ -255,6 +255,16 @@ def test_an_evaluation_without_thresholds_gives_scores_and_says_why(tmp_path, ca
     said = capsys.readouterr().out
     assert "  Edema: no threshold: val cannot tell\n" in said and "  Mass: " in said
     assert "Mass called" in read(tmp_path)[0] and "Edema called" not in read(tmp_path)[0]
+    # neither has one: told of each, and one that the results name none of is no fault of val's
+    path = tmp_path / "out" / "results.json"
+    results = json.loads(path.read_text())
+    of = results["zero_shot"]["at_thresholds"]["findings"]
+    del of["Mass"]
+    path.write_text(json.dumps(results))
+    assert run(tmp_path, "--like", str(path)) == 0
+    said = capsys.readouterr().out
+    assert "  Edema: no threshold: val cannot tell\n" in said
+    assert "  Mass: no threshold: the results name none\n" in said
 
 
 def test_a_file_of_another_kind_is_never_replaced(tmp_path, capsys):
