@@ -68,4 +68,6 @@ def _is_one(kind: pa.DataType, kinds: Iterable[Callable[[pa.DataType], bool]]) -
 
 
 def _of_another_kind(kind: pa.DataType, name: str) -> KindError:
-    return KindError(f"column {name!r}: expected text or integers, got {kind}")
+    # what evaluate.subgroups cuts into ranges, too
+    hint = "; write days as numbers such as 20200131" if pa.types.is_temporal(kind) else ""
+    return KindError(f"column {name!r}: expected text or integers, got {kind}{hint}")

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from sklearn.metrics import roc_auc_score
 
@@ -62,6 +65,19 @@ def test_ranges_of_large_numbers_are_told_apart(tmp_path: Path) -> None:
         "20200102 to below 20200103.5",
     )
     assert [m.sum() for m in day.members] == [30, 30, 60] and not day.small["groups"]
+
+
+@pytest.mark.parametrize("kind", [pa.date32(), pa.timestamp("us", "UTC")])
+def test_a_column_of_days_is_refused_with_what_to_write(tmp_path: Path, kind: Any) -> None:
+    _manifest(tmp_path, "{}")
+    table = pyarrow.csv.read_csv(tmp_path / "manifest.csv")
+    days = pa.array(range(ROWS), pa.int32() if kind == pa.date32() else pa.int64()).cast(kind)
+    path = tmp_path / "manifest.parquet"
+    pyarrow.parquet.write_table(table.append_column("day", days), path)
+    given = [f"data.manifest={path}", "data.columns.study_id=null"]
+    config = load(overrides=[*given, "evaluate.subgroups={day: [20200101]}"])
+    with pytest.raises(ManifestError, match=r"'day': .* days as numbers such as 20200131"):
+        read_groupings(config, load_manifest(config.data), np.arange(ROWS))
 
 
 def test_what_programs_write_for_a_gap_is_no_group_and_names_fit_a_line(tmp_path: Path) -> None:
