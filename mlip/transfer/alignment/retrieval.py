@@ -23,6 +23,8 @@ from mlip.transfer.measures.interval import (
 from mlip.transfer.measures.predictions import KeepMarks
 
 CUTS = (1, 5, 10)
+# five patients lie on one side of their median once in 16 times: no interval from them holds 95 %
+FEWEST_FOR_MEDIAN = 6
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -110,7 +112,11 @@ def evaluate_retrieval(
 
 
 def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
-    """Recall at each cut and the median rank, with intervals; weights [R, queries]."""
+    """Recall at each cut and the median rank, with intervals; weights [R, queries].
+
+    The median of fewer than FEWEST_FOR_MEDIAN patients has none: where all ranks are 1 it would be
+    1 to 1, as if no other patient could tell otherwise.
+    """
     summary: dict[str, Any] = {
         f"recall@{k}": mean_estimate((ranks <= k).astype(np.float64), weights) for k in CUTS
     }
@@ -125,5 +131,7 @@ def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
         found = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
         medians[first : first + AT_ONCE] = found
     units = patients_in(weights)
+    if units < FEWEST_FOR_MEDIAN:
+        medians[:] = np.nan
     summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks), units)
     return summary

@@ -97,3 +97,20 @@ def test_nan_scores_are_an_error_that_names_the_score() -> None:
 
 def test_one_row_has_no_retrieval() -> None:
     assert run(np.eye(1), np.arange(1), pool=4)["scores"] == {}
+
+
+@pytest.mark.parametrize(("patients", "has_interval"), [(5, False), (6, True)])
+def test_the_median_rank_of_few_patients_has_no_interval(patients: int, has_interval: bool) -> None:
+    """Of five patients the least and the greatest rank hold the median in 15 of 16 draws alone."""
+    matrix = np.eye(2 * patients)  # every answer at rank 1
+    found = retrieval.evaluate_retrieval(
+        lambda rows: {"global": matrix[np.ix_(rows, rows)]},
+        np.arange(2 * patients),
+        np.repeat(np.arange(patients), 2),
+        pool=2 * patients,
+        bootstrap=50,
+        seed=0,
+    )
+    row = found["scores"]["global"]["image_to_text"]
+    assert row["median_rank"]["value"] == 1.0 and row["recall@1"]["low"] < 1.0
+    assert row["median_rank"]["low"] == (1.0 if has_interval else None)
