@@ -76,10 +76,12 @@ def interval_text(estimate: Mapping[str, Any]) -> str:
 
 
 def apart_text(difference: Mapping[str, Any]) -> str:
-    """A difference with its sign and interval."""
+    """A difference with its sign and interval, or why it has none."""
     if difference["value"] is None:
         return "n/a"
     text = f"{difference['value']:+.3f}"
+    if difference["reason"]:
+        text += f" ({difference['reason']})"
     if difference["low"] is not None:
         text += f" [{difference['low']:+.3f}, {difference['high']:+.3f}]"
     return text

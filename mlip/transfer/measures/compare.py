@@ -30,6 +30,8 @@ from mlip.transfer.table import NAMES, apart_text, number
 
 SCHEMA = 1
 KIND = "comparison"
+SIDES = ("a", "b", "difference")
+ALIKE = "no patient on which they differ"  # why a difference of 0 has no interval
 TOO_FEW = f"fewer than {FEWEST_OF_EACH} patients with or without it"
 
 
@@ -58,7 +60,8 @@ def compare(
              computed in}, "images", "patients", "methods": [{"a", "b",
              "findings": [{"finding", "measure", "n", "positives", "a", "b", "difference"}], "mean":
              [{"measure", "classes", "classes_asked", "a", "b", "difference"}]}], "not_compared"},
-             of Estimates with "seeds", the fits' own values
+             of Estimates with "seeds", the fits' own values; a difference of two that never
+             disagree has no interval, with that reason
     Raises:  PredictionsError for sides that are not of the same images, or share nothing
     """
     pairs = list(zip(own, others, strict=True)) if len(own) == len(others) else []
@@ -170,10 +173,7 @@ def _table(
                 "measure": measure,
                 "n": n,
                 "positives": positives,
-                **{
-                    name: over_seeds([unit[name] for unit in units.each], TOO_FEW)
-                    for name in ("a", "b", "difference")
-                },
+                **{name: _told(units.each, name, n) for name in SIDES},
             }
         )
     return {"a": first, "b": second, "findings": lines, "mean": _mean(found)}
@@ -256,8 +256,9 @@ def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
     """Of each measure the mean over the findings that every fit has it of."""
     means = []
     for measure in dict.fromkeys(key[1] for key in found):
-        asked = [units.each for key, units in found.items() if key[1] == measure]
-        told = [each for each in asked if all(None not in unit.values() for unit in each)]
+        asked = [units for key, units in found.items() if key[1] == measure]
+        kept = [units for units in asked if all(None not in unit.values() for unit in units.each)]
+        told, rows = [units.each for units in kept], max([units.counts[0] for units in kept] or [0])
         fits = [
             {name: _over_findings([each[u] for each in told], name) for name in told[0][u]}
             for u in range(len(told[0]) if told else 0)
@@ -267,13 +268,21 @@ def _mean(found: Mapping[tuple[str, str], _Measures]) -> list[dict[str, Any]]:
                 "measure": measure,
                 "classes": len(told),
                 "classes_asked": len(asked),
-                **{
-                    name: over_seeds([fit[name] for fit in fits], TOO_FEW)
-                    for name in ("a", "b", "difference")
-                },
+                **{name: _told(fits, name, rows) for name in SIDES},
             }
         )
     return means
+
+
+def _told(fits: Sequence[Mapping[str, Measured | None]], name: str, rows: int) -> dict[str, Any]:
+    """The mean over fits; rows are of all manifests, of which each fit knows its own."""
+    found = over_seeds([fit[name] for fit in fits], TOO_FEW)
+    if found["value"] is None:
+        return found
+    if name == "difference" and found["value"] == found["low"] == found["high"] == 0.0:
+        # an interval without width would say that no other patient can tell the two apart
+        return {**found, "n": rows, "low": None, "high": None, "reason": ALIKE}
+    return {**found, "n": rows}
 
 
 def _over_findings(units: Sequence[Mapping[str, Measured | None]], name: str) -> Measured:

@@ -90,10 +90,30 @@ def test_the_difference_is_that_of_each_resample_of_patients():
     assert [mean["difference"][k] for k in ("low", "high")] == ends(joined, units)
     assert (found["images"], found["patients"]) == (200, 100)
     assert found["pairs"] == [{"a": "one", "b": "two"}]
-    # the interval of a model against itself has no width, whatever its own
-    same = run(side(a), side(a))["methods"][0]["findings"][0]
-    assert [same["difference"][k] for k in ("value", "low", "high")] == [0.0, 0.0, 0.0]
-    assert same["a"]["high"] - same["a"]["low"] > 0.02
+
+
+def test_two_that_never_disagree_have_no_interval_but_that_reason():
+    """One without width would say that of no patient at all they can be told apart."""
+    a = drawn(1)
+    found = run(side(a), side(2 * a + 1), resamples=100)
+    (table,) = found["methods"]
+    for line in (*table["findings"], *table["mean"]):
+        told = line["difference"]
+        assert [told[k] for k in ("value", "low", "high", "n")] == [0.0, None, None, 200]
+        assert told["reason"] == "no patient on which they differ"
+        assert line["a"]["high"] - line["a"]["low"] > 0.02
+    assert "+0.000 (no patient on which they differ)" in comparison_lines(found)[2]
+    patients = dict(zip(ROWS.tolist(), PATIENTS.tolist(), strict=True))
+    facts = {"name": "one", "split": "test", "manifest": "m"}
+    marks = np.tile([0.0, 1.0], 100)
+    other = marks.copy()
+    other[[4, 9]] = 1 - other[[4, 9]]  # of two patients, one each way
+    made = [
+        Predictions([of_marks("100 %", 1, "mask", "dice", ROWS, m)], patients, facts)
+        for m in (marks, other)
+    ]
+    told = run(*made, resamples=400)["methods"][0]["findings"][0]["difference"]
+    assert told["value"] == 0.0 and told["low"] < 0 < told["high"] and told["reason"] is None
 
 
 def test_models_that_err_alike_are_told_apart_where_two_intervals_overlap():
@@ -210,6 +230,8 @@ def test_several_pre_trainings_are_compared_in_pairs():
     assert (apart["images"], apart["patients"]) == (400, 200)
     other = apart["methods"][0]["findings"][0]
     assert other["n"] == 400
+    for told in (other, apart["methods"][0]["mean"][0]):
+        assert [told[name]["n"] for name in ("a", "b", "difference")] == [400] * 3
     assert other["difference"]["value"] == pytest.approx(line["difference"]["value"])
     same = run([a[0], a[0]], [b[0], b[0]], resamples=400)["methods"][0]["findings"][0]
     twins = run(
@@ -338,7 +360,7 @@ def test_a_comparison_leaves_the_evaluations_as_they_are(tmp_path, capsys):
     out = tmp_path / "results.json"
     assert main(["compare", str(tmp_path), "--with", str(tmp_path), "--out", str(out)]) == 0
     assert path.read_bytes() == before and out.is_file()
-    assert "+0.000 [+0.000, +0.000]" in capsys.readouterr().out
+    assert "+0.000 (no patient on which they differ)" in capsys.readouterr().out
 
 
 def test_no_file_of_another_kind_is_replaced_by_a_comparison(tmp_path, capsys):
