@@ -196,6 +196,8 @@ def _scores(results: Mapping[str, Any], public: frozenset[str]) -> dict[str, Any
         "grounding": _grounding(results["grounding"]),
     }
     kept["data"]["is_phantom"] = bool(data["is_phantom"])
+    if "rows_in_split" in data:  # not in results of earlier versions
+        kept["data"]["rows_in_split"] = int(data["rows_in_split"])
     evaluate = results["config"]["evaluate"]
     kept["config"] = {
         "evaluate": {

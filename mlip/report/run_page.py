@@ -123,6 +123,8 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
             f"{data['images']:,}{f' of {asked:,}' if lost else ''} {run.get('split', '')} images "
             f"of {data.get('patients', 0):,} patients"
         )
+        if data.get("rows_in_split", 0) > asked:
+            parts.append(f"a random draw of {data['rows_in_split']:,} (evaluate.max_studies)")
         if lost:
             parts.append(f"{lost:,} could not be read and are in no score")
     if run.get("step"):

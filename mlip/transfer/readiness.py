@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError
-from mlip.transfer.alignment.evaluation import choose_rows
+from mlip.transfer.alignment.chosen_rows import choose_rows
 from mlip.transfer.alignment.label_prompts import lexicon_prompts
 from mlip.transfer.measures.subgroups import read_groupings
 from mlip.transfer.truth.annotations import Annotations

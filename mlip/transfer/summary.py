@@ -28,6 +28,8 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     """Every headline number with its interval and what it is to be compared with."""
     data = results["data"]
     lines = [f"{data['images']} images, {data['reports']} reports, {data['patients']} patients"]
+    if data["rows_in_split"] > data["rows_asked"]:
+        lines[0] += f", drawn from {data['rows_in_split']} rows (evaluate.max_studies)"
     zero_shot = results["zero_shot"]
     if "reason" in zero_shot:
         lines.append(f"zero-shot   n/a: {zero_shot['reason']}")

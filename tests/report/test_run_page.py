@@ -240,7 +240,8 @@ def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None
 
 
 def _examples_of_real_data() -> dict:
-    from mlip.transfer.alignment.evaluation import choose_rows, encode_split
+    from mlip.transfer.alignment.chosen_rows import choose_rows
+    from mlip.transfer.alignment.evaluation import encode_split
 
     run = small_run()
     import torch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,27 +18,24 @@ from torch import Tensor
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest
 from mlip.precision import precision_on
+from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.alignment.grounding import evaluate_grounding
-from mlip.transfer.alignment.large_retrieval import class_precision, whole_retrieval
 from mlip.transfer.alignment.patch_maps import PhraseMaps
 from mlip.transfer.alignment.prompts import encode_prompts
 from mlip.transfer.alignment.prototypes import prototype_statistics
 from mlip.transfer.alignment.queries import make_prior, make_queries
-from mlip.transfer.alignment.retrieval import DIRECTIONS, evaluate_retrieval
+from mlip.transfer.alignment.retrieval_run import retrieval_run
 from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
-from mlip.transfer.alignment.zero_shot import combine
-from mlip.transfer.alignment.zero_shot_run import logit_scales, some_of, zero_shot_run
+from mlip.transfer.alignment.zero_shot_run import zero_shot_run
 from mlip.transfer.array import Array
 from mlip.transfer.feature_store import FeatureStore
 from mlip.transfer.features import (
     ImageBank,
     TextBank,
     encoded,
-    global_scores,
-    local_scores,
     require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
@@ -106,36 +103,6 @@ def evaluate_run(
     }
 
 
-def choose_rows(config: Config, manifest: Manifest) -> Array:
-    """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them."""
-    rows = manifest.rows(config.evaluate.split, with_report=False)
-    if config.evaluate.subset is not None:
-        whole, rows = len(rows), _of_subset(config, manifest, rows)
-        if whole > 0 and len(rows) == 0:
-            raise ManifestError(
-                f"{manifest.path}: none of the {whole} rows of split {config.evaluate.split!r} "
-                f"(evaluate.split) is of evaluate.subset={config.evaluate.subset!r} in column "
-                f"{config.transfer.columns.subset!r}; choose another subset or split"
-            )
-    if len(rows) == 0:
-        raise ValueError(
-            f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
-            "evaluate; choose another split"
-        )
-    return some_of(rows, config)
-
-
-def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
-    if config.transfer.columns.subset is None:
-        raise ValueError(
-            f"evaluate.subset={config.evaluate.subset!r}: set transfer.columns.subset to the "
-            "manifest's column of subsets"
-        )
-    annotations = Annotations(config, manifest)
-    kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
-    return rows[np.array(kept, dtype=bool)]
-
-
 @torch.no_grad()
 def encode_split(
     model: Any,
@@ -201,7 +168,8 @@ def _evaluate(
 ) -> tuple[Array, dict[str, Any]]:
     """(manifest rows that were scored, results)"""
     check_labels(config, manifest)
-    rows = choose_rows(config, manifest)
+    in_split = rows_in_split(config, manifest)
+    rows = some_of(in_split, config)
     read_groupings(config, manifest, rows)  # refused before the images are encoded
     images, reports, beside = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
@@ -225,7 +193,6 @@ def _evaluate(
     boxes = finding_boxes.load_boxes(config, manifest, images.row_index.tolist())
     with_text = np.flatnonzero(beside["has_text"])
     oracle = generated.oracle(manifest, images.row_index[with_text]) if is_phantom else None
-    scores = _PoolScores(model, images, reports, with_text, device, oracle)
     masks = load_masks(config, manifest, images.row_index.tolist())
     annotations = Annotations(config, manifest)
     queries, phrases, names = make_queries(
@@ -246,20 +213,18 @@ def _evaluate(
     results: dict[str, Any] = {
         "data": {
             "is_phantom": is_phantom,
+            "rows_in_split": len(in_split),
             "rows_asked": len(rows),
             "images": len(images),
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
         },
         "zero_shot": zero_shot,
-        "retrieval": evaluate_retrieval(
-            scores,
-            beside["pair_id"][with_text],
-            patients[with_text],
-            pool=config.evaluate.retrieval_pool,
-            bootstrap=config.evaluate.bootstrap,
-            seed=config.run.seed,
-            keep=lambda m, what, measure, at, marks: keep(m, what, measure, with_text[at], marks),
+        "retrieval": retrieval_run(
+            *(model, config, manifest, images, reports, with_text, beside["pair_id"]),
+            device=device,
+            oracle=oracle,
+            keep=keep,
         ),
         "grounding": {"reason": "no boxes.csv with boxes of these images beside the manifest"}
         if maps is None
@@ -297,23 +262,6 @@ def _evaluate(
         ),
         "pairs": pair_statistics(config, manifest, tokenizer, linker, table),
     }
-    if "oracle" in results["retrieval"]["scores"]:
-        # not a score of the model: the ceiling to read the others by
-        results["retrieval"]["oracle"] = results["retrieval"]["scores"].pop("oracle")
-    embeddings = (
-        images.features.embedding[torch.as_tensor(with_text)],
-        reports.text.embedding[torch.as_tensor(with_text)],
-    )
-    results["retrieval"]["whole"] = whole_retrieval(
-        *embeddings,
-        pair_id=beside["pair_id"][with_text],
-        patient_ids=patients[with_text],
-        bootstrap=config.evaluate.bootstrap,
-        seed=config.run.seed,
-    )
-    results["retrieval"]["by_class"] = _by_class(
-        config, manifest, images.row_index[with_text], embeddings, patients[with_text]
-    )
     results["examples"] = collect_examples(
         model,
         config,
@@ -336,64 +284,3 @@ def _evaluate(
         precision=precision_on(model.config.train.precision, device, is_training=False),
     )
     return images.row_index, results
-
-
-def _by_class(
-    config: Config,
-    manifest: Manifest,
-    rows: Array,
-    embeddings: tuple[Tensor, Tensor],
-    patients: Array,
-) -> dict[str, Any]:
-    """Class precision of both directions among the rows that carry exactly one label."""
-    if manifest.label_column is None:
-        return {"reason": "data.columns.labels is not set"}
-    labels = [manifest.labels(row) for row in rows.tolist()]
-    one = np.flatnonzero([len(names) == 1 for names in labels])
-    classes = np.array([labels[i][0] for i in one.tolist()], dtype=str)
-    image, text = (e[torch.as_tensor(one)] for e in embeddings)
-    both = ((image, text), (text, image))
-    return {
-        direction: class_precision(
-            q,
-            c,
-            classes,
-            classes,
-            patients[one],
-            bootstrap=config.evaluate.bootstrap,
-            seed=config.run.seed,
-        )
-        for direction, (q, c) in zip(DIRECTIONS, both, strict=True)
-    }
-
-
-class _PoolScores:
-    """Score matrices of a pool of rows that have a report, for evaluate_retrieval."""
-
-    def __init__(
-        self,
-        model: Any,
-        images: ImageBank,
-        reports: TextBank,
-        with_text: Array,
-        device: torch.device,
-        oracle: Callable[[Array], Array] | None,
-    ) -> None:
-        self.model, self.images, self.reports = model, images, reports
-        self.with_text, self.device, self.oracle = with_text, device, oracle
-
-    def __call__(self, members: Array) -> dict[str, Array]:
-        rows = self.with_text[members]
-        texts = self.reports.rows(rows)
-        at = torch.as_tensor(rows)
-        by_global = global_scores(self.images.features.embedding[at], texts)
-        by_local = local_scores(
-            self.model, self.images.features.patches[at], texts, device=self.device
-        )
-        known = {} if self.oracle is None else {"oracle": self.oracle(members)}
-        return {
-            "global": by_global,
-            "local": by_local,
-            "combined": combine(by_global, by_local, *logit_scales(self.model)),
-            **known,
-        }

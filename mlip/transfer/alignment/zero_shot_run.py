@@ -14,6 +14,7 @@ import torch
 from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.transfer.alignment.chosen_rows import some_of
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
 from mlip.transfer.alignment.zero_shot import (
     Prompts,
@@ -126,15 +127,6 @@ def head_scores(
     both = combine(by_global, by_local, *logit_scales(model))
     named = {"global": by_global, "local": by_local, "combined": both}
     return {head: finding_scores(value, prompts) for head, value in named.items()}
-
-
-def some_of(rows: Array, config: Config) -> Array:
-    """All of the rows, or a keyed random evaluate.max_studies of them."""
-    most = config.evaluate.max_studies
-    if len(rows) <= most:
-        return rows
-    generator = np.random.default_rng(config.run.seed)
-    return np.sort(generator.choice(rows, size=most, replace=False))
 
 
 def _val_scores(

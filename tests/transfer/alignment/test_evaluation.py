@@ -14,8 +14,10 @@ import torch
 from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.phantom_types import CONCEPT_IDS
 from mlip.knowledge.linker import Mention
+from mlip.pretrained import save_pretrained
 from mlip.report.run_page import render
-from mlip.transfer.alignment.evaluation import choose_rows, encode_split, evaluate_run
+from mlip.transfer.alignment.chosen_rows import choose_rows
+from mlip.transfer.alignment.evaluation import encode_split, evaluate_run
 from mlip.transfer.alignment.prompts import phrase_encoder
 from mlip.transfer.draws import splits_hash
 from mlip.transfer.fingerprint import hash_of_weights
@@ -151,9 +153,7 @@ def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error()
     assert broken.training
 
 
-def test_more_rows_than_asked_for_are_a_keyed_choice() -> None:
-    import dataclasses
-
+def test_more_rows_than_asked_for_are_a_keyed_choice(tmp_path: Path) -> None:
     run = small_run()
     few = dataclasses.replace(
         run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=9)
@@ -162,6 +162,17 @@ def test_more_rows_than_asked_for_are_a_keyed_choice() -> None:
     assert len(chosen) == 9 == len(np.unique(chosen))
     np.testing.assert_array_equal(chosen, choose_rows(few, run.manifest))
     assert set(chosen.tolist()) <= set(run.manifest.rows("test").tolist())
+    # which every place says that shows scores
+    results = evaluate_run(run.model, few, run.manifest, run.tokenizer, run.linker, run.table)
+    asked = {key: results["data"][key] for key in ("rows_in_split", "rows_asked", "images")}
+    assert asked == {"rows_in_split": 32, "rows_asked": 9, "images": 9}
+    assert "drawn from 32 rows (evaluate.max_studies)" in summary_lines(results)[0]
+    assert "a random draw of 32 (evaluate.max_studies)" in render(tmp_path, results)
+    out = tmp_path / "model"
+    save_pretrained(out, run.model, run.config, run.tokenizer, run.table, results=results)
+    assert "the split has 32 rows, of which" in (out / "README.md").read_text()
+    for told in (summary_lines(small_results())[0], render(tmp_path, small_results())):
+        assert "drawn from" not in told and "random draw of" not in told
 
 
 @pytest.mark.parametrize("has_products", [True, False])

@@ -1,0 +1,60 @@
+"""Which rows of a manifest an evaluation without training takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlip.config import Config
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.transfer.array import Array
+from mlip.transfer.truth.annotations import Annotations
+
+
+def choose_rows(config: Config, manifest: Manifest) -> Array:
+    """Rows of the split to evaluate: all, or a keyed random evaluate.max_studies of them.
+
+    Raises:  as rows_in_split
+    """
+    return some_of(rows_in_split(config, manifest), config)
+
+
+def rows_in_split(config: Config, manifest: Manifest) -> Array:
+    """All rows of evaluate.split, of evaluate.subset alone where one is set.
+
+    Raises:  ManifestError or ValueError where there are none, or nothing tells of subsets
+    """
+    rows = manifest.rows(config.evaluate.split, with_report=False)
+    if config.evaluate.subset is not None:
+        whole, rows = len(rows), _of_subset(config, manifest, rows)
+        if whole > 0 and len(rows) == 0:
+            raise ManifestError(
+                f"{manifest.path}: none of the {whole} rows of split {config.evaluate.split!r} "
+                f"(evaluate.split) is of evaluate.subset={config.evaluate.subset!r} in column "
+                f"{config.transfer.columns.subset!r}; choose another subset or split"
+            )
+    if len(rows) == 0:
+        raise ValueError(
+            f"{manifest.path}: split {config.evaluate.split!r} (evaluate.split) has no rows to "
+            "evaluate; choose another split"
+        )
+    return rows
+
+
+def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
+    if config.transfer.columns.subset is None:
+        raise ValueError(
+            f"evaluate.subset={config.evaluate.subset!r}: set transfer.columns.subset to the "
+            "manifest's column of subsets"
+        )
+    annotations = Annotations(config, manifest)
+    kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
+    return rows[np.array(kept, dtype=bool)]
+
+
+def some_of(rows: Array, config: Config) -> Array:
+    """All of the rows, or a keyed random evaluate.max_studies of them."""
+    most = config.evaluate.max_studies
+    if len(rows) <= most:
+        return rows
+    generator = np.random.default_rng(config.run.seed)
+    return np.sort(generator.choice(rows, size=most, replace=False))
