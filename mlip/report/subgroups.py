@@ -14,12 +14,16 @@ STEP = 0.1  # of the scale's ends
 
 
 def subgroup_context(
-    found: Sequence[Mapping[str, Any]], titles: Mapping[str, str], headline: str
+    found: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+    headline: str,
+    classes: str = "findings",
 ) -> dict[str, Any] | None:
     """What templates/subgroups.html shows of mlip.transfer.measures.subgroups.subgroup_scores.
 
     titles    score -> its column's heading; scores that no group has are left out
     headline  the score whose difference from all others is drawn
+    classes   what the means are over
     Returns: None where no subgroups were asked for
     """
     if not found:
@@ -37,6 +41,7 @@ def subgroup_context(
     return {
         "columns": [titles[key] for key in shown],
         "headline": titles[headline],
+        "classes": classes,
         "axis": scale_axis(low=-reach, high=reach, ticks=(-reach, 0.0, reach), width=WIDTH_PX),
         "tables": [_table(table, shown, headline, reach) for table in found],
         **_single_findings(found, headline),

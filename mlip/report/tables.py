@@ -18,6 +18,7 @@ from mlip.report.charts import (
     scale_axis,
     scale_marks,
 )
+from mlip.report.subgroups import subgroup_context
 
 HEAD_MARKS = {
     "global": Mark(None, colour=ORANGE, shape="ring", label="global head"),
@@ -307,6 +308,12 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             if d in DIRECTIONS and "reason" not in row
         ],
         "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0)),
+        "by_group": subgroup_context(
+            found.get("subgroups") or [],
+            {head: f"Recall@10, {title.lower()}" for head, title in SCORES.items()},
+            "global",
+            "directions",
+        ),
     }
 
 
@@ -355,6 +362,9 @@ def grounding_context(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 **table,
                 "title": title,
                 "rows": rows,
+                "by_group": subgroup_context(
+                    table.get("subgroups") or [], {"hit": "Hit rate"}, "hit"
+                ),
                 "mask_rows": [row for row in rows if row.get("mask")],
                 "legend": legend(signs),
                 "axis": scale_axis(low=0.0, ticks=(0.0, 0.5, 1.0), width=GROUNDING_PX),

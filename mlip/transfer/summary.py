@@ -68,6 +68,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             shown = "  ".join(f"@{k} {_text(row[f'precision@{k}'])}" for k in (5, 10, 100))
             name = f"class precision {direction.replace('_', ' ')}"
             lines.append(f"{name}: {shown}  chance {row['chance']:.3f}")
+        lines += subgroup_lines(retrieval.get("subgroups", ()), "retrieval ", "recall@10")
     else:
         lines.append("retrieval   n/a: fewer than two reports")
     grounding = results["grounding"]
@@ -87,4 +88,5 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             f"  mean over findings    {_text(mean['hit'])}  CNR {_text(mean['cnr'])}  mIoU "
             f"{_text(mean['miou'])}"
         )
+        lines += subgroup_lines(table.get("subgroups", ()), f"pointing by {kind} ")
     return lines

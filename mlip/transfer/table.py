@@ -111,8 +111,14 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
     return lines + subgroup_lines(results["fractions"][-1]["scores"].get("subgroups", ()))
 
 
-def subgroup_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each group's first score and how it differs from all other rows, for a terminal."""
+def subgroup_lines(
+    found: Sequence[Mapping[str, Any]], of: str = "", score: str = "AUROC"
+) -> list[str]:
+    """Each group's first score and how it differs from all other rows, for a terminal.
+
+    of     what was asked, where it is not the findings of the images
+    score  what a head's score is
+    """
     lines = []
     for table in found:
         small = table["small_groups"]
@@ -123,14 +129,14 @@ def subgroup_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{table['not_stated']} images do not state it" if table["not_stated"] else "",
         ]
         said = "; ".join(text for text in left_out if text)
-        lines.append(f"by {table['column']}{f' ({said})' if said else ''}")
+        lines.append(f"{of}by {table['column']}{f' ({said})' if said else ''}")
         for group in table["groups"]:
             key = next(iter(group["macro"]), None)
             if key is None:
                 lines.append(f"  {group['name']:24s} nothing to score")
                 continue
             own, apart = group["macro"][key], apart_text(group["difference"][key])
-            name = NAMES.get(key, f"AUROC, {key}")
+            name = NAMES.get(key, f"{score}, {key}")
             lines.append(
                 f"  {group['name']:24s} {name} {interval_text(own)}, minus the others' {apart} "
                 f"({group['images']} images of {group['patients']} patients)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ from mlip.transfer.features import (
     require_finite,
 )
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
-from mlip.transfer.measures.predictions import of_marks, predictions_of
+from mlip.transfer.measures.mark_subgroups import mark_subgroups
+from mlip.transfer.measures.predictions import Series, of_marks, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
@@ -202,8 +203,11 @@ def _evaluate(
     holds_reports = any(query.kind == "phrase" for query in queries)
     bank = encode(phrases, cut=holds_reports) if phrases else None
     maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
+    groupings = read_groupings(config, manifest, images.row_index)
     zero_shot, series = zero_shot_run(
-        model, config, annotations, images, patients, encode, linker, table, is_phantom, device
+        *(model, config, annotations, images, patients, groupings, encode, linker, table),
+        is_phantom=is_phantom,
+        device=device,
     )
 
     def keep(method: str, what: str, measure: str, places: Array, marks: Array) -> None:
@@ -262,6 +266,13 @@ def _evaluate(
         ),
         "pairs": pair_statistics(config, manifest, tokenizer, linker, table),
     }
+    for part, marks in _marks(series, names).items():
+        found = results["retrieval"] if part == "retrieval" else results["grounding"][part]
+        found["subgroups"] = mark_subgroups(
+            *(marks, groupings, images.row_index, patients),
+            bootstrap=config.evaluate.bootstrap,
+            seed=config.run.seed,
+        )
     results["examples"] = collect_examples(
         model,
         config,
@@ -284,3 +295,19 @@ def _evaluate(
         precision=precision_on(model.config.train.precision, device, is_training=False),
     )
     return images.row_index, results
+
+
+def _marks(
+    series: Sequence[Series], names: Mapping[str, str]
+) -> dict[str, list[tuple[str, str, Series]]]:
+    """What is told by group, beside zero-shot: of "retrieval" each head's recall@10 by direction,
+    of each kind of phrase the hits by finding."""
+    found: dict[str, list[tuple[str, str, Series]]] = {}
+    for one in series:
+        if one.measure == "recall@10":
+            direction = one.finding.partition(" among ")[0]
+            found.setdefault("retrieval", []).append((direction, one.method, one))
+        elif one.measure == "hit":
+            kind, name = one.method.removeprefix("pointing by "), names.get(one.finding)
+            found.setdefault(kind, []).append((name or one.finding, "hit", one))
+    return found

@@ -33,7 +33,7 @@ from mlip.transfer.features import ImageBank, TextBank, global_scores, local_sco
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_findings
-from mlip.transfer.measures.subgroups import read_groupings, subgroup_scores
+from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
 from mlip.transfer.truth.annotations import Annotations, shared_names
 from mlip.transfer.truth.labels import label_matrix, label_names
 
@@ -46,9 +46,11 @@ def zero_shot_run(
     annotations: Annotations,
     images: ImageBank,
     patients: Array,
+    groupings: Sequence[Grouping],
     encode: Callable[[list[str]], TextBank],
     linker: Any,
     table: Any,
+    *,
     is_phantom: bool,
     device: torch.device,
 ) -> tuple[dict[str, Any], list[Series]]:
@@ -95,7 +97,7 @@ def zero_shot_run(
             told["findings"] = dict(zip(findings, told["findings"], strict=True))
             found["at_thresholds"] = {"rule": settings.threshold_rule, **told}
     found["subgroups"] = subgroup_scores(
-        read_groupings(config, manifest, images.row_index),
+        groupings,
         patients,
         lambda inside: measured(scores, labels, findings, thresholds, weights, patients, inside),
     )

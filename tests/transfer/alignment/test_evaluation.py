@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -240,6 +241,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     settings += ["evaluate.subgroups={sex: []}", "evaluate.threshold_rule=sensitivity=0.9"]
     for name, least in (("FEWEST_PATIENTS", 2), ("FEWEST_OF_EACH", 1)):
         monkeypatch.setattr(f"mlip.transfer.measures.subgroups.{name}", least)
+    monkeypatch.setattr("mlip.transfer.measures.mark_subgroups.FEWEST_PATIENTS", 2)
     config = load([], settings)
     results = evaluate_run(
         *(run.model, config, load_manifest(config.data), run.tokenizer, run.linker, run.table)
@@ -252,6 +254,9 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     for score in ("local", "global_specificity"):
         assert sex["groups"][0]["macro"][score]["value"] is not None
         assert sex["groups"][0]["difference"][score]["low"] is not None
+    (by_sex,) = results["retrieval"]["subgroups"]
+    told = [[g["name"], g["patients"], g["macro"]["global"]["n"]] for g in by_sex["groups"]]
+    assert told == [["F", 8, 8], ["M", 8, 8]]
     by_class = results["retrieval"]["by_class"]["image_to_text"]
     assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
     lines = "\n".join(summary_lines(results))
@@ -273,3 +278,34 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     ):
         assert part in page
     assert "mIoU" in render(tmp_path, small_results())
+
+
+def test_retrieval_and_pointing_are_told_by_group_too(tmp_path: Path) -> None:
+    """Oracle: the kept marks of each image. The candidates are those of the whole."""
+    run = small_run()
+    evaluate = dataclasses.replace(run.config.evaluate, subgroups={"view": []}, thresholds=False)
+    config = dataclasses.replace(run.config, evaluate=evaluate)
+    results = evaluate_run(*(run.model, config, run.manifest, run.tokenizer, run.linker, run.table))
+    plain = small_results()
+    assert results["retrieval"]["scores"] == plain["retrieval"]["scores"]
+    (zero_shot,) = results["zero_shot"]["subgroups"]
+    (retrieval,) = results["retrieval"]["subgroups"]
+    views = {g["name"]: g["images"] for g in zero_shot["groups"]}
+    assert {g["name"]: g["images"] for g in retrieval["groups"]} == views and len(views) > 0
+    reader = csv.DictReader((run.folder / "data" / "manifest.csv").open(encoding="utf-8"))
+    view = np.array([row["view"] for row in reader])
+    for one in results["predictions"].series:
+        for group in retrieval["groups"] if one.measure == "recall@10" else ():
+            told = {c["class"]: c[one.method]["value"] for c in group["classes"]}
+            own = one.scores[view[one.rows] == group["name"]].mean()
+            assert told[one.finding.partition(" among ")[0]] == pytest.approx(own)
+    for kind in ("keyword", "sentence"):
+        (pointing,) = results["grounding"][kind]["subgroups"]
+        names = {row["name"] for row in results["grounding"][kind]["findings"]}
+        assert {c["class"] for g in pointing["groups"] for c in g["classes"]} <= names
+        assert all(g["images"] <= views[g["name"]] for g in pointing["groups"])
+    page, lines = render(tmp_path, results), "\n".join(summary_lines(results))
+    assert "By group of the query" in page and "By group of the image" in page
+    assert "retrieval by view" in lines and "pointing by keyword by view" in lines
+    assert "recall@10, global" in lines
+    assert "By group of" not in render(tmp_path, plain)
