@@ -24,7 +24,7 @@ from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.alignment.grounding import evaluate_grounding
 from mlip.transfer.alignment.patch_maps import PhraseMaps
-from mlip.transfer.alignment.prompts import encode_prompts
+from mlip.transfer.alignment.prompts import encode_prompts, warn_of_unknown_words
 from mlip.transfer.alignment.prototypes import prototype_statistics
 from mlip.transfer.alignment.queries import make_prior, make_queries
 from mlip.transfer.alignment.retrieval_run import retrieval_run
@@ -180,6 +180,7 @@ def _evaluate(
     is_phantom = meta is not None
 
     def encode(phrases: list[str], cut: bool = False) -> TextBank:
+        warn_of_unknown_words(tokenizer, phrases)
         return encode_prompts(
             model,
             phrases,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ from mlip.config import Config
 from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import TextBank, encode_texts, join_texts
 
+logger = logging.getLogger("mlip")
 TEXTS_AT_ONCE = 256
+MOST_TOLD = 5  # phrases that a line names by number
 LONGEST_QUOTED = 60  # characters: what is longer may be a report, which no message quotes
 
 
@@ -41,6 +44,26 @@ class TextError(ValueError):
 def named_phrase(text: str, place: int) -> str:
     """How an error calls a phrase: quoted where it is short, else by its number."""
     return f"the phrase {text!r}" if len(text) <= LONGEST_QUOTED else f"phrase {place + 1}"
+
+
+def warn_of_unknown_words(tokenizer: Any, texts: Sequence[str], *, first: int = 0) -> None:
+    """One line in the log where the vocabulary does not know all of what is asked; quotes nothing.
+
+    Such a score says less, or nothing, of the words that were meant.
+    first  how many texts came before these, which the line counts
+    """
+    found = []
+    for place, one in enumerate(tokenizer.encode_batch(list(texts)), start=first + 1):
+        if unknown := sum(token == tokenizer.unk_id for token in one.ids):
+            found.append(f"phrase {place} ({unknown} of {len(one.ids)} tokens)")
+    if found:
+        more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
+        logger.warning(
+            "words that the checkpoint's vocabulary does not know, for which the model reads one "
+            "and the same token: %s%s",
+            ", ".join(found[:MOST_TOLD]),
+            more,
+        )
 
 
 def make_text_batch(

@@ -23,7 +23,12 @@ from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import choose_sections
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.alignment.patch_maps import phrase_maps
-from mlip.transfer.alignment.prompts import TextError, encode_prompts, named_phrase
+from mlip.transfer.alignment.prompts import (
+    TextError,
+    encode_prompts,
+    named_phrase,
+    warn_of_unknown_words,
+)
 from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank, global_scores, local_scores
 
@@ -136,16 +141,20 @@ def encode_images(opened: Any, paths: Iterable[str | Path]) -> ImageFeatures:
     )
 
 
-def encode_texts(opened: Any, texts: Iterable[str]) -> TextBank:
+def encode_texts(opened: Any, texts: Iterable[str], *, first: int = 0) -> TextBank:
     """Features of phrases with the knowledge linked from them, negation included.
 
+    Where the vocabulary does not know all of their words, the log has a line that says how many.
+    first  how many phrases came before these, which messages count
     Raises:  TextError for a text without words, longer than the model reads, or in no word, part
              of a word or character that the checkpoint's vocabulary knows; ValueError for what is
              no text, or a model in training mode.
     """
     texts = _listed(texts, "texts", str)
     if (place := _first_unknown(opened, texts)) is not None:
-        raise TextError(f"{named_phrase(texts[place], place)} {_UNKNOWN}", place)
+        named = named_phrase(texts[place], first + place)
+        raise TextError(f"{named} {_UNKNOWN}", first + place)
+    warn_of_unknown_words(opened.tokenizer, texts, first=first)
     return _encode(opened, texts, cut=False)
 
 

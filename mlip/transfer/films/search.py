@@ -113,8 +113,8 @@ def _require_cell(text: str) -> None:
 def ask_phrases(phrases: Sequence[str], opened: Any) -> list[Query]:
     """Raises:  ValueError as encode_texts"""
     queries = []
-    for phrase in phrases:  # one at a time: an error numbers and names its own
-        texts = encode_texts(opened, [phrase])
+    for place, phrase in enumerate(phrases):
+        texts = encode_texts(opened, [phrase], first=place)
         queries.append(_by_sentences("phrase", phrase, texts, np.ones(1)))
     return queries
 

@@ -25,6 +25,7 @@ from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.results_file import save_results
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
+from tests.transfer.small_manifest import evaluate, write
 
 
 def test_every_score_has_n_and_an_interval_around_it() -> None:
@@ -283,8 +284,8 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
 def test_retrieval_and_pointing_are_told_by_group_too(tmp_path: Path) -> None:
     """Oracle: the kept marks of each image. The candidates are those of the whole."""
     run = small_run()
-    evaluate = dataclasses.replace(run.config.evaluate, subgroups={"view": []}, thresholds=False)
-    config = dataclasses.replace(run.config, evaluate=evaluate)
+    asked = dataclasses.replace(run.config.evaluate, subgroups={"view": []}, thresholds=False)
+    config = dataclasses.replace(run.config, evaluate=asked)
     results = evaluate_run(*(run.model, config, run.manifest, run.tokenizer, run.linker, run.table))
     plain = small_results()
     assert results["retrieval"]["scores"] == plain["retrieval"]["scores"]
@@ -309,3 +310,14 @@ def test_retrieval_and_pointing_are_told_by_group_too(tmp_path: Path) -> None:
     assert "retrieval by view" in lines and "pointing by keyword by view" in lines
     assert "recall@10, global" in lines
     assert "By group of" not in render(tmp_path, plain)
+
+
+def test_sentences_of_unknown_words_are_told_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Findings asked in a language of which the vocabulary has no letter scored without a word."""
+    settings = [*write(tmp_path), "evaluate.examples=0"]
+    assert evaluate(tmp_path, settings) == 0 and "vocabulary" not in caplog.text
+    assert evaluate(tmp_path, [*settings, "evaluate.positive_prompts=['{} \u5de6', '{}.']"]) == 0
+    (line,) = [line for line in caplog.messages if "vocabulary does not know" in line]
+    assert "phrase 1 (1 of " in line and "phrase 2" not in line and "\u5de6" not in line

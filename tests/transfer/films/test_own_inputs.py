@@ -24,6 +24,7 @@ from mlip.pretrained_model import Pretrained
 from mlip.transfer.alignment.patch_maps import phrase_maps
 from mlip.transfer.films.embed import write_embeddings
 from mlip.transfer.films.own_inputs import ImageFileError, encode_pixels, model_input
+from mlip.transfer.films.search import ask_phrases
 from tests.small_run import small_export, small_run
 
 
@@ -99,6 +100,27 @@ def test_a_dicom_file_gives_the_features_of_its_pixels(opened: Pretrained, tmp_p
     read = opened.encode_images([tmp_path / "film.dcm"])
     made = encode_pixels(opened, model_input(grey, opened.config))
     assert torch.equal(read.embedding, made.embedding) and torch.equal(read.patches, made.patches)
+
+
+def test_words_that_the_vocabulary_does_not_know_are_told_by_number(
+    opened: Pretrained, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two phrases that differ in unknown words alone are one to the model."""
+    texts = ["heart", "\u5de6 effusion", "\u53f3 effusion", "pleural effusion"]
+    found = opened.encode_texts(texts)
+    assert torch.equal(found.text.embedding[1], found.text.embedding[2])
+    (line,) = caplog.messages
+    tokens = len(opened.tokenizer.encode_batch(["\u5de6 effusion"])[0].ids)
+    assert line.endswith(", ".join(f"phrase {n} (1 of {tokens} tokens)" for n in (2, 3)))
+    assert not any(word in line for word in ("effusion", "\u5de6", "\u53f3"))
+    caplog.clear()
+    opened.encode_texts(["heart", "pleural effusion"])
+    assert caplog.messages == []
+    opened.encode_texts([f"heart \u5de6{n}" for n in range(7)])
+    assert "phrase 5 (" in caplog.text and "phrase 6" not in caplog.text
+    assert caplog.messages[-1].endswith(" and 2 more")
+    ask_phrases(["heart", "\u5de6 effusion"], opened)
+    assert caplog.messages[-1].endswith(f"token: phrase 2 (1 of {tokens} tokens)")
 
 
 def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> None:
