@@ -327,12 +327,22 @@ def _mask_summary(columns: Mapping[str, Array], weights: Array) -> dict[str, Any
 
 
 def _ratio(hits: Array, swapped: Array, weights: Array) -> Estimate:
-    """Hit rate over the swapped images' hit rate, with its interval."""
+    """Hit rate over the swapped images' hit rate, with its interval.
+
+    None where resamples without a hit on a swapped image, whose ratio is infinite, reach its upper
+    end: without them it would be that of one hit, the greatest that is left.
+    """
     if len(hits) == 0:
         return not_available("no image without the finding to swap in")
     if swapped.sum() == 0:
         return not_available("the swapped images were never hit", len(hits))
+    value, units = float(hits.mean() / swapped.mean()), patients_in(weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         resampled = weighted_mean(hits, weights) / weighted_mean(swapped, weights)
-    value, units = float(hits.mean() / swapped.mean()), patients_in(weights)
-    return estimate(value, resampled, len(hits), units)
+    known = resampled[np.isfinite(resampled)]
+    greatest = max([value, *known])
+    found = estimate(value, np.nan_to_num(resampled, nan=np.nan, posinf=1e9), len(hits), units)
+    if found["high"] is not None and found["high"] > greatest:
+        rare = "the swapped images were hit too rarely to bound it"
+        return {**found, "low": None, "high": None, "reason": rare}
+    return found

@@ -8,6 +8,7 @@ import pytest
 from mlip.transfer.alignment import grounding
 from mlip.transfer.alignment.grounding import PixelPrior, Query
 from mlip.transfer.alignment.patch_maps import Upsampler, pointed_pixel
+from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.truth.finding_masks import Mask
 
 SIZE = (64, 64)
@@ -169,3 +170,17 @@ def test_several_masks_of_a_query_are_one_and_queries_without_any_do_not_count()
     assert row["mask"]["hit"]["value"] == 1.0 and row["mask"]["cnr"]["value"] > 1
     nothing = evaluate(np.zeros((1, 2, 64)), queries[1:])["keyword"]["all"]
     assert nothing["mask"] is None
+
+
+def test_a_ratio_over_hardly_a_hit_has_no_interval() -> None:
+    """Draws without a swapped hit are of an infinite ratio. Left out, the upper end was that of one
+    hit: below a true ratio of 80 in all of 167 draws of 80 queries that told an interval."""
+    weights = patient_resamples(np.arange(80), 400, 0)
+    for hit_of_swapped in (1, 2):
+        swapped = np.arange(80) < hit_of_swapped
+        told = grounding._ratio(np.ones(80), swapped.astype(float), weights)
+        assert told["value"] == 80 / hit_of_swapped and told["low"] is told["high"] is None
+        assert told["reason"] == "the swapped images were hit too rarely to bound it"
+    told = grounding._ratio(np.ones(80), (np.arange(80) < 12).astype(float), weights)
+    draws = 1 / np.average(np.tile(np.arange(80) < 12, (400, 1)), axis=1, weights=weights)
+    assert told["reason"] is None and told["low"] < 80 / 12 < told["high"] <= draws.max()
