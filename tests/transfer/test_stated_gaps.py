@@ -29,7 +29,7 @@ from tests.transfer.small_manifest import (
     [
         ("test", "0 of 12 test rows carry the class"),
         ("train", "the training draw shows the class in one kind of rows only"),
-        ("val", "no row of val carries the class: there is no threshold"),
+        ("val", "val shows the class in one kind of rows only: there is no threshold"),
     ],
 )
 def test_a_class_without_positives_is_stated_and_never_one_half(
@@ -48,6 +48,17 @@ def test_a_class_without_positives_is_stated_and_never_one_half(
     assert (row["auroc"]["value"] is not None) == (split == "val")
     assert np.isfinite(fraction["fits"][0]["val_loss"]).all()
     assert reason in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_class_that_all_of_val_carries_has_no_threshold_for_that_reason(tmp_path: Path) -> None:
+    """Of evaluate.threshold_rule=specificity=S it was told that no row of val carries the class."""
+    everywhere = {"labels": lambda i: "Edema" if SPLITS[i % 5] == "val" or i % 2 else "Mass"}
+    settings = [*write(tmp_path, **everywhere), *LABELS, "evaluate.threshold_rule=specificity=0.9"]
+    assert evaluate(tmp_path, settings) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row,) = results["fractions"][0]["scores"]["classes"]
+    reason = "val shows the class in one kind of rows only: there is no threshold"
+    assert row["specificity"]["value"] is None and row["specificity"]["reason"] == reason
 
 
 def test_a_mean_over_classes_says_which_share_of_them_it_is_over(

@@ -198,7 +198,7 @@ def _reason(truth: Array, predictions: Sequence[Prediction], k: int) -> str:
         return f"{int(truth.sum())} of {len(truth)} test rows carry the class"
     if not any(p["learnt"][k] for p in predictions):
         return "the training draw shows the class in one kind of rows only"
-    return "no row of val carries the class: there is no threshold"
+    return "val shows the class in one kind of rows only: there is no threshold"
 
 
 def exclusive_scores(
