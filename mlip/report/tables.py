@@ -19,6 +19,7 @@ from mlip.report.charts import (
     scale_marks,
 )
 from mlip.report.subgroups import subgroup_context
+from mlip.transfer.table import classes_text
 
 HEAD_MARKS = {
     "global": Mark(None, colour=ORANGE, shape="ring", label="global head"),
@@ -69,11 +70,13 @@ def headline(results: Mapping[str, Any]) -> list[Markup]:
         lines.append(
             Markup(
                 "Without a single label, the {} ranks a study with a finding above one without it "
-                "in <b>{:.0f} of 100 pairs</b> (mean AUROC {}; a coin gets 50). Worst: {}, {:.2f}."
+                "in <b>{:.0f} of 100 pairs</b> (mean AUROC {}{}; a coin gets 50). "
+                "Worst: {}, {:.2f}."
             ).format(
                 SCORES[head].lower(),
                 100 * macro[head]["value"],
                 _with_range(macro[head]),
+                f" {over}" if (over := _over(macro[head])) else "",
                 name.lower(),
                 worst["value"],
             )
@@ -213,6 +216,8 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
     return {
         "rows": [{**r, "drawing": drawing(r)} for r in rows],
         "macro": found["macro"],
+        # a finding has both classes for every head, or for none
+        "macro_over": _over(found["macro"][heads[0]]) if heads else "",
         "macro_drawing": drawing(found["macro"]),
         "worst": [
             (
@@ -249,7 +254,13 @@ def _threshold_context(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     names = {row["finding"]: row["name"] for row in found["findings"]}
     rows = [(names[finding], row["combined"]) for finding, row in told["findings"].items()]
-    return {"rule": told["rule"], "rows": rows, "macro": told["macro"]}
+    over = _over(told["macro"]["combined"]["f1"])
+    return {"rule": told["rule"], "rows": rows, "macro": told["macro"], "over": over}
+
+
+def _over(mean: Mapping[str, Any]) -> str:
+    """Over how many findings a mean is, "" where all count."""
+    return classes_text(mean).replace("classes", "findings")
 
 
 def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:

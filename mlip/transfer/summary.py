@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlip.transfer.table import subgroup_lines
+from mlip.transfer.table import classes_text, subgroup_lines
 
 RATE_TITLES = {
     "f1": "F1 at val thresholds",
@@ -38,7 +38,8 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         for row in zero_shot["findings"]:
             lines.append(f"  {row['name']:<23} " + "".join(f"{_text(row[h]):<20}" for h in HEADS))
         macro = zero_shot["macro"]
-        lines.append(f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS))
+        mean = f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS)
+        lines.append(f"{mean}{classes_text(macro['global']).replace('classes', 'findings')}")
         means = (zero_shot.get("at_thresholds") or {}).get("macro", {})
         for rate, title in RATE_TITLES.items() if means else ():
             shown = "".join(f"{_text(means[h][rate]):<20}" for h in HEADS)

@@ -19,6 +19,7 @@ from mlip.report.run_page import write_report
 from mlip.report.training import MOST_ROWS, read_log, training_charts
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.png_text import png_text
+from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
 
 LEDGER = {
@@ -82,6 +83,22 @@ def test_the_page_says_how_many_images_could_not_be_read(tmp_path: Path, page: s
     results["data"]["rows_asked"] = images + 40
     text = write_report(tmp_path, results).read_text()
     assert f"{images} of {images + 40} " in text and "40 could not be read" in text
+
+
+def test_a_mean_over_some_findings_says_over_how_many(tmp_path: Path, page: str) -> None:
+    """A mean over the findings that happen to be scored stood there as that over all of them."""
+    results = copy.deepcopy(small_results())
+    asked = len(results["zero_shot"]["findings"])
+    means = [results["zero_shot"]["macro"]["global"]]
+    if told := results["zero_shot"].get("at_thresholds", {}).get("macro"):
+        means.append(told["combined"]["f1"])
+    for mean in means:
+        assert mean["classes_asked"] == asked
+        mean["classes"] = asked - 2
+    text = write_report(tmp_path, results).read_text()
+    assert text.count(f"over {asked - 2} of {asked} findings") == 1 + len(means)
+    assert f"over {asked - 2} of {asked} findings" in "\n".join(summary_lines(results))
+    assert not re.search(rf"over \d+ of {asked} findings", page)
 
 
 class _Outline(HTMLParser):

@@ -91,7 +91,8 @@ def evaluate_zero_shot(
     Shapes:  scores {head: [images, findings]}; labels [images, findings], 1, 0, or -1 where the
              row says nothing about the finding (left out of that finding)
     Returns: {"findings": [{finding, name, positives, n, <head>: Estimate, ...}],
-             "macro": {head: Estimate}, "worst": {head: Estimate with "finding"}}
+             "macro": {head: Estimate with "classes" of "classes_asked"},
+             "worst": {head: Estimate with "finding"}}
              A finding without both classes is value None with the reason, and leaves the macro.
     """
     weights = patient_resamples(patient_ids, bootstrap, seed)
@@ -116,7 +117,7 @@ def evaluate_zero_shot(
     return {
         "findings": table,
         # one resample of patients serves all findings, so their errors stay correlated in the mean
-        "macro": {head: _macro(measured) for head, measured in kept.items()},
+        "macro": {head: _macro(measured, len(prompts)) for head, measured in kept.items()},
         "worst": {head: _worst(table, head) for head in scores},
         "wordings": {
             p.finding: {"positive": list(p.positive), "negative": list(p.negative)} for p in prompts
@@ -124,10 +125,14 @@ def evaluate_zero_shot(
     }
 
 
-def _macro(measured: Sequence[Measured]) -> Estimate:
+def _macro(
+    measured: Sequence[Measured], asked: int, reason: str = "no finding has both classes"
+) -> dict[str, Any]:
+    """With "classes", over how many of "classes_asked" it is: means over others do not compare."""
+    counted = {"classes": len(measured), "classes_asked": asked}
     if not measured:
-        return not_available("no finding has both classes")
-    return estimate(*mean_over(measured, max(m.n for m in measured)))
+        return {**not_available(reason), **counted}
+    return {**estimate(*mean_over(measured, max(m.n for m in measured))), **counted}
 
 
 def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def at_thresholds(
              MEANT: Estimate}}}; a rate that val or test cannot give is value None with the reason
     """
     table: list[dict[str, Any]] = [{} for _ in range(labels.shape[1])]
-    macro: dict[str, dict[str, Estimate]] = {}
+    macro: dict[str, dict[str, dict[str, Any]]] = {}
     for head, values in scores.items():
         kept: dict[str, list[Measured]] = {name: [] for name in MEANT}
         for f, row in enumerate(table):
@@ -185,9 +190,7 @@ def at_thresholds(
                 if is_there and name in kept:
                     kept[name].append(rate)
         macro[head] = {
-            name: estimate(*mean_over(measured, len(labels)))
-            if measured
-            else not_available("no finding has a threshold")
+            name: _macro(measured, len(table), "no finding has a threshold")
             for name, measured in kept.items()
         }
     return {"findings": table, "macro": macro}

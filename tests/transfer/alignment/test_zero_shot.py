@@ -102,6 +102,7 @@ def test_a_rare_finding_does_not_cost_the_mean_its_interval() -> None:
         seed=0,
     )
     macro = found["macro"]["global"]
+    assert (macro["classes"], macro["classes_asked"]) == (2, 2)
     assert macro["low"] < macro["value"] < macro["high"]
 
 
@@ -137,6 +138,7 @@ def test_rates_use_the_threshold_of_val_and_never_of_test() -> None:
     assert none == {"global": [None, None]}
     found = at_thresholds(scores, labels, none, weights)
     assert found["macro"]["global"]["f1"]["value"] is None
+    assert found["macro"]["global"]["f1"]["classes"] == 0
     assert "val does not carry" in found["findings"][0]["global"]["npv"]["reason"]
 
 
