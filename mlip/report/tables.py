@@ -152,6 +152,8 @@ def _card(
     bounds = ""
     if estimate.get("low") is not None:
         bounds = f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+    elif estimate.get("reason"):
+        bounds = f"no interval: {estimate['reason']}"
     if estimate["n"] < ENOUGH:
         bounds += f"{'; ' if bounds else ''}n = {estimate['n']}"
     if chance is not None:

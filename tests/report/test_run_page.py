@@ -85,6 +85,16 @@ def test_the_page_says_how_many_images_could_not_be_read(tmp_path: Path, page: s
     assert f"{images} of {images + 40} " in text and "40 could not be read" in text
 
 
+def test_a_score_without_an_interval_says_why(tmp_path: Path, page: str) -> None:
+    results = copy.deepcopy(small_results())
+    row = results["grounding"]["keyword"]["all"]
+    bare = {"value": 9.0, "low": None, "high": None, "n": 30, "reason": "hit too rarely"}
+    row["over_swapped"] = bare
+    text = write_report(tmp_path, results).read_text()
+    assert '<span class="ci" title="hit too rarely">no interval</span>' in text
+    assert "no interval: hit too rarely; no better 1.0" in text
+
+
 def test_a_mean_over_some_findings_says_over_how_many(tmp_path: Path, page: str) -> None:
     """A mean over the findings that happen to be scored stood there as that over all of them."""
     results = copy.deepcopy(small_results())

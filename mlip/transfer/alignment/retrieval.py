@@ -131,7 +131,9 @@ def rank_summary(ranks: Array, weights: Array) -> dict[str, Any]:
         found = np.where(reached[:, -1] > 0, ranks[order][middle], np.nan)
         medians[first : first + AT_ONCE] = found
     units = patients_in(weights)
+    median = estimate(float(np.median(ranks)), medians, len(ranks), units)
     if units < FEWEST_FOR_MEDIAN:
-        medians[:] = np.nan
-    summary["median_rank"] = estimate(float(np.median(ranks)), medians, len(ranks), units)
+        few = f"fewer than {FEWEST_FOR_MEDIAN} patients"
+        median = {**median, "low": None, "high": None, "reason": few}
+    summary["median_rank"] = median
     return summary

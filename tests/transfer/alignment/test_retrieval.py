@@ -114,3 +114,4 @@ def test_the_median_rank_of_few_patients_has_no_interval(patients: int, has_inte
     row = found["scores"]["global"]["image_to_text"]
     assert row["median_rank"]["value"] == 1.0 and row["recall@1"]["low"] < 1.0
     assert row["median_rank"]["low"] == (1.0 if has_interval else None)
+    assert row["median_rank"]["reason"] == (None if has_interval else "fewer than 6 patients")
