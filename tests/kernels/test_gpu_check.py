@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,3 +127,119 @@ def test_figures_of_no_commit_are_refused_before_any_minute_is_spent(
 
 def test_a_package_inside_a_missing_one_is_missing() -> None:
     assert gpu_check.is_there("json.decoder") and not gpu_check.is_there("no_such.inner")
+
+
+def _benchmark_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What main starts behind green tests that took 100 s, on a machine that has everything."""
+    told: dict[str, Any] = {}
+    now = SimpleNamespace(s=1000.0)
+
+    def run_tests(part: Any, environment: dict[str, str], seconds: float) -> int:
+        told["tests"] = (part, environment, seconds)
+        now.s += 100.0
+        return 0
+
+    def run(command: list[str], **more: Any) -> Any:
+        told.update(more, command=command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "is_there", lambda name: True)
+    monkeypatch.setattr(gpu_check, "run_tests", run_tests)
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now.s)
+    monkeypatch.setenv("MLIP_COMMIT", "0123456789ab")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    # the benchmark's failure is that of the check
+    assert gpu_check.main() == (3 if "command" in told else 0)
+    return told
+
+
+@pytest.mark.parametrize("name", gpu_check.PARTS)
+def test_a_benchmark_gets_its_part_s_options_and_the_minutes_that_tests_left(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: nine minutes, 20 s of them for writing, 100 s for the tests, one for a late row."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MLIP_DISABLE_TRITON", "1")
+    told = _benchmark_of(["--part", name], monkeypatch)
+    wanted = {"data": ["--only", "reading"], "deepspeed": ["--only", "deepspeed"]}.get(name, [])
+    script = "bench_kernels.py" if name == "kernels" else "bench_step.py"
+    assert told["command"] == [
+        sys.executable, str(ROOT / "benchmarks" / script), *wanted, "--minutes", "6.00",
+    ]  # fmt: skip
+    assert told["timeout"] == pytest.approx(540 - 20 - 100) and told["cwd"] == ROOT
+    part, environment, seconds = told["tests"]
+    assert part is gpu_check.PARTS[name] and seconds == part.tests_s
+    assert environment == told["env"] and environment["PYTHONPATH"].startswith(str(ROOT))
+    # neither the interpreter's kernels nor plain torch are what a card is asked about
+    assert {"TRITON_INTERPRET", "MLIP_DISABLE_TRITON"}.isdisjoint(environment)
+
+
+def test_tests_alone_and_benchmarks_alone_are_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLIP_COMMIT", raising=False)
+    assert set(_benchmark_of(["--skip-benchmarks"], monkeypatch)) == {"tests"}
+    told = _benchmark_of(["--skip-tests"], monkeypatch)
+    assert "tests" not in told and told["command"][-1] == "7.67"
+
+
+def test_what_the_machine_lacks_ends_it_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlip.kernels import _dispatch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "run_tests", lambda *_: pytest.fail("tests were run"))
+    monkeypatch.setattr(gpu_check, "is_there", lambda name: name != "pydicom")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--part", "deepspeed"])
+    assert gpu_check.main() == 2 and "gpu-check needs pydicom in" in capsys.readouterr().err
+    monkeypatch.setattr(_dispatch, "missing_tools", lambda: "no C compiler")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    assert gpu_check.main() == 2 and "no C compiler" in capsys.readouterr().err
+
+
+SHARED_TESTS = """
+import os, pathlib, time, pytest
+
+@pytest.mark.gpu
+def test_of_a_gpu():
+    with open(os.environ["TOLD"], "a") as file:
+        file.write(os.environ["MLIP_TEST_SHARE"] + " ")
+    kind = os.environ["KIND"]
+    if kind == "hangs":
+        time.sleep(60)
+    assert kind != "fails" or not os.environ["MLIP_TEST_SHARE"].startswith("0/"), "the reason"
+
+def test_of_a_cpu():
+    raise AssertionError("run")
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_shared", "outcome"),
+    [("passes", True, 0), ("passes", False, 0), ("fails", True, 1), ("hangs", False, 1)],
+)
+def test_gpu_tests_alone_run_in_all_shares_and_one_that_fails_or_hangs_is_red(
+    kind: str,
+    is_shared: bool,
+    outcome: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first share's failure is not hidden by the second's success."""
+    file, told = tmp_path / "test_shared.py", tmp_path / "told.txt"
+    file.write_text(SHARED_TESTS, encoding="utf-8")
+    monkeypatch.setattr(gpu_check.os, "cpu_count", lambda: 4)  # two are left to others
+    part = gpu_check.Part((str(file),), (), is_shared=is_shared)
+    environment = {**os.environ, "KIND": kind, "TOLD": str(told)}
+    seconds = 3.0 if kind == "hangs" else 100.0
+    assert gpu_check.run_tests(part, environment, seconds) == outcome
+    said = capsys.readouterr()
+    assert ("the reason" in said.out) == (kind == "fails")
+    assert ("did not end within 3 s" in said.err) == (kind == "hangs")
+    if kind != "hangs":
+        shares = ["0/2", "1/2"] if is_shared else ["0/1"]
+        assert sorted(told.read_text(encoding="utf-8").split()) == shares
