@@ -79,6 +79,27 @@ def test_a_compiled_model_may_have_other_padding_and_another_size_in_every_batch
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-7)
 
 
+def test_scores_of_a_cpu_are_left_uncompiled_by_torch_before_2_13_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To whose compilers every graph is one that is being exported: they traced the call."""
+    from mlip.kernels.token_knowledge_patch import op, uncompiled
+
+    monkeypatch.undo()
+    torch._dynamo.reset()
+    left: list[int] = []
+
+    def scores(*given: Any) -> Any:
+        left.append(1)
+        return op.scores_by_torch(*given)
+
+    monkeypatch.setattr(uncompiled, "scores_by_torch_uncompiled", torch.compiler.disable(scores))
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_compiling())
+    batch = _batch(4)
+    made = torch.compile(token_knowledge_patch_scores, backend="eager")(**batch)
+    assert left == [1] and torch.equal(made, token_knowledge_patch_scores(**batch))
+
+
 SCHEDULED: dict[str, Callable[[Tensor, float], Tensor]] = {
     "InfoNCE": lambda x, number: info_nce_loss(x, x.flip(0), number, impl="torch"),
     "scores": lambda x, number: contrastive_loss_from_scores(x @ x.T, logit_scale=number),
