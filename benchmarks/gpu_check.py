@@ -173,6 +173,7 @@ def main() -> int:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = importing_root(environment) | {"PYTHONUNBUFFERED": "1"}
     environment.pop("MLIP_DISABLE_TRITON", None)  # the switch would test torch against itself
+    environment.pop("DS_ACCELERATOR", None)  # "cpu", as make sets it, would keep DeepSpeed there
     outcome = 0
     if not arguments.skip_tests:
         outcome = run_tests(part, environment, part.tests_s)

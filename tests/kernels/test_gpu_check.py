@@ -162,6 +162,7 @@ def test_a_benchmark_gets_its_part_s_options_and_the_minutes_that_tests_left(
     """Oracle: nine minutes, 20 s of them for writing, 100 s for the tests, one for a late row."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MLIP_DISABLE_TRITON", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     told = _benchmark_of(["--part", name], monkeypatch)
     wanted = {"data": ["--only", "reading"], "deepspeed": ["--only", "deepspeed"]}.get(name, [])
     script = "bench_kernels.py" if name == "kernels" else "bench_step.py"
@@ -172,8 +173,9 @@ def test_a_benchmark_gets_its_part_s_options_and_the_minutes_that_tests_left(
     part, environment, seconds = told["tests"]
     assert part is gpu_check.PARTS[name] and seconds == part.tests_s
     assert environment == told["env"] and environment["PYTHONPATH"].startswith(str(ROOT))
-    # neither the interpreter's kernels nor plain torch are what a card is asked about
-    assert {"TRITON_INTERPRET", "MLIP_DISABLE_TRITON"}.isdisjoint(environment)
+    # neither the interpreter's kernels, nor plain torch, nor a CPU are what a card is asked about
+    switches = {"TRITON_INTERPRET", "MLIP_DISABLE_TRITON", "DS_ACCELERATOR"}
+    assert switches.isdisjoint(environment)
 
 
 def test_tests_alone_and_benchmarks_alone_are_what_was_asked_for(
