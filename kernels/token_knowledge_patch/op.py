@@ -272,7 +272,8 @@ def scores_and_validity(
     chosen = resolve(impl, patches.device, _refusal(patches, tokens, knowledge))
     run = _scores_by_triton if chosen == "triton" else scores_by_torch
     # not is_exporting(): to the compilers of torch before 2.13 it is true of every graph they make
-    is_graph = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+    is_exported = getattr(torch.compiler, "_is_exporting_flag", False)
+    is_graph = torch.compiler.is_compiling() and not is_exported
     if chosen == "torch" and is_graph and patches.device.type == "cpu":
         from mlip.kernels.token_knowledge_patch.uncompiled import scores_by_torch_uncompiled
 
