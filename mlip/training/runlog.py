@@ -172,7 +172,8 @@ class RunLog:
             for name, value in terms.items():
                 self._board.add_scalar(f"val/{name}", value, step)
         parts = "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
-        best = "the best so far" if best_step == step else f"best at step {best_step}"
+        best = "none is the best yet" if best_step is None else f"best at step {best_step}"
+        best = "the best so far" if best_step == step else best
         self.say(
             f"val after step {step}, batches of {pairs} pairs: loss {terms['total']:.4f}  {parts} "
             f"({best})"

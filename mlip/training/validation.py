@@ -7,6 +7,7 @@ it reaches the training: no gradient, no random number, no buffer.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from mlip.training.runlog import RunLog
 from mlip.training.step import Engine
 
 _RECALL = "recall@"
+_OF_A_KIND = ("monitor", "batches", "pairs")  # scores of equal ones can be compared
 
 
 class HeldOut(Protocol):
@@ -84,10 +86,12 @@ class Validation:
             self.looks_since += 1
         log.validated(step, terms, pairs=self.pairs, best_step=self.best_step)
         if self.is_over:
+            best = f"the best is that of step {self.best_step}"
+            if self.best_step is None:
+                best = "no score was a number, none is the best"
             log.say(
                 f"no better {self.monitor} on val at {self.looks_since} checkpoints in a row "
-                f"(train.patience={self.patience}): the training ends here; the best is that of "
-                f"step {self.best_step}"
+                f"(train.patience={self.patience}): the training ends here; {best}"
             )
 
     @torch.no_grad()
@@ -117,6 +121,8 @@ class Validation:
         """What a checkpoint keeps, ready for JSON."""
         return {
             "monitor": self.monitor,
+            "batches": self.batches,
+            "pairs": self.pairs,
             "best_step": self.best_step,
             "best": None if self.best_step is None else self.best,
             "looks_since": self.looks_since,
@@ -126,11 +132,22 @@ class Validation:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on as saved; from nothing where the run was not watched, or for another score.
 
+        Scores of other pairs or among another number of them are no better and no worse: with
+        train.monitor_pairs or the number of ranks they change.
         Raises:  KeyError, TypeError or ValueError where it is no state_dict
         """
-        if not state or state["monitor"] != self.monitor:
+        if not state:
             return
-        best = state["best_step"]
+        best, mine = state["best_step"], self.state_dict()
+        if any(state.get(key) != mine[key] for key in _OF_A_KIND):
+            if best is not None:
+                saved, now = ({k: x.get(k) for k in _OF_A_KIND} for x in (state, mine))
+                distributed.log_once(
+                    f"what val showed cannot be compared with what it will show (saved {saved}; "
+                    f"now {now}): the best is looked for anew, and step {best} is not kept for it",
+                    logging.WARNING,
+                )
+            return
         self.best_step = None if best is None else int(best)
         self.best = math.nan if best is None else float(state["best"])
         self.looks_since = int(state["looks_since"])

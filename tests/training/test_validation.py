@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from mlip import distributed
 from mlip.config import ConfigError, load
 from mlip.training import checkpoint, faults
 from mlip.training.best_checkpoint import find_best
@@ -162,16 +163,17 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(tmp_path, mon
     _script(monkeypatch, [3.0, 1.0, 2.0, 2.5, 2.5, 2.5])
     save = checkpoint.save
 
-    def full_at_4(run_dir: Any, training: Any, state: Any, *, keep: int) -> Path:
-        if state["step"] == 4:
+    def full_at_4_and_8(run_dir: Any, training: Any, state: Any, *, keep: int) -> Path:
+        if state["step"] in (4, 8):
             raise CheckpointError("no room")
         return save(run_dir, training, state, keep=keep)
 
-    monkeypatch.setattr(checkpoint, "save", full_at_4)
-    _run(tmp_path, *WATCHED, "train.keep_checkpoints=1")
+    monkeypatch.setattr(checkpoint, "save", full_at_4_and_8)
+    trainer = _run(tmp_path, *WATCHED, "train.keep_checkpoints=1")
     assert _steps(tmp_path) == [6, 12]
     best, problems = find_best(tmp_path)
     assert best is not None and best.name == "step_00000006" and not problems
+    assert trainer.validation.looks_since == 3  # that of step 8 was no better, saved or not
 
 
 def test_where_the_best_is_damaged_or_gone_the_newest_is_taken_and_said(tmp_path, monkeypatch):
@@ -202,6 +204,41 @@ def test_another_score_begins_anew_and_watching_can_end(tmp_path, monkeypatch):
     make_trainer(unwatched, dropout=0.3, allow_mismatch=True).fit(StopRequest())
     best, _ = find_best(folder)
     assert best is not None and best.name == "step_00000010"  # newest: nobody looks any more
+
+
+@pytest.mark.parametrize("changed", ["batches", "pairs"])
+def test_scores_of_other_pairs_are_not_compared_and_that_is_said(tmp_path, changed, caplog):
+    """train.monitor_pairs is free to change: of 500 pairs each loss was better than of 1,000."""
+    trainer = _run(tmp_path, *WATCHED)
+    saved = trainer.validation.state_dict()
+    other = make_validation(trainer.config)
+    setattr(other, changed, 2)
+    with caplog.at_level("WARNING", logger="mlip"):
+        other.load_state_dict(saved)
+    assert other.best_step is None and other.last_look == 0 and saved["best_step"] is not None
+    assert f"step {saved['best_step']} is not kept for it" in caplog.text
+    caplog.clear()
+    make_validation(trainer.config).load_state_dict(saved)
+    assert not caplog.text
+
+
+def test_all_ranks_go_on_with_what_rank_0_found(tmp_path, monkeypatch):
+    """Nodes of other processors round otherwise: one would end its run, and the others wait."""
+    _script(monkeypatch, [3.0])
+    trainer = _trainer(tmp_path, *WATCHED)
+    with monkeypatch.context() as rank_0:
+        rank_0.setattr(distributed, "broadcast_object", lambda own: {**own, "total": 2.5})
+        trainer.validation.look(trainer.engine, 2, trainer.log)
+    assert trainer.validation.best == 2.5
+
+
+def test_where_no_score_was_a_number_none_is_the_best(tmp_path, monkeypatch, caplog):
+    _script(monkeypatch, [math.nan] * 6)
+    with caplog.at_level("INFO", logger="mlip"):
+        _run(tmp_path, *WATCHED, "train.patience=2")
+    assert "no score was a number, none is the best" in caplog.text
+    assert _steps(tmp_path) == [2, 4]
+    assert "None" not in caplog.text
 
 
 @pytest.mark.parametrize(
