@@ -90,8 +90,11 @@ def _kept_start(found: Any) -> dict[str, str] | None:
 
 def start_of(config: Config) -> dict[str, dict[str, str]]:
     """Where each tower's first weights came from; of a folder its last name alone."""
+    if config.train.start is not None:  # a place, and no name on the Hub when it is gone
+        start = {"kind": "folder", "name": Path(config.train.start).name}
+        return {tower: dict(start) for tower in ("image", "text")}
     towers = {"image": config.model.vision.source, "text": config.model.text.source}
-    return {tower: _start(config.train.start or source) for tower, source in towers.items()}
+    return {tower: _start(source) for tower, source in towers.items()}
 
 
 def _start(source: str | None) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 import train
 from mlip import cli
 from mlip.config import ConfigError, load
+from mlip.model_facts import start_of
 from mlip.pretrained import from_pretrained, open_checkpoint, save_pretrained
 from mlip.training import checkpoint, faults
 from tests.small_run import small_run
@@ -109,6 +110,14 @@ def test_the_card_says_where_the_weights_began_and_names_no_place(tmp_path, expo
     assert str(tmp_path) not in (out / "config.json").read_text()
     assert json.loads((out / "config.json").read_text())["config"]["train"]["start"] is None
     assert from_pretrained(out).origin["start"]["image"] == {"kind": "folder", "name": "export"}
+
+
+@pytest.mark.parametrize("start", ["exported", "runs/big", "/gone/big/"])
+def test_a_start_that_is_gone_is_no_model_of_the_hub(start):
+    """The card linked to huggingface.co/exported where the folder was not there any more."""
+    found = start_of(load([], [f"train.start={start}"]))
+    expected = {"kind": "folder", "name": Path(start).name}
+    assert found == {"image": expected, "text": expected}
 
 
 @pytest.mark.parametrize(
