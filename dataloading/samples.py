@@ -140,6 +140,6 @@ def fill_place(
             bad.append((epoch, other, error.reason, False))
     reasons = sorted({reason for _, _, reason, _ in bad})
     raise DataError(
-        f"no readable image found for a training row after {REPLACEMENT_ATTEMPTS} replacements "
+        f"no readable image found for a row after {REPLACEMENT_ATTEMPTS} replacements "
         f"(reasons: {', '.join(reasons)}): check data.root and the files in it"
     )

@@ -113,7 +113,7 @@ def test_evaluation_replaces_nothing() -> None:
 
 def test_a_folder_without_any_good_image_stops_the_run() -> None:
     order = TrainingOrder(ROWS, seed=1, global_pairs=4)
-    with pytest.raises(DataError, match="no readable image.*truncated"):
+    with pytest.raises(DataError, match="no readable image found for a row after .*truncated"):
         fill_place(order, order.plan(0), 0, use_all_but(set(range(10))))
 
 
