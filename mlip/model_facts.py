@@ -37,15 +37,17 @@ _ORIGIN: dict[str, type] = {
 _FAULTS = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 
-def origin_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def origin_of(
+    state: Mapping[str, Any], config: Config, *, is_best: bool | None = None
+) -> dict[str, Any]:
     """What a checkpoint's state.json tells of its training; None for what it does not know.
 
+    is_best  whether val chose it (train.monitor), which later checkpoints know
     Returns: "is_generated" is true only where train.py has made the studies of data.phantom itself;
              "rows" are those that training visits, "manifest" its SHA-256
     """
     loader = state.get("loader") or {}
     order, ledger = loader.get("order") or {}, loader.get("ledger") or {}
-    validation = state.get("validation")
     made = config.data.phantom.studies > 0 and Path(config.data.manifest).name == "manifest.csv"
     return {
         "commit": state.get("commit"),
@@ -55,7 +57,7 @@ def origin_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "rows": order.get("rows"),
         "manifest_rows": ledger.get("rows"),
         "is_generated": made or None,
-        "is_best_on_val": validation.get("best_step") == state.get("step") if validation else None,
+        "is_best_on_val": is_best,
         "start": start_of(config),
     }
 

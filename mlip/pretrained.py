@@ -284,7 +284,7 @@ def open_checkpoint(
              damaged one is passed over with a warning)
     """
     from mlip.training import checkpoint as saved
-    from mlip.training.best_checkpoint import find_best
+    from mlip.training.best_checkpoint import find_best, is_best
 
     if weights_of not in ("trained", "ema"):
         raise PretrainedError(f"weights_of: expected 'trained' or 'ema', got {weights_of!r}")
@@ -355,7 +355,7 @@ def open_checkpoint(
         "checkpoint": str(folder),
         "weights": weights_of,
     }
-    origin = origin_of(read.state, config)
+    origin = origin_of(read.state, config, is_best=is_best(folder, step))
     if origin["is_best_on_val"]:
         facts["is_best_on_val"] = True
     return Pretrained(

@@ -8,7 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mlip.training.checkpoint import STATE, find_newest, folder_of, require_intact
+from mlip.training.checkpoint import (
+    STATE,
+    checkpoints_of,
+    find_newest,
+    folder_of,
+    require_intact,
+)
 from mlip.training.lifecycle import CheckpointError
 
 
@@ -32,10 +38,22 @@ def find_best(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 def best_step(checkpoint: Path) -> int | None:
-    """The step that val had chosen when an intact checkpoint was saved; None = val not watched."""
+    """The step that val had chosen when a checkpoint was saved; None = val not watched."""
     try:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
         step = (state.get("validation") or {}).get("best_step")
         return None if step is None else int(step)
-    except (AttributeError, TypeError, ValueError, RecursionError):
+    except (OSError, AttributeError, TypeError, ValueError, RecursionError):
         return None  # no state that a save writes: who reads the checkpoint is told what is wrong
+
+
+def is_best(checkpoint: Path, step: int) -> bool | None:
+    """Whether val chose this checkpoint's step among those of its run; None = val not watched.
+
+    The newest one tells: a later one may have been better, and one that was saved on a stop was
+    scored after it.
+    """
+    held = checkpoints_of(checkpoint.resolve().parent.parent) or [checkpoint]
+    told = (best_step(folder) for folder in held)
+    best = next((number for number in told if number is not None), None)
+    return None if best is None else best == step

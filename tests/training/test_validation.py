@@ -18,7 +18,7 @@ import torch
 from mlip import distributed
 from mlip.config import ConfigError, load
 from mlip.training import checkpoint, faults
-from mlip.training.best_checkpoint import find_best
+from mlip.training.best_checkpoint import best_step, find_best, is_best
 from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
 from mlip.training.loop import Trainer
 from mlip.training.validation import Validation, batches_of
@@ -187,6 +187,26 @@ def test_where_the_best_is_damaged_or_gone_the_newest_is_taken_and_said(tmp_path
     shutil.rmtree(best)
     found, problems = find_best(tmp_path)
     assert found is not None and found.name == "step_00000012" and "step_00000004" in problems[0]
+
+
+def test_the_newest_checkpoint_tells_which_is_the_best(tmp_path, monkeypatch):
+    """That of a stop is scored after it was saved, and its own state names an earlier one.
+
+    A model card said "not trained to the end" of it, and "the best" of one that was so for a while.
+    """
+    _script(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setenv("FAULT", "term@0:2:forward")
+    with pytest.raises(Preempted):
+        _run(tmp_path, *WATCHED, "train.keep_checkpoints=9")
+    assert _steps(tmp_path) == [2, 4] and best_step(checkpoint.folder_of(tmp_path, 4)) == 2
+    _run(tmp_path, *WATCHED, "train.keep_checkpoints=9")
+    told = {step: is_best(checkpoint.folder_of(tmp_path, step), step) for step in _steps(tmp_path)}
+    assert told == {step: step == 4 for step in (2, 4, 6, 8, 10, 12)}
+    alone = Path(shutil.copytree(checkpoint.folder_of(tmp_path, 12), tmp_path / "a" / "b" / "c"))
+    assert is_best(alone, 12) is False  # all that is known
+    for content in ('{"validation": {"best_step": "x"}}', '{"validation": {"best_step": []}}', "{"):
+        (alone / "state.json").write_text(content)
+        assert best_step(alone) is None and is_best(alone, 12) is None
 
 
 def test_another_score_begins_anew_and_watching_can_end(tmp_path, monkeypatch):
