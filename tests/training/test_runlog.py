@@ -207,8 +207,12 @@ def test_tensorboard_gets_every_number_and_forgets_steps_that_are_trained_again(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     log = _log(tmp_path, "train.tensorboard=true", "batch.global_pairs=8", start_step=4)
     board = log._board
+    log.validated(4, {"total": 3.5, "recall@10 image to text": 0.25}, pairs=8, best_step=4)
+    of_val = dict(board.numbers)
+    board.numbers.clear()
     _step(log, 5)
     log.close()
+    assert of_val == {"val/total": (3.5, 4), "val/recall@10 image to text": (0.25, 4)}
     assert board.folder == str(tmp_path / "tensorboard") and board.is_closed
     assert board.purge_step == 5  # steps from this one on that a killed run has left
     assert {name: step for name, (_, step) in board.numbers.items()} == dict.fromkeys(

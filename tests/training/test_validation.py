@@ -85,6 +85,26 @@ def test_a_run_that_is_watched_is_the_same_run(tmp_path):
     assert isinstance(held_out, ToyHeldOut) and (held_out.rewinds, held_out.given) == (6, 0)
 
 
+def test_the_last_checkpoint_is_scored_too_and_no_score_has_a_gradient(tmp_path):
+    trainer = _trainer(tmp_path, "train.monitor=loss", "train.checkpoint_steps=5")
+    with_gradient: list[bool] = []
+    objective = trainer.engine.objective
+    objective.register_forward_pre_hook(
+        lambda module, given: (
+            with_gradient.append(torch.is_grad_enabled()) if not module.training else None
+        )
+    )
+    trainer.fit(StopRequest())
+    assert [line["step"] for line in _lines(tmp_path)] == [5, 10, 12]
+    assert with_gradient == [False] * 3 * ToyHeldOut.BATCHES
+
+
+def test_watching_can_begin_change_and_end_with_any_start_of_a_run(tmp_path):
+    _run(tmp_path, "train.checkpoint_steps=2")
+    for more in ((*WATCHED, "train.patience=2"), (*WATCHED, "train.monitor_pairs=50"), ()):
+        assert _trainer(tmp_path, *more).step == 12  # no --allow-mismatch
+
+
 def test_scores_are_means_over_the_same_batches_in_evaluation_mode(tmp_path):
     trainer = _run(tmp_path, *WATCHED)
     (last,) = [line for line in _lines(tmp_path) if line["step"] == 12]
