@@ -16,7 +16,7 @@ from mlip.report.charts import Mark, line_chart, powers_of_ten, scale_marks
 from mlip.report.corpus import ledger_context
 from mlip.report.pictures import decode_png, heat_uri
 from mlip.report.run_page import write_report
-from mlip.report.training import MOST_ROWS, read_log, training_charts
+from mlip.report.training import MOST_ROWS, held_out_charts, read_log, training_charts
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.png_text import png_text
 from mlip.transfer.summary import summary_lines
@@ -193,6 +193,22 @@ def test_a_log_cut_off_by_a_kill_still_gives_its_curves(tmp_path: Path) -> None:
         "Optimisation": ["Learning rate"],
         "Machine": ["Pairs per second"],
     }
+
+
+def test_what_val_showed_is_its_scores_under_the_step_that_is_the_best(tmp_path: Path) -> None:
+    looks = [
+        {"step": 5, "total": 3.0, "local_alignment": 1.0, "pairs": 8, "best_step": 5, "time": 1.0},
+        {"step": 10, "total": 2.0, "local_alignment": 0.5, "pairs": 8, "best_step": 10, "time": 2},
+    ]
+    cut = json.dumps(looks[1])[:-30]  # by a kill; the run that went on looked again
+    lines = [json.dumps(looks[0]), cut, json.dumps(looks[1])]
+    (tmp_path / "validation.jsonl").write_text("\n".join(lines))
+    (group,) = held_out_charts(read_log(tmp_path / "validation.jsonl"))
+    assert group["title"] == "On val, at each checkpoint (the best: that of step 10)"
+    assert [(c["title"], c["last"]) for c in group["charts"]] == [
+        ("Contrastive loss", "2"),
+        ("Token-knowledge-patch", "0.5"),
+    ]
 
 
 def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
