@@ -83,6 +83,7 @@ def test_a_processor_has_it_where_it_has_instructions_for_it() -> None:
         ("x86_64", False, False, True, False),  # Skylake to Ice Lake: torch's library says yes
         ("x86_64", True, False, True, True),
         ("AMD64", False, True, True, True),
+        ("AMD64", False, False, True, False),
         ("aarch64", False, False, True, True),
         ("aarch64", False, False, False, False),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ import torch
 import train
 from mlip import cli
 from mlip.config import ConfigError, load
+from mlip.knowledge.concepts import ConceptTable
 from mlip.model_facts import start_of
 from mlip.pretrained import from_pretrained, open_checkpoint, save_pretrained
+from mlip.starting_point import _require_its_own
 from mlip.training import checkpoint, faults
 from tests.small_run import small_run
 
@@ -132,6 +136,21 @@ def test_settings_of_another_model_are_refused(tmp_path, export, capsys, more, s
     assert _train(tmp_path / "run", export, *more) == 2
     assert says in capsys.readouterr().err
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("source", ["lexicon", "umls"])
+def test_concepts_of_ones_own_are_asked_for_by_their_name(source):
+    run = small_run()
+    table = ConceptTable(run.table.concepts[:-1], {"source": source})
+    start: Any = SimpleNamespace(config=run.config, tokenizer=run.tokenizer, table=table)
+    asked = load([], ["train.start=big", "knowledge.vectors=elsewhere/tfidf"])  # of the same name
+    named = load([], ["train.start=big", "knowledge.lexicon=own.jsonl"])
+    _require_its_own(named, start)
+    if source == "lexicon":
+        _require_its_own(asked, start)
+        return
+    with pytest.raises(ConfigError, match="table of its own; name it with knowledge.lexicon"):
+        _require_its_own(asked, start)
 
 
 def test_another_vocabulary_is_refused(tmp_path, export, capsys):
