@@ -184,7 +184,7 @@ def test_a_bad_image_of_val_is_replaced_and_named_once(tmp_path, capsys):
 def test_a_stop_while_the_run_is_set_up_ends_it_at_once(tmp_path, monkeypatch, capsys):
     """The first Ctrl-C in minutes of generating or reading was noted, and nothing happened."""
 
-    def read_for_minutes(config: object) -> None:
+    def read_for_minutes(*given: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5.0)
         raise AssertionError("nothing happened")
