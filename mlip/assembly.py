@@ -57,6 +57,9 @@ _OTHER_LANGUAGE = (
 )
 _MANY_CONCEPTS = 100_000  # their linker takes seconds, that of a whole UMLS a minute
 _DEFINITIONS_AT_ONCE = 64
+_AS_THEY_ARE = Augment(
+    random_crop=False, brightness=0.0, contrast=0.0, rotation_degrees=0.0, sentence_dropout=0.0
+)
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,6 @@ def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: in
         linker=corpus.linker,
         table=corpus.table,
     )
-
-
-_AS_THEY_ARE = Augment(
-    random_crop=False, brightness=0.0, contrast=0.0, rotation_degrees=0.0, sentence_dropout=0.0
-)
 
 
 def open_validation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,3 +109,21 @@ def small_results() -> dict[str, Any]:
         run.table,
         run={"step": 7, "pairs_seen": 56},
     )
+
+
+def with_val(folder: Path, rows: int) -> list[str]:
+    """Overrides for the same studies with some of the training ones in split val.
+
+    folder  gets a manifest of its own; images stay where they are
+    """
+    manifest = Path(small_run().config.data.manifest)
+    with manifest.open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    for row in [row for row in table if row["split"] == "train"][:rows]:
+        row["split"] = "val"
+    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    place = [f"data.manifest={folder / 'manifest.csv'}", f"data.root={manifest.parent}"]
+    return [*place, "data.phantom.studies=0"]

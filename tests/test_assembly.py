@@ -21,7 +21,7 @@ from mlip.config import Config, ConfigError, load
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.training.lifecycle import DATA, exit_code
-from tests.small_run import SETTINGS, small_run
+from tests.small_run import SETTINGS, small_run, with_val
 
 
 def settings(folder: Path, reports: list[str], *, val: bool = True, labels: str = "") -> Config:
@@ -207,16 +207,7 @@ def test_phantoms_that_another_node_does_not_see_are_no_reason_to_wait_for_ever(
 def watched(folder: Path, *more: str, rows: int) -> tuple[Config, Corpus]:
     """The small run's studies, `rows` of the training ones in split val."""
     run = small_run()
-    source = Path(run.config.data.manifest)
-    table = list(csv.DictReader(source.open(newline="", encoding="utf-8")))
-    for row in [row for row in table if row["split"] == "train"][:rows]:
-        row["split"] = "val"
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    place = [f"data.manifest={folder / 'manifest.csv'}", f"data.root={source.parent}"]
-    config = load([], [*run.settings, *place, "data.phantom.studies=0", "run.seed=3", *more])
+    config = load([], [*run.settings, *with_val(folder, rows), "run.seed=3", *more])
     return config, Corpus(load_manifest(config.data), run.tokenizer, run.table, run.linker)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from mlip.knowledge import concept_files
 from mlip.training import checkpoint, faults
 from mlip.training.validation import Validation
 from tests.rank_farm import free_port
-from tests.small_run import small_run
+from tests.small_run import small_run, with_val
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -105,18 +104,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkey
 
 
 def _with_val(folder: Path) -> list[str]:
-    """The same studies, eight of the training ones in split val."""
-    manifest = Path(small_run().config.data.manifest)
-    with manifest.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for row in [row for row in rows if row["split"] == "train"][:8]:
-        row["split"] = "val"
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    place = [f"data.manifest={folder / 'manifest.csv'}", f"data.root={manifest.parent}"]
-    return [*place, "data.phantom.studies=0", "train.monitor=loss", "train.checkpoint_steps=1"]
+    return [*with_val(folder, 8), "train.monitor=loss", "train.checkpoint_steps=1"]
 
 
 def _looks(folder: Path) -> list[dict[str, Any]]:
