@@ -128,9 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default=None, help="cpu, cuda (default: what is there)")
     evaluate.set_defaults(run=run_evaluate)
 
-    ground = commands.add_parser("ground", help="where a phrase points in one image: a heat map")
+    ground = commands.add_parser("ground", help="where phrases point in one image: heat maps")
     ground.add_argument("image", help="JPEG, PNG or DICOM file")
-    ground.add_argument("phrase", help='for example "left pleural effusion"')
+    ground.add_argument(
+        "phrases", nargs="+", metavar="phrase", help='for example "left pleural effusion"'
+    )
     ground.add_argument("--checkpoint", required=True, help="run folder, checkpoint or export")
     ground.add_argument("--out", default="map.png", help="PNG to write (map.png)")
     ground.add_argument(

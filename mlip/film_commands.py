@@ -30,16 +30,20 @@ def run_ground(options: argparse.Namespace) -> int:
     if out.is_dir() or out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
-    answer = ground_image(
-        opened, Path(options.image), options.phrase, out, with_parts=options.words
+    answers = ground_image(
+        opened, Path(options.image), options.phrases, out, with_parts=options.words
     )
-    x, y = answer.point
-    print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
-    print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
-    linked = ", ".join(f"{name} ({state})" for name, state in answer.mentions) or "none"
-    print(f"linked knowledge: {linked}")
-    for part in answer.parts:
-        print(f"  {part.name:<32} best patch {part.heat.max():+.3f}, mean {part.heat.mean():+.3f}")
+    for answer in answers:
+        if len(answers) > 1:
+            print(f'"{answer.phrase}"')
+        x, y = answer.point
+        print(f"points at x={x:.0f} y={y:.0f} of {answer.width_px} x {answer.height_px} px")
+        print(f"best patch {answer.highest:+.3f}, mean {answer.mean:+.3f} (cosine; high = match)")
+        linked = ", ".join(f"{name} ({state})" for name, state in answer.mentions) or "none"
+        print(f"linked knowledge: {linked}")
+        for part in answer.parts:
+            hot, mean = part.heat.max(), part.heat.mean()
+            print(f"  {part.name:<32} best patch {hot:+.3f}, mean {mean:+.3f}")
     print(f"{options.out}\nNot for clinical use.")
     return 0
 

@@ -1,4 +1,4 @@
-"""One phrase over one image file: the map as a PNG on the whole image. High = match."""
+"""Phrases over one image file: their maps as one PNG on the whole image. High = match."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from mlip.transfer.array import Array
 from mlip.transfer.features import encode_texts
 from mlip.transfer.films import own_inputs
 
-# The longer side of each half of the picture written: small images are enlarged by a whole
+# The longer side of the radiograph in the picture written: small ones are enlarged by a whole
 # factor until a person can see them, a detector's 3,000 px are reduced.
 LEAST_PX, LONGEST_PX = 448, 1024
-PANELS, CAPTION_PX = 4, 24  # of the small maps: how many in a row, room for a name
+PANELS, CAPTION_PX = 4, 24  # pictures in a row, room for a name above each
+_FONT = cv2.FONT_HERSHEY_SIMPLEX, 0.42
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Part:
 class Answer:
     """Where a phrase points, in pixels of the image file."""
 
+    phrase: str
     point: tuple[float, float]
     width_px: int
     height_px: int
@@ -50,44 +52,56 @@ class Answer:
 
 @torch.no_grad()
 def ground_image(
-    opened: Any, image: Path, phrase: str, out: Path, *, with_parts: bool = False
-) -> Answer:
-    """Write the map of a phrase over an image as PNG `out`, and say where it points.
+    opened: Any, image: Path, phrases: Sequence[str], out: Path, *, with_parts: bool = False
+) -> list[Answer]:
+    """Write the maps of phrases over an image as PNG `out`, and say where each points.
+
+    All maps are on one scale, so that a phrase that fits nowhere is as cold as it is; that of one
+    phrase alone goes from its own coldest to its own hottest place.
 
     opened      what mlip.pretrained.open_checkpoint gave
-    with_parts  below it a map of each word and of each linked concept, on one scale
+    with_parts  below them a map of each word and of each linked concept, on a scale of their own
     Raises:  ImageFileError; ValueError for an empty phrase, or one without a known word
     """
-    bank = own_inputs.encode_texts(opened, [phrase])
+    bank = own_inputs.encode_texts(opened, phrases)
     grey = own_inputs.read_image(image)
     transform = Transform(opened.config.data, train=False, seed=0)
     features = own_inputs.encode_pixels(opened, own_inputs.model_input(grey, opened.config))
-    heat = phrase_maps(opened.model, features.patches, bank)[0, 0].numpy()
     upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
-    picture = upsample(heat)
     place = transform.placement(*grey.shape)
     margin = (transform.resize_px - transform.crop_px) // 2
     top, left = max(0, place.top - margin), max(0, place.left - margin)
-    of_file = np.full_like(picture, -np.inf)  # the black margin can be high, not pointed at
-    of_file[top : place.top + place.height - margin, left : place.left + place.width - margin] = (
-        picture[top : place.top + place.height - margin, left : place.left + place.width - margin]
+    bottom, right = place.top + place.height - margin, place.left + place.width - margin
+    sees_file = np.zeros((transform.crop_px, transform.crop_px), dtype=bool)
+    sees_file[top:bottom, left:right] = True
+    patch_share = cv2.resize(
+        sees_file.astype(np.float32), features.grid[::-1], interpolation=cv2.INTER_AREA
     )
-    x, y = pointed_pixel(of_file, features.grid)
+    sees = patch_share.reshape(-1) > 0
     scale = grey.shape[1] / place.width, grey.shape[0] / place.height
-    point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
-    parts = phrase_parts(opened, phrase, features.patches) if with_parts else ()
-    below = [(p.name, _on_file(upsample(p.heat), transform, grey.shape)) for p in parts]
-    _write(out, grey, _on_file(picture, transform, grey.shape), point, below)
-    linked = opened.linker.link(phrase)
-    mentions = tuple(dict.fromkeys((opened.table[m.concept_id].name, m.state) for m in linked))
-    seen = np.isfinite(of_file).astype(np.float32)
-    sees = cv2.resize(seen, features.grid[::-1], interpolation=cv2.INTER_AREA).reshape(-1) > 0
-    heat = heat[sees]
-    return Answer(
-        *(point, grey.shape[1], grey.shape[0], float(heat.max()), float(heat.mean())),
-        mentions,
-        tuple(Part(p.name, p.heat[sees]) for p in parts),
-    )
+
+    heats = phrase_maps(opened.model, features.patches, bank)[:, 0].numpy()
+    answers, maps, below = [], [], []
+    for phrase, heat in zip(phrases, heats, strict=True):
+        picture = upsample(heat)
+        # the black margin can be high, not pointed at
+        x, y = pointed_pixel(np.where(sees_file, picture, -np.inf), features.grid)
+        point = (x + margin - place.left) * scale[0], (y + margin - place.top) * scale[1]
+        maps.append((_on_file(picture, transform, grey.shape), point))
+        parts = phrase_parts(opened, phrase, features.patches) if with_parts else ()
+        below += [_on_file(upsample(part.heat), transform, grey.shape) for part in parts]
+        linked = opened.linker.link(phrase)
+        answers.append(
+            Answer(
+                *(phrase, point, grey.shape[1], grey.shape[0]),
+                *(float(heat[sees].max()), float(heat[sees].mean())),
+                tuple(dict.fromkeys((opened.table[m.concept_id].name, m.state) for m in linked)),
+                tuple(Part(part.name, part.heat[sees]) for part in parts),
+            )
+        )
+    names = [part.name for answer in answers for part in answer.parts]
+    _write(out, grey, list(phrases), maps, list(zip(names, below, strict=True)))
+    return answers
 
 
 def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
@@ -132,29 +146,63 @@ def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Ar
 def _write(
     out: Path,
     grey: Array,
-    heat: Array,
-    point: tuple[float, float],
+    phrases: Sequence[str],
+    maps: Sequence[tuple[Array, tuple[float, float]]],
     below: Sequence[tuple[str, Array]],
 ) -> None:
-    """Radiograph left, the map over it right, a cross where it points; `below` in small."""
+    """The radiograph, then each map over it with a cross where it points; `below` in small.
+
+    Several phrases stand above their maps.
+    """
     longest = max(grey.shape)
     scale = min(LONGEST_PX / longest, float(max(1, -(-LEAST_PX // longest))))
     plain = _sized(grey, scale)
-    mixed = _over(plain, heat, float(np.nanmin(heat)), float(np.nanmax(heat)))
-    at = round(point[0] * scale), round(point[1] * scale)
-    reach = max(5, max(plain.shape) // 40)
-    for thickness, shade in ((3, (0, 0, 0)), (1, (255, 255, 255))):
-        cv2.drawMarker(mixed, at, shade, cv2.MARKER_CROSS, 2 * reach, thickness)
-    gap = np.full((plain.shape[0], max(4, plain.shape[1] // 100), 3), 255.0)
-    joined = np.concatenate([plain, gap, mixed], axis=1)
+    low = min(float(np.nanmin(heat)) for heat, _ in maps)
+    high = max(float(np.nanmax(heat)) for heat, _ in maps)
+    cells = [("", plain)]
+    for phrase, (heat, point) in zip(phrases, maps, strict=True):
+        mixed = _over(plain, heat, low, high)
+        at = round(point[0] * scale), round(point[1] * scale)
+        reach = max(5, max(plain.shape) // 40)
+        for thickness, shade in ((3, (0, 0, 0)), (1, (255, 255, 255))):
+            cv2.drawMarker(mixed, at, shade, cv2.MARKER_CROSS, 2 * reach, thickness)
+        cells.append((phrase, mixed))
+    joined = _tiled(cells, max(4, plain.shape[1] // 100), has_captions=len(phrases) > 1)
     if below:
         joined = np.concatenate([joined, _panels(grey, below, joined.shape[1])])
-    done, data = cv2.imencode(".png", joined.clip(0, 255).round().astype(np.uint8))
+    done, data = cv2.imencode(".png", joined)
     if not done:
         raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
         partial.write_bytes(data.tobytes())
+
+
+def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) -> Array:
+    """Pictures of one size on white, at most PANELS in a row and rows alike, `gap` pixels between;
+    names above them."""
+    height, width = cells[0][1].shape[:2]
+    head = CAPTION_PX if has_captions else 0
+    rows = -(-len(cells) // PANELS)
+    across = -(-len(cells) // rows)
+    shape = rows * (height + head + gap) - gap, across * (width + gap) - gap, 3
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    for number, (name, picture) in enumerate(cells):
+        top, left = (number // across) * (height + head + gap), (number % across) * (width + gap)
+        sheet[top + head : top + head + height, left : left + width] = picture.clip(0, 255).round()
+        if has_captions:
+            shown, at = _fitting(name, width), (left, top + 16)
+            cv2.putText(sheet, shown, at, *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
+    return sheet
+
+
+def _fitting(name: str, width: int) -> str:
+    """The name, its end cut off where it is wider than this many pixels."""
+    shown = name
+    while shown and cv2.getTextSize(shown, *_FONT, 1)[0][0] > width:
+        name = name[:-1]
+        shown = f"{name.rstrip()}..."
+    return shown
 
 
 def _sized(grey: Array, scale: float) -> Array:
@@ -178,19 +226,11 @@ def _over(plain: Array, heat: Array, low: float, high: float) -> Array:
 
 
 def _panels(grey: Array, below: Sequence[tuple[str, Array]], width: int) -> Array:
-    """Small maps with their names, four in a row, all on the scale of the hottest and coldest."""
+    """Small maps with their names, on the scale of the hottest and coldest; `width` wide."""
     low = min(float(np.nanmin(heat)) for _, heat in below)
     high = max(float(np.nanmax(heat)) for _, heat in below)
-    each = width // PANELS
-    plain = _sized(grey, (each - 8) / grey.shape[1])
-    rows = []
-    for start in range(0, len(below), PANELS):
-        row = np.full((plain.shape[0] + CAPTION_PX, width, 3), 255, dtype=np.uint8)
-        for place, (name, heat) in enumerate(below[start : start + PANELS]):
-            left = place * each + 4
-            mixed = _over(plain, heat, low, high).clip(0, 255).round()
-            row[CAPTION_PX:, left : left + plain.shape[1]] = mixed
-            font = cv2.FONT_HERSHEY_SIMPLEX
-            cv2.putText(row, name[: each // 8], (left, 16), font, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        rows.append(row)
-    return np.concatenate(rows)
+    gap = 8
+    plain = _sized(grey, ((width + gap) // PANELS - gap) / grey.shape[1])
+    cells = [(name, _over(plain, heat, low, high)) for name, heat in below]
+    sheet = _tiled(cells, gap, has_captions=True)
+    return np.pad(sheet, ((gap, 0), (0, width - sheet.shape[1]), (0, 0)), constant_values=255)

@@ -119,8 +119,71 @@ def test_each_word_and_each_linked_concept_has_a_map_of_its_own_below(
     plain, taller = (cv2.imread(str(tmp_path / f"{name}.png")) for name in "ab")
     np.testing.assert_array_equal(taller[: plain.shape[0]], plain)
     panels = taller[plain.shape[0] :]
-    assert panels.shape[0] == 2 * (ground_image.CAPTION_PX + plain.shape[1] // 4 - 8)
+    each = (plain.shape[1] + 8) // 4  # eight maps, four in a row, 8 px around them
+    assert panels.shape == (2 * (ground_image.CAPTION_PX + each), plain.shape[1], 3)
     assert np.ptp(panels.astype(int), axis=2).max() > 60  # coloured
+
+
+def test_several_phrases_have_maps_on_one_scale_and_each_its_own_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second phrase fits half as well, the third nowhere: half as hot, and cold."""
+    pixels = np.full((112, 112), 90, np.uint8)
+    cv2.imwrite(str(tmp_path / "film.png"), pixels)
+    grid = small_run().model.encode_image(torch.zeros(1, 1, CROP, CROP)).grid
+    cells = (3, 3), (8, 5), (6, 8)
+
+    def maps(model: object, patches: torch.Tensor, texts: object) -> torch.Tensor:
+        heat = torch.zeros(3, 1, patches.shape[1])
+        for number, (row, column) in enumerate(cells):
+            heat[number, 0, row * grid[1] + column] = (1.0, 0.8, 0.05)[number]
+        return heat
+
+    monkeypatch.setattr(ground_image, "phrase_maps", maps)
+    phrases = ["left pleural effusion", "no pneumothorax", "pacemaker, " * 15]
+    command = ["ground", str(tmp_path / "film.png"), *phrases, "--checkpoint", str(small_export())]
+    assert main([*command, "--out", str(tmp_path / "map.png")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [said[4 * n] for n in range(3)] == [f'"{phrase}"' for phrase in phrases]
+    scale = CROP / grid[0], (RESIZE - CROP) / 2
+    for number, (row, column) in enumerate(cells):
+        x, y = (float(v) for v in re.findall(r"[xy]=(-?\d+)", said[4 * number + 1]))
+        wanted = (column + 0.5) * scale[0] + scale[1], (row + 0.5) * scale[0] + scale[1]
+        assert (x, y) == pytest.approx(wanted, abs=1.5)
+    assert "pneumothorax (absent)" in said[7]
+
+    picture = cv2.imread(str(tmp_path / "map.png")).astype(int)
+    side, gap, head = 448, 4, ground_image.CAPTION_PX
+    assert picture.shape == (side + head, 4 * side + 3 * gap, 3)
+    panels = [picture[head:, n * (side + gap) :][:, :side] for n in range(4)]
+    assert np.ptp(panels[0], axis=2).max() == 0  # the film as it is
+    coloured = [int((np.ptp(panel, axis=2) > 30).sum()) for panel in panels[1:]]
+    assert coloured[0] > 1.1 * coloured[1] > 0 == coloured[2], coloured
+    dark = [
+        np.nonzero((picture[:head, n * (side + gap) :][:, :side] < 100).any(axis=(0, 2)))[0]
+        for n in range(4)
+    ]
+    assert dark[0].size == 0 and all(marks.size for marks in dark[1:])
+    assert dark[3].max() > 400  # as much of a long phrase as has room above its map
+
+
+def test_a_phrase_alone_is_drawn_as_the_hottest_of_several(tmp_path: Path) -> None:
+    """Oracle: the picture of one phrase. The same phrase twice has the same map twice."""
+    opened = from_pretrained(small_export())
+    film = tmp_path / "film.png"
+    cv2.imwrite(str(film), np.random.default_rng(2).integers(20, 220, (90, 150)).astype(np.uint8))
+    phrase = "left pleural effusion"
+    (one,) = ground_image.ground_image(opened, film, [phrase], tmp_path / "one.png")
+    two = ground_image.ground_image(opened, film, [phrase, phrase], tmp_path / "two.png")
+    for answer in two:
+        assert (answer.phrase, answer.mentions) == (phrase, one.mentions)
+        assert answer.point == pytest.approx(one.point, abs=0.5)
+        assert (answer.highest, answer.mean) == pytest.approx((one.highest, one.mean), abs=1e-5)
+    alone, twice = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("one", "two"))
+    captioned = twice[ground_image.CAPTION_PX :]
+    np.testing.assert_allclose(captioned[:, : alone.shape[1]].astype(int), alone, atol=3)
+    width = (alone.shape[1] - 4) // 2
+    np.testing.assert_allclose(captioned[:, -width:].astype(int), alone[:, -width:], atol=3)
 
 
 def test_a_phrase_is_the_weighted_sum_of_its_rows_and_parts_are_those_rows() -> None:
