@@ -26,7 +26,7 @@ from mlip.dataloading.torch_pipeline import TorchPipeline
 from mlip.losses import context
 from mlip.transfer.fits.protocol import transfer_run
 from tests import rank_farm
-from tests.small_run import small_run
+from tests.small_run import small_run, with_val
 from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
 from tests.training.deepspeed_waits import find_waits
 from tests.training.exact_step import PROGRESS, exact_engine, make_batch
@@ -171,6 +171,25 @@ def test_a_run_and_its_evaluation_are_the_cpus(
                     "mlip/training/plain", "mlip/training/deepspeed", "mlip/training/ema",
                     "mlip/host", "mlip/batch", "kernels")) and ":state" not in wait]  # fmt: skip
     assert lines == []
+
+
+def test_val_is_watched_on_it_as_on_a_cpu(tmp_path: Path) -> None:
+    """Packed reports, the gradient cache and all; oracle: the scores that a CPU finds."""
+    watched = [*with_val(tmp_path, 12), "train.monitor=loss", *EVERYTHING]
+    watched += ["model.vision.norm=group", "train.precision=fp32", "evaluate.after_training=false"]
+    assert train.main(_overrides(tmp_path / "cpu", *watched)) == 0
+    with virtual_gpu():
+        assert train.main(_overrides(tmp_path / "gpu", *watched)) == 0
+    on_gpu, on_cpu = (
+        [json.loads(line) for line in (tmp_path / place / "validation.jsonl").open()]
+        for place in ("gpu", "cpu")
+    )
+    assert [look["step"] for look in on_cpu] == [1, 2]
+    for found, wanted in zip(on_gpu, on_cpu, strict=True):
+        scores = {k: v for k, v in wanted.items() if isinstance(v, float) and k != "time"}
+        assert len(scores) == 5  # total, two losses, two recalls
+        assert {k: found[k] for k in scores} == pytest.approx(scores, rel=1e-5)
+        assert all(found[k] == wanted[k] for k in ("step", "pairs", "best_step"))
 
 
 def _two_equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
