@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -309,6 +310,12 @@ def build_loader(
     )
 
 
+@cache
+def _say_torch(reason: str) -> None:
+    """Once: a run that watches val has two loaders."""
+    logger.info("data.pipeline=auto takes the torch pipeline: %s", reason)
+
+
 def _build_pipeline(
     config: Config,
     order: TrainingOrder | SequentialOrder,
@@ -322,7 +329,7 @@ def _build_pipeline(
         reason = why_not_dali(config) if kind == "dali" or torch.cuda.is_available() else "no GPU"
         if kind == "dali" or reason is None:
             return DaliPipeline(order, reader, transform, config)
-        logger.info("data.pipeline=auto takes the torch pipeline: %s", reason)
+        _say_torch(reason)
     from mlip.dataloading.torch_pipeline import TorchPipeline
 
     return TorchPipeline(order, reader, transform, config.data)
