@@ -3,6 +3,7 @@
     python benchmarks/bench_linker.py dev               # half of the reports: look, read, tune
     python benchmarks/bench_linker.py test --out FILE   # the other half: scored once
     python benchmarks/bench_linker.py states            # own sentences, the sealed half apart
+    python benchmarks/bench_linker.py labels            # what `mlip label` says of the other half
     python benchmarks/bench_linker.py speed [--forms 500000]
 
 The reports (CC BY-NC-ND) are read from --reports and never printed. A report belongs to a half by
@@ -26,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import environment
 from benchmarks.intervals import share, with_interval
+from benchmarks.linker_labels import label_scores
 from benchmarks.linker_reports import (
     REPORTS,
     Finding,
@@ -222,7 +224,7 @@ def states(linker: Linker, table: ConceptTable) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("half", choices=("dev", "test", "states", "speed"))
+    parser.add_argument("half", choices=("dev", "test", "states", "labels", "speed"))
     parser.add_argument("--reports", type=Path, default=REPORTS)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--forms", type=int, default=0, help="speed with this many made-up terms")
@@ -246,6 +248,9 @@ def main() -> None:
         result["speed"] = speed(reports, linker)
     elif arguments.half == "states":
         result["states"] = states(linker, table)
+    elif arguments.half == "labels":
+        sealed = [r for r in reports if r.is_test]
+        result["labels"] = label_scores(sealed, linker, read_findings(table))
     else:
         chosen = dev if arguments.half == "dev" else [r for r in reports if r.is_test]
         result["half"] = arguments.half

@@ -268,7 +268,7 @@ def _read_parquet(path: Path, wanted: Mapping[str, str]) -> Batches:
     return file.schema_arrow, map(_checked, file.iter_batches(_ROWS_AT_ONCE, columns=columns))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each line that is not blank."""
     with open(path, "rb") as raw:
         head = raw.read(2)
@@ -291,7 +291,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _jsonl_names(path: Path, enough: set[str]) -> list[str]:
     """Keys of the first 100 rows, of fewer where those in `enough` are found."""
     names: dict[str, None] = {}
-    for _, row in islice(_json_rows(path), 100):
+    for _, row in islice(json_rows(path), 100):
         names.update(dict.fromkeys(row))
         if enough and enough <= names.keys():
             break
@@ -309,7 +309,7 @@ def _read_jsonl(path: Path, wanted: Mapping[str, str], free: Free) -> Batches:
     def batches() -> Iterator[pa.RecordBatch]:
         cells: dict[str, list[str | None]] = {name: [] for name in schema.names}
         rows = 0
-        for number, row in _json_rows(path):
+        for number, row in json_rows(path):
             for name, column in cells.items():
                 value = row.get(name)
                 if name in of_anything and not isinstance(value, str | float | int | None):

@@ -29,6 +29,10 @@ FOREIGN = {
         "mlip.dataloading.prepare",
         "turn raw downloads or own files into shards and a manifest",
     ),
+    "label": (
+        "mlip.dataloading.label_reports",
+        "labels of findings from reports: what each states, denies, doubts",
+    ),
     "knowledge": ("mlip.knowledge.command", "build and look into concept tables"),
 }
 
