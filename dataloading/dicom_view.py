@@ -13,7 +13,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from mlip.dataloading.dicom_values import as_code, read_text, value_of
-from mlip.dataloading.view_position import projection
+from mlip.dataloading.view_position import stated_projection
 
 VIEW_TAGS = ("ViewPosition", "ViewCodeSequence")
 
@@ -25,13 +25,17 @@ def read_view(dataset: Dataset) -> str:
     nothing where it means none, for it may be anybody's free text. Where that states no projection,
     the one of the sequence stands for it.
     """
-    said = [as_code(part) or _meant(part) for part in _view_positions(dataset)]
-    return _or_coded("\\".join(dict.fromkeys(said)) if all(said) else "", dataset)
+    written = _view_positions(dataset)
+    said = [as_code(part) or stated_projection(part) for part in written]
+    view = "\\".join(dict.fromkeys(said)) if all(said) else ""
+    is_stated = bool(view) and stated_projection("\\".join(written))
+    return view if is_stated else _coded(dataset) or view
 
 
 def read_view_as_written(dataset: Dataset) -> str:
     """As read_view, free text too: to compare with projections, never for output."""
-    return _or_coded("\\".join(_view_positions(dataset)), dataset)
+    view = "\\".join(_view_positions(dataset))
+    return view if stated_projection(view) else _coded(dataset) or view
 
 
 def _view_positions(dataset: Dataset) -> list[str]:
@@ -40,17 +44,10 @@ def _view_positions(dataset: Dataset) -> list[str]:
     return [text for part in parts if (text := str(part).strip(" \0"))]
 
 
-def _or_coded(view: str, dataset: Dataset) -> str:
-    if projection(view):
-        return view
+def _coded(dataset: Dataset) -> str:
+    """The first projection that the sequence means, "" where it means none."""
     items = value_of(dataset, "ViewCodeSequence")
     if not isinstance(items, pydicom.Sequence):  # of another kind in a careless file
-        return view
-    meanings = (_meant(read_text(item, "CodeMeaning")) for item in items)
-    return next(filter(None, meanings), view)
-
-
-def _meant(text: str) -> str:
-    """The projection of a text in anybody's words; OTHER is that of every unknown word."""
-    found = projection(text)
-    return found if found != "OTHER" else ""
+        return ""
+    meanings = (stated_projection(read_text(item, "CodeMeaning")) for item in items)
+    return next(filter(None, meanings), "")

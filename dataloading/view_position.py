@@ -48,15 +48,31 @@ def projection(view: str) -> str:
 
     FRONTAL is PA or AP, nobody says which.
     """
+    words = _words_of(view)
+    found = _told_by(words)
+    return found if found is not None else "OTHER" if words else ""
+
+
+def stated_projection(view: str) -> str:
+    """As projection, "" for words that are of no view: the name of a protocol ("ROUTINE"), say."""
+    return _told_by(_words_of(view)) or ""
+
+
+def _words_of(view: str) -> set[str]:
+    """In capitals without accents, less those that tell no projection."""
     letters = unicodedata.normalize("NFKD", view.upper())
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     name = " ".join(word for word in re.split(r"[\W_]+", plain) if word)
     if name in _NOTHING:
-        return ""
+        return set()
     name = _ON_THE_BACK.sub("", name)
     for written, short in _WRITTEN_OUT:
         name = written.sub(short, name)
-    words = {word for word in name.split() if not _UNTOLD.fullmatch(word)}
+    return {word for word in name.split() if not _UNTOLD.fullmatch(word)}
+
+
+def _told_by(words: set[str]) -> str | None:
+    """None where no word is known, "" where two exclude each other."""
     for found, known in _WORDS.items():
         if any(re.fullmatch(known, word) for word in words):
             return found
@@ -67,7 +83,7 @@ def projection(view: str) -> str:
         return ""
     if is_frontal:
         return told.pop() if len(told) == 1 else "FRONTAL"
-    return "LATERAL" if is_lateral else "OTHER" if words else ""
+    return "LATERAL" if is_lateral else None
 
 
 def is_frontal(view: str) -> bool:

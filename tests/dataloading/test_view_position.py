@@ -98,7 +98,11 @@ def test_the_view_code_stands_where_the_view_position_tells_no_projection(tmp_pa
         ("", "antero-posterior", "AP"),
         ("CHEST", "left lateral", "LATERAL"),
         ("AP", "postero-anterior", "AP"),
+        ("ROUTINE", "postero-anterior", "PA"),  # a word of no view states none
+        ("AP AXIAL", "antero-posterior", "AP AXIAL"),
         ("CHEST", "of Mrs. Doe", "CHEST"),
+        ("ROUTINE", "of Mrs. Doe", "ROUTINE"),
+        (None, "axial", "OTHER"),
         (None, "", ""),
     ):
         dataset = pydicom.dcmread(path)
@@ -112,6 +116,26 @@ def test_the_view_code_stands_where_the_view_position_tells_no_projection(tmp_pa
         pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
         assert read_radiograph(tmp_path / "new.dcm")[1].view == expected
         assert read_identity(tmp_path / "new.dcm").view == expected
+
+
+def test_what_a_filter_reads_is_what_the_manifest_says_also_of_free_text(tmp_path: Path) -> None:
+    """views=frontal goes by the one, evaluate.subgroups by the other."""
+    path = tmp_path / "film.dcm"
+    picture = np.arange(1600, dtype=np.uint16).reshape(40, 40)
+    write_radiograph(path, picture, patient_id="P", study_id="S")
+    for position, expected in (
+        ("Chest of Mrs. Doe, standing", "PA"),
+        ("Lordotic, of Mrs. Doe's apices", "OTHER"),
+        ("seitlich (Frau Doe)", "LATERAL"),
+    ):
+        dataset = pydicom.dcmread(path)
+        dataset.add_new(0x00185101, "LO", position)
+        code = pydicom.Dataset()
+        code.CodeMeaning = "postero-anterior"
+        dataset.ViewCodeSequence = [code]
+        pydicom.dcmwrite(tmp_path / "new.dcm", dataset)
+        assert read_radiograph(tmp_path / "new.dcm")[1].view == expected
+        assert projection(read_identity(tmp_path / "new.dcm").view) == expected
 
 
 def test_what_stands_in_place_of_a_view_refuses_no_film(tmp_path: Path) -> None:
