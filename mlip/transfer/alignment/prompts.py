@@ -127,23 +127,25 @@ def encode_prompts(
     table: Any,
     device: torch.device,
     cut: bool = False,
+    first: int = 0,
 ) -> TextBank:
     """A TextBank of free texts; knowledge is linked from each text, negation included.
 
-    cut  as of make_text_batch; texts are reports then, which no message quotes
+    cut    as of make_text_batch; texts are reports then, which no message quotes
+    first  as of make_text_batch
     Raises:  TextError for a text that has no word the tokenizer can use, or is longer than the
              model reads.
     """
     encoder = phrase_encoder(config, tokenizer, linker, table)
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        chunk = texts[start : start + TEXTS_AT_ONCE]
-        batch = make_text_batch(chunk, encoder, cut=cut, first=start)
+        chunk, before = texts[start : start + TEXTS_AT_ONCE], first + start
+        batch = make_text_batch(chunk, encoder, cut=cut, first=before)
         empty = (~batch.content_mask.any(dim=1)).nonzero()
         if len(empty):
             place = int(empty[0])
-            named = named_phrase(chunk[place], start + place)
-            named = f"report {start + place + 1}" if cut else named
-            raise TextError(f"{named} is empty: expected words", start + place)
+            named = named_phrase(chunk[place], before + place)
+            named = f"report {before + place + 1}" if cut else named
+            raise TextError(f"{named} is empty: expected words", before + place)
         parts.append(encode_texts(model, batch, device=device))
     return join_texts(parts)

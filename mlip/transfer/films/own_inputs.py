@@ -155,7 +155,7 @@ def encode_texts(opened: Any, texts: Iterable[str], *, first: int = 0) -> TextBa
         named = named_phrase(texts[place], first + place)
         raise TextError(f"{named} {_UNKNOWN}", first + place)
     warn_of_unknown_words(opened.tokenizer, texts, first=first)
-    return _encode(opened, texts, cut=False)
+    return _encode(opened, texts, cut=False, first=first)
 
 
 def encode_reports(opened: Any, reports: Iterable[str]) -> TextBank:
@@ -199,7 +199,7 @@ def _listed(things: Any, name: str, kind: type | tuple[type, ...]) -> list[Any]:
     return items
 
 
-def _encode(opened: Any, texts: Sequence[str], *, cut: bool) -> TextBank:
+def _encode(opened: Any, texts: Sequence[str], *, cut: bool, first: int = 0) -> TextBank:
     _require_eval(opened.model)
     return encode_prompts(
         opened.model,
@@ -210,6 +210,7 @@ def _encode(opened: Any, texts: Sequence[str], *, cut: bool) -> TextBank:
         table=opened.table,
         device=next(opened.model.parameters()).device,
         cut=cut,
+        first=first,
     )
 
 

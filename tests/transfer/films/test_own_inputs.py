@@ -22,8 +22,14 @@ from mlip.onnx_graphs import ImageGraph, TextGraph
 from mlip.pretrained import from_pretrained
 from mlip.pretrained_model import Pretrained
 from mlip.transfer.alignment.patch_maps import phrase_maps
+from mlip.transfer.alignment.prompts import TextError
 from mlip.transfer.films.embed import write_embeddings
-from mlip.transfer.films.own_inputs import ImageFileError, encode_pixels, model_input
+from mlip.transfer.films.own_inputs import (
+    ImageFileError,
+    encode_pixels,
+    encode_texts,
+    model_input,
+)
 from mlip.transfer.films.search import ask_phrases
 from tests.small_run import small_export, small_run
 
@@ -227,6 +233,12 @@ def test_a_long_phrase_is_named_by_its_number(opened: Pretrained) -> None:
         with pytest.raises(ValueError, match=rf"^phrase 301 .*{reason}") as caught:
             opened.encode_texts([*words, long])
         assert "Canary" not in str(caught.value) and "\u5de6" not in str(caught.value)
+        # `mlip search` asks one at a time, and has told of the others what they are
+        with pytest.raises(ValueError, match=rf"^phrase 2 .*{reason}"):
+            ask_phrases(["edema", long], opened)
+    with pytest.raises(TextError, match="^phrase 12 is empty") as empty:
+        encode_texts(opened, ["edema", " " * 61], first=10)
+    assert empty.value.place == 11
 
 
 def test_files_and_texts_come_in_any_order_that_stays(opened: Pretrained, tmp_path: Path) -> None:
