@@ -182,8 +182,13 @@ def save_predictions(predictions: Predictions, path: Path) -> None:
 
 
 def _require_own_results(path: Path) -> None:
-    """Two files are renamed one after the other: a kill between leaves them of two evaluations."""
+    """Two files are renamed one after the other: a kill between leaves them of two evaluations.
+
+    A copy under another name is of whatever evaluation it was taken from.
+    """
     results = path.with_name(RESULTS)
+    if path.name != FILE:
+        return
     try:
         told = json.loads(results.read_text(encoding="utf-8"))["fingerprints"][FINGERPRINT]
         own = file_sha256(path)
@@ -200,8 +205,8 @@ def _require_own_results(path: Path) -> None:
 def load_predictions(path: Path) -> Predictions:
     """What save_predictions wrote: a file, or the folder that it lies in.
 
-    Raises:  PredictionsError naming the file; of a results.json beside it that is of another
-             evaluation, too
+    Raises:  PredictionsError naming the file; also where the results.json beside
+             predictions.parquet is of another evaluation
     """
     path = path / FILE if path.is_dir() else path
     _require_own_results(path)

@@ -222,6 +222,16 @@ def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_writ
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def test_a_copy_under_another_name_is_no_part_of_the_evaluation_it_lies_beside(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        made = {"of": name, "predictions": drawn().named(name)}
+        save_results(made, tmp_path / name / "results.json")
+    (tmp_path / "other" / FILE).rename(tmp_path / "mine" / "other.parquet")
+    assert load_predictions(tmp_path / "mine" / "other.parquet").facts["name"] == "other"
+    assert load_predictions(tmp_path / "mine").facts["name"] == "mine"
+
+
 def test_a_kill_between_the_two_files_is_found_out_by_whoever_reads_them(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     save_results({"of": "first", "predictions": drawn()}, path)
