@@ -15,7 +15,7 @@ from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import model_with
-from mlip.training.checkpoint import checkpoints_of
+from mlip.training.checkpoint import STATE, checkpoints_of
 from mlip.transfer.fingerprint import hash_of_vocabulary, preprocessing
 
 logger = logging.getLogger("mlip")
@@ -82,5 +82,10 @@ def started_model(config: Config, start: Pretrained) -> MLIPModel:
     except PretrainedError as error:
         raise ConfigError(
             f"{error}; take the settings of the model from its folder: --config "
-            f"{config.train.start}, and yours behind it"
+            f"{_with_settings(Path(config.train.start or ''))}, and yours behind it"
         ) from error
+
+
+def _with_settings(start: Path) -> Path:
+    """The folder that --config takes: a checkpoint's are its run's."""
+    return start.resolve().parent.parent if (start / STATE).is_file() else start

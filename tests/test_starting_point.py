@@ -94,7 +94,7 @@ def test_it_learns_from_there_and_goes_on_without_its_start(tmp_path, export):
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export):
+def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export, capsys):
     assert _train(tmp_path / "first", export) == 0
     for number, start in enumerate(
         (tmp_path / "first", checkpoint.checkpoints_of(tmp_path / "first")[0])
@@ -104,6 +104,10 @@ def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export):
         assert train.main(["--config", str(tmp_path / "first"), *own]) == 0
         before, after = _trained(tmp_path / "first"), _trained(folder)
         assert all(torch.equal(before[name], after[name]) for name in before)
+        # its settings where they lie: a checkpoint alone is no folder for --config
+        own = [f"run.dir={tmp_path / 'wrong'}", own[1], "model.embed_dim=16"]
+        assert train.main(["--config", str(tmp_path / "first"), *own]) == 2
+        assert f": --config {tmp_path / 'first'}, and yours" in capsys.readouterr().err
 
 
 def test_the_card_says_where_the_weights_began_and_names_no_place(tmp_path, export):
