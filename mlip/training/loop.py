@@ -177,7 +177,7 @@ class Trainer:
                     f"stopped on request before step {self.step + 1} of {self.steps}; nothing was "
                     "trained since the start: the same command goes on from there"
                 )
-            if self.step and self.step % every == 0:
+            if self.step % every == 0:
                 self._look_at_val()  # not yet where a stop was asked for there
             batches = iter(self.loader)
             while self.step < self.steps and not (self.validation and self.validation.is_over):
@@ -209,6 +209,7 @@ class Trainer:
             self.log.close()
 
     def _look_at_val(self) -> None:
+        """Once a step; never before the first one."""
         if self.validation is not None and self.validation.last_look != self.step:
             self.validation.look(self.engine, self.step, self.log)
 

@@ -17,12 +17,18 @@ import torch
 
 from mlip import distributed
 from mlip.config import ConfigError, load
-from mlip.training import checkpoint, faults
+from mlip.training import checkpoint, faults, presence
 from mlip.training.best_checkpoint import best_step, find_best, is_best
 from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
 from mlip.training.loop import Trainer
 from mlip.training.validation import Validation, batches_of
-from tests.training.toy_run import ToyHeldOut, make_trainer, make_validation, toy_config
+from tests.training.toy_run import (
+    ToyHeldOut,
+    make_batch,
+    make_trainer,
+    make_validation,
+    toy_config,
+)
 
 NO_CONTRAST = ("loss.global_contrastive.weight=0", "loss.local_alignment.weight=0")
 WATCHED = ("train.monitor=loss", "train.checkpoint_steps=2")
@@ -85,7 +91,9 @@ def test_a_run_that_is_watched_is_the_same_run(tmp_path):
     assert isinstance(held_out, ToyHeldOut) and (held_out.rewinds, held_out.given) == (6, 0)
 
 
-def test_the_last_checkpoint_is_scored_too_and_no_score_has_a_gradient(tmp_path):
+def test_the_last_checkpoint_is_scored_too_and_no_score_has_a_gradient(tmp_path, monkeypatch):
+    places: list[tuple[int, str]] = []  # what a lost rank is said to have been at
+    monkeypatch.setattr(presence, "at", lambda step, phase: places.append((step, phase)))
     trainer = _trainer(tmp_path, "train.monitor=loss", "train.checkpoint_steps=5")
     with_gradient: list[bool] = []
     objective = trainer.engine.objective
@@ -96,6 +104,7 @@ def test_the_last_checkpoint_is_scored_too_and_no_score_has_a_gradient(tmp_path)
     )
     trainer.fit(StopRequest())
     assert [line["step"] for line in _lines(tmp_path)] == [5, 10, 12]
+    assert [step for step, phase in places if phase == "validate"] == [5, 10, 12]
     assert with_gradient == [False] * 3 * ToyHeldOut.BATCHES
 
 
@@ -115,6 +124,11 @@ def test_scores_are_means_over_the_same_batches_in_evaluation_mode(tmp_path):
     # three batches of six pairs: what is found is a multiple of 1/18
     share = last["recall@1 image to text"] * 18
     assert share == pytest.approx(round(share), abs=1e-4)
+    engine = trainer.engine
+    engine.objective.eval()
+    each = [make_batch(ToyHeldOut.FIRST + n, ToyHeldOut.PAIRS) for n in range(ToyHeldOut.BATCHES)]
+    totals = [engine.call(b, step=0, progress=0.0, held_out=True)[0].item() for b in each]
+    assert last["total"] == pytest.approx(sum(totals) / 3, rel=1e-6)
 
 
 def test_the_best_checkpoint_stays_and_is_what_the_run_stands_for(tmp_path, monkeypatch, caplog):
@@ -162,15 +176,22 @@ def test_patience_ends_a_run_which_then_trains_no_further(tmp_path, monkeypatch,
     assert more.step == 12
 
 
-def test_a_stopped_run_decides_as_one_that_was_not(tmp_path, monkeypatch):
+def test_patience_counts_checkpoints_in_a_row(tmp_path, monkeypatch):
+    _script(monkeypatch, [3.0, 1.0, 2.0, 0.5, 2.0, 0.1])
+    assert _run(tmp_path, *WATCHED, "train.patience=2").step == 12
+
+
+@pytest.mark.parametrize("step", [8, 7])  # where it is saved: at a look's step, and between
+def test_a_stopped_run_decides_as_one_that_was_not(tmp_path, monkeypatch, step):
     _run(tmp_path / "whole", *WATCHED, "train.patience=3")
-    monkeypatch.setenv("FAULT", "term@0:6:backward")
+    monkeypatch.setenv("FAULT", f"term@0:{step - 2}:backward")
     with pytest.raises(Preempted):
         _run(tmp_path / "parts", *WATCHED, "train.patience=3")
+    assert _steps(tmp_path / "parts")[-1] == step
     _run(tmp_path / "parts", *WATCHED, "train.patience=3")
     whole, parts = _lines(tmp_path / "whole"), _lines(tmp_path / "parts")
     assert all(line.pop("time") for line in [*whole, *parts])
-    # the stop was saved at once, unlooked at; the run that went on looked first
+    # at 8 the stop was saved at once, unlooked at; the run that went on looked first
     assert parts == whole
     states = [
         checkpoint.read(checkpoint.checkpoints_of(tmp_path / n)[0]).state
@@ -244,6 +265,8 @@ def test_another_score_begins_anew_and_watching_can_end(tmp_path, monkeypatch):
     make_trainer(unwatched, dropout=0.3, allow_mismatch=True).fit(StopRequest())
     best, _ = find_best(folder)
     assert best is not None and best.name == "step_00000010"  # newest: nobody looks any more
+    known = [is_best(checkpoint.folder_of(folder, step), step) for step in (8, 10)]
+    assert known == [False, False]  # while somebody did it was that of step 4
 
 
 @pytest.mark.parametrize("changed", ["batches", "pairs"])
@@ -259,6 +282,8 @@ def test_scores_of_other_pairs_are_not_compared_and_that_is_said(tmp_path, chang
     assert f"step {saved['best_step']} is not kept for it" in caplog.text
     caplog.clear()
     make_validation(trainer.config).load_state_dict(saved)
+    none_yet = {**saved, "best_step": None, "best": None}
+    other.load_state_dict(none_yet)
     assert not caplog.text
 
 
