@@ -330,7 +330,8 @@ def _ratio(hits: Array, swapped: Array, weights: Array) -> Estimate:
     """Hit rate over the swapped images' hit rate, with its interval.
 
     None where resamples without a hit on a swapped image, whose ratio is infinite, reach its upper
-    end: without them it would be that of one hit, the greatest that is left.
+    end: without them it would be that of one hit, the greatest that is left. Nor where all have one
+    ratio, as of no hit at all: an interval without width says that no other patient could differ.
     """
     if len(hits) == 0:
         return not_available("no image without the finding to swap in")
@@ -345,4 +346,7 @@ def _ratio(hits: Array, swapped: Array, weights: Array) -> Estimate:
     if found["high"] is not None and found["high"] > greatest:
         rare = "the swapped images were hit too rarely to bound it"
         return {**found, "low": None, "high": None, "reason": rare}
+    if found["high"] is not None and found["low"] == found["high"]:
+        same = "all draws of patients have one ratio"
+        return {**found, "low": None, "high": None, "reason": same}
     return found

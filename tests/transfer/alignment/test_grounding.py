@@ -184,3 +184,16 @@ def test_a_ratio_over_hardly_a_hit_has_no_interval() -> None:
     told = grounding._ratio(np.ones(80), (np.arange(80) < 12).astype(float), weights)
     draws = 1 / np.average(np.tile(np.arange(80) < 12, (400, 1)), axis=1, weights=weights)
     assert told["reason"] is None and told["low"] < 80 / 12 < told["high"] <= draws.max()
+    # draws in which each swapped image was hit are bounded by the greatest of them
+    told = grounding._ratio((np.arange(80) > 0).astype(float), np.ones(80), weights)
+    assert told["reason"] is None and told["low"] < 79 / 80 < told["high"] == 1.0
+
+
+def test_a_ratio_that_all_draws_have_has_no_interval() -> None:
+    """ "0.0x (0.0 to 0.0)" of 80 queries is surer than 0 of 80, which may be 4 in 100."""
+    weights = patient_resamples(np.arange(80), 400, 0)
+    half = (np.arange(80) % 2).astype(float)
+    for hits, swapped, value in ((np.zeros(80), half, 0.0), (half, half, 1.0)):
+        told = grounding._ratio(hits, swapped, weights)
+        assert (told["value"], told["low"], told["high"]) == (value, None, None)
+        assert told["reason"] == "all draws of patients have one ratio"
