@@ -1,0 +1,52 @@
+"""Retrieval of a split in which some images have no report."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlip.transfer.alignment.evaluation import encode_split
+from mlip.transfer.alignment.retrieval_run import retrieval_run
+from mlip.transfer.array import Array
+from tests.small_run import small_run
+
+
+def test_images_without_a_report_change_nothing_for_those_that_have_one() -> None:
+    # oracle: a split of the images with a report alone
+    run, cpu = small_run(), torch.device("cpu")
+    evaluate = dataclasses.replace(run.config.evaluate, retrieval_pool=8, bootstrap=50)
+    config = dataclasses.replace(run.config, evaluate=evaluate)
+    rows = run.manifest.rows("test")
+    has_text = np.flatnonzero(np.arange(len(rows)) % 3 > 0)
+    found: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = []
+    for chosen, with_text in ((rows, has_text), (rows[has_text], np.arange(len(has_text)))):
+        parts = (run.tokenizer, run.linker, run.table, cpu)
+        images, reports, beside = encode_split(run.model, config, run.manifest, chosen, *parts)
+        kept: list[tuple[Any, ...]] = []
+
+        def keep(
+            method: str,
+            what: str,
+            measure: str,
+            at: Array,
+            marks: Array,
+            kept: list[tuple[Any, ...]] = kept,
+            row_index: Array = images.row_index,
+        ) -> None:
+            kept.append((method, what, measure, row_index[at].tolist(), marks.tolist()))
+
+        # every second pair is right for the one before: an order that a prefix does not have
+        pair_id = np.searchsorted(rows, images.row_index) // 2
+        told = retrieval_run(
+            *(run.model, config, run.manifest, images, reports, with_text, pair_id),
+            device=cpu,
+            oracle=None,
+            keep=keep,
+        )
+        found.append((told, kept))
+    assert found[0] == found[1]
+    told, kept = found[0]
+    assert told["n"] == len(has_text) // 8 * 8 and len(kept) == 3 * 2 * 3
