@@ -75,10 +75,10 @@ def started_model(config: Config, start: Pretrained) -> MLIPModel:
     vocab_size = int(start.model.text.backbone.config.vocab_size)
     if checkpoints_of(config.run.dir):
         vectors = start.model.concept_vectors
-        return MLIPModel(config, vocab_size=vocab_size, concept_vectors=vectors).train()
+        return MLIPModel(config, vocab_size=vocab_size, concept_vectors=vectors)
     weights = start.model.state_dict()
     try:
-        return model_with(config, vocab_size, weights, f"train.start={config.train.start}").train()
+        return model_with(config, vocab_size, weights, f"train.start={config.train.start}")
     except PretrainedError as error:
         raise ConfigError(
             f"{error}; take the settings of the model from its folder: --config "

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from mlip import cli
+from mlip import cli, starting_point
 from mlip.config import ConfigError, load
 from mlip.knowledge.concepts import ConceptTable
 from mlip.model_facts import start_of
@@ -155,6 +155,24 @@ def test_concepts_of_ones_own_are_asked_for_by_their_name(source):
         return
     with pytest.raises(ConfigError, match="table of its own; name it with knowledge.lexicon"):
         _require_its_own(asked, start)
+
+
+def test_the_start_is_opened_with_ones_own_table_and_later_the_run(tmp_path, monkeypatch):
+    """An export holds no table of others: whoever has it names where it lies by now."""
+    asked: list[tuple[str, str | None]] = []
+
+    def opened(path: str, *, lexicon: str | None) -> Any:
+        asked.append((str(path), lexicon))
+        return SimpleNamespace(config=config)
+
+    monkeypatch.setattr(starting_point, "open_checkpoint", opened)
+    monkeypatch.setattr(starting_point, "_require_its_own", lambda config, start: None)
+    own = ["train.start=big", "knowledge.lexicon=own.jsonl", f"run.dir={tmp_path}"]
+    config = load([], own)
+    starting_point.open_start(config)
+    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    starting_point.open_start(config)
+    assert asked == [("big", "own.jsonl"), (str(tmp_path), "own.jsonl")]
 
 
 def test_another_vocabulary_is_refused(tmp_path, export, capsys):

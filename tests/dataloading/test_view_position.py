@@ -36,7 +36,7 @@ PADCHEST = "PA,L,AP_horizontal,AP,COSTAL,EXCLUDE,UNK".split(",")
         ("LLD|RLD|AP LLD|PA RLD|AP\\LLD|LATERAL DECUBITUS|Linksseitenlage", "DECUBITUS"),
         ("dec\u00fabito lateral|d\u00e9cubitus lat\u00e9ral droit", "DECUBITUS"),
         ("RLO|LLO|RAO|LAO|LPO|RPO|OBLIQUE|oblicua|schr\u00e4g|postero-anterior oblique", "OBLIQUE"),
-        ("AP AXIAL|LORDOTIC|PA APICAL|SWIMMERS|COSTAL|EXCLUDE|MLO", "OTHER"),
+        ("AP AXIAL|LORDOTIC|PA APICAL|SWIMMERS|COSTAL|EXCLUDE|MLO|OBLONG", "OTHER"),
         ("| |UNK|unknown|NA|N/A|n/a|Not stated|U|UNSPECIFIED|PA\\LL|AP LATERAL", ""),
         ("SUPINE|erect|CHEST|Thorax|PORTABLE|dorsal decubitus|p.a./seitlich", ""),
     ],

@@ -335,6 +335,7 @@ def test_more_rows_than_a_batch_are_several_equal_ones():
         (["train.monitor=recall", "loss.global_contrastive.weight=0"], "loss.global_contrastive"),
         (["train.monitor=loss", *NO_CONTRAST], "watches what is not trained"),
         (["train.monitor=auroc"], "train.monitor"),
+        (["train.monitor_pairs=1"], "train.monitor_pairs"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_watched_is_refused(settings, says):
