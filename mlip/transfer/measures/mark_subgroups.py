@@ -67,11 +67,13 @@ def _among(grouping: Grouping, places: Array, patients: Array) -> Grouping:
     Shapes:  places [asked] of the grouping's images; patients [asked]
     """
     members, stated = grouping.members[:, places], grouping.stated[places]
-    counts = [len(np.unique(patients[inside])) for inside in members]
-    large = np.array([count >= FEWEST_PATIENTS for count in counts], dtype=bool)
+    counts = np.array([len(np.unique(patients[inside])) for inside in members], dtype=np.int64)
+    large = counts >= FEWEST_PATIENTS
     rest = stated & ~members[large].any(axis=0)
+    # which of the groups that were small before are asked about, nothing tells
+    before = grouping.small["groups"] if (stated & ~members.any(axis=0)).any() else 0
     small = {
-        "groups": (grouping.small["groups"] + int((~large).sum())) if rest.any() else 0,
+        "groups": before + int(((counts > 0) & ~large).sum()),
         "images": int(rest.sum()),
         "patients": len(np.unique(patients[rest])),
     }

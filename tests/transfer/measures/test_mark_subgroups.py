@@ -91,6 +91,21 @@ def test_a_group_of_few_queries_is_counted_and_not_named() -> None:
     assert table["not_stated"] == 18 and table["small_groups"]["groups"] == 0
 
 
+def test_a_group_that_nothing_was_asked_about_is_no_small_one() -> None:
+    """Beside 20 patients of M and three of a group that was small before, nobody of F."""
+    is_m, is_x = PATIENTS < 20, PATIENTS > 26
+    is_f = ~is_m & ~is_x
+    of = grouping("F", "M", members=[is_f, is_m], small=1)
+    for asked, expected in ((is_m | is_x, [1, 6, 3]), (is_m, [0, 0, 0])):
+        places = np.flatnonzero(asked)
+        (table,) = scored(marks("a", places, np.ones(len(places))), of=of)
+        assert [group["name"] for group in table["groups"]] == ["M"]
+        assert list(table["small_groups"].values()) == expected
+    few = np.flatnonzero(is_m | is_x | (PATIENTS == 22))  # one of F: a small group, as X is
+    (table,) = scored(marks("a", few, np.ones(len(few))), of=of)
+    assert table["small_groups"] == {"groups": 2, "images": 8, "patients": 4}
+
+
 def test_without_groups_or_queries_there_is_nothing() -> None:
     one = grouping("F", members=[IS_F])
     assert scored(of=one) == []
