@@ -74,6 +74,23 @@ def test_a_ledgers_rows_are_those_of_the_manifest_at_hand(corpus: Make, build: A
     assert (loader.ledger.rows, loader.ledger.excluded) == before
 
 
+def test_a_loader_that_is_rewound_begins_again_and_names_no_bad_file_twice(
+    corpus: Make, build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """val is read so at each checkpoint of a run, also with batches prepared ahead."""
+    config = corpus("data.bad_share=0.9", "data.prefetch=3")
+    damage(config, [0, 1])
+    loader = build(config)
+    first, ledger = take(loader, 9), None
+    for _ in range(2):
+        loader.rewind()
+        again = take(loader, 9)
+        assert all(same(a, b) for a, b in zip(first, again, strict=True))
+        assert ledger in (None, loader.ledger.state_dict())  # counts of one reading alone
+        ledger = loader.ledger.state_dict()
+    assert caplog.text.count("quarantined image") == len(loader.ledger.bad) == 2
+
+
 @pytest.mark.parametrize("stop", [0, 1, 3, 7])
 def test_resume_at_any_step_repeats_nothing_and_skips_nothing(
     corpus: Make, build: Any, stop: int

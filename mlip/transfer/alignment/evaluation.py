@@ -89,7 +89,7 @@ def evaluate_run(
         "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
         "device": str(device),
-        "precision": precision_on(model.config.train.precision, device, is_training=False),
+        "precision": _precision(model, device),
         "commit": source_commit(),
         **(run or {}),
         "evaluation_seconds": round(time.perf_counter() - began, 1),
@@ -293,9 +293,14 @@ def _evaluate(
     )
     results["predictions"] = predictions_of(
         *(series, config, manifest, config.evaluate.split, images.row_index),
-        precision=precision_on(model.config.train.precision, device, is_training=False),
+        precision=_precision(model, device),
     )
     return images.row_index, results
+
+
+def _precision(model: Any, device: torch.device) -> str:
+    """What the towers compute in here: "bf16" or "fp32"."""
+    return precision_on(model.config.train.precision, device, is_training=False)
 
 
 def _marks(

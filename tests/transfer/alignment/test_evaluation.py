@@ -177,14 +177,16 @@ def test_more_rows_than_asked_for_are_a_keyed_choice(tmp_path: Path) -> None:
         assert "drawn from" not in told and "random draw of" not in told
 
 
-@pytest.mark.parametrize("has_products", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "has_products"), [("auto", True), ("auto", False), ("bf16", False)]
+)
 def test_results_and_page_say_which_precision_the_machine_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_products: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, has_products: bool
 ) -> None:
     run = small_run()
     monkeypatch.setattr("mlip.precision.multiplies_bf16", lambda device: has_products)
     model = copy.deepcopy(run.model)
-    train = dataclasses.replace(run.config.train, precision="auto")
+    train = dataclasses.replace(run.config.train, precision=asked)
     model.config = dataclasses.replace(run.config, train=train)
     results = evaluate_run(model, run.config, run.manifest, run.tokenizer, run.linker, run.table)
     expected = "bf16" if has_products else "fp32"

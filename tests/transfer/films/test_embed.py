@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -87,6 +88,19 @@ def test_rows_without_an_image_are_counted_and_come_as_soon_as_it_is_mended(
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
     rows = [load_file(p)["row_index"] for p in sorted((tmp_path / "out").glob("part-*"))]
     np.testing.assert_array_equal(np.concatenate(rows), TEST_ROWS)
+
+
+def test_a_film_that_is_too_dark_is_no_reason_to_make_its_part_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = np.random.default_rng(0).integers(0, 4096, (40, 60)).astype(np.uint16)
+    assert cv2.imwrite(str(root / "3.png"), grey)
+    for parts in ([1, 2, 3], []):
+        assert embed(tmp_path, root, "data.bad_share=0.5") == 0
+        said = capsys.readouterr().out
+        assert made(said) == parts and "11 of 12 rows (too_dark 1) in" in said
+    mend(root, 3)
+    assert embed(tmp_path, root) == 0 and made(capsys.readouterr().out) == [1]
 
 
 def test_a_second_one_into_the_folder_is_refused_and_takes_nothing_from_the_first(
