@@ -134,7 +134,7 @@ class Validation:
 
         Scores of other pairs or among another number of them are no better and no worse: with
         train.monitor_pairs or the number of ranks they change.
-        Raises:  KeyError, TypeError or ValueError where it is no state_dict
+        Raises:  KeyError or TypeError where it is no state_dict
         """
         if not state:
             return
@@ -148,10 +148,13 @@ class Validation:
                     logging.WARNING,
                 )
             return
-        self.best_step = None if best is None else int(best)
-        self.best = math.nan if best is None else float(state["best"])
-        self.looks_since = int(state["looks_since"])
-        self.last_look = int(state["last_look"])
+        try:
+            self.best_step = None if best is None else int(best)
+            self.best = math.nan if best is None else float(state["best"])
+            self.looks_since = int(state["looks_since"])
+            self.last_look = int(state["last_look"])
+        except ValueError as error:  # a text in a number's place
+            raise TypeError(f"validation: {error}") from error
 
     def close(self) -> None:
         self.held_out.close()

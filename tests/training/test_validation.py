@@ -287,6 +287,21 @@ def test_scores_of_other_pairs_are_not_compared_and_that_is_said(tmp_path, chang
     assert not caplog.text
 
 
+@pytest.mark.parametrize("name", ["best_step", "best", "looks_since", "last_look"])
+@pytest.mark.parametrize("value", ["x", []])
+def test_a_state_that_no_save_writes_is_refused_by_the_checkpoints_name(
+    tmp_path, monkeypatch, name, value
+):
+    _run(tmp_path, *WATCHED, "train.max_steps=2")
+    folder = checkpoint.checkpoints_of(tmp_path)[0]
+    state = json.loads((folder / "state.json").read_text())
+    state["validation"][name] = value
+    (folder / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(checkpoint, "_damage", lambda folder: None)  # the hashes fit
+    with pytest.raises(CheckpointError, match=rf"{folder.name}: its state.json is not one"):
+        _trainer(tmp_path, *WATCHED, "train.max_steps=2")
+
+
 def test_all_ranks_go_on_with_what_rank_0_found(tmp_path, monkeypatch):
     """Nodes of other processors round otherwise: one would end its run, and the others wait."""
     _script(monkeypatch, [3.0])
