@@ -19,6 +19,7 @@ from mlip.report.charts import (
     scale_marks,
 )
 from mlip.report.subgroups import subgroup_context
+from mlip.transfer.measures.operating_point import MEANT
 from mlip.transfer.table import classes_text
 
 HEAD_MARKS = {
@@ -76,7 +77,7 @@ def headline(results: Mapping[str, Any]) -> list[Markup]:
                 SCORES[head].lower(),
                 100 * macro[head]["value"],
                 _with_range(macro[head]),
-                f" {over}" if (over := _over(macro[head])) else "",
+                f" {over}" if (over := classes_text(macro[head], "findings")) else "",
                 name.lower(),
                 worst["value"],
             )
@@ -219,7 +220,7 @@ def zero_shot_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": [{**r, "drawing": drawing(r)} for r in rows],
         "macro": found["macro"],
         # a finding has both classes for every head, or for none
-        "macro_over": _over(found["macro"][heads[0]]) if heads else "",
+        "macro_over": classes_text(found["macro"][heads[0]], "findings") if heads else "",
         "macro_drawing": drawing(found["macro"]),
         "worst": [
             (
@@ -256,13 +257,12 @@ def _threshold_context(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     names = {row["finding"]: row["name"] for row in found["findings"]}
     rows = [(names[finding], row["combined"]) for finding, row in told["findings"].items()]
-    over = _over(told["macro"]["combined"]["f1"])
-    return {"rule": told["rule"], "rows": rows, "macro": told["macro"], "over": over}
-
-
-def _over(mean: Mapping[str, Any]) -> str:
-    """Over how many findings a mean is, "" where all count."""
-    return classes_text(mean).replace("classes", "findings")
+    means = told["macro"]["combined"]
+    # of a finding in every row there is a sensitivity and no specificity
+    over = {name: classes_text(means[name], "findings") for name in MEANT}
+    each = [f"{name} {text}" for name, text in over.items() if text]
+    shown = each if len(set(over.values())) > 1 else [over["f1"]]
+    return {"rule": told["rule"], "rows": rows, "macro": told["macro"], "over": "; ".join(shown)}
 
 
 def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:

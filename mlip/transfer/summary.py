@@ -39,7 +39,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {row['name']:<23} " + "".join(f"{_text(row[h]):<20}" for h in HEADS))
         macro = zero_shot["macro"]
         mean = f"  {'mean':<24}" + "".join(f"{_text(macro[h]):<20}" for h in HEADS)
-        lines.append(f"{mean}{classes_text(macro['global']).replace('classes', 'findings')}")
+        lines.append(f"{mean}{classes_text(macro['global'], 'findings')}")
         means = (zero_shot.get("at_thresholds") or {}).get("macro", {})
         for rate, title in RATE_TITLES.items() if means else ():
             shown = "".join(f"{_text(means[h][rate]):<20}" for h in HEADS)

@@ -87,10 +87,10 @@ def apart_text(difference: Mapping[str, Any]) -> str:
     return text
 
 
-def classes_text(estimate: Mapping[str, Any]) -> str:
+def classes_text(estimate: Mapping[str, Any], noun: str = "classes") -> str:
     """Over how many classes a mean is, "" where all count: means of others do not compare."""
     count, asked = estimate.get("classes"), estimate.get("classes_asked")
-    return "" if count == asked or not count else f"over {count} of {asked} classes"
+    return "" if count == asked or not count else f"over {count} of {asked} {noun}"
 
 
 def table_lines(results: Mapping[str, Any]) -> list[str]:

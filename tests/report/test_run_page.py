@@ -8,16 +8,19 @@ import re
 import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mlip.report import tables
 from mlip.report.charts import Mark, line_chart, powers_of_ten, scale_marks
 from mlip.report.corpus import ledger_context
 from mlip.report.pictures import decode_png, heat_uri
 from mlip.report.run_page import write_report
 from mlip.report.training import MOST_ROWS, held_out_charts, read_log, training_charts
 from mlip.transfer.alignment.examples import collect_examples
+from mlip.transfer.measures.operating_point import MEANT
 from mlip.transfer.png_text import png_text
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
@@ -109,6 +112,22 @@ def test_a_mean_over_some_findings_says_over_how_many(tmp_path: Path, page: str)
     assert text.count(f"over {asked - 2} of {asked} findings") == 1 + len(means)
     assert f"over {asked - 2} of {asked} findings" in "\n".join(summary_lines(results))
     assert not re.search(rf"over \d+ of {asked} findings", page)
+
+
+def test_rates_whose_means_are_over_other_findings_say_so_one_by_one() -> None:
+    """A finding that every row carries has a sensitivity and no specificity."""
+    told: dict[str, Any] = {"rule": "f1", "findings": {}}
+    for counts, expected in (
+        ((3, 3, 3), ""),
+        ((2, 2, 2), "over 2 of 3 findings"),
+        ((3, 3, 2), "specificity over 2 of 3 findings"),
+        ((2, 2, 1), "f1 over 2 of 3 findings; sensitivity over 2 of 3 findings; "
+                    "specificity over 1 of 3 findings"),
+    ):  # fmt: skip
+        means = {n: {"classes": c, "classes_asked": 3} for n, c in zip(MEANT, counts, strict=True)}
+        found = {"findings": [], "at_thresholds": {**told, "macro": {"combined": means}}}
+        context = tables._threshold_context(found)
+        assert context is not None and context["over"] == expected
 
 
 class _Outline(HTMLParser):
