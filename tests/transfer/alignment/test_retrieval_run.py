@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mlip.transfer.alignment.evaluation import encode_split
-from mlip.transfer.alignment.retrieval_run import retrieval_run
+from mlip.transfer.alignment.large_retrieval import class_precision
+from mlip.transfer.alignment.retrieval_run import _by_class, retrieval_run
 from mlip.transfer.array import Array
 from tests.small_run import small_run
 
@@ -50,3 +53,24 @@ def test_images_without_a_report_change_nothing_for_those_that_have_one() -> Non
     assert found[0] == found[1]
     told, kept = found[0]
     assert told["n"] == len(has_text) // 8 * 8 and len(kept) == 3 * 2 * 3
+
+
+def test_class_precision_is_among_the_rows_of_exactly_one_label() -> None:
+    # oracle: the same embeddings without the other rows
+    run, generator = small_run(), torch.Generator().manual_seed(0)
+    image, text = F.normalize(torch.randn(2, 40, 8, generator=generator), dim=2)
+    names = [["a"], ["b"], [], ["a", "b"]]
+    labels = [names[(7 * row) % 11 % 4] for row in range(40)]
+    manifest: Any = SimpleNamespace(label_column="labels", labels=lambda row: labels[row])
+    patients = np.arange(40) // 3
+    found = _by_class(run.config, manifest, np.arange(40), (image, text), patients)
+    one = np.array([row for row in range(40) if len(labels[row]) == 1])
+    classes = np.array([labels[row][0] for row in one])
+    settings = {"bootstrap": run.config.evaluate.bootstrap, "seed": run.config.run.seed}
+    for direction, query, candidate in (
+        ("image_to_text", image[one], text[one]),
+        ("text_to_image", text[one], image[one]),
+    ):
+        parts = (query, candidate, classes, classes, patients[one])
+        assert found[direction] == class_precision(*parts, **settings)
+    assert found["image_to_text"] != found["text_to_image"]
