@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlip.report.page import render_page
+from mlip.report.run_page import render
 from mlip.report.subgroups import subgroup_context
+from mlip.report.tables import retrieval_context
+from tests.small_run import small_results
 
 TITLES = {"auroc": "AUROC", "sensitivity": "Sensitivity", "strict": "mAP"}
 
@@ -50,6 +54,21 @@ UP, DOWN, SAME = _told(0.1, 0.02, 0.2), _told(-0.3, -0.4, -0.1), _told(0.1, -0.1
 
 def test_without_subgroups_there_is_nothing_to_show() -> None:
     assert subgroup_context([], TITLES, "auroc") is None
+
+
+def test_differences_of_retrieval_are_of_directions_and_of_the_global_head() -> None:
+    group = _group("F", UP)
+    for name in ("macro", "difference"):
+        group[name] = {head: group[name]["auroc"] for head in ("local", "global")}
+    group["classes"][0]["difference"] = {"global": UP, "local": SAME}
+    results: Any = {"retrieval": {**small_results()["retrieval"], "subgroups": [_table(group)]}}
+    context = retrieval_context(results)
+    assert context is not None
+    found = context["by_group"]
+    assert (found["classes"], found["headline"]) == ("directions", "Recall@10, global head")
+    assert (found["compared"], found["apart_count"]) == (1, 1)
+    pages = {**small_results(), **results}
+    assert "Of 1 differences of single directions 1 have" in render(Path("none"), pages)
 
 
 def test_differences_are_counted_once_and_named_by_size() -> None:
