@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import distributed
+from mlip import config_agreement, distributed
 from mlip.config import ConfigError, load
+from mlip.losses.held_out import HELD_OUT_LOSSES
 from mlip.training import checkpoint, faults, presence
 from mlip.training.best_checkpoint import best_step, find_best, is_best
 from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
@@ -341,6 +342,11 @@ def test_more_rows_than_a_batch_are_several_equal_ones():
     config = load([], ["batch.global_pairs=144", "train.monitor_pairs=1000"])
     batches, pairs = batches_of(2000, config, 8)
     assert (batches, pairs) == (7, 136) and pairs <= 144 and pairs % 8 == 0
+
+
+def test_settings_watch_by_the_losses_that_score_val():
+    """Two lists of names: the settings are checked where no torch is loaded."""
+    assert config_agreement._HELD_OUT["loss"] == HELD_OUT_LOSSES
 
 
 @pytest.mark.parametrize(
