@@ -118,12 +118,19 @@ def test_a_watched_run_is_scored_by_its_best_checkpoint(tmp_path, monkeypatch):
         found.append(real(self, engine))
         return {**found[-1], "total": losses[len(found) - 1]}
 
+    def closes(self: Validation) -> None:
+        closed.append(self)
+        close(self)
+
     found: list[dict[str, float]] = []
+    closed: list[Validation] = []
+    close = Validation.close
     monkeypatch.setattr(Validation, "_scores", scores)
+    monkeypatch.setattr(Validation, "close", closes)
     folder = tmp_path / "run"
     assert train.main(_overrides(folder, *_with_val(tmp_path), "train.keep_checkpoints=1")) == 0
     results = json.loads((folder / "results.json").read_text())
-    assert results["run"]["step"] == 2 and len(found) == 4
+    assert results["run"]["step"] == 2 and len(found) == 4 and len(closed) == 1
     assert [c.name for c in checkpoint.checkpoints_of(folder)] == ["step_00000004", "step_00000002"]
     # what is not scripted is measured: finite, of the eight pairs, and it moves
     assert [look["pairs"] for look in _looks(folder)] == [8] * 4

@@ -90,6 +90,8 @@ def test_a_run_that_is_watched_is_the_same_run(tmp_path):
     assert trainer.engine.objective.training
     held_out = trainer.validation.held_out
     assert isinstance(held_out, ToyHeldOut) and (held_out.rewinds, held_out.given) == (6, 0)
+    trainer.validation.close()
+    assert held_out.is_closed
 
 
 def test_the_last_checkpoint_is_scored_too_and_no_score_has_a_gradient(tmp_path, monkeypatch):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from mlip.transfer.alignment.evaluation import encode_split
 from mlip.transfer.alignment.large_retrieval import class_precision
-from mlip.transfer.alignment.retrieval_run import _by_class, retrieval_run
+from mlip.transfer.alignment.retrieval_run import _by_class, _PoolScores, retrieval_run
 from mlip.transfer.array import Array
 from tests.small_run import small_run
 
@@ -74,3 +76,18 @@ def test_class_precision_is_among_the_rows_of_exactly_one_label() -> None:
         parts = (query, candidate, classes, classes, patients[one])
         assert found[direction] == class_precision(*parts, **settings)
     assert found["image_to_text"] != found["text_to_image"]
+
+
+def test_both_heads_together_weigh_by_the_scales_that_their_losses_learned() -> None:
+    """Of an untrained model both are one number, with which no order tells them apart."""
+    run, cpu = small_run(), torch.device("cpu")
+    model = copy.deepcopy(run.model)
+    model.scales.stored["log_scale"].data.fill_(np.log(30.0))
+    model.scales.stored["log_scale_local"].data.fill_(np.log(4.0))
+    rows = run.manifest.rows("test")[:9]
+    parts = (run.tokenizer, run.linker, run.table, cpu)
+    images, reports, _ = encode_split(model, run.config, run.manifest, rows, *parts)
+    found = _PoolScores(model, images, reports, np.arange(9), cpu, None)(np.arange(2, 7))
+    assert found["global"].shape == (5, 5)
+    expected = 30.0 * found["global"] + 4.0 * found["local"]
+    assert found["combined"] == pytest.approx(expected, rel=1e-5)
