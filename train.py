@@ -24,12 +24,12 @@ from mlip.assembly import (
     keep_concepts,
     open_corpus,
     open_loader,
-    open_validation,
     provide_phantoms,
 )
 from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
+from mlip.held_out_pairs import open_validation
 from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
 from mlip.report.run_page import write_report

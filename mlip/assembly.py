@@ -5,7 +5,6 @@ Commands take the parts of a trained one from what it kept (pretrained.open_chec
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import socket
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import STATES
-from mlip.config import Augment, Config, ConfigError, Knowledge
+from mlip.config import Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
@@ -32,14 +31,12 @@ from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_r
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
 from mlip.knowledge.vectors import knowledge_vectors
-from mlip.losses.held_out import RECALL_AT
 from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.pretrained_model import Pretrained
 from mlip.starting_point import started_model
 from mlip.training.checkpoint import checkpoints_of
-from mlip.training.validation import Validation, batches_of
 from mlip.transfer.readiness import check_evaluation
 from mlip.unit_length import unit_length
 
@@ -57,9 +54,6 @@ _OTHER_LANGUAGE = (
 )
 _MANY_CONCEPTS = 100_000  # their linker takes seconds, that of a whole UMLS a minute
 _DEFINITIONS_AT_ONCE = 64
-_AS_THEY_ARE = Augment(
-    random_crop=False, brightness=0.0, contrast=0.0, rotation_degrees=0.0, sentence_dropout=0.0
-)
 
 
 @dataclass(frozen=True)
@@ -139,46 +133,6 @@ def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: in
         linker=corpus.linker,
         table=corpus.table,
     )
-
-
-def open_validation(
-    config: Config, corpus: Corpus, *, rank: int = 0, world_size: int = 1
-) -> Validation | None:
-    """What scores checkpoints on val, where train.monitor asks for it; on every rank.
-
-    Raises:  ManifestError where val has too few rows with a report.
-    """
-    if config.train.monitor == "none":
-        return None
-    rows = len(corpus.manifest.rows("val"))
-    batches, pairs = batches_of(rows, config, world_size)
-    if pairs < 2:
-        raise ManifestError(
-            f"manifest {corpus.manifest.path}: train.monitor={config.train.monitor} needs at least "
-            f"{max(2, world_size)} rows with a report in split val, there are {rows}; give it some "
-            "(data.columns.split), or set train.monitor=none"
-        )
-    if config.train.monitor == "recall" and pairs <= RECALL_AT:
-        raise ManifestError(
-            f"manifest {corpus.manifest.path}: train.monitor=recall is recall@{RECALL_AT} among "
-            f"{pairs} pairs, which finds all; give val more rows, raise train.monitor_pairs and "
-            "batch.global_pairs, or set train.monitor=loss"
-        )
-    data = dataclasses.replace(config.data, augment=_AS_THEY_ARE)
-    loader = build_loader(
-        dataclasses.replace(config, data=data),
-        corpus.manifest,
-        split="val",
-        train=True,  # equal batches on all ranks: what cannot be read is replaced
-        rank=rank,
-        world_size=world_size,
-        tokenizer=corpus.tokenizer,
-        linker=corpus.linker,
-        table=corpus.table,
-        global_pairs=pairs,
-    )
-    loader.ledger.bad_share = 1.0  # as an evaluation's: bad images of val are named, and end no run
-    return Validation(config, loader, batches=batches, pairs=pairs)
 
 
 def _open_concepts(config: Config) -> ConceptTable:

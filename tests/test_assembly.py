@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from mlip import distributed
-from mlip.assembly import Corpus, build_objective, open_corpus, open_validation, provide_phantoms
+from mlip.assembly import build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
-from mlip.dataloading.loader import build_loader
-from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.dataloading.manifest import ManifestError
 from mlip.training.lifecycle import DATA, exit_code
-from tests.small_run import SETTINGS, small_run, with_val
+from tests.small_run import SETTINGS
 
 
 def settings(folder: Path, reports: list[str], *, val: bool = True, labels: str = "") -> Config:
@@ -202,42 +201,3 @@ def test_phantoms_that_another_node_does_not_see_are_no_reason_to_wait_for_ever(
     settings = [*SETTINGS, f"data.manifest={tmp_path}/data/manifest.csv", "run.timeout_s=0.1"]
     with pytest.raises(ConfigError, match="does not see them: set data.manifest"):
         provide_phantoms(load([], settings))
-
-
-def watched(folder: Path, *more: str, rows: int) -> tuple[Config, Corpus]:
-    """The small run's studies, `rows` of the training ones in split val."""
-    run = small_run()
-    config = load([], [*run.settings, *with_val(folder, rows), "run.seed=3", *more])
-    return config, Corpus(load_manifest(config.data), run.tokenizer, run.table, run.linker)
-
-
-def test_val_is_read_as_an_evaluation_reads_it(tmp_path: Path) -> None:
-    # oracle: the evaluation's own loader, row by row
-    config, corpus = watched(tmp_path, "train.monitor=loss", rows=9)
-    augment = config.data.augment
-    assert augment.random_crop and augment.brightness > 0.0 and augment.sentence_dropout > 0.0
-    validation = open_validation(config, corpus)
-    assert validation is not None and (validation.batches, validation.pairs) == (1, 9)
-    parts = {"tokenizer": corpus.tokenizer, "linker": corpus.linker, "table": corpus.table}
-    plain = build_loader(config, corpus.manifest, split="val", train=False, **parts)
-    try:
-        mine, theirs = next(iter(validation.held_out)), next(iter(plain))
-        mine_at, at = mine.row_index.argsort(), theirs.row_index.argsort()
-        for name in ("row_index", "image", "token_ids", "token_mask", "entity_ids", "pair_id"):
-            left, right = getattr(mine, name)[mine_at], getattr(theirs, name)[at]
-            np.testing.assert_array_equal(left.numpy(), right.numpy(), err_msg=name)
-    finally:
-        validation.close()
-        plain.close()
-
-
-@pytest.mark.parametrize(("rows", "refused"), [(10, True), (11, False)])
-def test_recall_at_10_needs_more_than_10_pairs(tmp_path: Path, rows: int, refused: bool) -> None:
-    config, corpus = watched(tmp_path, "train.monitor=recall", rows=rows)
-    if refused:
-        with pytest.raises(ManifestError, match="recall@10 among 10 pairs, which finds all"):
-            open_validation(config, corpus)
-        return
-    validation = open_validation(config, corpus)
-    assert validation is not None and validation.pairs == 11
-    validation.close()

@@ -35,18 +35,6 @@ class HeldOut(Protocol):
     def close(self) -> None: ...
 
 
-def batches_of(rows: int, config: Config, ranks: int) -> tuple[int, int]:
-    """(batches, pairs of each) that train.monitor_pairs asks for among this many rows.
-
-    All are of one size, at most batch.global_pairs and a multiple of the ranks: a loss among other
-    numbers of pairs is another loss, and GPUs exchange equal shares. Of the rows fewer than one
-    batch's ranks are left out a batch.
-    """
-    wanted = min(rows, config.train.monitor_pairs)
-    batches = max(1, -(-wanted // config.batch.global_pairs))
-    return batches, wanted // batches // ranks * ranks
-
-
 class Validation:
     """The scores of one run on val, and which of its checkpoints is the best.
 

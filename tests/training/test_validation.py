@@ -22,7 +22,7 @@ from mlip.training import checkpoint, faults, presence
 from mlip.training.best_checkpoint import best_step, find_best, is_best
 from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
 from mlip.training.loop import Trainer
-from mlip.training.validation import Validation, batches_of
+from mlip.training.validation import Validation
 from tests.training.toy_run import (
     ToyHeldOut,
     make_batch,
@@ -322,28 +322,6 @@ def test_where_no_score_was_a_number_none_is_the_best(tmp_path, monkeypatch, cap
     assert "no score was a number, none is the best" in caplog.text
     assert _steps(tmp_path) == [2, 4]
     assert "None" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rows", "ranks", "expected"),
-    [
-        (1000, 1, (1, 1000)),
-        (1000, 3, (1, 999)),
-        (5000, 1, (1, 1000)),
-        (7, 2, (1, 6)),
-        (1, 1, (1, 1)),
-        (0, 1, (1, 0)),
-        (1, 2, (1, 0)),
-    ],
-)
-def test_batches_are_of_one_size_that_ranks_can_share(rows, ranks, expected):
-    assert batches_of(rows, load([], ["batch.global_pairs=1024"]), ranks) == expected
-
-
-def test_more_rows_than_a_batch_are_several_equal_ones():
-    config = load([], ["batch.global_pairs=144", "train.monitor_pairs=1000"])
-    batches, pairs = batches_of(2000, config, 8)
-    assert (batches, pairs) == (7, 136) and pairs <= 144 and pairs % 8 == 0
 
 
 def test_settings_watch_by_the_losses_that_score_val():
