@@ -230,8 +230,9 @@ def test_a_long_phrase_is_named_by_its_number(opened: Pretrained) -> None:
     """It may be a report that was given to the wrong method."""
     words = ["edema"] * 300
     for long, reason in (("Canary " * 70, "reads 62: shorten"), ("\u5de6" * 61, "holds no word")):
-        with pytest.raises(ValueError, match=rf"^phrase 301 .*{reason}") as caught:
+        with pytest.raises(TextError, match=rf"^phrase 301 .*{reason}") as caught:
             opened.encode_texts([*words, long])
+        assert caught.value.place == 300
         assert "Canary" not in str(caught.value) and "\u5de6" not in str(caught.value)
         # `mlip search` asks one at a time, and has told of the others what they are
         with pytest.raises(ValueError, match=rf"^phrase 2 .*{reason}"):
