@@ -22,11 +22,12 @@ from mlip.dataloading.manifest import Manifest
 from mlip.precision import precision_on
 from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
 from mlip.transfer.alignment.examples import collect_examples
-from mlip.transfer.alignment.grounding import evaluate_grounding
+from mlip.transfer.alignment.grounding import POINTING, evaluate_grounding
 from mlip.transfer.alignment.patch_maps import PhraseMaps
 from mlip.transfer.alignment.prompts import encode_prompts, warn_of_unknown_words
 from mlip.transfer.alignment.prototypes import prototype_statistics
 from mlip.transfer.alignment.queries import make_prior, make_queries
+from mlip.transfer.alignment.retrieval import AMONG
 from mlip.transfer.alignment.retrieval_run import retrieval_run
 from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.alignment.zero_shot_run import zero_shot_run
@@ -311,9 +312,9 @@ def _marks(
     found: dict[str, list[tuple[str, str, Series]]] = {}
     for one in series:
         if one.measure == "recall@10":
-            direction = one.finding.partition(" among ")[0]
+            direction = one.finding.partition(AMONG)[0]
             found.setdefault("retrieval", []).append((direction, one.method, one))
         elif one.measure == "hit":
-            kind, name = one.method.removeprefix("pointing by "), names.get(one.finding)
+            kind, name = one.method.removeprefix(POINTING), names.get(one.finding)
             found.setdefault(kind, []).append((name or one.finding, "hit", one))
     return found

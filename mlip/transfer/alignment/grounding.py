@@ -30,6 +30,7 @@ from mlip.transfer.truth.finding_masks import Mask
 
 # a bare name; a sentence, of phantoms with the side; a phrase of the report that a box answers
 KINDS = ("keyword", "sentence", "phrase")
+POINTING = "pointing by "  # before the kind of a phrase, in the name of the method
 COLUMNS = ("hit", "area", "prior", "prior_with_side", "swapped", "cnr", "miou")
 MASK_COLUMNS = ("hit", "area", "cnr", "miou")  # the same against the pixels of a mask
 IOU_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the cosine, as BioViL's mIoU
@@ -176,7 +177,7 @@ def evaluate_grounding(
                 places, of = np.unique(images[own], return_inverse=True)
                 for key in ("hit", "miou"):
                     marks = np.bincount(of, measured[key][own]) / np.bincount(of)
-                    keep(f"pointing by {kind}", finding, key, places, marks)
+                    keep(f"{POINTING}{kind}", finding, key, places, marks)
             rows.append(
                 {
                     "finding": finding,

@@ -26,6 +26,7 @@ CUTS = (1, 5, 10)
 # five patients lie on one side of their median once in 16 times: no interval from them holds 95 %
 FEWEST_FOR_MEDIAN = 6
 DIRECTIONS = ("image_to_text", "text_to_image")
+AMONG = " among "  # between the direction and the pool's size, in the name of what was asked
 
 
 def make_pools(rows: int, size: int, seed: int) -> list[Array]:
@@ -96,7 +97,7 @@ def evaluate_retrieval(
             for direction, parts in both.items():
                 rank = np.concatenate(parts)
                 for k in CUTS:
-                    what = f"{direction.replace('_', ' ')} among {size}"
+                    what = f"{direction.replace('_', ' ')}{AMONG}{size}"
                     keep(name, what, f"recall@{k}", members, (rank <= k).astype(np.float64))
     return {
         "pool": size,
