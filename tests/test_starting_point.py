@@ -208,6 +208,7 @@ def test_settings_of_an_export_leave_its_generated_studies_behind(tmp_path, expo
     assert config.model.embed_dim == small_run().config.model.embed_dim
     with pytest.raises(ConfigError, match="an export or a checkpoint is named as checkpoint="):
         load([export])
-    (export / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="is not of an `mlip export`"):
-        load([export], takes_exports=True)
+    for other in ('{"model_type": "bert"}', '{"model_type": "bert", "config": {}}', "[]"):
+        (export / "config.json").write_text(other)
+        with pytest.raises(ConfigError, match="is not of an `mlip export`"):
+            load([export], takes_exports=True)

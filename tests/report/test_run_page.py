@@ -228,6 +228,11 @@ def test_what_val_showed_is_its_scores_under_the_step_that_is_the_best(tmp_path:
         ("Contrastive loss", "2"),
         ("Token-knowledge-patch", "0.5"),
     ]
+    log = [{"step": step, "total": 2.0, "lr": 0.1, "memory_gib": 1.0} for step in (5, 10)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    text = write_report(tmp_path, small_results()).read_text()
+    titles = re.findall("<h3>(Loss|On val|Optimisation|Machine)", text)
+    assert titles == ["Loss", "On val", "Optimisation", "Machine"]  # beside the losses
 
 
 def test_a_resumed_runs_later_line_holds(tmp_path: Path) -> None:
