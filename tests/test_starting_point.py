@@ -133,6 +133,7 @@ def test_a_start_that_is_gone_is_no_model_of_the_hub(start):
     [
         (["model.embed_dim=16"], "take the settings of the model from its folder"),
         (["model.vision.source=weights/other"], "set both to null"),
+        (["model.text.source=weights/other"], "set both to null"),
         (["knowledge.vectors=text_tower"], "set knowledge.vectors=tfidf"),
     ],
 )

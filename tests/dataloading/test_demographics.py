@@ -361,3 +361,8 @@ def test_prepare_ends_with_what_evaluations_may_group_by(
     assert said[-3:-1] == ["sex: F 2, not stated 1", "age: stated of 1 of 3"]
     assert prepare(root, tmp_path / "without", "--no-demographics") == 0
     assert capsys.readouterr().out.splitlines()[-2] == "projections: PA 2, AP 1"
+
+
+def test_a_column_has_h_however_it_is_written() -> None:
+    cells = PatientCells([" h ", None, "m"])
+    assert [cells.sex(cell) for cell in ("h", "M", "F")] == ["M", "", "F"]

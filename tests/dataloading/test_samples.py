@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mlip import config
+from mlip.dataloading.image_file import read_header
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.sampler import SequentialOrder, TrainingOrder
@@ -130,3 +131,16 @@ def test_sampled_verification_visits_every_row_within_a_hundred_epochs(
         for row in (0, 7):
             reader.read(row, epoch)
     assert sorted(hashed) == sorted(reader.manifest.sha256_of(row) for row in (0, 7))
+
+
+@pytest.mark.parametrize("refuses_dark", [False, True])
+def test_a_dark_film_is_refused_only_where_it_is_asked_about(refuses_dark: bool) -> None:
+    """Training reads what was prepared, or what nobody said is wrong."""
+    content = cv2.imencode(".png", np.full((40, 40), 7, np.uint16))[1].tobytes()
+    reader = object.__new__(SampleReader)
+    reader.refuses_dark = refuses_dark
+    if not refuses_dark:
+        assert int(reader.decode(content, read_header(content)).max()) == 7
+        return
+    with pytest.raises(BadSample, match="too_dark"):
+        reader.decode(content, read_header(content))

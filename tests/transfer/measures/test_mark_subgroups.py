@@ -86,6 +86,11 @@ def test_a_group_of_few_queries_is_counted_and_not_named() -> None:
     assert table["small_groups"] == {"groups": 1, "images": 18, "patients": 9}
     apart = table["groups"][0]["difference"]["global"]
     assert apart["value"] is None and "fewer than 10 patients in all other rows" in apart["reason"]
+    ten = np.flatnonzero(IS_F | (PATIENTS < 20))
+    (table,) = scored(
+        marks("a", ten, np.ones(len(ten))), of=grouping("F", "M", members=[IS_F, ~IS_F])
+    )
+    assert [group["patients"] for group in table["groups"]] == [15, 10]
     silent = grouping("F", members=[IS_F], stated=IS_F)
     (table,) = scored(marks("a", asked, np.ones(len(asked))), of=silent)
     assert table["not_stated"] == 18

@@ -61,6 +61,8 @@ def test_a_file_gives_back_what_was_written_to_the_bit(tmp_path):
     for _ in range(2):  # an evaluation without any: the earlier one's would lie
         save_results({"of": "later"}, tmp_path / "results.json")
         assert not path.exists()
+        told = json.loads((tmp_path / "results.json").read_text())
+        assert told["fingerprints"] == {"predictions": None}
 
 
 def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
