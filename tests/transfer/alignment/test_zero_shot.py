@@ -119,6 +119,9 @@ def test_rates_use_the_threshold_of_val_and_never_of_test() -> None:
     scores = {"global": labels + rng.normal(0, 0.4, (80, 2))}
     weights = np.ones((10, 80))
     cuts = choose_thresholds(val_scores, val_labels, "f1")
+    one = at_thresholds(scores, labels, {"global": [cuts["global"][0], None]}, weights)
+    over = one["macro"]["global"]["f1"]
+    assert (over["classes"], over["classes_asked"]) == (1, 2)
     found = at_thresholds(scores, labels, cuts, weights)
     for f in range(2):
         row, known = found["findings"][f]["global"], labels[:, f] >= 0
