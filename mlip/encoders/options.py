@@ -22,7 +22,7 @@ def tower_config(
     Raises:  ValueError for an option that the tower does not have, that another setting decides, or
              whose value transformers refuses
     """
-    known = set(kind().to_dict()) - _OF_ANY_MODEL
+    known = _known(kind)
     for name in options:
         if name in _DECIDED:
             raise ValueError(f"{key}: {name} follows from {_DECIDED[name]}; leave it out")
@@ -50,15 +50,20 @@ def build_tower(make: Callable[[], _Tower], key: str) -> _Tower:
 
 
 def tower_shape(tower: Any) -> dict[str, Any]:
-    """The options that give a tower of the same shape; of a config of transformers."""
-    return {key: value for key, value in tower.to_diff_dict().items() if key not in _NOT_SHAPE}
+    """The options that give a tower of the same shape; of a config of transformers.
+
+    Published folders say more: names of the classes that a head told apart, entries of heads and of
+    other versions. No tower has those, and tower_config takes none.
+    """
+    known = _known(type(tower)) - set(_DECIDED)
+    return {key: value for key, value in tower.to_diff_dict().items() if key in known}
 
 
-# what a tower's own configuration says about its origin, not about its shape, and what is decided
-_NOT_SHAPE = {
-    *("_name_or_path", "architectures", "dtype", "model_type", "torch_dtype"),
-    *("transformers_version", "num_channels", "vocab_size"),
-}
+def _known(kind: type[PretrainedConfig]) -> set[str]:
+    """Names of the options that a tower of this kind has."""
+    return set(kind().to_dict()) - _OF_ANY_MODEL
+
+
 # what belongs to saved files and output heads of transformers, not to a tower
 _OF_ANY_MODEL = set(PretrainedConfig().to_dict())
 _DECIDED = {"num_channels": "data.channels", "vocab_size": "the tokenizer (data.vocab_size)"}

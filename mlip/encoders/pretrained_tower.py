@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,7 +18,7 @@ _ALIKE = {"vit": ("vit_mae",)}
 def load_tower(
     kind: type[PreTrainedModel], key: str, source: str, *, offline: bool, **given: Any
 ) -> Any:
-    """`kind` with the weights of `source`; `given` goes to its from_pretrained.
+    """`kind` with the weights of `source`, in float32; `given` goes to its from_pretrained.
 
     transformers gives a weight that it does not find random numbers and goes on: a folder of
     another model would be trained from random weights under its name.
@@ -30,6 +31,7 @@ def load_tower(
             source,
             local_files_only=offline,
             use_safetensors=True,
+            dtype=torch.float32,  # of a file in half precision it would take that one's
             output_loading_info=True,
             **given,
         )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertModel, PretrainedConfig, ResNetConfig, ViTConfig, ViTModel
 
-from mlip.encoders.options import build_tower, tower_config
+from mlip.encoders.options import build_tower, tower_config, tower_shape
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,34 @@ def test_values_that_no_tower_can_have_name_the_setting(
 def test_options_win_over_defaults_and_keep_their_values() -> None:
     made = tower_config(ViTConfig, "key", {"hidden_size": 48, "patch_size": 8}, num_channels=1)
     assert (made.hidden_size, made.patch_size, made.num_channels) == (48, 8, 1)
+
+
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["WithAHead"],
+    "id2label": {0: "tench", 1: "goldfish", 2: "great white shark"},
+    "label2id": {"tench": 0, "goldfish": 1, "great white shark": 2},
+    "gradient_checkpointing": False,
+    "position_embedding_type": "absolute",
+    "directionality": "bidi",
+    "pooler_fc_size": 768,
+    "finetuning_task": "nli",
+    "torch_dtype": "float32",
+    "num_channels": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (BertConfig, {"hidden_size": 24, "layer_norm_eps": 1e-5, "hidden_dropout_prob": 0.3}),
+        (ViTConfig, {"hidden_size": 24, "patch_size": 8, "qkv_bias": False, "image_size": 64}),
+        (ResNetConfig, {"hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}),
+    ],
+)
+def test_the_shape_of_a_published_tower_is_one_that_can_be_built(kind: Any, options: Any) -> None:
+    """An export of a run that began with one named ImageNet classes: it could not be opened."""
+    shape = tower_shape(kind(**PUBLISHED, **options))
+    made = tower_config(kind, "key", shape)
+    assert not PUBLISHED.keys() & shape.keys()
+    assert {name: getattr(made, name) for name in options} == options
+    assert tower_shape(made) == shape

@@ -136,3 +136,13 @@ def test_damaged_weights_and_settings_name_the_setting(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="^model.x.source=.*cannot be read"):
         _load(BertModel, tmp_path)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_are_trained_in_float32(tmp_path: Path, half: Any) -> None:
+    """A run's tower had the file's own precision, and no checkpoint of it could be read."""
+    model = BertModel(BertConfig(**BERT)).to(half)
+    model.save_pretrained(tmp_path)
+    taken, expected = _load(BertModel, tmp_path).state_dict(), model.state_dict()
+    assert {weight.dtype for weight in taken.values()} == {torch.float32}
+    assert all(torch.equal(weight, expected[name].float()) for name, weight in taken.items())
