@@ -30,10 +30,14 @@ from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.held_out_pairs import open_validation
+from mlip.model_facts import start_of
 from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
 from mlip.report.run_page import write_report
+from mlip.resumed_run import open_resumed
+from mlip.run_vocabulary import keep_vocabulary
 from mlip.starting_point import open_start
+from mlip.tower_shapes import shapes_of
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
@@ -97,7 +101,8 @@ def require_one_command(options: argparse.Namespace, config: Config) -> None:
 def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:
     """From the first or the resumed step to the last; a collective call."""
     provide_phantoms(config)
-    start = open_start(config)
+    resumed = open_resumed(config, allow_mismatch=options.allow_mismatch)
+    start = open_start(config) if resumed is None else None
     corpus = open_corpus(config, start)
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     loader = open_loader(config, corpus, **place)
@@ -110,8 +115,12 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
             with whole_file(Path(config.run.dir) / f"{name}.json") as partial:
                 partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
-    objective = build_objective(config, corpus, start)
+    objective = build_objective(config, corpus, start, resumed)
     del start  # a whole model
+    begun = {
+        "towers": shapes_of(config.model, objective.model),
+        "start": (resumed.start if resumed is not None else None) or start_of(config),
+    }
     content = {
         "concept_table": corpus.table.fingerprint,
         "tokenizer": hash_of_vocabulary(corpus.tokenizer),
@@ -132,11 +141,12 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         merge_states=merge_states,
         on_save=keep_ledger,
         validation=validation,
-        facts={"commit": source_commit(), "versions": versions(), **content},
+        facts={"commit": source_commit(), "versions": versions(), **begun, **content},
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
     )
     keep_concepts(config, corpus.table)
+    keep_vocabulary(config, corpus.tokenizer)
     try:
         trainer.fit(stop)
     finally:

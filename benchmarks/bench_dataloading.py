@@ -53,7 +53,7 @@ from benchmarks.input_contestants import (
     make_files,
 )
 from mlip import config
-from mlip.assembly import open_tokenizer
+from mlip.run_vocabulary import open_tokenizer
 from mlip.training.allocator import keep_freed_memory
 
 RESTS_S = 0.2

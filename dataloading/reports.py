@@ -109,7 +109,8 @@ def _put(temporary: Path, directory: Path) -> None:
     except OSError:
         if not (directory / "tokenizer.json").is_file():
             raise
-        if not _is_same_file(directory / "vocab.txt", temporary / "vocab.txt"):
+        # all three: with the same words, case and special tokens may be others
+        if not all(_is_same_file(directory / f.name, f) for f in temporary.iterdir()):
             raise ValueError(
                 f"tokenizer {directory}: holds another vocabulary than this run's reports and "
                 "settings give, an earlier try's for instance: remove the folder, or choose "
@@ -119,6 +120,11 @@ def _put(temporary: Path, directory: Path) -> None:
 
 def _is_same_file(a: Path, b: Path) -> bool:
     return a.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def is_vocabulary(directory: str | Path) -> bool:
+    """Whether the folder holds the file of a vocabulary."""
+    return any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
 
 
 def load_tokenizer(directory: str | Path) -> ReportTokenizer:
@@ -133,7 +139,7 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
             "model.text.tokenizer, else model.text.source, which have to be local folders here; "
             "without both the run trains a vocabulary of its own"
         )
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    if not is_vocabulary(directory):
         raise ValueError(
             f"tokenizer {directory}: expected tokenizer.json or vocab.txt in it; another folder "
             "that has them can be named in model.text.tokenizer"

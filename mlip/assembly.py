@@ -23,18 +23,20 @@ from mlip.dataloading import phantom_dataset
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
 from mlip.dataloading.report_text import clean_report
-from mlip.dataloading.reports import ReportTokenizer, load_tokenizer, train_tokenizer
+from mlip.dataloading.reports import ReportTokenizer
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, lexicon_words
+from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
 from mlip.pretrained_model import Pretrained
+from mlip.resumed_run import Resumed
+from mlip.run_vocabulary import open_tokenizer
 from mlip.starting_point import started_model
 from mlip.training.checkpoint import checkpoints_of
 from mlip.transfer.readiness import check_evaluation
@@ -47,7 +49,6 @@ _PRESENT = STATES[0]
 _FEW_LINKED = 0.1
 # reports linked to start the prototypes: k-means over more changes the centres little
 _PROTOTYPE_REPORTS = 20_000
-_VOCABULARY_REPORTS = 20_000  # two million words; every word piece worth having is among them
 _LANGUAGE_REPORTS = 1_000  # looked at for their language, evenly spaced
 _OTHER_LANGUAGE = (
     0.1  # share of them from which a run warns; of 3,955 English ones none has few known words
@@ -201,73 +202,41 @@ def _check_evaluation(
     check_evaluation(config, manifest, linker, table)
 
 
-def open_tokenizer(
-    config: Config, manifest: Manifest, start: Pretrained | None = None
-) -> ReportTokenizer:
-    """The tokenizer of model.text, or the run's own: that of its start, or trained once on train.
-
-    Raises:  ManifestError without training rows; ValueError where run.dir holds another vocabulary
-             and no checkpoint that was trained with it
-    """
-    text = config.model.text
-    given = text.tokenizer or text.source
-    if given is not None:
-        return load_tokenizer(given)
-    folder = Path(config.run.dir) / "tokenizer"
-
-    def make() -> None:
-        # without a checkpoint it may be that of a failed try with other reports or settings:
-        # trained again, equal ones give equal bytes
-        if folder.is_dir() and checkpoints_of(config.run.dir):
-            return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if start is not None:
-            start.tokenizer.save(folder)
-            return
-        rows = manifest.rows("train")
-        if len(rows) == 0:
-            raise ManifestError(
-                f"manifest {manifest.path}: no training rows with a report; expected at least 2 "
-                "rows of split train (see data.columns.split and data.empty_report)"
-            )
-        # evenly spaced: a million reports took minutes and 2 GiB for the same few thousand pieces
-        rows = rows[:: -(-len(rows) // _VOCABULARY_REPORTS)]
-        train_tokenizer(
-            (manifest.text(int(row)) for row in rows),
-            config.data.vocab_size,
-            folder,
-            patients=manifest.patient_key[rows].tolist(),
-            min_patients=config.data.vocab_min_patients,
-            # not the run's own table: that may be licensed, or hold names
-            public=lexicon_words(),
-        )
-
-    distributed.main_first(make)
-    is_seen(folder.is_dir, config.run.timeout_s)
-    return load_tokenizer(folder)
-
-
-def build_model(config: Config, corpus: Corpus, start: Pretrained | None = None) -> MLIPModel:
+def build_model(
+    config: Config,
+    corpus: Corpus,
+    start: Pretrained | None = None,
+    resumed: Resumed | None = None,
+) -> MLIPModel:
     """The model with random or pretrained towers, keyed by run.seed, or that of a start.
 
+    resumed  of a run that goes on: its weights are filled from its checkpoint, by the engine
     A collective call.
     """
     torch.manual_seed(config.run.seed)
+    if resumed is not None:
+        words, concepts = corpus.tokenizer.vocab_size, len(corpus.table)
+        return resumed.build_model(words=words, concepts=concepts)
     if start is not None:
         return started_model(config, start)
     vectors = _concept_vectors(config, corpus)
     return MLIPModel(config, vocab_size=corpus.tokenizer.vocab_size, concept_vectors=vectors)
 
 
-def build_objective(config: Config, corpus: Corpus, start: Pretrained | None = None) -> Objective:
+def build_objective(
+    config: Config,
+    corpus: Corpus,
+    start: Pretrained | None = None,
+    resumed: Resumed | None = None,
+) -> Objective:
     """Model and losses, the prototypes started from the training reports' present entities.
 
-    Plain prototypes (loss.category.knowledge_terms false) keep their random start. A collective
-    call: rank 0 makes the concept vectors.
+    Plain prototypes (loss.category.knowledge_terms false) keep their random start; those of a run
+    that goes on are its checkpoint's. A collective call: rank 0 makes the concept vectors.
     """
-    objective = Objective(config, build_model(config, corpus, start))
-    if "category" in objective.losses and config.loss.category.knowledge_terms:
-        category = config.loss.category
+    objective = Objective(config, build_model(config, corpus, start, resumed))
+    category = config.loss.category
+    if "category" in objective.losses and category.knowledge_terms and resumed is None:
         vectors, groups = _report_vectors(config, corpus, objective.model)
         first = prototype_init(vectors, groups, category.prototypes, config.run.seed)
         prototypes: Any = objective.losses["category"]

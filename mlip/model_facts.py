@@ -58,7 +58,8 @@ def origin_of(
         "manifest_rows": ledger.get("rows"),
         "is_generated": made or None,
         "is_best_on_val": is_best,
-        "start": start_of(config),
+        # a folder that is gone could be a name on the Hub
+        "start": state.get("start") or start_of(config),
     }
 
 

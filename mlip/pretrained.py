@@ -31,15 +31,15 @@ from safetensors.torch import load_file, save_file
 from mlip import config as configuration
 from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
-from mlip.encoders.options import tower_shape
-from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
+from mlip.knowledge.concept_files import KEPT, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel
 from mlip.model_card import model_card
-from mlip.model_facts import kept_origin, knowledge_of, origin_of, scores_of, sizes_of
+from mlip.model_facts import kept_origin, knowledge_of, scores_of, sizes_of
 from mlip.onnx_graphs import write_onnx
 from mlip.output_file import only_writer
+from mlip.pretrained_agreement import check_concepts, read_config
 from mlip.pretrained_folder import (
     CARD,
     CONTRACT,
@@ -51,7 +51,9 @@ from mlip.pretrained_folder import (
 )
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import PretrainedError as PretrainedError
-from mlip.pretrained_weights import embedding_rows, model_with
+from mlip.pretrained_weights import model_with
+from mlip.tower_shapes import by_shape, shapes_of
+from mlip.trained_run import open_run
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
 from mlip.transformers_folders import write_towers
 
@@ -163,18 +165,10 @@ def _standalone(config: Config, model: MLIPModel) -> Config:
 
     Without places of this machine, but that of a lexicon: it says which table the reader needs.
     """
-    vision, text = config.model.vision, config.model.text
-    if vision.source is not None:
-        vision = dataclasses.replace(
-            vision, source=None, options=tower_shape(model.vision.tower.backbone.config)
-        )
-    if text.source is not None:
-        text = dataclasses.replace(
-            text, source=None, options=tower_shape(model.text.backbone.config)
-        )
+    config = by_shape(config, shapes_of(config.model, model))
     # the folder's own vocabulary is meant, wherever the folder lies
-    text = dataclasses.replace(text, tokenizer=None)
-    towers = dataclasses.replace(config.model, vision=vision, text=text)
+    text = dataclasses.replace(config.model.text, tokenizer=None)
+    towers = dataclasses.replace(config.model, text=text)
     return dataclasses.replace(
         config,
         model=towers,
@@ -204,13 +198,13 @@ def from_pretrained(
     folder = Path(folder)
     described = _read_settings(folder)
     check_sums(folder)
-    config = _settings(described["config"], folder / SETTINGS)
+    config = read_config(described["config"], folder / SETTINGS)
     # settings of a stranger: they name no source here, and must not open the network for one
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
     own = folder / KEPT
     given = lexicon or (str(own) if own.is_file() else config.knowledge.lexicon)
     table = load_concepts(given)
-    _check_concepts(folder, table, described["fingerprints"].get("concept_table"), given)
+    check_concepts(folder, table, described["fingerprints"].get("concept_table"), given)
     tokenizer = load_tokenizer(folder / "tokenizer")
     try:
         weights = load_file(folder / WEIGHTS)
@@ -243,29 +237,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _settings(tree: Mapping[str, Any], where: Path) -> Config:
-    try:
-        config = configuration.from_dict(tree)
-    except ValueError as error:
-        raise PretrainedError(f"{where}: {error}") from error
-    # a way to compute, nothing that was learnt: xformers needs its package and a GPU
-    is_bound = config.model.attention == "xformers"
-    towers = dataclasses.replace(config.model, attention="sdpa") if is_bound else config.model
-    return dataclasses.replace(config, model=towers)
-
-
-def _check_concepts(
-    folder: Path, table: ConceptTable, expected: str | None, path: str | None, or_else: str = ""
-) -> None:
-    """Another table's rows would mean other concepts, without any error to see."""
-    if expected is not None and table.fingerprint != expected:
-        raise PretrainedError(
-            f"{folder}: the model was trained with the concept table {str(expected)[:12]}, "
-            f"{path or 'the built-in lexicon'} is {table.fingerprint[:12]}; give the table of the "
-            f"training run (knowledge.lexicon){'' if path else or_else}"
-        )
-
-
 def open_checkpoint(
     path: str | Path,
     *,
@@ -283,9 +254,6 @@ def open_checkpoint(
              cannot be read; CheckpointError if it, or each of a run, is damaged (of a run a
              damaged one is passed over with a warning)
     """
-    from mlip.training import checkpoint as saved
-    from mlip.training.best_checkpoint import find_best, is_best
-
     if weights_of not in ("trained", "ema"):
         raise PretrainedError(f"weights_of: expected 'trained' or 'ema', got {weights_of!r}")
     path = Path(path)
@@ -297,86 +265,4 @@ def open_checkpoint(
                 "with evaluate.weights=ema"
             )
         return exported
-    if (path / "state.json").is_file():
-        saved.require_intact(path)
-        folder, run_dir = path, path.resolve().parent.parent
-    elif (path / "checkpoints").is_dir():
-        found, passed_over = find_best(path)
-        if found is None:
-            raise PretrainedError(
-                f"{path}: its folder checkpoints is empty: train first, or copy the run again"
-            )
-        for text in passed_over:
-            logger.warning("checkpoint passed over: %s; %s is used", text, found.name)
-        folder, run_dir = found, path
-    else:
-        raise PretrainedError(
-            f"checkpoint {path}: expected a run folder (with checkpoints/), a checkpoint (with "
-            f"state.json) or an export (with {SETTINGS} and {WEIGHTS}); there is none of these"
-        )
-    read = saved.read(folder)
-    config = _settings(read.state["config"], folder)
-    tokenizer = _tokenizer_of(folder, config, run_dir, read.state.get("tokenizer"))
-    asked = lexicon or config.knowledge.lexicon
-    table = load_concepts_of_run(run_dir, asked)
-    _check_concepts(
-        folder,
-        table,
-        read.state.get("concept_table"),
-        asked,
-        f", or put {KEPT} of an `mlip export` by the version that trained it (commit "
-        f"{read.state.get('commit') or 'unknown'}) into {run_dir}",
-    )
-    tensors = {**read.training.parameters, **read.training.buffers}
-    if weights_of == "ema":
-        if read.training.ema is None:
-            raise PretrainedError(
-                f"{folder}: holds no average of the weights; train with train.ema_decay above 0, "
-                "or set evaluate.weights=trained"
-            )
-        tensors |= read.training.ema.parameters
-    weights = {
-        name.removeprefix("model."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("model.")
-    }
-    rows = weights["concept_vectors"].shape[0] if "concept_vectors" in weights else len(table)
-    if rows != len(table):
-        raise PretrainedError(
-            f"{folder}: the model knows {rows} concepts, the concept table has {len(table)}; give "
-            "the table of the training run (knowledge.lexicon)"
-        )
-    vocab_size = embedding_rows(weights) or tokenizer.vocab_size
-    model = model_with(config, vocab_size, weights, str(folder))
-    step = int(read.state["step"])
-    facts = {
-        "step": step,
-        "pairs_seen": read.state.get("pairs_seen", step * config.batch.global_pairs),
-        "checkpoint": str(folder),
-        "weights": weights_of,
-    }
-    origin = origin_of(read.state, config, is_best=is_best(folder, step))
-    if origin["is_best_on_val"]:
-        facts["is_best_on_val"] = True
-    return Pretrained(
-        *(model.to(device), config, tokenizer, table, Linker(table), facts),
-        prototypes=tensors.get("losses.category.prototypes"),
-        origin=origin,
-    )
-
-
-def _tokenizer_of(folder: Path, config: Config, run_dir: Path, trained: Any) -> ReportTokenizer:
-    """The vocabulary that a checkpoint was trained with: with another, ids mean other words."""
-    place = config.model.text.tokenizer or config.model.text.source or run_dir / "tokenizer"
-    if not Path(place).is_dir():
-        raise PretrainedError(
-            f"{folder}: expected its vocabulary in {place}, there is no such folder; restore it (a "
-            "checkpoint is of use only in its run folder), or use a folder of `mlip export`"
-        )
-    tokenizer = load_tokenizer(place)
-    if trained not in (None, found := hash_of_vocabulary(tokenizer)):
-        raise PretrainedError(
-            f"{folder}: the model was trained with the vocabulary {str(trained)[:12]}, {place} is "
-            f"{found[:12]}; restore that of the training run"
-        )
-    return tokenizer
+    return open_run(path, device=device, lexicon=lexicon, weights_of=weights_of)

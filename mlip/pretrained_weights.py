@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def model_with(
     """
     if "concept_vectors" not in weights:
         raise PretrainedError(f"{where}: holds no concept_vectors; it is no MLIP model")
-    with _WithoutDraws():  # whatever would be drawn is filled below, or an error
+    with without_draws():  # whatever would be drawn is filled below, or an error
         model = MLIPModel(
             config,
             vocab_size=vocab_size,
@@ -56,7 +56,7 @@ def model_with(
     return model.eval()
 
 
-class _WithoutDraws(TorchFunctionMode):
+class without_draws(TorchFunctionMode):
     """Weights made inside are not drawn: what torch.nn.init would fill stays as it lies in memory.
 
     Buffers that no file holds have what their constructors give them, as after the meta device they
@@ -119,7 +119,7 @@ def _under_all_names(
     return whole
 
 
-def embedding_rows(weights: Mapping[str, Tensor]) -> int | None:
-    """Words that the text tower of these weights knows, None without one."""
-    found = [t for n, t in weights.items() if n.endswith("word_embeddings.weight")]
-    return int(found[0].shape[0]) if found else None
+def embedding_rows(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Words that the text tower of weights of these names and shapes knows, None without one."""
+    found = [shape for n, shape in shapes.items() if n.endswith("word_embeddings.weight")]
+    return int(found[0][0]) if found else None

@@ -15,22 +15,19 @@ from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import model_with
-from mlip.training.checkpoint import STATE, checkpoints_of
 from mlip.transfer.fingerprint import hash_of_vocabulary, preprocessing
 
 logger = logging.getLogger("mlip")
 
 
 def open_start(config: Config) -> Pretrained | None:
-    """The model of train.start; of a run that goes on its own, as the start may be gone by then.
+    """The model of train.start, for a run that begins.
 
     Raises:  PretrainedError, CheckpointError where it cannot be opened; ConfigError where the
              settings ask for what a started run takes from its start.
     """
     if config.train.start is None:
         return None
-    if checkpoints_of(config.run.dir):
-        return open_checkpoint(config.run.dir, lexicon=config.knowledge.lexicon)
     start = open_checkpoint(config.train.start, lexicon=config.knowledge.lexicon)
     _require_its_own(config, start)
     ours, theirs = preprocessing(config), preprocessing(start.config)
@@ -69,13 +66,9 @@ def _require_its_own(config: Config, start: Pretrained) -> None:
 def started_model(config: Config, start: Pretrained) -> MLIPModel:
     """The model that the settings describe, with the weights of its start.
 
-    Of a run that goes on the weights are filled from its checkpoint later, by the engine.
     Raises:  ConfigError where the settings describe another model.
     """
     vocab_size = int(start.model.text.backbone.config.vocab_size)
-    if checkpoints_of(config.run.dir):
-        vectors = start.model.concept_vectors
-        return MLIPModel(config, vocab_size=vocab_size, concept_vectors=vectors)
     weights = start.model.state_dict()
     try:
         return model_with(config, vocab_size, weights, f"train.start={config.train.start}")

@@ -59,10 +59,15 @@ def _check_source(kind: type[PreTrainedModel], key: str, source: str, offline: b
                 'safetensors by: python -c "from transformers import AutoModel; '
                 f"AutoModel.from_pretrained('{source}').save_pretrained('{source}')\""
             )
+    check_kind(kind, key, source, offline=offline)
+
+
+def check_kind(kind: type[PreTrainedModel], key: str, source: str, *, offline: bool) -> None:
+    """Raises:  ValueError where config.json of a source is not there, or of another kind."""
     try:
         described = PretrainedConfig.get_config_dict(source, local_files_only=offline)[0]
     except (OSError, ValueError) as error:
-        if folder.is_dir() or not offline:
+        if Path(source).is_dir() or not offline:
             raise ValueError(f"{key}={source}: cannot be read: {error}") from error
         raise ValueError(
             f"{key}={source}: neither a local directory nor in the local model cache; give a "

@@ -16,6 +16,7 @@ safetensors nor torch notices a flipped bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -25,16 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mlip import distributed
-from mlip.config import Config, difference, from_dict
+from mlip.config import Config
 from mlip.machine import limit_reached
 from mlip.output_file import file_sha256
-from mlip.training.checkpoint_content import load_tensors, refuse_constant, require_state
+from mlip.training.checkpoint_content import (
+    is_finite,
+    load_tensors,
+    refuse_constant,
+    require_state,
+)
+from mlip.training.checkpoint_settings import check_settings
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
@@ -46,44 +52,6 @@ _EMA = "ema"
 _SUMS, _MARKER, STATE = "SHA256SUMS", "COMPLETE", "state.json"
 _PREFIX, _PARTIAL = "step_", ".writing-"
 _PASSED_OVER = "PASSED_OVER"  # in a damaged one
-
-# Settings that change how a step is computed or shown, but not which numbers come out, and the
-# places of files (the manifest's content is compared by the loader's own state).
-FREE_SETTINGS = (
-    "run.dir",
-    "run.threads",
-    "run.timeout_s",
-    "run.offline",
-    "run.exact",
-    "run.deterministic",
-    "data.manifest",
-    "data.root",
-    "data.verify",
-    "data.bad_share",
-    "data.workers",
-    "data.prefetch",
-    "data.phantom.",
-    "batch.micro_images",
-    "batch.micro_texts",
-    "train.engine",
-    "train.zero_stage",
-    "train.compile",
-    "train.offload",
-    "train.checkpoint_steps",
-    "train.keep_checkpoints",
-    "train.monitor",
-    "train.patience",
-    "train.log_steps",
-    "train.max_nan_steps",
-    "train.spike_factor",
-    "train.tensorboard",
-    "model.vision.checkpointing",
-    "model.text.checkpointing",
-    "knowledge.cache_dir",
-    "data.columns.labels",
-    "evaluate.",
-    "transfer.",
-)
 
 
 @dataclass(frozen=True)
@@ -163,7 +131,7 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
     }
     for kind, group in tensors.items():
         for name, tensor in group.items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise CheckpointError(
                     f"{final}: {kind} {name} holds a number that is not finite; such a state is "
                     "never saved, the last good checkpoint is kept"
@@ -266,8 +234,8 @@ def require_intact(folder: Path) -> None:
         )
 
 
-def _damage(folder: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, or None.
+def _damage(folder: Path, only: str | None = None) -> str | None:
+    """Why the checkpoint, or the one file of it that is named, cannot be trusted; or None.
 
     Raises:  CheckpointError for one that this user may not read, or a limit of the machine keeps
              from being read.
@@ -282,7 +250,7 @@ def _damage(folder: Path) -> str | None:
             expected, name = line.split("  ")
             if Path(name).name != name:
                 return f"{_SUMS} names a file outside: {name!r}"
-            if file_sha256(folder / name) != expected:
+            if only in (None, name) and file_sha256(folder / name) != expected:
                 return f"{name} is not what was written (SHA-256 differs)"
             names.add(name)
     except FileNotFoundError as error:
@@ -300,8 +268,24 @@ def _damage(folder: Path) -> str | None:
     return f"{_SUMS} lacks {sorted(missing)}" if missing else None
 
 
-def read(folder: Path) -> Checkpoint:
-    """A checkpoint whose hashes hold (find_newest, require_intact); tensors on the CPU."""
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """state.json where its hash holds, of whatever format, without a look at tensors; else None.
+
+    Raises:  CheckpointError as find_newest, for one that may not be read
+    """
+    if _damage(folder, only=STATE) is not None:
+        return None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        state = json.loads((folder / STATE).read_text("utf-8"), parse_constant=refuse_constant)
+        return state if isinstance(state, dict) else None
+    return None
+
+
+def read(folder: Path, *, moments: bool = True) -> Checkpoint:
+    """A checkpoint whose hashes hold (find_newest, require_intact); tensors on the CPU.
+
+    moments  false where nothing is trained on: two thirds of the tensors stay unread
+    """
     try:
         text = (folder / STATE).read_text(encoding="utf-8")
         state = json.loads(text, parse_constant=refuse_constant)
@@ -311,7 +295,8 @@ def read(folder: Path) -> Checkpoint:
             )
         require_state(state)
         updates = state.get("ema_updates")
-        kinds = _TENSORS if updates is None else (*_TENSORS, _EMA)
+        kinds = [kind for kind in _TENSORS if moments or kind not in MOMENTS]
+        kinds += [] if updates is None else [_EMA]
         tensors = {kind: load_tensors(folder / f"{kind}.safetensors") for kind in kinds}
         ema = None if updates is None else EMAState(tensors[_EMA], updates)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -320,7 +305,7 @@ def read(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {STATE} is not of a checkpoint: {error!r}") from error
     training = TrainingState(
         parameters=tensors["parameters"],
-        moments={key: tensors[key] for key in MOMENTS},
+        moments={key: tensors[key] for key in MOMENTS if moments},
         buffers=tensors["buffers"],
         optimizer_steps=state["optimizer_steps"],
         ema=ema,
@@ -332,7 +317,7 @@ def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint |
     """The newest intact checkpoint of run.dir on every rank, or None; a collective call.
 
     Raises:  CheckpointError where none is intact, or where the newest was made with settings that
-             differ in more than FREE_SETTINGS and allow_mismatch is not set.
+             differ in more than those that are free and allow_mismatch is not set.
     """
     found: tuple[Path | None, list[str]] = (None, [])
     problem = None
@@ -351,7 +336,7 @@ def load_newest(config: Config, *, allow_mismatch: bool = False) -> Checkpoint |
     if folder is None:
         return None
     checkpoint = read(folder)
-    check_config(checkpoint, config, allow_mismatch=allow_mismatch)
+    check_settings(folder, checkpoint.state, config, allow_mismatch=allow_mismatch)
     return checkpoint
 
 
@@ -361,28 +346,6 @@ def _mark_passed_over(run_dir: str | Path, taken: Path | None) -> None:
         if folder == taken:
             return
         (folder / _PASSED_OVER).touch()
-
-
-def check_config(checkpoint: Checkpoint, config: Config, *, allow_mismatch: bool) -> None:
-    """Raises:  CheckpointError naming every setting that differs, unless allow_mismatch."""
-    try:
-        saved = from_dict(checkpoint.state["config"])
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.folder}: its settings are not valid: {error}") from None
-    different = {
-        key: values
-        for key, values in difference(saved, config).items()
-        if not key.startswith(FREE_SETTINGS)
-    }
-    if not different:
-        return
-    shown = ", ".join(f"{k} (saved {a!r}, now {b!r})" for k, (a, b) in different.items())
-    if not allow_mismatch:
-        raise CheckpointError(
-            f"{checkpoint.folder} belongs to other settings: {shown}; choose another run.dir, "
-            "restore the settings, or pass --allow-mismatch"
-        )
-    distributed.log_once(f"resuming although settings differ: {shown}", logging.WARNING)
 
 
 def _fsync(path: Path) -> None:

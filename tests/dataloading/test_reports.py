@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlip.assembly import open_tokenizer
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.reports import (
@@ -22,6 +21,7 @@ from mlip.dataloading.reports import (
     load_tokenizer,
     train_tokenizer,
 )
+from mlip.run_vocabulary import open_tokenizer
 
 TEXT = "A small left effusion. No pneumothorax. Possible nodule, 1.5 cm."
 

@@ -1,0 +1,48 @@
+"""The shape that the folder of a tower (model.vision.source) gives, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import BertModel, PreTrainedModel, ResNetModel, ViTModel
+
+from mlip.config import Text, Vision
+from mlip.encoders.options import tower_config, tower_shape
+from mlip.encoders.pretrained_tower import check_kind
+
+# what the run decides by other settings: a ViT's positions are resampled to data.crop_px
+_DECIDED = ("image_size",)
+_SIZES = ("num_channels", "vocab_size")
+
+
+def changed_options(
+    settings: Vision | Text, kept: dict[str, Any], sizes: dict[str, int]
+) -> dict[str, tuple[Any, Any]]:
+    """Option -> (kept, now) where a source differs from the shape that a run has kept of it.
+
+    sizes    num_channels and vocab_size of the run's tower, as far as it has them
+    Returns: nothing where the source is no local folder with a config.json (any more)
+    Raises:  ValueError for a folder of another kind of model, or options that are none
+    """
+    source, (key, kind) = settings.source, _kind_of(settings)
+    if source is None or not (Path(source) / "config.json").is_file():
+        return {}
+    check_kind(kind, f"{key}.source", source, offline=True)
+    config_class: Any = kind.config_class
+    there = config_class.from_pretrained(source, local_files_only=True)
+    # through the class: a later version of transformers may know more options, at their defaults
+    known = tower_shape(tower_config(config_class, f"{key}.options", kept))
+    now = tower_shape(there) | {k: v for k in _SIZES if (v := getattr(there, k, None)) is not None}
+    saved = known | sizes
+    return {
+        name: (saved.get(name), now.get(name))
+        for name in sorted(saved.keys() | now.keys())
+        if name not in _DECIDED and saved.get(name) != now.get(name)
+    }
+
+
+def _kind_of(settings: Vision | Text) -> tuple[str, type[PreTrainedModel]]:
+    if isinstance(settings, Text):
+        return "model.text", BertModel
+    return "model.vision", ResNetModel if settings.kind == "resnet" else ViTModel

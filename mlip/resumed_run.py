@@ -1,0 +1,132 @@
+"""What a run that goes on takes of its newest checkpoint before its tensors are read.
+
+The model is built for them, with towers by shape, a vocabulary and concepts of their sizes; no
+folder that it began with is needed again. The engine fills every weight and buffer later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mlip import distributed
+from mlip.config import Config, ConfigError
+from mlip.encoders.source_shape import changed_options
+from mlip.model import MLIPModel
+from mlip.pretrained_weights import embedding_rows, without_draws
+from mlip.tower_shapes import by_shape, kept_shapes
+from mlip.training.checkpoint import checkpoints_of, find_newest, read_state
+from mlip.training.lifecycle import CheckpointError
+
+_MODEL, _VECTORS = "model.", "model.concept_vectors"
+_FILES = ("parameters.safetensors", "buffers.safetensors")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run that goes on."""
+
+    config: Config  # with towers by shape, where the run has kept it
+    vocab_size: int  # rows of the text tower's embedding
+    concepts: tuple[int, int]  # shape of the concept vectors
+    start: dict[str, Any] | None  # where the towers' first weights came from (model_facts.start_of)
+
+    def build_model(self, *, words: int, concepts: int) -> MLIPModel:
+        """The model with whatever lies in memory as weights, until the engine has loaded them.
+
+        words, concepts  of the vocabulary and the concept table that the run goes on with
+        Raises:          ConfigError where the checkpoint's weights know others
+        """
+        if words > self.vocab_size or concepts != self.concepts[0]:
+            raise ConfigError(
+                f"run.dir={self.config.run.dir}: its weights are of {self.vocab_size} words and "
+                f"{self.concepts[0]} concepts, the vocabulary has {words} and the concept table "
+                f"{concepts}; restore those of the run (docs/reliability.md, Another version)"
+            )
+        with without_draws():
+            return MLIPModel(
+                self.config, vocab_size=self.vocab_size, concept_vectors=torch.zeros(self.concepts)
+            )
+
+
+def open_resumed(config: Config, *, allow_mismatch: bool = False) -> Resumed | None:
+    """What the run of run.dir goes on with; None where it has no checkpoint yet.
+
+    Of a version that kept no shapes the towers are opened from their sources, as are with
+    allow_mismatch those that a source now gives another shape.
+    Raises:  CheckpointError where no checkpoint is intact, where none of its content is what a save
+             writes, or where a source is there and gives another shape
+    """
+    for folder in checkpoints_of(config.run.dir):
+        state = read_state(folder)
+        if state is None:
+            continue
+        try:
+            shapes = _tensor_shapes(folder)
+            kept = kept_shapes(state)
+            rows, vectors = embedding_rows(shapes), shapes.get(_VECTORS)
+            start = found if isinstance(found := state.get("start"), dict) else None
+        except (OSError, SafetensorError):
+            continue  # its hash does not hold either, which the engine's reading finds out
+        except TypeError as error:
+            raise CheckpointError(f"{folder}: state.json is not of a checkpoint: {error}") from None
+        if rows is None or vectors is None or len(vectors) != 2:
+            raise CheckpointError(f"{folder}: holds no text tower or no concept vectors")
+        for tower in _changed_towers(folder, config, kept, rows, allow_mismatch):
+            del kept[tower]
+        return Resumed(by_shape(config, kept), rows, (vectors[0], vectors[1]), start)
+    if checkpoints_of(config.run.dir):
+        find_newest(config.run.dir)  # says what is wrong with each
+    return None
+
+
+def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in _FILES:
+        with safe_open(folder / name, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    return shapes
+
+
+def _changed_towers(
+    folder: Path,
+    config: Config,
+    kept: Mapping[str, dict[str, Any]],
+    rows: int,
+    allow_mismatch: bool,
+) -> list[str]:
+    """Towers whose source is there and gives another shape than the run has kept.
+
+    Raises:  CheckpointError naming every option that differs, unless allow_mismatch
+    """
+    sizes: dict[str, dict[str, int]] = {
+        "vision": {"num_channels": config.data.channels},
+        "text": {"vocab_size": rows},
+    }
+    differences = {
+        tower: changed_options(getattr(config.model, tower), shape, sizes[tower])
+        for tower, shape in kept.items()
+    }
+    changed = [tower for tower, options in differences.items() if options]
+    if not changed:
+        return []
+    told = "; ".join(
+        f"model.{tower}.source={getattr(config.model, tower).source} has "
+        + ", ".join(f"{k} {now!r} (saved {saved!r})" for k, (saved, now) in options.items())
+        for tower, options in differences.items()
+        if options
+    )
+    if not allow_mismatch:
+        raise CheckpointError(
+            f"{folder} was trained with towers of another shape: {told}; restore the folder (or "
+            "take it away: the run has kept the shape), choose another run.dir, or pass "
+            "--allow-mismatch"
+        )
+    distributed.log_once(f"resuming although {folder} differs: {told}", logging.WARNING)
+    return changed

@@ -1,0 +1,294 @@
+"""A run whose towers began with folders needs none of them again: it is copied, opened, resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+import train
+from mlip import cli
+from mlip.dataloading.reports import train_tokenizer
+from mlip.encoders import pretrained_tower
+from mlip.output_file import file_sha256
+from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
+from mlip.training import checkpoint, faults
+from mlip.training.lifecycle import CheckpointError
+from tests.small_run import small_run
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLASSES = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+SHORT = (
+    *("batch.global_pairs=4", "train.checkpoint_steps=1", "train.warmup_steps=0", "run.threads=1"),
+    *("loss.category.prototypes=8", "evaluate.after_training=false", "data.phantom.studies=0"),
+    *("model.heads.hidden=16", "model.embed_dim=16", "knowledge.vectors=text_tower"),
+    *("knowledge.dim=16", "data.pipeline=torch", "data.max_tokens=32", "data.resize_px=64"),
+    *("data.crop_px=48", "model.vision.kind=vit", "train.keep_checkpoints=3"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, own_signals: None):
+    monkeypatch.setattr(faults, "_fired", set())
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
+
+
+def _sources(folder: Path, eps: float = 1e-6, **bert: Any) -> None:
+    """As published ones: of an image size of their own, with a head's classes, more words."""
+    run = small_run()
+    vit = ViTConfig(
+        **SMALL, **CLASSES, intermediate_size=16, image_size=32, patch_size=16, layer_norm_eps=eps
+    )
+    ViTModel(vit).save_pretrained(folder / "vit")
+    words = run.tokenizer.vocab_size + 7
+    text = SMALL | {"intermediate_size": 24, "hidden_dropout_prob": 0.2, "vocab_size": words} | bert
+    BertModel(BertConfig(**text)).save_pretrained(folder / "bert")
+    shutil.copytree(run.folder / "run" / "tokenizer", folder / "bert", dirs_exist_ok=True)
+
+
+def _train(folder: Path, sources: Path, *more: str) -> int:
+    manifest = f"data.manifest={small_run().config.data.manifest}"
+    towers = [f"model.{x}.source={sources / y}" for x, y in (("vision", "vit"), ("text", "bert"))]
+    own = [f"run.dir={folder}", "data.columns.labels=labels", manifest, *towers]
+    return train.main([*own, *SHORT, *more])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """run/ of one step, and whole/ of two, over sources/."""
+    folder = tmp_path_factory.mktemp("sources")
+    torch.manual_seed(3)
+    _sources(folder / "sources")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "_fired", set())
+        assert _train(folder / "whole", folder / "sources", "train.max_steps=2") == 0
+    run = Path(shutil.copytree(folder / "whole", folder / "run"))
+    shutil.rmtree(run / "checkpoints" / "step_00000002")
+    return folder
+
+
+@pytest.fixture
+def away(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """run/ and whole/ where the folders that the towers began with are not."""
+    for name in ("run", "whole"):
+        shutil.copytree(made / name, tmp_path / name)
+    (made / "sources").rename(made / "gone")
+    yield tmp_path
+    (made / "gone").rename(made / "sources")
+
+
+def _weights(folder: Path, step: int = 2) -> dict[str, torch.Tensor]:
+    return checkpoint.read(checkpoint.folder_of(folder, step)).training.parameters
+
+
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def _rewrite(run: Path, change: Any) -> None:
+    """state.json of each checkpoint changed, and its hashes again those of the files."""
+    for folder in checkpoint.checkpoints_of(run):
+        state = json.loads((folder / "state.json").read_text())
+        change(state)
+        (folder / "state.json").write_text(json.dumps(state))
+        lines = [line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()]
+        sums = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in lines)
+        (folder / "SHA256SUMS").write_text(sums)
+        (folder / "COMPLETE").write_text(file_sha256(folder / "SHA256SUMS") + "\n")
+
+
+def _of_an_earlier_version(run: Path) -> None:
+    _rewrite(run, lambda state: [state.pop(key) for key in ("towers", "start")])
+    shutil.rmtree(run / "tokenizer")
+
+
+def _features(opened: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    image = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 5, 9, 2]])
+    yes = torch.ones(1, 4, dtype=torch.bool)
+    with torch.no_grad():
+        return (
+            opened.model.encode_image(image).embedding,
+            opened.model.encode_text(ids, yes, yes).embedding,
+        )
+
+
+def test_it_is_opened_without_them_and_gives_what_it_gave_with_them(made, away):
+    # oracle: the same checkpoint of an earlier version, whose towers are read from the folders
+    earlier = Path(shutil.copytree(away / "run", away / "earlier"))
+    _of_an_earlier_version(earlier)
+    (made / "gone").rename(made / "sources")
+    before = open_checkpoint(earlier)
+    (made / "sources").rename(made / "gone")
+    opened = open_checkpoint(away / "run")
+    assert all(torch.equal(a, b) for a, b in zip(_features(opened), _features(before), strict=True))
+    assert opened.model.text.backbone.config.hidden_dropout_prob == 0.2
+    assert opened.config.model.vision.source is opened.config.model.text.source is None
+    words = "there is a small left pleural effusion"
+    ids = [x.tokenizer.encode_batch([words])[0].ids for x in (opened, before)]
+    assert ids[0] == ids[1]
+
+
+def test_no_weight_of_them_is_read_where_they_are_still_there(made, monkeypatch):
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("a source was read")
+
+    for kind in (BertModel, ViTModel):
+        monkeypatch.setattr(kind, "from_pretrained", fail)
+    assert open_checkpoint(made / "run").facts["step"] == 1
+
+
+def test_it_goes_on_without_them_to_the_weights_of_a_run_that_was_not_stopped(away, capsys):
+    assert train.main(["--config", str(away / "run"), "train.max_steps=2"]) == 0
+    assert _same(_weights(away / "run"), _weights(away / "whole"))
+    # and what it writes needs them no more either, nor says that they were of the Hub
+    opened = open_checkpoint(away / "run")
+    assert opened.facts["step"] == 2
+    assert opened.origin["start"]["image"] == {"kind": "folder", "name": "vit"}
+
+
+def test_a_relative_name_of_a_folder_that_is_gone_is_no_model_of_the_hub(made, away):
+    """weights/vit of the configs: the card of a copied run linked to huggingface.co/weights/vit."""
+    run = away / "run"
+    _rewrite(run, lambda s: s["config"]["model"]["vision"].update(source="weights/vit"))
+    assert open_checkpoint(run).origin["start"]["image"] == {"kind": "folder", "name": "vit"}
+    assert cli.main(["export", f"checkpoint={run}", "--out", str(away / "model")]) == 0
+    assert "huggingface.co/weights" not in (away / "model" / "README.md").read_text()
+
+
+def test_an_export_of_it_is_opened_and_names_no_class_of_a_head(away):
+    assert cli.main(["export", f"checkpoint={away / 'run'}", "--out", str(away / "model")]) == 0
+    first, second = open_checkpoint(away / "run"), from_pretrained(away / "model")
+    assert all(torch.equal(a, b) for a, b in zip(_features(first), _features(second), strict=True))
+    assert "id2label" not in (away / "model" / "config.json").read_text()
+
+
+def test_other_weights_in_a_source_change_nothing(made, tmp_path):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.copytree(made / "sources", made / "kept")
+    try:
+        torch.manual_seed(77)
+        shutil.rmtree(made / "sources")
+        _sources(made / "sources")
+        assert train.main(["--config", str(run), "train.max_steps=2"]) == 0
+    finally:
+        shutil.rmtree(made / "sources")
+        (made / "kept").rename(made / "sources")
+    assert _same(_weights(run), _weights(made / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"eps": 1e-3}, "model.vision.source=.*layer_norm_eps 0.001 .saved 1e-06."),
+        ({"hidden_dropout_prob": 0.4}, "hidden_dropout_prob 0.4 .saved 0.2."),
+        ({"hidden_size": 32}, "hidden_size 32 .saved 16."),
+        ({"vocab_size": 999}, "vocab_size 999 .saved"),
+    ],
+)
+def test_a_source_of_another_shape_ends_a_resume_and_no_opening(
+    made, tmp_path, capsys, given, told
+):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    shutil.copytree(made / "sources", made / "kept")
+    try:
+        shutil.rmtree(made / "sources")
+        _sources(made / "sources", **given)
+        assert train.main(["--config", str(run), "train.max_steps=2"]) == 4
+        said = capsys.readouterr().err
+        assert open_checkpoint(run).model.text.backbone.config.hidden_dropout_prob == 0.2
+    finally:
+        shutil.rmtree(made / "sources")
+        (made / "kept").rename(made / "sources")
+    assert re.search(told, said) and "restore the folder" in said
+    assert not (run / "checkpoints" / "step_00000002").exists()
+
+
+def test_another_vocabulary_in_a_source_ends_a_resume_and_no_opening(made, tmp_path, capsys):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "other")
+    shutil.copytree(made / "sources", made / "kept")
+    try:
+        shutil.copytree(tmp_path / "other", made / "sources" / "bert", dirs_exist_ok=True)
+        assert train.main(["--config", str(run), "train.max_steps=2"]) == 4
+        opened = open_checkpoint(run)
+    finally:
+        shutil.rmtree(made / "sources")
+        (made / "kept").rename(made / "sources")
+    assert "was trained with other content: tokenizer" in capsys.readouterr().err
+    assert opened.tokenizer.vocab_size == small_run().tokenizer.vocab_size
+
+
+def test_a_run_of_an_earlier_version_needs_them_says_so_and_keeps_them_from_then_on(
+    made, tmp_path, capsys
+):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    _of_an_earlier_version(run)
+    (made / "sources").rename(made / "gone")
+    try:
+        with pytest.raises(PretrainedError, match=r"expected its vocabulary in .*sources/bert"):
+            open_checkpoint(run)
+        shutil.copytree(made / "run" / "tokenizer", run / "tokenizer")
+        with pytest.raises(PretrainedError, match=r"kept no shape .*model.vision.source=.*/vit"):
+            open_checkpoint(run)
+        assert train.main(["--config", str(run), "train.max_steps=2"]) != 0
+        assert "model.vision.source=" in capsys.readouterr().err
+        shutil.rmtree(run / "tokenizer")
+    finally:
+        (made / "gone").rename(made / "sources")
+    assert open_checkpoint(run).facts["step"] == 1
+    assert train.main(["--config", str(run), "train.max_steps=2"]) == 0
+    assert _same(_weights(run), _weights(made / "whole"))
+    (made / "sources").rename(made / "gone")
+    try:
+        assert open_checkpoint(run).facts["step"] == 2
+    finally:
+        (made / "gone").rename(made / "sources")
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        {"vision": {"hidden_size": "wide"}},
+        {"vision": {"no_such": 1}},
+        {"vision": {"hidden_size": 32, "num_attention_heads": 2}},
+        {"vision": [1]},
+        {"audio": {}},
+        [1],
+    ],
+)
+def test_shapes_that_are_none_are_one_clear_error(away, towers):
+    _rewrite(away / "run", lambda state: state.update(towers=towers))
+    with pytest.raises((PretrainedError, CheckpointError), match=r"step_00000001: "):
+        open_checkpoint(away / "run")
+    assert train.main(["--config", str(away / "run"), "train.max_steps=2"]) in (2, 4)
+
+
+def test_a_state_whose_hash_does_not_hold_describes_no_model(away):
+    """The older checkpoint is the one that is resumed: its shapes are taken, not those."""
+    newest = checkpoint.folder_of(away / "whole", 2)
+    text = (newest / "state.json").read_text()
+    (newest / "state.json").write_text(
+        text.replace('"layer_norm_eps": 1e-06', '"layer_norm_eps": 9.0')
+    )
+    assert text != (newest / "state.json").read_text()
+    assert train.main(["--config", str(away / "whole")]) == 0
+    state = json.loads((newest / "state.json").read_text())
+    assert state["towers"]["vision"]["layer_norm_eps"] == 1e-06
+
+
+def test_the_loading_of_weights_is_not_needed_to_know_a_shape(tmp_path):
+    """A source whose weights were deleted to make room is as good as none."""
+    _sources(tmp_path)
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    pretrained_tower.check_kind(ViTModel, "key", str(tmp_path / "vit"), offline=True)
