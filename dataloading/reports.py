@@ -123,8 +123,9 @@ def _is_same_file(a: Path, b: Path) -> bool:
 
 
 def is_vocabulary(directory: str | Path) -> bool:
-    """Whether the folder holds the file of a vocabulary."""
-    return any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    """Whether the folder holds the file of a vocabulary, and may be looked into."""
+    names = ("tokenizer.json", "vocab.txt")
+    return any(os.path.isfile(os.path.join(directory, name)) for name in names)
 
 
 def load_tokenizer(directory: str | Path) -> ReportTokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,7 +104,7 @@ def start_of(config: Config) -> dict[str, dict[str, str]]:
 def _start(source: str | None) -> dict[str, str]:
     if source is None:
         return {"kind": "random"}
-    if not Path(source).is_dir() and _HUB_ID.fullmatch(source):
+    if not os.path.isdir(source) and _HUB_ID.fullmatch(source):
         return {"kind": "hub", "name": source}
     return {"kind": "folder", "name": Path(source).name}
 

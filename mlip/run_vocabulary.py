@@ -7,6 +7,7 @@ the run goes on or is opened: the run's own copy (<run.dir>/tokenizer) is then t
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def open_tokenizer(
     """
     given, folder = _given(config.model.text), Path(config.run.dir) / KEPT
     goes_on = bool(checkpoints_of(config.run.dir))
-    if given is not None and (not goes_on or is_vocabulary(given) or not is_vocabulary(folder)):
-        tokenizer = load_tokenizer(given)
+    if given is not None:
+        # nodes may differ in what they see of a given folder: none waits for another in between
+        is_gone = goes_on and not is_vocabulary(given) and is_vocabulary(folder)
+        tokenizer = load_tokenizer(folder if is_gone else given)
         if not goes_on:
             distributed.main_first(lambda: _keep(tokenizer, given, folder))
         return tokenizer
@@ -113,7 +116,7 @@ def vocabulary_of_run(folder: Path, text: Text, run_dir: Path, trained: Any) -> 
     """
     given = [] if (named := _given(text)) is None else [Path(named)]
     places = [*given, run_dir / KEPT] if trained is None else [run_dir / KEPT, *given]
-    there = [place for place in places if place.is_dir()]
+    there = [place for place in places if os.path.isdir(place)]  # one may be another user's
     if not there:
         raise PretrainedError(
             f"{folder}: expected its vocabulary in {' or '.join(map(str, places))}, there is no "

@@ -21,7 +21,7 @@ from mlip.pretrained_weights import PretrainedError, embedding_rows, model_with
 from mlip.run_vocabulary import vocabulary_of_run
 from mlip.tower_shapes import by_shape, kept_shapes, with_source
 from mlip.training import checkpoint as saved
-from mlip.training.best_checkpoint import find_best, is_best
+from mlip.training.best_checkpoint import find_best, is_best, weights_watched
 from mlip.training.step import TrainingState
 
 logger = logging.getLogger("mlip")
@@ -71,6 +71,12 @@ def open_run(
     origin = origin_of(read.state, trained_by, is_best=is_best(folder, step))
     if origin["is_best_on_val"]:
         facts["is_best_on_val"] = True
+        if (by := weights_watched(folder)) != weights_of:
+            logger.warning(
+                "%s: val chose it by its weights of another kind (%s); its %s ones are used, of "
+                "which another checkpoint may be the best",
+                *(folder, by, weights_of),
+            )
     return Pretrained(
         *(model.to(device), config, tokenizer, table, Linker(table), facts),
         prototypes=tensors.get("losses.category.prototypes"),

@@ -174,3 +174,15 @@ def test_a_damaged_one_that_is_named_itself_is_refused(run: Path) -> None:
     (run / "checkpoints" / "step_00000001" / "COMPLETE").unlink()
     with pytest.raises(CheckpointError, match="step_00000001: COMPLETE is missing"):
         open_checkpoint(run / "checkpoints" / "step_00000001")
+
+
+def test_the_best_by_its_weights_is_not_taken_for_the_best_by_their_average(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for watched, warns in (("ema", True), ("trained", False)):
+        kept = {"monitor": "loss", "weights": watched, "best_step": 1}
+        run = _write_run(tmp_path / watched, validation=kept)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mlip"):
+            assert open_checkpoint(run).facts["step"] == 1
+        assert ("may be the best" in caplog.text) == warns

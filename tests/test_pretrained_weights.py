@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlip.config import Config, load
 from mlip.model import MLIPModel
-from mlip.pretrained_weights import _WithoutDraws, model_with
+from mlip.pretrained_weights import model_with, without_draws
 from tests.small_run import SETTINGS
 
 WORDS, CONCEPTS = 40, 5
@@ -114,7 +114,7 @@ def test_no_weight_is_drawn_to_be_overwritten(kind: str) -> None:
 
 def test_what_another_thread_makes_meanwhile_is_drawn(_poisoned: None) -> None:
     made: list[nn.Module] = []
-    with _WithoutDraws():
+    with without_draws():
         thread = threading.Thread(target=lambda: made.append(nn.Linear(4, 4)))
         thread.start()
         thread.join()

@@ -172,6 +172,20 @@ def test_an_export_of_it_is_opened_and_names_no_class_of_a_head(away):
     assert "id2label" not in (away / "model" / "config.json").read_text()
 
 
+def test_a_name_that_the_system_does_not_even_look_up_is_a_folder_that_is_gone(away):
+    """As one in another user's closed home is: Path.is_dir and is_file raise of both."""
+
+    def rename(state: dict[str, Any]) -> None:
+        for tower in ("vision", "text"):
+            state["config"]["model"][tower]["source"] = "x" * 5000
+
+    _rewrite(away / "run", rename)
+    assert open_checkpoint(away / "run").facts["step"] == 1
+    sources = [f"model.{tower}.source={'x' * 5000}" for tower in ("vision", "text")]
+    assert train.main(["--config", str(away / "run"), *sources, "train.max_steps=2"]) == 0
+    assert _same(_weights(away / "run"), _weights(away / "whole"))
+
+
 def test_other_weights_in_a_source_change_nothing(made, tmp_path):
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
     shutil.copytree(made / "sources", made / "kept")
@@ -284,6 +298,22 @@ def test_a_state_whose_hash_does_not_hold_describes_no_model(away):
     assert train.main(["--config", str(away / "whole")]) == 0
     state = json.loads((newest / "state.json").read_text())
     assert state["towers"]["vision"]["layer_norm_eps"] == 1e-06
+
+
+def test_a_vocabulary_that_was_given_alone_is_kept_too(tmp_path):
+    from tests.test_starting_point import SHORT as SMALLEST
+
+    run, given = small_run(), tmp_path / "given"
+    shutil.copytree(run.folder / "run" / "tokenizer", given)
+    own = [*run.settings, *SMALLEST, f"run.dir={tmp_path / 'run'}", "train.checkpoint_steps=1"]
+    own += [f"model.text.tokenizer={given}"]
+    assert train.main([*own, "train.max_steps=2"]) == 0
+    whole = _weights(tmp_path / "run")
+    shutil.rmtree(checkpoint.folder_of(tmp_path / "run", 2))
+    shutil.rmtree(given)
+    assert open_checkpoint(tmp_path / "run").tokenizer.vocab_size == run.tokenizer.vocab_size
+    assert train.main(["--config", str(tmp_path / "run")]) == 0
+    assert _same(_weights(tmp_path / "run"), whole)
 
 
 def test_the_loading_of_weights_is_not_needed_to_know_a_shape(tmp_path):

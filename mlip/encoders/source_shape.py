@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from transformers import BertModel, PreTrainedModel, ResNetModel, ViTModel
@@ -26,7 +26,8 @@ def changed_options(
     Raises:  ValueError for a folder of another kind of model, or options that are none
     """
     source, (key, kind) = settings.source, _kind_of(settings)
-    if source is None or not (Path(source) / "config.json").is_file():
+    # not Path.is_file: it raises where another user's folder is closed
+    if source is None or not os.path.isfile(os.path.join(source, "config.json")):
         return {}
     check_kind(kind, f"{key}.source", source, offline=True)
     config_class: Any = kind.config_class

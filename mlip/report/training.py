@@ -39,7 +39,7 @@ NAMES = {
     "memory_gib": "Memory (GiB)",
 }
 HIDDEN = {"step", "time", "epoch"}
-NOT_DRAWN = {*HIDDEN, "pairs", "best_step"}  # of validation.jsonl
+NOT_DRAWN = {*HIDDEN, "pairs", "weights", "best_step"}  # of validation.jsonl
 MOST_POINTS = 400  # a chart 300 px wide shows no more
 MOST_ROWS = 8 * MOST_POINTS  # read of a log: a million steps as objects would be 4 GiB
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mlip.training.checkpoint import (
     STATE,
@@ -40,11 +41,24 @@ def find_best(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 def best_step(checkpoint: Path) -> int | None:
     """The step that val had chosen when a checkpoint was saved; None = val not watched."""
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        step = (state.get("validation") or {}).get("best_step")
+        step = _validation(checkpoint).get("best_step")
         return None if step is None else int(step)
-    except (OSError, AttributeError, TypeError, ValueError, RecursionError):
-        return None  # no state that a save writes: who reads the checkpoint is told what is wrong
+    except (TypeError, ValueError):
+        return None
+
+
+def weights_watched(checkpoint: Path) -> str:
+    """The weights that val scored: "trained", or "ema" for their average."""
+    return str(_validation(checkpoint).get("weights", "trained"))
+
+
+def _validation(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        found = state.get("validation")
+    except (OSError, AttributeError, ValueError, RecursionError):
+        found = None  # no state that a save writes: who reads the checkpoint is told what is wrong
+    return found if isinstance(found, dict) else {}
 
 
 def is_best(checkpoint: Path, step: int) -> bool | None:

@@ -5,7 +5,8 @@
   exp_avg.safetensors, exp_avg_sq.safetensors   the optimiser's moments, by parameter name
   buffers.safetensors      persistent buffers
   ema.safetensors          averaged weights by name, where train.ema_decay is set
-  state.json               step, counts, random generators, loader, config, versions
+  state.json               step, counts, random generators, loader, config, versions, and the shapes
+                           of towers that began with a folder
   SHA256SUMS               of the files above; `sha256sum -c` checks them by hand
   COMPLETE                 written last: the hash of SHA256SUMS
 

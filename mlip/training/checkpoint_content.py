@@ -83,6 +83,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:
+    """Raises:  ValueError naming the first tensor of another shape, which no resume can use."""
+    for name, shape in own.items():
+        found = list(saved[name].shape) if name in saved else "none"
+        if found != list(shape):
+            raise ValueError(
+                f"{name}: expected {list(shape)} from the settings, the checkpoint has {found}; "
+                "restore the settings or choose another run.dir"
+            )
+
+
 def require_same_identity(
     folder: Path, state: Mapping[str, Any], facts: Mapping[str, Any], *, allow_mismatch: bool
 ) -> None:

@@ -177,8 +177,10 @@ class Trainer:
                     f"stopped on request before step {self.step + 1} of {self.steps}; nothing was "
                     "trained since the start: the same command goes on from there"
                 )
-            if self.step % every == 0:
-                self._look_at_val()  # not yet where a stop was asked for there
+            # where a stop was asked for none has looked yet, nor where val was not watched before
+            is_new = self.validation is not None and self.validation.is_new
+            if is_new or self.step % every == 0:
+                self._look_at_val()
             batches = iter(self.loader)
             while self.step < self.steps and not (self.validation and self.validation.is_over):
                 self._one_step(batches, stop)

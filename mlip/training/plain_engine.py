@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,6 +81,10 @@ class PlainEngine(Engine):
             optimizer_steps=steps,
             ema=EMAState(self._by_name(self.ema.shadow), self.ema.updates) if self.ema else None,
         )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        assert self.ema is not None
+        return self.ema.swapped()
 
     def _held(self) -> list[Tensor]:
         return list(self.parameters.values())

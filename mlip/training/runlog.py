@@ -150,11 +150,18 @@ class RunLog:
             print(line, flush=True)
 
     def validated(
-        self, step: int, terms: Mapping[str, float], *, pairs: int, best_step: int | None
+        self,
+        step: int,
+        terms: Mapping[str, float],
+        *,
+        pairs: int,
+        best_step: int | None,
+        weights: str = "trained",
     ) -> None:
         """Scores on val after `step` steps: a line in validation.jsonl, and one said.
 
-        terms  "total", losses before their weights and recalls, means over batches of `pairs` pairs
+        terms    "total", losses before their weights and recalls, means over batches of `pairs`
+        weights  "ema" where those scored are the average
         """
         if not self._is_main:
             return
@@ -162,6 +169,7 @@ class RunLog:
             "step": step,
             **{name: _finite(value) for name, value in terms.items()},
             "pairs": pairs,
+            "weights": weights,
             "best_step": best_step,
             "time": round(time.time(), 3),
         }
@@ -175,7 +183,8 @@ class RunLog:
         best = "none is the best yet" if best_step is None else f"best at step {best_step}"
         best = "the best so far" if best_step == step else best
         self.say(
-            f"val after step {step}, batches of {pairs} pairs: loss {terms['total']:.4f}  {parts} "
+            f"val after step {step}{' (average)' if weights == 'ema' else ''}, batches of {pairs} "
+            f"pairs: loss {terms['total']:.4f}  {parts} "
             f"({best})"
         )
 

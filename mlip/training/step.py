@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from mlip.batch import Batch
 from mlip.config import Config
 from mlip.host_read import HostRead
 from mlip.training import presence
+from mlip.training.checkpoint_content import require_shapes
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
 from mlip.training.muon import Muon, matrix_names
@@ -291,6 +293,11 @@ class Engine(abc.ABC):
     def load(self, state: TrainingState) -> None: ...
 
     @abc.abstractmethod
+    def averaged(self) -> AbstractContextManager[None]:
+        """The average (`ema`) in the weights' place, and then all as before, to the bit; a
+        collective call."""
+
+    @abc.abstractmethod
     def _held(self) -> list[Tensor]:
         """The float32 tensors that the optimiser updates in place on this rank."""
 
@@ -344,7 +351,7 @@ class Engine(abc.ABC):
                 f"buffers of the model and of the checkpoint differ: "
                 f"{sorted(own.keys() ^ state.buffers.keys())}"
             )
-        _require_shapes({n: b.shape for n, b in own.items()}, state.buffers)
+        require_shapes({n: b.shape for n, b in own.items()}, state.buffers)
         for name, buffer in own.items():
             saved = state.buffers[name]
             if saved.dtype != buffer.dtype:
@@ -371,11 +378,11 @@ class Engine(abc.ABC):
             )
         # ZeRO-3 keeps a part in the parameter's place, and would take any number of values
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in own.items()}
-        _require_shapes(shapes, state.parameters)
+        require_shapes(shapes, state.parameters)
         for key, moments in state.moments.items() if state.optimizer_steps else ():
-            _require_shapes({n: shapes[n] for n, k in self.moments.items() if key in k}, moments)
+            require_shapes({n: shapes[n] for n, k in self.moments.items() if key in k}, moments)
         if self.ema is not None and state.ema is not None:
-            _require_shapes({n: shapes[n] for n in self.parameters}, state.ema.parameters)
+            require_shapes({n: shapes[n] for n in self.parameters}, state.ema.parameters)
 
 
 def fixed_buffers(objective: nn.Module) -> set[str]:
@@ -385,14 +392,3 @@ def fixed_buffers(objective: nn.Module) -> set[str]:
         for prefix, module in objective.named_modules()
         for name in getattr(module, "FIXED_BUFFERS", ())
     }
-
-
-def _require_shapes(own: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> None:
-    """Raises:  ValueError naming the first tensor of another shape, which no resume can use."""
-    for name, shape in own.items():
-        found = list(saved[name].shape) if name in saved else "none"
-        if found != list(shape):
-            raise ValueError(
-                f"{name}: expected {list(shape)} from the settings, the checkpoint has {found}; "
-                "restore the settings or choose another run.dir"
-            )

@@ -1,12 +1,14 @@
 """Watching val while a run trains: a score at every checkpoint, the best one kept, an early end.
 
 Held-out pairs are read as training reads them, without augmentation, in batches of one size, and
-scored in evaluation mode by what the objective gives for them (mlip/losses/held_out.py). Nothing of
-it reaches the training: no gradient, no random number, no buffer.
+scored in evaluation mode by what the objective gives for them (mlip/losses/held_out.py), with the
+weights that evaluate.weights names. Nothing of it reaches the training: no gradient, no random
+number, no buffer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,8 @@ from mlip.training.runlog import RunLog
 from mlip.training.step import Engine
 
 _RECALL = "recall@"
-_OF_A_KIND = ("monitor", "batches", "pairs")  # scores of equal ones can be compared
+# scores of equal ones can be compared
+_OF_A_KIND = ("monitor", "weights", "batches", "pairs")
 
 
 class HeldOut(Protocol):
@@ -43,11 +46,13 @@ class Validation:
 
     def __init__(self, config: Config, held_out: HeldOut, *, batches: int, pairs: int) -> None:
         self.monitor, self.patience = config.train.monitor, config.train.patience
+        self.weights = config.evaluate.weights  # those that evaluation and export will take
         self.held_out, self.batches, self.pairs = held_out, batches, pairs
         self.best_step: int | None = None
         self.best = math.nan
         self.looks_since = 0  # checkpoints since the best one
         self.last_look = 0  # its step
+        self.is_new = True  # nothing of it is known from a checkpoint
         self._before: dict[str, Any] = self.state_dict()
 
     @property
@@ -56,12 +61,13 @@ class Validation:
         return 0 < self.patience <= self.looks_since
 
     def look(self, engine: Engine, step: int, log: RunLog) -> None:
-        """Score the weights after `step` steps and say so; a collective call."""
+        """Score the weights, or their average, after `step` steps and say so; a collective call."""
         presence.at(step, "validate")
         self._before = self.state_dict()
         self.last_look = step
         # nodes with other processors round otherwise: all go on with what rank 0 found
-        terms = distributed.broadcast_object(self._scores(engine))
+        with engine.averaged() if self.weights == "ema" else contextlib.nullcontext():
+            terms = distributed.broadcast_object(self._scores(engine))
         recalls = [value for name, value in terms.items() if name.startswith(_RECALL)]
         score = terms["total"] if self.monitor == "loss" else sum(recalls) / len(recalls)
         is_best = math.isfinite(score) and (
@@ -72,7 +78,7 @@ class Validation:
             self.best_step, self.best, self.looks_since = step, score, 0
         else:
             self.looks_since += 1
-        log.validated(step, terms, pairs=self.pairs, best_step=self.best_step)
+        log.validated(step, terms, pairs=self.pairs, best_step=self.best_step, weights=self.weights)
         if self.is_over:
             best = f"the best is that of step {self.best_step}"
             if self.best_step is None:
@@ -109,6 +115,7 @@ class Validation:
         """What a checkpoint keeps, ready for JSON."""
         return {
             "monitor": self.monitor,
+            "weights": self.weights,
             "batches": self.batches,
             "pairs": self.pairs,
             "best_step": self.best_step,
@@ -121,11 +128,12 @@ class Validation:
         """Go on as saved; from nothing where the run was not watched, or for another score.
 
         Scores of other pairs or among another number of them are no better and no worse: with
-        train.monitor_pairs or the number of ranks they change.
+        train.monitor_pairs, the number of ranks or evaluate.weights they change.
         Raises:  KeyError or TypeError where it is no state_dict
         """
         if not state:
             return
+        state = {"weights": "trained", **state}  # of a version that scored no others
         best, mine = state["best_step"], self.state_dict()
         if any(state.get(key) != mine[key] for key in _OF_A_KIND):
             if best is not None:
@@ -136,6 +144,7 @@ class Validation:
                     logging.WARNING,
                 )
             return
+        self.is_new = False
         try:
             self.best_step = None if best is None else int(best)
             self.best = math.nan if best is None else float(state["best"])

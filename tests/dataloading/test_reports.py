@@ -84,6 +84,17 @@ def test_a_foreign_tokenizer_is_saved_as_it_reads(kind: str, tmp_path: Path) -> 
     assert theirs.pad_token_id == tokenizer.pad_id
 
 
+def test_a_folder_of_the_same_words_in_another_case_is_not_taken_for_it(tmp_path: Path) -> None:
+    """A run's copy that stayed from an earlier try would read its reports otherwise."""
+    given = train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "given")
+    given.save(tmp_path / "run")  # the same again
+    kept = tmp_path / "run" / "tokenizer.json"
+    kept.write_text(kept.read_text().replace('"lowercase": true', '"lowercase": false'))
+    with pytest.raises(ValueError, match="holds another vocabulary"):
+        given.save(tmp_path / "run")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["given", "run"]
+
+
 def test_a_folder_with_only_a_vocabulary_file_is_read(tmp_path: Path) -> None:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "small", "effusion", "##s", "."]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

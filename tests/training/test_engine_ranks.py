@@ -45,8 +45,17 @@ def alone() -> dict[str, Any]:
             ema[name] = decay * ema[name] + (1 - decay) * parameter.detach().double()
     state = engine.state()
     parameters = {n: t.flatten().tolist() for n, t in state.parameters.items()}
+    held_out = held_out_scores(engine)
+    with torch.no_grad():  # the average in the weights' place by hand, without the engine's way
+        own = {n: p.clone() for n, p in engine.parameters.items()}
+        for name, parameter in engine.parameters.items():
+            parameter.copy_(ema[name])
+        average = held_out_scores(engine)
+        for name, parameter in engine.parameters.items():
+            parameter.copy_(own[name])
     return {
-        "held_out": held_out_scores(engine),
+        "held_out": held_out,
+        "average": average,
         "losses": [r.total for r in results]
         + [step(engine, number).total for number in range(STEPS, STEPS + MORE)],
         "grad_norms": [r.grad_norm for r in results],
@@ -74,6 +83,15 @@ def test_held_out_scores_are_those_of_one_process_and_no_step_feels_them(case, t
     assert set(found) == set(alone["held_out"]) >= {"total", "nce"}
     for name, value in alone["held_out"].items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def test_the_average_is_scored_as_in_one_process_and_the_weights_come_back(case, two_ranks, alone):
+    # that they come back to the bit toy_engines holds
+    found = two_ranks["/".join(map(str, case))]["average"]
+    for name, value in alone["average"].items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0.0)
+    assert abs(alone["average"]["total"] - alone["held_out"]["total"]) > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))

@@ -117,6 +117,70 @@ def test_watching_can_begin_change_and_end_with_any_start_of_a_run(tmp_path):
         assert _trainer(tmp_path, *more).step == 12  # no --allow-mismatch
 
 
+def test_the_weights_that_will_be_used_are_those_that_are_scored(tmp_path):
+    """evaluate.weights=ema was evaluated and exported, and the other weights chose the best."""
+    both = [*WATCHED, "train.ema_decay=0.9"]
+    trainer = _run(tmp_path, *both, "evaluate.weights=ema")
+    (last,) = [line for line in _lines(tmp_path) if line["step"] == 12]
+    # oracle: the average as it was saved, in a model of its own
+    saved = checkpoint.read(checkpoint.checkpoints_of(tmp_path)[0]).training
+    other = _trainer(tmp_path / "other", *both)
+    for name, parameter in other.engine.objective.named_parameters():
+        parameter.data.copy_(saved.ema.parameters.get(name, saved.parameters[name]))
+    found = make_validation(other.config)._scores(other.engine)
+    assert {name: last[name] for name in found} == pytest.approx(found, rel=1e-6)
+    assert last["weights"] == "ema" and trainer.validation.state_dict()["weights"] == "ema"
+    trained = make_validation(trainer.config)._scores(trainer.engine)
+    assert abs(trained["total"] - found["total"]) > 1e-4
+    now = trainer.engine.objective.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in saved.parameters.items())
+
+
+def test_a_run_of_which_the_average_is_watched_is_the_same_run(tmp_path):
+    _run(tmp_path / "alone", "train.checkpoint_steps=2", "train.ema_decay=0.9")
+    _run(tmp_path / "watched", *WATCHED, "train.ema_decay=0.9", "evaluate.weights=ema")
+    ends = [
+        checkpoint.read(checkpoint.checkpoints_of(tmp_path / n)[0]).training
+        for n in ("alone", "watched")
+    ]
+    for left, right in (
+        (ends[0].parameters, ends[1].parameters),
+        (ends[0].ema.parameters, ends[1].ema.parameters),
+    ):
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_scores_of_other_weights_are_not_compared(tmp_path, caplog):
+    trainer = _run(tmp_path, *WATCHED, "train.ema_decay=0.9")
+    saved = trainer.validation.state_dict()
+    with caplog.at_level("WARNING", logger="mlip"):
+        again = _trainer(tmp_path, *WATCHED, "train.ema_decay=0.9", "evaluate.weights=ema")
+    assert again.validation.best_step is None and "cannot be compared" in caplog.text
+    # of a version that scored the trained ones alone, and did not say so
+    del saved["weights"]
+    other = make_validation(trainer.config)
+    other.load_state_dict(saved)
+    assert other.best_step == trainer.validation.best_step and not other.is_new
+
+
+@pytest.mark.parametrize(("steps", "looked"), [(5, [5, 6, 8, 9]), (9, [9])])
+def test_watching_that_is_switched_on_later_begins_where_the_run_stands(
+    tmp_path, monkeypatch, steps, looked
+):
+    """At a step that is not due too, and for a run that is over: nothing was looked at there."""
+    monkeypatch.setenv("FAULT", "term@0:3:backward" if steps == 5 else "")
+    settings = ("train.max_steps=9", "train.checkpoint_steps=2")
+    if steps == 5:
+        with pytest.raises(Preempted):
+            _run(tmp_path, *settings)
+    else:
+        _run(tmp_path, *settings)
+    assert _steps(tmp_path)[-1] == steps
+    trainer = _run(tmp_path, *settings, "train.monitor=loss")
+    assert [line["step"] for line in _lines(tmp_path)] == looked
+    assert trainer.validation.best_step in looked
+
+
 def test_scores_are_means_over_the_same_batches_in_evaluation_mode(tmp_path):
     trainer = _run(tmp_path, *WATCHED)
     (last,) = [line for line in _lines(tmp_path) if line["step"] == 12]

@@ -103,11 +103,19 @@ def held_out_scores(engine: Engine) -> dict[str, float]:
     return validation._scores(engine)
 
 
+def averaged_scores(engine: Engine) -> dict[str, float]:
+    """What Validation finds where evaluate.weights=ema asks for the average."""
+    with engine.averaged():
+        return held_out_scores(engine)
+
+
 def run_case(*case: Any) -> dict[str, Any]:
     engine = build(*case)
     results = [step(engine, number) for number in range(STEPS)]
     state = copy_of(engine.state())
     held_out = held_out_scores(engine)
+    average = averaged_scores(engine)
+    require_equal(state, copy_of(engine.state()), case)
     on = [step(engine, number).total for number in range(STEPS, STEPS + MORE)]
     other = build(*case, seed=99)
     require_refused(other, state)
@@ -132,6 +140,7 @@ def run_case(*case: Any) -> dict[str, Any]:
         "engine": other.name,
         "losses": [r.total for r in results] + on,
         "held_out": held_out,
+        "average": average,
         "grad_norms": [r.grad_norm for r in results],
         "parameters": {n: t.flatten().tolist() for n, t in state.parameters.items()},
         "ema": {n: t.flatten().tolist() for n, t in state.ema.parameters.items()},
