@@ -103,13 +103,12 @@ class ReportTokenizer:
 
 
 def _put(temporary: Path, directory: Path) -> None:
-    """Renames a written folder, unless one of the same vocabulary is there."""
+    """Renames a written folder, unless one of the same words, case and special tokens is there."""
     try:
         temporary.rename(directory)
     except OSError:
         if not (directory / "tokenizer.json").is_file():
             raise
-        # all three: with the same words, case and special tokens may be others
         if not all(_is_same_file(directory / f.name, f) for f in temporary.iterdir()):
             raise ValueError(
                 f"tokenizer {directory}: holds another vocabulary than this run's reports and "
