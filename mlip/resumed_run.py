@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mlip import distributed
-from mlip.config import Config, ConfigError
+from mlip.config import Config
 from mlip.encoders.source_shape import changed_options
 from mlip.model import MLIPModel
 from mlip.pretrained_weights import embedding_rows, without_draws
@@ -41,13 +41,14 @@ class Resumed:
         """The model with whatever lies in memory as weights, until the engine has loaded them.
 
         words, concepts  of the vocabulary and the concept table that the run goes on with
-        Raises:          ConfigError where the checkpoint's weights know others
+        Raises:          CheckpointError where the checkpoint's weights know others
         """
         if words > self.vocab_size or concepts != self.concepts[0]:
-            raise ConfigError(
-                f"run.dir={self.config.run.dir}: its weights are of {self.vocab_size} words and "
-                f"{self.concepts[0]} concepts, the vocabulary has {words} and the concept table "
-                f"{concepts}; restore those of the run (docs/reliability.md, Another version)"
+            raise CheckpointError(
+                f"run.dir={self.config.run.dir} was trained with other content: its weights are of "
+                f"{self.vocab_size} words and {self.concepts[0]} concepts (tokenizer, "
+                f"concept_table), now there are {words} and {concepts}; restore it "
+                "(docs/reliability.md, Another version), or choose another run.dir"
             )
         with without_draws():
             return MLIPModel(
