@@ -166,8 +166,14 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, arguments.out)
     console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
+    earlier: set[str] = set()
     for part in tables:
-        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts")
+        # one that was meant as new and has an old one's code is gone without a word otherwise
+        joined = [c.id for c in part if c.id in earlier or c.id not in table]
+        names = f": {', '.join(joined)}" if 0 < len(joined) <= 5 else ""
+        told = f", {len(joined)} joined to earlier ones by a code or an id{names}" if joined else ""
+        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts{told}")
+        earlier.update(c.id for c in part)
     if arguments.umls is not None:
         known = {code for concept in tables[-1] for code in concept.mappings["umls"]}
         asked = {code for part in tables[:-1] for c in part for code in c.mappings.get("umls", ())}

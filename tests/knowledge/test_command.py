@@ -147,7 +147,10 @@ def test_build_merges_a_table_that_can_be_used_as_a_lexicon(tmp_path, capsys):
     own.write_text("id,name,umls\nmysign,purple sign,\nfluid,zebra fluid,C0032227\n")
     out = tmp_path / "table.jsonl"
     assert call("build", "--csv", str(own), "--out", str(out)) == 0
-    assert "fingerprint" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "fingerprint" in printed
+    assert "  lexicon: 293 concepts\n" in printed
+    assert "csv: 2 concepts, 1 joined to earlier ones by a code or an id: fluid" in printed
     table = load_concepts(out)
     assert "mysign" in table and "zebra fluid" in table["pleural_effusion"].synonyms
     assert call("show", "purple sign", "--lexicon", str(out)) == 0
