@@ -189,6 +189,10 @@ def _collect(
     return {field: pa.chunked_array(parts, type=TEXT) for field, parts in pieces.items()}
 
 
+# data.verify asks for that column: null alone would be refused next
+_WITHOUT_HASHES = " (without image hashes: data.columns.sha256=null data.verify=none)"
+
+
 def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> None:
     missing = {field: name for field, name in wanted.items() if name not in names}
     if missing:
@@ -200,7 +204,7 @@ def _check_columns(names: list[str], wanted: Mapping[str, str], path: Path) -> N
         raise ManifestError(
             f"{path}: missing columns: {'; '.join(parts)}. The file has: "
             f"{shown(names)}. Map them with data.columns.<field>=<name>, "
-            "or null where there is none"
+            f"or null where there is none{_WITHOUT_HASHES if 'sha256' in missing else ''}"
         )
     doubled = sorted({n for n in wanted.values() if names.count(n) > 1})
     if doubled:

@@ -299,6 +299,13 @@ def test_of_new_films_no_column_but_the_image_s_is_needed(tmp_path, capsys):
     assert main([*asked, "--split", "test"]) == 3
     missing = "missing columns: 'patient_id' (data.columns.patient_id); 'split' (data.columns.split"
     assert missing in capsys.readouterr().err
+    # but where files are to be checked: what to write without hashes is told at once
+    assert main([*asked, "data.verify=hash"]) == 3
+    told = capsys.readouterr().err
+    assert "missing columns: 'sha256' (data.columns.sha256)" in told
+    assert (remedy := "data.columns.sha256=null data.verify=none") in told
+    assert main([*asked, "data.verify=hash", *remedy.split()]) == 0
+    assert read(tmp_path) == expected
 
 
 @pytest.mark.parametrize("name", ["", " edema", "edema ", "edema\nmild", "edema\u2028mild"])
