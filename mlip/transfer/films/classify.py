@@ -108,6 +108,8 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
         wordings = found.get("wordings")
         at_thresholds = found.get("at_thresholds", {})
         chosen, why = at_thresholds.get("findings", {}), at_thresholds.get("reason", "none chosen")
+        if not at_thresholds and results.get("run", {}).get("split") == "val":
+            why = "of val itself, on which thresholds are chosen: evaluate with evaluate.split=test"
         cuts = {name: chosen[name][head]["threshold"] for name in chosen}
         is_sound = all(cut is None or _is_number(cut) for cut in cuts.values())
     except OSError as error:

@@ -246,6 +246,11 @@ def test_an_evaluation_without_thresholds_gives_scores_and_says_why(tmp_path, ca
     said = capsys.readouterr().out
     assert "no thresholds (" in said and "results.json: none chosen)" in said
     assert not any("called" in name for name in read(tmp_path)[0])
+    assert evaluate(tmp_path, [*write(tmp_path), "evaluate.split=val"]) == 0
+    capsys.readouterr()
+    assert run(tmp_path, "--like", str(tmp_path / "out" / "results.json")) == 0
+    said = capsys.readouterr().out
+    assert "results.json: of val itself" in said and "evaluate.split=test)" in said
     settings = write(
         tmp_path, labels=lambda i: "Mass" if i % 5 == 2 else ("Edema|Mass", "Mass")[i % 2]
     )
