@@ -31,7 +31,7 @@ _SHAPE = ("hidden_sizes", "depths", "layer_type", "patch_size", "num_hidden_laye
 _RECALLS = tuple(f"recall@{k}" for k in CUTS)
 _RANKS = (*_RECALLS, "median_rank")
 _ORIGIN: dict[str, type] = {
-    **dict.fromkeys(("commit", "manifest"), str),
+    **dict.fromkeys(("commit", "manifest", "precision"), str),
     **dict.fromkeys(("world_size", "rows", "manifest_rows"), int),
     **{"versions": dict, "is_generated": bool, "is_best_on_val": bool, "start": dict},
 }
@@ -45,7 +45,8 @@ def origin_of(
 
     is_best  whether val chose it (train.monitor), which later checkpoints know
     Returns: "is_generated" is true only where train.py has made the studies of data.phantom itself;
-             "rows" are those that training visits, "manifest" its SHA-256
+             "rows" are those that training visits, "manifest" its SHA-256; "precision" is what
+             train.precision came to where it was trained
     """
     loader = state.get("loader") or {}
     order, ledger = loader.get("order") or {}, loader.get("ledger") or {}
@@ -54,6 +55,7 @@ def origin_of(
         "commit": state.get("commit"),
         "versions": state.get("versions") or {},
         "world_size": state.get("world_size"),
+        "precision": state.get("precision"),
         "manifest": order.get("manifest_sha256"),
         "rows": order.get("rows"),
         "manifest_rows": ledger.get("rows"),
@@ -73,6 +75,8 @@ def kept_origin(origin: Any, config: Config) -> dict[str, Any]:
     kept: dict[str, Any] = {
         key: v if type(v := origin.get(key)) is kind else None for key, kind in _ORIGIN.items()
     }
+    if kept["precision"] not in ("fp32", "bf16"):  # words of a file: the card shows no others
+        kept["precision"] = None
     versions = kept["versions"] or {}
     kept["versions"] = {str(name): str(version) for name, version in versions.items()}
     started = kept["start"] or {}

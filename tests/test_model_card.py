@@ -71,6 +71,7 @@ def _write_run(folder: Path, results: dict[str, Any] | None) -> Path:
         "commit": "abcdef123456",
         "versions": {"torch": "2.13.0+cpu"},
         "world_size": 2,
+        "precision": "bf16",
         "loader": {"step": 7, "order": order, "ledger": {"rows": 64}},
         "rng": [{}, {}],
     }
@@ -305,6 +306,13 @@ def test_the_same_run_gives_the_same_bytes(folder: Path, run: Path, tmp_path: Pa
     files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
     assert Path("README.md") in files
     assert not [f for f in files if (folder / f).read_bytes() != (again / f).read_bytes()]
+
+
+def test_the_card_tells_what_auto_came_to_and_no_other_word(folder: Path) -> None:
+    assert dict(_rows(_card(folder), "Model details"))["Precision"].startswith("trained in bf16;")
+    config = small_run().config
+    told = {word: kept_origin({"precision": word}, config)["precision"] for word in ("fp32", "Doe")}
+    assert told == {"fp32": "fp32", "Doe": None}
 
 
 def test_an_export_of_an_export_has_the_card_of_the_first(folder: Path, tmp_path: Path) -> None:
