@@ -3,6 +3,8 @@ type of a device's sums."""
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -21,8 +23,17 @@ def scalar_tensor(
     if torch.compiler.is_compiling():
         # one graph for numbers of any value: torch.full would be compiled again for each
         return torch.ones((), dtype=dtype, device=device) * value
+    require_number(name, value)
     # filled on the device: copying a host number would synchronise and break CUDA graphs
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def require_number(name: str, value: object) -> None:
+    """Raises:  ValueError for what is no real number, as a setting that was not given or text"""
+    if not isinstance(value, numbers.Real):
+        raise ValueError(
+            f"expected {name} to be a number or a 0-dim tensor, got {type(value).__name__}"
+        )
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

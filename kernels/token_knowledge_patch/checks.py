@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
-from mlip.kernels._scalars import has_values
+from mlip.kernels._scalars import has_values, require_number
 
 POOLINGS = ("attention", "context", "max")
 AGGREGATIONS = ("mean", "lse")
@@ -31,6 +32,8 @@ def check_scale(name: str, value: float | Tensor, minimum: float, open_end: bool
         if not has_values(value):
             return
         value = float(value.detach())
+    elif not torch.compiler.is_compiling():  # which has numbers of any value, of a type of its own
+        require_number(name, value)
     low_enough = value > minimum if open_end else value >= minimum
     # comparisons, which torch.compile traces for a number of any value, as it does not isfinite
     if not low_enough or not -math.inf < value < math.inf:
@@ -125,5 +128,6 @@ def check_options(
             f'expected aggregation_scale of "lse" at least {MIN_AGGREGATION_SCALE:g}, got {gamma}: '
             'as it falls the scores go to those of "mean" and lose their digits; pass "mean"'
         )
-    if isinstance(knowledge_share, Tensor) or not 0.0 <= knowledge_share <= 1.0:
+    is_number = isinstance(knowledge_share, numbers.Real) or torch.compiler.is_compiling()
+    if isinstance(knowledge_share, Tensor) or not is_number or not 0.0 <= knowledge_share <= 1.0:
         raise ValueError(f"expected knowledge_share a number in [0, 1], got {knowledge_share!r}")

@@ -242,6 +242,8 @@ def test_launchers_allocate_what_the_law_allows(
         ({"pair_ids": torch.zeros(2)}, "int64"),
         ({"pair_ids": torch.zeros(3, dtype=torch.int64)}, r"of shape \[2\]"),
         ({"impl": "fast"}, "expected impl"),
+        ({"logit_scale": None}, "logit_scale to be a number or a 0-dim tensor, got NoneType"),
+        ({"logit_scale": "14.3"}, "logit_scale to be a number or a 0-dim tensor, got str"),
     ],
 )
 def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None:
