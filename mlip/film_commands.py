@@ -122,15 +122,20 @@ def run_search(options: argparse.Namespace) -> int:
         hits, bad = search_table.reranked(
             opened, config, manifest, queries, hits, options.top, device=device
         )
+    shown: Any = None
+    if page:  # before the table: where no film can be read, earlier answers stay
+        shown, unseen = search_table.pictures(
+            opened, config, manifest, queries, hits, device=device
+        )
     count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print("\n".join([*lines, f"{out}: {count} answers"]))
     if page:
-        shown, bad = search_table.pictures(opened, config, manifest, queries, hits, device=device)
+        page.unlink(missing_ok=True)  # of other answers than the table's by now
         is_reranked = bool(options.rerank)
         options.out = options.page  # for the line where it cannot be written
         write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
-        print(f"{page}{unread(bad)}")
+        print(f"{page}{unread(unseen)}")
     print("Not for clinical use.")
     return 0
 

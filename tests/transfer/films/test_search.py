@@ -153,10 +153,22 @@ def test_a_page_that_finds_no_room_is_named_and_not_the_table_that_was_written(
 
     embedded(tmp_path, "--images")
     page = tmp_path / "p.html"
+    assert run(tmp_path, "--row", "4", "--page", str(page)) == 0
     monkeypatch.setattr(search_page, "render_page", full)
     assert run(tmp_path, "--row", "3", "--page", str(page)) == 2
     assert f"mlip search: {page} cannot be written: No space" in capsys.readouterr().err
     assert len(found(tmp_path)["row 3"]) == 20 and not list(tmp_path.glob("*p.html*"))
+
+
+def test_where_no_film_can_be_read_table_and_page_stay_as_they_were(tmp_path, capsys):
+    """The table was replaced and the page was not: pictures of other answers."""
+    embedded(tmp_path, "--images")
+    page = tmp_path / "p.html"
+    assert run(tmp_path, "--row", "4", "--page", str(page)) == 0
+    before = [file.read_bytes() for file in (page, tmp_path / "found.csv")]
+    assert run(tmp_path, "--row", "3", "--page", str(page), root=tmp_path) == 3
+    assert "can be read (missing" in capsys.readouterr().err
+    assert [file.read_bytes() for file in (page, tmp_path / "found.csv")] == before
 
 
 def test_a_page_without_an_answer_says_so(tmp_path, capsys):
