@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from mlip.output_file import whole_file
+from mlip.transfer.results_file import PAGE
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -30,7 +31,7 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
 def write_page(folder: Path, page: str) -> Path:
     """The page as folder/report.html; its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "report.html"
+    path = folder / PAGE
     with whole_file(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path

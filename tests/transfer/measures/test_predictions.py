@@ -234,6 +234,19 @@ def test_a_copy_under_another_name_is_no_part_of_the_evaluation_it_lies_beside(t
     assert load_predictions(tmp_path / "mine").facts["name"] == "mine"
 
 
+def test_the_page_of_earlier_results_goes_when_they_are_replaced_and_not_before(tmp_path: Path):
+    """A kill between results and page left a page of other numbers beside the results."""
+    path, page = tmp_path / "results.json", tmp_path / "report.html"
+    for later in ({"of": "second", "predictions": drawn()}, {"of": "third"}):
+        save_results({"of": "first", "predictions": drawn()}, path)
+        page.write_text("of the first")
+        with pytest.raises(ValueError, match="JSON"):
+            save_results({**later, "score": float("nan")}, path)
+        assert page.read_text() == "of the first"
+        save_results(later, path)
+        assert not page.exists()
+
+
 def test_a_kill_between_the_two_files_is_found_out_by_whoever_reads_them(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     save_results({"of": "first", "predictions": drawn()}, path)
