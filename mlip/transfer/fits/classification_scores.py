@@ -20,7 +20,14 @@ from mlip.transfer.measures.interval import (
     mean_over,
     measured_mean,
 )
-from mlip.transfer.measures.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
+from mlip.transfer.measures.operating_point import (
+    BY_GROUP,
+    MEANT,
+    RATES,
+    UNDEFINED,
+    choose_threshold,
+    rates,
+)
 from mlip.transfer.measures.scores import (
     average_precision,
     calibration_error,
@@ -143,9 +150,9 @@ def label_measures(
                 logit, cut = p["test"][rows, k].astype(np.float64), own[k]
                 area = measured_auroc(logit, truth, of)
                 assert area is not None
-                told = {} if cut is None else rates(logit >= cut, truth, of)
+                told = {} if cut is None else rates(logit >= cut, truth, of, BY_GROUP)
                 each.append({**told, "auroc": area})
-            for key in ("auroc", "sensitivity", "specificity"):
+            for key in ("auroc", *BY_GROUP):
                 joined = mean_of_fits([fit.get(key) for fit in each])
                 if joined is not None:
                     found[name][key] = joined

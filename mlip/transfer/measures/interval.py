@@ -237,10 +237,11 @@ def defined_mean(resampled: Array) -> Array:
 
 
 def weighted_sum(values: Array, weights: Array) -> Array:
-    """Sum of values [N] under each row of weights [R, N] -> [R]; integers are not copied whole."""
+    """Sum of values [N, ...] under each row of weights [R, N] -> [R, ...]; integers are not copied
+    whole."""
     wide = values.astype(np.float64)
     sums = [weights[i : i + AT_ONCE] @ wide for i in range(0, len(weights), AT_ONCE)]
-    return np.concatenate([*sums, np.zeros(0)])
+    return np.concatenate([*sums, np.zeros((0, *wide.shape[1:]))])
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:

@@ -6,6 +6,8 @@ form under many resamples at once. A share of nothing is NaN, never 0 or 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from mlip.transfer.array import Array
@@ -21,6 +23,8 @@ from mlip.transfer_settings import threshold_rule
 RATES = ("f1", "sensitivity", "specificity", "ppv", "npv")
 # of these a mean over findings is told; what predictive values say hangs on how common a finding is
 MEANT = ("f1", "sensitivity", "specificity")
+# of a group of patients: the others move with how common a finding is in it
+BY_GROUP = ("sensitivity", "specificity")
 UNDEFINED = {
     "f1": "no row carries it",
     "sensitivity": "no row carries it",
@@ -70,10 +74,11 @@ def weighted_rates(called: Array, labels: Array, weights: Array) -> dict[str, Ar
     Shapes:  called, labels [N] bool
     """
     called, labels = called.astype(bool), labels.astype(bool)
-    hits = weighted_sum(called & labels, weights)
-    silent = weighted_sum(~called & ~labels, weights)
-    yes, no = weighted_sum(called, weights), weighted_sum(~called, weights)
-    positive, negative = weighted_sum(labels, weights), weighted_sum(~labels, weights)
+    # counts are whole numbers, so what is told by differences is exact; weights are read once
+    each = np.stack([called & labels, called, labels], axis=1)
+    (hits, yes, positive), total = weighted_sum(each, weights).T, weights.sum(axis=1)
+    no, negative = total - yes, total - positive
+    silent = no - (positive - hits)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
             "f1": np.where(positive > 0, 2.0 * hits / (yes + positive), np.nan),
@@ -84,8 +89,10 @@ def weighted_rates(called: Array, labels: Array, weights: Array) -> dict[str, Ar
         }
 
 
-def rates(called: Array, labels: Array, weights: Array) -> dict[str, Measured]:
-    """Each of RATES with its resamples and the number of rows that it is a share of."""
+def rates(
+    called: Array, labels: Array, weights: Array, names: Sequence[str] = RATES
+) -> dict[str, Measured]:
+    """Each of these RATES with its resamples and the number of rows that it is a share of."""
     labels, called = labels.astype(bool), called.astype(bool)
     value = weighted_rates(called, labels, np.ones((1, len(labels))))
     under = weighted_rates(called, labels, weights)
@@ -98,7 +105,9 @@ def rates(called: Array, labels: Array, weights: Array) -> dict[str, Measured]:
     }
     marks = marks_of_patients(weights)
     found = {
-        name: bounded(float(value[name][0]), under[name], int(rows.sum()), marks[:, rows])
-        for name, rows in of.items()
+        name: bounded(float(value[name][0]), under[name], int(of[name].sum()), marks[:, of[name]])
+        for name in names
     }
-    return {**found, "f1": found["f1"]._replace(n=len(labels))}
+    return {
+        name: one._replace(n=len(labels)) if name == "f1" else one for name, one in found.items()
+    }

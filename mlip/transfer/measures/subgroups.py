@@ -20,6 +20,7 @@ from mlip.config import Config
 from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import said
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.progress import Progress
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.dataloading.view_position import projection
 from mlip.transfer.array import Array
@@ -178,12 +179,21 @@ def subgroup_scores(
              a difference of means is over the findings that both sides can score
     """
     known: dict[bytes, Measures] = {}
+    told, total = Progress("groups scored"), sum(len(grouping.names) for grouping in groupings)
+    done = 0
 
     def of(rows: Array) -> Measures:
         key = rows.tobytes()  # with two groups the others of one are the other
         if key not in known:
+            told(done, total)
             known[key] = measure(rows)
         return known[key]
+
+    def next_group(rows: Array) -> Measures:
+        nonlocal done
+        found = of(rows)
+        done += 1
+        return found
 
     def others(rows: Array) -> tuple[Measures, str]:
         """Nothing of so few patients that the difference would tell what they score."""
@@ -202,7 +212,7 @@ def subgroup_scores(
                     "name": name,
                     "images": int(inside.sum()),
                     "patients": len(np.unique(patients[inside])),
-                    **_beside(of(inside), *others(rest)),
+                    **_beside(next_group(inside), *others(rest)),
                 }
                 for name, inside in zip(grouping.names, grouping.members, strict=True)
                 for rest in (grouping.stated & ~inside,)
