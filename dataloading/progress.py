@@ -25,4 +25,5 @@ class Progress:
             self._last = now
             rate = done / max(now - self._start, 1e-9)
             of = "" if total is None else f" of {total}"
-            print(f"{done}{of} {self._what}, {rate:.0f}/s", file=sys.stderr, flush=True)
+            shown = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"  # some take seconds each
+            print(f"{done}{of} {self._what}, {shown}/s", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.alignment.patch_maps import PhraseMaps, Upsampler, pointed_pixel
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import (
@@ -214,7 +215,9 @@ def _measure(
     names = (*COLUMNS, *(f"mask_{key}" for key in MASK_COLUMNS))
     columns: dict[str, list[Array]] = {key: [] for key in names}
     known_masks: dict[bytes, Array] = {}
+    told = Progress("phrases looked for")
     for start in range(0, len(queries), QUERIES_AT_ONCE):
+        told(start, len(queries))
         part = queries[start : start + QUERIES_AT_ONCE]
         for q in part:
             if q.boxes.tobytes() not in known_masks:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import (
     AT_ONCE,
@@ -80,7 +81,9 @@ def evaluate_retrieval(
         return {"pool": 0, "pools": 0, "n": 0, "left_out": rows, "scores": {}, "chance": {}}
     ranks: dict[str, dict[str, list[Array]]] = {}
     right: list[Array] = []
-    for members in pools:
+    told = Progress("pools ranked")
+    for done, members in enumerate(pools):
+        told(done, len(pools))
         pairs = pair_id[members]
         right.append((pairs[:, None] == pairs[None, :]).sum(axis=1))
         for name, matrix in score_matrices(members).items():

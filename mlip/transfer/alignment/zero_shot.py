@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.auroc import auroc_of, measured_auroc
 from mlip.transfer.measures.interval import (
@@ -25,7 +26,14 @@ from mlip.transfer.measures.interval import (
     not_available,
     patient_resamples,
 )
-from mlip.transfer.measures.operating_point import MEANT, RATES, UNDEFINED, choose_threshold, rates
+from mlip.transfer.measures.operating_point import (
+    BY_GROUP,
+    MEANT,
+    RATES,
+    UNDEFINED,
+    choose_threshold,
+    rates,
+)
 from mlip.transfer.measures.subgroups import Measures, has_both
 
 
@@ -98,7 +106,9 @@ def evaluate_zero_shot(
     weights = patient_resamples(patient_ids, bootstrap, seed)
     table: list[dict[str, Any]] = []
     kept: dict[str, list[Measured]] = {head: [] for head in scores}
+    told = Progress("findings scored, with their intervals")
     for f, p in enumerate(prompts):
+        told(f, len(prompts))
         known = labels[:, f] >= 0
         truth = labels[known, f] > 0
         row: dict[str, Any] = {
@@ -172,7 +182,9 @@ def at_thresholds(
     """
     table: list[dict[str, Any]] = [{} for _ in range(labels.shape[1])]
     macro: dict[str, dict[str, dict[str, Any]]] = {}
-    for head, values in scores.items():
+    told = Progress("heads scored at their thresholds")
+    for done, (head, values) in enumerate(scores.items()):
+        told(done, len(scores))
         kept: dict[str, list[Measured]] = {name: [] for name in MEANT}
         for f, row in enumerate(table):
             known, cut = labels[:, f] >= 0, thresholds[head][f]
@@ -226,9 +238,9 @@ def measured(
         for head, cuts in thresholds.items():
             cut = cuts[f]
             if cut is not None:
-                told = rates(scores[head][rows, f] >= cut, truth, of)
-                for name in ("sensitivity", "specificity"):
-                    found[f"{head}_{name}"] = told[name]
+                called = scores[head][rows, f] >= cut
+                for name, rate in rates(called, truth, of, BY_GROUP).items():
+                    found[f"{head}_{name}"] = rate
     return Measures(classes, counts)
 
 

@@ -14,6 +14,7 @@ import torch
 from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.progress import Progress
 from mlip.transfer.alignment.chosen_rows import some_of
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
 from mlip.transfer.alignment.zero_shot import (
@@ -162,7 +163,9 @@ def _scores_of_rows(
         rows, _ = images.usable(rows)
         crops = Crops(config, images, train=False, seed=0)
         parts: list[dict[str, Array]] = []
+        told = Progress("val images scored for the thresholds")
         for at in range(0, len(rows), IMAGES_AT_ONCE):
+            told(at, len(rows))
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
             features = model.encode_image(batch.to(device))
             embedding, patches = features.embedding.float().cpu(), features.patches.float().cpu()

@@ -12,6 +12,7 @@ import torch
 from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, encoded_images
 from mlip.transfer.films.row_table import told
@@ -86,13 +87,16 @@ class RowImages:
         if most is not None and len(rows) > most:
             drawn = np.random.default_rng(config.run.seed).choice(rows, most, replace=False)
             rows = np.sort(drawn)
+        self._rows = len(rows)
         self._loader = row_loader(opened, config, manifest, split, rows)
         self.bad: dict[int, str] = {}
 
     def __iter__(self) -> Iterator[ImageBank]:
-        found = False
+        found, done, progress = False, 0, Progress("images encoded")
         for bank in encoded_images(self._model, self._loader, self._data, self._device):
             found = True
+            done += len(bank)
+            progress(done, self._rows)
             yield bank
         self.bad = dict(self._loader.ledger.bad)
         if not found:
