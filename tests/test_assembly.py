@@ -149,7 +149,7 @@ def test_boxes_of_the_evaluated_images_are_tried_and_boxes_of_others_refused(
     for path, width, fault in (
         ("550.png", 30, ""),
         ("599.png", 900, ""),  # of another split
-        ("550.png", 90, "data row 551 .* does not lie inside its 80 x 90 image"),
+        ("550.png", 90, "data row 551: .* does not lie inside its 80 x 90 image"),
         ("/data/550.png", 30, "none of its 1 paths is an image of the manifest"),
     ):
         boxes.write_text(f"path,label,x,y,w,h\n{path},effusion,5,5,{width},30\n")

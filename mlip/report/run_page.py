@@ -126,7 +126,9 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
         if data.get("rows_in_split", 0) > asked:
             parts.append(f"a random draw of {data['rows_in_split']:,} (evaluate.max_studies)")
         if lost:
-            parts.append(f"{lost:,} could not be read and are in no score")
+            why = ", ".join(f"{r} {n}" for r, n in sorted(data.get("unreadable", {}).items()))
+            told = f" ({why})" if why else ""
+            parts.append(f"{lost:,} could not be read{told} and are in no score")
     if run.get("step"):
         best = ", the best on val" if run.get("is_best_on_val") else ""
         parts.append(f"{run['step']:,} steps{best}")

@@ -78,11 +78,12 @@ class Frame:
 class Images:
     """Grey images of manifest rows, decoded once and kept while they fit transfer.cache_gib.
 
-    Raises:  BadSample where a file cannot be read; rows are checked with `usable` first.
+    Raises:  BadSample where a file cannot be read, or `mlip prepare` refuses it as too dark; rows
+             are checked with `usable` first.
     """
 
     def __init__(self, config: Config, manifest: Manifest, frame: Frame | None) -> None:
-        self.reader = SampleReader(manifest, config.data)
+        self.reader = SampleReader(manifest, config.data, refuses_dark=True)
         self.frame = frame
         self._kept: dict[int, tuple[Array, tuple[int, int]]] = {}
         self._room = config.transfer.cache_gib * 2**30

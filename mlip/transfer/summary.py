@@ -30,6 +30,9 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     lines = [f"{data['images']} images, {data['reports']} reports, {data['patients']} patients"]
     if data["rows_in_split"] > data["rows_asked"]:
         lines[0] += f", drawn from {data['rows_in_split']} rows (evaluate.max_studies)"
+    if bad := data.get("unreadable"):
+        told = ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items()))
+        lines.append(f"left out, cannot be read: {told}")
     zero_shot = results["zero_shot"]
     if "reason" in zero_shot:
         lines.append(f"zero-shot   n/a: {zero_shot['reason']}")

@@ -315,7 +315,7 @@ def _examples_of_real_data() -> dict:
 
     device = torch.device("cpu")
     rows = choose_rows(run.config, run.manifest)
-    images, reports, beside = encode_split(
+    images, reports, beside, _ = encode_split(
         run.model, run.config, run.manifest, rows, run.tokenizer, run.linker, run.table, device
     )
     return collect_examples(

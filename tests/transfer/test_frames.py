@@ -19,8 +19,9 @@ from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient
 from mlip.transfer.fits.detection import warp_boxes
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.frames import Crops, Frame, Images, augmentation, frame_of, warp
-from mlip.transfer.truth.annotations import Annotations, check_inside
+from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.mask_file import INSIDE
+from mlip.transfer.truth.outside import check_inside
 from tests.small_run import small_export, small_run
 
 
@@ -93,7 +94,7 @@ def test_masks_and_boxes_are_framed_at_the_side_and_the_fit_asked_for() -> None:
 def test_an_encoder_sees_the_pixels_of_pre_training() -> None:
     run = small_run()
     rows = run.manifest.rows("test", with_report=False)[:4]
-    bank, _, _ = encode_split(
+    bank, _, _, _ = encode_split(
         run.model,
         run.config,
         run.manifest,
@@ -230,12 +231,12 @@ def test_the_test_split_opens_once_for_each_fit() -> None:
 
 
 def test_a_box_outside_its_image_is_an_error_that_shows_the_box() -> None:
-    check_inside(np.array([[0.0, 0, 20.5, 10]]), (10, 20), "row")
+    check_inside(0, np.array([[0.0, 0, 20.5, 10]]), (10, 20), "file")
     with pytest.raises(ManifestError, match="x=5 y=5 w=30 h=2.*20 x 10"):
-        check_inside(np.array([[5.0, 5, 35, 7]]), (10, 20), "row")
+        check_inside(0, np.array([[5.0, 5, 35, 7]]), (10, 20), "file")
     for outside in ([-2.0, 0, 5, 5], [0, -2.0, 5, 5], [0, 0, 22, 5], [0, 0, 5, 12]):
         with pytest.raises(ManifestError, match="does not lie inside"):
-            check_inside(np.array([[0.0, 0, 5, 5], outside]), (10, 20), "row")
+            check_inside(0, np.array([[0.0, 0, 5, 5], outside]), (10, 20), "file")
 
 
 def test_boxes_of_the_data_set_cannot_be_edited() -> None:

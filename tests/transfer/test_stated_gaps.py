@@ -7,8 +7,10 @@ patient's id ever come out.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from tests.transfer.small_manifest import (
     SECRETS,
     SPLITS,
     evaluate,
+    pictures,
     require_silence,
     write,
 )
@@ -128,3 +131,22 @@ def test_rows_that_say_two_things_at_once_are_left_out_and_counted(tmp_path: Pat
     kept = {split: entry["images"] for split, entry in data["splits"].items()}
     assert {s: kept[s] + wanted[s] for s in kept} == {"train": 12, "val": 6, "test": 12}
     assert "has no truth for" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("task", [LABELS, []], ids=["probe", "nothing trained"])
+def test_films_that_prepare_refuses_as_too_dark_are_in_no_score_and_counted(
+    task: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model saw black and was scored for it, without a word."""
+    root = Path(shutil.copytree(pictures(), tmp_path / "images"))
+    low = np.random.default_rng(0).integers(0, 4096, (40, 60)).astype(np.uint16)
+    cv2.imwrite(str(root / "8.png"), low)
+    (root / "13.png").unlink()
+    settings = [*write(tmp_path), *task, f"data.root={root}"]
+    assert evaluate(tmp_path, settings) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["data"]["unreadable"] == {"too_dark": 1, "missing": 1}
+    told = capsys.readouterr().out
+    assert bool(task) or "left out, cannot be read: missing 1, too_dark 1" in told
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "missing 1" in page and "too_dark 1" in page

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from mlip.config import Config, to_dict
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.progress import Progress
 from mlip.precision import precision_on
 from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
 from mlip.transfer.alignment.examples import collect_examples
@@ -115,8 +117,9 @@ def encode_split(
     linker: Any,
     table: Any,
     device: torch.device,
-) -> tuple[ImageBank, TextBank, dict[str, Array]]:
-    """Images and reports of the rows, and the per-row arrays tasks need beside them.
+) -> tuple[ImageBank, TextBank, dict[str, Array], dict[str, int]]:
+    """Images and reports of the rows, the per-row arrays tasks need beside them, and the rows whose
+    image cannot be read, or is too dark for `mlip prepare`, counted by reason.
 
     Raises:  ValueError where features hold NaN or infinite values, or find no room.
     """
@@ -131,6 +134,7 @@ def encode_split(
         with_report=False,
         rows=rows,
         global_pairs=min(128, max(1, len(rows))),
+        refuses_dark=True,  # the model would see black, and be scored
     )
     store = FeatureStore(
         len(rows), max_tokens=config.data.max_tokens, max_entities=config.data.max_entities
@@ -138,6 +142,7 @@ def encode_split(
     has_text: list[Array] = []
     mentions: list[Array] = []
     seen = 0
+    told = Progress("images and reports encoded")
     for batch, image, text in encoded(model, loader, config.data, device):
         require_finite(image, text)
         store.add(image, text)
@@ -148,6 +153,7 @@ def encode_split(
             np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
         )
         seen += len(batch)
+        told(seen, len(rows))
     images, texts = store.banks()
     beside = {
         # not the loader's, which knowledge.pair_id_by_concepts widens for training
@@ -155,7 +161,7 @@ def encode_split(
         "has_text": np.concatenate(has_text),
         "mentions": np.concatenate(mentions),
     }
-    return images, texts, beside
+    return images, texts, beside, dict(Counter(loader.ledger.bad.values()))
 
 
 def _evaluate(
@@ -173,7 +179,9 @@ def _evaluate(
     in_split = rows_in_split(config, manifest)
     rows = some_of(in_split, config)
     read_groupings(config, manifest, rows)  # refused before the images are encoded
-    images, reports, beside = encode_split(
+    # as well, where a file tells of boxes outside their images
+    boxes = finding_boxes.load_boxes(config, manifest, rows.tolist())
+    images, reports, beside, unreadable = encode_split(
         model, config, manifest, rows, tokenizer, linker, table, device
     )
     meta = phantom_meta(manifest)
@@ -193,7 +201,6 @@ def _evaluate(
             cut=cut,
         )
 
-    boxes = finding_boxes.load_boxes(config, manifest, images.row_index.tolist())
     with_text = np.flatnonzero(beside["has_text"])
     oracle = generated.oracle(manifest, images.row_index[with_text]) if is_phantom else None
     masks = load_masks(config, manifest, images.row_index.tolist())
@@ -222,6 +229,7 @@ def _evaluate(
             "rows_in_split": len(in_split),
             "rows_asked": len(rows),
             "images": len(images),
+            "unreadable": unreadable,
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
         },

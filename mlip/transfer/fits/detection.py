@@ -33,7 +33,7 @@ from mlip.transfer.measures.froc import froc_scores
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series
 from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
-from mlip.transfer.truth.annotations import check_inside
+from mlip.transfer.truth.outside import OutsideBoxes, check_inside
 
 ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
 SMALLEST_SHARE = 0.2  # of a box that augmentation left inside the picture
@@ -60,7 +60,7 @@ class Detection(FramedTask):
         if row not in self._boxes:
             boxes = self.annotations.boxes(row)
             size = boxes.size or self.images.read(row)[1]
-            check_inside(boxes.corners, size, f"{self.manifest.path}: data row {row + 1}")
+            check_inside(row, boxes.corners, size, self.manifest.path)
             place = {name: k for k, name in enumerate(self.transfer.classes)}
             labels = [place.get(n, -1) if place else 0 for n in boxes.names]
             kept = np.array([k >= 0 for k in labels], dtype=bool)
@@ -71,6 +71,13 @@ class Detection(FramedTask):
         return self._boxes[row]
 
     def positive(self, rows: Array) -> Array:
+        """Raises:  ManifestError for boxes outside their images, of all these rows at once"""
+        outside = OutsideBoxes(self.manifest.path)
+        for row in rows.tolist():
+            if row not in self._boxes:
+                boxes = self.annotations.boxes(row)
+                outside.look(row, boxes.corners, boxes.size or self.images.read(row)[1])
+        outside.check()
         return np.array([len(self.truth(r).corners) > 0 for r in rows.tolist()], dtype=bool)
 
     def _inputs(

@@ -74,7 +74,9 @@ def transfer_run(
         device = torch.device(device)
         task = TASKS[transfer.task](config, manifest, annotations, images, device)
         splits, unused = _splits(config, manifest, task, images)
-        groupings = read_groupings(config, manifest, splits.test)  # refused before hours of fits
+        # refused before hours of fits: columns, and masks and boxes of test
+        groupings = read_groupings(config, manifest, splits.test)
+        data = {**_account(manifest, task, splits), "unused": unused}
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)
@@ -131,7 +133,7 @@ def transfer_run(
             "start": transfer.start,
             "classes": list(getattr(task, "classes", [])),
         },
-        "data": {**_account(manifest, task, splits), "unused": unused},
+        "data": data,
         "fractions": fractions,
         "fingerprints": {
             "weights": [used[seed] for seed in transfer.seeds]

@@ -29,6 +29,7 @@ from mlip.transfer.array import Array
 from mlip.transfer.truth.box_file import DrawnBox, box_file, read_box_file
 from mlip.transfer.truth.generated import phantom_meta, truth_of
 from mlip.transfer.truth.mask_file import INSIDE, read_mask
+from mlip.transfer.truth.outside import check_inside
 
 UNSAID, NEGATIVE, POSITIVE, UNCERTAIN = -1, 0, 1, 2  # states of a label
 LABEL_FORM = "finding names joined by '|', as `mlip prepare` writes them"
@@ -285,7 +286,7 @@ class Annotations:
     def _filled_boxes(self, row: int, image_size: tuple[int, int]) -> Array:
         boxes = self.boxes(row)
         size = boxes.size or image_size
-        check_inside(boxes.corners, size, f"{self.manifest.path}: data row {row + 1}")
+        check_inside(row, boxes.corners, size, self.manifest.path)
         mask = np.zeros(size, dtype=np.uint8)
         wanted = self.transfer.classes
         for corners, name in zip(boxes.corners, boxes.names, strict=True):
@@ -358,23 +359,6 @@ def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> Non
         raise ManifestError(
             f"{path}: the column of {setting} holds texts of up to {longest} characters: expected "
             f"{LABEL_FORM}"
-        )
-
-
-def check_inside(corners: Array, size: tuple[int, int], where: str) -> None:
-    """Raise ManifestError for a box outside its image; one pixel of slack, boxes are rounded."""
-    height, width = size
-    outside = (
-        (corners[:, :2] < -1).any(axis=1)
-        | (corners[:, 2] > width + 1)
-        | (corners[:, 3] > height + 1)
-    )
-    if outside.any():
-        x0, y0, x1, y1 = corners[np.flatnonzero(outside)[0]]
-        raise ManifestError(
-            f"{where}: a box (x={x0:g} y={y0:g} w={x1 - x0:g} h={y1 - y0:g}) does not lie inside "
-            f"its {width} x {height} image; of a prepared set name transfer.columns.source_height "
-            "and source_width, which boxes are in px of"
         )
 
 

@@ -18,9 +18,10 @@ from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.array import Array
-from mlip.transfer.truth.annotations import INSIDE, Annotations, check_inside
+from mlip.transfer.truth.annotations import INSIDE, Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file
 from mlip.transfer.truth.generated import phantom_meta
+from mlip.transfer.truth.outside import OutsideBoxes
 
 SIDES = ("left", "right")
 
@@ -43,7 +44,8 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     Where transfer.columns names a column of boxes or masks, that is read instead (a mask is the
     extents of its parts, named by the row's one label).
     A box that the centre crop leaves less than half of is dropped: it cannot be pointed at.
-    Raises:  ManifestError naming the file and what is wrong with it.
+    Raises:  ManifestError naming the file and what is wrong with it, of boxes outside their images
+             all rows at once.
     """
     columns = config.transfer.columns
     if columns.boxes is not None or columns.mask is not None:
@@ -53,20 +55,21 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     meta = phantom_meta(manifest)
     fixed = (meta["settings"]["image_px"],) * 2 if meta is not None else None
     boxes: dict[int, list[Box]] = {}
+    outside = OutsideBoxes(f"{box_file(manifest.path)}: of the manifest beside it")
     for row in rows:
         own = drawn.get(manifest.image_path(row), [])
         size = (fixed or _image_size(manifest, row)) if own else None
         if size is None:
             continue
-        where = f"{box_file(manifest.path)}: data row {row + 1} of the manifest"
         corners = np.array([box.xywh for box in own])
         corners[:, 2:] += corners[:, :2]
-        check_inside(corners, size, where)
+        outside.look(row, corners, size)
         for box, (x0, y0, x1, y1) in zip(own, corners.tolist(), strict=True):
             moved = _to_model((x0, y0, x1, y1), size, transform)
             if moved is not None:
                 side = box.side if box.side in SIDES else None
                 boxes.setdefault(row, []).append(Box(box.label, side, moved, box.phrase))
+    outside.check()
     return boxes
 
 
@@ -107,11 +110,15 @@ def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
     annotations = Annotations(config, manifest)
     transform = Transform(config.data, train=False, seed=config.run.seed)
     found: dict[int, list[Box]] = {}
-    for row, size in sized_rows(config, annotations, rows):
+    is_boxed = config.transfer.columns.boxes is not None
+    # an image is opened for its size: not where nothing lies on it
+    drawn = (row for row in rows if not is_boxed or annotations.boxes(row).names)
+    outside = OutsideBoxes(manifest.path)
+    for row, size in sized_rows(config, annotations, drawn):
         named: list[tuple[Array, str, str]] = []
-        if config.transfer.columns.boxes is not None:
+        if is_boxed:
             boxes = annotations.boxes(row)
-            check_inside(boxes.corners, size, f"{manifest.path}: data row {row + 1}")
+            outside.look(row, boxes.corners, size)
             named = list(zip(boxes.corners, boxes.names, boxes.phrases, strict=True))
         elif len(labels := manifest.labels(row)) == 1:
             _, _, parts, _ = cv2.connectedComponentsWithStats(
@@ -124,6 +131,7 @@ def _annotated(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
             moved = _to_model((x0, y0, x1, y1), size, transform)
             if moved is not None:
                 found.setdefault(row, []).append(Box(name, None, moved, phrase))
+    outside.check()
     return found
 
 

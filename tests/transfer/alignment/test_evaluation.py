@@ -84,7 +84,7 @@ def test_a_setting_of_training_makes_no_more_answers_right() -> None:
     joined = pair_ids_by_concepts(run.manifest, rows, phrase_encoder(config, *parts))
     assert len(np.unique(joined[rows])) == 1
     device = torch.device("cpu")
-    _, _, beside = encode_split(run.model, config, run.manifest, rows, *parts, device)
+    _, _, beside, _ = encode_split(run.model, config, run.manifest, rows, *parts, device)
     assert beside["pair_id"].tolist() == run.manifest.pair_id[rows].tolist()
 
 

@@ -8,8 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
+from mlip.dataloading.table import ManifestError
 from mlip.dataloading.transforms import Transform
 from mlip.transfer.truth import finding_boxes
+from mlip.transfer.truth.outside import OutsideBoxes
 from tests.transfer.truth.one_box import write_manifest
 
 
@@ -37,6 +39,22 @@ def test_a_box_outside_its_image_is_an_error_that_names_the_file(tmp_path: Path)
     config, manifest = write_manifest(tmp_path, "150,90,80,60")
     with pytest.raises(ValueError, match=r"boxes\.csv.*does not lie inside its 200 x 300 image"):
         finding_boxes.load_boxes(config, manifest, [0])
+
+
+def test_boxes_outside_their_images_are_told_all_at_once(tmp_path: Path) -> None:
+    """One a run was told: of a published file with hundreds, a run of hours each."""
+    outside = OutsideBoxes("boxes.csv")
+    outside.look(0, np.array([[0.0, 0, 5, 5]]), (10, 20))
+    outside.check()
+    for row in range(3, 15):
+        outside.look(row, np.array([[0.0, 0, 5, 5], [0, 0, 30, 5], [0, 0, 31, 5]]), (10, 20))
+    with pytest.raises(ManifestError) as caught:
+        outside.check()
+    assert (
+        "boxes.csv: data row 4: a box (x=0 y=0 w=30 h=5) does not lie inside its 20 x 10 image; in "
+        "all 24 boxes of 12 rows are so: data rows 5, 6, 7, 8, 9, 10, 11, 12, 13, 14 and 1 more; "
+        in str(caught.value)
+    )
 
 
 def test_missing_columns_are_all_named(tmp_path: Path) -> None:
