@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.auroc import auroc, measured_auroc
 from mlip.transfer.measures.interval import (
@@ -63,7 +64,9 @@ def label_scores(
     table: list[dict[str, Any]] = []
     cuts = _thresholds(predictions, val_targets, rule)
     kept: dict[str, list[list[Measured]]] = {key: [] for key in ("auroc", "auprc", *MEANT)}
+    told = Progress("classes scored, with their intervals")
     for k, name in enumerate(classes):
+        told(k, len(classes))
         known = targets[:, k] != IGNORED
         truth, w = targets[known, k] == 1, weights[:, known]
         row: dict[str, Any] = {"class": name, "n": len(truth), "positives": int(truth.sum())}

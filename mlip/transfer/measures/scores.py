@@ -43,11 +43,12 @@ def weighted_average_precision(scores: Array, labels: Array, weights: Array) -> 
     ends = np.flatnonzero(np.r_[ranked[1:] != ranked[:-1], True])
     label = labels[order].astype(bool)
     result = np.full(len(weights), np.nan)
+    whole = np.result_type(weights.dtype, np.int32)  # as in auroc.weighted_auroc
     for first in range(0, len(weights), AT_ONCE):
-        chosen = weights[first : first + AT_ONCE][:, order].astype(np.float64)
-        hits = np.cumsum(chosen * label, axis=1)[:, ends]
-        shown = np.cumsum(chosen, axis=1)[:, ends]
-        gained = np.diff(hits, axis=1, prepend=0.0)
+        chosen = weights[first : first + AT_ONCE][:, order]
+        hits = np.cumsum(chosen * label, axis=1, dtype=whole)[:, ends]
+        shown = np.cumsum(chosen, axis=1, dtype=whole)[:, ends]
+        gained = np.diff(hits, axis=1, prepend=0)
         with np.errstate(invalid="ignore", divide="ignore"):
             precision = np.where(shown > 0, hits / shown, 0.0)
             value = (gained * precision).sum(axis=1) / hits[:, -1]
