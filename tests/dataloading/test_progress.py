@@ -34,6 +34,17 @@ def test_a_line_comes_every_few_seconds_and_at_an_end_that_is_told(
     ]
 
 
+def test_what_takes_seconds_each_is_not_told_to_stand_still(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    told = Progress("groups")
+    now[0] = 8.0
+    told(2, 10)
+    assert capsys.readouterr().err == "2 of 10 groups, 0.25/s\n"
+
+
 def test_a_folder_that_is_long_looked_at_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

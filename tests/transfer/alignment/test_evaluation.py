@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlip.dataloading import progress
 from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.phantom_types import CONCEPT_IDS
 from mlip.knowledge.linker import Mention
@@ -25,7 +26,7 @@ from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.results_file import save_results
 from mlip.transfer.summary import summary_lines
 from tests.small_run import small_results, small_run
-from tests.transfer.small_manifest import evaluate, write
+from tests.transfer.small_manifest import LABELS, evaluate, write
 
 
 def test_every_score_has_n_and_an_interval_around_it() -> None:
@@ -323,3 +324,28 @@ def test_sentences_of_unknown_words_are_told_in_one_line(
     assert evaluate(tmp_path, [*settings, "evaluate.positive_prompts=['{} \u5de6', '{}.']"]) == 0
     (line,) = [line for line in caplog.messages if "vocabulary does not know" in line]
     assert "phrase 1 (1 of " in line and "phrase 2" not in line and "\u5de6" not in line
+
+
+@pytest.mark.parametrize("task", [LABELS, []], ids=["probe", "nothing trained"])
+def test_whatever_grows_with_the_films_says_how_far_it_is(
+    task: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 25,000 films nothing was said for minutes: scores and their intervals by group."""
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    boxes = {"boxes": '[[5, 10, 30, 5, "Edema"]]', "sex": lambda i: "MF"[i > 27]}
+    asked = [*write(tmp_path, **boxes), *task, "transfer.columns.boxes=boxes"]
+    asked += ["evaluate.subgroups={sex: []}"]
+    assert evaluate(tmp_path, asked) == 0
+    told = capsys.readouterr().err
+    for what in (
+        ("images looked at", "images encoded", "classes scored", "groups scored")
+        if task
+        else (
+            *("images and reports encoded", "val images scored", "findings scored"),
+            *("heads scored", "groups scored", "pools ranked", "phrases looked for"),
+        )
+    ):
+        assert f" {what}" in told
