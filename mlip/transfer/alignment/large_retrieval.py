@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.alignment.retrieval import CUTS, DIRECTIONS, chance_recall, rank_summary
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import mean_estimate, not_available, patient_resamples
@@ -49,7 +50,9 @@ def first_right_ranks(
     # all at once: results kept between chunks of scores leave holes that the next ones do not fit
     ranks = torch.ones(len(queries), dtype=torch.int64)
     right = torch.zeros(len(queries), dtype=torch.int64)
+    told = Progress("queries ranked among all")
     for at in range(0, len(queries), rows):
+        told(at, len(queries))
         part, pair = queries[at : at + rows], pair_q[at : at + rows]
         rank, count = ranks[at : at + rows], right[at : at + rows]
         best = torch.full((len(part),), -torch.inf)
@@ -85,7 +88,9 @@ def top_candidates(queries: Tensor, candidates: Tensor, most: int) -> Array:
     most = min(most, len(candidates))
     rows, columns = _chunks(len(queries), len(candidates))
     found = []
+    told = Progress("queries of a class ranked")
     for at in range(0, len(queries), rows):
+        told(at, len(queries))
         part = queries[at : at + rows]
         score = torch.empty(len(part), 0)
         index = torch.empty(len(part), 0, dtype=torch.int64)
