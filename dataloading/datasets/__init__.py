@@ -2,6 +2,7 @@
 
 from mlip.dataloading.datasets import (
     chexpert,
+    chexpert_plus,
     covidx,
     folder,
     manifest,
@@ -10,6 +11,7 @@ from mlip.dataloading.datasets import (
     object_cxr,
     open_i,
     padchest,
+    rexgradient,
     rsna_pneumonia,
     siim_pneumothorax,
     vindr_cxr,
@@ -18,6 +20,7 @@ from mlip.dataloading.datasets.rows import Dataset
 
 DATASETS: dict[str, Dataset] = {
     "chexpert": chexpert.DATASET,
+    "chexpert_plus": chexpert_plus.DATASET,
     "covidx": covidx.DATASET,
     "folder": folder.DATASET,
     "manifest": manifest.DATASET,
@@ -26,6 +29,7 @@ DATASETS: dict[str, Dataset] = {
     "object_cxr": object_cxr.DATASET,
     "open_i": open_i.DATASET,
     "padchest": padchest.DATASET,
+    "rexgradient": rexgradient.DATASET,
     "rsna_pneumonia": rsna_pneumonia.DATASET,
     "siim_pneumothorax": siim_pneumothorax.DATASET,
     "vindr_cxr": vindr_cxr.DATASET,

@@ -42,7 +42,7 @@ _MUST_BE_ABSENT = (
 )
 _OTHER = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
 # 5,000 of the 223,414 training images, which published protocols hold out, as a share of patients
-_VAL_SHARE = 5_000 / 223_414
+VAL_SHARE = 5_000 / 223_414
 
 
 def collect(root: Path, options: dict[str, str]) -> Collected:
@@ -82,7 +82,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                     image_id=path,
                     split="test"
                     if official_test
-                    else split_by_patient(patient, "chexpert", _VAL_SHARE),
+                    else split_by_patient(patient, "chexpert", VAL_SHARE),
                     view=row["AP/PA"] if frontal else "LATERAL",
                     sex=cells.sex(row.get("Sex", "")),
                     age=cells.age(row.get("Age", ""), zero_years=""),
@@ -131,15 +131,12 @@ def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], li
     if choice == "none":
         return set(), []
     if choice != "rule":
-        publisher = "the project that published it"
-        text = read_text(require(Path(choice), publisher), publisher)
-        paths = {_inside(path) for path in _listed(text, choice)}
+        paths, digest = read_five_by_200(choice)
         known = {_inside(row["Path"]) for row in table}
         if not paths <= known:
             raise DatasetError(
                 f"{choice}: {len(paths - known)} of {len(paths)} paths are not in train.csv"
             )
-        digest = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
         counts = [len(paths & set(_showing_alone(table, finding))) for finding in FIVE]
         return paths, [
             f"5x200 list: {len(paths)} images, SHA-256 {digest}",
@@ -159,6 +156,17 @@ def _five_by_200(table: list[dict[str, str]], choice: str) -> tuple[set[str], li
         chosen.update(eligible[:200])
     digest = hashlib.sha256("\n".join(sorted(chosen)).encode()).hexdigest()
     return chosen, [f"5x200 by rule: {len(chosen)} images, SHA-256 of the sorted list {digest}"]
+
+
+def read_five_by_200(option: str) -> tuple[set[str], str]:
+    """Paths below CheXpert-v1.0/ of a published list of 5x200, and the file's SHA-256.
+
+    Raises:  DatasetError naming the file where it is not there, or holds no paths.
+    """
+    publisher = "the project that published it"
+    path = require(Path(option), publisher)
+    paths = {_inside(listed) for listed in _listed(read_text(path, publisher), option)}
+    return paths, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _showing_alone(table: list[dict[str, str]], finding: str) -> list[str]:

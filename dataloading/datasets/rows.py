@@ -203,6 +203,24 @@ def split_by_patient(patient_id: str, salt: str, val: float, test: float = 0.0) 
     return "test" if share < test else "val" if share < test + val else "train"
 
 
+def keep_apart(rows: Iterable[Row], excluded: Counter[str]) -> list[Row]:
+    """The rows without those whose patient is in test too, or in val and in train.
+
+    Counted as patient_in_test and patient_in_val: an official split of studies may part a patient.
+    """
+    rows = list(rows)
+    patients = {name: {r.patient_id for r in rows if r.split == name} for name in ("val", "test")}
+    kept = []
+    for row in rows:
+        if row.split != "test" and row.patient_id in patients["test"]:
+            excluded["patient_in_test"] += 1
+        elif row.split == "train" and row.patient_id in patients["val"]:
+            excluded["patient_in_val"] += 1
+        else:
+            kept.append(row)
+    return kept
+
+
 def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
     """Image id -> split from published lists, and their joint SHA-256.
 

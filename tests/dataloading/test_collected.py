@@ -16,7 +16,7 @@ import pytest
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.open_i import parse_report
 from mlip.dataloading.datasets.rows import Collected, DatasetError
-from tests import raw_layouts
+from tests import raw_layouts, report_layouts
 from tests.raw_layouts import by_id, collect, image, table
 
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
@@ -57,6 +57,7 @@ def make_own(root: Path) -> None:
 
 SHARES: dict[str, tuple[Callable[[Path], None], float, float]] = {  # share of val and of test
     "chexpert": (raw_layouts.make_chexpert, 5_000 / 223_414, 0.0),
+    "chexpert_plus": (report_layouts.make_chexpert_plus, 5_000 / 223_414, 0.0),
     "covidx": (raw_layouts.make_covidx, 0.2, 0.0),
     "folder": (make_own, 0.1, 0.1),
     "manifest": (make_own, 0.1, 0.1),
