@@ -136,3 +136,63 @@ def grey_png(path: Path, seed: int, size: tuple[int, int], wide: bool = True) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 65536, size).astype(np.uint16)
     cv2.imwrite(str(path), pixels if wide else (pixels >> 8).astype(np.uint8))
+
+
+GR_TABLE = (
+    "StudyID,ImageID,label,boxes_count,extra_boxes_count,locations,prior_study,progression_status,"
+    "prior_imageID,sentence_en,sentence_es,study_is_benchmark,study_is_validation,split,PatientID,"
+    "patient_is_benchmark,PatientBirth,PatientSex_DICOM,StudyDate_DICOM,StudyDate,PatientAge,"
+    "label_group,Year"
+)
+
+
+def gr_finding(sentence: str, labels: list[str], boxes: list[list[float]]) -> dict[str, Any]:
+    """A finding that is there; of one that is not, the file has the sentences alone."""
+    told = {"sentence_en": sentence, "sentence_es": f"ES {sentence}", "abnormal": bool(labels)}
+    if not labels:
+        return told
+    more = {"extra_boxes": [[0.1, 0.1, 0.9, 0.9]], "locations": ["right"], "progression": None}
+    return {**told, "labels": labels, "boxes": boxes, **more}
+
+
+def gr_study(number: int, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **{"StudyID": f"251{number}", "ImageID": f"2514{number}_pic.png"},
+        **{"PreviousStudyID": None, "PreviousImageID": None, "findings": findings},
+    }
+
+
+def gr_rows(study: Mapping[str, Any], split: str, patient: str, **given: object) -> list[list]:
+    """The rows of the master table for a study: one for each label."""
+    labels = [name for f in study["findings"] for name in f.get("labels", [])] or ["Normal"]
+    row: dict[str, object] = {
+        **dict.fromkeys(GR_TABLE.split(","), ""),
+        **{"StudyID": study["StudyID"], "ImageID": study["ImageID"], "split": split},
+        **{"PatientID": patient, "PatientSex_DICOM": "F", "PatientAge": "63"},
+        **{"PatientBirth": "1950", "StudyDate_DICOM": "20130102", **given},
+    }
+    return [[{**row, "label": name}[cell] for cell in GR_TABLE.split(",")] for name in labels]
+
+
+def make_padchest_gr(root: Path, size: tuple[int, int] = (HEIGHT, WIDTH)) -> None:
+    """Eight films: four of train, one of validation, three of test, one of them normal."""
+    effusion = gr_finding("Small left effusion.", ["pleural effusion"], [[0.5, 0.5, 0.9, 1.0]])
+    both = gr_finding(
+        "Heart is large, with effusion",
+        ["cardiomegaly", "pleural effusion"],
+        [[0.25, 0.25, 0.75, 0.5], [0.0, 0.5, 0.25, 1.0]],
+    )
+    none = gr_finding("No pneumothorax.", [], [])
+    found = [[effusion], [none], [both], [effusion, none], [both], [effusion, none], [both], [none]]
+    splits = [*["train"] * 4, "validation", *["test"] * 3]
+    studies = [gr_study(i, findings) for i, findings in enumerate(found)]
+    lines: list[list] = []
+    for i, (study, split) in enumerate(zip(studies, splits, strict=True)):
+        sex = "M" if i == 7 else "F"
+        lines += gr_rows(study, split, f"p{i}", PatientSex_DICOM=sex)
+        folder = root / "Padchest_GR_files" / "PadChest_GR"
+        grey_png(folder / study["ImageID"], i, size)
+    prior = root / "PadChest_GR_progression_prior_studies"
+    grey_png(prior / studies[0]["ImageID"], 99, (HEIGHT + 8, WIDTH))
+    (root / "grounded_reports_20240819.json").write_text(json.dumps(studies))
+    table(root / "master_table.csv", GR_TABLE, lines)

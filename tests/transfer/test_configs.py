@@ -16,7 +16,7 @@ from mlip.cli import main
 from mlip.config import load
 from mlip.dataloading import prepare
 from mlip.transfer_settings import at_fraction
-from tests import raw_layouts
+from tests import raw_layouts, report_layouts
 from tests.small_run import small_export, small_run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "transfer"
@@ -393,8 +393,41 @@ def test_ms_cxr_points_by_the_words_of_reports_and_repeats_none_of_them(
         assert "small left effusion" not in text and "mild edema" not in text
 
 
+def test_padchest_gr_points_by_its_sentences_and_repeats_none_of_them(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sentence of two labels is one query; a name asks for the boxes of all its sentences."""
+    raw, out = tmp_path / "raw", tmp_path / "data"
+    report_layouts.make_padchest_gr(raw, BIG)
+    command = ["prepare", "padchest_gr", "--root", str(raw), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--side", "96", "--png-white", "own"]) == 0
+    settings = [*SMALL, "data.max_tokens=64", f"data.manifest={out / 'manifest.parquet'}"]
+    config = str(CONFIGS / "padchest_gr_grounding.yaml")
+    command = ["evaluate", config, *settings, f"checkpoint={checkpoint}"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["data"]["images"] == 3
+    by_kind = {
+        kind: {row["finding"]: row["n"] for row in results["grounding"][kind]["findings"]}
+        for kind in ("phrase", "keyword")
+    }
+    assert by_kind == {
+        "phrase": {"cardiomegaly": 1, "pleural effusion": 1},
+        "keyword": {"cardiomegaly": 1, "pleural effusion": 2},
+    }
+    effusion = results["grounding"]["phrase"]["findings"][1]
+    # (0.5, 0.5, 0.9, 1.0) of 80 x 72 px in a letterbox of 112, of which 8 px are cut at each side
+    seen = 0.4 * 72 * 1.4 * (0.5 * 80 * 1.4 - 8)
+    assert effusion["area"] == pytest.approx(seen / 96**2, rel=0.03)
+    said = capsys.readouterr()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for text in (said.out, said.err, page, json.dumps(results)):
+        assert "Small left effusion" not in text and "Heart is large" not in text
+
+
 def test_every_config_is_run_here() -> None:
     run = {*ROWS, "chexpert_zero_shot", "padchest_zero_shot", "ms_cxr_grounding"} | {
+        "padchest_gr_grounding",
         *("phantom_classification", "phantom_segmentation", "phantom_detection"),
         *("lung_segmentation", "lung_detection", "nih_pneumonia_classification"),
         *(f"baseline_{name}" for name in ("random", "imagenet", "convirt", "gloria", "mgca")),
