@@ -25,6 +25,7 @@ _COLUMNS = {
 }
 CHOICES = ("", *_COLUMNS, "none")
 _IMAGE = "path_to_image"
+_States = tuple[str, str, str]  # names of what is there, uncertain, absent
 
 
 class CheXbertLabels:
@@ -42,7 +43,7 @@ class CheXbertLabels:
         places = [f"{folder}{name}" for folder in ("", "chexbert_labels/", "labels/")]
         self._column, self._path, self._unfound = "", Path(name), False
         self._silent = self._missing = self._repeated = 0
-        self._states: dict[str, dict[str, str]] = {}
+        self._states: dict[str, _States] = {}
         if section == "none":
             return
         if not section and not any((root / place).is_file() for place in places):
@@ -50,11 +51,19 @@ class CheXbertLabels:
             return
         self._path = first_of(root, places, access)
         self._column = _COLUMNS[section or "impression"]
+        known: dict[tuple[Any, ...], _States] = {}  # lines that are alike share one
         for image, entry in read_json_lines(self._path, _IMAGE, access):
-            states = {name: _state(value) for name, value in entry.items() if name != _IMAGE}
-            self._repeated += self._states.setdefault(image, states) is not states
+            del entry[_IMAGE]
+            states = known.get(key := _key(entry))
+            if states is None:
+                cells = {name: _cell(value) for name, value in entry.items()}
+                states = known[key] = label_states(cells, (), self._path)
+            if image in self._states:
+                self._repeated += 1
+            else:
+                self._states[image] = states
 
-    def of(self, row: Mapping[str, str]) -> tuple[str, str, str]:
+    def of(self, row: Mapping[str, str]) -> _States:
         """Names of what is there, uncertain and absent, "|" between them."""
         if not self._column:
             return "", "", ""
@@ -65,7 +74,7 @@ class CheXbertLabels:
         if states is None:
             self._missing += 1
             return "", "", ""
-        return label_states(states, (), self._path)
+        return states
 
     def notes(self) -> list[str]:
         """What the labels are of, and how many studies have none."""
@@ -81,7 +90,18 @@ class CheXbertLabels:
         return [f"labels: CheXbert's of {self._path.name}; {counts}"]
 
 
-def _state(value: Any) -> str:
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    values = tuple(entry.values())
+    try:
+        hash(values)
+    except TypeError:  # a list or an object, which label_states refuses
+        return ()
+    return tuple(entry), values
+
+
+def _cell(value: Any) -> str:
     """A label's state as a table would hold it; null and NaN are blank."""
-    is_gap = value is None or (isinstance(value, float) and math.isnan(value))
-    return "" if is_gap else str(value)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    # true is equal to 1, so that both stand under one key
+    return str(int(value)) if isinstance(value, bool) else str(value)

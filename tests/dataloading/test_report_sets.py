@@ -119,9 +119,12 @@ def test_odd_labels_of_chexpert_plus_are_counted_or_named(tmp_path: Path) -> Non
         with pytest.raises(DatasetError, match="impression_fixed.json: line 5: expected a") as said:
             collect("chexpert_plus", tmp_path)
         assert "CANARY" not in str(said.value)
-    path.write_text(whole.replace("1.0", "2.0"))
-    with pytest.raises(DatasetError, match="impression_fixed.json: label Edema: expected 1"):
-        collect("chexpert_plus", tmp_path)
+    for state in ("2.0", '"CANARY"', '["CANARY"]'):
+        path.write_text(whole.replace("1.0", state))
+        message = "impression_fixed.json: label Edema: expected 1"
+        with pytest.raises(DatasetError, match=message) as said:
+            collect("chexpert_plus", tmp_path)
+        assert "CANARY" not in str(said.value)
 
 
 def test_odd_rows_of_chexpert_plus_are_counted_or_named(tmp_path: Path) -> None:
