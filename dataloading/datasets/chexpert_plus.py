@@ -102,7 +102,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             continue
         image_id = f"{folder}/{study}/{name}.jpg"  # as in CheXpert, whatever files are read
         is_listed = image_id in chosen
-        if row["split"] == "train" and not is_listed and patient in patients_5x200:
+        if not is_listed and patient in patients_5x200:
             excluded["other_image_of_5x200_patient"] += 1
             continue
         if options["files"] == "dcm":

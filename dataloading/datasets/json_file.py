@@ -21,11 +21,14 @@ def read_json(path: Path, expected: str, access: str) -> Any:
     Raises:  DatasetError naming the file where it is too large, unreadable or no JSON.
     """
     try:
-        if path.stat().st_size > MAX_TABLE_BYTES:
-            raise DatasetError(f"{path}: has more than {MAX_TABLE_BYTES} bytes")
-        return json.loads(path.read_bytes())
+        is_large = path.stat().st_size > MAX_TABLE_BYTES
+        content = b"" if is_large else path.read_bytes()
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_large:
+        raise DatasetError(f"{path}: has more than {MAX_TABLE_BYTES} bytes")
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError):
         raise DatasetError(
             f"{path}: is no JSON: expected {expected}; fetch the file again. It is part of {access}"

@@ -58,6 +58,10 @@ def test_padchest_gr(tmp_path: Path) -> None:
     normal = rows["25147_pic.png"]
     assert (normal.labels, normal.boxes, normal.sex) == ("normal", "", "M")
     assert collected.notes == ["8 films, 6 of them with boxes for 6 sentences"]
+    # earlier films of the same patients may have a film's name: they are never taken for it
+    (tmp_path / "Padchest_GR_files").rename(tmp_path / "A")
+    assert by_id(collect("padchest_gr", tmp_path))["25140_pic.png"].image.startswith("A/")
+    (tmp_path / "grounded_reports_20230101.json").write_text("of an older release")
     spanish = by_id(collect("padchest_gr", tmp_path, language="es"))["25140_pic.png"]
     assert spanish.report == "ES Small left effusion." == json.loads(spanish.boxes)[0][5]
     with pytest.raises(ConfigError, match="language=English: expected en or es"):

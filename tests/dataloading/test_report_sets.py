@@ -5,6 +5,8 @@ Oracle: the cells that the fakes were made with, and the counts stated beside th
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -114,6 +116,15 @@ def test_odd_labels_of_chexpert_plus_are_counted_or_named(tmp_path: Path) -> Non
     )
     path = tmp_path / "chexbert_labels" / "impression_fixed.json"
     whole = path.read_text()
+    # equal states of other names, and of another type that is equal to 1
+    named = [{"Edema": 1.0}, {"Fracture": 1.0}, {"Fracture": True}]
+    said = [
+        {"path_to_image": row["path_to_image"], **n} for row, n in zip(rows, named, strict=True)
+    ]
+    for lines in (said, said[::-1]):
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        found = [row.labels for row in collect("chexpert_plus", tmp_path).rows]
+        assert found == ["Edema", "Fracture", "Fracture"]
     for broken in ('{"path_to_image": "CANARY', '["CANARY"]', '{"Edema": 1.0, "a": "CANARY"}'):
         path.write_text(f"{whole}\n{broken}\n")
         with pytest.raises(DatasetError, match="impression_fixed.json: line 5: expected a") as said:
@@ -192,13 +203,27 @@ def test_a_published_5x200_is_set_apart_from_chexpert_plus_with_its_patients(
     rows = [row for row in collected.rows if row.patient_id == "patient00003"]
     assert [(row.split, row.subset) for row in rows] == [("test", "5x200")]
     assert collected.excluded["other_image_of_5x200_patient"] == 1
-    assert collected.notes[-1].startswith("5x200 list: 2 images, SHA-256 ")
-    assert collected.notes[-1].endswith("; 1 of them are not in the table")
+    digest = hashlib.sha256((tmp_path / "list.json").read_bytes()).hexdigest()
+    assert collected.notes[-1] == (
+        f"5x200 list: 2 images, SHA-256 {digest}; 1 of them are not in the table"
+    )
     (tmp_path / "list.json").write_text(json.dumps(listed[1:]))
     with pytest.raises(DatasetError, match="list.json: none of its 1 paths is in df_chexpert"):
         collect("chexpert_plus", tmp_path, five_by_200=str(tmp_path / "list.json"))
     with pytest.raises(DatasetError, match="rule: no such file"):
         collect("chexpert_plus", tmp_path, five_by_200="rule")
+
+
+def test_the_newest_table_of_chexpert_plus_is_read(tmp_path: Path) -> None:
+    make_chexpert_plus(tmp_path)
+    older = tmp_path / "df_chexpert_plus_240401.csv"
+    whole = older.read_text()
+    (tmp_path / "df_chexpert_plus_250101.csv").write_text(whole)
+    older.write_text(whole.splitlines()[0])
+    assert len(collect("chexpert_plus", tmp_path).rows) == 9
+    with gzip.open(tmp_path / "df_chexpert_plus_260101.csv.gz", "wt") as packed:
+        packed.write(whole.splitlines()[0])
+    assert collect("chexpert_plus", tmp_path).rows == []
 
 
 def test_chexpert_plus_tells_sex_and_age(tmp_path: Path) -> None:
@@ -240,6 +265,7 @@ def test_odd_studies_of_rexgradient_are_counted(tmp_path: Path) -> None:
             {**repeated, "StudyInstanceUid": "1.2.9"},
             rex_study(2, 2, []),
             rex_study(3, 3, ["PA", "AP"], ImageViewPosition=["PA"]),
+            rex_study(3, 12, ["PA"], ImageViewPosition=None),
             rex_study(4, 4, ["PA"]),
             rex_study(5, 5, ["PA"]),
             rex_study(6, 6, ["AP"], PatientAge="old", PatientSex="X"),
@@ -247,18 +273,19 @@ def test_odd_studies_of_rexgradient_are_counted(tmp_path: Path) -> None:
         "valid": [rex_study(5, 7, ["PA"]), rex_study(7, 8, ["PA"])],
         "test": [rex_study(4, 9, ["PA"]), rex_study(7, 10, ["PA"]), rex_study(8, 11, ["PA"])],
     }
+    studies["test"][0].update(PatientSex=float("nan"), PatientAge=float("nan"))
     write_rexgradient(tmp_path, studies)
     lost = studies["test"][2]["ImagePath"][0].removeprefix("../")
     (tmp_path / lost).unlink()
     collected = collect("rexgradient", tmp_path)
     assert collected.excluded == {
-        **{"repeated_image": 1, "study_without_image": 1, "view_not_stated": 2},
+        **{"repeated_image": 1, "study_without_image": 1, "view_not_stated": 3},
         **{"listed_but_not_there": 1, "patient_in_test": 2, "patient_in_val": 1},
     }
     kept = [(row.patient_id[-1], row.split) for row in collected.rows]
     assert kept == [("1", "train"), ("6", "train"), ("5", "val"), ("4", "test"), ("7", "test")]
     assert collected.notes == [
-        "12 studies, 0 of them without impression and findings",
+        "13 studies, 0 of them without impression and findings",
         "1 studies have more or fewer views than images: theirs count as not stated",
         "cells not read, so not stated: sex 1, age 1",
     ]
@@ -274,7 +301,10 @@ def test_rexgradient_names_what_is_missing_or_is_something_else(tmp_path: Path) 
     # the file that came first is read where there is no other
     path.rename(older)
     assert Counter(r.split for r in collect("rexgradient", tmp_path).rows)["val"] == 1
-    older.rename(path)
+    path.write_text(older.read_text())
+    older.write_text("[]")
+    assert Counter(r.split for r in collect("rexgradient", tmp_path).rows)["val"] == 1
+    older.unlink()
     whole = json.loads(path.read_text())
     key = next(iter(whole))
     for change in (
@@ -307,6 +337,22 @@ def test_rexgradient_names_what_is_missing_or_is_something_else(tmp_path: Path) 
     path.unlink()
     with pytest.raises(DatasetError, match="valid_metadata_view_position.json.*huggingface"):
         collect("rexgradient", tmp_path)
+
+
+@pytest.mark.parametrize("metadata", ["", "metadata", "download/metadata"])
+@pytest.mark.parametrize("images", ["", "images", "download"])
+def test_rexgradient_is_found_by_how_it_was_unpacked(
+    metadata: str, images: str, tmp_path: Path
+) -> None:
+    make_rexgradient(tmp_path / "made")
+    for name, place in (("metadata", metadata), ("deid_png", images)):
+        for path in [*(tmp_path / "made" / name).iterdir()]:
+            folder = tmp_path / "root" / place / ("deid_png" if name == "deid_png" else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            path.rename(folder / path.name)
+    collected = collect("rexgradient", tmp_path / "root")
+    assert len(collected.rows) == 5
+    assert collected.rows[0].image.startswith(f"{images}/deid_png/GRDN".lstrip("/"))
 
 
 READ = {

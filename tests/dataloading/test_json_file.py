@@ -1,0 +1,35 @@
+"""JSON of a data set and the sections in it: what is read, and what an error says of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mlip.dataloading.datasets.json_file import read_json, read_json_lines
+from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.datasets.sections import section_text
+
+
+def test_a_section_keeps_its_lines_and_what_says_nothing_is_none() -> None:
+    assert section_text("  Heart  is\t normal. \n\n\n2. No\\nedema ") == (
+        "Heart is normal.\n2. No\nedema"
+    )
+    for nothing in (None, float("nan"), "", "None", " - \n___ .", "\\n"):
+        assert section_text(nothing) == ""
+
+
+def test_json_that_is_too_deep_or_too_large_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(DatasetError, match="a.json: is no JSON: expected a list"):
+        read_json(path, "a list", "a set")
+    with pytest.raises(DatasetError, match="a.json: line 1: expected a JSON object with key"):
+        list(read_json_lines(path, "key", "a set"))
+    monkeypatch.setattr("mlip.dataloading.datasets.json_file.MAX_TABLE_BYTES", 10)
+    with pytest.raises(DatasetError, match="a.json: has more than 10 bytes"):
+        read_json(path, "a list", "a set")
+    with pytest.raises(DatasetError, match="cannot be read: Is a directory"):
+        list(read_json_lines(tmp_path, "key", "a set"))
