@@ -180,5 +180,5 @@ def _write_csv(table: Path, text: io.TextIOWrapper, columns: Mapping[str, list[s
     old, _ = read_table(table, {name: name for name in kept})
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow([*kept, *columns])
-    cells = [(value or "" for value in old[name].to_pylist()) for name in kept]
+    cells = [old[name].to_pylist() for name in kept]
     writer.writerows(zip(*cells, *columns.values(), strict=True))

@@ -15,6 +15,7 @@ from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.pretrained_weights import model_with
+from mlip.training.checkpoint import STATE
 from mlip.transfer.fingerprint import hash_of_vocabulary, preprocessing
 
 logger = logging.getLogger("mlip")

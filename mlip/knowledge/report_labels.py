@@ -15,7 +15,7 @@ _DEVICES = "device"
 # what a normal statement of our lexicon denies, and with it every kind of that
 _NORMAL = {
     "normal_heart_size": ("cardiomegaly",),
-    "normal_mediastinum": ("cardiomegaly", "wide_mediastinum"),
+    "normal_mediastinum": ("wide_mediastinum",),
     "clear_lungs": ("lung_opacity",),
 }
 _RANK: dict[State, int] = {"present": 2, "uncertain": 1, "absent": 0}

@@ -18,6 +18,7 @@ import pytest
 
 from mlip.cli import main
 from mlip.dataloading.phantom_reports import HELD_OUT_PROMPTS
+from tests.knowledge.test_cues import GERMAN
 from tests.small_run import small_export, small_run
 
 REPORTS = [
@@ -88,6 +89,10 @@ def test_parquet_and_jsonl_keep_their_types(tmp_path: Path) -> None:
     made = pq.read_table(tmp_path / "o.parquet")
     assert made.select(list(columns)).equals(pa.table(columns))
     assert made["negative"].to_pylist() == NEGATIVE
+    empty = pa.table({**columns, "negative": [""] * 5})
+    pq.write_table(empty, tmp_path / "e.parquet")
+    assert label(tmp_path / "e.parquet", "--out", tmp_path / "e2.parquet", *ASKED) == 0
+    assert pq.read_table(tmp_path / "e2.parquet").column_names.count("negative") == 1
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     text = "\n\n".join(json.dumps(line) for line in lines)  # blank lines are no rows
     (tmp_path / "m.jsonl").write_text(text, encoding="utf-8")
@@ -136,6 +141,7 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_written(
         ("--out", table, "--overwrite"): (2, "is there already"),
         ("--out", out, "--report", "text"): (2, "--report text: .* has the columns .*report"),
         ("--out", out, "--findings", "a|b"): (2, "cannot be blank or hold"),
+        ("--out", out, "--findings", " "): (2, "cannot be blank or hold"),
         ("--out", out, "--findings", "Pneumothorx"): (2, "near: Pneumothorax"),
     }
     for arguments, (code, told) in refused.items():
@@ -149,13 +155,21 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_written(
     assert label(table, "--out", out, "--overwrite", *ASKED) == 0
 
 
-def test_reports_of_another_language_are_told(
+def test_reports_of_another_language_are_told_and_a_lexicon_of_it_reads_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = tmp_path / "m.csv"
-    table.write_text('report\n"Kein Nachweis eines Ergusses, Herz nicht vergrößert."\n')
-    assert label(table, "--out", tmp_path / "o.csv") == 0
+    german, english = "Kein Erguss, Herz nicht vergrößert.", "No effusion. The heart is enlarged."
+    table, out = tmp_path / "m.csv", tmp_path / "o.csv"
+    table.write_text(f'report\n"{german}"\n', encoding="utf-8")
+    assert label(table, "--out", out) == 0
     assert "1 of 1 reports have less than 35 % words" in capsys.readouterr().out
+    own = ("--lexicon", GERMAN, "--findings", "Erguss", "--overwrite")
+    assert label(table, "--out", out, *own) == 0
+    assert "less than" not in capsys.readouterr().out
+    assert [row["negative"] for row in rows_of(out)] == ["Erguss"]
+    table.write_text("report\n" + f'"{german}"\n' + f'"{english}"\n' * 19, encoding="utf-8")
+    assert label(table, "--out", out, "--overwrite") == 0
+    assert "less than" not in capsys.readouterr().out  # one of twenty
 
 
 def test_generated_reports_give_the_truth_of_their_studies_and_an_evaluation_takes_them(

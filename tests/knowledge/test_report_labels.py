@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlip.knowledge.concept_files import load_concepts
-from mlip.knowledge.concepts import LexiconError
-from mlip.knowledge.linker import default_linker
+from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.linker import Linker, default_linker
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from tests.knowledge.test_cues import GERMAN
 
@@ -41,6 +41,11 @@ CASES = {
     "The lungs are clear. Small nodule.": {
         **{"Lung Opacity": A, "Consolidation": A, "Lung Lesion": P, "No Finding": A}
     },
+    "Cardiomediastinal silhouette within normal limits.": {
+        **{"Enlarged Cardiomediastinum": A, "No Finding": P}
+    },
+    "Heart size is not normal.": {"No Finding": P},
+    "No acute cardiopulmonary disease.": {"No Finding": P},
     # none of CheXpert's labels
     "Scoliosis.": {"No Finding": P},
 }
@@ -64,7 +69,7 @@ def test_a_report_says_of_each_label(text: str, labels: ReportLabels) -> None:
 
 def test_names_are_those_of_the_lexicon_and_no_finding_does_not_depend_on_them() -> None:
     linker = default_linker()
-    labels = ReportLabels(linker, ("Left-sided PICC", "hiatal_hernia", "No Finding")[1:])
+    labels = ReportLabels(linker, ("hiatal_hernia", "No Finding"))
     assert labels.states("Hiatal hernia.") == {"hiatal_hernia": P, "No Finding": P}
     assert labels.states("Effusion.") == {"No Finding": A}  # a label that was not asked for
     synonym = ReportLabels(linker, ["Pleural Fluid", "EDEMA"])
@@ -87,3 +92,9 @@ def test_names_that_cannot_be_asked_are_refused(names: list[str], told: str) -> 
 def test_a_lexicon_without_labels_of_chexpert_says_so() -> None:
     with pytest.raises(LexiconError, match="say which findings to label"):
         chexpert_names(load_concepts(GERMAN))
+
+
+def test_a_lexicon_of_a_few_concepts_reads_normal_statements_too() -> None:
+    few = [c for c in load_concepts() if c.id in ("clear_lungs", "pneumothorax")]
+    labels = ReportLabels(Linker(ConceptTable(few)), ["Pneumothorax"])
+    assert labels.states("The lungs are clear. No pneumothorax.") == {"Pneumothorax": A}
