@@ -158,7 +158,7 @@ def test_concepts_of_ones_own_are_asked_for_by_their_name(source):
         _require_its_own(asked, start)
 
 
-def test_the_start_is_opened_with_ones_own_table_and_later_the_run(tmp_path, monkeypatch):
+def test_the_start_is_opened_with_ones_own_table(tmp_path, monkeypatch):
     """An export holds no table of others: whoever has it names where it lies by now."""
     asked: list[tuple[str, str | None]] = []
 
@@ -171,9 +171,7 @@ def test_the_start_is_opened_with_ones_own_table_and_later_the_run(tmp_path, mon
     own = ["train.start=big", "knowledge.lexicon=own.jsonl", f"run.dir={tmp_path}"]
     config = load([], own)
     starting_point.open_start(config)
-    (tmp_path / "checkpoints" / "step_00000002").mkdir(parents=True)
-    starting_point.open_start(config)
-    assert asked == [("big", "own.jsonl"), (str(tmp_path), "own.jsonl")]
+    assert asked == [("big", "own.jsonl")]
 
 
 def test_another_vocabulary_is_refused(tmp_path, export, capsys):
