@@ -199,7 +199,7 @@ def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) 
 def _fitting(name: str, width: int) -> str:
     """The name, its end cut off where it is wider than this many pixels."""
     shown = name
-    while shown and cv2.getTextSize(shown, *_FONT, 1)[0][0] > width:
+    while name and cv2.getTextSize(shown, *_FONT, 1)[0][0] > width:
         name = name[:-1]
         shown = f"{name.rstrip()}..."
     return shown

@@ -167,6 +167,22 @@ def test_several_phrases_have_maps_on_one_scale_and_each_its_own_answer(
     assert dark[3].max() > 400  # as much of a long phrase as has room above its map
 
 
+def test_the_scale_is_that_of_all_phrases_and_a_long_name_ends_in_dots(tmp_path: Path) -> None:
+    """The second map goes from -1 to 0: without it in the scale the first one's zeros are cold."""
+    grey, out = np.full((64, 64), 90, np.uint8), tmp_path / "map.png"
+    flat, ramp = np.zeros((64, 64), np.float32), np.tile(np.linspace(-1, 0, 64), (64, 1))
+    at = (32.0, 32.0)
+    long = "pleural effusion " * 9
+    ground_image._write(out, grey, ["a", long], [(flat, at), (ramp.astype(np.float32), at)], [])
+    picture = cv2.imread(str(out)).astype(int)
+    first = picture[ground_image.CAPTION_PX :, 448 + 4 :][:, :448]
+    assert np.median(np.ptp(first, axis=2)) > 60  # as hot as the ramp's hot end
+    shown = ground_image._fitting(long, 448)
+    assert shown.endswith("...") and long.startswith(shown[:-3]) and len(shown) > 40
+    assert ground_image._fitting(long, 2) == "..."  # a film of a few pixels' width
+    assert ground_image._fitting("left pleural effusion", 448) == "left pleural effusion"
+
+
 def test_a_phrase_alone_is_drawn_as_the_hottest_of_several(tmp_path: Path) -> None:
     """Oracle: the picture of one phrase. The same phrase twice has the same map twice."""
     opened = from_pretrained(small_export())
