@@ -29,7 +29,7 @@ def test_images_without_a_report_change_nothing_for_those_that_have_one() -> Non
     found: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = []
     for chosen, with_text in ((rows, has_text), (rows[has_text], np.arange(len(has_text)))):
         parts = (run.tokenizer, run.linker, run.table, cpu)
-        images, reports, beside = encode_split(run.model, config, run.manifest, chosen, *parts)
+        images, reports, beside, _ = encode_split(run.model, config, run.manifest, chosen, *parts)
         kept: list[tuple[Any, ...]] = []
 
         def keep(
@@ -86,7 +86,7 @@ def test_both_heads_together_weigh_by_the_scales_that_their_losses_learned() -> 
     model.scales.stored["log_scale_local"].data.fill_(np.log(4.0))
     rows = run.manifest.rows("test")[:9]
     parts = (run.tokenizer, run.linker, run.table, cpu)
-    images, reports, _ = encode_split(model, run.config, run.manifest, rows, *parts)
+    images, reports, _, _ = encode_split(model, run.config, run.manifest, rows, *parts)
     found = _PoolScores(model, images, reports, np.arange(9), cpu, None)(np.arange(2, 7))
     assert found["global"].shape == (5, 5)
     expected = 30.0 * found["global"] + 4.0 * found["local"]
