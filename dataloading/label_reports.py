@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ COLUMNS = ("labels", "negative", "uncertain")
 _STATES = ("present", "absent", "uncertain")
 _FEW_TEXTS = 0.1  # share of reports with few known words that is told, as at a training's start
 _JOIN = "|"
+_LINES = (".jsonl", ".ndjson")
 _READ = (0, ONE_WORD_REPORT)  # "Normal." teaches a model nothing, and says something
 
 
@@ -73,34 +75,49 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--findings {bad[0]!r}: a name cannot be blank or hold {_JOIN!r}")
     labels = ReportLabels(linker, names)
     columns = [f"{arguments.prefix}{name}" for name in COLUMNS]
-    _require_free(table, columns)
     if arguments.report not in (there := column_names(table)):
-        raise ConfigError(f"--report {arguments.report}: {table} has the columns {shown(there)}")
+        told = f"no such column; {table} has: {shown(there)}"
+        raise ConfigError(f"--report {arguments.report}: {told}")
     reports = ReportColumn(arguments.sections)
     read_table(table, {"report": arguments.report}, {"report": reports})
+    _require_free(table, columns)
     cells, lines = _labelled(reports, labels, arguments.unmentioned == "absent")
     _write(table, out, dict(zip(columns, cells, strict=True)))
     print("\n".join(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
-    settings = ("data.columns.labels", "transfer.columns.negative", "transfer.columns.uncertain")
-    print("  " + " ".join(f"{key}={name}" for key, name in zip(settings, columns, strict=True)))
-    if out.resolve().parent != table.resolve().parent:
-        print(
-            f"  data.root={table.parent} (paths of images are relative to the first table's place)"
-        )
+    print("  " + shlex.join(f"{k}={v}" for k, v in _settings(table, out, columns).items()))
     return 0
+
+
+def _settings(table: Path, out: Path, columns: Sequence[str]) -> dict[str, object]:
+    """What an evaluation of the new table needs; its images stay where the first table has them."""
+    keys = ("data.columns.labels", "transfer.columns.negative", "transfer.columns.uncertain")
+    settings: dict[str, object] = {"data.manifest": out, **dict(zip(keys, columns, strict=True))}
+    if out.resolve().parent != table.resolve().parent:
+        settings["data.root"] = table.parent
+    return settings
 
 
 def _require_free(table: Path, columns: Sequence[str]) -> None:
     """Raises:  ConfigError where a new column would replace one that says something"""
-    there = [name for name in columns if name in column_names(table)]
-    for name in there:
-        (column,) = read_table(table, {name: name})[0].values()
-        if any(value for value in column.unique().to_pylist()):
+    for name in columns:
+        if _holds_any(table, name):
             raise ConfigError(
                 f"{table}: its column {name!r} holds labels already; keep them and say --prefix, "
                 "for example --prefix report_"
             )
+
+
+def _holds_any(table: Path, name: str) -> bool:
+    """Whether a cell of this column holds more than blanks; of JSONL every row is looked at."""
+    if table.suffix.lower() in _LINES:
+        cells = {str(value) for _, row in json_rows(table) if (value := row.get(name))}
+    elif name in column_names(table):
+        (column,) = read_table(table, {name: name}, anything=(name,))[0].values()
+        cells = {value or "" for value in column.unique().to_pylist()}
+    else:
+        return False
+    return any(value.strip() for value in cells)
 
 
 def _labelled(
@@ -152,15 +169,16 @@ def _write(table: Path, out: Path, columns: Mapping[str, list[str]]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     suffix = table.suffix.lower()
     if suffix == ".parquet":
-        whole = pq.read_table(table)
+        whole = pq.ParquetFile(table).read()  # of columns that share a name, too
         whole = whole.drop_columns([name for name in columns if name in whole.column_names])
         for name, cells in columns.items():
             whole = whole.append_column(name, pa.array(cells, pa.string()))
         write_table(whole, out)
         return
     with synced_file(out) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        if suffix in (".jsonl", ".ndjson"):
+        # half a surrogate pair of a JSON text goes back as the \\ud800 that it came as
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        if suffix in _LINES:
             _write_lines(table, text, columns)
         else:
             _write_csv(table, text, columns)
@@ -178,7 +196,8 @@ def _write_csv(table: Path, text: io.TextIOWrapper, columns: Mapping[str, list[s
     names, delimiter = read_header(table)
     kept = [name for name in names if name not in columns]
     old, _ = read_table(table, {name: name for name in kept})
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    # lines end as those of prepare do: with "\n" alone a cell that holds "\r" would stand unquoted
+    writer = csv.writer(text, delimiter=delimiter)
     writer.writerow([*kept, *columns])
     cells = [old[name].to_pylist() for name in kept]
     writer.writerows(zip(*cells, *columns.values(), strict=True))

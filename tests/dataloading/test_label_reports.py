@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def test_a_csv_keeps_its_cells_and_gets_three_columns(
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
     assert [path.name for path in out.parent.iterdir()] == [name]  # nothing half-written
     said = capsys.readouterr().out
+    assert f"data.manifest={out} data.columns.labels=labels" in said
     assert "3 findings from 2 reports; 3 without one to read" in said
     assert "nan_report 1, no_report 1, rtf_report 1" in said
     assert "Pneumonia         present 0, uncertain 1, absent 0, not mentioned 1 (counted as" in said
@@ -102,6 +104,56 @@ def test_parquet_and_jsonl_keep_their_types(tmp_path: Path) -> None:
     assert [line.pop("negative") for line in made_lines] == NEGATIVE
     assert [line.pop("labels") for line in made_lines] == LABELS
     assert made_lines == lines
+
+
+def test_cells_that_a_table_can_hold_come_back_as_they_went_in(tmp_path: Path) -> None:
+    """A bare carriage return ends a row where its cell is not quoted: one row came out as three."""
+    table = write_csv(tmp_path / "m.csv", site=["a\rb", "c\nd", 'e"f', "g\r\nh", ",;\t"])
+    assert label(table, "--out", tmp_path / "o.csv", *ASKED) == 0
+    assert [row["site"] for row in rows_of(tmp_path / "o.csv")] == [
+        row["site"] for row in rows_of(table)
+    ]
+    line = '{"report": "No effusion.", "site": "\\ud800 \\u00e4"}'  # half a pair: no UTF-8
+    (tmp_path / "m.jsonl").write_text(line, encoding="utf-8")
+    assert label(tmp_path / "m.jsonl", "--out", tmp_path / "o.jsonl", *ASKED) == 0
+    assert json.loads((tmp_path / "o.jsonl").read_bytes())["site"] == json.loads(line)["site"]
+    twice = pa.Table.from_arrays(
+        [pa.array(["No effusion."]), pa.array([1]), pa.array([2])], ["report", "x", "x"]
+    )
+    pq.write_table(twice, tmp_path / "m.parquet")
+    assert label(tmp_path / "m.parquet", "--out", tmp_path / "o.parquet", *ASKED) == 0
+    made = pq.ParquetFile(tmp_path / "o.parquet").read()
+    assert made.column_names == ["report", "x", "x", "labels", "negative", "uncertain"]
+
+
+def test_labels_of_a_late_row_and_lists_of_them_are_kept_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of JSONL the columns' names are those of its first 100 rows."""
+    rows = [{"report": "Edema."}] * 101 + [{"report": "Edema.", "labels": "Edema"}]
+    late, lists, out = tmp_path / "m.jsonl", tmp_path / "m.parquet", tmp_path / "out.jsonl"
+    late.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert label(late, "--out", out, *ASKED) == 2 and not out.exists()
+    assert "'labels' holds labels already" in capsys.readouterr().err
+    pq.write_table(pa.table({"report": ["Edema."], "labels": [["Edema"]]}), lists)
+    assert label(lists, "--out", tmp_path / "out.parquet", *ASKED) == 2
+    assert "'labels' holds labels already" in capsys.readouterr().err
+    assert label(tmp_path / "none.jsonl", "--out", out) == 3
+
+
+def test_the_settings_are_words_that_a_shell_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = write_csv(tmp_path / "m.csv"), tmp_path / "own films" / "m.csv"
+    assert label(table, "--out", out, "--prefix", "said & ", *ASKED) == 0
+    told = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert told == [
+        f"data.manifest={out}",
+        "data.columns.labels=said & labels",
+        "transfer.columns.negative=said & negative",
+        "transfer.columns.uncertain=said & uncertain",
+        f"data.root={tmp_path}",
+    ]
 
 
 def test_labels_that_are_there_are_not_replaced_and_empty_columns_are(
@@ -139,7 +191,7 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_written(
         ("--out", tmp_path / "out.parquet"): (2, "expected a .csv file"),
         ("--out", table): (2, "is there already"),
         ("--out", table, "--overwrite"): (2, "is there already"),
-        ("--out", out, "--report", "text"): (2, "--report text: .* has the columns .*report"),
+        ("--out", out, "--report", "text"): (2, "--report text: no such column; .* has: .*report"),
         ("--out", out, "--findings", "a|b"): (2, "cannot be blank or hold"),
         ("--out", out, "--findings", " "): (2, "cannot be blank or hold"),
         ("--out", out, "--findings", "Pneumothorx"): (2, "near: Pneumothorax"),
