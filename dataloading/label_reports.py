@@ -85,7 +85,10 @@ def run(arguments: argparse.Namespace) -> int:
     _write(table, out, dict(zip(columns, cells, strict=True)))
     print("\n".join(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
-    print("  " + shlex.join(f"{k}={v}" for k, v in _settings(table, out, columns).items()))
+    settings = _settings(table, out, columns)
+    if arguments.unmentioned == "unknown":
+        settings["transfer.blank"] = "ignore"  # else what a row does not name is absent there
+    print("  " + shlex.join(f"{key}={value}" for key, value in settings.items()))
     return 0
 
 

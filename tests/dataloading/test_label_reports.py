@@ -154,6 +154,8 @@ def test_the_settings_are_words_that_a_shell_takes(
         "transfer.columns.uncertain=said & uncertain",
         f"data.root={tmp_path}",
     ]
+    assert label(table, "--out", out, "--overwrite", "--unmentioned", "unknown", *ASKED) == 0
+    assert "transfer.blank=ignore" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_labels_that_are_there_are_not_replaced_and_empty_columns_are(
@@ -243,7 +245,7 @@ def test_generated_reports_give_the_truth_of_their_studies_and_an_evaluation_tak
     settings = [s for s in run.settings if not s.startswith(("run.dir", "data.manifest"))]
     settings = [s for s in settings if not s.startswith(("data.columns.labels", "data.phantom"))]
     columns = ("data.columns.labels=said_labels", "transfer.columns.negative=said_negative",
-               "transfer.columns.uncertain=said_uncertain")  # fmt: skip
+               "transfer.columns.uncertain=said_uncertain", "transfer.blank=ignore")  # fmt: skip
     place = (f"data.manifest={out}", f"data.root={manifest.parent}")
     command = ["evaluate", *settings, *columns, *place, f"checkpoint={small_export()}"]
     assert main([*command, "--out", str(tmp_path / "scores")]) == 0

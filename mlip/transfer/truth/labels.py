@@ -21,14 +21,17 @@ def label_matrix(
     """1 present, 0 absent, -1 not said or uncertain, [rows, findings].
 
     What the columns of negative and uncertain labels say holds. Of the other findings a row with a
-    label tells that they are absent, a row without any nothing, except where every finding was
-    looked for.
+    label tells that they are absent, unless transfer.blank=ignore; a row without any tells nothing.
+    Where every finding was looked for (blank_is_negative) they are absent in both.
     """
     if annotations.manifest.label_column is None:
         states = np.full((len(rows), len(findings)), UNSAID, dtype=np.int8)
     else:
         states = annotations.states(rows, findings)
-    has_label = np.array([bool(annotations.manifest.labels(row)) for row in rows.tolist()], bool)
+    tells = annotations.transfer.blank != "ignore"
+    has_label = np.array(
+        [tells and bool(annotations.manifest.labels(row)) for row in rows.tolist()], bool
+    )
     matrix = np.where(states == UNCERTAIN, np.int8(UNSAID), states)
     unsaid = states == UNSAID
     matrix[unsaid & (has_label | blank_is_negative)[:, None]] = NEGATIVE

@@ -41,6 +41,10 @@ def test_denied_and_uncertain_labels_are_what_their_columns_say(tmp_path: Path) 
     findings = ["Edema", "Pneumonia"]
     matrix = labels.label_matrix(said, np.arange(5), findings, blank_is_negative=False)
     assert matrix.tolist() == [[1, -1], [0, 0], [-1, -1], [0, 1], [0, 1]]
+    # where a report's labels are what it mentions, what it does not mention nobody knows
+    unsure = Annotations(load([], [*settings, "transfer.blank=ignore"]), said.manifest)
+    matrix = labels.label_matrix(unsure, np.arange(5), findings, blank_is_negative=False)
+    assert matrix.tolist() == [[1, -1], [0, 0], [-1, -1], [0, 1], [-1, 1]]
 
 
 def test_labels_that_no_manifest_has_are_nobodys(tmp_path: Path) -> None:
