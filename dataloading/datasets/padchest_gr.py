@@ -199,11 +199,13 @@ def _studies(path: Path) -> Iterator[dict[str, Any]]:
             and all(isinstance(study.get(key), str) for key in ("StudyID", "ImageID"))
             and isinstance(study.get("findings"), list)
             and all(isinstance(finding, dict) for finding in study["findings"])
+            # one of another name would make every film a normal one
+            and all(finding.get("abnormal") in (True, False) for finding in study["findings"])
         )
         if not is_whole:
             raise DatasetError(
                 f"{path}: entry {number}: expected StudyID and ImageID as texts and findings as a "
-                "list of objects; fetch the file again"
+                "list of objects with abnormal (true or false); fetch the file again"
             )
         yield study
 

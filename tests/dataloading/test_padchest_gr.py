@@ -146,6 +146,8 @@ def test_what_is_missing_or_something_else_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({"StudyID": None}, "entry 1: expected StudyID and ImageID as texts"),
         ({"findings": {"a": "CANARY"}}, "entry 1: expected StudyID and ImageID as texts"),
+        ({"findings": [{"sentence_en": "CANARY"}]}, "entry 1: .* with abnormal"),
+        ({"findings": [{**study["findings"][0], "abnormal": "no"}]}, "entry 1: .* with abnormal"),
         ({"findings": ["CANARY"]}, "entry 1: expected StudyID and ImageID as texts"),
         ({"findings": [{**study["findings"][0], "boxes": "CANARY"}]}, "boxes: expected a list"),
         ({"findings": [{**study["findings"][0], "boxes": [[1, 2]]}]}, "boxes: expected .x1, y1"),
