@@ -169,7 +169,10 @@ def _write(
         cells.append((phrase, mixed))
     joined = _tiled(cells, max(4, plain.shape[1] // 100), has_captions=len(phrases) > 1)
     if below:
-        joined = np.concatenate([joined, _panels(grey, below, joined.shape[1])])
+        parts = _panels(grey, below, joined.shape[1])
+        beside = parts.shape[1] - joined.shape[1]  # of a film of a few pixels' width
+        white = np.pad(joined, ((0, 0), (0, beside), (0, 0)), constant_values=255)
+        joined = np.concatenate([white, parts])
     done, data = cv2.imencode(".png", joined)
     if not done:
         raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
@@ -201,7 +204,7 @@ def _fitting(name: str, width: int) -> str:
     shown = name
     while name and cv2.getTextSize(shown, *_FONT, 1)[0][0] > width:
         name = name[:-1]
-        shown = f"{name.rstrip()}..."
+        shown = f"{name.rstrip()}..." if name else ""  # no room for three dots either
     return shown
 
 
@@ -226,11 +229,13 @@ def _over(plain: Array, heat: Array, low: float, high: float) -> Array:
 
 
 def _panels(grey: Array, below: Sequence[tuple[str, Array]], width: int) -> Array:
-    """Small maps with their names, on the scale of the hottest and coldest; `width` wide."""
+    """Small maps with their names, on the scale of the hottest and coldest; `width` wide, or more
+    where that has no room for them."""
     low = min(float(np.nanmin(heat)) for _, heat in below)
     high = max(float(np.nanmax(heat)) for _, heat in below)
     gap = 8
     plain = _sized(grey, ((width + gap) // PANELS - gap) / grey.shape[1])
     cells = [(name, _over(plain, heat, low, high)) for name, heat in below]
     sheet = _tiled(cells, gap, has_captions=True)
-    return np.pad(sheet, ((gap, 0), (0, width - sheet.shape[1]), (0, 0)), constant_values=255)
+    beside = max(0, width - sheet.shape[1])
+    return np.pad(sheet, ((gap, 0), (0, beside), (0, 0)), constant_values=255)

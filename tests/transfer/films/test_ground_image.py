@@ -254,3 +254,12 @@ def test_the_black_beside_a_narrow_film_is_never_pointed_at(
     x, y = (float(v) for v in re.findall(r"[xy]=(-?\d+)", said)[:2])
     assert 0 <= x < size[1] and 0 <= y < size[0]
     assert "best patch +0.000, mean +0.000" in said  # the hot patch sees nothing of the film
+
+
+def test_a_strip_without_room_for_a_letter_is_drawn_all_the_same(tmp_path: Path) -> None:
+    """A caption was shortened for ever, and the parts' maps were wider than the pictures."""
+    strip, out = tmp_path / "strip.png", tmp_path / "map.png"
+    cv2.imwrite(str(strip), np.full((3000, 32), 200, np.uint8))
+    command = ["ground", str(strip), "left pleural effusion", "edema", "--words"]
+    assert main([*command, "--checkpoint", str(small_export()), "--out", str(out)]) == 0
+    assert cv2.imread(str(out)) is not None
