@@ -64,9 +64,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     given = [_at_home(item) for item in (sys.argv[1:] if arguments is None else arguments)]
     # the rest belongs to the sub-commands whose arguments live in their own modules
     options, rest = parser.parse_known_args(given)
-    if hasattr(options, "settings"):
+    several = getattr(options, "settings", getattr(options, "phrases", None))
+    if several is not None:
         # argparse takes positionals only up to the first option: later ones are meant as well
-        options.settings += [item for item in rest if not item.startswith("-")]
+        several += [item for item in rest if not item.startswith("-")]
         rest = [item for item in rest if item.startswith("-")]
     if rest and options.command not in FOREIGN:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")

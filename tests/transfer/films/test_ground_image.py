@@ -256,6 +256,17 @@ def test_the_black_beside_a_narrow_film_is_never_pointed_at(
     assert "best patch +0.000, mean +0.000" in said  # the hot patch sees nothing of the film
 
 
+def test_phrases_may_stand_on_both_sides_of_the_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film, out = tmp_path / "film.png", tmp_path / "map.png"
+    cv2.imwrite(str(film), np.full((64, 64), 200, np.uint8))
+    command = ["ground", str(film), "edema", "--checkpoint", str(small_export()), "--out", str(out)]
+    assert main([*command, "left pleural effusion"]) == 0
+    said = capsys.readouterr().out
+    assert "edema" in said and "left pleural effusion" in said
+
+
 def test_a_strip_without_room_for_a_letter_is_drawn_all_the_same(tmp_path: Path) -> None:
     """A caption was shortened for ever, and the parts' maps were wider than the pictures."""
     strip, out = tmp_path / "strip.png", tmp_path / "map.png"
