@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ _FOLDERS = {
 
 
 class _Study(NamedTuple):
-    """What is said of a study: by the first of its rows."""
+    """What is said of a study: by the first of its rows that has impression or findings."""
 
     report: str
     labels: tuple[str, str, str]
@@ -63,7 +64,7 @@ class _Study(NamedTuple):
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """valid is test, val a share of train's patients, the same as of CheXpert itself.
 
-    An image has the report and the labels of the first row of its study.
+    An image has the report and the labels of the first row of its study that says something.
     """
     require_choice(options, "files", tuple(_FOLDERS))
     require_choice(options, "views", ("frontal", "all"))
@@ -77,8 +78,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     cells = PatientCells()
     excluded: Counter[str] = Counter()
     studies: dict[str, _Study] = {}
+    silent: dict[str, dict[str, str]] = {}  # study -> its first row without a report
+    wordings: Counter[tuple[str, bool]] = Counter()  # rows of (study, as its first report)
     seen: set[str] = set()
-    reworded = 0
     rows: list[Row] = []
     for row in read_csv(table, _COLUMNS, ACCESS):
         folder, study, name = _parts(row["path_to_image"], "path_to_image", table)
@@ -89,9 +91,11 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         if row["split"] not in _SPLITS:
             raise DatasetError(f"{table}: column split: expected train or valid in every row")
         report = joined_sections(row["section_impression"], row["section_findings"])
-        if study not in studies:
+        if not report:
+            silent.setdefault(study, row)
+        elif study not in studies:
             studies[study] = _Study(report, chexbert.of(row))
-        reworded += report != studies[study].report
+        wordings[study, bool(report) and report == studies[study].report] += 1
         patient = row["deid_patient_id"]
         if not patient:
             excluded["no_patient"] += 1
@@ -114,7 +118,6 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             excluded["listed_but_not_there"] += 1
             continue
         is_test = row["split"] == "valid" or is_listed
-        positive, uncertain, negative = studies[study].labels
         rows.append(
             Row(
                 image=path,
@@ -125,24 +128,29 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 view=_view(row["ap_pa"]) if is_front else "LATERAL",
                 sex=cells.sex(row.get("sex", "")),
                 age=cells.age(row.get("age", ""), zero_years=""),
-                report=studies[study].report,
-                labels=positive,
-                uncertain=uncertain,
-                negative=negative,
                 subset="5x200" if is_listed else "valid" if row["split"] == "valid" else "",
             )
         )
+    reworded = sum(wordings[study, False] for study in studies)
+    for study in silent.keys() - studies.keys():
+        studies[study] = _Study("", chexbert.of(silent[study]))
     empty = sum(not said.report for said in studies.values())
+    rows = [_with_report(row, studies[row.study_id]) for row in rows]
     notes = [f"{len(studies)} studies, {empty} of them without impression and findings"]
     if reworded:
         notes.append(
-            f"{reworded} rows word the report otherwise than the first row of their study, whose "
-            "report and labels they have"
+            f"{reworded} rows word the report otherwise than the first row of their study that has "
+            "one, whose report and labels they have"
         )
     notes += chexbert.notes()
     if chosen:
         notes.append(_found(options["five_by_200"], chosen, seen, digest, table))
     return Collected(keep_apart(rows, excluded), excluded, notes + cells.notes())
+
+
+def _with_report(row: Row, said: _Study) -> Row:
+    positive, uncertain, negative = said.labels
+    return replace(row, report=said.report, labels=positive, uncertain=uncertain, negative=negative)
 
 
 def _table(root: Path) -> Path:

@@ -71,9 +71,22 @@ def test_a_study_of_chexpert_plus_has_one_report_and_its_labels(tmp_path: Path) 
     assert {row.labels for row in rows} == {"Edema"}
     assert collected.notes[:2] == [
         "8 studies, 1 of them without impression and findings",
-        "2 rows word the report otherwise than the first row of their study, whose report and "
-        "labels they have",
+        "2 rows word the report otherwise than the first row of their study that has one, whose "
+        "report and labels they have",
     ]
+
+
+def test_a_blank_first_row_of_chexpert_plus_hides_no_report(tmp_path: Path) -> None:
+    blank = {"section_impression": " \\n", "section_findings": ""}
+    rows = [plus_row(1, 1, **blank), plus_row(1, 1, "view2_frontal"), plus_row(2, 1, **blank)]
+    lines = [plus_states(row, Edema=1.0) for row in rows]
+    write_chexpert_plus(tmp_path, rows, {"impression": lines})
+    collected = collect("chexpert_plus", tmp_path)
+    assert [row.report for row in collected.rows] == ["IMPRESSION: 1. Edema."] * 2 + [""]
+    assert [row.labels for row in collected.rows] == ["Edema"] * 2 + [""]
+    assert collected.notes[0] == "2 studies, 1 of them without impression and findings"
+    assert collected.notes[1].startswith("1 rows word the report otherwise")
+    assert "; 1 studies without that section have none" in collected.notes[2]
 
 
 def test_labels_of_an_empty_section_are_none(tmp_path: Path) -> None:
