@@ -54,6 +54,7 @@ def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
 
     class FakeAnnotations:
         manifest = FakeManifest()
+        transfer = load([], []).transfer
 
         def states(self, rows: np.ndarray, classes: list[str]) -> np.ndarray:
             return np.array([[1 if c in labels[r] else -1 for c in classes] for r in rows])
