@@ -6,6 +6,7 @@ folder that it began with is needed again. The engine fills every weight and buf
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mlip.encoders.source_shape import changed_options
 from mlip.model import MLIPModel
 from mlip.pretrained_weights import embedding_rows, without_draws
 from mlip.tower_shapes import by_shape, kept_shapes
-from mlip.training.checkpoint import checkpoints_of, find_newest, read_state
+from mlip.training.checkpoint import checkpoints_of, find_newest, read_state, require_intact
 from mlip.training.lifecycle import CheckpointError
 
 _MODEL, _VECTORS = "model.", "model.concept_vectors"
@@ -60,10 +61,31 @@ def open_resumed(config: Config, *, allow_mismatch: bool = False) -> Resumed | N
     """What the run of run.dir goes on with; None where it has no checkpoint yet.
 
     Of a version that kept no shapes the towers are opened from their sources, as are with
-    allow_mismatch those that a source now gives another shape.
-    Raises:  CheckpointError where no checkpoint is intact, where none of its content is what a save
-             writes, or where a source is there and gives another shape
+    allow_mismatch those that a source now gives another shape. A collective call: rank 0 reads, as
+    a node that does not see the checkpoints yet would begin, and ask for what no other one does.
+    Raises:  CheckpointError where no checkpoint is intact, where the one to go on with holds what
+             no save writes, or where a source is there and gives another shape; ValueError where
+             that source is another kind of model
     """
+    found: Resumed | None = None
+    refusal: Exception | None = None
+    if distributed.is_main():
+        try:
+            found = _read(config, allow_mismatch)
+        except CheckpointError as error:
+            refusal = error
+        except ValueError as error:
+            refusal = ValueError(str(error))  # one of a library's need not be one that can be sent
+    found, refusal = distributed.broadcast_object((found, refusal))
+    if refusal is not None:
+        raise refusal
+    if found is None:
+        return None
+    # a node may have its data elsewhere
+    return dataclasses.replace(found, config=dataclasses.replace(config, model=found.config.model))
+
+
+def _read(config: Config, allow_mismatch: bool) -> Resumed | None:
     for folder in checkpoints_of(config.run.dir):
         state = read_state(folder)
         if state is None:
@@ -72,19 +94,34 @@ def open_resumed(config: Config, *, allow_mismatch: bool = False) -> Resumed | N
             shapes = _tensor_shapes(folder)
             kept = kept_shapes(state)
             rows, vectors = embedding_rows(shapes), shapes.get(_VECTORS)
-            start = found if isinstance(found := state.get("start"), dict) else None
+            if rows is None or vectors is None or len(vectors) != 2:
+                raise TypeError("its files hold no text tower or no concept vectors")
         except (OSError, SafetensorError):
             continue  # its hash does not hold either, which the engine's reading finds out
         except TypeError as error:
-            raise CheckpointError(f"{folder}: state.json is not of a checkpoint: {error}") from None
-        if rows is None or vectors is None or len(vectors) != 2:
-            raise CheckpointError(f"{folder}: holds no text tower or no concept vectors")
+            if _is_damaged(folder):  # names of tensors too: the engine takes an older one
+                continue
+            raise CheckpointError(f"{folder}: is not of a training: {error}") from None
         for tower in _changed_towers(folder, config, kept, rows, allow_mismatch):
             del kept[tower]
-        return Resumed(by_shape(config, kept), rows, (vectors[0], vectors[1]), start)
+        start = state.get("start")
+        return Resumed(
+            by_shape(config, kept),
+            rows,
+            (vectors[0], vectors[1]),
+            start if isinstance(start, dict) else None,
+        )
     if checkpoints_of(config.run.dir):
         find_newest(config.run.dir)  # says what is wrong with each
     return None
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        require_intact(folder)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

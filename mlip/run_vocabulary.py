@@ -45,11 +45,10 @@ def open_tokenizer(
     given, folder = _given(config.model.text), Path(config.run.dir) / KEPT
     goes_on = bool(checkpoints_of(config.run.dir))
     if given is not None:
-        # nodes may differ in what they see of a given folder: none waits for another in between
         is_gone = goes_on and not is_vocabulary(given) and is_vocabulary(folder)
         tokenizer = load_tokenizer(folder if is_gone else given)
-        if not goes_on:
-            distributed.main_first(lambda: _keep(tokenizer, given, folder))
+        # nodes may differ in what they see of both folders: none waits for what another leaves out
+        distributed.main_first(lambda: None if goes_on else _keep(tokenizer, given, folder))
         return tokenizer
 
     def make() -> None:
@@ -103,7 +102,10 @@ def keep_vocabulary(config: Config, tokenizer: ReportTokenizer) -> None:
     if given is None or not distributed.is_main():
         return
     try:
-        _keep(tokenizer, given, folder)
+        # another version of the library writes the same words in other bytes
+        has = hash_of_vocabulary(load_tokenizer(folder)) if is_vocabulary(folder) else None
+        if has != hash_of_vocabulary(tokenizer):
+            _keep(tokenizer, given, folder)
     except (OSError, ValueError) as error:
         logger.warning("%s is needed to open this run: no copy of it is kept: %s", given, error)
 

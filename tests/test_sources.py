@@ -13,13 +13,15 @@ import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import train
-from mlip import cli
+from mlip import cli, distributed, resumed_run, run_vocabulary
+from mlip.config import load
 from mlip.dataloading.reports import train_tokenizer
 from mlip.encoders import pretrained_tower
 from mlip.output_file import file_sha256
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError
+from tests import rank_farm
 from tests.small_run import small_run
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -298,6 +300,49 @@ def test_a_state_whose_hash_does_not_hold_describes_no_model(away):
     assert train.main(["--config", str(away / "whole")]) == 0
     state = json.loads((newest / "state.json").read_text())
     assert state["towers"]["vision"]["layer_norm_eps"] == 1e-06
+
+
+def test_a_damaged_name_of_a_tensor_costs_one_checkpoint_and_not_the_run(away):
+    """The file's header can be read then: it was taken for a checkpoint of no text tower."""
+    whole = _weights(away / "whole")
+    weights = checkpoint.folder_of(away / "whole", 2) / "parameters.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content.replace(b"word_embeddings.weight", b"word_embeddings.weighs"))
+    assert content != weights.read_bytes()
+    assert train.main(["--config", str(away / "whole")]) == 0
+    assert _same(_weights(away / "whole"), whole)
+
+
+def test_a_copy_of_the_vocabulary_in_other_bytes_is_a_copy(made, tmp_path, capfd):
+    """As another version of the library writes it: none was said to be kept."""
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    copy = run / "tokenizer" / "tokenizer.json"
+    copy.write_text(json.dumps(json.loads(copy.read_text())))
+    assert train.main(["--config", str(run), "train.max_steps=2"]) == 0
+    assert "no copy of it is kept" not in capfd.readouterr().err
+    assert _same(_weights(run), _weights(made / "whole"))
+
+
+def _open_on_a_node_that_lags(run: str, damaged: str) -> None:
+    """Rank 1 does not see the checkpoints, as for a minute on a network's disk."""
+    distributed.start(60.0)
+    if distributed.rank() == 1:
+        resumed_run.checkpoints_of = run_vocabulary.checkpoints_of = lambda folder: []
+    config = load([run], [f"run.dir={run}"], takes_exports=True)
+    resumed = resumed_run.open_resumed(config)
+    assert resumed is not None and resumed.config.model.vision.source is None
+    words = run_vocabulary.open_tokenizer(config, None).vocab_size
+    assert distributed.gather_objects(words) == [words] * 2
+    with pytest.raises(CheckpointError, match="towers: expected"):
+        resumed_run.open_resumed(load([damaged], [f"run.dir={damaged}"], takes_exports=True))
+    distributed.barrier()
+
+
+def test_all_ranks_go_on_where_one_does_not_see_the_checkpoints_yet(made, tmp_path):
+    """It would have begun, and waited in the concepts' broadcast for the others."""
+    damaged = Path(shutil.copytree(made / "run", tmp_path / "damaged"))
+    _rewrite(damaged, lambda state: state.update(towers={"audio": {}}))
+    rank_farm.run(_open_on_a_node_that_lags, 2, str(made / "run"), str(damaged), timeout_s=90.0)
 
 
 def test_a_vocabulary_that_was_given_alone_is_kept_too(tmp_path):
