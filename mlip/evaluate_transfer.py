@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, ConfigError
+from mlip.config import Config, ConfigError, Vision
 from mlip.dataloading.manifest import load_manifest
+from mlip.encoders.options import tower_shape
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.report.transfer_page import write_transfer_page
@@ -58,7 +59,7 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
         opened = dict.fromkeys(seeds, _open(config, where, device))
     first = opened[seeds[0]]
     for seed, own in opened.items():
-        if own.config.model.vision != first.config.model.vision:
+        if _design(own) != _design(first):
             raise PretrainedError(
                 f"{where}: the image towers of seeds {seeds[0]} and {seed} differ: expected one "
                 "design over all seeds"
@@ -69,6 +70,12 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
     if facts and SEED in str(where):
         facts["checkpoint"] = str(where)
     return towers, {seed: own.model.vision for seed, own in opened.items()}, facts
+
+
+def _design(opened: Pretrained) -> Vision:
+    """Its image tower by shape: one run may name the folder it began with, another its options."""
+    shape = tower_shape(opened.model.vision.tower.backbone.config)
+    return dataclasses.replace(opened.config.model.vision, source=None, options=shape)
 
 
 def _open(config: Config, where: Any, device: str) -> Pretrained:

@@ -17,6 +17,7 @@ from mlip import cli, distributed, resumed_run, run_vocabulary
 from mlip.config import load
 from mlip.dataloading.reports import train_tokenizer
 from mlip.encoders import pretrained_tower
+from mlip.evaluate_transfer import open_vision
 from mlip.output_file import file_sha256
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
 from mlip.training import checkpoint, faults
@@ -269,6 +270,20 @@ def test_a_run_of_an_earlier_version_needs_them_says_so_and_keeps_them_from_then
         assert open_checkpoint(run).facts["step"] == 2
     finally:
         (made / "gone").rename(made / "sources")
+
+
+def test_runs_of_this_and_of_an_earlier_version_are_of_one_design(made, tmp_path):
+    """One names the folder that its towers began with, the other their shape."""
+    for seed in (1, 2):
+        shutil.copytree(made / "run", tmp_path / str(seed))
+    _of_an_earlier_version(tmp_path / "1")
+    seeds = ["transfer.seeds=[1,2]", f"evaluate.checkpoint={tmp_path / '{seed}'}"]
+    config = load([str(made / "run")], seeds, takes_exports=True)
+    assert open_vision(config, "cpu")[1].keys() == {1, 2}
+    other = {"hidden_dropout_prob": 0.3}
+    _rewrite(tmp_path / "2", lambda state: state["towers"]["vision"].update(other))
+    with pytest.raises(PretrainedError, match="seeds 1 and 2 differ"):
+        open_vision(config, "cpu")
 
 
 @pytest.mark.parametrize(
