@@ -90,7 +90,10 @@ def away(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _weights(folder: Path, step: int = 2) -> dict[str, torch.Tensor]:
-    return checkpoint.read(checkpoint.folder_of(folder, step)).training.parameters
+    """With moments, which tell gradients apart: the rate of a last step, and its move, are 0."""
+    training = checkpoint.read(checkpoint.folder_of(folder, step)).training
+    moments = {f"{k} {n}": x for k, held in training.moments.items() for n, x in held.items()}
+    return {**training.parameters, **training.buffers, **moments}
 
 
 def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
