@@ -10,8 +10,8 @@ import pytest
 
 import train
 from mlip.cli import main
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
-from tests.test_train import _leave_the_process_as_it_was  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [str(ROOT / "configs" / name) for name in ("real_cxr.yaml", "prepared.yaml")]

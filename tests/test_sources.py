@@ -23,6 +23,7 @@ from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError
 from tests import rank_farm
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -34,15 +35,6 @@ SHORT = (
     *("knowledge.dim=16", "data.pipeline=torch", "data.max_tokens=32", "data.resize_px=64"),
     *("data.crop_px=48", "model.vision.kind=vit", "train.keep_checkpoints=3"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, own_signals: None):
-    monkeypatch.setattr(faults, "_fired", set())
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
 
 
 def _sources(folder: Path, eps: float = 1e-6, **bert: Any) -> None:

@@ -18,7 +18,8 @@ from mlip.knowledge.concepts import ConceptTable
 from mlip.model_facts import start_of
 from mlip.pretrained import from_pretrained, open_checkpoint, save_pretrained
 from mlip.starting_point import _require_its_own
-from mlip.training import checkpoint, faults
+from mlip.training import checkpoint
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
 
 SHORT = (
@@ -30,15 +31,6 @@ SHORT = (
     "evaluate.after_training=false",
     "data.phantom.studies=0",
 )
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch, own_signals: None):
-    monkeypatch.setattr(faults, "_fired", set())
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ import torch
 import train
 from mlip import cli
 from mlip.knowledge import concept_files
-from mlip.training import checkpoint, faults
+from mlip.training import checkpoint
 from mlip.training.validation import Validation
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.rank_farm import free_port
 from tests.small_run import small_run, with_val
 
@@ -35,23 +34,6 @@ TINY = (
     "run.threads=1",
     "loss.category.prototypes=8",
 )
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, own_signals: None
-) -> Iterator[None]:
-    """A run owns its process: signals, threads, logging, random numbers."""
-    threads, logger = torch.get_num_threads(), logging.getLogger("mlip")
-    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
-    monkeypatch.setattr(faults, "_fired", set())
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
-    logger.handlers[:], logger.propagate = handlers, propagate
-    logger.setLevel(level)
 
 
 def _overrides(folder: Path, *more: str) -> list[str]:

@@ -26,8 +26,9 @@ from mlip.dataloading.torch_pipeline import TorchPipeline
 from mlip.losses import context
 from mlip.transfer.fits.protocol import transfer_run
 from tests import rank_farm
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run, with_val
-from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.test_train import TINY
 from tests.training.deepspeed_waits import find_waits
 from tests.training.exact_step import PROGRESS, exact_engine, make_batch
 from tests.transfer.fits import test_learning

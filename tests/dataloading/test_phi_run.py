@@ -18,8 +18,9 @@ import pytest
 import train
 from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import load_tokenizer
+from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
-from tests.test_train import TINY, _leave_the_process_as_it_was  # noqa: F401
+from tests.test_train import TINY
 
 CANARIES = [f"Zq{i:02d}canary" for i in range(50)]
 DATES = [f"19{30 + i}-0{1 + i % 9}-1{i}" for i in range(10)]
