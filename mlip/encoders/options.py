@@ -24,8 +24,8 @@ def tower_config(
     """
     known = _known(kind)
     for name in options:
-        if name in _DECIDED:
-            raise ValueError(f"{key}: {name} follows from {_DECIDED[name]}; leave it out")
+        if name in DECIDED:
+            raise ValueError(f"{key}: {name} follows from {DECIDED[name]}; leave it out")
         if name not in known:
             raise ValueError(
                 f"{key}: {kind.__name__} has no option {name!r}; the nearest is "
@@ -55,7 +55,7 @@ def tower_shape(tower: Any) -> dict[str, Any]:
     Published folders say more: names of the classes that a head told apart, entries of heads and of
     other versions. No tower has those, and tower_config takes none.
     """
-    known = _known(type(tower)) - set(_DECIDED)
+    known = _known(type(tower)) - set(DECIDED)
     return {key: value for key, value in tower.to_diff_dict().items() if key in known}
 
 
@@ -66,7 +66,8 @@ def _known(kind: type[PretrainedConfig]) -> set[str]:
 
 # what belongs to saved files and output heads of transformers, not to a tower
 _OF_ANY_MODEL = set(PretrainedConfig().to_dict())
-_DECIDED = {"num_channels": "data.channels", "vocab_size": "the tokenizer (data.vocab_size)"}
+# options that other settings decide, and which
+DECIDED = {"num_channels": "data.channels", "vocab_size": "the tokenizer (data.vocab_size)"}
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

@@ -8,12 +8,10 @@ from typing import Any
 from transformers import BertModel, PreTrainedModel, ResNetModel, ViTModel
 
 from mlip.config import Text, Vision
-from mlip.encoders.options import tower_config, tower_shape
+from mlip.encoders.options import DECIDED, tower_config, tower_shape
 from mlip.encoders.pretrained_tower import check_kind
 
-# what the run decides by other settings: a ViT's positions are resampled to data.crop_px
-_DECIDED = ("image_size",)
-_SIZES = ("num_channels", "vocab_size")
+_RESAMPLED = ("image_size",)  # a ViT's positions are resampled to data.crop_px
 
 
 def changed_options(
@@ -34,12 +32,12 @@ def changed_options(
     there = config_class.from_pretrained(source, local_files_only=True)
     # through the class: a later version of transformers may know more options, at their defaults
     known = tower_shape(tower_config(config_class, f"{key}.options", kept))
-    now = tower_shape(there) | {k: v for k in _SIZES if (v := getattr(there, k, None)) is not None}
+    now = tower_shape(there) | {k: v for k in DECIDED if (v := getattr(there, k, None)) is not None}
     saved = known | sizes
     return {
         name: (saved.get(name), now.get(name))
         for name in sorted(saved.keys() | now.keys())
-        if name not in _DECIDED and saved.get(name) != now.get(name)
+        if name not in _RESAMPLED and saved.get(name) != now.get(name)
     }
 
 
