@@ -22,7 +22,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks import harness
-from mlip.transfer.alignment.large_retrieval import first_right_ranks, top_candidates
+from mlip.transfer.alignment.large_retrieval import ranks_both_ways, top_candidates
 
 NEAR = 3.0  # of noise to signal in an image's embedding: its report is found, but not always first
 MOST = 100  # answers kept for class precision
@@ -68,7 +68,9 @@ def main() -> int:
     pairs = np.arange(options.texts)
     rows = []
     for name, run in {
-        "rank of the right report": lambda: first_right_ranks(images, texts, pairs[own], pairs)[0],
+        "ranks of right reports and images": lambda: (
+            ranks_both_ways(images, texts, pairs[own], pairs)[0].rank
+        ),
         f"{MOST} best reports": lambda: top_candidates(images, texts, MOST),
     }.items():
         began, wall = time.process_time(), time.perf_counter()

@@ -7,7 +7,7 @@ matrix of all pairs ever exists; a chunk of scores is at most CHUNK_BYTES.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mlip.transfer.measures.interval import mean_estimate, not_available, patien
 
 CHUNK_BYTES = 16 * 2**20  # what is compared and sorted stays near the processor's caches
 CHUNK_COLUMNS = 1 << 14
+TIE = 1e-6  # what float32 products of unit vectors do not tell apart
 CLASS_CUTS = (5, 10, 50, 100)  # GLoRIA reports 5, 10, 100; ConVIRT's 8x200 set 5, 10, 50
 
 
@@ -29,55 +30,108 @@ def _chunks(queries: int, candidates: int) -> tuple[int, int]:
     return max(1, min(queries, CHUNK_BYTES // (4 * columns))), columns
 
 
-def first_right_ranks(
-    queries: Tensor, candidates: Tensor, query_pair: Array, candidate_pair: Array
-) -> tuple[Array, Array]:
-    """(1-based rank of each query's best right answer, how many answers are right), [Q] each.
+class Ranked(NamedTuple):
+    """Of each query the 1-based rank of its best right answer, and how many answers are right.
 
-    Rows of equal pair are right answers for each other; ties count against the right one.
-
-    Shapes:  queries [Q, D], candidates [N, D] unit length
-    Raises:  ValueError on values that are not finite, or a query without a right answer.
+    A query without a right answer has the rank behind all candidates.
     """
-    rows, columns = _chunks(len(queries), len(candidates))
-    for name, value in (("query", queries), ("candidate", candidates)):
+
+    rank: Array
+    right: Array
+
+
+def ranks_both_ways(
+    images: Tensor, texts: Tensor, image_pair: Array, text_pair: Array
+) -> tuple[Ranked, Ranked]:
+    """Images as queries among all texts, and texts among all images, by one product of both.
+
+    Rows of equal pair are right answers for each other; ties count against the right one, and
+    scores within TIE are tied.
+
+    Shapes:  images [I, D], texts [T, D] unit length; ranks [I] and [T]
+    Raises:  ValueError on values that are not finite.
+    """
+    rows, columns = _chunks(len(images), len(texts))
+    for name, value in (("image", images), ("text", texts)):
         # in parts: the test's own mask of a million rows would be larger than a chunk
         if not all(bool(torch.isfinite(part).all()) for part in value.split(columns)):
             raise ValueError(f"retrieval: the {name} embeddings hold NaN or infinite values")
-    # numbers of 32 bits: half of what a comparison of all pairs has to read
-    _, codes = np.unique(np.concatenate([query_pair, candidate_pair]), return_inverse=True)
-    pair_q, pair_c = torch.as_tensor(codes.astype(np.int32)).split([len(queries), len(candidates)])
+    _, codes = np.unique(np.concatenate([image_pair, text_pair]), return_inverse=True)
+    code_i, code_t = codes[: len(images)], codes[len(images) :]
+    count_i, count_t = (np.bincount(code, minlength=codes.max() + 1) for code in (code_i, code_t))
+    low_i, low_t = _best_right(images, texts, code_i, code_t)
     # all at once: results kept between chunks of scores leave holes that the next ones do not fit
-    ranks = torch.ones(len(queries), dtype=torch.int64)
-    right = torch.zeros(len(queries), dtype=torch.int64)
-    told = Progress("queries ranked among all")
-    for at in range(0, len(queries), rows):
-        told(at, len(queries))
-        part, pair = queries[at : at + rows], pair_q[at : at + rows]
-        rank, count = ranks[at : at + rows], right[at : at + rows]
-        best = torch.full((len(part),), -torch.inf)
-        for over in range(0, len(candidates), columns):
-            query, answer = _right(pair, pair_c[over : over + columns])
-            if len(query) == 0:
-                continue
-            score = part @ candidates[over : over + columns].T
-            best.scatter_reduce_(0, query, score[query, answer], "amax")
-            count += torch.bincount(query, minlength=len(part))
-        if not bool((count > 0).all()):
-            raise ValueError("a query has no right answer among the candidates")
-        for over in range(0, len(candidates), columns):
-            score = part @ candidates[over : over + columns].T
-            rank += (score >= best[:, None]).count_nonzero(dim=1)
-            query, answer = _right(pair, pair_c[over : over + columns])
-            also = query[score[query, answer] >= best[query]]
-            rank -= torch.bincount(also, minlength=len(part))
-    return ranks.numpy(), right.numpy()
+    rank_i = torch.ones(len(images), dtype=torch.int64)
+    rank_t = torch.ones(len(texts), dtype=torch.int64)
+    pair = torch.as_tensor(code_i)
+    blocks = [
+        (slice(at, at + columns), *part.sort(stable=True))
+        for at, part in zip(
+            range(0, len(texts), columns), torch.as_tensor(code_t).split(columns), strict=True
+        )
+    ]
+    told = Progress("images and texts ranked among all")
+    for at in range(0, len(images), rows):
+        told(at, len(images))
+        part = slice(at, at + rows)
+        low = low_i[part]
+        for over, code, place in blocks:
+            score = images[part] @ texts[over].T
+            rank_i[part] += (score >= low[:, None]).count_nonzero(dim=1)
+            rank_t[over] += (score >= low_t[over]).count_nonzero(dim=0)
+            image, text = _right(pair[part], code, place)
+            own = score[image, text]
+            rank_i[part] -= torch.bincount(image[own >= low[image]], minlength=len(low))
+            rank_t[over] -= torch.bincount(text[own >= low_t[over][text]], minlength=len(place))
+    return (
+        Ranked(rank_i.numpy(), count_t[code_i]),
+        Ranked(rank_t.numpy(), count_i[code_t]),
+    )
 
 
-def _right(pair_q: Tensor, pair_c: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a query and a candidate are of one pair: indices of both."""
-    query, answer = (pair_q[:, None] == pair_c[None, :]).nonzero(as_tuple=True)
-    return query, answer
+def _best_right(
+    images: Tensor, texts: Tensor, code_i: Array, code_t: Array
+) -> tuple[Tensor, Tensor]:
+    """From which score on an answer stands before the best right one or is tied with it.
+
+    Pairs of one image and one text, most of them as a rule, are multiplied as they are; others by
+    group, so that a right answer costs one product however many share a pair.
+    """
+    low_i = torch.full((len(images),), -torch.inf)
+    low_t = torch.full((len(texts),), -torch.inf)
+    both = np.intersect1d(code_i, code_t)
+    order_i, from_i, to_i = _groups(code_i, both)
+    order_t, from_t, to_t = _groups(code_t, both)
+    single = (to_i - from_i == 1) & (to_t - from_t == 1)
+    slices = max(1, CHUNK_BYTES // (8 * images.shape[1]))
+    ones = order_i[from_i[single]].split(slices), order_t[from_t[single]].split(slices)
+    for i, t in zip(*ones, strict=True):
+        low_i[i] = low_t[t] = (images[i] * texts[t]).sum(dim=1)
+    for group in np.flatnonzero(~single):
+        t = order_t[from_t[group] : to_t[group]]
+        own = order_i[from_i[group] : to_i[group]]
+        for i in own.split(max(1, CHUNK_BYTES // (4 * len(t)))):
+            score = images[i] @ texts[t].T
+            low_i[i] = score.amax(dim=1)
+            low_t[t] = torch.maximum(low_t[t], score.amax(dim=0))
+    return low_i - TIE, low_t - TIE
+
+
+def _groups(code: Array, of: Array) -> tuple[Tensor, Array, Array]:
+    """Rows by their code, and where in that order those of each of `of` begin and end."""
+    order = np.argsort(code, kind="stable")
+    by_code = code[order]
+    first, behind = np.searchsorted(by_code, of, "left"), np.searchsorted(by_code, of, "right")
+    return torch.as_tensor(order), first, behind
+
+
+def _right(pair: Tensor, code: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """Where an image and a text are of one pair: indices of both; `code` sorted, from `place`."""
+    first = torch.searchsorted(code, pair)
+    count = torch.searchsorted(code, pair, right=True) - first
+    image = torch.repeat_interleave(torch.arange(len(pair)), count)
+    within = torch.arange(len(image)) - (count.cumsum(0) - count)[image]
+    return image, place[first[image] + within]
 
 
 def top_candidates(queries: Tensor, candidates: Tensor, most: int) -> Array:
@@ -136,14 +190,14 @@ def whole_retrieval(
     if n < 2:
         return {"n": n, "scores": {}, "chance": {}}
     weights = patient_resamples(patient_ids, bootstrap, seed)
-    scores, right = {}, np.zeros(0)
-    for direction, (q, c) in zip(DIRECTIONS, ((images, texts), (texts, images)), strict=True):
-        ranks, right = first_right_ranks(q.float(), c.float(), pair_id, pair_id)
-        scores[direction] = rank_summary(ranks, weights)
+    ranked = ranks_both_ways(images.float(), texts.float(), pair_id, pair_id)
     return {
         "n": n,
-        "scores": scores,
-        "chance": {f"recall@{k}": chance_recall(n, right, k) for k in CUTS},
+        "scores": {
+            direction: rank_summary(of.rank, weights)
+            for direction, of in zip(DIRECTIONS, ranked, strict=True)
+        },
+        "chance": {f"recall@{k}": chance_recall(n, ranked[0].right, k) for k in CUTS},
     }
 
 

@@ -346,7 +346,7 @@ def test_whatever_grows_with_the_films_says_how_far_it_is(
         else (
             *("images and reports encoded", "val images scored", "findings scored"),
             *("heads scored", "groups scored", "pools ranked", "phrases looked for"),
-            *("queries ranked among all", "queries of a class ranked"),
+            *("images and texts ranked among all", "queries of a class ranked"),
         )
     ):
         assert f" {what}" in told

@@ -10,7 +10,7 @@ from torchmetrics.functional.retrieval import retrieval_precision
 from mlip.transfer.alignment import large_retrieval
 from mlip.transfer.alignment.large_retrieval import (
     class_precision,
-    first_right_ranks,
+    ranks_both_ways,
     top_candidates,
     whole_retrieval,
 )
@@ -32,9 +32,12 @@ def test_chunks_give_the_ranks_of_the_whole_matrix(_small_chunks: None) -> None:
     c[20] = c[3]  # a tie
     pair_c = np.arange(53) % 20  # several right answers
     pair_q = np.arange(40) % 20
-    ranks, right = first_right_ranks(q, c, pair_q, pair_c)
-    np.testing.assert_array_equal(ranks, first_right_rank((q @ c.T).numpy(), pair_q, pair_c))
-    np.testing.assert_array_equal(right, (pair_q[:, None] == pair_c[None]).sum(axis=1))
+    scores, same = (q @ c.T).numpy(), pair_q[:, None] == pair_c[None]
+    images, texts = ranks_both_ways(q, c, pair_q, pair_c)
+    np.testing.assert_array_equal(images.rank, first_right_rank(scores, pair_q, pair_c))
+    np.testing.assert_array_equal(texts.rank, first_right_rank(scores.T, pair_c, pair_q))
+    np.testing.assert_array_equal(images.right, same.sum(axis=1))
+    np.testing.assert_array_equal(texts.right, same.sum(axis=0))
     order = np.argsort(-(q @ c.T).numpy(), axis=1, kind="stable")[:, :9]
     np.testing.assert_array_equal(top_candidates(q, c, 9), order)
 
@@ -49,8 +52,44 @@ def test_chunks_are_exact_where_most_scores_are_tied(_small_chunks: None) -> Non
         order = np.argsort(-scores, axis=1, kind="stable")[:, :most]
         np.testing.assert_array_equal(top_candidates(q, c, most), order)
     pair_q, pair_c = np.arange(40) % 7, np.arange(300) % 7
-    ranks, _ = first_right_ranks(q, c, pair_q, pair_c)
-    np.testing.assert_array_equal(ranks, first_right_rank(scores, pair_q, pair_c))
+    images, texts = ranks_both_ways(q, c, pair_q, pair_c)
+    np.testing.assert_array_equal(images.rank, first_right_rank(scores, pair_q, pair_c))
+    np.testing.assert_array_equal(texts.rank, first_right_rank(scores.T, pair_c, pair_q))
+
+
+def test_single_pairs_beside_shared_ones_and_rows_without_a_right_answer(
+    _small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most pairs are of one image and one text; a few are shared, and a few have no partner."""
+    monkeypatch.setattr(large_retrieval, "CHUNK_BYTES", 96)  # several slices of every kind
+    q, c = _unit(40, 1), _unit(53, 2)
+    made = np.random.default_rng(0)
+    pair_q, pair_c = made.permutation(40), made.permutation(53)
+    pair_q[:9], pair_c[:11] = 7, 7
+    pair_q[30:33] = [100, 101, 102]
+    images, texts = ranks_both_ways(q, c, pair_q, pair_c)
+    for found, scores, own, other in (
+        (images, (q @ c.T).numpy(), pair_q, pair_c),
+        (texts, (c @ q.T).numpy(), pair_c, pair_q),
+    ):
+        known = np.isin(own, other)
+        assert 0 < known.sum() < len(own)
+        np.testing.assert_array_equal(
+            found.rank[known], first_right_rank(scores[known], own[known], other)
+        )
+        assert (found.rank[~known] == len(other) + 1).all() and (found.right[~known] == 0).all()
+
+
+def test_scores_that_float32_does_not_tell_apart_are_ties() -> None:
+    """Two texts of different pairs that say the same: neither image has its own one first."""
+    made = _unit(2, 3)
+    q = torch.cat([made[:1], made])
+    c = torch.cat([made[:1], made[:1] * (1 - 5e-7), made[1:]])
+    images, texts = ranks_both_ways(q, c, np.arange(3), np.arange(3))
+    assert images.rank.tolist() == texts.rank.tolist() == [2, 2, 1]
+    c[1] = made[0] * (1 - 1e-5)
+    images, _ = ranks_both_ways(q, c, np.arange(3), np.arange(3))
+    assert images.rank.tolist() == [1, 2, 1]
 
 
 def test_the_whole_pool_equals_one_pool_of_all_rows() -> None:
@@ -91,14 +130,14 @@ def test_class_precision_equals_torchmetrics_and_names_what_is_missing() -> None
     assert found["classes"]["b"]["candidates"] == 20
 
 
-def test_broken_embeddings_and_missing_answers_are_errors() -> None:
+def test_broken_embeddings_are_errors() -> None:
     q = _unit(4, 7)
     broken = q.clone()
     broken[1, 1] = torch.nan
-    with pytest.raises(ValueError, match="query embeddings hold NaN"):
-        first_right_ranks(broken, q, np.arange(4), np.arange(4))
-    with pytest.raises(ValueError, match="no right answer"):
-        first_right_ranks(q, q, np.arange(4), np.arange(4) + 1)
+    with pytest.raises(ValueError, match="image embeddings hold NaN"):
+        ranks_both_ways(broken, q, np.arange(4), np.arange(4))
+    with pytest.raises(ValueError, match="text embeddings hold NaN"):
+        ranks_both_ways(q, broken, np.arange(4), np.arange(4))
 
 
 def test_memory_does_not_grow_with_all_pairs() -> None:
