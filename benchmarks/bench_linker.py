@@ -4,6 +4,7 @@
     python benchmarks/bench_linker.py test --out FILE   # the other half: scored once
     python benchmarks/bench_linker.py states            # own sentences, the sealed half apart
     python benchmarks/bench_linker.py labels            # what `mlip label` says of the other half
+    python benchmarks/bench_linker.py read              # the same against reports read by hand
     python benchmarks/bench_linker.py speed [--forms 500000]
 
 The reports (CC BY-NC-ND) are read from --reports and never printed. A report belongs to a half by
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import environment
 from benchmarks.intervals import share, with_interval
 from benchmarks.linker_labels import label_scores
+from benchmarks.linker_read import read_scores
 from benchmarks.linker_reports import (
     REPORTS,
     Finding,
@@ -224,7 +226,7 @@ def states(linker: Linker, table: ConceptTable) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("half", choices=("dev", "test", "states", "labels", "speed"))
+    parser.add_argument("half", choices=("dev", "test", "states", "labels", "read", "speed"))
     parser.add_argument("--reports", type=Path, default=REPORTS)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--forms", type=int, default=0, help="speed with this many made-up terms")
@@ -251,6 +253,8 @@ def main() -> None:
     elif arguments.half == "labels":
         sealed = [r for r in reports if r.is_test]
         result["labels"] = label_scores(sealed, linker, read_findings(table))
+    elif arguments.half == "read":
+        result["read"] = read_scores(reports, linker)
     else:
         chosen = dev if arguments.half == "dev" else [r for r in reports if r.is_test]
         result["half"] = arguments.half
