@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from mlip.knowledge import scope
 from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.events import KINDS
 from mlip.knowledge.lexicon_text import LEXICON_DIR, expand, read_text
 from mlip.knowledge.plain_letters import plain
 from mlip.strict_yaml import read_yaml
@@ -57,11 +57,9 @@ def checked_cues(content: Any, path: str | Path) -> Cues:
     """
     if not isinstance(content, dict) or not content:
         raise LexiconError(f"{path}: expected a mapping of kinds of cue to lists of texts")
-    unknown = sorted(set(map(str, content)) - set(scope.KINDS))
+    unknown = sorted(set(map(str, content)) - set(KINDS))
     if unknown:
-        raise LexiconError(
-            f"{path}: unknown kind of cue {unknown[0]!r}; known: {', '.join(scope.KINDS)}"
-        )
+        raise LexiconError(f"{path}: unknown kind of cue {unknown[0]!r}; known: {', '.join(KINDS)}")
     cues = {}
     for kind, lines in content.items():
         if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):

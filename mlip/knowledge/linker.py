@@ -19,7 +19,7 @@ from mlip.knowledge import scope
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
-from mlip.knowledge.scope import FLAG, Entry, State
+from mlip.knowledge.events import FLAG, Entry, Event, Found, Part, State
 
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
@@ -88,17 +88,18 @@ class Linker:
         for row, concept in enumerate(table):
             for form in concept.surface_forms:
                 owners.setdefault(self.key(form), row)
-        parts: dict[str, list[tuple[int, int]]] = {}
-        self._rules: list[tuple[int, int]] = []
+        parts: dict[str, list[Part]] = {}
+        used = 0  # slots of terms written apart
         for row, concept in enumerate(table):
             for form in concept.excludes:
                 flags.setdefault(self.key(form.lower()), 0)
             for term in concept.apart:
-                for slot, forms in enumerate(term):
+                slots = range(used, used + len(term))
+                used += len(term)
+                for slot, forms in zip(slots, term, strict=True):
+                    part = Part(slot, tuple(s for s in slots if s != slot), slots[-1], row)
                     for form in forms:
-                        key = self.key(form.lower())
-                        parts.setdefault(key, []).append((len(self._rules), slot))
-                self._rules.append((row, len(term)))
+                        parts.setdefault(self.key(form.lower()), []).append(part)
         width = self._codes.width
         for key, row in owners.items():
             # "healed fracture" is also the part "fracture" where one concept owns both
@@ -118,21 +119,41 @@ class Linker:
                 heads = [owners.get(key[:cut], -1) for cut in range(width, len(key), width)]
                 if any(row >= 0 and types[row] == "anatomy" for row in heads):
                     flags[key] = flags.get(key, 0) | FLAG["be"]
+        normals: dict[str, list[int]] = {}  # anatomy -> statements that it is as it should be
+        for row, concept in enumerate(table):
+            if types[row] == "normal":
+                for relation, place in concept.relations:
+                    if relation == "located_in":
+                        normals.setdefault(place, []).append(row)
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         for key in dict.fromkeys((*flags, *owners, *parts)):
             row = owners.get(key, -1)
             kind = types[row] if row >= 0 else ""
+            side = self._subject_side(key, owners, types) if kind == "normal" else 0
             entry = Entry(
                 length=len(key) // width,
-                flags=flags.get(key, 0),
+                flags=flags.get(key, 0) | (FLAG["normal"] if side else 0),
                 concept=row,
                 fixed=kind in ("anatomy", "normal"),
                 resets=kind == "normal",
                 device=kind == "device",
                 parts=tuple(parts.get(key, ())),
+                normals=tuple(normals.get(self._ids[row], ())) if row >= 0 else (),
+                subject_side=side,
             )
             self._automaton.add_word(key, entry)
         self._automaton.make_automaton()
+
+    def _subject_side(self, key: str, owners: dict[str, int], types: list[str]) -> int:
+        """-1 where a normal statement begins with its anatomy ("heart size is normal"), 1 where it
+        ends with it ("normal heart size"), else 0."""
+        width = self._codes.width
+        for side in (-1, 1):
+            for cut in range(width, len(key), width):
+                row = owners.get(key[:cut] if side < 0 else key[cut:], -1)
+                if row >= 0 and types[row] == "anatomy":
+                    return side
+        return 0
 
     def link(self, text: str) -> list[Mention]:
         """Every mention in order of its start; the same list in every process.
@@ -151,9 +172,9 @@ class Linker:
         codes, width = self._codes, self._codes.width
         coded = "".join(map(codes.__getitem__, pieces))
         ends = list(accumulate(map(len, pieces)))
-        rules, ids = self._rules, self._ids
-        found: list[scope.Found] = []
-        events: list[scope.Event] = []
+        ids = self._ids
+        found: list[Found] = []
+        events: list[Event] = []
         decide = header_end = 0  # a blank line right behind a heading does not end its section
         counts = True
         for last, entry in self._automaton.iter_long(coded):
@@ -166,7 +187,7 @@ class Linker:
                         continue  # a decimal point
                 if events:
                     if counts:
-                        found += scope.resolve(events, rules, decide != 0, end - entry[0], pieces)
+                        found += scope.resolve(events, decide != 0, end - entry[0], pieces)
                     events = []
                     decide = 0
                 if flags & scope.SECTION_REPORT:
@@ -183,7 +204,7 @@ class Linker:
                 decide |= flags & scope.DECIDING
                 events.append((end - entry[0], end, entry))
         if events and counts:
-            found += scope.resolve(events, rules, decide != 0, len(pieces), pieces)
+            found += scope.resolve(events, decide != 0, len(pieces), pieces)
         found.sort()
         # a NamedTuple's own __new__ costs three times tuple's
         silent, make = self._silent, tuple.__new__
@@ -199,7 +220,7 @@ class Linker:
             mentions.append(make(Mention, (ids[row], begin, stop, state)))
         return mentions
 
-    def _below_heading(self, found: list[scope.Found], k: int, text: str, ends: list[int]) -> State:
+    def _below_heading(self, found: list[Found], k: int, text: str, ends: list[int]) -> State:
         """The state of mention k, a heading such as "pneumothorax:": that of the first mention of
         the same concept, or of one right below it, in the sentence behind it."""
         concept = self._ids[found[k][2]]

@@ -17,6 +17,10 @@ _NORMAL = {
     "normal_heart_size": ("cardiomegaly",),
     "normal_mediastinum": ("wide_mediastinum",),
     "clear_lungs": ("lung_opacity",),
+    "normal_bones": ("fracture",),
+    "normal_pleura": ("pleural_effusion",),
+    "normal_trachea": ("tracheal_deviation",),
+    "normal_vessels": ("vascular_congestion",),
 }
 _RANK: dict[State, int] = {"present": 2, "uncertain": 1, "absent": 0}
 

@@ -7,48 +7,19 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 from __future__ import annotations
 
 from itertools import takewhile
-from typing import Final, Literal, NamedTuple
 
-State = Literal["present", "absent", "uncertain"]
-PRESENT: Final = "present"
-ABSENT: Final = "absent"
-UNCERTAIN: Final = "uncertain"
-KINDS = (
-    "negation_before",
-    "not",
-    "negation_after",
-    "negation_after_one",
-    "neutral",
-    "uncertain_before",
-    "uncertain_list",
-    "uncertain_after",
-    "doubt",
-    "doubt_one",
-    "answer",
-    "minus",
-    "plus",
-    "leading",
-    "removal",
-    "alternative",
-    "clause",
-    "be",
-    "seen",
-    "positive",
-    "strong",
-    "weak",
-    "predicate",
-    "fault",
-    "article",
-    "comma",
-    "and",
-    "or",
-    "with",
-    "sentence",
-    "question",
-    "section_report",
-    "section_other",
+from mlip.knowledge.events import (
+    ABSENT,
+    FLAG,
+    PRESENT,
+    UNCERTAIN,
+    Entry,
+    Event,
+    Found,
+    State,
 )
-FLAG = {kind: 1 << bit for bit, kind in enumerate(KINDS)}
+from mlip.knowledge.normal_lists import normal_statements
+
 _NEG, _NOT = FLAG["negation_before"], FLAG["not"]
 _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
 _UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
@@ -61,7 +32,8 @@ _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["posi
 _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
 _PREDICATE = FLAG["predicate"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
-_QUESTION = FLAG["question"]
+_QUESTION, _NORMAL = FLAG["question"], FLAG["normal"]
+_DENIED_CLAUSE, _CHANGE = FLAG["denied_clause"], FLAG["change"]
 SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
@@ -70,56 +42,34 @@ DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN
 _ACTS = DECIDING | _FAULT | _SEEN | _BE
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
-_STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN
+_STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
 # megabyte without a stop would cost the square of its length: it is judged in pieces.
 _MAX_EVENTS = 200
 _MAX_GAP = 12  # words and signs over which a term may be written apart
 
 
-class Entry(NamedTuple):
-    """What one surface form can mean; several at once where forms coincide."""
-
-    length: int  # words and signs
-    flags: int  # FLAG of every kind of cue it is
-    concept: int  # row of the table, -1 = none
-    fixed: bool  # anatomy and normal statements: present whatever stands around them
-    resets: bool  # normal statements end the reach of a cue before them
-    device: bool  # a fault of it denied leaves it there
-    parts: tuple[tuple[int, int], ...]  # (rule, slot) of terms written apart
-
-
-Event = tuple[int, int, Entry]
-Found = tuple[int, int, int, State]  # first piece, piece behind the last, concept row, state
-
-
-def resolve(
-    events: list[Event],
-    rules: list[tuple[int, int]],
-    decide: bool,
-    stop: int,
-    words: list[str],
-) -> list[Found]:
+def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> list[Found]:
     """Mentions of a sentence with their state; `decide` False = no deciding cue is in it.
 
-    rules: (concept row, number of slots) of each term written apart
     stop: the piece behind the sentence's last
     words: every piece of the text, a word or a sign with the blanks behind it
     """
     if len(events) > _MAX_EVENTS:
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
-        return [
-            mention for piece in pieces for mention in resolve(piece, rules, decide, stop, words)
-        ]
+        return [mention for piece in pieces for mention in resolve(piece, decide, stop, words)]
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
     state: State = PRESENT
+    said: State
     single = False  # the negation reaches one term, not a list
     listing = False  # the hedge reaches over a list of commas
     leads = False  # a sign speaks of what follows, as the first one of the sentence did
+    that = False  # the negation is of a clause: "no evidence that ..."
+    normal: list[Found] = []  # statements on a list of anatomy; no cue changes them
     closed = False  # a verb came after a term since the cue: the next comma ends its reach
     since = 0  # entries of found when the cue came
-    parts: dict[tuple[int, int], tuple[int, int, int]] = {}
+    parts: dict[int, tuple[int, int]] = {}  # first and last piece of what fills a slot
     for i, (start, end, entry) in enumerate(events):
         flags = entry.flags
         if flags and decide:
@@ -142,7 +92,7 @@ def resolve(
                 _look_back(events, i, found, owner, words, ABSENT, False)
                 closed = True
             elif flags & _SIGN:
-                said: State = ABSENT if flags & _MINUS else PRESENT
+                said = ABSENT if flags & _MINUS else PRESENT
                 leads = leads or flags & _LEADING != 0
                 if leads:
                     state, closed, single, since = said, False, True, len(found)
@@ -151,6 +101,7 @@ def resolve(
                     state = PRESENT
             elif flags & _NEG:
                 state, closed, single, since = ABSENT, False, False, len(found)
+                that = flags & _DENIED_CLAUSE != 0
             elif flags & _NOT:
                 state, closed, single, since = ABSENT, False, True, len(found)
             elif flags & _UNC and end == stop and i and _is_colon(words, start - 1):
@@ -161,7 +112,9 @@ def resolve(
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _OR)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_AFTER | _AFTER_ONE):
-                _look_back(events, i, found, owner, words, ABSENT, bool(flags & _AFTER_ONE))
+                # "no evidence that the effusion has resolved"
+                said = PRESENT if that and state == ABSENT else ABSENT
+                _look_back(events, i, found, owner, words, said, bool(flags & _AFTER_ONE))
                 closed = True
             elif flags & _UNC_AFTER:
                 _look_back(events, i, found, owner, words, UNCERTAIN, False)
@@ -189,27 +142,34 @@ def resolve(
                 else:
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_SEEN | _BE):
+                if flags & _CHANGE and that and state == ABSENT:
+                    _look_back(events, i, found, owner, words, PRESENT, False)
                 closed = len(found) > since
-        if entry.concept >= 0:
+        if flags & _NORMAL:
+            stated = normal_statements(events, i, stop, words)
+            normal += stated
+            if stated and entry.concept < 0:
+                state, closed = PRESENT, False
+                parts.clear()
+        if entry.concept >= 0 and not (flags & _FAULT and _is_of_device(events, i)):
             if entry.resets:
                 state, closed = PRESENT, False
             found.append((start, end, entry.concept, PRESENT if entry.fixed else state))
             owner.append(i)
         if entry.parts:
-            for rule, slot in entry.parts:
-                row, slots = rules[rule]
-                parts[rule, slot] = (start, end, i)
-                first = last = (start, end, i)
-                for k in range(slots):
-                    other = parts.get((rule, k))
+            here = (start, end)
+            for slot, others, last_slot, row in entry.parts:
+                parts[slot] = first = last = here
+                for other_slot in others:
+                    other = parts.get(other_slot)
                     if other is None or end - other[0] > _MAX_GAP:
                         break
                     first, last = min(first, other), max(last, other)
                 else:
                     found.append((first[0], last[1], row, state))
                     owner.append(i)
-                    del parts[rule, slots - 1]
-    return found
+                    del parts[last_slot]
+    return found + normal if normal else found
 
 
 def _list_goes_on(
@@ -326,9 +286,14 @@ def _doubts_what_follows(events: list[Event], i: int) -> bool:
     return i == 0 or events[i - 1][2].flags & (_COMMA | _AND | _OR | _WITH | _CLAUSE) != 0
 
 
+def _is_of_device(events: list[Event], i: int) -> bool:
+    """Whether event i stands right behind a device: a fractured catheter is no fracture."""
+    return i > 0 and events[i - 1][1] == events[i][0] and events[i - 1][2].device
+
+
 def _give_device(events: list[Event], i: int, found: list[Found], state: State) -> None:
     """Give the state to the device that the word of event i stands right behind."""
-    if i and events[i - 1][1] == events[i][0] and events[i - 1][2].device:
+    if _is_of_device(events, i):
         found[-1] = (*found[-1][:3], state)
 
 

@@ -149,7 +149,7 @@ def test_build_merges_a_table_that_can_be_used_as_a_lexicon(tmp_path, capsys):
     assert call("build", "--csv", str(own), "--out", str(out)) == 0
     printed = capsys.readouterr().out
     assert "fingerprint" in printed
-    assert "  lexicon: 293 concepts\n" in printed
+    assert "  lexicon: 296 concepts\n" in printed
     assert "csv: 2 concepts, 1 joined to earlier ones by a code or an id: fluid" in printed
     table = load_concepts(out)
     assert "mysign" in table and "zebra fluid" in table["pleural_effusion"].synonyms

@@ -209,6 +209,11 @@ ON_PURPOSE = {
     ("uncertain_after", "uncertain_before"),  # cannot exclude
     ("positive", "seen"),  # again seen
     ("predicate", "strong"),  # tortuous
+    ("negation_after", "normal"),  # within normal limits
+    ("negation_after_one", "normal"),  # is normal
+    ("normal", "strong"),  # normal, intact
+    ("be", "change"),  # has increased
+    ("denied_clause", "negation_before"),  # no evidence that
 }
 
 

@@ -42,7 +42,7 @@ CASES = {
         **{"Lung Opacity": A, "Consolidation": A, "Lung Lesion": P, "No Finding": A}
     },
     "Cardiomediastinal silhouette within normal limits.": {
-        **{"Enlarged Cardiomediastinum": A, "No Finding": P}
+        **{"Cardiomegaly": A, "Enlarged Cardiomediastinum": A, "No Finding": P}
     },
     "Heart size is not normal.": {"No Finding": P},
     "No acute cardiopulmonary disease.": {"No Finding": P},

@@ -1,0 +1,79 @@
+"""What a sentence consists of for the rules of assertion: kinds of cue, entries, events.
+
+What does not live here: the rules (scope.py, normal_lists.py) and the words (lexicon/).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+State = Literal["present", "absent", "uncertain"]
+PRESENT: Final = "present"
+ABSENT: Final = "absent"
+UNCERTAIN: Final = "uncertain"
+KINDS = (
+    "negation_before",
+    "not",
+    "negation_after",
+    "negation_after_one",
+    "neutral",
+    "uncertain_before",
+    "uncertain_list",
+    "uncertain_after",
+    "doubt",
+    "doubt_one",
+    "answer",
+    "minus",
+    "plus",
+    "leading",
+    "removal",
+    "alternative",
+    "clause",
+    "be",
+    "seen",
+    "positive",
+    "strong",
+    "weak",
+    "predicate",
+    "fault",
+    "normal",
+    "denied_clause",
+    "change",
+    "article",
+    "comma",
+    "and",
+    "or",
+    "with",
+    "sentence",
+    "question",
+    "section_report",
+    "section_other",
+)
+FLAG = {kind: 1 << bit for bit, kind in enumerate(KINDS)}
+
+
+class Part(NamedTuple):
+    """One slot of a term written apart; slots are numbered over all terms."""
+
+    slot: int
+    others: tuple[int, ...]  # the other slots of its term
+    last: int  # the term's last slot, which one finding uses up
+    concept: int  # row of the table
+
+
+class Entry(NamedTuple):
+    """What one surface form can mean; several at once where forms coincide."""
+
+    length: int  # words and signs
+    flags: int  # FLAG of every kind of cue it is
+    concept: int  # row of the table, -1 = none
+    fixed: bool  # anatomy and normal statements: present whatever stands around them
+    resets: bool  # normal statements end the reach of a cue before them
+    device: bool  # a fault of it denied leaves it there
+    parts: tuple[Part, ...]  # slots of terms written apart that it can fill
+    normals: tuple[int, ...]  # rows of the statements that this anatomy is as it should be
+    subject_side: int  # of such a statement: -1 = its anatomy comes first, 1 = last, 0 = no such
+
+
+Event = tuple[int, int, Entry]
+Found = tuple[int, int, int, State]  # first piece, piece behind the last, concept row, state

@@ -1,0 +1,132 @@
+"""Lists of anatomy that one predicate or adjective says to be as it should be.
+
+"Heart size and mediastinal contours are within normal limits" states both, as does "normal heart
+size and mediastinal contours". What does not live here: the state of findings (scope.py).
+"""
+
+from __future__ import annotations
+
+from mlip.knowledge.events import FLAG, PRESENT, Event, Found
+
+_COMMA, _AND, _ARTICLE = FLAG["comma"], FLAG["and"], FLAG["article"]
+_WITH = FLAG["with"]
+_JOINT = _COMMA | _AND | FLAG["or"]
+_CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["positive"] | FLAG["normal"]
+_CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
+_GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
+_UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
+_STATEMENT_ENDS = ".;:!?\n\x03"
+
+
+def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) -> list[Found]:
+    """The normal statements of event i, a predicate or a statement itself, on a list beside it.
+
+    stop: the piece behind the sentence's last
+    words: every piece of the text, a word or a sign with the blanks behind it
+    """
+    start, end, entry = events[i]
+    side = entry.subject_side
+    if side:  # mostly alone: nothing is listed beside it
+        beside = i + side
+        if not 0 <= beside < len(events) or not events[beside][2].flags & (_JOINT | _ARTICLE):
+            return []
+    if side > 0:
+        return [
+            (start, last, row, PRESENT)
+            for _, last, item in _listed_behind(events, i, stop, words)
+            for row in item.normals
+        ]
+    if not side and i + 1 < len(events):
+        following = events[i + 1]
+        if following[0] == end and following[2].concept >= 0:
+            # an adjective of what follows: "normal cardiomediastinal silhouette"
+            listed = _listed_behind(events, i + 1, stop, words)
+            alone = _is_closed(events, i + 1, stop, _GOES_ON | _JOINT | _WITH)
+            own = [following] if listed or alone else []
+            return [
+                (start, last, row, PRESENT)
+                for _, last, item in own + listed
+                for row in item.normals
+            ]
+    return [
+        (first, end, row, PRESENT)
+        for first, _, item in _listed_before(events, i, words)
+        for row in item.normals
+    ]
+
+
+def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]:
+    """The items of the list that ends at event i; the own subject of a statement is none of them.
+
+    A list counts where it begins a statement; one that may be the tail of something else ("opacity
+    in the lungs, heart and mediastinum normal") from its first comma on.
+    """
+    j, edge = i - 1, events[i][0]  # edge: first piece of what was read last
+    needs_joint = events[i][2].subject_side != 0
+    if not needs_joint and edge and words[edge - 1][0] == ":":
+        edge -= 1  # "heart: normal"
+    items: list[Event] = []
+    behind_comma = 0  # items that stand behind the comma read last
+    while True:
+        if needs_joint:
+            if j >= 0 and events[j][1] == edge and events[j][2].flags & _ARTICLE:
+                j, edge = j - 1, events[j][0]
+            before = j
+            while j >= 0 and events[j][1] == edge and events[j][2].flags & _JOINT:
+                if events[j][2].flags & _COMMA:
+                    behind_comma = len(items)
+                j, edge = j - 1, events[j][0]
+            if j == before:
+                break
+        needs_joint = True
+        gap = edge - (events[j][1] if j >= 0 else 0)
+        if j >= 0 and not gap and events[j][2].concept >= 0 and not events[j][2].resets:
+            items.append(events[j])
+            j, edge = j - 1, events[j][0]
+        elif 0 < gap <= _UNKNOWN and all(word[0].isalnum() for word in words[edge - gap : edge]):
+            if j >= 0 and not events[j][2].flags & (_JOINT | _ARTICLE):
+                break
+            edge -= gap
+        else:
+            break
+    begins = not edge or words[edge - 1][0] in _STATEMENT_ENDS
+    begins = begins or j >= 0 and events[j][1] == edge and events[j][2].flags & _CLOSED != 0
+    return items if begins else items[:behind_comma]
+
+
+def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> list[Event]:
+    """The items of the list that goes on behind event i up to its last "and"."""
+    edge = events[i][1]
+    items: list[Event] = []
+    closed = 0  # items up to the last one behind "and"
+    j = i + 1
+    while j < len(events) and events[j][0] == edge and events[j][2].flags & _JOINT:
+        is_and = False
+        while j < len(events) and events[j][0] == edge and events[j][2].flags & (_JOINT | _ARTICLE):
+            is_and = is_and or events[j][2].flags & _AND != 0
+            j, edge = j + 1, events[j][1]
+        if j == len(events):
+            break
+        start, end, entry = events[j]
+        if start == edge and entry.concept >= 0 and not entry.resets:
+            items.append(events[j])
+            j, edge = j + 1, end
+            if is_and:
+                closed = len(items)
+        elif 0 < start - edge <= _UNKNOWN and entry.flags & _JOINT:
+            if not all(word[0].isalnum() for word in words[edge:start]):
+                break
+            edge = start
+        else:
+            break
+    if closed and _is_closed(events, events.index(items[closed - 1]), stop, _GOES_ON):
+        return items[:closed]
+    return []  # "normal heart size and mediastinum is widened"
+
+
+def _is_closed(events: list[Event], i: int, stop: int, flags: int) -> bool:
+    """Whether the sentence ends behind event i, or a cue of these kinds stands right behind it."""
+    end = events[i][1]
+    if end == stop:
+        return True
+    return i + 1 < len(events) and events[i + 1][0] == end and events[i + 1][2].flags & flags != 0

@@ -1,0 +1,180 @@
+"""What says that anatomy is as it should be, alone or in a list, and what changes are denied.
+
+Oracle: labels written by hand before the rules, sentences of our own. P present, A absent,
+U uncertain, - not mentioned; the concept's first mention counts.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from mlip.knowledge.linker import default_linker, link
+from mlip.knowledge.report_labels import ReportLabels, chexpert_names
+
+LETTER = {"present": "P", "absent": "A", "uncertain": "U"}
+HEART, MEDIASTINUM = "normal_heart_size=P", "normal_mediastinum=P"
+BOTH = f"{HEART} {MEDIASTINUM}"
+SENTENCES = {
+    "a list before one predicate": f"""
+        Heart size and mediastinal contours are within normal limits. | {BOTH}
+        The heart size and mediastinal silhouette appear normal. | {BOTH}
+        Cardiac and mediastinal silhouettes are unremarkable. | {BOTH}
+        The heart and the mediastinum remain normal. | {BOTH}
+        The cardiomediastinal silhouette is within normal limits. | {BOTH}
+        Cardiomediastinal contours are grossly unremarkable. | {BOTH}
+        The cardiomediastinal silhouette is normal in size and contour. | {BOTH}
+        Normal cardiomediastinal silhouette. | {BOTH}
+        The heart, lungs and pleura are normal. | {HEART} clear_lungs=P normal_pleura=P
+        Pulmonary vascularity and heart size normal. | normal_vessels=P {HEART}
+        Heart size, mediastinal contour, and pulmonary vasculature within normal limits. | {BOTH}
+        The heart, pulmonary arteries and mediastinum are within normal limits. | {BOTH}
+        Cardiomediastinal silhouette and vasculature are within normal limits. | {BOTH}
+        Cardiomediastinal silhouette is stable and within normal limits. | {BOTH} stable=-
+        Heart and mediastinum of normal size and contour. | {BOTH}
+        The cardiac silhouette and mediastinum size are normal. | {BOTH}
+        Heart, lungs, bony structures and visualized abdomen are normal. | {HEART} normal_bones=P
+        Osseous structures and soft tissues are normal. | normal_bones=P
+        Ribs and thoracic spine are intact. | normal_bones=P
+        No effusion, heart and mediastinum are normal. | pleural_effusion=A {BOTH}
+        Heart size and vascular engorgement within normal limits. | vascular_congestion=A {HEART}
+    """,
+    "a list behind one adjective": f"""
+        Normal heart size and mediastinal contours. | {BOTH}
+        Normal heart size, mediastinum and pulmonary vasculature. | {BOTH} normal_vessels=P
+        Normal heart size and mediastinum without effusion. | {BOTH} pleural_effusion=A
+        Normal size and configuration of the cardiac silhouette. | {HEART}
+    """,
+    "a subject in other words": f"""
+        The lungs are unremarkable. | clear_lungs=P
+        Lungs otherwise appear clear. | clear_lungs=P
+        Heart size is now normal. | {HEART}
+        Heart: normal. | {HEART}
+        Lungs: Clear. Mediastinum: unremarkable. | clear_lungs=P {MEDIASTINUM}
+        Heart size upper limits normal. | {HEART}
+        The heart is on the upper limits of normal. | {HEART}
+        The thoracic spine appears intact. | normal_bones=P
+        The costophrenic angles and lungs are clear. | normal_pleura=P clear_lungs=P
+    """,
+    "an adjective in other places": f"""
+        Normal and stable cardiomediastinal contours. | {BOTH}
+        Cardiomediastinal contour stable and within normal limits. | {BOTH}
+        Unremarkable heart and clear pleural spaces. | {HEART} normal_pleura=P
+        Normal lung volumes. | clear_lungs=-
+        Rib cage and soft tissues grossly unremarkable. | normal_bones=P
+        Osseous structures of the thorax are without acute abnormality. | normal_bones=P acute=-
+        No acute bony or soft tissue abnormality. | normal_bones=P
+    """,
+    "suspicious is an adjective of what is there or denied": """
+        No effusion, suspicious opacity, or pneumothorax. | lung_opacity=A pneumothorax=A
+        No suspicious nodules. | lung_nodule=A
+        A suspicious nodule at the apex. | lung_nodule=P
+        Opacity suspicious for pneumonia. | lung_opacity=P pneumonia=U
+    """,
+    "not of the list": """
+        Lungs hazy, heart normal. | clear_lungs=- normal_heart_size=P
+        The heart is enlarged, mediastinum normal. | cardiomegaly=P normal_heart_size=-
+        Heart size mildly enlarged, pulmonary vascularity normal. | normal_heart_size=-
+        Heart generous and mediastinum normal. | normal_heart_size=-
+        Scarring in both lungs, heart size normal. | clear_lungs=- normal_heart_size=P
+        Opacity in the lungs, heart and mediastinum normal. | clear_lungs=- normal_heart_size=P
+        Widening of the mediastinum and the heart is normal. | normal_mediastinum=-
+        Normal heart size and mediastinum stable. | normal_mediastinum=-
+        Normal heart size and lungs with opacities. | clear_lungs=- lung_opacity=P
+        Normal heart size, lungs with scattered nodules. | clear_lungs=-
+        Normal heart size and mediastinum is widened. | normal_mediastinum=- wide_mediastinum=P
+        The left lung is clear, the heart is normal. | clear_lungs=- normal_heart_size=P
+        Heart and mediastinum are not normal. | normal_heart_size=- normal_mediastinum=-
+        Heart and mediastinum are probably normal. | normal_heart_size=- normal_mediastinum=-
+        The lungs are not clear. | clear_lungs=-
+        Heart and mediastinum are normal, aorta enlarged. | cardiomegaly=- dilated_aorta=P
+        The lungs are clear of opacities. | clear_lungs=- lung_opacity=A
+        The lungs remain grossly clear of infiltrate or edema. | infiltrate=A pulmonary_edema=A
+    """,
+    "too full of air, but clear": """
+        The lungs are hyperinflated but clear. | hyperinflation=P clear_lungs=P
+        Lungs hyperexpanded but otherwise clear. | hyperinflation=P clear_lungs=P
+        Hypoinflated but grossly clear lungs. | low_lung_volumes=P clear_lungs=P
+        Lungs are hyperexpanded but clear of edema or mass. | hyperinflation=P lung_mass=A
+        Lungs are mildly hypoinflated but clear of infiltrate. | low_lung_volumes=P infiltrate=A
+        Lungs are clear but hyperinflated. | hyperinflation=P clear_lungs=P
+    """,
+    "a denied change is no denial": """
+        No evidence that the effusion has increased. | pleural_effusion=P
+        There is no evidence that the nodules have grown. | lung_nodule=P
+        No indication that the pneumothorax has resolved. | pneumothorax=P
+        No sign that the opacity has progressed. | lung_opacity=P
+        The effusion has not increased. | pleural_effusion=P
+        The nodule has not grown. | lung_nodule=P
+        The opacities have not significantly progressed. | lung_opacity=P
+        The pneumothorax is not increased. | pneumothorax=P
+        No evidence that the patient has pneumonia. | pneumonia=A
+        No evidence that there is an effusion. | pleural_effusion=A
+        The effusion has resolved. | pleural_effusion=A
+        No pneumothorax, the effusion has increased. | pneumothorax=A pleural_effusion=P
+    """,
+    "whitened lungs": """
+        The left base is opacified. | lung_opacity=P
+        The right hemithorax is completely opacified. | lung_opacity=P
+        Opacified left lung. | lung_opacity=P
+        The bases are not opacified. | lung_opacity=A
+    """,
+    "older ones": """
+        The main pulmonary artery is enlarged. | dilated_pulmonary_artery=P
+        The pulmonary arteries are not enlarged. | dilated_pulmonary_artery=A
+        The minor fissure is thickened. | fissure_thickening=P
+        Normal mediastinal fat. | mediastinal_lipomatosis=-
+        Mediastinal fat is unremarkable. | mediastinal_lipomatosis=-
+        Abundant mediastinal fat. | mediastinal_lipomatosis=P
+        Diffuse axonal injury (DAI) after a fall. | defibrillator=-
+        DAI. | defibrillator=P
+        Situs inversus. | dextrocardia=P
+        Normal situs. | dextrocardia=-
+        Abdominal situs inversus without dextrocardia. | dextrocardia=A
+    """,
+}
+LABELS = {
+    "Heart size and mediastinal contours are within normal limits.": {
+        "Cardiomegaly": "A",
+        "Enlarged Cardiomediastinum": "A",
+    },
+    "The cardiomediastinal silhouette is normal.": {
+        "Cardiomegaly": "A",
+        "Enlarged Cardiomediastinum": "A",
+    },
+    "The mediastinum is unremarkable.": {"Enlarged Cardiomediastinum": "A"},
+    "The trachea is midline.": {},
+    "The lungs are well aerated.": {},
+    "Bony structures are intact.": {"Fracture": "A"},
+    "No acute bony abnormality. Old rib fracture.": {"Fracture": "P"},
+    "Costophrenic angles are sharp.": {"Pleural Effusion": "A"},
+    "No infiltrate.": {"Lung Opacity": "A"},
+    "An infectious process is possible.": {"Pneumonia": "U"},
+    "Infiltrate at the left base.": {"Lung Opacity": "P"},
+    "Central venous catheter fracture at the clavicle.": {"Support Devices": "P"},
+}
+
+
+@pytest.mark.parametrize("row", SENTENCES)
+def test_states_of_sentences(row: str) -> None:
+    for line in filter(None, map(str.strip, SENTENCES[row].splitlines())):
+        text, _, labels = line.rpartition(" | ")
+        found: dict[str, str] = {}
+        for mention in link(text):
+            found.setdefault(mention.concept_id, LETTER[mention.state])
+        wanted = dict(label.split("=") for label in labels.split())
+        assert {name: found.get(name, "-") for name in wanted} == wanted, text
+
+
+def test_labels_of_normal_statements() -> None:
+    linker = default_linker()
+    labels = ReportLabels(linker, [n for n in chexpert_names(linker.table) if n != "No Finding"])
+    for text, wanted in LABELS.items():
+        said = {name: LETTER[state] for name, state in labels.states(text).items()}
+        assert said == wanted, text
+
+
+def test_a_normal_statement_spans_its_subject_and_its_predicate() -> None:
+    text = "No edema. Heart size and mediastinal contours are within normal limits."
+    spans = {m.concept_id: text[m.start : m.end] for m in link(text)}
+    assert spans["normal_heart_size"] == text[10:-1]
+    assert spans["normal_mediastinum"] == "mediastinal contours are within normal limits"
