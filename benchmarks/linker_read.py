@@ -1,9 +1,9 @@
 """What `mlip label` says of reports that were read by hand: found, denied and doubted apart.
 
 MeSH indexing knows what is there, not what a report denies. 150 reports of the development half and
-drawn by a seed, were read and each of CheXpert's labels written down as
-P stated, A denied, U doubted or nothing (linker_read.csv: ids and letters, no text), before the
-linker saw them. How they were read: docs/knowledge.md.
+100 of the test half, drawn by a seed, were read, and of each of CheXpert's labels was written down
+whether the text states (P), denies (A) or doubts (U) it or says nothing, before the linker saw the
+report (linker_read.csv: ids and letters, no text). How they were read: docs/knowledge.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlip.knowledge.linker import Linker
 from mlip.knowledge.report_labels import ReportLabels
 
 READ = Path(__file__).with_name("linker_read.csv")
-DRAWS = {"dev": (150, 28)}  # reports, seed
+DRAWS = {"dev": (150, 28), "test": (100, 29)}  # reports, seed
 STATES = {"present": "P", "absent": "A", "uncertain": "U"}
 NO_FINDING, DEVICES = "No Finding", "Support Devices"
 
