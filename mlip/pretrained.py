@@ -196,16 +196,9 @@ def from_pretrained(
              `lexicon` cannot be read
     """
     folder = Path(folder)
-    described = _read_settings(folder)
+    read_settings(folder)  # what is none of our folders is told so, not that it lacks a list
     check_sums(folder)
-    config = read_config(described["config"], folder / SETTINGS)
-    # settings of a stranger: they name no source here, and must not open the network for one
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
-    own = folder / KEPT
-    given = lexicon or (str(own) if own.is_file() else config.knowledge.lexicon)
-    table = load_concepts(given)
-    check_concepts(folder, table, described["fingerprints"].get("concept_table"), given)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    described, config, tokenizer, table = open_inputs(folder, lexicon=lexicon)
     try:
         weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -216,7 +209,25 @@ def from_pretrained(
     return Pretrained(model, config, tokenizer, table, Linker(table), facts, origin=origin)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def open_inputs(
+    folder: Path, *, lexicon: str | None = None
+) -> tuple[dict[str, Any], Config, ReportTokenizer, ConceptTable]:
+    """What a folder holds beside weights: content of config.json, settings, vocabulary, concepts.
+
+    Raises:  as from_pretrained, but no file is held against SHA256SUMS
+    """
+    described = read_settings(folder)
+    config = read_config(described["config"], folder / SETTINGS)
+    # settings of a stranger: they name no source here, and must not open the network for one
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, offline=True))
+    own = folder / KEPT
+    given = lexicon or (str(own) if own.is_file() else config.knowledge.lexicon)
+    table = load_concepts(given)
+    check_concepts(folder, table, described["fingerprints"].get("concept_table"), given)
+    return described, config, load_tokenizer(folder / "tokenizer"), table
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ What is in them is mlip/pretrained.py's.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mlip.output_file import file_sha256
@@ -32,12 +33,39 @@ def require_free(folder: Path) -> None:
             f"{folder}: expected no folder, an empty one or an earlier export; it is or holds "
             f"other files ({other}), so nothing was written; name another folder"
         )
+    _require_own_card(folder, sums)
+
+
+def _require_own_card(folder: Path, sums: dict[str, str]) -> None:
     card = folder / CARD
     if CARD in sums and card.is_file() and file_sha256(card) != sums[CARD]:
         raise PretrainedError(
             f"{card}: was changed after the export and would be lost, so nothing was written; "
             "move it to another place, or name another folder"
         )
+
+
+def put_into(written: Path, folder: Path) -> None:
+    """Move the files of an export into a folder that may hold others, which stay.
+
+    Until the list of hashes comes, as the last file, the folder is no export.
+    Raises:  PretrainedError for a card that somebody has gone on with
+    """
+    earlier = _sums(folder) if (folder / SUMS).is_file() else {}
+    _require_own_card(folder, earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMS).unlink(missing_ok=True)
+    new = [p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file()]
+    for name in earlier.keys() - set(new):  # an ONNX graph of other weights, for instance
+        if _is_inside(name):
+            (folder / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: (name == SUMS, name)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.replace(written / name, folder / name)
+
+
+def _is_inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def write_sums(folder: Path) -> None:
@@ -47,16 +75,21 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def check_sums(folder: Path) -> None:
-    """Raises:  PretrainedError where a listed file is missing or another, the card apart."""
+def check_sums(folder: Path, *, weights: bool = True) -> None:
+    """Raises:  PretrainedError where a listed file is missing or another, the card apart.
+
+    weights  False leaves them out, whose hash takes longest, for what reads none
+    """
     sums = _sums(folder)
     for name in (WEIGHTS, SETTINGS):
         if name not in sums:
             raise PretrainedError(f"{folder / SUMS}: does not list {name}; copy the folder again")
     for name, expected in sums.items():
         path = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not _is_inside(name):
             raise PretrainedError(f"{folder / SUMS}: names a file outside: {name!r}")
+        if name == WEIGHTS and not weights:
+            continue
         if name == CARD:  # for people: who hands the model on may change it or leave it out
             continue
         if not path.is_file():

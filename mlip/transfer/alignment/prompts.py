@@ -105,6 +105,23 @@ def make_text_batch(
     )
 
 
+def make_worded_batch(
+    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool = False, first: int = 0
+) -> TextBatch:
+    """make_text_batch of texts that each have a word.
+
+    Raises:  TextError as make_text_batch, and for a text without one.
+    """
+    batch = make_text_batch(texts, encoder, cut=cut, first=first)
+    empty = (~batch.content_mask.any(dim=1)).nonzero()
+    if len(empty):
+        place = int(empty[0])
+        named = named_phrase(texts[place], first + place)
+        named = f"report {first + place + 1}" if cut else named
+        raise TextError(f"{named} is empty: expected words", first + place)
+    return batch
+
+
 def phrase_encoder(config: Config, tokenizer: Any, linker: Any, table: Any) -> ReportEncoder:
     """The encoder of training for texts that are met once."""
     return ReportEncoder(
@@ -140,12 +157,6 @@ def encode_prompts(
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk, before = texts[start : start + TEXTS_AT_ONCE], first + start
-        batch = make_text_batch(chunk, encoder, cut=cut, first=before)
-        empty = (~batch.content_mask.any(dim=1)).nonzero()
-        if len(empty):
-            place = int(empty[0])
-            named = named_phrase(chunk[place], before + place)
-            named = f"report {before + place + 1}" if cut else named
-            raise TextError(f"{named} is empty: expected words", before + place)
+        batch = make_worded_batch(chunk, encoder, cut=cut, first=before)
         parts.append(encode_texts(model, batch, device=device))
     return join_texts(parts)

@@ -54,20 +54,36 @@ def read_image(path: Path) -> Array:
     """
     real = path.resolve()
     try:
-        content = read_bytes(str(real.parent), real.name)
-        grey = decode_grey(content, read_header(content))
+        return decode_image(read_bytes(str(real.parent), real.name), f"image {path}")
     except BadSample as error:
-        raise ImageFileError(
-            f"image {path}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
-        ) from error
+        raise _unusable(f"image {path}", error) from error
     except DataError:
         raise ImageFileError(f"image {path}: there is no such folder") from None
+
+
+def decode_image(content: bytes, named: str) -> Array:
+    """Grey pixels as read_image, of the content of a file that errors call `named`."""
+    try:
+        grey = decode_grey(content, read_header(content))
+    except BadSample as error:
+        raise _unusable(named, error) from error
+    require_light(grey, named)
+    return grey
+
+
+def _unusable(named: str, error: BadSample) -> ImageFileError:
+    return ImageFileError(
+        f"{named}: {error}; expected a whole JPEG, PNG or single-frame DICOM file"
+    )
+
+
+def require_light(grey: Array, named: str) -> None:
+    """Raises:  ImageFileError for a picture of more than 8 bits that is nearly black."""
     if is_too_dark(grey):
         raise ImageFileError(
-            f"image {path}: too_dark: no pixel reaches an eighth of white, so the model would see "
+            f"{named}: too_dark: no pixel reaches an eighth of white, so the model would see "
             "black; scale the values of a 16-bit file to 0 to 65535 (12 bits: times 16)"
         )
-    return grey
 
 
 def model_input(grey: Array, config: Config) -> Tensor:
@@ -150,12 +166,18 @@ def encode_texts(opened: Any, texts: Iterable[str], *, first: int = 0) -> TextBa
              of a word or character that the checkpoint's vocabulary knows; ValueError for what is
              no text, or a model in training mode.
     """
-    texts = _listed(texts, "texts", str)
-    if (place := _first_unknown(opened, texts)) is not None:
-        named = named_phrase(texts[place], first + place)
-        raise TextError(f"{named} {_UNKNOWN}", first + place)
-    warn_of_unknown_words(opened.tokenizer, texts, first=first)
+    texts = known_phrases(opened.tokenizer, texts, first=first)
     return _encode(opened, texts, cut=False, first=first)
+
+
+def known_phrases(tokenizer: Any, texts: Iterable[str], *, first: int = 0) -> list[str]:
+    """The phrases as a list; for errors and the line of the log see encode_texts."""
+    listed = _listed(texts, "texts", str)
+    if (place := _first_unknown(tokenizer, listed)) is not None:
+        named = named_phrase(listed[place], first + place)
+        raise TextError(f"{named} {_UNKNOWN}", first + place)
+    warn_of_unknown_words(tokenizer, listed, first=first)
+    return listed
 
 
 def encode_reports(opened: Any, reports: Iterable[str]) -> TextBank:
@@ -165,20 +187,25 @@ def encode_reports(opened: Any, reports: Iterable[str]) -> TextBank:
     Raises:  ValueError as encode_texts, but for length and of those sections, and for RTF; it
              quotes no report.
     """
-    reports = _listed(reports, "texts", str)
-    if (place := next((i for i, report in enumerate(reports) if is_rtf(report)), None)) is not None:
-        raise ValueError(f"report {place + 1} is RTF, which is not read: export plain text")
-    sections = opened.config.data.sections
-    chosen = [choose_sections(without_markup(report), sections) or "" for report in reports]
-    if (place := _first_unknown(opened, chosen)) is not None:
-        raise ValueError(f"report {place + 1} {_UNKNOWN}")
+    chosen = read_sections(opened.tokenizer, reports, opened.config.data.sections)
     return _encode(opened, chosen, cut=True)
 
 
-def _first_unknown(opened: Any, texts: list[str]) -> int | None:
+def read_sections(tokenizer: Any, reports: Iterable[str], sections: str) -> list[str]:
+    """What training reads of each report; for errors see encode_reports."""
+    listed = _listed(reports, "texts", str)
+    if (place := next((i for i, report in enumerate(listed) if is_rtf(report)), None)) is not None:
+        raise ValueError(f"report {place + 1} is RTF, which is not read: export plain text")
+    chosen = [choose_sections(without_markup(report), sections) or "" for report in listed]
+    if (place := _first_unknown(tokenizer, chosen)) is not None:
+        raise ValueError(f"report {place + 1} {_UNKNOWN}")
+    return chosen
+
+
+def _first_unknown(tokenizer: Any, texts: list[str]) -> int | None:
     """Place of the first text of unknown tokens only: all such texts are the same to the model."""
-    unknown = opened.tokenizer.unk_id
-    coded = opened.tokenizer.encode_batch(texts)
+    unknown = tokenizer.unk_id
+    coded = tokenizer.encode_batch(texts)
     return next((i for i, one in enumerate(coded) if set(one.ids) == {unknown}), None)
 
 
