@@ -35,6 +35,7 @@ _SHAPE = {
     "hidden_size": "width",
 }
 _NOT_RECORDED = Markup("not recorded")
+_FURTHER = Markup(": trained further in transformers; the settings here are its first weights'")
 _MOST_CHARACTERS = 80  # of a name: twice the longest of a public data set
 # a reference shows the character and begins neither Markdown, HTML nor a link
 _MARKS = re.compile(r"(?<=www)\.|[^\w ,()%.+-]|_")
@@ -92,7 +93,9 @@ def _context(described: Mapping[str, Any], contract: Mapping[str, Any]) -> dict[
             yaml.safe_dump(_front_matter(described, is_generated), sort_keys=False)
         ),
         "facts": {key: facts.get(key) for key in ("step", "pairs_seen")},
-        "unfinished": _unfinished(facts.get("step"), settings, origin),
+        "unfinished": _FURTHER
+        if facts.get("further") == "transformers"
+        else _unfinished(facts.get("step"), settings, origin),
         "peak_lr": peak_lr(settings),
         "average": ", here their average over the training"
         if facts.get("weights") == "ema"
