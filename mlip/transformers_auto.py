@@ -156,7 +156,7 @@ class MLIPForTransformers(PreTrainedModel):
         Shapes:  as in mlip.batch.Batch; padding on the right
         pair_id  [B] int64 of the loss: equal = same study or text, never each other's negatives
         Returns: loss over the pairs of all ranks (torch.distributed): InfoNCE of the global head
-                 and of the local score, with the run's two weights
+                 and of the local score (of kind=mgca the first alone), with the run's weights
         Raises:  ValueError where one side or, for a loss, the mentions are missing
         """
         if pixel_values is None or input_ids is None:

@@ -25,6 +25,7 @@ from mlip.dataloading.dicom import write_radiograph
 from mlip.kernels.info_nce import ClipLoss
 from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint, save_pretrained
+from mlip.pretrained_folder import write_sums
 from mlip.pretrained_model import Pretrained
 from mlip.transfer.films.own_inputs import ImageFileError, model_input, read_image
 from mlip.transformers_inputs import grey_pixels
@@ -229,13 +230,17 @@ def test_what_it_saves_is_an_export_again(model: Any, processor: Any, tmp_path: 
 
 def test_changed_weights_are_saved_in_float32_beside_other_files(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small_export(), tmp_path / "model"))
+    graph = folder / "image.onnx"  # of the weights that go
+    graph.write_text("graph")
+    (folder / "SHA256SUMS").unlink()
+    write_sums(folder)
     (folder / "optimizer.pt").write_text("of a trainer")
     model = AutoModel.from_pretrained(folder, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         model.mlip.scales.stored["log_scale"].fill_(2.0)
     model.save_pretrained(folder)
-    assert (folder / "optimizer.pt").read_text() == "of a trainer"
+    assert (folder / "optimizer.pt").read_text() == "of a trainer" and not graph.exists()
     opened = open_checkpoint(folder)
     assert opened.model.scales.logit_scale().item() == pytest.approx(np.exp(2.0))
     assert opened.facts == {"further": "transformers", "checkpoint": str(folder)}
