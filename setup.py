@@ -57,7 +57,10 @@ setup(
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],  # mlip export --onnx
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
         # torchmetrics 1.6: the first with dice_score
-        "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"],
+        "dev": [
+            *("pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
+            "accelerate>=1.1",  # what transformers.Trainer asks for
+        ],
     },
     entry_points={"console_scripts": ["mlip = mlip.cli:main"]},
 )
