@@ -372,7 +372,6 @@ def test_steps_of_a_loop_of_ones_own_lower_the_loss(processor: Any) -> None:
 
 
 def test_transformers_trainer_trains_saves_and_resumes(processor: Any, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
     rows = [{"film": f, "report": r} for f, r in zip(films(8), reports(8), strict=True)]
