@@ -53,6 +53,7 @@ from mlip.transfer.fingerprint import (
     versions,
 )
 from mlip.transfer.results_file import save_results
+from mlip.transfer.trained_on import Training
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -167,6 +168,7 @@ def evaluate(config: Config, corpus: Corpus) -> None:
         device=distributed.device(),
         run=opened.facts,
         prototypes=opened.prototypes,
+        training=Training.of(opened),
     )
     save_results(results, folder / "results.json")
     print(f"report: {write_report(folder, results)}")

@@ -193,7 +193,7 @@ def load_manifest(data: Data) -> Manifest:
             check_identifiers(table[field], wanted[field] or "", path)
     patient_key = _keyed(patient, fingerprint)
     _check_no_blank(patient, "patient_id", columns.patient_id, path)
-    split = _splits(table.pop("split", None), patient, columns.split, path)
+    split = split_codes(table.pop("split", None), patient, columns.split, path)
     _check_patients(patient_key, split, patient, path, salt)
     # columns leave the table as they are used up
     if columns.report is None:
@@ -283,9 +283,13 @@ def _check_unique(image: pa.ChunkedArray, image_id: pa.ChunkedArray | None, path
             )
 
 
-def _splits(
+def split_codes(
     column: pa.ChunkedArray | None, patient: pa.ChunkedArray, name: str | None, path: Path
 ) -> NDArray[np.int8]:
+    """Index into SPLITS of every row, NO_SPLIT where blank; without a column by the patient's hash.
+
+    Raises:  ManifestError for another name than those of SPLIT_OF.
+    """
     if column is None:
         # the plain hash of the id: the same patients fall in the same split in every manifest
         draw = mix(hash_bytes(patient), np.uint64(0)).astype(np.float64) / 2.0**64

@@ -27,6 +27,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
+    from mlip.transfer.trained_on import Training
 
     config = read_settings(options.settings)
     device = pick_device(options.device)
@@ -49,6 +50,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         device=device,
         run=opened.facts,
         prototypes=opened.prototypes,
+        training=Training.of(opened),
     )
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)

@@ -273,6 +273,8 @@ class Evaluate:
     bootstrap: int = 500  # resamples by patient behind each interval
     checkpoint: str | None = None  # None = run.dir's best on val, else newest
     weights: Literal["trained", "ema"] = "trained"  # "ema": the average of train.ema_decay
+    # manifests of the checkpoint's training, and of those before it: is a scored patient in them?
+    trained_on: tuple[str, ...] = ()
     examples: int = 6  # pictures in the report
     subset: str | None = None  # only rows of this subset (transfer.columns.subset), as 5x200
     exclusive: bool = False  # exactly one label is true of an image: accuracy by the best score

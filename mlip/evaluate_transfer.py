@@ -17,6 +17,7 @@ from mlip.transfer.fingerprint import hash_of, image_preprocessing
 from mlip.transfer.fits.protocol import transfer_run
 from mlip.transfer.results_file import save_results
 from mlip.transfer.table import table_lines
+from mlip.transfer.trained_on import Training
 
 SEED = "{seed}"
 
@@ -27,9 +28,13 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
     Raises:  ConfigError where a checkpoint is needed and none is named; PretrainedError where it
              was trained on pixels prepared in another way.
     """
-    config, vision, facts = open_vision(config, device)
+    config, vision, facts, trainings = open_vision(config, device)
     results = transfer_run(
-        config, load_manifest(config.data), vision, facts=facts, device=device, say=print
+        *(config, load_manifest(config.data), vision),
+        facts=facts,
+        trainings=trainings,
+        device=device,
+        say=print,
     )
     saved = save_results(results, folder / "results.json")  # before what is drawn from them
     page = write_transfer_page(folder, results)
@@ -37,15 +42,16 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
     return results
 
 
-def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any]]:
-    """(settings with the checkpoint's tower, its encoder by seed or None, facts of its training).
+def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any], list[Training]]:
+    """(settings with the checkpoint's tower, its encoder by seed or None, facts of its training,
+    what it was trained on).
 
     "{seed}" in the checkpoint's path stands for each of transfer.seeds: pre-trainings of their own.
     """
     start, where = config.transfer.start, config.evaluate.checkpoint
     seeds = config.transfer.seeds
     if start == "imagenet" or (start == "random" and where is None):
-        return config, None, {}
+        return config, None, {}, []
     if where is None:
         raise ConfigError(
             "transfer.start=checkpoint: say which one with checkpoint=DIR, or set transfer.start "
@@ -69,7 +75,8 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
     facts = dict(first.facts) if start == "checkpoint" else {}
     if facts and SEED in str(where):
         facts["checkpoint"] = str(where)
-    return towers, {seed: own.model.vision for seed, own in opened.items()}, facts
+    trainings = [Training.of(own) for own in opened.values()] if start == "checkpoint" else []
+    return towers, {seed: own.model.vision for seed, own in opened.items()}, facts, trainings
 
 
 def _design(opened: Pretrained) -> Vision:

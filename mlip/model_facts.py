@@ -207,6 +207,8 @@ def _scores(results: Mapping[str, Any], public: frozenset[str]) -> dict[str, Any
         "grounding": _grounding(results["grounding"]),
     }
     kept["data"]["is_phantom"] = bool(data["is_phantom"])
+    if (seen := data.get("trained_on") or {}).get("manifests"):
+        kept["data"]["trained_on"] = {k: int(seen[k]) for k in ("films", "patients")}
     if "rows_in_split" in data:  # not in results of earlier versions
         kept["data"]["rows_in_split"] = int(data["rows_in_split"])
     evaluate = results["config"]["evaluate"]

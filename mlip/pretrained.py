@@ -178,7 +178,7 @@ def _standalone(config: Config, model: MLIPModel) -> Config:
             config.knowledge, vectors=Path(config.knowledge.vectors).name, cache_dir=None
         ),
         train=dataclasses.replace(config.train, start=None),
-        evaluate=dataclasses.replace(config.evaluate, checkpoint=None),
+        evaluate=dataclasses.replace(config.evaluate, checkpoint=None, trained_on=()),
     )
 
 

@@ -32,7 +32,10 @@ _TRANSFER_USES = (
 )
 _TRANSFER_SHARED = tuple(
     f"mlip.transfer.{name}"
-    for name in ("features", "fingerprint", "feature_store", "frames", "draws", "png_text", "truth")
+    for name in (
+        *("features", "fingerprint", "feature_store", "frames", "draws", "png_text", "trained_on"),
+        "truth",
+    )
 )
 _TRANSFER_PARTS = {
     "truth": (),

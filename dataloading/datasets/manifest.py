@@ -27,7 +27,7 @@ from mlip.dataloading.manifest import SPLIT_OF
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
 # field -> column names tried in this order where the user gives none
-_USUAL = {
+USUAL = {
     "image": ("image", "image_path", "path", "Path", "file", "filename", "dicom_path"),
     "patient_id": ("patient_id", "subject_id", "PatientID", "patient"),
     "study_id": ("study_id", "StudyInstanceUID", "study"),
@@ -54,7 +54,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     # a header's blanks are no part of the usual names: "image, patient_id"
     plain = {name.strip(): name for name in reversed(names)}
     wanted: dict[str, str] = {}
-    for field, usual in _USUAL.items():
+    for field, usual in USUAL.items():
         given = options[field]
         if given == "none":
             continue
@@ -205,7 +205,7 @@ DATASET = Dataset(
         "file": ("", "manifest file; empty = manifest.csv, .parquet or .jsonl in the root"),
         **{
             field: ("", f"column of {field}; empty = a usual name, none = no such column")
-            for field in _USUAL
+            for field in USUAL
         },
         "report": (
             "",

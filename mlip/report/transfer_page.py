@@ -25,7 +25,7 @@ from mlip.report.charts import (
 from mlip.report.page import dotted, render_page, write_page
 from mlip.report.pictures import decode_png, picture_uri
 from mlip.report.subgroups import subgroup_context
-from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text
+from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text, seen_text
 
 SUBGROUP_SCORES = {
     "auroc": "AUROC",
@@ -51,6 +51,7 @@ def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
 
 def render_transfer(results: Mapping[str, Any]) -> str:
     task, last = results["task"], results["fractions"][-1]
+    test = results["data"]["splits"]["test"]
     context = {
         "title": results["run"]["name"],
         "meta": _meta(results),
@@ -87,6 +88,9 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         ],
         "splits": results["data"]["splits"],
         "unreadable": results["data"]["unreadable"],
+        "trained_on": seen_text(
+            results["data"].get("trained_on"), test["images"], test["patients"]
+        ),
         "unused": {k: n for k, n in results["data"].get("unused", {}).items() if n},
         "settings": [
             (key, _shown(value)) for key, value in dotted(results["config"]["transfer"]).items()

@@ -15,6 +15,7 @@ from mlip.dataloading.table import ManifestError
 from mlip.transfer.alignment.chosen_rows import choose_rows
 from mlip.transfer.alignment.label_prompts import lexicon_prompts
 from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.trained_on import find_seen
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file
 from mlip.transfer.truth.finding_boxes import load_boxes
@@ -27,7 +28,8 @@ _SIZED_ROWS = 512
 
 
 def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any) -> None:
-    """Reads what evaluation reads beside images and reports: columns, the subset, boxes.csv.
+    """Reads what evaluation reads beside images and reports: columns, the subset, boxes.csv, tables
+    of evaluate.trained_on.
 
     Warns where labels are there and none names a concept: zero-shot would have nothing to score.
     Raises:  ManifestError or ValueError as evaluate_run, which does all of it again; ManifestError
@@ -47,6 +49,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
         drawn = _in_box_file(manifest, rows)
     load_boxes(config, manifest, drawn[:_SIZED_ROWS])
     read_groupings(config, manifest, chosen)
+    find_seen(config, manifest, [])
     if manifest.label_column is not None and phantom_meta(manifest) is None:
         names = label_names(manifest, chosen)
         # thresholds are chosen on val; a finding stated in two ways is refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlip.transfer.table import classes_text, subgroup_lines
+from mlip.transfer.table import classes_text, seen_text, subgroup_lines
 
 RATE_TITLES = {
     "f1": "F1 at val thresholds",
@@ -33,6 +33,8 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     if bad := data.get("unreadable"):
         told = ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items()))
         lines.append(f"left out, cannot be read: {told}")
+    if told := seen_text(data.get("trained_on"), data["images"], data["patients"]):
+        lines.append(told)
     zero_shot = results["zero_shot"]
     if "reason" in zero_shot:
         lines.append(f"zero-shot   n/a: {zero_shot['reason']}")

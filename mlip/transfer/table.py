@@ -100,6 +100,9 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
         f"{seeds_text(results)}; test: {test['images']} images of "
         f"{test['patients']} patients; 95 % intervals over patients"
     ]
+    seen = results["data"].get("trained_on")
+    if told := seen_text(seen, test["images"], test["patients"]):
+        lines.append(told)
     for fraction in results["fractions"]:
         fits = fraction["fits"]
         images = sorted({fit["rows"] for fit in fits})
@@ -109,6 +112,35 @@ def table_lines(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {name:38s} {interval_text(estimate)}")
     # of the most labels alone: three fractions of every group are no lines that anybody reads
     return lines + subgroup_lines(results["fractions"][-1]["scores"].get("subgroups", ()))
+
+
+def seen_text(found: Mapping[str, Any] | None, images: int, patients: int) -> str:
+    """One sentence for terminal and page; "" of results that say nothing of it.
+
+    images, patients  that were scored
+    """
+    if found is None:
+        return ""
+    if not found["manifests"]:
+        why = found["unknown"]
+        return f"whether it was trained on these patients is not known: {why}" if why else ""
+    seen, alone = found["patients"], found["patients_by_id_alone"]
+    by = f"compared by {', '.join(found['compared'])}"
+    text = f"none of these patients found in training ({by})"
+    if seen:
+        text = (
+            f"TRAINED ON: the model has been trained on films of {seen:,} of these {patients:,} "
+            f"patients, {found['films']:,} of these {images:,} images among them ({by}): the "
+            "scores are not of patients that it has never seen"
+        )
+    if alone:
+        text += (
+            f"; {alone:,} patients have the id of a patient in training, in a table that has no "
+            "film in common: where both number the same patients, they are trained on too"
+        )
+    if found["unknown"]:
+        text += f"; of the rest of its training nothing is known: {found['unknown']}"
+    return text
 
 
 def subgroup_lines(

@@ -45,6 +45,7 @@ from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, ver
 from mlip.transfer.measures.mark_subgroups import mark_subgroups
 from mlip.transfer.measures.predictions import Series, of_marks, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
 from mlip.transfer.truth.finding_masks import load_masks
@@ -64,11 +65,13 @@ def evaluate_run(
     device: torch.device | str = "cpu",
     run: Mapping[str, Any] | None = None,
     prototypes: Tensor | None = None,
+    training: Training | None = None,
 ) -> dict[str, Any]:
     """Every score of the model on config.evaluate.split.
 
     run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
     prototypes  [C, D] of the category level, where the checkpoint holds them
+    training    what the checkpoint tells of the rows that it was trained on
     Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
              "prototypes", "pairs", "fingerprints", "versions", "config", "examples",
              "predictions"}; a task that
@@ -83,7 +86,7 @@ def evaluate_run(
     model.eval()
     try:
         rows, results = _evaluate(
-            *(model, config, manifest, tokenizer, linker, table, device), prototypes=prototypes
+            *(model, config, manifest, tokenizer, linker, table, device, prototypes, training)
         )
     finally:
         model.train(was_training)
@@ -173,12 +176,14 @@ def _evaluate(
     table: Any,
     device: torch.device,
     prototypes: Tensor | None,
+    training: Training | None,
 ) -> tuple[Array, dict[str, Any]]:
     """(manifest rows that were scored, results)"""
     check_labels(config, manifest)
     in_split = rows_in_split(config, manifest)
     rows = some_of(in_split, config)
     read_groupings(config, manifest, rows)  # refused before the images are encoded
+    seen = find_seen(config, manifest, [training] if training else [])
     # as well, where a file tells of boxes outside their images
     boxes = finding_boxes.load_boxes(config, manifest, rows.tolist())
     images, reports, beside, unreadable = encode_split(
@@ -232,6 +237,7 @@ def _evaluate(
             "unreadable": unreadable,
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
+            "trained_on": seen.of(images.row_index),
         },
         "zero_shot": zero_shot,
         "retrieval": retrieval_run(

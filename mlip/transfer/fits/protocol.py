@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from mlip.transfer.fits.segmentation import Segmentation
 from mlip.transfer.frames import Images, crop_of, frame_of
 from mlip.transfer.measures.predictions import Series, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer_settings import at_fraction
 
@@ -52,6 +53,7 @@ def transfer_run(
     vision: VisionEncoder | Mapping[int, VisionEncoder] | None,
     *,
     facts: Mapping[str, Any] | None = None,
+    trainings: Sequence[Training] = (),
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def transfer_run(
     vision   the checkpoint's encoder, or one for each of transfer.seeds where every seed has a
              pre-training of its own (None: transfer.start is imagenet or random)
     facts    what is known of its training: step, pairs_seen, checkpoint
+    trainings  what the checkpoints tell of the rows that they were trained on
     Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
              fits}], "fingerprints", "versions", "config", "pictures", "predictions"}
     Raises:  ManifestError for data the task cannot use; ValueError for broken features;
@@ -76,7 +79,8 @@ def transfer_run(
         splits, unused = _splits(config, manifest, task, images)
         # refused before hours of fits: columns, and masks and boxes of test
         groupings = read_groupings(config, manifest, splits.test)
-        data = {**_account(manifest, task, splits), "unused": unused}
+        seen = find_seen(config, manifest, trainings).of(splits.test)
+        data = {**_account(manifest, task, splits), "unused": unused, "trained_on": seen}
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)

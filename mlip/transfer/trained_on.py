@@ -1,0 +1,191 @@
+"""Which of the scored films, and whose patients, the model was trained on: counted, never named.
+
+A run keeps no identifier, and its checkpoint less: films are compared with the manifest that it was
+trained on, where that still lies in its place, and with those of evaluate.trained_on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlip.config import Config, Data
+from mlip.dataloading.film_keys import FilmKeys, read_film_keys, usual_columns
+from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.transfer.array import Array
+
+_TRAIN = SPLITS.index("train")
+_SETTING = "evaluate.trained_on=MANIFEST"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a checkpoint tells of the rows that it was trained on."""
+
+    data: Data
+    manifest: str | None  # SHA-256 of data.manifest as it was then
+
+    @classmethod
+    def of(cls, opened: Any) -> Training:
+        """That of a model that mlip.pretrained has opened."""
+        return cls(opened.config.data, opened.origin.get("manifest"))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of each row of a manifest what a model has been trained on.
+
+    film     the film itself; patient: a film of its patient; by_id: a patient of the same id, in a
+             table that has no film in common with this one, so that the id may be another's
+    """
+
+    patient_key: Array
+    film: Array
+    patient: Array
+    by_id: Array
+    manifests: tuple[str, ...]  # SHA-256 of those that were compared
+    compared: tuple[str, ...]
+    unknown: str | None  # why some of the training is not among them
+
+    def of(self, rows: Array) -> dict[str, Any]:
+        """The "trained_on" of results: numbers of these rows alone."""
+        told: dict[str, Any] = {"manifests": list(self.manifests), "unknown": self.unknown}
+        if not self.manifests:
+            return told
+        patient, keys = self.patient[rows], self.patient_key[rows]
+        alone = np.setdiff1d(keys[self.by_id[rows]], keys[patient])
+        return {
+            **told,
+            "compared": list(self.compared),
+            "films": int(self.film[rows].sum()),
+            "films_of_patients": int(patient.sum()),
+            "patients": len(np.unique(keys[patient])),
+            "patients_by_id_alone": len(alone),
+        }
+
+
+def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training]) -> Seen:
+    """What the trainings, and those of evaluate.trained_on, have seen of the manifest's rows.
+
+    manifest  that of config.data
+    Raises:   ManifestError for a table of evaluate.trained_on that cannot be read
+    """
+    tables: dict[str, FilmKeys] = {}
+    for name in config.evaluate.trained_on:
+        columns = usual_columns(Path(name), config.data.columns)
+        keys = read_film_keys(name, columns, splits_by_hash=False)
+        tables[keys.fingerprint] = keys
+    unknown = None
+    for training in trainings:
+        if training.manifest is None or training.manifest in tables:
+            unknown = unknown or (None if training.manifest else _not_kept(tables))
+            continue
+        found = _still_there(training)
+        if isinstance(found, str):
+            unknown = found
+        else:
+            tables[found.fingerprint] = found
+    films = np.zeros((3, len(manifest)), dtype=bool)
+    compared: set[str] = set()
+    if tables:
+        columns = usual_columns(Path(manifest.path), config.data.columns)
+        own = read_film_keys(manifest.path, columns, splits_by_hash=True)
+        for table in tables.values():
+            films |= np.stack(_met(own, table))
+            compared |= _comparable(own, table)
+    film, patient, by_id = films
+    # a film that the training has seen is one of its patient, whatever the ids say
+    patient |= np.isin(manifest.patient_key, manifest.patient_key[film])
+    return Seen(
+        *(manifest.patient_key, film, patient, by_id, tuple(sorted(tables))),
+        compared=tuple(sorted(compared)),
+        unknown=unknown,
+    )
+
+
+def _not_kept(tables: Mapping[str, FilmKeys]) -> str | None:
+    """Of a training that kept no hash: what the user names is all that there is to go by."""
+    return None if tables else f"the checkpoint does not say what it was trained on ({_SETTING})"
+
+
+def _still_there(training: Training) -> FilmKeys | str:
+    """The training's own manifest, or why it cannot be asked."""
+    path, asked = Path(training.data.manifest), str(training.manifest)[:12]
+    told = f"the manifest that it was trained on (SHA-256 {asked})"
+    if not training.data.manifest or not path.is_file():
+        return f"{told} is not at hand ({_SETTING})"
+    try:
+        keys = read_film_keys(path, training.data.columns, splits_by_hash=True)
+    except ManifestError:  # by now another file, of other columns
+        keys = None
+    if keys is None or keys.fingerprint != training.manifest:
+        return f"{told} has changed since ({_SETTING})"
+    return keys
+
+
+def _met(own: FilmKeys, other: FilmKeys) -> tuple[Array, Array, Array]:
+    """(film, patient, by_id) of Seen for one table of a training."""
+    is_train = other.split == _TRAIN
+    if own.fingerprint == other.fingerprint:
+        patient = _is_in(own.patient, other.patient.filter(pa.array(is_train)))
+        return is_train, patient, np.zeros_like(is_train)
+    at = _places(own, other)
+    is_there = at >= 0
+    film = np.zeros(len(own), dtype=bool)
+    for mine, theirs in _pairs(own, other):
+        film |= _is_in(mine, theirs.filter(pa.array(is_train)))
+    train_patients = other.patient.filter(pa.array(is_train))
+    same_id = _is_in(own.patient, train_patients)
+    patient = np.zeros(len(own), dtype=bool)
+    of_train = _is_in(other.patient, train_patients)
+    patient[is_there] = of_train[at[is_there]]
+    if _number_alike(own, other, at):
+        return film, film | patient | same_id, np.zeros_like(film)
+    return film, film | patient, same_id
+
+
+def _number_alike(own: FilmKeys, other: FilmKeys, at: Array) -> bool:
+    """Whether films of both tables have patients of the same ids, which are then the same."""
+    there = np.flatnonzero(at >= 0)
+    if len(there) == 0:
+        return False
+    mine, theirs = own.patient.take(pa.array(there)), other.patient.take(pa.array(at[there]))
+    return bool(2 * pc.sum(pc.equal(mine, theirs)).as_py() > len(there))
+
+
+def _pairs(own: FilmKeys, other: FilmKeys) -> Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]:
+    """What names a film in both: a source of one may be the very file of the other."""
+    files = [(m, t) for m in (own.stored, own.source) for t in (other.stored, other.source)]
+    return [(own.film, other.film), *files]
+
+
+def _places(own: FilmKeys, other: FilmKeys) -> Array:
+    """A row of the other table that is the same film, -1 where there is none."""
+    at = np.full(len(own), -1, dtype=np.int64)
+    for mine, theirs in _pairs(own, other):
+        found = pc.index_in(mine, value_set=theirs.combine_chunks(), skip_nulls=True)
+        place = pc.fill_null(found, -1).to_numpy()
+        at = np.where(at < 0, place, at)
+    return at
+
+
+def _is_in(mine: pa.ChunkedArray, theirs: pa.ChunkedArray) -> Array:
+    return pc.is_in(mine, value_set=theirs.combine_chunks(), skip_nulls=True).to_numpy()
+
+
+def _comparable(own: FilmKeys, other: FilmKeys) -> set[str]:
+    def both(mine: pa.ChunkedArray, theirs: pa.ChunkedArray) -> bool:
+        return mine.null_count < len(mine) and theirs.null_count < len(theirs)
+
+    told = {"patient ids"}
+    if both(own.film, other.film):
+        told.add("image ids")
+    if any(both(*pair) for pair in _pairs(own, other)[1:]):
+        told.add("image files")
+    return told

@@ -1,0 +1,194 @@
+"""Films and patients of an evaluation that its model was trained on, counted by what tables say.
+
+Oracle: tables written here, row by row; no id of theirs may be in what is told.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlip.cli import main
+from mlip.config import Columns, Data, load
+from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.transfer.readiness import check_evaluation
+from mlip.transfer.table import seen_text
+from mlip.transfer.trained_on import Training, find_seen
+from tests.small_run import small_export, small_run
+
+NAMES = "image,patient_id,image_id,split,sha256"
+
+
+def write(path: Path, rows: list[tuple[str, ...]], names: str = NAMES) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([names.split(","), *rows])
+    return path
+
+
+def told(own: Path, trained_on: list[Path], *trainings: Training) -> dict[str, Any]:
+    """What is said of the test rows of a table."""
+    columns = ["data.columns.report=null", "data.columns.study_id=null"]
+    config = load([], [f"data.manifest={own}", *columns, "data.empty_report=image_only"])
+    names = tuple(map(str, trained_on))
+    config = dataclasses.replace(
+        config, evaluate=dataclasses.replace(config.evaluate, trained_on=names)
+    )
+    manifest = load_manifest(config.data)
+    rows = manifest.rows("test", with_report=False)
+    return find_seen(config, manifest, trainings).of(rows)
+
+
+def counts(found: dict[str, Any]) -> tuple[int, int, int, int]:
+    keys = ("films", "films_of_patients", "patients", "patients_by_id_alone")
+    return tuple(found[key] for key in keys)  # type: ignore[return-value]
+
+
+# of three test patients A is in training with the same film, B with another one alone, C with none
+GR = [
+    ("a.png", "A", "f1", "test", "01"),
+    ("a2.png", "A", "f2", "test", "02"),
+    ("b.png", "B", "f3", "test", "03"),
+    ("c.png", "C", "f4", "test", "04"),
+    ("d.png", "D", "f5", "train", "05"),
+]
+PADCHEST = [
+    ("x/1.png", "A", "f1", "train", "91"),
+    ("x/2.png", "B", "g1", "train", "92"),
+    ("x/3.png", "C", "f4", "test", "93"),
+    ("x/4.png", "E", "g2", "train", "94"),
+]
+
+
+def test_a_set_and_its_part_share_patients_by_films_that_both_name(tmp_path: Path) -> None:
+    own = write(tmp_path / "gr" / "manifest.csv", GR)
+    found = told(own, [write(tmp_path / "padchest" / "manifest.csv", PADCHEST)])
+    # both films of A, of which one is itself in training, and that of B; C's is of its test
+    assert counts(found) == (1, 3, 2, 0) and found["unknown"] is None
+    assert found["compared"] == ["image files", "image ids", "patient ids"]
+    text = seen_text(found, 4, 3)
+    assert "TRAINED ON" in text and "films of 2 of these 3 patients, 1 of these 4 images" in text
+    # the training's own splits count, not those of the scored table
+    elsewhere = [(*row[:3], "test", row[4]) for row in PADCHEST]
+    found = told(own, [write(tmp_path / "held" / "manifest.csv", elsewhere)])
+    assert counts(found) == (0, 0, 0, 0) and "none of these patients" in seen_text(found, 4, 3)
+
+
+def test_equal_ids_of_two_sets_without_a_common_film_are_told_as_such(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", [("a.png", "1", "n1", "test", "01")])
+    found = told(own, [write(tmp_path / "nih.csv", [("b.png", "1", "n7", "train", "02")])])
+    assert counts(found) == (0, 0, 0, 1)
+    text = seen_text(found, 1, 1)
+    assert "1 patients have the id of a patient in training" in text and "TRAINED ON" not in text
+
+
+def test_ids_that_were_hashed_anew_are_found_by_files(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    hashed = [("1", "h1", "", "train", "01"), ("2", "h2", "", "test", "03")]
+    hashed += [("3", "h2", "", "train", "77")]
+    found = told(own, [write(tmp_path / "hashed.csv", hashed)])
+    # A by its film; B by one of the training's test, whose patient has another film in training
+    assert counts(found) == (1, 3, 2, 0)
+
+
+def test_the_file_that_prepare_made_two_pictures_of_is_one_film(tmp_path: Path) -> None:
+    tables = []
+    for name, stored, patient, split in (
+        ("own", "aa", "p", "test"),
+        ("training", "bb", "q", "train"),
+    ):
+        path = write(tmp_path / name / "m.csv", [(f"{name}.png", patient, "", split, stored)])
+        index = {"sha256": [stored, "cc"], "source_sha256": ["5e", ""]}
+        pq.write_table(pa.table(index), path.parent / "index.parquet")
+        tables.append(path)
+    assert counts(told(tables[0], tables[1:])) == (1, 1, 1, 0)
+
+
+def test_blank_cells_are_no_common_film(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", [("a.png", "1", "", "test", ""), ("b", "2", " ", "test", "")])
+    other = write(
+        tmp_path / "other.csv", [("c", "1", "", "train", ""), ("d", "9", "", "train", "")]
+    )
+    found = told(own, [other])
+    assert counts(found) == (0, 0, 0, 1) and found["compared"] == ["patient ids"]
+
+
+def test_a_table_without_splits_is_trained_on_whole_and_usual_names_are_found(
+    tmp_path: Path,
+) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "t.csv", [("A", "f1"), ("C", "f4")], "subject_id,dicom_id")
+    assert counts(told(own, [other])) == (2, 3, 2, 0)
+    with pytest.raises(ManifestError, match="patient_id"):
+        told(own, [write(tmp_path / "none.csv", [("1",)], "report")])
+    run = small_run()  # a training refuses it before its first step, not after its last
+    evaluate = dataclasses.replace(run.config.evaluate, trained_on=(str(tmp_path / "gone.csv"),))
+    config = dataclasses.replace(run.config, evaluate=evaluate)
+    with pytest.raises(ManifestError, match="gone.csv: cannot be read"):
+        check_evaluation(config, run.manifest, run.linker, run.table)
+
+
+def training(path: Path, sha256: str | None = None, **columns: Any) -> Training:
+    data = dataclasses.replace(Data(), manifest=str(path), columns=Columns(**columns))
+    known = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    return Training(data, known)
+
+
+def test_the_training_s_own_manifest_is_asked_where_it_still_lies(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "padchest.csv", PADCHEST)
+    run = training(other, image_id="image_id")
+    assert counts(told(own, [], run)) == (1, 3, 2, 0)
+    assert told(own, [other], run)["manifests"] == told(own, [], run)["manifests"]  # once
+    # of the very same table train and test share nobody
+    same = training(own)
+    assert counts(told(own, [], same)) == (0, 0, 0, 0)
+    with other.open("a") as file:
+        file.write("x/5.png,F,g3,train,95\n")
+    changed = dataclasses.replace(run)
+    found = told(own, [], changed)
+    assert found["manifests"] == [] and "has changed since" in found["unknown"]
+    assert "is not known" in seen_text(found, 4, 3)
+    other.unlink()
+    found = told(own, [], run)
+    assert "is not at hand (evaluate.trained_on=MANIFEST)" in found["unknown"]
+    # a table that is not the training's leaves the rest open
+    part = write(tmp_path / "part.csv", PADCHEST[:1])
+    found = told(own, [part], run)
+    assert counts(found) == (1, 2, 1, 0) and "nothing is known" in seen_text(found, 4, 3)
+
+
+def test_an_evaluation_tells_of_patients_in_training_and_names_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run()
+    manifest = run.manifest
+    test = manifest.rows("test")
+    patients = np.unique(manifest.patient.to_numpy(zero_copy_only=False)[test]).tolist()
+    ids = [(patient, "another film") for patient in patients[:2]]
+    trained = write(tmp_path / "trained.csv", ids, "patient_id,image_id")
+    settings = [*run.settings, f"checkpoint={small_export()}", "evaluate.bootstrap=5"]
+    classes = "transfer.classes={pleural_effusion: zero}"
+    probe = ["transfer.task=classification", "transfer.probe=logistic", classes]
+    probe += ["transfer.val_share=0.4", "transfer.fractions=[100]", "transfer.seeds=[1]"]
+    for name, more in (("zero", []), ("probe", probe)):
+        out = tmp_path / name
+        assert main(["evaluate", *settings, *more, "--out", str(out)]) == 0
+        assert "is not known" in capsys.readouterr().out
+        more = [*more, f"evaluate.trained_on=[{trained}]"]
+        assert main(["evaluate", *settings, *more, "--out", str(out)]) == 0
+        assert "2 patients have the id of a patient in training" in capsys.readouterr().out
+        page = (out / "report.html").read_text(encoding="utf-8")
+        results = (out / "results.json").read_text(encoding="utf-8")
+        assert json.loads(results)["data"]["trained_on"]["patients_by_id_alone"] == 2
+        assert "2 patients have the id of a patient in training" in page
+        assert not any(patient in results or patient in page for patient in patients)
