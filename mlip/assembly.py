@@ -5,6 +5,7 @@ Commands take the parts of a trained one from what it kept (pretrained.open_chec
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
 from collections.abc import Callable
@@ -20,10 +21,13 @@ from mlip import distributed
 from mlip.batch import STATES
 from mlip.config import Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
+from mlip.dataloading.image_file import is_too_dark
+from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
 from mlip.dataloading.report_text import clean_report
 from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.samples import SampleReader
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
@@ -49,6 +53,7 @@ _PRESENT = STATES[0]
 _FEW_LINKED = 0.1
 # reports linked to start the prototypes: k-means over more changes the centres little
 _PROTOTYPE_REPORTS = 20_000
+_FILMS = 32  # looked at for their brightness, evenly spaced
 _LANGUAGE_REPORTS = 1_000  # looked at for their language, evenly spaced
 _OTHER_LANGUAGE = (
     0.1  # share of them from which a run warns; of 3,955 English ones none has few known words
@@ -112,8 +117,10 @@ def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
     _check_pairs(manifest)
     table = _open_concepts(config) if start is None else start.table
-    if distributed.is_main() and table.cues is None:
-        _warn_of_language(manifest)
+    if distributed.is_main():
+        _warn_of_dark(config, manifest)
+        if table.cues is None:
+            _warn_of_language(manifest)
     if len(table) > _MANY_CONCEPTS:
         logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
@@ -162,6 +169,33 @@ def _check_pairs(manifest: Manifest) -> None:
             f"manifest {manifest.path}: all {len(rows)} training rows have the same report or "
             "study, so there is nothing to tell apart: check data.columns.report and "
             "data.columns.study_id"
+        )
+
+
+def _warn_of_dark(config: Config, manifest: Manifest) -> None:
+    """Films that an evaluation leaves out as too dark: a training would learn of black pictures.
+
+    Some rows are looked at, and of them pictures of more than 8 bits are decoded, but no DICOM
+    files: what is white in those their header says.
+    """
+    rows = manifest.rows("train")
+    rows = rows[:: -(-len(rows) // _FILMS) or 1]
+    reader = SampleReader(manifest, dataclasses.replace(config.data, verify="none"))
+    dark = 0
+    for row in rows.tolist():
+        try:
+            content, header = reader.read(row, 0)
+            if header.bits > 8 and header.kind != "dicom":
+                dark += is_too_dark(reader.decode(content, header))
+        except BadSample:
+            continue  # the training tells it, film by film
+    if dark:
+        logger.warning(
+            "images: %d of %d training films looked at are nearly black, as 12-bit values in "
+            "16-bit files are; a training takes such films, evaluations leave them out: prepare "
+            "them with --png-white 4095 or own, see docs/datasets.md",
+            dark,
+            len(rows),
         )
 
 

@@ -18,7 +18,7 @@ import pytest
 from mlip import distributed
 from mlip.assembly import build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
-from mlip.dataloading.manifest import ManifestError
+from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.training.lifecycle import DATA, exit_code
 from tests.small_run import SETTINGS
 
@@ -61,6 +61,24 @@ def test_reports_in_another_language_are_counted_at_the_start(
     said = [r.getMessage() for r in caplog.records if "English lexicon" in r.getMessage()]
     assert bool(said) == warned
     assert all("8 of 8 training reports" in line and "Aufnahme" not in line for line in said)
+
+
+@pytest.mark.parametrize("white, warned", [(4095, True), (65535, False)])
+def test_films_that_are_nearly_black_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, white: int, warned: bool
+) -> None:
+    """12-bit values in 16-bit files: the run learned of black pictures and said nothing."""
+    config = settings(tmp_path, [ENGLISH[i % 2].format(i) for i in range(9)])
+    manifest = load_manifest(config.data)
+    rows = manifest.rows("train").tolist()
+    ramp = (np.arange(64, dtype=np.float32).reshape(8, 8) / 63 * white).astype(np.uint16)
+    for row in rows[1:4]:  # others are missing: the training tells of those
+        assert cv2.imwrite(str(Path(manifest.root) / manifest.image_path(row)), ramp)
+    with caplog.at_level(logging.WARNING, logger="mlip"):
+        open_corpus(config)
+    said = [r.getMessage() for r in caplog.records if "nearly black" in r.getMessage()]
+    assert bool(said) == warned
+    assert all("3 of 8 training films" in line and "--png-white 4095" in line for line in said)
 
 
 def test_a_split_without_rows_is_refused_before_anything_is_made(tmp_path: Path) -> None:
