@@ -31,7 +31,7 @@ from mlip.transfer.fits.classification_scores import (
     softmax,
 )
 from mlip.transfer.fits.encoder import Encoder, Start
-from mlip.transfer.fits.fitting import Record, fit, shuffled_batches
+from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
 from mlip.transfer.fits.logistic import fit_logistic
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.measures.interval import patient_resamples
@@ -156,10 +156,12 @@ class Classification:
             """Without gradient, on the centre crop."""
             if is_frozen:
                 return head(self.features(start, encoder, rows).to(self.device)).cpu()
-            parts = [rows[i : i + FEATURES_AT_ONCE] for i in range(0, len(rows), FEATURES_AT_ONCE)]
             still = Crops(self.config, self.images, train=False, seed=0)
             return torch.cat(
-                [head(encoder.pooled(still.batch(p, 0).to(self.device))).cpu() for p in parts]
+                [
+                    head(encoder.pooled(still.batch(part, 0).to(self.device))).cpu()
+                    for part in batches(rows, FEATURES_AT_ONCE)
+                ]
             )
 
         def losses(epoch: int) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from mlip.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fits.boxes import box_iou
 from mlip.transfer.fits.encoder import Encoder, Start
-from mlip.transfer.fits.fitting import Record, fit, shuffled_batches
+from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
 from mlip.transfer.fits.framed_task import FramedTask
 from mlip.transfer.fits.yolo import YoloHead, decode, yolo_loss
 from mlip.transfer.measures.average_precision import (
@@ -117,8 +117,7 @@ class Detection(FramedTask):
                 yield loss_of(predicted(levels), boxes, labels)
 
         def outputs(rows: Array) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
-            for at in range(0, len(rows), transfer.batch):
-                part = rows[at : at + transfer.batch]
+            for part in batches(rows, transfer.batch):
                 with torch.no_grad():
                     levels, boxes, labels = self._inputs(encoder, part, None, seed)
                     raw = predicted(levels)

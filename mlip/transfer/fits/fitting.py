@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer_settings import Transfer
@@ -62,10 +63,21 @@ def shuffled_batches(
     """
     of_pass = math.ceil(len(rows) / size)
     passes = max(1, math.ceil(fewest / of_pass))
+    told, steps = Progress(f"steps of epoch {epoch}"), 0
     for number in range((epoch - 1) * passes + 1, epoch * passes + 1):
         order = np.random.default_rng((seed, number)).permutation(len(rows))
         for start in range(0, len(rows), size):
             yield number, rows[order[start : start + size]]
+            steps += 1
+            told(steps, of_pass * passes)
+
+
+def batches(rows: Array, size: int) -> Iterator[Array]:
+    """The rows in their order; says how far it is."""
+    told = Progress("images predicted")
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+        told(min(start + size, len(rows)), len(rows))
 
 
 def fit(

@@ -12,6 +12,7 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
@@ -36,6 +37,7 @@ def fit_logistic(
 
     models: list[Any] = []
     columns = [None] if exclusive else list(range(targets.shape[1]))
+    told = Progress("logistic fits")
     for k in columns:
         if k is None:
             known, known_val = np.ones(len(x), bool), np.ones(len(x_val), bool)
@@ -47,7 +49,8 @@ def fit_logistic(
             models.append(int(y[0]) if exclusive else None)
             continue
         tried = []
-        for strength in STRENGTHS:
+        for i, strength in enumerate(STRENGTHS):
+            told(len(models) * len(STRENGTHS) + i, len(columns) * len(STRENGTHS))
             model = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS)
             model.fit(scaled(x[known]), y)
             tried.append((_loss(model, scaled(x_val[known_val]), y_val), model))

@@ -20,7 +20,7 @@ from mlip.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fits.decoders import make_decoder
 from mlip.transfer.fits.encoder import Encoder, Start
-from mlip.transfer.fits.fitting import Record, fit, shuffled_batches
+from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
 from mlip.transfer.fits.framed_task import FramedTask
 from mlip.transfer.frames import warp
 from mlip.transfer.measures.dice import (
@@ -123,8 +123,7 @@ class Segmentation(FramedTask):
                 yield mask_loss(shown.float(), masks)
 
         def logits(rows: Array) -> Iterator[tuple[Array, Tensor, Tensor]]:
-            for at in range(0, len(rows), transfer.batch):
-                part = rows[at : at + transfer.batch]
+            for part in batches(rows, transfer.batch):
                 with torch.no_grad():
                     levels, masks = self._inputs(encoder, part, None, seed)
                     with self._precision():
