@@ -147,21 +147,24 @@ def _annotations(images: Sequence[Truth | Found]) -> list[dict[str, Any]]:
 def average_precisions(matches: Matches, weights: Array) -> Array:
     """AP at each overlap under each row of weights of images, [R, T]; NaN without a true box.
 
+    Precision is asked for at hits alone: it falls from one to the next, and no recall is reached
+    between them. Of a hundred predictions an image few are one.
+
     Source:  COCOeval.accumulate: precision made falling, read at 101 recalls.
     """
-    thresholds = len(matches.is_hit)
-    result = np.full((len(weights), thresholds), np.nan)
+    hits_at = [np.flatnonzero(hit) for hit in matches.is_hit]
+    result = np.full((len(weights), len(hits_at)), np.nan)
     positives = weights @ matches.positives.astype(np.float64)
     for r in range(len(weights)):
         if positives[r] == 0:
             continue
         weight = weights[r][matches.image].astype(np.float64)
         shown = np.cumsum(weight)
-        hits = np.cumsum(matches.is_hit * weight, axis=1)
-        for t in range(thresholds):
-            precision = hits[t] / (shown + np.spacing(1))
+        for t, places in enumerate(hits_at):
+            hits = np.cumsum(weight[places])
+            precision = hits / (shown[places] + np.spacing(1))
             falling = np.maximum.accumulate(precision[::-1])[::-1]
-            at = np.searchsorted(hits[t] / positives[r], RECALL_POINTS, side="left")
+            at = np.searchsorted(hits / positives[r], RECALL_POINTS, side="left")
             reached = at < len(falling)
             result[r, t] = falling[at[reached]].sum() / len(RECALL_POINTS)
     return result
@@ -169,8 +172,12 @@ def average_precisions(matches: Matches, weights: Array) -> Array:
 
 def mean_average_precision(matches: Sequence[Matches], weights: Array) -> Array:
     """mAP over overlaps and the classes that have a true box, [R]; NaN where none has."""
-    each = np.stack([average_precisions(m, weights).mean(axis=1) for m in matches])
-    return defined_mean(each)
+    return defined_mean(_by_class(matches, weights))
+
+
+def _by_class(matches: Sequence[Matches], weights: Array) -> Array:
+    """AP of each class over the overlaps, [classes, R]."""
+    return np.stack([average_precisions(m, weights).mean(axis=1) for m in matches])
 
 
 def compat_images(truth: Sequence[Truth], found: Sequence[Found], cut: float) -> Array:
@@ -256,16 +263,14 @@ def detection_scores(
     has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
     for found in by_seed:
         matches = match(truth, [f.over(score_cut) for f in found], thresholds, len(classes))
-        value = float(mean_average_precision(matches, ones)[0])
-        resampled = mean_average_precision(matches, weights)
-        told = bounded(value, resampled, len(truth), weights[:, has_box])
+        own, each = _by_class(matches, ones)[:, 0], _by_class(matches, weights)
+        value = float(defined_mean(own[:, None])[0])
+        told = bounded(value, defined_mean(each), len(truth), weights[:, has_box])
         strict.append(told if np.isfinite(value) else None)
-        for k, m in enumerate(matches):
-            own = float(average_precisions(m, ones).mean())
-            each = average_precisions(m, weights).mean(axis=1) if len(classes) > 1 else resampled
+        for k in range(len(classes)):
             with_box = np.array([(t.labels == k).any() for t in truth], dtype=bool)
-            told = bounded(own, each, len(truth), weights[:, with_box])
-            per_class[k].append(told if np.isfinite(own) else None)
+            told = bounded(float(own[k]), each[k], len(truth), weights[:, with_box])
+            per_class[k].append(told if np.isfinite(own[k]) else None)
         kept = compat_images(truth, found, compat_score_cut)
         counted.append(len(kept))
         if len(kept) == 0:
