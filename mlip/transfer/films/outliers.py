@@ -197,10 +197,13 @@ def encode_rows(
     Raises:  ManifestError as RowImages
     """
     images = RowImages(opened, config, manifest, split, device=device, most=most)
-    means, found = [], []
+    # filled in place: a small tensor kept of each batch holds the heap around it, 15 kB an image
+    means, found, done = torch.empty(0, 0), np.empty(len(images), dtype=np.int64), 0
     for bank in images:
-        means.append(bank.features.patches.mean(dim=1, keepdim=True))
-        found.append(bank.row_index.astype(np.int64))
-    patches = torch.cat(means)
-    features = ImageFeatures(patches[:, 0], patches, grid=(1, 1))
-    return features, np.concatenate(found), images.bad
+        mean, place = bank.features.patches.mean(dim=1), slice(done, done + len(bank))
+        if done == 0:
+            means = mean.new_empty(len(images), mean.shape[1])
+        means[place], found[place] = mean, bank.row_index
+        done = place.stop
+    patches = means[:done, None]
+    return ImageFeatures(patches[:, 0], patches, grid=(1, 1)), found[:done], images.bad

@@ -91,6 +91,10 @@ class RowImages:
         self._loader = row_loader(opened, config, manifest, split, rows)
         self.bad: dict[int, str] = {}
 
+    def __len__(self) -> int:
+        """Rows that are asked for; as many images at most."""
+        return self._rows
+
     def __iter__(self) -> Iterator[ImageBank]:
         found, done, progress = False, 0, Progress("images encoded")
         for bank in encoded_images(self._model, self._loader, self._data, self._device):
