@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from mlip.config import Columns
 from mlip.dataloading.datasets.manifest import USUAL
 from mlip.dataloading.manifest import split_codes
-from mlip.dataloading.table import column_names, read_table
+from mlip.dataloading.table import ManifestError, column_names, read_table
+from mlip.dataloading.table_cells import UNREADABLE
 
 _INDEX = "index.parquet"  # of `mlip prepare`, beside its manifest
 
@@ -73,7 +74,8 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
     path = Path(path)
     asked = {field: getattr(columns, field) for field in ("image_id", "split", "sha256")}
     wanted = {"patient_id": columns.patient_id, **{k: v for k, v in asked.items() if v}}
-    table, digest = read_table(path, wanted)
+    # of columns that no setting names nothing is asked: dates and lists tell no film
+    table, digest = read_table(path, wanted, anything={"image_id", "sha256"} & wanted.keys())
     patient = pc.utf8_trim_whitespace(table["patient_id"])
     nothing = pa.chunked_array([pa.nulls(len(patient), patient.type)])
     if "split" in table or splits_by_hash:
@@ -94,13 +96,15 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
 def _told(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Null for a blank cell: two films without an id are not one film."""
     plain = pc.utf8_trim_whitespace(column)
-    return pc.if_else(pc.equal(plain, ""), pa.scalar(None, plain.type), plain)
+    says_nothing = pc.is_in(plain, value_set=pa.array(["", UNREADABLE], plain.type))
+    return pc.if_else(says_nothing, pa.scalar(None, plain.type), plain)
 
 
 def _sources(index: Path, stored: pa.ChunkedArray) -> pa.ChunkedArray:
     """SHA-256 of each row's source file, where the index of `mlip prepare` tells it."""
-    if not index.is_file() or "source_sha256" not in column_names(index):
+    try:
+        told, _ = read_table(index, {"stored": "sha256", "source": "source_sha256"})
+    except ManifestError:  # none there, or no file of ours
         return pa.chunked_array([pa.nulls(len(stored), stored.type)])
-    told, _ = read_table(index, {"stored": "sha256", "source": "source_sha256"})
     at = pc.index_in(stored, value_set=told["stored"].combine_chunks(), skip_nulls=True)
     return _told(told["source"]).take(at)

@@ -6,6 +6,7 @@ trained on, where that still lies in its place, and with those of evaluate.train
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     compared: set[str] = set()
     if tables:
         columns = usual_columns(Path(manifest.path), config.data.columns)
-        own = read_film_keys(manifest.path, columns, splits_by_hash=True)
+        columns = dataclasses.replace(columns, split=None)  # the scored rows are chosen already
+        own = read_film_keys(manifest.path, columns, splits_by_hash=False)
         for table in tables.values():
             films |= np.stack(_met(own, table))
             compared |= _comparable(own, table)

@@ -122,6 +122,20 @@ def test_blank_cells_are_no_common_film(tmp_path: Path) -> None:
     assert counts(found) == (0, 0, 0, 1) and found["compared"] == ["patient ids"]
 
 
+def test_columns_that_the_evaluation_does_not_ask_for_cannot_stop_it(tmp_path: Path) -> None:
+    """Splits of other names, which data.columns.split=null passes over; ids that are none."""
+    table = {"image": ["a.png", "b.png"], "patient_id": ["A", "B"], "split": ["fold 1", "fold 2"]}
+    table["image_id"] = [["f1"], ["f1"]]
+    own = tmp_path / "own.parquet"
+    pq.write_table(pa.table(table), own)
+    names = "report study_id split".split()
+    settings = [f"data.manifest={own}", *(f"data.columns.{name}=null" for name in names)]
+    other = write(tmp_path / "other.csv", [("c.png", "B", "f1", "train", "01")])
+    config = load([], [*settings, f"evaluate.trained_on=[{other}]"])
+    found = find_seen(config, load_manifest(config.data), []).of(np.arange(2))
+    assert counts(found) == (0, 0, 0, 1) and found["compared"] == ["patient ids"]
+
+
 def test_a_table_without_splits_is_trained_on_whole_and_usual_names_are_found(
     tmp_path: Path,
 ) -> None:
