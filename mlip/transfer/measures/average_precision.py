@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Measured, bounded, defined_mean
 from mlip.transfer.measures.scores import mean_of_fits, over_seeds
@@ -261,7 +262,9 @@ def detection_scores(
     counted = []
     ones = np.ones((1, len(truth)))
     has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
-    for found in by_seed:
+    told_fits = Progress("fits scored, with their intervals")
+    for done, found in enumerate(by_seed):
+        told_fits(done, len(by_seed))
         matches = match(truth, [f.over(score_cut) for f in found], thresholds, len(classes))
         own, each = _by_class(matches, ones)[:, 0], _by_class(matches, weights)
         value = float(defined_mean(own[:, None])[0])
