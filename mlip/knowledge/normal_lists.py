@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from mlip.knowledge.events import FLAG, PRESENT, Event, Found
 
-_COMMA, _AND, _ARTICLE = FLAG["comma"], FLAG["and"], FLAG["article"]
+_COMMA, _AND, _OR, _ARTICLE = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["article"]
 _WITH = FLAG["with"]
-_JOINT = _COMMA | _AND | FLAG["or"]
+_JOINT = _COMMA | _AND | _OR
 _CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["positive"] | FLAG["normal"]
 _CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
 _GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
@@ -48,6 +48,8 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
                 for _, last, item in own + listed
                 for row in item.normals
             ]
+    if not side and _is_range(events, i):
+        return []
     return [
         (first, end, row, PRESENT)
         for first, _, item in _listed_before(events, i, words)
@@ -122,6 +124,18 @@ def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> 
     if closed and _is_closed(events, events.index(items[closed - 1]), stop, _GOES_ON):
         return items[:closed]
     return []  # "normal heart size and mediastinum is widened"
+
+
+def _is_range(events: list[Event], i: int) -> bool:
+    """Whether a predicate goes on to another: "normal to mildly enlarged", "normal or large"."""
+    end = events[i][1]
+    for start, last, entry in events[i + 1 : i + 4]:
+        if entry.flags & (_JOINT ^ _OR) or start - end > _UNKNOWN:
+            return False
+        if entry.parts:
+            return not entry.fixed
+        end = last
+    return False
 
 
 def _is_closed(events: list[Event], i: int, stop: int, flags: int) -> bool:

@@ -70,6 +70,13 @@ SENTENCES = {
         A suspicious nodule at the apex. | lung_nodule=P
         Opacity suspicious for pneumonia. | lung_opacity=P pneumonia=U
     """,
+    "up to enlarged is enlarged": """
+        The cardiomediastinal silhouette is at upper limits of normal or large. | cardiomegaly=P
+        The cardiac contour remains normal to mildly enlarged. | cardiomegaly=P normal_heart_size=-
+        Heart and mediastinum are normal or slightly enlarged. | cardiomegaly=P normal_heart_size=-
+        The cardiomediastinal silhouette is normal to slightly enlarged. | cardiomegaly=P
+        The cardiomediastinal silhouette is normal in size, aorta enlarged. | cardiomegaly=-
+    """,
     "not of the list": """
         Lungs hazy, heart normal. | clear_lungs=- normal_heart_size=P
         The heart is enlarged, mediastinum normal. | cardiomegaly=P normal_heart_size=-
