@@ -62,6 +62,7 @@ SENTENCES = {
         Normal lung volumes. | clear_lungs=-
         Rib cage and soft tissues grossly unremarkable. | normal_bones=P
         Osseous structures of the thorax are without acute abnormality. | normal_bones=P acute=-
+        The visualized osseous structures show no acute abnormality. | normal_bones=P
         No acute bony or soft tissue abnormality. | normal_bones=P
     """,
     "suspicious is an adjective of what is there or denied": """
