@@ -94,7 +94,7 @@ def _rates(truth: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 
 
 def page_table(result: dict[str, Any]) -> str:
-    """The table of docs/knowledge.md; a rate of less than ten cases is left out."""
+    """The table of docs/knowledge.md; rates of less than ten cases are left out."""
     lines = ["| read by hand | stated: n | precision | recall | denied: n | precision | recall |"]
     lines.append("|---" * 7 + "|")
     for half, name in (("test", "test half"), ("dev", "development half")):
@@ -105,6 +105,8 @@ def page_table(result: dict[str, Any]) -> str:
             row += [str(rates["read"]), _cell(rates["precision"]), _cell(rates["recall"])]
         lines.append(f"| {' | '.join(row)} |")
     for label, by_state in result["test"]["labels"].items():
+        if all(rates["read"] < 10 for rates in by_state.values()):
+            continue
         row = [f"test half, {label}"]
         for state in ("present", "absent"):
             rates = by_state[state]

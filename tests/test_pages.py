@@ -21,7 +21,7 @@ import pytest
 
 import mlip.cli
 import train
-from benchmarks import bench_search
+from benchmarks import bench_search, linker_read
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
@@ -235,6 +235,12 @@ def test_the_linkers_table_is_that_of_its_rows() -> None:
     causes = [int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \|$", page, re.MULTILINE)]
     assert sorted(causes) == sorted(score["miss_causes_top14"].values())
     assert f"test half: {sum(causes)})" in page
+
+
+def test_the_table_of_reports_read_by_hand_is_that_of_its_row() -> None:
+    page = (ROOT / "docs" / "knowledge.md").read_text("utf-8")
+    made = linker_read.page_table(_results("linker_read")["read"])
+    assert f"<!-- reports read: begin -->\n{made}\n<!-- reports read: end -->" in page
 
 
 def test_the_outliers_table_is_that_of_its_rows() -> None:
