@@ -33,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
         importlib.import_module("torch._dynamo")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Signals belong to one test; a run takes them for its process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check, harness
+from tests.conftest import pytest_runtest_setup
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -78,6 +80,20 @@ def test_every_file_with_gpu_tests_belongs_to_a_part() -> None:
     marked = {p for p in (ROOT / "tests").rglob("test_*.py") if mark in p.read_text() and p != own}
     paths = [ROOT / path for part in gpu_check.PARTS.values() for path in part.tests]
     assert marked and all(any(p.is_relative_to(path) for path in paths) for p in marked)
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_gpu_test_says_where_there_is_no_gpu(
+    is_there: bool, is_marked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pytest -m gpu` without one: eighteen ended in the driver's error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    item: Any = SimpleNamespace(get_closest_marker=lambda _: object() if is_marked else None)
+    with contextlib.ExitStack() as stack:
+        if is_marked and not is_there:
+            stack.enter_context(pytest.raises(pytest.skip.Exception, match="needs an NVIDIA GPU"))
+        pytest_runtest_setup(item)
 
 
 def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(

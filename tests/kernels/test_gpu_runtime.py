@@ -23,10 +23,7 @@ from tests.kernels.gpu_inputs import FEATURES, training_inputs
 from tests.kernels.oracle import relative_error
 from tests.kernels.test_info_nce import memory_law
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def repeats_are_bit_equal(pooling: str, patches: int, dim: int, repeats: int) -> None:

@@ -15,10 +15,7 @@ from mlip import distributed
 from mlip.encoders.normalisation import SynchronisedBatchNorm
 from tests.rank_farm import free_port
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
