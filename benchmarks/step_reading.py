@@ -46,6 +46,7 @@ FEEDS = {
 SIZES = {"cuda": Sizes(2048, 256, (2500, 3000)), "cpu": Sizes(16, 96, (110, 132))}
 FULL_FILES = 12  # different ones: reading is from the page cache in any case
 BATCH_S = 60  # a decoder that hangs costs its own row, not the rest of the minutes
+ROW_S, STUDIES_S = 30, 60  # the second of 2,048 studies, generated and prepared
 HELD = 4  # batches in memory for the step without a loader
 
 
@@ -77,6 +78,10 @@ class Data:
             f"run.timeout_s={BATCH_S}",
             "evaluate.after_training=false",  # all studies are of the training split
         ]
+
+    def needs_s(self) -> float:
+        """What a row takes: a loader to open, before the first also the studies to be made."""
+        return ROW_S if (self.folder / "studies").exists() else ROW_S + STUDIES_S
 
     def studies(self) -> Path:
         """Generated studies; written once, whatever is asked for after."""

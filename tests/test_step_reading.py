@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,25 @@ def test_the_step_is_fed_by_the_real_loader_from_shards_and_from_full_size_files
     for row in bench.rows:
         assert row["step_ms"] > 0 and row["held_step_ms"] > 0 and row["wait_ms"] >= 0
         assert row["pairs_per_s"] == pytest.approx(1e3 * row["pairs"] / row["step_ms"])
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(60, "not run: out of time"), (95, "ok")])
+def test_no_row_begins_with_less_time_than_its_studies_take_to_be_made(
+    seconds: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,048 of them take a core nearly a minute: the first row was begun with half of one left."""
+    bench = shared_bench()
+
+    def fed(data: step_reading.Data, *_: Any) -> dict[str, Any]:
+        (data.folder / "studies").mkdir(exist_ok=True)
+        monkeypatch.setattr(bench, "deadline", time.monotonic() + 40)  # enough once they are there
+        return {}
+
+    for name, value in {"rows": [], "is_gpu": True, "_fed": fed, "_let_go": lambda: None}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "deadline", time.monotonic() + seconds)
+    bench.reading()
+    assert [row["status"] for row in bench.rows] == [status] * len(FEEDS)
 
 
 def test_a_slow_loader_is_waited_for_and_each_of_its_batches_is_a_step_s() -> None:
