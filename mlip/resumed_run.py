@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlip import distributed
 from mlip.config import Config
-from mlip.encoders.source_shape import changed_options
+from mlip.encoders.source_shape import changed_options, told
 from mlip.model import MLIPModel
 from mlip.pretrained_weights import embedding_rows, without_draws
 from mlip.tower_shapes import by_shape, kept_shapes
@@ -154,17 +154,16 @@ def _changed_towers(
     changed = [tower for tower, options in differences.items() if options]
     if not changed:
         return []
-    told = "; ".join(
+    said = "; ".join(
         f"model.{tower}.source={getattr(config.model, tower).source} has "
-        + ", ".join(f"{k} {now!r} (saved {saved!r})" for k, (saved, now) in options.items())
-        for tower, options in differences.items()
-        if options
+        f"{told(differences[tower], 'saved')}"
+        for tower in changed
     )
     if not allow_mismatch:
         raise CheckpointError(
-            f"{folder} was trained with towers of another shape: {told}; restore the folder (or "
+            f"{folder} was trained with towers of another shape: {said}; restore the folder (or "
             "take it away: the run has kept the shape), choose another run.dir, or pass "
             "--allow-mismatch"
         )
-    distributed.log_once(f"resuming although {folder} differs: {told}", logging.WARNING)
+    distributed.log_once(f"resuming although {folder} differs: {said}", logging.WARNING)
     return changed

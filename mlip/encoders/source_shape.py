@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import BertModel, PreTrainedModel, ResNetModel, ViTModel
@@ -11,7 +12,15 @@ from mlip.config import Text, Vision
 from mlip.encoders.options import DECIDED, tower_config, tower_shape
 from mlip.encoders.pretrained_tower import check_kind
 
-_RESAMPLED = ("image_size",)  # a ViT's positions are resampled to data.crop_px
+# what no number of a trained tower follows from: the size that its positions are resampled to is
+# data.crop_px, the others are of generation, heads, poolers and weights that are drawn
+_UNSEEN = frozenset(
+    {
+        *("image_size", "use_cache", "bos_token_id", "eos_token_id", "tie_word_embeddings"),
+        *("classifier_dropout", "encoder_stride", "pooler_act", "pooler_output_size"),
+        *("initializer_range", "out_features", "out_indices", "stage_names"),
+    }
+)
 
 
 def changed_options(
@@ -37,8 +46,13 @@ def changed_options(
     return {
         name: (saved.get(name), now.get(name))
         for name in sorted(saved.keys() | now.keys())
-        if name not in _RESAMPLED and saved.get(name) != now.get(name)
+        if name not in _UNSEEN and saved.get(name) != now.get(name)
     }
+
+
+def told(changed: Mapping[str, tuple[Any, Any]], before: str) -> str:
+    """changed_options in words: "hidden_size 32 (saved 16)", where `before` is "saved"."""
+    return ", ".join(f"{name} {now!r} ({before} {was!r})" for name, (was, now) in changed.items())
 
 
 def _kind_of(settings: Vision | Text) -> tuple[str, type[PreTrainedModel]]:
