@@ -50,12 +50,6 @@ def check_agreement(config: Any) -> None:
         f"{', '.join(f'loss.{name}.weight=0' for name in weights)}; set train.monitor=none",
     )
     require(
-        train.start is None or config.model.vision.source is config.model.text.source is None,
-        f"train.start={train.start} brings the weights of both towers, model.vision.source and "
-        "model.text.source would bring others: set both to null (--config FOLDER of an `mlip "
-        "export` has the sizes of towers in their place)",
-    )
-    require(
         train.patience == 0 or train.monitor != "none",
         f"train.patience={train.patience} with train.monitor=none: nothing is watched; set "
         "train.monitor to loss or recall, or train.patience=0",

@@ -23,6 +23,8 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.machine import usable_memory
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.resumed_run import open_resumed
+from mlip.run_vocabulary import given_words
 from mlip.training.grad_cache import num_micro_batches
 from mlip.training.muon import matrix_names
 from mlip.training.plain_engine import rounds_weights_together
@@ -118,13 +120,20 @@ def _batch(config: Config, rows: int, vocab_size: int, concepts: int) -> Batch:
 
 
 def measure(config: Config) -> Measured:
-    """Build the model of `config` on the CPU and run a few rows of it."""
+    """Build the model of `config` on the CPU and run a few rows of it.
+
+    Raises:  ValueError for towers that cannot be built; CheckpointError where the run of run.dir
+             goes on from a checkpoint that is damaged
+    """
     if config.model.attention == "xformers":  # for GPUs alone; what it keeps, sdpa keeps
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, attention="sdpa")
         )
+    resumed = open_resumed(config)  # its towers may have begun with folders that are gone
     concepts = len(load_concepts(config.knowledge.lexicon))
-    vocab_size = config.data.vocab_size
+    vocab_size = given_words(config) or config.data.vocab_size
+    if resumed is not None:
+        config, vocab_size = resumed.config, resumed.vocab_size
     torch.manual_seed(0)
     model = MLIPModel(
         config, vocab_size=vocab_size, concept_vectors=torch.zeros(concepts, config.knowledge.dim)

@@ -46,7 +46,8 @@ def open_tokenizer(
     goes_on = bool(checkpoints_of(config.run.dir))
     if given is not None:
         is_gone = goes_on and not is_vocabulary(given) and is_vocabulary(folder)
-        tokenizer = load_tokenizer(folder if is_gone else given)
+        # that of a start is equal to a given one, which may be gone (open_start)
+        tokenizer = start.tokenizer if start else load_tokenizer(folder if is_gone else given)
         # nodes may differ in what they see of both folders: none waits for what another leaves out
         distributed.main_first(lambda: None if goes_on else _keep(tokenizer, given, folder))
         return tokenizer
@@ -85,6 +86,12 @@ def open_tokenizer(
 
 def _given(text: Text) -> str | None:
     return text.tokenizer or text.source
+
+
+def given_words(config: Config) -> int | None:
+    """Entries of the vocabulary that the settings name, None where there is none to be read."""
+    given = _given(config.model.text)
+    return load_tokenizer(given).vocab_size if given and is_vocabulary(given) else None
 
 
 def _keep(tokenizer: ReportTokenizer, given: str, folder: Path) -> None:

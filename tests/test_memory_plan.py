@@ -16,6 +16,7 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.memory_plan import GIB, Measured, _batch, _bytes_kept, largest_that_fits, measure, plan
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from tests.small_run import small_run
 from tests.training.exact_step import SETTINGS
 
 MORE = ("data.vocab_size=100", "batch.global_pairs=64", "train.engine=deepspeed")
@@ -83,6 +84,14 @@ def test_outputs_and_buffers_are_counted_and_the_law_of_losses_holds_at_other_si
     a, b, c = measured.losses
     law = [a + b * pairs + c * pairs**2 for pairs in (24, 40, 64)]
     assert law == pytest.approx(kept[-3:], rel=0.05)
+
+
+def test_words_of_a_given_vocabulary_are_counted(measured):
+    """They were those of data.vocab_size: of BERT's 30,522 words a seventh."""
+    folder, words = small_run().folder / "run" / "tokenizer", small_run().tokenizer.vocab_size
+    given = measure(_config(f"model.text.tokenizer={folder}"))
+    width = _config().model.text.options["hidden_size"]
+    assert given.parameters - measured.parameters == (words - 100) * width != 0
 
 
 def test_activation_checkpointing_of_a_tower_keeps_less(measured):

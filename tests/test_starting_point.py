@@ -124,8 +124,8 @@ def test_a_start_that_is_gone_is_no_model_of_the_hub(start):
     ("more", "says"),
     [
         (["model.embed_dim=16"], "take the settings of the model from its folder"),
-        (["model.vision.source=weights/other"], "set both to null"),
-        (["model.text.source=weights/other"], "set both to null"),
+        (["model.vision.source=weights/other"], "source=weights/other would bring others"),
+        (["model.text.source=weights/other"], "source=weights/other would bring others"),
         (["knowledge.vectors=text_tower"], "set knowledge.vectors=tfidf"),
     ],
 )
