@@ -5,15 +5,15 @@ A run goes on from its newest one; this is for evaluation, export and all that o
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from mlip.training.checkpoint import (
-    STATE,
     checkpoints_of,
     find_newest,
     folder_of,
+    read_state,
     require_intact,
 )
 from mlip.training.lifecycle import CheckpointError
@@ -53,19 +53,18 @@ def weights_watched(checkpoint: Path) -> str:
 
 
 def _validation(checkpoint: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-        found = state.get("validation")
-    except (OSError, AttributeError, ValueError, RecursionError):
-        found = None  # no state that a save writes: who reads the checkpoint is told what is wrong
-    return found if isinstance(found, dict) else {}
+    """Nothing of a state.json whose hash does not hold, or that is not open to this user."""
+    with contextlib.suppress(CheckpointError):
+        found = (read_state(checkpoint) or {}).get("validation")
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def is_best(checkpoint: Path, step: int) -> bool | None:
     """Whether val chose this checkpoint's step among those of its run; None = val not watched.
 
-    The newest one tells: a later one may have been better, and one that was saved on a stop was
-    scored after it.
+    The newest one whose state is whole tells: a later one may have been better, and one that was
+    saved on a stop was scored after it.
     """
     held = checkpoints_of(checkpoint.resolve().parent.parent) or [checkpoint]
     told = (best_step(folder) for folder in held)

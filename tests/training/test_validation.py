@@ -310,6 +310,12 @@ def test_the_newest_checkpoint_tells_which_is_the_best(tmp_path, monkeypatch):
     _run(tmp_path, *WATCHED, "train.keep_checkpoints=9")
     told = {step: is_best(checkpoint.folder_of(tmp_path, step), step) for step in _steps(tmp_path)}
     assert told == {step: step == 4 for step in (2, 4, 6, 8, 10, 12)}
+    # no word of a damaged one is believed
+    newest = checkpoint.folder_of(tmp_path, 12) / "state.json"
+    whole = newest.read_text()
+    newest.write_text(whole.replace('"best_step": 4', '"best_step": 8'))
+    assert whole != newest.read_text() and is_best(checkpoint.folder_of(tmp_path, 4), 4)
+    newest.write_text(whole)
     alone = Path(shutil.copytree(checkpoint.folder_of(tmp_path, 12), tmp_path / "a" / "b" / "c"))
     assert is_best(alone, 12) is False  # all that is known
     for content in ('{"validation": {"best_step": "x"}}', '{"validation": {"best_step": []}}', "{"):
