@@ -28,6 +28,8 @@ def test_json_that_is_too_deep_or_too_large_is_named(
         read_json(path, "a list", "a set")
     with pytest.raises(DatasetError, match="a.json: line 1: expected a JSON object with key"):
         list(read_json_lines(path, "key", "a set"))
+    with pytest.raises(DatasetError, match="gone.json: cannot be read: No such file"):
+        read_json(tmp_path / "gone.json", "a list", "a set")
     monkeypatch.setattr("mlip.dataloading.datasets.json_file.MAX_TABLE_BYTES", 10)
     with pytest.raises(DatasetError, match="a.json: has more than 10 bytes"):
         read_json(path, "a list", "a set")

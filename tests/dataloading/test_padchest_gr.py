@@ -142,6 +142,9 @@ def test_what_is_missing_or_something_else_is_named(tmp_path: Path) -> None:
     (tmp_path / "PadChest_GR.zip.001").write_bytes(b"")
     with pytest.raises(DatasetError, match=r"no .png here or below.*cat PadChest_GR.zip.\*"):
         collect("padchest_gr", tmp_path)
+    (tmp_path / "PadChest_GR.zip.001").unlink()
+    with pytest.raises(DatasetError, match=r"no .png here or below.*agreement\)$"):
+        collect("padchest_gr", tmp_path)
     write(tmp_path, [study])
     for change, message in (
         ({"StudyID": None}, "entry 1: expected StudyID and ImageID as texts"),

@@ -322,6 +322,7 @@ def test_rexgradient_names_what_is_missing_or_is_something_else(tmp_path: Path) 
     key = next(iter(whole))
     for change in (
         {"PatientID": None},
+        {"PatientID": ""},  # all that have none would be one patient
         {"StudyInstanceUid": 7},
         {"ImagePath": "['CANARY.png']"},
         {"ImagePath": [None]},
