@@ -107,7 +107,7 @@ class Trainer:
         self._read_at = 0.0
         self.stop_requested = False  # by any rank, in a step whose numbers have been read
         randomness.seed_rank(config.run.seed)
-        self.facts = dict(facts or {})
+        self.facts = {**(facts or {}), "determinism": levels(config, objective)}
         if saved is not None:
             try:
                 self._resume(saved, allow_mismatch)
@@ -121,7 +121,6 @@ class Trainer:
             "precision": precision_on(config.train.precision, self.engine.device),
             "threads": threads,
             "world_size": distributed.world_size(),
-            "determinism": levels(config, objective),
         }
         self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
         self.log.start(self.facts)
@@ -155,9 +154,12 @@ class Trainer:
             self.validation.load_state_dict(state.get("validation"))
         distributed.log_once(f"resumed at step {saved.step} from {saved.folder}")
         if state["world_size"] != distributed.world_size():
+            agree = "agree to rounding, not to the bit"
+            if "D3" not in self.facts["determinism"]:
+                agree = "do not agree: what the model draws (dropout) is drawn by rank"
             distributed.log_once(
                 f"{state['world_size']} ranks before, {distributed.world_size()} now: the samples "
-                "keep their order, losses agree to rounding, not to the bit"
+                f"keep their order, losses {agree}"
             )
 
     def fit(self, stop: StopRequest) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import precision
+from mlip import distributed, precision
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer
@@ -321,6 +321,23 @@ def test_other_content_behind_the_same_settings_is_refused(tmp_path, key):
     with pytest.raises(CheckpointError, match=f"{key} .saved aaaaaaaaaaaa, now bbbbbbbbbbbb"):
         begin("b" * 64)
     assert begin("b" * 64, allow_mismatch=True).step == 12
+
+
+@pytest.mark.parametrize(
+    ("dropout", "says"), [(0.0, "losses agree to rounding"), (0.3, "losses do not agree: what the")]
+)
+def test_other_ranks_go_on_with_equal_losses_only_where_nothing_is_dropped(
+    tmp_path, monkeypatch, dropout, says
+):
+    """Of a run with dropout it was said too, where its loss of the next step was 0.3 another."""
+    first = make_trainer(_config(tmp_path, "train.max_steps=4"), dropout=dropout)
+    first.fit(StopRequest())
+    read = checkpoint.load_newest(first.config)
+    read.state.update(world_size=2, rng=read.state["rng"] * 2)
+    said: list[str] = []
+    monkeypatch.setattr(distributed, "log_once", said.append)
+    first._resume(read, allow_mismatch=False)
+    assert said[-1].startswith(f"2 ranks before, 1 now: the samples keep their order, {says}")
 
 
 def test_the_cost_of_the_gradient_cache_is_printed_once(tmp_path):
