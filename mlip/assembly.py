@@ -85,6 +85,12 @@ def provide_phantoms(config: Config) -> None:
     def generate() -> None:
         try:
             phantom_dataset.write_dataset(folder, wanted)
+        except ValueError as error:
+            # as the settings of a run over phantoms do, laid over by one's own manifest
+            raise ConfigError(
+                f"{error} (data.phantom.studies={wanted.studies} asks for generated ones there: "
+                "set it to 0 for a manifest of your own)"
+            ) from None
         except OSError as error:
             if limit_reached(error):
                 raise

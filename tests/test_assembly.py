@@ -211,6 +211,15 @@ def test_phantoms_that_cannot_be_written_are_a_mistake_in_the_settings(tmp_path:
         provide_phantoms(load([], settings))
 
 
+def test_a_manifest_of_ones_own_behind_the_settings_of_a_run_over_phantoms(tmp_path: Path) -> None:
+    """--config RUN data.manifest=OWN: the line told to name another folder than one's own."""
+    (tmp_path / "manifest.csv").write_text("image,report\n")
+    settings = [*SETTINGS, f"data.manifest={tmp_path}/manifest.csv"]
+    with pytest.raises(ConfigError, match=r"nothing was written.*studies=32 .*set it to 0 for a"):
+        provide_phantoms(load([], settings))
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.csv"]
+
+
 def test_phantoms_that_another_node_does_not_see_are_no_reason_to_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
