@@ -225,6 +225,22 @@ def test_a_source_of_another_shape_ends_a_resume_and_no_opening(
     assert not (run / "checkpoints" / "step_00000002").exists()
 
 
+def test_with_allow_mismatch_the_shape_of_the_folder_is_taken_and_kept(made, tmp_path, capfd):
+    run = Path(shutil.copytree(made / "run", tmp_path / "run"))
+    (made / "sources").rename(made / "kept")
+    try:
+        _sources(made / "sources", hidden_dropout_prob=0.4)
+        given = ["--config", str(run), "--allow-mismatch", "train.max_steps=2"]
+        assert train.main(given) == 0
+    finally:
+        shutil.rmtree(made / "sources")
+        (made / "kept").rename(made / "sources")
+    assert "hidden_dropout_prob 0.4 (saved 0.2)" in capfd.readouterr().err
+    opened = open_checkpoint(run)
+    assert opened.facts["step"] == 2
+    assert opened.model.text.backbone.config.hidden_dropout_prob == 0.4
+
+
 def test_another_vocabulary_in_a_source_ends_a_resume_and_no_opening(made, tmp_path, capsys):
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
     train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "other")
