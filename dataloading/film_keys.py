@@ -76,10 +76,10 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
     wanted = {"patient_id": columns.patient_id, **{k: v for k, v in asked.items() if v}}
     # of columns that no setting names nothing is asked: dates and lists tell no film
     table, digest = read_table(path, wanted, anything={"image_id", "sha256"} & wanted.keys())
-    patient = pc.utf8_trim_whitespace(table["patient_id"])
+    patient = _told(table["patient_id"])
     nothing = pa.chunked_array([pa.nulls(len(patient), patient.type)])
     if "split" in table or splits_by_hash:
-        split = split_codes(table.get("split"), patient, columns.split, path)
+        split = split_codes(table.get("split"), pc.fill_null(patient, ""), columns.split, path)
     else:
         split = np.zeros(len(patient), dtype=np.int8)
     image_id, stored = _told(table.get("image_id", nothing)), _told(table.get("sha256", nothing))

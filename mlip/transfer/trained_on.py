@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlip.config import Config, Data
+from mlip.config import Columns, Config, Data
 from mlip.dataloading.film_keys import FilmKeys, read_film_keys, usual_columns
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
 from mlip.transfer.array import Array
@@ -31,11 +31,14 @@ class Training:
 
     data: Data
     manifest: str | None  # SHA-256 of data.manifest as it was then
+    goes_on: bool = False  # its image tower began with weights of a training before
 
     @classmethod
     def of(cls, opened: Any) -> Training:
         """That of a model that mlip.pretrained has opened."""
-        return cls(opened.config.data, opened.origin.get("manifest"))
+        began = (opened.origin.get("start") or {}).get("image") or {"kind": "random"}
+        manifest = opened.origin.get("manifest")
+        return cls(opened.config.data, manifest, goes_on=began["kind"] != "random")
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,31 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     Raises:   ManifestError for a table of evaluate.trained_on that cannot be read
     """
     tables: dict[str, FilmKeys] = {}
+    paths: dict[str, Path] = {}
     for name in config.evaluate.trained_on:
         columns = usual_columns(Path(name), config.data.columns)
         keys = read_film_keys(name, columns, splits_by_hash=False)
-        tables[keys.fingerprint] = keys
+        tables[keys.fingerprint], paths[keys.fingerprint] = keys, Path(name)
     unknown = None
+    trainings = list(trainings)
     for training in trainings:
-        if training.manifest is None or training.manifest in tables:
-            unknown = unknown or (None if training.manifest else _not_kept(tables))
+        if training.manifest is None:
+            unknown = unknown or _not_kept(tables)
             continue
-        found = _still_there(training)
+        # one that is named is read as the training read it: its splits may be those of hashes
+        found = _still_there(training, paths.get(training.manifest, Path(training.data.manifest)))
         if isinstance(found, str):
             unknown = found
         else:
             tables[found.fingerprint] = found
+    if any(t.goes_on for t in trainings) and tables.keys() <= {t.manifest for t in trainings}:
+        unknown = unknown or f"its image tower began with trained weights ({_SETTING})"
     films = np.zeros((3, len(manifest)), dtype=bool)
     compared: set[str] = set()
-    if tables:
-        columns = usual_columns(Path(manifest.path), config.data.columns)
-        columns = dataclasses.replace(columns, split=None)  # the scored rows are chosen already
-        own = read_film_keys(manifest.path, columns, splits_by_hash=False)
+    own = _scored(manifest, config.data.columns) if tables else None
+    if own is None and tables:
+        tables, unknown = {}, "the table that is scored has changed since it was read"
+    if own is not None:
         for table in tables.values():
             films |= np.stack(_met(own, table))
             compared |= _comparable(own, table)
@@ -116,14 +124,28 @@ def _not_kept(tables: Mapping[str, FilmKeys]) -> str | None:
     return None if tables else f"the checkpoint does not say what it was trained on ({_SETTING})"
 
 
-def _still_there(training: Training) -> FilmKeys | str:
+def _scored(manifest: Manifest, columns: Columns) -> FilmKeys | None:
+    """The scored table, None where another lies in its place by now."""
+    path = Path(manifest.path)
+    try:
+        # no splits: the scored rows are chosen already
+        usual = dataclasses.replace(usual_columns(path, columns), split=None)
+        keys = read_film_keys(path, usual, splits_by_hash=False)
+    except ManifestError:
+        return None
+    return keys if keys.fingerprint == manifest.fingerprint else None
+
+
+def _still_there(training: Training, path: Path) -> FilmKeys | str:
     """The training's own manifest, or why it cannot be asked."""
-    path, asked = Path(training.data.manifest), str(training.manifest)[:12]
-    told = f"the manifest that it was trained on (SHA-256 {asked})"
-    if not training.data.manifest or not path.is_file():
+    told = f"the manifest that it was trained on (SHA-256 {str(training.manifest)[:12]})"
+    if not path.is_file():
         return f"{told} is not at hand ({_SETTING})"
     try:
-        keys = read_film_keys(path, training.data.columns, splits_by_hash=True)
+        # usual names for what the training did not ask for, but no other splits than its own
+        columns = usual_columns(path, training.data.columns)
+        columns = dataclasses.replace(columns, split=training.data.columns.split)
+        keys = read_film_keys(path, columns, splits_by_hash=True)
     except ManifestError:  # by now another file, of other columns
         keys = None
     if keys is None or keys.fingerprint != training.manifest:
@@ -158,7 +180,8 @@ def _number_alike(own: FilmKeys, other: FilmKeys, at: Array) -> bool:
     if len(there) == 0:
         return False
     mine, theirs = own.patient.take(pa.array(there)), other.patient.take(pa.array(at[there]))
-    return bool(2 * pc.sum(pc.equal(mine, theirs)).as_py() > len(there))
+    same = pc.fill_null(pc.equal(mine, theirs), False)
+    return bool(2 * pc.sum(same).as_py() > len(there))
 
 
 def _pairs(own: FilmKeys, other: FilmKeys) -> Sequence[tuple[pa.ChunkedArray, pa.ChunkedArray]]:

@@ -20,6 +20,7 @@ import pytest
 from mlip.cli import main
 from mlip.config import Columns, Data, load
 from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.pretrained import from_pretrained
 from mlip.transfer.readiness import check_evaluation
 from mlip.transfer.table import seen_text
 from mlip.transfer.trained_on import Training, find_seen
@@ -179,6 +180,79 @@ def test_the_training_s_own_manifest_is_asked_where_it_still_lies(tmp_path: Path
     part = write(tmp_path / "part.csv", PADCHEST[:1])
     found = told(own, [part], run)
     assert counts(found) == (1, 2, 1, 0) and "nothing is known" in seen_text(found, 4, 3)
+
+
+def told_of(own: Path, names: str, trained_on: list[Path], *trainings: Training) -> dict[str, Any]:
+    """Of all rows of a table of few columns, those of `names` set to null."""
+    nulls = [f"data.columns.{name}=null" for name in names.split()]
+    asked = f"evaluate.trained_on=[{','.join(map(str, trained_on))}]"
+    settings = [f"data.manifest={own}", *nulls, asked, "data.empty_report=image_only"]
+    config = load([], settings)
+    manifest = load_manifest(config.data)
+    return find_seen(config, manifest, trainings).of(manifest.rows("test", with_report=False))
+
+
+@pytest.mark.parametrize("blank", ["", " ", None])
+def test_rows_without_a_patient_are_nobodys(tmp_path: Path, blank: str | None) -> None:
+    own, other = write(tmp_path / "own.csv", GR), tmp_path / "other.parquet"
+    table = {"patient_id": pa.array([blank] * 3, pa.string()), "split": ["train", "test", "train"]}
+    pq.write_table(pa.table({**table, "sha256": ["77", "03", "01"]}), other)
+    # A by its film; B's is of the training's test, and its blank no patient of the others
+    assert counts(told(own, [other])) == (1, 2, 1, 0)
+
+
+def test_a_named_table_has_the_splits_that_its_training_read(tmp_path: Path) -> None:
+    """By hash, though a column of splits lies beside; and ids that its settings do not name."""
+    rows = [(f"{i}.png", f"P{i}", f"f{i}", "train") for i in range(200)]
+    own = write(tmp_path / "own.csv", rows, "image,patient_id,image_id,split")
+    run = training(own, split=None)
+    for named in ([], [own]):
+        assert counts(told_of(own, "report study_id split", named, run)) == (0, 0, 0, 0)
+    part = write(tmp_path / "part.csv", rows, "image,subject_id,dicom_id,set")
+    run = training(part, patient_id="subject_id", split="set")
+    found = told_of(own, "report study_id split", [], run)
+    assert found["compared"] == ["image ids", "patient ids"] and found["films"] > 5
+
+
+def test_what_a_training_began_with_is_unknown_until_it_is_named(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "padchest.csv", PADCHEST)
+    run = dataclasses.replace(training(own), goes_on=True)
+    for named in ([], [own]):
+        found = told(own, named, run)
+        assert counts(found) == (0, 0, 0, 0)
+        text = seen_text(found, 4, 3)
+        assert "nothing is known: its image tower began with trained weights (evaluate" in text
+    found = told(own, [other], run)
+    assert counts(found) == (1, 3, 2, 0) and found["unknown"] is None
+    for start, goes_on in [
+        ({"image": {"kind": "folder", "name": "x"}, "text": None}, True),
+        ({"image": {"kind": "hub", "name": "a/b"}}, True),
+        ({"image": {"kind": "random"}, "text": {"kind": "hub", "name": "a/b"}}, False),
+        ({"image": None, "text": None}, False),
+        (None, False),
+    ]:
+        opened = dataclasses.replace(
+            from_pretrained(small_export()), origin={"manifest": "0", "start": start}
+        )
+        assert Training.of(opened) == Training(opened.config.data, "0", goes_on)
+
+
+@pytest.mark.parametrize("rows", [None, GR[:3], GR[::-1]])
+def test_a_scored_table_that_was_replaced_since_is_not_compared(
+    tmp_path: Path, rows: list[tuple[str, ...]] | None
+) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "padchest.csv", PADCHEST)
+    nulls = ["data.columns.report=null", "data.columns.study_id=null"]
+    settings = [f"data.manifest={own}", *nulls, "data.empty_report=image_only"]
+    config = load([], [*settings, f"evaluate.trained_on=[{other}]"])
+    manifest = load_manifest(config.data)
+    own.unlink()
+    if rows is not None:
+        write(own, rows)
+    found = find_seen(config, manifest, []).of(manifest.rows("test", with_report=False))
+    assert found["manifests"] == [] and "scored has changed since" in found["unknown"]
 
 
 def test_an_evaluation_tells_of_patients_in_training_and_names_none(
