@@ -114,30 +114,29 @@ class MLIPForTransformers(PreTrainedModel):
         config: MLIPConfig | None = None,
         lexicon: str | None = None,
         dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | int | torch.device | None = None,
         **options: Any,
     ) -> MLIPForTransformers:
         """mlip.pretrained.from_pretrained of the folder, in eval mode.
 
         dtype       of the weights; None or "auto" is float32, as they lie in the folder
         device_map  one device for all of it
-        Raises:  PretrainedError and LexiconError as there; ValueError for options
+        Raises:  PretrainedError and LexiconError as there; ValueError for options, several devices
+                 and types that hold no fractions
         """
         require_none((k for k, v in options.items() if v is not None), "AutoModel of this model")
-        place = require_folder(folder)
+        place, device, wanted = require_folder(folder), _one_device(device_map), _floating(dtype)
         config = config or MLIPConfig(**read_settings(place))
         if config._attn_implementation or config.output_attentions or config.output_hidden_states:
             raise ValueError(
                 "an mlip model has the attention of its training (model.attention) and gives none "
                 "away, nor hidden states: leave attn_implementation and output_* out"
             )
-        opened = from_pretrained(place, device=device_map or "cpu", lexicon=lexicon)
+        opened = from_pretrained(place, device=device, lexicon=lexicon)
         model = cls(config, opened)
         model.name_or_path = str(place)
-        if isinstance(dtype, str) and dtype != "auto":
-            dtype = getattr(torch, dtype)
-        if isinstance(dtype, torch.dtype):
-            torch.nn.Module.to(model, dtype)  # transformers wraps its own, whose type is lost
+        if wanted is not None:
+            torch.nn.Module.to(model, wanted)  # transformers wraps its own, whose type is lost
         return model.eval()
 
     def forward(
@@ -250,6 +249,7 @@ class MLIPForTransformers(PreTrainedModel):
         self, image: ImageFeatures, text: TextFeatures, texts: TextBatch, pair_id: Tensor | None
     ) -> Tensor:
         settings, scales, group = self.opened.config.loss, self.mlip.scales, world_group()
+        pair_id = None if pair_id is None else pair_id.to(self.device)
         loss = settings.global_contrastive.weight * info_nce_loss(
             image.embedding, text.embedding, scales.logit_scale(), pair_ids=pair_id, group=group
         )
@@ -293,8 +293,10 @@ class MLIPForTransformers(PreTrainedModel):
         state = {k: v.detach().cpu() for k, v in (state_dict or self.state_dict()).items()}
         words = int(self.mlip.text.backbone.config.vocab_size)
         model = model_with(opened.config, words, state, "the model")
-        facts, origin, results = opened.facts, opened.origin, self.config.evaluation
-        if hash_of_weights(model) != self.config.fingerprints["weights"]:
+        # the first exports tell of neither
+        results, knowledge = (getattr(self.config, n, None) for n in ("evaluation", "knowledge"))
+        facts, origin = opened.facts, opened.origin
+        if hash_of_weights(model) != self.config.fingerprints.get("weights"):
             start = {"kind": "folder", "name": Path(str(self.name_or_path)).name}
             facts, results = {"further": "transformers"}, None
             origin = {"start": dict.fromkeys(("image", "text"), start)}
@@ -306,9 +308,29 @@ class MLIPForTransformers(PreTrainedModel):
                 facts=facts,
                 origin=origin,
                 results=results,
-                include_concepts=self.config.knowledge["is_included"],
+                include_concepts=(knowledge or {}).get("is_included", False),
             )
             put_into(written, folder)
+
+
+def _one_device(given: Any) -> torch.device:
+    try:
+        return torch.device("cpu" if given is None else given)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map: expected one device such as 'cuda:0', got {given!r}: all of the model "
+            "lies on one"
+        ) from error
+
+
+def _floating(dtype: Any) -> torch.dtype | None:
+    """None: as the weights lie in the folder."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected a type such as 'bfloat16' or 'auto', got {dtype!r}")
+    return found
 
 
 def _output(states: Tensor, pooled: Tensor) -> BaseModelOutputWithPooling:
@@ -328,8 +350,6 @@ def _with_own_name(_: Any, state: dict[str, Tensor], prefix: str, *__: Any) -> N
 AutoConfig.register(MLIPConfig.model_type, MLIPConfig, exist_ok=True)
 AutoProcessor.register(MLIPConfig, MLIPProcessor, exist_ok=True)
 AutoTokenizer.register(MLIPConfig, fast_tokenizer_class=MLIPTokenizer, exist_ok=True)
-for auto in (
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-):  # the pipeline asks for the second
+# the pipeline asks for the second
+for auto in (AutoModel, AutoModelForZeroShotImageClassification):
     auto.register(MLIPConfig, MLIPForTransformers, exist_ok=True)

@@ -26,7 +26,7 @@ from mlip.knowledge.concept_files import KEPT, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.pretrained import open_inputs, read_settings
-from mlip.pretrained_folder import SETTINGS, SUMS, check_sums
+from mlip.pretrained_folder import SETTINGS, SUMS, WEIGHTS, check_sums
 from mlip.pretrained_weights import PretrainedError
 from mlip.transfer.alignment.prompts import make_worded_batch, phrase_encoder
 from mlip.transfer.array import Array
@@ -117,7 +117,14 @@ def grey_pixels(image: Any, place: int) -> Array:
 def _as_png(image: Image.Image, place: int) -> bytes:
     """The picture as a PNG file of the same pixels: one reader decides what is grey."""
     exif = Image.Exif()  # other fields may tell of a patient, and this one alone turns the picture
-    exif[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    try:
+        image.load()
+        exif[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        told = f"image {place}: PIL cannot read its pixels: its file is damaged, cut off or closed"
+        raise ImageFileError(told) from error
+    if 0 in image.size:
+        raise ImageFileError(f"image {place}: has no pixels")
     if image.mode == "I":
         low, high = (int(x) for x in image.getextrema())  # type: ignore[arg-type]
         if low < 0 or high > 65535:
@@ -223,7 +230,7 @@ class MLIPTokenizer(PreTrainedTokenizerFast):
             return ()
         folder.mkdir(parents=True, exist_ok=True)
         self._words.save(folder / "tokenizer")
-        if own["knowledge"]["is_included"]:
+        if own.get("knowledge", {}).get("is_included"):  # the first exports do not tell
             write_table(self._encoder.table, folder / KEPT)
         (folder / SETTINGS).write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
         return (str(folder / SETTINGS),)
@@ -272,7 +279,8 @@ class MLIPProcessor(ProcessorMixin):
             (k for k, v in options.items() if v is not None), "AutoProcessor of this model"
         )
         place = require_folder(folder)
-        if (place / SUMS).is_file():
+        # beside weights a list is missing where an export was written or copied in part
+        if (place / SUMS).is_file() or (place / WEIGHTS).is_file():
             check_sums(place, weights=False)
         described, config, tokenizer, table = open_inputs(place, lexicon=lexicon)
         return cls(MLIPImageProcessor(config), MLIPTokenizer(described, config, tokenizer, table))

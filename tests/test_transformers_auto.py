@@ -6,6 +6,7 @@ Oracles: mlip.pretrained of the same folder, files and texts, to the bit; the lo
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pickle
 import shutil
@@ -177,6 +178,17 @@ def test_what_is_no_film_or_no_text_is_refused_with_its_place(processor: Any) ->
     ]:
         with pytest.raises(ValueError, match=message):
             processor(images=[good, image])
+    whole = io.BytesIO()
+    Image.fromarray((good >> 8).astype(np.uint8)).save(whole, "PNG")
+    closed = Image.open(io.BytesIO(whole.getvalue()))
+    closed.close()
+    cut = [Image.open(io.BytesIO(whole.getvalue()[:length])) for length in (300, 3000)]
+    for image, message in [
+        *((image, "image 2: PIL cannot read its pixels") for image in (*cut, closed)),
+        *((Image.new(mode, (0, 9)), "image 2: has no pixels") for mode in ("L", "I")),
+    ]:
+        with pytest.raises(ImageFileError, match=message):
+            processor(images=[good, image])
     for text, message in [("", "is empty"), ([], "of one at least"), ([3], "number 1 is of type")]:
         with pytest.raises(ValueError, match=message):
             processor(text=text)
@@ -192,6 +204,14 @@ def test_what_is_no_film_or_no_text_is_refused_with_its_place(processor: Any) ->
 def test_what_cannot_be_honoured_is_refused(model: Any, tmp_path: Path) -> None:
     for option in ({"attn_implementation": "eager"}, {"quantization_config": {"bits": 4}}):
         with pytest.raises(ValueError, match=r"leave .*out"):
+            AutoModel.from_pretrained(small_export(), **option)
+    for option, message in [
+        ({"dtype": "relu"}, "dtype: .* got 'relu'"),
+        ({"dtype": torch.int8}, "dtype: .* got torch.int8"),
+        ({"device_map": "auto"}, "one device .* got 'auto'"),
+        ({"device_map": {"": "cpu"}}, "one device .* got {'': 'cpu'}"),
+    ]:
+        with pytest.raises(ValueError, match=message):
             AutoModel.from_pretrained(small_export(), **option)
     with pytest.raises(ValueError, match="made by from_pretrained"):
         AutoModel.from_config(model.config)
@@ -298,6 +318,24 @@ def test_a_damaged_folder_opens_no_processor(tmp_path: Path) -> None:
     (folder / "tokenizer" / "vocab.txt").write_text("[PAD]")
     with pytest.raises(PretrainedError, match=r"vocab\.txt: damaged"):
         AutoProcessor.from_pretrained(folder)
+    (folder / "SHA256SUMS").unlink()  # comes last: the folder was not written to its end
+    with pytest.raises(PretrainedError, match="SHA256SUMS: cannot be read"):
+        AutoProcessor.from_pretrained(folder)
+
+
+def test_an_export_from_before_there_were_cards_is_saved_again(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_export(), tmp_path / "model"))
+    settings = json.loads((folder / "config.json").read_text())
+    for name in ("origin", "sizes", "knowledge", "evaluation"):
+        del settings[name]
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "README.md").unlink()
+    (folder / "SHA256SUMS").unlink()
+    write_sums(folder)
+    AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").facts.keys() == {*settings["facts"], "checkpoint"}
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "inputs")
+    assert AutoProcessor.from_pretrained(tmp_path / "inputs")(text="effusion")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
