@@ -214,6 +214,37 @@ def test_a_named_table_has_the_splits_that_its_training_read(tmp_path: Path) -> 
     assert found["compared"] == ["image ids", "patient ids"] and found["films"] > 5
 
 
+def test_a_patient_that_is_found_by_a_film_is_not_told_again_as_an_id(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "padchest.csv", PADCHEST)
+    strangers = [("x.png", "A", "n1", "train", "71"), ("y.png", "C", "n2", "train", "72")]
+    found = told(own, [other, write(tmp_path / "nih.csv", strangers)])
+    assert counts(found) == (1, 3, 2, 1)
+
+
+def test_one_training_of_several_that_is_not_known_is_told(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    other = write(tmp_path / "padchest.csv", PADCHEST)
+    known, silent = training(other), Training(Data(), None)
+    gone = Training(dataclasses.replace(Data(), manifest=str(tmp_path / "gone.csv")), "ab" * 32)
+    assert "does not say what it was trained on" in told(own, [], silent)["unknown"]
+    assert told(own, [other], silent)["unknown"] is None
+    for trainings in ([known, gone], [gone, known], [gone, silent], [silent, gone]):
+        assert "(SHA-256 abababababab) is not at hand" in told(own, [other], *trainings)["unknown"]
+    again = dataclasses.replace(gone, goes_on=True)  # the nearer reason
+    assert "is not at hand" in told(own, [], again)["unknown"]
+    assert (
+        "is not at hand" in told(own, [], dataclasses.replace(known, goes_on=True), gone)["unknown"]
+    )
+    # of one that lies elsewhere by now the splits are still those that the training read
+    rows = [(*row[:3], "test", row[4]) for row in GR]
+    moved = write(tmp_path / "moved.csv", rows, f"{NAMES[:-13]},fold,sha256")
+    run = training(moved, split="fold")
+    elsewhere = dataclasses.replace(run, data=dataclasses.replace(run.data, manifest="gone.csv"))
+    found = told(own, [moved], elsewhere)
+    assert counts(found) == (0, 0, 0, 0) and found["unknown"] is None
+
+
 def test_what_a_training_began_with_is_unknown_until_it_is_named(tmp_path: Path) -> None:
     own = write(tmp_path / "own.csv", GR)
     other = write(tmp_path / "padchest.csv", PADCHEST)
@@ -252,7 +283,8 @@ def test_a_scored_table_that_was_replaced_since_is_not_compared(
     if rows is not None:
         write(own, rows)
     found = find_seen(config, manifest, []).of(manifest.rows("test", with_report=False))
-    assert found["manifests"] == [] and "scored has changed since" in found["unknown"]
+    why = "the table that is scored has changed since it was read"
+    assert found == {"manifests": [], "unknown": why}  # no number of what was not compared
 
 
 def test_an_evaluation_tells_of_patients_in_training_and_names_none(
