@@ -45,8 +45,8 @@ class Training:
 class Seen:
     """Of each row of a manifest what a model has been trained on.
 
-    film     the film itself; patient: a film of its patient; by_id: a patient of the same id, in a
-             table that has no film in common with this one, so that the id may be another's
+    film     the film itself; patient: a film of its patient; by_id: a patient of the same id, which
+             may be another's where `patient` does not say so too
     """
 
     patient_key: Array
@@ -170,8 +170,8 @@ def _met(own: FilmKeys, other: FilmKeys) -> tuple[Array, Array, Array]:
     of_train = _is_in(other.patient, train_patients)
     patient[is_there] = of_train[at[is_there]]
     if _number_alike(own, other, at):
-        return film, film | patient | same_id, np.zeros_like(film)
-    return film, film | patient, same_id
+        patient |= same_id
+    return film, patient, same_id
 
 
 def _number_alike(own: FilmKeys, other: FilmKeys, at: Array) -> bool:

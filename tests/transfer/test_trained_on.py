@@ -94,7 +94,7 @@ def test_equal_ids_of_two_sets_without_a_common_film_are_told_as_such(tmp_path: 
 
 def test_ids_that_were_hashed_anew_are_found_by_files(tmp_path: Path) -> None:
     own = write(tmp_path / "own.csv", GR)
-    hashed = [("1", "h1", "", "train", "01"), ("2", "h2", "", "test", "03")]
+    hashed = [("2", "h2", "", "test", "03"), ("1", "h1", "", "train", "01")]
     hashed += [("3", "h2", "", "train", "77")]
     found = told(own, [write(tmp_path / "hashed.csv", hashed)])
     # A by its film; B by one of the training's test, whose patient has another film in training
@@ -112,6 +112,14 @@ def test_the_file_that_prepare_made_two_pictures_of_is_one_film(tmp_path: Path) 
         pq.write_table(pa.table(index), path.parent / "index.parquet")
         tables.append(path)
     assert counts(told(tables[0], tables[1:])) == (1, 1, 1, 0)
+
+
+def test_the_training_s_own_rows_are_its_films_without_any_id_of_films(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", [row[:2] + row[3:4] for row in GR], "image,patient_id,split")
+    settings = [f"data.manifest={own}", "data.columns.report=null", "data.columns.study_id=null"]
+    config = load([], settings)
+    seen = find_seen(config, load_manifest(config.data), [training(own)])
+    assert counts(seen.of(np.arange(5))) == (1, 1, 1, 0)
 
 
 def test_blank_cells_are_no_common_film(tmp_path: Path) -> None:
