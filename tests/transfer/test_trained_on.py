@@ -122,6 +122,13 @@ def test_the_training_s_own_rows_are_its_films_without_any_id_of_films(tmp_path:
     assert counts(seen.of(np.arange(5))) == (1, 1, 1, 0)
 
 
+def test_an_image_id_is_one_of_its_patient_and_a_hash_of_either_case(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", [("a.png", "P", "1", "test", "ab")])
+    other = write(tmp_path / "other.csv", [("b.png", "Q", "1", "train", "cd")])
+    assert counts(told(own, [other])) == (0, 0, 0, 0)
+    assert counts(told(own, [write(other, [("b.png", "Q", "2", "train", "AB")])])) == (1, 1, 1, 0)
+
+
 def test_blank_cells_are_no_common_film(tmp_path: Path) -> None:
     own = write(tmp_path / "own.csv", [("a.png", "1", "", "test", ""), ("b", "2", " ", "test", "")])
     other = write(
