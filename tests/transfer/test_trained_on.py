@@ -103,15 +103,18 @@ def test_ids_that_were_hashed_anew_are_found_by_files(tmp_path: Path) -> None:
 
 def test_the_file_that_prepare_made_two_pictures_of_is_one_film(tmp_path: Path) -> None:
     tables = []
-    for name, stored, patient, split in (
-        ("own", "aa", "p", "test"),
-        ("training", "bb", "q", "train"),
+    for name, stored, patient, split, source in (
+        ("own", "aa", "p", "test", "5e"),
+        ("training", "bb", "q", "train", "5e"),
+        ("unknown", "dd", "p2", "test", ""),
+        ("also unknown", "ee", "q2", "train", ""),
     ):
         path = write(tmp_path / name / "m.csv", [(f"{name}.png", patient, "", split, stored)])
-        index = {"sha256": [stored, "cc"], "source_sha256": ["5e", ""]}
+        index = {"sha256": [stored, "cc"], "source_sha256": [source, ""]}
         pq.write_table(pa.table(index), path.parent / "index.parquet")
         tables.append(path)
     assert counts(told(tables[0], tables[1:])) == (1, 1, 1, 0)
+    assert counts(told(tables[2], tables[3:])) == (0, 0, 0, 0)
 
 
 def test_the_training_s_own_rows_are_its_films_without_any_id_of_films(tmp_path: Path) -> None:
