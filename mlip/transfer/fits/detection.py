@@ -27,6 +27,7 @@ from mlip.transfer.measures.average_precision import (
     detection_measures,
     detection_scores,
     match,
+    match_fits,
     mean_average_precision,
 )
 from mlip.transfer.measures.froc import froc_scores
@@ -164,24 +165,15 @@ class Detection(FramedTask):
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
         truth = [self.truth(r) for r in test.tolist()]
+        overlaps, cut = self.transfer.iou_thresholds, self.transfer.score_cut
+        matched = match_fits(truth, predictions, overlaps, len(self.classes), cut)
         scores = detection_scores(
-            truth,
-            predictions,
-            weights,
-            thresholds=self.transfer.iou_thresholds,
+            *(truth, predictions, matched, weights),
+            thresholds=overlaps,
             classes=self.classes,
-            score_cut=self.transfer.score_cut,
             compat_score_cut=self.transfer.compat_score_cut,
         )
-        measure = detection_measures(
-            truth,
-            predictions,
-            weights,
-            patients,
-            thresholds=self.transfer.iou_thresholds,
-            classes=self.classes,
-            score_cut=self.transfer.score_cut,
-        )
+        measure = detection_measures(truth, matched, weights, patients, classes=self.classes)
         return {
             **scores,
             "froc": froc_scores(truth, predictions, weights),

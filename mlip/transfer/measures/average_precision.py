@@ -14,7 +14,6 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +93,24 @@ def match(
         where = np.concatenate([*image, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         result.append(Matches(score[order], where[order], is_hit[:, order], positives))
     return result
+
+
+def match_fits(
+    truth: Sequence[Truth],
+    by_seed: Sequence[Sequence[Found]],
+    thresholds: Sequence[float],
+    classes: int,
+    score_cut: float,
+) -> list[list[Matches]]:
+    """The strict matches of each fit: the longest part of a score, so that groups share them.
+
+    Raises:  ValueError on a score that is not finite.
+    """
+    told, matched = Progress("fits matched"), list[list[Matches]]()
+    for found in by_seed:
+        told(len(matched), len(by_seed))
+        matched.append(match(truth, [f.over(score_cut) for f in found], thresholds, classes))
+    return matched
 
 
 def run_coco(
@@ -195,24 +212,18 @@ def compat_images(truth: Sequence[Truth], found: Sequence[Found], cut: float) ->
 
 def detection_measures(
     truth: Sequence[Truth],
-    by_seed: Sequence[Sequence[Found]],
+    by_seed: Sequence[Sequence[Matches]],
     weights: Array,
     patients: Array,
     *,
-    thresholds: Sequence[float],
     classes: Sequence[str],
-    score_cut: float,
 ) -> Callable[[Array], Measures]:
     """What some of the test images score over the seeds' fits, for subgroup_scores: strict AP of
     each class that enough of the patients have boxes of.
 
+    by_seed  match_fits
     Shapes:  weights [R, images], patients [images]
     """
-
-    @cache
-    def matches_of(seed: int) -> list[Matches]:
-        return match(truth, [f.over(score_cut) for f in by_seed[seed]], thresholds, len(classes))
-
     has_box = [np.array([(t.labels == k).any() for t in truth]) for k in range(len(classes))]
 
     def measure(inside: Array) -> Measures:
@@ -227,8 +238,7 @@ def detection_measures(
             if not enough(patients[with_box]):
                 continue
             each: list[Measured] = []
-            for seed in range(len(by_seed)):
-                own = matches_of(seed)[k]
+            for own in (matches[k] for matches in by_seed):
                 value = float(average_precisions(own, one).mean())
                 resampled = average_precisions(own, under).mean(axis=1)
                 of = weights[:, with_box]
@@ -244,16 +254,17 @@ def detection_measures(
 def detection_scores(
     truth: Sequence[Truth],
     by_seed: Sequence[Sequence[Found]],
+    strict_by_seed: Sequence[Sequence[Matches]],
     weights: Array,
     *,
     thresholds: Sequence[float],
     classes: Sequence[str],
-    score_cut: float,
     compat_score_cut: float,
 ) -> dict[str, Any]:
     """mAP in both forms over the seeds' fits, and AP of each class in the strict form.
 
-    Shapes:  weights [R, images]
+    strict_by_seed  match_fits of by_seed
+    Shapes:         weights [R, images]
     Returns: {"strict": ..., "compat": ..., "classes": [{class, boxes, strict}], "images": n, ...}
     """
     strict: list[Measured | None] = []
@@ -263,9 +274,8 @@ def detection_scores(
     ones = np.ones((1, len(truth)))
     has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
     told_fits = Progress("fits scored, with their intervals")
-    for done, found in enumerate(by_seed):
+    for done, (found, matches) in enumerate(zip(by_seed, strict_by_seed, strict=True)):
         told_fits(done, len(by_seed))
-        matches = match(truth, [f.over(score_cut) for f in found], thresholds, len(classes))
         own, each = _by_class(matches, ones)[:, 0], _by_class(matches, weights)
         value = float(defined_mean(own[:, None])[0])
         told = bounded(value, defined_mean(each), len(truth), weights[:, has_box])
@@ -280,10 +290,10 @@ def detection_scores(
             compat.append(None)
             continue
         shown = [found[i].over(compat_score_cut) for i in kept]
-        matches = match([truth[i] for i in kept], shown, thresholds, len(classes))
-        value = float(mean_average_precision(matches, np.ones((1, len(kept))))[0])
+        published = match([truth[i] for i in kept], shown, thresholds, len(classes))
+        value = float(mean_average_precision(published, np.ones((1, len(kept))))[0])
         of = weights[:, kept]
-        compat.append(bounded(value, mean_average_precision(matches, of), len(kept), of))
+        compat.append(bounded(value, mean_average_precision(published, of), len(kept), of))
     boxes = np.concatenate([*(t.labels for t in truth), np.zeros(0)])
     return {
         "strict": {

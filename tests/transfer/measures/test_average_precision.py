@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from mlip.config import load
+from mlip.dataloading.manifest import load_manifest
 from mlip.transfer.fits.boxes import box_iou, keep_best
+from mlip.transfer.fits.detection import Detection
+from mlip.transfer.frames import Images, frame_of
+from mlip.transfer.measures import average_precision
 from mlip.transfer.measures.average_precision import (
+    RECALL_POINTS,
     Found,
+    Matches,
     Truth,
     average_precisions,
     detection_measures,
     detection_scores,
     match,
+    match_fits,
     mean_average_precision,
     run_coco,
 )
 from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.truth.annotations import Annotations
+from tests.small_run import small_run
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 A, B = [10.0, 10, 30, 30], [50.0, 50, 90, 90]
@@ -41,12 +52,9 @@ def found(*boxes: tuple[list[float], float], labels: list[int] | None = None) ->
 def strict(truths: list[Truth], predictions: list[Found]) -> dict:
     weights = np.ones((3, len(truths)))
     return detection_scores(
-        truths,
-        [predictions],
-        weights,
+        *(truths, [predictions], match_fits(truths, [predictions], IOUS, 1, 0.001), weights),
         thresholds=IOUS,
         classes=["object"],
-        score_cut=0.001,
         compat_score_cut=0.5,
     )
 
@@ -119,6 +127,64 @@ def test_our_sums_equal_the_coco_tools_own_on_random_boxes_with_ties() -> None:
     assert mean_average_precision(ours, one)[0] == pytest.approx(expected.mean(), abs=1e-9)
 
 
+def _every_precision(matches: Matches, weight: np.ndarray, t: int) -> float:
+    """COCOeval.accumulate as it stands: precision and recall at every prediction."""
+    weights, hit = weight[matches.image].astype(float), matches.is_hit[t]
+    right, wrong = np.cumsum(weights * hit), np.cumsum(weights * ~hit)
+    positives = float(weight @ matches.positives)
+    if positives == 0:
+        return float("nan")
+    precision = right / (right + wrong + np.spacing(1))
+    for i in range(len(precision) - 1, 0, -1):
+        precision[i - 1] = max(precision[i - 1], precision[i])
+    at = np.searchsorted(right / positives, RECALL_POINTS, side="left")
+    return float(np.array([precision[i] for i in at if i < len(precision)]).sum() / 101)
+
+
+def test_precision_at_hits_alone_is_that_of_every_prediction_to_the_last_bit() -> None:
+    """Weights of 0 take an image's boxes and hits out, and all of a class's at the end."""
+    truths, predictions = _random_images(40)
+    rng = np.random.default_rng(1)
+    weights = np.concatenate([rng.integers(0, 4, (30, 40)), np.zeros((1, 40), np.int64)])
+    weights[0] = np.arange(40) == 0  # of one image
+    nothing = [Found(f.corners[:0], f.scores[:0], f.labels[:0]) for f in predictions]
+    far = [Found(f.corners + 500.0, f.scores, f.labels) for f in predictions]
+    for given in (predictions, nothing, far):
+        for matches in match(truths, given, IOUS, 2):
+            ours = average_precisions(matches, weights)
+            slow = [[_every_precision(matches, w, t) for t in range(len(IOUS))] for w in weights]
+            np.testing.assert_array_equal(ours, np.array(slow))
+            assert np.isnan(ours[-1]).all() and np.isfinite(ours[1:-1]).all()
+
+
+def test_a_fit_is_matched_once_however_many_scores_and_groups_take_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The matching of 3,000 test images is most of a score; the published form has its own."""
+    asked: list[int] = []
+    plain = average_precision.run_coco
+
+    def counted(truth: list[Truth], *given: Any) -> Any:
+        asked.append(len(truth))
+        return plain(truth, *given)
+
+    monkeypatch.setattr(average_precision, "run_coco", counted)
+    run = small_run()
+    task = ("transfer.task=detection", "transfer.image_px=64", "evaluate.bootstrap=20")
+    config = load([], [*run.settings, *task])
+    manifest = load_manifest(config.data)
+    images = Images(config, manifest, frame_of(config))
+    made = Annotations(config, manifest)
+    detection = Detection(config, manifest, made, images, torch.device("cpu"))
+    test = manifest.rows("test", with_report=False)
+    fits = [[found((A, 0.3)) for _ in test], [found((B, 0.4)) for _ in test]]
+    inside = np.arange(len(test)) < len(test) // 2
+    halves = Grouping("half", ("x", "y"), np.stack([inside, ~inside]), inside | True, {})
+    scores = detection.score(fits, test, test, [halves])
+    assert [group["name"] for group in scores["subgroups"][0]["groups"]] == ["x", "y"]
+    assert asked == [len(test)] * 2
+
+
 def test_weights_of_images_equal_repeating_them() -> None:
     truths, predictions = _random_images(12)
     weights = np.array([[2, 0, 1, 3, 0, 1, 1, 0, 2, 1, 1, 0]])
@@ -138,9 +204,11 @@ def test_a_group_is_scored_on_the_classes_that_enough_of_its_patients_have() -> 
         truths[i].labels[:1], predictions[i].labels[:1] = 1, 1
     for i in range(5, 20):
         truths[i].labels[:] = 0
-    given = {"thresholds": IOUS, "classes": ["a", "b"], "score_cut": 0.3}
     fits = [predictions, [found.over(0.5) for found in predictions]]
-    measure = detection_measures(truths, fits, weights, np.arange(40).clip(1), **given)
+    matched = match_fits(truths, fits, IOUS, 2, 0.3)
+    measure = detection_measures(
+        truths, matched, weights, np.arange(40).clip(1), classes=["a", "b"]
+    )
     half, rest = measure(inside), measure(~inside)
     with_b = sum((t.labels == 1).any() for t in truths[:20])
     assert with_b == 5 and half.counts["b"] == (20, 5) and half.classes["b"] == {}
