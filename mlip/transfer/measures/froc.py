@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.average_precision import Found, Truth
 from mlip.transfer.measures.interval import Measured, bounded
@@ -75,22 +76,31 @@ def sensitivities(marks: Marks, weights: Array) -> Array:
     """Share of true boxes found at each of RATES, [R, rates]; NaN without a true box.
 
     The highest share that a threshold reaches without exceeding the rate: equal scores stand or
-    fall together, and nothing is read between two thresholds.
+    fall together, and nothing is read between two thresholds. Marks beyond the highest rate are
+    not counted: of a hundred an image they are most.
 
     Shapes:  weights [R, images] >= 0
     """
     result = np.full((len(weights), len(RATES)), np.nan)
     ends = np.flatnonzero(np.r_[marks.score[1:] != marks.score[:-1], np.ones(len(marks.score[:1]))])
+    rates = np.array(RATES) * (1 + 1e-12)
+    enough = 2 * int(RATES[-1]) * len(marks.positives)  # thresholds, as a rule; more where not
     for r, weight in enumerate(weights.astype(np.float64)):
         positives, images = float(weight @ marks.positives), float(weight.sum())
         if positives == 0:
             continue
-        each = weight[marks.image]
-        hits = np.cumsum(each * marks.is_hit)[ends] / positives
-        false = np.cumsum(each * ~marks.is_hit)[ends] / images
+        count = enough
+        while True:
+            kept = ends[:count]
+            first = slice(0, kept[-1] + 1 if len(kept) else 0)
+            each, is_hit = weight[marks.image[first]], marks.is_hit[first]
+            false = np.cumsum(each * ~is_hit)[kept] / images
+            if count >= len(ends) or false[-1] > rates[-1]:
+                break
+            count *= 2
+        hits = np.cumsum(each * is_hit)[kept] / positives
         # both rise: the last threshold within the rate has the highest share
-        at = np.searchsorted(false, np.array(RATES) * (1 + 1e-12), side="right")
-        result[r] = np.r_[0.0, hits][at]
+        result[r] = np.r_[0.0, hits][np.searchsorted(false, rates, side="right")]
     return result
 
 
@@ -103,7 +113,9 @@ def froc_scores(
     """
     columns: list[list[Measured | None]] = [[] for _ in range(len(RATES) + 1)]
     has_box = np.array([len(t.labels) > 0 for t in truth], dtype=bool)
-    for found in by_seed:
+    told = Progress("fits scored by false marks, with their intervals")
+    for done, found in enumerate(by_seed):
+        told(done, len(by_seed))
         marks = marks_of(truth, found)
         value = sensitivities(marks, np.ones((1, len(truth))))[0]
         resampled = sensitivities(marks, weights)

@@ -88,6 +88,30 @@ def test_resampling_is_repeating_the_images() -> None:
             assert value == pytest.approx(best)
 
 
+def test_marks_beyond_the_highest_rate_are_left_out_without_a_difference() -> None:
+    """Oracle: all marks counted. Some weights lie on images whose marks come last, or are few."""
+    rng = np.random.default_rng(4)
+    truth, shown = [], []
+    for i in range(30):
+        corners = rng.uniform(0, 80, (2, 2))
+        truth.append(true(*np.concatenate([corners, corners + 20], axis=1).tolist()))
+        where = rng.uniform(0, 80, (2 if i == 3 else 60, 2))
+        boxes = np.concatenate([where, where + 18], axis=1).tolist()
+        scores = rng.integers(1, 4000, len(boxes)) + (0 if i in (3, 4) else 4000)
+        shown.append(found(*boxes, scores=scores.tolist()))
+    marks = marks_of(truth, shown)
+    weights = np.concatenate([rng.multinomial(30, np.ones(30) / 30, 20), np.eye(30, dtype=int)])
+    ours = sensitivities(marks, weights)
+    ends = np.flatnonzero(np.r_[np.diff(marks.score) != 0, True])
+    assert len(ends) > 2 * (2 * RATES[-1] * 30)  # twice what is counted at first
+    for weight, row in zip(weights, ours, strict=True):
+        each = weight[marks.image].astype(float)
+        false = np.cumsum(each * ~marks.is_hit)[ends] / weight.sum()
+        hits = np.cumsum(each * marks.is_hit)[ends] / (weight @ marks.positives)
+        expected = [max([0.0, *hits[false <= rate * (1 + 1e-12)]]) for rate in RATES]
+        assert row.tolist() == expected
+
+
 def test_without_a_true_box_there_is_no_score_and_broken_scores_are_an_error() -> None:
     scores = froc_scores([true()], [[found(*BOX, scores=[0.4])]], np.ones((3, 1)))
     assert scores["mean"]["value"] is None and "true box" in scores["mean"]["reason"]
