@@ -9,7 +9,7 @@ off, and mask and boxes go through the same scaling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +122,20 @@ class Images:
                 return error.reason
             return ""
 
-        asked, reasons = np.asarray(rows).tolist(), list[str]()
-        told = Progress("images looked at")
-        # some at a time: a thread pool takes a kilobyte for all that is handed to it
-        for start in range(0, len(asked), AT_ONCE):
-            reasons += self._pool.map(look, asked[start : start + AT_ONCE])
-            told(len(reasons), len(asked))
+        reasons = self.each(look, rows, "images looked at")
         for reason in filter(None, reasons):
             bad[reason] = bad.get(reason, 0) + 1
         return np.asarray(rows)[[not r for r in reasons]], bad
+
+    def each(self, look: Callable[[int], Any], rows: Array, what: str) -> list[Any]:
+        """look(row) of every row, in threads; says how many of `what` are done."""
+        asked, found, told = np.asarray(rows).tolist(), list[Any](), Progress(what)
+        # some at a time: a thread pool takes a kilobyte for all that is handed to it
+        for start in range(0, len(asked), AT_ONCE):
+            for one in self._pool.map(look, asked[start : start + AT_ONCE]):
+                found.append(one)
+                told(len(found), len(asked))
+        return found
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -36,19 +36,28 @@ def read_mask(content: bytes) -> NDArray[np.uint8]:
         _require_grey(picture)
     most = int(grey.max())
     mask = (grey >> 8 if most > 255 else grey).astype(np.uint8)
-    middle = _middle_planes(mask)
+    levels = _levels(mask)
+    middle = _middle_planes(mask, levels)
     # without an area of it, 128 is an edge cut in half
     slack = int(np.abs(middle - IGNORED).max(initial=0))
-    judged = np.abs(mask.astype(np.int16) - IGNORED) > slack
-    inside = judged & (mask > IGNORED)
-    if most and not inside.any():
-        which = "outside" if judged.all() else "not judged or outside"
+    # by level: a film has ten million pixels
+    each = np.arange(256)
+    judged = np.abs(each - IGNORED) > slack
+    inside = judged & (each > IGNORED)
+    if most and not inside[levels].any():
+        which = "outside" if judged[levels].all() else "not judged or outside"
         raise ValueError(
             f"holds values of 0 to {most}, which would all be {which}: expected 255 inside and 0 "
             "outside; multiply a mask of 0 and 1 by 255, write the wanted class of a label map so, "
             "and leave the cell blank where nothing was judged"
         )
-    return np.where(inside, INSIDE, np.where(judged, 0, IGNORED)).astype(np.uint8)
+    table = np.where(inside, INSIDE, np.where(judged, 0, IGNORED)).astype(np.uint8)
+    return cv2.LUT(mask, table).astype(np.uint8, copy=False)
+
+
+def _levels(mask: NDArray[np.uint8], among: NDArray[np.uint8] | None = None) -> NDArray[np.int64]:
+    """The levels that the mask has, rising; those of `among` != 0 alone where it is given."""
+    return np.flatnonzero(cv2.calcHist([mask], [0], among, [256], [0, 256]))
 
 
 def _require_grey(picture: NDArray[Any]) -> None:
@@ -63,23 +72,24 @@ def _require_grey(picture: NDArray[Any]) -> None:
         raise ValueError("is in colours, and does not say which of them is inside: " + _EXPECTED)
 
 
-def _middle_planes(mask: NDArray[np.uint8]) -> NDArray[np.int64]:
+def _middle_planes(mask: NDArray[np.uint8], levels: NDArray[np.int64]) -> NDArray[np.int64]:
     """Levels of about IGNORED that an area of the mask has.
 
     Raises:  ValueError for an area of another level than a mask's: no edge, and no noise of JPEG.
     """
     square = np.ones((3, 3), np.uint8)
-    planes = np.unique(mask[cv2.erode(mask, square) == cv2.dilate(mask, square)]).astype(np.int64)
+    is_flat = cv2.erode(mask, square) == cv2.dilate(mask, square)
+    planes = _levels(mask, is_flat.astype(np.uint8))
     is_middle = np.abs(planes - IGNORED) <= _SLACK
-    if len(np.unique(mask)) <= _FEW_LEVELS:
+    if len(levels) <= _FEW_LEVELS:
         is_known = (planes == 0) | is_middle | (planes >= INSIDE - _SLACK)
     else:
         is_known = (planes < 64) | is_middle | (planes >= 192)
     # a mask of 0 and 1 is told by its highest value
     if mask.max() >= 64 and not is_known.all():
-        levels = ", ".join(map(str, planes[:10].tolist()))
+        shown = ", ".join(map(str, planes[:10].tolist()))
         raise ValueError(
-            f"holds areas of the levels {levels}: {_EXPECTED}; of a label map write the wanted "
+            f"holds areas of the levels {shown}: {_EXPECTED}; of a label map write the wanted "
             "class so"
         )
     return planes[is_middle]

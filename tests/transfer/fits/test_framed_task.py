@@ -21,6 +21,7 @@ from mlip.transfer.fits.fitting import shuffled_batches
 from mlip.transfer.fits.segmentation import Segmentation
 from mlip.transfer.frames import Images, frame_of
 from mlip.transfer.truth.annotations import Annotations
+from mlip.transfer.truth.mask_file import INSIDE
 from tests.small_run import small_run
 
 TASK = (
@@ -59,6 +60,28 @@ def test_kept_levels_are_those_computed_anew_and_augmented_images_are_never_kept
         torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
     task._encoder(dataclasses.replace(start, weights_hash="another"))
     assert not task._kept
+
+
+def test_a_mask_is_read_once_however_often_it_is_asked_what_it_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Draws, balance and counts ask each time; a file of ten million pixels takes 0.1 s."""
+    one = "transfer.classes={pleural_effusion: zero}"
+    task, _, rows = _task(load([], [*small_run().settings, *TASK, one]))
+    asked: list[int] = []
+    plain = task.annotations.mask
+
+    def counted(row: int, size: tuple[int, int]) -> np.ndarray:
+        asked.append(row)
+        return plain(row, size)
+
+    monkeypatch.setattr(task.annotations, "mask", counted)
+    first = task.positive(rows)
+    again = task.positive(rows[::-1])
+    assert sorted(asked) == sorted(rows.tolist())
+    shown = [bool((task.mask(row) == INSIDE).any()) for row in rows.tolist()]
+    assert first.tolist() == again[::-1].tolist() == shown and 0 < sum(shown) < len(shown)
+    assert task.positive(rows[:0]).tolist() == []
 
 
 def test_no_level_is_kept_beyond_the_room_or_of_a_tuned_encoder() -> None:

@@ -21,7 +21,7 @@ TUNED = "transfer.encoder=tuned"
     [
         ([*LABELS, TUNED], ["2 of 2 steps of epoch 1", "6 of 6 images predicted"]),
         ([*LABELS, "transfer.probe=logistic"], ["5 of 6 logistic fits"]),
-        (MASKS, ["2 of 2 steps of epoch 1", "6 of 6 images predicted"]),
+        (MASKS, ["12 of 12 masks read", "2 of 2 steps of epoch 1", "6 of 6 images predicted"]),
         (BOXES, ["2 of 2 steps of epoch 1", "12 of 12 images predicted"]),
     ],
     ids=["tuned", "logistic", "segmentation", "detection"],

@@ -57,6 +57,25 @@ def test_plain_masks_are_read_as_drawn() -> None:
     assert (read_mask(encoded(drawn))[82:88, 8:16] == IGNORED).all()
 
 
+@pytest.mark.parametrize("middle", [None, 127, 130])
+@pytest.mark.parametrize("kind", [".png", ".jpg"])
+def test_a_mask_read_by_its_levels_is_that_of_each_pixel(middle: int | None, kind: str) -> None:
+    """Oracle: every pixel compared with the farthest unjudged level that an area has."""
+    drawn = disc(INSIDE)
+    drawn[5:25, 5:45] = 0 if middle is None else middle
+    content = encoded(cv2.GaussianBlur(drawn, (3, 3), 0), kind)
+    grey = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_GRAYSCALE).astype(int)
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(grey, 1, "edge"), (3, 3))
+    flat = grey[around.min(axis=(2, 3)) == around.max(axis=(2, 3))]
+    slack = max([abs(p - IGNORED) for p in flat if abs(p - IGNORED) <= 3], default=0)
+    expected = np.where(grey > IGNORED, INSIDE, 0)
+    expected[np.abs(grey - IGNORED) <= slack] = IGNORED
+    found = read_mask(content)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.uint8 and found.shape == (SIDE, SIDE)
+    assert ((found == IGNORED).sum() > 500) == (middle is not None)
+
+
 @pytest.mark.parametrize("quality", [50, 75, 95])
 def test_a_jpeg_mask_is_the_mask_but_for_its_edge(quality: int) -> None:
     drawn = disc(INSIDE)
