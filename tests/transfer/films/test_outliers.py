@@ -20,7 +20,7 @@ from mlip.cli import main
 from mlip.command_inputs import read_settings
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
-from mlip.transfer.films import outlier_table, outliers
+from mlip.transfer.films import outlier_table, outliers, row_images
 from mlip.transfer.films.outliers import OutlierError, Reference, fit_reference, load_reference
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, pictures, write
@@ -249,6 +249,26 @@ def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_mani
     capsys.readouterr()
     assert run(tmp_path, "--fit", str(made[0]), patient_id="one", split="train") == 4
     assert "9 images of 1 patients" in capsys.readouterr().err
+
+
+def test_features_are_those_of_each_batch_and_the_rows_of_those_that_can_be_read(
+    tmp_path, monkeypatch
+):
+    """Oracle: every batch's means kept, and joined at the end; the last batch is short."""
+    monkeypatch.setattr(row_images, "ROWS_AT_ONCE", 7)
+    opened = open_checkpoint(small_export())
+    config = read_settings(write(tmp_path, image=lambda i: "none.png" if i == 8 else f"{i}.png"))
+    manifest = load_manifest(config.data)
+    images = row_images.RowImages(opened, config, manifest, "all", device="cpu")
+    parts = [(bank.features.patches.mean(dim=1), bank.row_index) for bank in images]
+    assert len(parts) == 5 and len(images) == 30
+    found, rows, bad = outliers.encode_rows(
+        opened, config, manifest, "all", most=None, device="cpu"
+    )
+    assert rows.tolist() == np.concatenate([r for _, r in parts]).tolist()
+    assert set(rows.tolist()) == set(range(30)) - {8} and bad == {8: "missing"}
+    assert torch.equal(found.patches, torch.cat([mean for mean, _ in parts])[:, None])
+    assert torch.equal(found.embedding, found.patches[:, 0])
 
 
 def test_the_lines_count_and_name_what_the_table_holds(tmp_path, monkeypatch, capsys):
