@@ -86,6 +86,7 @@ class Images:
         self.reader = SampleReader(manifest, config.data, refuses_dark=True)
         self.frame = frame
         self._kept: dict[int, tuple[Array, tuple[int, int]]] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}  # of all: masks and boxes ask for no pixels
         self._room = config.transfer.cache_gib * 2**30
         self._pool = ThreadPoolExecutor(max(1, config.data.workers), "mlip-transfer")
         # without a frame the crop of pre-training follows, and needs no more than its letterbox
@@ -96,7 +97,7 @@ class Images:
         if row in self._kept:
             return self._kept[row]
         grey = self.reader.pixels(row, 0)
-        size = (int(grey.shape[0]), int(grey.shape[1]))
+        self._sizes[row] = size = (int(grey.shape[0]), int(grey.shape[1]))
         if self.frame is not None:
             grey = self.frame.image(grey)
         else:
@@ -107,6 +108,12 @@ class Images:
             self._room -= grey.nbytes
             self._kept[row] = (np.ascontiguousarray(grey), size)
         return grey, size
+
+    def size(self, row: int) -> tuple[int, int]:
+        """(height, width) of the row's file, which is not read for it again."""
+        if row not in self._sizes:
+            self.read(row)
+        return self._sizes[row]
 
     def many(self, rows: Sequence[int]) -> list[tuple[Array, tuple[int, int]]]:
         return list(self._pool.map(self.read, rows))

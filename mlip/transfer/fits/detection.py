@@ -60,7 +60,7 @@ class Detection(FramedTask):
         """The row's boxes in px of the encoder's input; the arrays are read-only."""
         if row not in self._boxes:
             boxes = self.annotations.boxes(row)
-            size = boxes.size or self.images.read(row)[1]
+            size = boxes.size or self.images.size(row)
             check_inside(row, boxes.corners, size, self.manifest.path)
             place = {name: k for k, name in enumerate(self.transfer.classes)}
             labels = [place.get(n, -1) if place else 0 for n in boxes.names]
@@ -77,7 +77,7 @@ class Detection(FramedTask):
         for row in rows.tolist():
             if row not in self._boxes:
                 boxes = self.annotations.boxes(row)
-                outside.look(row, boxes.corners, boxes.size or self.images.read(row)[1])
+                outside.look(row, boxes.corners, boxes.size or self.images.size(row))
         outside.check()
         return np.array([len(self.truth(r).corners) > 0 for r in rows.tolist()], dtype=bool)
 

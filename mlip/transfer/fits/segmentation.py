@@ -83,8 +83,7 @@ class Segmentation(FramedTask):
     def mask(self, row: int) -> Array:
         """[side, side] uint8 of INSIDE, IGNORED, 0; kept compressed."""
         if row not in self._masks:
-            _, size = self.images.read(row)
-            mask = self.frame.mask(self.annotations.mask(row, size))
+            mask = self.frame.mask(self.annotations.mask(row, self.images.size(row)))
             self._positive[row] = bool((mask == INSIDE).any())
             self._masks[row] = cv2.imencode(".png", mask)[1]
         kept = cv2.imdecode(self._masks[row], cv2.IMREAD_GRAYSCALE)

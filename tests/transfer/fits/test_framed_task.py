@@ -84,6 +84,22 @@ def test_a_mask_is_read_once_however_often_it_is_asked_what_it_shows(
     assert task.positive(rows[:0]).tolist() == []
 
 
+def test_a_film_that_is_not_kept_is_not_decoded_again_for_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, _, rows = _task(load([], [*small_run().settings, *TASK, "transfer.cache_gib=0"]))
+    usable, bad = task.images.usable(rows)
+    assert usable.tolist() == rows.tolist() and not bad
+    sizes = [task.images.read(row)[1] for row in rows.tolist()]
+
+    def refused(row: int, attempt: int) -> np.ndarray:
+        raise AssertionError("was decoded again")
+
+    monkeypatch.setattr(task.images.reader, "pixels", refused)
+    assert [task.images.size(row) for row in rows.tolist()] == sizes == [(112, 112)] * 6
+    assert task.positive(rows).all()
+
+
 def test_no_level_is_kept_beyond_the_room_or_of_a_tuned_encoder() -> None:
     task, start, rows = _task(load([], [*small_run().settings, *TASK, "transfer.cache_gib=0.0001"]))
     encoder = task._encoder(start)
