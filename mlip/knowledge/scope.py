@@ -310,10 +310,14 @@ def _look_back(
     k = len(found) - 1
     met_term = False
     met_conjunction = _is_list_before_colon(events, i, words)
+    is_normal = events[i][2].flags & _NORMAL != 0
     for j in range(i - 1, -1, -1):
         flags = events[j][2].flags
         if met_term and _is_colon(words, events[j][1]):
             return  # a heading with an answer of its own
+        if is_normal and not met_term and flags & (_COMMA | one * _AND):
+            if events[j][1] < events[i][0]:
+                return  # "small effusion, heart and aorta are normal"
         if flags & _COMMA:
             if met_term and not met_conjunction:
                 return
@@ -330,7 +334,8 @@ def _look_back(
             if not met_term and events[i][0] - found[k][1] > _MAX_GAP:
                 return
             start, end, row, _ = found[k]
-            if not events[j][2].fixed or events[j][2].concept != row:
+            is_there = is_normal and events[j][2].device  # "the tube is unremarkable"
+            if not is_there and (not events[j][2].fixed or events[j][2].concept != row):
                 found[k] = (start, end, row, state)
                 met_term = True
             k -= 1

@@ -98,6 +98,24 @@ SENTENCES = {
         The lungs are clear of opacities. | clear_lungs=- lung_opacity=A
         The lungs remain grossly clear of infiltrate or edema. | infiltrate=A pulmonary_edema=A
     """,
+    "a finding before a comma is no subject of normal": f"""
+        Small effusion, heart size and mediastinum are normal. | pleural_effusion=P {BOTH}
+        Atelectasis at the left base, heart and mediastinum are normal. | atelectasis=P {BOTH}
+        Calcified aorta, heart and mediastinum are within normal limits. | aortic_calcification=P
+        There is a pneumothorax, and heart and mediastinum are normal. | pneumothorax=P {BOTH}
+        Effusion and pneumothorax, hila are unremarkable. | pleural_effusion=P pneumothorax=P
+        Granuloma in the right lung, mediastinum and hila are normal. | granuloma=P
+        Small effusion, aorta is normal. | pleural_effusion=P
+        Small effusion and the aorta is normal. | pleural_effusion=P
+        Vascular engorgement and heart size are within normal limits. | vascular_congestion=A
+        Heart size, vascular engorgement, within normal limits. | vascular_congestion=A
+    """,
+    "a normal device is there": f"""
+        The endotracheal tube is normal. | endotracheal_tube=P
+        Pacemaker leads are within normal limits. | pacemaker=P
+        Pacemaker, heart and mediastinum are unremarkable. | pacemaker=P {BOTH}
+        The port is not seen. | port_catheter=A
+    """,
     "too full of air, but clear": """
         The lungs are hyperinflated but clear. | hyperinflation=P clear_lungs=P
         Lungs hyperexpanded but otherwise clear. | hyperinflation=P clear_lungs=P
