@@ -73,6 +73,7 @@ class Entry(NamedTuple):
     parts: tuple[Part, ...]  # slots of terms written apart that it can fill
     normals: tuple[int, ...]  # rows of the statements that this anatomy is as it should be
     subject_side: int  # of such a statement: -1 = its anatomy comes first, 1 = last, 0 = no such
+    subject: Entry | None  # this anatomy
 
 
 Event = tuple[int, int, Entry]

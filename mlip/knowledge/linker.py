@@ -126,11 +126,13 @@ class Linker:
                     if relation == "located_in":
                         normals.setdefault(place, []).append(row)
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
-        for key in dict.fromkeys((*flags, *owners, *parts)):
+        entries: dict[str, Entry] = {}
+        # the shorter ones first: a statement needs the entry of its anatomy
+        for key in sorted(dict.fromkeys((*flags, *owners, *parts)), key=len):
             row = owners.get(key, -1)
             kind = types[row] if row >= 0 else ""
-            side = self._subject_side(key, owners, types) if kind == "normal" else 0
-            entry = Entry(
+            side, subject = self._subject(key, owners, types) if kind == "normal" else (0, "")
+            entries[key] = entry = Entry(
                 length=len(key) // width,
                 flags=flags.get(key, 0) | (FLAG["normal"] if side else 0),
                 concept=row,
@@ -140,20 +142,22 @@ class Linker:
                 parts=tuple(parts.get(key, ())),
                 normals=tuple(normals.get(self._ids[row], ())) if row >= 0 else (),
                 subject_side=side,
+                subject=entries.get(subject),
             )
             self._automaton.add_word(key, entry)
         self._automaton.make_automaton()
 
-    def _subject_side(self, key: str, owners: dict[str, int], types: list[str]) -> int:
+    def _subject(self, key: str, owners: dict[str, int], types: list[str]) -> tuple[int, str]:
         """-1 where a normal statement begins with its anatomy ("heart size is normal"), 1 where it
-        ends with it ("normal heart size"), else 0."""
+        ends with it ("normal heart size"), else 0; and the longest such anatomy."""
         width = self._codes.width
         for side in (-1, 1):
             for cut in range(width, len(key), width):
-                row = owners.get(key[:cut] if side < 0 else key[cut:], -1)
+                part = key[:-cut] if side < 0 else key[cut:]
+                row = owners.get(part, -1)
                 if row >= 0 and types[row] == "anatomy":
-                    return side
-        return 0
+                    return side, part
+        return 0, ""
 
     def link(self, text: str) -> list[Mention]:
         """Every mention in order of its start; the same list in every process.

@@ -14,6 +14,8 @@ _JOINT = _COMMA | _AND | _OR
 _CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["positive"] | FLAG["normal"]
 _CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
 _GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
+# "normal with small effusions" is no range
+_OF_RANGE = _OR | FLAG["strong"] | FLAG["weak"] | FLAG["predicate"]
 _UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
 _STATEMENT_ENDS = ".;:!?\n\x03"
 
@@ -48,7 +50,7 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
                 for _, last, item in own + listed
                 for row in item.normals
             ]
-    if not side and _is_range(events, i):
+    if not side and is_range(events, i):
         return []
     return [
         (first, end, row, PRESENT)
@@ -126,11 +128,11 @@ def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> 
     return []  # "normal heart size and mediastinum is widened"
 
 
-def _is_range(events: list[Event], i: int) -> bool:
+def is_range(events: list[Event], i: int) -> bool:
     """Whether a predicate goes on to another: "normal to mildly enlarged", "normal or large"."""
     end = events[i][1]
     for start, last, entry in events[i + 1 : i + 4]:
-        if entry.flags & (_JOINT ^ _OR) or start - end > _UNKNOWN:
+        if start - end > _UNKNOWN or entry.flags & ~_OF_RANGE:
             return False
         if entry.parts:
             return not entry.fixed

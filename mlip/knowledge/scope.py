@@ -18,7 +18,7 @@ from mlip.knowledge.events import (
     Found,
     State,
 )
-from mlip.knowledge.normal_lists import normal_statements
+from mlip.knowledge.normal_lists import is_range, normal_statements
 
 _NEG, _NOT = FLAG["negation_before"], FLAG["not"]
 _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
@@ -71,6 +71,11 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
     since = 0  # entries of found when the cue came
     parts: dict[int, tuple[int, int]] = {}  # first and last piece of what fills a slot
     for i, (start, end, entry) in enumerate(events):
+        if entry.subject_side < 0 and entry.subject is not None and is_range(events, i):
+            # "the heart is normal to mildly enlarged" states no more of it than its name
+            entry = entry.subject
+            end = start + entry.length
+            events[i] = start, end, entry
         flags = entry.flags
         if flags and decide:
             if flags & _CLAUSE:

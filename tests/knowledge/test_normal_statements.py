@@ -71,12 +71,20 @@ SENTENCES = {
         A suspicious nodule at the apex. | lung_nodule=P
         Opacity suspicious for pneumonia. | lung_opacity=P pneumonia=U
     """,
-    "up to enlarged is enlarged": """
+    "up to enlarged is enlarged": f"""
         The cardiomediastinal silhouette is at upper limits of normal or large. | cardiomegaly=P
         The cardiac contour remains normal to mildly enlarged. | cardiomegaly=P normal_heart_size=-
         Heart and mediastinum are normal or slightly enlarged. | cardiomegaly=P normal_heart_size=-
         The cardiomediastinal silhouette is normal to slightly enlarged. | cardiomegaly=P
         The cardiomediastinal silhouette is normal in size, aorta enlarged. | cardiomegaly=-
+        Heart and mediastinum are normal to large. | cardiomegaly=P normal_heart_size=-
+        The heart is normal to mildly enlarged. | cardiomegaly=P normal_heart_size=-
+        Heart size is normal or slightly enlarged. | cardiomegaly=P normal_heart_size=-
+        Heart and mediastinum normal or enlarged. | cardiomegaly=P {BOTH.replace("P", "-")}
+        Heart and mediastinum are normal aside from small effusions. | {BOTH} pleural_effusion=P
+        Heart and mediastinum are normal with small effusions. | {BOTH} pleural_effusion=P
+        Heart and mediastinum are normal without large effusion. | {BOTH} pleural_effusion=A
+        Heart and lungs are normal but large nodes are seen. | {HEART} clear_lungs=P
     """,
     "not of the list": """
         Lungs hazy, heart normal. | clear_lungs=- normal_heart_size=P
