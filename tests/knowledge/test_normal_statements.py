@@ -55,6 +55,13 @@ SENTENCES = {
         The thoracic spine appears intact. | normal_bones=P
         The costophrenic angles and lungs are clear. | normal_pleura=P clear_lungs=P
     """,
+    "as written elsewhere": f"""
+        The heart as well as the mediastinum are normal. | {BOTH}
+        No effusion, consolidation as well as pneumothorax. | consolidation=A pneumothorax=A
+        Visualised heart and lungs are normal. | {HEART} clear_lungs=P
+        The heart and mediastinum have remained normal. | {BOTH}
+        No effusion visualised, nodule at the apex. | pleural_effusion=A lung_nodule=P
+    """,
     "an adjective in other places": f"""
         Normal and stable cardiomediastinal contours. | {BOTH}
         Cardiomediastinal contour stable and within normal limits. | {BOTH}
