@@ -77,7 +77,8 @@ class Linker:
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
         for mark, kinds in _MARKS.items():
             flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
-        for kind, forms in cues_of(table).items():
+        cue_forms = cues_of(table)
+        for kind, forms in cue_forms.items():
             for form in forms:
                 try:
                     key = self.key(form)
@@ -131,7 +132,8 @@ class Linker:
         for key in sorted(dict.fromkeys((*flags, *owners, *parts)), key=len):
             row = owners.get(key, -1)
             kind = types[row] if row >= 0 else ""
-            side, subject = self._subject(key, owners, types) if kind == "normal" else (0, "")
+            reads_lists = kind == "normal" and "normal" in cue_forms
+            side, subject = self._subject(key, owners, types) if reads_lists else (0, "")
             entries[key] = entry = Entry(
                 length=len(key) // width,
                 flags=flags.get(key, 0) | (FLAG["normal"] if side else 0),

@@ -96,6 +96,17 @@ def test_without_own_cues_a_german_lexicon_is_read_with_english_ones(tmp_path: P
     )
 
 
+def test_cues_without_a_kind_for_normal_read_no_lists() -> None:
+    """As before there was such a kind: a table built with cues of its own links as it did."""
+    ours = load_concepts()
+    cues = {kind: forms for kind, forms in english_cues().items() if kind != "normal"}
+    silent = Linker(ConceptTable(ours.concepts, cues=cues))
+    for text in ("Normal heart size and mediastinum.", "Mediastinum, heart size is normal."):
+        assert "normal_mediastinum" in {m.concept_id for m in Linker(ours).link(text)}
+        assert "normal_mediastinum" not in {m.concept_id for m in silent.link(text)}
+        assert "normal_heart_size" in {m.concept_id for m in silent.link(text)}
+
+
 @pytest.mark.parametrize("folder", [GERMAN, SPANISH])
 def test_the_two_lexicons_are_sound(folder: Path) -> None:
     table = load_concepts(folder)
