@@ -63,14 +63,15 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
     """The items of the list that ends at event i; the own subject of a statement is none of them.
 
     A list counts where it begins a statement; one that may be the tail of something else ("opacity
-    in the lungs, heart and mediastinum normal") from its first comma on.
+    in the lungs, heart and mediastinum normal") from its first comma or behind a finding ("no
+    effusion and heart and mediastinum normal").
     """
     j, edge = i - 1, events[i][0]  # edge: first piece of what was read last
     needs_joint = events[i][2].subject_side != 0
     if not needs_joint and edge and words[edge - 1][0] == ":":
         edge -= 1  # "heart: normal"
     items: list[Event] = []
-    behind_comma = 0  # items that stand behind the comma read last
+    own = 0  # items behind the comma or finding read last
     while True:
         if needs_joint:
             if j >= 0 and events[j][1] == edge and events[j][2].flags & _ARTICLE:
@@ -78,13 +79,15 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             before = j
             while j >= 0 and events[j][1] == edge and events[j][2].flags & _JOINT:
                 if events[j][2].flags & _COMMA:
-                    behind_comma = len(items)
+                    own = len(items)
                 j, edge = j - 1, events[j][0]
             if j == before:
                 break
         needs_joint = True
         gap = edge - (events[j][1] if j >= 0 else 0)
         if j >= 0 and not gap and events[j][2].concept >= 0 and not events[j][2].resets:
+            if not events[j][2].fixed:
+                own = len(items)
             items.append(events[j])
             j, edge = j - 1, events[j][0]
         elif 0 < gap <= _UNKNOWN and all(word[0].isalnum() for word in words[edge - gap : edge]):
@@ -95,7 +98,7 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             break
     begins = not edge or words[edge - 1][0] in _STATEMENT_ENDS
     begins = begins or j >= 0 and events[j][1] == edge and events[j][2].flags & _CLOSED != 0
-    return items if begins else items[:behind_comma]
+    return items if begins else items[:own]
 
 
 def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> list[Event]:

@@ -55,6 +55,12 @@ SENTENCES = {
         The thoracic spine appears intact. | normal_bones=P
         The costophrenic angles and lungs are clear. | normal_pleura=P clear_lungs=P
     """,
+    "a list behind a finding": f"""
+        There is no effusion and the cardiac silhouette and mediastinum are normal. | {BOTH}
+        No change in the effusion and heart and mediastinum are normal. | {BOTH}
+        Opacity in the lungs and the heart is normal. | clear_lungs=- lung_opacity=P
+        Opacity in the lungs and heart and mediastinum are normal. | clear_lungs=-
+    """,
     "as written elsewhere": f"""
         The heart as well as the mediastinum are normal. | {BOTH}
         No effusion, consolidation as well as pneumothorax. | consolidation=A pneumothorax=A
