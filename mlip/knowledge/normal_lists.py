@@ -11,7 +11,7 @@ from mlip.knowledge.events import FLAG, PRESENT, Event, Found
 _COMMA, _AND, _OR, _ARTICLE = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["article"]
 _WITH = FLAG["with"]
 _JOINT = _COMMA | _AND | _OR
-_CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["positive"] | FLAG["normal"]
+_CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["normal"]
 _CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
 _GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
 # "normal with small effusions" is no range
@@ -50,7 +50,7 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
                 for _, last, item in own + listed
                 for row in item.normals
             ]
-    if not side and is_range(events, i):
+    if is_range(events, i):
         return []
     return [
         (first, end, row, PRESENT)

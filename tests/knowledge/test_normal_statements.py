@@ -61,6 +61,28 @@ SENTENCES = {
         Opacity in the lungs and the heart is normal. | clear_lungs=- lung_opacity=P
         Opacity in the lungs and heart and mediastinum are normal. | clear_lungs=-
     """,
+    "where a list begins and ends": f"""
+        Heart/aorta/mediastinum are normal. | {BOTH}
+        Small effusion but heart and mediastinum are normal. | pleural_effusion=P {BOTH}
+        Lungs are clear heart and mediastinum are normal. | clear_lungs=P {BOTH}
+        The effusion has resolved and heart and mediastinum are normal. | {BOTH}
+        Effusions are not seen and heart and mediastinum are normal. | {BOTH}
+        Normal heart size and mediastinum, no effusion. | {BOTH}
+        Normal heart size and mediastinum but effusion. | {BOTH}
+        Normal heart size, the mediastinum and the lungs. | {BOTH} clear_lungs=P
+        Normal heart size, thoracic inlet and mediastinum. | {BOTH}
+        Normal heart size and mediastinum, lungs with opacity. | {BOTH} clear_lungs=-
+        Normal heart size, lungs, effusion. | {HEART} clear_lungs=-
+        Unremarkable pulmonary vessels with effusion. | normal_vessels=P pleural_effusion=P
+        Normal lungs show effusion. | clear_lungs=- pleural_effusion=P
+        Heart, the thoracic inlet and mediastinum are normal. | {BOTH}
+        Opacity seen in the lungs and heart are normal. | clear_lungs=-
+        No effusion; heart and mediastinum are normal. | {BOTH}
+        No effusion! Heart and mediastinum are normal. | {BOTH}
+        Effusion? Heart and mediastinum are normal. | {BOTH}
+        Chest: heart and mediastinum are normal. | {BOTH}
+        No edema, heart and lungs normal and mass. | pulmonary_edema=A lung_mass=P
+    """,
     "as written elsewhere": f"""
         The heart as well as the mediastinum are normal. | {BOTH}
         No effusion, consolidation as well as pneumothorax. | consolidation=A pneumothorax=A
@@ -90,6 +112,7 @@ SENTENCES = {
         Heart and mediastinum are normal or slightly enlarged. | cardiomegaly=P normal_heart_size=-
         The cardiomediastinal silhouette is normal to slightly enlarged. | cardiomegaly=P
         The cardiomediastinal silhouette is normal in size, aorta enlarged. | cardiomegaly=-
+        Heart and mediastinum are normal to very mildly enlarged. | cardiomegaly=P
         Heart and mediastinum are normal to large. | cardiomegaly=P normal_heart_size=-
         The heart is normal to mildly enlarged. | cardiomegaly=P normal_heart_size=-
         Heart size is normal or slightly enlarged. | cardiomegaly=P normal_heart_size=-
@@ -129,12 +152,14 @@ SENTENCES = {
         Small effusion, aorta is normal. | pleural_effusion=P
         Small effusion and the aorta is normal. | pleural_effusion=P
         Vascular engorgement and heart size are within normal limits. | vascular_congestion=A
+        Effusion, if there, is not seen. | pleural_effusion=A
         Heart size, vascular engorgement, within normal limits. | vascular_congestion=A
     """,
     "a normal device is there": f"""
         The endotracheal tube is normal. | endotracheal_tube=P
         Pacemaker leads are within normal limits. | pacemaker=P
         Pacemaker, heart and mediastinum are unremarkable. | pacemaker=P {BOTH}
+        Pacemaker lead fracture. | pacemaker=P fracture=-
         The port is not seen. | port_catheter=A
     """,
     "too full of air, but clear": """
@@ -154,6 +179,8 @@ SENTENCES = {
         The nodule has not grown. | lung_nodule=P
         The opacities have not significantly progressed. | lung_opacity=P
         The pneumothorax is not increased. | pneumothorax=P
+        No evidence that the effusion is present. | pleural_effusion=A
+        No evidence that the nodule has grown but the effusion has resolved. | pleural_effusion=A
         No evidence that the patient has pneumonia. | pneumonia=A
         No evidence that there is an effusion. | pleural_effusion=A
         The effusion has resolved. | pleural_effusion=A
@@ -224,6 +251,17 @@ def test_a_normal_statement_spans_its_subject_and_its_predicate() -> None:
     spans = {m.concept_id: text[m.start : m.end] for m in link(text)}
     assert spans["normal_heart_size"] == text[10:-1]
     assert spans["normal_mediastinum"] == "mediastinal contours are within normal limits"
+
+
+def test_of_a_range_the_name_alone_is_the_mention() -> None:
+    text = "The heart is normal to mildly enlarged."
+    assert [text[m.start : m.end] for m in link(text) if m.concept_id == "heart"] == ["heart"]
+
+
+@pytest.mark.parametrize("before", ["\n", "No effusion\n\n"])
+def test_a_list_begins_on_a_line_of_its_own(before: str) -> None:
+    found = {m.concept_id for m in link(f"{before}Heart and mediastinum are normal.")}
+    assert {"normal_heart_size", "normal_mediastinum"} <= found
 
 
 def test_the_silhouette_by_any_of_its_names_can_be_enlarged_and_normal() -> None:
