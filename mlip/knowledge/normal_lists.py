@@ -84,6 +84,8 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             if j == before:
                 break
         needs_joint = True
+        while j >= 0 and events[j][2].concept < 0 and not events[j][2].flags:
+            j -= 1  # "vessels", part of a term written apart, is an unknown word here
         gap = edge - (events[j][1] if j >= 0 else 0)
         if j >= 0 and not gap and events[j][2].concept >= 0 and not events[j][2].resets:
             if not events[j][2].fixed:

@@ -75,6 +75,8 @@ SENTENCES = {
         Normal heart size, lungs, effusion. | {HEART} clear_lungs=-
         Unremarkable pulmonary vessels with effusion. | normal_vessels=P pleural_effusion=P
         Normal lungs show effusion. | clear_lungs=- pleural_effusion=P
+        Heart, the great vessels and mediastinum are normal. | {BOTH}
+        The heart and great vessels are unchanged and normal. | {HEART}
         Heart, the thoracic inlet and mediastinum are normal. | {BOTH}
         Opacity seen in the lungs and heart are normal. | clear_lungs=-
         No effusion; heart and mediastinum are normal. | {BOTH}
