@@ -35,6 +35,13 @@ SENTENCES = {
         Heart, lungs, bony structures and visualized abdomen are normal. | {HEART} normal_bones=P
         Osseous structures and soft tissues are normal. | normal_bones=P
         Ribs and thoracic spine are intact. | normal_bones=P
+        The cardiac, mediastinal and hilar contours are normal. | {BOTH}
+        Cardiac, mediastinal, and hilar contours are unremarkable. | {BOTH}
+        The cardiomediastinal and hilar contours are within normal limits. | {BOTH}
+        Moderate cardiomegaly. Mediastinal and hilar contours are normal. | cardiomegaly=P {MEDIASTINUM}
+        Hilar and mediastinal contours are unremarkable. | {MEDIASTINUM} normal_heart_size=-
+        Lungs, bones and soft tissues are unremarkable. | clear_lungs=P normal_bones=P
+        Bilateral costophrenic angles are clear. | normal_pleura=P
         No effusion, heart and mediastinum are normal. | pleural_effusion=A {BOTH}
         Heart size and vascular engorgement within normal limits. | vascular_congestion=A {HEART}
     """,
