@@ -38,7 +38,7 @@ SENTENCES = {
         The cardiac, mediastinal and hilar contours are normal. | {BOTH}
         Cardiac, mediastinal, and hilar contours are unremarkable. | {BOTH}
         The cardiomediastinal and hilar contours are within normal limits. | {BOTH}
-        Moderate cardiomegaly. Mediastinal and hilar contours are normal. | cardiomegaly=P {MEDIASTINUM}
+        The mediastinal and hilar contours are normal. | {MEDIASTINUM} normal_heart_size=-
         Hilar and mediastinal contours are unremarkable. | {MEDIASTINUM} normal_heart_size=-
         Lungs, bones and soft tissues are unremarkable. | clear_lungs=P normal_bones=P
         Bilateral costophrenic angles are clear. | normal_pleura=P
