@@ -59,7 +59,7 @@ class Concept:
 class ConceptTable:
     """Concepts in a fixed order: the row of `.index` is the row of every vector table.
 
-    cues: kind of cue (scope.KINDS) -> words that assert or deny in the language of the concepts;
+    cues: kind of cue (events.KINDS) -> words that assert or deny in the language of the concepts;
     None = the project's English ones.
     """
 

@@ -11,8 +11,8 @@ import pytest
 from mlip.knowledge.cues import english_cues
 from mlip.knowledge.linker import default_linker, link
 from mlip.knowledge.report_lines import joined_lines
+from tests.knowledge.sentences import LETTER, check_states
 
-LETTER = {"present": "P", "absent": "A", "uncertain": "U"}
 SENTENCES = {
     "the improbable is uncertain": """
         Superimposed infection is thought to be unlikely. | lung_infection=U
@@ -219,13 +219,7 @@ ON_PURPOSE = {
 
 @pytest.mark.parametrize("row", SENTENCES)
 def test_states_of_sentences(row):
-    for line in filter(None, map(str.strip, SENTENCES[row].splitlines())):
-        text, _, labels = line.rpartition(" | ")
-        found: dict[str, str] = {}
-        for mention in link(text):
-            found.setdefault(mention.concept_id, LETTER[mention.state])
-        wanted = dict(label.split("=") for label in labels.split())
-        assert {name: found.get(name) for name in wanted} == wanted, text
+    check_states(SENTENCES[row])
 
 
 def test_answers_written_line_by_line_stay_apart():

@@ -10,8 +10,8 @@ import pytest
 
 from mlip.knowledge.linker import default_linker, link
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
+from tests.knowledge.sentences import LETTER, check_states
 
-LETTER = {"present": "P", "absent": "A", "uncertain": "U"}
 HEART, MEDIASTINUM = "normal_heart_size=P", "normal_mediastinum=P"
 BOTH = f"{HEART} {MEDIASTINUM}"
 SENTENCES = {
@@ -238,13 +238,7 @@ LABELS = {
 
 @pytest.mark.parametrize("row", SENTENCES)
 def test_states_of_sentences(row: str) -> None:
-    for line in filter(None, map(str.strip, SENTENCES[row].splitlines())):
-        text, _, labels = line.rpartition(" | ")
-        found: dict[str, str] = {}
-        for mention in link(text):
-            found.setdefault(mention.concept_id, LETTER[mention.state])
-        wanted = dict(label.split("=") for label in labels.split())
-        assert {name: found.get(name, "-") for name in wanted} == wanted, text
+    check_states(SENTENCES[row])
 
 
 def test_labels_of_normal_statements() -> None:
