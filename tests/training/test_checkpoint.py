@@ -335,7 +335,7 @@ def test_a_write_that_fails_half_way_leaves_the_previous_and_names_the_path(tmp_
     assert hashlib.sha256((good / "parameters.safetensors").read_bytes()).hexdigest() == before
 
 
-def test_other_settings_are_refused_with_every_key_that_differs(tmp_path):
+def test_other_settings_are_refused_with_every_key_that_differs(tmp_path, caplog):
     _save(tmp_path, 1)
     other = _config(tmp_path, "run.seed=5", "loss.matching.weight=0.25", "model.embed_dim=64")
     with pytest.raises(CheckpointError) as caught:
@@ -344,6 +344,16 @@ def test_other_settings_are_refused_with_every_key_that_differs(tmp_path):
     assert "run.seed (saved 1, now 5)" in text and "--allow-mismatch" in text
     assert "loss.matching.weight (saved 0.5, now 0.25)" in text and "model.embed_dim" in text
     assert checkpoint.load_newest(other, allow_mismatch=True) is not None
+    assert "resuming although settings differ: " in caplog.text
+    assert "run.seed (saved 1, now 5)" in caplog.text
+
+
+def test_settings_that_this_version_does_not_know_name_the_checkpoint(tmp_path):
+    state = _state(1)
+    state["config"]["train"]["unheard_of"] = 3
+    checkpoint.save(tmp_path, _training(), state, keep=2)
+    with pytest.raises(CheckpointError, match=r"step_00000001: its settings .*unheard_of"):
+        checkpoint.load_newest(_config(tmp_path))
 
 
 def test_settings_that_change_no_number_may_differ(tmp_path):
