@@ -28,9 +28,17 @@ from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.prepared_tables import grouping_lines, write_csv
 from mlip.dataloading.progress import Progress
-from mlip.dataloading.shard_build import PASSING, Plan, Result, build_shards, write_id_map
+from mlip.dataloading.shard_build import (
+    ID_MAP,
+    PASSING,
+    Plan,
+    Result,
+    build_shards,
+    write_id_map,
+)
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
+from mlip.output_file import begins_with, require_replaceable
 from mlip.unread_output import one_line
 
 _ADVICE = {
@@ -196,6 +204,8 @@ def _check_places(
         raise ConfigError(
             f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
         ) from None
+    is_map = begins_with(id_map, ID_MAP)
+    require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)
 
 
 def _build(

@@ -49,7 +49,7 @@ from mlip.machine import LimitError
 FORMAT = 3
 OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
 PASSING = ("missing", "io_error")  # reasons that may be none at the next look
-_ID_MAP = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
+ID_MAP = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -355,7 +355,7 @@ def write_id_map(collected: Collected, plan: Plan, path: Path) -> None:
     Behind the images, which refused.csv names by their key, stand the files that a rule left out.
     """
     rows = collected.rows
-    table = [_ID_MAP]
+    table = [ID_MAP]
     for row, key in zip(rows, member_keys(rows, plan.salt), strict=True):
         patient, study = (
             hashed(getattr(row, f"{level}_id"), level, plan.salt) for level in ("patient", "study")

@@ -17,7 +17,7 @@ from mlip.command_inputs import (
     read_settings,
 )
 from mlip.doctor import examine, is_healthy, report
-from mlip.output_file import require_writable
+from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
 
 
@@ -60,7 +60,6 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    from mlip.transfer.films.row_table import require_replaceable
     from mlip.transfer.measures.compare import compare, comparison_lines, is_comparison
     from mlip.transfer.measures.predictions import load_predictions
     from mlip.transfer.results_file import save_json

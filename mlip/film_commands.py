@@ -17,18 +17,20 @@ from mlip.command_inputs import (
     pick_device,
     read_settings,
 )
-from mlip.output_file import require_writable
+from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
 
 
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
-    from mlip.transfer.films.ground_image import ground_image
+    from mlip.transfer.films.ground_image import ground_image, is_map
 
     out, device = Path(options.out), pick_device(options.device)
     require_writable(out.parent)
     if out.is_dir() or out.suffix.lower() != ".png":
         raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
+    # most films are PNG files, the one that is asked of among them
+    require_replaceable(out, "--out", "map of mlip ground", is_ours=is_map(out))
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
     answers = ground_image(
         opened, Path(options.image), options.phrases, out, with_parts=options.words

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,29 @@ def require_writable(folder: Path) -> Path:
         raise ConfigError(
             f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
         ) from None
+
+
+def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that is there and of another kind.
+
+    A manifest, a model's weights or what the command reads, named by mistake, would be lost.
+    is_ours  whether the file, where there is one that holds something, is of this kind
+    """
+    if not path.exists() or (path.is_file() and (is_ours or not path.stat().st_size)):
+        return
+    raise ConfigError(
+        f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
+        "of one to replace"
+    )
+
+
+def begins_with(path: Path, columns: Sequence[str]) -> bool:
+    """Whether it is a file whose first columns are these."""
+    begin = ",".join(columns).encode()
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(begin)) == begin
 
 
 def file_sha256(path: Path) -> str:

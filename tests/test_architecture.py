@@ -96,6 +96,7 @@ ALLOWED = {
         "mlip.knowledge",
         "mlip.machine",
         "mlip.folder_lock",
+        "mlip.output_file",
         "mlip.unread_output",
     ),
     "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),

@@ -29,16 +29,16 @@ from rich.text import Text
 from mlip.config import Knowledge
 from mlip.dataloading.report_markup import is_rtf, without_markup
 from mlip.dataloading.report_text import clean_report
-from mlip.knowledge.concept_files import load_concepts, write_table
+from mlip.knowledge.concept_files import is_table, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of, read_cues
-from mlip.knowledge.graph import MODELS, graph_vectors, write_vectors
+from mlip.knowledge.graph import MODELS, graph_vectors, is_vectors, write_vectors
 from mlip.knowledge.lexicon_text import read_text
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
-from mlip.output_file import require_writable
+from mlip.output_file import require_replaceable, require_writable
 from mlip.unread_output import one_line
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
@@ -91,6 +91,9 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".safetensors":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .safetensors")
     require_writable(arguments.out.parent)
+    require_replaceable(
+        arguments.out, "--out", "file of mlip knowledge embed", is_ours=is_vectors(arguments.out)
+    )
     table = load_concepts(arguments.lexicon)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -121,6 +124,9 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".jsonl":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
     require_writable(arguments.out.parent)
+    require_replaceable(
+        arguments.out, "--out", "table of mlip knowledge build", is_ours=is_table(arguments.out)
+    )
     for option, values, reader, given in (
         ("--under", arguments.under, "--obo", arguments.obo),
         ("--sources", arguments.sources, "--umls", arguments.umls),

@@ -23,6 +23,7 @@ from mlip.output_file import whole_file
 from mlip.strict_yaml import read_yaml
 
 KEPT = "concepts.jsonl"  # in a run or an export: the table that its concept vectors are rows of
+_BEGIN = b'{"provenance": '  # of a built table
 _ID = re.compile(r"[a-z0-9][a-z0-9_]*(:[a-z0-9_]+)?")
 
 
@@ -72,6 +73,14 @@ def _read(source: Path) -> ConceptTable:
         f"concept file {source}: expected a folder or a .yaml, .jsonl, .csv, .obo or .obo.gz "
         "file; build UMLS files into a .jsonl table with `mlip knowledge build` first"
     )
+
+
+def is_table(path: Path) -> bool:
+    """Whether write_table wrote this file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_BEGIN)) == _BEGIN
 
 
 def write_table(table: ConceptTable, path: str | Path) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the other sub-commands of `mlip knowledge` need no torch: t
     from torch import Tensor
 
 MODELS = {"transe": "TransE", "rotate": "RotatE", "distmult": "DistMult", "complex": "ComplEx"}
+_KIND = "concept vectors"
 _LEARNING_RATE = 0.01  # of the library's own examples
 _BATCH = 4096
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 500
@@ -112,7 +113,18 @@ def write_vectors(vectors: dict[str, Tensor], path: str | Path) -> None:
     from safetensors.torch import save_file
 
     with whole_file(Path(path)) as partial:
-        save_file(vectors, str(partial))
+        save_file(vectors, str(partial), metadata={_KIND: "mlip knowledge embed"})
+
+
+def is_vectors(path: Path) -> bool:
+    """Whether write_vectors wrote this file: weights of a model have the same suffix."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as stored:
+            return _KIND in (stored.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _train(

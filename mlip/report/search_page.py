@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mlip.output_file import whole_file
+from mlip.output_file import require_replaceable, whole_file
 from mlip.report.page import render_page
 from mlip.report.pictures import heat_uri, picture_uri
 from mlip.transfer.films.archive import Hits
-from mlip.transfer.films.row_table import require_replaceable
 from mlip.transfer.films.search import Query
 from mlip.transfer.films.search_table import Picture, number
 

@@ -197,6 +197,19 @@ def test_a_mistake_is_found_before_the_work(
     assert not list(tmp_path.glob("out/shards/*"))
 
 
+def test_the_secret_table_replaces_an_earlier_one_and_no_other_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, own = make_root(tmp_path, 1), tmp_path / "patients.csv"
+    own.write_text("patient,phone\n1,555\n")
+    arguments = ("folder", "--root", root, "--out", tmp_path / "out", "--id-map")
+    assert prepare(*arguments, own) == 2
+    assert "is there already and is no table of mlip prepare" in capsys.readouterr().err
+    assert own.read_text() == "patient,phone\n1,555\n" and not (tmp_path / "out").exists()
+    for _ in range(2):
+        assert prepare(*arguments, tmp_path / "ids.csv") == 0
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_twelve_bits_in_a_sixteen_bit_picture_are_refused_and_not_blackened(
     tmp_path: Path, bits: int

@@ -54,6 +54,21 @@ def test_what_takes_seconds_to_import_is_not_waited_for_where_it_is_not_used(tmp
     assert "okapi sign" in table.read_text()
 
 
+def test_a_table_replaces_a_table_and_no_other_file(tmp_path, capsys):
+    """A manifest is a .jsonl too, and weights of a model are a .safetensors."""
+    (tmp_path / "rows.csv").write_text("id,name\nown,okapi sign\n")
+    build = ("build", "--csv", str(tmp_path / "rows.csv"), "--no-lexicon", "--out")
+    for kind, command in (("jsonl", build), ("safetensors", ("embed", "--out"))):
+        path = tmp_path / f"own.{kind}"
+        path.write_text('{"image": "a.png"}\n')
+        assert call(*command, str(path)) == 2
+        assert "is there already and is no" in capsys.readouterr().err
+        assert path.read_text() == '{"image": "a.png"}\n'
+    for _ in range(2):
+        assert call(*build, str(tmp_path / "table.jsonl")) == 0
+    assert "okapi sign" in (tmp_path / "table.jsonl").read_text()
+
+
 def test_show_of_an_unknown_concept_names_near_ones(capsys):
     assert call("show", "plural_effusion") == 2
     assert "pleural_effusion" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.output_file import require_replaceable
 from mlip.transfer.films.classify import (
     Question,
     QuestionError,
@@ -20,7 +21,6 @@ from mlip.transfer.films.classify import (
 from mlip.transfer.films.row_images import RowImages
 from mlip.transfer.films.row_table import (
     begins_as_formula,
-    require_replaceable,
     unread,
     write_row_table,
 )

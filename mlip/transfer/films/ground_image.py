@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from mlip.transfer.films import own_inputs
 # factor until a person can see them, a detector's 3,000 px are reduced.
 LEAST_PX, LONGEST_PX = 448, 1024
 PANELS, CAPTION_PX = 4, 24  # pictures in a row, room for a name above each
+# signature and first chunk of a PNG; the text chunk behind them of a map
+_HEADER, _MARK = 33, b"Software\0mlip ground"
 _FONT = cv2.FONT_HERSHEY_SIMPLEX, 0.42
 
 
@@ -178,7 +182,22 @@ def _write(
         raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as partial:
-        partial.write_bytes(data.tobytes())
+        partial.write_bytes(_marked(data.tobytes()))
+
+
+def _marked(png: bytes) -> bytes:
+    """The PNG with a text chunk behind its header that says what wrote it."""
+    chunk = b"tEXt" + _MARK
+    size, check = (struct.pack(">I", n) for n in (len(_MARK), zlib.crc32(chunk)))
+    return png[:_HEADER] + size + chunk + check + png[_HEADER:]
+
+
+def is_map(path: Path) -> bool:
+    """Whether ground_image wrote this file: a radiograph may be a PNG too."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return _MARK in stream.read(_HEADER + 8 + len(_MARK))
 
 
 def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) -> Array:

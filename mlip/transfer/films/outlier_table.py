@@ -7,6 +7,7 @@ from typing import Any
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.output_file import begins_with, require_replaceable
 from mlip.transfer.array import Array
 from mlip.transfer.films.outliers import (
     MOST_REFERENCE,
@@ -17,7 +18,7 @@ from mlip.transfer.films.outliers import (
     made_with,
     save_reference,
 )
-from mlip.transfer.films.row_table import begins_with, require_replaceable, unread, write_row_table
+from mlip.transfer.films.row_table import unread, write_row_table
 
 LEVELS = (0.05, 0.01)
 _COLUMNS = ["p_value", "distance"]

@@ -11,39 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlip.output_file import whole_file
-from mlip.typed_tree import ConfigError
 
 # what a cell begins with that Excel and LibreOffice take for a formula, full-width forms too
 # (OWASP, CSV Injection)
 _FORMULA = tuple("=+-@\t\r\uff1d\uff0b\uff0d\uff20")
 
 
-def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) -> None:
-    """Raises:  ConfigError for a folder, or a file that is there and of another kind.
-
-    A manifest, a model's weights or what the command reads, named by mistake, would be lost.
-    is_ours  whether the file, where there is one that holds something, is of this kind
-    """
-    if not path.exists() or (path.is_file() and (is_ours or not path.stat().st_size)):
-        return
-    raise ConfigError(
-        f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
-        "of one to replace"
-    )
-
-
 def begins_as_formula(text: str) -> bool:
     """Whether a spreadsheet would run a cell of this text, as one that opens the table may."""
     return text.startswith(_FORMULA)
-
-
-def begins_with(path: Path, columns: Sequence[str]) -> bool:
-    """Whether it is a file whose first columns are these."""
-    begin = ",".join(columns).encode()
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(len(begin)) == begin
 
 
 def write_row_table(

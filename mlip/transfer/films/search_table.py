@@ -14,12 +14,12 @@ import torch
 from mlip.batch import ImageFeatures
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import whole_file
+from mlip.output_file import begins_with, require_replaceable, whole_file
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank
 from mlip.transfer.films.archive import Among, Archive, ArchiveError, Hits
 from mlip.transfer.films.row_images import RowImages
-from mlip.transfer.films.row_table import begins_with, require_replaceable, unread
+from mlip.transfer.films.row_table import unread
 from mlip.transfer.films.search import (
     Query,
     Reranked,

@@ -256,6 +256,25 @@ def test_the_black_beside_a_narrow_film_is_never_pointed_at(
     assert "best patch +0.000, mean +0.000" in said  # the hot patch sees nothing of the film
 
 
+def test_a_map_replaces_a_map_and_never_a_film(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`mlip ground film.png ... --out film.png` left a map in place of the radiograph."""
+    film, other, out = (tmp_path / f"{name}.png" for name in ("film", "other", "map"))
+    for path in (film, other):
+        cv2.imwrite(str(path), np.random.default_rng(0).integers(60, 120, (112, 112)))
+    before = film.read_bytes()
+    command = ["ground", str(film), "pleural effusion", "--checkpoint", str(small_export())]
+    for place in (film, other):
+        assert main([*command, "--out", str(place)]) == 2
+        assert "is there already and is no map of mlip ground" in capsys.readouterr().err
+        assert place.read_bytes() == before
+    assert main([*command, "--out", str(out)]) == 0
+    first = out.read_bytes()
+    assert main([*command, "--words", "--out", str(out)]) == 0
+    assert out.read_bytes() != first and cv2.imread(str(out)).shape[0] > 448
+
+
 def test_phrases_may_stand_on_both_sides_of_the_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
