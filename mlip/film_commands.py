@@ -24,6 +24,7 @@ from mlip.typed_tree import ConfigError
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
     from mlip.transfer.films.ground_image import ground_image, is_map
+    from mlip.transfer.trained_heads import require_local
 
     out, device = Path(options.out), pick_device(options.device)
     require_writable(out.parent)
@@ -32,6 +33,7 @@ def run_ground(options: argparse.Namespace) -> int:
     # most films are PNG files, the one that is asked of among them
     require_replaceable(out, "--out", "map of mlip ground", is_ours=is_map(out))
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
+    require_local(opened, "maps of words")
     answers = ground_image(
         opened, Path(options.image), options.phrases, out, with_parts=options.words
     )
@@ -83,6 +85,7 @@ def run_search(options: argparse.Namespace) -> int:
     from mlip.transfer.films.archive import Archive
     from mlip.transfer.films.row_table import unread
     from mlip.transfer.films.search import ask, require_same_model
+    from mlip.transfer.trained_heads import require_local
 
     config, device = read_settings(options.settings), pick_device(options.device)
     keep_memory(device)
@@ -109,6 +112,8 @@ def run_search(options: argparse.Namespace) -> int:
         opened = open_trained(config, device)
     if opened is not None:
         require_same_model(archive, opened)
+        if options.rerank:
+            require_local(opened, f"--rerank {options.rerank} (leave it out)")
     queries = ask(
         *(archive, opened, config.evaluate),
         phrases=options.phrase,
@@ -196,6 +201,7 @@ def run_outliers(options: argparse.Namespace) -> int:
 def run_classify(options: argparse.Namespace) -> int:
     from mlip.transfer.films.classify import ask_as_evaluated, ask_names, ask_wordings
     from mlip.transfer.films.classify_table import require_own_file, write_classification
+    from mlip.transfer.trained_heads import require_local
 
     config = read_settings(options.settings)
     device = pick_device(options.device)
@@ -205,6 +211,8 @@ def run_classify(options: argparse.Namespace) -> int:
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
     opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
+    if options.head != "global":
+        require_local(opened, f"--head {options.head} (say --head global)")
     if wordings is not None:
         question = wordings
     elif options.like is not None:

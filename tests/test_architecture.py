@@ -34,7 +34,7 @@ _TRANSFER_SHARED = tuple(
     f"mlip.transfer.{name}"
     for name in (
         *("features", "fingerprint", "feature_store", "frames", "draws", "png_text", "trained_on"),
-        "truth",
+        *("trained_heads", "truth"),
     )
 )
 _TRANSFER_PARTS = {

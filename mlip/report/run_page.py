@@ -28,6 +28,7 @@ from mlip.report.tables import (
 )
 from mlip.report.training import held_out_charts, read_log, training_charts
 from mlip.transfer.table import seen_text
+from mlip.transfer.trained_heads import untrained_text
 
 logger = logging.getLogger("mlip")
 # AUROC of each head, and at the thresholds that serve all images
@@ -132,6 +133,8 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
             parts.append(f"{lost:,} could not be read{told} and are in no score")
         if seen := seen_text(data.get("trained_on"), data["images"], data.get("patients", 0)):
             parts.append(seen)
+    if untrained := untrained_text(results["config"]):
+        parts.append(untrained)
     if run.get("step"):
         best = ", the best on val" if run.get("is_best_on_val") else ""
         parts.append(f"{run['step']:,} steps{best}")

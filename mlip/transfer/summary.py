@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlip.transfer.table import classes_text, seen_text, subgroup_lines
+from mlip.transfer.trained_heads import untrained_text
 
 RATE_TITLES = {
     "f1": "F1 at val thresholds",
@@ -34,6 +35,8 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         told = ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items()))
         lines.append(f"left out, cannot be read: {told}")
     if told := seen_text(data.get("trained_on"), data["images"], data["patients"]):
+        lines.append(told)
+    if told := untrained_text(results["config"]):
         lines.append(told)
     zero_shot = results["zero_shot"]
     if "reason" in zero_shot:

@@ -29,6 +29,7 @@ from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank
 from mlip.transfer.films.own_inputs import encode_texts, require_features
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.trained_heads import require_local
 
 ScoreHead = Literal["combined", "global", "local"]
 SCORE_HEADS: tuple[str, ...] = get_args(ScoreHead)
@@ -184,10 +185,13 @@ def scores(
     """[images, findings] float64; high = the finding is there.
 
     texts   encode_question of the question
-    Raises:  ValueError for another head, or for what is not features of this model
+    Raises:  ValueError for another head, one that no loss trained, or for what is not features of
+             this model
     """
     if head not in SCORE_HEADS:
         raise ValueError(f"head: expected one of {', '.join(SCORE_HEADS)}, got {head!r}")
+    if head != "global":
+        require_local(opened, f"head {head!r} (ask by 'global')")
     require_features(opened, images, texts)
     device = next(opened.model.parameters()).device
     return head_scores(opened.model, images, texts, question.prompts, device=device)[head]
