@@ -61,6 +61,7 @@ def check_agreement(config: Any) -> None:
         "evaluate.thresholds=false turns off: leave out one of the two",
     )
     _check_subgroups(config.evaluate.subgroups)
+    _check_kind(config.evaluate, config.transfer)
     cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision
     require(
@@ -116,6 +117,20 @@ def check_agreement(config: Any) -> None:
         not (train.offload and train.zero_stage == 0),
         "train.offload needs train.zero_stage of 1 or more",
     )
+
+
+def _check_kind(evaluate: Any, transfer: Any) -> None:
+    """What evaluations that train and those that do not each call by their own name: the other's
+    would be passed over, and the scores be of other rows than were asked for."""
+    is_trained = transfer.task != "none"
+    unread, read = ("evaluate", "transfer") if is_trained else ("transfer", "evaluate")
+    for name in ("subset", "exclusive"):
+        value = getattr(evaluate if is_trained else transfer, name)
+        if value not in (None, False):
+            raise ConfigError(
+                f"{unread}.{name}={value} is not read with transfer.task={transfer.task}: set "
+                f"{read}.{name} instead"
+            )
 
 
 def _check_subgroups(subgroups: Mapping[str, Any]) -> None:

@@ -113,8 +113,10 @@ def check(transfer: Transfer) -> None:
     )
     require(len(transfer.fractions) > 0, "transfer.fractions is empty: expected percentages")
     require(
-        len(set(transfer.fractions)) == len(transfer.fractions),
-        f"transfer.fractions={list(transfer.fractions)}: expected each percentage once",
+        # results and predictions call a fraction by its six digits
+        len({f"{percent:g}" for percent in transfer.fractions}) == len(transfer.fractions),
+        f"transfer.fractions={list(transfer.fractions)}: expected each percentage once, of which "
+        "six digits are told",
     )
     for key, changes in transfer.by_fraction.items():
         require(
@@ -158,12 +160,31 @@ def check(transfer: Transfer) -> None:
         "transfer.exclusive=true needs at least two classes",
     )
     require(
+        not (transfer.exclusive and transfer.balance),
+        "transfer.balance=true takes as many images without a class as there are with one, and "
+        "with transfer.exclusive=true each image has one: leave out one of the two",
+    )
+    require(
+        transfer.probe == "adamw" or transfer.task in ("none", "classification"),
+        f"transfer.probe={transfer.probe} is for classification, transfer.task={transfer.task}: "
+        "leave it out",
+    )
+    require(
         not (transfer.probe == "logistic" and transfer.encoder == "tuned"),
         "transfer.probe=logistic works on frozen features; set transfer.encoder=frozen",
     )
     require(
         len(transfer.iou_thresholds) > 0,
         "transfer.iou_thresholds is empty: expected overlaps between 0 and 1",
+    )
+    require(
+        len(set(transfer.iou_thresholds)) == len(transfer.iou_thresholds),
+        f"transfer.iou_thresholds={list(transfer.iou_thresholds)}: expected each overlap once",
+    )
+    require(
+        transfer.task != "detection" or transfer.compat_score_cut >= transfer.score_cut,
+        f"transfer.compat_score_cut={transfer.compat_score_cut} is below transfer.score_cut="
+        f"{transfer.score_cut}: boxes under the second are in no score; lower it",
     )
 
 

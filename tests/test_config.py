@@ -86,6 +86,7 @@ transfer.by_fraction={"1":{"lr":"-1e-4"}} transfer.by_fraction={"1":{"lr":"nan"}
 transfer.by_fraction={"1":{"lr":true}} transfer.by_fraction={"1":{"batch":8.5}}
 transfer.by_fraction={"1":{"epochs":"0"}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
+transfer.fractions=[33.3333333,33.3333334] transfer.iou_thresholds=[0.5,0.5] transfer.subset=valid
 """.split()
 
 
@@ -126,6 +127,13 @@ def test_micro_batches_with_batch_statistics_are_refused() -> None:
         "transfer.classes={} transfer.task=classification",
         "transfer.exclusive=true transfer.classes={Edema:,one}",
         "transfer.probe=logistic transfer.encoder=tuned",
+        "transfer.probe=logistic transfer.task=segmentation",
+        "transfer.exclusive=true transfer.classes={A:,one,B:,one}",
+        "transfer.balance=true transfer.exclusive=true transfer.classes={A:,one,B:,one} "
+        "transfer.task=classification",
+        "transfer.compat_score_cut=0.1 transfer.score_cut=0.2 transfer.task=detection",
+        "evaluate.subset=valid transfer.task=segmentation",
+        "evaluate.exclusive=true transfer.task=detection",
     ],
 )
 def test_two_settings_that_cannot_stand_together_are_refused(settings: str) -> None:
