@@ -145,6 +145,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, tuple[str, ...]]] = {
         ("training images drawn (100 %, seed 1) has a box",),
     ),
     "no boxes at all": ({}, ["transfer.task=detection"], 3, ("set transfer.columns.boxes", "put")),
+    "balance without a positive": (
+        {"labels": lambda i: "Edema" if i % 5 > 1 and i % 2 else "Mass"},
+        [*LABELS, "transfer.balance=true"],
+        3,
+        ("transfer.balance=true takes all positives", "none of the 12 training images"),
+    ),
     "one patient in test": (
         {"patient_id": lambda i: "the same" if i % 5 >= 3 else f"p{i}"},
         LABELS,

@@ -186,7 +186,14 @@ def _draws(
         for seed in config.transfer.seeds:
             rows = splits.train
             if config.transfer.balance:
-                rows = balance(rows, task.positive(rows), seed)
+                positive = task.positive(rows)
+                if not positive.any():
+                    raise ManifestError(
+                        f"{manifest.path}: transfer.balance=true takes all positives and as many "
+                        f"others, and none of the {len(rows)} training images is positive for "
+                        "transfer.classes: check them, or set transfer.balance=false"
+                    )
+                rows = balance(rows, positive, seed)
             rows = draw_fraction(rows, manifest.patient_key[rows], percent, seed)
             if task.truth_name is not None and not task.positive(rows).any():
                 raise ManifestError(
