@@ -65,6 +65,20 @@ def test_a_file_gives_back_what_was_written_to_the_bit(tmp_path):
         assert told["fingerprints"] == {"predictions": None}
 
 
+def test_seeds_as_large_as_settings_take_stay_apart(tmp_path):
+    """Of 32 bits, 4294967297 was 1: both fits' scores were one series under one seed."""
+    rows, truth = np.arange(2), np.array([[1], [0]], dtype=np.int8)
+    seeds = [1, 2**32 + 1, 2**63 - 1]
+    series = [
+        s for n in seeds for s in of_findings("1 %", n, ["a"], rows, truth, truth * (n / 2.0))
+    ]
+    facts = {"name": "mine", "split": "test", "manifest": "0" * 64}
+    save_predictions(Predictions(series, {0: 0, 1: 1}, facts), tmp_path / FILE)
+    found = load_predictions(tmp_path)
+    assert sorted(s.seed for s in found.series) == seeds
+    assert all(s.scores[0] == s.seed / 2 for s in found.series)
+
+
 def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
     path = tmp_path / FILE
     with pytest.raises(PredictionsError, match=r"cannot be read: there is none.*evaluate again"):
