@@ -61,7 +61,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_compare(options: argparse.Namespace) -> int:
     from mlip.transfer.measures.compare import compare, comparison_lines, is_comparison
-    from mlip.transfer.measures.predictions import load_predictions
+    from mlip.transfer.measures.predictions import file_of, load_predictions
     from mlip.transfer.results_file import save_json
 
     if options.out:
@@ -70,6 +70,15 @@ def run_compare(options: argparse.Namespace) -> int:
         # results.json and predictions.parquet of hours lie beside
         require_replaceable(out, "--out", "file of mlip compare", is_ours=is_comparison(out))
     own, others = (
+    pairs = [
+        tuple(file_of(Path(path)).resolve() for path in pair)
+        for pair in zip(options.of, options.against, strict=False)
+    ]
+    if len(set(pairs)) < len(pairs):
+        raise ConfigError(
+            "a pair of evaluations is named twice: fits would be counted that there are not; name "
+            "it once"
+        )
         [load_predictions(Path(path)).named(path) for path in side]  # run.dir may be of one name
         for side in (options.of, options.against)
     )
@@ -79,6 +88,8 @@ def run_compare(options: argparse.Namespace) -> int:
             raise ConfigError(f"--method: expected one or two, got {len(options.method)}")
         methods = (options.method[0], options.method[-1])
     if options.bootstrap < 1:
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: expected 0 or more")
         raise ConfigError(f"--bootstrap {options.bootstrap}: expected 1 or more")
     found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
     print("\n".join(comparison_lines(found)))

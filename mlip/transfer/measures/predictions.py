@@ -202,13 +202,18 @@ def _require_own_results(path: Path) -> None:
         )
 
 
+def file_of(path: Path) -> Path:
+    """The file of predictions that a folder of results, or the file itself, stands for."""
+    return path / FILE if path.is_dir() else path
+
+
 def load_predictions(path: Path) -> Predictions:
     """What save_predictions wrote: a file, or the folder that it lies in.
 
     Raises:  PredictionsError naming the file; also where the results.json beside
              predictions.parquet is of another evaluation
     """
-    path = path / FILE if path.is_dir() else path
+    path = file_of(path)
     _require_own_results(path)
     expected = "expected predictions.parquet of `mlip evaluate`, or its folder"
     try:

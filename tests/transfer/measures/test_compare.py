@@ -345,12 +345,26 @@ def test_the_command_compares_folders_of_evaluations(tmp_path, capsys):
         (["--method", "1 %"], 4, "no finding is scored on both sides"),
         (["--method", "a", "--method", "b", "--method", "c"], 2, "expected one or two"),
         (["--bootstrap", "0"], 2, "--bootstrap 0"),
+        (["--seed", "-1"], 2, "--seed -1: expected 0 or more"),
     ):
         capsys.readouterr()
         assert main(["compare", *places, *wrong]) == code
         assert told in capsys.readouterr().err
     assert main(["compare", str(tmp_path), "--with", str(first / "out")]) == 4
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_pair_counts_once(tmp_path, capsys):
+    """Named twice it told a spread of 0 between two fits."""
+    for seed, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        save_predictions(side(drawn(seed)), tmp_path / name / FILE)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    twice = [str(tmp_path / "a" / ".." / "a" / FILE), a, "--with", b, b]
+    assert main(["compare", *twice, "--bootstrap", "5"]) == 2
+    assert "is named twice" in capsys.readouterr().err
+    # one baseline for all seeds are pairs of their own
+    assert main(["compare", b, c, "--with", a, a, "--bootstrap", "5"]) == 0
 
 
 def test_a_comparison_leaves_the_evaluations_as_they_are(tmp_path, capsys):
