@@ -60,12 +60,13 @@ def zero_shot_run(
     where there is nothing to score against."""
     manifest = annotations.manifest
     unknown: list[str] = []
-    if is_phantom:
-        prompts = phantom_prompts(table)
-    elif manifest.label_column is None:
+    # first: without labels every finding of a generated study would count as absent
+    if manifest.label_column is None:
         nor = ", nor to tell by evaluate.subgroups" if config.evaluate.subgroups else ""
         reason = f"data.columns.labels is not set: there is nothing to score against{nor}"
         return {"reason": reason}, []
+    if is_phantom:
+        prompts = phantom_prompts(table)
     else:
         names = label_names(manifest, images.row_index)
         prompts, unknown = lexicon_prompts(names, linker, table, config.evaluate)

@@ -62,6 +62,19 @@ def test_all_findings_of_the_phantoms_are_scored_against_their_true_labels() -> 
         assert row["positives"] == sum(finding in run.manifest.labels(r) for r in rows)
 
 
+def test_generated_studies_without_labels_are_not_said_to_carry_nothing() -> None:
+    """They read "0 of 32 images carry the finding", of all findings."""
+    run = small_run()
+    columns = dataclasses.replace(run.config.data.columns, labels=None)
+    config = dataclasses.replace(
+        run.config, data=dataclasses.replace(run.config.data, columns=columns)
+    )
+    manifest = dataclasses.replace(run.manifest, label_column=None)
+    results = evaluate_run(run.model, config, manifest, run.tokenizer, run.linker, run.table)
+    assert "data.columns.labels is not set" in results["zero_shot"]["reason"]
+    assert "zero-shot   n/a: data.columns.labels" in "\n".join(summary_lines(results))
+
+
 def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> None:
     retrieval = small_results()["retrieval"]
     assert retrieval["scores"].keys() == {"global", "local", "combined"}
