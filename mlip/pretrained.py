@@ -151,10 +151,10 @@ def _fill(
         },
         "config": configuration.to_dict(standalone),
     }
+    if transformers:  # first: a tower that it has not is refused at once, ONNX takes a minute
+        described["transformers"] = write_towers(folder, model, standalone, tokenizer)
     if onnx:
         described["onnx"] = write_onnx(folder, model, standalone)
-    if transformers:
-        described["transformers"] = write_towers(folder, model, standalone, tokenizer)
     (folder / SETTINGS).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(described, contract), encoding="utf-8")
     write_sums(folder)

@@ -136,6 +136,19 @@ def test_towers_that_transformers_does_not_have_are_refused(setting: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_towers_that_transformers_does_not_have_are_refused_before_onnx_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal came after the minute that two ONNX files take."""
+    run, (model, config) = small_run(), _model(*TOWERS["resnet"], "model.vision.stem=deep")
+    began: list[Path] = []
+    monkeypatch.setattr("mlip.pretrained.write_onnx", lambda folder, *_: began.append(folder))
+    parts = (model, config, run.tokenizer, run.table)
+    with pytest.raises(PretrainedError, match="no such tower"):
+        save_pretrained(tmp_path / "m", *parts, onnx=True, transformers=True)
+    assert not began
+
+
 @pytest.mark.parametrize("factor", [1.001, float("nan")])
 @pytest.mark.parametrize(
     ("tower", "name"), [("vit", "image_tower"), ("vit", "text_tower"), ("resnet", "image_tower")]
