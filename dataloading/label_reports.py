@@ -27,6 +27,7 @@ from mlip.dataloading.table import column_names, json_rows, read_table
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
+from mlip.output_file import require_writable
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
 COLUMNS = ("labels", "negative", "uncertain")
@@ -69,6 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--out {out}: expected a {table.suffix} file, as {table} is one")
     if out.exists() and not (arguments.overwrite and out.is_file() and not out.samefile(table)):
         raise ConfigError(f"--out {out}: is there already; name a new file, or say --overwrite")
+    require_writable(out.absolute().parent)
+    if not arguments.prefix.isprintable():
+        raise ConfigError(f"--prefix {arguments.prefix!r}: expected the begin of a column's name")
     linker = Linker(load_concepts(arguments.lexicon))
     names = arguments.findings or chexpert_names(linker.table)
     if bad := [name for name in names if _JOIN in name or not name.strip()]:

@@ -196,6 +196,9 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_written(
         ("--out", out, "--report", "text"): (2, "--report text: no such column; .* has: .*report"),
         ("--out", out, "--findings", "a|b"): (2, "cannot be blank or hold"),
         ("--out", out, "--findings", " "): (2, "cannot be blank or hold"),
+        ("--out", out, "--prefix", "a\nb"): (2, "--prefix 'a.*nb': expected the begin"),
+        # found out before the reports are read
+        ("--out", "/proc/nowhere/x.csv"): (2, "/proc/nowhere: cannot be written to"),
         ("--out", out, "--findings", "Pneumothorx"): (2, "near: Pneumothorax"),
     }
     for arguments, (code, told) in refused.items():
