@@ -39,7 +39,7 @@ def generate_study(seed: int, index: int, image_px: int) -> PhantomStudy:
     if seed < 0 or index < 0:
         raise ValueError(f"expected seed and index of 0 or more, got {seed} and {index}")
     if image_px < MIN_PX:
-        raise ValueError(f"expected image_px of {MIN_PX} or more, got {image_px}")
+        raise ValueError(f"expected data.phantom.image_px of {MIN_PX} or more, got {image_px}")
     patient = patient_of(index)
     person = _generator(seed, patient, _PATIENT)
     rng = _generator(seed, index, _STUDY)

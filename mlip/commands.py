@@ -7,6 +7,7 @@ Nothing that needs another package is imported before it is used (mlip/cli.py sa
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from mlip.command_inputs import (
@@ -69,7 +70,6 @@ def run_compare(options: argparse.Namespace) -> int:
         require_writable(out.absolute().parent)
         # results.json and predictions.parquet of hours lie beside
         require_replaceable(out, "--out", "file of mlip compare", is_ours=is_comparison(out))
-    own, others = (
     pairs = [
         tuple(file_of(Path(path)).resolve() for path in pair)
         for pair in zip(options.of, options.against, strict=False)
@@ -79,6 +79,7 @@ def run_compare(options: argparse.Namespace) -> int:
             "a pair of evaluations is named twice: fits would be counted that there are not; name "
             "it once"
         )
+    own, others = (
         [load_predictions(Path(path)).named(path) for path in side]  # run.dir may be of one name
         for side in (options.of, options.against)
     )
@@ -87,9 +88,9 @@ def run_compare(options: argparse.Namespace) -> int:
         if len(options.method) > 2:
             raise ConfigError(f"--method: expected one or two, got {len(options.method)}")
         methods = (options.method[0], options.method[-1])
-    if options.bootstrap < 1:
     if options.seed < 0:
         raise ConfigError(f"--seed {options.seed}: expected 0 or more")
+    if options.bootstrap < 1:
         raise ConfigError(f"--bootstrap {options.bootstrap}: expected 1 or more")
     found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
     print("\n".join(comparison_lines(found)))
@@ -123,6 +124,14 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
+    for name, value in (("--ranks", options.ranks), ("--memory-gib", options.memory_gib)):
+        if value is None:
+            continue
+        if not options.plan:
+            raise ConfigError(f"{name} {value}: is of a plan; name its settings with --plan")
+        least = 1 if name == "--ranks" else 0.001  # a MiB
+        if not least <= value < math.inf:
+            raise ConfigError(f"{name} {value}: expected {least:g} or more")
     if options.plan:
         from mlip.memory_plan import make_plan
 
@@ -147,5 +156,7 @@ def run_phantoms(options: argparse.Namespace) -> int:
             "data.phantom.studies is 0: say how many training studies to make, for example "
             "data.phantom.studies=1000"
         )
+    if options.workers is not None and options.workers < 0:
+        raise ConfigError(f"--workers {options.workers}: expected 1 or more, 0 for one a core")
     print(write_dataset(options.out, phantom, workers=options.workers))
     return 0

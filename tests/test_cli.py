@@ -197,6 +197,8 @@ def test_phantoms_are_generated_and_a_forgotten_number_is_named(
     assert main(["phantoms", "--out", str(tmp_path / "p")]) == 2
     assert "data.phantom.studies is 0" in capsys.readouterr().err
     asked = ["data.phantom.studies=8", "data.phantom.val_studies=0", "data.phantom.test_studies=8"]
+    assert main(["phantoms", "--out", str(tmp_path / "p"), "--workers", "-1", *asked]) == 2
+    assert "--workers -1: expected 1 or more" in capsys.readouterr().err
     assert main(["phantoms", "--out", str(tmp_path / "p"), "--workers", "1", *asked]) == 0
     assert Path(capsys.readouterr().out.strip()).read_text().count("\n") == 17
 

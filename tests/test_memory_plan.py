@@ -259,6 +259,21 @@ def test_the_command_prints_the_plan_and_refuses_one_that_cannot_fit(tmp_path, c
     assert "does not fit" in refused and "largest setting that would fit: batch." in refused
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--plan", *SETTINGS, "--ranks", "0"], "--ranks 0: expected 1 or more"),
+        (["--plan", *SETTINGS, "--memory-gib", "-1"], "--memory-gib -1.0: expected 0.001 or more"),
+        (["--plan", *SETTINGS, "--memory-gib", "nan"], "--memory-gib nan: expected 0.001 or more"),
+        (["--ranks", "3"], "--ranks 3: is of a plan"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_is_refused(options, told, capsys):
+    """0 ranks were 1, and nothing fitted into -1 GiB."""
+    assert main(["doctor", *options]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_muon_keeps_one_moment_of_a_matrix_and_adamw_two():
     muon = dataclasses.replace(ROUND, matrices=750_000)
     config = _config("train.optimizer=muon", "train.zero_stage=0")

@@ -77,7 +77,7 @@ def test_the_same_study_is_drawn_at_every_size() -> None:
 
 
 def test_too_small_or_negative_requests_are_refused() -> None:
-    with pytest.raises(ValueError, match="image_px of 96"):
+    with pytest.raises(ValueError, match="data.phantom.image_px of 96"):
         generate_study(1, 0, 64)
     with pytest.raises(ValueError, match="0 or more"):
         generate_study(1, -1, PX)
