@@ -83,8 +83,11 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     tables: dict[str, FilmKeys] = {}
     paths: dict[str, Path] = {}
     for name in config.evaluate.trained_on:
-        columns = usual_columns(Path(name), config.data.columns)
-        keys = read_film_keys(name, columns, splits_by_hash=False)
+        try:
+            columns = usual_columns(Path(name), config.data.columns)
+            keys = read_film_keys(name, columns, splits_by_hash=False)
+        except ManifestError as error:  # beside data.manifest's, which it may be taken for
+            raise ManifestError(f"evaluate.trained_on: {error}") from None
         tables[keys.fingerprint], paths[keys.fingerprint] = keys, Path(name)
     unknown = None
     trainings = list(trainings)

@@ -166,7 +166,7 @@ def test_a_table_without_splits_is_trained_on_whole_and_usual_names_are_found(
     run = small_run()  # a training refuses it before its first step, not after its last
     evaluate = dataclasses.replace(run.config.evaluate, trained_on=(str(tmp_path / "gone.csv"),))
     config = dataclasses.replace(run.config, evaluate=evaluate)
-    with pytest.raises(ManifestError, match="gone.csv: cannot be read"):
+    with pytest.raises(ManifestError, match="evaluate.trained_on: .*gone.csv: cannot be read"):
         check_evaluation(config, run.manifest, run.linker, run.table)
 
 
