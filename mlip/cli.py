@@ -224,7 +224,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="results.json of an evaluation of this model: its findings, sentences, thresholds",
     )
     classify.add_argument(
-        "--head", choices=("combined", "global", "local"), default="combined", help="(combined)"
+        "--head",
+        choices=("combined", "global", "local"),
+        help="(combined, or global where no loss trained the local score)",
     )
     classify.add_argument("--out", default="findings.csv", help="table to write (findings.csv)")
     classify.add_argument(

@@ -17,6 +17,7 @@ from mlip.command_inputs import (
     pick_device,
     read_settings,
 )
+from mlip.config import to_dict
 from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
 
@@ -201,7 +202,7 @@ def run_outliers(options: argparse.Namespace) -> int:
 def run_classify(options: argparse.Namespace) -> int:
     from mlip.transfer.films.classify import ask_as_evaluated, ask_names, ask_wordings
     from mlip.transfer.films.classify_table import require_own_file, write_classification
-    from mlip.transfer.trained_heads import require_local
+    from mlip.transfer.trained_heads import is_local_trained, require_local
 
     config = read_settings(options.settings)
     device = pick_device(options.device)
@@ -211,18 +212,20 @@ def run_classify(options: argparse.Namespace) -> int:
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
     opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
-    if options.head != "global":
-        require_local(opened, f"--head {options.head} (say --head global)")
+    trained = "combined" if is_local_trained(to_dict(opened.config)) else "global"
+    head = options.head or trained
+    if head != "global":
+        require_local(opened, f"--head {head} (say --head global)")
     if wordings is not None:
         question = wordings
     elif options.like is not None:
-        question = ask_as_evaluated(Path(options.like), opened, options.head)
+        question = ask_as_evaluated(Path(options.like), opened, head)
     else:
         question = ask_names(options.finding, opened, config.evaluate)
     table = write_classification(
         *(opened, config, manifest, question, out),
         split=options.split,
-        head=options.head,
+        head=head,
         device=device,
     )
     print("\n".join([*table, "Not for clinical use."]))

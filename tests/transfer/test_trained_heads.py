@@ -62,7 +62,7 @@ def test_commands_on_films_do_not_answer_by_it(
     search += ["--top", "2", "--out", str(tmp_path / "s.csv")]
     ground = ["ground", film, "edema", "--checkpoint", str(clip_export())]
     for refused in (
-        classify,
+        [*classify, "--head", "combined"],
         [*classify, "--head", "local"],
         [*search, "--rerank", "3"],
         [*ground, "--out", str(tmp_path / "map.png")],
@@ -72,6 +72,8 @@ def test_commands_on_films_do_not_answer_by_it(
         assert TOLD in capsys.readouterr().err
     assert not [*tmp_path.glob("*.csv"), *tmp_path.glob("*.png")][1:]  # the manifest alone
     assert main([*classify, "--head", "global"]) == 0 and main(search) == 0
+    capsys.readouterr()
+    assert main(classify) == 0 and "by the global score" in capsys.readouterr().out
     opened = open_checkpoint(clip_export())
     images = opened.encode_images([film])
     assert opened.classify(images, ["edema"], "global").shape == (1, 1)
