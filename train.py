@@ -59,7 +59,9 @@ from mlip.transfer.trained_on import Training
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's options and the Config of its files and key=value overrides."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="later files win")
+    parser.add_argument(  # "extend": --config A --config B is --config A B
+        "--config", nargs="+", action="extend", default=[], metavar="FILE", help="later files win"
+    )
     parser.add_argument("--allow-mismatch", action="store_true", help="resume other settings")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="accepted where it agrees")
     parser.add_argument("--local_rank", type=int, default=0, help="launchers pass it; unused")

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in training",
     )
     finding_help = "names of the lexicon (default: CheXpert's 14 labels)"
-    add("--findings", nargs="+", default=[], metavar="NAME", help=finding_help)
+    add("--findings", nargs="+", action="extend", default=[], metavar="NAME", help=finding_help)
     mention_help = "what a finding is that a report does not mention (absent, as CheXpert's blanks)"
     add("--unmentioned", choices=("absent", "unknown"), default="absent", help=mention_help)
     add("--prefix", default="", help="before the names of the new columns: labels, negative, ...")

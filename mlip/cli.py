@@ -243,6 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--with",
         dest="against",
         nargs="+",
+        action="extend",
         required=True,
         metavar="DIR",
         help="what it is compared with; several (of other seeds) in pairs with the first",
@@ -297,6 +298,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--plan",
         nargs="+",
+        action="extend",
         metavar="CONFIG|key=value",
         help="memory that a training needs on one rank; status 2 where it cannot fit",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlip.cli import main
+from mlip.cli import FOREIGN, build_parser, main
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
@@ -262,6 +264,24 @@ def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
         main(["prepare", "--help"])
     assert stopped.value.code == 0
     assert "usage: mlip prepare" in capsys.readouterr().out
+
+
+def test_no_option_of_several_values_loses_those_given_first() -> None:
+    parsers = [build_parser(), *(argparse.ArgumentParser() for _ in FOREIGN)]
+    for parser, (module, _) in zip(parsers[1:], FOREIGN.values(), strict=True):
+        importlib.import_module(module).add_arguments(parser)
+    seen = set()
+    for parser in parsers:  # grows by the sub-commands
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.option_strings and action.nargs == "+":
+                assert isinstance(action, argparse._ExtendAction), action.option_strings
+                assert not action.default, action.option_strings  # it would be added to
+                seen.add(action.option_strings[0])
+    assert {"--with", "--plan", "--obo", "--languages", "--findings"} <= seen
+    options = build_parser().parse_args(["compare", "a", "--with", "b", "--with", "c", "d"])
+    assert options.against == ["b", "c", "d"]
 
 
 def _make_phantoms(out: Path, stdout: int, **environment: str) -> subprocess.CompletedProcess[str]:

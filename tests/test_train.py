@@ -52,6 +52,7 @@ def test_overrides_may_stand_on_either_side_of_the_files(tmp_path):
     files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
     _, config = train.parse(["--config", *files, "run.seed=7"])
     assert train.parse([*files, "run.seed=7"])[1] == config
+    assert train.parse(["--config", files[0], "--config", files[1], "run.seed=7"])[1] == config
     assert (config.run.seed, config.train.max_steps) == (7, 60)
     options, config = train.parse(
         ["--local_rank=1", "train.lr=0.5", "--config", files[0], "--allow-mismatch", "run.seed=8"]

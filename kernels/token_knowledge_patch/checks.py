@@ -68,7 +68,7 @@ def check_inputs(
         if 0 in value.shape and not (name == "knowledge" and value.shape[1] == 0):
             raise ValueError(
                 f"expected {name} without an empty dimension, got {list(value.shape)}; skip the "
-                "loss of an empty batch"
+                "loss of an empty batch, on all ranks alike: no rank of a group may be without"
             )
     texts, length = tokens.shape[:2]
     if knowledge is None:

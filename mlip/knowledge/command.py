@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -49,13 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", required=True)
     build = commands.add_parser("build", help="merge the lexicon with ontologies into one table")
     build.add_argument("--out", type=Path, required=True, help="table to write (.jsonl)")
-    build.add_argument("--obo", type=Path, nargs="+", default=[], help=".obo or .obo.gz files")
-    build.add_argument("--under", nargs="+", default=[], help="keep OBO terms below these ids")
-    build.add_argument("--csv", type=Path, nargs="+", default=[], help="tables of your own")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # given twice, none is lost
+    files: dict[str, Any] = {"type": Path, "default": [], **several}
+    build.add_argument("--obo", help=".obo or .obo.gz files", **files)
+    build.add_argument("--under", default=[], help="keep OBO terms below these ids", **several)
+    build.add_argument("--csv", help="tables of your own", **files)
     build.add_argument("--umls", type=Path, help="META folder of a UMLS release you hold")
-    build.add_argument("--languages", nargs="+", default=["ENG"], help="UMLS languages")
-    build.add_argument("--sources", nargs="+", default=[], help="UMLS sources; default all")
-    build.add_argument("--types", nargs="+", default=list(SEMANTIC_TYPES), help="UMLS types (TUI)")
+    build.add_argument("--languages", help="UMLS languages (ENG)", **several)
+    build.add_argument("--sources", default=[], help="UMLS sources; default all", **several)
+    build.add_argument("--types", help="UMLS types (TUI)", **several)
     build.add_argument("--cues", type=Path, help="cue words of another language (.yaml)")
     build.add_argument("--no-lexicon", action="store_true", help="leave our own lexicon out")
     show = commands.add_parser("show", help="one concept with all that is known of it")
@@ -152,9 +155,9 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
             tables.append(
                 read_umls(
                     arguments.umls,
-                    languages=arguments.languages,
+                    languages=arguments.languages or ["ENG"],
                     sources=arguments.sources,
-                    semantic_types=arguments.types,
+                    semantic_types=arguments.types or SEMANTIC_TYPES,
                     progress=advance,
                 )
             )

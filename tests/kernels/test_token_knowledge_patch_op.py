@@ -261,7 +261,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "ndim": ({"tokens": torch.zeros(5, 8)}, "3 dimensions"),
     "views": ({"tokens": torch.zeros(5, 8, 6, 8)}, "3 dimensions"),
     "integers": ({"tokens": torch.zeros(5, 6, 8, dtype=torch.int64)}, "floating point"),
-    "empty": ({"tokens": torch.zeros(5, 0, 8)}, "without an empty dimension"),
+    "empty": ({"tokens": torch.zeros(5, 0, 8)}, "without an empty dimension.*on all ranks alike"),
     "other texts": ({"knowledge": torch.zeros(4, 3, 8)}, r"shape \[5, 3, 8\], got \[4, 3, 8\]"),
     "entity weights": ({"knowledge_weights": torch.ones(5, 2)}, r"knowledge_weights \[N, K\]"),
     "entity mask": ({"knowledge_mask": torch.ones(5, 2).bool()}, r"knowledge_mask \[N, K\]"),
