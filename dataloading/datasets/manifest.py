@@ -202,7 +202,7 @@ DATASET = Dataset(
     keeps_ids=False,
     demographics=("sex", "age"),
     options={
-        "file": ("", "manifest file; empty = manifest.csv, .parquet or .jsonl in the root"),
+        "file": ("", "path of another manifest than manifest.csv, .parquet or .jsonl in the root"),
         **{
             field: ("", f"column of {field}; empty = a usual name, none = no such column")
             for field in USUAL
