@@ -52,7 +52,9 @@ def test_overrides_may_stand_on_either_side_of_the_files(tmp_path):
     files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
     _, config = train.parse(["--config", *files, "run.seed=7"])
     assert train.parse([*files, "run.seed=7"])[1] == config
-    assert train.parse(["--config", files[0], "--config", files[1], "run.seed=7"])[1] == config
+    (tmp_path / "c.yaml").write_text("train: {log_steps: 3}\n")
+    _, twice = train.parse(["--config", files[0], "--config", str(tmp_path / "c.yaml")])
+    assert (twice.train.max_steps, twice.train.log_steps) == (50, 3)
     assert (config.run.seed, config.train.max_steps) == (7, 60)
     options, config = train.parse(
         ["--local_rank=1", "train.lr=0.5", "--config", files[0], "--allow-mismatch", "run.seed=8"]
