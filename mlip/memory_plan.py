@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import Batch, Features
-from mlip.config import Config
+from mlip.config import Config, Knowledge
 from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.vectors import knowledge_vectors
 from mlip.machine import usable_memory
 from mlip.model import MLIPModel
 from mlip.objective import Objective
@@ -119,25 +120,34 @@ def _batch(config: Config, rows: int, vocab_size: int, concepts: int) -> Batch:
     )
 
 
+def _vectors(settings: Knowledge) -> Tensor:
+    """Concept vectors of the run's shape; a user's table has a width of its own."""
+    table = load_concepts(settings.lexicon)
+    if settings.vectors in ("tfidf", "text_tower"):
+        return torch.zeros(len(table), settings.dim)
+    return knowledge_vectors(table, settings)
+
+
 def measure(config: Config) -> Measured:
     """Build the model of `config` on the CPU and run a few rows of it.
 
-    Raises:  ValueError for towers that cannot be built; CheckpointError where the run of run.dir
-             goes on from a checkpoint that is damaged
+    Raises:  ValueError for towers or vectors that cannot be built; CheckpointError where the run of
+             run.dir goes on from a checkpoint that is damaged
     """
     if config.model.attention == "xformers":  # for GPUs alone; what it keeps, sdpa keeps
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, attention="sdpa")
         )
     resumed = open_resumed(config)  # its towers may have begun with folders that are gone
-    concepts = len(load_concepts(config.knowledge.lexicon))
-    vocab_size = given_words(config) or config.data.vocab_size
     if resumed is not None:
         config, vocab_size = resumed.config, resumed.vocab_size
+        vectors = torch.zeros(resumed.concepts)
+    else:
+        vocab_size = given_words(config) or config.data.vocab_size
+        vectors = _vectors(config.knowledge)
+    concepts = len(vectors)
     torch.manual_seed(0)
-    model = MLIPModel(
-        config, vocab_size=vocab_size, concept_vectors=torch.zeros(concepts, config.knowledge.dim)
-    )
+    model = MLIPModel(config, vocab_size=vocab_size, concept_vectors=vectors)
     whole = dataclasses.replace(config, run=dataclasses.replace(config.run, exact=False))
     objective = Objective(whole, model).train()
 
@@ -191,7 +201,10 @@ def _measure_losses(
             image, embedding=features(image.embedding), patches=features(image.patches)
         )
         made_text = dataclasses.replace(
-            text, embedding=features(text.embedding), tokens=features(text.tokens)
+            text,
+            embedding=features(text.embedding),
+            tokens=features(text.tokens),
+            attention=None if text.attention is None else text.attention[:1].expand(pairs, -1),
         )
         encode = objective.encode
         knowledge = objective.model.encode_knowledge(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mlip import memory_plan
 from mlip.cli import main
@@ -92,6 +93,29 @@ def test_words_of_a_given_vocabulary_are_counted(measured):
     given = measure(_config(f"model.text.tokenizer={folder}"))
     width = _config().model.text.options["hidden_size"]
     assert given.parameters - measured.parameters == (words - 100) * width != 0
+
+
+@pytest.mark.parametrize("kind", ["token_knowledge_patch", "mgca"])
+def test_tokens_weighted_by_attention_are_planned(measured, kind):
+    """The plan of such a run ended in a RuntimeError of torch: weights of two texts, not of all."""
+    local = f"loss.local_alignment.kind={kind}"
+    weighted = measure(_config(local, "loss.local_alignment.token_weights=attention"))
+    assert weighted.parameters == measured.parameters
+    # a small share more than uniform weights, which have no quantiles
+    assert weighted.losses == pytest.approx(measure(_config(local)).losses, rel=0.3, abs=4096)
+
+
+def test_a_table_of_concept_vectors_has_its_own_width(measured, tmp_path):
+    """knowledge.dim was taken for it, 128 for a table of 768."""
+    width, before = 7, _config().knowledge.dim
+    rows = {c.id: torch.randn(width) for c in load_concepts()}
+    save_file(rows, tmp_path / "vectors.safetensors")
+    table = measure(_config(f"knowledge.vectors={tmp_path / 'vectors.safetensors'}"))
+    # a state each, and the projection to the embedding
+    wider = (width - before) * (3 + _config().model.embed_dim)
+    assert table.parameters - measured.parameters == wider != 0
+    with pytest.raises(ValueError, match="expected tfidf, text_tower or an existing"):
+        measure(_config(f"knowledge.vectors={tmp_path / 'nowhere'}"))
 
 
 def test_activation_checkpointing_of_a_tower_keeps_less(measured):
