@@ -43,7 +43,7 @@ from mlip.resumed_run import Resumed
 from mlip.run_vocabulary import open_tokenizer
 from mlip.starting_point import started_model
 from mlip.training.checkpoint import checkpoints_of
-from mlip.transfer.readiness import check_evaluation
+from mlip.transfer.readiness import check_evaluation, check_phrases
 from mlip.unit_length import unit_length
 
 logger = logging.getLogger("mlip")
@@ -117,7 +117,7 @@ def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
     `start` (open_start), where there is one.
     Raises:  ManifestError, also where no two training reports differ, or a run that is evaluated
              after its training has no rows for that; LexiconError; ValueError for a tokenizer that
-             is not there
+             is not there, or sentences of that evaluation which data.max_tokens does not hold
     """
     manifest = load_manifest(config.data)
     # before the vocabulary: what a refused run leaves must not be taken up by the next one
@@ -131,7 +131,10 @@ def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
         logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
     _check_evaluation(config, manifest, linker, table)
-    return Corpus(manifest, open_tokenizer(config, manifest, start), table, linker)
+    tokenizer = open_tokenizer(config, manifest, start)
+    if config.evaluate.after_training:
+        check_phrases(config, manifest, linker, table, tokenizer)
+    return Corpus(manifest, tokenizer, table, linker)
 
 
 def open_loader(config: Config, corpus: Corpus, *, rank: int = 0, world_size: int = 1) -> Loader:

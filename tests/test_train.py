@@ -137,6 +137,19 @@ def save_pretrained_card(run: Path, out: Path) -> str:
     return (out / "README.md").read_text(encoding="utf-8")
 
 
+def test_sentences_that_the_evaluation_could_not_read_are_found_before_the_first_step(
+    tmp_path, capsys
+):
+    """The training came to its end, and only then was there no score."""
+    assert train.main(_overrides(tmp_path / "run", "data.max_tokens=8")) == 2
+    said = capsys.readouterr().err
+    assert "data.max_tokens=8: the evaluation after the training asks by sentences, and" in said
+    assert "the model reads 6: shorten it" in said and "evaluate.after_training=false" in said
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+    short = ["data.max_tokens=8", "evaluate.after_training=false", "train.max_steps=1"]
+    assert train.main(_overrides(tmp_path / "run", *short)) == 0
+
+
 def test_a_run_without_val_that_is_to_watch_it_is_refused_before_it_starts(tmp_path, capsys):
     assert train.main(_overrides(tmp_path, "train.monitor=recall")) == 3
     said = capsys.readouterr().err

@@ -9,16 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlip.config import Config
+from mlip.config import Config, ConfigError
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.table import ManifestError
 from mlip.transfer.alignment.chosen_rows import choose_rows
-from mlip.transfer.alignment.label_prompts import lexicon_prompts
+from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
+from mlip.transfer.alignment.prompts import TextError, make_text_batch, phrase_encoder
+from mlip.transfer.alignment.queries import box_phrases
+from mlip.transfer.alignment.zero_shot import prompt_texts
 from mlip.transfer.measures.subgroups import read_groupings
 from mlip.transfer.trained_on import find_seen
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file
-from mlip.transfer.truth.finding_boxes import load_boxes
+from mlip.transfer.truth.finding_boxes import Box, load_boxes
 from mlip.transfer.truth.generated import phantom_meta
 from mlip.transfer.truth.labels import label_names
 
@@ -40,14 +43,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     annotations = Annotations(config, manifest)
     chosen = choose_rows(config, manifest)
     rows = chosen.tolist()
-    columns = config.transfer.columns
-    if columns.boxes is not None:
-        drawn = [row for row in rows if annotations.boxes(row).names]
-    elif columns.mask is not None:
-        drawn = [row for row in rows if annotations.has_mask(row)]
-    else:
-        drawn = _in_box_file(manifest, rows)
-    load_boxes(config, manifest, drawn[:_SIZED_ROWS])
+    _boxes_of_some(config, annotations, rows)
     read_groupings(config, manifest, chosen)
     find_seen(config, manifest, [])
     if manifest.label_column is not None and phantom_meta(manifest) is None:
@@ -62,6 +58,47 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
                 len(names),
                 config.evaluate.split,
             )
+
+
+def check_phrases(
+    config: Config, manifest: Manifest, linker: Any, table: Any, tokenizer: Any
+) -> None:
+    """Raises:  ConfigError for a sentence of evaluate_run that data.max_tokens does not hold in the
+    run's vocabulary. Words of reports are cut there, and are no such sentence.
+    """
+    manifest = dataclasses.replace(manifest, keep_without_report=True)
+    is_phantom = phantom_meta(manifest) is not None
+    rows = choose_rows(config, manifest)
+    prompts = phantom_prompts(table) if is_phantom else []
+    if not is_phantom and manifest.label_column is not None:
+        names = label_names(manifest, rows)
+        prompts = lexicon_prompts(names, linker, table, config.evaluate)[0]
+    boxes = _boxes_of_some(config, Annotations(config, manifest), rows.tolist())
+    texts = [*prompt_texts(prompts), *box_phrases(boxes, table, is_phantom)]
+    if not texts:
+        return
+    try:
+        make_text_batch(texts, phrase_encoder(config, tokenizer, linker, table))
+    except TextError as error:
+        raise ConfigError(
+            f"data.max_tokens={config.data.max_tokens}: the evaluation after the training asks by "
+            f"sentences, and {error} (evaluate.positive_prompts, negative_prompts), raise "
+            "data.max_tokens, or set evaluate.after_training=false"
+        ) from error
+
+
+def _boxes_of_some(
+    config: Config, annotations: Annotations, rows: list[int]
+) -> dict[int, list[Box]]:
+    """load_boxes of the first rows of these that have any."""
+    columns, manifest = config.transfer.columns, annotations.manifest
+    if columns.boxes is not None:
+        drawn = [row for row in rows if annotations.boxes(row).names]
+    elif columns.mask is not None:
+        drawn = [row for row in rows if annotations.has_mask(row)]
+    else:
+        drawn = _in_box_file(manifest, rows)
+    return load_boxes(config, manifest, drawn[:_SIZED_ROWS])
 
 
 def _in_box_file(manifest: Manifest, rows: list[int]) -> list[int]:

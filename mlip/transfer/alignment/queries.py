@@ -95,6 +95,20 @@ def make_queries(
     return queries, list(phrases), names
 
 
+def box_phrases(
+    boxes: Mapping[int, Sequence[finding_boxes.Box]], table: Any, is_phantom: bool
+) -> list[str]:
+    """What make_queries asks of such boxes whatever images they are of: names, and generated
+    studies' sentences."""
+    found: dict[str, None] = {}
+    for box in (box for own in boxes.values() for box in own):
+        wordings = _wordings(box.finding, _name(box.finding, table).lower(), is_phantom, False)
+        for text in (text for texts in wordings.values() for text in texts):
+            if box.side is not None or "{side}" not in text:
+                found[text.replace("{side}", str(box.side))] = None
+    return list(found)
+
+
 def _images_without(
     findings: Sequence[str],
     images: ImageBank,

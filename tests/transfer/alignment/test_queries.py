@@ -111,3 +111,21 @@ def test_words_of_a_report_are_asked_once_and_answered_by_all_of_their_boxes(
     assert asked.boxes.tolist() == [list(box.corners) for box in boxes[0][:2]]
     (named,) = [q for q in queries if q.kind == "keyword"]
     assert len(named.boxes) == 3
+
+
+def test_what_is_asked_of_boxes_is_known_before_there_are_images(tmp_path: Path) -> None:
+    from mlip.transfer.alignment.queries import box_phrases, make_queries
+
+    class FakeImages:
+        row_index = np.arange(3)
+
+    images: Any = FakeImages()
+    corners = (0.0, 0.0, 8.0, 8.0)
+    sided = [finding_boxes.Box("pleural_effusion", side, corners) for side in ("left", "right")]
+    boxes = {0: sided, 1: [finding_boxes.Box("pleural_effusion", None, corners)]}
+    table, said = load_concepts(), Annotations(*write_manifest(tmp_path, "50,90,80,60"))
+    _, phrases, _ = make_queries(images, said, boxes, table, True, 0)
+    assert set(box_phrases(boxes, table, True)) == set(phrases)
+    assert any(phrase.endswith("on the right.") for phrase in phrases)
+    assert box_phrases(boxes, table, False) == ["pleural effusion"]
+    assert not box_phrases({}, table, True)
