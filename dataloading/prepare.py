@@ -24,6 +24,7 @@ from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row, leads_out
 from mlip.dataloading.dicom import DicomError, explain
+from mlip.dataloading.duplicates import prepared_duplicates
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.prepared_tables import grouping_lines, write_csv
@@ -380,6 +381,8 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0
+    for line in prepared_duplicates(plan.out):
+        print(line)
     lost = len(collected.rows) - result.images - refused
     print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")
     # the headers of DICOM files have told by now what the split's table above could not know

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.demographics import differs
+from mlip.dataloading.perceptual_hash import HASHES
+from mlip.dataloading.same_pictures import HASHES_FILE, hash_table
 from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
 from mlip.dataloading.view_position import PROJECTIONS, projection
 
@@ -37,7 +39,8 @@ _MANIFEST_SCHEMA = pa.schema(
 def outputs(
     rows: list[Row], out: Path, salt: str | None, noted: Counter[str], *, header_first: bool = False
 ) -> Iterator[Callable[[pa.Table], None]]:
-    """Takes the shards' indexes in order; index, manifest and refused.csv are there at the end.
+    """Takes the shards' indexes in order; index, manifest, the films' perceptual hashes and
+    refused.csv are there at the end.
 
     A shard at a time: as Python objects the cells of a million rows are 2 GB.
     salt    of the ids, which are written hashed; None = as they are
@@ -49,12 +52,20 @@ def outputs(
         synced_file(out / "manifest.parquet") as manifest_file,
         synced_file(out / "index.parquet") as index_file,
         closing(TableWriter(manifest_file)) as manifest,
+        synced_file(out / HASHES_FILE) as hashes_file,
         closing(TableWriter(index_file)) as indexes,
+        closing(TableWriter(hashes_file)) as hashes,
     ):
 
         def write(index: pa.Table) -> None:
+            known: list[list[bytes]] = []
+            if HASHES in index.column_names:
+                known = index.filter(pc.equal(index["reason"], ""))[HASHES].to_pylist()
+                index = index.drop_columns([HASHES])
             indexes.add(index)
-            manifest.add(_manifest_part(rows, index, salt, refused, noted, header_first))
+            part = _manifest_part(rows, index, salt, refused, noted, header_first)
+            manifest.add(part)
+            hashes.add(hash_table(part["image"].to_pylist()[: len(known)], known))
 
         yield write
     write_csv(refused, out / "refused.csv")

@@ -24,11 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Collected, Row
+from mlip.dataloading.duplicates import DUPLICATES_FILE, with_hashes
 from mlip.dataloading.image_file import on_disk, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.name_forms import as_it_lies
+from mlip.dataloading.perceptual_hash import HASHES
 from mlip.dataloading.prepared_tables import hashed, outputs, write_csv
 from mlip.dataloading.progress import Progress
+from mlip.dataloading.same_pictures import HASHES_FILE
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.dataloading.shards import (
     DEMOGRAPHICS,
@@ -47,7 +50,10 @@ from mlip.machine import LimitError
 # part of every fingerprint: raise it when the pixels of a member change, or what is refused.
 # 3: padding, VOI tables, windows, cut streams and requisitions are read as since 2026-11-27
 FORMAT = 3
-OUTPUTS = ("prepared.json", "manifest.parquet", "index.parquet", "refused.csv")
+OUTPUTS = (
+    *("prepared.json", "manifest.parquet", "index.parquet", "refused.csv"),
+    *(HASHES_FILE, DUPLICATES_FILE),
+)
 PASSING = ("missing", "io_error")  # reasons that may be none at the next look
 ID_MAP = "key image image_id patient_hash patient_id study_hash study_id left_out".split()
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -254,6 +260,8 @@ def _make(
                 writer.abandon()
                 raise
             columns = kept_columns(INDEX_SCHEMA, demographics=plan.settings.demographics)
+            # here alone: what lies beside the shards is what it was before there were hashes
+            columns = columns.append(pa.field(HASHES, pa.list_(pa.binary())))
             schema = columns.with_metadata(
                 {
                     "fingerprint": prints[shard.number],
@@ -279,6 +287,7 @@ def _entry(
         "source_sha256": fields.get("source_sha256", ""),
         "reason": reason,
         "notes": fields.get("notes", []),
+        HASHES: [bytes.fromhex(bits) for bits in fields.get("hashes", [])],
     }
     for name in ("height", "width", "source_height", "source_width"):
         entry[name] = fields.get(name, 0)
@@ -318,7 +327,7 @@ def _finish(
                 continue
             index = _read_index(shard)
             if write is not None:
-                index = _placed(index, shard, keys)
+                index = with_hashes(_placed(index, shard, keys), shard.path)
             refused.update(reason for reason in index.column("reason").to_pylist() if reason)
             taken = index.filter(pc.greater_equal(index.column("offset"), 0))
             for notes in taken.column("notes").to_pylist():

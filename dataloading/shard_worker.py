@@ -27,6 +27,7 @@ from mlip.dataloading.image_file import (
     read_header,
 )
 from mlip.dataloading.ledger import BadSample, DataError
+from mlip.dataloading.perceptual_hash import perceptual_hashes
 from mlip.machine import LimitError
 
 _MEMORY_BYTES = 3 << 29  # above what is mapped at the start: 1 GiB of pixels, 0.5 of libraries
@@ -127,6 +128,7 @@ def make_member(
         fields["source_height"], fields["source_width"] = image.shape
         image = convert(image, settings)
         member = encode(image, settings)
+        fields["hashes"] = [bits.tobytes().hex() for bits in perceptual_hashes(image)]
     except BadSample as error:
         return {"reason": error.reason}, b""
     except DataError:

@@ -1,0 +1,129 @@
+"""Every pair of near hashes is found once, and nothing else.
+
+Oracle: bits that are counted one by one over all pairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlip.dataloading import same_pictures as module
+from mlip.dataloading.duplicates import write_duplicates
+from mlip.dataloading.perceptual_hash import BITS
+from mlip.dataloading.same_pictures import (
+    HASHES_FILE,
+    SAME_BITS,
+    PictureHashes,
+    hash_table,
+    hashes_of,
+    read_hash_table,
+    same_pictures,
+)
+
+
+def hashes(bits: np.ndarray, row: list[int] | None = None) -> PictureHashes:
+    packed = np.packbits(bits, axis=1).view(np.uint64)
+    return PictureHashes(packed, np.array(row or range(len(bits))))
+
+
+def turned(bits: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The same with that many bits, anywhere, turned round."""
+    out = bits.copy()
+    out[rng.choice(BITS, count, replace=False)] ^= True
+    return out
+
+
+def test_pairs_are_those_of_counting_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
+    rng = np.random.default_rng(1)
+    bits = rng.random((60, BITS)) < 0.5
+    # in and at the threshold, behind it, inverted; the 5,000 more make a second block
+    near = [(0, 0), (1, 100), (2, SAME_BITS), (3, SAME_BITS + 1), (4, BITS - 9), (4, BITS // 2)]
+    other = np.stack([turned(bits[i], count, rng) for i, count in near])
+    other = np.concatenate([rng.random((5000, BITS)) < 0.5, other])
+    found = same_pictures(hashes(bits), hashes(other))
+    told = list(zip(found.own.tolist(), found.other.tolist(), found.bits.tolist(), strict=True))
+    assert told == [(0, 5000, 0), (1, 5001, 100), (2, 5002, SAME_BITS), (4, 5004, 9)]
+    everything = np.concatenate([bits, other[-300:]])
+    distance = (everything[:, None] != everything[None]).sum(axis=2)
+    distance = np.minimum(distance, BITS - distance)
+    pairs = itertools.combinations(range(len(everything)), 2)
+    expected = [(i, j) for i, j in pairs if distance[i, j] <= SAME_BITS]
+    found = same_pictures(hashes(everything))
+    assert list(zip(found.own.tolist(), found.other.tolist(), strict=True)) == expected
+    assert not found.cut and len(expected) == 4
+
+
+def test_a_film_of_two_hashes_is_one_film(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    one = rng.random(BITS) < 0.5
+    bits = np.stack([one, turned(one, 20, rng), turned(one, 40, rng), turned(one, 10, rng)])
+    # rows 3, 3, 5, 5: near to itself is no pair, and the nearest of the four counts is told
+    found = same_pictures(hashes(bits, [3, 3, 5, 5]))
+    assert (found.own.tolist(), found.other.tolist()) == ([3], [5])
+    counts = [(bits[i] != bits[j]).sum() for i in (0, 1) for j in (2, 3)]
+    assert found.bits.tolist() == [min(counts)]
+    monkeypatch.setattr(module, "_MOST_PAIRS", 10)
+    copies = hashes(np.repeat(one[None], 60, axis=0))
+    found = same_pictures(copies)
+    assert found.cut and len(found.own) == 10
+
+
+def test_more_copies_than_there_is_room_for_at_first_are_all_found() -> None:
+    copies = hashes(np.repeat(np.random.default_rng(3).random((1, BITS)) < 0.5, 70, axis=0))
+    assert len(same_pictures(copies).own) == 70 * 69 // 2
+
+
+def test_hashes_are_found_by_the_image_s_cell_in_any_order_of_rows(tmp_path: Path) -> None:
+    one, two, three = (bytes([i]) * (BITS // 8) for i in (1, 2, 3))
+    table = hash_table(["a#1", "b#2", "blank"], [[one], [two, three], []])
+    pq.write_table(table, tmp_path / HASHES_FILE)
+    read = read_hash_table(tmp_path)
+    assert read is not None and read["hash"].to_pylist() == [one, two, three, None]
+    images = pa.chunked_array([["b#2", "other", "blank"], ["a#1", None]])
+    found = hashes_of(read, images)
+    assert found.row.tolist() == [0, 0, 3]
+    assert [bits.tobytes() for bits in found.bits] == [two, three, one]
+    assert hashes_of(hash_table([], []), images).bits.shape == (0, BITS // 64)
+
+
+def test_hashes_of_another_version_are_none(tmp_path: Path) -> None:
+    table = hash_table(["a"], [[bytes(BITS // 8)]])
+    assert read_hash_table(tmp_path) is None
+    for other in (
+        table.replace_schema_metadata({"version": "0"}),
+        table.replace_schema_metadata(None),
+        pa.table({"image": ["a"], "hash": ["b"]}),
+    ):
+        pq.write_table(other, tmp_path / HASHES_FILE)
+        assert read_hash_table(tmp_path) is None
+    (tmp_path / HASHES_FILE).write_bytes(b"no table")
+    assert read_hash_table(tmp_path) is None
+
+
+def test_duplicates_are_told_by_row_and_counted_by_patient_and_split(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    bits = rng.random((7, BITS)) < 0.5
+    bits[1], bits[3], bits[5] = bits[0], turned(bits[2], 5, rng), ~bits[4]
+    patient = pa.chunked_array([["MRN1", "MRN1", "MRN2", "MRN3", "MRN4", "MRN5", "MRN6"]])
+    split = pa.chunked_array([["train", "train", "train", "test", "val", "val", "test"]])
+    path = tmp_path / "duplicates.csv"
+    lines = write_duplicates(hashes(bits), patient, split, path)
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[1:] == [
+        ["0", "1", "train", "train", "yes", "0"],
+        ["2", "3", "train", "test", "no", "5"],
+        ["4", "5", "val", "val", "no", "0"],
+    ]
+    assert "6 films look like another one, 4 of them" in lines[0] and "2 like one of" in lines[0]
+    assert lines[1].startswith("LEAKAGE") and "MRN" not in path.read_text() + "".join(lines)
+    lines = write_duplicates(hashes(bits[[0, 2, 4]]), patient[:3], split[:3], path)
+    assert lines == ["same picture: no two films"] and len(path.read_text().splitlines()) == 1
