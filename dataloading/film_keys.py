@@ -1,7 +1,8 @@
 """Which films a table names, and whose they are: to tell whether another table names them too.
 
 Columns and hashes alone, no report, no picture: a manifest of another run need not lie beside its
-images any more. Identifiers stay in memory, in no message and no file.
+images any more; the hashes of its pictures may. Identifiers stay in memory, in no message and no
+file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mlip.config import Columns
 from mlip.dataloading.datasets.manifest import USUAL
 from mlip.dataloading.manifest import split_codes
+from mlip.dataloading.same_pictures import PictureHashes, hashes_of, read_hash_table
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.dataloading.table_cells import UNREADABLE
 
@@ -38,6 +40,8 @@ class FilmKeys:
     film: pa.ChunkedArray = dataclasses.field(repr=False)
     stored: pa.ChunkedArray = dataclasses.field(repr=False)
     source: pa.ChunkedArray = dataclasses.field(repr=False)
+    # None where no perceptual hashes lie beside the table
+    pictures: PictureHashes | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -56,6 +60,7 @@ def usual_columns(path: Path, columns: Columns) -> Columns:
 
     return dataclasses.replace(
         columns,
+        image=found("image") or columns.image,
         # refused by its name where the table lacks it
         patient_id=found("patient_id") or columns.patient_id,
         image_id=found("image_id"),
@@ -65,7 +70,8 @@ def usual_columns(path: Path, columns: Columns) -> Columns:
 
 
 def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) -> FilmKeys:
-    """The table's rows; of its columns patient_id, image_id, split and sha256 are read.
+    """The table's rows; of its columns patient_id, image_id, split and sha256 are read, and image
+    where perceptual hashes lie beside the table.
 
     splits_by_hash  a table without a column of splits has those of the patient's hash; False = all
                     of its rows are train
@@ -74,8 +80,12 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
     path = Path(path)
     asked = {field: getattr(columns, field) for field in ("image_id", "split", "sha256")}
     wanted = {"patient_id": columns.patient_id, **{k: v for k, v in asked.items() if v}}
+    hashes = read_hash_table(path.parent)
+    if hashes is not None and columns.image in column_names(path):
+        wanted["image"] = columns.image
     # of columns that no setting names nothing is asked: dates and lists tell no film
-    table, digest = read_table(path, wanted, anything={"image_id", "sha256"} & wanted.keys())
+    anything = {"image", "image_id", "sha256"} & wanted.keys()
+    table, digest = read_table(path, wanted, anything=anything)
     patient = _told(table["patient_id"])
     nothing = pa.chunked_array([pa.nulls(len(patient), patient.type)])
     if "split" in table or splits_by_hash:
@@ -90,6 +100,9 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
         film=pc.binary_join_element_wise(patient, image_id, pa.scalar("\0", patient.type)),
         stored=pc.utf8_lower(stored),
         source=_sources(path.parent / _INDEX, stored) if "sha256" in table else nothing,
+        pictures=None
+        if hashes is None or "image" not in table
+        else hashes_of(hashes, table["image"]),
     )
 
 

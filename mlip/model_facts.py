@@ -208,7 +208,8 @@ def _scores(results: Mapping[str, Any], public: frozenset[str]) -> dict[str, Any
     }
     kept["data"]["is_phantom"] = bool(data["is_phantom"])
     if (seen := data.get("trained_on") or {}).get("manifests"):
-        kept["data"]["trained_on"] = {k: int(seen[k]) for k in ("films", "patients")}
+        told = ("films", "patients", "films_by_picture", "patients_by_picture")
+        kept["data"]["trained_on"] = {k: int(seen[k]) for k in told if k in seen}
     if "rows_in_split" in data:  # not in results of earlier versions
         kept["data"]["rows_in_split"] = int(data["rows_in_split"])
     evaluate = results["config"]["evaluate"]

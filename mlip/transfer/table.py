@@ -133,6 +133,11 @@ def seen_text(found: Mapping[str, Any] | None, images: int, patients: int) -> st
             f"patients, {found['films']:,} of these {images:,} images among them ({by}): the "
             "scores are not of patients that it has never seen"
         )
+    if alike := found.get("films_by_picture"):  # not in results of earlier versions
+        text += (
+            f"; SAME PICTURE: {alike:,} more of these images look like films in training, though "
+            f"no id and no file says so, of {found['patients_by_picture']:,} more patients"
+        )
     if alone:
         text += (
             f"; {alone:,} patients have the id of a patient in training, in a table that has no "

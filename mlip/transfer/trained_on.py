@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from mlip.config import Columns, Config, Data
 from mlip.dataloading.film_keys import FilmKeys, read_film_keys, usual_columns
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.dataloading.same_pictures import PictureHashes, same_pictures
 from mlip.transfer.array import Array
 
 _TRAIN = SPLITS.index("train")
@@ -56,12 +57,19 @@ class Seen:
     manifests: tuple[str, ...]  # SHA-256 of those that were compared
     compared: tuple[str, ...]
     unknown: str | None  # why some of the training is not among them
+    pictures: PictureHashes | None = None  # of the manifest's rows
+    trained_pictures: tuple[PictureHashes, ...] = ()  # of the trainings' films, by table
 
     def of(self, rows: Array) -> dict[str, Any]:
-        """The "trained_on" of results: numbers of these rows alone."""
+        """The "trained_on" of results: numbers of these rows alone.
+
+        *_by_picture alone are films and patients that nothing else has found. Of these rows only
+        are pictures compared: each costs as many comparisons as the training had films.
+        """
         told: dict[str, Any] = {"manifests": list(self.manifests), "unknown": self.unknown}
         if not self.manifests:
             return told
+        alike = self._alike(rows)
         patient, keys = self.patient[rows], self.patient_key[rows]
         alone = np.setdiff1d(keys[self.by_id[rows]], keys[patient])
         return {
@@ -71,7 +79,20 @@ class Seen:
             "films_of_patients": int(patient.sum()),
             "patients": len(np.unique(keys[patient])),
             "patients_by_id_alone": len(alone),
+            "films_by_picture": int(alike[rows].sum()),
+            "patients_by_picture": len(np.setdiff1d(self.patient_key[alike], keys[patient])),
         }
+
+    def _alike(self, rows: Array) -> Array:
+        """The films of these rows that are known by their picture alone."""
+        asked = np.zeros(len(self.film), dtype=bool)
+        asked[rows] = True
+        asked &= ~self.film
+        alike = np.zeros_like(asked)
+        if self.pictures is not None:
+            for trained in self.trained_pictures:
+                alike[same_pictures(self.pictures.of(asked & ~alike), trained).own] = True
+        return alike
 
 
 def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training]) -> Seen:
@@ -115,10 +136,13 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     film, patient, by_id = films
     # a film that the training has seen is one of its patient, whatever the ids say
     patient |= np.isin(manifest.patient_key, manifest.patient_key[film])
+    trained = (t.pictures.of(t.split == _TRAIN) for t in tables.values() if t.pictures is not None)
     return Seen(
         *(manifest.patient_key, film, patient, by_id, tuple(sorted(tables))),
         compared=tuple(sorted(compared)),
         unknown=unknown,
+        pictures=own.pictures if own is not None else None,
+        trained_pictures=tuple(trained),
     )
 
 
@@ -216,4 +240,6 @@ def _comparable(own: FilmKeys, other: FilmKeys) -> set[str]:
         told.add("image ids")
     if any(both(*pair) for pair in _pairs(own, other)[1:]):
         told.add("image files")
+    if all(side.pictures is not None and len(side.pictures) for side in (own, other)):
+        told.add("pictures")
     return told

@@ -20,6 +20,8 @@ import pytest
 from mlip.cli import main
 from mlip.config import Columns, Data, load
 from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.dataloading.perceptual_hash import BITS
+from mlip.dataloading.same_pictures import HASHES_FILE, hash_table
 from mlip.pretrained import from_pretrained
 from mlip.transfer.readiness import check_evaluation
 from mlip.transfer.table import seen_text
@@ -115,6 +117,48 @@ def test_the_file_that_prepare_made_two_pictures_of_is_one_film(tmp_path: Path) 
         tables.append(path)
     assert counts(told(tables[0], tables[1:])) == (1, 1, 1, 0)
     assert counts(told(tables[2], tables[3:])) == (0, 0, 0, 0)
+
+
+def hashed(path: Path, hashes: dict[str, int]) -> None:
+    """Hashes of pictures beside a table: of films of the same number almost the same bits."""
+    noise = np.random.default_rng(len(hashes))
+    films = []
+    for number in hashes.values():
+        bits = np.random.default_rng(number).random(BITS) < 0.5
+        bits[noise.choice(BITS, 100, replace=False)] ^= True
+        films.append([np.packbits(bits).tobytes()])
+    pq.write_table(hash_table(list(hashes), films), path.parent / HASHES_FILE)
+
+
+def test_a_film_that_was_stored_anew_is_found_by_its_picture(tmp_path: Path) -> None:
+    own = write(tmp_path / "rsna" / "m.csv", GR)
+    nih = [("1.png", "7", "x1", "train", "91"), ("2.png", "8", "x2", "train", "92")]
+    nih += [("3.png", "9", "x3", "test", "93"), ("4.png", "A", "f1", "train", "94")]
+    other = write(tmp_path / "nih" / "m.csv", nih)
+    numbers = {"a.png": 1, "a2.png": 2, "b.png": 3, "c.png": 4, "d.png": 5}
+    hashed(own, numbers)
+    assert "pictures" not in told(own, [other])["compared"]  # of one side alone
+    # a2 of A, who is known by another film, and b are films of train; c is one of test, d no film
+    # that is scored; a is known by its id already
+    hashed(other, {"1.png": 2, "2.png": 3, "3.png": 4, "4.png": 1})
+    found = told(own, [other])
+    assert counts(found) == (1, 2, 1, 0)
+    assert (found["films_by_picture"], found["patients_by_picture"]) == (2, 1)
+    assert found["compared"][-1] == "pictures"
+    text = seen_text(found, 4, 3)
+    assert "SAME PICTURE: 2 more of these images look like films in training" in text
+    assert "of 1 more patients" in text
+    hashed(other, {"3.png": 3})
+    found = told(own, [other])
+    assert found["films_by_picture"] == 0 and "SAME PICTURE" not in seen_text(found, 4, 3)
+
+
+def test_train_and_test_of_one_table_may_show_the_same_picture(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.csv", GR)
+    hashed(own, {"a.png": 1, "a2.png": 2, "b.png": 5, "c.png": 4, "d.png": 5})
+    found = told(own, [], training(own))
+    assert counts(found) == (0, 0, 0, 0)
+    assert (found["films_by_picture"], found["patients_by_picture"]) == (1, 1)
 
 
 def test_the_training_s_own_rows_are_its_films_without_any_id_of_films(tmp_path: Path) -> None:
