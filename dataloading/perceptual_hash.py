@@ -63,9 +63,11 @@ def perceptual_hashes(image: NDArray[Any]) -> NDArray[np.uint8]:
 def _hash(image: NDArray[Any]) -> NDArray[np.uint8] | None:
     if min(image.shape) < _SIDE:
         return None
-    if min(image.shape) >= 3 * _SIDE:  # by 2 it is quick, and the rest then a quarter of the work
-        half = (image.shape[1] // 2, image.shape[0] // 2)
-        image = cv2.resize(image, half, interpolation=cv2.INTER_AREA)
+    if min(image.shape) >= 3 * _SIDE:
+        # by exactly 2 OpenCV is ten times as quick, and the rest is then a quarter of the work
+        height, width = (n // 2 for n in image.shape)
+        even = image[: 2 * height, : 2 * width]
+        image = cv2.resize(even, (width, height), interpolation=cv2.INTER_AREA)
     small = cv2.resize(image.astype(np.float32), (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
     darkest, brightest = float(small.min()), float(small.max())
     if brightest <= darkest:
@@ -88,6 +90,8 @@ def _blurred(image: NDArray[np.float32]) -> NDArray[Any]:
 def _inside_borders(image: NDArray[Any]) -> NDArray[Any] | None:
     """What plain rows and columns surround; None where there is no border, or nothing else."""
     most = (int(image.max()) - int(image.min())) / _PLAIN
+    if all(np.ptp(edge) > most for edge in (image[0], image[-1], image[:, 0], image[:, -1])):
+        return None  # of most films: the rest takes a fifth of a hash's time
     kept = []
     for axis in (1, 0):
         told = np.flatnonzero(image.max(axis=axis) - image.min(axis=axis) > most)
