@@ -21,7 +21,7 @@ import pytest
 
 import mlip.cli
 import train
-from benchmarks import bench_search, linker_read
+from benchmarks import bench_same_pictures, bench_search, linker_read
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
@@ -247,6 +247,12 @@ def test_the_outliers_table_is_that_of_its_rows() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     made = page_table(_results("outliers"))
     assert f"<!-- outliers: begin -->\n{made}\n<!-- outliers: end -->" in page
+
+
+def test_the_tables_of_films_that_look_the_same_are_those_of_their_rows() -> None:
+    page = (ROOT / "docs" / "datasets.md").read_text("utf-8")
+    made = bench_same_pictures.page_table(_results("same_pictures"))
+    assert f"<!-- same pictures: begin -->\n{made}\n<!-- same pictures: end -->" in page
 
 
 def test_the_search_table_is_that_of_its_rows() -> None:
