@@ -14,6 +14,7 @@ from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.report.transfer_page import write_transfer_page
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
+from mlip.transfer.fits.kept_fits import kept_fits
 from mlip.transfer.fits.protocol import transfer_run
 from mlip.transfer.results_file import save_results
 from mlip.transfer.table import table_lines
@@ -25,19 +26,24 @@ SEED = "{seed}"
 def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str, Any]:
     """Run the task of config.transfer and write results.json and report.html into `folder`.
 
-    Raises:  ConfigError where a checkpoint is needed and none is named; PretrainedError where it
-             was trained on pixels prepared in another way.
+    Finished fits are kept there until both are written: the same command goes on after a kill.
+    Raises:  ConfigError where a checkpoint is needed and none is named, or another process writes
+             there; PretrainedError where it was trained on pixels prepared in another way.
     """
     config, vision, facts, trainings = open_vision(config, device)
-    results = transfer_run(
-        *(config, load_manifest(config.data), vision),
-        facts=facts,
-        trainings=trainings,
-        device=device,
-        say=print,
-    )
-    saved = save_results(results, folder / "results.json")  # before what is drawn from them
-    page = write_transfer_page(folder, results)
+    manifest = load_manifest(config.data)
+    with kept_fits(folder, print) as kept:
+        results = transfer_run(
+            *(config, manifest, vision),
+            facts=facts,
+            trainings=trainings,
+            device=device,
+            kept=kept,
+            say=print,
+        )
+        saved = save_results(results, folder / "results.json")  # before what is drawn from them
+        page = write_transfer_page(folder, results)
+        kept.remove()
     print("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
     return results
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def run_name(config: Config) -> str:
 def hash_of(value: Any) -> str:
     """SHA-256 (hex) of a JSON value, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of_parts(parts: Iterable[bytes]) -> str:
+    """SHA-256 (hex) over bytes and where each part ends."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def hash_of_weights(model: torch.nn.Module) -> str:

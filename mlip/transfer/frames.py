@@ -9,6 +9,7 @@ off, and mask and boxes go through the same scaling.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.dataloading.transforms import Placement, Transform, letterbox
 from mlip.transfer.array import Array
+from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.truth.mask_file import resize_mask
 
 # HKU-MedAI/MGCA's segmentation_dataset.py: ShiftScaleRotate(shift 0, scale .1, rotate 10, p .5)
@@ -87,6 +89,7 @@ class Images:
         self.frame = frame
         self._kept: dict[int, tuple[Array, tuple[int, int]]] = {}
         self._sizes: dict[int, tuple[int, int]] = {}  # of all: masks and boxes ask for no pixels
+        self._digests: dict[int, bytes] = {}  # of what read gave, for `hash`
         self._room = config.transfer.cache_gib * 2**30
         self._pool = ThreadPoolExecutor(max(1, config.data.workers), "mlip-transfer")
         # without a frame the crop of pre-training follows, and needs no more than its letterbox
@@ -104,10 +107,19 @@ class Images:
             place = self._square.place(*size)
             if grey.size > place.height * place.width:
                 grey = cv2.resize(grey, (place.width, place.height), interpolation=cv2.INTER_AREA)
+        grey = np.ascontiguousarray(grey)
+        if row not in self._digests:
+            self._digests[row] = hashlib.sha256(grey.data).digest()
         if self._room >= grey.nbytes:
             self._room -= grey.nbytes
-            self._kept[row] = (np.ascontiguousarray(grey), size)
+            self._kept[row] = (grey, size)
         return grey, size
+
+    def hash(self, rows: Array) -> str:
+        """SHA-256 (hex) over the pixels of the rows' images, as they were first read."""
+        missing = [row for row in np.asarray(rows).tolist() if row not in self._digests]
+        self.many(missing)
+        return hash_of_parts(self._digests[row] for row in np.asarray(rows).tolist())
 
     def size(self, row: int) -> tuple[int, int]:
         """(height, width) of the row's file, which is not read for it again."""

@@ -21,6 +21,7 @@ from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
+from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.classification_scores import (
     IGNORED,
     exclusive_measures,
@@ -32,6 +33,7 @@ from mlip.transfer.fits.classification_scores import (
 )
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
+from mlip.transfer.fits.fixed_batches import FixedBatches
 from mlip.transfer.fits.logistic import fit_logistic
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.measures.interval import patient_resamples
@@ -92,6 +94,7 @@ class Classification:
             )
         self._cache: dict[int, Tensor] = {}  # features by row, of the encoder of this hash
         self._cache_of = ""
+        self._batches: dict[str, FixedBatches] = {}  # of that encoder's fits, by its hash
         self._told = Progress("images encoded")
 
     def rows(self, split: str) -> Array:
@@ -110,6 +113,23 @@ class Classification:
     def positive(self, rows: Array) -> Array:
         return (self.targets(rows) == 1).any(axis=1)
 
+    def truth_hash(self, rows: Array) -> str:
+        """SHA-256 (hex) over the rows' labels."""
+        return hash_of_parts([self.targets(rows).tobytes()])
+
+    def plan(self, start: Start, train: Array, val: Array, test: Array) -> str:
+        """Settle which images a frozen encoder takes at once, by the fits up to this one; asked of
+        every fit in its turn, made or kept.
+
+        Returns: their hash, "" of a tuned encoder: its fits depend on no other
+        """
+        if self.transfer.encoder == "tuned":
+            return ""
+        made = self._batches.setdefault(start.weights_hash, FixedBatches(FEATURES_AT_ONCE))
+        for rows in (val, test, train):
+            made.add(rows)
+        return made.hash
+
     @torch.no_grad()
     def features(self, start: Start, encoder: Encoder, rows: Array) -> Tensor:
         """Pooled features of the centre crop, [n, width]; computed once per row and encoder."""
@@ -117,17 +137,18 @@ class Classification:
             self._cache.clear()
             self._cache_of = start.weights_hash
             self._told = Progress("images encoded")
-        wanted = [r for r in rows.tolist() if r not in self._cache]
         crops = Crops(self.config, self.images, train=False, seed=0)
         encoder.eval()
-        for at in range(0, len(wanted), FEATURES_AT_ONCE):
-            part = wanted[at : at + FEATURES_AT_ONCE]
-            found = encoder.pooled(crops.batch(np.array(part), 0).to(self.device)).cpu()
+        for row in rows.tolist():
+            if row in self._cache:
+                continue
+            part = self._batches[start.weights_hash].of(row)
+            found = encoder.pooled(crops.batch(part, 0).to(self.device)).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise ValueError(
                     "the image features hold NaN or infinite values: the checkpoint is broken"
                 )
-            self._cache.update(zip(part, found, strict=True))
+            self._cache.update(zip(part.tolist(), found, strict=True))
             self._told(len(self._cache))
         return torch.stack([self._cache[r] for r in rows.tolist()])
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.transfer.array import Array
+from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.boxes import box_iou
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
@@ -26,6 +27,8 @@ from mlip.transfer.measures.average_precision import (
     Truth,
     detection_measures,
     detection_scores,
+    divided,
+    joined,
     match,
     match_fits,
     mean_average_precision,
@@ -151,12 +154,21 @@ class Detection(FramedTask):
         value = float(mean_average_precision(matches, np.ones((1, len(val))))[0])
         return value if np.isfinite(value) else None
 
-    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> list[Found]:
-        return fitted(test)
+    def truth_hash(self, rows: Array) -> str:
+        """SHA-256 (hex) over the rows' boxes."""
+        return hash_of_parts(
+            part.tobytes()
+            for truth in map(self.truth, rows.tolist())
+            for part in (truth.corners, truth.labels)
+        )
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Array]:
+        """The boxes of test: as `joined` lays them."""
+        return joined(fitted(test))
 
     def score(
         self,
-        predictions: list[list[Found]],
+        predictions: list[dict[str, Array]],
         val: Array,
         test: Array,
         groupings: Sequence[Grouping],
@@ -165,10 +177,11 @@ class Detection(FramedTask):
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
         truth = [self.truth(r) for r in test.tolist()]
+        by_seed = [divided(prediction) for prediction in predictions]
         overlaps, cut = self.transfer.iou_thresholds, self.transfer.score_cut
-        matched = match_fits(truth, predictions, overlaps, len(self.classes), cut)
+        matched = match_fits(truth, by_seed, overlaps, len(self.classes), cut)
         scores = detection_scores(
-            *(truth, predictions, matched, weights),
+            *(truth, by_seed, matched, weights),
             thresholds=overlaps,
             classes=self.classes,
             compat_score_cut=self.transfer.compat_score_cut,
@@ -176,7 +189,7 @@ class Detection(FramedTask):
         measure = detection_measures(truth, matched, weights, patients, classes=self.classes)
         return {
             **scores,
-            "froc": froc_scores(truth, predictions, weights),
+            "froc": froc_scores(truth, by_seed, weights),
             "subgroups": subgroup_scores(groupings, patients, measure),
         }
 
@@ -184,11 +197,11 @@ class Detection(FramedTask):
         """None: an average precision is no mean over images."""
         return []
 
-    def worst(self, prediction: list[Found], test: Array, most: int) -> list[dict[str, Any]]:
+    def worst(self, prediction: dict[str, Array], test: Array, most: int) -> list[dict[str, Any]]:
         """Test images whose true boxes the best predictions overlap least."""
         shown = []
-        for i, row in enumerate(test.tolist()):
-            truth, found = self.truth(row), prediction[i]
+        for row, found in zip(test.tolist(), divided(prediction), strict=True):
+            truth = self.truth(row)
             best = np.argsort(-found.scores, kind="stable")[: max(1, len(truth.corners))]
             corners = found.corners[best]
             if len(truth.corners) == 0:

@@ -37,14 +37,20 @@ class FramedTask:
         self.annotations, self.images, self.device = annotations, images, device
         self.frame, self.side = frame, frame.side
         self._kept: dict[int, list[Tensor]] = {}
-        self._kept_of, self._room = "", 0.0
+        self._room = 0.0
+
+    def plan(self, start: Start, train: Array, val: Array, test: Array) -> str:
+        """ "": which images are encoded at once depends on the fit alone (_encoder)."""
+        return ""
 
     def _encoder(self, start: Start) -> Encoder:
-        """The encoder of a fit; levels that are kept of another one are let go."""
-        if self._kept_of != start.weights_hash:
-            self._kept.clear()
-            self._kept_of = start.weights_hash
-            self._room = self.config.transfer.cache_gib * 2**30
+        """The encoder of a fit; levels that are kept of the last one are let go.
+
+        Which of a batch's levels are kept already decides how many images are encoded at once, and
+        so their last digits: a fit is the same whatever fits were made before it.
+        """
+        self._kept.clear()
+        self._room = self.config.transfer.cache_gib * 2**30
         is_frozen, channels = self.transfer.encoder == "frozen", self.config.data.channels
         encoder = start.encoder(is_frozen=is_frozen, side=self.side, channels=channels)
         return encoder.to(self.device)

@@ -29,7 +29,8 @@ from mlip.transfer.fingerprint import (
 )
 from mlip.transfer.fits.classification import Classification
 from mlip.transfer.fits.detection import Detection
-from mlip.transfer.fits.encoder import open_start
+from mlip.transfer.fits.encoder import Start, open_start
+from mlip.transfer.fits.kept_fits import Fit, KeptFits, made_by, settings_of
 from mlip.transfer.fits.pictures import example_pictures
 from mlip.transfer.fits.segmentation import Segmentation
 from mlip.transfer.frames import Images, crop_of, frame_of
@@ -55,6 +56,7 @@ def transfer_run(
     facts: Mapping[str, Any] | None = None,
     trainings: Sequence[Training] = (),
     device: torch.device | str = "cpu",
+    kept: KeptFits | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """The task of config.transfer, trained for every fraction and seed and scored on test.
@@ -63,6 +65,7 @@ def transfer_run(
              pre-training of its own (None: transfer.start is imagenet or random)
     facts    what is known of its training: step, pairs_seen, checkpoint
     trainings  what the checkpoints tell of the rows that they were trained on
+    kept     where finished fits are kept; those that are there already are not made again
     Returns: {"schema", "kind": "transfer", "run", "task", "data", "fractions": [{percent, scores,
              fits}], "fingerprints", "versions", "config", "pictures", "predictions"}
     Raises:  ManifestError for data the task cannot use; ValueError for broken features;
@@ -84,32 +87,52 @@ def transfer_run(
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
         test = HeldOut(splits.test)
+        # what fits are made of, gathered on the way; the code's hash before it can be edited
+        made_of: dict[str, Any] = {}
+        if kept is not None:
+            made_of = made_by(config, device) | _content(manifest, task, splits, images)
+        seconds_before = 0.0  # of kept fits
         pictures: list[dict[str, Any]] = []
         series: list[Series] = []
         for percent in transfer.fractions:
             fits, predictions = [], []
             task.transfer = at_fraction(transfer, percent)
+            made_of |= settings_of(config, percent)
             for seed in transfer.seeds:
                 own = vision[seed] if isinstance(vision, Mapping) else vision
                 start = open_start(config, own, seed)
                 used[seed] = start.weights_hash
                 rows = draws[percent, seed]
-                fitted, record = task.fit(start, rows, splits.val, seed)
-                predictions.append(
-                    task.predict(fitted, rows, splits.val, test.open((percent, seed)))
-                )
+                rows_hash = hash_of(sorted(map(manifest.image_path, rows.tolist())))
+                made_of |= {
+                    "weights": start.weights_hash,
+                    "training rows": rows_hash,
+                    "encoded together": task.plan(start, rows, splits.val, splits.test),
+                }
+                fit = None if kept is None else kept.read(percent, seed, made_of)
+                told = ""
+                if fit is not None:
+                    seconds_before += fit.seconds
+                    told = ", kept from before"
+                else:
+                    fit = _fit(task, start, rows, splits.val, test, (percent, seed))
+                    if kept is not None:
+                        kept.keep(percent, seed, made_of, fit)
+                record = fit.record
+                predictions.append(fit.prediction)
                 fits.append(
                     {
                         "seed": seed,
                         "rows": len(rows),
                         "patients": len(np.unique(manifest.patient_key[rows])),
-                        "rows_hash": hash_of(sorted(map(manifest.image_path, rows.tolist()))),
+                        "rows_hash": rows_hash,
                         **record.as_dict(),
                     }
                 )
                 say(
                     f"{percent:g} % seed {seed}: {len(rows)} images, best epoch "
                     f"{record.best_epoch} of {record.epochs}, val loss {min(record.val_loss):.4f}"
+                    f"{told}"
                 )
             for seed, prediction in zip(transfer.seeds, predictions, strict=True):
                 series += task.series(prediction, splits.test, f"{percent:g} %", seed)
@@ -129,7 +152,7 @@ def transfer_run(
             "precision": precision,
             "commit": source_commit(),
             **(facts or {}),
-            "seconds": round(time.perf_counter() - began, 1),
+            "seconds": round(time.perf_counter() - began + seconds_before, 1),
         },
         "task": {
             "name": transfer.task,
@@ -155,6 +178,27 @@ def transfer_run(
         "predictions": predictions_of(
             series, config, manifest, "test", splits.test, precision=precision
         ),
+    }
+
+
+def _fit(
+    task: Any, start: Start, rows: Array, val: Array, test: HeldOut, name: tuple[float, int]
+) -> Fit:
+    """One fit, and its one look at test.  name  (percent, seed)"""
+    began = time.perf_counter()
+    fitted, record = task.fit(start, rows, val, name[1])
+    prediction = task.predict(fitted, rows, val, test.open(name))
+    return Fit(record, prediction, time.perf_counter() - began)
+
+
+def _content(manifest: Manifest, task: Any, splits: Splits, images: Images) -> dict[str, Any]:
+    """Hashes of the data that fits are made of: rows, pixels and truth of all splits."""
+    rows = np.concatenate([splits[split] for split in SPLITS])
+    return {
+        "manifest": manifest.fingerprint,
+        "splits": splits.hash,
+        "images": images.hash(rows),
+        "truth": task.truth_hash(rows),
     }
 
 

@@ -7,6 +7,7 @@ image's own letterbox, frozen encoders in eval mode, Dice in three forms with in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.transfer.array import Array
+from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.decoders import make_decoder
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
@@ -148,8 +150,16 @@ class Segmentation(FramedTask):
 
         return logits, fit(decoder, encoder, transfer, losses, validate)
 
-    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Any]:
-        """Counts of test, and the predicted masks as packed bits for the page."""
+    def truth_hash(self, rows: Array) -> str:
+        """SHA-256 (hex) over the rows' masks as the encoder's input has them."""
+        self.positive(rows)  # which reads those that are not there yet
+        return hash_of_parts(self._masks[row].tobytes() for row in rows.tolist())
+
+    def predict(self, fitted: Any, train: Array, val: Array, test: Array) -> dict[str, Array]:
+        """Counts of test, and for the page the places of the worst images and their masks.
+
+        Shapes:  "both", "predicted", "truth" [test] px; "worst" [k]; "masks" [k, bytes] of bits
+        """
         counts, packed = [], []
         for _, shown, masks in fitted(test):
             called = (shown[:, 0] > THRESHOLD_LOGIT).cpu().numpy()
@@ -157,11 +167,19 @@ class Segmentation(FramedTask):
                 raise ValueError("the decoder's logits hold NaN or infinite values")
             counts.append(count(called, masks.cpu().numpy()))
             packed.append(np.packbits(called.reshape(len(called), -1), axis=1))
-        return {"counts": join(counts), "masks": np.concatenate(packed)}
+        found = join(counts)
+        each = dice_per_image(found)
+        order = np.lexsort((np.arange(len(each)), found.truth == 0, each))
+        worst = order[: self.config.evaluate.examples]
+        return {
+            **dataclasses.asdict(found),
+            "worst": worst,
+            "masks": np.concatenate(packed)[worst],  # all of them are bits of every test pixel
+        }
 
     def score(
         self,
-        predictions: list[dict[str, Any]],
+        predictions: list[dict[str, Array]],
         val: Array,
         test: Array,
         groupings: Sequence[Grouping],
@@ -169,7 +187,7 @@ class Segmentation(FramedTask):
         """Dice of test in its three forms over the seeds' fits."""
         patients = self.manifest.patient_key[test]
         weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
-        by_seed: list[Counts] = [p["counts"] for p in predictions]
+        by_seed = [_counts(prediction) for prediction in predictions]
         return {
             "dice": dice_scores(by_seed, weights),
             "images": len(test),
@@ -181,30 +199,32 @@ class Segmentation(FramedTask):
         }
 
     def series(
-        self, prediction: dict[str, Any], test: Array, method: str, seed: int
+        self, prediction: dict[str, Array], test: Array, method: str, seed: int
     ) -> list[Series]:
         """One fit's Dice of every test image, in its published form, and of those with truth."""
-        counts: Counts = prediction["counts"]
+        counts = _counts(prediction)
         each, truth = dice_per_image(counts), counts.truth > 0
         return [
             of_marks(method, seed, "mask", "dice", test, each),
             of_marks(method, seed, "mask", "dice_positive", test[truth], each[truth]),
         ]
 
-    def worst(self, prediction: dict[str, Any], test: Array, most: int) -> list[dict[str, Any]]:
+    def worst(self, prediction: dict[str, Array], test: Array, most: int) -> list[dict[str, Any]]:
         """The test images with the lowest Dice (with credit), those with truth first."""
-        counts: Counts = prediction["counts"]
-        each = dice_per_image(counts)
-        order = np.lexsort((np.arange(len(each)), counts.truth == 0, each))[:most]
+        each = dice_per_image(_counts(prediction))
         return [
             {
                 "row": int(test[i]),
                 "caption": f"Dice {each[i]:.2f}",
-                "predicted": self.unpack(prediction, i),
+                "predicted": np.unpackbits(bits, count=self.side * self.side)
+                .reshape(self.side, self.side)
+                .astype(bool),
             }
-            for i in order.tolist()
+            for i, bits in zip(
+                prediction["worst"][:most].tolist(), prediction["masks"], strict=False
+            )
         ]
 
-    def unpack(self, prediction: dict[str, Any], i: int) -> Array:
-        bits = np.unpackbits(prediction["masks"][i], count=self.side * self.side)
-        return bits.reshape(self.side, self.side).astype(bool)
+
+def _counts(prediction: dict[str, Array]) -> Counts:
+    return Counts(prediction["both"], prediction["predicted"], prediction["truth"])

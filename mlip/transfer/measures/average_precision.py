@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,27 @@ class Found:
     def over(self, cut: float) -> Found:
         kept = self.scores >= cut
         return Found(self.corners[kept], self.scores[kept], self.labels[kept])
+
+
+def joined(found: Sequence[Found]) -> dict[str, Array]:
+    """The boxes of all images, one image after the other.
+
+    Shapes:  "corners" [D, 4], "scores", "labels" [D], "boxes" [images]: how many are an image's
+    """
+    return {
+        **{
+            name: np.concatenate([getattr(f, name) for f in found])
+            for name in ("corners", "scores", "labels")
+        },
+        "boxes": np.array([len(f.scores) for f in found], dtype=np.int64),
+    }
+
+
+def divided(arrays: Mapping[str, Array]) -> list[Found]:
+    """The boxes of each image, as views: what `joined` was given."""
+    ends = np.cumsum(arrays["boxes"])[:-1]
+    parts = [np.split(arrays[name], ends) for name in ("corners", "scores", "labels")]
+    return [Found(*each) for each in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from mlip.transfer.measures.average_precision import (
     average_precisions,
     detection_measures,
     detection_scores,
+    divided,
+    joined,
     match,
     match_fits,
     mean_average_precision,
@@ -180,9 +182,18 @@ def test_a_fit_is_matched_once_however_many_scores_and_groups_take_it(
     fits = [[found((A, 0.3)) for _ in test], [found((B, 0.4)) for _ in test]]
     inside = np.arange(len(test)) < len(test) // 2
     halves = Grouping("half", ("x", "y"), np.stack([inside, ~inside]), inside | True, {})
-    scores = detection.score(fits, test, test, [halves])
+    scores = detection.score([joined(fit) for fit in fits], test, test, [halves])
     assert [group["name"] for group in scores["subgroups"][0]["groups"]] == ["x", "y"]
     assert asked == [len(test)] * 2
+
+
+def test_joined_boxes_are_divided_again_into_those_of_each_image() -> None:
+    nothing = found()
+    images = [nothing, found((A, 0.3), (B, 0.2), labels=[1, 0]), nothing, found((B, 0.9)), nothing]
+    for one, again in zip(images, divided(joined(images)), strict=True):
+        for name in ("corners", "scores", "labels"):
+            ours, wanted = getattr(again, name), getattr(one, name)
+            assert ours.shape == wanted.shape and ours.tolist() == wanted.tolist()
 
 
 def test_weights_of_images_equal_repeating_them() -> None:

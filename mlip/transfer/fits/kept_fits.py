@@ -1,0 +1,232 @@
+"""Finished fits of `mlip evaluate`, kept beside its results to come: the same command goes on.
+
+<out>/kept_fits/10.0-1.safetensors  the fit of 10 % of the patients and seed 1: what scores need of
+                                    it (logits, counts, boxes of val and test rows), how it went,
+                                    what it was made of, and a hash of all that
+A fit is taken only where everything it was made of is the same now. The files go when results and
+page are written. No report, identifier or weight is in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mlip.config import Config, to_dict
+from mlip.output_file import only_writer, refusal, whole_file
+from mlip.precision import precision_on
+from mlip.transfer.array import Array
+from mlip.transfer.fingerprint import hash_of_source, versions
+from mlip.transfer.fits.fitting import Record
+from mlip.transfer_settings import at_fraction
+from mlip.typed_tree import flatten
+
+FOLDER = "kept_fits"
+_LOCK = ".evaluate.lock"
+_ENTRY = "fit"  # of a file's metadata
+_MOST_NAMED = 6  # differences that a line names
+# settings that change no fit, or by rounding alone; what checkpoint and data hold is hashed itself
+FREE_SETTINGS = (
+    "run.",
+    "evaluate.",
+    "knowledge.",
+    "loss.",
+    "batch.",
+    "data.manifest",
+    "data.root",
+    "data.workers",
+    "data.prefetch",
+    "data.phantom.",
+    "transfer.fractions",
+    "transfer.seeds",
+    "transfer.by_fraction",  # laid over the others of its fraction
+    "transfer.cache_gib",
+    "transfer.compat_score_cut",
+)
+OF_PICTURES = "evaluate.examples"  # how many predicted masks a fit keeps for the page
+_LIBRARIES = ("opencv-python-headless", "scipy")  # beside those of results: they make fits too
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What all that follows needs of a finished fit.
+
+    prediction  what the task's `predict` gave: arrays by name
+    """
+
+    record: Record
+    prediction: dict[str, Array]
+    seconds: float
+
+
+def settings_of(config: Config, percent: float) -> dict[str, Any]:
+    """The settings that a fit of this fraction depends on, by dotted key."""
+    own = dataclasses.replace(config, transfer=at_fraction(config.transfer, percent))
+    settings = flatten(to_dict(own))
+    depends = {k: v for k, v in settings.items() if not k.startswith(FREE_SETTINGS)}
+    return {**depends, OF_PICTURES: config.evaluate.examples}
+
+
+def made_by(config: Config, device: torch.device) -> dict[str, Any]:
+    """What a fit depends on beside settings, weights and data: code, versions, kind of device.
+
+    Which processor or GPU and how many threads are not in it: they round otherwise, no more.
+    """
+    return {
+        "code": hash_of_source(),
+        "versions": versions(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "device": device.type,
+        "precision": precision_on(config.transfer.precision, device),
+    }
+
+
+def _version(name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
+class KeptFits:
+    """The finished fits in a folder, of this start of the command and of those before it.
+
+    say  told of each fit that cannot be taken, with the reason, or cannot be kept
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self.folder, self._say = folder, say
+        self._own: set[Path] = set()
+
+    def __len__(self) -> int:
+        """Fits of this command that are there by now."""
+        return len(self._own)
+
+    def _path(self, percent: float, seed: int) -> Path:
+        return self.folder / f"{float(percent)!r}-{seed}.safetensors"
+
+    def read(self, percent: float, seed: int, made_of: Mapping[str, Any]) -> Fit | None:
+        """The fit, where it is there, whole, and made of exactly this."""
+        path = self._path(percent, seed)
+        try:
+            with safe_open(path, "np") as stored:
+                facts = json.loads((stored.metadata() or {})[_ENTRY])
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
+            if facts.pop("sha256") != _digest(facts, arrays):
+                raise ValueError
+            found = facts["made_of"]
+            values: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in facts["record"].items()
+            }
+            fit = Fit(Record(**values), arrays, float(facts["seconds"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+            self._say(f"{path}: is damaged or cannot be read: the fit is made anew")
+            return None
+        wanted = _as_json(made_of)
+        keys = sorted(found.keys() | wanted.keys())
+        different = [key for key in keys if found.get(key) != wanted.get(key)]
+        if different:
+            named = ", ".join(different[:_MOST_NAMED])
+            more = f" and {len(different) - _MOST_NAMED} more" * (len(different) > _MOST_NAMED)
+            self._say(f"{path}: is of other {named}{more}: the fit is made anew")
+            return None
+        self._own.add(path)
+        return fit
+
+    def keep(self, percent: float, seed: int, made_of: Mapping[str, Any], fit: Fit) -> None:
+        """Write the fit, whole or not at all, and to the disk: hours need not be made again.
+
+        One that finds no room is told and goes on in memory alone.
+        """
+        path = self._path(percent, seed)
+        facts = _as_json(
+            {
+                "made_of": made_of,
+                "record": dataclasses.asdict(fit.record),
+                "seconds": fit.seconds,
+            }
+        )
+        arrays = {name: np.ascontiguousarray(values) for name, values in fit.prediction.items()}
+        entry = json.dumps({**facts, "sha256": _digest(facts, arrays)})
+        try:
+            self.folder.mkdir(exist_ok=True)
+            with whole_file(path) as partial:
+                save_file(arrays, partial, {_ENTRY: entry})
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+        except (OSError, SafetensorError) as error:
+            told = refusal(error, path)
+            if told is None:
+                raise
+            self._say(f"this fit is not kept, a kill would lose it: {told}")
+            return
+        self._own.add(path)
+
+    def remove(self) -> None:
+        """The results are written: this command's fits go, those of others stay and are told."""
+        for path in [*self._own, *self.folder.glob(".*")]:  # hidden: half written, of a kill
+            path.unlink(missing_ok=True)
+        self._own.clear()
+        others = len(list(self.folder.glob("*")))
+        if others:
+            self._say(
+                f"{self.folder}: {others} fits of fractions or seeds that were not asked for now "
+                "stay there; delete the folder unless they will be"
+            )
+        elif self.folder.is_dir():
+            self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def kept_fits(out: Path, say: Callable[[str], None]) -> Iterator[KeptFits]:
+    """The fits kept in the folder of an evaluation's results, for one process at a time.
+
+    However the block ends but by its end, stderr says that the same command goes on.
+    Raises:  ConfigError where another process evaluates into `out`; OSError
+    """
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    kept = KeptFits(out / FOLDER, say)
+    try:
+        with only_writer(out / _LOCK, out):
+            yield kept
+    except BaseException:
+        if len(kept):
+            print(
+                f"finished fits kept in {kept.folder}: {len(kept)}; the same command goes on with "
+                "the others",
+                file=sys.stderr,
+            )
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where nothing came into it
+        raise
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are once written and read: tuples are lists."""
+    return dict(json.loads(json.dumps(values)))
+
+
+def _digest(facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
+    """SHA-256 (hex) over all that a file says: safetensors does not notice a flipped bit."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, values in sorted(arrays.items()):
+        digest.update(f"\n{name} {values.dtype} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
