@@ -200,7 +200,12 @@ def run_outliers(options: argparse.Namespace) -> int:
 
 
 def run_classify(options: argparse.Namespace) -> int:
-    from mlip.transfer.films.classify import ask_as_evaluated, ask_names, ask_wordings
+    from mlip.transfer.films.classify import (
+        ScoreHead,
+        ask_as_evaluated,
+        ask_names,
+        ask_wordings,
+    )
     from mlip.transfer.films.classify_table import require_own_file, write_classification
     from mlip.transfer.trained_heads import is_local_trained, require_local
 
@@ -212,8 +217,8 @@ def run_classify(options: argparse.Namespace) -> int:
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
     opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
-    trained = "combined" if is_local_trained(to_dict(opened.config)) else "global"
-    head = options.head or trained
+    trained: ScoreHead = "combined" if is_local_trained(to_dict(opened.config)) else "global"
+    head: ScoreHead = options.head or trained
     if head != "global":
         require_local(opened, f"--head {head} (say --head global)")
     if wordings is not None:

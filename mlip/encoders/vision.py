@@ -94,6 +94,9 @@ class ResNetTower(nn.Module):
         for weight in self.backbone.parameters():
             if weight.ndim == 4:
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        for part in self.backbone.modules():
+            if isinstance(part, nn.Conv2d) and part.in_channels < 16 and part.kernel_size == (1, 1):
+                part.register_forward_pre_hook(_channels_first)
         self.settings = settings
         self.patch_dim = config.hidden_sizes[settings.patch_stage]
         self.pools_patches = settings.pool == "attention"
@@ -128,6 +131,13 @@ class ResNetTower(nn.Module):
         _, _, grid = self(torch.zeros(1, channels, image_px, image_px))
         self.train(was_training)
         return grid
+
+
+def _channels_first(part: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """torch 2.13 on a CPU writes behind the gradient of a 1 x 1 shortcut of 8 channels, stride 2,
+    where images are channels-last, odd in number and several threads share them: a crash without a
+    word, if one is lucky."""
+    return (args[0].contiguous(),)
 
 
 class ViTTower(nn.Module):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +35,24 @@ def test_resnet_gives_a_pooled_patch_grid() -> None:
     encoder = VisionEncoder(RESNET, channels=1, image_px=64)
     pooled, patches, grid = encoder(torch.randn(2, 1, 64, 64))
     assert grid == (4, 4) and patches.shape == (2, 16, 16) and pooled.shape == (2, 16)
+
+
+def test_a_shortcut_of_few_channels_survives_several_threads() -> None:
+    """torch 2.13: `double free or corruption` or SIGSEGV within the first passes."""
+    passes = """
+import torch
+from mlip.config import Vision
+from mlip.encoders.vision import ResNetTower
+torch.set_num_threads(2)
+settings = Vision(kind="resnet", norm="group", patch_stage=1, options=dict(
+    embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+tower = ResNetTower(settings, 1, offline=True)
+for _ in range(8):
+    pooled, patches, _ = tower(torch.randn(33, 1, 64, 64))
+    (pooled.sum() + patches.sum()).backward()
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    assert subprocess.run([sys.executable, "-c", passes], env=env).returncode == 0
 
 
 @pytest.mark.parametrize("settings", [RESNET, VIT])
