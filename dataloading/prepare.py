@@ -230,8 +230,11 @@ def _build(
         raise
     for name, rows in collected.files.items():
         write_csv(rows, plan.out / name)
+    seconds = time.monotonic() - start
+    # minutes where films are many: a kill in them is to leave no prepared.json, which comes last
+    alike = prepared_duplicates(plan.out) if result.complete else []
     _record(arguments.dataset, options, collected, plan, result)
-    lost = _print_result(collected, plan, result, time.monotonic() - start)
+    lost = _print_result(collected, plan, result, seconds, alike)
     if lost:
         raise DatasetError(f"{plan.out}: {lost} rows are in no shard: run the same command again")
     if result.complete and result.images == 0:
@@ -366,7 +369,9 @@ def _record(
     write_json(record, plan.out / "prepared.json")
 
 
-def _print_result(collected: Collected, plan: Plan, result: Result, seconds: float) -> int:
+def _print_result(
+    collected: Collected, plan: Plan, result: Result, seconds: float, alike: list[str]
+) -> int:
     """How many rows are lost: neither an image nor refused."""
     refused = sum(result.refused.values())
     print(
@@ -381,7 +386,7 @@ def _print_result(collected: Collected, plan: Plan, result: Result, seconds: flo
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0
-    for line in prepared_duplicates(plan.out):
+    for line in alike:
         print(line)
     lost = len(collected.rows) - result.images - refused
     print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")

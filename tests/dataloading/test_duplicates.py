@@ -85,3 +85,19 @@ def test_shards_of_a_version_without_hashes_get_them_from_their_members(
     before, now = first[out / "duplicates.csv"], (out / "duplicates.csv").read_bytes()
     # of a JPEG's decoded pixels a bit or two is another one than of those it was made of
     assert now.split(b",")[:-1] == before.split(b",")[:-1]
+
+
+def test_a_kill_while_films_are_compared_leaves_no_record_of_a_finished_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = make_root(tmp_path), tmp_path / "out"
+
+    def killed(_: Path) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlip.dataloading.prepare.prepared_duplicates", killed)
+    assert prepare(root, out) == 130
+    assert (out / "manifest.parquet").exists() and not (out / "prepared.json").exists()
+    monkeypatch.undo()
+    assert prepare(root, out) == 0
+    assert (out / "duplicates.csv").exists() and (out / "prepared.json").exists()
