@@ -29,7 +29,7 @@ from mlip.dataloading.shards import Reference, read_bytes
 
 DUPLICATES_FILE = "duplicates.csv"
 _HEADER = "row other_row split other_split same_patient bits".split()
-_MOST_FILMS = 2_000_000  # some twenty minutes on two cores; ten times as many take a hundred
+_MOST_FILMS = 2_000_000  # 35 minutes on two cores; ten times as many take a hundred times that
 
 
 def with_hashes(index: pa.Table, shard: Path) -> pa.Table:
@@ -91,8 +91,8 @@ def write_duplicates(
 
     every = films(np.ones(len(rows), bool))
     if not every:
-        return ["same picture: no two films"]
-    more = " (and more: only the first million pairs stand there)" * pairs.cut
+        return [f"same picture: no two of {len(np.unique(hashes.row))} films"]
+    more = f" (and more: only the first {len(rows):,} pairs stand there)" * pairs.cut
     lines = [
         f"same picture: {every} films look like another one, {films(~same_patient)} of them like "
         f"one of another patient, {films(~same_split)} like one of another split; pairs of rows: "
@@ -100,8 +100,8 @@ def write_duplicates(
     ]
     if films(~same_split):
         lines.append(
-            "LEAKAGE: films of different splits show the same picture: look at the pairs, and give "
-            "those patients one split or leave them out"
+            "LEAKAGE: films of different splits look the same: look at the pairs, and give those "
+            "patients one split or leave them out where they are"
         )
     return lines
 

@@ -76,6 +76,24 @@ def test_a_film_of_two_hashes_is_one_film(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.cut and len(found.own) == 10
 
 
+def test_copies_without_number_are_no_pairs_without_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_PAIRS", 5000)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 2)
+    compared: list[int] = []
+
+    def counted(*given: object) -> int:
+        compared.append(given[3])  # type: ignore[arg-type]
+        return loop(*given)
+
+    loop = module._compare
+    monkeypatch.setattr(module, "_compare", counted)
+    copies = hashes(np.repeat(np.random.default_rng(3).random((1, BITS)) < 0.5, 3000, axis=0))
+    found = same_pictures(copies)
+    # two rows have more than there is room for: the other 1,499 blocks are left alone
+    assert found.cut and len(found.own) == 5000 and len(set(compared)) < 300
+    assert set(found.own.tolist()) == {0, 1}
+
+
 def test_more_copies_than_there_is_room_for_at_first_are_all_found() -> None:
     copies = hashes(np.repeat(np.random.default_rng(3).random((1, BITS)) < 0.5, 70, axis=0))
     assert len(same_pictures(copies).own) == 70 * 69 // 2
@@ -126,4 +144,4 @@ def test_duplicates_are_told_by_row_and_counted_by_patient_and_split(tmp_path: P
     assert "6 films look like another one, 4 of them" in lines[0] and "2 like one of" in lines[0]
     assert lines[1].startswith("LEAKAGE") and "MRN" not in path.read_text() + "".join(lines)
     lines = write_duplicates(hashes(bits[[0, 2, 4]]), patient[:3], split[:3], path)
-    assert lines == ["same picture: no two films"] and len(path.read_text().splitlines()) == 1
+    assert lines == ["same picture: no two of 3 films"] and len(path.read_text().splitlines()) == 1
