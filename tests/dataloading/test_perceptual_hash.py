@@ -86,6 +86,24 @@ def test_a_steep_rising_change_of_grey_moves_hardly_a_bit() -> None:
         assert apart(film(seed), steep) <= BITS // 32
 
 
+def test_marks_burnt_in_stay_local() -> None:
+    for seed in range(4):
+        marked = film(seed)
+        cv2.rectangle(marked, (15, 15), (60, 50), 255, -1)
+        cv2.rectangle(marked, (200, 250), (245, 285), 0, -1)
+        # 120 to 162 without local contrast, by which 76 of 100 real films with text were found
+        # for all of them with it
+        assert apart(film(seed), marked) <= 110, seed
+
+
+def test_a_shutter_that_films_share_does_not_make_them_the_same() -> None:
+    corners = cv2.boxPoints(((130, 150), (170, 195), 10)).astype(np.int32)
+    is_open = cv2.fillPoly(np.zeros((300, 260), np.uint8), [corners], 1) > 0
+    films = [np.where(is_open, film(seed), 0).astype(np.uint8) for seed in range(12)]
+    # a quarter of the bits, the first threshold, called 70 of 200,880 pairs of real ones the same
+    assert min(apart(films[i], films[j]) for i in range(12) for j in range(i)) > SAME_BITS
+
+
 def test_inverting_turns_every_bit_round() -> None:
     one, other = (np.unpackbits(perceptual_hashes(f)) for f in (film(0), 255 - film(0)))
     # a frequency that rounding decides may stay

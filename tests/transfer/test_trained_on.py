@@ -125,7 +125,7 @@ def hashed(path: Path, hashes: dict[str, int]) -> None:
     films = []
     for number in hashes.values():
         bits = np.random.default_rng(number).random(BITS) < 0.5
-        bits[noise.choice(BITS, 100, replace=False)] ^= True
+        bits[noise.choice(BITS, 70, replace=False)] ^= True
         films.append([np.packbits(bits).tobytes()])
     pq.write_table(hash_table(list(hashes), films), path.parent / HASHES_FILE)
 
