@@ -49,6 +49,13 @@ def framed(picture: Picture, value: int) -> Picture:
     return cv2.copyMakeBorder(picture, 0, 0, side, side, cv2.BORDER_CONSTANT, value=value)
 
 
+def marked(picture: Picture) -> Picture:
+    out = picture.copy()
+    cv2.putText(out, "PORTABLE AP", (5, 45), 0, 1.2, 255, 3)
+    cv2.putText(out, "SUPINE 12:30", (5, 280), 0, 1.1, 255, 3)
+    return out
+
+
 WAYS: dict[str, Callable[[Picture], Picture]] = {
     "JPEG": lambda f: stored(f, 50),
     "smaller": lambda f: cv2.resize(f, None, fx=0.4, fy=0.4, interpolation=cv2.INTER_AREA),
@@ -57,12 +64,13 @@ WAYS: dict[str, Callable[[Picture], Picture]] = {
     "16 bits": lambda f: f.astype(np.uint16) * 257,
     "12 bits in 16": lambda f: f.astype(np.uint16) * 16,
     "gamma": lambda f: (255 * (f / 255.0) ** 2).astype(np.uint8),
-    "window": lambda f: ((f.astype(float) - 60) * 2).clip(0, 255).astype(np.uint8),
+    "window": lambda f: ((f.astype(float) - 90) * 3).clip(0, 255).astype(np.uint8),
     "inverted": lambda f: 255 - f,
     "equalised": lambda f: cv2.createCLAHE(2, (8, 8)).apply(f),
     "in a black frame": lambda f: framed(f, 0),
     "in a white frame, as JPEG": lambda f: stored(framed(f, 255), 75),
     "a row less": lambda f: f[2:-2, 2:-2],
+    "text burnt in": marked,
 }
 
 
@@ -88,26 +96,29 @@ def test_a_steep_rising_change_of_grey_moves_hardly_a_bit() -> None:
 
 def test_marks_burnt_in_stay_local() -> None:
     for seed in range(4):
-        marked = film(seed)
-        cv2.rectangle(marked, (15, 15), (60, 50), 255, -1)
-        cv2.rectangle(marked, (200, 250), (245, 285), 0, -1)
+        plates = film(seed)
+        cv2.rectangle(plates, (15, 15), (60, 50), 255, -1)
+        cv2.rectangle(plates, (200, 250), (245, 285), 0, -1)
         # 120 to 162 without local contrast, by which 76 of 100 real films with text were found
         # for all of them with it
-        assert apart(film(seed), marked) <= 110, seed
+        assert apart(film(seed), plates) <= 110, seed
 
 
 def test_a_shutter_that_films_share_does_not_make_them_the_same() -> None:
-    corners = cv2.boxPoints(((130, 150), (170, 195), 10)).astype(np.int32)
+    corners = cv2.boxPoints(((130, 150), (120, 150), 30)).astype(np.int32)
     is_open = cv2.fillPoly(np.zeros((300, 260), np.uint8), [corners], 1) > 0
-    films = [np.where(is_open, film(seed), 0).astype(np.uint8) for seed in range(12)]
-    # a quarter of the bits, the first threshold, called 70 of 200,880 pairs of real ones the same
-    assert min(apart(films[i], films[j]) for i in range(12) for j in range(i)) > SAME_BITS
+    films = [np.where(is_open, film(seed), 0).astype(np.uint8) for seed in range(30)]
+    counts = [apart(films[i], films[j]) for i in range(30) for j in range(i)]
+    # a quarter of the bits, the first threshold, holds some, as of 70 of 200,880 pairs of real ones
+    assert SAME_BITS < min(counts) < BITS // 4
 
 
 def test_inverting_turns_every_bit_round() -> None:
-    one, other = (np.unpackbits(perceptual_hashes(f)) for f in (film(0), 255 - film(0)))
-    # a frequency that rounding decides may stay
-    assert (one == other).sum() <= 8
+    # of large parts that a window clipped all have one rank: 30 bits where it is not the middle one
+    for picture in (film(0), WAYS["window"](film(0))):
+        one, other = (np.unpackbits(perceptual_hashes(f)) for f in (picture, 255 - picture))
+        # a frequency that rounding decides may stay
+        assert (one == other).sum() <= 8
 
 
 def test_a_frame_gives_a_second_hash_that_is_the_film_s() -> None:
