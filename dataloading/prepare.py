@@ -386,10 +386,10 @@ def _print_result(
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0
-    for line in alike:
-        print(line)
     lost = len(collected.rows) - result.images - refused
     print(f"rows {len(collected.rows)} = images {result.images} + refused {refused} + lost {lost}")
+    for line in alike:
+        print(line)
     # the headers of DICOM files have told by now what the split's table above could not know
     for line in grouping_lines(plan.out / "manifest.parquet"):
         print(one_line(line))
