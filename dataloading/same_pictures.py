@@ -153,9 +153,7 @@ def _once(
     mine, theirs, bits = mine[order], theirs[order], bits[order]
     is_first = np.ones(len(mine), bool)
     is_first[1:] = (mine[1:] != mine[:-1]) | (theirs[1:] != theirs[:-1])
-    kept = np.flatnonzero(is_first)
-    cut = cut or len(kept) > _MOST_PAIRS
-    kept = kept[:_MOST_PAIRS]
+    kept = np.flatnonzero(is_first)[:_MOST_PAIRS]
     return SamePairs(mine[kept], theirs[kept], bits[kept], cut)
 
 
