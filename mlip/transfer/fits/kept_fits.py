@@ -58,7 +58,8 @@ FREE_SETTINGS = (
     "transfer.compat_score_cut",
 )
 OF_PICTURES = "evaluate.examples"  # how many predicted masks a fit keeps for the page
-_LIBRARIES = ("opencv-python-headless", "scipy")  # beside those of results: they make fits too
+# beside those of results: they make fits too, pycocotools by transfer.monitor=score
+_LIBRARIES = ("opencv-python-headless", "scipy", "pycocotools")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ def settings_of(config: Config, percent: float) -> dict[str, Any]:
     own = dataclasses.replace(config, transfer=at_fraction(config.transfer, percent))
     settings = flatten(to_dict(own))
     depends = {k: v for k, v in settings.items() if not k.startswith(FREE_SETTINGS)}
-    return {**depends, OF_PICTURES: config.evaluate.examples}
+    # their order too, which is that of the logits: dictionaries are equal in any
+    return {
+        **depends,
+        OF_PICTURES: config.evaluate.examples,
+        "transfer.classes": list(own.transfer.classes),
+    }
 
 
 def made_by(config: Config, device: torch.device) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
 from mlip.precision import precision_on
 from mlip.transfer.array import Array
@@ -105,7 +106,10 @@ def transfer_run(
                 rows = draws[percent, seed]
                 rows_hash = hash_of(sorted(map(manifest.image_path, rows.tolist())))
                 made_of |= {
+                    "seed": seed,
                     "weights": start.weights_hash,
+                    # activation, heads, epsilons: no weight tells them, nor a source's path
+                    "tower": tower_shape(start.vision.tower.backbone.config),
                     "training rows": rows_hash,
                     "encoded together": task.plan(start, rows, splits.val, splits.test),
                 }

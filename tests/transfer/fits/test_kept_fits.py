@@ -7,6 +7,7 @@ for every other batch, as real ones can: what is encoded together must not depen
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import signal
 import subprocess
@@ -21,8 +22,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from transformers import ViTConfig, ViTModel
 
-from mlip.config import Config
+from mlip import precision
+from mlip.config import Config, load
 from mlip.output_file import only_writer
 from mlip.report import transfer_page
 from mlip.stop_signal import Stopped
@@ -229,6 +232,76 @@ def test_a_fit_of_other_pixels_masks_weights_or_code_is_made_anew(
         assert f"40.0-1.safetensors: is {named}: the fit is made anew" in said, named
         assert "kept from before" not in said
     turned("0.png")(), turned("kept-1.png")()  # the folder is other tests' too
+
+
+def test_a_fit_of_a_source_whose_config_was_edited_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An activation is no weight, and the settings hold the folder's name alone."""
+    source = tmp_path / "vit"
+    tower = ViTConfig(
+        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 16, "patch_size": 16, "image_size": 96, "num_channels": 1},
+    )
+    ViTModel(tower).save_pretrained(source)
+    settings = [
+        *settings_of(tmp_path, "logistic"),
+        *("transfer.start=imagenet", "model.vision.kind=vit", f"model.vision.source={source}"),
+        "transfer.image_px=0",
+    ]
+    stopped_run(tmp_path, settings, monkeypatch, fits=1)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    capsys.readouterr()
+    assert evaluate(tmp_path, settings) == 0
+    said = capsys.readouterr().out
+    assert "40.0-1.safetensors: is of other tower: the fit is made anew" in said
+    assert "kept from before" not in said
+
+
+def test_a_fit_is_that_of_its_seed_and_its_order_of_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(tmp_path, "fine-tuning")
+    kept = stopped_run(tmp_path, settings, monkeypatch)
+    # all rows, the same weights: only the seed tells which of the two it is
+    (kept / "100.0-1.safetensors").rename(kept / "100.0-2.safetensors")
+    capsys.readouterr()
+    assert evaluate(tmp_path, settings) == 0
+    assert "100.0-2.safetensors: is of other seed: the fit" in capsys.readouterr().out
+    # two classes that the same images have: not a label tells in which order
+    both = write(tmp_path, labels=lambda i: "Edema|Mass" if i % 3 else "")
+    both += [*FITS, TUNED, "transfer.task=classification"]
+    stopped_run(tmp_path, [*both, "transfer.classes={Edema: zero, Mass: zero}"], monkeypatch, 1)
+    capsys.readouterr()
+    assert evaluate(tmp_path, [*both, "transfer.classes={Mass: zero, Edema: zero}"]) == 0
+    said = capsys.readouterr().out
+    assert "40.0-1.safetensors: is of other transfer.classes: the fit" in said
+
+
+def test_code_versions_device_and_precision_tell_fits_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, cpu = load([], ["transfer.precision=auto"]), torch.device("cpu")
+
+    def made(device: torch.device = cpu) -> str:
+        return json.dumps(kept_fits.made_by(config, device))
+
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: device.type != "cpu")
+    found = {made(), made(torch.device("cuda"))}
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: True)
+    found |= {made(), made(torch.device("cuda"))}
+    for name in ("hash_of_source", "versions"):
+        monkeypatch.setattr(kept_fits, name, lambda: "another")
+        found.add(made())
+    version = importlib.metadata.version
+    for library in ("opencv-python-headless", "scipy", "pycocotools"):
+        monkeypatch.setattr(
+            *(importlib.metadata, "version"),
+            lambda name, other=library: "another" if name == other else version(name),
+        )
+        found.add(made())
+    assert len(found) == 8
 
 
 def _flip(path: Path, place: int) -> None:
