@@ -46,6 +46,7 @@ FREE_SETTINGS = (
     "knowledge.",
     "loss.",
     "batch.",
+    "train.",  # but for RESIDUAL
     "data.manifest",
     "data.root",
     "data.workers",
@@ -57,6 +58,7 @@ FREE_SETTINGS = (
     "transfer.cache_gib",
     "transfer.compat_score_cut",
 )
+RESIDUAL = "train.residual"  # what a tower that is made here adds up in
 OF_PICTURES = "evaluate.examples"  # how many predicted masks a fit keeps for the page
 # beside those of results: they make fits too, pycocotools by transfer.monitor=score
 _LIBRARIES = ("opencv-python-headless", "scipy", "pycocotools")
@@ -79,12 +81,12 @@ def settings_of(config: Config, percent: float) -> dict[str, Any]:
     own = dataclasses.replace(config, transfer=at_fraction(config.transfer, percent))
     settings = flatten(to_dict(own))
     depends = {k: v for k, v in settings.items() if not k.startswith(FREE_SETTINGS)}
+    depends[RESIDUAL] = settings[RESIDUAL]
     # their order too, which is that of the logits: dictionaries are equal in any
-    return {
-        **depends,
-        OF_PICTURES: config.evaluate.examples,
-        "transfer.classes": list(own.transfer.classes),
-    }
+    depends["transfer.classes"] = list(own.transfer.classes)
+    if own.transfer.task == "segmentation":
+        depends[OF_PICTURES] = settings[OF_PICTURES]
+    return depends
 
 
 def made_by(config: Config, device: torch.device) -> dict[str, Any]:
@@ -133,14 +135,17 @@ class KeptFits:
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}
             if facts.pop("sha256") != _digest(facts, arrays):
                 raise ValueError
-            found = facts["made_of"]
+            found = dict(facts["made_of"])
             values: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in facts["record"].items()
             }
             fit = Fit(Record(**values), arrays, float(facts["seconds"]))
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError):
+        except (
+            *(OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError),
+            RecursionError,  # of lists within lists
+        ):
             self._say(f"{path}: is damaged or cannot be read: the fit is made anew")
             return None
         wanted = _as_json(made_of)
@@ -157,7 +162,7 @@ class KeptFits:
     def keep(self, percent: float, seed: int, made_of: Mapping[str, Any], fit: Fit) -> None:
         """Write the fit, whole or not at all, and to the disk: hours need not be made again.
 
-        One that finds no room is told and goes on in memory alone.
+        One that cannot be written is told and goes on in memory alone.
         """
         path = self._path(percent, seed)
         facts = _as_json(
@@ -176,26 +181,25 @@ class KeptFits:
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())
         except (OSError, SafetensorError) as error:
-            told = refusal(error, path)
-            if told is None:
-                raise
+            told = refusal(error, path) or f"{path} cannot be written: {error}"
             self._say(f"this fit is not kept, a kill would lose it: {told}")
             return
         self._own.add(path)
 
     def remove(self) -> None:
         """The results are written: this command's fits go, those of others stay and are told."""
-        for path in [*self._own, *self.folder.glob(".*")]:  # hidden: half written, of a kill
+        half_written = self.folder.glob(".*.safetensors.*")  # of a kill
+        for path in [*self._own, *half_written]:
             path.unlink(missing_ok=True)
         self._own.clear()
-        others = len(list(self.folder.glob("*")))
+        others = len(list(self.folder.glob("[!.]*.safetensors")))
         if others:
             self._say(
                 f"{self.folder}: {others} fits of fractions or seeds that were not asked for now "
                 "stay there; delete the folder unless they will be"
             )
-        elif self.folder.is_dir():
-            self.folder.rmdir()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # where it is there, and nothing else in it
 
 
 @contextlib.contextmanager
@@ -205,7 +209,7 @@ def kept_fits(out: Path, say: Callable[[str], None]) -> Iterator[KeptFits]:
     However the block ends but by its end, stderr says that the same command goes on.
     Raises:  ConfigError where another process evaluates into `out`; OSError
     """
-    is_new = not out.exists()
+    new = [place for place in (out, *out.parents) if not place.exists()]
     out.mkdir(parents=True, exist_ok=True)
     kept = KeptFits(out / FOLDER, say)
     try:
@@ -218,9 +222,9 @@ def kept_fits(out: Path, say: Callable[[str], None]) -> Iterator[KeptFits]:
                 "the others",
                 file=sys.stderr,
             )
-        if is_new:
-            with contextlib.suppress(OSError):
-                out.rmdir()  # where nothing came into it
+        with contextlib.suppress(OSError):
+            for place in new:
+                place.rmdir()  # where nothing came into it
         raise
 
 

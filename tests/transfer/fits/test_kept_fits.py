@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -168,7 +169,12 @@ def stopped_run(
         (["transfer.lr=1e-2"], "of other transfer.lr:"),
         (["transfer.by_fraction={40: {batch: 4}, 100: {batch: 4}}"], "of other transfer.batch:"),
         (["transfer.decoder_width=8", "transfer.patience=1"], "transfer.decoder_width, tran"),
-        (["data.workers=2", "transfer.cache_gib=0.5", "evaluate.bootstrap=30"], None),
+        (["train.precision=bf16", "train.residual=bf16"], "of other train.residual:"),
+        (["evaluate.examples=2"], "of other evaluate.examples:"),
+        (
+            ["data.workers=2", "transfer.cache_gib=0.5", "evaluate.bootstrap=30", "train.lr=1e-3"],
+            None,
+        ),
     ],
 )
 def test_a_fit_of_other_settings_is_made_anew_and_the_log_names_them(
@@ -317,6 +323,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a bit of how it went": lambda path: _flip(path, path.read_bytes().index(b"val_loss") + 14),
     "a bit of the header's length": lambda path: _flip(path, 3),
     "no fit": lambda path: save_file({"a": np.zeros(1)}, path),
+    "lists within lists": lambda path: save_file({}, path, {"fit": "[" * 10**5}),
+    "a list": lambda path: save_file({}, path, {"fit": "[]"}),
     "no file": lambda path: path.unlink() or path.mkdir(),
 }
 
@@ -387,17 +395,21 @@ def test_only_worst_masks_are_kept_of_a_fit_and_pictures_show_them(tmp_path: Pat
     assert "<polygon" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_full_disk_costs_the_keeping_of_a_fit_and_not_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_or_broken_disk_costs_the_keeping_of_a_fit_and_not_the_run(
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(kept_fits, "save_file", full)
     assert evaluate(tmp_path, settings_of(tmp_path, "logistic")) == 0
     said = capsys.readouterr().out
     assert said.count("this fit is not kept, a kill would lose it: ") == 4
-    assert "No space left on device" in said
+    assert os.strerror(code) in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(NAMES)
 
 
@@ -407,14 +419,38 @@ def test_fits_of_other_fractions_stay_until_their_command_takes_them(
     settings = settings_of(tmp_path, "fine-tuning")
     kept = stopped_run(tmp_path, settings, monkeypatch)
     (kept / ".40.0-1.safetensors.host.1").write_text("half")  # of a kill in another container
+    (kept / ".another's").mkdir()
     capsys.readouterr()
     assert evaluate(tmp_path, [*settings, "transfer.fractions=[40]"]) == 0
     said = capsys.readouterr().out
     assert said.count(", kept from before") == 2 and "1 fits of fractions or seeds" in said
-    assert [p.name for p in kept.iterdir()] == ["100.0-1.safetensors"]
+    assert sorted(p.name for p in kept.iterdir()) == [".another's", "100.0-1.safetensors"]
     assert evaluate(tmp_path, settings) == 0
-    assert capsys.readouterr().out.count(", kept from before") == 1
-    assert not kept.exists()
+    said = capsys.readouterr().out
+    assert said.count(", kept from before") == 1 and "that were not asked for" not in said
+    assert [p.name for p in kept.iterdir()] == [".another's"]  # or the folder goes too
+
+
+def test_what_fits_of_a_probe_do_not_depend_on_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(tmp_path, "probe")
+    stopped_run(tmp_path, settings, monkeypatch)
+    changes = ["evaluate.examples=2", "evaluate.threshold_rule=youden", "run.seed=2"]
+    capsys.readouterr()
+    assert evaluate(tmp_path, [*settings, *changes]) == 0
+    assert capsys.readouterr().out.count(", kept from before") == 3
+
+
+def test_an_error_leaves_no_folder_that_was_made_for_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with (
+        pytest.raises(ValueError),
+        kept_fits.kept_fits(tmp_path / "there" / "a" / "b", print) as kept,
+    ):
+        assert kept.folder.parent.is_dir()
+        raise ValueError
+    assert not any((tmp_path / "there").iterdir())
 
 
 def test_a_second_process_is_refused_before_it_reads_or_writes_a_fit(
@@ -433,7 +469,7 @@ def test_a_second_process_is_refused_before_it_reads_or_writes_a_fit(
 
 def test_every_free_setting_is_one() -> None:
     keys = all_keys(Config)
-    for free in (*FREE_SETTINGS, kept_fits.OF_PICTURES):
+    for free in (*FREE_SETTINGS, kept_fits.OF_PICTURES, kept_fits.RESIDUAL):
         assert any(key.startswith(free) for key in keys), free
 
 
