@@ -116,9 +116,7 @@ class Images:
         return grey, size
 
     def hash(self, rows: Array) -> str:
-        """SHA-256 (hex) over the pixels of the rows' images, as they were first read."""
-        missing = [row for row in np.asarray(rows).tolist() if row not in self._digests]
-        self.many(missing)
+        """SHA-256 (hex) over the pixels of images that were read, as they were at first."""
         return hash_of_parts(self._digests[row] for row in np.asarray(rows).tolist())
 
     def size(self, row: int) -> tuple[int, int]:

@@ -31,9 +31,11 @@ from mlip.output_file import only_writer
 from mlip.report import transfer_page
 from mlip.stop_signal import Stopped
 from mlip.transfer.fits import kept_fits, protocol
+from mlip.transfer.fits.detection import Detection
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.fits.fitting import Record
 from mlip.transfer.fits.kept_fits import FREE_SETTINGS, Fit, KeptFits
+from mlip.transfer.measures.average_precision import Truth
 from mlip.typed_tree import all_keys
 from tests.small_run import small_export
 from tests.transfer import small_manifest
@@ -283,6 +285,38 @@ def test_a_fit_is_that_of_its_seed_and_its_order_of_classes(
     assert evaluate(tmp_path, [*both, "transfer.classes={Mass: zero, Edema: zero}"]) == 0
     said = capsys.readouterr().out
     assert "40.0-1.safetensors: is of other transfer.classes: the fit" in said
+
+
+def test_a_probe_after_other_draws_is_made_anew_since_its_images_were_encoded_with_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_of(tmp_path, "logistic")
+    stopped_run(tmp_path, settings, monkeypatch)
+    capsys.readouterr()
+    assert evaluate(tmp_path, [*settings, "transfer.fractions=[100, 40]"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("is of other encoded together: the fit is made anew") == 3
+
+
+def test_the_hash_of_boxes_tells_places_classes_and_images_apart() -> None:
+    """They may lie beside the manifest, whose hash says nothing of them then."""
+
+    def hash_of(*images: list[tuple[int, int]]) -> str:
+        task = Detection.__new__(Detection)
+        task._boxes = {
+            row: Truth(
+                np.array([[x, 0.0, x + 9, 9.0] for x, _ in boxes]).reshape(-1, 4),
+                np.array([k for _, k in boxes], dtype=np.int64),
+            )
+            for row, boxes in enumerate(images)
+        }
+        return task.truth_hash(np.arange(len(images)))
+
+    cases = (
+        *([[(1, 0)], [(2, 1)]], [[(1, 0)], [(3, 1)]], [[(1, 0)], [(2, 0)]]),
+        *([[(2, 1)], [(1, 0)]], [[(1, 0), (2, 1)], []], [[], [(1, 0), (2, 1)]]),
+    )
+    assert len({hash_of(*images) for images in cases}) == len(cases)
 
 
 def test_code_versions_device_and_precision_tell_fits_apart(
