@@ -135,7 +135,7 @@ class KeptFits:
                 arrays = {name: stored.get_tensor(name) for name in stored.keys()}
             if facts.pop("sha256") != _digest(facts, arrays):
                 raise ValueError
-            found = dict(facts["made_of"])
+            found = facts["made_of"]
             values: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in facts["record"].items()
             }
