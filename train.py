@@ -53,6 +53,7 @@ from mlip.transfer.fingerprint import (
     versions,
 )
 from mlip.transfer.results_file import save_results
+from mlip.transfer.trained_heads import is_local_trained
 from mlip.transfer.trained_on import Training
 
 
@@ -168,7 +169,7 @@ def evaluate(config: Config, corpus: Corpus) -> None:
     results = evaluate_run(
         *(opened.model, config, corpus.manifest, opened.tokenizer, opened.linker, opened.table),
         device=distributed.device(),
-        run=opened.facts,
+        run={**opened.facts, "is_local_trained": is_local_trained(opened)},
         prototypes=opened.prototypes,
         training=Training.of(opened),
     )

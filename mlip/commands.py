@@ -28,6 +28,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
+    from mlip.transfer.trained_heads import is_local_trained
     from mlip.transfer.trained_on import Training
 
     config = read_settings(options.settings)
@@ -49,7 +50,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         opened.linker,
         opened.table,
         device=device,
-        run=opened.facts,
+        run={**opened.facts, "is_local_trained": is_local_trained(opened)},
         prototypes=opened.prototypes,
         training=Training.of(opened),
     )

@@ -17,7 +17,6 @@ from mlip.command_inputs import (
     pick_device,
     read_settings,
 )
-from mlip.config import to_dict
 from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
 
@@ -201,13 +200,13 @@ def run_outliers(options: argparse.Namespace) -> int:
 
 def run_classify(options: argparse.Namespace) -> int:
     from mlip.transfer.films.classify import (
-        ScoreHead,
         ask_as_evaluated,
         ask_names,
         ask_wordings,
+        default_head,
     )
     from mlip.transfer.films.classify_table import require_own_file, write_classification
-    from mlip.transfer.trained_heads import is_local_trained, require_local
+    from mlip.transfer.trained_heads import require_local
 
     config = read_settings(options.settings)
     device = pick_device(options.device)
@@ -217,8 +216,7 @@ def run_classify(options: argparse.Namespace) -> int:
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
     opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
-    trained: ScoreHead = "combined" if is_local_trained(to_dict(opened.config)) else "global"
-    head: ScoreHead = options.head or trained
+    head = options.head or default_head(opened)
     if head != "global":
         require_local(opened, f"--head {head} (say --head global)")
     if wordings is not None:

@@ -68,16 +68,18 @@ class Pretrained:
         self,
         images: ImageFeatures,
         findings: Iterable[str],
-        head: classify.ScoreHead = "combined",
+        head: classify.ScoreHead | None = None,
     ) -> Array:
         """Scores of findings that the lexicon knows by name, [N, findings]; high = there.
 
         As mlip.transfer.films.classify.scores, asked in the sentences of evaluate.positive_prompts.
+        head  None: combined, or global where no loss trained the local score
         Raises:  QuestionError for a name that the lexicon does not know
         """
         question = classify.ask_names(findings, self, self.config.evaluate)
         texts = classify.encode_question(self, question)
-        return classify.scores(self, images, question, texts, head)
+        asked = head or classify.default_head(self)
+        return classify.scores(self, images, question, texts, asked)
 
     def open_reference(self, path: str | Path) -> Reference:
         """mlip.transfer.films.outliers.load_reference: .p_values(images) tell the unlike ones."""

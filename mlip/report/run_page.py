@@ -133,7 +133,7 @@ def _meta(results: Mapping[str, Any], is_phantom: bool) -> list[str]:
             parts.append(f"{lost:,} could not be read{told} and are in no score")
         if seen := seen_text(data.get("trained_on"), data["images"], data.get("patients", 0)):
             parts.append(seen)
-    if untrained := untrained_text(results["config"]):
+    if untrained := untrained_text(run):
         parts.append(untrained)
     if run.get("step"):
         best = ", the best on val" if run.get("is_best_on_val") else ""

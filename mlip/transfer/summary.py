@@ -36,7 +36,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"left out, cannot be read: {told}")
     if told := seen_text(data.get("trained_on"), data["images"], data["patients"]):
         lines.append(told)
-    if told := untrained_text(results["config"]):
+    if told := untrained_text(results["run"]):
         lines.append(told)
     zero_shot = results["zero_shot"]
     if "reason" in zero_shot:

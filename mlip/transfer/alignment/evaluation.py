@@ -45,6 +45,7 @@ from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, ver
 from mlip.transfer.measures.mark_subgroups import mark_subgroups
 from mlip.transfer.measures.predictions import Series, of_marks, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.trained_heads import learns_local
 from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
@@ -69,7 +70,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Every score of the model on config.evaluate.split.
 
-    run      facts to keep with the numbers: step, pairs_seen, checkpoint, name
+    run      facts to keep with the numbers: step, pairs_seen, checkpoint, name, is_local_trained
     prototypes  [C, D] of the category level, where the checkpoint holds them
     training    what the checkpoint tells of the rows that it was trained on
     Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
@@ -96,6 +97,7 @@ def evaluate_run(
         "split": config.evaluate.split,
         "device": str(device),
         "precision": _precision(model, device),
+        "is_local_trained": learns_local(config.loss),
         "commit": source_commit(),
         **(run or {}),
         "evaluation_seconds": round(time.perf_counter() - began, 1),

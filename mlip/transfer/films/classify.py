@@ -29,7 +29,7 @@ from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank
 from mlip.transfer.films.own_inputs import encode_texts, require_features
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
-from mlip.transfer.trained_heads import require_local
+from mlip.transfer.trained_heads import is_local_trained, require_local
 
 ScoreHead = Literal["combined", "global", "local"]
 SCORE_HEADS: tuple[str, ...] = get_args(ScoreHead)
@@ -163,6 +163,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_sentences(side: Any) -> bool:
     return isinstance(side, list) and bool(side) and all(isinstance(text, str) for text in side)
+
+
+def default_head(opened: Any) -> ScoreHead:
+    """The head that answers where none is named: both scores, if a loss trained both."""
+    return "combined" if is_local_trained(opened) else "global"
 
 
 def encode_question(opened: Any, question: Question) -> TextBank:
