@@ -205,7 +205,7 @@ def _check_places(
         raise ConfigError(
             f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
         ) from None
-    is_map = begins_with(id_map, ID_MAP)
+    is_map = begins_with(id_map, ID_MAP[:-1])  # earlier tables told of no file that was left out
     require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)
 
 

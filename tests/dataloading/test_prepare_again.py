@@ -206,8 +206,11 @@ def test_the_secret_table_replaces_an_earlier_one_and_no_other_file(
     assert prepare(*arguments, own) == 2
     assert "is there already and is no table of mlip prepare" in capsys.readouterr().err
     assert own.read_text() == "patient,phone\n1,555\n" and not (tmp_path / "out").exists()
+    earlier = tmp_path / "ids.csv"  # of a version that told of no file which a rule left out
+    earlier.write_text("key,image,image_id,patient_hash,patient_id,study_hash,study_id\n")
     for _ in range(2):
-        assert prepare(*arguments, tmp_path / "ids.csv") == 0
+        assert prepare(*arguments, earlier) == 0
+    assert earlier.read_text().split("\n", 1)[0].endswith(",study_id,left_out")
 
 
 @pytest.mark.parametrize("bits", [8, 16])
