@@ -127,9 +127,10 @@ def _check_kind(evaluate: Any, transfer: Any) -> None:
     for name in ("subset", "exclusive"):
         value = getattr(evaluate if is_trained else transfer, name)
         if value not in (None, False):
+            off = "null" if name == "subset" else "false"
             raise ConfigError(
                 f"{unread}.{name}={value} is not read with transfer.task={transfer.task}: set "
-                f"{read}.{name} instead"
+                f"{read}.{name} instead, or leave it out ({unread}.{name}={off})"
             )
 
 

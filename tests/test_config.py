@@ -141,6 +141,21 @@ def test_two_settings_that_cannot_stand_together_are_refused(settings: str) -> N
         config.load([], [item.replace(":,", ": ") for item in settings.split()])
 
 
+def test_subset_and_exclusive_of_the_other_kind_are_named_with_what_takes_them_away() -> None:
+    """A run that scored a subset has it in its settings, over which a task is laid."""
+    for unread, read, off in (
+        ("evaluate.subset=valid", "transfer.subset", "null"),
+        ("evaluate.exclusive=true", "transfer.exclusive", "false"),
+    ):
+        name, task = unread.split("=")[0], "transfer.task=segmentation"
+        told = rf"set {read} instead, or leave it out \({name}={off}\)"
+        with pytest.raises(ConfigError, match=told):
+            config.load([], [unread, task])
+        config.load([], [unread, task, f"{name}={off}"])
+        config.load([], [unread])  # without a task it is read
+    config.load([], ["transfer.subset=valid", "transfer.task=segmentation"])
+
+
 @pytest.mark.parametrize("setting", ["patch_pool=2", "patch_stage=1", "norm=group"])
 def test_what_a_vit_does_not_have_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"{setting}.* of a ResNet and would do nothing"):
