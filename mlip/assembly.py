@@ -43,7 +43,7 @@ from mlip.resumed_run import Resumed
 from mlip.run_vocabulary import open_tokenizer
 from mlip.starting_point import started_model
 from mlip.training.checkpoint import checkpoints_of
-from mlip.transfer.readiness import check_evaluation, check_phrases
+from mlip.transfer.readiness import check_evaluation, check_sentences
 from mlip.unit_length import unit_length
 
 logger = logging.getLogger("mlip")
@@ -130,10 +130,9 @@ def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
     if len(table) > _MANY_CONCEPTS:
         logger.info("knowledge: building the linker of %d concepts", len(table))
     linker = Linker(table)
-    _check_evaluation(config, manifest, linker, table)
+    sentences = _check_evaluation(config, manifest, linker, table)
     tokenizer = open_tokenizer(config, manifest, start)
-    if config.evaluate.after_training:
-        check_phrases(config, manifest, linker, table, tokenizer)
+    check_sentences(sentences, config, tokenizer, linker, table)
     return Corpus(manifest, tokenizer, table, linker)
 
 
@@ -227,10 +226,11 @@ def _warn_of_language(manifest: Manifest) -> None:
 
 def _check_evaluation(
     config: Config, manifest: Manifest, linker: Linker, table: ConceptTable
-) -> None:
-    """What would be found out hours later, when the training is over."""
+) -> list[str]:
+    """What would be found out hours later, when the training is over; what check_evaluation
+    gives."""
     if not config.evaluate.after_training:
-        return
+        return []
     # rows without a report count: their labels and boxes are evaluated
     counts = {s: int((manifest.split == code).sum()) for code, s in enumerate(SPLITS)}
     split = config.evaluate.split
@@ -242,7 +242,7 @@ def _check_evaluation(
             "or data.columns.split=null to split by patient, or evaluate.after_training=false to "
             "train without an evaluation"
         )
-    check_evaluation(config, manifest, linker, table)
+    return check_evaluation(config, manifest, linker, table)
 
 
 def build_model(

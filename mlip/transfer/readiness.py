@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from mlip.transfer.alignment.chosen_rows import choose_rows
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
 from mlip.transfer.alignment.prompts import TextError, make_text_batch, phrase_encoder
 from mlip.transfer.alignment.queries import box_phrases
-from mlip.transfer.alignment.zero_shot import prompt_texts
+from mlip.transfer.alignment.zero_shot import Prompts, prompt_texts
 from mlip.transfer.measures.subgroups import read_groupings
 from mlip.transfer.trained_on import find_seen
 from mlip.transfer.truth.annotations import Annotations
@@ -30,11 +31,13 @@ logger = logging.getLogger("mlip")
 _SIZED_ROWS = 512
 
 
-def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any) -> None:
+def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any) -> list[str]:
     """Reads what evaluation reads beside images and reports: columns, the subset, boxes.csv, tables
     of evaluate.trained_on.
 
     Warns where labels are there and none names a concept: zero-shot would have nothing to score.
+    Returns: the sentences that evaluate_run refuses where data.max_tokens does not hold them, for
+             check_sentences
     Raises:  ManifestError or ValueError as evaluate_run, which does all of it again; ManifestError
              too for a boxes.csv of other images, which evaluate_run takes for none.
     """
@@ -42,43 +45,39 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     manifest = dataclasses.replace(manifest, keep_without_report=True)
     annotations = Annotations(config, manifest)
     chosen = choose_rows(config, manifest)
-    rows = chosen.tolist()
-    _boxes_of_some(config, annotations, rows)
+    boxes = _boxes_of_some(config, annotations, chosen.tolist())
     read_groupings(config, manifest, chosen)
     find_seen(config, manifest, [])
-    if manifest.label_column is not None and phantom_meta(manifest) is None:
+    is_phantom = phantom_meta(manifest) is not None
+    prompts: list[Prompts] = []
+    if manifest.label_column is not None and is_phantom:
+        prompts = phantom_prompts(table)
+    elif manifest.label_column is not None:
         names = label_names(manifest, chosen)
         # thresholds are chosen on val; a finding stated in two ways is refused
         for looked_at in (chosen, manifest.rows("val", with_report=False)):
             annotations.states(looked_at, names)
-        if names and not lexicon_prompts(names, linker, table, config.evaluate)[0]:
+        prompts = lexicon_prompts(names, linker, table, config.evaluate)[0]
+        if names and not prompts:
             logger.warning(
                 "none of the %d labels of split %s (data.columns.labels) names a concept of the "
                 "table: the evaluation will have no zero-shot scores",
                 len(names),
                 config.evaluate.split,
             )
+    # names that are asked beside words of a report are cut like those
+    is_cut = any(box.phrase for own in boxes.values() for box in own)
+    return prompt_texts(prompts) + ([] if is_cut else box_phrases(boxes, table, is_phantom))
 
 
-def check_phrases(
-    config: Config, manifest: Manifest, linker: Any, table: Any, tokenizer: Any
+def check_sentences(
+    sentences: Sequence[str], config: Config, tokenizer: Any, linker: Any, table: Any
 ) -> None:
-    """Raises:  ConfigError for a sentence of evaluate_run that data.max_tokens does not hold in the
-    run's vocabulary. Words of reports are cut there, and are no such sentence.
-    """
-    manifest = dataclasses.replace(manifest, keep_without_report=True)
-    is_phantom = phantom_meta(manifest) is not None
-    rows = choose_rows(config, manifest)
-    prompts = phantom_prompts(table) if is_phantom else []
-    if not is_phantom and manifest.label_column is not None:
-        names = label_names(manifest, rows)
-        prompts = lexicon_prompts(names, linker, table, config.evaluate)[0]
-    boxes = _boxes_of_some(config, Annotations(config, manifest), rows.tolist())
-    texts = [*prompt_texts(prompts), *box_phrases(boxes, table, is_phantom)]
-    if not texts:
+    """Raises:  ConfigError for one that data.max_tokens does not hold in the run's vocabulary."""
+    if not sentences:
         return
     try:
-        make_text_batch(texts, phrase_encoder(config, tokenizer, linker, table))
+        make_text_batch(sentences, phrase_encoder(config, tokenizer, linker, table))
     except TextError as error:
         raise ConfigError(
             f"data.max_tokens={config.data.max_tokens}: the evaluation after the training asks by "
