@@ -156,6 +156,16 @@ def test_subset_and_exclusive_of_the_other_kind_are_named_with_what_takes_them_a
     config.load([], ["transfer.subset=valid", "transfer.task=segmentation"])
 
 
+def test_what_a_task_can_honour_is_not_refused() -> None:
+    for settings in (
+        ["transfer.task=detection", "transfer.compat_score_cut=0.2", "transfer.score_cut=0.2"],
+        ["transfer.compat_score_cut=0.1", "transfer.score_cut=0.2"],  # of a task that is not run
+        ["transfer.probe=logistic"],
+        ["transfer.fractions=[33.333,33.334]"],
+    ):
+        config.load([], settings)
+
+
 @pytest.mark.parametrize("setting", ["patch_pool=2", "patch_stage=1", "norm=group"])
 def test_what_a_vit_does_not_have_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"{setting}.* of a ResNet and would do nothing"):

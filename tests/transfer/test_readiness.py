@@ -33,6 +33,8 @@ def test_names_beside_words_of_a_report_are_cut_like_those_and_refuse_nothing(
     unlabelled = "data.columns.labels=null"
     assert sentences(tmp_path, BOX.format(""), unlabelled) == ["mass"]
     assert sentences(tmp_path, BOX.format(PHRASE), unlabelled) == []
+    both = f"{BOX.format(PHRASE)[:-1]}, {BOX.format('')[1:]}"
+    assert sentences(tmp_path, both, unlabelled) == []
     assert sentences(tmp_path, "", unlabelled) == []
 
 
