@@ -15,7 +15,12 @@ from mlip.pretrained import open_checkpoint, save_pretrained
 from mlip.report.run_page import render
 from mlip.transfer.films.classify import default_head
 from mlip.transfer.summary import summary_lines
-from mlip.transfer.trained_heads import began_as_one, is_local_trained, learns_local
+from mlip.transfer.trained_heads import (
+    began_as_one,
+    is_local_trained,
+    learns_local,
+    untrained_text,
+)
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_results, small_run
 from tests.temporary import shared_folder
@@ -114,6 +119,7 @@ def test_commands_on_films_do_not_answer_by_it(
 def test_terminal_and_page_say_what_the_local_numbers_are(tmp_path: Path) -> None:
     results = small_results()
     assert results["run"]["is_local_trained"]
+    assert untrained_text({}) == ""  # of an earlier version, which does not tell
     clip = {**results, "run": {**results["run"], "is_local_trained": False}}
     for show in (lambda r: "\n".join(summary_lines(r)), lambda r: render(tmp_path, r)):
         assert TOLD in show(clip) and TOLD not in show(results)
