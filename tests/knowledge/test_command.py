@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save
 
 from mlip.knowledge.command import _deepest, add_arguments, colour_view, run
 from mlip.knowledge.concept_files import load_concepts
@@ -58,12 +60,14 @@ def test_a_table_replaces_a_table_and_no_other_file(tmp_path, capsys):
     """A manifest is a .jsonl too, and weights of a model are a .safetensors."""
     (tmp_path / "rows.csv").write_text("id,name\nown,okapi sign\n")
     build = ("build", "--csv", str(tmp_path / "rows.csv"), "--no-lexicon", "--out")
-    for kind, command in (("jsonl", build), ("safetensors", ("embed", "--out"))):
+    row, weights = b'{"image": "a.png"}\n', save({"fc.weight": np.zeros((2, 3))}, {"format": "pt"})
+    embed = ("embed", "--out")
+    for kind, command, held in (("jsonl", build, row), ("safetensors", embed, weights)):
         path = tmp_path / f"own.{kind}"
-        path.write_text('{"image": "a.png"}\n')
+        path.write_bytes(held)
         assert call(*command, str(path)) == 2
         assert "is there already and is no" in capsys.readouterr().err
-        assert path.read_text() == '{"image": "a.png"}\n'
+        assert path.read_bytes() == held
     for _ in range(2):
         assert call(*build, str(tmp_path / "table.jsonl")) == 0
     assert "okapi sign" in (tmp_path / "table.jsonl").read_text()
