@@ -206,6 +206,8 @@ def _scores(results: Mapping[str, Any], public: frozenset[str]) -> dict[str, Any
         "retrieval": _retrieval(results["retrieval"]),
         "grounding": _grounding(results["grounding"]),
     }
+    if run.get("is_local_trained") is False:
+        kept["run"]["is_local_trained"] = False
     kept["data"]["is_phantom"] = bool(data["is_phantom"])
     if (seen := data.get("trained_on") or {}).get("manifests"):
         told = ("films", "patients", "films_by_picture", "patients_by_picture")

@@ -373,6 +373,19 @@ def test_a_foreign_page_beside_an_earlier_export_stays(tmp_path: Path) -> None:
     assert _card(out) == "precious"
 
 
+def test_scores_that_no_loss_trained_are_called_a_control(tmp_path: Path) -> None:
+    told = "No loss trained the local score"
+    for is_trained, name in ((False, "clip"), (True, "mlip"), (None, "earlier")):
+
+        def change(results: dict[str, Any], value: bool | None = is_trained) -> None:
+            results["run"].pop("is_local_trained", None)
+            if value is not None:
+                results["run"]["is_local_trained"] = value
+
+        card = _card(_save(tmp_path / name, _with(change)))
+        assert (told in card) == (is_trained is False)
+
+
 def test_names_of_users_are_shown_as_they_are_and_do_nothing(tmp_path: Path) -> None:
     def change(results: dict[str, Any]) -> None:
         rows = results["zero_shot"]["findings"]
