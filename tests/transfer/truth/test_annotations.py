@@ -159,11 +159,12 @@ def test_only_images_with_a_box_are_opened_for_their_size(
 
 
 def test_a_list_that_is_a_subset_needs_its_column(tmp_path: Path) -> None:
-    config, manifest = make(tmp_path, "transfer.subset=gold", subset=["gold", ""])
+    named = ("transfer.task=segmentation", "transfer.subset=gold")
+    config, manifest = make(tmp_path, *named, subset=["gold", ""])
     found = Annotations(config, manifest)
     assert found.of_subset(np.arange(2), "test").tolist() == [0]
     assert found.of_subset(np.arange(2), "train").tolist() == [0, 1]
-    config, manifest = make(tmp_path, "transfer.subset=gold", "transfer.subset_of=all")
+    config, manifest = make(tmp_path, *named, "transfer.subset_of=all")
     with pytest.raises(ManifestError, match="set transfer.columns.subset"):
         Annotations(config, manifest).of_subset(np.arange(2), "train")
 
