@@ -69,7 +69,9 @@ class Seen:
         told: dict[str, Any] = {"manifests": list(self.manifests), "unknown": self.unknown}
         if not self.manifests:
             return told
-        alike = self._alike(rows)
+        alike, is_cut = self._alike(rows)
+        if is_cut and self.unknown is None:
+            told["unknown"] = "more pairs of pictures look alike than are compared"
         patient, keys = self.patient[rows], self.patient_key[rows]
         alone = np.setdiff1d(keys[self.by_id[rows]], keys[patient])
         return {
@@ -83,16 +85,19 @@ class Seen:
             "patients_by_picture": len(np.setdiff1d(self.patient_key[alike], keys[patient])),
         }
 
-    def _alike(self, rows: Array) -> Array:
-        """The films of these rows that are known by their picture alone."""
+    def _alike(self, rows: Array) -> tuple[Array, bool]:
+        """The films of these rows that are known by their picture alone, and whether so many look
+        alike that some were not compared."""
         asked = np.zeros(len(self.film), dtype=bool)
         asked[rows] = True
         asked &= ~self.film
-        alike = np.zeros_like(asked)
+        alike, is_cut = np.zeros_like(asked), False
         if self.pictures is not None:
             for trained in self.trained_pictures:
-                alike[same_pictures(self.pictures.of(asked & ~alike), trained).own] = True
-        return alike
+                pairs = same_pictures(self.pictures.of(asked & ~alike), trained)
+                alike[pairs.own] = True
+                is_cut |= pairs.cut
+        return alike, is_cut
 
 
 def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training]) -> Seen:

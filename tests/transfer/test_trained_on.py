@@ -19,6 +19,7 @@ import pytest
 
 from mlip.cli import main
 from mlip.config import Columns, Data, load
+from mlip.dataloading import same_pictures
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.dataloading.perceptual_hash import BITS
 from mlip.dataloading.same_pictures import HASHES_FILE, hash_table
@@ -151,6 +152,18 @@ def test_a_film_that_was_stored_anew_is_found_by_its_picture(tmp_path: Path) -> 
     hashed(other, {"3.png": 3})
     found = told(own, [other])
     assert found["films_by_picture"] == 0 and "SAME PICTURE" not in seen_text(found, 4, 3)
+
+
+def test_pictures_that_were_not_all_compared_are_not_called_unseen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write(tmp_path / "rsna" / "m.csv", GR)
+    other = write(tmp_path / "nih" / "m.csv", [("1.png", "7", "x1", "train", "91")])
+    hashed(own, dict.fromkeys(("a.png", "a2.png", "b.png", "c.png", "d.png"), 1))
+    hashed(other, {"1.png": 1})
+    assert told(own, [other])["unknown"] is None
+    monkeypatch.setattr(same_pictures, "_MOST_PAIRS", 2)
+    assert "more pairs of pictures" in str(told(own, [other])["unknown"])
 
 
 def test_train_and_test_of_one_table_may_show_the_same_picture(tmp_path: Path) -> None:
