@@ -120,7 +120,7 @@ def check(transfer: Transfer) -> None:
     )
     for key, changes in transfer.by_fraction.items():
         require(
-            _is_number(key),
+            _is_number(key) and 0.0 < float(key) <= 100.0,
             f"transfer.by_fraction: expected a percentage of transfer.fractions, got {key!r}",
         )
         require(
@@ -130,6 +130,11 @@ def check(transfer: Transfer) -> None:
             f"transfer.by_fraction.{key}: expected numbers for {', '.join(BY_FRACTION)}, all "
             f"but lr whole ones, got {changes!r}",
         )
+    require(
+        # "1" and "1.0" of two files: the settings of the second would be passed over
+        len({float(key) for key in transfer.by_fraction}) == len(transfer.by_fraction),
+        f"transfer.by_fraction has {list(transfer.by_fraction)}: expected each percentage once",
+    )
     require(len(transfer.seeds) > 0, "transfer.seeds is empty: expected at least one seed")
     require(
         len(set(transfer.seeds)) == len(transfer.seeds),

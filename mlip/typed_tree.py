@@ -58,12 +58,18 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Put `new` over `into`, section by section; a scalar or list is replaced whole."""
-    for key, value in new.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+    """Put `new` over `into`, section by section; a scalar or list is replaced whole.
+
+    Keys become text: YAML reads that of {1: ...} as a number, which a.1=... lies over all the same.
+    """
+    for name, value in new.items():
+        key = str(name)
+        if isinstance(value, Mapping):
+            there = into.get(key)
+            into[key] = there if isinstance(there, dict) else {}
             merge(into[key], value)
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+            into[key] = value
 
 
 def all_keys(cls: Any, path: str = "") -> list[str]:

@@ -84,7 +84,9 @@ transfer.classes={"Edema":"maybe"}
 transfer.by_fraction={"few":{"lr":1}} transfer.by_fraction={"1":{"lr":"fast"}}
 transfer.by_fraction={"1":{"lr":"-1e-4"}} transfer.by_fraction={"1":{"lr":"nan"}}
 transfer.by_fraction={"1":{"lr":true}} transfer.by_fraction={"1":{"batch":8.5}}
-transfer.by_fraction={"1":{"epochs":"0"}}
+transfer.by_fraction={"1":{"epochs":"0"}} transfer.by_fraction={"1":{"lr":1},"1.0":{"batch":8}}
+transfer.by_fraction={"0":{"lr":1}} transfer.by_fraction={"101":{"lr":1}}
+transfer.by_fraction={"nan":{"lr":1}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 transfer.fractions=[33.3333333,33.3333334] transfer.iou_thresholds=[0.5,0.5] transfer.subset=valid
 """.split()
@@ -125,7 +127,7 @@ def test_micro_batches_with_batch_statistics_are_refused() -> None:
         "transfer.precision=bf16 transfer.task=classification transfer.classes={Edema:,one}",
         "transfer.fit=stretch transfer.task=classification transfer.classes={Edema:,one}",
         "transfer.classes={} transfer.task=classification",
-        "transfer.exclusive=true transfer.classes={Edema:,one}",
+        "transfer.exclusive=true transfer.classes={Edema:,one} transfer.task=classification",
         "transfer.probe=logistic transfer.encoder=tuned",
         "transfer.probe=logistic transfer.task=segmentation",
         "transfer.exclusive=true transfer.classes={A:,one,B:,one}",
@@ -162,6 +164,13 @@ def test_what_a_task_can_honour_is_not_refused() -> None:
         ["transfer.compat_score_cut=0.1", "transfer.score_cut=0.2"],  # of a task that is not run
         ["transfer.probe=logistic"],
         ["transfer.fractions=[33.333,33.334]"],
+        ["transfer.seeds=[7]", "transfer.iou_thresholds=[0.5]"],
+        [
+            "transfer.task=classification",
+            "transfer.exclusive=true",
+            "transfer.classes={A: one, B: one}",
+        ],
+        ['transfer.by_fraction={"100":{"lr":1.0e-4},"1":{"batch":8}}'],
     ):
         config.load([], settings)
 

@@ -219,6 +219,9 @@ def test_null_takes_a_class_away_and_a_fraction_may_have_settings_of_its_own() -
     transfer = load([CONFIGS / "rsna_detection.yaml"]).transfer
     assert (at_fraction(transfer, 1.0).batch, at_fraction(transfer, 1.0).lr) == (8, 2e-4)
     assert at_fraction(transfer, 10.0) == transfer
+    for over in ("transfer.by_fraction.1.lr=1e-4", 'transfer.by_fraction={"1": {lr: 1e-4}}'):
+        laid = at_fraction(load([CONFIGS / "rsna_detection.yaml"], [over]).transfer, 1.0)
+        assert (laid.batch, laid.lr) == (8, 1e-4)
     changed = load([], ["transfer.by_fraction={1: {lr: 2e-4, batch: 1e1}}"]).transfer
     assert (at_fraction(changed, 1.0).lr, at_fraction(changed, 1.0).batch) == (2e-4, 10)
     assert isinstance(at_fraction(changed, 1.0).batch, int)
