@@ -188,16 +188,16 @@ def _still_there(training: Training, path: Path) -> FilmKeys | str:
 def _met(own: FilmKeys, other: FilmKeys) -> tuple[Array, Array, Array]:
     """(film, patient, by_id) of Seen for one table of a training."""
     is_train = other.split == _TRAIN
-    if own.fingerprint == other.fingerprint:
-        patient = _is_in(own.patient, other.patient.filter(pa.array(is_train)))
-        return is_train, patient, np.zeros_like(is_train)
-    at = _places(own, other)
-    is_there = at >= 0
     film = np.zeros(len(own), dtype=bool)
     for mine, theirs in _pairs(own, other):
         film |= _is_in(mine, theirs.filter(pa.array(is_train)))
     train_patients = other.patient.filter(pa.array(is_train))
     same_id = _is_in(own.patient, train_patients)
+    if own.fingerprint == other.fingerprint:
+        # its train is its films whatever names them, and of one file in two splits the other too
+        return film | is_train, same_id, np.zeros_like(is_train)
+    at = _places(own, other)
+    is_there = at >= 0
     patient = np.zeros(len(own), dtype=bool)
     of_train = _is_in(other.patient, train_patients)
     patient[is_there] = of_train[at[is_there]]

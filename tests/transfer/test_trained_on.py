@@ -20,6 +20,7 @@ import pytest
 from mlip.cli import main
 from mlip.config import Columns, Data, load
 from mlip.dataloading import same_pictures
+from mlip.dataloading.film_keys import read_film_keys
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.dataloading.perceptual_hash import BITS
 from mlip.dataloading.same_pictures import HASHES_FILE, hash_table
@@ -102,6 +103,21 @@ def test_ids_that_were_hashed_anew_are_found_by_files(tmp_path: Path) -> None:
     found = told(own, [write(tmp_path / "hashed.csv", hashed)])
     # A by its film; B by one of the training's test, whose patient has another film in training
     assert counts(found) == (1, 3, 2, 0)
+    # image ids of one side alone are compared with none
+    assert found["compared"] == ["image files", "patient ids"]
+    scored = write(tmp_path / "scored.csv", hashed[:2])
+    assert told(scored, [own])["compared"] == ["image files", "patient ids"]
+
+
+def test_equal_ids_are_one_patient_s_where_most_common_films_have_them_too(tmp_path: Path) -> None:
+    own, other = write(tmp_path / "own.csv", GR), tmp_path / "other.csv"
+    c_again = ("q", "C", "", "train", "92")  # an id of both, without a common film
+    one = [("p", "A", "", "test", "01"), c_again]
+    assert counts(told(own, [write(other, one)])) == (0, 1, 1, 0)
+    half = [("p2", "X", "", "test", "02"), *one]  # as often another
+    assert counts(told(own, [write(other, half)])) == (0, 0, 0, 1)
+    blank = [("p", "", "", "test", "01"), c_again]  # whose the common film is nobody says
+    assert counts(told(own, [write(other, blank)])) == (0, 0, 0, 1)
 
 
 def test_the_file_that_prepare_made_two_pictures_of_is_one_film(tmp_path: Path) -> None:
@@ -145,6 +161,12 @@ def test_a_film_that_was_stored_anew_is_found_by_its_picture(tmp_path: Path) -> 
     found = told(own, [other])
     assert counts(found) == (1, 2, 1, 0)
     assert (found["films_by_picture"], found["patients_by_picture"]) == (2, 1)
+    usual = told(own, [write(other, nih, NAMES.replace("image", "path", 1))])
+    assert usual == {**found, "manifests": usual["manifests"]}
+    # hashes are told apart by the images' names: of a table without them they are nobody's
+    found = told(own, [write(other, [row[1:] for row in nih], NAMES.removeprefix("image,"))])
+    assert found["films_by_picture"] == 0 and "pictures" not in found["compared"]
+    found = told(own, [write(other, nih)])
     assert found["compared"][-1] == "pictures"
     text = seen_text(found, 4, 3)
     assert "SAME PICTURE: 2 more of these images look like films in training" in text
@@ -242,6 +264,9 @@ def test_the_training_s_own_manifest_is_asked_where_it_still_lies(tmp_path: Path
     # of the very same table train and test share nobody
     same = training(own)
     assert counts(told(own, [], same)) == (0, 0, 0, 0)
+    # but for one file under two patients
+    leaky = write(tmp_path / "leaky.csv", [*GR[:3], ("c.png", "C", "f4", "test", "05"), GR[4]])
+    assert counts(told(leaky, [], training(leaky))) == (1, 1, 1, 0)
     with other.open("a") as file:
         file.write("x/5.png,F,g3,train,95\n")
     changed = dataclasses.replace(run)
@@ -293,8 +318,11 @@ def test_a_patient_that_is_found_by_a_film_is_not_told_again_as_an_id(tmp_path: 
     own = write(tmp_path / "own.csv", GR)
     other = write(tmp_path / "padchest.csv", PADCHEST)
     strangers = [("x.png", "A", "n1", "train", "71"), ("y.png", "C", "n2", "train", "72")]
-    found = told(own, [other, write(tmp_path / "nih.csv", strangers)])
-    assert counts(found) == (1, 3, 2, 1)
+    nih = write(tmp_path / "nih.csv", strangers)
+    found = told(own, [other, nih])
+    assert counts(found) == (1, 3, 2, 1) and found == told(own, [nih, other])
+    keys = read_film_keys(other, Columns(), splits_by_hash=False)
+    assert '"A"' in str(keys.patient) and '"A"' not in repr(keys)
 
 
 def test_one_training_of_several_that_is_not_known_is_told(tmp_path: Path) -> None:
@@ -306,6 +334,9 @@ def test_one_training_of_several_that_is_not_known_is_told(tmp_path: Path) -> No
     assert told(own, [other], silent)["unknown"] is None
     for trainings in ([known, gone], [gone, known], [gone, silent], [silent, gone]):
         assert "(SHA-256 abababababab) is not at hand" in told(own, [other], *trainings)["unknown"]
+    for trainings in ([known, training(own)], [training(own), known]):
+        began = dataclasses.replace(trainings[0], goes_on=True)
+        assert "began with trained" in told(own, [], began, trainings[1])["unknown"]
     again = dataclasses.replace(gone, goes_on=True)  # the nearer reason
     assert "is not at hand" in told(own, [], again)["unknown"]
     assert (
