@@ -162,6 +162,7 @@ def test_each_kind_of_error_names_its_place(
     )
     assert refusal(FileNotFoundError(errno.ENOENT, "", str(out)), out) is None
     assert refusal(RuntimeError("a bug (os error 28)"), out) is None
+    assert refusal(OSError("without a number of the system's"), out) is None
     nowhere = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
     assert "set TMPDIR to another" in (refusal(nowhere, out) or "")
     with pytest.raises(SafetensorError) as caught, full_disk():

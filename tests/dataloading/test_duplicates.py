@@ -10,10 +10,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mlip.cli import main
+from mlip.dataloading import duplicates
 from mlip.dataloading.perceptual_hash import HASHES, perceptual_hashes
 from mlip.dataloading.same_pictures import hashes_of, read_hash_table
 from tests.dataloading.test_perceptual_hash import film, stored
@@ -60,6 +62,10 @@ def test_the_same_film_in_two_splits_is_told_and_what_was_written_is_as_before(
     found = hashes_of(table, manifest["image"])
     assert found.row.tolist() == [0, 1, 2, 3, 4, 5, 7]
     assert found.bits[0].tobytes() == perceptual_hashes(film(0))[0].tobytes()
+    patients, splits = (pa.chunked_array([[name] * 8]) for name in ("MRN1", "train"))
+    told_of_one = duplicates.write_duplicates(found, patients, splits, tmp_path / "one.csv")
+    assert len(told_of_one) == 1 and "0 like one of another split" in told_of_one[0]
+    assert "train,train,yes," in (tmp_path / "one.csv").read_text()
     # the set's own tables, whose hashes runs and results hold, know nothing of it
     assert not any("hash" in name for name in manifest.column_names)
     assert HASHES not in pq.read_schema(out / "index.parquet").names
@@ -68,7 +74,7 @@ def test_the_same_film_in_two_splits_is_told_and_what_was_written_is_as_before(
 
 
 def test_shards_of_a_version_without_hashes_get_them_from_their_members(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = make_root(tmp_path), tmp_path / "out"
     assert prepare(root, out) == 0
@@ -85,6 +91,11 @@ def test_shards_of_a_version_without_hashes_get_them_from_their_members(
     before, now = first[out / "duplicates.csv"], (out / "duplicates.csv").read_bytes()
     # of a JPEG's decoded pixels a bit or two is another one than of those it was made of
     assert now.split(b",")[:-1] == before.split(b",")[:-1]
+    # of more films than are compared the pairs of an earlier run do not stay
+    monkeypatch.setattr(duplicates, "_MOST_FILMS", 7)
+    for _ in range(2):
+        (said,) = duplicates.prepared_duplicates(out)
+        assert "not looked for" in said and not (out / "duplicates.csv").exists()
 
 
 def test_a_kill_while_films_are_compared_leaves_no_record_of_a_finished_set(
