@@ -225,15 +225,15 @@ def _measure_losses(
 def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gpu: bool) -> Plan:
     """Bytes of one rank; parameters and moments are float32 (bf16 is autocast in the model)."""
     train, batch = config.train, config.batch
-    is_sharded = ranks > 1 and train.engine != "plain" or train.engine == "deepspeed"
-    stage = train.zero_stage if is_sharded else 0
+    is_plain = _is_plain(config, ranks)
+    stage = 0 if is_plain else train.zero_stage
     rows = -(-batch.global_pairs // ranks)
     trainable = measured.trainable
     held = {
         "parameters": 4.0 * measured.parameters / (ranks if stage == 3 else 1) + measured.buffers,
         "gradients": 4.0 * trainable / (ranks if stage >= 2 else 1),
     }
-    if not is_sharded and rounds_weights_together(config):
+    if is_plain and rounds_weights_together(config):
         held["gradients"] += 2.0 * trainable  # until they are widened together
     moments = (8.0 * trainable - 4.0 * measured.matrices) / (ranks if stage >= 1 else 1)
     # from stage 1 on DeepSpeed keeps a master of its part beside the parameters
@@ -254,6 +254,12 @@ def plan(config: Config, measured: Measured, *, ranks: int, memory: float, is_gp
     pixels = config.data.channels * config.data.crop_px**2
     held["batches ahead"] = 4.0 * pixels * rows * (1 if is_gpu else 1 + config.data.prefetch)
     return Plan({k: v for k, v in held.items() if v > 0}, held_host, memory, ranks)
+
+
+def _is_plain(config: Config, ranks: int) -> bool:
+    """Whether plain torch trains, which shares nothing out whatever train.zero_stage says."""
+    engine = config.train.engine
+    return engine == "plain" or (engine == "auto" and ranks == 1)
 
 
 def _activations(config: Config, measured: Measured, rows: int) -> float:
@@ -349,10 +355,13 @@ def make_plan(
 
 def describe(config: Config, made: Plan, measured: Measured) -> str:
     rows = -(-config.batch.global_pairs // made.ranks)
+    shared = f"ZeRO stage {config.train.zero_stage}"
+    if _is_plain(config, made.ranks):
+        shared = "plain torch"
     lines = [
         f"Memory plan of one rank of {made.ranks}: {config.batch.global_pairs} pairs, {rows} here, "
         f"{measured.trainable / 1e6:.1f} M trainable of {measured.parameters / 1e6:.1f} M "
-        f"parameters, ZeRO stage {config.train.zero_stage}"
+        f"parameters, {shared}"
     ]
     width = max(map(len, made.parts))
     for name, size in made.parts.items():

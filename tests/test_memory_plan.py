@@ -148,6 +148,9 @@ def test_several_ranks_without_a_named_engine_share_the_optimiser_and_one_has_it
     auto = ("train.engine=auto", "train.zero_stage=2")
     assert _plan(*auto).parts == _plan("train.zero_stage=2").parts
     assert _plan(*auto, ranks=1).parts["optimiser"] == 8e6
+    for ranks, told in ((4, "parameters, ZeRO stage 2"), (1, "parameters, plain torch")):
+        made = _plan(*auto, ranks=ranks)
+        assert told in memory_plan.describe(_config(*auto), made, ROUND)
 
 
 def test_a_tenth_of_the_memory_is_kept_spare():

@@ -171,6 +171,8 @@ def test_a_film_that_was_stored_anew_is_found_by_its_picture(tmp_path: Path) -> 
     text = seen_text(found, 4, 3)
     assert "SAME PICTURE: 2 more of these images look like films in training" in text
     assert "of 1 more patients" in text
+    bare = write(tmp_path / "bare.csv", GR)  # of the training's side alone
+    assert told(bare, [other])["films_by_picture"] == 0
     hashed(other, {"3.png": 3})
     found = told(own, [other])
     assert found["films_by_picture"] == 0 and "SAME PICTURE" not in seen_text(found, 4, 3)
