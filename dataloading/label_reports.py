@@ -118,7 +118,9 @@ def _require_free(table: Path, columns: Sequence[str]) -> None:
 def _holds_any(table: Path, name: str) -> bool:
     """Whether a cell of this column holds more than blanks; of JSONL every row is looked at."""
     if table.suffix.lower() in _LINES:
-        cells = {str(value) for _, row in json_rows(table) if (value := row.get(name))}
+        # 0 and false are labels: no
+        values = (row.get(name) for _, row in json_rows(table))
+        cells = {str(value) for value in values if value not in (None, [], {})}
     elif name in column_names(table):
         (column,) = read_table(table, {name: name}, anything=(name,))[0].values()
         cells = {value or "" for value in column.unique().to_pylist()}

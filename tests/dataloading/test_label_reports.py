@@ -135,6 +135,12 @@ def test_labels_of_a_late_row_and_lists_of_them_are_kept_too(
     late.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert label(late, "--out", out, *ASKED) == 2 and not out.exists()
     assert "'labels' holds labels already" in capsys.readouterr().err
+    late.write_text('{"report": "Edema.", "labels": 0}\n{"report": "", "labels": null}')
+    assert label(late, "--out", out, *ASKED) == 2 and not out.exists()
+    late.write_text('{"report": "Edema.", "labels": []}\n{"report": "", "labels": null}')
+    assert label(late, "--out", out, *ASKED) == 0
+    capsys.readouterr()
+    out.unlink()
     pq.write_table(pa.table({"report": ["Edema."], "labels": [["Edema"]]}), lists)
     assert label(lists, "--out", tmp_path / "out.parquet", *ASKED) == 2
     assert "'labels' holds labels already" in capsys.readouterr().err
