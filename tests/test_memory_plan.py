@@ -146,6 +146,7 @@ def test_each_zero_stage_divides_what_it_says_it_divides():
 
 def test_several_ranks_without_a_named_engine_share_the_optimiser_and_one_has_it_alone():
     auto = ("train.engine=auto", "train.zero_stage=2")
+    assert "average (EMA)" not in _plan("train.ema_decay=0").parts
     assert _plan(*auto).parts == _plan("train.zero_stage=2").parts
     assert _plan(*auto, ranks=1).parts["optimiser"] == 8e6
     for ranks, told in ((4, "parameters, ZeRO stage 2"), (1, "parameters, plain torch")):
@@ -237,6 +238,10 @@ def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
         one_more["micro_texts"] = one_more[key]
     larger = dataclasses.replace(config, batch=dataclasses.replace(config.batch, **one_more))
     assert not plan(larger, ROUND, **room).fits
+    most = dataclasses.replace(config.batch, micro_images=63, micro_texts=63)
+    total = plan(dataclasses.replace(config, batch=most), ROUND, **room).total
+    room["memory"] = total / 0.9 + 1
+    assert largest_that_fits(config, ROUND, **room) == "batch.micro_images=63 batch.micro_texts=63"
 
 
 @pytest.mark.parametrize(
@@ -259,6 +264,8 @@ def test_of_several_ranks_a_batch_is_named_that_their_statistics_allow(statistic
         return plan(dataclasses.replace(config, batch=batch), ROUND, **room)
 
     assert pairs % 4 == 0 and of(pairs).fits and not of(pairs + 4).fits
+    nearly = {**room, "memory": of(60).total / 0.9 + 1}
+    assert largest_that_fits(config, ROUND, **nearly) == "batch.global_pairs=60"
     one = {"ranks": 1, "memory": of(4).total / 0.89, "is_gpu": True}
     assert largest_that_fits(config, ROUND, **one) is None  # one pair has no negative
 
