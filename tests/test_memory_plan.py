@@ -179,7 +179,11 @@ def test_every_part_is_what_its_formula_gives_by_hand():
         "batches ahead": 4 * 256 * 16,
         **shared,
     }
+    # at stage 1 the gradients stay whole, and a master of each part is kept as at stage 2
+    first = parts("train.zero_stage=1", is_gpu=True)
+    assert (first["gradients"], first["optimiser"]) == (4e6, 2e6 + 1e6)
     plain = ("train.engine=plain", "train.zero_stage=0", "train.ema_decay=0.9", "data.prefetch=3")
+    assert parts(*plain, "train.precision=fp32", is_gpu=False)["gradients"] == 4e6
     assert parts(*plain, "train.precision=bf16", is_gpu=False) == {
         "parameters": 4e6 + 1_000,
         "gradients": 4e6 + 2e6,
@@ -202,6 +206,8 @@ def test_ranks_share_the_memory_of_a_host_and_each_have_a_gpu_of_their_own(monke
     text, why = memory_plan.make_plan(large, ranks=4, memory_gib=2.0)
     assert "in host memory: optimiser 0.003 GiB" in text
     assert why is not None and "1.80 GiB to use of 2.00" in why
+    _, why = memory_plan.make_plan(large, ranks=4, memory_gib=0.001)
+    assert why is not None and "no smaller batch fits either: use more ranks" in why
 
 
 def test_offload_moves_the_optimiser_to_the_host_and_an_average_costs_its_share():

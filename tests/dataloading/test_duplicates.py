@@ -66,6 +66,9 @@ def test_the_same_film_in_two_splits_is_told_and_what_was_written_is_as_before(
     told_of_one = duplicates.write_duplicates(found, patients, splits, tmp_path / "one.csv")
     assert len(told_of_one) == 1 and "0 like one of another split" in told_of_one[0]
     assert "train,train,yes," in (tmp_path / "one.csv").read_text()
+    unlike = found.of(np.arange(8) < 7)
+    lines = duplicates.write_duplicates(unlike, patients, splits, tmp_path / "none.csv")
+    assert lines == ["same picture: no two of 6 films"]
     # the set's own tables, whose hashes runs and results hold, know nothing of it
     assert not any("hash" in name for name in manifest.column_names)
     assert HASHES not in pq.read_schema(out / "index.parquet").names
