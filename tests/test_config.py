@@ -15,6 +15,7 @@ from mlip.config_bounds import BOUNDS
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import LexiconError
 from mlip.strict_yaml import read_yaml
+from mlip.transfer_settings import BY_FRACTION
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,7 +87,8 @@ transfer.by_fraction={"1":{"lr":"-1e-4"}} transfer.by_fraction={"1":{"lr":"nan"}
 transfer.by_fraction={"1":{"lr":true}} transfer.by_fraction={"1":{"batch":8.5}}
 transfer.by_fraction={"1":{"epochs":"0"}} transfer.by_fraction={"1":{"lr":1},"1.0":{"batch":8}}
 transfer.by_fraction={"0":{"lr":1}} transfer.by_fraction={"101":{"lr":1}}
-transfer.by_fraction={"nan":{"lr":1}}
+transfer.by_fraction={"nan":{"lr":1}} transfer.by_fraction={"1":null}
+transfer.by_fraction={"1":{"lr":1,"batch":8.5}}
 transfer.encoder_lr=1e-4 transfer.fractions=[1,10,1.0] transfer.columns.source_height=h
 transfer.fractions=[33.3333333,33.3333334] transfer.iou_thresholds=[0.5,0.5] transfer.subset=valid
 """.split()
@@ -171,6 +173,7 @@ def test_what_a_task_can_honour_is_not_refused() -> None:
             "transfer.classes={A: one, B: one}",
         ],
         ['transfer.by_fraction={"100":{"lr":1.0e-4},"1":{"batch":8}}'],
+        [f"transfer.by_fraction.1.{name}=3" for name in BY_FRACTION],
     ):
         config.load([], settings)
 
