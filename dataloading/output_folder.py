@@ -20,7 +20,7 @@ from typing import Any
 
 from mlip.config import ConfigError
 from mlip.dataloading.shards import synced_file
-from mlip.folder_lock import lock
+from mlip.folder_lock import lock, open_lock
 
 SETTINGS_FILE = "settings.json"  # in --out from the first moment on; prepared.json comes last
 # keys that tell our settings from another program's
@@ -142,9 +142,10 @@ def sole_writer(out: Path, part: tuple[int, int]) -> Iterator[bool]:
         if not whole:
             wanted.append((f".lock-{part[0] + 1}", False))
         for name, shared in wanted:
-            file = stack.enter_context(open(out / name, "a"))
+            descriptor = open_lock(out / name)
+            stack.callback(os.close, descriptor)
             try:
-                lock(file.fileno(), out, shared=shared)
+                lock(descriptor, out, shared=shared)
             except BlockingIOError:
                 yield False
                 return

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
+from mlip.output_file import new_file
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file
@@ -225,8 +226,7 @@ class Member:
 
 def _create(path: Path) -> BinaryIO:
     """A new file that its owner alone may read: manifests hold reports, shards images."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o600), "wb")
+    return os.fdopen(new_file(path, 0o600), "wb")
 
 
 class ShardWriter:

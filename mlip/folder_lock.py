@@ -19,6 +19,18 @@ _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _LAG_S = 60.0  # man 5 nfs: how long a node may go by what it knows of a folder (acdirmax)
 
 
+def open_lock(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a lock's file, which is made where there is none.
+
+    Not through a link: in a folder of several people it may lead to a file that is to be lost; nor
+    waiting for a pipe's other end.
+    mode    before the umask
+    Raises:  OSError
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, mode)
+
+
 def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:
     """Hold an open file of the folder until it is closed; the kernel frees it when a process dies.
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.folder_lock import is_alive, lock
+from mlip.folder_lock import is_alive, lock, open_lock
 from mlip.typed_tree import ConfigError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -71,17 +71,32 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def new_file(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a file that nobody has open and no link leads to, to write.
+
+    In a folder that several people may write to, whatever stands under a name that can be guessed
+    may be another's: a link to what is to be lost, or a file that he reads while it is filled.
+    mode    before the umask
+    Raises:  OSError where what stands there cannot be removed
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, is_private: bool = False) -> Iterator[Path]:
     """The name to write under: renamed to `path` at the end, removed where the writing failed.
 
     What a killed process of this host left of the same file is removed first.
+    is_private  for its owner alone, from the first byte on: it holds a patient's picture or text,
+                or numbers of single films
     """
     # containers on one disk have equal process numbers
     begin = f".{path.name}.{socket.gethostname()}."
     _remove_leftovers(path.parent, begin)
     partial = path.with_name(f"{begin}{os.getpid()}")
     try:
+        os.close(new_file(partial, 0o600 if is_private else 0o666))
         yield partial
         partial.replace(path)
     except BaseException:
@@ -106,7 +121,7 @@ def only_writer(lock_file: Path, out: str | Path) -> Iterator[None]:
     lock_file  made here, gone at the end; one that a killed process left is free
     Raises:  ConfigError where another process is at work; OSError where no file can be made
     """
-    with lock_file.open("a") as file:
+    with os.fdopen(open_lock(lock_file), "rb+", buffering=0) as file:
         try:
             lock(file.fileno(), lock_file.parent)
             # the one who held it may have removed it since it was opened here

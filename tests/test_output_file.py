@@ -23,9 +23,14 @@ from safetensors.torch import save_file
 from mlip import output_file
 from mlip.cli import main
 from mlip.config import Knowledge
+from mlip.dataloading.output_folder import sole_writer
+from mlip.dataloading.shards import synced_file
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.output_file import only_writer, refusal, require_writable, whole_file
+from mlip.report.page import write_page
+from mlip.training.lifecycle import locked_folder
+from mlip.transfer.films.row_table import write_row_table
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
@@ -94,6 +99,7 @@ def test_a_map_that_is_there_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
     out = tmp_path / "map.png"
     assert main([*commands("ground"), str(out)]) == 0
     before = out.read_bytes()
+    assert out.stat().st_mode & 0o777 == 0o600  # it shows a patient's film
     with full_disk():
         assert main([*commands("ground"), str(out)]) == 2
     assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
@@ -196,6 +202,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="the first error"), whole_file(path) as partial:
+        partial.unlink()
         partial.mkdir()  # which cannot be unlinked: as on a disk that has become read-only
         raise ValueError("the first error")
 
@@ -212,6 +219,83 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
     with whole_file(tmp_path / "a.txt") as partial:
         partial.write_text("whole")
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *kept}
+
+
+@pytest.mark.parametrize("name", ["whole", "synced", "table"])
+def test_what_another_planted_under_the_name_that_is_written_first_is_not_written_to(
+    name: str, tmp_path: Path
+) -> None:
+    """In a folder of a group: a link, through which a file was lost, or a file that its planter
+    holds open and read the secret table of patient ids from."""
+    out, mine = tmp_path / "out.csv", f".out.csv.{socket.gethostname()}.{os.getpid()}"
+    planted = tmp_path / (f"{mine}.part" if name == "synced" else mine)
+
+    def write() -> None:
+        if name == "whole":
+            with whole_file(out, is_private=True) as partial:
+                partial.write_text("Jane Doe")
+        elif name == "synced":
+            with synced_file(out) as file:
+                file.write(b"Jane Doe")
+        else:
+            write_row_table(out, ["name"], {3: ["Jane Doe"]}, {})
+        assert "Jane Doe" in out.read_text() and not out.is_symlink()
+        assert out.stat().st_mode & 0o777 == 0o600
+
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    planted.symlink_to(precious)
+    write()
+    assert precious.read_text() == "kept"
+    planted.touch()
+    planted.chmod(0o666)
+    with planted.open() as spy:
+        write()
+        assert spy.read() == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"out.csv", "precious"}
+
+
+def test_what_is_private_is_so_from_the_first_byte_on_under_any_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with whole_file(tmp_path / "a", is_private=True) as partial:
+            assert partial.stat().st_mode & 0o777 == 0o600
+        with whole_file(tmp_path / "b") as partial:
+            assert partial.stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+def test_a_page_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """It shows films, and where it is asked to what reports say."""
+    assert write_page(tmp_path, "<html>").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_is_no_link_that_leads_away_and_no_pipe(kind: str, tmp_path: Path) -> None:
+    """Through a link of that name the file it leads to was emptied by a run's start."""
+    precious, folder = tmp_path / "precious", tmp_path / "out"
+    precious.write_text("kept")
+    folder.mkdir()
+    for name in ("lock", ".lock"):
+        if kind == "link":
+            (folder / name).symlink_to(precious)
+        else:
+            os.mkfifo(folder / name)
+    if kind == "link":
+        with (
+            pytest.raises(ConfigError, match="run.dir=.* cannot be written: Too many levels of"),
+            locked_folder(folder),
+        ):
+            raise AssertionError("locked")
+        with pytest.raises(OSError, match="Too many levels"), sole_writer(folder, (0, 1)):
+            raise AssertionError("locked")
+        with pytest.raises(OSError, match="Too many"), only_writer(folder / ".lock", "x"):
+            raise AssertionError("locked")
+    else:  # no waiting for one that opens its other end
+        with only_writer(folder / ".lock", "x"):
+            pass
+    assert precious.read_text() == "kept"
 
 
 def test_one_process_at_a_time_writes_a_place(tmp_path: Path) -> None:

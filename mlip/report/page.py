@@ -29,10 +29,10 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
 
 
 def write_page(folder: Path, page: str) -> Path:
-    """The page as folder/report.html; its path."""
+    """The page as folder/report.html, for its owner alone: it may show films; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PAGE
-    with whole_file(path) as partial:
+    with whole_file(path, is_private=True) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

@@ -49,8 +49,7 @@ def write_search_page(
         "is_reranked": is_reranked,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.touch(mode=0o600)
+    with whole_file(path, is_private=True) as partial:
         partial.write_text(render_page("search.html", context), encoding="utf-8")
     return path
 

@@ -29,7 +29,7 @@ import psutil
 
 from mlip import distributed
 from mlip.config import ConfigError
-from mlip.folder_lock import is_seen, lock
+from mlip.folder_lock import is_seen, lock, open_lock
 from mlip.machine import limit_reached
 from mlip.output_file import refusal
 from mlip.training import presence
@@ -266,7 +266,7 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = open_lock(folder / "lock", 0o600)
             lock(descriptor, folder)
             os.ftruncate(descriptor, 0)
             owner = f"pid {os.getpid()} on {socket.gethostname()}"

@@ -32,7 +32,7 @@ def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
             page.unlink(missing_ok=True)
             beside.unlink(missing_ok=True)
         else:
-            with whole_file(beside) as rows:
+            with whole_file(beside, is_private=True) as rows:
                 save_predictions(predictions, rows)
                 _write_json(_with_hash(plain, file_sha256(rows)), partial)
                 page.unlink(missing_ok=True)

@@ -176,9 +176,8 @@ def _write_part(tensors: dict[str, torch.Tensor], path: Path) -> str | None:
     if not tensors:
         path.unlink(missing_ok=True)
         return None
-    with whole_file(path) as partial:
+    with whole_file(path, is_private=True) as partial:
         if path.suffix == ".parquet":
-            partial.touch(mode=0o600)  # as safetensors makes its files: for their owner
             pa.parquet.write_table(as_table(tensors), partial)
         else:
             save_file(tensors, partial)

@@ -181,7 +181,7 @@ def _write(
     if not done:
         raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as partial:
+    with whole_file(out, is_private=True) as partial:  # it shows a film
         partial.write_bytes(_marked(data.tobytes()))
 
 

@@ -37,8 +37,7 @@ def write_row_table(
     every = {row: [*cells, ""] for row, cells in lines.items()}
     every |= {row: [*blank, reason] for row, reason in bad.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.touch(mode=0o600)
+    with whole_file(path, is_private=True) as partial:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
             table.writerow(["row_index", *columns, "reason"])

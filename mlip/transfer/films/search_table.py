@@ -143,8 +143,7 @@ def write_answers(path: Path, queries: Sequence[Query], hits: Sequence[Hits]) ->
     again); how many answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
-    with whole_file(path) as partial:
-        partial.touch(mode=0o600)
+    with whole_file(path, is_private=True) as partial:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
             table.writerow(COLUMNS)
