@@ -162,7 +162,7 @@ def _placed(
         try:
             shares = [float(share) for share in box]
             x1, y1, x2, y2 = (min(max(share, 0.0), 1.0) for share in shares)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # of a whole number of 400 digits
             raise DatasetError(f"{path}: boxes: expected [x1, y1, x2, y2] as numbers") from None
         if not all(map(math.isfinite, shares)) or x1 >= x2 or y1 >= y2:
             count["no_box"] += 1

@@ -35,3 +35,17 @@ def test_json_that_is_too_deep_or_too_large_is_named(
         read_json(path, "a list", "a set")
     with pytest.raises(DatasetError, match="cannot be read: Is a directory"):
         list(read_json_lines(tmp_path, "key", "a set"))
+
+
+@pytest.mark.parametrize("half", [b"\\ud800", b"\\uDFff x", b"\xed\xa0\x80"])
+def test_half_a_character_is_found_before_any_image_is_read(half: bytes, tmp_path: Path) -> None:
+    """The manifest could not be written, after all images, by an error that named no file."""
+    path = tmp_path / "a.json"
+    for content in (b'[{"Findings": "Doe %s."}]' % half, b'{"%s": 1}' % half):
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match="a.json: a text holds half a surrogate") as caught:
+            read_json(path, "a list", "a set")
+        assert "Doe" not in str(caught.value)
+    for whole in (b'["\\ud83d\\ude00"]', '["\U0001f600"]'.encode("utf-16")):
+        path.write_bytes(whole)
+        assert read_json(path, "a list", "a set") == ["\U0001f600"]

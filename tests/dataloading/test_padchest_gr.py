@@ -155,6 +155,10 @@ def test_what_is_missing_or_something_else_is_named(tmp_path: Path) -> None:
         ({"findings": [{**study["findings"][0], "boxes": "CANARY"}]}, "boxes: expected a list"),
         ({"findings": [{**study["findings"][0], "boxes": [[1, 2]]}]}, "boxes: expected .x1, y1"),
         ({"findings": [{**study["findings"][0], "boxes": [0.5]}]}, "boxes: expected .x1, y1"),
+        (
+            {"findings": [{**study["findings"][0], "boxes": [[10**400, 0, 1, 1]]}]},
+            "boxes: expected .x1, y1",
+        ),
         ({"findings": [{**study["findings"][0], "labels": "CANARY"}]}, "labels: expected a list"),
         ({"findings": [{**study["findings"][0], "labels": ["a|b"]}]}, "labels: expected a list"),
     ):
