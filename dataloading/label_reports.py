@@ -28,6 +28,7 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from mlip.output_file import require_writable
+from mlip.unread_output import printed
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
 COLUMNS = ("labels", "negative", "uncertain")
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     _require_free(table, columns)
     cells, lines = _labelled(reports, labels, arguments.unmentioned == "absent")
     _write(table, out, dict(zip(columns, cells, strict=True)))
-    print("\n".join(lines))
+    print(printed(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
     settings = _settings(table, out, columns)
     if arguments.unmentioned == "unknown":

@@ -40,7 +40,7 @@ from mlip.dataloading.shard_build import (
 from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
 from mlip.output_file import begins_with, require_replaceable
-from mlip.unread_output import one_line
+from mlip.unread_output import one_line, printed
 
 _ADVICE = {
     "too_dark": "; of 12-bit values in 16-bit PNGs say --png-white 4095",
@@ -117,7 +117,7 @@ def _explain(path: Path) -> int:
     if not os.path.lexists(path):
         raise ConfigError(f"--explain {path}: no such file")
     try:
-        print("\n".join(explain(path)))
+        print(printed(explain(path)))
     except DicomError as error:
         raise DatasetError(f"{path}: {error}") from None
     return 0

@@ -20,6 +20,7 @@ from mlip.command_inputs import (
 from mlip.doctor import examine, is_healthy, report
 from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
+from mlip.unread_output import printed
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -56,7 +57,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     )
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)
-    print("\n".join(summary_lines(results)))
+    print(printed(summary_lines(results)))
     print(f"\n{saved}\n{page}")
     return 0
 
@@ -94,7 +95,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.bootstrap < 1:
         raise ConfigError(f"--bootstrap {options.bootstrap}: expected 1 or more")
     found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
-    print("\n".join(comparison_lines(found)))
+    print(printed(comparison_lines(found)))
     if options.out:
         print(save_json(found, Path(options.out)))
     return 0

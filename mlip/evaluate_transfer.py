@@ -19,6 +19,7 @@ from mlip.transfer.fits.protocol import transfer_run
 from mlip.transfer.results_file import save_results
 from mlip.transfer.table import table_lines
 from mlip.transfer.trained_on import Training
+from mlip.unread_output import printed
 
 SEED = "{seed}"
 
@@ -44,7 +45,7 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
         saved = save_results(results, folder / "results.json")  # before what is drawn from them
         page = write_transfer_page(folder, results)
         kept.remove()
-    print("\n".join(["", *table_lines(results), "", str(saved), str(page)]))
+    print(printed(["", *table_lines(results), "", str(saved), str(page)]))
     return results
 
 

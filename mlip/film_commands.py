@@ -19,6 +19,7 @@ from mlip.command_inputs import (
 )
 from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
+from mlip.unread_output import printed
 
 
 def run_ground(options: argparse.Namespace) -> int:
@@ -136,7 +137,7 @@ def run_search(options: argparse.Namespace) -> int:
         )
     count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
-    print("\n".join([*lines, f"{out}: {count} answers"]))
+    print(printed([*lines, f"{out}: {count} answers"]))
     if page:
         page.unlink(missing_ok=True)  # of other answers than the table's by now
         is_reranked = bool(options.rerank)
@@ -194,7 +195,7 @@ def run_outliers(options: argparse.Namespace) -> int:
     table = write_outliers(
         opened, config, manifest, Path(options.reference), made, split=split, device=device
     )
-    print("\n".join(table))
+    print(printed(table))
     return 0
 
 
@@ -231,5 +232,5 @@ def run_classify(options: argparse.Namespace) -> int:
         head=head,
         device=device,
     )
-    print("\n".join([*table, "Not for clinical use."]))
+    print(printed([*table, "Not for clinical use."]))
     return 0

@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -25,8 +25,16 @@ def one_line(text: str) -> str:
 
     Messages name columns, ids and terms of files that others wrote.
     """
-    line = " ".join(text.split())
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+    return printed([" ".join(text.split())])
+
+
+def printed(lines: Iterable[str]) -> str:
+    """Lines as one text fit for a terminal: blanks stay, commands and turns of direction are shown.
+
+    Names of findings, groups and views are those of tables and results that others wrote.
+    """
+    shown = (_OBEYED.sub(lambda c: c[0].encode("unicode_escape").decode(), line) for line in lines)
+    return "\n".join(shown)
 
 
 class _Lenient:

@@ -220,6 +220,11 @@ def load_predictions(path: Path) -> Predictions:
         table = pa.parquet.read_table(path)
         facts = dict(json.loads((table.schema.metadata or {})[b"mlip"]))
         is_known = facts.pop("format") == _FORMAT and table.schema.names == list(_TYPES)
+        if is_known:  # of other types, or with gaps, it would break what compares it
+            table = table.cast(pa.schema(list(_TYPES.items())))
+            gaps = (table[name].null_count for name in _TYPES if name not in ("seed", "truth"))
+            if any(gaps) or not all(isinstance(fact, str) for fact in facts.values()):
+                raise ValueError
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)  # Arrow's has no text of its own
         reason = "there is none" if is_missing else error.strerror or "damaged"
@@ -227,7 +232,7 @@ def load_predictions(path: Path) -> Predictions:
             f"{path}: cannot be read: {reason}; {expected} (earlier versions wrote none: evaluate "
             "again)"
         ) from error
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, KeyError, ValueError, TypeError, RecursionError) as error:
         raise PredictionsError(f"{path}: is no file of predictions: {expected}") from error
     if not is_known:
         raise PredictionsError(f"{path}: is of another version: evaluate again")

@@ -377,6 +377,17 @@ def test_a_comparison_leaves_the_evaluations_as_they_are(tmp_path, capsys):
     assert "+0.000 (no patient on which they differ)" in capsys.readouterr().out
 
 
+def test_a_finding_s_name_is_no_command_to_the_terminal(tmp_path, capsys):
+    """Of a stranger's predictions: it cleared the screen and renamed the window."""
+    made = side(drawn(1))
+    series = [replace(s, finding=f"\x1b[2J\x1b]0;owned\x07\u202e{s.finding}") for s in made.series]
+    save_predictions(replace(made, series=series), tmp_path / FILE)
+    assert main(["compare", str(tmp_path), "--with", str(tmp_path), "--bootstrap", "5"]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b[2J\x1b]0;owned\x07\u202e" in said
+    assert not set(said) & set("\x1b\x07\u202e")
+
+
 def test_no_file_of_another_kind_is_replaced_by_a_comparison(tmp_path, capsys):
     save_predictions(side(drawn(0)), tmp_path / FILE)
     results = tmp_path / "results.json"

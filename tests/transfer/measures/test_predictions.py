@@ -113,6 +113,26 @@ def test_files_that_are_none_or_hold_no_numbers_are_refused(tmp_path):
             load_predictions(path)
 
 
+@pytest.mark.parametrize("name", ["row_index", "method", "finding", "measure", "score", "patient"])
+def test_a_stranger_s_file_of_other_types_is_refused_and_breaks_nothing(name, tmp_path):
+    """Each ended `mlip compare` by a traceback: of numpy, of Arrow, or where lines are written."""
+    path = tmp_path / FILE
+    save_predictions(drawn(), path)
+    whole = pa.parquet.read_table(path)
+    place, n = whole.schema.names.index(name), len(whole)
+    first = whole[name].slice(0, 1).to_pylist()
+    gap = pa.array([None, *first * (n - 1)])
+    for values in (pa.array([[1]] * n), pa.array([{"a": 1}] * n), pa.nulls(n), gap):
+        pa.parquet.write_table(whole.set_column(place, name, values), path)
+        with pytest.raises(PredictionsError, match=r"is no file of predictions: expected"):
+            load_predictions(path)
+    facts = json.loads(whole.schema.metadata[b"mlip"])
+    for other in (json.dumps({**facts, "split": ["test"]}), "[" * 100_000):
+        pa.parquet.write_table(whole.replace_schema_metadata({"mlip": other}), path)
+        with pytest.raises(PredictionsError, match="is no file of predictions"):
+            load_predictions(path)
+
+
 def test_an_evaluation_keeps_every_image_s_scores_and_names_nobody(tmp_path):
     """Two images a patient: of either the first row of the manifest stands for the patient."""
     settings = write(tmp_path, patient_id=lambda i: f"PATIENT-SECRET-{i // 5 * 5 + min(i % 5, 3)}")
