@@ -6,9 +6,11 @@ NLMCXR_reports.tgz, NLMCXR_png.tgz, NLMCXR_dcm.tgz.
 
 from __future__ import annotations
 
+import gzip
 import re
 import tarfile
 import xml.etree.ElementTree as ET
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ ACCESS = (
 )
 _STUDY = re.compile(r"^(?:CXR)?(\d+)_(?:\d+_)?")
 _MAX_XML_BYTES = 1 << 20
+_MAX_SECTIONS = 64  # real ones have four; nested ones would each be read with all within them
 _MAX_MEMBERS = 100_000
-_MAX_TOTAL_BYTES = 1 << 30
+_MAX_TOTAL_BYTES = 1 << 28  # of 4,000 reports of some kB, headers of members included
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Report:
 def parse_report(content: bytes, name: str) -> Report:
     """The report of one XML file.
 
-    Raises:  DatasetError naming the file where it is no XML, declares entities, or names no study.
+    Raises:  DatasetError naming the file where it is no XML, declares entities, names no study, or
+             has more sections than any report.
     """
     try:
         _refuse_document_type(content, name)
@@ -62,8 +66,11 @@ def parse_report(content: bytes, name: str) -> Report:
     study = tree.find("uId")
     if study is None or not study.get("id"):
         raise DatasetError(f"{name}: has no uId: expected a report of Open-i")
+    sections = list(tree.iter("AbstractText"))
+    if len(sections) > _MAX_SECTIONS:
+        raise DatasetError(f"{name}: has {len(sections)} sections: no report of Open-i does")
     text: dict[str, str] = {}
-    for node in tree.iter("AbstractText"):
+    for node in sections:
         text[node.get("Label", "").upper()] = " ".join("".join(node.itertext()).split())
     return Report(
         study_id=study.get("id", ""),
@@ -83,6 +90,22 @@ def _refuse_document_type(content: bytes, name: str) -> None:
     parser = expat.ParserCreate()
     parser.StartDoctypeDeclHandler = refuse
     parser.Parse(content, True)
+
+
+class _Capped(gzip.GzipFile):
+    """A stream that ends in an error: tarfile takes a member's further headers whole into memory,
+    whatever size they state."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        super().__init__(path)
+        self._error, self._left = error, _MAX_TOTAL_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise self._error
+        return content
 
 
 def read_reports(root: Path) -> Iterator[Report]:
@@ -105,15 +128,17 @@ def read_reports(root: Path) -> Iterator[Report]:
         raise DatasetError(
             f"{root}: neither NLMCXR_reports.tgz nor ecgen-radiology/ found. It is part of {ACCESS}"
         )
-    total = 0
+    too_much = DatasetError(
+        f"{archive}: more or larger members than it should hold: fetch it again"
+    )
     try:
-        with tarfile.open(archive, "r|gz") as stream:
+        with (
+            _Capped(archive, too_much) as unpacked,
+            tarfile.open(fileobj=unpacked, mode="r|") as stream,
+        ):
             for count, member in enumerate(stream):
-                total += member.size
-                if count > _MAX_MEMBERS or total > _MAX_TOTAL_BYTES:
-                    raise DatasetError(
-                        f"{archive}: more or larger members than it should hold: fetch it again"
-                    )
+                if count > _MAX_MEMBERS:
+                    raise too_much
                 if not member.isreg() or not member.name.endswith(".xml"):
                     continue
                 if member.size > _MAX_XML_BYTES:
@@ -124,7 +149,8 @@ def read_reports(root: Path) -> Iterator[Report]:
                 inside = stream.extractfile(member)
                 assert inside is not None
                 yield parse_report(inside.read(), f"{archive}: {member.name}")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    # a member may have a thousand headers, each read within the one before
+    except (tarfile.TarError, OSError, EOFError, zlib.error, RecursionError) as error:
         raise DatasetError(f"{archive}: damaged ({type(error).__name__}): fetch it again") from None
 
 

@@ -5,7 +5,9 @@ Oracle: the shares that each collector's docstring states; fakes of the publishe
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mlip.dataloading.datasets import DATASETS
-from mlip.dataloading.datasets.open_i import parse_report
+from mlip.dataloading.datasets.open_i import parse_report, read_reports
 from mlip.dataloading.datasets.rows import Collected, DatasetError
 from tests import raw_layouts, report_layouts
 from tests.raw_layouts import by_id, collect, image, table
@@ -138,6 +140,31 @@ def test_open_i_counts_what_it_leaves_out(tmp_path: Path) -> None:
     assert parse_report(study, "a.xml").study_id == "CXR1"
     with pytest.raises(DatasetError, match=r"^a\.xml: declares a document type"):
         parse_report(b"<!DOCTYPE eCitation>" + study, "a.xml")
+    # each read with all within it took 20 s a file of 0.9 MB
+    nested = study.replace(b"</e", b"<AbstractText>x" * 65 + b"</AbstractText>" * 65 + b"</e")
+    with pytest.raises(DatasetError, match=r"^a\.xml: has 65 sections"):
+        parse_report(nested, "a.xml")
+
+
+@pytest.mark.parametrize("kind", ["large header", "many headers", "large member", "many members"])
+def test_an_open_i_archive_that_unpacks_to_more_than_it_should_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further header of some kB was taken whole into memory, as many GB as it stated."""
+    monkeypatch.setattr("mlip.dataloading.datasets.open_i._MAX_TOTAL_BYTES", 4 << 20)
+    monkeypatch.setattr("mlip.dataloading.datasets.open_i._MAX_MEMBERS", 3)
+    size = (8 << 20) if kind.startswith("large") else 512
+    member = tarfile.TarInfo("a.txt")
+    member.type = tarfile.XHDTYPE if kind.endswith("header") else tarfile.REGTYPE
+    member.type = tarfile.GNUTYPE_LONGNAME if kind == "many headers" else member.type
+    member.size = size
+    count = {"many headers": 3000, "many members": 9}.get(kind, 1)
+    with gzip.open(tmp_path / "NLMCXR_reports.tgz", "wb") as file:
+        file.write((member.tobuf() + bytes(size)) * count)
+        file.write(bytes(1024))
+    told = r"damaged \(" if kind == "many headers" else "more or larger members"
+    with pytest.raises(DatasetError, match=f"NLMCXR_reports.tgz: {told}"):
+        list(read_reports(tmp_path))
 
 
 def test_labels_without_boxes_and_boxes_without_labels(tmp_path: Path) -> None:
