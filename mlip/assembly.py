@@ -33,7 +33,7 @@ from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
+from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, linker_of
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.machine import limit_reached
 from mlip.model import MLIPModel
@@ -129,7 +129,7 @@ def open_corpus(config: Config, start: Pretrained | None = None) -> Corpus:
             _warn_of_language(manifest)
     if len(table) > _MANY_CONCEPTS:
         logger.info("knowledge: building the linker of %d concepts", len(table))
-    linker = Linker(table)
+    linker = linker_of(table)
     sentences = _check_evaluation(config, manifest, linker, table)
     tokenizer = open_tokenizer(config, manifest, start)
     check_sentences(sentences, config, tokenizer, linker, table)

@@ -33,7 +33,7 @@ from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
 from mlip.knowledge.concept_files import KEPT, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import Linker
+from mlip.knowledge.linker import linker_of
 from mlip.model import MLIPModel
 from mlip.model_card import model_card
 from mlip.model_facts import kept_origin, knowledge_of, scores_of, sizes_of
@@ -206,7 +206,7 @@ def from_pretrained(
     model = model_with(config, described["vocab_size"], weights, str(folder / WEIGHTS)).to(device)
     facts = {**described["facts"], "checkpoint": str(folder)}
     origin = kept_origin(described.get("origin"), config)
-    return Pretrained(model, config, tokenizer, table, Linker(table), facts, origin=origin)
+    return Pretrained(model, config, tokenizer, table, linker_of(table), facts, origin=origin)
 
 
 def open_inputs(

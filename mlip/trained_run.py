@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.knowledge.concept_files import KEPT, load_concepts_of_run
-from mlip.knowledge.linker import Linker
+from mlip.knowledge.linker import linker_of
 from mlip.model import MLIPModel
 from mlip.model_facts import origin_of
 from mlip.pretrained_agreement import check_concepts, read_config
@@ -78,7 +78,7 @@ def open_run(
                 *(folder, by, weights_of),
             )
     return Pretrained(
-        *(model.to(device), config, tokenizer, table, Linker(table), facts),
+        *(model.to(device), config, tokenizer, table, linker_of(table), facts),
         prototypes=tensors.get("losses.category.prototypes"),
         origin=origin,
     )

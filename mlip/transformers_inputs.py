@@ -24,7 +24,7 @@ from mlip.config import Config
 from mlip.dataloading.reports import ReportTokenizer
 from mlip.knowledge.concept_files import KEPT, write_table
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import Linker
+from mlip.knowledge.linker import linker_of
 from mlip.pretrained import open_inputs, read_settings
 from mlip.pretrained_folder import SETTINGS, SUMS, WEIGHTS, check_sums
 from mlip.pretrained_weights import PretrainedError
@@ -158,7 +158,7 @@ class MLIPTokenizer(PreTrainedTokenizerFast):
             **tokenizer.special,
         )
         self._described, self._settings, self._words = described, config, tokenizer
-        self._encoder = phrase_encoder(config, tokenizer, Linker(table), table)
+        self._encoder = phrase_encoder(config, tokenizer, linker_of(table), table)
 
     def __call__(
         self,

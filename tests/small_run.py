@@ -16,7 +16,7 @@ from mlip.dataloading.phantom_dataset import write_dataset
 from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
-from mlip.knowledge.linker import Linker
+from mlip.knowledge.linker import Linker, linker_of
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import save_pretrained
@@ -85,7 +85,7 @@ def small_run() -> SmallRun:
         vocab_size=tokenizer.vocab_size,
         concept_vectors=knowledge_vectors(table, config.knowledge),
     ).eval()
-    return SmallRun(folder, settings, config, manifest, tokenizer, table, Linker(table), model)
+    return SmallRun(folder, settings, config, manifest, tokenizer, table, linker_of(table), model)
 
 
 @cache

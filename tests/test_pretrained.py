@@ -435,7 +435,9 @@ def test_towers_that_came_from_a_folder_are_described_by_their_size(tmp_path: Pa
 def test_open_checkpoint_reads_an_export_and_says_what_it_expects(
     folder: Path, tmp_path: Path
 ) -> None:
-    assert open_checkpoint(folder).facts["checkpoint"] == str(folder)
+    opened = open_checkpoint(folder)
+    assert opened.facts["checkpoint"] == str(folder)
+    assert opened.linker is small_run().linker  # of the same table: built once
     with pytest.raises(PretrainedError, match="expected a run folder"):
         open_checkpoint(tmp_path / "nowhere")
 

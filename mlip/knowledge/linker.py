@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import ahocorasick
 
@@ -325,7 +326,21 @@ def link(text: str) -> list[Mention]:
 @lru_cache(maxsize=1)
 def default_linker() -> Linker:
     """The linker of the project's own lexicon, built once a process."""
-    return Linker(load_concepts(None))
+    return linker_of(load_concepts(None))
+
+
+_HELD: WeakValueDictionary[str, Linker] = WeakValueDictionary()
+
+
+def linker_of(table: ConceptTable) -> Linker:
+    """The linker of a table: one for all tables of the same content, as long as someone holds it.
+
+    A run and the evaluation after it read the table each, and each linker takes 0.3 s to build.
+    """
+    linker = _HELD.get(table.fingerprint)
+    if linker is None:
+        linker = _HELD[table.fingerprint] = Linker(table)
+    return linker
 
 
 def lexicon_words() -> frozenset[str]:

@@ -6,12 +6,14 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
-from mlip.knowledge.linker import Linker, Mention, default_linker, link
+from mlip.knowledge.cues import english_cues
+from mlip.knowledge.linker import Linker, Mention, default_linker, link, linker_of
 
 
 def states(text: str) -> dict[str, str]:
@@ -293,6 +295,22 @@ def test_semantic_types_can_be_left_out():
     assert [m.concept_id for m in quiet.link(text)] == ["pleural_effusion"]
     with pytest.raises(ValueError, match="wualifier"):
         Linker(table, leave_out=("wualifier",))
+
+
+def test_tables_of_equal_content_share_a_linker_until_nobody_holds_it():
+    concepts = [Concept(id="a", name="blue sign")]
+    held = linker_of(ConceptTable(concepts))
+    assert linker_of(ConceptTable(concepts, provenance={"source": "elsewhere"})) is held
+    more = linker_of(ConceptTable([Concept(id="a", name="blue sign", synonyms=("cyan mark",))]))
+    cues = {**english_cues(), "negation_before": ("sans",)}
+    denied = linker_of(ConceptTable(concepts, cues=cues))
+    text = "Sans blue sign, no cyan mark."
+    assert [(m.concept_id, m.state) for m in held.link(text)] == [("a", "present")]
+    assert [(m.concept_id, m.state) for m in more.link(text)] == [("a", "present"), ("a", "absent")]
+    assert [(m.concept_id, m.state) for m in denied.link(text)] == [("a", "absent")]
+    gone = weakref.ref(held)
+    del held
+    assert gone() is None
 
 
 def test_a_term_that_no_report_can_match_is_an_error_that_names_it():
