@@ -1,14 +1,16 @@
 """Start the gloo ranks of a test, raise what one of them raised, and let all leave safely.
 
-Needs nothing but torch, so that machines which only run the kernels' tests have it too.
+Needs nothing but torch, so that machines which only run the kernels' tests have it too. Ranks are
+forks of the server of tests/rank_farm.py, which imports what that machine has.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 PEER_S = 5
+multiprocessing.set_forkserver_preload(["tests.rank_farm_imports"])
 
 
-def _run_rank(rank: int, work: Callable[[int, Path], None], folder: Path, world: int) -> None:
+def _run_rank(
+    rank: int,
+    work: Callable[[int, Path], None],
+    folder: Path,
+    world: int,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.clear()  # a fork has that of the moment in which its server started
+    os.environ.update(environment)
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -41,14 +52,19 @@ def _run_rank(rank: int, work: Callable[[int, Path], None], folder: Path, world:
 
 
 def start_ranks(
-    work: Callable[[int, Path], None], folder: Path, world: int = 2
+    work: Callable[[int, Path], None], folder: Path, world: int = 2, *, is_fresh: bool = False
 ) -> Callable[[], None]:
     """Start `work(rank, folder)` in `world` processes with a gloo group.
 
+    is_fresh  each with an interpreter of its own, which has imported nothing of this project
     Returns: a function that waits for all; it raises what a rank raised, with the traceback.
     """
     ranks = mp.start_processes(
-        _run_rank, args=(work, folder, world), nprocs=world, join=False, start_method="spawn"
+        _run_rank,
+        args=(work, folder, world, dict(os.environ)),
+        nprocs=world,
+        join=False,
+        start_method="spawn" if is_fresh else "forkserver",
     )
 
     def finish() -> None:
@@ -63,7 +79,9 @@ def save_result(result: Any, rank: int, folder: Path) -> None:
     torch.save(result, folder / f"rank{rank}.pt")
 
 
-def results_of_ranks(work: Callable[[int, Path], None], folder: Path, world: int = 2) -> list[Any]:
+def results_of_ranks(
+    work: Callable[[int, Path], None], folder: Path, world: int = 2, *, is_fresh: bool = False
+) -> list[Any]:
     """What every rank's `work` left with `save_result`, in rank order."""
-    start_ranks(work, folder, world)()
+    start_ranks(work, folder, world, is_fresh=is_fresh)()
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

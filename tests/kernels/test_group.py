@@ -213,7 +213,7 @@ def _clip_of_three_ranks() -> str:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return results_of_ranks(_work, tmp_path_factory.mktemp("ranks"), WORLD)
+    return results_of_ranks(_work, tmp_path_factory.mktemp("ranks"), WORLD, is_fresh=True)
 
 
 def _assert_one_process(
