@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 import types
@@ -72,10 +73,16 @@ def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+@functools.cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    """Field -> its type; Python compiles each hint anew at every call, most of a config's time."""
+    return typing.get_type_hints(cls)
+
+
 def all_keys(cls: Any, path: str = "") -> list[str]:
     """Every dotted key of a dataclass and the dataclasses inside it."""
     keys = []
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in _hints(cls).items():
         keys.append(f"{path}{name}")
         if dataclasses.is_dataclass(kind):
             keys += all_keys(kind, f"{path}{name}.")
@@ -87,7 +94,7 @@ def check_keys(
 ) -> None:
     """Raise ConfigError for a key that `cls` lacks, naming the nearest one of `root`."""
     root = cls if root is None else root
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in tree.items():
         full = f"{path}{key}"
         if key not in hints:
@@ -121,7 +128,7 @@ def _likeness(given: str, name: str) -> float:
 
 def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
     """An instance of `cls` from a checked tree; absent keys keep their defaults."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
     return cls(**values)
 
