@@ -343,6 +343,7 @@ def linker_of(table: ConceptTable) -> Linker:
     return linker
 
 
+@lru_cache(maxsize=1)
 def lexicon_words() -> frozenset[str]:
     """Every word of the project's own lexicon: terms, cues, definitions, plurals; lower case."""
     table = load_concepts(None)
