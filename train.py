@@ -53,8 +53,6 @@ from mlip.transfer.fingerprint import (
     versions,
 )
 from mlip.transfer.results_file import save_results
-from mlip.transfer.trained_heads import is_local_trained
-from mlip.transfer.trained_on import Training
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -163,16 +161,9 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
 def evaluate(config: Config, corpus: Corpus) -> None:
     """Score the run's checkpoint, read back from disk, and write its page."""
     folder = Path(config.run.dir)
-    opened = open_checkpoint(
-        folder, device=distributed.device(), weights_of=config.evaluate.weights
-    )
-    results = evaluate_run(
-        *(opened.model, config, corpus.manifest, opened.tokenizer, opened.linker, opened.table),
-        device=distributed.device(),
-        run={**opened.facts, "is_local_trained": is_local_trained(opened)},
-        prototypes=opened.prototypes,
-        training=Training.of(opened),
-    )
+    device = distributed.device()
+    opened = open_checkpoint(folder, device=device, weights_of=config.evaluate.weights)
+    results = evaluate_run(opened, config, corpus.manifest, device=device)
     save_results(results, folder / "results.json")
     print(f"report: {write_report(folder, results)}")
 

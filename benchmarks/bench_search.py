@@ -59,7 +59,7 @@ def quality(run: Path, folder: Path) -> list[dict[str, Any]]:
     opened, manifest = open_checkpoint(run), load_manifest(config.data)
     write_embeddings(
         *(opened, config, manifest, folder),
-        **{"split": "test", "with_patches": False, "images_only": True, "device": "cpu"},
+        **{"split": "test", "with_patches": False, "images_only": True},
     )
     archive = Archive(folder)
     rows = manifest.rows("test", with_report=False)
@@ -83,7 +83,7 @@ def quality(run: Path, folder: Path) -> list[dict[str, Any]]:
         right = [of[name] for name in names]
         plain = precision(search(archive, queries, MOST), right)
         hits = search(archive, queries, RERANKED)
-        again, _ = reranked(opened, config, manifest, queries, hits, MOST, device="cpu")
+        again, _ = reranked(opened, config, manifest, queries, hits, MOST)
         found.append({"query": kind, "precision": plain, "reranked": precision(again, right)})
     films = [(name, int(row)) for name in names for row in of[name][:OWN_FILMS]]
     hits = search(archive, ask_rows([row for _, row in films], archive), MOST)

@@ -29,8 +29,6 @@ def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
-    from mlip.transfer.trained_heads import is_local_trained
-    from mlip.transfer.trained_on import Training
 
     config = read_settings(options.settings)
     device = pick_device(options.device)
@@ -43,18 +41,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         evaluate_transfer(config, folder, device=device)
         return 0
     opened, config = open_with_settings(config, device)
-    results = evaluate_run(
-        opened.model,
-        config,
-        load_manifest(config.data),
-        opened.tokenizer,
-        opened.linker,
-        opened.table,
-        device=device,
-        run={**opened.facts, "is_local_trained": is_local_trained(opened)},
-        prototypes=opened.prototypes,
-        training=Training.of(opened),
-    )
+    results = evaluate_run(opened, config, load_manifest(config.data), device=device)
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)
     print(printed(summary_lines(results)))

@@ -72,7 +72,6 @@ def run_embed(options: argparse.Namespace) -> int:
         split=split,
         with_patches=options.patches,
         images_only=options.images,
-        device=device,
         form=options.format,
         say=print,
     )
@@ -127,14 +126,10 @@ def run_search(options: argparse.Namespace) -> int:
     hits = search_table.search(archive, queries, most, among=options.among, groups=groups)
     bad: dict[int, str] = {}
     if options.rerank:
-        hits, bad = search_table.reranked(
-            opened, config, manifest, queries, hits, options.top, device=device
-        )
+        hits, bad = search_table.reranked(opened, config, manifest, queries, hits, options.top)
     shown: Any = None
     if page:  # before the table: where no film can be read, earlier answers stay
-        shown, unseen = search_table.pictures(
-            opened, config, manifest, queries, hits, device=device
-        )
+        shown, unseen = search_table.pictures(opened, config, manifest, queries, hits)
     count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print(printed([*lines, f"{out}: {count} answers"]))
@@ -190,11 +185,9 @@ def run_outliers(options: argparse.Namespace) -> int:
         config, device, by_patient=bool(options.fit) or split != "all"
     )
     if options.fit:
-        print(write_reference(opened, config, manifest, made, split=split, device=device))
+        print(write_reference(opened, config, manifest, made, split=split))
         return 0
-    table = write_outliers(
-        opened, config, manifest, Path(options.reference), made, split=split, device=device
-    )
+    table = write_outliers(opened, config, manifest, Path(options.reference), made, split=split)
     print(printed(table))
     return 0
 
@@ -227,10 +220,7 @@ def run_classify(options: argparse.Namespace) -> int:
     else:
         question = ask_names(options.finding, opened, config.evaluate)
     table = write_classification(
-        *(opened, config, manifest, question, out),
-        split=options.split,
-        head=head,
-        device=device,
+        opened, config, manifest, question, out, split=options.split, head=head
     )
     print(printed([*table, "Not for clinical use."]))
     return 0

@@ -212,7 +212,7 @@ class MLIPForTransformers(PreTrainedModel):
         self, pixel_values: Tensor, texts: Mapping[str, Tensor]
     ) -> tuple[ImageFeatures, TextBank]:
         images = encode_pixels(self.opened, pixel_values)
-        return images, encode_texts(self.mlip, self._text_batch(True, **texts), device=self.device)
+        return images, encode_texts(self.mlip, self._text_batch(True, **texts))
 
     def _encode_image(self, pixel_values: Tensor) -> ImageFeatures:
         return self.mlip.encode_image(pixel_values.to(self.device, self.dtype))

@@ -471,8 +471,7 @@ def test_subgroups_are_those_that_an_evaluation_gives(tmp_path: Path) -> None:
             small.config.evaluate, subgroups={"view": []}, thresholds=False
         ),
     )
-    parts = (small.model, config, small.manifest, small.tokenizer, small.linker, small.table)
-    results = evaluate_run(*parts)
+    results = evaluate_run(small, config, small.manifest)
     (found,) = results["zero_shot"]["subgroups"]
     rows = _rows(_card(_save(tmp_path / "model", results)), "By subgroup")[1:]
     assert found["groups"] and [row[:3] for row in rows] == [

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
-from mlip.config import Data
-from mlip.dataloading.loader import Loader
+from mlip.config import Config, Data
+from mlip.dataloading.loader import Loader, build_loader
+from mlip.dataloading.manifest import Manifest
 from mlip.transfer.array import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.
 CHUNK_BYTES = 96 * 2**20
+ROWS_AT_ONCE = 128
 
 
 _Features = TypeVar("_Features", TextFeatures, KnowledgeFeatures)
@@ -76,9 +78,15 @@ class TextBank:
         )
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the model's inputs have to be; what it gives comes back to the CPU."""
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
-def encode_texts(model: Any, batch: Batch | Any, *, device: torch.device) -> TextBank:
+def encode_texts(model: Any, batch: Batch | Any) -> TextBank:
     """A TextBank on the CPU from anything with a Batch's text fields."""
+    device = device_of(model)
     ids, mask = batch.token_ids.to(device), batch.token_mask.to(device)
     content = batch.content_mask.to(device)
     text = model.encode_text(ids, mask, content)
@@ -89,13 +97,11 @@ def encode_texts(model: Any, batch: Batch | Any, *, device: torch.device) -> Tex
 
 
 @torch.no_grad()
-def encode_images(
-    model: Any, batch: Batch, *, mean: float, std: float, device: torch.device
-) -> ImageBank:
-    """An ImageBank on the CPU; mean and std, which the loader took out, are for its pictures."""
-    image = model.encode_image(batch.image.to(device))
+def encode_images(model: Any, batch: Batch, data: Data) -> ImageBank:
+    """An ImageBank on the CPU; its pictures get back what the loader took out."""
+    image = model.encode_image(batch.image.to(device_of(model)))
     # channels repeat one grey image, so the first is the picture
-    grey = (batch.image[:, 0].float().cpu() * std + mean).clamp(0.0, 1.0)
+    grey = (batch.image[:, 0].float().cpu() * data.std + data.mean).clamp(0.0, 1.0)
     return ImageBank(
         features=ImageFeatures(
             embedding=image.embedding.float().cpu(),
@@ -107,27 +113,42 @@ def encode_images(
     )
 
 
-def encoded(
-    model: Any, loader: Loader, data: Data, device: torch.device
-) -> Iterator[tuple[Batch, ImageBank, TextBank]]:
+def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows: Array) -> Loader:
+    """Batches of these rows of the split as the model reads them, in their order.
+
+    Films that `mlip prepare` refuses as too dark are bad: the model would see black, and answer.
+    """
+    return build_loader(
+        config,
+        manifest,
+        split=split,
+        train=False,
+        tokenizer=opened.tokenizer,
+        linker=opened.linker,
+        table=opened.table,
+        with_report=False,
+        rows=rows,
+        global_pairs=min(ROWS_AT_ONCE, max(1, len(rows))),
+        refuses_dark=True,
+    )
+
+
+def encoded(model: Any, loader: Loader, data: Data) -> Iterator[tuple[Batch, ImageBank, TextBank]]:
     """Each batch of the loader that has a row, with its features; the loader is closed."""
     try:
         for batch in loader:
             if len(batch):
-                images = encode_images(model, batch, mean=data.mean, std=data.std, device=device)
-                yield batch, images, encode_texts(model, batch, device=device)
+                yield batch, encode_images(model, batch, data), encode_texts(model, batch)
     finally:
         loader.close()
 
 
-def encoded_images(
-    model: Any, loader: Loader, data: Data, device: torch.device
-) -> Iterator[ImageBank]:
+def encoded_images(model: Any, loader: Loader, data: Data) -> Iterator[ImageBank]:
     """The images of each batch of the loader that has a row; the loader is closed."""
     try:
         for batch in loader:
             if len(batch):
-                yield encode_images(model, batch, mean=data.mean, std=data.std, device=device)
+                yield encode_images(model, batch, data)
     finally:
         loader.close()
 
@@ -182,7 +203,7 @@ def global_scores(images: Tensor, texts: TextBank) -> Array:
 
 
 @torch.no_grad()
-def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.device) -> Array:
+def local_scores(model: Any, patches: Tensor, texts: TextBank) -> Array:
     """The token-knowledge-patch score S of method.md section 4, [images, texts] float64.
 
     In chunks of images, so that the similarities of a thousand images with a pool of reports do
@@ -191,6 +212,7 @@ def local_scores(model: Any, patches: Tensor, texts: TextBank, *, device: torch.
     count = texts.content_mask.shape[1] + texts.knowledge.mask.shape[1]
     per_image = max(1, patches.shape[1] * count * len(texts) * 4)
     step = max(1, CHUNK_BYTES // per_image)
+    device = device_of(model)
     text = _each(texts.text, lambda tensor: tensor.to(device))
     knowledge = _each(texts.knowledge, lambda tensor: tensor.to(device))
     content = texts.content_mask.to(device)

@@ -308,32 +308,18 @@ def test_real_data_shows_neither_text_nor_names_of_files(tmp_path: Path) -> None
 
 def _examples_of_real_data() -> dict:
     from mlip.transfer.alignment.chosen_rows import choose_rows
-    from mlip.transfer.alignment.evaluation import encode_split
+    from mlip.transfer.alignment.encoded_split import encode_split
 
     run = small_run()
-    import torch
-
-    device = torch.device("cpu")
-    rows = choose_rows(run.config, run.manifest)
-    images, reports, beside, _ = encode_split(
-        run.model, run.config, run.manifest, rows, run.tokenizer, run.linker, run.table, device
-    )
+    split = encode_split(run, run.manifest, choose_rows(run.config, run.manifest))
     return collect_examples(
-        run.model,
-        run.config,
-        run.manifest,
-        images,
-        reports,
-        np.flatnonzero(beside["has_text"]),
-        beside["pair_id"],
+        *(run, run.manifest, split),
         queries=[],
         phrases=[],
         maps=None,
         boxes={},
         names={},
-        tokenizer=run.tokenizer,
-        shows_text=False,
-        shows_id=False,
+        is_phantom=False,
     )
 
 

@@ -129,6 +129,6 @@ def test_an_evaluation_from_files_scores_what_one_in_memory_scores(
 ) -> None:
     monkeypatch.setattr(feature_store, "IN_MEMORY", 0.0)
     run, expected = small_run(), small_results()
-    found = evaluate_run(run.model, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+    found = evaluate_run(run, run.config, run.manifest)
     for part in ("data", "zero_shot", "retrieval", "grounding", "knowledge"):
         assert found[part] == expected[part]

@@ -14,7 +14,7 @@ import torch
 from mlip.cli import main
 from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import ManifestError
-from mlip.transfer.alignment.evaluation import encode_split
+from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
 from mlip.transfer.fits.detection import warp_boxes
 from mlip.transfer.fits.encoder import Encoder
@@ -94,16 +94,7 @@ def test_masks_and_boxes_are_framed_at_the_side_and_the_fit_asked_for() -> None:
 def test_an_encoder_sees_the_pixels_of_pre_training() -> None:
     run = small_run()
     rows = run.manifest.rows("test", with_report=False)[:4]
-    bank, _, _, _ = encode_split(
-        run.model,
-        run.config,
-        run.manifest,
-        rows,
-        run.tokenizer,
-        run.linker,
-        run.table,
-        torch.device("cpu"),
-    )
+    bank = encode_split(run, run.manifest, rows).images
     images = Images(run.config, run.manifest, None)
     try:
         pixels = Crops(run.config, images, train=False, seed=0).batch(rows, 0)

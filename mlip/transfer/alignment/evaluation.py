@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlip.config import Config, to_dict
-from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.progress import Progress
 from mlip.precision import precision_on
 from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
+from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.alignment.grounding import POINTING, evaluate_grounding
 from mlip.transfer.alignment.patch_maps import PhraseMaps
-from mlip.transfer.alignment.prompts import encode_prompts, warn_of_unknown_words
+from mlip.transfer.alignment.prompts import encode_asked
 from mlip.transfer.alignment.prototypes import prototype_statistics
 from mlip.transfer.alignment.queries import make_prior, make_queries
 from mlip.transfer.alignment.retrieval import AMONG
@@ -34,18 +31,12 @@ from mlip.transfer.alignment.retrieval_run import retrieval_run
 from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.alignment.zero_shot_run import zero_shot_run
 from mlip.transfer.array import Array
-from mlip.transfer.feature_store import FeatureStore
-from mlip.transfer.features import (
-    ImageBank,
-    TextBank,
-    encoded,
-    require_finite,
-)
+from mlip.transfer.features import device_of
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
 from mlip.transfer.measures.mark_subgroups import mark_subgroups
 from mlip.transfer.measures.predictions import Series, of_marks, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings
-from mlip.transfer.trained_heads import learns_local
+from mlip.transfer.trained_heads import is_local_trained
 from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
@@ -56,23 +47,11 @@ SCHEMA = 1
 
 
 def evaluate_run(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    tokenizer: Any,
-    linker: Any,
-    table: Any,
-    *,
-    device: torch.device | str = "cpu",
-    run: Mapping[str, Any] | None = None,
-    prototypes: Tensor | None = None,
-    training: Training | None = None,
+    opened: Any, config: Config, manifest: Manifest, *, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """Every score of the model on config.evaluate.split.
+    """Every score of an open model (mlip.pretrained) on config.evaluate.split.
 
-    run      facts to keep with the numbers: step, pairs_seen, checkpoint, name, is_local_trained
-    prototypes  [C, D] of the category level, where the checkpoint holds them
-    training    what the checkpoint tells of the rows that it was trained on
+    config  the settings to evaluate by; those of `opened` are of its training
     Returns: {"schema", "run", "data", "zero_shot", "retrieval", "grounding", "knowledge",
              "prototypes", "pairs", "fingerprints", "versions", "config", "examples",
              "predictions"}; a task that
@@ -82,133 +61,50 @@ def evaluate_run(
     began = time.perf_counter()
     # rows without a usable report are no pairs, but their labels and boxes count
     manifest = dataclasses.replace(manifest, keep_without_report=True)
-    device = torch.device(device)
+    model, training = opened.model, Training.of(opened)
     was_training = bool(model.training)
     model.eval()
     try:
-        rows, results = _evaluate(
-            *(model, config, manifest, tokenizer, linker, table, device, prototypes, training)
-        )
+        asked = dataclasses.replace(opened, config=config)
+        rows, results = _evaluate(asked, manifest, training)
     finally:
         model.train(was_training)
     facts = {
         "name": run_name(config),
         "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
-        "device": str(device),
-        "precision": _precision(model, device),
-        "is_local_trained": learns_local(config.loss),
+        "device": str(torch.device(device)),
+        "precision": _precision(model),
+        "is_local_trained": is_local_trained(opened),
         "commit": source_commit(),
-        **(run or {}),
+        **opened.facts,
         "evaluation_seconds": round(time.perf_counter() - began, 1),
     }
     return {
         "schema": SCHEMA,
         "run": facts,
         **results,
-        "fingerprints": fingerprints(model, config, manifest, tokenizer, table, rows),
+        "fingerprints": fingerprints(model, config, manifest, opened.tokenizer, opened.table, rows),
         "versions": versions(),
         "config": to_dict(config),
     }
 
 
-@torch.no_grad()
-def encode_split(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    rows: Array,
-    tokenizer: Any,
-    linker: Any,
-    table: Any,
-    device: torch.device,
-) -> tuple[ImageBank, TextBank, dict[str, Array], dict[str, int]]:
-    """Images and reports of the rows, the per-row arrays tasks need beside them, and the rows whose
-    image cannot be read, or is too dark for `mlip prepare`, counted by reason.
-
-    Raises:  ValueError where features hold NaN or infinite values, or find no room.
-    """
-    loader = build_loader(
-        config,
-        manifest,
-        split=config.evaluate.split,
-        train=False,
-        tokenizer=tokenizer,
-        linker=linker,
-        table=table,
-        with_report=False,
-        rows=rows,
-        global_pairs=min(128, max(1, len(rows))),
-        refuses_dark=True,  # the model would see black, and be scored
-    )
-    store = FeatureStore(
-        len(rows), max_tokens=config.data.max_tokens, max_entities=config.data.max_entities
-    )
-    has_text: list[Array] = []
-    mentions: list[Array] = []
-    seen = 0
-    told = Progress("images and reports encoded")
-    for batch, image, text in encoded(model, loader, config.data, device):
-        require_finite(image, text)
-        store.add(image, text)
-        has_text.append(batch.content_mask.any(dim=1).numpy())
-        chosen = batch.entity_mask
-        report = chosen.nonzero()[:, 0] + seen
-        mentions.append(
-            np.stack([batch.entity_ids[chosen], batch.entity_state[chosen], report], axis=1)
-        )
-        seen += len(batch)
-        told(seen, len(rows))
-    images, texts = store.banks()
-    beside = {
-        # not the loader's, which knowledge.pair_id_by_concepts widens for training
-        "pair_id": manifest.pair_id[images.row_index],
-        "has_text": np.concatenate(has_text),
-        "mentions": np.concatenate(mentions),
-    }
-    return images, texts, beside, dict(Counter(loader.ledger.bad.values()))
-
-
-def _evaluate(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    tokenizer: Any,
-    linker: Any,
-    table: Any,
-    device: torch.device,
-    prototypes: Tensor | None,
-    training: Training | None,
-) -> tuple[Array, dict[str, Any]]:
+def _evaluate(opened: Any, manifest: Manifest, training: Training) -> tuple[Array, dict[str, Any]]:
     """(manifest rows that were scored, results)"""
+    config, model, table = opened.config, opened.model, opened.table
     check_labels(config, manifest)
     in_split = rows_in_split(config, manifest)
     rows = some_of(in_split, config)
     read_groupings(config, manifest, rows)  # refused before the images are encoded
-    seen = find_seen(config, manifest, [training] if training else [])
+    seen = find_seen(config, manifest, [training])
     # as well, where a file tells of boxes outside their images
     boxes = finding_boxes.load_boxes(config, manifest, rows.tolist())
-    images, reports, beside, unreadable = encode_split(
-        model, config, manifest, rows, tokenizer, linker, table, device
-    )
+    split = encode_split(opened, manifest, rows)
+    images, reports, with_text = split.images, split.reports, split.with_text
     meta = phantom_meta(manifest)
     patients = manifest.patient_key[images.row_index]
     is_phantom = meta is not None
-
-    def encode(phrases: list[str], cut: bool = False) -> TextBank:
-        warn_of_unknown_words(tokenizer, phrases)
-        return encode_prompts(
-            model,
-            phrases,
-            config=config,
-            tokenizer=tokenizer,
-            linker=linker,
-            table=table,
-            device=device,
-            cut=cut,
-        )
-
-    with_text = np.flatnonzero(beside["has_text"])
     oracle = generated.oracle(manifest, images.row_index[with_text]) if is_phantom else None
     masks = load_masks(config, manifest, images.row_index.tolist())
     annotations = Annotations(config, manifest)
@@ -217,14 +113,10 @@ def _evaluate(
     )
     # words of a report stand in no message
     holds_reports = any(query.kind == "phrase" for query in queries)
-    bank = encode(phrases, cut=holds_reports) if phrases else None
+    bank = encode_asked(opened, phrases, cut=holds_reports) if phrases else None
     maps = None if bank is None else PhraseMaps(model, images.features.patches, bank)
     groupings = read_groupings(config, manifest, images.row_index)
-    zero_shot, series = zero_shot_run(
-        *(model, config, annotations, images, patients, groupings, encode, linker, table),
-        is_phantom=is_phantom,
-        device=device,
-    )
+    zero_shot, series = zero_shot_run(opened, annotations, images, groupings, is_phantom=is_phantom)
 
     def keep(method: str, what: str, measure: str, places: Array, marks: Array) -> None:
         if method != "oracle":
@@ -236,18 +128,13 @@ def _evaluate(
             "rows_in_split": len(in_split),
             "rows_asked": len(rows),
             "images": len(images),
-            "unreadable": unreadable,
+            "unreadable": split.unreadable,
             "reports": len(with_text),
             "patients": len(np.unique(patients)),
             "trained_on": seen.of(images.row_index),
         },
         "zero_shot": zero_shot,
-        "retrieval": retrieval_run(
-            *(model, config, manifest, images, reports, with_text, beside["pair_id"]),
-            device=device,
-            oracle=oracle,
-            keep=keep,
-        ),
+        "retrieval": retrieval_run(opened, manifest, split, oracle=oracle, keep=keep),
         "grounding": {"reason": "no boxes.csv with boxes of these images beside the manifest"}
         if maps is None
         else evaluate_grounding(
@@ -263,26 +150,26 @@ def _evaluate(
             keep=keep,
         ),
         "knowledge": knowledge_statistics(
-            *(beside["mentions"], len(with_text), table, linker),
+            *(split.mentions, len(with_text), table, opened.linker),
             texts=(manifest.text(int(row)) for row in images.row_index[with_text]),
             most=config.data.max_entities,
         ),
         "prototypes": prototype_statistics(
-            prototypes,
+            opened.prototypes,
             {
-                "image": (images.features.embedding, beside["has_text"]),
-                "report": (reports.text.embedding, beside["has_text"]),
+                "image": (images.features.embedding, split.has_text),
+                "report": (reports.text.embedding, split.has_text),
                 "entities": (
                     reports.knowledge.present_mean,
                     reports.knowledge.has_present.numpy(),
                 ),
             },
-            beside["mentions"],
+            split.mentions,
             table,
             patients,
             config.run.seed,
         ),
-        "pairs": pair_statistics(config, manifest, tokenizer, linker, table),
+        "pairs": pair_statistics(config, manifest, opened.tokenizer, opened.linker, table),
     }
     for part, marks in _marks(series, names).items():
         found = results["retrieval"] if part == "retrieval" else results["grounding"][part]
@@ -292,32 +179,24 @@ def _evaluate(
             seed=config.run.seed,
         )
     results["examples"] = collect_examples(
-        model,
-        config,
-        manifest,
-        images,
-        reports,
-        with_text,
-        beside["pair_id"],
+        *(opened, manifest, split),
         queries=queries,
         phrases=phrases,
         maps=maps,
         boxes=boxes,
         names=names,
-        tokenizer=tokenizer,
-        shows_text=is_phantom or config.evaluate.show_text,
-        shows_id=is_phantom,
+        is_phantom=is_phantom,
     )
     results["predictions"] = predictions_of(
         *(series, config, manifest, config.evaluate.split, images.row_index),
-        precision=_precision(model, device),
+        precision=_precision(model),
     )
     return images.row_index, results
 
 
-def _precision(model: Any, device: torch.device) -> str:
+def _precision(model: Any) -> str:
     """What the towers compute in here: "bf16" or "fp32"."""
-    return precision_on(model.config.train.precision, device, is_training=False)
+    return precision_on(model.config.train.precision, device_of(model), is_training=False)
 
 
 def _marks(

@@ -16,11 +16,11 @@ import torch
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.reports import ReportEncoder
+from mlip.transfer.alignment.encoded_split import EncodedSplit
 from mlip.transfer.alignment.grounding import Query
 from mlip.transfer.alignment.patch_maps import PhraseMaps, Upsampler, pointed_pixel, token_maps
 from mlip.transfer.alignment.retrieval import first_right_rank, make_pools
-from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, TextBank, global_scores
+from mlip.transfer.features import ImageBank, global_scores
 from mlip.transfer.png_text import png_text
 from mlip.transfer.truth.finding_boxes import Box
 
@@ -34,42 +34,35 @@ def study_name(manifest: Manifest, row: int, shows_id: bool) -> str:
 
 
 def collect_examples(
-    model: Any,
-    config: Config,
+    opened: Any,
     manifest: Manifest,
-    images: ImageBank,
-    reports: TextBank,
-    with_text: Array,
-    pair_id: Array,
+    split: EncodedSplit,
     *,
     queries: Sequence[Query],
     phrases: Sequence[str],
     maps: PhraseMaps | None,
     boxes: Mapping[int, Sequence[Box]],
     names: Mapping[str, str],
-    tokenizer: Any,
-    shows_text: bool,
-    shows_id: bool,
+    is_phantom: bool,
 ) -> dict[str, Any]:
-    """What report/examples.py draws; every list may be empty."""
-    count = config.evaluate.examples
+    """What report/examples.py draws; every list may be empty.
+
+    is_phantom  generated studies show text and file names, others by evaluate.show_text alone
+    """
+    images, settings = split.images, opened.config.evaluate
+    shows_text = is_phantom or settings.show_text
 
     def study(i: int) -> str:
-        return study_name(manifest, int(images.row_index[i]), shows_id)
+        return study_name(manifest, int(images.row_index[i]), is_phantom)
 
     found: dict[str, Any] = {"shows_text": shows_text}
     found["grounding"] = (
         _grounding(images, queries, phrases, maps, names, study) if maps is not None else []
     )
     found["words"] = (
-        _words(model, config, manifest, images, reports, with_text, boxes, tokenizer, study)
-        if shows_text and count
-        else []
+        _words(opened, manifest, split, boxes, study) if shows_text and settings.examples else []
     )
-    found.update(
-        _retrieved(config, manifest, images, reports, with_text, pair_id, study, shows_text, count)
-    )
-    return found
+    return {**found, **_retrieved(opened.config, manifest, split, study, shows_text)}
 
 
 def _grounding(
@@ -120,20 +113,17 @@ def _grounding(
 
 
 def _words(
-    model: Any,
-    config: Config,
+    opened: Any,
     manifest: Manifest,
-    images: ImageBank,
-    reports: TextBank,
-    with_text: Array,
+    split: EncodedSplit,
     boxes: Mapping[int, Sequence[Box]],
-    tokenizer: Any,
     study: Any,
 ) -> list[dict[str, Any]]:
     """One study with two findings or more, its report word by word."""
+    images, tokenizer, data = split.images, opened.tokenizer, opened.config.data
     several = [
         i
-        for i in with_text.tolist()
+        for i in split.with_text.tolist()
         if len({b.finding for b in boxes.get(int(images.row_index[i]), ())}) >= 2
     ]
     if not several:
@@ -142,16 +132,12 @@ def _words(
     row = int(images.row_index[i])
     text = manifest.text(row)
     encoder = ReportEncoder(
-        tokenizer,
-        None,
-        None,
-        max_tokens=config.data.max_tokens,
-        max_entities=config.data.max_entities,
+        tokenizer, None, None, max_tokens=data.max_tokens, max_entities=data.max_entities
     )
     ids = encoder.compose(encoder.encode(text)).ids
-    bank = reports.rows(np.array([i]))
+    bank = split.reports.rows(np.array([i]))
     patches = images.features.patches[torch.tensor([i])]
-    heat = token_maps(model, patches, bank)[0].numpy()
+    heat = token_maps(opened.model, patches, bank)[0].numpy()
     shown: list[dict[str, Any]] = []
     seen: set[str] = set()
     for position, token in enumerate(ids.tolist()):
@@ -175,22 +161,16 @@ def _words(
 
 
 def _retrieved(
-    config: Config,
-    manifest: Manifest,
-    images: ImageBank,
-    reports: TextBank,
-    with_text: Array,
-    pair_id: Array,
-    study: Any,
-    shows_text: bool,
-    count: int,
+    config: Config, manifest: Manifest, split: EncodedSplit, study: Any, shows_text: bool
 ) -> dict[str, Any]:
+    images, with_text, count = split.images, split.with_text, config.evaluate.examples
     pools = make_pools(len(with_text), config.evaluate.retrieval_pool, config.run.seed)
     if not pools or len(pools[0]) < 2 or count == 0:
         return {"image_to_text": [], "text_to_image": []}
     rows = with_text[pools[0]]
-    scores = global_scores(images.features.embedding[torch.as_tensor(rows)], reports.rows(rows))
-    pairs = pair_id[rows]
+    image = images.features.embedding[torch.as_tensor(rows)]
+    scores = global_scores(image, split.reports.rows(rows))
+    pairs = split.pair_id[rows]
     ranks = first_right_rank(scores, pairs, pairs), first_right_rank(scores.T, pairs, pairs)
 
     def text(position: int) -> str | None:

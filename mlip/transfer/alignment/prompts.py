@@ -135,16 +135,7 @@ def phrase_encoder(config: Config, tokenizer: Any, linker: Any, table: Any) -> R
 
 
 def encode_prompts(
-    model: Any,
-    texts: Sequence[str],
-    *,
-    config: Config,
-    tokenizer: Any,
-    linker: Any,
-    table: Any,
-    device: torch.device,
-    cut: bool = False,
-    first: int = 0,
+    opened: Any, texts: Sequence[str], *, cut: bool = False, first: int = 0
 ) -> TextBank:
     """A TextBank of free texts; knowledge is linked from each text, negation included.
 
@@ -153,10 +144,16 @@ def encode_prompts(
     Raises:  TextError for a text that has no word the tokenizer can use, or is longer than the
              model reads.
     """
-    encoder = phrase_encoder(config, tokenizer, linker, table)
+    encoder = phrase_encoder(opened.config, opened.tokenizer, opened.linker, opened.table)
     parts = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk, before = texts[start : start + TEXTS_AT_ONCE], first + start
         batch = make_worded_batch(chunk, encoder, cut=cut, first=before)
-        parts.append(encode_texts(model, batch, device=device))
+        parts.append(encode_texts(opened.model, batch))
     return join_texts(parts)
+
+
+def encode_asked(opened: Any, phrases: Sequence[str], *, cut: bool = False) -> TextBank:
+    """encode_prompts of what an evaluation asks, told where the vocabulary lacks its words."""
+    warn_of_unknown_words(opened.tokenizer, phrases)
+    return encode_prompts(opened, phrases, cut=cut)

@@ -14,39 +14,32 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.transfer.alignment.encoded_split import EncodedSplit
 from mlip.transfer.alignment.large_retrieval import class_precision, whole_retrieval
 from mlip.transfer.alignment.retrieval import DIRECTIONS, evaluate_retrieval
-from mlip.transfer.alignment.zero_shot import combine
-from mlip.transfer.alignment.zero_shot_run import logit_scales
+from mlip.transfer.alignment.zero_shot_run import scores_by_head
 from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
 from mlip.transfer.measures.predictions import KeepMarks
 
 
 def retrieval_run(
-    model: Any,
-    config: Config,
+    opened: Any,
     manifest: Manifest,
-    images: ImageBank,
-    reports: TextBank,
-    with_text: Array,
-    pair_id: Array,
+    split: EncodedSplit,
     *,
-    device: torch.device,
     oracle: Callable[[Array], Array] | None,
     keep: KeepMarks,
 ) -> dict[str, Any]:
     """evaluate_retrieval of the images that have a report, with "whole", "by_class" and, where
     generated studies tell the truth, "oracle" beside its scores.
 
-    with_text  places of these images in the banks
-    pair_id    of every image of the banks
-    keep       gets what is right of each query, by its place in the banks
+    keep  gets what is right of each query, by its place in the banks
     """
-    rows, settings = images.row_index[with_text], config.evaluate
-    patients, pairs = manifest.patient_key[rows], pair_id[with_text]
+    config, with_text = opened.config, split.with_text
+    rows, settings = split.images.row_index[with_text], config.evaluate
+    patients, pairs = manifest.patient_key[rows], split.pair_id[with_text]
     found = evaluate_retrieval(
-        _PoolScores(model, images, reports, with_text, device, oracle),
+        _PoolScores(opened.model, split, oracle),
         pairs,
         patients,
         pool=settings.retrieval_pool,
@@ -58,7 +51,7 @@ def retrieval_run(
         # not a score of the model: the ceiling to read the others by
         found["oracle"] = found["scores"].pop("oracle")
     at = torch.as_tensor(with_text)
-    embeddings = images.features.embedding[at], reports.text.embedding[at]
+    embeddings = split.images.features.embedding[at], split.reports.text.embedding[at]
     found["whole"] = whole_retrieval(
         *embeddings,
         pair_id=pairs,
@@ -103,29 +96,14 @@ class _PoolScores:
     """Score matrices of a pool of rows that have a report, for evaluate_retrieval."""
 
     def __init__(
-        self,
-        model: Any,
-        images: ImageBank,
-        reports: TextBank,
-        with_text: Array,
-        device: torch.device,
-        oracle: Callable[[Array], Array] | None,
+        self, model: Any, split: EncodedSplit, oracle: Callable[[Array], Array] | None
     ) -> None:
-        self.model, self.images, self.reports = model, images, reports
-        self.with_text, self.device, self.oracle = with_text, device, oracle
+        self.model, self.split, self.oracle = model, split, oracle
 
     def __call__(self, members: Array) -> dict[str, Array]:
-        rows = self.with_text[members]
-        texts = self.reports.rows(rows)
+        rows, features = self.split.with_text[members], self.split.images.features
         at = torch.as_tensor(rows)
-        by_global = global_scores(self.images.features.embedding[at], texts)
-        by_local = local_scores(
-            self.model, self.images.features.patches[at], texts, device=self.device
+        found = scores_by_head(
+            self.model, features.embedding[at], features.patches[at], self.split.reports.rows(rows)
         )
-        known = {} if self.oracle is None else {"oracle": self.oracle(members)}
-        return {
-            "global": by_global,
-            "local": by_local,
-            "combined": combine(by_global, by_local, *logit_scales(self.model)),
-            **known,
-        }
+        return found if self.oracle is None else {**found, "oracle": self.oracle(members)}

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mlip.batch import ImageFeatures
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.progress import Progress
 from mlip.transfer.alignment.chosen_rows import some_of
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
+from mlip.transfer.alignment.prompts import encode_asked
 from mlip.transfer.alignment.zero_shot import (
     Prompts,
     Thresholds,
@@ -30,7 +31,7 @@ from mlip.transfer.alignment.zero_shot import (
     prompt_texts,
 )
 from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
+from mlip.transfer.features import ImageBank, TextBank, device_of, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_findings
@@ -42,23 +43,18 @@ IMAGES_AT_ONCE = 64
 
 
 def zero_shot_run(
-    model: Any,
-    config: Config,
+    opened: Any,
     annotations: Annotations,
     images: ImageBank,
-    patients: Array,
     groupings: Sequence[Grouping],
-    encode: Callable[[list[str]], TextBank],
-    linker: Any,
-    table: Any,
     *,
     is_phantom: bool,
-    device: torch.device,
 ) -> tuple[dict[str, Any], list[Series]]:
     """(evaluate_zero_shot of the images, with rates at val's thresholds, scores by subgroup and,
     where the labels exclude each other, accuracy; the scores of every image); ({"reason": why}, [])
     where there is nothing to score against."""
-    manifest = annotations.manifest
+    config, manifest, table = opened.config, annotations.manifest, opened.table
+    patients = manifest.patient_key[images.row_index]
     unknown: list[str] = []
     # first: without labels every finding of a generated study would count as absent
     if manifest.label_column is None:
@@ -69,14 +65,14 @@ def zero_shot_run(
         prompts = phantom_prompts(table)
     else:
         names = label_names(manifest, images.row_index)
-        prompts, unknown = lexicon_prompts(names, linker, table, config.evaluate)
+        prompts, unknown = lexicon_prompts(names, opened.linker, table, config.evaluate)
     if not prompts:
         return {"reason": "no label of this split names a concept of the table"}, []
     findings = [p.finding for p in prompts]
-    bank = encode(prompt_texts(prompts))
+    bank = encode_asked(opened, prompt_texts(prompts))
 
     def scores_of(features: ImageFeatures) -> dict[str, Array]:
-        return head_scores(model, features, bank, prompts, device=device)
+        return head_scores(opened.model, features, bank, prompts)
 
     def labels_of(rows: Array) -> Array:
         return label_matrix(annotations, rows, findings, blank_is_negative=is_phantom)
@@ -90,7 +86,7 @@ def zero_shot_run(
     weights = patient_resamples(patients, settings.bootstrap, config.run.seed)
     thresholds: Thresholds = {}
     if settings.thresholds and settings.split != "val":
-        on_val = _val_scores(model, config, manifest, scores_of)
+        on_val = _val_scores(opened, manifest, scores_of)
         if isinstance(on_val, str):
             found["at_thresholds"] = {"reason": on_val}
         else:
@@ -118,65 +114,46 @@ def zero_shot_run(
 
 
 def head_scores(
-    model: Any,
-    images: ImageFeatures,
-    texts: TextBank,
-    prompts: Sequence[Prompts],
-    *,
-    device: torch.device,
+    model: Any, images: ImageFeatures, texts: TextBank, prompts: Sequence[Prompts]
 ) -> dict[str, Array]:
     """Scores of each head, [images, findings]; texts are those of prompt_texts(prompts)."""
-    by_global = global_scores(images.embedding, texts)
-    by_local = local_scores(model, images.patches, texts, device=device)
-    both = combine(by_global, by_local, *logit_scales(model))
-    named = {"global": by_global, "local": by_local, "combined": both}
+    named = scores_by_head(model, images.embedding, images.patches, texts)
     return {head: finding_scores(value, prompts) for head, value in named.items()}
 
 
-def _val_scores(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    scores_of: Callable[[ImageFeatures], dict[str, Array]],
-) -> tuple[Array, dict[str, Array]] | str:
-    """(rows of val, their scores), or why there are none."""
-    rows = some_of(manifest.rows("val", with_report=False), config)
-    if len(rows) == 0:
-        return "the manifest has no val rows to choose thresholds on"
-    rows, on_val = _scores_of_rows(model, config, manifest, rows, scores_of)
-    if len(rows) == 0:
-        return "no image of val could be read: there are no thresholds"
-    return rows, on_val
+def scores_by_head(
+    model: Any, embedding: Tensor, patches: Tensor, texts: TextBank
+) -> dict[str, Array]:
+    """{"global", "local", "combined"}: every image with every text, [images, texts] float64."""
+    by_global, by_local = global_scores(embedding, texts), local_scores(model, patches, texts)
+    scales = (model.scales.logit_scale().item(), model.scales.logit_scale_local().item())
+    both = combine(by_global, by_local, *scales)
+    return {"global": by_global, "local": by_local, "combined": both}
 
 
 @torch.no_grad()
-def _scores_of_rows(
-    model: Any,
-    config: Config,
-    manifest: Manifest,
-    rows: Array,
-    scores_of: Callable[[ImageFeatures], dict[str, Array]],
-) -> tuple[Array, dict[str, Array]]:
-    """(rows that could be read, their scores), of images alone."""
+def _val_scores(
+    opened: Any, manifest: Manifest, scores_of: Callable[[ImageFeatures], dict[str, Array]]
+) -> tuple[Array, dict[str, Array]] | str:
+    """(rows of val whose image can be read, their scores), or why there are none."""
+    model, config = opened.model, opened.config
+    rows = some_of(manifest.rows("val", with_report=False), config)
+    if len(rows) == 0:
+        return "the manifest has no val rows to choose thresholds on"
     images = Images(config, manifest, None)
-    device = next(model.parameters()).device
     try:
         rows, _ = images.usable(rows)
+        if len(rows) == 0:
+            return "no image of val could be read: there are no thresholds"
         crops = Crops(config, images, train=False, seed=0)
         parts: list[dict[str, Array]] = []
         told = Progress("val images scored for the thresholds")
         for at in range(0, len(rows), IMAGES_AT_ONCE):
             told(at, len(rows))
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
-            features = model.encode_image(batch.to(device))
+            features = model.encode_image(batch.to(device_of(model)))
             embedding, patches = features.embedding.float().cpu(), features.patches.float().cpu()
             parts.append(scores_of(ImageFeatures(embedding, patches, features.grid)))
     finally:
         images.close()
-    heads = parts[0] if parts else {}
-    return rows, {head: np.concatenate([part[head] for part in parts]) for head in heads}
-
-
-def logit_scales(model: Any) -> tuple[float, float]:
-    scales = model.scales
-    return scales.logit_scale().item(), scales.logit_scale_local().item()
+    return rows, {head: np.concatenate([part[head] for part in parts]) for head in parts[0]}

@@ -198,8 +198,7 @@ def scores(
     if head != "global":
         require_local(opened, f"head {head!r} (ask by 'global')")
     require_features(opened, images, texts)
-    device = next(opened.model.parameters()).device
-    return head_scores(opened.model, images, texts, question.prompts, device=device)[head]
+    return head_scores(opened.model, images, texts, question.prompts)[head]
 
 
 def called(values: Array, question: Question) -> dict[str, Array]:

@@ -47,7 +47,6 @@ def write_classification(
     *,
     split: str,
     head: ScoreHead,
-    device: str,
 ) -> list[str]:
     """A CSV of row_index, a score a finding, yes or no (1 or 0) where thresholds are known, and
     reason (of images that cannot be read), by row.
@@ -70,7 +69,7 @@ def write_classification(
     texts = encode_question(opened, question)
     lines: dict[int, list[object]] = {}
     counts = dict.fromkeys(decided, 0)
-    images = RowImages(opened, config, manifest, split, device=device)
+    images = RowImages(opened, config, manifest, split)
     for bank in images:
         values = scores(opened, bank.features, question, texts, head)
         answers = called(values, question)

@@ -32,8 +32,8 @@ from mlip.dataloading.manifest import RULES, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import file_sha256, only_writer, whole_file
-from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite
-from mlip.transfer.films.row_images import of_split, row_loader
+from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite, row_loader
+from mlip.transfer.films.row_images import of_split
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 
 PART_ROWS = 2048
@@ -68,7 +68,6 @@ def write_embeddings(
     split: str,
     with_patches: bool,
     images_only: bool = False,
-    device: str,
     form: str = "safetensors",
     part_rows: int = PART_ROWS,
     say: Callable[[str], None] = lambda line: None,
@@ -121,7 +120,7 @@ def write_embeddings(
                     left.unlink()  # of a run that was killed while it wrote
                 loader = row_loader(opened, config, manifest, split, chosen)
                 encode = _encode_images if images_only else _encode
-                tensors, bad = encode(opened, config, loader, with_patches, torch.device(device))
+                tensors, bad = encode(opened, config, loader, with_patches)
                 known = done[path.name] = {
                     "sha256": _write_part(tensors, path),
                     "rows": len(chosen) - len(bad),
@@ -249,12 +248,12 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _encode(
-    opened: Any, config: Config, loader: Loader, with_patches: bool, device: torch.device
+    opened: Any, config: Config, loader: Loader, with_patches: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
     parts: list[dict[str, torch.Tensor]] = []
     # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
-    for _, image, text in encoded(opened.model, loader, config.data, device):
+    for _, image, text in encoded(opened.model, loader, config.data):
         require_finite(image, text)
         parts.append(
             {
@@ -269,11 +268,11 @@ def _encode(
 
 
 def _encode_images(
-    opened: Any, config: Config, loader: Loader, with_patches: bool, device: torch.device
+    opened: Any, config: Config, loader: Loader, with_patches: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """As _encode, of the images alone."""
     parts = []
-    for image in encoded_images(opened.model, loader, config.data, device):
+    for image in encoded_images(opened.model, loader, config.data):
         require_finite(image)
         parts.append(_of_images(image, with_patches))
     return _joined(parts), loader.ledger.bad

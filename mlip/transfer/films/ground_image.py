@@ -118,8 +118,7 @@ def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
     """
     encoder = phrase_encoder(opened.config, opened.tokenizer, opened.linker, opened.table)
     batch = make_text_batch([phrase], encoder)
-    device = next(opened.model.parameters()).device
-    rows = token_maps(opened.model, patches, encode_texts(opened.model, batch, device=device))
+    rows = token_maps(opened.model, patches, encode_texts(opened.model, batch))
     heat = rows[0].numpy()
     words: list[tuple[str, list[Array]]] = []
     for place in batch.content_mask[0].nonzero()[:, 0].tolist():

@@ -36,12 +36,10 @@ def require_own_file(path: Path, *, is_table: bool) -> None:
 
 
 def write_reference(
-    opened: Any, config: Config, manifest: Manifest, path: Path, *, split: str, device: str
+    opened: Any, config: Config, manifest: Manifest, path: Path, *, split: str
 ) -> str:
     """The reference of the split's images in `path`; what was made, in a line."""
-    images, rows, bad = encode_rows(
-        opened, config, manifest, split, most=MOST_REFERENCE, device=device
-    )
+    images, rows, bad = encode_rows(opened, config, manifest, split, most=MOST_REFERENCE)
     made_of = {**made_with(opened), "images": str(len(rows)), "split": split}
     reference = fit_reference(
         images, manifest.patient_key[rows], seed=config.run.seed, made_of=made_of
@@ -63,7 +61,6 @@ def write_outliers(
     out: Path,
     *,
     split: str,
-    device: str,
 ) -> list[str]:
     """A CSV of row_index, p_value, distance and reason (of images that cannot be read), by row.
 
@@ -71,7 +68,7 @@ def write_outliers(
     Returns: lines for the terminal
     """
     reference = load_reference(reference_path, opened)
-    images, rows, bad = encode_rows(opened, config, manifest, split, most=None, device=device)
+    images, rows, bad = encode_rows(opened, config, manifest, split, most=None)
     distances = reference.distances(images)
     p_values = reference.share_as_far(distances)
     lines = {

@@ -228,17 +228,7 @@ def _listed(things: Any, name: str, kind: type | tuple[type, ...]) -> list[Any]:
 
 def _encode(opened: Any, texts: Sequence[str], *, cut: bool, first: int = 0) -> TextBank:
     _require_eval(opened.model)
-    return encode_prompts(
-        opened.model,
-        texts,
-        config=opened.config,
-        tokenizer=opened.tokenizer,
-        linker=opened.linker,
-        table=opened.table,
-        device=next(opened.model.parameters()).device,
-        cut=cut,
-        first=first,
-    )
+    return encode_prompts(opened, texts, cut=cut, first=first)
 
 
 @torch.no_grad()
@@ -253,8 +243,7 @@ def similarity(opened: Any, images: ImageFeatures, texts: TextBank, head: Head) 
     if head == "global":
         return global_scores(images.embedding, texts)
     if head == "local":
-        device = next(opened.model.parameters()).device
-        return local_scores(opened.model, images.patches, texts, device=device)
+        return local_scores(opened.model, images.patches, texts)
     raise ValueError(f"head: expected 'global' or 'local', got {head!r}")
 
 

@@ -7,37 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlip.config import Config
-from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, encoded_images
+from mlip.transfer.features import ImageBank, encoded_images, row_loader
 from mlip.transfer.films.row_table import told
-
-ROWS_AT_ONCE = 128
-
-
-def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows: Array) -> Loader:
-    """Batches of these rows of the split as the model reads them, in their order.
-
-    Films that `mlip prepare` refuses as too dark are bad: the model would see black, and answer.
-    """
-    return build_loader(
-        config,
-        manifest,
-        split=split,
-        train=False,
-        tokenizer=opened.tokenizer,
-        linker=opened.linker,
-        table=opened.table,
-        with_report=False,
-        rows=rows,
-        global_pairs=min(ROWS_AT_ONCE, len(rows)),
-        refuses_dark=True,
-    )
 
 
 def of_split(manifest: Manifest, split: str) -> tuple[str, Manifest]:
@@ -70,11 +46,10 @@ class RowImages:
         manifest: Manifest,
         split: str,
         *,
-        device: str,
         most: int | None = None,
         rows: Array | None = None,
     ) -> None:
-        self._model, self._data, self._device = opened.model, config.data, torch.device(device)
+        self._model, self._data = opened.model, config.data
         self._asked, self._path = split, manifest.path
         split, manifest = of_split(manifest, split)
         usable = manifest.rows(split, with_report=False)
@@ -97,7 +72,7 @@ class RowImages:
 
     def __iter__(self) -> Iterator[ImageBank]:
         found, done, progress = False, 0, Progress("images encoded")
-        for bank in encoded_images(self._model, self._loader, self._data, self._device):
+        for bank in encoded_images(self._model, self._loader, self._data):
             found = True
             done += len(bank)
             progress(done, self._rows)

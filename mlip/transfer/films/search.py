@@ -17,10 +17,10 @@ import torch
 
 from mlip.batch import ImageFeatures
 from mlip.config import Evaluate
-from mlip.transfer.alignment.zero_shot import combine, prompt_texts
-from mlip.transfer.alignment.zero_shot_run import logit_scales
+from mlip.transfer.alignment.zero_shot import prompt_texts
+from mlip.transfer.alignment.zero_shot_run import scores_by_head
 from mlip.transfer.array import Array
-from mlip.transfer.features import ImageBank, TextBank, global_scores, local_scores
+from mlip.transfer.features import ImageBank, TextBank
 from mlip.transfer.films.archive import Archive, ArchiveError, Hits
 from mlip.transfer.films.classify import (
     Question,
@@ -191,17 +191,16 @@ class Reranked:
         return np.unique(np.concatenate([np.zeros(0, np.int64), *own]))
 
     def add(self, bank: ImageBank) -> None:
-        device = next(self._opened.model.parameters()).device
-        model = self._opened.model
         for query, hits, scores in zip(self._queries, self._before, self._scores, strict=True):
             here = np.flatnonzero(np.isin(bank.row_index, hits.row_index))
             if query.texts is None or query.weights is None or len(here) == 0:
                 continue
             at = torch.from_numpy(here)
-            by_global = global_scores(bank.features.embedding[at], query.texts)
-            patches = bank.features.patches[at]
-            by_local = local_scores(model, patches, query.texts, device=device)
-            both = combine(by_global, by_local, *logit_scales(model)) @ query.weights
+            features = bank.features
+            named = scores_by_head(
+                self._opened.model, features.embedding[at], features.patches[at], query.texts
+            )
+            both = named["combined"] @ query.weights
             scores |= dict(zip(bank.row_index[here].tolist(), both.tolist(), strict=True))
 
     def hits(self, most: int) -> list[Hits]:

@@ -86,14 +86,12 @@ def reranked(
     queries: Sequence[Query],
     hits: Sequence[Hits],
     most: int,
-    *,
-    device: str,
 ) -> tuple[list[Hits], dict[int, str]]:
     """(the `most` best by both heads of the hits, row -> why its image could not be read)"""
     again = Reranked(opened, queries, hits)
     bad: dict[int, str] = {}
     if len(again.rows):
-        images = RowImages(opened, config, manifest, "all", device=device, rows=again.rows)
+        images = RowImages(opened, config, manifest, "all", rows=again.rows)
         for bank in images:
             again.add(bank)
         bad = images.bad
@@ -106,8 +104,6 @@ def pictures(
     manifest: Manifest,
     queries: Sequence[Query],
     hits: Sequence[Hits],
-    *,
-    device: str,
 ) -> tuple[list[list[Picture]], dict[int, str]]:
     """(a picture of every answer, in the order of queries and hits; row -> why it has none)"""
     wanted = [set(own.row_index.tolist()) for own in hits]
@@ -115,7 +111,7 @@ def pictures(
     rows = rows_found(hits)
     if not len(rows):
         return [[] for _ in hits], {}
-    images = RowImages(opened, config, manifest, "all", device=device, rows=rows)
+    images = RowImages(opened, config, manifest, "all", rows=rows)
     for bank in images:
         for q, query in enumerate(queries):
             own = [i for i, row in enumerate(bank.row_index.tolist()) if row in wanted[q]]

@@ -19,7 +19,8 @@ from mlip.knowledge.linker import Mention
 from mlip.pretrained import save_pretrained
 from mlip.report.run_page import render
 from mlip.transfer.alignment.chosen_rows import choose_rows
-from mlip.transfer.alignment.evaluation import encode_split, evaluate_run
+from mlip.transfer.alignment.encoded_split import encode_split
+from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.alignment.prompts import phrase_encoder
 from mlip.transfer.draws import splits_hash
 from mlip.transfer.fingerprint import hash_of_weights
@@ -70,7 +71,7 @@ def test_generated_studies_without_labels_are_not_said_to_carry_nothing() -> Non
         run.config, data=dataclasses.replace(run.config.data, columns=columns)
     )
     manifest = dataclasses.replace(run.manifest, label_column=None)
-    results = evaluate_run(run.model, config, manifest, run.tokenizer, run.linker, run.table)
+    results = evaluate_run(run, config, manifest)
     assert "data.columns.labels is not set" in results["zero_shot"]["reason"]
     assert "zero-shot   n/a: data.columns.labels" in "\n".join(summary_lines(results))
 
@@ -97,9 +98,9 @@ def test_a_setting_of_training_makes_no_more_answers_right() -> None:
     rows, parts = run.manifest.rows("test"), (run.tokenizer, OneConcept(), run.table)
     joined = pair_ids_by_concepts(run.manifest, rows, phrase_encoder(config, *parts))
     assert len(np.unique(joined[rows])) == 1
-    device = torch.device("cpu")
-    _, _, beside, _ = encode_split(run.model, config, run.manifest, rows, *parts, device)
-    assert beside["pair_id"].tolist() == run.manifest.pair_id[rows].tolist()
+    opened = dataclasses.replace(run, config=config, linker=OneConcept())  # type: ignore
+    split = encode_split(opened, run.manifest, rows)
+    assert split.pair_id.tolist() == run.manifest.pair_id[rows].tolist()
 
 
 def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls() -> None:
@@ -165,7 +166,7 @@ def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error()
     with torch.no_grad():
         next(broken.image_head.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="image features hold NaN"):
-        evaluate_run(broken, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+        evaluate_run(dataclasses.replace(run, model=broken), run.config, run.manifest)
     assert broken.training
 
 
@@ -179,7 +180,7 @@ def test_more_rows_than_asked_for_are_a_keyed_choice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(chosen, choose_rows(few, run.manifest))
     assert set(chosen.tolist()) <= set(run.manifest.rows("test").tolist())
     # which every place says that shows scores
-    results = evaluate_run(run.model, few, run.manifest, run.tokenizer, run.linker, run.table)
+    results = evaluate_run(run, few, run.manifest)
     asked = {key: results["data"][key] for key in ("rows_in_split", "rows_asked", "images")}
     assert asked == {"rows_in_split": 32, "rows_asked": 9, "images": 9}
     assert "drawn from 32 rows (evaluate.max_studies)" in summary_lines(results)[0]
@@ -202,7 +203,7 @@ def test_results_and_page_say_which_precision_the_machine_took(
     model = copy.deepcopy(run.model)
     train = dataclasses.replace(run.config.train, precision=asked)
     model.config = dataclasses.replace(run.config, train=train)
-    results = evaluate_run(model, run.config, run.manifest, run.tokenizer, run.linker, run.table)
+    results = evaluate_run(dataclasses.replace(run, model=model), run.config, run.manifest)
     expected = "bf16" if has_products else "fp32"
     assert results["run"]["precision"] == expected
     assert results["predictions"].facts["precision"] == expected
@@ -260,9 +261,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
         monkeypatch.setattr(f"mlip.transfer.measures.subgroups.{name}", least)
     monkeypatch.setattr("mlip.transfer.measures.mark_subgroups.FEWEST_PATIENTS", 2)
     config = load([], settings)
-    results = evaluate_run(
-        *(run.model, config, load_manifest(config.data), run.tokenizer, run.linker, run.table)
-    )
+    results = evaluate_run(run, config, load_manifest(config.data))
     assert results["data"]["images"] == 16
     assert results["zero_shot"]["exclusive"]["global"]["plain"]["n"] == 16
     assert results["zero_shot"]["at_thresholds"]["macro"]["local"]["f1"]["value"] is not None
@@ -302,7 +301,7 @@ def test_retrieval_and_pointing_are_told_by_group_too(tmp_path: Path) -> None:
     run = small_run()
     asked = dataclasses.replace(run.config.evaluate, subgroups={"view": []}, thresholds=False)
     config = dataclasses.replace(run.config, evaluate=asked)
-    results = evaluate_run(*(run.model, config, run.manifest, run.tokenizer, run.linker, run.table))
+    results = evaluate_run(run, config, run.manifest)
     plain = small_results()
     assert results["retrieval"]["scores"] == plain["retrieval"]["scores"]
     (zero_shot,) = results["zero_shot"]["subgroups"]

@@ -19,15 +19,7 @@ GRID, SIZE = (4, 4), (64, 64)
 
 def encode(*texts: str) -> TextBank:
     run = small_run()
-    return encode_prompts(
-        run.model,
-        list(texts),
-        config=run.config,
-        tokenizer=run.tokenizer,
-        linker=run.linker,
-        table=run.table,
-        device=torch.device("cpu"),
-    )
+    return encode_prompts(run, list(texts))
 
 
 def test_rows_and_weights_are_those_of_the_local_score() -> None:
@@ -42,7 +34,7 @@ def test_rows_and_weights_are_those_of_the_local_score() -> None:
     scale = run.model.scales.attention_scale.detach()
     r = (torch.softmax(scale * s, dim=-1) * s).sum(dim=-1)
     by_hand = (weights * r).sum(dim=-1).numpy()
-    by_kernel = local_scores(run.model, patches, bank, device=torch.device("cpu"))
+    by_kernel = local_scores(run.model, patches, bank)
     np.testing.assert_allclose(by_hand, by_kernel, atol=2e-6)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
 

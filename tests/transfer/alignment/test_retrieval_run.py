@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlip.transfer.alignment.evaluation import encode_split
+from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.alignment.large_retrieval import class_precision
 from mlip.transfer.alignment.retrieval_run import _by_class, _PoolScores, retrieval_run
 from mlip.transfer.array import Array
@@ -21,15 +21,15 @@ from tests.small_run import small_run
 
 def test_images_without_a_report_change_nothing_for_those_that_have_one() -> None:
     # oracle: a split of the images with a report alone
-    run, cpu = small_run(), torch.device("cpu")
+    run = small_run()
     evaluate = dataclasses.replace(run.config.evaluate, retrieval_pool=8, bootstrap=50)
     config = dataclasses.replace(run.config, evaluate=evaluate)
     rows = run.manifest.rows("test")
     has_text = np.flatnonzero(np.arange(len(rows)) % 3 > 0)
     found: list[tuple[dict[str, Any], list[tuple[Any, ...]]]] = []
     for chosen, with_text in ((rows, has_text), (rows[has_text], np.arange(len(has_text)))):
-        parts = (run.tokenizer, run.linker, run.table, cpu)
-        images, reports, beside, _ = encode_split(run.model, config, run.manifest, chosen, *parts)
+        opened = dataclasses.replace(run, config=config)
+        split = encode_split(opened, run.manifest, chosen)
         kept: list[tuple[Any, ...]] = []
 
         def keep(
@@ -39,18 +39,17 @@ def test_images_without_a_report_change_nothing_for_those_that_have_one() -> Non
             at: Array,
             marks: Array,
             kept: list[tuple[Any, ...]] = kept,
-            row_index: Array = images.row_index,
+            row_index: Array = split.images.row_index,
         ) -> None:
             kept.append((method, what, measure, row_index[at].tolist(), marks.tolist()))
 
         # every second pair is right for the one before: an order that a prefix does not have
-        pair_id = np.searchsorted(rows, images.row_index) // 2
-        told = retrieval_run(
-            *(run.model, config, run.manifest, images, reports, with_text, pair_id),
-            device=cpu,
-            oracle=None,
-            keep=keep,
+        asked = dataclasses.replace(
+            split,
+            has_text=np.isin(np.arange(len(chosen)), with_text),
+            pair_id=np.searchsorted(rows, split.images.row_index) // 2,
         )
+        told = retrieval_run(opened, run.manifest, asked, oracle=None, keep=keep)
         found.append((told, kept))
     assert found[0] == found[1]
     told, kept = found[0]
@@ -80,14 +79,13 @@ def test_class_precision_is_among_the_rows_of_exactly_one_label() -> None:
 
 def test_both_heads_together_weigh_by_the_scales_that_their_losses_learned() -> None:
     """Of an untrained model both are one number, with which no order tells them apart."""
-    run, cpu = small_run(), torch.device("cpu")
+    run = small_run()
     model = copy.deepcopy(run.model)
     model.scales.stored["log_scale"].data.fill_(np.log(30.0))
     model.scales.stored["log_scale_local"].data.fill_(np.log(4.0))
     rows = run.manifest.rows("test")[:9]
-    parts = (run.tokenizer, run.linker, run.table, cpu)
-    images, reports, _, _ = encode_split(model, run.config, run.manifest, rows, *parts)
-    found = _PoolScores(model, images, reports, np.arange(9), cpu, None)(np.arange(2, 7))
+    split = encode_split(dataclasses.replace(run, model=model), run.manifest, rows)
+    found = _PoolScores(model, split, None)(np.arange(2, 7))
     assert found["global"].shape == (5, 5)
     expected = 30.0 * found["global"] + 4.0 * found["local"]
     assert found["combined"] == pytest.approx(expected, rel=1e-5)

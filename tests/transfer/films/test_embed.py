@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from mlip.cli import main
 from mlip.output_file import only_writer
+from mlip.transfer import features
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding
-from mlip.transfer.films import row_images
 from mlip.transfer.films.embed import write_embeddings
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, pictures, write
@@ -225,7 +225,7 @@ def test_of_a_batch_only_what_goes_into_the_part_is_kept(
             alive.append(sum(patches() is not None for patches in seen))
             yield batch, image, text
 
-    monkeypatch.setattr(row_images, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(features, "ROWS_AT_ONCE", 1)
     monkeypatch.setattr(embedding, "encoded", counted)
     assert embed(tmp_path, root, *more) == 0
     assert len(alive) == len(TEST_ROWS) and max(alive) == most

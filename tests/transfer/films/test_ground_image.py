@@ -207,15 +207,7 @@ def test_a_phrase_is_the_weighted_sum_of_its_rows_and_parts_are_those_rows() -> 
     run = small_run()
     opened = from_pretrained(small_export())
     phrase = "there is a left pleural effusion."
-    bank = encode_prompts(
-        run.model,
-        [phrase],
-        config=run.config,
-        tokenizer=run.tokenizer,
-        linker=run.linker,
-        table=run.table,
-        device=torch.device("cpu"),
-    )
+    bank = encode_prompts(run, [phrase])
     patches = torch.randn(1, 16, run.config.model.embed_dim)
     rows = patch_maps.token_maps(run.model, patches, bank)
     _, weights = patch_maps.text_rows(run.model, bank)

@@ -20,6 +20,7 @@ from mlip.cli import main
 from mlip.command_inputs import read_settings
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
+from mlip.transfer import features as shared_features
 from mlip.transfer.films import outlier_table, outliers, row_images
 from mlip.transfer.films.outliers import OutlierError, Reference, fit_reference, load_reference
 from tests.small_run import small_export
@@ -237,9 +238,7 @@ def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_mani
     for seed in (1, 2):
         config = read_settings([*write(tmp_path), f"run.seed={seed}"])
         manifest = load_manifest(config.data)
-        rows.append(
-            outliers.encode_rows(opened, config, manifest, "train", most=9, device="cpu")[1]
-        )
+        rows.append(outliers.encode_rows(opened, config, manifest, "train", most=9)[1])
     assert rows[0].tolist() != rows[1].tolist() and len(rows[0]) == 9  # other images
     monkeypatch.setattr(outlier_table, "MOST_REFERENCE", 12)  # all: other halves alone
     for path, seed in zip(made[:2], (1, 2), strict=True):
@@ -255,16 +254,14 @@ def test_features_are_those_of_each_batch_and_the_rows_of_those_that_can_be_read
     tmp_path, monkeypatch
 ):
     """Oracle: every batch's means kept, and joined at the end; the last batch is short."""
-    monkeypatch.setattr(row_images, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(shared_features, "ROWS_AT_ONCE", 7)
     opened = open_checkpoint(small_export())
     config = read_settings(write(tmp_path, image=lambda i: "none.png" if i == 8 else f"{i}.png"))
     manifest = load_manifest(config.data)
-    images = row_images.RowImages(opened, config, manifest, "all", device="cpu")
+    images = row_images.RowImages(opened, config, manifest, "all")
     parts = [(bank.features.patches.mean(dim=1), bank.row_index) for bank in images]
     assert len(parts) == 5 and len(images) == 30
-    found, rows, bad = outliers.encode_rows(
-        opened, config, manifest, "all", most=None, device="cpu"
-    )
+    found, rows, bad = outliers.encode_rows(opened, config, manifest, "all", most=None)
     assert rows.tolist() == np.concatenate([r for _, r in parts]).tolist()
     assert set(rows.tolist()) == set(range(30)) - {8} and bad == {8: "missing"}
     assert torch.equal(found.patches, torch.cat([mean for mean, _ in parts])[:, None])

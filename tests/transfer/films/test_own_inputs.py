@@ -45,7 +45,6 @@ def test_features_are_those_of_the_loader(opened: Pretrained, tmp_path: Path) ->
         *(opened, run.config, run.manifest, tmp_path),
         split="test",
         with_patches=True,
-        device="cpu",
     )
     part = load_file(tmp_path / "part-00000.safetensors")
     rows = part["row_index"].tolist()[:20]
