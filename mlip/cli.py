@@ -85,20 +85,11 @@ def _main(arguments: Sequence[str] | None) -> int:
 def _run(options: argparse.Namespace) -> int:
     """The sub-command, its errors as one line; one of an import is the caller's."""
     try:
-        for name in (
-            "out",
-            "checkpoint",
-            "fit",
-            "reference",
-            "wordings",
-            "like",
-            "embeddings",
-            "page",
-        ):
+        for name, option in _PATHS.items():
             given = getattr(options, name, None)
-            require_utf8(f"--{name}", str(given or ""))
+            require_utf8(option, str(given or ""))
             if given == "":
-                raise ConfigError(f"--{name} is empty: expected the name of a file or folder")
+                raise ConfigError(f"{option} is empty: expected the name of a file or folder")
         return int(options.run(options))
     except ImportError:
         raise

@@ -235,6 +235,8 @@ def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
     assert "--device gpu: torch has no such device here" in capsys.readouterr().err
     assert main(["prepare", "manifest", "--out="]) == 2  # "--out=$OUT" where OUT is not set
     assert "--out= is empty" in capsys.readouterr().err
+    assert main(["search", "--in", "", "--phrase", "edema"]) == 2  # the option as it was given
+    assert "--in is empty: expected the name" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
