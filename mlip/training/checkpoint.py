@@ -45,7 +45,8 @@ from mlip.training.checkpoint_settings import check_settings
 from mlip.training.ema import EMAState
 from mlip.training.faults import SAVE_PHASES, fire
 from mlip.training.lifecycle import CheckpointError
-from mlip.training.step import MOMENTS, TrainingState
+from mlip.training.optimizer import MOMENTS
+from mlip.training.step import TrainingState
 
 FORMAT = 1
 _TENSORS = ("parameters", *MOMENTS, "buffers")

@@ -22,13 +22,8 @@ from mlip import distributed
 from mlip.config import Config, ConfigError
 from mlip.training.ema import EMAState
 from mlip.training.grad_cache import set_recompute_context
-from mlip.training.step import (
-    MOMENTS,
-    Engine,
-    TrainingState,
-    build_optimizer,
-    seed_moments,
-)
+from mlip.training.optimizer import MOMENTS, build_optimizer, seed_moments
+from mlip.training.step import Engine, TrainingState
 
 # From the first to before the second, as setup.py asks for: gathers, moments and the reduction of
 # one backward pass are reached through parts of DeepSpeed that it moves between minor versions.
@@ -204,8 +199,7 @@ class DeepSpeedEngine(Engine):
 
         if self.stage in (1, 2):
             # DeepSpeed links after the first group's first step, when the second has no state yet
-            self.zero._hp_optimizer_states_linked = False
-            self.zero._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
         held = self.optimizer.state.get(self._held()[0], {})
         steps = int(held["step"]) if held else 0
         keeps = everywhere or distributed.is_main()
@@ -271,39 +265,27 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
-            self._set_weights(parameter, weights[name])
+            self._set(parameter, weights[name], None)
 
     def _whole_parameters(self) -> Any:
         if self.stage < 3:
             return contextlib.nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(self.objective.parameters()))
 
-    @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
-        self._check_names(state)
-        self._load_buffers(state)
-        if state.optimizer_steps:
-            keys = self.moments.values() if self.stage == 0 else [MOMENTS] * len(self._held())
-            for partition, kept in zip(self._held(), keys, strict=True):
-                seed_moments(self.optimizer, partition, state.optimizer_steps, kept)
-            if self.stage in (1, 2):
-                self.zero._hp_optimizer_states_linked = False  # to moments of steps made before
-                self.zero._lazy_init_hp_params_optimizer_state()
-        if state.ema is not None:
-            self._load_ema(state)
-        for name, parameter in self.objective.named_parameters():
-            self._set(parameter, state.parameters[name], None)
-            if state.optimizer_steps and parameter.requires_grad:
-                for key in self.moments[name]:
-                    self._set(parameter, state.moments[key][name], key)
-        if state.ema is None:
-            self._load_ema(state)
+    def _seed_moments(self, steps: int) -> None:
+        if self.stage == 0:
+            return super()._seed_moments(steps)
+        for partition in self._held():
+            seed_moments(self.optimizer, partition, steps)
+        if self.stage < 3:
+            self._link_moments()
 
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        self._set(parameter, value, None)
+    def _link_moments(self) -> None:
+        """Stages 1 and 2: parameters to the moments that there are now."""
+        self.zero._hp_optimizer_states_linked = False
+        self.zero._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Overwrite a parameter and its master (key None) or one of its moments."""
         value = value.to(self.device)
         if self.stage == 0:
             (parameter if key is None else self.optimizer.state[parameter][key]).copy_(value)

@@ -12,13 +12,8 @@ from torch import Tensor
 from mlip import distributed
 from mlip.config import Config
 from mlip.training.ema import EMAState
-from mlip.training.step import (
-    MOMENTS,
-    Engine,
-    TrainingState,
-    build_optimizer,
-    seed_moments,
-)
+from mlip.training.optimizer import MOMENTS, build_optimizer
+from mlip.training.step import Engine, TrainingState
 
 
 def rounds_weights_together(config: Config) -> bool:
@@ -60,7 +55,7 @@ class PlainEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # the fused optimiser's own way to leave everything as it is, without asking the host
-        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()
         self.optimizer.step()
         self.objective.model.scales.clamp_()  # type: ignore[union-attr,operator]
         self.optimizer.zero_grad(set_to_none=True)
@@ -92,21 +87,5 @@ class PlainEngine(Engine):
     def _by_name(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip(self.parameters, tensors, strict=True))
 
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.copy_(value)
-
-    @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
-        self._check_names(state)
-        self._load_buffers(state)
-        if state.ema is not None:
-            self._load_ema(state)
-        for name, parameter in self.objective.named_parameters():
-            self._set_weights(parameter, state.parameters[name])
-            if state.optimizer_steps and parameter.requires_grad:
-                keys = self.moments[name]
-                seed_moments(self.optimizer, parameter, state.optimizer_steps, keys)
-                for key in keys:
-                    self.optimizer.state[parameter][key].copy_(state.moments[key][name])
-        if state.ema is None:
-            self._load_ema(state)
+    def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        (parameter if key is None else self.optimizer.state[parameter][key]).copy_(value)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +29,9 @@ from mlip.training import presence
 from mlip.training.checkpoint_content import require_shapes
 from mlip.training.ema import EMA, EMAState
 from mlip.training.faults import fire
-from mlip.training.muon import Muon, matrix_names
-from mlip.training.schedule import peak_lr, undecayed_names
+from mlip.training.muon import matrix_names
+from mlip.training.optimizer import MOMENTS, seed_moments
 from mlip.training.spikes import SpikeWatch, cause
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -65,46 +62,6 @@ class TrainingState:
     buffers: dict[str, Tensor]
     optimizer_steps: int  # the optimiser's own count: skipped steps are not in it
     ema: EMAState | None = None  # where train.ema_decay is set
-
-
-def build_optimizer(objective: nn.Module, config: Config) -> torch.optim.AdamW:
-    """The optimiser that train.optimizer names, over the trainable parameters.
-
-    In groups: decayed and not, and for Muon the matrices that it moves.
-    """
-    train = config.train
-    undecayed = undecayed_names(objective)
-    matrices = matrix_names(objective) if train.optimizer == "muon" else set()
-    trainable = [(n, p) for n, p in objective.named_parameters() if p.requires_grad]
-    decayed = [(n, p) for n, p in trainable if n not in undecayed]
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p for n, p in decayed if n not in matrices],
-            "weight_decay": train.weight_decay,
-        },
-        {"params": [p for n, p in trainable if n in undecayed], "weight_decay": 0.0},
-        {
-            "params": [p for n, p in decayed if n in matrices],
-            "weight_decay": train.weight_decay,
-            "is_matrix": True,
-        },
-    ]
-    groups = [group for group in groups if group["params"]]
-    # fused: one pass over memory; 200 small tensors cost milliseconds without
-    settings: dict[str, Any] = {"lr": peak_lr(config), "betas": train.betas, "fused": True}
-    if train.optimizer == "muon":
-        return Muon(groups, momentum=train.momentum, **settings)
-    return torch.optim.AdamW(groups, **settings)
-
-
-def seed_moments(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int, keys: Iterable[str] = MOMENTS
-) -> None:
-    """The state of a parameter before its first step here, with the step count given."""
-    optimizer.state[parameter] = {
-        "step": torch.tensor(float(steps), device=parameter.device),
-        **{key: torch.zeros_like(parameter) for key in keys},
-    }
 
 
 class StepUnderWay:
@@ -149,6 +106,7 @@ class Engine(abc.ABC):
     """One optimiser step at a time; the loop owns the step count and the learning rate."""
 
     name: str
+    optimizer: Any  # of torch, which holds the moments
     ema: EMA | None = None
 
     def __init__(self, objective: nn.Module, config: Config) -> None:
@@ -290,9 +248,6 @@ class Engine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def load(self, state: TrainingState) -> None: ...
-
-    @abc.abstractmethod
     def averaged(self) -> AbstractContextManager[None]:
         """The average (`ema`) in the weights' place, and then all as before, to the bit; a
         collective call."""
@@ -310,6 +265,28 @@ class Engine(abc.ABC):
         distributed.broadcast_(p.data for p in self.objective.parameters())
         distributed.broadcast_(self.objective.buffers())
 
+    @torch.no_grad()
+    def load(self, state: TrainingState) -> None:
+        """Go on from a state; a collective call.  Raises:  ValueError for one of another model"""
+        self._check_names(state)
+        self._load_buffers(state)
+        if state.optimizer_steps:
+            self._seed_moments(state.optimizer_steps)
+        if state.ema is not None:
+            self._load_ema(state)
+        for name, parameter in self.objective.named_parameters():
+            self._set(parameter, state.parameters[name], None)
+            if state.optimizer_steps and parameter.requires_grad:
+                for key in self.moments[name]:
+                    self._set(parameter, state.moments[key][name], key)
+        if state.ema is None:
+            self._load_ema(state)
+
+    def _seed_moments(self, steps: int) -> None:
+        """The optimiser's state before its first step here, with the step count given."""
+        for parameter, keys in zip(self._held(), self.moments.values(), strict=True):
+            seed_moments(self.optimizer, parameter, steps, keys)
+
     def _start_ema(self) -> None:
         decay = self.config.train.ema_decay
         if decay > 0.0:
@@ -323,12 +300,12 @@ class Engine(abc.ABC):
             self.ema.restart()  # switched on at a resume: the average starts from here
             return
         for name, parameter in self.parameters.items():
-            self._set_weights(parameter, state.ema.parameters[name])
+            self._set(parameter, state.ema.parameters[name], None)
         self.ema.restart(state.ema.updates)
 
     @abc.abstractmethod
-    def _set_weights(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Overwrite a parameter, and its master where there is one."""
+    def _set(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """Overwrite a parameter, and its master where there is one, or (by key) a moment of it."""
 
     @torch.no_grad()
     def _scale_values(self) -> dict[str, Tensor]:

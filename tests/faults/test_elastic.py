@@ -19,7 +19,8 @@ from mlip import distributed
 from mlip.config import to_dict
 from mlip.training import checkpoint, randomness
 from mlip.training.engine import build_engine
-from mlip.training.step import MOMENTS, Engine
+from mlip.training.optimizer import MOMENTS
+from mlip.training.step import Engine
 from tests import rank_farm
 from tests.training.toy_run import ToyObjective, make_batch, toy_config
 

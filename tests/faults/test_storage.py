@@ -13,7 +13,8 @@ import torch
 
 from mlip.config import load, to_dict
 from mlip.training import checkpoint
-from mlip.training.step import MOMENTS, TrainingState
+from mlip.training.optimizer import MOMENTS
+from mlip.training.step import TrainingState
 from tests import rank_farm
 
 pytestmark = pytest.mark.long

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mlip.training.muon import Muon, matrix_names
+from mlip.training.optimizer import build_optimizer
 from mlip.training.schedule import undecayed_names
-from mlip.training.step import build_optimizer
 from tests.training.exact_step import (
     PROGRESS,
     exact_config,

@@ -18,7 +18,8 @@ from mlip import distributed
 from mlip.training import faults, randomness
 from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine
-from mlip.training.step import MOMENTS, Engine, TrainingState
+from mlip.training.optimizer import MOMENTS
+from mlip.training.step import Engine, TrainingState
 from tests.training.toy_run import ToyObjective, make_batch, make_validation, toy_config
 
 STEPS, MORE, DECAY = 5, 3, 0.9
