@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from mlip.transfer.array import Array
+
 HEAT = cv2.COLORMAP_INFERNO  # perceptually even, readable in any colour vision and in grey
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlip.transfer.array import Array
-from mlip.transfer.features import TextBank
+from mlip.transfer.features import TextBank, device_of
 from mlip.unit_length import unit_length
 
 
@@ -39,7 +39,7 @@ def text_rows(model: Any, texts: TextBank) -> tuple[Tensor, Tensor]:
     attention = torch.softmax(similarity, dim=-1).nan_to_num(0.0)
     enriched = unit_length(tokens + gain * torch.einsum("ntk,nkd->ntd", attention, entities))
     attended = texts.text.attention
-    device = next(model.parameters()).device
+    device = device_of(model)
     token_weights = model.token_weights(
         texts.content_mask.to(device), None if attended is None else attended.to(device)
     ).cpu()
