@@ -208,12 +208,7 @@ class Loader:
         made = compose_batch(self.encoder, reports, draws[:, 1])
         return Batch(
             image=images.image,
-            token_ids=torch.from_numpy(made.token_ids),
-            token_mask=torch.from_numpy(made.token_mask),
-            content_mask=torch.from_numpy(made.content_mask),
-            entity_ids=torch.from_numpy(np.ascontiguousarray(made.entities[:, :, 0])),
-            entity_state=torch.from_numpy(np.ascontiguousarray(made.entities[:, :, 1])),
-            entity_mask=torch.from_numpy(made.entity_mask),
+            **made.tensors(),
             pair_id=torch.from_numpy(self.pair_id[images.rows]),
             global_index=torch.from_numpy(index),
             row_index=torch.from_numpy(images.rows),

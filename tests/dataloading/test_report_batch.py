@@ -1,4 +1,4 @@
-"""A batch of reports against ReportEncoder.compose, one report at a time."""
+"""A batch of reports against its oracle, one report at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.reports import EncodedReport, ReportEncoder, kept_sentences
+from mlip.dataloading.reports import EncodedReport, ReportEncoder
+from tests.dataloading.report_oracle import compose, kept_sentences
 
 
 def random_report(rng: np.random.Generator) -> EncodedReport:
@@ -34,7 +35,7 @@ def test_a_batch_is_its_reports_composed_one_by_one(tokenizer: Any, limits: tupl
         draws = np.where(rng.random(count) < 0.4, -1.0, rng.random(count))
         made = compose_batch(encoder, reports, draws)
         pieces = [
-            encoder.compose(report, kept_sentences(float(draw), len(report.ends)))
+            compose(encoder, report, kept_sentences(float(draw), len(report.ends)))
             for report, draw in zip(reports, draws, strict=True)
         ]
         assert made.token_ids.shape == (count, max((len(p.ids) for p in pieces), default=2))

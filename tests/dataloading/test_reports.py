@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
+from mlip.dataloading.report_batch import compose_batch
 from mlip.dataloading.reports import (
     SPECIAL,
+    EncodedReport,
     ReportEncoder,
     ReportTokenizer,
     draw_sentences,
-    kept_sentences,
     load_tokenizer,
     train_tokenizer,
 )
@@ -32,6 +34,22 @@ def make_encoder(
     return ReportEncoder(
         tokenizer, linker, concepts, **({"max_tokens": 64, "max_entities": 8} | kw)
     )
+
+
+def composed(encoder: ReportEncoder, text: str, draw: float = -1.0) -> tuple[list, list]:
+    """(token ids, entities) that a batch takes from one report."""
+    made = compose_batch(encoder, [encoder.encode(text)], np.array([draw]))
+    return made.token_ids[0].tolist(), made.entities[0, made.entity_mask[0]].tolist()
+
+
+def kept(draws: np.ndarray, sentences: int) -> np.ndarray:
+    """[B, sentences] bool: which sentences of a report a batch keeps by each draw."""
+    ids = np.arange(sentences, dtype=np.int32)
+    report = EncodedReport(ids, ids + 1, np.zeros((0, 4), np.int32))
+    special: Any = SimpleNamespace(pad_id=-1, cls_id=-1, sep_id=-1)
+    encoder = ReportEncoder(special, None, None, max_tokens=500, max_entities=1)
+    token_ids = compose_batch(encoder, [report] * len(draws), draws).token_ids
+    return (token_ids[:, :, None] == ids).any(axis=1)
 
 
 def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -206,35 +224,35 @@ def test_encoding_equals_tokens_of_the_whole_report(
     tokenizer: ReportTokenizer, linker: Any, concepts: Any
 ) -> None:
     encoder = make_encoder(tokenizer, linker, concepts)
-    pieces = encoder.compose(encoder.encode(TEXT))
+    ids, entities = composed(encoder, TEXT)
     whole = tokenizer.encode_batch([TEXT])[0].ids
-    assert pieces.ids.tolist() == [tokenizer.cls_id, *whole, tokenizer.sep_id]
+    assert ids == [tokenizer.cls_id, *whole, tokenizer.sep_id]
     # effusion present, pneumothorax absent, nodule uncertain
-    assert pieces.entities.tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert entities == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_dropping_a_sentence_drops_its_tokens_and_its_mentions(
     tokenizer: ReportTokenizer, linker: Any, concepts: Any
 ) -> None:
     encoder = make_encoder(tokenizer, linker, concepts)
-    kept = encoder.compose(encoder.encode(TEXT), np.array([True, False, True]))
-    shorter = encoder.compose(encoder.encode("A small left effusion. Possible nodule, 1.5 cm."))
-    assert kept.ids.tolist() == shorter.ids.tolist()
-    assert kept.entities.tolist() == [[0, 0], [2, 2]]
+    draw = 4.5 / 7  # the fifth of seven subsets: the first and the third sentence
+    shorter = composed(encoder, "A small left effusion. Possible nodule, 1.5 cm.")
+    assert composed(encoder, TEXT, draw) == shorter
+    assert shorter[1] == [[0, 0], [2, 2]]
 
 
 def test_the_token_limit_cuts_text_and_the_mentions_behind_it(
     tokenizer: ReportTokenizer, linker: Any, concepts: Any
 ) -> None:
     full = make_encoder(tokenizer, linker, concepts)
-    ids = full.compose(full.encode(TEXT)).ids
+    ids, _ = composed(full, TEXT)
     first = len(tokenizer.encode_batch(["A small left"])[0].ids)
     for limit in range(3, len(ids) + 3):
         encoder = make_encoder(tokenizer, linker, concepts, max_tokens=limit)
-        pieces = encoder.compose(encoder.encode(TEXT))
+        cut, entities = composed(encoder, TEXT)
         room = min(limit, len(ids)) - 2
-        assert pieces.ids.tolist() == [*ids[: room + 1], tokenizer.sep_id]
-        assert ([0, 0] in pieces.entities.tolist()) == (room > first)
+        assert cut == [*ids[: room + 1], tokenizer.sep_id]
+        assert ([0, 0] in entities) == (room > first)
 
 
 def test_mentions_are_unique_and_at_most_max_entities(
@@ -242,16 +260,14 @@ def test_mentions_are_unique_and_at_most_max_entities(
 ) -> None:
     text = "Effusion. Effusion again. No effusion. Tube. Nodule."
     encoder = make_encoder(tokenizer, linker, concepts, max_entities=3)
-    assert encoder.compose(encoder.encode(text)).entities.tolist() == [[0, 0], [0, 1], [3, 0]]
+    assert composed(encoder, text)[1] == [[0, 0], [0, 1], [3, 0]]
 
 
 def test_a_text_without_content_gives_start_and_end_only(
     tokenizer: ReportTokenizer, linker: Any, concepts: Any
 ) -> None:
     encoder = make_encoder(tokenizer, linker, concepts)
-    pieces = encoder.compose(encoder.encode("___"))
-    assert pieces.ids.tolist() == [tokenizer.cls_id, tokenizer.sep_id]
-    assert len(pieces.entities) == 0
+    assert composed(encoder, "___") == ([tokenizer.cls_id, tokenizer.sep_id], [])
 
 
 def test_a_report_is_encoded_once_and_the_cache_keeps_to_its_bytes(
@@ -276,8 +292,7 @@ def test_a_report_is_encoded_once_and_the_cache_keeps_to_its_bytes(
 def test_subsets_are_uniform_over_the_non_empty_ones() -> None:
     # 7 subsets of 3 sentences, 70,000 draws: chi-square, 99.9 % point for 6 degrees is 22.5
     draws = draw_sentences(3, np.zeros(70_000, np.int64), np.arange(70_000), 1.0)[:, 1]
-    codes = [int(np.dot(kept_sentences(d, 3), [1, 2, 4])) for d in draws]
-    counts = np.bincount(codes, minlength=8)
+    counts = np.bincount(kept(draws, 3) @ [1, 2, 4], minlength=8)
     assert counts[0] == 0
     assert ((counts[1:] - 10_000.0) ** 2 / 10_000.0).sum() < 22.5
 
@@ -295,11 +310,10 @@ def test_dropout_strikes_with_its_probability_and_depends_on_nothing_but_the_key
 
 @pytest.mark.parametrize("sentences", [0, 1])
 def test_a_single_sentence_is_never_dropped(sentences: int) -> None:
-    assert kept_sentences(0.3, sentences) is None
-    assert kept_sentences(-1.0, 5) is None
+    assert kept(np.array([0.3]), sentences).all()
+    assert kept(np.array([-1.0]), 5).all()
 
 
 def test_many_sentences_give_a_non_empty_subset() -> None:
-    for draw in (1e-9, 0.5, 1 - 1e-9):
-        keep = kept_sentences(draw, 120)
-        assert keep is not None and keep.shape == (120,) and keep.any()
+    chosen = kept(np.array([1e-9, 0.5, 1 - 1e-9]), 120)
+    assert chosen[:, :48].any(axis=1).all() and chosen[:, 48:].all()

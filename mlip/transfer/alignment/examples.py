@@ -15,10 +15,10 @@ import torch
 
 from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.alignment.encoded_split import EncodedSplit
 from mlip.transfer.alignment.grounding import Query
 from mlip.transfer.alignment.patch_maps import PhraseMaps, Upsampler, pointed_pixel, token_maps
+from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.alignment.retrieval import first_right_rank, make_pools
 from mlip.transfer.features import ImageBank, global_scores
 from mlip.transfer.png_text import png_text
@@ -120,7 +120,7 @@ def _words(
     study: Any,
 ) -> list[dict[str, Any]]:
     """One study with two findings or more, its report word by word."""
-    images, tokenizer, data = split.images, opened.tokenizer, opened.config.data
+    images, tokenizer = split.images, opened.tokenizer
     several = [
         i
         for i in split.with_text.tolist()
@@ -131,10 +131,8 @@ def _words(
     i = several[0]
     row = int(images.row_index[i])
     text = manifest.text(row)
-    encoder = ReportEncoder(
-        tokenizer, None, None, max_tokens=data.max_tokens, max_entities=data.max_entities
-    )
-    ids = encoder.compose(encoder.encode(text)).ids
+    encoder = phrase_encoder(opened.config, tokenizer, None, None)
+    ids = make_text_batch([text], encoder, cut=True).token_ids[0]
     bank = split.reports.rows(np.array([i]))
     patches = images.features.patches[torch.tensor([i])]
     heat = token_maps(opened.model, patches, bank)[0].numpy()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mlip.config import Config
+from mlip.dataloading.report_batch import compose_batch
 from mlip.dataloading.reports import ReportEncoder
 from mlip.transfer.features import TextBank, encode_texts, join_texts
 
@@ -84,25 +84,7 @@ def make_text_batch(
             f"{room}: shorten it",
             first + at,
         )
-    pieces = [encoder.compose(report) for report in reports]
-    longest = max(len(p.ids) for p in pieces)
-    most = max(1, max(len(p.entities) for p in pieces))
-    token_ids = np.full((len(pieces), longest), encoder.tokenizer.pad_id, dtype=np.int64)
-    entities = np.zeros((len(pieces), most, 2), dtype=np.int64)
-    for i, piece in enumerate(pieces):
-        token_ids[i, : len(piece.ids)] = piece.ids
-        entities[i, : len(piece.entities)] = piece.entities
-    lengths = np.array([len(p.ids) for p in pieces])[:, None]
-    mentions = np.array([len(p.entities) for p in pieces])[:, None]
-    place = np.arange(longest)
-    return TextBatch(
-        token_ids=torch.from_numpy(token_ids),
-        token_mask=torch.from_numpy(place < lengths),
-        content_mask=torch.from_numpy((place > 0) & (place < lengths - 1)),
-        entity_ids=torch.from_numpy(np.ascontiguousarray(entities[..., 0])),
-        entity_state=torch.from_numpy(np.ascontiguousarray(entities[..., 1])),
-        entity_mask=torch.from_numpy(np.arange(most) < mentions),
-    )
+    return TextBatch(**compose_batch(encoder, reports, np.full(len(reports), -1.0)).tensors())
 
 
 def make_worded_batch(
