@@ -8,7 +8,7 @@ thresholds from val, calibration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,8 @@ from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
 from mlip.transfer.fits.fixed_batches import FixedBatches
 from mlip.transfer.fits.logistic import fit_logistic
 from mlip.transfer.frames import Crops, Images, crop_of
-from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_findings, of_marks
-from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.measures.subgroups import Measure
 from mlip.transfer.truth.annotations import (
     LABEL_FORM,
     NEGATIVE,
@@ -233,20 +232,17 @@ class Classification:
         predictions: list[dict[str, Array]],
         val: Array,
         test: Array,
-        groupings: Sequence[Grouping],
-    ) -> dict[str, Any]:
-        """Scores on test of each seed's fit, joined; thresholds are val's."""
-        patients = self.manifest.patient_key[test]
-        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
-        targets = self.targets(test)
+        weights: Array,
+    ) -> tuple[dict[str, Any], Measure]:
+        """Scores on test of each seed's fit, joined, and what some rows score; thresholds are
+        val's."""
+        patients, targets = self.manifest.patient_key[test], self.targets(test)
         if self.transfer.exclusive:
             given = (predictions, targets, weights, self.classes)
-            scores, measure = exclusive_scores(*given), exclusive_measures(*given, patients)
-        else:
-            rule = self.config.evaluate.threshold_rule
-            told = (predictions, targets, self.targets(val), weights, self.classes, rule)
-            scores, measure = label_scores(*told), label_measures(*told, patients)
-        return {**scores, "subgroups": subgroup_scores(groupings, patients, measure)}
+            return exclusive_scores(*given), exclusive_measures(*given, patients)
+        rule = self.config.evaluate.threshold_rule
+        told = (predictions, targets, self.targets(val), weights, self.classes, rule)
+        return label_scores(*told), label_measures(*told, patients)
 
     def series(
         self, prediction: dict[str, Array], test: Array, method: str, seed: int

@@ -6,7 +6,7 @@ or one that the training draw showed in one kind only (its constant output would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from mlip.transfer.measures.scores import (
     over_seeds,
     weighted_average_precision,
 )
-from mlip.transfer.measures.subgroups import Measures, has_both
+from mlip.transfer.measures.subgroups import Measure, Measures, has_both
 
 IGNORED = -1  # a target that is not known
 KEYS = ("auroc", "auprc", *RATES, "accuracy", "ece", "ece_calibrated")
@@ -127,7 +127,7 @@ def label_measures(
     classes: Sequence[str],
     rule: str,
     patients: Array,
-) -> Callable[[Array], Measures]:
+) -> Measure:
     """What some of the test rows score over the seeds' fits, for subgroup_scores: AUROC, and
     sensitivity and specificity at the thresholds that serve all rows.
 
@@ -170,7 +170,7 @@ def exclusive_measures(
     weights: Array,
     classes: Sequence[str],
     patients: Array,
-) -> Callable[[Array], Measures]:
+) -> Measure:
     """What some of the test rows score over the seeds' fits: accuracy, and AUROC of each class.
 
     Of two classes the second stands for both: the AUROC of one against the other is one number.

@@ -7,7 +7,7 @@ frozen encoders in eval mode, a head for ViT, mAP that counts every image beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,9 +34,8 @@ from mlip.transfer.measures.average_precision import (
     mean_average_precision,
 )
 from mlip.transfer.measures.froc import froc_scores
-from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series
-from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.measures.subgroups import Measure
 from mlip.transfer.truth.outside import OutsideBoxes, check_inside
 
 ANY_CLASS = "object"  # where transfer.classes is empty, all boxes are of one class
@@ -171,11 +170,10 @@ class Detection(FramedTask):
         predictions: list[dict[str, Array]],
         val: Array,
         test: Array,
-        groupings: Sequence[Grouping],
-    ) -> dict[str, Any]:
-        """mAP of test in both forms and FROC over the seeds' fits."""
+        weights: Array,
+    ) -> tuple[dict[str, Any], Measure]:
+        """mAP of test in both forms and FROC over the seeds' fits, and what some images score."""
         patients = self.manifest.patient_key[test]
-        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
         truth = [self.truth(r) for r in test.tolist()]
         by_seed = [divided(prediction) for prediction in predictions]
         overlaps, cut = self.transfer.iou_thresholds, self.transfer.score_cut
@@ -187,11 +185,7 @@ class Detection(FramedTask):
             compat_score_cut=self.transfer.compat_score_cut,
         )
         measure = detection_measures(truth, matched, weights, patients, classes=self.classes)
-        return {
-            **scores,
-            "froc": froc_scores(truth, by_seed, weights),
-            "subgroups": subgroup_scores(groupings, patients, measure),
-        }
+        return {**scores, "froc": froc_scores(truth, by_seed, weights)}, measure
 
     def series(self, prediction: Any, test: Array, method: str, seed: int) -> list[Series]:
         """None: an average precision is no mean over images."""

@@ -35,8 +35,9 @@ from mlip.transfer.fits.kept_fits import Fit, KeptFits, made_by, settings_of
 from mlip.transfer.fits.pictures import example_pictures
 from mlip.transfer.fits.segmentation import Segmentation
 from mlip.transfer.frames import Images, crop_of, frame_of
+from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, predictions_of
-from mlip.transfer.measures.subgroups import read_groupings
+from mlip.transfer.measures.subgroups import read_groupings, subgroup_scores
 from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer_settings import at_fraction
@@ -84,6 +85,7 @@ def transfer_run(
         # refused before hours of fits: columns, and masks and boxes of test
         groupings = read_groupings(config, manifest, splits.test)
         seen = find_seen(config, manifest, trainings).of(splits.test)
+        patients = manifest.patient_key[splits.test]
         data = {**_account(manifest, task, splits), "unused": unused, "trained_on": seen}
         draws = _draws(config, manifest, task, splits)
         fractions, used = [], {}
@@ -140,7 +142,9 @@ def transfer_run(
                 )
             for seed, prediction in zip(transfer.seeds, predictions, strict=True):
                 series += task.series(prediction, splits.test, f"{percent:g} %", seed)
-            scores = task.score(predictions, splits.val, splits.test, groupings)
+            weights = patient_resamples(patients, config.evaluate.bootstrap, config.run.seed)
+            scores, measure = task.score(predictions, splits.val, splits.test, weights)
+            scores["subgroups"] = subgroup_scores(groupings, patients, measure)
             fractions.append({"percent": percent, "scores": scores, "fits": fits})
             pictures = example_pictures(config, manifest, task, predictions[0], splits.test)
     finally:

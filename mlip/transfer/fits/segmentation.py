@@ -8,7 +8,7 @@ image's own letterbox, frozen encoders in eval mode, Dice in three forms with in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import cv2
@@ -33,9 +33,8 @@ from mlip.transfer.measures.dice import (
     dice_scores,
     join,
 )
-from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_marks
-from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
+from mlip.transfer.measures.subgroups import Measure
 from mlip.transfer.truth.mask_file import IGNORED, INSIDE
 
 FOCAL_WEIGHT, FOCAL_GAMMA, DICE_SMOOTH = 10.0, 2.0, 1.0  # HKU-MedAI/MGCA's
@@ -182,21 +181,17 @@ class Segmentation(FramedTask):
         predictions: list[dict[str, Array]],
         val: Array,
         test: Array,
-        groupings: Sequence[Grouping],
-    ) -> dict[str, Any]:
-        """Dice of test in its three forms over the seeds' fits."""
-        patients = self.manifest.patient_key[test]
-        weights = patient_resamples(patients, self.config.evaluate.bootstrap, self.config.run.seed)
+        weights: Array,
+    ) -> tuple[dict[str, Any], Measure]:
+        """Dice of test in its three forms over the seeds' fits, and what some images score."""
         by_seed = [_counts(prediction) for prediction in predictions]
-        return {
+        scores = {
             "dice": dice_scores(by_seed, weights),
             "images": len(test),
             "images_with_truth": int((by_seed[0].truth > 0).sum()),
             "headline": "dice.published",
-            "subgroups": subgroup_scores(
-                groupings, patients, dice_measures(by_seed, weights, patients)
-            ),
         }
+        return scores, dice_measures(by_seed, weights, self.manifest.patient_key[test])
 
     def series(
         self, prediction: dict[str, Array], test: Array, method: str, seed: int

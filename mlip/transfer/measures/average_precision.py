@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Measured, bounded, defined_mean
 from mlip.transfer.measures.scores import mean_of_fits, over_seeds
-from mlip.transfer.measures.subgroups import Measures, enough
+from mlip.transfer.measures.subgroups import Measure, Measures, enough
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's
 MOST_BOXES = 100  # per image, the COCO tool's largest
@@ -238,7 +238,7 @@ def detection_measures(
     patients: Array,
     *,
     classes: Sequence[str],
-) -> Callable[[Array], Measures]:
+) -> Measure:
     """What some of the test images score over the seeds' fits, for subgroup_scores: strict AP of
     each class that enough of the patients have boxes of.
 

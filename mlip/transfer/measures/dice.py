@@ -9,7 +9,7 @@ pooled         all pixels of all images as one image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Measured, bounded, measured_mean, weighted_sum
 from mlip.transfer.measures.scores import mean_of_fits, over_seeds
-from mlip.transfer.measures.subgroups import Measures, enough
+from mlip.transfer.measures.subgroups import Measure, Measures, enough
 from mlip.transfer.truth.mask_file import IGNORED, INSIDE
 
 FORMS = ("published", "positive_only", "pooled")
@@ -82,9 +82,7 @@ def dice_scores(by_seed: Sequence[Counts], weights: Array) -> dict[str, Any]:
     return {key: over_seeds([found.get(key) for found in each], reason) for key in FORMS}
 
 
-def dice_measures(
-    by_seed: Sequence[Counts], weights: Array, patients: Array
-) -> Callable[[Array], Measures]:
+def dice_measures(by_seed: Sequence[Counts], weights: Array, patients: Array) -> Measure:
     """What some of the test images score over the seeds' fits, for subgroup_scores.
 
     Shapes:  weights [R, images], patients [images]

@@ -64,6 +64,9 @@ class Measures:
     whole: dict[str, Measured] = field(default_factory=dict)
 
 
+Measure = Callable[[Array], Measures]  # [rows] bool: those that are in
+
+
 def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grouping]:
     """The groups of evaluate.subgroups among these manifest rows.
 
@@ -166,7 +169,7 @@ def _ranges(edges: Sequence[float]) -> list[str]:
 
 
 def subgroup_scores(
-    groupings: Sequence[Grouping], patients: Array, measure: Callable[[Array], Measures]
+    groupings: Sequence[Grouping], patients: Array, measure: Measure
 ) -> list[dict[str, Any]]:
     """Each group's scores and how they differ from those of all other rows of its column.
 

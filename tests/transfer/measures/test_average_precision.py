@@ -31,6 +31,7 @@ from mlip.transfer.measures.average_precision import (
     mean_average_precision,
     run_coco,
 )
+from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
 from mlip.transfer.truth.annotations import Annotations
 from tests.small_run import small_run
@@ -182,8 +183,11 @@ def test_a_fit_is_matched_once_however_many_scores_and_groups_take_it(
     fits = [[found((A, 0.3)) for _ in test], [found((B, 0.4)) for _ in test]]
     inside = np.arange(len(test)) < len(test) // 2
     halves = Grouping("half", ("x", "y"), np.stack([inside, ~inside]), inside | True, {})
-    scores = detection.score([joined(fit) for fit in fits], test, test, [halves])
-    assert [group["name"] for group in scores["subgroups"][0]["groups"]] == ["x", "y"]
+    patients = manifest.patient_key[test]
+    weights = patient_resamples(patients, 20, 1)
+    _, measure = detection.score([joined(fit) for fit in fits], test, test, weights)
+    (found_by,) = subgroup_scores([halves], patients, measure)
+    assert [group["name"] for group in found_by["groups"]] == ["x", "y"]
     assert asked == [len(test)] * 2
 
 
