@@ -9,7 +9,7 @@ from typing import Any
 
 from mlip.transfer_settings import BY_PROJECTION, threshold_rule
 from mlip.transfer_settings import check as check_transfer
-from mlip.typed_tree import ConfigError
+from mlip.typed_tree import ConfigError, require
 
 # train.monitor -> the losses of which one at least has to be trained
 _HELD_OUT = {
@@ -21,11 +21,6 @@ _HELD_OUT = {
 
 def check_agreement(config: Any) -> None:
     """Raises:  ConfigError naming settings that cannot stand together, and what to change."""
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
-
     check_transfer(config.transfer)
     data, batch, train = config.data, config.batch, config.train
     require(

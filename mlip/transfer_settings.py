@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlip.typed_tree import ConfigError
+from mlip.typed_tree import ConfigError, require
 
 BY_PROJECTION = "projections"  # a value of evaluate.subgroups: a column of views by what they mean
 UNCERTAIN = ("one", "zero", "ignore")
@@ -95,11 +95,6 @@ def at_fraction(transfer: Transfer, percent: float) -> Transfer:
 
 def check(transfer: Transfer) -> None:
     """Raise ConfigError for a value that cannot be honoured."""
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
-
     for name, policy in transfer.classes.items():
         require(
             policy in UNCERTAIN,

@@ -20,6 +20,12 @@ class ConfigError(ValueError):
     """A setting that does not exist, has the wrong type, or contradicts another one."""
 
 
+def require(holds: bool, message: str) -> None:
+    """Raises:  ConfigError with the message where it does not hold"""
+    if not holds:
+        raise ConfigError(message)
+
+
 def require_utf8(name: str, text: str) -> None:
     """Raises ConfigError where the name of a file or folder holds bytes that are not UTF-8.
 
