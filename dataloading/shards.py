@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
-from mlip.output_file import new_file
+from mlip.output_file import new_file, sync
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file
@@ -261,7 +261,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self.partial, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         return size
 
     def abandon(self) -> None:
@@ -284,15 +284,6 @@ def remove_partials(folder: Path, of: int | None = None) -> int:
     return count
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears under its name, whole and synced, when the block ends well."""
@@ -305,7 +296,7 @@ def synced_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -66,6 +66,15 @@ def begins_with(path: Path, columns: Sequence[str]) -> bool:
         return stream.read(len(begin)) == begin
 
 
+def sync(path: Path) -> None:
+    """Makes the content of a file, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch import Tensor
 from mlip import distributed
 from mlip.config import Config
 from mlip.machine import limit_reached
-from mlip.output_file import file_sha256
+from mlip.output_file import file_sha256, sync
 from mlip.training.checkpoint_content import (
     is_finite,
     load_tensors,
@@ -157,17 +156,17 @@ def _write(final: Path, training: TrainingState, state: Mapping[str, Any], run_d
     sums = "".join(f"{file_sha256(partial / name)}  {name}\n" for name in names)
     (partial / _SUMS).write_text(sums, encoding="utf-8")
     for name in (*names, _SUMS):
-        _fsync(partial / name)
+        sync(partial / name)
     fire("ckpt-fsync", step, run_dir)
     fire("pointer-update", step, run_dir)
     (partial / _MARKER).write_text(file_sha256(partial / _SUMS) + "\n", encoding="utf-8")
-    _fsync(partial / _MARKER)
-    _fsync(partial)
+    sync(partial / _MARKER)
+    sync(partial)
     if final.exists():
         shutil.rmtree(final)  # a damaged one of the same step, passed over at the start
     fire("ckpt-rename", step, run_dir)
     partial.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -348,11 +347,3 @@ def _mark_passed_over(run_dir: str | Path, taken: Path | None) -> None:
         if folder == taken:
             return
         (folder / _PASSED_OVER).touch()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
