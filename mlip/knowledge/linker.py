@@ -8,7 +8,7 @@ words (lexicon/) and the rules of assertion (scope.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -61,18 +61,12 @@ class Linker:
     """Links texts to the concepts of one table.
 
     Where two concepts share a surface form, the one earlier in the table has it.
-    leave_out: semantic types whose mentions are not returned ("qualifier": mild, acute, stable).
-    Raises:  LexiconError where the cue file or a term cannot be used; ValueError for a type to
-             leave out that no concept has
+    Raises:  LexiconError where the cue file or a term cannot be used
     Source:  Aho and Corasick 1975; scope rules ours, in the line of NegEx (Chapman et al. 2001)
     """
 
-    def __init__(self, table: ConceptTable, leave_out: Collection[str] = ()) -> None:
+    def __init__(self, table: ConceptTable) -> None:
         self.table = table
-        unknown = set(leave_out) - {concept.semantic_type for concept in table}
-        if unknown:
-            raise ValueError(f"leave_out: no concept has the semantic type {sorted(unknown)[0]!r}")
-        self._silent = {row for row, c in enumerate(table) if c.semantic_type in leave_out}
         self._ids = [concept.id for concept in table]
         self._codes = _Codes(_words(table))
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
@@ -214,11 +208,9 @@ class Linker:
             found += scope.resolve(events, decide != 0, len(pieces), pieces)
         found.sort()
         # a NamedTuple's own __new__ costs three times tuple's
-        silent, make = self._silent, tuple.__new__
+        make = tuple.__new__
         mentions = []
         for k, (start, end, row, state) in enumerate(found):
-            if row in silent:
-                continue
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
             stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))

@@ -287,16 +287,6 @@ def test_a_large_vocabulary_takes_wider_codes_and_gives_the_same_mentions():
     assert ("x17", "present") in {(m.concept_id, m.state) for m in large.link(text)}
 
 
-def test_semantic_types_can_be_left_out():
-    table = default_linker().table
-    text = "Mild stable effusion."
-    assert {"mild", "stable"} <= {m.concept_id for m in link(text)}
-    quiet = Linker(table, leave_out=("qualifier",))
-    assert [m.concept_id for m in quiet.link(text)] == ["pleural_effusion"]
-    with pytest.raises(ValueError, match="wualifier"):
-        Linker(table, leave_out=("wualifier",))
-
-
 def test_tables_of_equal_content_share_a_linker_until_nobody_holds_it():
     concepts = [Concept(id="a", name="blue sign")]
     held = linker_of(ConceptTable(concepts))
