@@ -53,6 +53,7 @@ from benchmarks.input_contestants import (
     make_files,
 )
 from mlip import config
+from mlip.distributed import synchronise
 from mlip.run_vocabulary import open_tokenizer
 from mlip.training.allocator import keep_freed_memory
 
@@ -93,11 +94,6 @@ def serve(name: str, folder: Path, channels: int, workers: int) -> None:
         synchronise()  # the last copies count
         seconds = time.perf_counter() - start
         print(json.dumps([seconds, cpu_seconds() - spent, images]), flush=True)
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Child:
