@@ -13,6 +13,7 @@ process, by queries.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -56,9 +57,10 @@ def precision(hits: Sequence[Hits], right: Sequence[np.ndarray]) -> float:
 def quality(run: Path, folder: Path) -> list[dict[str, Any]]:
     files, overrides = sort_settings([str(run)])
     config = load(files, overrides)
-    opened, manifest = open_checkpoint(run), load_manifest(config.data)
+    opened = dataclasses.replace(open_checkpoint(run), config=config)
+    manifest = load_manifest(config.data)
     write_embeddings(
-        *(opened, config, manifest, folder),
+        *(opened, manifest, folder),
         **{"split": "test", "with_patches": False, "images_only": True},
     )
     archive = Archive(folder)
@@ -83,7 +85,7 @@ def quality(run: Path, folder: Path) -> list[dict[str, Any]]:
         right = [of[name] for name in names]
         plain = precision(search(archive, queries, MOST), right)
         hits = search(archive, queries, RERANKED)
-        again, _ = reranked(opened, config, manifest, queries, hits, MOST)
+        again, _ = reranked(opened, manifest, queries, hits, MOST)
         found.append({"query": kind, "precision": plain, "reranked": precision(again, right)})
     films = [(name, int(row)) for name in names for row in of[name][:OWN_FILMS]]
     hits = search(archive, ask_rows([row for _, row in films], archive), MOST)

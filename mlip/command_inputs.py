@@ -90,8 +90,9 @@ def open_with_settings(config: Config, device: str) -> Any:
 
 def open_for_films(
     config: Config, device: str, *, by_patient: bool, by_split: bool | None = None
-) -> tuple[Any, Config, Any]:
-    """open_with_settings, and the manifest of films of which nothing is written yet.
+) -> tuple[Any, Any]:
+    """The model with open_with_settings' settings as its own, and the manifest of films of which
+    nothing is written yet.
 
     No columns are asked for but that of the image, by_patient that of the patient and by_split
     (None: as by_patient) that of the split.
@@ -110,4 +111,4 @@ def open_for_films(
         columns = dataclasses.replace(columns, split=None)
     data = dataclasses.replace(config.data, columns=columns, empty_report="image_only")
     config = dataclasses.replace(config, data=data)
-    return opened, config, load_manifest(config.data)
+    return dataclasses.replace(opened, config=config), load_manifest(config.data)

@@ -6,6 +6,7 @@ Nothing that needs another package is imported before it is used (mlip/cli.py sa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ def run_embed(options: argparse.Namespace) -> int:
     out = require_writable(Path(options.out))
     split = options.split or ("all" if options.images else config.evaluate.split)
     if options.images:
-        opened, config, manifest = open_for_films(config, device, by_patient=split != "all")
+        opened, manifest = open_for_films(config, device, by_patient=split != "all")
     else:
         opened, config = open_with_settings(config, device)
-        manifest = load_manifest(config.data)
+        opened, manifest = dataclasses.replace(opened, config=config), load_manifest(config.data)
     embedded = write_embeddings(
-        *(opened, config, manifest, out),
+        *(opened, manifest, out),
         split=split,
         with_patches=options.patches,
         images_only=options.images,
@@ -103,7 +104,7 @@ def run_search(options: argparse.Namespace) -> int:
     manifest: Any = None
     groups = None
     if page or options.rerank or options.per_patient:
-        opened, config, manifest = open_for_films(
+        opened, manifest = open_for_films(
             config, device, by_patient=options.per_patient, by_split=False
         )
         search_table.require_same_rows(archive, manifest)
@@ -126,10 +127,10 @@ def run_search(options: argparse.Namespace) -> int:
     hits = search_table.search(archive, queries, most, among=options.among, groups=groups)
     bad: dict[int, str] = {}
     if options.rerank:
-        hits, bad = search_table.reranked(opened, config, manifest, queries, hits, options.top)
+        hits, bad = search_table.reranked(opened, manifest, queries, hits, options.top)
     shown: Any = None
     if page:  # before the table: where no film can be read, earlier answers stay
-        shown, unseen = search_table.pictures(opened, config, manifest, queries, hits)
+        shown, unseen = search_table.pictures(opened, manifest, queries, hits)
     count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print(printed([*lines, f"{out}: {count} answers"]))
@@ -181,13 +182,13 @@ def run_outliers(options: argparse.Namespace) -> int:
     require_writable(made.absolute().parent)
     require_own_file(made, is_table=not options.fit)
     split = options.split or ("train" if options.fit else "all")
-    opened, config, manifest = open_for_films(
+    opened, manifest = open_for_films(
         config, device, by_patient=bool(options.fit) or split != "all"
     )
     if options.fit:
-        print(write_reference(opened, config, manifest, made, split=split))
+        print(write_reference(opened, manifest, made, split=split))
         return 0
-    table = write_outliers(opened, config, manifest, Path(options.reference), made, split=split)
+    table = write_outliers(opened, manifest, Path(options.reference), made, split=split)
     print(printed(table))
     return 0
 
@@ -209,7 +210,7 @@ def run_classify(options: argparse.Namespace) -> int:
     require_writable(out.absolute().parent)
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
-    opened, config, manifest = open_for_films(config, device, by_patient=options.split != "all")
+    opened, manifest = open_for_films(config, device, by_patient=options.split != "all")
     head = options.head or default_head(opened)
     if head != "global":
         require_local(opened, f"--head {head} (say --head global)")
@@ -219,8 +220,6 @@ def run_classify(options: argparse.Namespace) -> int:
         question = ask_as_evaluated(Path(options.like), opened, head)
     else:
         question = ask_names(options.finding, opened, config.evaluate)
-    table = write_classification(
-        opened, config, manifest, question, out, split=options.split, head=head
-    )
+    table = write_classification(opened, manifest, question, out, split=options.split, head=head)
     print(printed([*table, "Not for clinical use."]))
     return 0

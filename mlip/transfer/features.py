@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
-from mlip.config import Config, Data
+from mlip.config import Data
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import Manifest
 from mlip.transfer.array import Array
@@ -113,13 +113,13 @@ def encode_images(model: Any, batch: Batch, data: Data) -> ImageBank:
     )
 
 
-def row_loader(opened: Any, config: Config, manifest: Manifest, split: str, rows: Array) -> Loader:
+def row_loader(opened: Any, manifest: Manifest, split: str, rows: Array) -> Loader:
     """Batches of these rows of the split as the model reads them, in their order.
 
     Films that `mlip prepare` refuses as too dark are bad: the model would see black, and answer.
     """
     return build_loader(
-        config,
+        opened.config,
         manifest,
         split=split,
         train=False,

@@ -42,7 +42,7 @@ def encode_split(opened: Any, manifest: Manifest, rows: Array) -> EncodedSplit:
     Raises:  ValueError where features hold NaN or infinite values, or find no room.
     """
     config = opened.config
-    loader = row_loader(opened, config, manifest, config.evaluate.split, rows)
+    loader = row_loader(opened, manifest, config.evaluate.split, rows)
     store = FeatureStore(
         len(rows), max_tokens=config.data.max_tokens, max_entities=config.data.max_entities
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.output_file import require_replaceable
 from mlip.transfer.films.classify import (
@@ -40,7 +39,6 @@ def require_own_file(path: Path) -> None:
 
 def write_classification(
     opened: Any,
-    config: Config,
     manifest: Manifest,
     question: Question,
     out: Path,
@@ -69,7 +67,7 @@ def write_classification(
     texts = encode_question(opened, question)
     lines: dict[int, list[object]] = {}
     counts = dict.fromkeys(decided, 0)
-    images = RowImages(opened, config, manifest, split)
+    images = RowImages(opened, manifest, split)
     for bank in images:
         values = scores(opened, bank.features, question, texts, head)
         answers = called(values, question)

@@ -25,7 +25,6 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
-from mlip.config import Config
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
 from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
@@ -61,7 +60,6 @@ class Embedded:
 
 def write_embeddings(
     opened: Any,
-    config: Config,
     manifest: Manifest,
     out: Path,
     *,
@@ -82,6 +80,7 @@ def write_embeddings(
              where another process writes there; ManifestError for a split without rows; DataError
              where more than data.bad_share of the images, or all of them, cannot be read.
     """
+    config = opened.config
     asked, split, manifest = split, *of_split(manifest, split)
     rows = manifest.rows(split, with_report=False)
     left_out = _left_out(manifest, split)
@@ -118,9 +117,9 @@ def write_embeddings(
             if known is None or known["sha256"] != found or _is_mended(reader, known):
                 for left in out.glob(f".{path.name}.*"):
                     left.unlink()  # of a run that was killed while it wrote
-                loader = row_loader(opened, config, manifest, split, chosen)
+                loader = row_loader(opened, manifest, split, chosen)
                 encode = _encode_images if images_only else _encode
-                tensors, bad = encode(opened, config, loader, with_patches)
+                tensors, bad = encode(opened, loader, with_patches)
                 known = done[path.name] = {
                     "sha256": _write_part(tensors, path),
                     "rows": len(chosen) - len(bad),
@@ -248,12 +247,12 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _encode(
-    opened: Any, config: Config, loader: Loader, with_patches: bool
+    opened: Any, loader: Loader, with_patches: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """(tensors of the rows whose image can be read, {} where none can; row -> reason of others)"""
     parts: list[dict[str, torch.Tensor]] = []
     # of a batch what goes into the part: patches and tokens of 2,048 rows would be gigabytes
-    for _, image, text in encoded(opened.model, loader, config.data):
+    for _, image, text in encoded(opened.model, loader, opened.config.data):
         require_finite(image, text)
         parts.append(
             {
@@ -268,11 +267,11 @@ def _encode(
 
 
 def _encode_images(
-    opened: Any, config: Config, loader: Loader, with_patches: bool
+    opened: Any, loader: Loader, with_patches: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
     """As _encode, of the images alone."""
     parts = []
-    for image in encoded_images(opened.model, loader, config.data):
+    for image in encoded_images(opened.model, loader, opened.config.data):
         require_finite(image)
         parts.append(_of_images(image, with_patches))
     return _joined(parts), loader.ledger.bad

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.output_file import begins_with, require_replaceable
 from mlip.transfer.array import Array
@@ -35,14 +34,12 @@ def require_own_file(path: Path, *, is_table: bool) -> None:
         require_replaceable(path, "--fit", "reference of mlip outliers", is_ours=is_ours)
 
 
-def write_reference(
-    opened: Any, config: Config, manifest: Manifest, path: Path, *, split: str
-) -> str:
+def write_reference(opened: Any, manifest: Manifest, path: Path, *, split: str) -> str:
     """The reference of the split's images in `path`; what was made, in a line."""
-    images, rows, bad = encode_rows(opened, config, manifest, split, most=MOST_REFERENCE)
+    images, rows, bad = encode_rows(opened, manifest, split, most=MOST_REFERENCE)
     made_of = {**made_with(opened), "images": str(len(rows)), "split": split}
     reference = fit_reference(
-        images, manifest.patient_key[rows], seed=config.run.seed, made_of=made_of
+        images, manifest.patient_key[rows], seed=opened.config.run.seed, made_of=made_of
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_reference(reference, path)
@@ -55,7 +52,6 @@ def write_reference(
 
 def write_outliers(
     opened: Any,
-    config: Config,
     manifest: Manifest,
     reference_path: Path,
     out: Path,
@@ -68,7 +64,7 @@ def write_outliers(
     Returns: lines for the terminal
     """
     reference = load_reference(reference_path, opened)
-    images, rows, bad = encode_rows(opened, config, manifest, split, most=None)
+    images, rows, bad = encode_rows(opened, manifest, split, most=None)
     distances = reference.distances(images)
     p_values = reference.share_as_far(distances)
     lines = {

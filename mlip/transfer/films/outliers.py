@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlip.batch import ImageFeatures
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.output_file import whole_file
 from mlip.transfer.array import Array
@@ -188,7 +187,7 @@ def load_reference(path: str | Path, opened: Any) -> Reference:
 
 
 def encode_rows(
-    opened: Any, config: Config, manifest: Manifest, split: str, *, most: int | None
+    opened: Any, manifest: Manifest, split: str, *, most: int | None
 ) -> tuple[ImageFeatures, Array, dict[int, str]]:
     """The split's images ("all": of every split and of none), at most `most`, drawn by run.seed.
 
@@ -196,7 +195,7 @@ def encode_rows(
              the manifest of each, [N] int64; row -> reason of those that cannot be read
     Raises:  ManifestError as RowImages
     """
-    images = RowImages(opened, config, manifest, split, most=most)
+    images = RowImages(opened, manifest, split, most=most)
     # filled in place: a small tensor kept of each batch holds the heap around it, 15 kB an image
     means, found, done = torch.empty(0, 0), np.empty(len(images), dtype=np.int64), 0
     for bank in images:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import Config
 from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
@@ -42,14 +41,13 @@ class RowImages:
     def __init__(
         self,
         opened: Any,
-        config: Config,
         manifest: Manifest,
         split: str,
         *,
         most: int | None = None,
         rows: Array | None = None,
     ) -> None:
-        self._model, self._data = opened.model, config.data
+        self._opened = opened
         self._asked, self._path = split, manifest.path
         split, manifest = of_split(manifest, split)
         usable = manifest.rows(split, with_report=False)
@@ -60,10 +58,10 @@ class RowImages:
                 "choose another --split"
             )
         if most is not None and len(rows) > most:
-            drawn = np.random.default_rng(config.run.seed).choice(rows, most, replace=False)
+            drawn = np.random.default_rng(opened.config.run.seed).choice(rows, most, replace=False)
             rows = np.sort(drawn)
         self._rows = len(rows)
-        self._loader = row_loader(opened, config, manifest, split, rows)
+        self._loader = row_loader(opened, manifest, split, rows)
         self.bad: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -72,7 +70,7 @@ class RowImages:
 
     def __iter__(self) -> Iterator[ImageBank]:
         found, done, progress = False, 0, Progress("images encoded")
-        for bank in encoded_images(self._model, self._loader, self._data):
+        for bank in encoded_images(self._opened.model, self._loader, self._opened.config.data):
             found = True
             done += len(bank)
             progress(done, self._rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip.output_file import whole_file
@@ -36,12 +36,21 @@ def write_row_table(
     blank = [""] * len(columns)
     every = {row: [*cells, ""] for row, cells in lines.items()}
     every |= {row: [*blank, reason] for row, reason in bad.items()}
+    write_private_csv(
+        path,
+        ["row_index", *columns, "reason"],
+        ([row, *every[row]] for row in sorted(every)),
+    )
+
+
+def write_private_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A CSV, whole or not there, that its owner alone may read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, is_private=True) as partial:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
-            table.writerow(["row_index", *columns, "reason"])
-            table.writerows([row, *every[row]] for row in sorted(every))
+            table.writerow(header)
+            table.writerows(rows)
 
 
 def told(bad: Mapping[int, str]) -> str:

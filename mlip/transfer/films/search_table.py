@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +11,13 @@ import numpy as np
 import torch
 
 from mlip.batch import ImageFeatures
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import begins_with, require_replaceable, whole_file
+from mlip.output_file import begins_with, require_replaceable
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank
 from mlip.transfer.films.archive import Among, Archive, ArchiveError, Hits
 from mlip.transfer.films.row_images import RowImages
-from mlip.transfer.films.row_table import unread
+from mlip.transfer.films.row_table import unread, write_private_csv
 from mlip.transfer.films.search import (
     Query,
     Reranked,
@@ -81,7 +79,6 @@ def search(
 
 def reranked(
     opened: Any,
-    config: Config,
     manifest: Manifest,
     queries: Sequence[Query],
     hits: Sequence[Hits],
@@ -91,7 +88,7 @@ def reranked(
     again = Reranked(opened, queries, hits)
     bad: dict[int, str] = {}
     if len(again.rows):
-        images = RowImages(opened, config, manifest, "all", rows=again.rows)
+        images = RowImages(opened, manifest, "all", rows=again.rows)
         for bank in images:
             again.add(bank)
         bad = images.bad
@@ -100,7 +97,6 @@ def reranked(
 
 def pictures(
     opened: Any,
-    config: Config,
     manifest: Manifest,
     queries: Sequence[Query],
     hits: Sequence[Hits],
@@ -111,7 +107,7 @@ def pictures(
     rows = rows_found(hits)
     if not len(rows):
         return [[] for _ in hits], {}
-    images = RowImages(opened, config, manifest, "all", rows=rows)
+    images = RowImages(opened, manifest, "all", rows=rows)
     for bank in images:
         for q, query in enumerate(queries):
             own = [i for i, row in enumerate(bank.row_index.tolist()) if row in wanted[q]]
@@ -137,16 +133,9 @@ def _some(bank: ImageBank, places: list[int]) -> ImageFeatures:
 def write_answers(path: Path, queries: Sequence[Query], hits: Sequence[Hits]) -> int:
     """A CSV of kind, query, rank, row_index and score (blank where the film could not be read
     again); how many answers."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with whole_file(path, is_private=True) as partial:
-        with partial.open("w", encoding="utf-8", newline="") as stream:
-            table = csv.writer(stream)
-            table.writerow(COLUMNS)
-            for kind, name, rank, row, score in answers_of(queries, hits):
-                table.writerow([kind, name, rank, row, number(score, ".6g")])
-                count += 1
-    return count
+    answers = [(*where, number(score, ".6g")) for *where, score in answers_of(queries, hits)]
+    write_private_csv(path, COLUMNS, answers)
+    return len(answers)
 
 
 def number(score: float, form: str) -> str:

@@ -237,8 +237,8 @@ def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_mani
     opened, rows = open_checkpoint(small_export()), []
     for seed in (1, 2):
         config = read_settings([*write(tmp_path), f"run.seed={seed}"])
-        manifest = load_manifest(config.data)
-        rows.append(outliers.encode_rows(opened, config, manifest, "train", most=9)[1])
+        own, manifest = dataclasses.replace(opened, config=config), load_manifest(config.data)
+        rows.append(outliers.encode_rows(own, manifest, "train", most=9)[1])
     assert rows[0].tolist() != rows[1].tolist() and len(rows[0]) == 9  # other images
     monkeypatch.setattr(outlier_table, "MOST_REFERENCE", 12)  # all: other halves alone
     for path, seed in zip(made[:2], (1, 2), strict=True):
@@ -255,13 +255,13 @@ def test_features_are_those_of_each_batch_and_the_rows_of_those_that_can_be_read
 ):
     """Oracle: every batch's means kept, and joined at the end; the last batch is short."""
     monkeypatch.setattr(shared_features, "ROWS_AT_ONCE", 7)
-    opened = open_checkpoint(small_export())
     config = read_settings(write(tmp_path, image=lambda i: "none.png" if i == 8 else f"{i}.png"))
+    opened = dataclasses.replace(open_checkpoint(small_export()), config=config)
     manifest = load_manifest(config.data)
-    images = row_images.RowImages(opened, config, manifest, "all")
+    images = row_images.RowImages(opened, manifest, "all")
     parts = [(bank.features.patches.mean(dim=1), bank.row_index) for bank in images]
     assert len(parts) == 5 and len(images) == 30
-    found, rows, bad = outliers.encode_rows(opened, config, manifest, "all", most=None)
+    found, rows, bad = outliers.encode_rows(opened, manifest, "all", most=None)
     assert rows.tolist() == np.concatenate([r for _, r in parts]).tolist()
     assert set(rows.tolist()) == set(range(30)) - {8} and bad == {8: "missing"}
     assert torch.equal(found.patches, torch.cat([mean for mean, _ in parts])[:, None])

@@ -6,6 +6,7 @@ for its export by torch.export.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def opened() -> Pretrained:
 def test_features_are_those_of_the_loader(opened: Pretrained, tmp_path: Path) -> None:
     run = small_run()
     write_embeddings(
-        *(opened, run.config, run.manifest, tmp_path),
+        *(dataclasses.replace(opened, config=run.config), run.manifest, tmp_path),
         split="test",
         with_patches=True,
     )
