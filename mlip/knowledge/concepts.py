@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+CHEXPERT = "chexpert"  # the vocabulary whose codes in a lexicon are CheXpert's labels
 RELATIONS = ("located_in", "suggests", "device_at", "part_of")
 
 

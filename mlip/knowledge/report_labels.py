@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
-from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
+from mlip.knowledge.concepts import CHEXPERT, Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker, State
 from mlip.knowledge.plain_letters import plain
 
-CHEXPERT = "chexpert"  # the vocabulary whose codes in a lexicon are CheXpert's labels
 _DEVICES = "device"
 # what a normal statement of our lexicon denies, and with it every kind of that
 _NORMAL = {
@@ -51,7 +50,9 @@ class ReportLabels:
 
     A finding is present where the report states it or a kind of it (a hydropneumothorax is a
     pneumothorax), else uncertain where it doubts one, else absent where it denies it or what it is
-    a kind of; "the lungs are clear" denies opacities. Denying one kind alone says nothing.
+    a kind of; "the lungs are clear" denies opacities. Denying one kind alone says nothing, but
+    where it bears the finding's name: "no rib fracture" denies fractures as "no displaced
+    fracture" does, and as CheXpert's labels have it.
     CheXpert's "No Finding" is present where none of its other labels, support devices apart, is
     present or uncertain, else absent.
 
@@ -111,10 +112,23 @@ class ReportLabels:
             own = {concept_id} | table.ancestors(concept_id)
             role = self._roles[concept_id] = _Role(
                 frozenset(name for name, ids in self._ids.items() if ids & own),
-                frozenset(name for name, above in self._above.items() if concept_id in above),
+                frozenset(
+                    name
+                    for name, above in self._above.items()
+                    if concept_id in above or self._bears_name(table[concept_id], name, own)
+                ),
                 any(_is_pathology(table[identifier]) for identifier in own),
             )
         return role
+
+    def _bears_name(self, concept: Concept, name: str, own: Set[str]) -> bool:
+        """Whether a concept is a kind of a finding and called so, with a word before it; of
+        devices none: that there is no chest tube says nothing of other tubes."""
+        if concept.semantic_type == _DEVICES:
+            return False
+        table = self.linker.table
+        forms = [form for i in self._ids[name] & own for form in table[i].surface_forms]
+        return any(concept.name.lower().endswith(f" {form}") for form in forms)
 
 
 def _is_pathology(concept: Concept) -> bool:

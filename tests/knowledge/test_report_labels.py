@@ -29,6 +29,11 @@ CASES = {
     "Hydropneumothorax on the right.": {"Pneumothorax": P, "Pleural Effusion": P, "No Finding": A},
     "No empyema.": {"No Finding": P},
     "Consolidation in the left base.": {"Consolidation": P, "Lung Opacity": P, "No Finding": A},
+    # but where it bears the finding's name, as any narrower denial does
+    "No rib fracture.": {"Fracture": A, "No Finding": P},
+    "No rib fracture. Fracture of the clavicle.": {"Fracture": P, "No Finding": A},
+    "No ground glass opacity.": {"Lung Opacity": A, "No Finding": P},
+    "No consolidation.": {"Consolidation": A, "No Finding": P},
     # what denies it denies its kinds
     "No airspace opacity.": {"Lung Opacity": A, "Consolidation": A, "No Finding": P},
     # several concepts of one label
@@ -65,6 +70,11 @@ def test_the_lexicon_names_all_labels_of_chexpert(labels: ReportLabels) -> None:
 def test_a_report_says_of_each_label(text: str, labels: ReportLabels) -> None:
     assert labels.states(text) == CASES[text]
     assert list(labels.states(text)) == [n for n in labels.names if n in CASES[text]]
+
+
+def test_a_denied_device_says_nothing_of_other_devices_called_so() -> None:
+    labels = ReportLabels(default_linker(), ("tube", "fracture"))
+    assert labels.states("No chest tube. No rib fracture.") == {"fracture": A}
 
 
 def test_names_are_those_of_the_lexicon_and_no_finding_does_not_depend_on_them() -> None:
