@@ -43,6 +43,8 @@ KINDS = (
     "comma",
     "and",
     "or",
+    "choice",
+    "unchanged",
     "with",
     "sentence",
     "question",
@@ -70,6 +72,8 @@ class Entry(NamedTuple):
     fixed: bool  # anatomy and normal statements: present whatever stands around them
     resets: bool  # normal statements end the reach of a cue before them
     device: bool  # a fault of it denied leaves it there
+    opens: bool  # a finding: of two that "or" joins neither is stated
+    kin: tuple[int, ...]  # rows of what it is a kind of, or has one label of CheXpert with
     parts: tuple[Part, ...]  # slots of terms written apart that it can fill
     normals: tuple[int, ...]  # rows of the statements that this anatomy is as it should be
     subject_side: int  # of such a statement: -1 = its anatomy comes first, 1 = last, 0 = no such

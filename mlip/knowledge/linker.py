@@ -18,7 +18,7 @@ import ahocorasick
 
 from mlip.knowledge import scope
 from mlip.knowledge.concept_files import load_concepts
-from mlip.knowledge.concepts import ConceptTable, LexiconError
+from mlip.knowledge.concepts import CHEXPERT, ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
 from mlip.knowledge.events import FLAG, Entry, Event, Found, Part, State
 
@@ -43,6 +43,9 @@ _BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
 # positions of a word's code have alphabets of their own: no match can begin inside a word
 _ALPHABET = 1024
 _MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
+_NO_FINDINGS = frozenset(
+    {"anatomy", "normal", "device", "procedure", "external_object", "qualifier", "technique"}
+)
 FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
 # "CT rules out" denies, "please rule out" asks: with s these are no plurals
 _VERBS = frozenset({"rule", "exclude"})
@@ -121,6 +124,7 @@ class Linker:
                 for relation, place in concept.relations:
                     if relation == "located_in":
                         normals.setdefault(place, []).append(row)
+        kin = _kin(table)
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         entries: dict[str, Entry] = {}
         # the shorter ones first: a statement needs the entry of its anatomy
@@ -136,6 +140,8 @@ class Linker:
                 fixed=kind in ("anatomy", "normal"),
                 resets=kind == "normal",
                 device=kind == "device",
+                opens=row >= 0 and kind not in _NO_FINDINGS,
+                kin=kin.get(row, ()),
                 parts=tuple(parts.get(key, ())),
                 normals=tuple(normals.get(self._ids[row], ())) if row >= 0 else (),
                 subject_side=side,
@@ -351,6 +357,22 @@ def few_known_words(texts: Iterable[str]) -> int:
     known = lexicon_words()
     words = (_WORD.findall(text.lower()) for text in texts)
     return sum(sum(w in known for w in each) < FEW_KNOWN_WORDS * len(each) for each in words)
+
+
+def _kin(table: ConceptTable) -> dict[int, tuple[int, ...]]:
+    """Row -> rows that are there too where it is one of two alternatives."""
+    of_label: dict[str, list[int]] = {}
+    for row, concept in enumerate(table):
+        for label in concept.mappings.get(CHEXPERT, ()):
+            of_label.setdefault(label, []).append(row)
+    kin: dict[int, set[int]] = {}
+    for rows in of_label.values():
+        for row in rows:
+            kin.setdefault(row, set()).update(rows)
+    for row, concept in enumerate(table):
+        if concept.parents:
+            kin.setdefault(row, set()).update(table.index[c] for c in concept.parents if c in table)
+    return {row: tuple(rows - {row}) for row, rows in kin.items()}
 
 
 def _words(table: ConceptTable) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
+from mlip.knowledge.alternatives import leave_open
 from mlip.knowledge.events import (
     ABSENT,
     FLAG,
@@ -34,12 +35,13 @@ _PREDICATE = FLAG["predicate"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _QUESTION, _NORMAL = FLAG["question"], FLAG["normal"]
 _DENIED_CLAUSE, _CHANGE = FLAG["denied_clause"], FLAG["change"]
+_CHOICE = FLAG["choice"]
 SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
-DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN
-_ACTS = DECIDING | _FAULT | _SEEN | _BE
+DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE
+_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
@@ -58,6 +60,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
     if len(events) > _MAX_EVENTS:
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
         return [mention for piece in pieces for mention in resolve(piece, decide, stop, words)]
+    choices: list[int] = []  # events that may join alternatives
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
     state: State = PRESENT
@@ -89,6 +92,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & (_AND | _WITH):
                 if state != PRESENT and _starts_anew(events, i, state, single):
                     state, closed = PRESENT, False
+            elif flags & _CHOICE and found and state != ABSENT:
+                choices.append(i)
             if flags & _POS:
                 state, closed = PRESENT, False
             if not flags & _ACTS:
@@ -174,6 +179,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                     found.append((first[0], last[1], row, state))
                     owner.append(i)
                     del parts[last_slot]
+    if choices:
+        leave_open(choices, events, found, owner, words)
     return found + normal if normal else found
 
 

@@ -214,6 +214,7 @@ ON_PURPOSE = {
     ("normal", "strong"),  # normal, intact
     ("be", "change"),  # has increased
     ("denied_clause", "negation_before"),  # no evidence that
+    ("choice", "or"),  # or, and / or, /
 }
 
 

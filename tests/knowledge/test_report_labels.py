@@ -34,6 +34,9 @@ CASES = {
     "No rib fracture. Fracture of the clavicle.": {"Fracture": P, "No Finding": A},
     "No ground glass opacity.": {"Lung Opacity": A, "No Finding": P},
     "No consolidation.": {"Consolidation": A, "No Finding": P},
+    # alternatives are doubts, of which one label may be certain
+    "Atelectasis or pneumonia.": {"Atelectasis": U, "Pneumonia": U, "No Finding": A},
+    "Nodule or mass in the right apex.": {"Lung Lesion": P, "No Finding": A},
     # what denies it denies its kinds
     "No airspace opacity.": {"Lung Opacity": A, "Consolidation": A, "No Finding": P},
     # several concepts of one label

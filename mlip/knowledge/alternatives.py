@@ -1,0 +1,137 @@
+"""Alternatives: of "atelectasis or pneumonia" a report states neither.
+
+What does not live here: the state of each finding by the cues around it (scope.py), the words that
+join alternatives (kind `choice` of lexicon/_cues.yaml).
+"""
+
+from __future__ import annotations
+
+from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Event, Found
+
+_UNCHANGED, _COMMA = FLAG["unchanged"], FLAG["comma"]
+_BEGINS = FLAG["strong"] | FLAG["weak"] | FLAG["article"] | FLAG["predicate"]
+# words that may stand before the second of two: "or, less likely, a small nodule"
+_BEFORE_SECOND = _BEGINS | FLAG["uncertain_before"] | FLAG["doubt"]
+_STATEMENT_ENDS = FLAG["clause"] | FLAG["positive"]
+_UNKNOWN = 2  # words of no concept and no cue: "atelectasis or early developing pneumonia"
+
+
+def leave_open(
+    choices: list[int],
+    events: list[Event],
+    found: list[Found],
+    owner: list[int],
+    words: list[str],
+) -> None:
+    """Make findings uncertain that a sentence joins by "or", "and/or" or "/", if it denies none.
+
+    A list whose last comma stands before "or" is joined as a whole ("edema, scar, or pneumonia").
+    Where one is a kind of the other ("effusion/hemothorax") the other is there in either case, as
+    are both where CheXpert has one label for them ("nodule/mass"); and a denied change is of
+    findings that are there ("no change in edema or effusion").
+
+    choices: the events that may join them
+    owner: event behind each of found
+    words: every piece of the text, a word or a sign with the blanks behind it
+    """
+    of_event: dict[int, int] = {}
+    for k, i in enumerate(owner):
+        of_event.setdefault(i, k)
+    for j in choices:
+        start = events[j][0]
+        first, is_close = _first(events, j)
+        if first not in of_event or found[of_event[first]][3] == ABSENT or _is_of_change(events, j):
+            continue
+        second = _second(events, j, is_close)
+        joined = [of_event[first]]
+        if second in of_event:
+            joined.append(of_event[second])
+            before = first
+            if events[first][1] != start:  # a comma before "or"
+                while (before := _listed_before(events, before)) in of_event:
+                    joined.append(of_event[before])
+        elif not is_close or events[first][1] != start or not _names_other(events, j, words):
+            continue  # "nodule or overlying vessel" is open too
+        if all(found[k][3] != ABSENT for k in joined):
+            _doubt(events, found, owner, joined)
+
+
+def _doubt(events: list[Event], found: list[Found], owner: list[int], joined: list[int]) -> None:
+    """Uncertain, but for what another of them is a kind of; one concept twice is no choice."""
+    if len(joined) > 1 and len({found[k][2] for k in joined}) == 1:
+        return
+    stated = {row for k in joined for row in events[owner[k]][2].kin}
+    for k in joined:
+        start, end, row, _ = found[k]
+        if row not in stated:
+            found[k] = (start, end, row, UNCERTAIN)
+
+
+def _first(events: list[Event], j: int) -> tuple[int, bool]:
+    """The finding that the choice at event j joins to another, -1 = none, and whether it stands
+    right before it; else anatomy may stand between: "atelectasis at the base or pneumonia"."""
+    i, edge = j - 1, events[j][0]
+    if events[i][2].flags & _COMMA and events[i][1] == edge:
+        i, edge = i - 1, events[i][0]
+    if i >= 0 and events[i][2].opens and events[i][1] == edge:
+        return i, True
+    unknown = 0
+    while i >= 0 and (events[i][2].fixed or events[i][2].flags & FLAG["article"]):
+        unknown += edge - events[i][1]
+        i, edge = i - 1, events[i][0]
+    if i < 0 or i == j - 1 or not events[i][2].opens:
+        return -1, False
+    return (i if unknown + edge - events[i][1] <= _UNKNOWN else -1), False
+
+
+def _second(events: list[Event], j: int, is_close: bool) -> int:
+    """The finding behind the choice at event j, -1 = none."""
+    edge, unknown = events[j][1], 0
+    for i in range(j + 1, len(events)):
+        start, end, entry = events[i]
+        unknown += start - edge
+        if unknown > _UNKNOWN:
+            return -1
+        if entry.opens:
+            return i
+        is_word = entry.flags & _BEFORE_SECOND or entry.concept >= 0 and not entry.flags
+        if not is_word or entry.resets or entry.fixed and not is_close:
+            return -1
+        edge = end
+    return -1
+
+
+def _listed_before(events: list[Event], i: int) -> int:
+    """The finding right before the comma before the item of a list at event i, -1 = none."""
+    edge, unknown = events[i][0], 0
+    for at in range(i - 1, 0, -1):
+        start, end, entry = events[at]
+        unknown += edge - end
+        if unknown > _UNKNOWN:
+            return -1
+        if entry.flags & _COMMA:
+            is_listed = events[at - 1][2].opens and events[at - 1][1] == start
+            return at - 1 if is_listed else -1
+        if entry.flags & ~_BEGINS or entry.opens:
+            return -1
+        edge = start
+    return -1
+
+
+def _is_of_change(events: list[Event], j: int) -> bool:
+    """Whether a denied change stands before event j in its statement."""
+    for _, _, entry in reversed(events[:j]):
+        if entry.flags & _STATEMENT_ENDS:
+            return False
+        if entry.flags & _UNCHANGED:
+            return True
+    return False
+
+
+def _names_other(events: list[Event], j: int, words: list[str]) -> bool:
+    """Whether a word of no concept stands behind the choice at event j; "/" joins much else, and
+    "tortuosity or ectasia of the aorta" is a term written apart."""
+    start, end, _ = events[j]
+    if words[start][0] == "/" or end == len(words) or not words[end][0].isalpha():
+        return False
+    return j + 1 == len(events) or events[j + 1][0] > end or not events[j + 1][2].parts
