@@ -72,6 +72,9 @@ SENTENCES = {
         Granuloma / histoplasmoma. | granuloma=P
         Or scar in the left apex and pneumonia. | scar=P pneumonia=P
     """,
+    "with or without leaves open what follows": """
+        Edema with or without an effusion. | pulmonary_edema=P pleural_effusion=U
+    """,
 }
 
 

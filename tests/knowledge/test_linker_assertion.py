@@ -75,6 +75,28 @@ SENTENCES = {
         Hepatitis (-), small effusion. | pleural_effusion=P
         Small effusion - no pneumothorax. | pleural_effusion=P pneumothorax=A
     """,
+    "what clears in part or nearly is there": """
+        Partial clearing of the edema. | pulmonary_edema=P
+        Near-complete resolution of the effusion. | pleural_effusion=P
+        The effusions have nearly completely resolved. | pleural_effusion=P
+        The infiltrate has almost entirely disappeared. | infiltrate=P
+        The infiltrate has disappeared. | infiltrate=A
+    """,
+    "what cannot be excluded is open whatever is denied before it": """
+        Absence of a fracture line does not exclude a rib fracture. | rib_fracture=U
+        No effusion despite cardiomegaly. | pleural_effusion=A cardiomegaly=P
+        No effusion in spite of cardiomegaly. | pleural_effusion=A cardiomegaly=P
+    """,
+    "other words that deny, doubt or do neither": """
+        Nothing to suggest edema or effusion. | pulmonary_edema=A pleural_effusion=A
+        Not without a small effusion. | pleural_effusion=P
+        There is no reason to doubt the mass. | lung_mass=P
+        Check for effusion. | pleural_effusion=U
+        Admitted for pneumonia last week. | pneumonia=U
+        A bulla mimics a pneumothorax. | bulla=P pneumothorax=U
+        Poss. edema, prob. effusion. | pulmonary_edema=U pleural_effusion=U
+        Opacity c/f pneumonia. | lung_opacity=P pneumonia=U
+    """,
     "an answer behind a comma": """
         Effusion, no. | pleural_effusion=A
         Effusion, no, pneumothorax, no. | pleural_effusion=A pneumothorax=A
@@ -215,6 +237,7 @@ ON_PURPOSE = {
     ("be", "change"),  # has increased
     ("denied_clause", "negation_before"),  # no evidence that
     ("choice", "or"),  # or, and / or, /
+    ("clause", "uncertain_before"),  # does not exclude
 }
 
 
