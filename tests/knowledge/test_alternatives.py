@@ -54,7 +54,9 @@ SENTENCES = {
         There is a nodule or two in the right lung. | lung_nodule=P
         Atelectasis, more or less unchanged pneumonia. | atelectasis=P pneumonia=P
         Effusion/ left lung is clear. | pleural_effusion=P
-        Tortuosity and/or ectasia of the aorta. | tortuous_aorta=P
+        There is tortuosity and/or ectasia of the abdominal aorta. | tortuous_aorta=P
+        Edema slowly clearing from the left base or scar. | pulmonary_edema=P scar=P
+        Scar or something quite unlike any pneumonia. | scar=U pneumonia=P
         Chest tube or drain in place. | chest_tube=P drain=P
         No pacemaker lead fracture or displacement. | pacemaker=P
     """,
