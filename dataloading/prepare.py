@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
@@ -27,6 +26,13 @@ from mlip.dataloading.dicom import DicomError, explain
 from mlip.dataloading.duplicates import prepared_duplicates
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
+from mlip.dataloading.prepare_options import (
+    dataset_options,
+    image_settings,
+    leave_out_demographics,
+    part_of,
+    require_alone,
+)
 from mlip.dataloading.prepared_tables import grouping_lines, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_build import (
@@ -37,7 +43,6 @@ from mlip.dataloading.shard_build import (
     build_shards,
     write_id_map,
 )
-from mlip.dataloading.shard_worker import ImageSettings
 from mlip.machine import usable_cores
 from mlip.output_file import begins_with, require_replaceable
 from mlip.unread_output import one_line, printed
@@ -57,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
     add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
     add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
-    add("--quality", type=int, default=95, help="of JPEG (default 95)")
+    add("--quality", type=int, help="of JPEG (default 95)")
     white_help = "value that is white in 16-bit PNGs (default 65535; 4095; own: the brightest)"
     add("--png-white", default="65535", metavar="N", help=white_help)
     add("--shard-images", type=int, default=4096, metavar="N", help="images a shard (default 4096)")
@@ -90,6 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:  ConfigError for arguments that cannot be honoured (exit status 2); DatasetError,
              ManifestError, ShardError for data that cannot be used, WorkerError (3).
     """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    require_alone(arguments, parser.parse_args([]))
     if arguments.list:
         print("\n\n".join(_describe(name, DATASETS[name]) for name in sorted(DATASETS)))
         return 0
@@ -128,11 +136,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     root = Path(os.path.realpath(arguments.root))
     if not root.is_dir():
         raise ConfigError(f"--root {arguments.root}: no such folder")
-    options = _options(dataset, arguments.option)
+    options = dataset_options(dataset, arguments.option)
     if arguments.no_demographics:
-        _leave_out_demographics(dataset, options)
-    settings = _settings(arguments)
-    part = _part(arguments.part)
+        leave_out_demographics(dataset, options)
+    settings = image_settings(arguments)
+    part = part_of(arguments.part)
     keep_ids = dataset.keeps_ids or arguments.keep_ids
     out = Path(os.path.realpath(arguments.out))
     require_utf8("--out", str(out))
@@ -240,68 +248,6 @@ def _build(
     if result.complete and result.images == 0:
         raise DatasetError(f"{plan.out}: no image could be read; the reasons stand in refused.csv")
     return 0
-
-
-def _options(dataset: Dataset, given: list[str]) -> dict[str, str]:
-    options = {name: default for name, (default, _) in dataset.options.items()}
-    for text in given:
-        name, separator, value = text.partition("=")
-        if not separator or name not in options:
-            raise ConfigError(
-                f"--option {text}: expected NAME=VALUE with a name out of "
-                f"{', '.join(options) or 'none: this data set has no options'}"
-            )
-        if not value:
-            # a variable of the shell that is not set: reports=$RIS would prepare without reports
-            raise ConfigError(
-                f"--option {text}: expected a value: leave it out where none is meant"
-            )
-        options[name] = value
-    return options
-
-
-def _leave_out_demographics(dataset: Dataset, options: dict[str, str]) -> None:
-    """Raises ConfigError where an option says where sex and age are, which nobody would see."""
-    for name in dataset.demographics:
-        if options[name] not in ("", "none"):
-            raise ConfigError(
-                f"--option {name}={options[name]}: tells where sex or age are, which "
-                "--no-demographics leaves out: leave out one of the two"
-            )
-        options[name] = "none"
-
-
-def _settings(arguments: argparse.Namespace) -> ImageSettings:
-    codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
-    if codec == "jpeg" and arguments.bits == 16:
-        raise ConfigError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
-    if not 32 <= arguments.side <= 4096:
-        raise ConfigError(f"--side {arguments.side}: expected 32 to 4096")
-    if not 1 <= arguments.quality <= 100:
-        raise ConfigError(f"--quality {arguments.quality}: expected 1 to 100")
-    white = arguments.png_white
-    if white != "own" and not (white.isascii() and white.isdigit() and 255 <= int(white) <= 65535):
-        raise ConfigError(f"--png-white {white}: expected 255 to 65535, or own")
-    if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
-        raise ConfigError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
-    if not 0.0 < arguments.timeout < float("inf"):
-        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds above 0")
-    return ImageSettings(
-        side_px=arguments.side,
-        bits=arguments.bits,
-        codec=codec,
-        quality=arguments.quality if codec == "jpeg" else 0,
-        require_deid=arguments.require_deid,
-        png_white="own" if white == "own" else int(white),
-        demographics=not arguments.no_demographics,
-    )
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
-    return int(number) - 1, int(count)
 
 
 def check_rows(rows: list[Row]) -> None:

@@ -133,6 +133,8 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     for option, values, reader, given in (
         ("--under", arguments.under, "--obo", arguments.obo),
         ("--sources", arguments.sources, "--umls", arguments.umls),
+        ("--types", arguments.types, "--umls", arguments.umls),
+        ("--languages", arguments.languages, "--umls", arguments.umls),
     ):
         if values and not given:
             raise LexiconError(f"{option} filters what {reader} reads; {reader} is not given")

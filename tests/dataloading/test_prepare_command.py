@@ -104,9 +104,19 @@ def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_pat
         (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
+        (
+            ["folder", "--root", "/etc", "--out", "x", "--codec", "png", "--quality", "90"],
+            "of JPEG",
+        ),
+        (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--quality", "95"], "of JPEG"),
+        (["folder", "--root", "/etc", "--out", "x", "--quality", "101"], "1 to 100"),
         (["folder", "--root", "/etc", "--out", "x", "--side", "9"], "32 to 4096"),
         (["folder", "--root", "/etc", "--out", "x", "--option", "patient_level=0"], "1 or more"),
         (["--explain", "nowhere.dcm"], "no such file"),
+        (["--check-phi", ".", "--out", "x"], "--check-phi prepares nothing .* read --out"),
+        (["--explain", "a.dcm", "--require-deid"], "does not read --require-deid"),
+        (["folder", "--explain", "a.dcm"], "does not read the data set folder"),
+        (["--list", "--check-phi", "."], "--list prepares nothing"),
     ],
 )
 def test_arguments_that_cannot_be_honoured_are_errors(tmp_path, monkeypatch, arguments, message):
@@ -177,7 +187,7 @@ def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
 
 def test_list_explain_and_check_phi_print(tmp_path, capsys):
     image(tmp_path / "a.dcm")
-    assert mlip_prepare("--list") == 0
+    assert mlip_prepare("--list") == mlip_prepare("folder", "--list") == 0
     assert "physionet.org" in capsys.readouterr().out
     assert mlip_prepare("--explain", tmp_path / "a.dcm") == 0
     assert "VOI linear" in capsys.readouterr().out

@@ -204,6 +204,8 @@ def test_build_makes_the_folder_after_its_work_and_refuses_what_would_do_nothing
         (("--csv", str(csv)), "csv: no concept was found"),
         (("--under", "HP:1"), "--under filters what --obo reads"),
         (("--sources", "MSH"), "--sources filters what --umls reads"),
+        (("--types", "T047"), "--types filters what --umls reads"),
+        (("--languages", "GER"), "--languages filters what --umls reads"),
     ):
         capsys.readouterr()
         assert call("build", *words, "--out", str(out)) == 2

@@ -1,0 +1,95 @@
+"""What the options of `mlip prepare` mean, and which of them cannot be honoured."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Literal
+
+from mlip.config import ConfigError
+from mlip.dataloading.datasets.rows import Dataset
+from mlip.dataloading.shard_worker import ImageSettings
+
+# options that look at something and prepare nothing
+_LOOKS = ("list", "explain", "check_phi")
+
+
+def require_alone(arguments: argparse.Namespace, defaults: argparse.Namespace) -> None:
+    """Raises:  ConfigError for an option beside one that prepares nothing; beside --list the name
+    of a data set may stand."""
+    given = [name for name, value in vars(arguments).items() if value != getattr(defaults, name)]
+    look = next((name for name in _LOOKS if name in given), None)
+    if look is None:
+        return
+    beside = [name for name in given if name != look and (look, name) != ("list", "dataset")]
+    if beside:
+        option, other = (f"--{name.replace('_', '-')}" for name in (look, beside[0]))
+        named = f"the data set {arguments.dataset}" if beside[0] == "dataset" else other
+        raise ConfigError(f"{option} prepares nothing and does not read {named}: leave it out")
+
+
+def dataset_options(dataset: Dataset, given: list[str]) -> dict[str, str]:
+    options = {name: default for name, (default, _) in dataset.options.items()}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator or name not in options:
+            raise ConfigError(
+                f"--option {text}: expected NAME=VALUE with a name out of "
+                f"{', '.join(options) or 'none: this data set has no options'}"
+            )
+        if not value:
+            # a variable of the shell that is not set: reports=$RIS would prepare without reports
+            raise ConfigError(
+                f"--option {text}: expected a value: leave it out where none is meant"
+            )
+        options[name] = value
+    return options
+
+
+def leave_out_demographics(dataset: Dataset, options: dict[str, str]) -> None:
+    """Raises ConfigError where an option says where sex and age are, which nobody would see."""
+    for name in dataset.demographics:
+        if options[name] not in ("", "none"):
+            raise ConfigError(
+                f"--option {name}={options[name]}: tells where sex or age are, which "
+                "--no-demographics leaves out: leave out one of the two"
+            )
+        options[name] = "none"
+
+
+def image_settings(arguments: argparse.Namespace) -> ImageSettings:
+    codec: Literal["jpeg", "png"] = arguments.codec or ("jpeg" if arguments.bits == 8 else "png")
+    if codec == "jpeg" and arguments.bits == 16:
+        raise ConfigError("--codec jpeg holds 8 bits: choose --codec png or --bits 8")
+    if not 32 <= arguments.side <= 4096:
+        raise ConfigError(f"--side {arguments.side}: expected 32 to 4096")
+    if codec == "png" and arguments.quality is not None:
+        raise ConfigError(
+            f"--quality {arguments.quality} is of JPEG, and PNG loses nothing: leave it out, or "
+            "choose --codec jpeg (8 bits)"
+        )
+    quality = 95 if arguments.quality is None else arguments.quality
+    if not 1 <= quality <= 100:
+        raise ConfigError(f"--quality {quality}: expected 1 to 100")
+    white = arguments.png_white
+    if white != "own" and not (white.isascii() and white.isdigit() and 255 <= int(white) <= 65535):
+        raise ConfigError(f"--png-white {white}: expected 255 to 65535, or own")
+    if not 1 <= arguments.shard_images <= 1_000_000 or arguments.workers < 0:
+        raise ConfigError("--shard-images: expected 1 to 1000000; --workers: 0 or more")
+    if not 0.0 < arguments.timeout < float("inf"):
+        raise ConfigError(f"--timeout {arguments.timeout}: expected seconds above 0")
+    return ImageSettings(
+        side_px=arguments.side,
+        bits=arguments.bits,
+        codec=codec,
+        quality=quality if codec == "jpeg" else 0,
+        require_deid=arguments.require_deid,
+        png_white="own" if white == "own" else int(white),
+        demographics=not arguments.no_demographics,
+    )
+
+
+def part_of(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
+    return int(number) - 1, int(count)
