@@ -51,7 +51,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     is_phantom = phantom_meta(manifest) is not None
     prompts: list[Prompts] = []
     if manifest.label_column is not None and is_phantom:
-        prompts = phantom_prompts(table)
+        prompts = phantom_prompts(linker, table, config.evaluate)[0]
     elif manifest.label_column is not None:
         names = label_names(manifest, chosen)
         # thresholds are chosen on val; a finding stated in two ways is refused

@@ -1,7 +1,7 @@
 """Sentences that ask for labels, those that state a finding and those that deny it.
 
-Generated studies bring their own (wordings kept out of training); for real data they come from
-the concept table and `evaluate.positive_prompts` and `negative_prompts`.
+They come from the concept table and `evaluate.positive_prompts` and `negative_prompts`. Generated
+studies bring their own (wordings kept out of training), unless these settings name others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,18 @@ from mlip.transfer.alignment.zero_shot import Prompts
 _NO_FINDINGS = frozenset({"anatomy", "normal", "qualifier", "technique"})
 
 
-def phantom_prompts(table: Any) -> list[Prompts]:
-    return [
+def phantom_prompts(linker: Any, table: Any, settings: Evaluate) -> tuple[list[Prompts], list[str]]:
+    """Prompts for the findings of generated studies, and those that the table does not know.
+
+    In the wordings that no report of theirs has; in the user's as lexicon_prompts, where they name
+    their own.
+    """
+    own, usual = (
+        (which.positive_prompts, which.negative_prompts) for which in (settings, Evaluate())
+    )
+    if own != usual:
+        return lexicon_prompts(phantom_reports.HELD_OUT_PROMPTS, linker, table, settings)
+    prompts = [
         Prompts(
             concept,
             _title(table[concept].name if concept in table else concept.replace("_", " ")),
@@ -29,6 +39,7 @@ def phantom_prompts(table: Any) -> list[Prompts]:
         )
         for concept, wordings in phantom_reports.HELD_OUT_PROMPTS.items()
     ]
+    return prompts, []
 
 
 def lexicon_prompts(

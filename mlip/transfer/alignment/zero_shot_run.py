@@ -55,14 +55,13 @@ def zero_shot_run(
     where there is nothing to score against."""
     config, manifest, table = opened.config, annotations.manifest, opened.table
     patients = manifest.patient_key[images.row_index]
-    unknown: list[str] = []
     # first: without labels every finding of a generated study would count as absent
     if manifest.label_column is None:
         nor = ", nor to tell by evaluate.subgroups" if config.evaluate.subgroups else ""
         reason = f"data.columns.labels is not set: there is nothing to score against{nor}"
         return {"reason": reason}, []
     if is_phantom:
-        prompts = phantom_prompts(table)
+        prompts, unknown = phantom_prompts(opened.linker, table, config.evaluate)
     else:
         names = label_names(manifest, images.row_index)
         prompts, unknown = lexicon_prompts(names, opened.linker, table, config.evaluate)

@@ -76,9 +76,25 @@ def test_prompts_are_the_users_and_deny_in_the_language_of_the_cues() -> None:
 def test_prompts_of_phantoms_state_their_finding_or_deny_it() -> None:
     table = load_concepts(None)
     linker = Linker(table)
-    prompts = label_prompts.phantom_prompts(table)
+    prompts, unknown = label_prompts.phantom_prompts(linker, table, Evaluate())
+    assert unknown == []
     assert {p.finding for p in prompts} == set(CONCEPT_IDS)
     for prompt in prompts:
         for texts, state in ((prompt.positive, "present"), (prompt.negative, "absent")):
             found = [{m.concept_id: m.state for m in linker.link(text)} for text in texts]
             assert {states.get(prompt.finding) for states in found} == {state}, prompt.finding
+
+
+def test_findings_of_phantoms_are_asked_in_the_sentences_that_the_settings_name() -> None:
+    """evaluate.positive_prompts of a run over generated studies were passed over."""
+    table = load_concepts(None)
+    own = Evaluate(positive_prompts=("I see {}.",))
+    prompts, unknown = label_prompts.phantom_prompts(Linker(table), table, own)
+    assert unknown == [] and {p.finding for p in prompts} == set(CONCEPT_IDS)
+    (effusion,) = (p for p in prompts if p.finding == "pleural_effusion")
+    assert effusion.positive == ("I see pleural effusion.",)
+    assert effusion.negative[0] == "no pleural effusion."
+    assert effusion.name == "Pleural effusion"
+    denied = Evaluate(negative_prompts=("not {}.",))
+    prompts, _ = label_prompts.phantom_prompts(Linker(table), table, denied)
+    assert all(p.negative[0].startswith("not ") for p in prompts)
