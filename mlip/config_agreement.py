@@ -123,9 +123,11 @@ def _check_kind(evaluate: Any, transfer: Any) -> None:
         value = getattr(evaluate if is_trained else transfer, name)
         if value not in (None, False):
             off = "null" if name == "subset" else "false"
+            has_it = name == "subset" or transfer.task in ("none", "classification")
+            instead = f"set {read}.{name} instead, or " if has_it else ""
             raise ConfigError(
-                f"{unread}.{name}={value} is not read with transfer.task={transfer.task}: set "
-                f"{read}.{name} instead, or leave it out ({unread}.{name}={off})"
+                f"{unread}.{name}={value} is not read with transfer.task={transfer.task}: "
+                f"{instead}leave it out ({unread}.{name}={off})"
             )
 
 

@@ -15,6 +15,12 @@ BY_PROJECTION = "projections"  # a value of evaluate.subgroups: a column of view
 UNCERTAIN = ("one", "zero", "ignore")
 # what may differ between fractions
 BY_FRACTION = {"batch": int, "lr": float, "epochs": int, "patience": int, "max_steps": int}
+# settings that one could mean for any task -> those that read them; others say by their names what
+# they are of (box_loss, decoder_width), and settings that are shared by tasks may hold them
+_OF_TASKS = {
+    **dict.fromkeys(("exclusive", "blank", "probe"), ("classification",)),
+    **dict.fromkeys(("fit", "precision"), ("segmentation", "detection")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +141,13 @@ def check(transfer: Transfer) -> None:
         len(set(transfer.seeds)) == len(transfer.seeds),
         f"transfer.seeds={list(transfer.seeds)}: a seed counted twice is one seed; name others",
     )
-    require(
-        transfer.precision == "fp32" or transfer.task != "classification",
-        f"transfer.precision={transfer.precision} is for segmentation and detection; set "
-        "transfer.precision=fp32",
-    )
-    require(
-        not (transfer.fit == "stretch" and transfer.task == "classification"),
-        "transfer.fit=stretch is for segmentation and detection: classification takes the crop of "
-        "pre-training, which is letterboxed; set transfer.fit=letterbox",
-    )
+    for name, tasks in _OF_TASKS.items():
+        value, usual = getattr(transfer, name), getattr(Transfer(), name)
+        require(
+            transfer.task in ("none", *tasks) or value == usual,
+            f"transfer.{name}={value} is for {' and '.join(tasks)}, and transfer.task="
+            f"{transfer.task} would not read it: leave it out (transfer.{name}={usual})",
+        )
     require(
         not (transfer.encoder_lr > 0.0 and transfer.encoder == "frozen"),
         "transfer.encoder_lr is the rate of a tuned encoder, and transfer.encoder=frozen has none: "
@@ -163,11 +166,6 @@ def check(transfer: Transfer) -> None:
         not (transfer.exclusive and transfer.balance),
         "transfer.balance=true takes as many images without a class as there are with one, and "
         "with transfer.exclusive=true each image has one: leave out one of the two",
-    )
-    require(
-        transfer.probe == "adamw" or transfer.task in ("none", "classification"),
-        f"transfer.probe={transfer.probe} is for classification, transfer.task={transfer.task}: "
-        "leave it out",
     )
     require(
         not (transfer.probe == "logistic" and transfer.encoder == "tuned"),

@@ -151,13 +151,38 @@ def test_subset_and_exclusive_of_the_other_kind_are_named_with_what_takes_them_a
         ("evaluate.subset=valid", "transfer.subset", "null"),
         ("evaluate.exclusive=true", "transfer.exclusive", "false"),
     ):
-        name, task = unread.split("=")[0], "transfer.task=segmentation"
+        name, task = unread.split("=")[0], "transfer.task=classification"
+        classes = "transfer.classes={A: one, B: one}"
         told = rf"set {read} instead, or leave it out \({name}={off}\)"
         with pytest.raises(ConfigError, match=told):
-            config.load([], [unread, task])
-        config.load([], [unread, task, f"{name}={off}"])
+            config.load([], [unread, task, classes])
+        config.load([], [unread, task, classes, f"{name}={off}"])
         config.load([], [unread])  # without a task it is read
     config.load([], ["transfer.subset=valid", "transfer.task=segmentation"])
+    with pytest.raises(ConfigError, match=r"task=detection: leave it out \(evaluate.exclusive="):
+        config.load([], ["evaluate.exclusive=true", "transfer.task=detection"])
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ("exclusive=true task=segmentation classes={A:,one,B:,one}", "False"),
+        ("blank=ignore task=detection", "zero"),
+        ("probe=logistic task=detection", "adamw"),
+        ("fit=stretch task=classification classes={A:,one}", "letterbox"),
+        ("precision=auto task=classification classes={A:,one}", "fp32"),
+    ],
+)
+def test_what_another_task_reads_is_refused_with_what_takes_it_away(
+    settings: str, said: str
+) -> None:
+    """transfer.exclusive with masks or boxes was passed over."""
+    given = [f"transfer.{item.replace(':,', ': ')}" for item in settings.split()]
+    name, _, value = given[0].partition("=")
+    with pytest.raises(ConfigError, match=rf"{name}=.* is for .*task=.* \({name}={said}\)"):
+        config.load([], given)
+    if name != "transfer.exclusive":  # that needs classes, and is refused without a task too
+        config.load([], given[:1])
 
 
 def test_what_a_task_can_honour_is_not_refused() -> None:

@@ -238,8 +238,14 @@ def test_what_the_data_lacks_is_named(
         (["transfer.classes={normal: zero, Flu: zero}"], "no row carries the classes Flu"),
         (["data.columns.labels=null"], "needs labels: set data.columns.labels"),
         (["transfer.columns.uncertain=doubts"], "'doubts' (transfer.columns.uncertain"),
-        (["transfer.task=segmentation"], "set transfer.columns.mask"),
-        (["transfer.task=detection"], "no boxes: set transfer.columns.boxes"),
+        (
+            ["transfer.task=segmentation", "transfer.exclusive=false"],
+            "set transfer.columns.mask",
+        ),
+        (
+            ["transfer.task=detection", "transfer.exclusive=false"],
+            "no boxes: set transfer.columns.boxes",
+        ),
         (["transfer.subset=valid"], "set transfer.columns.subset"),
         (
             ["transfer.subset=none-such", "transfer.columns.subset=subset"],
