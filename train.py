@@ -29,6 +29,7 @@ from mlip.assembly import (
 from mlip.config import Config, ConfigError, load, sort_settings
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
+from mlip.given_settings import given
 from mlip.held_out_pairs import open_validation
 from mlip.model_facts import start_of
 from mlip.output_file import whole_file
@@ -69,7 +70,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")
     # "--config FILE key=value" reads all as files
-    config = load(*sort_settings(options.config + options.overrides), takes_exports=True)
+    files, overrides = sort_settings(options.config + options.overrides)
+    config = load(files, overrides, takes_exports=True)
+    given(files, overrides, config).asked_by("train.py")
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "

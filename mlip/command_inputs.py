@@ -13,11 +13,18 @@ from mlip.typed_tree import ConfigError
 
 if TYPE_CHECKING:
     from mlip.config import Config
+    from mlip.given_settings import Given
 
 
 def read_settings(items: Sequence[str]) -> Config:
     """Config of YAML files and overrides in any order; files are read first."""
+    return read_given(items).config
+
+
+def read_given(items: Sequence[str]) -> Given:
+    """read_settings, with what the items name: for Given.asked_by."""
     from mlip.config import load, sort_settings
+    from mlip.given_settings import given
 
     if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
         raise ConfigError(
@@ -25,10 +32,10 @@ def read_settings(items: Sequence[str]) -> Config:
             "out for the checkpoint of run.dir"
         )
     files, overrides = sort_settings(items)
-    return load(
-        files,
-        [f"evaluate.{item}" if item.startswith("checkpoint=") else item for item in overrides],
-    )
+    overrides = [
+        f"evaluate.{item}" if item.startswith("checkpoint=") else item for item in overrides
+    ]
+    return given(files, overrides, load(files, overrides))
 
 
 def pick_device(asked: str | None) -> str:
@@ -55,19 +62,26 @@ def keep_memory(device: str) -> None:
         keep_freed_memory()
 
 
-def open_trained(config: Config, device: str) -> Any:
-    """The checkpoint of the settings (evaluate.checkpoint or run.dir) as it was trained."""
+def open_trained(given: Given, device: str) -> Any:
+    """The checkpoint of the settings (evaluate.checkpoint or run.dir) as it was trained.
+
+    Raises:  ConfigError for a setting of the training that was typed, and is another one there
+    """
     from mlip.pretrained import open_checkpoint
 
-    return open_checkpoint(
-        config.evaluate.checkpoint or config.run.dir,
+    config = given.config
+    where = config.evaluate.checkpoint or config.run.dir
+    opened = open_checkpoint(
+        where,
         device=device,
         lexicon=config.knowledge.lexicon,
         weights_of=config.evaluate.weights,
     )
+    given.require_trained(opened.config, where)
+    return opened
 
 
-def open_with_settings(config: Config, device: str) -> Any:
+def open_with_settings(given: Given, device: str) -> Any:
     """The checkpoint of the settings (evaluate.checkpoint or run.dir) and the settings to use.
 
     The towers are the checkpoint's; pixels and tokens must be prepared as it was trained.
@@ -75,7 +89,7 @@ def open_with_settings(config: Config, device: str) -> Any:
     from mlip.evaluate_transfer import check_preprocessing
     from mlip.transfer.fingerprint import preprocessing
 
-    opened = open_trained(config, device)
+    opened, config = open_trained(given, device), given.config
     where = str(config.evaluate.checkpoint or config.run.dir)
     check_preprocessing(preprocessing(config), preprocessing(opened.config), where)
     merged = dataclasses.replace(
@@ -89,7 +103,7 @@ def open_with_settings(config: Config, device: str) -> Any:
 
 
 def open_for_films(
-    config: Config, device: str, *, by_patient: bool, by_split: bool | None = None
+    given: Given, device: str, *, by_patient: bool, by_split: bool | None = None
 ) -> tuple[Any, Any]:
     """The model with open_with_settings' settings as its own, and the manifest of films of which
     nothing is written yet.
@@ -99,7 +113,7 @@ def open_for_films(
     """
     from mlip.dataloading.manifest import load_manifest
 
-    opened, config = open_with_settings(config, device)
+    opened, config = open_with_settings(given, device)
     columns = dataclasses.replace(
         config.data.columns, report=None, study_id=None, image_id=None, labels=None
     )

@@ -15,6 +15,7 @@ from mlip.command_inputs import (
     open_trained,
     open_with_settings,
     pick_device,
+    read_given,
     read_settings,
 )
 from mlip.doctor import examine, is_healthy, report
@@ -25,22 +26,25 @@ from mlip.unread_output import printed
 
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
+    from mlip.evaluate_transfer import evaluate_transfer, takes_checkpoint
+    from mlip.given_settings import OF_TASK, OF_TASK_ALONE
     from mlip.report.run_page import write_report
     from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
     from mlip.transfer.summary import summary_lines
 
-    config = read_settings(options.settings)
+    given = read_given(options.settings)
+    config, has_task = given.config, given.config.transfer.task != "none"
+    command = OF_TASK if takes_checkpoint(config) else OF_TASK_ALONE
+    given = given.asked_by(command if has_task else "mlip evaluate")
     device = pick_device(options.device)
     options.out = options.out or config.run.dir
     folder = require_writable(Path(options.out))
     keep_memory(device)
-    if config.transfer.task != "none":
-        from mlip.evaluate_transfer import evaluate_transfer
-
-        evaluate_transfer(config, folder, device=device)
+    if has_task:
+        evaluate_transfer(given, folder, device=device)
         return 0
-    opened, config = open_with_settings(config, device)
+    opened, config = open_with_settings(given, device)
     results = evaluate_run(opened, config, load_manifest(config.data), device=device)
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)
@@ -94,7 +98,7 @@ def run_export(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     require_writable(out.absolute().parent)  # where it is written first
-    opened = open_trained(read_settings(options.settings), "cpu")
+    opened = open_trained(read_given(options.settings).asked_by("mlip export"), "cpu")
     folder = save_pretrained(
         require_writable(out),
         opened.model,
@@ -139,7 +143,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 def run_phantoms(options: argparse.Namespace) -> int:
     from mlip.dataloading.phantom_dataset import write_dataset
 
-    phantom = read_settings(options.settings).data.phantom
+    phantom = read_given(options.settings).asked_by("mlip phantoms").config.data.phantom
     if phantom.studies == 0:
         raise ConfigError(
             "data.phantom.studies is 0: say how many training studies to make, for example "

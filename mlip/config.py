@@ -341,25 +341,33 @@ def load(
     for file in files:
         merge(tree, read_file(Path(file), Config, takes_exports=takes_exports))
     for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
-        require_utf8(key, text)
-        try:
-            value = read_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
-        if isinstance(value, str) and text.lstrip()[0] not in _MARKED:
-            value = text.strip()  # YAML ends "run #2" at its blank and folds a line's end
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        check_keys(nested, Config, where="override")
-        merge(tree, nested)
+        merge(tree, read_override(override))
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)
     return config
+
+
+def read_override(override: str) -> dict[str, Any]:
+    """The tree of one ``a.b=value``, its keys checked.
+
+    Raises:  ConfigError as load
+    """
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
+    require_utf8(key, text)
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str) and text.lstrip()[0] not in _MARKED:
+        value = text.strip()  # YAML ends "run #2" at its blank and folds a line's end
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    check_keys(nested, Config, where="override")
+    return dict(nested)
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:

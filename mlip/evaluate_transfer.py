@@ -10,6 +10,7 @@ from typing import Any
 from mlip.config import Config, ConfigError, Vision
 from mlip.dataloading.manifest import load_manifest
 from mlip.encoders.options import tower_shape
+from mlip.given_settings import Given
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained
 from mlip.report.transfer_page import write_transfer_page
@@ -24,14 +25,15 @@ from mlip.unread_output import printed
 SEED = "{seed}"
 
 
-def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str, Any]:
-    """Run the task of config.transfer and write results.json and report.html into `folder`.
+def evaluate_transfer(given: Given, folder: Path, *, device: str) -> dict[str, Any]:
+    """Run the task of the settings and write results.json and report.html into `folder`.
 
     Finished fits are kept there until both are written: the same command goes on after a kill.
-    Raises:  ConfigError where a checkpoint is needed and none is named, or another process writes
-             there; PretrainedError where it was trained on pixels prepared in another way.
+    Raises:  ConfigError where a checkpoint is needed and none is named, another process writes
+             there, or a setting of the training was typed that was another one in it;
+             PretrainedError where it was trained on pixels prepared in another way.
     """
-    config, vision, facts, trainings = open_vision(config, device)
+    config, vision, facts, trainings = open_vision(given.config, device, given)
     manifest = load_manifest(config.data)
     with kept_fits(folder, print) as kept:
         results = transfer_run(
@@ -49,7 +51,9 @@ def evaluate_transfer(config: Config, folder: Path, *, device: str) -> dict[str,
     return results
 
 
-def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any], list[Training]]:
+def open_vision(
+    config: Config, device: str, given: Given | None = None
+) -> tuple[Config, Any, dict[str, Any], list[Training]]:
     """(settings with the checkpoint's tower, its encoder by seed or None, facts of its training,
     what it was trained on).
 
@@ -57,7 +61,7 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
     """
     start, where = config.transfer.start, config.evaluate.checkpoint
     seeds = config.transfer.seeds
-    if start == "imagenet" or (start == "random" and where is None):
+    if not takes_checkpoint(config):
         return config, None, {}, []
     if where is None:
         raise ConfigError(
@@ -71,6 +75,8 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
     else:
         opened = dict.fromkeys(seeds, _open(config, where, device))
     first = opened[seeds[0]]
+    if given is not None:
+        given.require_trained(first.config, where)
     for seed, own in opened.items():
         if _design(own) != _design(first):
             raise PretrainedError(
@@ -84,6 +90,12 @@ def open_vision(config: Config, device: str) -> tuple[Config, Any, dict[str, Any
         facts["checkpoint"] = str(where)
     trainings = [Training.of(own) for own in opened.values()] if start == "checkpoint" else []
     return towers, {seed: own.model.vision for seed, own in opened.items()}, facts, trainings
+
+
+def takes_checkpoint(config: Config) -> bool:
+    """Whether a task begins with a checkpoint, by its weights or by its shape alone."""
+    start, where = config.transfer.start, config.evaluate.checkpoint
+    return start == "checkpoint" or (start == "random" and where is not None)
 
 
 def _design(opened: Pretrained) -> Vision:

@@ -16,7 +16,7 @@ from mlip.command_inputs import (
     open_trained,
     open_with_settings,
     pick_device,
-    read_settings,
+    read_given,
 )
 from mlip.output_file import require_replaceable, require_writable
 from mlip.typed_tree import ConfigError
@@ -58,15 +58,17 @@ def run_embed(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
     from mlip.transfer.films.embed import write_embeddings
 
-    config = read_settings(options.settings)
+    given = read_given(options.settings).asked_by(
+        "mlip embed --images" if options.images else "mlip embed"
+    )
     device = pick_device(options.device)
     keep_memory(device)
     out = require_writable(Path(options.out))
-    split = options.split or ("all" if options.images else config.evaluate.split)
+    split = options.split or ("all" if options.images else given.config.evaluate.split)
     if options.images:
-        opened, manifest = open_for_films(config, device, by_patient=split != "all")
+        opened, manifest = open_for_films(given, device, by_patient=split != "all")
     else:
-        opened, config = open_with_settings(config, device)
+        opened, config = open_with_settings(given, device)
         opened, manifest = dataclasses.replace(opened, config=config), load_manifest(config.data)
     embedded = write_embeddings(
         *(opened, manifest, out),
@@ -88,7 +90,10 @@ def run_search(options: argparse.Namespace) -> int:
     from mlip.transfer.films.search import ask, require_same_model
     from mlip.transfer.trained_heads import require_local
 
-    config, device = read_settings(options.settings), pick_device(options.device)
+    given = read_given(options.settings).asked_by(
+        "mlip search --finding" if options.finding else "mlip search"
+    )
+    config, device = given.config, pick_device(options.device)
     keep_memory(device)
     archive = Archive(options.embeddings)
     out, page = Path(options.out), Path(options.page) if options.page else None
@@ -105,12 +110,12 @@ def run_search(options: argparse.Namespace) -> int:
     groups = None
     if page or options.rerank or options.per_patient:
         opened, manifest = open_for_films(
-            config, device, by_patient=options.per_patient, by_split=False
+            given, device, by_patient=options.per_patient, by_split=False
         )
         search_table.require_same_rows(archive, manifest)
         groups = search_table.patients_of(manifest) if options.per_patient else None
     elif options.phrase or options.finding or options.wordings or options.image:
-        opened = open_trained(config, device)
+        opened = open_trained(given, device)
     if opened is not None:
         require_same_model(archive, opened)
         if options.rerank:
@@ -170,7 +175,7 @@ def _check_search(options: argparse.Namespace) -> None:
 def run_outliers(options: argparse.Namespace) -> int:
     from mlip.transfer.films.outlier_table import require_own_file, write_outliers, write_reference
 
-    config = read_settings(options.settings)
+    given = read_given(options.settings).asked_by("mlip outliers")
     device = pick_device(options.device)
     keep_memory(device)
     if options.fit and options.out:
@@ -183,7 +188,7 @@ def run_outliers(options: argparse.Namespace) -> int:
     require_own_file(made, is_table=not options.fit)
     split = options.split or ("train" if options.fit else "all")
     opened, manifest = open_for_films(
-        config, device, by_patient=bool(options.fit) or split != "all"
+        given, device, by_patient=bool(options.fit) or split != "all"
     )
     if options.fit:
         print(write_reference(opened, manifest, made, split=split))
@@ -203,14 +208,16 @@ def run_classify(options: argparse.Namespace) -> int:
     from mlip.transfer.films.classify_table import require_own_file, write_classification
     from mlip.transfer.trained_heads import require_local
 
-    config = read_settings(options.settings)
+    given = read_given(options.settings).asked_by(
+        "mlip classify --finding" if options.finding else "mlip classify"
+    )
     device = pick_device(options.device)
     keep_memory(device)
     out = Path(options.out)
     require_writable(out.absolute().parent)
     require_own_file(out)
     wordings = None if options.wordings is None else ask_wordings(Path(options.wordings))
-    opened, manifest = open_for_films(config, device, by_patient=options.split != "all")
+    opened, manifest = open_for_films(given, device, by_patient=options.split != "all")
     head = options.head or default_head(opened)
     if head != "global":
         require_local(opened, f"--head {head} (say --head global)")
@@ -219,7 +226,7 @@ def run_classify(options: argparse.Namespace) -> int:
     elif options.like is not None:
         question = ask_as_evaluated(Path(options.like), opened, head)
     else:
-        question = ask_names(options.finding, opened, config.evaluate)
+        question = ask_names(options.finding, opened, opened.config.evaluate)
     table = write_classification(opened, manifest, question, out, split=options.split, head=head)
     print(printed([*table, "Not for clinical use."]))
     return 0

@@ -61,6 +61,7 @@ ALLOWED = {
         "mlip.config_file",
         "mlip.transfer_settings",
     ),
+    "mlip.given_settings": ("mlip.typed_tree", "mlip.config_file", "mlip.config"),
     "mlip.output_file": ("mlip.typed_tree", "mlip.folder_lock"),
     "mlip.machine": (),
     "mlip.folder_lock": (),

@@ -1,0 +1,264 @@
+"""Settings that a command line names and nothing would read: refused, command by command.
+
+Only what was typed as key=value counts, and what a file that names a transfer.task says of its
+evaluation. Files are shared by commands, and a run's own settings come along with its folder: what
+those hold beside is nobody's mistake. What two settings must agree on whoever named them is in
+config_agreement.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from mlip.config import Config, read_override
+from mlip.config_file import OF_A_RUN, read_file
+from mlip.typed_tree import ConfigError, all_keys, plain
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """What a command does not read from the settings; of the names that hold the longest decides.
+
+    unread    what it has no use for, though one could think so
+    of_model  what it takes from the checkpoint
+    own       what it reads all the same; so are settings that no name holds, as those of other
+              commands which a script may give to all of them
+    hint      what to say instead of one that is unread
+    """
+
+    unread: tuple[str, ...] = ()
+    of_model: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    hint: str = "leave it out"
+
+    def kind(self, setting: str) -> str:
+        """ "own", "of_model" or "unread"; of equal names the first decides."""
+        named = {kind: getattr(self, kind) for kind in ("own", "of_model", "unread")}
+        lengths = {
+            kind: max((len(n) for n in names if f"{setting}.".startswith(f"{n}.")), default=0)
+            for kind, names in named.items()
+        }
+        return max(lengths, key=lambda kind: lengths[kind])
+
+
+def _below(section: str, names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names.split())
+
+
+OF_TASK = "mlip evaluate with transfer.task"
+OF_TASK_ALONE = f"{OF_TASK} and without a checkpoint"
+_OPENS = ("knowledge.lexicon", "evaluate.checkpoint", "evaluate.weights")
+# decided when the model was trained: the others have nothing to do with it any more
+_TRAINED = (
+    *("model", "loss", "knowledge", "train", "batch"),
+    *_below("data", "augment vocab_size vocab_min_patients"),
+    *_below("run", "exact deterministic threads"),
+)
+# what the other commands hold against the checkpoint themselves, whoever named it
+_PREPARED = _below("data", "resize_px crop_px channels mean std max_tokens max_entities sections")
+_PROMPTS = _below("evaluate", "positive_prompts negative_prompts")
+_OF_FITS = _below("evaluate", "split max_studies thresholds")
+_OF_SCORES = _below(
+    "evaluate",
+    "split max_studies subset exclusive thresholds threshold_rule trained_on subgroups",
+)
+
+READS = {
+    "mlip evaluate": _Reads(
+        _below("transfer", "start encoder classes probe"),
+        *(_TRAINED, _OPENS, "it is of a task: set transfer.task (configs/transfer)"),
+    ),
+    OF_TASK: _Reads(
+        *((*_OF_FITS, *_PROMPTS), _TRAINED, (*_OPENS, "data.augment")),
+        "a task trains on train, chooses on val and scores all of test: leave it out",
+    ),
+    OF_TASK_ALONE: _Reads((*_OF_FITS, *_PROMPTS, "train", "batch", "loss")),
+    "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (*_OPENS, "evaluate.split")),
+    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, "say --split"),
+    "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
+    "mlip search --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS),
+    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
+    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS),
+    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
+    "mlip export": _Reads((), (*_TRAINED, *_PREPARED), _OPENS),
+    "mlip phantoms": _Reads(("run.seed",), hint="say data.phantom.seed and data.phantom.test_seed"),
+    "train.py": _Reads(),
+}
+# where a model or its data once lay, or by what a tower's shape was told: a checkpoint keeps others
+_PLACES = (
+    *("train.start", "knowledge.vectors", "knowledge.cache_dir", "model.text.tokenizer"),
+    *("model.vision.source", "model.vision.options", "model.text.source", "model.text.options"),
+)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Settings that are read only where another one is as it must be."""
+
+    settings: tuple[str, ...]
+    other: str
+    holds: Callable[[Any], bool]
+    remedy: str  # a value of `other`
+
+
+NEEDS = (
+    _Needs(("train.epochs",), "train.max_steps", lambda n: n == 0, "0"),
+    _Needs(("train.momentum",), "train.optimizer", lambda kind: kind == "muon", "muon"),
+    _Needs(("train.monitor_pairs",), "train.monitor", lambda kind: kind != "none", "loss"),
+    _Needs(
+        _below("data.phantom", "val_studies test_studies image_px seed test_seed file_format"),
+        *("data.phantom.studies", lambda n: n > 0, "1000"),
+    ),
+    _Needs(
+        ("model.vision.pool_heads",), "model.vision.pool", lambda k: k == "attention", "attention"
+    ),
+    _Needs(
+        ("model.divergence.beta_kl",),
+        *("model.divergence.kind", lambda kind: kind == "gaussian", "gaussian"),
+    ),
+    _Needs(
+        _below("model.divergence", "dropout beta_spread"),
+        *("model.divergence.kind", lambda kind: kind != "none", "gaussian"),
+    ),
+    _Needs(
+        ("loss.local_alignment.aggregation_scale",),
+        *("loss.local_alignment.aggregation", lambda kind: kind == "lse", "lse"),
+    ),
+    _Needs(
+        _below(
+            "loss.category",
+            "prototypes sinkhorn_temperature prediction_temperature sinkhorn_iterations "
+            "freeze_epochs knowledge_terms",
+        ),
+        *("loss.category.weight", lambda weight: weight > 0, "0.5"),
+    ),
+    _Needs(
+        ("loss.matching.layers", "loss.matching.heads"),
+        *("loss.matching.weight", lambda weight: weight > 0, "0.5"),
+    ),
+    _Needs(
+        _below("loss.swapping", "probability margin local_share"),
+        *("loss.swapping.weight", lambda weight: weight > 0, "0.5"),
+    ),
+    _Needs(
+        _below(
+            "transfer",
+            "epochs max_steps epoch_steps batch lr weight_decay patience monitor by_fraction",
+        ),
+        *("transfer.probe", lambda kind: kind == "adamw", "adamw"),
+    ),
+    _Needs(
+        ("knowledge.dim",), "knowledge.vectors", lambda k: k in ("tfidf", "text_tower"), "tfidf"
+    ),
+    _Needs(
+        ("evaluate.threshold_rule",),
+        *("transfer.task", lambda task: task in ("none", "classification"), "classification"),
+    ),
+    _Needs(("evaluate.threshold_rule",), "transfer.exclusive", lambda is_so: not is_so, "false"),
+    _Needs(("evaluate.checkpoint",), "transfer.start", lambda s: s != "imagenet", "checkpoint"),
+    _Needs(("transfer.subset_of",), "transfer.subset", lambda name: name is not None, "NAME"),
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The settings that a command line names itself, with the values they came to.
+
+    typed    by key=value
+    of_task  those of the evaluation, by a file that names a transfer.task too
+    """
+
+    config: Config
+    typed: Mapping[str, Any]
+    of_task: Mapping[str, Any]
+    command: str = "train.py"  # of READS
+
+    def asked_by(self, command: str) -> Given:
+        """The same of a command.  Raises:  ConfigError for a setting that it has no use for."""
+        reads = READS[command]
+        for setting, value in {**self.of_task, **self.typed}.items():
+            # what takes a file's value away is no wish
+            if value != _usual(setting) and reads.kind(setting) == "unread":
+                told = f"{command} does not read {setting}={_shown(value)}: {reads.hint}"
+                raise ConfigError(told)
+        for needs in NEEDS:
+            current = attrgetter(needs.other)(self.config)
+            # who turns it off by its name knows what he does
+            is_off = needs.other in self.typed and current == _usual(needs.other)
+            is_read = is_off or needs.holds(current)
+            for setting in needs.settings:
+                value = self.typed.get(setting, _usual(setting))
+                if value != _usual(setting) and not is_read:
+                    raise ConfigError(
+                        f"{setting}={_shown(value)} is not read with {needs.other}="
+                        f"{_shown(current)}: set {needs.other}={needs.remedy}, or leave it out"
+                    )
+        return replace(self, command=command)
+
+    def require_trained(self, trained: Config, where: str) -> None:
+        """Raises:  ConfigError for a setting that the command takes from the checkpoint, where that
+        was trained with another value.
+
+        trained  the checkpoint's settings
+        """
+        reads = READS[self.command]
+        for setting, value in self.typed.items():
+            kept = attrgetter(setting)(trained)
+            is_kept = setting not in _PLACES and reads.kind(setting) == "of_model"
+            if not is_kept or value == kept:
+                continue
+            own = setting.replace("train.", "transfer.")
+            is_of_task = self.command == OF_TASK and own != setting and own in _leaves()
+            instead = f"set {own} instead, or " if is_of_task else ""
+            raise ConfigError(
+                f"{setting}={_shown(value)} is of the training: {where} was trained with "
+                f"{_shown(kept)}, and {self.command} takes no other: {instead}leave it out"
+            )
+
+
+def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:
+    """What a command line names.  files, overrides  as load took them for this config"""
+    typed = {name for item in overrides for name in _named(read_override(item))}
+    of_task: set[str] = set()
+    for file in map(Path, files):
+        if file.is_dir() or file.name == OF_A_RUN:  # names every setting there is
+            continue
+        tree = read_file(file, Config)
+        if tree.get("transfer", {}).get("task", "none") != "none":
+            of_task |= {name for name in _named(tree) if name.startswith("evaluate.")}
+    typed_values, task_values = (
+        {name: attrgetter(name)(config) for name in sorted(names)} for names in (typed, of_task)
+    )
+    return Given(config, typed_values, task_values)
+
+
+def _named(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Settings that a checked tree holds; one that is a mapping itself counts as one."""
+    for key, value in tree.items():
+        name = f"{path}{key}"
+        if name in _leaves():
+            yield name
+        else:
+            yield from _named(value, f"{name}.")
+
+
+@cache
+def _leaves() -> frozenset[str]:
+    names = all_keys(Config)
+    sections = {name.rpartition(".")[0] for name in names}
+    return frozenset(names) - sections
+
+
+def _usual(setting: str) -> Any:
+    return attrgetter(setting)(Config())
+
+
+def _shown(value: Any) -> str:
+    """As one writes it in YAML."""
+    return json.dumps(plain(value)) if not isinstance(value, str) else value

@@ -1,0 +1,181 @@
+"""Settings of a command line that nothing would read are refused; those of files are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import train
+from mlip import config as configuration
+from mlip.cli import main
+from mlip.command_inputs import read_given
+from mlip.config import Config
+from mlip.given_settings import NEEDS, OF_TASK, OF_TASK_ALONE, READS, Given
+from mlip.typed_tree import ConfigError, all_keys, merge
+from tests.small_run import small_export, small_run
+
+PROBE = ("transfer.task=classification", "transfer.classes={Edema: one, Mass: zero}")
+
+
+def given(*items: str) -> Given:
+    return read_given(items)
+
+
+@pytest.mark.parametrize(
+    "command, items, named",
+    [
+        ("mlip evaluate", ["transfer.start=random"], "transfer.start=random: it is of a task"),
+        ("mlip evaluate", ["transfer.classes={A: one}"], "transfer.classes"),
+        (OF_TASK, [*PROBE, "evaluate.split=val"], "evaluate.split=val: a task trains on train"),
+        (OF_TASK, [*PROBE, "evaluate.max_studies=20"], "evaluate.max_studies=20"),
+        (OF_TASK, [*PROBE, "evaluate={thresholds: false}"], "evaluate.thresholds=false"),
+        (OF_TASK, [*PROBE, "evaluate.negative_prompts=['no {}']"], "negative_prompts"),
+        (OF_TASK_ALONE, [*PROBE, "train.lr=0.1"], "train.lr=0.1"),
+        ("mlip embed", ["evaluate.max_studies=20"], "evaluate.max_studies"),
+        ("mlip embed --images", ["evaluate.split=val"], "evaluate.split=val: say --split"),
+        ("mlip search --finding", ["evaluate.subset=a"], "evaluate.subset"),
+        ("mlip search", ["evaluate.positive_prompts=['{}']"], "positive_prompts"),
+        ("mlip classify", ["evaluate.negative_prompts=['no {}']"], "evaluate.negative_prompts"),
+        ("mlip classify --finding", ["evaluate.split=val"], "evaluate.split"),
+        ("mlip classify", ["evaluate.threshold_rule=youden"], "evaluate.threshold_rule"),
+        ("mlip outliers", ["evaluate.subgroups={sex: []}"], "evaluate.subgroups"),
+        ("mlip phantoms", ["run.seed=3"], "run.seed=3: say data.phantom.seed"),
+    ],
+)
+def test_a_typed_setting_that_a_command_does_not_read_is_refused(
+    command: str, items: list[str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{command} does not read .*{named}"):
+        given(*items).asked_by(command)
+    given(*items).asked_by("train.py")  # the run keeps it, for the command that reads it
+
+
+def test_what_a_command_reads_beside_what_it_does_not_is_its_own() -> None:
+    given("evaluate.split=val").asked_by("mlip embed")
+    given("evaluate.positive_prompts=['{}']").asked_by("mlip classify --finding")
+    given("data.phantom.studies=3", "data.phantom.seed=3").asked_by("mlip phantoms")
+    given(*PROBE, "evaluate.threshold_rule=youden", "transfer.epochs=3").asked_by(OF_TASK)
+
+
+def test_what_files_and_runs_hold_beside_is_refused_to_nobody(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("evaluate: {split: val, max_studies: 20}\ntransfer: {start: random}\n")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    whole = configuration.to_dict(configuration.load([file], [*PROBE, f"run.dir={run}"]))
+    (run / "config.yaml").write_text(yaml.safe_dump(whole))
+    for command in READS:
+        given(str(file)).asked_by(command)
+        given(str(run), "transfer.task=none").asked_by(command)
+        given(str(run / "config.yaml")).asked_by(command)
+
+
+def test_what_a_file_of_a_task_says_of_its_evaluation_counts_as_typed(tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    file.write_text("evaluate: {split: val}\ndata: {crop_px: 96}\ntransfer: {task: detection}\n")
+    with pytest.raises(ConfigError, match="does not read evaluate.split=val"):
+        given(str(file)).asked_by(OF_TASK)
+    given(str(file), "evaluate.split=test").asked_by(OF_TASK)  # the default takes it away
+    given(str(file), "transfer.task=none").asked_by("mlip evaluate")
+
+
+def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
+    trained = small_run().config
+    typed = given(*small_run().settings, "data.phantom.studies=0").asked_by("mlip evaluate")
+    typed.require_trained(trained, "DIR")  # the same settings again, as a script has them
+    for items, kept in (
+        (["train.precision=bf16"], "fp32"),
+        (["loss.matching.weight=0"], "0.5"),
+        (["model.embed_dim=128"], "32"),  # the default, and not what is used
+        (["data.vocab_size=500"], "400"),
+    ):
+        asked = given(*items).asked_by("mlip evaluate")
+        with pytest.raises(
+            ConfigError, match=rf"DIR was trained with {kept}, and mlip evaluate takes"
+        ):
+            asked.require_trained(trained, "DIR")
+    with pytest.raises(ConfigError, match="set transfer.lr instead, or leave it out"):
+        given(*PROBE, "train.lr=0.1").asked_by(OF_TASK).require_trained(trained, "DIR")
+    for read in ("knowledge.lexicon=a", "model.vision.source=a", "train.start=a", "run.seed=9"):
+        given(read).asked_by("mlip evaluate").require_trained(trained, "DIR")
+    given(*PROBE, "data.augment.contrast=0.3").asked_by(OF_TASK).require_trained(trained, "DIR")
+
+
+@pytest.mark.parametrize(
+    "items, other",
+    [
+        (["train.epochs=3", "train.max_steps=10"], "train.max_steps=10: set train.max_steps=0"),
+        (["train.momentum=0.9"], "train.optimizer=adamw: set train.optimizer=muon"),
+        (["train.monitor_pairs=9"], "train.monitor=none"),
+        (["data.phantom.test_studies=9"], "data.phantom.studies=0"),
+        (["model.vision.pool_heads=4"], "model.vision.pool=tower"),
+        (["model.divergence.beta_kl=1", "model.divergence.kind=dropout"], "kind=dropout"),
+        (["model.divergence.dropout=0.5", "model.divergence.kind=none"], "kind=none"),
+        (["loss.local_alignment.aggregation_scale=3"], "aggregation=mean"),
+        (["loss.category.prototypes=9", "loss.category.weight=0"], "loss.category.weight=0.0"),
+        (["loss.matching.layers=1", "loss.matching.weight=0"], "loss.matching.weight=0.0"),
+        (["loss.swapping.margin=1", "loss.swapping.weight=0"], "loss.swapping.weight=0.0"),
+        (["knowledge.dim=9", "knowledge.vectors=own.safetensors"], "vectors=own.safetensors"),
+        ([*PROBE, "transfer.lr=1", "transfer.probe=logistic"], "transfer.probe=logistic"),
+        ([*PROBE, "transfer.subset_of=all"], "transfer.subset=null"),
+        ([*PROBE, "evaluate.checkpoint=a", "transfer.start=imagenet"], "start=imagenet"),
+        (["evaluate.threshold_rule=youden", "transfer.task=detection"], "task=detection"),
+        (
+            [*PROBE, "evaluate.threshold_rule=youden", "transfer.exclusive=true"],
+            "transfer.exclusive=true",
+        ),
+    ],
+)
+def test_a_typed_setting_that_another_one_turns_off_is_refused(
+    items: list[str], other: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"is not read with .*{other}"):
+        given(*items).asked_by("train.py")
+    merged: dict[str, Any] = {}
+    for item in items:
+        merge(merged, configuration.read_override(item))
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(merged))
+    given(str(file)).asked_by("train.py")  # a file may be one of several that are laid over
+
+
+def test_tables_name_settings_that_there_are() -> None:
+    known = set(all_keys(Config))
+    named = {
+        name for reads in READS.values() for name in (*reads.own, *reads.of_model, *reads.unread)
+    }
+    named |= {name for needs in NEEDS for name in (*needs.settings, needs.other)}
+    assert named <= known
+
+
+def test_commands_refuse_before_they_write_and_train_py_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, model = small_run(), f"checkpoint={small_export()}"
+    out = ["--out", str(tmp_path / "out")]
+    for command, told in (
+        (["export", model, "data.crop_px=112", *out], "trained with 96, and mlip export takes"),
+        (["export", model, "train.ema_decay=0.9", *out], "trained with 0.0"),
+        (["evaluate", *run.settings, model, "transfer.encoder=tuned", *out], "set transfer.task"),
+        (["evaluate", *run.settings, model, "train.compile=true", *out], "trained with false"),
+        (["evaluate", *PROBE, model, "evaluate.split=val", *out], "does not read evaluate.split"),
+        (["evaluate", *run.settings, *PROBE, model, "train.lr=1", *out], "set transfer.lr"),
+        (["classify", model, "--finding", "edema", "evaluate.split=val", *out], "evaluate.split"),
+        (["outliers", model, "--fit", f"{tmp_path}/out", "evaluate.split=val"], "evaluate.split"),
+        (["phantoms", "data.phantom.studies=2", "run.seed=2", *out], "run.seed"),
+    ):
+        assert main(command) == 2, command
+        assert told in capsys.readouterr().err
+        assert not list(tmp_path.glob("out*/*")), command
+    with pytest.raises(ConfigError, match="train.epochs=2.0 is not read"):
+        train.parse(["train.epochs=2", "train.max_steps=3"])
+    train.parse(["train.max_steps=3"])
+
+
+def test_an_export_takes_typed_settings_that_are_its_runs_own(tmp_path: Path) -> None:
+    run = small_run()
+    command = ["export", *run.settings, f"checkpoint={small_export()}", "--out", f"{tmp_path}/e"]
+    assert main(command) == 0
