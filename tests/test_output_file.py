@@ -345,7 +345,7 @@ def test_a_limit_of_the_account_is_one_line_too(
     def fail(settings: object) -> None:
         raise error
 
-    monkeypatch.setattr("mlip.commands.read_settings", fail)
+    monkeypatch.setattr("mlip.commands.read_given", fail)
     assert main(["phantoms", "--out", str(tmp_path / "p")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("mlip phantoms: ") and told in said and said.count("\n") == 1
