@@ -187,9 +187,7 @@ def run_outliers(options: argparse.Namespace) -> int:
     require_writable(made.absolute().parent)
     require_own_file(made, is_table=not options.fit)
     split = options.split or ("train" if options.fit else "all")
-    opened, manifest = open_for_films(
-        given, device, by_patient=bool(options.fit) or split != "all"
-    )
+    opened, manifest = open_for_films(given, device, by_patient=bool(options.fit) or split != "all")
     if options.fit:
         print(write_reference(opened, manifest, made, split=split))
         return 0
