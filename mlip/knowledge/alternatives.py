@@ -23,11 +23,11 @@ def leave_open(
     owner: list[int],
     words: list[str],
 ) -> None:
-    """Make findings uncertain that a sentence joins by "or", "and/or" or "/", if it denies none.
+    """Make findings uncertain that a sentence joins by "or" or "and/or", if it denies none.
 
     A list whose last comma stands before "or" is joined as a whole ("edema, scar, or pneumonia").
-    Where one is a kind of the other ("effusion/hemothorax") the other is there in either case, as
-    are both where CheXpert has one label for them ("nodule/mass"); and a denied change is of
+    Where one is a kind of the other ("effusion or hemothorax") the other is there in either case,
+    as are both where CheXpert has one label for them ("nodule or mass"); and a denied change is of
     findings that are there ("no change in edema or effusion").
 
     choices: the events that may join them
@@ -129,9 +129,9 @@ def _is_of_change(events: list[Event], j: int) -> bool:
 
 
 def _names_other(events: list[Event], j: int, words: list[str]) -> bool:
-    """Whether a word of no concept stands behind the choice at event j; "/" joins much else, and
-    "tortuosity or ectasia of the aorta" is a term written apart."""
-    start, end, _ = events[j]
-    if words[start][0] == "/" or end == len(words) or not words[end][0].isalpha():
+    """Whether a word of no concept stands behind the choice at event j; "tortuosity or ectasia of
+    the aorta" is a term written apart."""
+    end = events[j][1]
+    if end == len(words) or not words[end][0].isalpha():
         return False
     return j + 1 == len(events) or events[j + 1][0] > end or not events[j + 1][2].parts

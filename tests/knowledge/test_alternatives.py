@@ -14,7 +14,6 @@ SENTENCES = {
     "of two joined neither is stated": """
         Edema or pneumonia in the right base. | pulmonary_edema=U pneumonia=U
         Scarring and/or atelectasis. | scar=U atelectasis=U
-        Infiltrate/atelectasis on the left. | infiltrate=U atelectasis=U
         Consistent with scar or granuloma. | scar=U granuloma=U
         Atelectasis or early developing pneumonia. | atelectasis=U pneumonia=U
         Edema or possibly pneumonia. | pulmonary_edema=U pneumonia=U
@@ -53,7 +52,6 @@ SENTENCES = {
         A nodule of 3 or 4 mm. | lung_nodule=P
         There is a nodule or two in the right lung. | lung_nodule=P
         Atelectasis, more or less unchanged pneumonia. | atelectasis=P pneumonia=P
-        Effusion/ left lung is clear. | pleural_effusion=P
         There is tortuosity and/or ectasia of the abdominal aorta. | tortuous_aorta=P
         Edema slowly clearing from the left base or scar. | pulmonary_edema=P scar=P
         Scar or something quite unlike any pneumonia. | scar=U pneumonia=P
@@ -61,18 +59,22 @@ SENTENCES = {
         No pacemaker lead fracture or displacement. | pacemaker=P
     """,
     "what holds of either is there": """
-        Effusion/hemothorax on the left. | pleural_effusion=P hemothorax=U
-        Compatible with infection/pneumonia. | lung_infection=P pneumonia=U
+        Effusion or hemothorax on the left. | pleural_effusion=P hemothorax=U
+        Compatible with infection or pneumonia. | lung_infection=P pneumonia=U
         A nodule or mass in the left apex. | lung_nodule=P lung_mass=P
         Infiltrate or airspace disease. | infiltrate=P lung_opacity=P
-        Tortuous aorta/tortuosity of the aorta. | tortuous_aorta=P
+        Tortuous aorta or tortuosity of the aorta. | tortuous_aorta=P
     """,
-    "a word of no concept is an alternative, but for that behind a stroke": """
+    "a word of no concept is an alternative": """
         A nodule or overlying vessel. | lung_nodule=U
         Atelectasis or XXXX at the base. | atelectasis=U
         The nodule is old or a vessel. | lung_nodule=P
-        Granuloma / histoplasmoma. | granuloma=P
         Or scar in the left apex and pneumonia. | scar=P pneumonia=P
+    """,
+    "a stroke is no or": """
+        Infiltrate/atelectasis on the left. | infiltrate=P atelectasis=P
+        Effusion/ left lung is clear. | pleural_effusion=P
+        Granuloma / histoplasmoma. | granuloma=P
     """,
     "with or without leaves open what follows": """
         Edema with or without an effusion. | pulmonary_edema=P pleural_effusion=U
@@ -89,7 +91,7 @@ def test_cues_without_the_kind_leave_nothing_open():
     """A kept table with cues of its own, made before this rule, links as it did."""
     cues = {kind: forms for kind, forms in english_cues().items() if kind != "choice"}
     linker = Linker(ConceptTable(default_linker().table, cues=cues))
-    text = "Scarring or atelectasis. Edema/pneumonia. No effusion or mass."
+    text = "Scarring or atelectasis. Edema and/or pneumonia. No effusion or mass."
     states = ["present"] * 4 + ["absent"] * 2
     assert [mention.state for mention in linker.link(text)] == states
     assert [mention.state for mention in link(text)] == ["uncertain"] * 4 + ["absent"] * 2

@@ -26,13 +26,12 @@ def reports():
 
 def test_the_gates_hold_on_the_development_half(reports, monkeypatch):
     monkeypatch.setattr(intervals, "BOOTSTRAP", 20)
-    # the indexing takes both of "scar or atelectasis" for stated: what it says of all the rest
-    linker = bench_linker.as_indexed(default_linker().table)
+    linker = default_linker()
     findings = bench_linker.read_findings(linker.table)
     result = bench_linker.score(reports, linker, findings, reports, with_rival=False)
     assert result["reports"] > 1900
-    assert result["micro_f1_top14"]["value"] >= 0.96
-    assert result["micro_f1_top14_unseen_sentences"]["value"] >= 0.945
+    assert result["micro_f1_top14"]["value"] >= 0.945
+    assert result["micro_f1_top14_unseen_sentences"]["value"] >= 0.93
     assert result["no_negation_f1_top14"]["value"] < 0.7
     assert result["false_positives_pneumothorax_consolidation"]["value"] <= 3
     assert result["normal_with_finding"]["value"] <= 0.03
@@ -42,15 +41,15 @@ def test_the_gates_hold_on_the_development_half(reports, monkeypatch):
             assert finding["precision"]["value"] >= floor, name
 
 
-def test_alternatives_left_open_cost_two_points_against_an_indexing_that_has_both(
+def test_all_but_alternatives_of_which_the_indexing_has_both_is_read_as_before(
     reports, monkeypatch
 ):
     monkeypatch.setattr(intervals, "BOOTSTRAP", 20)
-    linker = default_linker()
+    linker = bench_linker.alternatives_stated(default_linker().table)
     findings = bench_linker.read_findings(linker.table)
     result = bench_linker.score(reports, linker, findings, reports, with_rival=False)
-    assert result["micro_f1_top14"]["value"] >= 0.94
-    assert result["false_positives_pneumothorax_consolidation"]["value"] <= 3
+    assert result["micro_f1_top14"]["value"] >= 0.96
+    assert result["micro_f1_top14_unseen_sentences"]["value"] >= 0.945
 
 
 def test_thousands_of_reports_a_second_also_on_a_busy_machine(reports):
