@@ -6,6 +6,7 @@ join alternatives (kind `choice` of lexicon/_cues.yaml).
 
 from __future__ import annotations
 
+from mlip.knowledge.concepts import CHEXPERT, ConceptTable
 from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Event, Found
 
 _UNCHANGED, _COMMA = FLAG["unchanged"], FLAG["comma"]
@@ -14,6 +15,22 @@ _BEGINS = FLAG["strong"] | FLAG["weak"] | FLAG["article"] | FLAG["predicate"]
 _BEFORE_SECOND = _BEGINS | FLAG["uncertain_before"] | FLAG["doubt"]
 _STATEMENT_ENDS = FLAG["clause"] | FLAG["positive"]
 _UNKNOWN = 2  # words of no concept and no cue: "atelectasis or early developing pneumonia"
+
+
+def kin_of(table: ConceptTable) -> dict[int, tuple[int, ...]]:
+    """Row -> rows that are there too where it is one of two alternatives."""
+    of_label: dict[str, list[int]] = {}
+    for row, concept in enumerate(table):
+        for label in concept.mappings.get(CHEXPERT, ()):
+            of_label.setdefault(label, []).append(row)
+    kin: dict[int, set[int]] = {}
+    for rows in of_label.values():
+        for row in rows:
+            kin.setdefault(row, set()).update(rows)
+    for row, concept in enumerate(table):
+        if concept.parents:
+            kin.setdefault(row, set()).update(table.index[c] for c in concept.parents if c in table)
+    return {row: tuple(rows - {row}) for row, rows in kin.items()}
 
 
 def leave_open(

@@ -17,8 +17,9 @@ from weakref import WeakValueDictionary
 import ahocorasick
 
 from mlip.knowledge import scope
+from mlip.knowledge.alternatives import kin_of
 from mlip.knowledge.concept_files import load_concepts
-from mlip.knowledge.concepts import CHEXPERT, ConceptTable, LexiconError
+from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
 from mlip.knowledge.events import FLAG, Entry, Event, Found, Part, State
 
@@ -108,7 +109,14 @@ class Linker:
                     parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
         begins = FLAG["strong"] | FLAG["weak"]
-        for key in owners:
+        denies = FLAG["negation_before"]
+        for key, row in owners.items():
+            # "no acute disease" begins a list as "no" does: "no acute disease or effusion"
+            if types[row] == "normal":
+                cuts = range(width, len(key), width)
+                flags[key] = flags.get(key, 0) | denies * any(
+                    flags.get(key[:cut], 0) & denies for cut in cuts
+                )
             # "mild atelectasis" as one name begins a statement as "mild" before any other does
             cues = (flags.get(key[:cut], 0) & begins for cut in range(len(key) - width, 0, -width))
             if (begin := next(filter(None, cues), 0)) and not flags.get(key):
@@ -124,7 +132,7 @@ class Linker:
                 for relation, place in concept.relations:
                     if relation == "located_in":
                         normals.setdefault(place, []).append(row)
-        kin = _kin(table)
+        kin = kin_of(table)
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         entries: dict[str, Entry] = {}
         # the shorter ones first: a statement needs the entry of its anatomy
@@ -357,22 +365,6 @@ def few_known_words(texts: Iterable[str]) -> int:
     known = lexicon_words()
     words = (_WORD.findall(text.lower()) for text in texts)
     return sum(sum(w in known for w in each) < FEW_KNOWN_WORDS * len(each) for each in words)
-
-
-def _kin(table: ConceptTable) -> dict[int, tuple[int, ...]]:
-    """Row -> rows that are there too where it is one of two alternatives."""
-    of_label: dict[str, list[int]] = {}
-    for row, concept in enumerate(table):
-        for label in concept.mappings.get(CHEXPERT, ()):
-            of_label.setdefault(label, []).append(row)
-    kin: dict[int, set[int]] = {}
-    for rows in of_label.values():
-        for row in rows:
-            kin.setdefault(row, set()).update(rows)
-    for row, concept in enumerate(table):
-        if concept.parents:
-            kin.setdefault(row, set()).update(table.index[c] for c in concept.parents if c in table)
-    return {row: tuple(rows - {row}) for row, rows in kin.items()}
 
 
 def _words(table: ConceptTable) -> list[str]:

@@ -119,7 +119,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                     _look_back(events, i, found, owner, words, UNCERTAIN, False)
             elif flags & (_UNC | _UNC_LIST):
                 listing = flags & _UNC_LIST != 0
-                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _OR)):
+                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_AFTER | _AFTER_ONE):
                 # "no evidence that the effusion has resolved"
@@ -154,7 +154,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & (_SEEN | _BE):
                 if flags & _CHANGE and that and state == ABSENT:
                     _look_back(events, i, found, owner, words, PRESENT, False)
-                closed = len(found) > since
+                if not flags & _SEEN or not _is_behind_joint(events, i):
+                    closed = len(found) > since  # "or visible nodule" ends no statement
         if flags & _NORMAL:
             stated = normal_statements(events, i, stop, words)
             normal += stated
@@ -163,7 +164,9 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 parts.clear()
         if entry.concept >= 0 and not (flags & _FAULT and _is_of_device(events, i)):
             if entry.resets:
-                state, closed = PRESENT, False
+                # "no acute disease, effusion or edema" denies the rest of its list too
+                state = ABSENT if flags & _NEG and _begins_list(events, i) else PRESENT
+                closed, single = False, True
             found.append((start, end, entry.concept, PRESENT if entry.fixed else state))
             owner.append(i)
         if entry.parts:
@@ -211,7 +214,8 @@ def _list_goes_on(
         elif flags & (_BE | _PREDICATE) and in_segment and not has_or:
             has_be = has_be or bool(flags & _BE) or _has_subject(events, i, entry)
         before = flags
-    if has_be or following & _STRONG and not ends_list:
+    begins = following & _STRONG and not (following & _WEAK and state == ABSENT)
+    if has_be or begins and not ends_list:
         return False
     if has_or or listing:
         return True
@@ -220,15 +224,29 @@ def _list_goes_on(
     return not following & _WEAK
 
 
+def _is_behind_joint(events: list[Event], i: int) -> bool:
+    """Whether a comma, "and" or "or" stands right before event i."""
+    if not i or events[i - 1][1] != events[i][0]:
+        return False
+    return events[i - 1][2].flags & (_COMMA | _AND | _OR) != 0
+
+
+def _begins_list(events: list[Event], i: int) -> bool:
+    """Whether a comma or "or" stands right behind event i."""
+    if i + 1 == len(events) or events[i + 1][0] != events[i][1]:
+        return False
+    return events[i + 1][2].flags & (_COMMA | _OR) != 0
+
+
 def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     """Whether "and" or "with" at event i begins a statement of its own."""
     if i + 1 >= len(events):
         return False
     following = events[i + 1][2].flags
-    if following & _WEAK and events[i][2].flags & _WITH:
-        return state == ABSENT
     if following & (_STRONG | _ARTICLE | _POS):
         return not (following & _ARTICLE and state == UNCERTAIN)
+    if following & _WEAK and events[i][2].flags & _WITH:
+        return state == ABSENT
     if single:
         return True
     for _, _, entry in events[i + 1 :]:
@@ -333,7 +351,7 @@ def _look_back(
         if flags & _COMMA:
             if met_term and not met_conjunction:
                 return
-        elif flags & _STOPS_BACK:
+        elif flags & _STOPS_BACK and not (flags & _SEEN and _is_behind_joint(events, j)):
             if met_term or flags & (_CLAUSE | _AFTER | _AFTER_ONE | _UNC_AFTER):
                 return
         elif flags & _OR:

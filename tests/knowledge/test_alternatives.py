@@ -41,6 +41,46 @@ SENTENCES = {
         Effusion or edema is not seen. | pleural_effusion=A pulmonary_edema=A
         No effusion/edema. | pleural_effusion=A pulmonary_edema=A
     """,
+    "a list of denials stays one over its qualities": """
+        No large effusion, definite pneumothorax or fracture. | pneumothorax=A fracture=A
+        No evidence of pneumonia, calcified granuloma or mass. | calcified_granuloma=A lung_mass=A
+        I do not see an effusion, definite infiltrate or pneumothorax. | infiltrate=A pneumothorax=A
+        No consolidation, large effusion, or overt edema. | pleural_effusion=A pulmonary_edema=A
+        No effusion, visible pneumothorax, or consolidation. | pneumothorax=A consolidation=A
+        No effusion or visible pneumothorax, or consolidation. | pneumothorax=A consolidation=A
+        Effusion, visible pneumothorax or edema is not seen. | pleural_effusion=A pneumothorax=A
+        No consolidation, radiographically apparent edema or mass. | pulmonary_edema=A lung_mass=A
+        No consolidation or suggestion of edema, or pneumothorax. | pulmonary_edema=A pneumothorax=A
+        No definite or suspected effusion. | pleural_effusion=A
+        Effusion, edema or pneumothorax have not developed. | pleural_effusion=A pneumothorax=A
+        Pneumothorax or effusion has not developed. | pneumothorax=A pleural_effusion=A
+    """,
+    "what a list of denials does not reach": """
+        No effusion, calcified granuloma. | pleural_effusion=A calcified_granuloma=P
+        No effusion, definite pneumothorax. | pleural_effusion=A pneumothorax=P
+        No effusion and definite pneumothorax. | pleural_effusion=A pneumothorax=P
+        No effusion, possible edema or scar. | pleural_effusion=A pulmonary_edema=U scar=U
+        No effusion visible, scar or atelectasis. | pleural_effusion=A
+        Possible edema, definite effusion, scar or nodule. | pleural_effusion=P scar=U lung_nodule=U
+        Possible edema with definite effusion. | pulmonary_edema=U pleural_effusion=P
+    """,
+    "a normal statement that denies begins such a list": """
+        No acute cardiopulmonary disease, effusion or edema. | pleural_effusion=A pulmonary_edema=A
+        No acute disease, effusion, or pneumothorax. | pleural_effusion=A pneumothorax=A
+        No acute cardiopulmonary process or effusion. | no_acute_disease=P pleural_effusion=A
+        No bony abnormality or pneumothorax. | normal_bones=P pneumothorax=A
+        Negative for acute abnormality, effusion or mass. | pleural_effusion=A lung_mass=A
+        No acute disease or effusion, cardiomegaly. | pleural_effusion=A cardiomegaly=P
+        No acute disease, cardiomegaly. | cardiomegaly=P
+        No acute disease with cardiomegaly. | cardiomegaly=P
+        No acute disease and cardiomegaly. | cardiomegaly=P
+        No acute disease cardiomegaly. | cardiomegaly=P
+        No acute disease, mild atelectasis or scar. | atelectasis=U scar=U
+        No acute disease is seen, scar or atelectasis. | scar=U atelectasis=U
+        No acute disease; scar or atelectasis. | scar=U atelectasis=U
+        Normal chest or small effusion. | pleural_effusion=P
+        Lungs clear, scar or atelectasis at the apex. | scar=U atelectasis=U
+    """,
     "a denied change is of findings that are there": """
         No significant change in the effusion or edema. | pleural_effusion=P pulmonary_edema=P
         Without worsening of edema or effusion. | pulmonary_edema=P pleural_effusion=P

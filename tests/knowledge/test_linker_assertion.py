@@ -238,6 +238,7 @@ ON_PURPOSE = {
     ("denied_clause", "negation_before"),  # no evidence that
     ("choice", "or"),  # or, and / or, /
     ("clause", "uncertain_before"),  # does not exclude
+    ("strong", "weak"),  # definite
 }
 
 
