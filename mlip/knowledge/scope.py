@@ -210,6 +210,8 @@ def _list_goes_on(
             has_or = True
             ends_list = ends_list or before & _COMMA != 0
         elif flags & _AND and not in_segment:
+            if single:
+                break  # "no acute disease, left effusion, and scar"
             has_or = True
         elif flags & (_BE | _PREDICATE) and in_segment and not has_or:
             has_be = has_be or bool(flags & _BE) or _has_subject(events, i, entry)

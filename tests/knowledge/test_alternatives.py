@@ -72,6 +72,8 @@ SENTENCES = {
         Negative for acute abnormality, effusion or mass. | pleural_effusion=A lung_mass=A
         No acute disease or effusion, cardiomegaly. | pleural_effusion=A cardiomegaly=P
         No acute disease, cardiomegaly. | cardiomegaly=P
+        No acute disease, left effusion, and scar. | pleural_effusion=P scar=P
+        Heart is not enlarged, small effusion, and scar. | pleural_effusion=P scar=P
         No acute disease with cardiomegaly. | cardiomegaly=P
         No acute disease and cardiomegaly. | cardiomegaly=P
         No acute disease cardiomegaly. | cardiomegaly=P
