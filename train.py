@@ -164,9 +164,10 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
 def evaluate(config: Config, corpus: Corpus) -> None:
     """Score the run's checkpoint, read back from disk, and write its page."""
     folder = Path(config.run.dir)
-    device = distributed.device()
-    opened = open_checkpoint(folder, device=device, weights_of=config.evaluate.weights)
-    results = evaluate_run(opened, config, corpus.manifest, device=device)
+    opened = open_checkpoint(
+        folder, device=distributed.device(), weights_of=config.evaluate.weights
+    )
+    results = evaluate_run(opened, config, corpus.manifest)
     save_results(results, folder / "results.json")
     print(f"report: {write_report(folder, results)}")
 

@@ -45,7 +45,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         evaluate_transfer(given, folder, device=device)
         return 0
     opened, config = open_with_settings(given, device)
-    results = evaluate_run(opened, config, load_manifest(config.data), device=device)
+    results = evaluate_run(opened, config, load_manifest(config.data))
     saved = save_results(results, folder / "results.json")
     page = write_report(folder, results)
     print(printed(summary_lines(results)))

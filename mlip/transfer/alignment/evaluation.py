@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest
@@ -46,9 +45,7 @@ from mlip.transfer.truth.generated import phantom_meta
 SCHEMA = 1
 
 
-def evaluate_run(
-    opened: Any, config: Config, manifest: Manifest, *, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
+def evaluate_run(opened: Any, config: Config, manifest: Manifest) -> dict[str, Any]:
     """Every score of an open model (mlip.pretrained) on config.evaluate.split.
 
     config  the settings to evaluate by; those of `opened` are of its training
@@ -70,14 +67,14 @@ def evaluate_run(
     finally:
         model.train(was_training)
     facts = {
+        **opened.facts,  # first: those of an export are of whoever wrote it
         "name": run_name(config),
         "seed": config.run.seed,  # of the prompts' images, the pools and the resamples
         "split": config.evaluate.split,
-        "device": str(torch.device(device)),
+        "device": str(device_of(model)),
         "precision": _precision(model),
         "is_local_trained": is_local_trained(opened),
         "commit": source_commit(),
-        **opened.facts,
         "evaluation_seconds": round(time.perf_counter() - began, 1),
     }
     return {

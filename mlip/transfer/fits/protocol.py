@@ -154,12 +154,12 @@ def transfer_run(
         "schema": SCHEMA,
         "kind": "transfer",
         "run": {
+            **(facts or {}),  # first: those of an export are of whoever wrote it
             "name": run_name(config),
             "seeds": list(transfer.seeds),
             "device": str(device),
             "precision": precision,
             "commit": source_commit(),
-            **(facts or {}),
             "seconds": round(time.perf_counter() - began + seconds_before, 1),
         },
         "task": {

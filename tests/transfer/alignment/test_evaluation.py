@@ -170,6 +170,19 @@ def test_the_model_is_left_in_the_mode_it_was_in_and_nan_features_are_an_error()
     assert broken.training
 
 
+def test_what_an_evaluation_knows_itself_no_export_can_tell_it() -> None:
+    """Facts of an export are those of whoever wrote it; the model says where it computes."""
+    run = small_run()
+    few = dataclasses.replace(
+        run.config, evaluate=dataclasses.replace(run.config.evaluate, max_studies=4)
+    )
+    told = {"device": "abacus", "precision": "exact", "is_local_trained": "yes", "seed": 9}
+    results = evaluate_run(dataclasses.replace(run, facts={**run.facts, **told}), few, run.manifest)
+    found = {key: results["run"][key] for key in (*told, "step")}
+    expected = {"device": "cpu", "precision": "fp32", "is_local_trained": True, "seed": 1}
+    assert found == {**expected, "step": 7}
+
+
 def test_more_rows_than_asked_for_are_a_keyed_choice(tmp_path: Path) -> None:
     run = small_run()
     few = dataclasses.replace(
