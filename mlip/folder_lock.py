@@ -25,10 +25,16 @@ def open_lock(path: Path, mode: int = 0o666) -> int:
     Not through a link: in a folder of several people it may lead to a file that is to be lost; nor
     waiting for a pipe's other end.
     mode    before the umask
-    Raises:  OSError
+    Raises:  OSError, whose strerror tells of a link
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return os.open(path, flags, mode)
+    try:
+        return os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        reason = f"its lock {path.name} is a link, which may lead anywhere: remove it"
+        raise OSError(errno.ELOOP, reason, str(path)) from None
 
 
 def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:

@@ -162,7 +162,8 @@ def refusal(error: Exception, out: str | Path | None) -> str | None:
     named = getattr(error, "filename", None)
     is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
     place = out if is_out else named or "the output"
-    reason = "a file stands in the way" if code == errno.EEXIST else os.strerror(code)
+    own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_lock's
+    reason = "a file stands in the way" if code == errno.EEXIST else own or os.strerror(code)
     if is_out or code in _FULL:
         return f"{place} cannot be written: {reason}; make room or name another place"
     return f"{place} cannot be used: {reason}"
