@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from mlip import distributed
+from mlip.output_file import new_file
 
 _BEAT_S = 1.0
 _SILENT_BEATS = 3.5
@@ -39,7 +40,7 @@ class Presence:
         self.ahead_s = [0.0] * distributed.world_size()  # rank -> its host's clock before this one
         self._lock = threading.Lock()
         path = self.folder / f"rank{distributed.rank()}.json"
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._file = new_file(path, 0o600)
         self._stopped = threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._beat, name="presence", daemon=True)

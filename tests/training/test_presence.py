@@ -188,6 +188,17 @@ def test_each_place_is_written_at_once_for_its_owner_alone_and_covers_the_one_be
         os.fstat(held)
 
 
+def test_a_sign_of_life_is_written_through_no_link(three_ranks, tmp_path):
+    """The first 256 bytes of the file that such a link led to were lost."""
+    precious, path = tmp_path / "precious", tmp_path / "ranks" / "rank0.json"
+    precious.write_text("kept")
+    path.unlink()
+    path.symlink_to(precious)
+    presence.start(tmp_path)
+    presence.at(7, "load")
+    assert precious.read_text() == "kept" and json.loads(path.read_text())["step"] == 7
+
+
 def _raised_through(*frames: tuple[str, str]) -> BaseException:
     """An error whose traceback goes through functions of these files, outermost first."""
     inner: Any = None
