@@ -31,7 +31,7 @@ from mlip import distributed
 from mlip.config import ConfigError
 from mlip.folder_lock import is_seen, lock, open_lock
 from mlip.machine import limit_reached
-from mlip.output_file import refusal
+from mlip.output_file import new_file, refusal
 from mlip.training import presence
 from mlip.unread_output import one_line, unread_output_is_lost
 
@@ -184,7 +184,8 @@ def _report(
             log = folder / f"error-rank{_rank()}.log"
             lines = "".join(traceback.format_exception(error))
             # as stderr does: a file's name of other bytes is no Unicode
-            log.write_text(lines, encoding="utf-8", errors="backslashreplace")
+            with os.fdopen(new_file(log), "wb") as file:
+                file.write(lines.encode("utf-8", "backslashreplace"))
             if cause is not None:
                 log = folder / f"error-rank{cause['rank']}.log"
             where = f" (traceback: {log})"

@@ -256,7 +256,9 @@ def test_a_limit_and_a_full_disk_are_a_line_and_no_unexpected_error(tmp_path, ca
         assert "settings error on rank 0: " in said and told in said and said.count("\n") == 1
 
 
-def test_an_error_is_told_where_its_file_has_no_room_and_its_text_is_no_unicode(tmp_path, capsys):
+def test_an_error_is_told_where_its_file_has_no_room_and_its_text_is_no_unicode(
+    tmp_path, capsys, monkeypatch
+):
     """The latter ended in a UnicodeEncodeError and another exit code."""
 
     def fail():
@@ -264,11 +266,23 @@ def test_an_error_is_told_where_its_file_has_no_room_and_its_text_is_no_unicode(
 
     assert guarded(fail, lambda: tmp_path) == 4
     assert (tmp_path / "events.jsonl").is_file()
-    (tmp_path / "error-rank0.log").unlink()
-    (tmp_path / "error-rank0.log").symlink_to("/dev/full")
+    monkeypatch.setattr(lifecycle, "new_file", lambda path: os.open("/dev/full", os.O_WRONLY))
     capsys.readouterr()
     assert guarded(fail, lambda: tmp_path) == 4
     assert "checkpoint error on rank 0: cannot read x" in capsys.readouterr().err
+
+
+def test_a_traceback_is_written_through_no_link(tmp_path):
+    """The file that one of that name led to was lost."""
+
+    def fail():
+        raise CheckpointError("cannot go on")
+
+    precious, log = tmp_path / "precious", tmp_path / "error-rank0.log"
+    precious.write_text("kept")
+    log.symlink_to(precious)
+    assert guarded(fail, lambda: tmp_path) == 4
+    assert precious.read_text() == "kept" and "cannot go on" in log.read_text()
 
 
 def test_success_and_preemption_leave_no_error(tmp_path):
