@@ -1,16 +1,16 @@
 """Settings that a command line names and nothing would read: refused, command by command.
 
-Only what was typed as key=value counts, and what a file that names a transfer.task says of its
-evaluation. Files are shared by commands, and a run's own settings come along with its folder: what
-those hold beside is nobody's mistake. What two settings must agree on whoever named them is in
-config_agreement.py.
+Only what was typed as key=value counts, and for a task what a file that names a transfer.task says
+of its evaluation. Files are shared by commands, and a run's own settings come along with its
+folder: what those hold beside is nobody's mistake. What two settings must agree on whoever named
+them is in config_agreement.py.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -29,13 +29,13 @@ class _Reads:
     of_model  what it takes from the checkpoint
     own       what it reads all the same; so are settings that no name holds, as those of other
               commands which a script may give to all of them
-    hint      what to say instead of one that is unread
+    hints     setting -> what to say instead of it, where that is more than to leave it out
     """
 
     unread: tuple[str, ...] = ()
     of_model: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
-    hint: str = "leave it out"
+    hints: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, setting: str) -> str:
         """ "own", "of_model" or "unread"; of equal names the first decides."""
@@ -46,6 +46,9 @@ class _Reads:
         }
         return max(lengths, key=lambda kind: lengths[kind])
 
+    def instead_of(self, setting: str) -> str:
+        return {**_HINTS, **self.hints}.get(setting, "leave it out")
+
 
 def _below(section: str, names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names.split())
@@ -53,6 +56,7 @@ def _below(section: str, names: str) -> tuple[str, ...]:
 
 OF_TASK = "mlip evaluate with transfer.task"
 OF_TASK_ALONE = f"{OF_TASK} and without a checkpoint"
+_OF_TASKS = (OF_TASK, OF_TASK_ALONE)
 _OPENS = ("knowledge.lexicon", "evaluate.checkpoint", "evaluate.weights")
 # decided when the model was trained: the others have nothing to do with it any more
 _TRAINED = (
@@ -69,25 +73,32 @@ _OF_SCORES = _below(
     "split max_studies subset exclusive thresholds threshold_rule trained_on subgroups",
 )
 
+_HINTS = {"run.threads": "say OMP_NUM_THREADS=N before the command"}
+_SAY_SPLIT = {"evaluate.split": "say --split"}
+_ALL_OF_TEST = dict.fromkeys(
+    ("evaluate.split", "evaluate.max_studies"),
+    "a task trains on train, chooses on val and scores all of test: leave it out",
+)
+_ASKS_FOR_TASK = _below("transfer", "start encoder classes probe")
+
 READS = {
     "mlip evaluate": _Reads(
-        _below("transfer", "start encoder classes probe"),
-        *(_TRAINED, _OPENS, "it is of a task: set transfer.task (configs/transfer)"),
+        *(_ASKS_FOR_TASK, _TRAINED, _OPENS),
+        dict.fromkeys(_ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"),
     ),
-    OF_TASK: _Reads(
-        *((*_OF_FITS, *_PROMPTS), _TRAINED, (*_OPENS, "data.augment")),
-        "a task trains on train, chooses on val and scores all of test: leave it out",
-    ),
-    OF_TASK_ALONE: _Reads((*_OF_FITS, *_PROMPTS, "train", "batch", "loss")),
+    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (*_OPENS, "data.augment"), _ALL_OF_TEST),
+    OF_TASK_ALONE: _Reads((*_OF_FITS, *_PROMPTS, "train", "batch", "loss"), hints=_ALL_OF_TEST),
     "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (*_OPENS, "evaluate.split")),
-    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, "say --split"),
+    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
     "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
     "mlip search --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS),
-    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
-    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS),
-    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
+    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
+    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS, _SAY_SPLIT),
+    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
     "mlip export": _Reads((), (*_TRAINED, *_PREPARED), _OPENS),
-    "mlip phantoms": _Reads(("run.seed",), hint="say data.phantom.seed and data.phantom.test_seed"),
+    "mlip phantoms": _Reads(
+        ("run.seed",), hints={"run.seed": "say data.phantom.seed and data.phantom.test_seed"}
+    ),
     "train.py": _Reads(),
 }
 # where a model or its data once lay, or by what a tower's shape was told: a checkpoint keeps others
@@ -164,6 +175,8 @@ NEEDS = (
     _Needs(("evaluate.checkpoint",), "transfer.start", lambda s: s != "imagenet", "checkpoint"),
     _Needs(("transfer.subset_of",), "transfer.subset", lambda name: name is not None, "NAME"),
 )
+# sections that some commands alone read: to the others it is nothing that one turns off
+_READ_BY = {"transfer": _OF_TASKS, "data.phantom": ("train.py", "mlip phantoms")}
 
 
 @dataclass(frozen=True)
@@ -182,19 +195,26 @@ class Given:
     def asked_by(self, command: str) -> Given:
         """The same of a command.  Raises:  ConfigError for a setting that it has no use for."""
         reads = READS[command]
-        for setting, value in {**self.of_task, **self.typed}.items():
+        of_task = self.of_task if command in _OF_TASKS else {}
+        for setting, value in {**of_task, **self.typed}.items():
             # what takes a file's value away is no wish
             if value != _usual(setting) and reads.kind(setting) == "unread":
-                told = f"{command} does not read {setting}={_shown(value)}: {reads.hint}"
-                raise ConfigError(told)
+                raise ConfigError(
+                    f"{command} does not read {setting}={_shown(value)}: "
+                    f"{reads.instead_of(setting)}"
+                )
         for needs in NEEDS:
+            if command not in _READ_BY.get(needs.other.rpartition(".")[0], (command,)):
+                continue
             current = attrgetter(needs.other)(self.config)
             # who turns it off by its name knows what he does
             is_off = needs.other in self.typed and current == _usual(needs.other)
             is_read = is_off or needs.holds(current)
             for setting in needs.settings:
                 value = self.typed.get(setting, _usual(setting))
-                if value != _usual(setting) and not is_read:
+                # where the checkpoint decides, both are its own: require_trained
+                is_open = value != _usual(setting) and reads.kind(setting) != "of_model"
+                if is_open and not is_read:
                     raise ConfigError(
                         f"{setting}={_shown(value)} is not read with {needs.other}="
                         f"{_shown(current)}: set {needs.other}={needs.remedy}, or leave it out"
@@ -213,12 +233,11 @@ class Given:
             is_kept = setting not in _PLACES and reads.kind(setting) == "of_model"
             if not is_kept or value == kept:
                 continue
-            own = setting.replace("train.", "transfer.")
-            is_of_task = self.command == OF_TASK and own != setting and own in _leaves()
-            instead = f"set {own} instead, or " if is_of_task else ""
+            own = "; what a task trains with is set in transfer" if self.command == OF_TASK else ""
             raise ConfigError(
                 f"{setting}={_shown(value)} is of the training: {where} was trained with "
-                f"{_shown(kept)}, and {self.command} takes no other: {instead}leave it out"
+                f"{_shown(kept)}, and {self.command} takes no other: "
+                f"{reads.instead_of(setting)}{own}"
             )
 
 
@@ -227,7 +246,8 @@ def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Giv
     typed = {name for item in overrides for name in _named(read_override(item))}
     of_task: set[str] = set()
     for file in map(Path, files):
-        if file.is_dir() or file.name == OF_A_RUN:  # names every setting there is
+        # a run's own names every setting there is; a pipe is empty by now
+        if not file.is_file() or file.name == OF_A_RUN:
             continue
         tree = read_file(file, Config)
         if tree.get("transfer", {}).get("task", "none") != "none":

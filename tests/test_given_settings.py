@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,16 @@ def given(*items: str) -> Given:
         ("mlip evaluate", ["transfer.classes={A: one}"], "transfer.classes"),
         (OF_TASK, [*PROBE, "evaluate.split=val"], "evaluate.split=val: a task trains on train"),
         (OF_TASK, [*PROBE, "evaluate.max_studies=20"], "evaluate.max_studies=20"),
-        (OF_TASK, [*PROBE, "evaluate={thresholds: false}"], "evaluate.thresholds=false"),
+        (OF_TASK, [*PROBE, "evaluate={thresholds: false}"], "thresholds=false: leave it out"),
         (OF_TASK, [*PROBE, "evaluate.negative_prompts=['no {}']"], "negative_prompts"),
         (OF_TASK_ALONE, [*PROBE, "train.lr=0.1"], "train.lr=0.1"),
         ("mlip embed", ["evaluate.max_studies=20"], "evaluate.max_studies"),
         ("mlip embed --images", ["evaluate.split=val"], "evaluate.split=val: say --split"),
+        ("mlip embed --images", ["evaluate.max_studies=9"], "max_studies=9: leave it out"),
         ("mlip search --finding", ["evaluate.subset=a"], "evaluate.subset"),
         ("mlip search", ["evaluate.positive_prompts=['{}']"], "positive_prompts"),
         ("mlip classify", ["evaluate.negative_prompts=['no {}']"], "evaluate.negative_prompts"),
-        ("mlip classify --finding", ["evaluate.split=val"], "evaluate.split"),
+        ("mlip classify --finding", ["evaluate.split=val"], "evaluate.split=val: say --split"),
         ("mlip classify", ["evaluate.threshold_rule=youden"], "evaluate.threshold_rule"),
         ("mlip outliers", ["evaluate.subgroups={sex: []}"], "evaluate.subgroups"),
         ("mlip phantoms", ["run.seed=3"], "run.seed=3: say data.phantom.seed"),
@@ -97,11 +100,54 @@ def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
             ConfigError, match=rf"DIR was trained with {kept}, and mlip evaluate takes"
         ):
             asked.require_trained(trained, "DIR")
-    with pytest.raises(ConfigError, match="set transfer.lr instead, or leave it out"):
+    with pytest.raises(ConfigError, match="leave it out; what a task trains with is set in transf"):
         given(*PROBE, "train.lr=0.1").asked_by(OF_TASK).require_trained(trained, "DIR")
+    with pytest.raises(ConfigError, match="takes no other: say OMP_NUM_THREADS=N"):
+        given("run.threads=1").asked_by("mlip embed").require_trained(trained, "DIR")
     for read in ("knowledge.lexicon=a", "model.vision.source=a", "train.start=a", "run.seed=9"):
         given(read).asked_by("mlip evaluate").require_trained(trained, "DIR")
     given(*PROBE, "data.augment.contrast=0.3").asked_by(OF_TASK).require_trained(trained, "DIR")
+
+
+def test_files_of_tasks_are_refused_to_no_command() -> None:
+    opened = set(READS) - {OF_TASK, OF_TASK_ALONE, "train.py", "mlip phantoms"}
+    configs = Path(__file__).parents[1] / "configs"
+    for file in configs.rglob("*_classification.yaml"):
+        for over in ([], [str(configs / "transfer" / "baseline_imagenet.yaml")]):
+            for commands, typed in ((opened, ["checkpoint=a"]), (set(READS) - opened, [])):
+                named = given(str(file), *over, *typed)
+                for command in commands:
+                    named.asked_by(command)
+
+
+def test_where_the_checkpoint_decides_both_of_two_settings_they_are_held_against_it() -> None:
+    typed = ("loss.local_alignment.aggregation_scale=3", "train.momentum=0.9")
+    trained = configuration.load(
+        [],
+        [*typed, "loss.local_alignment.aggregation=lse", "train.optimizer=muon"]
+        + ["train.zero_stage=0"],
+    )
+    for command in ("mlip evaluate", "mlip export", OF_TASK):
+        asked = given(*typed).asked_by(command)
+        asked.require_trained(trained, "DIR")  # an export brings aggregation and optimizer along
+        with pytest.raises(ConfigError, match="trained with 5.0"):
+            asked.require_trained(Config(), "DIR")
+
+
+def test_what_others_read_is_turned_off_to_no_command() -> None:
+    given("data.phantom.seed=3").asked_by("mlip evaluate")  # it generates none in any case
+    scored = ("evaluate.threshold_rule=youden", "transfer.task=detection")
+    given(*scored).asked_by("train.py")  # whose own evaluation is none of the task
+
+
+def test_settings_from_a_pipe_are_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "settings"
+    os.mkfifo(pipe)
+    text = "transfer: {task: detection}\n"
+    writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
+    writer.start()
+    assert given(str(pipe)).asked_by(OF_TASK).config.transfer.task == "detection"
+    writer.join()
 
 
 @pytest.mark.parametrize(
@@ -132,14 +178,15 @@ def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
 def test_a_typed_setting_that_another_one_turns_off_is_refused(
     items: list[str], other: str, tmp_path: Path
 ) -> None:
+    command = OF_TASK if any(item.startswith("transfer.task=") for item in items) else "train.py"
     with pytest.raises(ConfigError, match=f"is not read with .*{other}"):
-        given(*items).asked_by("train.py")
+        given(*items).asked_by(command)
     merged: dict[str, Any] = {}
     for item in items:
         merge(merged, configuration.read_override(item))
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(merged))
-    given(str(file)).asked_by("train.py")  # a file may be one of several that are laid over
+    given(str(file)).asked_by(command)  # a file may be one of several that are laid over
 
 
 def test_tables_name_settings_that_there_are() -> None:
@@ -162,7 +209,7 @@ def test_commands_refuse_before_they_write_and_train_py_too(
         (["evaluate", *run.settings, model, "transfer.encoder=tuned", *out], "set transfer.task"),
         (["evaluate", *run.settings, model, "train.compile=true", *out], "trained with false"),
         (["evaluate", *PROBE, model, "evaluate.split=val", *out], "does not read evaluate.split"),
-        (["evaluate", *run.settings, *PROBE, model, "train.lr=1", *out], "set transfer.lr"),
+        (["evaluate", *run.settings, *PROBE, model, "train.lr=1", *out], "is set in transfer"),
         (["classify", model, "--finding", "edema", "evaluate.split=val", *out], "evaluate.split"),
         (["outliers", model, "--fit", f"{tmp_path}/out", "evaluate.split=val"], "evaluate.split"),
         (["phantoms", "data.phantom.studies=2", "run.seed=2", *out], "run.seed"),
