@@ -76,7 +76,7 @@ def open_vision(
         opened = dict.fromkeys(seeds, _open(config, where, device))
     first = opened[seeds[0]]
     if given is not None:
-        given.require_trained(first.config, where)
+        given.require_trained(first.config, str(where).replace(SEED, str(seeds[0])))
     for seed, own in opened.items():
         if _design(own) != _design(first):
             raise PretrainedError(

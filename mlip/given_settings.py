@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, read_override
+from mlip.config import Config, from_dict, read_override
 from mlip.config_file import OF_A_RUN, read_file
 from mlip.typed_tree import ConfigError, all_keys, plain
 
@@ -226,19 +226,38 @@ class Given:
         was trained with another value.
 
         trained  the checkpoint's settings
+        where    what was opened; of a run its settings now count too, as its best checkpoint may be
+                 older than what a resumed run is free to change
         """
         reads = READS[self.command]
-        for setting, value in self.typed.items():
-            kept = attrgetter(setting)(trained)
-            is_kept = setting not in _PLACES and reads.kind(setting) == "of_model"
-            if not is_kept or value == kept:
+        others = [
+            setting
+            for setting, value in self.typed.items()
+            if setting not in _PLACES
+            and reads.kind(setting) == "of_model"
+            and value != attrgetter(setting)(trained)
+        ]
+        now = _settings_now(Path(where), trained) if others else trained
+        for setting in others:
+            value = self.typed[setting]
+            if value == attrgetter(setting)(now):
                 continue
             own = "; what a task trains with is set in transfer" if self.command == OF_TASK else ""
             raise ConfigError(
                 f"{setting}={_shown(value)} is of the training: {where} was trained with "
-                f"{_shown(kept)}, and {self.command} takes no other: "
+                f"{_shown(attrgetter(setting)(trained))}, and {self.command} takes no other: "
                 f"{reads.instead_of(setting)}{own}"
             )
+
+
+def _settings_now(where: Path, trained: Config) -> Config:
+    """Those of a run's config.yaml; `trained` where there is none that can be read."""
+    if not (where / OF_A_RUN).is_file():
+        return trained
+    try:
+        return from_dict(read_file(where, Config))
+    except ConfigError:
+        return trained
 
 
 def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:

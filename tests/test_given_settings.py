@@ -150,6 +150,20 @@ def test_settings_from_a_pipe_are_read_once(tmp_path: Path) -> None:
     writer.join()
 
 
+def test_what_a_resumed_run_has_changed_since_is_its_own(tmp_path: Path) -> None:
+    trained = small_run().config  # of its best checkpoint, from before val was watched
+    asked = given("train.monitor=loss", "train.keep_checkpoints=3").asked_by("mlip evaluate")
+    now = configuration.load([], [*small_run().settings, "train.monitor=loss"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(now)))
+    with pytest.raises(ConfigError, match=r"keep_checkpoints=3 .* was trained with 2, and"):
+        asked.require_trained(trained, str(tmp_path))
+    (tmp_path / "config.yaml").write_text("train: {monitor: loss, keep_checkpoints: 3}\n")
+    asked.require_trained(trained, str(tmp_path))
+    (tmp_path / "config.yaml").write_text("train: [")
+    with pytest.raises(ConfigError, match="train.keep_checkpoints=3 is of the training"):
+        asked.require_trained(trained, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "items, other",
     [
@@ -203,6 +217,8 @@ def test_commands_refuse_before_they_write_and_train_py_too(
 ) -> None:
     run, model = small_run(), f"checkpoint={small_export()}"
     out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "of-1").symlink_to(small_export())
+    by_seed = [*run.settings, *PROBE, f"checkpoint={tmp_path}/of-{{seed}}", "transfer.seeds=[1]"]
     for command, told in (
         (["export", model, "data.crop_px=112", *out], "trained with 96, and mlip export takes"),
         (["export", model, "train.ema_decay=0.9", *out], "trained with 0.0"),
@@ -210,6 +226,7 @@ def test_commands_refuse_before_they_write_and_train_py_too(
         (["evaluate", *run.settings, model, "train.compile=true", *out], "trained with false"),
         (["evaluate", *PROBE, model, "evaluate.split=val", *out], "does not read evaluate.split"),
         (["evaluate", *run.settings, *PROBE, model, "train.lr=1", *out], "is set in transfer"),
+        (["evaluate", *by_seed, "train.lr=1", *out], "/of-1 was trained with"),
         (["classify", model, "--finding", "edema", "evaluate.split=val", *out], "evaluate.split"),
         (["outliers", model, "--fit", f"{tmp_path}/out", "evaluate.split=val"], "evaluate.split"),
         (["phantoms", "data.phantom.studies=2", "run.seed=2", *out], "run.seed"),
