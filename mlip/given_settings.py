@@ -57,7 +57,7 @@ def _below(section: str, names: str) -> tuple[str, ...]:
 OF_TASK = "mlip evaluate with transfer.task"
 OF_TASK_ALONE = f"{OF_TASK} and without a checkpoint"
 _OF_TASKS = (OF_TASK, OF_TASK_ALONE)
-_OPENS = ("knowledge.lexicon", "evaluate.checkpoint", "evaluate.weights")
+_LEXICON = "knowledge.lexicon"
 # decided when the model was trained: the others have nothing to do with it any more
 _TRAINED = (
     *("model", "loss", "knowledge", "train", "batch"),
@@ -83,28 +83,30 @@ _ASKS_FOR_TASK = _below("transfer", "start encoder classes probe")
 
 READS = {
     "mlip evaluate": _Reads(
-        *(_ASKS_FOR_TASK, _TRAINED, _OPENS),
+        *(_ASKS_FOR_TASK, _TRAINED, (_LEXICON,)),
         dict.fromkeys(_ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"),
     ),
-    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (*_OPENS, "data.augment"), _ALL_OF_TEST),
+    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON, "data.augment"), _ALL_OF_TEST),
     OF_TASK_ALONE: _Reads((*_OF_FITS, *_PROMPTS, "train", "batch", "loss"), hints=_ALL_OF_TEST),
-    "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (*_OPENS, "evaluate.split")),
-    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
-    "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS),
-    "mlip search --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS),
-    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
-    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, _OPENS, _SAY_SPLIT),
-    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, _OPENS, _SAY_SPLIT),
-    "mlip export": _Reads((), (*_TRAINED, *_PREPARED), _OPENS),
+    "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON, "evaluate.split")),
+    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
+    "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,)),
+    "mlip search --finding": _Reads(_OF_SCORES, _TRAINED, (_LEXICON,)),
+    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
+    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, (_LEXICON,), _SAY_SPLIT),
+    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
+    "mlip export": _Reads((), (*_TRAINED, *_PREPARED), (_LEXICON,)),
     "mlip phantoms": _Reads(
         ("run.seed",), hints={"run.seed": "say data.phantom.seed and data.phantom.test_seed"}
     ),
     "train.py": _Reads(),
 }
-# where a model or its data once lay, or by what a tower's shape was told: a checkpoint keeps others
-_PLACES = (
+# where a model or its data once lay, by what a tower's shape was told, and ways to compute that a
+# machine may lack: what is opened has others
+_REPLACED = (
     *("train.start", "knowledge.vectors", "knowledge.cache_dir", "model.text.tokenizer"),
     *("model.vision.source", "model.vision.options", "model.text.source", "model.text.options"),
+    *("model.attention", "loss.local_alignment.impl"),
 )
 
 
@@ -233,7 +235,7 @@ class Given:
         others = [
             setting
             for setting, value in self.typed.items()
-            if setting not in _PLACES
+            if setting not in _REPLACED
             and reads.kind(setting) == "of_model"
             and value != attrgetter(setting)(trained)
         ]

@@ -22,10 +22,14 @@ def read_config(tree: Mapping[str, Any], where: Path) -> Config:
         config = configuration.from_dict(tree)
     except ValueError as error:
         raise PretrainedError(f"{where}: {error}") from error
-    # a way to compute, nothing that was learnt: xformers needs its package and a GPU
-    is_bound = config.model.attention == "xformers"
-    towers = dataclasses.replace(config.model, attention="sdpa") if is_bound else config.model
-    return dataclasses.replace(config, model=towers)
+    # ways to compute, nothing that was learnt: xformers and Triton need their packages and a GPU
+    towers, loss = config.model, config.loss
+    if towers.attention == "xformers":
+        towers = dataclasses.replace(towers, attention="sdpa")
+    if loss.local_alignment.impl == "triton":
+        local = dataclasses.replace(loss.local_alignment, impl="auto")
+        loss = dataclasses.replace(loss, local_alignment=local)
+    return dataclasses.replace(config, model=towers, loss=loss)
 
 
 def check_concepts(

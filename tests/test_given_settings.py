@@ -16,6 +16,7 @@ from mlip.cli import main
 from mlip.command_inputs import read_given
 from mlip.config import Config
 from mlip.given_settings import NEEDS, OF_TASK, OF_TASK_ALONE, READS, Given
+from mlip.pretrained_agreement import read_config
 from mlip.typed_tree import ConfigError, all_keys, merge
 from tests.small_run import small_export, small_run
 
@@ -106,6 +107,11 @@ def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
         given("run.threads=1").asked_by("mlip embed").require_trained(trained, "DIR")
     for read in ("knowledge.lexicon=a", "model.vision.source=a", "train.start=a", "run.seed=9"):
         given(read).asked_by("mlip evaluate").require_trained(trained, "DIR")
+    # opened for use it is computed by what every machine has
+    ways = ("model.attention=xformers", "loss.local_alignment.impl=triton")
+    opened = read_config(configuration.to_dict(configuration.load([], ways)), Path("DIR"))
+    given(*ways).asked_by("mlip evaluate").require_trained(opened, "DIR")
+    assert (opened.model.attention, opened.loss.local_alignment.impl) == ("sdpa", "auto")
     given(*PROBE, "data.augment.contrast=0.3").asked_by(OF_TASK).require_trained(trained, "DIR")
 
 
