@@ -209,8 +209,8 @@ class Given:
             if command not in _READ_BY.get(needs.other.rpartition(".")[0], (command,)):
                 continue
             current = attrgetter(needs.other)(self.config)
-            # who turns it off by its name knows what he does
-            is_off = needs.other in self.typed and current == _usual(needs.other)
+            # who turns it off by its name knows what he does: a sweep over weights
+            is_off = needs.other in self.typed and current in (_usual(needs.other), 0, "none")
             is_read = is_off or needs.holds(current)
             for setting in needs.settings:
                 value = self.typed.get(setting, _usual(setting))

@@ -179,11 +179,7 @@ def test_what_a_resumed_run_has_changed_since_is_its_own(tmp_path: Path) -> None
         (["data.phantom.test_studies=9"], "data.phantom.studies=0"),
         (["model.vision.pool_heads=4"], "model.vision.pool=tower"),
         (["model.divergence.beta_kl=1", "model.divergence.kind=dropout"], "kind=dropout"),
-        (["model.divergence.dropout=0.5", "model.divergence.kind=none"], "kind=none"),
         (["loss.local_alignment.aggregation_scale=3"], "aggregation=mean"),
-        (["loss.category.prototypes=9", "loss.category.weight=0"], "loss.category.weight=0.0"),
-        (["loss.matching.layers=1", "loss.matching.weight=0"], "loss.matching.weight=0.0"),
-        (["loss.swapping.margin=1", "loss.swapping.weight=0"], "loss.swapping.weight=0.0"),
         (["knowledge.dim=9", "knowledge.vectors=own.safetensors"], "vectors=own.safetensors"),
         ([*PROBE, "transfer.lr=1", "transfer.probe=logistic"], "transfer.probe=logistic"),
         ([*PROBE, "transfer.subset_of=all"], "transfer.subset=null"),
@@ -207,6 +203,25 @@ def test_a_typed_setting_that_another_one_turns_off_is_refused(
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(merged))
     given(str(file)).asked_by(command)  # a file may be one of several that are laid over
+
+
+@pytest.mark.parametrize(
+    "item, off",
+    [
+        ("model.divergence.dropout=0.5", "model.divergence.kind=none"),
+        ("loss.category.prototypes=9", "loss.category.weight=0.0"),
+        ("loss.matching.layers=1", "loss.matching.weight=0.0"),
+        ("loss.swapping.margin=1", "loss.swapping.weight=0.0"),
+    ],
+)
+def test_a_setting_of_what_a_file_turns_off_is_refused_but_not_beside_a_typed_off(
+    item: str, off: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(configuration.read_override(off)))
+    with pytest.raises(ConfigError, match=f"is not read with {off}"):
+        given(str(file), item).asked_by("train.py")
+    given(str(file), item, off).asked_by("train.py")  # one of a sweep over weights
 
 
 def test_tables_name_settings_that_there_are() -> None:
