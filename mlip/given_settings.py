@@ -160,10 +160,8 @@ NEEDS = (
         *("loss.swapping.weight", lambda weight: weight > 0, "0.5"),
     ),
     _Needs(
-        _below(
-            "transfer",
-            "epochs max_steps epoch_steps batch lr weight_decay patience monitor by_fraction",
-        ),
+        # not epochs, steps and batch: one budget for a list of tasks
+        _below("transfer", "lr weight_decay monitor by_fraction"),
         *("transfer.probe", lambda kind: kind == "adamw", "adamw"),
     ),
     _Needs(

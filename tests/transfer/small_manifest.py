@@ -70,8 +70,10 @@ def write(folder: Path, **columns: Any) -> list[str]:
 
 
 def evaluate(folder: Path, settings: list[str], checkpoint: Path | None = None) -> int:
-    where = f"checkpoint={checkpoint or small_export()}"
-    return main(["evaluate", *settings, where, "--out", str(folder / "out")])
+    where = [f"checkpoint={checkpoint or small_export()}"]
+    if "transfer.start=imagenet" in settings:
+        where = []  # which reads no checkpoint
+    return main(["evaluate", *settings, *where, "--out", str(folder / "out")])
 
 
 def require_silence(folder: Path, said: str) -> None:

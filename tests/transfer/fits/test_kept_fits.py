@@ -171,10 +171,10 @@ def stopped_run(
         (["transfer.lr=1e-2"], "of other transfer.lr:"),
         (["transfer.by_fraction={40: {batch: 4}, 100: {batch: 4}}"], "of other transfer.batch:"),
         (["transfer.decoder_width=8", "transfer.patience=1"], "transfer.decoder_width, tran"),
-        (["train.precision=bf16", "train.residual=bf16"], "of other train.residual:"),
+        (["train: {precision: bf16, residual: bf16}"], "of other train.residual:"),
         (["evaluate.examples=2"], "of other evaluate.examples:"),
         (
-            ["data.workers=2", "transfer.cache_gib=0.5", "evaluate.bootstrap=30", "train.lr=1e-3"],
+            ["data.workers=2", "transfer.cache_gib=0.5", "evaluate.bootstrap=30", "train: {lr: 1}"],
             None,
         ),
     ],
@@ -189,7 +189,10 @@ def test_a_fit_of_other_settings_is_made_anew_and_the_log_names_them(
     settings = settings_of(tmp_path, "segmentation")
     stopped_run(tmp_path, settings, monkeypatch)
     capsys.readouterr()
-    assert evaluate(tmp_path, [*settings, *changes]) == 0
+    file = tmp_path / "more.yaml"  # settings of the training are refused where they are typed
+    file.write_text("\n".join(change for change in changes if change.startswith("train:")))
+    typed = [change for change in changes if not change.startswith("train:")]
+    assert evaluate(tmp_path, [str(file), *settings, *typed]) == 0
     said = capsys.readouterr().out
     if named is None:
         assert said.count(", kept from before") == 3 and "anew" not in said
