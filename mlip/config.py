@@ -339,9 +339,9 @@ def load(
         if isinstance(given, str | Path):  # would be read letter by letter
             raise ConfigError(f"{name}: expected a list, got {str(given)!r} alone: put it into one")
     for file in files:
-        merge(tree, read_file(Path(file), Config, takes_exports=takes_exports))
+        merge(tree, read_file(Path(file), Config, takes_exports=takes_exports), Config)
     for override in overrides:
-        merge(tree, read_override(override))
+        merge(tree, read_override(override), Config)
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)

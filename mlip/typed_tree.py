@@ -64,25 +64,28 @@ def flatten(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return flat
 
 
-def merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Put `new` over `into`, section by section; a scalar or list is replaced whole.
-
-    Keys become text: YAML reads that of {1: ...} as a number, which a.1=... lies over all the same.
-    """
-    for name, value in new.items():
-        key = str(name)
-        if isinstance(value, Mapping):
-            there = into.get(key)
-            into[key] = there if isinstance(there, dict) else {}
-            merge(into[key], value)
-        else:
-            into[key] = value
-
-
 @functools.cache
 def _hints(cls: Any) -> Mapping[str, Any]:
     """Field -> its type; Python compiles each hint anew at every call, most of a config's time."""
     return typing.get_type_hints(cls)
+
+
+def merge(into: dict[str, Any], new: Mapping[str, Any], cls: Any) -> None:
+    """Put `new` over `into`, both trees of `cls`, section by section; a scalar or list is replaced
+    whole, entries of a setting that is a mapping one by one, and all of them by an empty one.
+
+    Keys become text: YAML reads that of {1: ...} as a number, which a.1=... lies over all the same.
+    """
+    hints = _hints(cls) if isinstance(cls, type) and dataclasses.is_dataclass(cls) else {}
+    for name, value in new.items():
+        key = str(name)
+        kind = hints.get(key)
+        if isinstance(value, Mapping) and (value or dataclasses.is_dataclass(kind)):
+            there = into.get(key)
+            into[key] = there if isinstance(there, dict) else {}
+            merge(into[key], value, kind)
+        else:
+            into[key] = value
 
 
 def all_keys(cls: Any, path: str = "") -> list[str]:

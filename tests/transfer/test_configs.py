@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_preprocessing_is_refused_with_both_hashes(
     assert first != second and not (tmp_path / "results.json").exists()
 
 
-def test_null_takes_a_class_away_and_a_fraction_may_have_settings_of_its_own() -> None:
+def test_null_takes_a_class_away_and_an_empty_mapping_all_settings_of_a_fraction() -> None:
     config = load([CONFIGS / "covidx_classification.yaml"], ["transfer.classes={normal: null}"])
     assert list(config.transfer.classes) == ["pneumonia", "COVID-19"]
     transfer = load([CONFIGS / "rsna_detection.yaml"]).transfer
@@ -222,6 +222,9 @@ def test_null_takes_a_class_away_and_a_fraction_may_have_settings_of_its_own() -
     for over in ("transfer.by_fraction.1.lr=1e-4", 'transfer.by_fraction={"1": {lr: 1e-4}}'):
         laid = at_fraction(load([CONFIGS / "rsna_detection.yaml"], [over]).transfer, 1.0)
         assert (laid.batch, laid.lr) == (8, 1e-4)
+    for over in ("transfer.by_fraction={}", "transfer.by_fraction.1={}"):
+        bare = load([CONFIGS / "rsna_detection.yaml"], [over, "transfer={}"]).transfer
+        assert at_fraction(bare, 1.0) == bare and bare.batch == transfer.batch != 8
     changed = load([], ["transfer.by_fraction={1: {lr: 2e-4, batch: 1e1}}"]).transfer
     assert (at_fraction(changed, 1.0).lr, at_fraction(changed, 1.0).batch) == (2e-4, 10)
     assert isinstance(at_fraction(changed, 1.0).batch, int)
