@@ -1,6 +1,6 @@
 """Every bad DICOM ends in a DicomError with its own reason code, soon and in little memory.
 
-The rows D01, D04, D05 and D07 to D10 of the fault table in docs/dicom.md; D02 is fuzz_dicom.py.
+The codes are those of docs/dicom.md, "Reason codes"; mutated files are made by fuzz_images.py.
 """
 
 import io
