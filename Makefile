@@ -29,8 +29,9 @@ setup: $(READY)
 demo: setup
 	$(VENV)/bin/deepspeed --num_gpus 2 train.py --config configs/demo.yaml
 
+# As many processes as there are cores; "python -m pytest FILE" is one.
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 test-long: setup
 	$(PY) -m pytest -m 'long and not gpu'

@@ -58,7 +58,8 @@ setup(
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
         # torchmetrics 1.6: the first with dice_score
         "dev": [
-            *("pytest>=8", "ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
+            *("pytest>=8", "pytest-xdist>=3.6"),
+            *("ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
             "accelerate>=1.1",  # what transformers.Trainer asks for
         ],
     },

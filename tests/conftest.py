@@ -21,6 +21,9 @@ from typing import Any
 import pytest
 import torch
 
+from mlip.machine import usable_cores, usable_memory
+
+_MEMORY_A_PROCESS = 3 << 30  # bytes; 1.9 GiB was the most that one of two took
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -31,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # it notes torch's functions when imported: before a fixture below replaces two of them
     with contextlib.suppress(ImportError):
         importlib.import_module("torch._dynamo")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes of `make test`: one a core, of those that the memory is enough for."""
+    return max(1, min(usable_cores(), usable_memory() // _MEMORY_A_PROCESS))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,10 +24,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the process that it starts")
-def test_every_kernel_is_right_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem.removeprefix("test_"))
+def test_every_kernel_is_right_in_the_interpreter(file: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-x", "-o", "addopts=", "--import-mode=importlib"]
     run = subprocess.run(
-        [*command, "-q", "-p", "no:cacheprovider", "--durations=5", *map(str, FILES)],
+        [*command, "-q", "-p", "no:cacheprovider", "--durations=5", str(file)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
