@@ -11,8 +11,10 @@ tests of a session. With enough GPUs the ranks use them (NCCL), else the CPU (gl
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -72,9 +74,13 @@ class Farm:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """One that ranks can open seconds later: below 32768, where Linux gives none away by itself,
+    and at random, since other test processes look for theirs at the same time."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):  # in use
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def start(
