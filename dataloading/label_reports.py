@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlip.config import ConfigError
+from mlip.config import Columns, ConfigError
 from mlip.dataloading.csv_text import read_header, shown
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.report_column import ONE_WORD_REPORT, RULES, ReportColumn
@@ -90,17 +90,19 @@ def run(arguments: argparse.Namespace) -> int:
     _write(table, out, dict(zip(columns, cells, strict=True)))
     print(printed(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
-    settings = _settings(table, out, columns)
+    settings = _settings(table, out, arguments.report, columns)
     if arguments.unmentioned == "unknown":
         settings["transfer.blank"] = "ignore"  # else what a row does not name is absent there
     print("  " + shlex.join(f"{key}={value}" for key, value in settings.items()))
     return 0
 
 
-def _settings(table: Path, out: Path, columns: Sequence[str]) -> dict[str, object]:
+def _settings(table: Path, out: Path, report: str, columns: Sequence[str]) -> dict[str, object]:
     """What an evaluation of the new table needs; its images stay where the first table has them."""
     keys = ("data.columns.labels", "transfer.columns.negative", "transfer.columns.uncertain")
     settings: dict[str, object] = {"data.manifest": out, **dict(zip(keys, columns, strict=True))}
+    if report != Columns().report:
+        settings["data.columns.report"] = report
     if out.resolve().parent != table.resolve().parent:
         settings["data.root"] = table.parent
     return settings

@@ -162,6 +162,9 @@ def test_the_settings_are_words_that_a_shell_takes(
     ]
     assert label(table, "--out", out, "--overwrite", "--unmentioned", "unknown", *ASKED) == 0
     assert "transfer.blank=ignore" in capsys.readouterr().out.splitlines()[-1]
+    table.write_text(table.read_text().replace("report", "text", 1))
+    assert label(table, "--out", out, "--overwrite", "--report", "text", *ASKED) == 0
+    assert "data.columns.report=text" in shlex.split(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_labels_that_are_there_are_not_replaced_and_empty_columns_are(
