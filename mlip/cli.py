@@ -1,8 +1,8 @@
-"""The `mlip` command: every sub-command's arguments, and how it ends.
+"""The `mlip` command: its sub-commands, and how it ends.
 
-What does not live here: any work (mlip/commands.py, mlip/film_commands.py). Errors of ours are one
-line and a stable exit code. Nothing that needs another package is imported before it is used: what
-is missing is a line, too.
+What does not live here: the sub-commands' arguments (mlip/command_arguments.py) and any work
+(mlip/commands.py, mlip/film_commands.py). Errors of ours are one line and a stable exit code.
+Nothing that needs another package is imported before it is used: what is missing is a line, too.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlip.commands import run_compare, run_doctor, run_evaluate, run_export, run_phantoms
+from mlip.command_arguments import add_commands, as_sentence
 from mlip.doctor import install_line
-from mlip.film_commands import run_classify, run_embed, run_ground, run_outliers, run_search
 from mlip.machine import limit_reached
 from mlip.output_file import refusal
 from mlip.stop_signal import Stopped, signals_stop
@@ -27,13 +26,13 @@ from mlip.unread_output import one_line, unread_output_is_lost
 FOREIGN = {
     "prepare": (
         "mlip.dataloading.prepare",
-        "turn raw downloads or own files into shards and a manifest",
+        "turn raw downloads or your own files into shards and a manifest",
     ),
     "label": (
         "mlip.dataloading.label_reports",
-        "labels of findings from reports: what each states, denies, doubts",
+        "read labels of findings from reports: what each states, denies or doubts",
     ),
-    "knowledge": ("mlip.knowledge.command", "build and look into concept tables"),
+    "knowledge": ("mlip.knowledge.command", "build concept tables and look into them"),
 }
 
 # options that name a file or folder
@@ -110,211 +109,17 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Medical language-image pre-training: what to do before and after train.py."
-    epilog = "Research software. Not for clinical use."
+    about = "Medical language-image pre-training: the commands to run before and after train.py."
+    epilog = (
+        "`mlip COMMAND --help` lists the options of a command. Research software. Not for clinical "
+        "use."
+    )
     parser = argparse.ArgumentParser(prog="mlip", description=about, epilog=epilog)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="zero-shot, retrieval, grounding, or a task of configs/transfer: results and a page",
-    )
-    _add_settings(evaluate)
-    evaluate.add_argument("--out", help="folder of results.json and report.html (run.dir)")
-    evaluate.add_argument("--device", default=None, help="cpu, cuda (default: what is there)")
-    evaluate.set_defaults(run=run_evaluate)
-
-    ground = commands.add_parser("ground", help="where phrases point in one image: heat maps")
-    ground.add_argument("image", help="JPEG, PNG or DICOM file")
-    ground.add_argument(
-        "phrases", nargs="+", metavar="phrase", help='for example "left pleural effusion"'
-    )
-    ground.add_argument("--checkpoint", required=True, help="run folder, checkpoint or export")
-    ground.add_argument("--out", default="map.png", help="PNG to write (map.png)")
-    ground.add_argument(
-        "--words", action="store_true", help="below it a map of each word and linked concept"
-    )
-    ground.add_argument("--lexicon", help="concept table, where the checkpoint has none")
-    ground.add_argument("--device", default=None)
-    ground.set_defaults(run=run_ground)
-
-    embed = commands.add_parser("embed", help="embeddings of a split as files, resumable")
-    _add_settings(embed)
-    embed.add_argument("--out", required=True, help="folder to write; run again to go on")
-    embed.add_argument(
-        "--split",
-        choices=("train", "val", "test", "all"),
-        help="(evaluate.split; all of --images)",
-    )
-    embed.add_argument(
-        "--images",
-        action="store_true",
-        help="of images alone: the list needs no column but theirs",
-    )
-    embed.add_argument(
-        "--format", choices=("safetensors", "parquet"), default="safetensors", help="(safetensors)"
-    )
-    embed.add_argument("--patches", action="store_true", help="patch embeddings too (large)")
-    embed.add_argument("--device", default=None)
-    embed.set_defaults(run=run_embed)
-
-    search = commands.add_parser(
-        "search", help="the films of an embedded archive that fit words, or are like a film"
-    )
-    _add_settings(search)
-    search.add_argument(
-        "--in", dest="embeddings", required=True, metavar="FOLDER", help="what `mlip embed` wrote"
-    )
-    search.add_argument("--phrase", action="append", default=[], metavar="TEXT", help="repeatable")
-    search.add_argument(
-        "--finding",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="one that the lexicon knows: sentences that state it against those that deny it",
-    )
-    search.add_argument(
-        "--wordings", metavar="FILE", help="YAML: finding -> positive and negative sentences"
-    )
-    search.add_argument("--image", action="append", default=[], metavar="FILE", help="a film")
-    search.add_argument(
-        "--row", action="append", default=[], type=int, help="a film of the archive: its row_index"
-    )
-    search.add_argument(
-        "--among", choices=("image", "report"), default="image", help="what is searched (image)"
-    )
-    search.add_argument("--top", type=int, default=20, help="answers a query (20)")
-    search.add_argument(
-        "--per-patient", action="store_true", help="at most one answer a patient, by the manifest"
-    )
-    search.add_argument(
-        "--rerank",
-        type=int,
-        metavar="N",
-        help="score the N best films again by both heads together, which reads them",
-    )
-    search.add_argument("--out", default="found.csv", help="table to write (found.csv)")
-    search.add_argument("--page", metavar="FILE", help="an HTML page with the films as well")
-    search.add_argument("--device", default=None)
-    search.set_defaults(run=run_search)
-
-    classify = commands.add_parser(
-        "classify", help="findings of images that nobody labelled: a table of scores"
-    )
-    _add_settings(classify)
-    asked = classify.add_mutually_exclusive_group(required=True)
-    asked.add_argument(
-        "--finding", action="append", metavar="NAME", help="one that the lexicon knows; repeatable"
-    )
-    asked.add_argument(
-        "--wordings", metavar="FILE", help="YAML: finding -> positive and negative sentences"
-    )
-    asked.add_argument(
-        "--like",
-        metavar="RESULTS",
-        help="results.json of an evaluation of this model: its findings, sentences, thresholds",
-    )
-    classify.add_argument(
-        "--head",
-        choices=("combined", "global", "local"),
-        help="(combined, or global where no loss trained the local score)",
-    )
-    classify.add_argument("--out", default="findings.csv", help="table to write (findings.csv)")
-    classify.add_argument(
-        "--split", choices=("train", "val", "test", "all"), default="all", help="(all)"
-    )
-    classify.add_argument("--device", default=None)
-    classify.set_defaults(run=run_classify)
-
-    compare = commands.add_parser(
-        "compare", help="two evaluations on the same images: the difference with its interval"
-    )
-    compare.add_argument("of", nargs="+", help="folder of results, or predictions.parquet")
-    compare.add_argument(
-        "--with",
-        dest="against",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="DIR",
-        help="what it is compared with; several (of other seeds) in pairs with the first",
-    )
-    compare.add_argument(
-        "--method",
-        action="append",
-        help="that alone, as global or '10 %%'; twice: of the first and of the second side",
-    )
-    compare.add_argument("--out", help="the same as JSON")
-    compare.add_argument("--bootstrap", type=int, default=1000, help="resamples (1000)")
-    compare.add_argument("--seed", type=int, default=0, help="of the resamples (0)")
-    compare.set_defaults(run=run_compare)
-
-    outliers = commands.add_parser(
-        "outliers", help="how unlike a reference's images each image is: a p-value, in a table"
-    )
-    _add_settings(outliers)
-    way = outliers.add_mutually_exclusive_group(required=True)
-    way.add_argument("--fit", metavar="FILE", help="write the reference of a split's images")
-    way.add_argument("--reference", metavar="FILE", help="one that --fit wrote: rank images by it")
-    outliers.add_argument("--out", help="table of --reference to write (outliers.csv)")
-    outliers.add_argument(
-        "--split",
-        choices=("train", "val", "test", "all"),
-        help="(train of --fit, all of --reference)",
-    )
-    outliers.add_argument("--device", default=None)
-    outliers.set_defaults(run=run_outliers)
-
-    export = commands.add_parser(
-        "export", help="one folder with weights, settings, vocabulary: for from_pretrained"
-    )
-    _add_settings(export)
-    export.add_argument("--out", required=True, help="folder to write")
-    export.add_argument(
-        "--include-concepts",
-        action="store_true",
-        help="write a concept table of other sources too; its licences are yours to keep",
-    )
-    export.add_argument(
-        "--onnx", action="store_true", help="write both towers as ONNX files too, and check them"
-    )
-    export.add_argument(
-        "--transformers",
-        action="store_true",
-        help="write both towers as folders that transformers opens too, and check them",
-    )
-    export.set_defaults(run=run_export)
-
-    doctor = commands.add_parser("doctor", help="what is installed, missing or broken here")
-    doctor.add_argument(
-        "--plan",
-        nargs="+",
-        action="extend",
-        metavar="CONFIG|key=value",
-        help="memory that a training needs on one rank; status 2 where it cannot fit",
-    )
-    doctor.add_argument("--ranks", type=int, help="of the planned run (the GPUs here, or 1)")
-    doctor.add_argument("--memory-gib", type=float, help="of one rank (what is here)")
-    doctor.set_defaults(run=run_doctor)
-
-    phantoms = commands.add_parser("phantoms", help="generate chest phantom studies with truth")
-    phantoms.add_argument("--out", required=True, help="folder to write")
-    phantoms.add_argument("--workers", type=int, help="processes (one a core)")
-    _add_settings(phantoms)
-    phantoms.set_defaults(run=run_phantoms)
-
+    add_commands(commands)
     for name in FOREIGN:
         _add_foreign(commands, name, *FOREIGN[name])
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="CONFIG|key=value",
-        help="YAML files, run folders and overrides; checkpoint=DIR means evaluate.checkpoint=DIR",
-    )
 
 
 def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
@@ -328,7 +133,7 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
         import importlib
 
         command = importlib.import_module(module)
-        own = argparse.ArgumentParser(prog=f"mlip {name}", description=text)
+        own = argparse.ArgumentParser(prog=f"mlip {name}", description=as_sentence(text))
         command.add_arguments(own)
         for before, given in zip([name, *options.rest], options.rest, strict=False):
             # the empty path is the current folder: "$OUT" where OUT is not set

@@ -211,7 +211,7 @@ def test_a_command_that_is_interrupted_ends_with_the_code_of_an_interrupt(
     def interrupted(options: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlip.cli.run_doctor", interrupted)
+    monkeypatch.setattr("mlip.command_arguments.run_doctor", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "mlip: interrupted\n"
 
@@ -224,7 +224,7 @@ def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
     def failing(options: object) -> int:
         raise errors.pop(0)
 
-    monkeypatch.setattr("mlip.cli.run_doctor", failing)
+    monkeypatch.setattr("mlip.command_arguments.run_doctor", failing)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == "mlip doctor: one line\n"
     with pytest.raises(ImportError, match="libGL"):
@@ -266,6 +266,17 @@ def test_unknown_options_are_errors_and_foreign_commands_get_theirs(
         main(["prepare", "--help"])
     assert stopped.value.code == 0
     assert "usage: mlip prepare" in capsys.readouterr().out
+
+
+def test_every_command_and_option_says_what_it_is_for() -> None:
+    """`mlip ground --help` began with nothing but the usage, and --device had no word."""
+    parser = build_parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    assert all(choice.help for choice in commands._choices_actions)
+    for name, command in commands.choices.items():
+        if name not in FOREIGN:
+            assert command.description, name
+            assert [action.dest for action in command._actions if not action.help] == [], name
 
 
 def test_no_option_of_several_values_loses_those_given_first() -> None:

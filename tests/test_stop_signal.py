@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # a command that sends itself signals while it writes, and once more on its way out
 COMMAND = """
 import os, signal, sys
-from mlip import cli
+from mlip import cli, command_arguments
 from mlip.output_file import whole_file
 from pathlib import Path
 number, times, ignored = (int(given) for given in sys.argv[2:])
@@ -35,7 +35,7 @@ def run_doctor(options):
             if times == 2:
                 os.kill(os.getpid(), number)
     return 0
-cli.run_doctor = run_doctor
+command_arguments.run_doctor = run_doctor
 sys.exit(cli.main(["doctor"]))
 """
 
