@@ -10,6 +10,7 @@ import fcntl
 import functools
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +21,33 @@ _LAG_S = 60.0  # man 5 nfs: how long a node may go by what it knows of a folder 
 
 
 def open_lock(path: Path, mode: int = 0o666) -> int:
-    """A descriptor of a lock's file, which is made where there is none.
+    """A descriptor of a lock's file, as `open_own` gives it."""
+    return open_own(path, os.O_RDWR, mode, "lock ")
+
+
+def open_own(path: Path, flags: int, mode: int, kind: str = "") -> int:
+    """A descriptor of a file that stays what it is under its name, made where there is none.
 
     Not through a link: in a folder of several people it may lead to a file that is to be lost; nor
-    waiting for a pipe's other end.
+    of a pipe, and not waiting for its other end.
     mode    before the umask
-    Raises:  OSError, whose strerror tells of a link
+    kind    of file, to be told
+    Raises:  OSError, whose strerror tells of a link or of what else is no file
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    what = "no file"
     try:
-        return os.open(path, flags, mode)
+        descriptor = os.open(path, flags, mode)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.ELOOP or not path.is_symlink():
+        if error.errno == errno.ELOOP and path.is_symlink():
+            what = "a link, which may lead anywhere"
+        elif error.errno != errno.ENXIO:  # a socket, or a pipe that nobody reads
             raise
-        reason = f"its lock {path.name} is a link, which may lead anywhere: remove it"
-        raise OSError(errno.ELOOP, reason, str(path)) from None
+    reason = f"its {kind}{path.name} is {what}: remove it"
+    raise OSError(errno.ELOOP, reason, str(path))
 
 
 def lock(descriptor: int, folder: Path, *, shared: bool = False) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlip.folder_lock import is_alive, lock, open_lock
+from mlip.folder_lock import is_alive, lock, open_lock, open_own
 from mlip.typed_tree import ConfigError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -92,6 +92,15 @@ def new_file(path: Path, mode: int = 0o666) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
 
 
+def open_to_append(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a file that keeps what it holds, to add lines and to read.
+
+    mode    before the umask
+    Raises:  OSError, as of `open_own`
+    """
+    return open_own(path, os.O_RDWR | os.O_APPEND, mode)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, is_private: bool = False) -> Iterator[Path]:
     """The name to write under: renamed to `path` at the end, removed where the writing failed.
@@ -162,7 +171,7 @@ def refusal(error: Exception, out: str | Path | None) -> str | None:
     named = getattr(error, "filename", None)
     is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
     place = out if is_out else named or "the output"
-    own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_lock's
+    own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_own's
     reason = "a file stands in the way" if code == errno.EEXIST else own or os.strerror(code)
     if is_out or code in _FULL:
         return f"{place} cannot be written: {reason}; make room or name another place"

@@ -29,7 +29,8 @@ from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.output_file import only_writer, refusal, require_writable, whole_file
 from mlip.report.page import write_page
-from mlip.training.lifecycle import locked_folder
+from mlip.training.lifecycle import locked_folder, record_event
+from mlip.training.runlog import _open_for_lines
 from mlip.transfer.films.row_table import write_row_table
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
@@ -271,33 +272,67 @@ def test_a_page_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert write_page(tmp_path, "<html>").stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe"])
+def _plant(kind: str, path: Path, precious: Path) -> None:
+    if kind == "link":
+        path.symlink_to(precious)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with socket.socket(socket.AF_UNIX) as own:
+            own.bind(str(path))
+
+
+_PLANTED = {"link": "a link, which", "pipe": "no file", "socket": "no file"}
+
+
+@pytest.mark.parametrize("kind", _PLANTED)
 def test_a_lock_is_no_link_that_leads_away_and_no_pipe(kind: str, tmp_path: Path) -> None:
-    """Through a link of that name the file it leads to was emptied by a run's start."""
-    precious, folder = tmp_path / "precious", tmp_path / "out"
+    """Through a link of that name the file it leads to was emptied by a run's start; for the other
+    end of a pipe nobody is to wait."""
+    precious, folder, what = tmp_path / "precious", tmp_path / "out", _PLANTED[kind]
     precious.write_text("kept")
     folder.mkdir()
     for name in ("lock", ".lock"):
-        if kind == "link":
-            (folder / name).symlink_to(precious)
-        else:
-            os.mkfifo(folder / name)
-    if kind == "link":
-        with (
-            pytest.raises(ConfigError, match="run.dir=.* cannot be written: its lock lock is a li"),
-            locked_folder(folder),
-        ):
-            raise AssertionError("locked")
-        with pytest.raises(OSError, match="its lock .lock is a link"), sole_writer(folder, (0, 1)):
-            raise AssertionError("locked")
-        with pytest.raises(OSError) as told, only_writer(folder / ".lock", "x"):
-            raise AssertionError("locked")
-        line = refusal(told.value, folder / "x")
-        assert line is not None and "cannot be written: its lock .lock is a link, which" in line
-    else:  # no waiting for one that opens its other end
-        with only_writer(folder / ".lock", "x"):
-            pass
+        _plant(kind, folder / name, precious)
+    with (
+        pytest.raises(ConfigError, match=f"run.dir=.* cannot be written: its lock lock is {what}"),
+        locked_folder(folder),
+    ):
+        raise AssertionError("locked")
+    with pytest.raises(OSError, match=f"lock .lock is {what}"), sole_writer(folder, (0, 1)):
+        raise AssertionError("locked")
+    with pytest.raises(OSError) as told, only_writer(folder / ".lock", "x"):
+        raise AssertionError("locked")
+    line = refusal(told.value, folder / "x")
+    assert line is not None and f"cannot be written: its lock .lock is {what}" in line
     assert precious.read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "log.jsonl", "validation.jsonl"])
+@pytest.mark.parametrize("kind", _PLANTED)
+def test_lines_are_added_through_no_link_and_no_start_waits_for_a_pipe(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    """Lines of a run stood at the end of the file that such a link led to."""
+    precious, what = tmp_path / "precious", _PLANTED[kind]
+    precious.write_text("kept")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    _plant(kind, folder / name, precious)
+    with (
+        pytest.raises(ConfigError, match=f"run.dir=.* cannot be written: its {name} is {what}"),
+        locked_folder(folder),
+    ):
+        raise AssertionError("a run begins")
+    with pytest.raises(OSError, match=f"its {name} is {what}"):
+        if name == "events.jsonl":
+            record_event(folder, "started")
+        else:
+            _open_for_lines(folder / name)
+    assert precious.read_text() == "kept"
+    (folder / name).unlink()
+    with locked_folder(folder):  # and makes none of them
+        assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_one_process_at_a_time_writes_a_place(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from mlip import distributed
 from mlip.config import ConfigError
 from mlip.folder_lock import is_seen, lock, open_lock
 from mlip.machine import limit_reached
-from mlip.output_file import new_file, refusal
+from mlip.output_file import new_file, open_to_append, refusal
 from mlip.training import presence
 from mlip.unread_output import one_line, unread_output_is_lost
 
@@ -43,6 +43,8 @@ _REASONS = {
     NUMERIC: "numbers",
     PEER: "peer",
 }
+# a run adds to them: what stands under their names is told of before the first line is lost
+_OF_LINES = ("events.jsonl", "log.jsonl", "validation.jsonl")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _job = ""  # what its ranks have agreed on: the folder also holds words of earlier jobs
 # of schedulers, and of a terminal: Ctrl-C, or its end
@@ -210,7 +212,7 @@ def record_event(folder: Path, kind: str, **facts: Any) -> None:
     """Append one line to events.jsonl; a single write, so that ranks do not mix their lines."""
     entry = {"time": round(time.time(), 3), "rank": _rank(), "event": kind, **facts}
     line = json.dumps(entry, allow_nan=False) + "\n"
-    descriptor = os.open(folder / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = open_to_append(folder / "events.jsonl", 0o600)
     try:
         os.write(descriptor, line.encode())
     finally:
@@ -273,6 +275,8 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
             owner = f"pid {os.getpid()} on {socket.gethostname()}"
             os.write(descriptor, f"{owner}\n{mark}\n".encode())
             os.fsync(descriptor)  # other nodes read it while it is open here
+            for lines in filter(os.path.lexists, (folder / name for name in _OF_LINES)):
+                os.close(open_to_append(lines))
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace").split("\n")[0]
             kind = FolderInUse

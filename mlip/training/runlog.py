@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlip import distributed
 from mlip.config import Config, ConfigError, to_dict
-from mlip.output_file import whole_file
+from mlip.output_file import open_to_append, whole_file
 from mlip.training.lifecycle import record_event
 from mlip.training.step import StepResult
 
@@ -273,14 +273,11 @@ class RunLog:
 
 def _open_for_lines(path: Path) -> IO[str]:
     """For appending; a line that a kill cut off is ended, so that it spoils no other."""
-    is_cut = False
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as log:
-        # of half a GB of a million steps the last byte
-        if log.seek(0, os.SEEK_END):
-            log.seek(-1, os.SEEK_END)
-            is_cut = log.read() != b"\n"
-    file = open(path, "a", encoding="utf-8")
-    if is_cut:
+    descriptor = open_to_append(path)
+    file = open(descriptor, "a", encoding="utf-8")
+    # of half a GB of a million steps the last byte
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
         file.write("\n")
     return file
 
