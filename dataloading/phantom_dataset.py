@@ -66,24 +66,30 @@ class _Job:
 def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None = None) -> Path:
     """Path of the manifest of the phantom studies that `settings` asks for, made if need be.
 
-    A complete folder with the same fingerprint is reused, one with another replaced. `workers` None
-    = one per core.
+    A complete folder with the same fingerprint is reused, one with another replaced; of a link the
+    folder that it leads to. `workers` None = one per core.
 
     Raises:  ValueError where the settings contradict each other, or where `folder` holds
-             something that is no phantom data set; OSError where the studies cannot be written;
-             RuntimeError where a worker failed otherwise.
+             something that is no phantom data set, or cannot be replaced; OSError where the studies
+             cannot be written; RuntimeError where a worker failed otherwise.
     """
-    folder = Path(folder)
+    given = Path(folder)
+    folder = given.resolve() if given.is_symlink() else given.absolute()
     _check(settings)
     mark = fingerprint(settings)
     if is_complete(folder, mark):
-        return folder / "manifest.csv"
+        return given / "manifest.csv"
     if folder.exists() and _read_meta(folder) is None:
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(
-                f"{folder}: expected no folder, an empty one or generated phantom studies; it is "
+                f"{given}: expected no folder, an empty one or generated phantom studies; it is "
                 "or holds other files, so nothing was written; name another folder"
             )
+    if folder.is_dir() and (folder.samefile(".") or folder.is_mount()):
+        raise ValueError(
+            f"{given}: is the folder that this runs in, or a whole disk, and cannot be replaced by "
+            "one with the studies, so nothing was written; name a folder below it"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}@{socket.gethostname()}"
@@ -91,13 +97,13 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     try:
         _fill(partial, settings, mark, workers or usable_cores())
         if is_complete(folder, mark):  # another process was faster
-            return folder / "manifest.csv"
+            return given / "manifest.csv"
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return folder / "manifest.csv"
+    return given / "manifest.csv"
 
 
 def fingerprint(settings: Phantom) -> str:
@@ -177,7 +183,7 @@ def _remove_leftovers(folder: Path) -> None:
     host = f"@{socket.gethostname()}"  # of another's nobody knows here whether they are alive
     for leftover in folder.parent.glob(f".{folder.name}.partial-*{host}"):
         pid = leftover.name.removesuffix(host).rsplit("-", 1)[-1]
-        if not pid.isdigit() or not is_alive(int(pid)):
+        if not pid.isdecimal() or not is_alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

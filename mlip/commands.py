@@ -151,5 +151,9 @@ def run_phantoms(options: argparse.Namespace) -> int:
         )
     if options.workers is not None and options.workers < 0:
         raise ConfigError(f"--workers {options.workers}: expected 1 or more, 0 for one a core")
-    print(write_dataset(options.out, phantom, workers=options.workers))
+    try:
+        print(write_dataset(options.out, phantom, workers=options.workers))
+    except FileNotFoundError:
+        require_writable(Path(options.out))  # /proc and its like have no room for a folder
+        raise
     return 0

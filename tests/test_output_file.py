@@ -119,6 +119,17 @@ def test_a_phantom_worker_on_a_full_disk_says_so_too(
     assert "cannot be written: File too large" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["/proc/phantoms", "/proc/no/phantoms"])
+def test_phantoms_on_a_disk_that_takes_no_folder_are_one_line(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it says, no such file or directory, was taken for a fault of ours, with a traceback."""
+    assert main([*commands("phantoms"), place]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlip phantoms: {place}: cannot be written to: ")
+    assert said.endswith("name another place with --out\n") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_empty_out_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The empty path is the current folder."""

@@ -189,6 +189,38 @@ def test_a_folder_of_other_files_is_never_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_studies_behind_a_link_are_in_the_folder_that_it_leads_to(
+    is_there: bool, tmp_path: Path
+) -> None:
+    """To a larger disk, say: all was made, and lost where the link was to be replaced."""
+    few = dataclasses.replace(SMALL, studies=2, val_studies=1, test_studies=1)
+    (tmp_path / "here").mkdir()
+    link, big = tmp_path / "here" / "data", tmp_path / "big"
+    link.symlink_to(big)
+    if is_there:
+        big.mkdir()
+    for studies in (2, 3):  # made, then replaced
+        wanted = dataclasses.replace(few, studies=studies)
+        assert write_dataset(link, wanted) == link / "manifest.csv"
+        assert link.is_symlink() and is_complete(big, fingerprint(wanted))
+    assert {path.name for path in tmp_path.rglob("*") if path.name.startswith(".")} == set()
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(phantom_dataset, "_fill", None)
+    with pytest.raises(ValueError, match=r"^\.: is the folder that this runs in.*below it"):
+        write_dataset(".", SMALL)
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match="or a whole disk, and cannot be replaced"):
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+        write_dataset(tmp_path, SMALL)
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_that_would_mix_patients_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="test_seed are both 4"):
         write_dataset(tmp_path / "data", dataclasses.replace(SMALL, test_seed=4))
