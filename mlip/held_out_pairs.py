@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mlip.assembly import Corpus
-from mlip.config import Augment, Config
+from mlip.config import Augment, Config, ConfigError
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import ManifestError
 from mlip.losses.held_out import RECALL_AT
@@ -21,10 +21,16 @@ def open_validation(
 ) -> Validation | None:
     """What scores checkpoints on val, where train.monitor asks for it; on every rank.
 
-    Raises:  ManifestError where val has too few rows with a report.
+    Raises:  ConfigError where train.monitor_pairs has none for some rank; ManifestError where val
+             has too few rows with a report.
     """
     if config.train.monitor == "none":
         return None
+    if config.train.monitor_pairs < world_size:
+        raise ConfigError(
+            f"train.monitor_pairs={config.train.monitor_pairs} on {world_size} ranks: expected one "
+            f"pair of each or more; set it to {world_size} or more"
+        )
     rows = len(corpus.manifest.rows("val"))
     batches, pairs = batches_of(rows, config, world_size)
     if pairs < 2:
@@ -60,9 +66,10 @@ def batches_of(rows: int, config: Config, ranks: int) -> tuple[int, int]:
     """(batches, pairs of each) that train.monitor_pairs asks for among this many rows.
 
     All are of one size, at most batch.global_pairs and a multiple of the ranks: a loss among other
-    numbers of pairs is another loss, and GPUs exchange equal shares. Of each batch fewer rows than
-    ranks are left out.
+    numbers of pairs is another loss, and GPUs exchange equal shares. Rows that fill no share of
+    every rank are left out.
     """
-    wanted = min(rows, config.train.monitor_pairs)
-    batches = max(1, -(-wanted // config.batch.global_pairs))
-    return batches, wanted // batches // ranks * ranks
+    wanted, largest = min(rows, config.train.monitor_pairs), config.batch.global_pairs
+    # rather a full batch, and some rows left out, than two that some rank has nothing of
+    batches = max(1, min(-(-wanted // largest), wanted // max(2, ranks)))
+    return batches, min(largest, wanted // batches) // ranks * ranks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,9 @@ def test_what_a_file_of_a_task_says_of_its_evaluation_counts_as_typed(tmp_path: 
         given(str(file)).asked_by(OF_TASK)
     given(str(file), "evaluate.split=test").asked_by(OF_TASK)  # the default takes it away
     given(str(file), "transfer.task=none").asked_by("mlip evaluate")
+    given(str(file)).asked_by("mlip phantoms")  # another command has nothing to do with it
+    file.write_text("train: {lr: 0.1}\ntransfer: {task: detection}\n")
+    given(str(file)).asked_by(OF_TASK_ALONE)  # of its evaluation, and of nothing else
 
 
 def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
@@ -231,6 +236,10 @@ def test_tables_name_settings_that_there_are() -> None:
     }
     named |= {name for needs in NEEDS for name in (*needs.settings, needs.other)}
     assert named <= known
+    for needs in NEEDS:  # what a refusal tells to set is enough
+        if needs.remedy != "NAME":
+            told = configuration.read_override(f"{needs.other}={needs.remedy}")
+            assert needs.holds(reduce(getitem, needs.other.split("."), told)), needs
 
 
 def test_commands_refuse_before_they_write_and_train_py_too(

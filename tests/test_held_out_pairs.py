@@ -72,6 +72,35 @@ def test_batches_are_of_one_size_that_ranks_can_share(
     assert batches_of(rows, load([], ["batch.global_pairs=1024"]), ranks) == expected
 
 
+@pytest.mark.parametrize(("global_pairs", "ranks"), [(2, 1), (2, 2), (3, 1), (8, 8), (12, 4)])
+def test_as_many_rows_as_a_batch_must_have_are_always_enough(global_pairs: int, ranks: int) -> None:
+    """9 rows on 8 ranks with 8 pairs were two batches of none: "at least 8 rows, there are 9"."""
+    for rows in range(40):
+        for most in (2, 3, 9, 1000):
+            more = [f"batch.global_pairs={global_pairs}", f"train.monitor_pairs={most}"]
+            batches, pairs = batches_of(rows, load([], more), ranks)
+            wanted = min(rows, most)
+            assert pairs % ranks == 0 and pairs <= global_pairs and batches * pairs <= wanted
+            assert (pairs >= max(2, ranks)) is (wanted >= max(2, ranks)), (rows, most)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "pairs", "told"),
+    [
+        (1, 1, 1000, "needs at least 2 rows with a report in split val, there are 1"),
+        (2, 3, 1000, "needs at least 3 rows with a report in split val, there are 2"),
+        (9, 3, 2, "train.monitor_pairs=2 on 3 ranks: expected one pair of each"),
+    ],
+)
+def test_too_few_pairs_are_refused_with_what_is_missing(
+    rows: int, ranks: int, pairs: int, told: str, tmp_path: Path
+) -> None:
+    more = ("train.monitor=loss", f"train.monitor_pairs={pairs}", "batch.global_pairs=12")
+    config, corpus = watched(tmp_path, *more, rows=rows)
+    with pytest.raises(ValueError, match=told):
+        open_validation(config, corpus, world_size=ranks)
+
+
 def test_more_rows_than_a_batch_are_several_equal_ones() -> None:
     config = load([], ["batch.global_pairs=144", "train.monitor_pairs=1000"])
     batches, pairs = batches_of(2000, config, 8)
