@@ -290,7 +290,8 @@ class MLIPForTransformers(PreTrainedModel):
         folder, opened = Path(save_directory).resolve(), self.opened
         if (folder / SETTINGS).is_file():
             read_settings(folder)
-        state = {k: v.detach().cpu() for k, v in (state_dict or self.state_dict()).items()}
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        state = {name: values.detach().cpu() for name, values in state_dict.items()}
         words = int(self.mlip.text.backbone.config.vocab_size)
         model = model_with(opened.config, words, state, "the model")
         # the first exports tell of neither

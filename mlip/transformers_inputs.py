@@ -207,7 +207,7 @@ class MLIPTokenizer(PreTrainedTokenizerFast):
         """That of MLIPProcessor.from_pretrained."""
         return MLIPProcessor.from_pretrained(folder, **options).tokenizer
 
-    def encode(self, text: str, *_: Any, **options: Any) -> list[int]:
+    def encode(self, text: str, **options: Any) -> list[int]:  # type: ignore[override]
         """The ids of one text, [CLS] and [SEP] included."""
         return list(self(text, **options)["input_ids"][0])
 

@@ -102,7 +102,11 @@ def test_reports_are_read_as_in_training_and_padding_changes_no_word(
     inputs = processor(text=texts, is_report=True, return_tensors="pt")
     assert torch.equal(model.get_text_features(**inputs).pooler_output, own.text.embedding)
     padded = processor(text=texts, is_report=True, padding="max_length", return_tensors="pt")
-    assert [padded[k].shape[1] for k in ("input_ids", "entity_ids")] == [64, 16]
+    for name, longest in (("input_ids", 64), ("attention_mask", 64), ("entity_mask", 16)):
+        values, filled = inputs[name], padded[name]
+        assert filled.shape[1] == longest and torch.equal(filled[:, : values.shape[1]], values)
+        filler = opened.tokenizer.pad_id if name == "input_ids" else 0
+        assert (filled[:, values.shape[1] :] == filler).all(), name
     found = model.get_text_features(**padded).pooler_output
     assert torch.allclose(found, own.text.embedding, atol=1e-6)
     del padded["attention_mask"]
@@ -143,6 +147,7 @@ def test_pil_images_give_the_pixels_of_their_files(tmp_path: Path, name: str) ->
 
 def test_other_ways_to_the_same_pixels(tmp_path: Path, opened: Pretrained, processor: Any) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (140, 150), dtype=np.uint16)
+    deep[0, :2] = 0, 65535
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
     write_radiograph(tmp_path / "a.dcm", deep, patient_id="p", study_id="s")
     turned, exif = Image.fromarray((deep >> 8).astype(np.uint8)), Image.Exif()
@@ -174,6 +179,7 @@ def test_what_is_no_film_or_no_text_is_refused_with_its_place(processor: Any) ->
         (good / 65535, "uint8 .* got float64"),
         (torch.zeros(90, 90), "got torch.float32"),
         (np.zeros((90, 90, 3), np.uint8), r"got \[90, 90, 3\]"),
+        (np.zeros((0, 90), np.uint16), r"got \[0, 90\]"),
         (Path("nowhere.png"), "nowhere.png"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -199,6 +205,12 @@ def test_what_is_no_film_or_no_text_is_refused_with_its_place(processor: Any) ->
             processor(text="effusion", **options)
     with pytest.raises(ValueError, match="takes no do_resize"):
         processor.image_processor(good, do_resize=False)
+    with pytest.raises(ValueError, match="the processor without text takes no is_report, padding"):
+        processor(images=good, padding="max_length", is_report=True)
+    with pytest.raises(ValueError, match="expected an image at least"):
+        processor(images=[])
+    with pytest.raises(TypeError):  # a second text, as BERT's has it, was left out
+        processor.tokenizer.encode("effusion", "edema")
 
 
 def test_what_cannot_be_honoured_is_refused(model: Any, tmp_path: Path) -> None:
@@ -219,6 +231,16 @@ def test_what_cannot_be_honoured_is_refused(model: Any, tmp_path: Path) -> None:
         auto.MLIPForTransformers.from_pretrained("some/hub-name")
     with pytest.raises(ValueError, match="takes no push_to_hub"):
         model.save_pretrained(tmp_path / "m", push_to_hub=True)
+    with pytest.raises(PretrainedError):  # weights of none: not those that it has
+        model.save_pretrained(tmp_path / "m", state_dict={})
+    inputs = AutoProcessor.from_pretrained(small_export(), lexicon=None, use_fast=None)
+    with pytest.raises(ValueError, match="AutoProcessor of this model takes no use_fast"):
+        AutoProcessor.from_pretrained(small_export(), use_fast=True)
+    with pytest.raises(ValueError, match="save_pretrained takes no push_to_hub"):
+        inputs.save_pretrained(tmp_path / "m", push_to_hub=True)
+    with pytest.raises(ValueError, match="save the whole processor"):
+        inputs.image_processor.save_pretrained(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
     tokens = {"input_ids": torch.ones(1, 3).long(), "pixel_values": torch.zeros(1, 1, 96, 96)}
     with pytest.raises(ValueError, match="expected entity_ids"):
         model(**tokens, return_loss=True)
@@ -279,6 +301,8 @@ def test_changed_weights_are_saved_in_float32_beside_other_files(tmp_path: Path)
 
 def test_a_processor_is_saved_and_opened_without_weights(processor: Any, tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path / "inputs")
+    concepts = (tmp_path / "inputs" / "concepts.jsonl").read_bytes()
+    assert concepts == (small_export() / "concepts.jsonl").read_bytes()
     again = AutoProcessor.from_pretrained(tmp_path / "inputs")
     for name, values in again(films(), PHRASES, return_tensors="pt").items():
         assert torch.equal(values, processor(films(), PHRASES, return_tensors="pt")[name]), name
@@ -315,6 +339,8 @@ def test_a_concept_table_of_others_is_named_and_never_written(tmp_path: Path) ->
 
 def test_a_damaged_folder_opens_no_processor(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(small_export(), tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"")  # gigabytes that it has no use for
+    assert AutoProcessor.from_pretrained(folder)(text="effusion")
     (folder / "tokenizer" / "vocab.txt").write_text("[PAD]")
     with pytest.raises(PretrainedError, match=r"vocab\.txt: damaged"):
         AutoProcessor.from_pretrained(folder)

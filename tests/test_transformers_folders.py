@@ -179,11 +179,15 @@ def talkative() -> Iterator[None]:
     hub_logging.enable_progress_bar()
     yield
     hub_logging.set_verbosity(started[0])
-    if not started[1]:
+    (hub_logging.enable_progress_bar if started[1] else hub_logging.disable_progress_bar)()
+
+
+@pytest.mark.parametrize("draws_bars", [True, False])
+def test_what_transformers_tells_a_user_is_as_before_a_check(
+    draws_bars: bool, talkative: None
+) -> None:
+    if not draws_bars:
         hub_logging.disable_progress_bar()
-
-
-def test_what_transformers_tells_a_user_is_as_before_a_check(talkative: None) -> None:
     before = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
     with pytest.raises(RuntimeError), transformers_folders._quiet():
         assert hub_logging.get_verbosity() != before[0]
