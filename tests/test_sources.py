@@ -339,6 +339,33 @@ def test_a_damaged_name_of_a_tensor_costs_one_checkpoint_and_not_the_run(away):
     assert _same(_weights(away / "whole"), whole)
 
 
+def test_a_run_of_which_no_checkpoint_is_intact_begins_by_no_means_anew(away):
+    config = load([away / "run"], [f"run.dir={away / 'run'}"], takes_exports=True)
+    assert resumed_run.open_resumed(config) is not None
+    for folder in checkpoint.checkpoints_of(away / "run"):
+        (folder / "parameters.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no intact checkpoint is left"):
+        resumed_run.open_resumed(config)
+    shutil.rmtree(away / "run" / "checkpoints")
+    assert resumed_run.open_resumed(config) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "concepts", "is_refused"), [(7, 3, False), (6, 3, False), (8, 3, True), (7, 4, True)]
+)
+def test_weights_of_other_words_or_other_concepts_are_refused(
+    words, concepts, is_refused, monkeypatch
+):
+    """A vocabulary may have fewer words than a tower that came with rows for more."""
+    monkeypatch.setattr(resumed_run, "MLIPModel", lambda config, **sizes: sizes["vocab_size"])
+    resumed = resumed_run.Resumed(small_run().config, 7, (3, 2), None)
+    if not is_refused:
+        assert resumed.build_model(words=words, concepts=concepts) == 7
+        return
+    with pytest.raises(CheckpointError, match=f"7 words and 3 .* there are {words} and {concepts}"):
+        resumed.build_model(words=words, concepts=concepts)
+
+
 def test_a_copy_of_the_vocabulary_in_other_bytes_is_a_copy(made, tmp_path, capfd):
     """As another version of the library writes it: none was said to be kept."""
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))

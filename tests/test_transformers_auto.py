@@ -240,10 +240,13 @@ def test_what_cannot_be_honoured_is_refused(model: Any, tmp_path: Path) -> None:
         inputs.save_pretrained(tmp_path / "m", push_to_hub=True)
     with pytest.raises(ValueError, match="save the whole processor"):
         inputs.image_processor.save_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m", is_main_process=False)  # the main one writes
     assert not list(tmp_path.iterdir())
     tokens = {"input_ids": torch.ones(1, 3).long(), "pixel_values": torch.zeros(1, 1, 96, 96)}
-    with pytest.raises(ValueError, match="expected entity_ids"):
-        model(**tokens, return_loss=True)
+    some = {"entity_ids": torch.zeros(1, 1).long(), "entity_mask": torch.zeros(1, 1).bool()}
+    for mentions in ({}, some):
+        with pytest.raises(ValueError, match="expected entity_ids"):
+            model(**tokens, **mentions, return_loss=True)
     with pytest.raises(ValueError, match="get_text_features"):
         model(input_ids=tokens["input_ids"])
 
@@ -392,6 +395,33 @@ def test_the_loss_is_that_of_the_two_levels(model: Any, processor: Any) -> None:
     assert torch.equal(out.loss, wanted)
     same = torch.zeros(PAIRS, dtype=torch.int64)
     assert model(**inputs, return_loss=True, pair_id=same).loss.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("change", [{"weight": 0.0}, {"kind": "mgca"}])
+@torch.no_grad()
+def test_where_no_such_local_score_was_trained_the_loss_is_that_of_the_global_head(
+    change: dict[str, Any], model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model.opened.config
+    local = dataclasses.replace(config.loss.local_alignment, **change)
+    loss = dataclasses.replace(config.loss, local_alignment=local)
+    changed = dataclasses.replace(config, loss=loss)
+    monkeypatch.setattr(model, "opened", dataclasses.replace(model.opened, config=changed))
+    out = model(**pairs(processor), return_loss=True)
+    assert torch.equal(
+        out.loss, ClipLoss()(out.image_embeds, out.text_embeds, model.mlip.scales.logit_scale())
+    )
+
+
+@torch.no_grad()
+def test_a_scale_is_brought_back_where_it_trains_and_nowhere_else(processor: Any) -> None:
+    model, inputs = AutoModel.from_pretrained(small_export()), pairs(processor)
+    model.mlip.scales.stored["log_scale"].fill_(9.0)
+    for trains, has_loss in ((False, False), (False, True), (True, False)):
+        model.train(trains)(**inputs, return_loss=has_loss)
+        assert model.mlip.scales.stored["log_scale"].item() == 9.0
+    model.train()(**inputs, return_loss=True)
+    assert model.mlip.scales.logit_scale().item() == pytest.approx(100.0)
 
 
 def _loss_of_rank(rank: int, folder: Path) -> None:
