@@ -93,6 +93,8 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}@{socket.gethostname()}"
+    # of a killed process: in a container the next one has its number, and is alive
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         _fill(partial, settings, mark, workers or usable_cores())

@@ -84,6 +84,8 @@ class ReportTokenizer:
         """
         directory = Path(directory)
         temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
+        # of a killed process: in a container the next one has its number
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             whole = self.backend.to_str(pretty=True)  # its save() hides a full disk's OSError

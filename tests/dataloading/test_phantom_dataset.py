@@ -168,10 +168,13 @@ def test_what_another_host_is_writing_is_left_alone(tmp_path: Path) -> None:
     ours, other = (
         tmp_path / f".data.partial-{dead.pid}@{host}" for host in (socket.gethostname(), "another")
     )
-    ours.mkdir()
-    other.mkdir()
+    # of this number, as a pod has that was killed and started again
+    again = tmp_path / f".data.partial-{os.getpid()}@{socket.gethostname()}"
+    for folder in (ours, other, again):
+        folder.mkdir()
+    (again / "images").mkdir()
     write_dataset(tmp_path / "data", Phantom(studies=1, val_studies=0, test_studies=0), workers=1)
-    assert other.is_dir() and not ours.exists()
+    assert other.is_dir() and not ours.exists() and not again.exists()
 
 
 def test_a_helper_whose_parent_is_gone_writes_no_more(tmp_path: Path) -> None:

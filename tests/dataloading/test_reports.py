@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,17 @@ def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path: Path) -> N
         files = sorted((tmp_path / f"t{i}").iterdir())
         saved.add(hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest())
     assert len(files) == 3 and len(saved) == 1
+
+
+def test_what_a_killed_process_of_the_same_number_left_keeps_no_vocabulary_out(
+    tmp_path: Path,
+) -> None:
+    """In a container the next one has it: the run could not begin until somebody removed it."""
+    left = tmp_path / f"t.tmp{os.getpid()}"
+    left.mkdir()
+    (left / "vocab.txt").write_text("cut")
+    train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "t")
+    assert not left.exists() and (tmp_path / "t" / "tokenizer.json").is_file()
 
 
 def test_a_saved_tokenizer_is_read_by_transformers_with_equal_ids(
