@@ -57,7 +57,6 @@ def open_tokenizer(
         # trained again, equal ones give equal bytes
         if folder.is_dir() and goes_on:
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
         if start is not None:
             start.tokenizer.save(folder)
             return
@@ -95,7 +94,6 @@ def given_words(config: Config) -> int | None:
 
 
 def _keep(tokenizer: ReportTokenizer, given: str, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.exists() or Path(given).resolve() != folder.resolve():
         tokenizer.save(folder)
 
