@@ -58,14 +58,24 @@ from mlip.transfer.results_file import save_results
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's options and the Config of its files and key=value overrides."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    about = "Pre-train MLIP. The same command again goes on where the last one stopped."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument(  # "extend": --config A --config B is --config A B
-        "--config", nargs="+", action="extend", default=[], metavar="FILE", help="later files win"
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML files or run folders; a later one wins over an earlier one",
     )
-    parser.add_argument("--allow-mismatch", action="store_true", help="resume other settings")
-    parser.add_argument("--deepspeed_config", metavar="JSON", help="accepted where it agrees")
-    parser.add_argument("--local_rank", type=int, default=0, help="launchers pass it; unused")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    mismatch_help = "resume a run although settings, vocabulary or concepts differ"
+    parser.add_argument("--allow-mismatch", action="store_true", help=mismatch_help)
+    json_help = "DeepSpeed's own JSON file; refused where it differs from the settings"
+    parser.add_argument("--deepspeed_config", metavar="JSON", help=json_help)
+    rank_help = "passed by launchers; not used"
+    parser.add_argument("--local_rank", type=int, default=0, help=rank_help)
+    setting_help = "settings, such as train.max_steps=100; they win over files"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=setting_help)
     options, rest = parser.parse_known_intermixed_args(arguments)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")

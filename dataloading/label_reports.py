@@ -42,22 +42,24 @@ _READ = (0, ONE_WORD_REPORT)  # "Normal." teaches a model nothing, and says some
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip label`."""
     add = parser.add_argument
-    add("table", type=Path, help="CSV, Parquet or JSONL with a report a row, as a manifest has")
-    add("--out", type=Path, required=True, help="the same table with three columns more")
-    add("--report", default="report", metavar="COLUMN", help="the column of reports (report)")
+    add("table", type=Path, help="CSV, Parquet or JSONL with one report per row, like a manifest")
     add(
-        "--sections",
-        choices=("all", "findings", "impression"),
-        default="all",
-        help="as in training",
+        "--out",
+        type=Path,
+        required=True,
+        help="table to write: the same, in the same format, with three more columns",
     )
-    finding_help = "names of the lexicon (default: CheXpert's 14 labels)"
+    add("--report", default="report", metavar="COLUMN", help="column of reports (default: report)")
+    section_help = "sections to read, as data.sections in training (default: all)"
+    add("--sections", choices=("all", "findings", "impression"), default="all", help=section_help)
+    finding_help = "findings to label, by their names in the lexicon (default: CheXpert's 14)"
     add("--findings", nargs="+", action="extend", default=[], metavar="NAME", help=finding_help)
-    mention_help = "what a finding is that a report does not mention (absent, as CheXpert's blanks)"
+    mention_help = "what a finding is that a report does not mention (default: absent, as for a "
+    mention_help += "blank of CheXpert)"
     add("--unmentioned", choices=("absent", "unknown"), default="absent", help=mention_help)
-    add("--prefix", default="", help="before the names of the new columns: labels, negative, ...")
-    add("--lexicon", help="concept folder or file; default the project's own")
-    add("--overwrite", action="store_true", help="replace an --out that is there")
+    add("--prefix", default="", help=f"text before the new columns' names ({', '.join(COLUMNS)})")
+    add("--lexicon", help="concept folder or file (default: the project's own)")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
 
 
 def run(arguments: argparse.Namespace) -> int:

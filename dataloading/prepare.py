@@ -1,4 +1,4 @@
-"""`mlip prepare`: a raw download or a folder of one's own -> shards, index and manifest.
+"""`mlip prepare`: a public download or your own files -> shards, index and manifest.
 
 mlip prepare <dataset> --root DIR --out DIR      see --list for the data sets
 mlip prepare --explain FILE                      each step of reading one DICOM file
@@ -56,37 +56,44 @@ _ADVICE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `mlip prepare`."""
     add = parser.add_argument
-    add("dataset", nargs="?", choices=sorted(DATASETS), help="what lies under --root")
+    add("dataset", nargs="?", choices=sorted(DATASETS), help="what --root holds")
     add("--root", type=Path, help="folder of the raw data; nothing in it is changed")
-    add("--out", type=Path, help="folder for shards, index and manifest")
-    add("--side", type=int, default=256, metavar="PX", help="longest side (default 256)")
-    add("--bits", type=int, choices=(8, 16), default=8, help="depth of the stored images")
-    add("--codec", choices=("jpeg", "png"), help="default: jpeg for 8 bits, png for 16")
-    add("--quality", type=int, help="of JPEG (default 95)")
-    white_help = "value that is white in 16-bit PNGs (default 65535; 4095; own: the brightest)"
-    add("--png-white", default="65535", metavar="N", help=white_help)
-    add("--shard-images", type=int, default=4096, metavar="N", help="images a shard (default 4096)")
-    add("--workers", type=int, default=0, help="decoding processes (default: one a core)")
-    add("--part", default="1/1", metavar="I/N", help="make only every N-th shard, I of 1..N")
-    add(
-        "--timeout",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="processor seconds a file (default 10)",
+    add("--out", type=Path, help="folder to write shards, index and manifest to")
+    add("--side", type=int, default=256, metavar="PX", help="longest side in px (default: 256)")
+    add("--bits", type=int, choices=(8, 16), default=8, help="bits per pixel (default: 8)")
+    codec_help = "format of the stored images (default: jpeg for 8 bits, png for 16)"
+    add("--codec", choices=("jpeg", "png"), help=codec_help)
+    add("--quality", type=int, metavar="Q", help="JPEG quality, 1 to 100 (default: 95)")
+    white_help = (
+        "value of white in 16-bit PNGs (default: 65535), or own: each one's brightest pixel"
     )
+    add("--png-white", default="65535", metavar="N", help=white_help)
+    shard_help = "images per shard (default: 4096)"
+    add("--shard-images", type=int, default=4096, metavar="N", help=shard_help)
+    workers_help = "decoding processes (default: one per core)"
+    add("--workers", type=int, default=0, metavar="N", help=workers_help)
+    part_help = "make only every N-th shard, from the I-th on: a share for one of N machines"
+    add("--part", default="1/1", metavar="I/N", help=part_help)
+    time_help = "processor seconds that a file may take (default: 10)"
+    add("--timeout", type=float, default=10.0, metavar="S", help=time_help)
     add("--overwrite", action="store_true", help="remake an --out made with other settings")
-    add("--verify", action="store_true", help="read finished shards again, remake damaged ones")
-    add("--keep-ids", action="store_true", help="write patient ids as they are, not hashed")
-    map_help = "table of hashed ids and originals, and of files left out with the rule: secret"
+    add("--verify", action="store_true", help="read finished shards again and remake damaged ones")
+    add("--keep-ids", action="store_true", help="write ids as they are, not hashed")
+    map_help = (
+        "secret table to write: hashed ids with their originals, and files left out by a rule"
+    )
     add("--id-map", type=Path, metavar="FILE", help=map_help)
-    add("--require-deid", action="store_true", help="refuse DICOM files that name a patient")
-    no_help = "leave sex and age of the patients out of index and manifest"
+    deid_help = "refuse DICOM files that are not marked as de-identified or still name a patient"
+    add("--require-deid", action="store_true", help=deid_help)
+    no_help = "leave the patients' sex and age out of index and manifest"
     add("--no-demographics", action="store_true", help=no_help)
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="see --list")
-    add("--list", action="store_true", help="data sets, licences, where they come from, options")
-    add("--explain", type=Path, metavar="FILE", help="print each step of reading a DICOM file")
-    add("--check-phi", type=Path, metavar="PATH", help="print what may identify a patient")
+    option_help = "a setting of the data set (repeatable); --list names them"
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help=option_help)
+    list_help = "print the data sets with their licences, sources and options"
+    add("--list", action="store_true", help=list_help)
+    add("--explain", type=Path, metavar="FILE", help="print each step of reading one DICOM file")
+    phi_help = "print what may identify a patient in a DICOM file or folder"
+    add("--check-phi", type=Path, metavar="PATH", help=phi_help)
 
 
 def run(arguments: argparse.Namespace) -> int:

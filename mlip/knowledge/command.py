@@ -48,35 +48,48 @@ _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands build, show, link, stats and embed."""
     commands = parser.add_subparsers(dest="action", required=True)
-    build = commands.add_parser("build", help="merge the lexicon with ontologies into one table")
+    texts = {
+        "build": "merge the lexicon with ontologies or tables of your own into one concept table",
+        "show": "print one concept with all that is known of it",
+        "link": "print the concepts that a report mentions, and whether it states or denies them",
+        "stats": "print what a concept table holds",
+        "embed": "learn a vector for each concept from its relations, for knowledge.vectors "
+        "(needs the extra: graph)",
+    }
+    build, show, link, stats, embed = (
+        commands.add_parser(name, help=text, description=text) for name, text in texts.items()
+    )
     build.add_argument("--out", type=Path, required=True, help="table to write (.jsonl)")
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}  # given twice, none is lost
     files: dict[str, Any] = {"type": Path, "default": [], **several}
-    build.add_argument("--obo", help=".obo or .obo.gz files", **files)
-    build.add_argument("--under", default=[], help="keep OBO terms below these ids", **several)
-    build.add_argument("--csv", help="tables of your own", **files)
-    build.add_argument("--umls", type=Path, help="META folder of a UMLS release you hold")
-    build.add_argument("--languages", help="UMLS languages (ENG)", **several)
-    build.add_argument("--sources", default=[], help="UMLS sources; default all", **several)
-    build.add_argument("--types", help="UMLS types (TUI)", **several)
-    build.add_argument("--cues", type=Path, help="cue words of another language (.yaml)")
-    build.add_argument("--no-lexicon", action="store_true", help="leave our own lexicon out")
-    show = commands.add_parser("show", help="one concept with all that is known of it")
+    build.add_argument("--obo", metavar="FILE", help=".obo or .obo.gz files to read", **files)
+    under_help = "keep only the OBO terms below these ids"
+    build.add_argument("--under", default=[], metavar="ID", help=under_help, **several)
+    build.add_argument("--csv", metavar="FILE", help="concept tables of your own", **files)
+    umls_help = "META folder of a UMLS release that you are licensed to use"
+    build.add_argument("--umls", type=Path, metavar="FOLDER", help=umls_help)
+    language_help = "UMLS languages to read (default: ENG)"
+    build.add_argument("--languages", metavar="LANGUAGE", help=language_help, **several)
+    source_help = "UMLS sources to read (default: all)"
+    build.add_argument("--sources", default=[], metavar="SOURCE", help=source_help, **several)
+    type_help = f"UMLS semantic types to read (default: {' '.join(sorted(SEMANTIC_TYPES))})"
+    build.add_argument("--types", metavar="TUI", help=type_help, **several)
+    cue_help = "cue words of another language (.yaml)"
+    build.add_argument("--cues", type=Path, metavar="FILE", help=cue_help)
+    lexicon_help = "leave the project's own lexicon out"
+    build.add_argument("--no-lexicon", action="store_true", help=lexicon_help)
     show.add_argument("concept", help="concept id, name or synonym")
-    link = commands.add_parser("link", help="the mentions of a report, in colour")
     link.add_argument("file", help="text file with one report; - reads standard input")
-    link.add_argument("--json", action="store_true", help="one mention a line as JSON")
-    stats = commands.add_parser("stats", help="what a table holds")
-    embed = commands.add_parser(
-        "embed", help="vectors learned from the relations, for knowledge.vectors (extra: graph)"
-    )
+    link.add_argument("--json", action="store_true", help="print one mention per line as JSON")
     embed.add_argument("--out", type=Path, required=True, help="table to write (.safetensors)")
-    embed.add_argument("--model", default="transe", choices=sorted(MODELS))
-    embed.add_argument("--dim", type=int, default=64)
-    embed.add_argument("--epochs", type=int, default=300)
-    embed.add_argument("--seed", type=int, default=1)
+    model_help = "kind of graph embedding (default: transe)"
+    embed.add_argument("--model", default="transe", choices=sorted(MODELS), help=model_help)
+    embed.add_argument("--dim", type=int, default=64, help="length of a vector (default: 64)")
+    embed.add_argument("--epochs", type=int, default=300, help="(default: 300)")
+    embed.add_argument("--seed", type=int, default=1, help="(default: 1)")
     for command in (show, link, stats, embed):
-        command.add_argument("--lexicon", help="concept folder or file; default the project's own")
+        lexicon_help = "concept folder or file (default: the project's own)"
+        command.add_argument("--lexicon", help=lexicon_help)
 
 
 def run(arguments: argparse.Namespace) -> int:
