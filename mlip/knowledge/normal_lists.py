@@ -16,6 +16,7 @@ _CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
 _GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
 # "normal with small effusions" is no range
 _OF_RANGE = _OR | FLAG["choice"] | FLAG["strong"] | FLAG["weak"] | FLAG["predicate"]
+_OF_RANGE |= FLAG["said_behind"]
 _UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
 _STATEMENT_ENDS = ".;:!?\n\x03"
 

@@ -6,32 +6,30 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 
 from __future__ import annotations
 
-from itertools import takewhile
-
 from mlip.knowledge.alternatives import leave_open
 from mlip.knowledge.events import (
     ABSENT,
     FLAG,
     PRESENT,
     UNCERTAIN,
-    Entry,
     Event,
     Found,
     State,
 )
 from mlip.knowledge.normal_lists import is_range, normal_statements
+from mlip.knowledge.reach import list_goes_on, starts_anew
 
 _NEG, _NOT = FLAG["negation_before"], FLAG["not"]
 _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
 _UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
 _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
+_LIKEWISE = FLAG["likewise"]
 _ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
 _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
-_STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
-_PREDICATE = FLAG["predicate"]
+_STRONG, _WEAK, _OBJECT = FLAG["strong"], FLAG["weak"], FLAG["object"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _QUESTION, _NORMAL = FLAG["question"], FLAG["normal"]
 _DENIED_CLAUSE, _CHANGE = FLAG["denied_clause"], FLAG["change"]
@@ -41,8 +39,7 @@ SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
 DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE
-_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE
-_ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
+_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
@@ -86,11 +83,11 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 parts.clear()
             elif flags & _COMMA:
                 if state != PRESENT and not (
-                    _list_goes_on(events, i, state, closed, single, listing)
+                    list_goes_on(events, i, state, closed, single, listing)
                 ):
                     state, closed = PRESENT, False
             elif flags & (_AND | _WITH):
-                if state != PRESENT and _starts_anew(events, i, state, single):
+                if state != PRESENT and starts_anew(events, i, state, single):
                     state, closed = PRESENT, False
             elif flags & _CHOICE and found and state != ABSENT:
                 choices.append(i)
@@ -140,6 +137,9 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _FAULT:
                 # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
                 _give_device(events, i, found, PRESENT)
+            elif flags & _LIKEWISE:
+                if found and found[-1][3] == ABSENT:
+                    state, closed, single, since = ABSENT, False, False, len(found)
             elif flags & _ALT:
                 if found and not found[-1][3] == ABSENT and events[owner[-1]][2].concept >= 0:
                     if not events[owner[-1]][2].fixed:
@@ -147,7 +147,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 if state == PRESENT:
                     state, closed, single = UNCERTAIN, False, False
             elif flags & _QUESTION:
-                if found:
+                if found and not _leads(words, start):
                     _look_back(events, i, found, owner, words, UNCERTAIN, False)
                 else:
                     state, closed, single = UNCERTAIN, False, False
@@ -155,7 +155,10 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 if flags & _CHANGE and that and state == ABSENT:
                     _look_back(events, i, found, owner, words, PRESENT, False)
                 if not flags & _SEEN or not _is_behind_joint(events, i):
-                    closed = len(found) > since  # "or visible nodule" ends no statement
+                    # "or visible nodule" ends no statement, nor "neither lung shows"
+                    closed = len(found) > since and not (
+                        flags & _OBJECT and _is_denied_subject(events, i)
+                    )
         if flags & _NORMAL:
             stated = normal_statements(events, i, stop, words)
             normal += stated
@@ -187,45 +190,6 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
     return found + normal if normal else found
 
 
-def _list_goes_on(
-    events: list[Event], i: int, state: str, closed: bool, single: bool, listing: bool
-) -> bool:
-    """Whether a cue still reaches over the comma at event i."""
-    if closed:
-        return False
-    following = events[i + 1][2].flags if i + 1 < len(events) else 0
-    if following & _POS:
-        return False
-    has_or = has_be = False
-    ends_list = False  # ", or" ends a list, whatever its middle looks like
-    in_segment = True  # up to the next comma
-    before = 0
-    for _, _, entry in events[i + 1 :]:
-        flags = entry.flags
-        if flags & _ENDS_LIST:
-            break
-        if flags & _COMMA:
-            in_segment = False
-        elif flags & _OR:
-            has_or = True
-            ends_list = ends_list or before & _COMMA != 0
-        elif flags & _AND and not in_segment:
-            if single:
-                break  # "no acute disease, left effusion, and scar"
-            has_or = True
-        elif flags & (_BE | _PREDICATE) and in_segment and not has_or:
-            has_be = has_be or bool(flags & _BE) or _has_subject(events, i, entry)
-        before = flags
-    begins = following & _STRONG and not (following & _WEAK and state == ABSENT)
-    if has_be or begins and not ends_list:
-        return False
-    if has_or or listing:
-        return True
-    if single or state == UNCERTAIN:
-        return bool(following & (_AND | _OR))
-    return not following & _WEAK
-
-
 def _is_behind_joint(events: list[Event], i: int) -> bool:
     """Whether a comma, "and" or "or" stands right before event i."""
     if not i or events[i - 1][1] != events[i][0]:
@@ -240,30 +204,14 @@ def _begins_list(events: list[Event], i: int) -> bool:
     return events[i + 1][2].flags & (_COMMA | _OR) != 0
 
 
-def _starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
-    """Whether "and" or "with" at event i begins a statement of its own."""
-    if i + 1 >= len(events):
-        return False
-    following = events[i + 1][2].flags
-    if following & (_STRONG | _ARTICLE | _POS):
-        return not (following & _ARTICLE and state == UNCERTAIN)
-    if following & _WEAK and events[i][2].flags & _WITH:
-        return state == ABSENT
-    if single:
-        return True
-    for _, _, entry in events[i + 1 :]:
-        flags = entry.flags
-        if flags & (_ENDS_LIST | _COMMA | _OR):
-            return False
-        if flags & _BE or flags & _PREDICATE and _has_subject(events, i, entry):
+def _is_denied_subject(events: list[Event], i: int) -> bool:
+    """Whether nothing but anatomy stands between a negation and the verb of event i."""
+    for _, _, entry in reversed(events[:i]):
+        if entry.flags & _NEG:
             return True
+        if not entry.fixed:
+            return False
     return False
-
-
-def _has_subject(events: list[Event], i: int, predicate: Entry) -> bool:
-    """Whether anatomy stands between event i and the predicate: "heart mildly enlarged"."""
-    between = takewhile(lambda event: event[2] is not predicate, events[i + 1 :])
-    return any(entry.fixed for _, _, entry in between)
 
 
 def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> bool:
@@ -284,7 +232,12 @@ def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> b
         return False
     # "edema: no effusion: yes"
     is_next = after.concept >= 0 and _is_colon(words, start - 1) and _is_colon(words, last)
-    return is_next or after.flags & _COMMA != 0
+    return is_next or after.flags & (_COMMA | _AND) != 0
+
+
+def _leads(words: list[str], at: int) -> bool:
+    """Whether the sign at a piece is written to what follows: "opacity, ?pneumonia"."""
+    return words[at] == "?" and at + 1 < len(words) and not words[at - 1][-1].isalnum()
 
 
 def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool:

@@ -214,6 +214,30 @@ SENTENCES = {
         No evidence of pacemaker malfunction. | pacemaker=P
         No pacemaker. | pacemaker=A
     """,
+    "a question mark written to a word leads it": """
+        Right base opacity, ?pneumonia. | lung_opacity=P pneumonia=U
+        Opacity (?scar) and an effusion? | lung_opacity=U scar=U pleural_effusion=U
+        No effusion, ?nodule in the apex. | pleural_effusion=A lung_nodule=U
+        Pneumothorax?No. | pneumothorax=A
+        Edema?Effusion is small. | pulmonary_edema=U pleural_effusion=P
+        Effusion? | pleural_effusion=U
+    """,
+    "the verb may stand before what it denies": """
+        Absent are pneumonia and a mass. | pneumonia=A
+        Absent are pneumonia and mass. | pneumonia=A lung_mass=A
+        Not seen are edema, nodules and a large effusion. | pulmonary_edema=A lung_nodule=A
+        No longer visible is the left pneumothorax. | pneumothorax=A
+        Gone is the mass. | lung_mass=A
+        The mass is gone. | lung_mass=A
+        The nodule, not seen on the prior film, is calcified. | lung_nodule=P
+        Nodule is absent, as are effusion and edema. | pleural_effusion=A pulmonary_edema=A
+        The mass is unchanged, as is the effusion. | lung_mass=P pleural_effusion=P
+        No edema but the mass is old, as is the effusion. | lung_mass=P pleural_effusion=P
+        This view failed to show a pneumothorax. | pneumothorax=A
+        None of the ribs shows a fracture. | fracture=A
+        Edema resolved and effusion smaller. | pulmonary_edema=A pleural_effusion=P
+        Status post treatment for tuberculosis. | tuberculosis=U
+    """,
     "an earlier examination and a relative are history": """
         In the previous radiograph there was a left effusion. | pleural_effusion=U
         On the last exam, there were effusions, now resolved. | pleural_effusion=A
@@ -239,6 +263,11 @@ ON_PURPOSE = {
     ("choice", "or"),  # or, and / or, /
     ("clause", "uncertain_before"),  # does not exclude
     ("strong", "weak"),  # definite
+    ("said_behind", "strong"),  # stable
+    ("said_behind", "weak"),  # small
+    ("normal", "said_behind", "strong"),  # intact
+    ("be", "object"),  # shows
+    ("indefinite", "weak"),  # a
 }
 
 

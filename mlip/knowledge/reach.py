@@ -1,0 +1,163 @@
+"""How far a cue reaches over commas, "and" and "with": one list goes on, or a statement begins.
+
+What does not live here: what the cues do (scope.py) and the cue words (lexicon/_cues.yaml).
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Entry, Event
+
+_NEG, _NOT, _CLAUSE, _POS = (
+    FLAG["negation_before"],
+    FLAG["not"],
+    FLAG["clause"],
+    FLAG["positive"],
+)
+_STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
+_BE, _SEEN, _PREDICATE = FLAG["be"], FLAG["seen"], FLAG["predicate"]
+_COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
+_INDEFINITE, _SAID_BEHIND = FLAG["indefinite"], FLAG["said_behind"]
+_ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
+
+
+def list_goes_on(
+    events: list[Event], i: int, state: str, closed: bool, single: bool, listing: bool
+) -> bool:
+    """Whether a cue still reaches over the comma at event i.
+
+    closed: a verb came after a term since the cue
+    single: the cue reaches one term, not a list
+    listing: it reaches over a list without "or"
+    """
+    if closed:
+        return False
+    following = events[i + 1][2].flags if i + 1 < len(events) else 0
+    if following & _POS:
+        return False
+    has_or = has_be = False
+    ends_list = False  # ", or" ends a list, whatever its middle looks like
+    in_segment = True  # up to the next comma
+    before = 0
+    device = state == ABSENT and _is_first_device(events, i)
+    for j in range(i + 1, len(events)):
+        entry = events[j][2]
+        flags = entry.flags
+        if flags & _ENDS_LIST:
+            break
+        if flags & _COMMA:
+            in_segment = False
+        elif flags & _OR:
+            has_or, device = True, False
+            ends_list = ends_list or before & _COMMA != 0
+        elif flags & _AND and not in_segment:
+            if single:
+                break  # "no acute disease, left effusion, and scar"
+            has_or = True
+        elif in_segment and not has_or and not has_be:
+            has_be = _says_of_subject(events, i, j, state)
+        before = flags
+    begins = following & _STRONG and not (following & _WEAK and state == ABSENT)
+    if has_be or device:
+        return False
+    if begins and not ends_list:
+        return _is_quality_of_list(events, i)
+    if has_or or listing:
+        return True
+    if single or state == UNCERTAIN:
+        return bool(following & (_AND | _OR))
+    return not following & _WEAK
+
+
+def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
+    """Whether "and" or "with" at event i begins a statement of its own.
+
+    single: the cue before reaches one term, not a list
+    """
+    if i + 1 >= len(events):
+        return False
+    following = events[i + 1][2].flags
+    if following & _INDEFINITE and state == ABSENT:
+        return True  # "no edema, and a small effusion"; a list of denials has "or" there
+    if following & (_STRONG | _ARTICLE | _POS):
+        return not (following & _ARTICLE and state == UNCERTAIN)
+    if following & _WEAK and events[i][2].flags & _WITH:
+        return state == ABSENT
+    if single:
+        return True
+    # two denied have no comma before "and": "no edema, and small effusions are seen"
+    is_pair = following & _WEAK and state == ABSENT and _is_first_comma(events, i - 1)
+    for j in range(i + 1, len(events)):
+        flags = events[j][2].flags
+        if flags & (_ENDS_LIST | _COMMA | _OR):
+            return False
+        if is_pair and flags & _SEEN or _says_of_subject(events, i, j, state):
+            return True
+    return False
+
+
+def _says_of_subject(events: list[Event], i: int, j: int, state: str) -> bool:
+    """Whether event j says something of a subject that stands behind event i: "heart enlarged",
+    "the nodule is", and where that is denied so far "catheter unchanged"."""
+    start, end, entry = events[j]
+    flags = entry.flags
+    if flags & _BE:
+        return True
+    if flags & _PREDICATE:
+        return _has_subject(events, i, entry)
+    if state != ABSENT or not (flags & _SAID_BEHIND or entry.resets):
+        return False
+    _, last, subject = events[j - 1]
+    if last != start or not (subject.device or subject.opens and not entry.resets):
+        return False
+    return j + 1 == len(events) or events[j + 1][0] != end or not events[j + 1][2].opens
+
+
+def _has_subject(events: list[Event], i: int, predicate: Entry) -> bool:
+    """Whether anatomy stands between event i and the predicate: "heart mildly enlarged"."""
+    between = takewhile(lambda event: event[2] is not predicate, events[i + 1 :])
+    return any(entry.fixed for _, _, entry in between)
+
+
+def _is_quality_of_list(events: list[Event], i: int) -> bool:
+    """Whether the comma at event i stands in a list of qualities of one finding behind it, as in
+    "no displaced, healing or acute fracture", not in "no effusion, healing fracture"."""
+    _, end, _ = events[i + 1]
+    if i + 2 == len(events) or events[i + 2][0] != end:
+        return False
+    if not events[i + 2][2].flags & (_COMMA | _OR):
+        return False
+    for _, _, entry in reversed(events[:i]):
+        if entry.opens or entry.device or entry.fixed:
+            return False
+        if entry.flags & _NEG:
+            return True
+    return False
+
+
+def _is_first_device(events: list[Event], i: int) -> bool:
+    """Whether a device stands behind the comma at event i, and none was denied before it: "no
+    effusion, PICC in the SVC"."""
+    listed = (e for _, _, e in events[i + 1 :] if e.opens or e.device or e.flags & _COMMA)
+    behind = next(listed, None)
+    if behind is None or not behind.device:
+        return False
+    for _, _, entry in reversed(events[:i]):
+        if entry.flags & _NEG:
+            break
+        if entry.device:
+            return False
+    return True
+
+
+def _is_first_comma(events: list[Event], i: int) -> bool:
+    """Whether event i is a comma right before its neighbour and the first since the negation."""
+    if i < 0 or not events[i][2].flags & _COMMA or events[i][1] != events[i + 1][0]:
+        return False
+    for _, _, entry in reversed(events[:i]):
+        if entry.flags & _NEG:
+            return True
+        if entry.flags & (_COMMA | _OR):
+            return False
+    return False

@@ -1,0 +1,74 @@
+"""How far a denial reaches: which findings behind a comma, "and" or a verb it still denies.
+
+Oracle: states written by hand, P present, A absent, U uncertain (docs/knowledge.md says why).
+"""
+
+import pytest
+
+from tests.knowledge.sentences import check_states
+
+SENTENCES = {
+    "a subject that is denied denies all that its verb shows": """
+        Neither lung shows consolidation, effusion or nodule. | pleural_effusion=A lung_nodule=A
+        Neither lung demonstrates edema, mass, or scar. | pulmonary_edema=A lung_mass=A scar=A
+        Neither side has effusion or pneumothorax. | pleural_effusion=A pneumothorax=A
+        Neither edema nor effusion is seen. | pulmonary_edema=A pleural_effusion=A
+        Neither lung shows edema, and the PICC is unchanged. | pulmonary_edema=A picc=P
+        Neither lung shows edema, mild scoliosis. | pulmonary_edema=A scoliosis=P
+        No problem in lungs is seen, granuloma. | granuloma=P
+        No nodule shows calcification, effusion. | lung_nodule=A pleural_effusion=P
+    """,
+    "qualities of one finding are a list": """
+        No displaced, healing or acute fracture. | fracture=A
+        No acute, old, or healing rib fracture or effusion. | rib_fracture=A pleural_effusion=A
+        There is no new, stable or improved edema. | pulmonary_edema=A
+        No effusion, healing or old fracture. | pleural_effusion=A fracture=P
+        No old, healing, stable or new fracture. | fracture=A
+        No effusion, healing fracture. | pleural_effusion=A fracture=P
+        No PICC, stable or improved edema. | picc=A pulmonary_edema=P
+        Displaced, healing or acute fracture. | fracture=P
+    """,
+    "what 'and a' begins is no list of denials": """
+        There is no edema, and a small effusion is seen. | pulmonary_edema=A pleural_effusion=P
+        No pneumothorax and an effusion on the left. | pneumothorax=A pleural_effusion=P
+        There is no edema, and small effusions are seen. | pleural_effusion=P
+        No edema or mass, and small effusions are not seen. | lung_mass=A pleural_effusion=A
+        No edema, mass, and large effusion are seen. | lung_mass=A pleural_effusion=A
+        No edema or mass, and large effusion is seen. | lung_mass=A pleural_effusion=A
+        No edema and large effusion is seen. | pulmonary_edema=A pleural_effusion=A
+        No edema, mass, and effusion. | lung_mass=A pleural_effusion=A
+        Possible edema and a nodule. | pulmonary_edema=U lung_nodule=U
+        Consistent with an effusion and a nodule. | pleural_effusion=P lung_nodule=P
+    """,
+    "what is said behind a finding makes a statement of it": """
+        No edema, atelectasis unchanged. | pulmonary_edema=A atelectasis=P
+        No pneumothorax or edema, effusion small. | pulmonary_edema=A pleural_effusion=P
+        No edema and pleural effusion stable. | pulmonary_edema=A pleural_effusion=P
+        No pneumothorax, ETT in good position. | pneumothorax=A endotracheal_tube=P
+        No pneumothorax with chest tube in place. | pneumothorax=A chest_tube=P
+        No mass, effusion, stable nodule. | pleural_effusion=A lung_nodule=P
+        No mass or edema, effusion unchanged or nodule. | pleural_effusion=P
+        No mass, edema or effusion unchanged. | pulmonary_edema=A pleural_effusion=A
+        No edema, fracture involving small ribs. | fracture=A
+        No effusion, pneumothorax lungs clear. | pneumothorax=A
+        Possible edema and effusion stable. | pulmonary_edema=U pleural_effusion=U
+        No edema, only scarring. | pulmonary_edema=A scar=P
+        No edema, a mild scar, or mass. | scar=A lung_mass=A
+    """,
+    "a device behind denied findings is there": """
+        No edema, PICC tip in the SVC. | pulmonary_edema=A picc=P
+        No edema, ETT, PICC and pacemaker unchanged. | endotracheal_tube=P picc=P pacemaker=P
+        No effusion, right chest tube. | pleural_effusion=A chest_tube=P
+        No effusion, pacemaker or mass. | pacemaker=A lung_mass=A
+        No pacemaker, PICC, chest tube. | pacemaker=A picc=A chest_tube=A
+        No effusion, edema, PICC. | pulmonary_edema=A picc=P
+        No PICC or edema, chest tube. | picc=A chest_tube=A
+        Possible edema, PICC. | pulmonary_edema=U picc=P
+        Possible edema, pacemaker, and mass. | pacemaker=U lung_mass=U
+    """,
+}
+
+
+@pytest.mark.parametrize("rule", SENTENCES)
+def test_states_of_sentences(rule):
+    check_states(SENTENCES[rule])
