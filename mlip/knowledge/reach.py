@@ -78,7 +78,7 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     if i + 1 >= len(events):
         return False
     following = events[i + 1][2].flags
-    if following & _INDEFINITE and state == ABSENT:
+    if following & _INDEFINITE and state == ABSENT and not _is_second_article(events, i):
         return True  # "no edema, and a small effusion"; a list of denials has "or" there
     if following & (_STRONG | _ARTICLE | _POS):
         return not (following & _ARTICLE and state == UNCERTAIN)
@@ -149,6 +149,12 @@ def _is_first_device(events: list[Event], i: int) -> bool:
         if entry.device:
             return False
     return True
+
+
+def _is_second_article(events: list[Event], i: int) -> bool:
+    """Whether what is denied before event i has an article too: "no sign of a nodule and a mass"."""
+    since = takewhile(lambda event: not event[2].flags & _NEG, reversed(events[:i]))
+    return any(entry.flags & _INDEFINITE for _, _, entry in since)
 
 
 def _is_first_comma(events: list[Event], i: int) -> bool:

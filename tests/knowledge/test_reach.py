@@ -31,6 +31,7 @@ SENTENCES = {
     "what 'and a' begins is no list of denials": """
         There is no edema, and a small effusion is seen. | pulmonary_edema=A pleural_effusion=P
         No pneumothorax and an effusion on the left. | pneumothorax=A pleural_effusion=P
+        No evidence of a nodule and an effusion. | lung_nodule=A pleural_effusion=A
         There is no edema, and small effusions are seen. | pleural_effusion=P
         No edema or mass, and small effusions are not seen. | lung_mass=A pleural_effusion=A
         No edema, mass, and large effusion are seen. | lung_mass=A pleural_effusion=A
