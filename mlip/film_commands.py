@@ -112,7 +112,7 @@ def run_search(options: argparse.Namespace) -> int:
         opened, manifest = open_for_films(
             given, device, by_patient=options.per_patient, by_split=False
         )
-        search_table.require_same_rows(archive, manifest)
+        search_table.require_same_rows(archive, manifest, config.data.columns.image)
         groups = search_table.patients_of(manifest) if options.per_patient else None
     elif options.phrase or options.finding or options.wordings or options.image:
         opened = open_trained(given, device)

@@ -53,6 +53,7 @@ class Archive:
     """Embeddings of a manifest's rows.
 
     weights, manifest  what they were made with (SHA-256)
+    column             of the manifest, with the images; None where an earlier version made it
     rows, asked        how many there are, and how many the split has
     Raises:  ArchiveError where the folder holds no index of `mlip embed`
     """
@@ -66,6 +67,8 @@ class Archive:
             self.weights, self.manifest = str(index["weights"]), str(index["manifest"])
             self.preprocessing = str(index["preprocessing"])
             self.dim, self.asked = int(index["embed_dim"]), int(index["rows"])
+            # earlier versions did not tell
+            self.column = index["columns"]["image"] if "columns" in index else None
             self.has_reports = not index.get("images_only", False)
             self._parts = {
                 str(name): int(part["rows"]) for name, part in sorted(index["parts"].items())

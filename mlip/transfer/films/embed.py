@@ -25,6 +25,7 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
+from mlip.config import Columns
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
 from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import RULES, Manifest, ManifestError
@@ -98,6 +99,9 @@ def write_embeddings(
         "preprocessing": hash_of(preprocessing(config)),
         "split": asked,
         "rows": len(rows),
+        # of one manifest: another column of splits chooses others, perhaps as many
+        "row_index": hash_of(rows.tolist()),
+        "columns": _columns(config.data.columns, images_only),
         "part_rows": part_rows,
         "with_patches": with_patches,
         "images_only": images_only,
@@ -132,6 +136,11 @@ def write_embeddings(
             missing |= {int(row): reason for row, reason in known["missing"].items()}
             _check_share(missing, len(rows), config.data.bad_share)
     return Embedded(len(rows) - len(missing), len(rows), Counter(missing.values()))
+
+
+def _columns(columns: Columns, images_only: bool) -> dict[str, str | None]:
+    """The manifest's columns that are embedded, by what they hold."""
+    return {"image": columns.image, **({} if images_only else {"report": columns.report})}
 
 
 def _left_out(manifest: Manifest, split: str) -> str:
@@ -205,10 +214,12 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """
     if path.is_file():
         try:
-            # folders of earlier versions know one form and do not name it, and hold reports
+            # folders of earlier versions know one form and do not name it, hold reports, and do not
+            # tell of which rows and columns they are
             old = {
                 "form": "safetensors",
                 "images_only": False,
+                **{name: index[name] for name in ("row_index", "columns")},
                 **json.loads(path.read_text(encoding="utf-8")),
             }
             # earlier versions kept none: theirs are made again, as is one that is not ours

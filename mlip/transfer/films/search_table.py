@@ -49,12 +49,17 @@ def require_own_file(path: Path) -> None:
     require_replaceable(path, "--out", "table of mlip search", is_ours=is_ours)
 
 
-def require_same_rows(archive: Archive, manifest: Manifest) -> None:
-    """Raises:  ArchiveError for another manifest: its rows are other films"""
+def require_same_rows(archive: Archive, manifest: Manifest, column: str) -> None:
+    """Raises:  ArchiveError for another manifest, or column of images: its rows are other films"""
     if archive.manifest != manifest.fingerprint:
         raise ArchiveError(
             f"{archive.folder}: was made of another manifest than {manifest.path}: name the one it "
             "was made of by data.manifest, or embed again"
+        )
+    if archive.column not in (None, column):
+        raise ArchiveError(
+            f"{archive.folder}: was made of the images of column {archive.column!r}, not of "
+            f"data.columns.image={column}: name that column, or embed again"
         )
 
 

@@ -188,6 +188,36 @@ def test_an_index_of_another_shape_is_named_and_a_part_it_tells_nothing_of_is_ma
         assert json.loads(path.read_text()) == json.loads(whole)
 
 
+def test_a_folder_of_other_columns_of_the_manifest_is_not_gone_on_with(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many rows: of what was embedded before it was said that it is what is asked for."""
+    columns = {
+        "fold": lambda i: ("test", "test", "val", "train", "train")[i % 5],
+        "lateral": lambda i: f"{29 - i}.png",
+        "impression": "No edema at all.",
+    }
+    assert embed(tmp_path, root, **columns) == 0
+    assert embed(tmp_path, root, "--images", out="images", **columns) == 0
+    for name, column, different in (
+        ("out", "split=fold", "row_index"),
+        ("images", "split=fold", "row_index"),
+        ("out", "image=lateral", "columns"),
+        ("images", "image=lateral", "columns"),
+        ("out", "report=impression", "columns"),
+    ):
+        more = ["--images"] if name == "images" else []
+        capsys.readouterr()
+        assert embed(tmp_path, root, f"data.columns.{column}", *more, out=name, **columns) == 4
+        assert f"embeddings that differ in {different}: name another" in capsys.readouterr().err
+    path = tmp_path / "out" / "index.json"
+    index = json.loads(path.read_text())
+    for key in ("row_index", "columns"):
+        del index[key]
+    path.write_text(json.dumps(index))  # of an earlier version, which did not tell
+    assert embed(tmp_path, root, **columns) == 0 and made(capsys.readouterr().out) == []
+
+
 def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,6 +223,20 @@ def test_another_model_or_other_rows_give_no_answers(tmp_path, capsys):
     assert "was made of another manifest than" in capsys.readouterr().err
 
 
+def test_pictures_are_of_the_column_of_images_that_was_embedded(tmp_path, capsys):
+    lateral = {"lateral": lambda i: f"{29 - i}.png"}
+    folder = embedded(tmp_path, "--images", **lateral)
+    asked = ["--row", "1", "--page", str(tmp_path / "p.html"), "data.columns.image=lateral"]
+    assert run(tmp_path, *asked, **lateral) == 3
+    told = "of the images of column 'image', not of data.columns.image=lateral: name that column"
+    assert told in capsys.readouterr().err
+    assert run(tmp_path, *asked[:-1], **lateral) == 0
+    index = json.loads((folder / "index.json").read_text())
+    del index["columns"]  # an earlier version did not tell
+    (folder / "index.json").write_text(json.dumps(index))
+    assert run(tmp_path, *asked, **lateral) == 0
+
+
 def test_the_page_of_evaluation_says_how(tmp_path, monkeypatch):
     """Its block runs as it is printed, on an archive of that name."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "evaluation.md").read_text()
