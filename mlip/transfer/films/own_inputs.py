@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,9 +52,9 @@ def read_image(path: Path) -> Array:
 
     Raises:  ImageFileError
     """
-    real = path.resolve()
+    folder, name = os.path.split(os.path.realpath(path))
     try:
-        return decode_image(read_bytes(str(real.parent), real.name), f"image {path}")
+        return decode_image(read_bytes(folder, name), f"image {path}")
     except BadSample as error:
         raise _unusable(f"image {path}", error) from error
     except DataError:
@@ -117,15 +117,17 @@ def encode_pixels(opened: Any, pixels: Tensor) -> ImageFeatures:
     """
     _require_eval(opened.model)
     side, channels = opened.config.data.crop_px, opened.config.data.channels
+    expected = f"expected pixels [N, {channels}, {side}, {side}] in floating point, as model_input "
+    if not isinstance(pixels, Tensor):
+        raise ValueError(f"{expected}gives them, got {type(pixels).__name__}")
     if pixels.shape[1:] != (channels, side, side) or not pixels.is_floating_point():
-        raise ValueError(
-            f"expected pixels [N, {channels}, {side}, {side}] in floating point, as model_input "
-            f"gives them, got {list(pixels.shape)} {pixels.dtype}"
-        )
+        raise ValueError(f"{expected}gives them, got {list(pixels.shape)} {pixels.dtype}")
     # its device and its dtype, which a caller may have changed
     found = opened.model.encode_image(pixels.to(next(opened.model.parameters())))
     embedding, patches = found.embedding.float().cpu(), found.patches.float().cpu()
     if not all(bool(torch.isfinite(x).all()) for x in (embedding, patches)):
+        if not torch.isfinite(pixels).all():
+            raise ValueError(f"{expected}gives them, got NaN or infinite values")
         raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
     return ImageFeatures(embedding=embedding, patches=patches, grid=found.grid)
 
@@ -210,9 +212,11 @@ def _first_unknown(tokenizer: Any, texts: list[str]) -> int | None:
 
 
 def _listed(things: Any, name: str, kind: type | tuple[type, ...]) -> list[Any]:
-    """A list, tuple, array, column or generator as a list; not one thing alone, nor a set."""
+    """A list, tuple, array, column or generator as a list; not one thing alone, nor a set, nor
+    what has names too (a dict, a table): the names would be taken for what they name."""
     # results come in the order of what was asked, which a set does not have
-    wrong = isinstance(things, str | bytes | os.PathLike | set | frozenset)
+    wrong = isinstance(things, str | bytes | os.PathLike | set | frozenset | Mapping)
+    wrong = wrong or hasattr(things, "columns") or getattr(things, "ndim", 1) == 0
     items = list(things) if isinstance(things, Iterable) and not wrong else []
     if not items:
         raise ValueError(f"expected a list of {name}, of one at least")

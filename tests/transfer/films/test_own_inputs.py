@@ -7,6 +7,7 @@ for its export by torch.export.
 from __future__ import annotations
 
 import dataclasses
+from collections import UserList
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ from mlip.transfer.films.own_inputs import (
 )
 from mlip.transfer.films.search import ask_phrases
 from tests.small_run import small_export, small_run
+
+
+class Table(UserList[str]):
+    """What a table of pandas is to who goes through it: the names of its columns."""
+
+    columns = ("edema",)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +142,15 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
         opened.encode_images([tmp_path / "broken.png"])
     with pytest.raises(ImageFileError, match=r"film\.png: there is no such folder"):
         opened.encode_images([tmp_path / "nowhere" / "film.png"])
-    for nothing in ([], str(tmp_path / "broken.png"), None, object()):
+    (tmp_path / "loop.png").symlink_to("loop.png")  # was a traceback
+    with pytest.raises(ImageFileError, match=r"loop\.png: missing: links that lead to one anot"):
+        opened.encode_images([tmp_path / "loop.png"])
+    for nothing in ([], str(tmp_path / "broken.png"), np.array("film.png"), None, object()):
         with pytest.raises(ValueError, match="list of image files"):
             opened.encode_images(nothing)
-    for nothing in ([], "effusion", None, 5):
+    # of a dict and of a table of pandas the names were encoded, in place of what they name
+    named = {"edema": "there is edema"}
+    for nothing in ([], "effusion", np.array("effusion"), named, Table(named), None, 5):
         with pytest.raises(ValueError, match="list of texts"):
             opened.encode_texts(nothing)
     with pytest.raises(ValueError, match="empty"):
@@ -176,6 +188,21 @@ def test_pixels_of_an_array_are_taken_where_its_kind_says_what_white_is(
     for made in (pixels[0], pixels[..., :-1], pixels.repeat(1, 3, 1, 1), pixels.to(torch.uint8)):
         with pytest.raises(ValueError, match=r"expected pixels \[N, 1, 96, 96\] in floating"):
             encode_pixels(opened, made)
+    nan = pixels.clone()
+    nan[..., 50, 50] = float("nan")  # "the checkpoint is broken", it said
+    for other, got in ((pixels.numpy(), "ndarray"), (None, "NoneType"), (nan, "NaN or infinite")):
+        with pytest.raises(ValueError, match=f"expected pixels .* gives them, got {got}"):
+            encode_pixels(opened, other)
+
+
+def test_a_broken_model_gives_no_features(opened: Pretrained) -> None:
+    """Of the embedding and of the patches alone: every score would be NaN."""
+    for head in ("image_head", "patch_head"):
+        own = from_pretrained(small_export())
+        with torch.no_grad():
+            next(getattr(own.model, head).parameters()).fill_(float("nan"))
+        with pytest.raises(ValueError, match="image features hold NaN .*: the checkpoint is brok"):
+            encode_pixels(own, torch.zeros(1, 1, 96, 96))
 
 
 def test_twelve_bits_in_sixteen_are_refused_as_mlip_prepare_refuses_them(
