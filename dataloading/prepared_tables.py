@@ -120,12 +120,9 @@ def grouping_lines(manifest: Path) -> list[str]:
     table = pq.read_table(manifest, columns=names)
     lines = []
     for name in names:
-        found = Counter(
-            {
-                row["values"] or _NOTHING: row["counts"]
-                for row in pc.value_counts(table[name]).to_pylist()
-            }
-        )
+        found: Counter[str] = Counter()
+        for row in pc.value_counts(table[name]).to_pylist():
+            found[row["values"] or _NOTHING] += row["counts"]  # a table may have the words too
         if name == "age":
             lines.append(f"age: stated of {len(table) - found[_NOTHING]} of {len(table)}")
         else:

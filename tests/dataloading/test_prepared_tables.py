@@ -13,7 +13,7 @@ import pytest
 
 from mlip.dataloading import shards
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.prepared_tables import outputs
+from mlip.dataloading.prepared_tables import grouping_lines, hashed, outputs
 
 PARTS = (3, 7, 0, 8, 25, 1)  # rows of each
 
@@ -52,3 +52,21 @@ def test_cells_are_objects_a_shard_at_a_time(tmp_path: Path) -> None:
     assert table.column("image_id").to_pylist() == [f"{i}" for i in range(8_000)]
     assert table.column("patient_id")[0].as_py() not in ("", "p0")
     assert len((tmp_path / "refused.csv").read_text().splitlines()) == 1
+
+
+def test_what_a_table_calls_not_stated_is_counted_with_what_it_leaves_blank(tmp_path: Path) -> None:
+    """The one count took the place of the other."""
+    views = ["not stated", "", None, "AP", "LL", *(f"own {i}" for i in range(9))]
+    ages = ["not stated", "", None, *["50"] * 11]
+    pa.parquet.write_table(pa.table({"view": views, "age": ages}), tmp_path / "m.parquet")
+    told, projections, age = grouping_lines(tmp_path / "m.parquet")
+    assert told == "view: not stated 3, AP 1, LL 1, " + ", ".join(f"own {i} 1" for i in range(5))
+    assert projections == "projections: OTHER 9, not stated 3, AP 1, LATERAL 1"
+    assert age == "age: stated of 11 of 14"
+
+
+def test_a_study_without_a_name_has_none_when_ids_are_hashed() -> None:
+    """Or all of them would be one study, of one id."""
+    assert hashed("", "study", "salt") == ""
+    assert {len(hashed("s1", level, "salt")) for level in ("patient", "study")} == {16}
+    assert hashed("s1", "patient", "salt") != hashed("s1", "study", "salt")
