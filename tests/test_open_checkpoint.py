@@ -80,6 +80,13 @@ def test_what_is_known_of_the_training_comes_with_the_model(run: Path, tmp_path:
     assert {p.device.type for p in put.model.parameters()} == {"meta"}
 
 
+@pytest.mark.parametrize("towers", [{"x": {}}, {"vision": 5}])
+def test_shapes_of_towers_that_are_none_are_refused(towers: Any, tmp_path: Path) -> None:
+    other = _write_run(tmp_path / "other", towers=towers)
+    with pytest.raises(PretrainedError, match=r"state\.json is not of a checkpoint: towers.*: exp"):
+        open_checkpoint(other)
+
+
 def test_a_run_without_a_checkpoint_is_told_from_none(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(PretrainedError, match="its folder checkpoints is empty"):
