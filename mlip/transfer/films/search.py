@@ -101,7 +101,7 @@ def ask(
 
 def _require_cell(text: str) -> None:
     """Raises:  QuestionError for words that are no cell of the table of answers"""
-    if len(text.splitlines()) > 1:
+    if text.splitlines() not in ([], [text]):
         raise QuestionError(f"{text!r}: expected words in one line")
     if begins_as_formula(text):
         raise QuestionError(

@@ -194,6 +194,8 @@ def test_a_page_without_an_answer_says_so(tmp_path, capsys):
         (["--phrase", "edema", "--page", ""], 2, "--page is empty"),
         (["--phrase", "=1+1"], 4, "a spreadsheet would run it as a formula"),
         (["--phrase", "a\nb"], 4, "expected words in one line"),
+        (["--phrase", "a\n"], 4, "'a\\n': expected words in one line"),
+        (["--phrase", ""], 2, "the phrase '' is empty"),
         (["--phrase", "a", "--phrase", "a"], 4, "phrase 'a' is asked twice"),
         (["--row", "2", "--row", "2"], 4, "row '2' is asked twice"),
         (["--row", "1", "--out", "x.html", "--page", "./x.html"], 2, "is --out too, which it"),
