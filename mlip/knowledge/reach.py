@@ -152,7 +152,7 @@ def _is_first_device(events: list[Event], i: int) -> bool:
 
 
 def _is_second_article(events: list[Event], i: int) -> bool:
-    """Whether what is denied before event i has an article too: "no sign of a nodule and a mass"."""
+    """Whether a term denied before event i has an article too: "no sign of a nodule and a mass"."""
     since = takewhile(lambda event: not event[2].flags & _NEG, reversed(events[:i]))
     return any(entry.flags & _INDEFINITE for _, _, entry in since)
 
