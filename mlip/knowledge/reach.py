@@ -19,6 +19,8 @@ _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
 _BE, _SEEN, _PREDICATE = FLAG["be"], FLAG["seen"], FLAG["predicate"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _INDEFINITE, _SAID_BEHIND = FLAG["indefinite"], FLAG["said_behind"]
+_ALT = FLAG["alternative"]
+_SAYS = _BE | _ALT | _PREDICATE | _SAID_BEHIND
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
 
 
@@ -40,11 +42,11 @@ def list_goes_on(
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
     before = 0
-    device = state == ABSENT and _is_first_device(events, i)
+    device = state == ABSENT and i + 1 < len(events) and _is_first_device(events, i)
     for j in range(i + 1, len(events)):
         entry = events[j][2]
         flags = entry.flags
-        if flags & _ENDS_LIST:
+        if flags & _ENDS_LIST and not flags & _SAID_BEHIND:
             break
         if flags & _COMMA:
             in_segment = False
@@ -55,10 +57,12 @@ def list_goes_on(
             if single:
                 break  # "no acute disease, left effusion, and scar"
             has_or = True
-        elif in_segment and not has_or and not has_be:
+        elif (flags & _SAYS or entry.resets) and in_segment and not has_or and not has_be:
             has_be = _says_of_subject(events, i, j, state)
         before = flags
-    begins = following & _STRONG and not (following & _WEAK and state == ABSENT)
+    begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)
+    if following & (_ARTICLE | _WITH) and state == ABSENT:
+        begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
     if has_be or device:
         return False
     if begins and not ends_list:
@@ -102,7 +106,7 @@ def _says_of_subject(events: list[Event], i: int, j: int, state: str) -> bool:
     "the nodule is", and where that is denied so far "catheter unchanged"."""
     start, end, entry = events[j]
     flags = entry.flags
-    if flags & _BE:
+    if flags & (_BE | _ALT):
         return True
     if flags & _PREDICATE:
         return _has_subject(events, i, entry)
@@ -139,9 +143,11 @@ def _is_quality_of_list(events: list[Event], i: int) -> bool:
 def _is_first_device(events: list[Event], i: int) -> bool:
     """Whether a device stands behind the comma at event i, and none was denied before it: "no
     effusion, PICC in the SVC"."""
-    listed = (e for _, _, e in events[i + 1 :] if e.opens or e.device or e.flags & _COMMA)
-    behind = next(listed, None)
-    if behind is None or not behind.device:
+    for j in range(i + 1, len(events)):
+        behind = events[j][2]
+        if behind.opens or behind.device or behind.flags & _COMMA:
+            break
+    if not behind.device:
         return False
     for _, _, entry in reversed(events[:i]):
         if entry.flags & _NEG:

@@ -30,6 +30,7 @@ _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
 _STRONG, _WEAK, _OBJECT = FLAG["strong"], FLAG["weak"], FLAG["object"]
+_ARTICLE = FLAG["article"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _QUESTION, _NORMAL = FLAG["question"], FLAG["normal"]
 _DENIED_CLAUSE, _CHANGE = FLAG["denied_clause"], FLAG["change"]
@@ -119,10 +120,13 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & (_AFTER | _AFTER_ONE):
-                # "no evidence that the effusion has resolved"
-                said = PRESENT if that and state == ABSENT else ABSENT
-                _look_back(events, i, found, owner, words, said, bool(flags & _AFTER_ONE))
-                closed = True
+                if _stands_before(events, i):
+                    state = ABSENT  # "absent edema and effusion"
+                else:
+                    # "no evidence that the effusion has resolved"
+                    said = PRESENT if that and state == ABSENT else ABSENT
+                    _look_back(events, i, found, owner, words, said, bool(flags & _AFTER_ONE))
+                    closed = True
             elif flags & _UNC_AFTER:
                 _look_back(events, i, found, owner, words, UNCERTAIN, False)
                 closed = True
@@ -209,9 +213,17 @@ def _is_denied_subject(events: list[Event], i: int) -> bool:
     for _, _, entry in reversed(events[:i]):
         if entry.flags & _NEG:
             return True
-        if not entry.fixed:
+        if not (entry.fixed or entry.flags & _ARTICLE):
             return False
     return False
+
+
+def _stands_before(events: list[Event], i: int) -> bool:
+    """Whether the denial of event i begins a sentence, right before a finding or its quality."""
+    if i or len(events) == 1 or events[0][1] != events[1][0] or events[0][2].flags & _NORMAL:
+        return False
+    entry = events[1][2]
+    return entry.opens or entry.device or entry.flags & (_STRONG | _WEAK) != 0
 
 
 def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> bool:

@@ -253,7 +253,9 @@ ON_PURPOSE = {
     ("answer", "negation_before"),  # no, nil, no evidence
     ("answer", "negation_after", "negation_before"),  # resolved
     ("uncertain_after", "uncertain_before"),  # cannot exclude
-    ("positive", "seen"),  # again seen
+    ("positive", "said_behind", "seen"),  # again seen
+    ("be", "seen"),  # is again seen
+    ("be", "normal"),  # is intact
     ("predicate", "strong"),  # tortuous
     ("negation_after", "normal"),  # within normal limits
     ("negation_after_one", "normal"),  # is normal

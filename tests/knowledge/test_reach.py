@@ -66,6 +66,49 @@ SENTENCES = {
         No PICC or edema, chest tube. | picc=A chest_tube=A
         Possible edema, PICC. | pulmonary_edema=U picc=P
         Possible edema, pacemaker, and mass. | pacemaker=U lung_mass=U
+        No pneumothorax and sternal wires are intact. | pneumothorax=A sternal_wires=P
+        No pneumothorax, PICC again noted. | pneumothorax=A picc=P
+    """,
+    "a size or a use behind a finding is a part of its name, a comparison a statement": """
+        No nodule, mass larger than 1 cm. | lung_nodule=A lung_mass=A
+        No mass, nodule smaller than 5 mm or scar. | lung_nodule=A scar=A
+        No mass and nodule larger than 5 mm. | lung_mass=A lung_nodule=A
+        No edema, effusion large enough to drain, or mass. | pleural_effusion=A lung_mass=A
+        No edema, effusion smaller than before. | pulmonary_edema=A pleural_effusion=P
+        No edema and nodule larger than on the prior film. | lung_nodule=P
+        No edema, effusion persisting. | pulmonary_edema=A pleural_effusion=P
+    """,
+    "what is gone up or down is there": """
+        The effusion has gone down. | pleural_effusion=P
+        Effusions have gone from small to moderate. | pleural_effusion=P
+        The edema has gone. | pulmonary_edema=A
+        The edema is gone, effusion gone up. | pulmonary_edema=A pleural_effusion=P
+    """,
+    "'with', 'the' and what is seen again begin a statement behind a comma": """
+        No edema, with atelectasis at the base. | pulmonary_edema=A atelectasis=P
+        No edema, with possible effusion. | pulmonary_edema=A pleural_effusion=U
+        No edema, with associated effusion, mass, or scar. | pleural_effusion=A scar=A
+        No edema, the nodule again measures 8 mm. | pulmonary_edema=A lung_nodule=P
+        No evidence of the edema, the mass, or the scar. | lung_mass=A scar=A
+        Possible edema, the effusion or the mass. | pleural_effusion=U
+        No edema or mass, and cardiomegaly is again seen. | lung_mass=A cardiomegaly=P
+        No edema, cardiomegaly again noted. | pulmonary_edema=A cardiomegaly=P
+        No edema, mass, again noted scoliosis. | lung_mass=A scoliosis=P
+        No edema, interval increase in effusion. | pulmonary_edema=A pleural_effusion=P
+        No pneumonia, just atelectasis. | pneumonia=A atelectasis=P
+        No edema, mass versus scar. | pulmonary_edema=A lung_mass=U scar=U
+        No edema, mass, or effusion versus scar. | lung_mass=A pleural_effusion=A
+    """,
+    "a denial that stands first denies what follows": """
+        Absent edema, effusion and mass. | pulmonary_edema=A pleural_effusion=A lung_mass=A
+        Absent left effusion, mild scoliosis. | pleural_effusion=A scoliosis=P
+        Unremarkable scar. | scar=P
+        Effusion absent, edema or mass. | pleural_effusion=A lung_mass=U
+        None of edema, effusion or mass is seen. | pulmonary_edema=A lung_mass=A
+        None of the following is seen: edema, effusion or mass. | pulmonary_edema=A lung_mass=A
+        Several nodules, none of them new. | lung_nodule=P
+        Effusion: none of note. | pleural_effusion=A
+        Neither the left nor the right lung shows edema, scar or mass. | scar=A lung_mass=A
     """,
 }
 
