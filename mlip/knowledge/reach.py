@@ -36,8 +36,6 @@ def list_goes_on(
     if closed:
         return False
     following = events[i + 1][2].flags if i + 1 < len(events) else 0
-    if following & _POS:
-        return False
     has_or = has_be = False
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma

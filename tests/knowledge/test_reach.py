@@ -68,6 +68,8 @@ SENTENCES = {
         Possible edema, pacemaker, and mass. | pacemaker=U lung_mass=U
         No pneumothorax and sternal wires are intact. | pneumothorax=A sternal_wires=P
         No pneumothorax, PICC again noted. | pneumothorax=A picc=P
+        No effusion, right atrium pacemaker. | pleural_effusion=A pacemaker=P
+        No PICC, no edema, chest tube. | picc=A pulmonary_edema=A chest_tube=P
     """,
     "a size or a use behind a finding is a part of its name, a comparison a statement": """
         No nodule, mass larger than 1 cm. | lung_nodule=A lung_mass=A
@@ -77,6 +79,9 @@ SENTENCES = {
         No edema, effusion smaller than before. | pulmonary_edema=A pleural_effusion=P
         No edema and nodule larger than on the prior film. | lung_nodule=P
         No edema, effusion persisting. | pulmonary_edema=A pleural_effusion=P
+        No edema, effusion unchanged beside the scar. | pleural_effusion=P
+        No edema, effusion small nodule. | pulmonary_edema=A pleural_effusion=A
+        No edema, small scar but no mass or effusion. | scar=P lung_mass=A pleural_effusion=A
     """,
     "what is gone up or down is there": """
         The effusion has gone down. | pleural_effusion=P
