@@ -74,21 +74,21 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
              cannot be written; RuntimeError where a worker failed otherwise.
     """
     given = Path(folder)
-    folder = given.resolve() if given.is_symlink() else given.absolute()
+    folder = Path(os.path.realpath(given))
     _check(settings)
     mark = fingerprint(settings)
     if is_complete(folder, mark):
         return given / "manifest.csv"
-    if folder.exists() and _read_meta(folder) is None:
+    if os.path.lexists(folder) and _read_meta(folder) is None:  # a link to itself, too
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(
                 f"{given}: expected no folder, an empty one or generated phantom studies; it is "
                 "or holds other files, so nothing was written; name another folder"
             )
-    if folder.is_dir() and (folder.samefile(".") or folder.is_mount()):
+    if folder.is_dir() and (Path.cwd().is_relative_to(folder) or folder.is_mount()):
         raise ValueError(
-            f"{given}: is the folder that this runs in, or a whole disk, and cannot be replaced by "
-            "one with the studies, so nothing was written; name a folder below it"
+            f"{given}: is the folder that this runs in, one above it or a whole disk, and cannot "
+            "be replaced by one with the studies, so nothing was written; name a folder below it"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)

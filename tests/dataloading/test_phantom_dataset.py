@@ -218,10 +218,27 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
     with pytest.raises(ValueError, match=r"^\.: is the folder that this runs in.*below it"):
         write_dataset(".", SMALL)
     monkeypatch.chdir("/")
-    with pytest.raises(ValueError, match="or a whole disk, and cannot be replaced"):
+    with pytest.raises(ValueError, match="or a whole disk, and cannot be"):
         monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
         write_dataset(tmp_path, SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_studies_are_not_replaced_below_the_feet_of_who_asks_nor_put_behind_a_link_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """'mlip phantoms --out ..' in images/ removed the studies, and had no place for others."""
+    few = dataclasses.replace(SMALL, studies=2, val_studies=1, test_studies=1)
+    write_dataset(tmp_path / "data", few)
+    kept = _bytes(tmp_path / "data")
+    monkeypatch.chdir(tmp_path / "data" / "images")
+    for given in ("..", "../../data"):
+        with pytest.raises(ValueError, match=rf"^{given}: .* one above it .* name a folder below"):
+            write_dataset(given, SMALL)
+    assert _bytes(tmp_path / "data") == kept
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="name another folder"):
+        write_dataset(tmp_path / "loop", SMALL)
 
 
 def test_settings_that_would_mix_patients_are_refused(tmp_path: Path) -> None:
