@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,9 @@ class ReportTokenizer:
         Raises:  ValueError where a folder of another vocabulary stands there.
         """
         directory = Path(directory)
-        temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
-        # of a killed process: in a container the next one has its number
+        temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}@{gethostname()}")
+        # of a killed process: in a container the next one has its number, and that of another
+        # container, which is alive, may have it too
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,11 +70,15 @@ def test_what_a_killed_process_of_the_same_number_left_keeps_no_vocabulary_out(
     tmp_path: Path,
 ) -> None:
     """In a container the next one has it: the run could not begin until somebody removed it."""
-    left = tmp_path / f"t.tmp{os.getpid()}"
-    left.mkdir()
-    (left / "vocab.txt").write_text("cut")
+    ours, other = (
+        tmp_path / f"t.tmp{os.getpid()}@{host}" for host in (socket.gethostname(), "another")
+    )
+    for left in (ours, other):
+        left.mkdir()
+        (left / "vocab.txt").write_text("cut")
     train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "t")
-    assert not left.exists() and (tmp_path / "t" / "tokenizer.json").is_file()
+    assert not ours.exists() and (tmp_path / "t" / "tokenizer.json").is_file()
+    assert other.is_dir()  # of another container, that may be alive
 
 
 def test_a_saved_tokenizer_is_read_by_transformers_with_equal_ids(
