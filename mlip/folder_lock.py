@@ -44,7 +44,7 @@ def open_own(path: Path, flags: int, mode: int, kind: str = "") -> int:
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             what = "a link, which may lead anywhere"
-        elif error.errno != errno.ENXIO:  # a socket, or a pipe that nobody reads
+        elif error.errno not in (errno.EISDIR, errno.ENXIO):  # a socket, a pipe that nobody reads
             raise
     reason = f"its {kind}{path.name} is {what}: remove it"
     raise OSError(errno.ELOOP, reason, str(path))

@@ -288,12 +288,14 @@ def _plant(kind: str, path: Path, precious: Path) -> None:
         path.symlink_to(precious)
     elif kind == "pipe":
         os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
     else:
         with socket.socket(socket.AF_UNIX) as own:
             own.bind(str(path))
 
 
-_PLANTED = {"link": "a link, which", "pipe": "no file", "socket": "no file"}
+_PLANTED = {"link": "a link, which", **dict.fromkeys(("pipe", "folder", "socket"), "no file")}
 
 
 @pytest.mark.parametrize("kind", _PLANTED)
@@ -341,7 +343,7 @@ def test_lines_are_added_through_no_link_and_no_start_waits_for_a_pipe(
         else:
             _open_for_lines(folder / name)
     assert precious.read_text() == "kept"
-    (folder / name).unlink()
+    (folder / name).rename(tmp_path / "removed")
     with locked_folder(folder):  # and makes none of them
         assert [path.name for path in folder.iterdir()] == ["lock"]
 
