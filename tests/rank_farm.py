@@ -76,11 +76,11 @@ class Farm:
 def free_port() -> int:
     """One that ranks can open seconds later: below 32768, where Linux gives none away by itself,
     and at random, since other test processes look for theirs at the same time."""
-    while True:
-        port = random.SystemRandom().randrange(15_000, 32_000)
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 100):
         with socket.socket() as sock, contextlib.suppress(OSError):  # in use
             sock.bind(("127.0.0.1", port))
             return port
+    raise OSError("none of 100 ports of 127.0.0.1 can be bound")
 
 
 def start(
