@@ -204,7 +204,7 @@ def test_a_typed_setting_that_another_one_turns_off_is_refused(
         given(*items).asked_by(command)
     merged: dict[str, Any] = {}
     for item in items:
-        merge(merged, configuration.read_override(item))
+        merge(merged, configuration.read_override(item), Config)
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(merged))
     given(str(file)).asked_by(command)  # a file may be one of several that are laid over
