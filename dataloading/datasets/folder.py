@@ -82,6 +82,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         identity = None
         if kind == "report_text":
             texts.add(path)
+            continue
         if kind == "dicom":
             try:
                 identity = read_identity(path)
@@ -141,6 +142,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             )
         )
     notes = []
+    for text in sorted(texts - used):  # a report that an image has is taken, not left out
+        leave(text, "report_text")
     if table is not None:
         rows, unfit = table.join(rows, identities)
         left_out += unfit

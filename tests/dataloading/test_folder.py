@@ -67,11 +67,7 @@ def test_a_report_is_read_in_its_encoding_or_leaves_its_image_out(tmp_path: Path
         picture(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(content)
     assert reports(tmp_path) == {f"{n}.png": text for n in ("bom", "utf16", "utf8")}
-    assert collect(tmp_path).excluded == {
-        "report_text": 6,
-        "report_not_utf8": 2,
-        "report_too_large": 1,
-    }
+    assert collect(tmp_path).excluded == {"report_not_utf8": 2, "report_too_large": 1}
 
 
 def test_a_text_is_found_whatever_its_case_and_never_outside_the_root(tmp_path: Path) -> None:
@@ -85,7 +81,9 @@ def test_a_text_is_found_whatever_its_case_and_never_outside_the_root(tmp_path: 
     (root / "p" / "s.TXT").write_text("Of the study.")
     (root / "lost.txt").write_text("Of no image.")
     assert reports(root) == {"a.png": "", "b.PNG": "Upper case.", "p/s/c.png": "Of the study."}
-    assert "1 of the .txt files belong to no image" in collect(root).notes
+    collected = collect(root)
+    assert "1 of the .txt files belong to no image" in collected.notes
+    assert collected.left_out == [("lost.txt", "report_text")]  # all that are read were told too
 
 
 def test_the_disk_is_asked_of_files_that_are_there_once_and_of_no_others(
@@ -160,7 +158,7 @@ def test_a_copy_that_was_cut_off_does_not_hide_the_whole_one(tmp_path: Path) -> 
         "b/x.dcm": "Clear lungs.",
         "d/y.dcm": "",
     }
-    assert collected.excluded == {"report_text": 1, "duplicate_image": 2}
+    assert collected.excluded == {"duplicate_image": 2}
 
 
 def test_scanned_forms_and_screenshots_are_no_films(tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_a_report_that_may_not_be_read_leaves_its_image_out(
 
     monkeypatch.setattr(Path, "read_bytes", locked)
     assert reports(tmp_path) == {"b.png": ""}
-    assert collect(tmp_path).excluded == {"report_text": 1, "report_unreadable": 1}
+    assert collect(tmp_path).excluded == {"report_unreadable": 1}
 
 
 def test_files_of_one_image_uid_and_several_patients_are_all_left_out(tmp_path: Path) -> None:

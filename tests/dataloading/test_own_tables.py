@@ -32,7 +32,7 @@ def test_folder_groups_by_dicom_ids_or_folders_and_leaves_links_alone(tmp_path):
     collected = collect("folder", tmp_path / "raw")
     rows = {row.image: row for row in collected.rows}
     assert len(rows) == 8
-    assert collected.excluded == {"report_text": 3, "link_or_special_file": 1, "no_image": 1}
+    assert collected.excluded == {"link_or_special_file": 1, "no_image": 1}
     assert rows["x0.dcm"].patient_id == rows["x1.dcm"].patient_id == "MRN0"
     assert rows["p0/s0/a.png"].patient_id == rows["p0/s1/a.png"].patient_id == "p0"
     assert rows["p0/s0/a.png"].report == "Clear." and rows["p0/s1/a.png"].report == "Effusion."
