@@ -133,7 +133,7 @@ def same_pictures(own: PictureHashes, other: PictureHashes | None = None) -> Sam
     with ThreadPoolExecutor(usable_cores()) as threads:
         for start, (pairs, is_cut) in zip(starts, threads.map(compare, starts), strict=True):
             found.append(pairs)
-            told(start, len(own))
+            told(min(start + _ROWS_AT_ONCE, len(own)), len(own))
             # of 30,000 copies of one picture all pairs were 450 million
             if cut := is_cut or sum(map(len, found)) > _MOST_PAIRS:
                 threads.shutdown(cancel_futures=True)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlip.dataloading import progress
 from mlip.dataloading import same_pictures as module
 from mlip.dataloading.duplicates import write_duplicates
 from mlip.dataloading.perceptual_hash import BITS
@@ -99,6 +100,17 @@ def test_copies_without_number_are_no_pairs_without_number(monkeypatch: pytest.M
 def test_more_copies_than_there_is_room_for_at_first_are_all_found() -> None:
     copies = hashes(np.repeat(np.random.default_rng(3).random((1, BITS)) < 0.5, 70, axis=0))
     assert len(same_pictures(copies).own) == 70 * 69 // 2
+
+
+def test_progress_counts_the_films_that_are_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line of the only part said "0 of 21 films, 0/s" when all was done."""
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 2)
+    same_pictures(hashes(np.random.default_rng(3).integers(0, 2, (5, BITS)).astype(bool)))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" films")[0] for line in lines] == ["2 of 5", "4 of 5", "5 of 5"]
 
 
 def test_hashes_are_found_by_the_image_s_cell_in_any_order_of_rows(tmp_path: Path) -> None:
