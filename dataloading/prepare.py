@@ -19,7 +19,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from mlip.config import ConfigError, require_utf8
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row, leads_out
 from mlip.dataloading.dicom import DicomError, explain
@@ -45,6 +44,7 @@ from mlip.dataloading.shard_build import (
 )
 from mlip.machine import usable_cores
 from mlip.output_file import begins_with, require_replaceable
+from mlip.typed_tree import ConfigError, require_utf8
 from mlip.unread_output import one_line, printed
 
 _ADVICE = {

@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from mlip.config_agreement import check_agreement
 from mlip.config_bounds import check_bounds
-from mlip.config_file import read_file, without_view
-from mlip.strict_yaml import read_yaml
+from mlip.config_file import read_file, read_override, without_view
 from mlip.transfer_settings import Transfer
-from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain, require_utf8
+from mlip.typed_tree import ConfigError, build, check_keys, flatten, merge, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +305,6 @@ class Config:
     transfer: Transfer = field(default_factory=Transfer)
 
 
-# what begins a YAML string that is more than its letters
-_MARKED = "'\"|>&!"
-
-
 def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
     """(files, overrides) of a command line; a path may have "=" in its name, as runs/lr=0.1."""
     items = list(items)
@@ -341,33 +334,11 @@ def load(
     for file in files:
         merge(tree, read_file(Path(file), Config, takes_exports=takes_exports), Config)
     for override in overrides:
-        merge(tree, read_override(override), Config)
+        merge(tree, read_override(override, Config), Config)
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))
     check_agreement(config)
     return config
-
-
-def read_override(override: str) -> dict[str, Any]:
-    """The tree of one ``a.b=value``, its keys checked.
-
-    Raises:  ConfigError as load
-    """
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
-    require_utf8(key, text)
-    try:
-        value = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str) and text.lstrip()[0] not in _MARKED:
-        value = text.strip()  # YAML ends "run #2" at its blank and folds a line's end
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    check_keys(nested, Config, where="override")
-    return dict(nested)
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:

@@ -1,4 +1,4 @@
-"""One file of settings, or the folder of a run for it: what it holds, checked, or why it cannot be.
+"""A file of settings, a run's folder for it, or one override: what it holds, or why it cannot be.
 
 Knows no setting but two: run.dir, which is where a run's own file lies, and one that is gone.
 """
@@ -16,10 +16,12 @@ from typing import Any
 import yaml
 
 from mlip.strict_yaml import read_yaml
-from mlip.typed_tree import ConfigError, all_keys, check_keys
+from mlip.typed_tree import ConfigError, all_keys, check_keys, require_utf8
 
 logger = logging.getLogger("mlip")
 OF_A_RUN, OF_AN_EXPORT = "config.yaml", "config.json"
+# what begins a YAML string that is more than its letters
+_MARKED = "'\"|>&!"
 _PRINTED_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 
 
@@ -63,6 +65,29 @@ def read_file(file: Path, settings: Any, *, takes_exports: bool = False) -> dict
             logger.warning("run.dir=%s, where %s lies; it names %s", folder, path, named)
             tree["run"] = {**run, "dir": str(folder)}
     return tree
+
+
+def read_override(override: str, settings: Any) -> dict[str, Any]:
+    """The tree of one ``a.b=value``, its keys checked.
+
+    settings  the dataclass of all sections
+    Raises:   ConfigError naming the override, and the key or what was expected.
+    """
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"override {override!r}: expected key=value, for example run.seed=2")
+    require_utf8(key, text)
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {key}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str) and text.lstrip()[0] not in _MARKED:
+        value = text.strip()  # YAML ends "run #2" at its blank and folds a line's end
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    check_keys(nested, settings, where="override")
+    return dict(nested)
 
 
 def _of_an_export(path: Path, settings: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mlip.config import Config, from_dict, read_override
-from mlip.config_file import OF_A_RUN, read_file
+from mlip.config import Config, from_dict
+from mlip.config_file import OF_A_RUN, read_file, read_override
 from mlip.typed_tree import ConfigError, all_keys, plain
 
 
@@ -262,7 +262,7 @@ def _settings_now(where: Path, trained: Config) -> Config:
 
 def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:
     """What a command line names.  files, overrides  as load took them for this config"""
-    typed = {name for item in overrides for name in _named(read_override(item))}
+    typed = {name for item in overrides for name in _named(read_override(item, Config))}
     of_task: set[str] = set()
     for file in map(Path, files):
         # a run's own names every setting there is; a pipe is empty by now

@@ -91,6 +91,7 @@ ALLOWED = {
     ),
     "mlip.dataloading": (
         "mlip.dataloading",
+        "mlip.typed_tree",
         "mlip.config",
         "mlip.batch",
         "mlip.keyed_random",

@@ -17,6 +17,7 @@ from mlip import config as configuration
 from mlip.cli import main
 from mlip.command_inputs import read_given
 from mlip.config import Config
+from mlip.config_file import read_override
 from mlip.given_settings import NEEDS, OF_TASK, OF_TASK_ALONE, READS, Given
 from mlip.pretrained_agreement import read_config
 from mlip.typed_tree import ConfigError, all_keys, merge
@@ -204,7 +205,7 @@ def test_a_typed_setting_that_another_one_turns_off_is_refused(
         given(*items).asked_by(command)
     merged: dict[str, Any] = {}
     for item in items:
-        merge(merged, configuration.read_override(item), Config)
+        merge(merged, read_override(item, Config), Config)
     file = tmp_path / "settings.yaml"
     file.write_text(yaml.safe_dump(merged))
     given(str(file)).asked_by(command)  # a file may be one of several that are laid over
@@ -223,7 +224,7 @@ def test_a_setting_of_what_a_file_turns_off_is_refused_but_not_beside_a_typed_of
     item: str, off: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text(yaml.safe_dump(configuration.read_override(off)))
+    file.write_text(yaml.safe_dump(read_override(off, Config)))
     with pytest.raises(ConfigError, match=f"is not read with {off}"):
         given(str(file), item).asked_by("train.py")
     given(str(file), item, off).asked_by("train.py")  # one of a sweep over weights
@@ -238,7 +239,7 @@ def test_tables_name_settings_that_there_are() -> None:
     assert named <= known
     for needs in NEEDS:  # what a refusal tells to set is enough
         if needs.remedy != "NAME":
-            told = configuration.read_override(f"{needs.other}={needs.remedy}")
+            told = read_override(f"{needs.other}={needs.remedy}", Config)
             assert needs.holds(reduce(getitem, needs.other.split("."), told)), needs
 
 

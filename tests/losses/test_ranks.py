@@ -49,6 +49,8 @@ OBJECTIVES: dict[str, list[str]] = {
 
 
 def _loss_name(case: str) -> str:
+    if case in LOSSES:
+        return case
     return next(name for name in LOSSES if name.split("_")[0] == case.split("_")[0])
 
 
