@@ -132,10 +132,13 @@ def test_a_picture_that_memory_is_too_short_for_is_not_damaged(
 def test_a_huge_sparse_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    begin = time.perf_counter()
-    with pytest.raises(BadSample, match="too_large"):
-        read_bytes(str(tmp_path), "x.png")
-    assert time.perf_counter() - begin < 0.1
+    seconds = []
+    for _ in range(3):  # the least: another process may take the core away
+        begin = time.perf_counter()
+        with pytest.raises(BadSample, match="too_large"):
+            read_bytes(str(tmp_path), "x.png")
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.1
 
 
 def test_a_link_out_of_the_root_stops_the_run_and_one_inside_is_fine(tmp_path: Path) -> None:

@@ -309,9 +309,18 @@ def test_a_term_that_no_report_can_match_is_an_error_that_names_it():
 
 
 def test_the_linker_starts_within_a_second_of_processor_time():
-    start = time.process_time()
-    Linker(load_concepts(None))
-    assert time.process_time() - start < 1.0
+    """In a process of its own, as a command starts it: among all that other tests have left in
+    memory, and with a neighbour on the same core, it took three times as long."""
+    code = """
+import time
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.linker import Linker
+start = time.process_time()
+Linker(load_concepts(None))
+print(time.process_time() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.0
 
 
 def test_link_is_a_pure_function_of_the_text():
