@@ -34,6 +34,7 @@ from mlip.transfer.fits.classification_scores import (
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.fits.fitting import Record, batches, fit, shuffled_batches
 from mlip.transfer.fits.fixed_batches import FixedBatches
+from mlip.transfer.fits.kept_features import KeptFeatures
 from mlip.transfer.fits.logistic import fit_logistic
 from mlip.transfer.frames import Crops, Images, crop_of
 from mlip.transfer.measures.predictions import Series, of_findings, of_marks
@@ -95,6 +96,7 @@ class Classification:
         self._cache_of = ""
         self._batches: dict[str, FixedBatches] = {}  # of that encoder's fits, by its hash
         self._told = Progress("images encoded")
+        self.kept_features: KeptFeatures | None = None  # of the encoder of the next fit
 
     def rows(self, split: str) -> Array:
         """Rows of the split that some class says something about."""
@@ -141,13 +143,19 @@ class Classification:
         for row in rows.tolist():
             if row in self._cache:
                 continue
-            part = self._batches[start.weights_hash].of(row)
+            part, kept = self._batches[start.weights_hash].of(row), self.kept_features
+            before = None if kept is None else kept.take(part)
+            if before is not None:
+                self._cache.update(zip(part.tolist(), torch.from_numpy(before), strict=True))
+                continue
             found = encoder.pooled(crops.batch(part, 0).to(self.device)).cpu()
             if not bool(torch.isfinite(found).all()):
                 raise ValueError(
                     "the image features hold NaN or infinite values: the checkpoint is broken"
                 )
             self._cache.update(zip(part.tolist(), found, strict=True))
+            if kept is not None:
+                kept.add(part, found.numpy())
             self._told(len(self._cache))
         return torch.stack([self._cache[r] for r in rows.tolist()])
 

@@ -4,40 +4,39 @@
                                     it (logits, counts, boxes of val and test rows), how it went,
                                     what it was made of, and a hash of all that
 A fit is taken only where everything it was made of is the same now. The files go when results and
-page are written. No report, identifier or weight is in them.
+page are written. No report, identifier or weight is in them. What a frozen encoder made of the
+images lies beside them (kept_features.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from mlip.config import Config, to_dict
-from mlip.output_file import only_writer, refusal, whole_file
+from mlip.output_file import only_writer, refusal
 from mlip.precision import precision_on
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_source, versions
 from mlip.transfer.fits.fitting import Record
+from mlip.transfer.fits.kept_features import PATTERN as OF_FEATURES
+from mlip.transfer.fits.kept_features import KeptFeatures, depends_on
+from mlip.transfer.fits.sealed_file import UNREADABLE, as_json, read_sealed, write_sealed
 from mlip.transfer_settings import at_fraction
 from mlip.typed_tree import flatten
 
 FOLDER = "kept_fits"
 _LOCK = ".evaluate.lock"
-_ENTRY = "fit"  # of a file's metadata
 _MOST_NAMED = 6  # differences that a line names
 # settings that change no fit, or by rounding alone; what checkpoint and data hold is hashed itself
 FREE_SETTINGS = (
@@ -118,6 +117,7 @@ class KeptFits:
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder, self._say = folder, say
         self._own: set[Path] = set()
+        self._features: dict[str, KeptFeatures] = {}  # by what they are made of
 
     def __len__(self) -> int:
         """Fits of this command that are there by now."""
@@ -130,11 +130,7 @@ class KeptFits:
         """The fit, where it is there, whole, and made of exactly this."""
         path = self._path(percent, seed)
         try:
-            with safe_open(path, "np") as stored:
-                facts = json.loads((stored.metadata() or {})[_ENTRY])
-                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
-            if facts.pop("sha256") != _digest(facts, arrays):
-                raise ValueError
+            facts, arrays = read_sealed(path)
             found = facts["made_of"]
             values: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in facts["record"].items()
@@ -142,13 +138,10 @@ class KeptFits:
             fit = Fit(Record(**values), arrays, float(facts["seconds"]))
         except FileNotFoundError:
             return None
-        except (
-            *(OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError),
-            RecursionError,  # of lists within lists
-        ):
+        except UNREADABLE:
             self._say(f"{path}: is damaged or cannot be read: the fit is made anew")
             return None
-        wanted = _as_json(made_of)
+        wanted = as_json(made_of)
         keys = sorted(found.keys() | wanted.keys())
         different = [key for key in keys if found.get(key) != wanted.get(key)]
         if different:
@@ -165,31 +158,40 @@ class KeptFits:
         One that cannot be written is told and goes on in memory alone.
         """
         path = self._path(percent, seed)
-        facts = _as_json(
-            {
-                "made_of": made_of,
-                "record": dataclasses.asdict(fit.record),
-                "seconds": fit.seconds,
-            }
-        )
-        arrays = {name: np.ascontiguousarray(values) for name, values in fit.prediction.items()}
-        entry = json.dumps({**facts, "sha256": _digest(facts, arrays)})
+        facts = {
+            "made_of": made_of,
+            "record": dataclasses.asdict(fit.record),
+            "seconds": fit.seconds,
+        }
+        self.write_features()
         try:
             self.folder.mkdir(exist_ok=True)
-            with whole_file(path) as partial:
-                save_file(arrays, partial, {_ENTRY: entry})
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
+            write_sealed(path, facts, fit.prediction)
         except (OSError, SafetensorError) as error:
             told = refusal(error, path) or f"{path} cannot be written: {error}"
             self._say(f"this fit is not kept, a kill would lose it: {told}")
             return
         self._own.add(path)
 
+    def features(self, made_of: Mapping[str, Any]) -> KeptFeatures:
+        """Features of the images that the fits of this frozen encoder are made of."""
+        depends = depends_on(made_of)
+        name = json.dumps(depends, sort_keys=True)
+        if name not in self._features:
+            self._features[name] = KeptFeatures(self.folder, depends, self._say)
+        return self._features[name]
+
+    def write_features(self) -> bool:
+        """Write all features that are not on the disk yet; whether any are there then."""
+        for features in self._features.values():
+            features.write()
+        return any(features.paths for features in self._features.values())
+
     def remove(self) -> None:
-        """The results are written: this command's fits go, those of others stay and are told."""
+        """The results are written: this command's fits and all features go; fits of others stay
+        and are told."""
         half_written = self.folder.glob(".*.safetensors.*")  # of a kill
-        for path in [*self._own, *half_written]:
+        for path in [*self._own, *half_written, *self.folder.glob(OF_FEATURES)]:
             path.unlink(missing_ok=True)
         self._own.clear()
         others = len(list(self.folder.glob("[!.]*.safetensors")))
@@ -216,27 +218,15 @@ def kept_fits(out: Path, say: Callable[[str], None]) -> Iterator[KeptFits]:
         with only_writer(out / _LOCK, out):
             yield kept
     except BaseException:
-        if len(kept):
+        has_features = kept.write_features()
+        if len(kept) or has_features:
+            images = ", and encoded images" * has_features
             print(
-                f"finished fits kept in {kept.folder}: {len(kept)}; the same command goes on with "
-                "the others",
+                f"finished fits kept in {kept.folder}: {len(kept)}{images}; the same command goes "
+                "on with the others",
                 file=sys.stderr,
             )
         with contextlib.suppress(OSError):
             for place in new:
                 place.rmdir()  # where nothing came into it
         raise
-
-
-def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are once written and read: tuples are lists."""
-    return dict(json.loads(json.dumps(values)))
-
-
-def _digest(facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
-    """SHA-256 (hex) over all that a file says: safetensors does not notice a flipped bit."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, values in sorted(arrays.items()):
-        digest.update(f"\n{name} {values.dtype} {values.shape}\n".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()

@@ -121,6 +121,8 @@ def transfer_run(
                     seconds_before += fit.seconds
                     told = ", kept from before"
                 else:
+                    if kept is not None and made_of["encoded together"]:
+                        task.kept_features = kept.features(made_of)
                     fit = _fit(task, start, rows, splits.val, test, (percent, seed))
                     if kept is not None:
                         kept.keep(percent, seed, made_of, fit)

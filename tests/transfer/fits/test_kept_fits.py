@@ -30,7 +30,7 @@ from mlip.config import Config, load
 from mlip.output_file import only_writer
 from mlip.report import transfer_page
 from mlip.stop_signal import Stopped
-from mlip.transfer.fits import kept_fits, protocol
+from mlip.transfer.fits import kept_fits, protocol, sealed_file
 from mlip.transfer.fits.detection import Detection
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.fits.fitting import Record
@@ -57,6 +57,7 @@ TASKS = {
     "detection": [*BOXES, "transfer.monitor=score", "evaluate.examples=3"],
     "detection, tuned": [*BOXES, TUNED, "transfer.score_cut=0.01"],
 }
+ENCODED_ONCE = ("probe", "logistic", "exclusive")  # a frozen encoder, for all fits
 SHORT = ("probe", "fine-tuning", "segmentation", "detection")
 NAMES = ("results.json", "predictions.parquet", "report.html")
 
@@ -132,12 +133,15 @@ def test_a_run_that_was_stopped_between_fits_ends_with_the_bytes_of_one_left_alo
     capsys.readouterr()
     for fits, number in ((1, 1), (2, 3)):
         kept = stopped_run(tmp_path, settings, monkeypatch, fits)
+        images = ", and encoded images" * (task in ENCODED_ONCE)
+        told = f"finished fits kept in {kept}: {number}{images}; the same command goes on with the "
         assert capsys.readouterr().err.splitlines()[-2:] == [
-            f"finished fits kept in {kept}: {number}; the same command goes on with the others",
+            f"{told}others",
             "mlip: interrupted",
         ]
         assert not files_of(out)
-    assert sorted(p.stem for p in kept.iterdir()) == ["100.0-1", "40.0-1", "40.0-2"]
+    assert sorted(p.stem for p in kept.glob("[0-9]*")) == ["100.0-1", "40.0-1", "40.0-2"]
+    assert any(kept.glob("features-*")) == (task in ENCODED_ONCE)
     made: list[int] = []
     name = next(s.partition("=")[2] for s in settings if s.startswith("transfer.task="))
     fit = protocol.TASKS[name].fit
@@ -413,11 +417,13 @@ def test_what_is_kept_says_nothing_of_patients_and_is_its_owners_alone(
     for task in ("logistic", "detection"):
         settings = settings_of(tmp_path, task)
         kept = stopped_run(tmp_path, settings, monkeypatch, fits=1)
-        (path,) = kept.iterdir()
-        content = path.read_bytes()
-        assert not [s for s in (*SECRETS, str(small_manifest.pictures())) if s.encode() in content]
-        assert path.stat().st_mode & 0o077 == 0
-        path.unlink()
+        assert len(list(kept.iterdir())) == (2 if task == "logistic" else 1)
+        for path in kept.iterdir():
+            content = path.read_bytes()
+            secrets = (*SECRETS, str(small_manifest.pictures()))
+            assert not [s for s in secrets if s.encode() in content]
+            assert path.stat().st_mode & 0o077 == 0
+            path.unlink()
 
 
 def test_only_worst_masks_are_kept_of_a_fit_and_pictures_show_them(tmp_path: Path) -> None:
@@ -445,10 +451,11 @@ def test_a_full_or_broken_disk_costs_the_keeping_of_a_fit_and_not_the_run(
     def full(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(kept_fits, "save_file", full)
+    monkeypatch.setattr(sealed_file, "save_file", full)
     assert evaluate(tmp_path, settings_of(tmp_path, "logistic")) == 0
     said = capsys.readouterr().out
     assert said.count("this fit is not kept, a kill would lose it: ") == 4
+    assert said.count("encoded images are not kept, a kill would lose them: ") == 1
     assert os.strerror(code) in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(NAMES)
 
