@@ -2,7 +2,8 @@
 
 The parts: dicom_source.py (streams, limits, codes), dicom_values.py (single attributes),
 dicom_view.py, dicom_lut.py (tables), dicom_header.py (checked values), dicom_frame.py (codecs),
-dicom_tone.py (arithmetic), dicom_write.py, dicom_phi.py.
+dicom_tone.py (arithmetic), dicom_write.py, dicom_capture.py (a picture made of a film),
+dicom_phi.py.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ def add_commands(commands: Any) -> None:
         "--checkpoint", required=True, metavar="DIR", help="run folder, checkpoint or export"
     )
     ground.add_argument(
-        "--out", metavar="FILE", default="map.png", help="PNG file to write (default: map.png)"
+        "--out",
+        metavar="FILE",
+        default="map.png",
+        help="PNG to write, or DICOM object for the film's study (map.dcm) (default: map.png)",
     )
     ground.add_argument(
         "--words", action="store_true", help="add a map of each word and each linked concept"

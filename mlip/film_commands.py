@@ -25,13 +25,15 @@ from mlip.unread_output import printed
 
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
-    from mlip.transfer.films.ground_image import ground_image, is_map
+    from mlip.transfer.films.ground_image import DICOM_SUFFIX, ground_image, is_map
     from mlip.transfer.trained_heads import require_local
 
     out, device = Path(options.out), pick_device(options.device)
     require_writable(out.parent)
-    if out.is_dir() or out.suffix.lower() != ".png":
-        raise ConfigError(f"--out {out}: expected the name of a PNG file, for example map.png")
+    if out.is_dir() or out.suffix.lower() not in (".png", DICOM_SUFFIX):
+        raise ConfigError(
+            f"--out {out}: expected the name of a PNG or DICOM file, for example map.png or map.dcm"
+        )
     # most films are PNG files, the one that is asked of among them
     require_replaceable(out, "--out", "map of mlip ground", is_ours=is_map(out))
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)

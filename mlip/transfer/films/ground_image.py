@@ -1,4 +1,7 @@
-"""Phrases over one image file: their maps as one PNG on the whole image. High = match."""
+"""Phrases over one image file: their maps as one picture on the whole image. High = match.
+
+The picture is a PNG, or a DICOM object of the film's study (dataloading/dicom_capture.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -22,10 +25,16 @@ from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.array import Array
 from mlip.transfer.features import encode_texts
 from mlip.transfer.films import own_inputs
+from mlip.transfer.fingerprint import hash_of_weights
+from mlip.typed_tree import ConfigError
+
+if TYPE_CHECKING:
+    from mlip.dataloading.dicom_capture import Film
 
 # The longer side of the radiograph in the picture written: small ones are enlarged by a whole
 # factor until a person can see them, a detector's 3,000 px are reduced.
 LEAST_PX, LONGEST_PX = 448, 1024
+DICOM_SUFFIX = ".dcm"  # of an answer that goes into the film's study
 PANELS, CAPTION_PX = 4, 24  # pictures in a row, room for a name above each
 # signature and first chunk of a PNG; the text chunk behind them of a map
 _HEADER, _MARK = 33, b"Software\0mlip ground"
@@ -58,17 +67,21 @@ class Answer:
 def ground_image(
     opened: Any, image: Path, phrases: Sequence[str], out: Path, *, with_parts: bool = False
 ) -> list[Answer]:
-    """Write the maps of phrases over an image as PNG `out`, and say where each points.
+    """Write the maps of phrases over an image as picture `out`, and say where each points.
 
-    All maps are on one scale, so that a phrase that fits nowhere is as cold as it is; that of one
-    phrase alone goes from its own coldest to its own hottest place.
+    A name that ends in .dcm gets a DICOM object of the film's study, any other a PNG. All maps are
+    on one scale, so that a phrase that fits nowhere is as cold as it is; that of one phrase alone
+    goes from its own coldest to its own hottest place.
 
     opened      what mlip.pretrained.open_checkpoint gave
     with_parts  below them a map of each word and of each linked concept, on a scale of their own
-    Raises:  ImageFileError; ValueError for an empty phrase, or one without a known word
+    Raises:  ImageFileError; ConfigError for a DICOM object of a film that is none; ValueError for
+             an empty phrase, or one without a known word
     """
     bank = own_inputs.encode_texts(opened, phrases)
-    grey = own_inputs.read_image(image)
+    content = own_inputs.read_file(image)
+    film = _film_of(content, image, out) if out.suffix.lower() == DICOM_SUFFIX else None
+    grey = own_inputs.decode_image(content, f"image {image}")
     transform = Transform(opened.config.data, train=False, seed=0)
     features = own_inputs.encode_pixels(opened, own_inputs.model_input(grey, opened.config))
     upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
@@ -104,8 +117,36 @@ def ground_image(
             )
         )
     names = [part.name for answer in answers for part in answer.parts]
-    _write(out, grey, list(phrases), maps, list(zip(names, below, strict=True)))
+    parts_below = list(zip(names, below, strict=True))
+    if film is None:
+        _write(out, _marked(_png(_sheet(grey, list(phrases), maps, parts_below), out)))
+    else:
+        from mlip.dataloading.dicom_capture import NOTICE, capture
+
+        sheet = _sheet(grey, list(phrases), maps, parts_below, note=NOTICE)
+        rgb = np.ascontiguousarray(sheet[..., ::-1])
+        weights = hash_of_weights(opened.model)[:16]
+        _write(out, capture(film, rgb, phrases=phrases, model=weights))
     return answers
+
+
+def _film_of(content: bytes, image: Path, out: Path) -> Film:
+    """What the film's header says that a map in its study has to say too."""
+    from mlip.dataloading.dicom_capture import read_film
+    from mlip.dataloading.dicom_source import DicomError
+
+    try:
+        return read_film(content)
+    except DicomError as error:
+        if error.code == "not_dicom":
+            raise ConfigError(
+                f"--out {out}: image {image} is no DICOM file, so it names no study that a DICOM "
+                "map could lie in: ask of the film's DICOM file, or name a PNG file (map.png)"
+            ) from None
+        raise own_inputs.ImageFileError(
+            f"image {image}: {error}; a DICOM map says whose film it is made of: mend the file's "
+            "header, or name a PNG file with --out (map.png)"
+        ) from None
 
 
 def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
@@ -146,23 +187,25 @@ def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Ar
     return cv2.resize(inside, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
 
 
-def _write(
-    out: Path,
+def _sheet(
     grey: Array,
     phrases: Sequence[str],
     maps: Sequence[tuple[Array, tuple[float, float]]],
     below: Sequence[tuple[str, Array]],
-) -> None:
+    *,
+    note: str = "",
+) -> Array:
     """The radiograph, then each map over it with a cross where it points; `below` in small.
 
-    Several phrases stand above their maps.
+    Several phrases stand above their maps; one too where there is a note, above the radiograph.
+    Shapes:  -> [h, w, 3] uint8, blue first
     """
     longest = max(grey.shape)
     scale = min(LONGEST_PX / longest, float(max(1, -(-LEAST_PX // longest))))
     plain = _sized(grey, scale)
     low = min(float(np.nanmin(heat)) for heat, _ in maps)
     high = max(float(np.nanmax(heat)) for heat, _ in maps)
-    cells = [("", plain)]
+    cells = [(note, plain)]
     for phrase, (heat, point) in zip(phrases, maps, strict=True):
         mixed = _over(plain, heat, low, high)
         at = round(point[0] * scale), round(point[1] * scale)
@@ -170,18 +213,27 @@ def _write(
         for thickness, shade in ((3, (0, 0, 0)), (1, (255, 255, 255))):
             cv2.drawMarker(mixed, at, shade, cv2.MARKER_CROSS, 2 * reach, thickness)
         cells.append((phrase, mixed))
-    joined = _tiled(cells, max(4, plain.shape[1] // 100), has_captions=len(phrases) > 1)
+    gap, has_captions = max(4, plain.shape[1] // 100), len(phrases) > 1 or bool(note)
+    joined = _tiled(cells, gap, has_captions=has_captions)
     if below:
         parts = _panels(grey, below, joined.shape[1])
         beside = parts.shape[1] - joined.shape[1]  # of a film of a few pixels' width
         white = np.pad(joined, ((0, 0), (0, beside), (0, 0)), constant_values=255)
         joined = np.concatenate([white, parts])
-    done, data = cv2.imencode(".png", joined)
-    if not done:
-        raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
+    return joined
+
+
+def _write(out: Path, content: bytes) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, is_private=True) as partial:  # it shows a film
-        partial.write_bytes(_marked(data.tobytes()))
+        partial.write_bytes(content)
+
+
+def _png(sheet: Array, out: Path) -> bytes:
+    done, data = cv2.imencode(".png", sheet)
+    if not done:
+        raise own_inputs.ImageFileError(f"{out}: the picture could not be encoded as PNG")
+    return data.tobytes()
 
 
 def _marked(png: bytes) -> bytes:
@@ -192,11 +244,15 @@ def _marked(png: bytes) -> bytes:
 
 
 def is_map(path: Path) -> bool:
-    """Whether ground_image wrote this file: a radiograph may be a PNG too."""
+    """Whether ground_image wrote this file: a radiograph may be a PNG or DICOM file too."""
+    from mlip.dataloading.dicom_capture import is_capture
+
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        return _MARK in stream.read(_HEADER + 8 + len(_MARK))
+        if _MARK in stream.read(_HEADER + 8 + len(_MARK)):
+            return True
+    return is_capture(path)
 
 
 def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) -> Array:

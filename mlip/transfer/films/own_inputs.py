@@ -52,9 +52,17 @@ def read_image(path: Path) -> Array:
 
     Raises:  ImageFileError
     """
+    return decode_image(read_file(path), f"image {path}")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image file.
+
+    Raises:  ImageFileError
+    """
     folder, name = os.path.split(os.path.realpath(path))
     try:
-        return decode_image(read_bytes(folder, name), f"image {path}")
+        return read_bytes(folder, name)
     except BadSample as error:
         raise _unusable(f"image {path}", error) from error
     except DataError:

@@ -167,14 +167,15 @@ def test_several_phrases_have_maps_on_one_scale_and_each_its_own_answer(
     assert dark[3].max() > 400  # as much of a long phrase as has room above its map
 
 
-def test_the_scale_is_that_of_all_phrases_and_a_long_name_ends_in_dots(tmp_path: Path) -> None:
+def test_the_scale_is_that_of_all_phrases_and_a_long_name_ends_in_dots() -> None:
     """The second map goes from -1 to 0: without it in the scale the first one's zeros are cold."""
-    grey, out = np.full((64, 64), 90, np.uint8), tmp_path / "map.png"
     flat, ramp = np.zeros((64, 64), np.float32), np.tile(np.linspace(-1, 0, 64), (64, 1))
     at = (32.0, 32.0)
     long = "pleural effusion " * 9
-    ground_image._write(out, grey, ["a", long], [(flat, at), (ramp.astype(np.float32), at)], [])
-    picture = cv2.imread(str(out)).astype(int)
+    maps = [(flat, at), (ramp.astype(np.float32), at)]
+    picture = ground_image._sheet(np.full((64, 64), 90, np.uint8), ["a", long], maps, []).astype(
+        int
+    )
     first = picture[ground_image.CAPTION_PX :, 448 + 4 :][:, :448]
     assert np.median(np.ptp(first, axis=2)) > 60  # as hot as the ramp's hot end
     shown = ground_image._fitting(long, 448)
