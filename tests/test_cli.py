@@ -230,7 +230,7 @@ def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
     with pytest.raises(ImportError, match="libGL"):
         main(["doctor"])
     picture = ["ground", "a.png", "nodule", "--checkpoint", "c", "--out", "map.jpg"]
-    assert main(picture) == 2 and "expected the name of a PNG file" in capsys.readouterr().err
+    assert main(picture) == 2 and "a PNG or DICOM file" in capsys.readouterr().err
     assert main(["evaluate", "--device", "gpu"]) == 2
     assert "--device gpu: torch has no such device here" in capsys.readouterr().err
     assert main(["prepare", "manifest", "--out="]) == 2  # "--out=$OUT" where OUT is not set

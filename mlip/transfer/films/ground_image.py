@@ -38,7 +38,7 @@ DICOM_SUFFIX = ".dcm"  # of an answer that goes into the film's study
 PANELS, CAPTION_PX = 4, 24  # pictures in a row, room for a name above each
 # signature and first chunk of a PNG; the text chunk behind them of a map
 _HEADER, _MARK = 33, b"Software\0mlip ground"
-_FONT = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+_FONT, _LETTERS = cv2.FONT_HERSHEY_SIMPLEX, 0.42
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,10 @@ def is_map(path: Path) -> bool:
 
 def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) -> Array:
     """Pictures of one size on white, at most PANELS in a row and rows alike, `gap` pixels between;
-    names above them."""
+    names above them, larger over large pictures, which a screen shows reduced."""
     height, width = cells[0][1].shape[:2]
-    head = CAPTION_PX if has_captions else 0
+    times = max(1, width // LEAST_PX)
+    head = CAPTION_PX * times if has_captions else 0
     rows = -(-len(cells) // PANELS)
     across = -(-len(cells) // rows)
     shape = rows * (height + head + gap) - gap, across * (width + gap) - gap, 3
@@ -268,15 +269,15 @@ def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) 
         top, left = (number // across) * (height + head + gap), (number % across) * (width + gap)
         sheet[top + head : top + head + height, left : left + width] = picture.clip(0, 255).round()
         if has_captions:
-            shown, at = _fitting(name, width), (left, top + 16)
-            cv2.putText(sheet, shown, at, *_FONT, (0, 0, 0), 1, cv2.LINE_AA)
+            shown, at = _fitting(name, width, times), (left, top + 16 * times)
+            cv2.putText(sheet, shown, at, _FONT, _LETTERS * times, (0, 0, 0), times, cv2.LINE_AA)
     return sheet
 
 
-def _fitting(name: str, width: int) -> str:
+def _fitting(name: str, width: int, times: int = 1) -> str:
     """The name, its end cut off where it is wider than this many pixels."""
     shown = name
-    while name and cv2.getTextSize(shown, *_FONT, 1)[0][0] > width:
+    while name and cv2.getTextSize(shown, _FONT, _LETTERS * times, times)[0][0] > width:
         name = name[:-1]
         shown = f"{name.rstrip()}..." if name else ""  # no room for three dots either
     return shown

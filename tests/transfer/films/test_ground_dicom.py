@@ -175,9 +175,16 @@ def test_real_films_of_both_tones_and_several_syntaxes_get_a_map(
     assert made.get("LossyImageCompression") == lossy
     picture = made.pixel_array.astype(int)
     height, width = source.Rows, source.Columns
-    zoom = (picture.shape[0] - HEAD) / height
-    assert picture.shape[2] == 3 and picture.shape[1] > 2 * round(width * zoom)
-    assert 20 < picture[HEAD:, : round(width * zoom)].mean() < 235
+    # at most 1024 px; small films are enlarged by a whole factor
+    zoom = min(1024 / max(height, width), -(-448 // max(height, width)))
+    shown = round(height * zoom), round(width * zoom)
+    head = HEAD * max(1, shown[1] // 448)  # names are larger over large pictures
+    assert picture.shape == (head + shown[0], 2 * shown[1] + max(4, shown[1] // 100), 3)
+    assert 20 < picture[head:, : shown[1]].mean() < 235
+    # the notice and the phrase fill a good part of the room above
+    for begin in (0, picture.shape[1] - shown[1]):
+        marks = np.nonzero((picture[:head, begin : begin + shown[1]] < 100).any(axis=(1, 2)))[0]
+        assert np.ptp(marks) > 0.4 * head
 
 
 def test_a_film_of_several_frames_is_refused(
