@@ -191,8 +191,7 @@ def capture(film: Film, pixels: np.ndarray, *, phrases: Sequence[str], model: st
     with error_wall("malformed"):
         dataset = _describe(film, phrases, model)
         dataset.Rows, dataset.Columns = pixels.shape[:2]
-        data = pixels.tobytes()
-        dataset.add_new("PixelData", "OB", data + b"\0" * (len(data) % 2))
+        dataset.add_new("PixelData", "OB", pixels.tobytes())
         _as_they_are(dataset)
         # of all of it: what differs in anything is another object
         content = DicomBytesIO()

@@ -98,6 +98,7 @@ def test_identity_and_study_are_the_films_and_the_rest_says_what_it_is(tmp_path:
     for name in "PixelSpacing ImagerPixelSpacing FrameOfReferenceUID RescaleSlope".split():
         assert name not in found
     np.testing.assert_array_equal(found.pixel_array, PIXELS)
+    assert PIXELS.size % 2 == 1 and len(found.PixelData) == PIXELS.size + 1
 
 
 @pytest.mark.parametrize("name", [Path(path).name for path in get_charset_files("chr*Multi*.dcm")])
@@ -169,6 +170,29 @@ def test_what_a_film_leaves_empty_or_out_is_empty_and_never_made_up(tmp_path: Pa
         assert name in found and not found[name].value, name
     assert "Laterality" not in found and "DeidentificationMethod" not in found
     assert "InstanceCreationDate" not in found
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({"BodyPartExamined": "CHEST"}, {}),
+        ({}, {"Laterality": None}),  # required of one of a pair, empty where nobody said (C.7.3.1)
+        ({"Laterality": "R"}, {"Laterality": "R"}),
+        ({"Laterality": "R", "ImageLaterality": "R"}, {"ImageLaterality": "R"}),
+        ({"BodyPartExamined": "CHEST", "ImageLaterality": "U"}, {"ImageLaterality": "U"}),
+    ],
+)
+def test_the_side_is_stated_once_and_as_the_film_states_it(
+    stated: dict[str, str], expected: dict[str, str | None], tmp_path: Path
+) -> None:
+    source = film(tmp_path)
+    for name in ("BodyPartExamined", "ImageLaterality", "Laterality"):
+        source.pop(name, None)
+        if name in stated:
+            setattr(source, name, stated[name])
+    found = parsed(made_of(content(source)))
+    sides = {n: found[n].value or None for n in ("Laterality", "ImageLaterality") if n in found}
+    assert sides == expected
 
 
 @pytest.mark.parametrize("name", ["StudyInstanceUID", "SOPInstanceUID", "SOPClassUID"])
@@ -331,7 +355,7 @@ def test_a_validator_finds_no_error(stated: str, tmp_path: Path) -> None:
     for name, value in FILLED.items() if stated == "filled" else []:
         setattr(source, name, value)
     if stated == "bare":
-        del source.BodyPartExamined, source.PatientOrientation
+        del source.BodyPartExamined, source.ImageLaterality, source.PatientOrientation
     made = tmp_path / "map.dcm"
     made.write_bytes(made_of(content(source)))
     said = subprocess.run([tool, str(made)], capture_output=True, text=True, timeout=60)
