@@ -187,6 +187,23 @@ def test_real_films_of_both_tones_and_several_syntaxes_get_a_map(
         assert np.ptp(marks) > 0.4 * head
 
 
+def test_the_film_in_the_picture_is_shown_by_its_own_table_of_grey_values(tmp_path: Path) -> None:
+    """A VOI LUT that shows the right half, of the higher values, black and the left half white."""
+    pixels = np.full((112, 112), 20_000, np.uint16)
+    pixels[:, 56:] = 45_000
+    film = tmp_path / "film.dcm"
+    write_radiograph(film, pixels, patient_id="p", study_id="s", bits_stored=8)
+    dataset, table = pydicom.dcmread(film), pydicom.Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 16], b"\xff\xff" * 128 + b"\0\0" * 128
+    table["LUTData"].VR = "OW"
+    dataset.VOILUTSequence = [table]
+    del dataset.WindowCenter, dataset.WindowWidth
+    dataset.save_as(film)
+    assert ask(film, tmp_path / "map.dcm") == 0
+    shown = rgb(tmp_path / "map.dcm")[HEAD:, :448]
+    assert shown[:, :200].min() > 250 and shown[:, 248:].max() < 5
+
+
 def test_a_film_of_several_frames_is_refused(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
