@@ -2,10 +2,10 @@
 
 What was chosen, and why:
 
-object      one single-frame Secondary Capture, RGB of 8 bits, uncompressed: every archive takes it
-            and every viewer shows it. The multi-frame kinds are refused by older archives and
-            played as a film by some viewers; all that was asked at once stands side by side in one
-            picture, because its maps share one scale.
+object      one single-frame Secondary Capture, RGB of 8 bits, uncompressed: the kind of colour
+            picture that asks least of an archive and a viewer, where a multi-frame kind may be
+            unknown to the one and played by the other. All that was asked at once stands side by
+            side in one picture, because its maps share one scale.
 library     pydicom, which is here already. highdicom 0.28's object parses dates and sex anew and
             refuses some that films have, needs an orientation, stamps the time, prints a warning
             that quotes the name of a patient where it has no caret, and brings a codec.
@@ -14,8 +14,8 @@ identity    copied as bytes, with the character set that they are written in: no
 UIDs        follow from all that the object holds: equal calls write equal bytes, which an archive
             takes for one object, and one UID never has two contents. So no time of making is
             written. Each object is a series of its own, which viewers list by its description.
-modality    OT: no work list or hanging protocol takes it for a film, and `mlip prepare folder`
-            leaves secondary captures of OT out.
+modality    OT: it is no film to whoever goes by modality, and `mlip prepare folder` leaves
+            secondary captures of OT out.
 spacing     none: a distance across two pictures of a sheet is none of the patient. No frame of
             reference either, for a place on the sheet is not that place on the film. The rows run
             to the same side as the film's, so PatientOrientation and the laterality stay.
