@@ -10,6 +10,7 @@ import pytest
 from mlip.knowledge.concept_files import load_concepts, read_table, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.lexicon_text import LEXICON_DIR
+from mlip.knowledge.linker import link
 from mlip.knowledge.validate import main, problems
 
 CHEXPERT = {
@@ -199,3 +200,29 @@ def test_the_command_names_what_it_cannot_read(tmp_path, monkeypatch, capsys):
         file.write_text(text, encoding="utf-8")
         monkeypatch.setattr("sys.argv", ["validate", str(file)])
         assert main() == 2 and told in capsys.readouterr().err
+
+
+def test_the_abbreviations_of_chest_reports_name_their_concepts():
+    """Each stands in docs/knowledge.md; none of the second list may, as it has another sense."""
+    wanted = {
+        "RLL PNA.": "right_lower_lobe pneumonia",
+        "No PTX.": "pneumothorax",
+        "CHF.": "heart_failure",
+        "GGOs.": "ground_glass",
+        "ATX.": "atelectasis",
+        "IPF, NSCLC.": "pulmonary_fibrosis lung_cancer",
+        "TAA.": "aortic_aneurysm",
+        "ETT, NGT, OGT.": "endotracheal_tube enteric_tube enteric_tube",
+        "CVC, CVL, PICC.": "central_venous_catheter central_venous_catheter picc",
+        "ICD, AICD, PPM.": "defibrillator defibrillator pacemaker",
+        "AVR, MVR, TAVI.": "prosthetic_valve prosthetic_valve prosthetic_valve",
+        "Swan, trach.": "swan_ganz_catheter tracheostomy_tube",
+        "Consol, infiltrates.": "consolidation infiltrate",
+        "Rib fx, fx.": "rib_fracture fracture",
+        "Alveolar haemorrhage.": "pulmonary_hemorrhage",
+        "Oesophageal dilatation.": "esophageal_dilation",
+        "Pedal oedema.": "",
+        "PE. LAD. CT. CM. HF. Pneumo.": "",
+    }
+    found = {text: " ".join(m.concept_id for m in link(text)) for text in wanted}
+    assert found == wanted
