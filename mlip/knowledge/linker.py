@@ -72,11 +72,11 @@ class Linker:
     def __init__(self, table: ConceptTable) -> None:
         self.table = table
         self._ids = [concept.id for concept in table]
-        self._codes = _Codes(_words(table))
+        cue_forms = cues_of(table)
+        self._codes = _Codes(_words(table), frozenset(cue_forms.get("size", ())))
         flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
         for mark, kinds in _MARKS.items():
             flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
-        cue_forms = cues_of(table)
         for kind, forms in cue_forms.items():
             for form in forms:
                 try:
@@ -273,14 +273,15 @@ class Linker:
 
 
 class _Codes(dict[str, str]):
-    """Piece -> code of `width` characters; plurals have the code of their singular.
+    """Piece -> code of `width` characters; plurals have the code of their singular, "8mm" of "mm".
 
     Two or three characters from small alphabets and not one from a large alphabet: the automaton
     searches the branches of a node one by one, and its root would have one for each word.
     """
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(self, words: list[str], units: frozenset[str]) -> None:
         super().__init__()
+        self._units = units
         signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()] + [
             _PARAGRAPH_MARK,
             *_MARKS,
@@ -302,7 +303,10 @@ class _Codes(dict[str, str]):
                     self.setdefault(form, code)
 
     def __missing__(self, piece: str) -> str:
-        code = self.get(piece.rstrip(_BLANKS), self.unknown)
+        word = piece.rstrip(_BLANKS)
+        code = self.get(word, self.unknown)
+        if code == self.unknown and (unit := word.lstrip("0123456789")) in self._units:
+            code = self[unit]
         if len(self) < _MEMO_LIMIT or code != self.unknown and piece[-1:] == " ":
             self[piece] = code
         return code

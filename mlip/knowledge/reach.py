@@ -19,6 +19,7 @@ _STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
 _BE, _SEEN, _PREDICATE = FLAG["be"], FLAG["seen"], FLAG["predicate"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _INDEFINITE, _SAID_BEHIND = FLAG["indefinite"], FLAG["said_behind"]
+_SIZE, _LIMIT = FLAG["size"], FLAG["limit"]
 _ALT = FLAG["alternative"]
 _SAYS = _BE | _ALT | _PREDICATE | _SAID_BEHIND
 _ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
@@ -39,11 +40,12 @@ def list_goes_on(
     has_or = has_be = False
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
-    before = 0
+    before = met = 0
     device = state == ABSENT and i + 1 < len(events) and _is_first_device(events, i)
     for j in range(i + 1, len(events)):
         entry = events[j][2]
         flags = entry.flags
+        met |= flags
         if flags & _ENDS_LIST and not flags & _SAID_BEHIND:
             break
         if flags & _COMMA:
@@ -63,7 +65,7 @@ def list_goes_on(
         begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
     if has_be or device:
         return False
-    if begins and not ends_list:
+    if not ends_list and (begins or met & _SIZE and _has_size(events, i)):
         return _is_quality_of_list(events, i)
     if has_or or listing:
         return True
@@ -86,7 +88,7 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
         return not (following & _ARTICLE and state == UNCERTAIN)
     if following & _WEAK and events[i][2].flags & _WITH:
         return state == ABSENT
-    if single:
+    if single or _has_size(events, i):
         return True
     # two denied have no comma before "and": "no edema, and small effusions are seen"
     is_pair = following & _WEAK and state == ABSENT and _is_first_comma(events, i - 1)
@@ -96,6 +98,25 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
             return False
         if is_pair and flags & _SEEN or _says_of_subject(events, i, j, state):
             return True
+    return False
+
+
+def _has_size(events: list[Event], i: int) -> bool:
+    """Whether the first finding behind event i has a size that is no limit: "no edema, 8 mm
+    nodule", "no edema, nodule measuring 8 mm", not "no edema, nodule larger than 8 mm"."""
+    is_sized = False
+    for j in range(i + 1, len(events)):
+        entry, before = events[j][2], events[j - 1][2]
+        if entry.flags & _SIZE:
+            if before.flags & _LIMIT or j + 1 < len(events) and events[j + 1][2].flags & _LIMIT:
+                return False
+            if before.opens:
+                return True
+            is_sized = True
+        elif entry.opens and is_sized:
+            return True
+        elif before.opens or entry.flags & (_COMMA | _AND | _ENDS_LIST):
+            return False
     return False
 
 

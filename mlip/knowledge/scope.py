@@ -7,6 +7,7 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 from __future__ import annotations
 
 from mlip.knowledge.alternatives import leave_open
+from mlip.knowledge.asides import judge_asides
 from mlip.knowledge.events import (
     ABSENT,
     FLAG,
@@ -24,7 +25,8 @@ _AFTER, _AFTER_ONE = FLAG["negation_after"], FLAG["negation_after_one"]
 _UNC, _UNC_LIST = FLAG["uncertain_before"], FLAG["uncertain_list"]
 _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
-_LIKEWISE = FLAG["likewise"]
+_LIKEWISE, _REJECTED = FLAG["likewise"], FLAG["rejected"]
+_PAST, _CHANGE_OF = FLAG["past"], FLAG["change_of"]
 _ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
 _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
@@ -39,8 +41,8 @@ SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
-DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE
-_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE
+DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE | _REJECTED
+_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
@@ -59,6 +61,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
         pieces = [events[i : i + _MAX_EVENTS] for i in range(0, len(events), _MAX_EVENTS)]
         return [mention for piece in pieces for mention in resolve(piece, decide, stop, words)]
     choices: list[int] = []  # events that may join alternatives
+    asides: list[tuple[int, State]] = []  # events of "rather than" and the like, state there
     found: list[Found] = []
     owner: list[int] = []  # event behind each entry of found
     state: State = PRESENT
@@ -141,6 +144,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _FAULT:
                 # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
                 _give_device(events, i, found, PRESENT)
+            elif flags & (_REJECTED | _PAST | _CHANGE_OF):
+                asides.append((i, state))
             elif flags & _LIKEWISE:
                 if found and found[-1][3] == ABSENT:
                     state, closed, single, since = ABSENT, False, False, len(found)
@@ -189,6 +194,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                     found.append((first[0], last[1], row, state))
                     owner.append(i)
                     del parts[last_slot]
+    if asides:
+        judge_asides(asides, events, found, owner, words)
     if choices:
         leave_open(choices, events, found, owner, words)
     return found + normal if normal else found
@@ -294,6 +301,14 @@ def _give_device(events: list[Event], i: int, found: list[Found], state: State) 
         found[-1] = (*found[-1][:3], state)
 
 
+def _is_denied(events: list[Event], found: list[Found], owner: list[int]) -> bool:
+    """Whether the last of these mentions is denied, anatomy apart."""
+    for k in range(len(found) - 1, -1, -1):
+        if not events[owner[k]][2].fixed:
+            return found[k][3] == ABSENT
+    return False
+
+
 def _look_back(
     events: list[Event],
     i: int,
@@ -324,8 +339,10 @@ def _look_back(
         elif flags & _OR:
             met_conjunction = True
         elif flags & _AND:
-            if one and met_term:
+            if met_term and one:
                 return
+            if met_term and state == UNCERTAIN and _is_denied(events, found[: k + 1], owner):
+                return  # "no effusion and pneumonia cannot be excluded" denies the effusion
             met_conjunction = True
         while k >= 0 and owner[k] == j:
             if not met_term and events[i][0] - found[k][1] > _MAX_GAP:

@@ -277,6 +277,11 @@ def test_terms_of_any_table_are_found_and_the_earlier_concept_owns_a_shared_form
     assert [m.concept_id for m in linker.link("cyan mark")] == ["a"]
 
 
+def test_a_length_that_a_term_names_is_no_other_length():
+    linker = Linker(ConceptTable([Concept(id="a", name="5mm clip"), Concept(id="b", name="clip")]))
+    assert [m.concept_id for m in linker.link("A 5mm clip, an 8mm clip.")] == ["a", "b"]
+
+
 def test_a_large_vocabulary_takes_wider_codes_and_gives_the_same_mentions():
     base = load_concepts(None)
     extra = [Concept(id=f"x{i}", name=f"zz{i}qq word{i}") for i in range(4000)]

@@ -34,11 +34,11 @@ SENTENCES = {
         A finding of doubtful significance beside the known effusion. | pleural_effusion=P
         There is no doubt that the effusion is larger. | pleural_effusion=P
     """,
-    "of two compared both stay open, what is rejected beside a finding alone": """
+    "of two compared both stay open, what is rejected is denied": """
         Edema is less likely than pneumonia. | pulmonary_edema=U pneumonia=U
         Scarring is favored over a mass. | scar=U lung_mass=U
-        The opacity reflects scar rather than a mass. | lung_opacity=P scar=P lung_mass=U
-        Congestion as opposed to pneumonia is present. | vascular_congestion=P pneumonia=U
+        The opacity reflects scar rather than a mass. | lung_opacity=P scar=P lung_mass=A
+        Congestion as opposed to pneumonia is present. | vascular_congestion=P pneumonia=A
     """,
     "not consistent with is denied evidence": """
         Not compatible with heart failure. | heart_failure=A
@@ -263,6 +263,9 @@ ON_PURPOSE = {
     ("be", "change"),  # has increased
     ("denied_clause", "negation_before"),  # no evidence that
     ("choice", "or"),  # or, and / or, /
+    ("choice", "limit", "or"),  # or larger
+    ("change_of", "or"),  # or increase in
+    ("past", "strong"),  # status post
     ("clause", "uncertain_before"),  # does not exclude
     ("strong", "weak"),  # definite
     ("said_behind", "strong"),  # stable

@@ -83,6 +83,55 @@ SENTENCES = {
         No edema, effusion small nodule. | pulmonary_edema=A pleural_effusion=A
         No edema, small scar but no mass or effusion. | scar=P lung_mass=A pleural_effusion=A
     """,
+    "a size before or right behind a finding begins a statement": """
+        No effusion, 8 mm nodule. | pleural_effusion=A lung_nodule=P
+        No pneumothorax, 1.2 x 0.8 cm mass in the left lung. | pneumothorax=A lung_mass=P
+        No effusion, 8mm nodule. | pleural_effusion=A lung_nodule=P
+        No effusion, 5-6-mm nodule. | lung_nodule=P
+        No effusion, 5 or 6 mm nodule. | pleural_effusion=A lung_nodule=P
+        No edema, left upper lobe 9 mm nodule. | pulmonary_edema=A lung_nodule=P
+        No edema, nodule measuring 8 mm. | pulmonary_edema=A lung_nodule=P
+        No edema and 8 mm nodule, or mass. | pulmonary_edema=A lung_nodule=P
+        No edema with 8 mm nodule. | pulmonary_edema=A lung_nodule=P
+        No edema, subcentimeter nodule. | pulmonary_edema=A lung_nodule=P
+        No edema, sub-5-mm nodule. | pulmonary_edema=A lung_nodule=P
+        No edema, mass, sub-centimeter nodule or effusion. | lung_nodule=A pleural_effusion=A
+        No edema, 8 mm nodule or granuloma. | pulmonary_edema=A lung_nodule=U granuloma=U
+        No edema, 8 mm nodule, or effusion. | lung_nodule=A pleural_effusion=A
+        Possible edema, 8 mm nodule. | pulmonary_edema=U lung_nodule=P
+        Possible nodule, 8 mm, mass, or granuloma. | lung_nodule=U lung_mass=U granuloma=U
+        Atelectasis or 8 mm nodule. | atelectasis=U lung_nodule=U
+    """,
+    "a limit begins none, nor does a size of what is denied": """
+        No nodule or mass larger than 1 cm. | lung_nodule=A lung_mass=A
+        No edema, nodules > 4 mm. | pulmonary_edema=A lung_nodule=A
+        No edema, >5mm nodule. | pulmonary_edema=A lung_nodule=A
+        No edema, over 3 cm mass or effusion. | lung_mass=A pleural_effusion=A
+        No edema, 1 cm or larger mass. | pulmonary_edema=A lung_mass=A
+        No edema, mass 1 cm or larger. | pulmonary_edema=A lung_mass=A
+        No small effusion, small mass or larger nodule. | lung_mass=A lung_nodule=A
+        Effusion or larger mass. | pleural_effusion=U lung_mass=U
+        No 3 mm, 5 mm or 8 mm nodule. | lung_nodule=A
+        Without effusion or the 8 mm nodule seen previously. | pleural_effusion=A lung_nodule=A
+        No edema, nodule and 8 mm mass. | lung_nodule=A lung_mass=P
+        No edema, effusion, 2 cm above the carina. | pleural_effusion=A
+    """,
+    "of two that 'and' joins the doubt behind is of the second where the first is denied": """
+        No effusion and pneumonia cannot be excluded. | pleural_effusion=A pneumonia=U
+        No edema in the left base and a nodule is suspected. | pulmonary_edema=A lung_nodule=U
+        No edema, and pneumonia or aspiration is not excluded. | pulmonary_edema=A aspiration=U
+        No pneumothorax, effusion and pneumonia is possible. | pleural_effusion=A pneumonia=U
+        No effusion and pneumonia unlikely. | pleural_effusion=A pneumonia=U
+        Effusion and pneumonia cannot be excluded. | pleural_effusion=U pneumonia=U
+        No effusion and pneumonia has resolved. | pleural_effusion=A pneumonia=A
+    """,
+    "a bare finding behind a comma that is seen is the last of a list": """
+        No effusion, pneumothorax is seen. | pleural_effusion=A pneumothorax=A
+        No effusion, edema, pneumothorax is identified. | pulmonary_edema=A pneumothorax=A
+        No effusion, a pneumothorax is seen. | pleural_effusion=A pneumothorax=P
+        No effusion, small pneumothorax is seen. | pleural_effusion=A pneumothorax=P
+        No effusion, pneumothorax is again seen. | pleural_effusion=A pneumothorax=P
+    """,
     "what is gone up or down is there": """
         The effusion has gone down. | pleural_effusion=P
         Effusions have gone from small to moderate. | pleural_effusion=P
