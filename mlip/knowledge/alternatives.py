@@ -11,7 +11,7 @@ from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Event, Found
 
 _UNCHANGED, _COMMA = FLAG["unchanged"], FLAG["comma"]
 _BEGINS = FLAG["strong"] | FLAG["weak"] | FLAG["article"] | FLAG["predicate"]
-_BEGINS |= FLAG["indefinite"] | FLAG["said_behind"] | FLAG["past"] | FLAG["size"]
+_BEGINS |= FLAG["indefinite"] | FLAG["said_behind"] | FLAG["size"]
 # words that may stand before the second of two: "or, less likely, a small nodule"
 _BEFORE_SECOND = _BEGINS | FLAG["uncertain_before"] | FLAG["doubt"]
 _STATEMENT_ENDS = FLAG["clause"] | FLAG["positive"]

@@ -10,9 +10,9 @@ from mlip.knowledge.events import ABSENT, FLAG, PRESENT, UNCERTAIN, Event, Found
 _REJECTED, _PAST, _CHANGE_OF = FLAG["rejected"], FLAG["past"], FLAG["change_of"]
 _REMOVAL = FLAG["removal"]
 _COMMA, _OR = FLAG["comma"], FLAG["or"]
-_ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"] | FLAG["not"]
-_QUALITY = FLAG["strong"] | FLAG["weak"] | FLAG["predicate"]
-_STATEMENT = _COMMA | FLAG["seen"] | FLAG["be"]  # behind these "rather than" is of all of it
+_ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
+_QUALITY = FLAG["strong"] | FLAG["weak"]
+_STATEMENT = _COMMA | FLAG["seen"]  # behind these "rather than" is of all of it
 _SENTENCE_ENDS = ".;!\n\x03"
 
 

@@ -115,7 +115,7 @@ def _has_size(events: list[Event], i: int) -> bool:
             is_sized = True
         elif entry.opens and is_sized:
             return True
-        elif before.opens or entry.flags & (_COMMA | _AND | _ENDS_LIST):
+        elif before.opens or entry.flags & _COMMA:
             return False
     return False
 

@@ -341,7 +341,7 @@ def _look_back(
         elif flags & _AND:
             if met_term and one:
                 return
-            if met_term and state == UNCERTAIN and _is_denied(events, found[: k + 1], owner):
+            if state == UNCERTAIN and _is_denied(events, found[: k + 1], owner):
                 return  # "no effusion and pneumonia cannot be excluded" denies the effusion
             met_conjunction = True
         while k >= 0 and owner[k] == j:

@@ -25,8 +25,11 @@ SENTENCES = {
         Atelectasis rather than pneumonia, effusion. | pneumonia=A pleural_effusion=P
         Atelectasis rather than pneumonia with edema. | pneumonia=A pulmonary_edema=P
         Atelectasis rather than pneumonia, no edema. | pneumonia=A pulmonary_edema=A
+        Rather than a pacemaker this is a port. | pacemaker=A port_catheter=P
+        Scar rather than something else but a nodule is seen. | scar=P lung_nodule=P
+        Scar rather than something else and there is a nodule. | scar=P lung_nodule=P
         Rather than mass or nodule a granuloma is seen. | lung_mass=A lung_nodule=A granuloma=P
-        Tube in the bronchus rather than the trachea, effusion. | tube=P pleural_effusion=P
+        Tube in the bronchus rather than the trachea, effusion. | trachea=P pleural_effusion=P
     """,
     "a hedge before or behind it leaves both open": """
         Likely atelectasis rather than pneumonia. | atelectasis=U pneumonia=U
@@ -38,6 +41,7 @@ SENTENCES = {
     """,
     "between two qualities it denies no finding": """
         Chronic rather than acute rib fracture. | rib_fracture=P
+        Small rather than moderate effusion. | pleural_effusion=P
         Calcified rather than soft granuloma. | granuloma=P
         Calcified granuloma rather than nodule. | calcified_granuloma=P lung_nodule=A
         Acute rather than chronic fracture. | fracture=U
@@ -48,6 +52,7 @@ SENTENCES = {
         No pneumothorax status post chest tube placement. | pneumothorax=A chest_tube=P
         No pneumothorax s/p chest tube placement. | pneumothorax=A chest_tube=P
         No edema, s/p CABG. | pulmonary_edema=A bypass_graft=P
+        No edema, s/p lobectomy, effusion. | lung_resection=P pleural_effusion=P
         No pneumothorax post placement of a chest tube. | pneumothorax=A chest_tube=P
         Possible edema status post CABG. | pulmonary_edema=U bypass_graft=P
         No edema status post CABG and valve replacement. | bypass_graft=P prosthetic_valve=P
@@ -68,6 +73,10 @@ SENTENCES = {
         No small mass, small nodule or increase in edema. | lung_nodule=A pulmonary_edema=P
         Increase in effusion or edema. | pleural_effusion=U pulmonary_edema=U
         No mass or changes in keeping with edema. | lung_mass=A pulmonary_edema=A
+        No mass, changes in keeping with edema, or scar. | pulmonary_edema=A scar=A
+        No mass, growth of the nodule, or effusion. | lung_nodule=P pleural_effusion=A
+        No mass or change in effusion and edema. | pleural_effusion=P pulmonary_edema=P
+        Possible increase in effusion. | pleural_effusion=U
         No mass or new effusion. | lung_mass=A pleural_effusion=A
         No mass or interval development of effusion. | lung_mass=A pleural_effusion=A
     """,

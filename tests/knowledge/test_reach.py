@@ -115,6 +115,7 @@ SENTENCES = {
         Without effusion or the 8 mm nodule seen previously. | pleural_effusion=A lung_nodule=A
         No edema, nodule and 8 mm mass. | lung_nodule=A lung_mass=P
         No edema, effusion, 2 cm above the carina. | pleural_effusion=A
+        No nodule, 8 mm previously, effusion. | lung_nodule=A pleural_effusion=A
     """,
     "of two that 'and' joins the doubt behind is of the second where the first is denied": """
         No effusion and pneumonia cannot be excluded. | pleural_effusion=A pneumonia=U
@@ -123,6 +124,7 @@ SENTENCES = {
         No pneumothorax, effusion and pneumonia is possible. | pleural_effusion=A pneumonia=U
         No effusion and pneumonia unlikely. | pleural_effusion=A pneumonia=U
         Effusion and pneumonia cannot be excluded. | pleural_effusion=U pneumonia=U
+        No evidence that edema and effusion have resolved. | pulmonary_edema=P pleural_effusion=P
         No effusion and pneumonia has resolved. | pleural_effusion=A pneumonia=A
     """,
     "a bare finding behind a comma that is seen is the last of a list": """
