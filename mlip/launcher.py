@@ -10,7 +10,6 @@ import ipaddress
 import os
 import socket
 
-import psutil
 import torch
 
 # what starts several processes without a RANK for torch -> how many it says that it has started;
@@ -93,6 +92,8 @@ def name_interface(is_one_host: bool) -> None:
     is_far = address is not None and not _is_loopback(address)
     if (is_one_host and not is_far) or not _is_loopback(socket.gethostname()):
         return
+    import psutil  # late: mlip.training.grad_cache imports this file where torch is alone
+
     interfaces = {
         name: {entry.address for entry in entries}
         for name, entries in psutil.net_if_addrs().items()

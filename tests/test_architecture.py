@@ -136,6 +136,7 @@ ALLOWED = {
         "mlip.folder_lock",
         "mlip.unread_output",
     ),
+    "mlip.training.grad_cache": ("mlip.distributed",),  # for others' loops: torch alone
     "mlip.objective": (
         "mlip.model",
         "mlip.losses",
@@ -160,6 +161,7 @@ WALLS = {
     "imagecodecs": ("dataloading/dicom",),
     "transformers": ("mlip/encoders/", "dataloading/reports.py", "mlip/transformers_"),
     "PIL": ("mlip/transformers_inputs.py",),
+    "open_clip": ("kernels/info_nce/open_clip_patch.py",),
     "xformers": ("mlip/encoders/attention.py",),
     "torchvision": (),
     "pycocotools": ("mlip/transfer/measures/average_precision.py",),

@@ -21,7 +21,6 @@ from torch import Tensor
 from mlip import distributed
 from mlip.config import Config, ConfigError
 from mlip.training.ema import EMAState
-from mlip.training.grad_cache import set_recompute_context
 from mlip.training.optimizer import MOMENTS, build_optimizer, seed_moments
 from mlip.training.step import Engine, TrainingState
 
@@ -82,19 +81,9 @@ class DeepSpeedEngine(Engine):
                 model=objective, optimizer=build_optimizer(objective, config), config=settings
             )
         self.call = self.engine
-        set_recompute_context(self._keep_gathered if self.stage == 3 else contextlib.nullcontext)
         # the torch optimiser that holds the moments: inside ZeRO's from stage 1 on
         self.optimizer = self.zero if self.stage == 0 else self.zero.optimizer
         self._start_ema()
-
-    def _keep_gathered(self) -> Any:
-        """Stage 3 during a recomputation: its forward hooks must not release the parameters.
-
-        The backward pass that asked for the recomputation has gathered its module's already and
-        goes on with them right after; the module's own backward hook releases them.
-        """
-        coordinator = self.zero.parameter_offload.get_param_coordinator()
-        return mock.patch.object(coordinator, "release_sub_module")
 
     def _backward(self, total: Tensor) -> None:
         self.engine.backward(total)
