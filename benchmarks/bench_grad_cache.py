@@ -29,7 +29,7 @@ from mlip.training.grad_cache import cached_forward
 
 ROWS = RESULTS / "grad_cache.json"
 WIDTH, TURNS, TOKENS = 192, 3, 64
-SIZES = (0, 4)  # rows of a micro-batch; 0: no cache
+SIZES = (0, 8, 4)  # rows of a micro-batch; 0: no cache
 
 
 def make_step(pairs: int) -> Any:

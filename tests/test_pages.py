@@ -22,7 +22,7 @@ import pytest
 import mlip.cli
 import mlip.command_arguments
 import train
-from benchmarks import bench_same_pictures, bench_search, linker_read
+from benchmarks import bench_grad_cache, bench_same_pictures, bench_search, linker_read
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
@@ -249,6 +249,12 @@ def test_the_outliers_table_is_that_of_its_rows() -> None:
     page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     made = page_table(_results("outliers"))
     assert f"<!-- outliers: begin -->\n{made}\n<!-- outliers: end -->" in page
+
+
+def test_the_gradient_caches_table_is_that_of_its_rows() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text("utf-8")
+    made = bench_grad_cache.page_table(_results("grad_cache"))
+    assert f"<!-- gradient cache: begin -->\n{made}\n<!-- gradient cache: end -->" in page
 
 
 def test_the_tables_of_films_that_look_the_same_are_those_of_their_rows() -> None:
