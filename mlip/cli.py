@@ -35,6 +35,7 @@ FOREIGN = {
     "knowledge": ("mlip.knowledge.command", "build concept tables and look into them"),
 }
 
+_SEVERAL = ("settings", "phrases", "terms")  # arguments of which there may be several
 # options that name a file or folder
 _PATHS = {
     name: f"--{name}"
@@ -63,7 +64,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     given = [_at_home(item) for item in (sys.argv[1:] if arguments is None else arguments)]
     # the rest belongs to the sub-commands whose arguments live in their own modules
     options, rest = parser.parse_known_args(given)
-    several = getattr(options, "settings", getattr(options, "phrases", None))
+    several = next((getattr(options, n) for n in _SEVERAL if hasattr(options, n)), None)
     if several is not None:
         # argparse takes positionals only up to the first option: later ones are meant as well
         several += [item for item in rest if not item.startswith("-")]

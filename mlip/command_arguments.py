@@ -9,7 +9,14 @@ from __future__ import annotations
 import argparse
 from typing import Any, cast
 
-from mlip.commands import run_compare, run_doctor, run_evaluate, run_export, run_phantoms
+from mlip.commands import (
+    run_compare,
+    run_doctor,
+    run_evaluate,
+    run_export,
+    run_phantoms,
+    run_settings,
+)
 from mlip.film_commands import run_classify, run_embed, run_ground, run_outliers, run_search
 
 _SPLITS = ("train", "val", "test", "all")
@@ -300,6 +307,30 @@ def add_commands(commands: Any) -> None:
     )
     doctor.set_defaults(run=run_doctor)
 
+    settings = _add_command(
+        commands, "settings", "list the settings: type, range, default, and what each one does"
+    )
+    settings.add_argument(
+        "terms",
+        nargs="*",
+        metavar="WORD|key=value",
+        help="words that a setting's name or description has, or whole names of settings and "
+        "sections (default: all settings); with key=value also what each comes to",
+    )
+    settings.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML files, run folders or exports: also say what each setting comes to with them, "
+        "and which file decides it",
+    )
+    settings.add_argument(
+        "--out", metavar="FILE", help="write all settings as a Markdown page instead"
+    )
+    settings.set_defaults(run=run_settings)
+
     phantoms = _add_command(
         commands, "phantoms", "generate chest phantom studies whose findings are known"
     )
@@ -327,8 +358,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "settings",
         nargs="*",
         metavar="CONFIG|key=value",
-        help="YAML files, run folders, and single settings as key=value; checkpoint=DIR is short "
-        "for evaluate.checkpoint=DIR",
+        help="YAML files, run folders, and single settings as key=value (`mlip settings` lists "
+        "them); checkpoint=DIR is short for evaluate.checkpoint=DIR",
     )
 
 

@@ -23,8 +23,16 @@ def read_settings(items: Sequence[str]) -> Config:
 
 def read_given(items: Sequence[str]) -> Given:
     """read_settings, with what the items name: for Given.asked_by."""
-    from mlip.config import load, sort_settings
+    from mlip.config import load
     from mlip.given_settings import given
+
+    files, overrides = sort_items(items)
+    return given(files, overrides, load(files, overrides))
+
+
+def sort_items(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(files, overrides) of a command line; checkpoint=DIR is evaluate.checkpoint=DIR."""
+    from mlip.config import sort_settings
 
     if "checkpoint=" in items:  # "checkpoint=$DIR" where DIR is not set: run.dir's would be taken
         raise ConfigError(
@@ -32,10 +40,9 @@ def read_given(items: Sequence[str]) -> Given:
             "out for the checkpoint of run.dir"
         )
     files, overrides = sort_settings(items)
-    overrides = [
+    return files, [
         f"evaluate.{item}" if item.startswith("checkpoint=") else item for item in overrides
     ]
-    return given(files, overrides, load(files, overrides))
 
 
 def pick_device(asked: str | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from mlip.command_inputs import (
@@ -17,9 +18,10 @@ from mlip.command_inputs import (
     pick_device,
     read_given,
     read_settings,
+    sort_items,
 )
 from mlip.doctor import examine, is_healthy, report
-from mlip.output_file import require_replaceable, require_writable
+from mlip.output_file import begins_with, require_replaceable, require_writable, whole_file
 from mlip.typed_tree import ConfigError
 from mlip.unread_output import printed
 
@@ -113,6 +115,40 @@ def run_export(options: argparse.Namespace) -> int:
         transformers=options.transformers,
     )
     print(f"{folder}: {sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes")
+    return 0
+
+
+def run_settings(options: argparse.Namespace) -> int:
+    from mlip.config import assemble, read
+    from mlip.settings_reference import find, sections
+    from mlip.settings_text import TITLE, block, listing, page, values
+
+    # --config takes all that follows it; files may also stand where other commands take them
+    given = [*options.config, *options.terms]
+    words = [
+        item
+        for item in given
+        if not ("=" in item or "/" in item or item.endswith((".yaml", ".yml")))
+        and not (item in options.config and os.path.exists(item))
+    ]
+    files, overrides = sort_items([item for item in given if item not in words])
+    if options.out:
+        if words or files or overrides:
+            raise ConfigError("--out writes a page of all settings: leave out words and values")
+        out = Path(options.out)
+        is_ours = begins_with(out, [f"{TITLE}\n"])
+        require_replaceable(out, "--out", "page of mlip settings", is_ours=is_ours)
+        with whole_file(out) as partial:
+            partial.write_text(page(sections()), encoding="utf-8")
+        print(out)
+        return 0
+    if not (words or files or overrides):
+        print(printed(listing(sections())))
+        return 0
+    named = read(files, overrides, takes_exports=True)
+    come_to = values(assemble(tree for _, tree in named), named) if named else {}
+    lines = [line for s in find(words) for line in block(s, come_to.get(s.name))]
+    print(printed(lines))
     return 0
 
 

@@ -200,8 +200,7 @@ class Given:
             # what takes a file's value away is no wish
             if value != _usual(setting) and reads.kind(setting) == "unread":
                 raise ConfigError(
-                    f"{command} does not read {setting}={_shown(value)}: "
-                    f"{reads.instead_of(setting)}"
+                    f"{command} does not read {setting}={shown(value)}: {reads.instead_of(setting)}"
                 )
         for needs in NEEDS:
             if command not in _READ_BY.get(needs.other.rpartition(".")[0], (command,)):
@@ -216,8 +215,8 @@ class Given:
                 is_open = value != _usual(setting) and reads.kind(setting) != "of_model"
                 if is_open and not is_read:
                     raise ConfigError(
-                        f"{setting}={_shown(value)} is not read with {needs.other}="
-                        f"{_shown(current)}: set {needs.other}={needs.remedy}, or leave it out"
+                        f"{setting}={shown(value)} is not read with {needs.other}="
+                        f"{shown(current)}: set {needs.other}={needs.remedy}, or leave it out"
                     )
         return replace(self, command=command)
 
@@ -244,8 +243,8 @@ class Given:
                 continue
             own = "; what a task trains with is set in transfer" if self.command == OF_TASK else ""
             raise ConfigError(
-                f"{setting}={_shown(value)} is of the training: {where} was trained with "
-                f"{_shown(attrgetter(setting)(trained))}, and {self.command} takes no other: "
+                f"{setting}={shown(value)} is of the training: {where} was trained with "
+                f"{shown(attrgetter(setting)(trained))}, and {self.command} takes no other: "
                 f"{reads.instead_of(setting)}{own}"
             )
 
@@ -262,7 +261,7 @@ def _settings_now(where: Path, trained: Config) -> Config:
 
 def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:
     """What a command line names.  files, overrides  as load took them for this config"""
-    typed = {name for item in overrides for name in _named(read_override(item, Config))}
+    typed = {name for item in overrides for name in named_settings(read_override(item, Config))}
     of_task: set[str] = set()
     for file in map(Path, files):
         # a run's own names every setting there is; a pipe is empty by now
@@ -270,25 +269,26 @@ def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Giv
             continue
         tree = read_file(file, Config)
         if tree.get("transfer", {}).get("task", "none") != "none":
-            of_task |= {name for name in _named(tree) if name.startswith("evaluate.")}
+            of_task |= {name for name in named_settings(tree) if name.startswith("evaluate.")}
     typed_values, task_values = (
         {name: attrgetter(name)(config) for name in sorted(names)} for names in (typed, of_task)
     )
     return Given(config, typed_values, task_values)
 
 
-def _named(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+def named_settings(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """Settings that a checked tree holds; one that is a mapping itself counts as one."""
     for key, value in tree.items():
         name = f"{path}{key}"
-        if name in _leaves():
+        if name in leaf_names():
             yield name
         else:
-            yield from _named(value, f"{name}.")
+            yield from named_settings(value, f"{name}.")
 
 
 @cache
-def _leaves() -> frozenset[str]:
+def leaf_names() -> frozenset[str]:
+    """Names of settings, without those of sections."""
     names = all_keys(Config)
     sections = {name.rpartition(".")[0] for name in names}
     return frozenset(names) - sections
@@ -298,6 +298,6 @@ def _usual(setting: str) -> Any:
     return attrgetter(setting)(Config())
 
 
-def _shown(value: Any) -> str:
-    """As one writes it in YAML."""
+def shown(value: Any) -> str:
+    """A value as one writes it in YAML."""
     return json.dumps(plain(value)) if not isinstance(value, str) else value

@@ -1,6 +1,7 @@
 """Settings of the tasks that train something on a checkpoint's image encoder (mlip evaluate).
 
-What does not live here: zero-shot, retrieval and grounding, which train nothing (config.Evaluate).
+What does not live here: zero-shot, retrieval and grounding, which train nothing
+(evaluate_settings.py).
 """
 
 from __future__ import annotations
@@ -25,56 +26,70 @@ _OF_TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class AnnotationColumns:
-    """Which manifest column holds which annotation, as `mlip prepare` names them; None = none."""
+    """Which manifest column holds which annotation, as `mlip prepare` names them; null = none."""
 
     uncertain: str | None = None  # finding names joined by "|" that the publisher calls uncertain
     negative: str | None = None  # finding names joined by "|" that are stated to be absent
-    boxes: str | None = None  # JSON [[x, y, w, h, class], ...]; None = boxes.csv beside it
+    boxes: str | None = None  # JSON [[x, y, w, h, class], ...]; null = boxes.csv beside it
     mask: str | None = None  # run lengths, or path of a mask image (255 in, 127 ignore, 0 out)
     subset: str | None = None  # name of a published list that holds the image
-    source_height: str | None = None  # px that boxes and masks are in; None = the file's own
-    source_width: str | None = None
+    source_height: str | None = None  # px that boxes and masks are in; null = the file's own
+    source_width: str | None = None  # px that boxes and masks are in; null = the file's own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
+    """A task that `mlip evaluate` trains on an image encoder: labels, masks or boxes."""
+
+    # what is trained: nothing, a classifier of findings, masks or boxes
     task: Literal["none", "classification", "segmentation", "detection"] = "none"
-    start: Literal["checkpoint", "imagenet", "random"] = "checkpoint"  # weights of the encoder
-    encoder: Literal["frozen", "tuned"] = "frozen"  # frozen: in eval mode, running statistics too
+    # where the encoder's weights come from; imagenet: model.vision.source, random: new ones
+    start: Literal["checkpoint", "imagenet", "random"] = "checkpoint"
+    # frozen: as it is, in eval mode, running statistics too; tuned: trained as well
+    encoder: Literal["frozen", "tuned"] = "frozen"
     columns: AnnotationColumns = field(default_factory=AnnotationColumns)
     # class -> what an uncertain label of it counts as (one, zero, ignore); order = output order
     classes: dict[str, Any] = field(default_factory=dict)
     exclusive: bool = False  # exactly one class is true of an image: softmax instead of sigmoids
-    blank: Literal["zero", "ignore"] = "zero"  # a class that a row says nothing about
+    # what a class counts as that a row says nothing about: absent, or nothing
+    blank: Literal["zero", "ignore"] = "zero"
     subset: str | None = None  # test only on rows of this subset (transfer.columns.subset)
     subset_of: Literal["test", "all"] = "test"  # which splits are cut down to the subset
     val_share: float = 0.0  # share of training patients for val, where the manifest has no val
-    fractions: tuple[float, ...] = (1.0, 10.0, 100.0)  # % of the training patients
-    by_fraction: dict[str, Any] = field(default_factory=dict)  # {1: {batch: 8, lr: 2.0e-4}}
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order
+    fractions: tuple[float, ...] = (1.0, 10.0, 100.0)  # % of the training patients, a fit for each
+    # what differs at some of the fractions: batch, lr, epochs, patience or max_steps, as
+    # {1: {batch: 8, lr: 2.0e-4}}
+    by_fraction: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order: a fit for each
     balance: bool = False  # train on all positives and as many negatives (SIIM's protocol)
-    image_px: int = 0  # side of the encoder's input; 0 = data.crop_px
-    fit: Literal["letterbox", "stretch"] = "letterbox"  # of an image with masks or boxes
+    image_px: int = 0  # side of the encoder's input in px; 0 = data.crop_px
+    # how an image with masks or boxes becomes square: by black margins, or stretched
+    fit: Literal["letterbox", "stretch"] = "letterbox"
+    # what masks are read from: transfer.columns.mask, boxes filled, or the truth of phantoms
     mask_source: Literal["mask", "boxes", "phantom"] = "mask"
-    probe: Literal["adamw", "logistic"] = "adamw"  # logistic: L-BFGS, its strength chosen on val
-    epochs: int = 50
-    max_steps: int = 0  # of one fit; 0 = by epochs
+    # how a linear classifier is fitted; logistic: by L-BFGS, its strength chosen on val
+    probe: Literal["adamw", "logistic"] = "adamw"
+    epochs: int = 50  # passes over the drawn rows, at most (transfer.patience)
+    max_steps: int = 0  # steps of one fit, at most; 0 = by transfer.epochs
     epoch_steps: int = 0  # fewest steps between two looks at val: small draws are gone over again
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of convolutions for masks and boxes
-    batch: int = 48
-    lr: float = 5e-4
-    encoder_lr: float = 0.0  # of a tuned encoder; 0 = lr
-    weight_decay: float = 1e-6
+    # number format of networks for masks and boxes; auto: bf16 where the device multiplies it
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    batch: int = 48  # images of a step
+    lr: float = 5e-4  # learning rate of the new weights
+    encoder_lr: float = 0.0  # learning rate of a tuned encoder; 0 = transfer.lr
+    weight_decay: float = 1e-6  # AdamW's pull of the weights towards 0
     patience: int = 10  # epochs without a better val score before a fit stops
-    monitor: Literal["loss", "score"] = "loss"  # what val is watched for
-    augment: bool = True  # of training images where the encoder sees them anew each epoch
+    monitor: Literal["loss", "score"] = "loss"  # what of val picks the best epoch
+    augment: bool = True  # change training images, where the encoder sees them anew each epoch
     decoder_width: int = 0  # channels of the finest decoder level; 0 = as published
-    box_loss: Literal["grid", "objects"] = "grid"  # mean over the whole grid, or over objects
-    nms_iou: float = 0.5
-    score_cut: float = 0.001  # boxes below it are left out of the strict score
-    compat_score_cut: float = 0.5  # of the published form
+    # detection: mean over the whole grid, or over objects
+    box_loss: Literal["grid", "objects"] = "grid"
+    nms_iou: float = 0.5  # detection: of two boxes that overlap more than this the better one stays
+    score_cut: float = 0.001  # detection: boxes below it are left out of the strict score
+    compat_score_cut: float = 0.5  # detection: the same of the published form
+    # detection: overlaps from which a box counts as found; mAP is the mean over them
     iou_thresholds: tuple[float, ...] = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
-    cache_gib: float = 4.0  # decoded images kept, and as much again of a frozen encoder's levels
+    cache_gib: float = 4.0  # GiB of decoded images kept, and as much of a frozen encoder's levels
 
     def __post_init__(self) -> None:
         # files are merged key by key: null is how a later one takes a class away

@@ -109,7 +109,7 @@ def check_keys(
         if key not in hints:
             raise ConfigError(
                 f"{where}: unknown key {full!r}; the nearest valid key is "
-                f"{_nearest(str(key), path, hints, all_keys(root))!r}"
+                f"{_nearest(str(key), path, hints, all_keys(root))[0]!r}"
             )
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
@@ -119,13 +119,33 @@ def check_keys(
             check_keys(value, hints[key], where=where, path=f"{full}.", root=root)
 
 
-def _nearest(leaf: str, path: str, siblings: Iterable[str], known: list[str]) -> str:
-    """The dotted key that was probably meant: the same name elsewhere, or the likest one here."""
+def nearest_keys(name: str, cls: Any) -> list[str]:
+    """Dotted keys of `cls` that were probably meant by one that it lacks, likeliest first."""
+    path, hints, parts = "", _hints(cls), name.split(".")
+    for index, part in enumerate(parts):
+        kind = hints.get(part)
+        if not hints:
+            return [path.rstrip(".")]
+        if kind is None:
+            nearest = _nearest(part, path, hints, all_keys(cls))
+            ended = [".".join([key, *parts[index + 1 :]]) for key in nearest]
+            known = [key for key in ended if key in all_keys(cls)]
+            return known or nearest
+        path = f"{path}{part}."
+        hints = _hints(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+    return [name]
+
+
+def _nearest(leaf: str, path: str, siblings: Iterable[str], known: list[str]) -> list[str]:
+    """Dotted keys by how probably they were meant: of the same name elsewhere, or the likest here.
+
+    path, siblings  of the section in which the leaf was looked for
+    """
     last = {full: full.rsplit(".", 1)[-1] for full in known}
     same = [full for full in known if last[full] == leaf]
     here = [f"{path}{name}" for name in siblings] if path else known
     likest = sorted(here, key=lambda full: -_likeness(leaf, full.rsplit(".", 1)[-1]))
-    return (same or likest)[0]
+    return same or likest
 
 
 def _likeness(given: str, name: str) -> float:

@@ -104,6 +104,22 @@ def test_an_installed_wheel_imports_from_elsewhere(wheel: Path, tmp_path: Path) 
     assert str(target) in done.stdout
 
 
+def test_an_installed_wheel_says_what_every_setting_does(wheel: Path, tmp_path: Path) -> None:
+    """The words are read from the source that is installed."""
+    target = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(target)
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); from mlip.cli import main; "
+        "sys.exit(main(['settings', 'data.crop_px', 'loss.matching', 'transfer.columns.mask']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("side of the square", "cross-attention layers of the judge", "run lengths, or"):
+        assert words in done.stdout
+
+
 FIND = (
     "import sys\n"
     # an editable install answers through finders of its own: without them only the path counts

@@ -122,6 +122,9 @@ def _check_mlip(words: list[str]) -> None:
         return
     options, rest = build_parser().parse_known_args(words)
     assert not [word for word in rest if word.startswith("-")]
+    if options.command == "settings":
+        assert options.out or mlip.cli.main(words) == 0
+        return
     settings = [*getattr(options, "settings", []), *rest, *(getattr(options, "plan", None) or [])]
     if any(word.startswith("runs/") for word in settings):
         return  # the settings that a run has kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlip.config import Loss
+from mlip.loss_settings import Loss
 from mlip.typed_tree import ConfigError
 
 _NONE = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mlip.config import Evaluate
 from mlip.dataloading import phantom_reports
 from mlip.dataloading.manifest import ManifestError
+from mlip.evaluate_settings import Evaluate
 from mlip.knowledge.plain_letters import plain
 from mlip.transfer.alignment.zero_shot import Prompts
 

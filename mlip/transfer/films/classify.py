@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from mlip.batch import ImageFeatures
-from mlip.config import Evaluate
+from mlip.evaluate_settings import Evaluate
 from mlip.strict_yaml import read_yaml
 from mlip.transfer.alignment.label_prompts import lexicon_prompts
 from mlip.transfer.alignment.prompts import TextError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mlip.config import Evaluate
 from mlip.dataloading.phantom_reports import CONCEPT_IDS
 from mlip.dataloading.table import ManifestError
+from mlip.evaluate_settings import Evaluate
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
