@@ -32,6 +32,7 @@ from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.given_settings import given
 from mlip.held_out_pairs import open_validation
 from mlip.model_facts import start_of
+from mlip.options_once import Parser
 from mlip.output_file import whole_file
 from mlip.pretrained import open_checkpoint
 from mlip.report.run_page import write_report
@@ -59,7 +60,7 @@ from mlip.transfer.results_file import save_results
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """The command's options and the Config of its files and key=value overrides."""
     about = "Pre-train MLIP. The same command again goes on where the last one stopped."
-    parser = argparse.ArgumentParser(description=about)
+    parser = Parser(description=about)
     parser.add_argument(  # "extend": --config A --config B is --config A B
         "--config",
         nargs="+",

@@ -29,6 +29,7 @@ def require_alone(arguments: argparse.Namespace, defaults: argparse.Namespace) -
 
 def dataset_options(dataset: Dataset, given: list[str]) -> dict[str, str]:
     options = {name: default for name, (default, _) in dataset.options.items()}
+    said: dict[str, str] = {}
     for text in given:
         name, separator, value = text.partition("=")
         if not separator or name not in options:
@@ -41,8 +42,11 @@ def dataset_options(dataset: Dataset, given: list[str]) -> dict[str, str]:
             raise ConfigError(
                 f"--option {text}: expected a value: leave it out where none is meant"
             )
-        options[name] = value
-    return options
+        if said.setdefault(name, value) != value:
+            raise ConfigError(
+                f"--option {name}: given as {said[name]} and as {value}: expected one of them"
+            )
+    return options | said
 
 
 def leave_out_demographics(dataset: Dataset, options: dict[str, str]) -> None:

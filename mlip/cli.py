@@ -17,6 +17,7 @@ from typing import Any
 from mlip.command_arguments import add_commands, as_sentence
 from mlip.doctor import install_line
 from mlip.machine import limit_reached
+from mlip.options_once import Parser
 from mlip.output_file import refusal
 from mlip.stop_signal import Stopped, signals_stop
 from mlip.typed_tree import ConfigError, require_utf8
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
         "`mlip COMMAND --help` lists the options of a command. Research software. Not for clinical "
         "use."
     )
-    parser = argparse.ArgumentParser(prog="mlip", description=about, epilog=epilog)
+    parser = Parser(prog="mlip", description=about, epilog=epilog)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_commands(commands)
     for name in FOREIGN:
@@ -134,7 +135,7 @@ def _add_foreign(commands: Any, name: str, module: str, text: str) -> None:
         import importlib
 
         command = importlib.import_module(module)
-        own = argparse.ArgumentParser(prog=f"mlip {name}", description=as_sentence(text))
+        own = Parser(prog=f"mlip {name}", description=as_sentence(text))
         command.add_arguments(own)
         for before, given in zip([name, *options.rest], options.rest, strict=False):
             # the empty path is the current folder: "$OUT" where OUT is not set

@@ -17,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlip import options_once
 from mlip.cli import FOREIGN, build_parser, main
+from mlip.options_once import Parser
 from mlip.typed_tree import ConfigError
 from tests.small_run import small_export, small_run
 
@@ -295,6 +297,42 @@ def test_no_option_of_several_values_loses_those_given_first() -> None:
     assert {"--with", "--plan", "--obo", "--languages", "--findings"} <= seen
     options = build_parser().parse_args(["compare", "a", "--with", "b", "--with", "c", "d"])
     assert options.against == ["b", "c", "d"]
+
+
+def test_an_option_of_one_value_refuses_another_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """`mlip search --wordings a --wordings b` took b, and nobody was told of a."""
+    parsers: list[argparse.ArgumentParser] = [build_parser()]
+    for module, _ in FOREIGN.values():
+        parsers.append(Parser(prog=module))
+        importlib.import_module(module).add_arguments(parsers[-1])
+    checked = 0
+    for parser in parsers:  # grows by the sub-commands
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.option_strings and action.nargs is None:
+                several = isinstance(action, argparse._AppendAction)
+                assert several or isinstance(action, options_once._Once), action.option_strings
+                checked += not several
+    assert checked > 60
+    for command, named in (
+        (["search", "--in", "e", "--wordings", "a", "--wordings=b"], "--wordings: given as a and"),
+        (["classify", "--finding", "a", "--out", "a", "--out", "b"], "--out: given as a and as b"),
+        (["outliers", "--fit", "a", "--fit", "b"], "--fit: given as a and as b"),
+        (["doctor", "--plan", "a", "--ranks", "1", "--ranks", "2"], "--ranks: given as 1 and as"),
+        (["prepare", "folder", "--root", "a", "--root", "b"], "--root: given as a and as b"),
+        (["knowledge", "link", "--lexicon", "a", "f", "--lexicon", "b"], "--lexicon: given as a"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert f"mlip {command[0]}" in (said := capsys.readouterr().err)
+        assert f"{named}" in said and "expected one of them" in said
+    twice = build_parser().parse_args(["search", "--in", "e", "--top", "5", "--top", "05"])
+    assert twice.top == 5  # the same is one
+    several = ["--row", "1", "--row", "2", "--phrase", "a", "--phrase", "b"]
+    found = build_parser().parse_args(["search", "--in", "e", *several])
+    assert (found.row, found.phrase) == ([1, 2], ["a", "b"])
 
 
 def _make_phantoms(out: Path, stdout: int, **environment: str) -> subprocess.CompletedProcess[str]:
