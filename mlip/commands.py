@@ -29,7 +29,7 @@ from mlip.unread_output import printed
 def run_evaluate(options: argparse.Namespace) -> int:
     from mlip.dataloading.manifest import load_manifest
     from mlip.evaluate_transfer import evaluate_transfer, takes_checkpoint
-    from mlip.given_settings import OF_TASK, OF_TASK_ALONE
+    from mlip.given_settings import of_task
     from mlip.report.run_page import write_report
     from mlip.transfer.alignment.evaluation import evaluate_run
     from mlip.transfer.results_file import save_results
@@ -37,8 +37,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     given = read_given(options.settings)
     config, has_task = given.config, given.config.transfer.task != "none"
-    command = OF_TASK if takes_checkpoint(config) else OF_TASK_ALONE
-    given = given.asked_by(command if has_task else "mlip evaluate")
+    command = of_task(config.transfer, takes_checkpoint(config)) if has_task else "mlip evaluate"
+    given = given.asked_by(command)
     device = pick_device(options.device)
     options.out = options.out or config.run.dir
     folder = require_writable(Path(options.out))

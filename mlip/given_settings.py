@@ -2,14 +2,14 @@
 
 Only what was typed as key=value counts, and for a task what a file that names a transfer.task says
 of its evaluation. Files are shared by commands, and a run's own settings come along with its
-folder: what those hold beside is nobody's mistake. What two settings must agree on whoever named
-them is in config_agreement.py.
+folder: what those hold beside is nobody's mistake. Which typed settings another one turns off is in
+needed_settings.py; what two settings must agree on whoever named them, in config_agreement.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
@@ -18,6 +18,8 @@ from typing import Any
 
 from mlip.config import Config, from_dict
 from mlip.config_file import OF_A_RUN, read_file, read_override
+from mlip.needed_settings import NEEDS, PHANTOMS, below
+from mlip.transfer_settings import Transfer
 from mlip.typed_tree import ConfigError, all_keys, plain
 
 
@@ -50,44 +52,64 @@ class _Reads:
         return {**_HINTS, **self.hints}.get(setting, "leave it out")
 
 
-def _below(section: str, names: str) -> tuple[str, ...]:
-    return tuple(f"{section}.{name}" for name in names.split())
-
-
 OF_TASK = "mlip evaluate with transfer.task"
 OF_TASK_ALONE = f"{OF_TASK} and without a checkpoint"
-_OF_TASKS = (OF_TASK, OF_TASK_ALONE)
+OF_TASK_TUNED = f"{OF_TASK}=classification and transfer.encoder=tuned"
+_OF_TASKS = (OF_TASK, OF_TASK_ALONE, OF_TASK_TUNED)
 _LEXICON = "knowledge.lexicon"
+_SENTENCES = "data.augment.sentence_dropout"
 # decided when the model was trained: the others have nothing to do with it any more
 _TRAINED = (
-    *("model", "loss", "knowledge", "train", "batch"),
-    *_below("data", "augment vocab_size vocab_min_patients"),
-    *_below("run", "exact deterministic threads"),
+    *("model", "loss", "knowledge", "train", "batch", "data.phantom"),
+    *below("data", "augment vocab_size vocab_min_patients"),
+    *below("run", "exact deterministic threads"),
 )
 # what the other commands hold against the checkpoint themselves, whoever named it
-_PREPARED = _below("data", "resize_px crop_px channels mean std max_tokens max_entities sections")
-_PROMPTS = _below("evaluate", "positive_prompts negative_prompts")
-_OF_FITS = _below("evaluate", "split max_studies thresholds")
-_OF_SCORES = _below(
+_PREPARED = below("data", "resize_px crop_px channels mean std max_tokens max_entities sections")
+_PROMPTS = below("evaluate", "positive_prompts negative_prompts")
+_OF_FITS = below("evaluate", "split max_studies thresholds")
+_OF_SCORES = below(
     "evaluate",
     "split max_studies subset exclusive thresholds threshold_rule trained_on subgroups",
 )
 
-_HINTS = {"run.threads": "say OMP_NUM_THREADS=N before the command"}
+_HINTS = {
+    "run.threads": "say OMP_NUM_THREADS=N before the command",
+    **dict.fromkeys(
+        (*PHANTOMS, "data.phantom.studies"),
+        "nothing is generated here: make studies with `mlip phantoms`, and name data.manifest",
+    ),
+}
 _SAY_SPLIT = {"evaluate.split": "say --split"}
 _ALL_OF_TEST = dict.fromkeys(
     ("evaluate.split", "evaluate.max_studies"),
     "a task trains on train, chooses on val and scores all of test: leave it out",
 )
-_ASKS_FOR_TASK = _below("transfer", "start encoder classes probe")
+# not seeds, steps, batch and size: one budget for a list of configs, of which some train nothing
+_ASKS_FOR_TASK = below(
+    "transfer",
+    "start encoder classes probe subset_of val_share by_fraction balance fit lr "
+    "encoder_lr weight_decay monitor augment decoder_width box_loss nms_iou score_cut "
+    "compat_score_cut iou_thresholds",
+)
 
 READS = {
     "mlip evaluate": _Reads(
         *(_ASKS_FOR_TASK, _TRAINED, (_LEXICON,)),
         dict.fromkeys(_ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"),
     ),
-    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON, "data.augment"), _ALL_OF_TEST),
-    OF_TASK_ALONE: _Reads((*_OF_FITS, *_PROMPTS, "train", "batch", "loss"), hints=_ALL_OF_TEST),
+    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON,), _ALL_OF_TEST),
+    # the one task that sees crops as pre-training draws them
+    OF_TASK_TUNED: _Reads(
+        (*_OF_FITS, *_PROMPTS),
+        (*_TRAINED, _SENTENCES),
+        (_LEXICON, "data.augment"),
+        _ALL_OF_TEST,
+    ),
+    OF_TASK_ALONE: _Reads(
+        (*_OF_FITS, *_PROMPTS, "train", "batch", "loss", "data.phantom", _SENTENCES),
+        hints=_ALL_OF_TEST,
+    ),
     "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON, "evaluate.split")),
     "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
     "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,)),
@@ -110,71 +132,6 @@ _REPLACED = (
 )
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """Settings that are read only where another one is as it must be."""
-
-    settings: tuple[str, ...]
-    other: str
-    holds: Callable[[Any], bool]
-    remedy: str  # a value of `other`
-
-
-NEEDS = (
-    _Needs(("train.epochs",), "train.max_steps", lambda n: n == 0, "0"),
-    _Needs(("train.momentum",), "train.optimizer", lambda kind: kind == "muon", "muon"),
-    _Needs(("train.monitor_pairs",), "train.monitor", lambda kind: kind != "none", "loss"),
-    _Needs(
-        _below("data.phantom", "val_studies test_studies image_px seed test_seed file_format"),
-        *("data.phantom.studies", lambda n: n > 0, "1000"),
-    ),
-    _Needs(
-        ("model.vision.pool_heads",), "model.vision.pool", lambda k: k == "attention", "attention"
-    ),
-    _Needs(
-        ("model.divergence.beta_kl",),
-        *("model.divergence.kind", lambda kind: kind == "gaussian", "gaussian"),
-    ),
-    _Needs(
-        _below("model.divergence", "dropout beta_spread"),
-        *("model.divergence.kind", lambda kind: kind != "none", "gaussian"),
-    ),
-    _Needs(
-        ("loss.local_alignment.aggregation_scale",),
-        *("loss.local_alignment.aggregation", lambda kind: kind == "lse", "lse"),
-    ),
-    _Needs(
-        _below(
-            "loss.category",
-            "prototypes sinkhorn_temperature prediction_temperature sinkhorn_iterations "
-            "freeze_epochs knowledge_terms",
-        ),
-        *("loss.category.weight", lambda weight: weight > 0, "0.5"),
-    ),
-    _Needs(
-        ("loss.matching.layers", "loss.matching.heads"),
-        *("loss.matching.weight", lambda weight: weight > 0, "0.5"),
-    ),
-    _Needs(
-        _below("loss.swapping", "probability margin local_share"),
-        *("loss.swapping.weight", lambda weight: weight > 0, "0.5"),
-    ),
-    _Needs(
-        # not epochs, steps and batch: one budget for a list of tasks
-        _below("transfer", "lr weight_decay monitor by_fraction"),
-        *("transfer.probe", lambda kind: kind == "adamw", "adamw"),
-    ),
-    _Needs(
-        ("knowledge.dim",), "knowledge.vectors", lambda k: k in ("tfidf", "text_tower"), "tfidf"
-    ),
-    _Needs(
-        ("evaluate.threshold_rule",),
-        *("transfer.task", lambda task: task in ("none", "classification"), "classification"),
-    ),
-    _Needs(("evaluate.threshold_rule",), "transfer.exclusive", lambda is_so: not is_so, "false"),
-    _Needs(("evaluate.checkpoint",), "transfer.start", lambda s: s != "imagenet", "checkpoint"),
-    _Needs(("transfer.subset_of",), "transfer.subset", lambda name: name is not None, "NAME"),
-)
 # sections that some commands alone read: to the others it is nothing that one turns off
 _READ_BY = {"transfer": _OF_TASKS, "data.phantom": ("train.py", "mlip phantoms")}
 
@@ -185,11 +142,13 @@ class Given:
 
     typed    by key=value
     of_task  those of the evaluation, by a file that names a transfer.task too
+    unread_fractions  of transfer.by_fraction, of no fit: typed, or by such a file's own fractions
     """
 
     config: Config
     typed: Mapping[str, Any]
     of_task: Mapping[str, Any]
+    unread_fractions: tuple[str, ...] = ()
     command: str = "train.py"  # of READS
 
     def asked_by(self, command: str) -> Given:
@@ -202,6 +161,12 @@ class Given:
                 raise ConfigError(
                     f"{command} does not read {setting}={shown(value)}: {reads.instead_of(setting)}"
                 )
+        if command in _OF_TASKS and self.unread_fractions:
+            fractions = list(self.config.transfer.fractions)
+            raise ConfigError(
+                f"transfer.by_fraction.{self.unread_fractions[0]} is of no fit with "
+                f"transfer.fractions={fractions}: name one of them, add it there, or leave it out"
+            )
         for needs in NEEDS:
             if command not in _READ_BY.get(needs.other.rpartition(".")[0], (command,)):
                 continue
@@ -233,6 +198,7 @@ class Given:
             setting
             for setting, value in self.typed.items()
             if setting not in _REPLACED
+            and (setting, value) != ("data.phantom.studies", 0)  # none are made
             and reads.kind(setting) == "of_model"
             and value != attrgetter(setting)(trained)
         ]
@@ -241,12 +207,21 @@ class Given:
             value = self.typed[setting]
             if value == attrgetter(setting)(now):
                 continue
-            own = "; what a task trains with is set in transfer" if self.command == OF_TASK else ""
+            is_task = self.command in _OF_TASKS
+            own = "; what a task trains with is set in transfer" if is_task else ""
             raise ConfigError(
                 f"{setting}={shown(value)} is of the training: {where} was trained with "
                 f"{shown(attrgetter(setting)(trained))}, and {self.command} takes no other: "
                 f"{reads.instead_of(setting)}{own}"
             )
+
+
+def of_task(transfer: Transfer, takes_checkpoint: bool) -> str:
+    """The command of READS that an evaluation with a task is."""
+    if not takes_checkpoint:
+        return OF_TASK_ALONE
+    is_tuned = transfer.encoder == "tuned" and transfer.task == "classification"
+    return OF_TASK_TUNED if is_tuned else OF_TASK
 
 
 def _settings_now(where: Path, trained: Config) -> Config:
@@ -261,8 +236,10 @@ def _settings_now(where: Path, trained: Config) -> Config:
 
 def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:
     """What a command line names.  files, overrides  as load took them for this config"""
-    typed = {name for item in overrides for name in named_settings(read_override(item, Config))}
+    trees = [read_override(item, Config) for item in overrides]
+    typed = {name for tree in trees for name in named_settings(tree)}
     of_task: set[str] = set()
+    unread = {key for tree in trees for key in _unread_fractions(tree, config, ())}
     for file in map(Path, files):
         # a run's own names every setting there is; a pipe is empty by now
         if not file.is_file() or file.name == OF_A_RUN:
@@ -270,10 +247,23 @@ def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Giv
         tree = read_file(file, Config)
         if tree.get("transfer", {}).get("task", "none") != "none":
             of_task |= {name for name in named_settings(tree) if name.startswith("evaluate.")}
+            own = tree["transfer"].get("fractions") or Transfer().fractions
+            unread |= _unread_fractions(tree, config, own)
     typed_values, task_values = (
         {name: attrgetter(name)(config) for name in sorted(names)} for names in (typed, of_task)
     )
-    return Given(config, typed_values, task_values)
+    return Given(config, typed_values, task_values, tuple(sorted(unread)))
+
+
+def _unread_fractions(tree: Mapping[str, Any], config: Config, own: Iterable[Any]) -> set[str]:
+    """Percentages that a tree has settings for and the config has, but no fit.
+
+    own  percentages that the tree is right about although others were asked for in the end
+    """
+    named = {str(key) for key in (tree.get("transfer") or {}).get("by_fraction") or ()}
+    kept = named & set(map(str, config.transfer.by_fraction))
+    fits = {*config.transfer.fractions, *own}
+    return {key for key in kept if float(key) not in fits}
 
 
 def named_settings(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:

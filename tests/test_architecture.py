@@ -67,7 +67,14 @@ ALLOWED = {
         "mlip.loss_settings",
         "mlip.transfer_settings",
     ),
-    "mlip.given_settings": ("mlip.typed_tree", "mlip.config_file", "mlip.config"),
+    "mlip.needed_settings": (),
+    "mlip.given_settings": (
+        "mlip.needed_settings",
+        "mlip.typed_tree",
+        "mlip.config_file",
+        "mlip.config",
+        "mlip.transfer_settings",
+    ),
     "mlip.settings_reference": (
         "mlip.typed_tree",
         "mlip.config",

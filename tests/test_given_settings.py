@@ -18,7 +18,8 @@ from mlip.cli import main
 from mlip.command_inputs import read_given
 from mlip.config import Config
 from mlip.config_file import read_override
-from mlip.given_settings import NEEDS, OF_TASK, OF_TASK_ALONE, READS, Given
+from mlip.given_settings import OF_TASK, OF_TASK_ALONE, OF_TASK_TUNED, READS, Given
+from mlip.needed_settings import NEEDS
 from mlip.pretrained_agreement import read_config
 from mlip.typed_tree import ConfigError, all_keys, merge
 from tests.small_run import small_export, small_run
@@ -50,6 +51,16 @@ def given(*items: str) -> Given:
         ("mlip classify", ["evaluate.threshold_rule=youden"], "evaluate.threshold_rule"),
         ("mlip outliers", ["evaluate.subgroups={sex: []}"], "evaluate.subgroups"),
         ("mlip phantoms", ["run.seed=3"], "run.seed=3: say data.phantom.seed"),
+        *(
+            ("mlip evaluate", [f"transfer.{item}"], f"{item}.*: it is of a task")
+            for item in ("lr=1.0", "balance=true", "nms_iou=0.1", "val_share=0.2", "monitor=score")
+        ),
+        ("mlip evaluate", ["transfer.by_fraction.1.lr=1"], "by_fraction=.*: it is of a task"),
+        (
+            OF_TASK_ALONE,
+            [*PROBE, "data.phantom.studies=9"],
+            "studies=9: nothing is generated here: make studies with `mlip phantoms`",
+        ),
     ],
 )
 def test_a_typed_setting_that_a_command_does_not_read_is_refused(
@@ -118,11 +129,84 @@ def test_a_typed_setting_of_the_training_must_be_the_checkpoints() -> None:
     opened = read_config(configuration.to_dict(configuration.load([], ways)), Path("DIR"))
     given(*ways).asked_by("mlip evaluate").require_trained(opened, "DIR")
     assert (opened.model.attention, opened.loss.local_alignment.impl) == ("sdpa", "auto")
-    given(*PROBE, "data.augment.contrast=0.3").asked_by(OF_TASK).require_trained(trained, "DIR")
+    augmented, tuned = [*PROBE, "data.augment.contrast=0.3"], "transfer.encoder=tuned"
+    with pytest.raises(ConfigError, match="contrast=0.3 is of the training: DIR was .* with 0.1"):
+        given(*augmented).asked_by(OF_TASK).require_trained(trained, "DIR")
+    given(*augmented, tuned).asked_by(OF_TASK_TUNED).require_trained(trained, "DIR")
+    given(*augmented, tuned).asked_by(OF_TASK_ALONE)
+    sentences = [*PROBE, tuned, "data.augment.sentence_dropout=0"]
+    with pytest.raises(ConfigError, match="sentence_dropout=0.0 is of the training"):
+        given(*sentences).asked_by(OF_TASK_TUNED).require_trained(trained, "DIR")
+    with pytest.raises(ConfigError, match="does not read data.augment.sentence_dropout=0.0"):
+        given(*sentences).asked_by(OF_TASK_ALONE)
+    for items in ([*augmented], ["transfer.task=segmentation", tuned, augmented[-1]]):
+        with pytest.raises(ConfigError, match="contrast=0.3 is not read with transfer"):
+            given(*items).asked_by(OF_TASK_ALONE)
+
+
+@pytest.mark.parametrize(
+    "command", sorted(set(READS) - {OF_TASK_ALONE, "train.py", "mlip phantoms"})
+)
+def test_commands_that_generate_nothing_take_only_the_phantoms_of_the_training(
+    command: str,
+) -> None:
+    """`mlip evaluate runs/a data.phantom.test_studies=5000` scored the old ones without a word."""
+    trained = small_run().config
+    given(*small_run().settings).asked_by(command).require_trained(trained, "DIR")
+    given("data.phantom.studies=0").asked_by(command).require_trained(trained, "DIR")
+    for item, kept in (("studies=9", 32), ("test_studies=5000", 32), ("test_seed=3", 1000001)):
+        asked = given(f"data.phantom.{item}").asked_by(command)
+        with pytest.raises(
+            ConfigError,
+            match=f"data.phantom.{item} is of the training: DIR was trained with {kept}, and "
+            f"{command} takes no other: nothing is generated here: make studies with `mlip phan",
+        ):
+            asked.require_trained(trained, "DIR")
+    given("data.phantom.studies=9", "data.phantom.seed=3").asked_by("mlip phantoms")
+
+
+def test_a_percentage_of_no_fit_is_refused_where_it_was_typed_or_a_file_contradicts_itself(
+    tmp_path: Path,
+) -> None:
+    """transfer.by_fraction={5: {lr: 1}} beside fractions of 1, 10 and 100 changed nothing."""
+    for items in (
+        ["transfer.by_fraction={5: {lr: 1}}"],
+        ["transfer.by_fraction.5.lr=1"],
+        ["transfer.by_fraction={1: {lr: 1}, 5: {lr: 1}}"],
+        ["transfer.fractions=[5]", "transfer.by_fraction={1: {lr: 1}}"],
+    ):
+        wrong = "1" if "fractions=[5]" in items[0] else "5"
+        for command in (OF_TASK, OF_TASK_ALONE):
+            with pytest.raises(ConfigError, match=rf"by_fraction\.{wrong} is of no fit with "):
+                given(*PROBE, *items).asked_by(command)
+        given(*PROBE, *items).asked_by("train.py")  # of whose run a later task may be
+    given(*PROBE, "transfer.fractions=[5]", "transfer.by_fraction={5.0: {lr: 1}}").asked_by(OF_TASK)
+    file, other = tmp_path / "task.yaml", tmp_path / "fewer.yaml"
+    file.write_text(
+        "transfer: {task: detection, fractions: [1, 100], by_fraction: {1: {batch: 8}}}\n"
+    )
+    other.write_text("transfer: {fractions: [100]}\n")
+    given(str(file)).asked_by(OF_TASK)
+    given(str(file), str(other)).asked_by(OF_TASK)  # fewer of them, by another file or typed
+    given(str(file), "transfer.fractions=[100]").asked_by(OF_TASK)
+    given(str(file), "transfer.by_fraction.100.lr=1").asked_by(OF_TASK)
+    with pytest.raises(ConfigError, match=r"by_fraction\.100 is of no fit"):
+        given(
+            str(file), str(other), "transfer.fractions=[1]", "transfer.by_fraction.100.lr=1"
+        ).asked_by(OF_TASK)
+    file.write_text(file.read_text().replace("{1: {", "{10: {"))
+    with pytest.raises(
+        ConfigError, match=r"by_fraction\.10 is of no fit with .*=\[1.0, 100.0\]: name"
+    ):
+        given(str(file)).asked_by(OF_TASK)
+    given(str(file), "transfer.by_fraction={}").asked_by(OF_TASK)
+    given(str(file), "transfer.fractions=[10]").asked_by(OF_TASK)
+    given(str(file)).asked_by("mlip embed")
 
 
 def test_files_of_tasks_are_refused_to_no_command() -> None:
-    opened = set(READS) - {OF_TASK, OF_TASK_ALONE, "train.py", "mlip phantoms"}
+    of_tasks = {OF_TASK, OF_TASK_ALONE, OF_TASK_TUNED}
+    opened = set(READS) - {*of_tasks, "train.py", "mlip phantoms"}
     configs = Path(__file__).parents[1] / "configs"
     for file in configs.rglob("*_classification.yaml"):
         for over in ([], [str(configs / "transfer" / "baseline_imagenet.yaml")]):
@@ -139,7 +223,7 @@ def test_where_the_checkpoint_decides_both_of_two_settings_they_are_held_against
         [*typed, "loss.local_alignment.aggregation=lse", "train.optimizer=muon"]
         + ["train.zero_stage=0"],
     )
-    for command in ("mlip evaluate", "mlip export", OF_TASK):
+    for command in ("mlip evaluate", "mlip export", OF_TASK, OF_TASK_TUNED):
         asked = given(*typed).asked_by(command)
         asked.require_trained(trained, "DIR")  # an export brings aggregation and optimizer along
         with pytest.raises(ConfigError, match="trained with 5.0"):
@@ -186,6 +270,23 @@ def test_what_a_resumed_run_has_changed_since_is_its_own(tmp_path: Path) -> None
         (["model.vision.pool_heads=4"], "model.vision.pool=tower"),
         (["model.divergence.beta_kl=1", "model.divergence.kind=dropout"], "kind=dropout"),
         (["loss.local_alignment.aggregation_scale=3"], "aggregation=mean"),
+        (
+            ["loss.local_alignment.attention_scale=3", "loss.local_alignment.pooling=max"],
+            "pooling=max: set loss.local_alignment.pooling=attention",
+        ),
+        *(
+            ([f"data.{item}", f"{other}=a"], f"{other}=a: set {other}=null, or leave it out")
+            for item in ("vocab_size=500", "vocab_min_patients=9")
+            for other in ("model.text.tokenizer", "model.text.source", "train.start")
+        ),
+        (["model.vision.options={depths: [1]}", "model.vision.source=a"], "source=a: set"),
+        (["model.text.options={hidden_size: 8}", "model.text.source=a"], "source=a: set"),
+        *(
+            (["transfer.task=segmentation", f"transfer.{item}"], "task=segmentation: set .*=detec")
+            for item in ("nms_iou=0.1", "box_loss=objects", "iou_thresholds=[0.5]")
+        ),
+        ([*PROBE, "transfer.decoder_width=9"], "task=classification: set .*=segmentation"),
+        (["transfer.task=detection", "transfer.mask_source=boxes"], "task=detection: set"),
         (["knowledge.dim=9", "knowledge.vectors=own.safetensors"], "vectors=own.safetensors"),
         ([*PROBE, "transfer.lr=1", "transfer.probe=logistic"], "transfer.probe=logistic"),
         ([*PROBE, "transfer.subset_of=all"], "transfer.subset=null"),
@@ -215,6 +316,9 @@ def test_a_typed_setting_that_another_one_turns_off_is_refused(
     "item, off",
     [
         ("model.divergence.dropout=0.5", "model.divergence.kind=none"),
+        ("model.divergence.dropout=0.5", "loss.global_contrastive.weight=0.0"),
+        ("model.divergence.kind=dropout", "loss.global_contrastive.weight=0.0"),
+        ("loss.local_alignment.knowledge_scale=3", "loss.local_alignment.knowledge_gain=0.0"),
         ("loss.category.prototypes=9", "loss.category.weight=0.0"),
         ("loss.matching.layers=1", "loss.matching.weight=0.0"),
         ("loss.swapping.margin=1", "loss.swapping.weight=0.0"),
