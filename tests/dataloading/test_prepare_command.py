@@ -101,6 +101,11 @@ def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_pat
         (["folder", "--root", "nowhere", "--out", "x"], "no such folder"),
         (["folder", "--root", ".", "--out", "./x"], "lies inside"),
         (["folder", "--root", "/etc", "--out", "x", "--option", "a=b"], "patient_level"),
+        (
+            ["folder", "--root", "/etc", "--out", "x"]
+            + ["--option", "reports=a.csv", "--option", "reports=b.csv"],
+            "--option reports: given as a.csv and as b.csv: expected one of them",
+        ),
         (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
