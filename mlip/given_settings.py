@@ -85,12 +85,12 @@ _ALL_OF_TEST = dict.fromkeys(
     ("evaluate.split", "evaluate.max_studies"),
     "a task trains on train, chooses on val and scores all of test: leave it out",
 )
-# not seeds, steps, batch and size: one budget for a list of configs, of which some train nothing
+# not seeds, steps, batch, sizes, val_share: one budget for a list of configs, some of which train
+# nothing
 _ASKS_FOR_TASK = below(
     "transfer",
-    "start encoder classes probe subset_of val_share by_fraction balance fit lr "
-    "encoder_lr weight_decay monitor augment decoder_width box_loss nms_iou score_cut "
-    "compat_score_cut iou_thresholds",
+    "start encoder classes probe subset_of by_fraction balance fit lr encoder_lr weight_decay "
+    "monitor augment box_loss nms_iou score_cut compat_score_cut iou_thresholds",
 )
 
 READS = {

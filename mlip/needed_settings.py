@@ -107,10 +107,6 @@ NEEDS = (
         *("transfer.task", lambda task: task in ("none", "detection"), "detection"),
     ),
     Needs(
-        ("transfer.decoder_width",),
-        *("transfer.task", lambda task: task != "classification", "segmentation"),
-    ),
-    Needs(
         ("transfer.mask_source",),
         *("transfer.task", lambda task: task in ("none", "segmentation"), "segmentation"),
     ),

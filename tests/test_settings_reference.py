@@ -135,6 +135,8 @@ def test_words_choose_settings_whose_name_or_description_has_each(
         *("data.crop_px", "data.augment.random_crop"),
         "transfer.image_px",  # says 0 = data.crop_px: behind those that are named so
     ]
+    named = ["lr" in name for name in _heads(_lines(capsys, "lr"))]
+    assert named == sorted(named, reverse=True) and 0 < sum(named) < len(named)
     assert _heads(_lines(capsys, "CROP", "random")) == ["data.augment.random_crop"]
     names = [field.name for field in dataclasses.fields(Columns)]
     assert _heads(_lines(capsys, "data.columns")) == [f"data.columns.{name}" for name in names]

@@ -36,7 +36,8 @@ from tests.transfer.small_manifest import SECRETS, evaluate, pictures, write
 def run(folder: Path, *options: str, root: Path | None = None, **columns: Any) -> int:
     settings = [*write(folder, **columns), f"checkpoint={small_export()}"]
     settings += [f"data.root={root}"] if root else []
-    return main(["classify", *settings, "--out", str(folder / "f.csv"), *options])
+    out = [] if "--out" in options else ["--out", str(folder / "f.csv")]
+    return main(["classify", *settings, *out, *options])
 
 
 def read(folder: Path) -> list[dict[str, str]]:

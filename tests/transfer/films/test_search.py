@@ -28,7 +28,8 @@ def embedded(folder: Path, *options: str, **columns: object) -> Path:
 def run(folder: Path, *options: str, root: Path | None = None, **columns: object) -> int:
     settings = [*write(folder, **columns), f"checkpoint={small_export()}"]
     settings += [f"data.root={root}"] if root else []
-    where = ["--in", str(folder / "embeddings"), "--out", str(folder / "found.csv")]
+    where = ["--in", str(folder / "embeddings")]
+    where += [] if "--out" in options else ["--out", str(folder / "found.csv")]
     return main(["search", *settings, *where, *options])
 
 
