@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from mlip import options_once
 from mlip.cli import FOREIGN, build_parser, main
 from mlip.options_once import Parser
@@ -328,6 +329,11 @@ def test_an_option_of_one_value_refuses_another_one(capsys: pytest.CaptureFixtur
         assert stopped.value.code == 2
         assert f"mlip {command[0]}" in (said := capsys.readouterr().err)
         assert f"{named}" in said and "expected one of them" in said
+    with pytest.raises(SystemExit):
+        train.parse(["run.seed=2", "--deepspeed_config", "a", "train.lr=1", "--deepspeed_config=b"])
+    assert "--deepspeed_config: given as a and as b" in capsys.readouterr().err
+    options, _ = train.parse(["--local_rank=1", "run.seed=2", "--local_rank", "1"])  # launchers
+    assert options.local_rank == 1
     twice = build_parser().parse_args(["search", "--in", "e", "--top", "5", "--top", "05"])
     assert twice.top == 5  # the same is one
     several = ["--row", "1", "--row", "2", "--phrase", "a", "--phrase", "b"]

@@ -361,6 +361,15 @@ def test_commands_refuse_before_they_write_and_train_py_too(
         (["evaluate", *PROBE, model, "evaluate.split=val", *out], "does not read evaluate.split"),
         (["evaluate", *run.settings, *PROBE, model, "train.lr=1", *out], "is set in transfer"),
         (["evaluate", *by_seed, "train.lr=1", *out], "/of-1 was trained with"),
+        (
+            ["evaluate", *PROBE, *run.settings, model, "data.augment.contrast=0.3", *out],
+            "contrast=0.3 is of the training",
+        ),
+        (
+            ["evaluate", *PROBE, *run.settings, model, "data.augment.contrast=0.3", *out]
+            + ["transfer.encoder=tuned", "train.lr=1"],
+            "encoder=tuned takes no other",  # where contrast is its own
+        ),
         (["classify", model, "--finding", "edema", "evaluate.split=val", *out], "evaluate.split"),
         (["outliers", model, "--fit", f"{tmp_path}/out", "evaluate.split=val"], "evaluate.split"),
         (["phantoms", "data.phantom.studies=2", "run.seed=2", *out], "run.seed"),
