@@ -297,9 +297,11 @@ def test_yaml_of_thousands_of_levels_is_refused(text: str, tmp_path: Path) -> No
     """The C parser calls itself for each level: 100,000 of a lexicon or a config killed Python."""
     for place in (tmp_path / "c.yaml", tmp_path / "l.yaml"):
         place.write_text("data:\n  " + text)
-    with pytest.raises(ConfigError, match=r"c\.yaml: .*line 2: expected at most 1000 levels"):
+    # PyYAML 6.0.4 counts brackets itself, to as many
+    told = r"\.yaml: [\s\S]*line 2(: expected at most 1000 levels|, column [0-9]+)"
+    with pytest.raises(ConfigError, match="c" + told):
         config.load([tmp_path / "c.yaml"])
-    with pytest.raises(LexiconError, match=r"l\.yaml: .*line 2: expected at most 1000 levels"):
+    with pytest.raises(LexiconError, match="l" + told):
         load_concepts(tmp_path / "l.yaml")
     many = "a: [" + ", ".join(["[x]"] * 2000) + "]"  # brackets beside one another
     assert len(read_yaml(many)["a"]) == 2000
