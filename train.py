@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.assembly import (
     Corpus,
     build_objective,
@@ -191,7 +191,7 @@ def main(arguments: list[str]) -> int:
         options, config = parse(arguments)
         folder.append(Path(config.run.dir))
         stop = StopRequest()
-        distributed.start(config.run.timeout_s)
+        process_group.start(config.run.timeout_s)
         if not distributed.is_distributed():  # several ranks agree on it before the first step
             stop.raise_at_once("before training; nothing was trained since the start")
         setup_logging()
@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> int:
             require_deterministic(config)
             corpus = train(options, config, stop)
             gc.collect()  # the engine's memory, before the model is built again
-            with distributed.rank_0_alone() as is_main:
+            with process_group.rank_0_alone() as is_main:
                 if config.evaluate.after_training:
                     stop.raise_at_once("around the evaluation; the training state is saved")
                     if is_main:

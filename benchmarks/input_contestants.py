@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mlip import config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.dataloading.shard_worker import ImageSettings, convert, encode
 from mlip.dataloading.shards import ShardWriter
 

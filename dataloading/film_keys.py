@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mlip.config import Columns
 from mlip.dataloading.datasets.manifest import USUAL
-from mlip.dataloading.manifest import split_codes
 from mlip.dataloading.same_pictures import PictureHashes, hashes_of, read_hash_table
+from mlip.dataloading.splits import split_codes
 from mlip.dataloading.table import ManifestError, column_names, read_table
 from mlip.dataloading.table_cells import UNREADABLE
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
-from mlip.dataloading.manifest import IntArray, Manifest, ManifestError, connect
+from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.pair_ids import IntArray, connect
 from mlip.dataloading.producer import Producer
-from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.reports import ReportEncoder, draw_sentences
+from mlip.dataloading.report_batch import compose_batch, draw_sentences
+from mlip.dataloading.report_encoder import ReportEncoder
 from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
 from mlip.dataloading.samples import Images, SampleReader
 from mlip.dataloading.text_hash import HashArray

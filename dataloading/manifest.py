@@ -1,4 +1,4 @@
-"""A manifest as columns: reading, checking, splits, pair ids, rows excluded by rule.
+"""A manifest as columns: reading, checking, rows excluded by rule.
 
 Columnar throughout (Arrow and NumPy): a million rows load in seconds. Which columns mean what is
 data.columns in the config; no picture is opened here.
@@ -11,7 +11,6 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,29 +18,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.config import Data
+from mlip.dataloading.pair_ids import IntArray, pair_ids
 from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
+from mlip.dataloading.splits import NO_SPLIT, SPLITS, place_of, split_codes
 from mlip.dataloading.table import ManifestError, check_identifiers, read_table
-from mlip.dataloading.text_hash import HashArray, hash_bytes, hash_of_nan_words, hash_words, mix
-
-IntArray = NDArray[np.int64]
-
-SPLITS = ("train", "val", "test")
-SPLIT_OF = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-NO_SPLIT = -1
-
-# Shares of patients where the manifest has no split column.
-_TRAIN_SHARE, _VAL_SHARE = 0.8, 0.1
+from mlip.dataloading.text_hash import HashArray, hash_bytes, keyed, says_none
 
 _DOTTED = r"(^|/)(?:\./|/)+"
 
 # Up to this many rows every folder's real path is checked at load; beyond, when a file is opened.
 _CHECK_LINKS_ROWS = 20_000
 
-__all__ = ["Manifest", "ManifestError", "load_manifest", "RULES", "SPLITS"]
+__all__ = ["Manifest", "ManifestError", "load_manifest", "RULES"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ class Manifest:
 
         Raises:  ValueError for another name than those of SPLITS.
         """
-        kept = self.split == _place(split)
+        kept = self.split == place_of(split)
         if with_report or not self.keep_without_report:
             kept &= self.rule == 0
         return np.flatnonzero(kept).astype(np.int64)
@@ -85,7 +73,7 @@ class Manifest:
     def excluded(self, split: str, *, with_report: bool = True) -> dict[str, int]:
         """Rule -> number of rows that `rows` leaves out, other splits included."""
         counts: dict[str, int] = {}
-        inside = self.split == _place(split)
+        inside = self.split == place_of(split)
         for code in range(1, len(RULES)):
             if with_report or not self.keep_without_report:
                 count = int(np.count_nonzero(inside & (self.rule == code)))
@@ -126,12 +114,6 @@ class Manifest:
             return ()
         value = self.label_column[row].as_py() or ""
         return tuple(part.strip() for part in value.split("|") if part.strip())
-
-
-def _place(split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-    return SPLITS.index(split)
 
 
 def hashed_id(text: str, salt: str) -> str:
@@ -191,7 +173,7 @@ def load_manifest(data: Data) -> Manifest:
     for field in ("patient_id", "study_id", "image_id"):
         if field in table:
             check_identifiers(table[field], wanted[field] or "", path)
-    patient_key = _keyed(patient, fingerprint)
+    patient_key = keyed(patient, fingerprint)
     _check_no_blank(patient, "patient_id", columns.patient_id, path)
     split = split_codes(table.pop("split", None), patient, columns.split, path)
     _check_patients(patient_key, split, patient, path, salt)
@@ -199,7 +181,7 @@ def load_manifest(data: Data) -> Manifest:
     if columns.report is None:
         reports.append_missing(len(split))
     rule, text_hash = reports.rule(), reports.text_hash()
-    pair_id = _pair_ids(patient_key, table.pop("study_id", None), text_hash, rule == 0, fingerprint)
+    pair_id = pair_ids(patient_key, table.pop("study_id", None), text_hash, rule == 0, fingerprint)
     rule[split == NO_SPLIT] = NO_SPLIT_RULE
     return Manifest(
         path=str(path),
@@ -219,18 +201,8 @@ def load_manifest(data: Data) -> Manifest:
     )
 
 
-def _keyed(column: pa.ChunkedArray, fingerprint: str) -> HashArray:
-    return mix(hash_bytes(column), np.uint64(int(fingerprint[:16], 16)))
-
-
-def _says_none(column: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Where a cell is blank, holds marks alone, or what programs write for a gap: NA, nan, None."""
-    hashes, words = hash_words(column)
-    return (words == 0) | np.isin(hashes, hash_of_nan_words())
-
-
 def _check_no_blank(column: pa.ChunkedArray, field: str, name: str, path: Path) -> None:
-    blank = _says_none(column)
+    blank = says_none(column)
     if blank.any():
         raise ManifestError(
             f"{path}: column {name!r} ({field}) is blank or says none (NA, nan, null) in "
@@ -283,36 +255,6 @@ def _check_unique(image: pa.ChunkedArray, image_id: pa.ChunkedArray | None, path
             )
 
 
-def split_codes(
-    column: pa.ChunkedArray | None, patient: pa.ChunkedArray, name: str | None, path: Path
-) -> NDArray[np.int8]:
-    """Index into SPLITS of every row, NO_SPLIT where blank; without a column by the patient's hash.
-
-    Raises:  ManifestError for another name than those of SPLIT_OF.
-    """
-    if column is None:
-        # the plain hash of the id: the same patients fall in the same split in every manifest
-        draw = mix(hash_bytes(patient), np.uint64(0)).astype(np.float64) / 2.0**64
-        bounds = np.array([_TRAIN_SHARE, _TRAIN_SHARE + _VAL_SHARE])
-        return np.searchsorted(bounds, draw, side="right").astype(np.int8)
-    plain = pc.utf8_lower(pc.utf8_trim_whitespace(pc.fill_null(column, "")))
-    encoded = plain.combine_chunks().dictionary_encode()
-    values = encoded.dictionary.to_pylist()
-    unknown = [v for v in values if v and v not in SPLIT_OF]
-    if unknown:
-        # a mapped-wrong column could hold identifiers: show only what looks like a split's name
-        named = all(v.isalpha() and len(v) <= 12 for v in unknown) and len(unknown) <= 3
-        shown = ", ".join(map(repr, unknown)) if named else ""
-        raise ManifestError(
-            f"{path}: column {name!r} (split) holds {len(unknown)} unknown values"
-            f"{': ' + shown if shown else ''}; expected train, val (valid, validate, validation, "
-            "dev) or test"
-        )
-    known = {name: SPLITS.index(split) for name, split in SPLIT_OF.items()}
-    codes = np.array([known.get(v, NO_SPLIT) for v in values], dtype=np.int8)
-    return codes[encoded.indices.to_numpy()]
-
-
 def _check_patients(
     key: HashArray,
     split: NDArray[np.int8],
@@ -333,61 +275,3 @@ def _check_patients(
             f"{path}: {len(crossing)} patients occur in more than one split, for example the one "
             f"hashed {hashed_id(first, salt)}: expected every patient in one split only"
         )
-
-
-def _pair_ids(
-    patient_key: HashArray,
-    study: pa.ChunkedArray | None,
-    text_hash: HashArray,
-    has_text: NDArray[np.bool_],
-    fingerprint: str,
-) -> IntArray:
-    """First row of each connected component of "same study" and "same words".
-
-    A study belongs to a patient: two hospitals may both have a study "1".
-    """
-    # a million rows: half as wide indices and no array longer than it is needed are 80 MiB less
-    rows = np.arange(len(patient_key), dtype=np.int32)
-    groups: list[Any] = []
-    if study is not None:
-        here = ~_says_none(study)
-        groups.append(
-            (rows[here], mix(_keyed(pc.fill_null(study, ""), fingerprint), patient_key)[here])
-        )
-    groups.append((rows[has_text], text_hash[has_text]))
-    return connect(len(rows), groups)
-
-
-def connect(count: int, groups: list[tuple[IntArray, HashArray]]) -> IntArray:
-    """Smallest member of each row's component, rows with equal keys of a group being linked.
-
-    Returns: [count] int64
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    left, right = [], []
-    for rows, keys in groups:
-        others = _first_of_equals(rows, keys)
-        links = rows != others
-        left.append(rows[links].astype(np.int32))
-        right.append(others[links].astype(np.int32))
-    a, b = np.concatenate(left), np.concatenate(right)
-    if len(a) == 0:
-        return np.arange(count, dtype=np.int64)
-    graph = coo_array((np.ones(len(a), dtype=np.int8), (a, b)), shape=(count, count))
-    _, label = connected_components(graph, directed=False)
-    _, first = np.unique(label, return_index=True)
-    return first[label].astype(np.int64)
-
-
-def _first_of_equals(rows: NDArray[Any], keys: HashArray) -> NDArray[Any]:
-    """For each row the first one with an equal key; rows ascend."""
-    order = np.argsort(keys, kind="stable")
-    in_order = keys[order]
-    begins = np.concatenate([[True], in_order[1:] != in_order[:-1]])[: len(keys)]
-    del in_order
-    firsts = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))
-    others = np.empty_like(rows)
-    others[order] = rows[order[firsts]]
-    return others

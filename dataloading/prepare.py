@@ -8,12 +8,10 @@ mlip prepare --check-phi PATH                    what de-identification left in 
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -26,6 +24,7 @@ from mlip.dataloading.duplicates import prepared_duplicates
 from mlip.dataloading.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.phi_report import report_phi
 from mlip.dataloading.prepare_options import (
+    check_places,
     dataset_options,
     image_settings,
     leave_out_demographics,
@@ -35,7 +34,6 @@ from mlip.dataloading.prepare_options import (
 from mlip.dataloading.prepared_tables import grouping_lines, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.shard_build import (
-    ID_MAP,
     PASSING,
     Plan,
     Result,
@@ -43,7 +41,6 @@ from mlip.dataloading.shard_build import (
     write_id_map,
 )
 from mlip.machine import usable_cores
-from mlip.output_file import begins_with, require_replaceable
 from mlip.typed_tree import ConfigError, require_utf8
 from mlip.unread_output import one_line, printed
 
@@ -158,7 +155,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         "ids": "as they are" if keep_ids else "hashed",
     }
     folder = OutputFolder(out, str(arguments.out), asked, part, arguments.overwrite)
-    _check_places(arguments, root, out, options)
+    check_places(arguments, root, out, options)
     folder.check()
     print(f"{dataset.title}. Licence: {dataset.licence}", flush=True)
     collected = dataset.collect(root, options)
@@ -185,43 +182,6 @@ def _prepare(arguments: argparse.Namespace) -> int:
             return _build(arguments, options, collected, plan)
         except OSError as error:
             raise DatasetError(f"--out {arguments.out}: cannot be used: {error.strerror}") from None
-
-
-def _check_places(
-    arguments: argparse.Namespace, root: Path, out: Path, options: dict[str, str]
-) -> None:
-    """Raises ConfigError where a file of the user's could be replaced, or ids lie open."""
-    if out == root or root in out.parents and arguments.dataset == "folder":
-        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
-    # an option may as well hold a column's name, which is no file
-    given = {name: Path(os.path.realpath(v)) for name, v in options.items() if os.path.exists(v)}
-    for name, path in given.items():
-        if out in (path, *path.parents):
-            raise ConfigError(
-                f"--option {name}={options[name]}: lies in --out, whose files are replaced: keep "
-                "it elsewhere, or choose another --out"
-            )
-    if arguments.id_map is None:
-        return
-    id_map = Path(os.path.realpath(arguments.id_map))
-    if out in id_map.parents:
-        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
-    if root in id_map.parents or id_map in given.values():
-        raise ConfigError(
-            f"--id-map {arguments.id_map}: would be written over what is read: choose a file "
-            "outside --root that no option names"
-        )
-    try:
-        if id_map.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=id_map.parent):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
-        ) from None
-    is_map = begins_with(id_map, ID_MAP[:-1])  # earlier tables told of no file that was left out
-    require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)
 
 
 def _build(

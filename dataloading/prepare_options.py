@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import tempfile
+from pathlib import Path
 from typing import Literal
 
 from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import Dataset
+from mlip.dataloading.shard_build import ID_MAP
 from mlip.dataloading.shard_worker import ImageSettings
+from mlip.output_file import begins_with, require_replaceable
 
 # options that look at something and prepare nothing
 _LOOKS = ("list", "explain", "check_phi")
@@ -97,3 +103,40 @@ def part_of(text: str) -> tuple[int, int]:
     if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
         raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
     return int(number) - 1, int(count)
+
+
+def check_places(
+    arguments: argparse.Namespace, root: Path, out: Path, options: dict[str, str]
+) -> None:
+    """Raises ConfigError where a file of the user's could be replaced, or ids lie open."""
+    if out == root or root in out.parents and arguments.dataset == "folder":
+        raise ConfigError(f"--out {arguments.out}: lies inside --root; choose another folder")
+    # an option may as well hold a column's name, which is no file
+    given = {name: Path(os.path.realpath(v)) for name, v in options.items() if os.path.exists(v)}
+    for name, path in given.items():
+        if out in (path, *path.parents):
+            raise ConfigError(
+                f"--option {name}={options[name]}: lies in --out, whose files are replaced: keep "
+                "it elsewhere, or choose another --out"
+            )
+    if arguments.id_map is None:
+        return
+    id_map = Path(os.path.realpath(arguments.id_map))
+    if out in id_map.parents:
+        raise ConfigError("--id-map: keep the secret table outside --out, which others may read")
+    if root in id_map.parents or id_map in given.values():
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: would be written over what is read: choose a file "
+            "outside --root that no option names"
+        )
+    try:
+        if id_map.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=id_map.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
+        ) from None
+    is_map = begins_with(id_map, ID_MAP[:-1])  # earlier tables told of no file that was left out
+    require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)

@@ -1,4 +1,5 @@
-"""Tokens and entities of a batch of reports, put together in whole-array steps.
+"""Tokens and entities of a batch of reports, put together in whole-array steps, and the draws by
+which sentences are dropped.
 
 At a tenth of the time of one report after another (20 us each, tests/dataloading/report_oracle.py).
 """
@@ -12,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlip.dataloading.reports import EncodedReport, ReportEncoder
+from mlip.dataloading.keyed_draws import keyed_draws
+from mlip.dataloading.report_encoder import EncodedReport, ReportEncoder
 
 MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits
 IntArray = NDArray[np.int64]
@@ -38,6 +40,18 @@ class ReportBatch(NamedTuple):
             "entity_mask": self.entity_mask,
         }
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def draw_sentences(
+    seed: int,
+    epoch: NDArray[np.int64],
+    global_index: NDArray[np.int64],
+    probability: float,
+) -> NDArray[np.float64]:
+    """Two uniform numbers a sample: [B, 2], the second -1 where no sentence is dropped."""
+    draws = keyed_draws(seed, "sentences", epoch, global_index, 2)
+    draws[draws[:, 0] >= probability, 1] = -1.0
+    return draws
 
 
 def compose_batch(

@@ -1,7 +1,7 @@
 """A manifest's report texts: sections chosen and rules applied as they are read, kept compressed.
 
 A million reports of 290 characters are 290 MiB as an Arrow column and a fraction of that here; a
-training run reads each text once (reports.py keeps its tokens), so reading may cost a little.
+training run reads each text once (report_encoder.py keeps its tokens): reading may cost a little.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Report text: cleaning, sections, sentences. Tokens and mentions are in reports.py.
+"""Report text: cleaning, sections, sentences. Tokens and mentions are in report_encoder.py.
 
 Nothing is thrown away that carries meaning: negation words, decimals, units and sides stay.
 """

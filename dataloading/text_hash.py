@@ -160,3 +160,14 @@ NAN_WORDS = ("nan", "none", "null", "na", "n/a", "nil", "missing", "no report", 
 def hash_of_nan_words() -> HashArray:
     """hash_words of each of NAN_WORDS.  Shapes: [n] uint64"""
     return hash_words(pa.array(NAN_WORDS, pa.large_string()))[0]
+
+
+def says_none(column: Texts) -> NDArray[np.bool_]:
+    """Where a cell is blank, holds marks alone, or what programs write for a gap: NA, nan, None."""
+    hashes, words = hash_words(column)
+    return (words == 0) | np.isin(hashes, hash_of_nan_words())
+
+
+def keyed(column: Texts, fingerprint: str) -> HashArray:
+    """hash_bytes, of other values in each manifest: fingerprint is the hex SHA-256 of its bytes."""
+    return mix(hash_bytes(column), np.uint64(int(fingerprint[:16], 16)))

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.batch import STATES
 from mlip.config import Config, ConfigError, Knowledge
 from mlip.dataloading import phantom_dataset
 from mlip.dataloading.image_file import is_too_dark
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.loader import Loader, build_loader
-from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError, load_manifest
+from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.dataloading.report_text import clean_report
-from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer
 from mlip.dataloading.samples import SampleReader
+from mlip.dataloading.splits import SPLITS
 from mlip.encoders.text import TextEncoder, token_states
 from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
@@ -100,7 +101,7 @@ def provide_phantoms(config: Config) -> None:
                 "data.phantom.studies=0 for a manifest of your own"
             ) from error
 
-    distributed.main_first(generate)
+    process_group.main_first(generate)
     mark = phantom_dataset.fingerprint(wanted)
     if not is_seen(lambda: phantom_dataset.is_complete(folder, mark), config.run.timeout_s):
         raise ConfigError(
@@ -293,7 +294,7 @@ def _concept_vectors(config: Config, corpus: Corpus) -> Tensor:
     # a tower from random weights takes them on every rank: all go on with the same numbers
     encode = _definition_encoder(config, corpus) if settings.vectors == "text_tower" else None
     made: list[Tensor] = []
-    distributed.main_first(lambda: made.append(knowledge_vectors(corpus.table, settings, encode)))
+    process_group.main_first(lambda: made.append(knowledge_vectors(corpus.table, settings, encode)))
     shape = distributed.broadcast_object([tuple(vectors.shape) for vectors in made])[0]
     vectors = made[0] if made else torch.empty(shape)
     distributed.broadcast_([vectors])

@@ -1,7 +1,7 @@
 """The variables by which a launcher tells a process its place: whole, of one world, and with a GPU;
 and the network interface by which other hosts reach it.
 
-What does not live here: joining the ranks' group (distributed.start).
+What does not live here: joining the ranks' group (process_group.start).
 """
 
 from __future__ import annotations

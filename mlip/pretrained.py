@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from mlip import config as configuration
 from mlip.config import Config
-from mlip.dataloading.reports import ReportTokenizer, load_tokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer, load_tokenizer
 from mlip.knowledge.concept_files import KEPT, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import linker_of

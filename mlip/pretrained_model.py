@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures
 from mlip.config import Config
-from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
 from mlip.model import MLIPModel

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.config import Config, Text
 from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.dataloading.reports import (
+from mlip.dataloading.report_tokenizer import (
     ReportTokenizer,
     is_vocabulary,
     load_tokenizer,
@@ -49,7 +49,7 @@ def open_tokenizer(
         # that of a start is equal to a given one, which may be gone (open_start)
         tokenizer = start.tokenizer if start else load_tokenizer(folder if is_gone else given)
         # nodes may differ in what they see of both folders: none waits for what another leaves out
-        distributed.main_first(lambda: None if goes_on else _keep(tokenizer, given, folder))
+        process_group.main_first(lambda: None if goes_on else _keep(tokenizer, given, folder))
         return tokenizer
 
     def make() -> None:
@@ -78,7 +78,7 @@ def open_tokenizer(
             public=lexicon_words(),
         )
 
-    distributed.main_first(make)
+    process_group.main_first(make)
     is_seen(folder.is_dir, config.run.timeout_s)
     return load_tokenizer(folder)
 

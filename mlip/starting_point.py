@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from mlip.config import Config, ConfigError, load
-from mlip.dataloading.reports import is_vocabulary, load_tokenizer
+from mlip.dataloading.report_tokenizer import is_vocabulary, load_tokenizer
 from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.pretrained_model import Pretrained

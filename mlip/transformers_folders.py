@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.utils import logging as hub_logging
 
 from mlip.config import Config
-from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer
 from mlip.model import MLIPModel
 from mlip.pretrained_weights import PretrainedError, plain_model
 

@@ -21,7 +21,7 @@ from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerFast, P
 from transformers.image_processing_utils import BaseImageProcessor
 
 from mlip.config import Config
-from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer
 from mlip.knowledge.concept_files import KEPT, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import linker_of

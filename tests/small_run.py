@@ -13,7 +13,7 @@ import torch
 from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
 from mlip.dataloading.phantom_dataset import write_dataset
-from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer, train_tokenizer
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker, linker_of

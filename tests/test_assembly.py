@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip import distributed
+from mlip import process_group
 from mlip.assembly import build_objective, open_corpus, provide_phantoms
 from mlip.config import Config, ConfigError, load
 from mlip.dataloading.manifest import ManifestError, load_manifest
@@ -224,7 +224,7 @@ def test_phantoms_that_another_node_does_not_see_are_no_reason_to_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Generated on a disk of rank 0's node alone: the other node looked for them for ever."""
-    monkeypatch.setattr(distributed, "main_first", lambda work: None)
+    monkeypatch.setattr(process_group, "main_first", lambda work: None)
     settings = [*SETTINGS, f"data.manifest={tmp_path}/data/manifest.csv", "run.timeout_s=0.1"]
     with pytest.raises(ConfigError, match="does not see them: set data.manifest"):
         provide_phantoms(load([], settings))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlip.config import to_dict
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.knowledge import concept_files
 from mlip.knowledge.concept_files import write_table
 from mlip.pretrained import PretrainedError, open_checkpoint, save_pretrained

@@ -11,7 +11,7 @@ import pytest
 
 from mlip.config import Config, Text, load
 from mlip.dataloading.manifest import ManifestError
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.pretrained_weights import PretrainedError
 from mlip.run_vocabulary import open_tokenizer, vocabulary_of_run
 from mlip.transfer.fingerprint import hash_of_vocabulary

@@ -13,9 +13,9 @@ import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import train
-from mlip import cli, distributed, resumed_run, run_vocabulary
+from mlip import cli, distributed, process_group, resumed_run, run_vocabulary
 from mlip.config import load
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.encoders import pretrained_tower
 from mlip.evaluate_transfer import open_vision
 from mlip.output_file import file_sha256
@@ -378,7 +378,7 @@ def test_a_copy_of_the_vocabulary_in_other_bytes_is_a_copy(made, tmp_path, capfd
 
 def _open_on_a_node_that_lags(run: str, damaged: str) -> None:
     """Rank 1 does not see the checkpoints, as for a minute on a network's disk."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     if distributed.rank() == 1:
         resumed_run.checkpoints_of = run_vocabulary.checkpoints_of = lambda folder: []
     config = load([run], [f"run.dir={run}"], takes_exports=True)

@@ -10,7 +10,7 @@ import torch
 
 import train
 from mlip import cli
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.pretrained import open_checkpoint
 from mlip.training import faults
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401

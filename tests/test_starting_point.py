@@ -167,7 +167,7 @@ def test_the_start_is_opened_with_ones_own_table(tmp_path, monkeypatch):
 
 
 def test_another_vocabulary_is_refused(tmp_path, export, capsys):
-    from mlip.dataloading.reports import train_tokenizer
+    from mlip.dataloading.report_tokenizer import train_tokenizer
 
     train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "other")
     assert _train(tmp_path / "run", export, f"model.text.tokenizer={tmp_path / 'other'}") == 2

@@ -23,7 +23,7 @@ from mlip.dataloading.datasets.rows import (
     split_by_patient,
 )
 from mlip.dataloading.demographics import PatientCells
-from mlip.dataloading.manifest import SPLIT_OF
+from mlip.dataloading.splits import SPLIT_OF
 from mlip.dataloading.table import check_identifiers, column_names, read_table
 
 # field -> column names tried in this order where the user gives none

@@ -26,7 +26,7 @@ from mlip.dataloading.datasets.rows import (
     read_csv,
     require_choice,
 )
-from mlip.dataloading.manifest import SPLIT_OF
+from mlip.dataloading.splits import SPLIT_OF
 from mlip.dataloading.view_position import is_frontal
 
 ACCESS = (

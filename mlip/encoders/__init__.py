@@ -1,4 +1,4 @@
-"""Towers and heads; with dataloading/reports.py the only code that imports transformers."""
+"""Towers and heads; the walls of tests/test_architecture.py name who else imports transformers."""
 
 import sys
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.config import Config, ConfigError
 from mlip.training.ema import EMAState
 from mlip.training.optimizer import MOMENTS, build_optimizer, seed_moments
@@ -47,7 +47,7 @@ class DeepSpeedEngine(Engine):
         self.stage = config.train.zero_stage
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        distributed.start_alone()
+        process_group.start_alone()
         # of an mpirun that has started torchrun; DeepSpeed asserts that it equals LOCAL_RANK
         os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
         import deepspeed

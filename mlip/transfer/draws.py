@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 
 from mlip.config import Config, Run, to_dict
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
-from mlip.transfer.draws import SPLITS, splits_hash
+from mlip.transfer.draws import splits_hash
 
 PACKAGES = ("torch", "numpy", "transformers", "scikit-learn", "deepspeed", "nvidia-dali-cuda130")
 

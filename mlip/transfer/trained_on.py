@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 
 from mlip.config import Columns, Config, Data
 from mlip.dataloading.film_keys import FilmKeys, read_film_keys, usual_columns
-from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.same_pictures import PictureHashes, same_pictures
+from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
 
 _TRAIN = SPLITS.index("train")

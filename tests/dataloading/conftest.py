@@ -20,7 +20,7 @@ from mlip.batch import Batch
 from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.reports import ReportTokenizer, train_tokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer, train_tokenizer
 from mlip.dataloading.shard_build import build_shards
 from tests.dataloading.shard_sources import BuiltShards, contents, plan_for, source
 

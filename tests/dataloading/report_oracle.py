@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip.dataloading.report_batch import MAX_SUBSET_BITS
-from mlip.dataloading.reports import EncodedReport, ReportEncoder
+from mlip.dataloading.report_encoder import EncodedReport, ReportEncoder
 
 
 @dataclass(frozen=True)

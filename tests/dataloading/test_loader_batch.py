@@ -15,7 +15,7 @@ from mlip.batch import Batch, by_channel
 from mlip.config import Config
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.loader import pair_ids_by_concepts
-from mlip.dataloading.reports import ReportTokenizer
+from mlip.dataloading.report_tokenizer import ReportTokenizer
 from tests.dataloading.conftest import take
 
 Make = Callable[..., Config]

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from mlip import config
-from mlip.dataloading.manifest import Manifest, ManifestError, connect, load_manifest
+from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.machine import LimitError
 
 HEADER = "image,report,patient_id,study_id,split"
@@ -312,20 +312,6 @@ def test_pair_ids_join_studies_and_equal_texts_transitively(tmp_path: Path) -> N
     ]
     manifest = load(write(tmp_path, lines), "data.empty_report=image_only")
     assert manifest.pair_id.tolist() == [0, 0, 0, 0, 4, 5, 6, 7, 8]
-
-
-def test_connect_agrees_with_repeated_relabelling() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        count = 40
-        keys = [rng.integers(0, 25, count).astype(np.uint64) for _ in range(2)]
-        rows = np.arange(count)
-        label = rows.copy()
-        for _ in range(count):
-            for key in keys:
-                for value in np.unique(key):
-                    label[key == value] = label[key == value].min()
-        assert (connect(count, [(rows, key) for key in keys]) == label).all()
 
 
 def test_without_a_split_column_patients_fall_by_hash_and_stay_together(tmp_path: Path) -> None:

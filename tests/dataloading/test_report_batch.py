@@ -1,14 +1,15 @@
-"""A batch of reports against its oracle, one report at a time."""
+"""A batch of reports against its oracle, one report at a time, and sentence dropout."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.reports import EncodedReport, ReportEncoder
+from mlip.dataloading.report_batch import compose_batch, draw_sentences
+from mlip.dataloading.report_encoder import EncodedReport, ReportEncoder
 from tests.dataloading.report_oracle import compose, kept_sentences
 
 
@@ -66,3 +67,43 @@ def test_draws_at_the_ends_of_their_range_keep_what_kept_sentences_keeps(tokeniz
             keep = kept_sentences(draw, sentences)
             expected = report.ids if keep is None else report.ids[keep]
             assert made.token_ids[i, made.content_mask[i]].tolist() == expected.tolist()
+
+
+def kept(draws: np.ndarray, sentences: int) -> np.ndarray:
+    """[B, sentences] bool: which sentences of a report a batch keeps by each draw."""
+    ids = np.arange(sentences, dtype=np.int32)
+    report = EncodedReport(ids, ids + 1, np.zeros((0, 4), np.int32))
+    special: Any = SimpleNamespace(pad_id=-1, cls_id=-1, sep_id=-1)
+    encoder = ReportEncoder(special, None, None, max_tokens=500, max_entities=1)
+    token_ids = compose_batch(encoder, [report] * len(draws), draws).token_ids
+    return (token_ids[:, :, None] == ids).any(axis=1)
+
+
+def test_subsets_are_uniform_over_the_non_empty_ones() -> None:
+    # 7 subsets of 3 sentences, 70,000 draws: chi-square, 99.9 % point for 6 degrees is 22.5
+    draws = draw_sentences(3, np.zeros(70_000, np.int64), np.arange(70_000), 1.0)[:, 1]
+    counts = np.bincount(kept(draws, 3) @ [1, 2, 4], minlength=8)
+    assert counts[0] == 0
+    assert ((counts[1:] - 10_000.0) ** 2 / 10_000.0).sum() < 22.5
+
+
+def test_dropout_strikes_with_its_probability_and_depends_on_nothing_but_the_key() -> None:
+    index = np.arange(20_000)
+    epoch = index // 9_000
+    draws = draw_sentences(5, epoch, index, 0.3)
+    share = (draws[:, 1] >= 0).mean()
+    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
+    part = draw_sentences(5, epoch[8_990:9_010], index[8_990:9_010], 0.3)
+    assert (part == draws[8_990:9_010]).all()
+    assert (draw_sentences(5, epoch, index, 0.0)[:, 1] == -1).all()
+
+
+@pytest.mark.parametrize("sentences", [0, 1])
+def test_a_single_sentence_is_never_dropped(sentences: int) -> None:
+    assert kept(np.array([0.3]), sentences).all()
+    assert kept(np.array([-1.0]), 5).all()
+
+
+def test_many_sentences_give_a_non_empty_subset() -> None:
+    chosen = kept(np.array([1e-9, 0.5, 1 - 1e-9]), 120)
+    assert chosen[:, :48].any(axis=1).all() and chosen[:, 48:].all()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.config import to_dict
 from mlip.training import checkpoint, randomness
 from mlip.training.engine import build_engine
@@ -46,7 +46,7 @@ def _losses(engine: Engine, first: int, count: int) -> list[float]:
 
 def save_all(folder: str, stages: tuple[int, ...]) -> None:
     """Train a little and save at each stage; rank 0 also keeps the losses that come next."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     for stage in stages:
         engine = _engine(stage, seed=1)
         _losses(engine, 0, BEFORE)
@@ -61,7 +61,7 @@ def save_all(folder: str, stages: tuple[int, ...]) -> None:
 
 def load_all(folder: str, worlds: tuple[int, ...], stages: tuple[int, ...]) -> None:
     """Load every save at every stage here; raise where a tensor differs, write the next losses."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     for world, saved, stage in itertools.product(worlds, stages, stages):
         place = Path(folder) / f"world{world}-stage{saved}"
         (newest,) = checkpoint.checkpoints_of(place)

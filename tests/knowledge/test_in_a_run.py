@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip import assembly, distributed
+from mlip import assembly, distributed, process_group
 from mlip.assembly import Corpus, build_model, build_objective
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
 from mlip.config import Config, load, to_dict
-from mlip.dataloading.reports import train_tokenizer
+from mlip.dataloading.report_tokenizer import train_tokenizer
 from mlip.knowledge.categories import category_index
 from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable
@@ -117,7 +117,7 @@ def test_training_starts_the_prototypes_where_the_reports_findings_are():
 
 def make_vectors(folder: str, kind: str) -> None:
     """A rank of two: leaves the model's start, the next random number, and what it made itself."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     made: list[int] = []
 
     def counted(*arguments):
@@ -157,7 +157,7 @@ def test_rank_0_makes_the_vectors_and_each_rank_starts_with_the_same_model(tmp_p
 
 def fail_to_make_vectors(folder: str) -> None:
     """A rank of two, whose rank 0 cannot read what knowledge.vectors names: leaves the error."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     try:
         start_of(f"{folder}/absent.safetensors", Path(folder) / "run")
     except Exception as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mlip import distributed
+from mlip import distributed, process_group
 from tests.training.exact_step import exact_engine, loss_and_gradients
 
 Case = tuple[str, int, int, int]  # engine, ZeRO stage, passes a rank, pairs of the global batch
@@ -20,7 +20,7 @@ def name_of(case: Case) -> str:
 
 def run_cases(cases: Sequence[Case], folder: str) -> None:
     """Loss and gradients of each case; rank 0 writes <folder>/<case>.pt."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     for case in cases:
         engine, stage, passes, pairs = case
         found = loss_and_gradients(

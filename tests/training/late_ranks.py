@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.training import faults
 from mlip.training.lifecycle import Preempted, StopRequest
 from tests.training.toy_run import make_trainer, toy_config
@@ -22,7 +22,7 @@ ERROR = "nan@1:4:forward,error@0:5:load,error@1:5:load"
 def run_all(folder: str) -> None:
     """Into folder/at-once, /stopped and /error, the latter two late; raises at another end."""
     stop = StopRequest()
-    distributed.start(60.0)
+    process_group.start(60.0)
     for name, is_late, fault, end in (
         ("at-once", False, NAN, None),
         ("error", True, ERROR, RuntimeError),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.training.step import Engine
 from tests.training.exact_step import exact_engine, make_batch
 
@@ -27,7 +27,7 @@ def train(engine: Engine, first: int, steps: int) -> list[float]:
 
 def run_engines(out: str) -> None:
     """Losses and parameters of both engines; raises where a resumed run differs by a bit."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     found: dict[str, Any] = {}
     for name in ("plain", "deepspeed"):
         engine = muon_engine(name)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.config import ConfigError, load
 from mlip.training import agreement, randomness
 from mlip.training.lifecycle import exit_code, locked_folder
@@ -42,7 +42,7 @@ def _hold(folder: Path) -> str:
 
 def meet(folder: str) -> int:
     """A rank of two, each a node of its own; leaves <folder>/met<r>.json."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     rank, place = distributed.rank(), Path(folder)
     met: dict[str, Any] = {}
 
@@ -64,9 +64,9 @@ def meet(folder: str) -> int:
     def refuse() -> None:
         raise ConfigError("there is no room")
 
-    distributed.main_first(make)
+    process_group.main_first(make)
     met["made"] = made.exists()
-    met["failed"] = _said(lambda: distributed.main_first(refuse))
+    met["failed"] = _said(lambda: process_group.main_first(refuse))
 
     config = toy_config(f"run.dir={place / 'shared'}", "train.engine=plain")
     torch.manual_seed(rank)
@@ -83,7 +83,7 @@ def meet(folder: str) -> int:
     os.environ.update(LOCAL_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="x")
     distributed.barrier()
     begin = time.monotonic()
-    with distributed.rank_0_alone() as is_first:
+    with process_group.rank_0_alone() as is_first:
         if is_first:
             time.sleep(1.0)
     met["alone"] = [is_first, time.monotonic() - begin]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.encoders.normalisation import SynchronisedBatchNorm
 from tests.rank_farm import free_port
 
@@ -25,12 +25,12 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    device = distributed.start(60.0)
+    device = process_group.start(60.0)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     try:
         yield device
     finally:
-        distributed.stop()
+        process_group.stop()
 
 
 def test_every_collective_of_the_project_runs_over_nccl(one_rank: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.config import to_dict
 from mlip.training import checkpoint, randomness
 from mlip.training.engine import build_engine
@@ -43,7 +43,7 @@ def _losses(engine: Engine, first: int, count: int) -> list[float]:
 
 def run_all(folder: str) -> None:
     """Train, save, load into another engine and go on; rank 0 writes the losses of both."""
-    distributed.start(60.0)
+    process_group.start(60.0)
     found = {}
     for case in (("plain", 0), *(("deepspeed", stage) for stage in range(4))):
         place = Path(folder) / "-".join(map(str, case))

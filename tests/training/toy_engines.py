@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.training import faults, randomness
 from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine
@@ -153,7 +153,7 @@ def run_all(out: str) -> None:
     """Every case, one after another; rank 0 writes what it found."""
     events.append(Path(f"{out}-events"))
     events[0].mkdir(exist_ok=True)
-    distributed.start(60.0)
+    process_group.start(60.0)
     found = {"/".join(map(str, case)): run_case(*case) for case in CASES}
     if distributed.is_main():
         Path(out).write_text(json.dumps(found), encoding="utf-8")

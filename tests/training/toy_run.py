@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip import distributed
+from mlip import distributed, process_group
 from mlip.batch import Batch
 from mlip.config import Config, load
 from mlip.dataloading.sampler import rank_slice
@@ -228,12 +228,12 @@ def main(arguments: list[str]) -> None:
     config = toy_config(*arguments)
     folder.append(Path(config.run.dir))
     stop = StopRequest()
-    distributed.start(config.run.timeout_s)
+    process_group.start(config.run.timeout_s)
     setup_logging()
     with locked_folder(Path(config.run.dir)):
         make_trainer(config, dropout=0.2).fit(stop)
         distributed.barrier()
-    distributed.stop()
+    process_group.stop()
 
 
 folder: list[Path] = []

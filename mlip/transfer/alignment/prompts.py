@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlip.config import Config
 from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.reports import ReportEncoder
+from mlip.dataloading.report_encoder import ReportEncoder
 from mlip.transfer.features import TextBank, encode_texts, join_texts
 
 logger = logging.getLogger("mlip")

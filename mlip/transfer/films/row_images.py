@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.dataloading.manifest import SPLITS, Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.progress import Progress
+from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, encoded_images, row_loader
 from mlip.transfer.films.row_table import told

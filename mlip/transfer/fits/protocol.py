@@ -16,11 +16,12 @@ import torch
 
 from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.splits import SPLITS
 from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
 from mlip.precision import precision_on
 from mlip.transfer.array import Array
-from mlip.transfer.draws import SPLITS, HeldOut, Splits, balance, divide, draw_fraction
+from mlip.transfer.draws import HeldOut, Splits, balance, divide, draw_fraction
 from mlip.transfer.fingerprint import (
     hash_of,
     image_preprocessing,

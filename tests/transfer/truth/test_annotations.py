@@ -18,7 +18,7 @@ from mlip.config import Config, load
 from mlip.dataloading.dicom import write_radiograph
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.dataloading.samples import SampleReader
-from mlip.transfer.draws import SPLITS
+from mlip.dataloading.splits import SPLITS
 from mlip.transfer.fits.classification import target_matrix
 from mlip.transfer.fits.protocol import TASKS
 from mlip.transfer.frames import Images, frame_of

@@ -1,6 +1,7 @@
-"""WordPiece tokens and linked mentions of a report, and sentence dropout over both.
+"""The tokenizer of reports: trained on them, saved, or read from a local folder.
 
-With mlip/encoders the only user of transformers, and only to read a foreign tokenizer folder.
+With mlip/encoders and mlip/transformers_*.py the only user of transformers, and only to read a
+foreign tokenizer folder.
 """
 
 from __future__ import annotations
@@ -9,19 +10,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mlip.batch import STATES
 from mlip.dataloading.common_words import common_words
-from mlip.dataloading.keyed_draws import keyed_draws
-from mlip.dataloading.report_text import clean_report, sentence_spans
+from mlip.dataloading.report_text import clean_report
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads are ours
 logger = logging.getLogger("mlip")
@@ -271,83 +266,3 @@ def train_tokenizer(
     backend.add_special_tokens(list(SPECIAL))
     ReportTokenizer(backend, _BERT_TOKENS).save(directory)
     return load_tokenizer(directory)
-
-
-@dataclass(frozen=True)
-class EncodedReport:
-    """One report, tokenised and linked once; sentences are then only put together."""
-
-    ids: NDArray[np.int32]  # [T] all sentences' tokens, no special tokens
-    ends: NDArray[np.int32]  # [S] where each sentence's tokens end
-    mentions: NDArray[np.int32]  # [M, 4] sentence, first token in it, concept row, state
-
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes + self.ends.nbytes + self.mentions.nbytes + 400
-
-
-class ReportEncoder:
-    """Text -> tokens and linked mentions, cached by manifest row (batches: report_batch.py).
-
-    max_cache_bytes bounds the memory; beyond it reports are encoded at each visit.
-    """
-
-    def __init__(
-        self,
-        tokenizer: ReportTokenizer,
-        linker: Any,
-        table: Any,
-        *,
-        max_tokens: int,
-        max_entities: int,
-        max_cache_bytes: int = 256 * 1024 * 1024,
-    ) -> None:
-        self.tokenizer, self.linker, self.table = tokenizer, linker, table
-        self.max_tokens, self.max_entities = max_tokens, max_entities
-        self._cache: dict[int, EncodedReport] = {}
-        self._room = max_cache_bytes
-
-    def encode(self, text: str) -> EncodedReport:
-        """Tokens by sentence and mentions by sentence of one report."""
-        text = clean_report(text)
-        spans = sentence_spans(text)
-        encodings = self.tokenizer.encode_batch([text[a:b] for a, b in spans]) if spans else []
-        ids = [np.array(e.ids, dtype=np.int32) for e in encodings]
-        mentions = []
-        for mention in self.linker.link(text) if self.linker is not None and spans else ():
-            sentence = next((i for i, (a, b) in enumerate(spans) if a <= mention.start < b), None)
-            if sentence is None:
-                continue
-            inside = mention.start - spans[sentence][0]
-            offsets = encodings[sentence].offsets
-            token = next((j for j, (_, end) in enumerate(offsets) if end > inside), len(offsets))
-            mentions.append(
-                (sentence, token, self.table.index[mention.concept_id], STATES.index(mention.state))
-            )
-        return EncodedReport(
-            ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-            ends=np.cumsum([len(i) for i in ids], dtype=np.int32),
-            mentions=np.array(mentions, dtype=np.int32).reshape(-1, 4),
-        )
-
-    def of_row(self, row: int, text_of: Callable[[int], str]) -> EncodedReport:
-        """encode(text_of(row)), once per row."""
-        report = self._cache.get(row)
-        if report is None:
-            report = self.encode(text_of(row))
-            if self._room >= report.nbytes:
-                self._room -= report.nbytes
-                self._cache[row] = report
-        return report
-
-
-def draw_sentences(
-    seed: int,
-    epoch: NDArray[np.int64],
-    global_index: NDArray[np.int64],
-    probability: float,
-) -> NDArray[np.float64]:
-    """Two uniform numbers a sample: [B, 2], the second -1 where no sentence is dropped."""
-    draws = keyed_draws(seed, "sentences", epoch, global_index, 2)
-    draws[draws[:, 0] >= probability, 1] = -1.0
-    return draws

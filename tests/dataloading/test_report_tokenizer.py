@@ -1,4 +1,4 @@
-"""Tokenizer training and loading, encoding with mentions, sentence dropout."""
+"""Tokenizer training, saving and loading."""
 
 from __future__ import annotations
 
@@ -7,51 +7,21 @@ import hashlib
 import os
 import socket
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.reports import (
+from mlip.dataloading.report_tokenizer import (
     SPECIAL,
-    EncodedReport,
-    ReportEncoder,
     ReportTokenizer,
-    draw_sentences,
     load_tokenizer,
     train_tokenizer,
 )
 from mlip.run_vocabulary import open_tokenizer
 
 TEXT = "A small left effusion. No pneumothorax. Possible nodule, 1.5 cm."
-
-
-def make_encoder(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any, **kw: int
-) -> ReportEncoder:
-    return ReportEncoder(
-        tokenizer, linker, concepts, **({"max_tokens": 64, "max_entities": 8} | kw)
-    )
-
-
-def composed(encoder: ReportEncoder, text: str, draw: float = -1.0) -> tuple[list, list]:
-    """(token ids, entities) that a batch takes from one report."""
-    made = compose_batch(encoder, [encoder.encode(text)], np.array([draw]))
-    return made.token_ids[0].tolist(), made.entities[0, made.entity_mask[0]].tolist()
-
-
-def kept(draws: np.ndarray, sentences: int) -> np.ndarray:
-    """[B, sentences] bool: which sentences of a report a batch keeps by each draw."""
-    ids = np.arange(sentences, dtype=np.int32)
-    report = EncodedReport(ids, ids + 1, np.zeros((0, 4), np.int32))
-    special: Any = SimpleNamespace(pad_id=-1, cls_id=-1, sep_id=-1)
-    encoder = ReportEncoder(special, None, None, max_tokens=500, max_entities=1)
-    token_ids = compose_batch(encoder, [report] * len(draws), draws).token_ids
-    return (token_ids[:, :, None] == ids).any(axis=1)
 
 
 def test_training_the_vocabulary_again_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -235,102 +205,3 @@ def test_a_missing_or_foreign_folder_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="tokenizer.json or vocab.txt"):
         load_tokenizer(tmp_path)
-
-
-def test_encoding_equals_tokens_of_the_whole_report(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    encoder = make_encoder(tokenizer, linker, concepts)
-    ids, entities = composed(encoder, TEXT)
-    whole = tokenizer.encode_batch([TEXT])[0].ids
-    assert ids == [tokenizer.cls_id, *whole, tokenizer.sep_id]
-    # effusion present, pneumothorax absent, nodule uncertain
-    assert entities == [[0, 0], [1, 1], [2, 2]]
-
-
-def test_dropping_a_sentence_drops_its_tokens_and_its_mentions(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    encoder = make_encoder(tokenizer, linker, concepts)
-    draw = 4.5 / 7  # the fifth of seven subsets: the first and the third sentence
-    shorter = composed(encoder, "A small left effusion. Possible nodule, 1.5 cm.")
-    assert composed(encoder, TEXT, draw) == shorter
-    assert shorter[1] == [[0, 0], [2, 2]]
-
-
-def test_the_token_limit_cuts_text_and_the_mentions_behind_it(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    full = make_encoder(tokenizer, linker, concepts)
-    ids, _ = composed(full, TEXT)
-    first = len(tokenizer.encode_batch(["A small left"])[0].ids)
-    for limit in range(3, len(ids) + 3):
-        encoder = make_encoder(tokenizer, linker, concepts, max_tokens=limit)
-        cut, entities = composed(encoder, TEXT)
-        room = min(limit, len(ids)) - 2
-        assert cut == [*ids[: room + 1], tokenizer.sep_id]
-        assert ([0, 0] in entities) == (room > first)
-
-
-def test_mentions_are_unique_and_at_most_max_entities(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    text = "Effusion. Effusion again. No effusion. Tube. Nodule."
-    encoder = make_encoder(tokenizer, linker, concepts, max_entities=3)
-    assert composed(encoder, text)[1] == [[0, 0], [0, 1], [3, 0]]
-
-
-def test_a_text_without_content_gives_start_and_end_only(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    encoder = make_encoder(tokenizer, linker, concepts)
-    assert composed(encoder, "___") == ([tokenizer.cls_id, tokenizer.sep_id], [])
-
-
-def test_a_report_is_encoded_once_and_the_cache_keeps_to_its_bytes(
-    tokenizer: ReportTokenizer, linker: Any, concepts: Any
-) -> None:
-    calls: list[int] = []
-
-    def text_of(row: int) -> str:
-        calls.append(row)
-        return TEXT
-
-    encoder = make_encoder(tokenizer, linker, concepts)
-    for row in (4, 4, 9, 4):
-        encoder.of_row(row, text_of)
-    assert calls == [4, 9]
-    small = make_encoder(tokenizer, linker, concepts, max_cache_bytes=1000)
-    for row in (0, 1, 2, 3, 0, 3):
-        small.of_row(row, text_of)
-    assert calls[2:] == [0, 1, 2, 3, 3]
-
-
-def test_subsets_are_uniform_over_the_non_empty_ones() -> None:
-    # 7 subsets of 3 sentences, 70,000 draws: chi-square, 99.9 % point for 6 degrees is 22.5
-    draws = draw_sentences(3, np.zeros(70_000, np.int64), np.arange(70_000), 1.0)[:, 1]
-    counts = np.bincount(kept(draws, 3) @ [1, 2, 4], minlength=8)
-    assert counts[0] == 0
-    assert ((counts[1:] - 10_000.0) ** 2 / 10_000.0).sum() < 22.5
-
-
-def test_dropout_strikes_with_its_probability_and_depends_on_nothing_but_the_key() -> None:
-    index = np.arange(20_000)
-    epoch = index // 9_000
-    draws = draw_sentences(5, epoch, index, 0.3)
-    share = (draws[:, 1] >= 0).mean()
-    assert abs(share - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 20_000)
-    part = draw_sentences(5, epoch[8_990:9_010], index[8_990:9_010], 0.3)
-    assert (part == draws[8_990:9_010]).all()
-    assert (draw_sentences(5, epoch, index, 0.0)[:, 1] == -1).all()
-
-
-@pytest.mark.parametrize("sentences", [0, 1])
-def test_a_single_sentence_is_never_dropped(sentences: int) -> None:
-    assert kept(np.array([0.3]), sentences).all()
-    assert kept(np.array([-1.0]), 5).all()
-
-
-def test_many_sentences_give_a_non_empty_subset() -> None:
-    chosen = kept(np.array([1e-9, 0.5, 1 - 1e-9]), 120)
-    assert chosen[:, :48].any(axis=1).all() and chosen[:, 48:].all()
