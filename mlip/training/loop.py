@@ -1,21 +1,18 @@
-"""The training loop: resume, step, watch the numbers, log, save; knows nothing of chests.
+"""The training loop: resume, step, look at val, save; knows nothing of chests.
 
-Everything it needs of the data is in DataSource, so that it runs on any loader of Batch. On a GPU
-the numbers of a step are read when the next one is under way; before a save, all are.
+Everything it needs of the data is in DataSource, so that it runs on any loader of Batch. What a
+step's numbers say is read, logged and watched by step_reader.py; before a save, all are read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.nn as nn
-from torch import Tensor
 
 from mlip import distributed
 from mlip.batch import Batch
@@ -27,26 +24,12 @@ from mlip.training.checkpoint_content import require_same_identity
 from mlip.training.determinism import levels
 from mlip.training.engine import build_engine
 from mlip.training.faults import fire
-from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
+from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
 from mlip.training.runlog import RunLog
 from mlip.training.schedule import learning_rate, total_steps
-from mlip.training.step import Engine, StepResult, StepUnderWay
+from mlip.training.step import Engine
+from mlip.training.step_reader import SkippedSteps, StartedStep, StepReader
 from mlip.training.validation import Validation
-
-LAST_STEP_S = 1.0  # how long a step under way is waited for when an error ends the run
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    """A step whose numbers have not been read yet, and what the log says beside them."""
-
-    step: int  # steps done with it
-    numbers: StepUnderWay
-    row_index: Tensor
-    lr: float
-    epoch: float
-    begin: float  # when its batch was asked for
-    wait_seconds: float
 
 
 class DataSource(Protocol):
@@ -98,14 +81,7 @@ class Trainer:
         self.steps = total_steps(config, loader.num_rows)
         self.step = 0  # steps done
         self.is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        # A GPU is given the next step before the numbers of one are read, so that it never waits
-        # for the host; on a CPU there is nothing to gain, and a line comes when its step is done.
-        self.reads_late = self.engine.device.type == "cuda"
-        self._under_way: _UnderWay | None = None
-        self._read_at = 0.0
-        self.stop_requested = False  # by any rank, in a step whose numbers have been read
+        self.skipped = SkippedSteps()
         randomness.seed_rank(config.run.seed)
         self.facts = {**(facts or {}), "determinism": levels(config, objective)}
         if saved is not None:
@@ -123,6 +99,9 @@ class Trainer:
             "world_size": distributed.world_size(),
         }
         self.log = RunLog(config, total_steps=self.steps, start_step=self.step)
+        self.reader = StepReader(
+            config, self.log, self.skipped, reads_late=self.engine.device.type == "cuda"
+        )
         self.log.start(self.facts)
         self._say_precision(saved)
 
@@ -148,8 +127,7 @@ class Trainer:
             raise ConfigError(f"{saved.folder}: {error}") from error
         randomness.restore(state["rng"], seed=self.config.run.seed, step=saved.step)
         self.step = saved.step
-        self.skipped_steps = state["skipped_steps"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.skipped = SkippedSteps(state["skipped_steps"], state["skipped_in_a_row"])
         if self.validation is not None:
             self.validation.load_state_dict(state.get("validation"))
         distributed.log_once(f"resumed at step {saved.step} from {saved.folder}")
@@ -174,7 +152,7 @@ class Trainer:
         try:
             # while the run was set up: a first step may compile for minutes
             if stop.of_any_rank() and self.step < self.steps:
-                self._event("stopped", step=self.step)
+                self.log.event_of_all("stopped", step=self.step)
                 raise Preempted(
                     f"stopped on request before step {self.step + 1} of {self.steps}; nothing was "
                     "trained since the start: the same command goes on from there"
@@ -187,11 +165,11 @@ class Trainer:
             while self.step < self.steps and not (self.validation and self.validation.is_over):
                 self._one_step(batches, stop)
                 is_due = self.step % every == 0
-                if self.stop_requested or is_due or self.step == self.steps:
-                    self._read_numbers()  # those of all steps that a save would hold
-                if self.stop_requested and self.step < self.steps:
+                if self.reader.stop_requested or is_due or self.step == self.steps:
+                    self.reader.read_all()  # those of all steps that a save would hold
+                if self.reader.stop_requested and self.step < self.steps:
                     self.save()
-                    self._event("stopped", step=self.step)
+                    self.log.event_of_all("stopped", step=self.step)
                     raise Preempted(
                         f"stopped on request after step {self.step} of {self.steps}; saved: the "
                         "same command goes on from there"
@@ -201,13 +179,13 @@ class Trainer:
                 if is_due and self.step < self.steps:
                     self._save_or_go_on()
             self.save()
-            self._event("trained", step=self.step, skipped_steps=self.skipped_steps)
+            self.log.event_of_all("trained", step=self.step, skipped_steps=self.skipped.in_all)
             presence.stop()  # not after an error: what explains it asks for the places of ranks
         except Preempted:
             presence.stop()
             raise
         except Exception:
-            self._tell_last_step()
+            self.reader.tell_last()
             raise
         finally:
             self.log.close()
@@ -231,7 +209,7 @@ class Trainer:
         # the third step here: the first two warm up allocators and kernels
         is_measured = self.is_cached and step == self.log.start_step + 2
         if is_measured:
-            self._read_numbers()  # so that the time is of this step alone
+            self.reader.read_all()  # so that the time is of this step alone
             grad_cache.cost.start()
         began = time.perf_counter()
         numbers = self.engine.start_step(batch, step=step, progress=epoch, lr=lr, stop=stop.is_set)
@@ -239,116 +217,28 @@ class Trainer:
         if is_measured:
             numbers.result()
             self._tell_cache_cost(time.perf_counter() - began)
-        before = self._under_way
-        self._under_way = _UnderWay(
-            step=self.step,
-            numbers=numbers,
-            row_index=batch.row_index,
-            lr=lr,
-            epoch=epoch,
-            begin=begin,
-            wait_seconds=self.loader.wait_seconds,
+        self.reader.started(
+            StartedStep(
+                step=self.step,
+                numbers=numbers,
+                row_index=batch.row_index,
+                lr=lr,
+                epoch=epoch,
+                begin=begin,
+                wait_seconds=self.loader.wait_seconds,
+            )
         )
-        if not self.reads_late:
-            self._read_numbers()
-        elif before is not None:
-            self._read(before)
-
-    def _read_numbers(self) -> None:
-        """Those of the step under way, if there is one: after this none is."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            self._read(under_way)
-
-    def _read(self, under_way: _UnderWay) -> None:
-        """Wait for the numbers of a step, log and watch them.
-
-        Raises:  NumericError after train.max_nan_steps skipped steps in a row
-        """
-        result = self._log(under_way)
-        self.stop_requested |= result.stop_requested
-        self._watch(result, under_way)
-
-    def _log(self, under_way: _UnderWay) -> StepResult:
-        """The step's line in the log."""
-        result = under_way.numbers.result()
-        now = time.perf_counter()
-        # a step that was started before the one before it was read has taken the time since then
-        step_seconds, self._read_at = now - max(under_way.begin, self._read_at), now
-        self.log.step(
-            under_way.step,
-            result,
-            lr=under_way.lr,
-            epoch=under_way.epoch,
-            step_seconds=step_seconds,
-            wait_seconds=under_way.wait_seconds,
-        )
-        return result
-
-    def _tell_last_step(self) -> None:
-        """After an error: the line of a step that was done and not read yet, which may explain it.
-
-        No other rank is asked, and a GPU that does not come to an end is not waited for.
-        """
-        under_way, self._under_way = self._under_way, None
-        if under_way is None:
-            return
-        with contextlib.suppress(RuntimeError):  # a lost GPU; the error at hand says more
-            deadline = time.monotonic() + LAST_STEP_S
-            while not under_way.numbers.is_done and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if not under_way.numbers.is_done:
-                return
-            result = self._log(under_way)
-            if result.is_skipped:
-                rows, terms = under_way.row_index.tolist(), result.bad_terms()
-                # with several ranks each tells its own rows
-                kind = "skipped_here" if distributed.is_distributed() else "skipped"
-                self.log.event(kind, step=under_way.step, terms=terms, manifest_rows=rows)
 
     def _tell_cache_cost(self, step_seconds: float) -> None:
         """What the gradient cache costs, measured on this rank: the second forward passes."""
         seconds, passes = grad_cache.cost.stop()
         share = seconds / max(step_seconds, 1e-9)
-        self._event("cache_cost", step=self.step, passes=passes, share=round(share, 4))
+        self.log.event_of_all("cache_cost", step=self.step, passes=passes, share=round(share, 4))
         self.log.say(
             f"gradient cache: {passes} passes computed again, {100 * share:.0f} % of step "
             f"{self.step} (batch.micro_images={self.config.batch.micro_images}, "
             f"batch.micro_texts={self.config.batch.micro_texts})"
         )
-
-    def _watch(self, result: StepResult, under_way: _UnderWay) -> None:
-        """Count and report a spike or a skipped step; all ranks take the same branch."""
-        step, own_rows = under_way.step, under_way.row_index
-        if result.spike is not None:
-            parts = distributed.gather_objects(own_rows.tolist())
-            rows = [row for part in parts for row in part]
-            self._event("spike", step=step, cause=result.spike, manifest_rows=rows)
-            self.log.warn(
-                f"step {step}: the loss is over {self.config.train.spike_factor} times the "
-                f"recent ones; run again on the same batch, the cause is: {result.spike}"
-            )
-        if not result.is_skipped:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        reports = distributed.gather_objects((own_rows.tolist(), result.bad_terms()))
-        rows = [row for report in reports for row in report[0]]
-        terms = sorted({term for report in reports for term in report[1]})
-        what = f"loss terms {', '.join(terms)}" if terms else "a gradient"
-        text = (
-            f"step {step}: {what} not finite; the step was skipped on all ranks "
-            f"({self.skipped_in_a_row} in a row)"
-        )
-        self._event("skipped", step=step, terms=terms, manifest_rows=rows)
-        self.log.warn(f"{text}; its {len(rows)} manifest rows are in events.jsonl")
-        if self.skipped_in_a_row >= self.config.train.max_nan_steps:
-            kept = checkpoint.checkpoints_of(self.config.run.dir)
-            raise NumericError(
-                f"{text}, train.max_nan_steps={self.config.train.max_nan_steps}; last good "
-                f"checkpoint: {kept[0] if kept else 'none yet'}"
-            )
 
     def _save_or_go_on(self) -> None:
         """A save between: a full disk costs an interval of safety, not the run."""
@@ -358,12 +248,7 @@ class Trainer:
             if self.validation is not None:
                 self.validation.forget()
             self.log.warn(f"not saved: {error}; training goes on")
-            self._event("not_saved", step=self.step, reason=str(error))
-
-    def _event(self, kind: str, **facts: Any) -> None:
-        """One line for what all ranks did together."""
-        if distributed.is_main():
-            self.log.event(kind, **facts)
+            self.log.event_of_all("not_saved", step=self.step, reason=str(error))
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; a collective call."""
@@ -376,8 +261,8 @@ class Trainer:
             "format": checkpoint.FORMAT,
             "step": self.step,
             "pairs_seen": self.step * self.config.batch.global_pairs,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_steps": self.skipped.in_all,
+            "skipped_in_a_row": self.skipped.in_a_row,
             "loader": loader,
             "rng": [part[1] for part in parts],
             "config": to_dict(self.config),

@@ -260,6 +260,11 @@ class RunLog:
         with self._told_if_full("events.jsonl"):
             record_event(self.folder, kind, **facts)
 
+    def event_of_all(self, kind: str, **facts: Any) -> None:
+        """One line for what all ranks did together."""
+        if self._is_main:
+            self.event(kind, **facts)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()

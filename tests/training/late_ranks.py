@@ -35,7 +35,7 @@ def run_all(folder: str) -> None:
         faults._fired.clear()
         config = toy_config(f"run.dir={place}", "train.max_steps=12", "train.engine=plain")
         trainer = make_trainer(config, dropout=0.2)
-        trainer.reads_late = is_late
+        trainer.reader.reads_late = is_late
         ended: type[BaseException] | None = None
         try:
             trainer.fit(stop)

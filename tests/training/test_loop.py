@@ -22,6 +22,7 @@ from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer
 from mlip.training.step import StepUnderWay
+from mlip.training.step_reader import SkippedSteps
 from tests.faults.jobs import events
 from tests.training.toy_run import make_trainer, toy_config
 
@@ -30,7 +31,7 @@ from tests.training.toy_run import make_trainer, toy_config
 def reads_late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     def make(*args: Any, **named: Any) -> Trainer:
         trainer = make_trainer(*args, **named)
-        trainer.reads_late = request.param
+        trainer.reader.reads_late = request.param
         return trainer
 
     monkeypatch.setattr(f"{__name__}.trainer_of", make)
@@ -129,7 +130,7 @@ def test_both_ways_log_and_save_the_same(tmp_path, monkeypatch):
         folder = tmp_path / str(late)
         folder.mkdir()
         trainer = make_trainer(_config(folder, "train.checkpoint_steps=4"), dropout=0.3)
-        trainer.reads_late = late
+        trainer.reader.reads_late = late
         trainer.fit(StopRequest())
         of_the_clock = ("time", "pairs_per_s", "data_wait_s", "memory_gib")
         logs.append([{k: e[k] for k in e if k not in of_the_clock} for e in _log(folder).values()])
@@ -154,7 +155,7 @@ def test_a_bad_step_before_an_error_is_told(tmp_path, monkeypatch):
 
 def test_a_gpu_that_does_not_come_to_an_end_is_not_waited_for(tmp_path, monkeypatch, reads_late):
     monkeypatch.setenv("FAULT", "error@0:5:load")
-    monkeypatch.setattr("mlip.training.loop.LAST_STEP_S", 0.05)
+    monkeypatch.setattr("mlip.training.step_reader.LAST_STEP_S", 0.05)
     monkeypatch.setattr(StepUnderWay, "is_done", False)
     with pytest.raises(RuntimeError, match="fault injected at step 5"):
         _run(tmp_path)
@@ -226,10 +227,10 @@ def test_counts_of_skipped_steps_go_on_after_a_resume(tmp_path):
     # or a run that is stopped now and then would never reach train.max_nan_steps
     trainer = trainer_of(_config(tmp_path))
     trainer.step = trainer.loader.step = 3
-    trainer.skipped_steps, trainer.skipped_in_a_row = 5, 2
+    trainer.skipped.in_all, trainer.skipped.in_a_row = 5, 2
     trainer.save()
     resumed = trainer_of(_config(tmp_path))
-    assert (resumed.step, resumed.skipped_steps, resumed.skipped_in_a_row) == (3, 5, 2)
+    assert (resumed.step, resumed.skipped) == (3, SkippedSteps(in_all=5, in_a_row=2))
 
 
 def test_a_finished_run_trains_no_further(tmp_path):
