@@ -59,10 +59,7 @@ def quality(run: Path, folder: Path) -> list[dict[str, Any]]:
     config = load(files, overrides)
     opened = dataclasses.replace(open_checkpoint(run), config=config)
     manifest = load_manifest(config.data)
-    write_embeddings(
-        *(opened, manifest, folder),
-        **{"split": "test", "with_patches": False, "images_only": True},
-    )
+    write_embeddings(opened, manifest, folder, split="test", with_patches=False, images_only=True)
     archive = Archive(folder)
     rows = manifest.rows("test", with_report=False)
     carriers: dict[str, list[int]] = {}

@@ -226,9 +226,8 @@ class Bench:
         while True:
             label = {"kind": kind, "variant": OURS, "pairs": pairs, "micro": micro}
             needs = 2e-3 * pairs if self.is_gpu else 0.0
-            row = self.attempt(
-                label, lambda m=micro: self.measure(self.runner(pairs, m)), needs_s=10 + needs
-            )
+            work = partial(lambda m: self.measure(self.runner(pairs, m)), micro)
+            row = self.attempt(label, work, needs_s=10 + needs)
             if row["status"] != "out of memory" or micro == 1:
                 return row
             micro = max(1, micro // 4)

@@ -63,7 +63,7 @@ CONTESTANTS = {
 def radiograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint16]:
     """Smooth shapes and detector noise: JPEG spends about as many bytes on it as on a chest."""
     smooth = cv2.resize(rng.random((14, 14)), (width, height), interpolation=cv2.INTER_CUBIC)
-    noise = cv2.GaussianBlur(rng.normal(0, 1, smooth.shape), (0, 0), 0.8)
+    noise = cv2.GaussianBlur(rng.normal(0, 1, (height, width)), (0, 0), 0.8)
     return ((smooth + 0.01 * noise).clip(0, 1) * 65535).astype(np.uint16)
 
 

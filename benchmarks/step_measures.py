@@ -6,6 +6,7 @@ A cell is a figure, the status of a row that has none, or "not run"; never a num
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.gpu_rows import NOT_RUN, commit_of, commits, date_of
@@ -88,6 +89,10 @@ def with_parts(rows: list[Row]) -> list[Row]:
     return sorted(made, key=lambda row: row["pairs"])
 
 
+def _part_ms(part: str, row: Row) -> str:
+    return f"{row['parts_ms'][part]:.2f}"
+
+
 def parts_table(rows: list[Row]) -> list[Row]:
     """Milliseconds of each part, a column a batch, and the commit of each column."""
     table: list[Row] = [{"part": part} for part in (*PARTS, "commit")]
@@ -95,7 +100,7 @@ def parts_table(rows: list[Row]) -> list[Row]:
         row = find(rows, ("parts",), pairs=pairs)
         for line in table[:-1]:
             part = line["part"]
-            line[f"{pairs:,} pairs, ms"] = cell(row, lambda r, p=part: f"{r['parts_ms'][p]:.2f}")
+            line[f"{pairs:,} pairs, ms"] = cell(row, partial(_part_ms, part))
         table[-1][f"{pairs:,} pairs, ms"] = commits(row)
     return table
 

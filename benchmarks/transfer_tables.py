@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ WITHOUT_LABELS = {
 }
 
 
-def shown_scores(task: str, fraction: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def shown_scores(task: str, fraction: dict[str, Any]) -> dict[str, Mapping[str, Any]]:
     """name -> Estimate with seeds, of those that the table shows."""
     kind = task if task in SHOWN else task.rsplit("_", 1)[-1]
     scores = dict(rows_of(fraction["scores"]))

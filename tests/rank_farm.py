@@ -103,7 +103,7 @@ def start(
     }
     if torch.cuda.device_count() < world:
         shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    processes = []
+    processes: list[BaseProcess] = []
     for rank in range(world):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         log = str(place / f"rank{rank}.log")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -29,7 +30,7 @@ VINDR_BOXES = {  # every class of configs/transfer/vindr_detection.yaml
 HEIGHT, WIDTH = 24, 20  # px of every fake image
 
 
-def table(path: Path, header: str, rows: list[list[object]]) -> None:
+def table(path: Path, header: str, rows: Sequence[Sequence[object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     opened = gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w", newline="")
     with opened as file:

@@ -317,9 +317,11 @@ def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.Mo
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, packing: Any, *, scale: float, dropout: float
 ) -> Tensor:
-    padded = (packing.unpack_heads(x) for x in (query, key, value))
+    query, key, value = (packing.unpack_heads(x) for x in (query, key, value))
     mask = packing.attention_mask()
-    out = attention_module.attention(*padded, mask, impl="sdpa", scale=scale, dropout=dropout)
+    out = attention_module.attention(
+        query, key, value, mask, impl="sdpa", scale=scale, dropout=dropout
+    )
     return packing.pack(out.transpose(1, 2))
 
 

@@ -128,5 +128,5 @@ def test_a_case_is_told_by_each_of_its_numbers_and_the_newest_row_by_its_date() 
         assert gpu_rows.latest(rows) == rows, name
         later = {"environment": new, name: 1}
         assert gpu_rows.latest(gpu_rows.of_newest_card([later, *rows])) == [later, rows[1]]
-    on_cpu = _step(_run(None, NEW, 29), 9.0)  # type: ignore[arg-type]
+    on_cpu = _step(_run(None, NEW, 29), 9.0)
     assert gpu_rows.of_newest_card([_step(old, 1.0), on_cpu]) == [_step(old, 1.0)]

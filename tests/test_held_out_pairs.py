@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,11 @@ def test_val_is_read_as_an_evaluation_reads_it(tmp_path: Path) -> None:
     assert augment.random_crop and augment.brightness > 0.0 and augment.sentence_dropout > 0.0
     validation = open_validation(config, corpus)
     assert validation is not None and (validation.batches, validation.pairs) == (1, 9)
-    parts = {"tokenizer": corpus.tokenizer, "linker": corpus.linker, "table": corpus.table}
+    parts: dict[str, Any] = {
+        "tokenizer": corpus.tokenizer,
+        "linker": corpus.linker,
+        "table": corpus.table,
+    }
     plain = build_loader(config, corpus.manifest, split="val", train=False, **parts)
     try:
         mine, theirs = next(iter(validation.held_out)), next(iter(plain))

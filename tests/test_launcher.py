@@ -7,6 +7,7 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from mlip import launcher
@@ -28,9 +29,9 @@ def _nodes(monkeypatch: pytest.MonkeyPatch, own: str | None, towards: str | None
     monkeypatch.setenv("MASTER_ADDR", "first")
     addresses = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "10.1.0.7"}
     entries = {n: [SimpleNamespace(family=socket.AF_INET, address=a)] for n, a in addresses.items()}
-    monkeypatch.setattr(launcher.psutil, "net_if_addrs", lambda: entries)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: entries)
     states = {n: SimpleNamespace(isup=n != "ib0") for n in addresses}
-    monkeypatch.setattr(launcher.psutil, "net_if_stats", lambda: states)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_host_whose_name_leads_to_its_loopback_is_reached_by_its_network(
 def test_an_interface_that_is_named_stays_and_one_of_several_is_not_guessed(monkeypatch):
     _nodes(monkeypatch, "127.0.1.1", "127.0.1.1")
     states = {n: SimpleNamespace(isup=True) for n in ("lo", "eth0", "ib0")}
-    monkeypatch.setattr(launcher.psutil, "net_if_stats", lambda: states)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: states)
     launcher.name_interface(is_one_host=False)
     assert "GLOO_SOCKET_IFNAME" not in os.environ
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "bond0")

@@ -231,7 +231,7 @@ def test_micro_batches_keep_one_at_a_time_and_images_and_texts_have_their_own_si
 @pytest.mark.parametrize("gib", [0.045, 0.03, 0.024])
 def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
     config = _config("train.engine=plain")
-    room = {"ranks": 1, "memory": gib * GIB, "is_gpu": True}
+    room: dict[str, Any] = {"ranks": 1, "memory": gib * GIB, "is_gpu": True}
     assert not plan(config, ROUND, **room).fits
     named = largest_that_fits(config, ROUND, **room)
     assert named is not None
@@ -260,7 +260,7 @@ def test_the_setting_that_is_named_fits_and_the_next_larger_does_not(gib):
 def test_of_several_ranks_a_batch_is_named_that_their_statistics_allow(statistics):
     """Micro-batches of batch statistics are refused: the remedy would be an error."""
     config = _config("train.engine=plain", "run.exact=false", *statistics)
-    room = {"ranks": 4, "memory": 0.045 * GIB, "is_gpu": True}
+    room: dict[str, Any] = {"ranks": 4, "memory": 0.045 * GIB, "is_gpu": True}
     named = largest_that_fits(config, ROUND, **room)
     assert named is not None and named.startswith("batch.global_pairs=") and "micro" not in named
     pairs = int(named.split("=")[1])
@@ -284,7 +284,7 @@ def test_what_stage_3_gathers_is_at_most_fifty_million_parameters():
 
 
 def test_nothing_is_named_where_nothing_fits():
-    room = {"ranks": 1, "memory": 1e6, "is_gpu": True}
+    room: dict[str, Any] = {"ranks": 1, "memory": 1e6, "is_gpu": True}
     assert largest_that_fits(_config(), ROUND, **room) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,10 +32,18 @@ def tiny(name: str, folder: Path) -> Config:
     )
     BertModel(bert).save_pretrained(folder / "bert")
     if name == "mimic_resnet50":
-        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+        sizes: dict[str, Any] = {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+        }
         ResNetModel(ResNetConfig(**sizes, layer_type="basic")).save_pretrained(folder / "image")
     else:
-        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        small: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         vit = ViTConfig(**small, intermediate_size=16, image_size=224, patch_size=16)
         ViTModel(vit).save_pretrained(folder / "image")
     return load(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,9 +62,13 @@ def test_every_setting_of_the_local_score_reaches_the_kernel(
     pooling: str, aggregation: str, is_learned: bool
 ) -> None:
     # oracle: the kernel, given the numbers of this test
-    numbers = {"attention_scale": 7.0, "knowledge_scale": 3.0, "knowledge_gain": 0.3,
-               "aggregation_scale": 4.0}  # fmt: skip
-    settings = {"pooling": pooling, "aggregation": aggregation, "knowledge_share": 0.2}
+    numbers: dict[str, Any] = {"attention_scale": 7.0, "knowledge_scale": 3.0}
+    numbers |= {"knowledge_gain": 0.3, "aggregation_scale": 4.0}
+    settings: dict[str, Any] = {
+        "pooling": pooling,
+        "aggregation": aggregation,
+        "knowledge_share": 0.2,
+    }
     named = {**numbers, **settings, "learn_scales": is_learned}
     model = _make(
         *(f"loss.local_alignment.{name}={value}" for name, value in named.items()),

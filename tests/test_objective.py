@@ -120,7 +120,7 @@ def test_each_tower_runs_in_micro_batches_of_its_own_size_and_its_attention_is_k
     micro = [0 if len(passes) == 1 else passes[0] for passes in sizes]
     settings = (f"batch.micro_images={micro[0]}", f"batch.micro_texts={micro[1]}")
     objective = _make("model.vision.norm=group", *settings)
-    model, seen = objective.model, ([], [])  # type: ignore[var-annotated]
+    model, seen = objective.model, ([], [])
     encode_image, encode_text = model.encode_image, model.encode_text
 
     def images(image: Tensor) -> Any:
@@ -185,7 +185,7 @@ def test_losses_stay_float32_under_autocast() -> None:
     # with features given in float32 the value is the same to float32 rounding
     objective = _make()
     features = objective.encode(make_batch())
-    objective.encode = lambda batch: features  # type: ignore[method-assign]
+    objective.encode = lambda batch: features
     objective.eval()
     plain, _ = _run(objective)
     with torch.autocast("cpu", torch.bfloat16):

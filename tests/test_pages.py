@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -204,7 +205,7 @@ def test_the_page_for_contributors_names_the_walls_that_hold(package: str) -> No
     assert [place for place in WALLS[package] if place not in page] == []
 
 
-def _results(name: str) -> dict:
+def _results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 

@@ -414,7 +414,11 @@ def test_towers_that_came_from_a_folder_are_described_by_their_size(tmp_path: Pa
     run.model.text.backbone.save_pretrained(source / "text")
     run.model.vision.tower.backbone.save_pretrained(source / "vision")
     towers = run.config.model
-    own = {"source": str(source / "text"), "tokenizer": str(source / "words"), "options": {}}
+    own: dict[str, Any] = {
+        "source": str(source / "text"),
+        "tokenizer": str(source / "words"),
+        "options": {},
+    }
     text = dataclasses.replace(towers.text, **own)
     vision = dataclasses.replace(towers.vision, source=str(source / "vision"), options={})
     towers = dataclasses.replace(towers, text=text, vision=vision)

@@ -34,13 +34,14 @@ KINDS: dict[str, tuple[str, ...]] = {
 def _poisoned() -> Iterator[None]:
     """What torch.empty gives is NaN, and the largest integer."""
     was = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(was)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
+    settings.fill_uninitialized_memory = filled
 
 
 def settings(kind: str) -> Config:

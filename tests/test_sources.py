@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from tests import rank_farm
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-CLASSES = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+CLASSES: dict[str, Any] = {
+    "id2label": {0: "a", 1: "b", 2: "c"},
+    "label2id": {"a": 0, "b": 1, "c": 2},
+}
 SHORT = (
     *("batch.global_pairs=4", "train.checkpoint_steps=1", "train.warmup_steps=0", "run.threads=1"),
     *("loss.category.prototypes=8", "evaluate.after_training=false", "data.phantom.studies=0"),
@@ -72,7 +76,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def away(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def away(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """run/ and whole/ where the folders that the towers began with are not."""
     for name in ("run", "whole"):
         shutil.copytree(made / name, tmp_path / name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.step_batch import FILL, made_batch, padding_share, report_lengths
-from mlip.assembly import open_loader
+from mlip.assembly import Corpus, open_loader
 from mlip.batch import Batch
 from mlip.config import load
 from tests.small_run import small_run
@@ -20,7 +20,7 @@ def _real_batch() -> tuple[Batch, Any]:
     """A batch of the project's loader in three channels, and its settings."""
     run = small_run()
     config = load([], [*run.settings, "data.channels=3", "batch.global_pairs=16"])
-    loader = open_loader(config, run)
+    loader = open_loader(config, Corpus(run.manifest, run.tokenizer, run.table, run.linker))
     try:
         return next(iter(loader)), config
     finally:

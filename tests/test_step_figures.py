@@ -85,7 +85,7 @@ def test_steps_of_a_gpu_are_timed_by_its_own_events_and_waited_for_once_at_the_e
         return SimpleNamespace(result=result)
 
     engine = SimpleNamespace(device=torch.device("cuda", 0), start_step=start_step)
-    runner = Runner(engine, ["a"])  # type: ignore[list-item]
+    runner = Runner(engine, ["a"])
     assert runner.times_ms(warmup=2, least=3, budget_s=0.0) == [7.0, 7.0, 7.0]
     assert read == [(0, 70.0), (1, 70.0), (2, 84.0), (3, 91.0), (4, 91.0)]
 
@@ -114,7 +114,7 @@ def test_kernels_of_a_gpu_are_profiled_by_their_own_time_and_operators_left_out(
 
     monkeypatch.setattr(torch.profiler, "profile", profiled)
     engine = SimpleNamespace(device=torch.device("cuda", 0))
-    runner = Runner(engine, ["a"])  # type: ignore[list-item]
+    runner = Runner(engine, ["a"])
     steps: list[int] = []
     monkeypatch.setattr(runner, "step", lambda: steps.append(1))
     made = profile(runner, steps=2)
@@ -147,7 +147,7 @@ class _Ticks:
 
 def test_parts_and_operations_are_those_of_one_step_however_many_are_run() -> None:
     runner = shared_bench().runner(4, 0)
-    runner.clock = _Ticks()  # type: ignore[assignment]
+    runner.clock = _Ticks()
     one, three = runner.parts_ms(1), runner.parts_ms(3)
     assert one == three and one["backward"] > 0
     made = [profile(runner, steps, most=10_000) for steps in (1, 2)]
@@ -170,7 +170,7 @@ def test_steps_take_batches_in_turn_with_numbers_of_their_own_and_a_skipped_one_
         return SimpleNamespace(result=lambda: result)
 
     engine = SimpleNamespace(device=torch.device("cpu"), start_step=start_step)
-    runner = Runner(engine, ["a", "b"])  # type: ignore[list-item]
+    runner = Runner(engine, ["a", "b"])
     assert len(runner.times_ms(warmup=1, least=2, budget_s=0.0)) == 2
     assert told == [("a", 0), ("b", 1), ("a", 2)]
     assert Clock(engine.device).ms(1.0, 1.5) == 500.0  # a process's clock counts seconds

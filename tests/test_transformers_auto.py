@@ -155,7 +155,7 @@ def test_other_ways_to_the_same_pixels(tmp_path: Path, opened: Pretrained, proce
     for name in ("turned.png", "turned.jpg"):
         turned.save(tmp_path / name, exif=exif)
     wide = Image.fromarray(deep.astype(np.int32))
-    ways = {
+    ways: dict[str, list[Any]] = {
         "deep.png": [deep, wide, tmp_path / "deep.png", str(tmp_path / "deep.png")],
         "a.dcm": [tmp_path / "a.dcm"],
         "turned.png": [Image.open(tmp_path / "turned.png")],

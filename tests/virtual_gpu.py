@@ -225,7 +225,7 @@ def virtual_gpu() -> Iterator[VirtualGpu]:
         if args and isinstance(args[0], torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         where, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        settings = {} if memory_format is None else {"memory_format": memory_format}
+        settings: dict[str, Any] = {} if memory_format is None else {"memory_format": memory_format}
         if where is not None and where.type == "meta":
             return real_to(self, where)
         place = None if where is None else GPU if where.type == "cuda" else HOST

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imagecodecs
@@ -52,7 +53,8 @@ def corpus(kind: str) -> list[bytes]:
         ]
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
-        for modality, photometric in (("DX", "MONOCHROME2"), ("CR", "MONOCHROME1")):
+        kinds: Any = (("DX", "MONOCHROME2"), ("CR", "MONOCHROME1"))
+        for modality, photometric in kinds:
             for syntax in ("explicit", "jpegls", "jpeg2000"):
                 write_radiograph(
                     f"{folder}/a",
@@ -214,7 +216,7 @@ def decode(kind: str, data: bytes) -> tuple[str, str]:
 
 def work(kind: str, seed: int, sabotage: dict[int, str]) -> None:
     """Numbers on stdin, one line of JSON each on stdout; `sabotage` proves that faults are seen."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True)
     cv2.setNumThreads(0)
     seeds = corpus(kind)
     originals = [decode(kind, data)[1] for data in seeds]

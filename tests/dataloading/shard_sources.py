@@ -5,6 +5,7 @@ Shared by the tests of the shards.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,7 +51,7 @@ def source(root: Path, count: int = 20, **changes: object) -> list[Row]:
     return rows
 
 
-def plan_for(tmp_path: Path, out: str = "out", **changes: object) -> Plan:
+def plan_for(tmp_path: Path, out: str = "out", **changes: Any) -> Plan:
     plan = Plan(
         root=tmp_path / "raw",
         out=tmp_path / out,

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_dataloading.py"
 @pytest.mark.long
 def test_shards_through_dali_beat_files_through_a_dataloader():
     # processor seconds: what else the machine does costs all contestants alike
-    command = [sys.executable, SCRIPT, "rate", "--rounds", "3", "--batches", "16"]
+    command = [sys.executable, str(SCRIPT), "rate", "--rounds", "3", "--batches", "16"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in printed.splitlines()]
     place = lines[0].index("dali_is_x_cpu")
@@ -26,7 +26,7 @@ def test_shards_through_dali_beat_files_through_a_dataloader():
 
 @pytest.mark.long
 def test_a_large_manifest_starts_in_seconds():
-    command = [sys.executable, SCRIPT, "start", "--rows", "100000"]
+    command = [sys.executable, str(SCRIPT), "start", "--rows", "100000"]
     row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert row["manifest_and_loader_cpu_s"] + row["first_plan_cpu_s"] < 10
     assert row["peak_mib"] < 1024

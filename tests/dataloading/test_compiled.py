@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -20,7 +21,8 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loop_is_kept_on_disk_read_again_and_runs_without_pythons_lock(tmp_path: Path) -> None:
-    first, second = compiled(_double), compiled(_double)
+    first: Any = compiled(_double)
+    second: Any = compiled(_double)
     assert first(3) == 6 and list(tmp_path.rglob("*.nbi"))
     assert second(3) == 6
     hits = [sum(loop.stats.cache_hits.values()) for loop in (first, second)]

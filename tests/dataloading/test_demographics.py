@@ -220,7 +220,7 @@ def test_what_cannot_be_read_is_counted_and_not_told() -> None:
     ],
 )
 def test_a_header_tells_sex_and_age(
-    tmp_path: Path, tags: dict[str, object], expected: tuple[str, str, set[str]]
+    tmp_path: Path, tags: dict[str, Any], expected: tuple[str, str, set[str]]
 ) -> None:
     film(tmp_path / "a.dcm", **tags)
     _, info = read_radiograph(tmp_path / "a.dcm")

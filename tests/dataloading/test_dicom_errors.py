@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -24,19 +25,19 @@ from mlip.dataloading.dicom_source import error_wall
 IMAGE = np.random.default_rng(0).integers(0, 65536, (64, 64)).astype(np.uint16)
 
 
-def written(tmp_path: Path, **fields: object) -> bytes:
+def written(tmp_path: Path, **fields: Any) -> bytes:
     write_radiograph(tmp_path / "base", IMAGE, patient_id="p", study_id="s", **fields)
     return (tmp_path / "base").read_bytes()
 
 
-def changed(tmp_path: Path, fields: dict | None = None, **changes: object) -> bytes:
+def changed(tmp_path: Path, fields: dict | None = None, /, **changes: Any) -> bytes:
     """A written file with attributes replaced, deleted (None) or given as raw bytes."""
     dataset = pydicom.dcmread(io.BytesIO(written(tmp_path, **(fields or {}))))
     for name, value in changes.items():
         if value is None:
             del dataset[name]
         elif isinstance(value, bytes) and name != "PixelData":
-            raw = dataset.get_item(name)
+            raw: Any = dataset.get_item(name)
             dataset._dict[raw.tag] = raw._replace(value=value, length=len(value))
         else:
             setattr(dataset, name, value)
@@ -45,7 +46,7 @@ def changed(tmp_path: Path, fields: dict | None = None, **changes: object) -> by
     return buffer.getvalue()
 
 
-def code_of(source: object) -> str:
+def code_of(source: Any) -> str:
     start = time.process_time()  # processor time: a busy machine proves nothing
     with pytest.raises(DicomError) as caught:
         read_radiograph(source)

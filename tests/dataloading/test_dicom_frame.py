@@ -6,6 +6,7 @@ Oracles: pydicom's own decoding where it has one, else the array that was encode
 import io
 import time
 from collections.abc import Callable
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -27,7 +28,7 @@ BYTES = (FILM >> 4).astype(np.uint8)
 THUMBNAIL = b"\xff\xe1\x00\x0cExif\0\0\xff\xd8\xff\xd9"  # a whole JPEG in an application segment
 
 
-def jpeg12(**options: object) -> bytes:
+def jpeg12(**options: Any) -> bytes:
     return bytes(imagecodecs.jpeg8_encode(FILM, bitspersample=12, **options))
 
 
@@ -131,7 +132,7 @@ def test_8_bit_cells_in_big_endian_words_come_in_swapped_pairs(tmp_path, represe
 @pytest.mark.parametrize("kind", [np.uint8, np.int8])
 def test_an_8_bit_code_stream_in_16_bits_equals_pydicom(tmp_path, kind, header_signed, stored_bits):
     """It was refused as malformed, and -1 read as 255 where a window was given."""
-    frame = imagecodecs.jpeg2k_encode(BYTES.view(kind), level=0, codecformat="j2k")
+    frame = bytes(imagecodecs.jpeg2k_encode(BYTES.view(kind), level=0, codecformat="j2k"))
     fields = {"PixelRepresentation": header_signed}
     data = compressed(tmp_path, FILM, frame, f"{UID}90", stored_bits, **fields)
     expected = BYTES.view(np.int8 if header_signed else np.uint8).astype(int)

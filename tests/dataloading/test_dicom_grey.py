@@ -5,6 +5,7 @@ Oracle: the formulas of DICOM PS3.3 C.11.1 and C.11.2 in float64 (dicom_golden.p
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -197,7 +198,7 @@ def windowed(tmp_path: Path, centre: str, width: str) -> bytes:
     """A file with the window written byte for byte."""
     dataset = pydicom.dcmread(io.BytesIO(edited(tmp_path, noise(16))[1]))
     for name, text in (("WindowCenter", centre), ("WindowWidth", width)):
-        raw = dataset.get_item(name)
+        raw: Any = dataset.get_item(name)
         value = text.encode() + b" " * (len(text) % 2)
         dataset._dict[raw.tag] = raw._replace(value=value, length=len(value))
     buffer = io.BytesIO()

@@ -129,7 +129,7 @@ def test_only_what_is_on_the_host_is_pinned(corpus: Make, build: Any) -> None:
         def is_cuda(self) -> bool:  # type: ignore[override]
             return self.on_gpu
 
-        def pin_memory(self, device: Any = None) -> Tensor:  # type: ignore[override]
+        def pin_memory(self, device: Any = None) -> Tensor:
             pinned.append(tuple(self.shape))
             return self
 

@@ -89,8 +89,8 @@ def test_boxes_and_truth_agree_with_each_other_and_the_generator(made: Path) -> 
         assert tuple(float(box[k]) for k in "xywh") == finding["box"]
         assert box["side"] == (finding["side"] or "")
     study = generate_study(4, 12, 96)
-    for finding, saved in zip(study.findings, truth["s4-000012"], strict=True):
-        assert np.array_equal(saved["mask"], finding.mask)
+    for made_again, saved in zip(study.findings, truth["s4-000012"], strict=True):
+        assert np.array_equal(saved["mask"], made_again.mask)
 
 
 def test_two_workers_write_what_one_writes(made: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ one core). The numbers it prints are those of docs/phantoms.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,7 +100,8 @@ def supervised_ceiling(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     images, labels = train
-    network = SmallNet().to(memory_format=torch.channels_last)
+    network: Any = SmallNet()
+    network.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(network.parameters(), 3e-3, weight_decay=0.02)
     steps = epochs * (len(images) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps)

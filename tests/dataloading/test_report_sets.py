@@ -140,15 +140,17 @@ def test_odd_labels_of_chexpert_plus_are_counted_or_named(tmp_path: Path) -> Non
         assert found == ["Edema", "Fracture", "Fracture"]
     for broken in ('{"path_to_image": "CANARY', '["CANARY"]', '{"Edema": 1.0, "a": "CANARY"}'):
         path.write_text(f"{whole}\n{broken}\n")
-        with pytest.raises(DatasetError, match="impression_fixed.json: line 5: expected a") as said:
+        with pytest.raises(
+            DatasetError, match="impression_fixed.json: line 5: expected a"
+        ) as caught:
             collect("chexpert_plus", tmp_path)
-        assert "CANARY" not in str(said.value)
+        assert "CANARY" not in str(caught.value)
     for state in ("2.0", '"CANARY"', '["CANARY"]'):
         path.write_text(whole.replace("1.0", state))
         message = "impression_fixed.json: label Edema: expected 1"
-        with pytest.raises(DatasetError, match=message) as said:
+        with pytest.raises(DatasetError, match=message) as caught:
             collect("chexpert_plus", tmp_path)
-        assert "CANARY" not in str(said.value)
+        assert "CANARY" not in str(caught.value)
 
 
 def test_odd_rows_of_chexpert_plus_are_counted_or_named(tmp_path: Path) -> None:

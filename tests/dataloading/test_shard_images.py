@@ -48,7 +48,7 @@ def test_sixteen_bits_are_exact_where_nothing_is_scaled(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2500, 3000), (3000, 2500), (257, 13), (256, 256), (40, 30)])
 def test_stored_size_is_the_size_the_loader_would_scale_to(shape):
-    height, width = scaled_size(*shape, 256)
+    height, width = scaled_size(shape[0], shape[1], 256)
     if max(shape) > 256:
         place = Transform(config.Data(resize_px=256), train=False, seed=0).placement(*shape)
         assert (height, width) == (place.height, place.width)

@@ -10,6 +10,7 @@ import codecs
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -43,7 +44,7 @@ def as_jsonl(rows: list[dict[str, object]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def as_csv(rows: list[dict[str, object]]) -> str:
+def as_csv(rows: list[dict[str, Any]]) -> str:
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     return "".join(",".join(f'"{cell}"' for cell in line) + "\n" for line in lines)
 

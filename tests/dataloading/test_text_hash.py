@@ -81,9 +81,9 @@ def test_a_column_in_pieces_hashes_as_in_one() -> None:
     whole = pa.array(TEXTS, pa.large_string())
     pieces = pa.chunked_array([whole.slice(0, 3), whole.slice(3, 0), whole.slice(3)])
     assert (hash_bytes(pieces) == hash_bytes(whole)).all()
-    for a, b in zip(hash_words(pieces), hash_words(whole), strict=True):
-        assert (a == b).all()
-    assert (contains_byte(pieces, b".") == ["." in (t or "") for t in TEXTS]).all()
+    for part in (0, 1):
+        assert np.array_equal(hash_words(pieces)[part], hash_words(whole)[part])
+    assert contains_byte(pieces, b".").tolist() == ["." in (t or "") for t in TEXTS]
 
 
 def test_columns_without_a_row_or_without_a_text_have_hashes_too() -> None:

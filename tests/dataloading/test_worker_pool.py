@@ -3,6 +3,7 @@
 import errno
 import subprocess
 import time
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_items_are_read_only_a_few_ahead(module):
             yield {"n": i}
 
     with WorkerPool(module, "", 1, timeout_s=60) as pool:
-        replies = pool.ordered(items())
+        replies: Any = pool.ordered(items())  # a generator, which has close()
         next(replies)
         assert len(taken) <= 10
         replies.close()

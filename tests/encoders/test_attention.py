@@ -72,7 +72,7 @@ def test_xformers_is_called_in_its_own_layout_and_agrees_with_the_formula(
 ) -> None:
     # a stand-in with xformers' contract: [B, S, heads, d], an additive bias whose rows start at
     # multiples of 8 elements (its CUDA kernels refuse others); the real one needs a GPU
-    def memory_efficient_attention(query, key, value, attn_bias, p, scale):  # type: ignore[no-untyped-def]
+    def memory_efficient_attention(query, key, value, attn_bias, p, scale):
         assert p == 0.0 and attn_bias.shape == (2, 3, 5, 5)
         assert all(stride % 8 == 0 for stride in attn_bias.stride()[:-1])
         scores = torch.einsum("bshd,bthd->bhst", query, key) * scale + attn_bias
@@ -133,7 +133,8 @@ def test_states_are_rounded_once_for_query_key_and_value_and_to_the_same_numbers
             with torch.autocast("cuda", torch.bfloat16):
                 states = tower(*given)[1]
             weights = torch.linspace(-1, 1, states.shape[-1], device="cuda")
-            gradients = torch.autograd.grad((states.float() * weights).sum(), parts[0].parameters())
+            learned = list(parts[0].parameters())
+            gradients = torch.autograd.grad((states.float() * weights).sum(), learned)
             results.append([states.detach(), *gradients])
         once, by_each = seen[:6], seen[6:]
         assert all(x.dtype == torch.bfloat16 for x in once)

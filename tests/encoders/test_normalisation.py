@@ -55,8 +55,8 @@ def test_two_ranks_equal_one_process_for_output_gradient_and_statistics(tmp_path
     close(torch.cat([p["grad"] for p in parts]), x.grad)
     close(parts[0]["weight"] + parts[1]["weight"], norm.weight.grad)
     for part in parts:
-        close(part["mean"], norm.running_mean)  # type: ignore[arg-type]
-        close(part["var"], norm.running_var)  # type: ignore[arg-type]
+        close(part["mean"], norm.running_mean)
+        close(part["var"], norm.running_var)
         assert int(part["batches"]) == 1
 
 
@@ -86,7 +86,7 @@ def test_groups_are_as_many_as_fit_with_four_channels_or_more_in_each() -> None:
     for channels, groups in ((3, 1), (10, 2), (22, 2), (64, 16), (96, 24), (2048, 32)):
         module = nn.Sequential(nn.BatchNorm2d(channels))
         set_normalisation(module, "group")
-        assert module[0].num_groups == groups  # type: ignore[union-attr]
+        assert module[0].num_groups == groups
 
 
 def test_a_head_with_batch_norm_counts_real_rows_alone_and_makes_the_others_zero() -> None:

@@ -31,7 +31,8 @@ from mlip.encoders.pretrained_tower import load_tower
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 16}
-BERT, VIT = {**SMALL, "vocab_size": 50}, {**SMALL, "image_size": 32, "patch_size": 16}
+BERT: dict[str, Any] = {**SMALL, "vocab_size": 50}
+VIT: dict[str, Any] = {**SMALL, "image_size": 32, "patch_size": 16}
 RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
 RESNET |= {"layer_type": "basic"}
 

@@ -150,9 +150,9 @@ def test_on_a_gpu_heads_keep_to_the_type_too(residual: str) -> None:
         head.get_submodule("activation").register_forward_hook(
             lambda _, given, made, seen=seen: seen.extend((given[0].dtype, made.dtype))
         )
-        width = head.get_submodule("first").in_features
+        first: Any = head.get_submodule("first")
         with torch.autocast("cuda", torch.bfloat16):
-            head(torch.randn(4, width, device="cuda"))
+            head(torch.randn(4, first.in_features, device="cuda"))
         assert seen == [expected] * 2
 
 

@@ -56,7 +56,9 @@ def test_packed_reports_give_the_states_and_gradients_of_padded_ones(
         options = OPTIONS | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         encoder = TextEncoder(
             Text(options=options, packed=packed, checkpointing=checkpointing, pool="attention"),
-            **{"vocab_size": 50, "max_tokens": 12, "attention": attention},
+            vocab_size=50,
+            max_tokens=12,
+            attention=attention,
             keeps_attention=True,
         ).double()
         pooled, states, attended = encoder(ids, mask)

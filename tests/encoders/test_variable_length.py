@@ -69,11 +69,11 @@ def test_every_text_attends_to_itself_alone(
     packing, rows = packed_rows(device, dtype)
     weight = torch.linspace(-1.0, 1.0, sum(LENGTHS) * 64).view(1, -1, 2, 32).to(device, dtype)
     with waits_are_errors(device):
-        out = variable_length_attention(*rows, packing, scale=0.3, dropout=0.0)
+        query, key, value = rows
+        out = variable_length_attention(query, key, value, packing, scale=0.3, dropout=0.0)
         got = torch.autograd.grad((out * weight).sum(), rows)
-    padded = attention(
-        *(packing.unpack_heads(x) for x in rows), packing.attention_mask(), impl="sdpa", scale=0.3
-    )
+    query, key, value = (packing.unpack_heads(x) for x in rows)
+    padded = attention(query, key, value, packing.attention_mask(), impl="sdpa", scale=0.3)
     truth = packing.pack(padded.transpose(1, 2))
     want = torch.autograd.grad((truth * weight).sum(), rows)
     assert out.shape == truth.shape == (1, sum(LENGTHS), 2, 32)
@@ -89,12 +89,14 @@ def test_a_text_tower_on_a_gpu_gives_the_states_and_gradients_of_padded_reports(
     mask = (torch.arange(12) < torch.tensor(LENGTHS)[:, None]).cuda()
     ids = torch.randint(5, 50, mask.shape, generator=torch.Generator().manual_seed(2)).cuda()
     results = []
-    for settings in ({"attention": "sdpa"}, {"attention": "varlen"}):
+    for kind in ("sdpa", "varlen"):
         torch.manual_seed(0)
-        is_packed = settings["attention"] == "varlen"
+        is_packed = kind == "varlen"
         encoder = TextEncoder(
             Text(options=OPTIONS, packed=is_packed, checkpointing=checkpointing),
-            **{"vocab_size": 50, "max_tokens": 12, **settings},
+            vocab_size=50,
+            max_tokens=12,
+            attention=kind,
             keeps_attention=True,
         ).cuda()
         with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,12 @@ from mlip.config import Vision
 from mlip.encoders.normalisation import FrozenBatchNorm, SynchronisedBatchNorm
 from mlip.encoders.vision import VisionEncoder
 
-TINY = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+TINY: dict[str, Any] = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
 RESNET = Vision(kind="resnet", options=TINY, patch_stage=1, patch_pool=2, pool="attention")
 VIT = Vision(
     kind="vit",
@@ -113,7 +118,7 @@ def test_position_grid_follows_another_image_size() -> None:
         ("group", torch.nn.GroupNorm),
     ],
 )
-def test_every_batch_norm_is_replaced(norm: str, cls: type) -> None:
+def test_every_batch_norm_is_replaced(norm: Any, cls: type) -> None:
     encoder = VisionEncoder(dataclasses.replace(RESNET, norm=norm), channels=1, image_px=64)
     kinds = {type(m) for m in encoder.tower.modules() if "Norm" in type(m).__name__}
     assert kinds == {cls}
@@ -131,7 +136,7 @@ def test_weights_come_from_a_local_directory(tmp_path: Path) -> None:
     saved = ResNetModel(ResNetConfig(num_channels=1, **TINY))
     saved.save_pretrained(tmp_path)
     settings = dataclasses.replace(RESNET, source=str(tmp_path), options={})
-    encoder = VisionEncoder(settings, channels=1, image_px=64)
+    encoder: Any = VisionEncoder(settings, channels=1, image_px=64)
     expected = saved.embedder.embedder.convolution.weight
     assert torch.equal(encoder.tower.backbone.embedder.embedder.convolution.weight, expected)
 

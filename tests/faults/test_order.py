@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlip.assembly import open_loader
+from mlip.assembly import Corpus, open_loader
 from mlip.config import load
 from mlip.dataloading.loader import merge_states
 from tests.small_run import small_run
@@ -25,7 +25,12 @@ BATCHES, AHEAD = 100, 2
 def _loader(workers: int, rank: int = 0, world: int = 1) -> Any:
     run = small_run()
     config = load([], [*run.settings, f"data.workers={workers}", "batch.global_pairs=4"])
-    return open_loader(config, run, rank=rank, world_size=world)
+    return open_loader(
+        config,
+        Corpus(run.manifest, run.tokenizer, run.table, run.linker),
+        rank=rank,
+        world_size=world,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -322,7 +322,7 @@ def learned_scale_errors(
     results = []
     for impl, dtype in (("triton", features), ("torch", torch.float64)):
         wide = torch.float64 if impl == "torch" else torch.float32
-        inputs = {
+        inputs: dict[str, Any] = {
             name: x.to(features).to(device, dtype).requires_grad_() for name, x in narrow.items()
         }
         scale = torch.tensor(alpha, dtype=wide, device=device, requires_grad=True)

@@ -100,7 +100,7 @@ class _Scores(torch.nn.Module):
         super().__init__()
         self.options: dict[str, Any] = options
 
-    def forward(self, patches: Tensor, tokens: Tensor, knowledge: Tensor, **masks: Tensor):
+    def forward(self, patches: Tensor, tokens: Tensor, knowledge: Tensor, **masks: Any):
         return token_knowledge_patch_scores(
             patches, tokens, knowledge, impl="torch", **masks, **self.options
         )

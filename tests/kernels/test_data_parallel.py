@@ -38,9 +38,9 @@ class _Towers(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         made = inputs | {name: self.towers[name](inputs[name]) for name in FEATURES}
-        unit = [F.normalize(made[name].mean(1), dim=-1) for name in ("patches", "tokens")]
+        image, text = (F.normalize(made[name].mean(1), dim=-1) for name in ("patches", "tokens"))
         scale = self.loss.log_logit_scale.exp()
-        return self.loss(**made) + info_nce_loss(*unit, scale, group=self.group)
+        return self.loss(**made) + info_nce_loss(image, text, scale, group=self.group)
 
 
 def _share(rank: int) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ SCALARS = {
     "aggregation_scale": 4.0,
     "logit_scale": 14.3,
 }
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "attention_mean": {},
     "attention_lse": {"aggregation": "lse"},
     "context_mean": {"pooling": "context"},
@@ -42,14 +42,14 @@ CASES = {
 }
 
 
-def _inputs() -> dict[str, Tensor]:
+def _inputs() -> dict[str, Any]:
     inputs = make_inputs(6, 6, seed=41)
     inputs["knowledge_mask"][-1] = False  # a text without any row, on the last rank
     inputs["pair_ids"] = torch.tensor([3, 8, 1, 5, 3, 8])  # equal ids on different ranks
     return inputs
 
 
-def _leaves(rows: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+def _leaves(rows: slice, dtype: torch.dtype) -> dict[str, Any]:
     made = {name: value[rows].clone() for name, value in _inputs().items()}
     for name, value in made.items():
         if value.is_floating_point():
@@ -187,7 +187,7 @@ def _first_rows(rows: slice, group: Any) -> dict[str, Any]:
         k: torch.nn.functional.normalize(_inputs()[k][rows, 0], dim=-1).requires_grad_()
         for k in ("patches", "tokens")
     }
-    return _collect(info_nce_loss(*made.values(), 14.3, group=group), made)
+    return _collect(info_nce_loss(made["patches"], made["tokens"], 14.3, group=group), made)
 
 
 def _without_pairs(rank: int) -> dict[str, Any]:

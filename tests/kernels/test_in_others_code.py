@@ -33,7 +33,7 @@ from tests.kernels.oracle import relative_error
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _batch(size: int, seed: int = 0) -> dict[str, Tensor]:
+def _batch(size: int, seed: int = 0) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     batch = {
         "patches": torch.randn(size, 5, 8, generator=g),
@@ -180,7 +180,7 @@ def test_ids_and_masks_filled_again_before_the_backward_pass_are_an_error(name: 
         "text_valid": torch.tensor([True, False, True, True]),
     }
     scores = torch.eye(4).requires_grad_()
-    loss = contrastive_loss_from_scores(scores, logit_scale=3.0, **given)  # type: ignore[arg-type]
+    loss = contrastive_loss_from_scores(scores, logit_scale=3.0, **given)
     given[name].fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -83,7 +83,7 @@ def test_backward_under_autocast_gives_the_gradients_of_backward_without(
     for is_on in (False, True):
         leaves = [unit(7, 5, seed, torch.float32).requires_grad_() for seed in (0, 1)]
         with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
-            value = info_nce_loss(*leaves, 10.0)
+            value = info_nce_loss(leaves[0], leaves[1], 10.0)
             found.append(torch.autograd.grad(value, leaves, create_graph=create_graph))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -247,7 +247,7 @@ def test_launchers_allocate_what_the_law_allows(
     ],
 )
 def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "image_features": torch.zeros(2, 4),
         "text_features": torch.zeros(2, 4),
         "logit_scale": 1.0,

@@ -137,8 +137,8 @@ def test_what_the_info_nce_kernels_cannot_take_is_refused(dim, dtype, message) -
 def test_the_longest_rows_of_info_nce_are_taken(dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(6)
     made = F.normalize(torch.randn(2, 3, dim, generator=generator), dim=-1).to(dtype)
-    value = info_nce_loss(*made, 10.0, impl="triton")
-    truth = info_nce_loss(*made.double(), 10.0, impl="torch")
+    value = info_nce_loss(made[0], made[1], 10.0, impl="triton")
+    truth = info_nce_loss(made[0].double(), made[1].double(), 10.0, impl="torch")
     assert relative_error(value, truth) <= 1e-5
 
 
@@ -175,9 +175,10 @@ def test_autocast_makes_unit_rows_of_bfloat16() -> None:
     inputs = {k: x.float() for k, x in make_inputs(2, 2, 20, 5, 2, 16, masks=False).items()}
     rows = [inputs[name][:, 0] for name in ("patches", "tokens")]
     with torch.autocast("cpu", torch.bfloat16):
-        loss = info_nce_loss(*rows, 1.0, impl="triton")
+        loss = info_nce_loss(rows[0], rows[1], 1.0, impl="triton")
         scores = token_knowledge_patch_scores(**inputs, impl="triton")
-    assert torch.equal(loss, info_nce_loss(*(x.bfloat16() for x in rows), 1.0, impl="triton"))
+    narrow = info_nce_loss(rows[0].bfloat16(), rows[1].bfloat16(), 1.0, impl="triton")
+    assert torch.equal(loss, narrow)
     assert 1e-4 < relative_error(scores, token_knowledge_patch_scores(**inputs)) <= 1e-2
 
 

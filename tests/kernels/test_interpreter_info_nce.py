@@ -83,7 +83,7 @@ def test_info_nce_is_exact_where_no_pair_is_alike(scale: float) -> None:
     results = []
     for dtype, impl in ((torch.float32, "triton"), (torch.float64, "torch")):
         made = [x.to(dtype).requires_grad_() for x in (image, text)]
-        value = info_nce_loss(*made, scale, impl=impl)
+        value = info_nce_loss(made[0], made[1], scale, impl=impl)
         results.append([value.detach(), *torch.autograd.grad(value, made)])
     assert relative_error(results[0][0], results[1][0]) <= 1e-6
     for got, want in zip(results[0][1:], results[1][1:], strict=True):

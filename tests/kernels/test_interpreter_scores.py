@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_loss_and_all_gradients_are_exact_and_masks_hide(pooling: str, aggregati
     inputs["patch_mask"][-1, 3:7] = True
     extra = {k: torch.tensor(v, dtype=torch.float64) for k, v in LEARNED.items()}
     extra["logit_scale"] = torch.tensor(9.0, dtype=torch.float64)
-    options = {"pooling": pooling, "aggregation": aggregation}
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation}
     made, truth_leaves = leaves(poisoned(inputs) | extra, torch.float32), leaves(inputs | extra)
     value = token_knowledge_patch_loss(**made, impl="triton", **options)
     truth = token_knowledge_patch_loss(**truth_leaves, impl="torch", **options)
@@ -211,7 +213,7 @@ def test_a_row_like_every_patch_is_exact(alpha: float, sign: float) -> None:
     for pooling in ("attention", "context"):
         made = leaves({"patches": patches, "tokens": sign * tokens}, torch.float32)
         truth_leaves = leaves({"patches": patches, "tokens": sign * tokens})
-        options = {"pooling": pooling, "attention_scale": alpha}
+        options: dict[str, Any] = {"pooling": pooling, "attention_scale": alpha}
         value = token_knowledge_patch_scores(**made, impl="triton", **options)
         truth = token_knowledge_patch_scores(**truth_leaves, impl="torch", **options)
         assert relative_error(value, truth) <= 1e-6

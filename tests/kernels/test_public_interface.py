@@ -131,9 +131,9 @@ def test_one_input_of_float64_makes_the_call_float64() -> None:
         truth = token_knowledge_patch_loss(**leaves(inputs), logit_scale=10.0)
         assert value.dtype == torch.float64 and relative_error(value, truth) <= 1e-12
     for wide in (0, 1):
-        mixed = [x.double() if side == wide else x for side, x in enumerate(rows)]
-        truth = info_nce_loss(*(x.double() for x in rows), 10.0)
-        assert torch.equal(info_nce_loss(*mixed, 10.0), truth)
+        image, text = (x.double() if side == wide else x for side, x in enumerate(rows))
+        truth = info_nce_loss(rows[0].double(), rows[1].double(), 10.0)
+        assert torch.equal(info_nce_loss(image, text, 10.0), truth)
 
 
 def test_scores_of_bfloat16_are_multiplied_and_summed_in_float32() -> None:
@@ -149,7 +149,7 @@ def test_a_scale_may_be_one_entry_of_any_dtype(dtype: torch.dtype) -> None:
     rows = [F.normalize(inputs[name][:, 0], dim=-1) for name in ("patches", "tokens")]
 
     def losses(scale: float | Tensor) -> list[Tensor]:
-        found = [info_nce_loss(*rows, scale)]
+        found = [info_nce_loss(rows[0], rows[1], scale)]
         found += [token_knowledge_patch_loss(**inputs, logit_scale=scale)]
         return [*found, token_knowledge_patch_loss(**inputs, logit_scale=3, attention_scale=scale)]
 
@@ -257,8 +257,9 @@ def test_torch_compile_gives_the_same_loss_and_gradients_on_a_cpu(
 
     def run(patches: Tensor, tokens: Tensor) -> Tensor:
         rest = inputs | {"patches": patches * 2.0, "tokens": tokens}
-        unit = [F.normalize(x[:, 0], dim=-1) for x in (patches, tokens)]
-        return token_knowledge_patch_loss(**rest, logit_scale=10.0) + info_nce_loss(*unit, 10.0)
+        image, text = (F.normalize(x[:, 0], dim=-1) for x in (patches, tokens))
+        local = token_knowledge_patch_loss(**rest, logit_scale=10.0)
+        return local + info_nce_loss(image, text, 10.0)
 
     truth = run(*wanted)
     value = torch.compile(run, backend="eager")(*wanted)
@@ -283,7 +284,7 @@ def test_info_nce_is_exact_at_logit_scale_100() -> None:
     results = []
     for dtype in (torch.float32, torch.float64):
         rows = [x.float().to(dtype).requires_grad_() for x in made]
-        value = info_nce_loss(*rows, 100.0)
+        value = info_nce_loss(rows[0], rows[1], 100.0)
         results.append([value, *torch.autograd.grad(value, rows)])
     for got, want in zip(*results, strict=True):
         assert relative_error(got, want) <= 1e-5

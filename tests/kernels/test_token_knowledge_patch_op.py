@@ -36,7 +36,7 @@ def valid_sides(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return inputs["patch_mask"].any(1), rows > 0
 
 
-def square_inputs(seed: int = 0, **sizes: int) -> dict[str, Any]:
+def square_inputs(seed: int = 0, **sizes: Any) -> dict[str, Any]:
     inputs = make_inputs(5, 5, seed=seed, **sizes)
     inputs["knowledge_mask"][-1] = False  # with its token weights: a text without any row
     inputs["patch_mask"][-1] = True
@@ -372,7 +372,8 @@ def test_without_entities_every_learned_scale_still_has_a_gradient(entities: int
 
 def test_entities_of_a_batch_without_any_still_get_a_gradient() -> None:
     """Of a projection of entities, DistributedDataParallel waits for it."""
-    made = {n: torch.randn(3, k, 8, requires_grad=True) for n, k in (("patches", 5), ("tokens", 4))}
+    shapes = {"patches": 5, "tokens": 4}
+    made: dict[str, Any] = {n: torch.randn(3, k, 8, requires_grad=True) for n, k in shapes.items()}
     made["knowledge"] = torch.zeros(3, 0, 8, requires_grad=True)
     made["knowledge_weights"] = torch.zeros(3, 0, requires_grad=True)
     token_knowledge_patch_loss(**made, logit_scale=10.0).backward()

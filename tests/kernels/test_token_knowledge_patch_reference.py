@@ -128,7 +128,7 @@ def test_what_is_not_a_number_shows_in_the_score(pooling: str, aggregation: str)
 def test_what_a_mask_hides_is_never_read(pooling: str, aggregation: str) -> None:
     inputs = make_inputs(seed=5)
     clean, dirty = leaves(inputs), leaves(poisoned(inputs))
-    options = {"pooling": pooling, "aggregation": aggregation}
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation}
     value = token_knowledge_patch_scores(**clean, **options)
     again = token_knowledge_patch_scores(**dirty, **options)
     assert torch.equal(value, again)
@@ -249,7 +249,7 @@ def test_tiles_and_recomputation_change_nothing(
 ) -> None:
     """Oracle: the same call in one tile that keeps its similarities."""
     inputs = make_inputs(5, 6, 7, 6, 3, 8, seed=19) | learned()
-    options = {"pooling": pooling, "aggregation": aggregation}
+    options: dict[str, Any] = {"pooling": pooling, "aggregation": aggregation}
     whole = leaves(inputs)
     value = token_knowledge_patch_scores(**whole, **options)
     want = gradients(value, whole)

@@ -49,9 +49,10 @@ def compile_all(cases: list[dict[str, Any]], cache: Path) -> list[dict[str, Any]
     return made
 
 
-def release(used: dict[str, Any]) -> tuple[int, ...]:
+def release(used: dict[str, Any]) -> tuple[int, int]:
     """Of the Triton that compiled: the one that PYTHONPATH names."""
-    return tuple(int(part) for part in used["triton"].split(".")[:2])
+    major, minor = used["triton"].split(".")[:2]
+    return int(major), int(minor)
 
 
 def check(used: dict[str, Any]) -> None:

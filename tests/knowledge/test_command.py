@@ -132,9 +132,9 @@ def test_the_colour_view_styles_each_state_and_keeps_the_text():
     text = "No effusion. Possible nodule. Mass [/bold] here."
     view = colour_view(text, link(text))
     assert view.plain == text
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
-    console.print(view)
-    printed = console.file.getvalue()
+    file = io.StringIO()
+    Console(file=file, force_terminal=True, color_system="standard", width=200).print(view)
+    printed = file.getvalue()
     assert "\x1b[31meffusion\x1b[0m" in printed and "\x1b[33mnodule\x1b[0m" in printed
 
 
@@ -155,8 +155,8 @@ def test_the_deepest_way_up_is_found_without_the_ancestors_of_each(monkeypatch):
     monkeypatch.setattr(ConceptTable, "ancestors", None)
     assert _deepest(table) == max(depth.values()) > 1
     # two ways up, one of them longer; a parent that the table has not; a circle
-    ways = {"a": (), "b": ("a",), "c": ("b",), "d": ("a", "c"), "e": ("gone",), "f": ("f",)}
-    made = ConceptTable(Concept(id=i, name=i, parents=parents) for i, parents in ways.items())
+    above = {"a": (), "b": ("a",), "c": ("b",), "d": ("a", "c"), "e": ("gone",), "f": ("f",)}
+    made = ConceptTable(Concept(id=i, name=i, parents=parents) for i, parents in above.items())
     assert _deepest(made) == 3
     assert _deepest(ConceptTable(made.concepts[4:])) == 1
 

@@ -127,7 +127,7 @@ def _terms(loss: Category, leaves: dict[str, Tensor], names: str) -> float:
     valid["r"] = context.has_present_N
     values: list[Tensor] = []
     for name in names.split():
-        code_view, view = name
+        code_view, view = name[0], name[1]
         keep = valid[code_view]
         code = torch.zeros(PAIRS, len(prototypes), dtype=torch.float64)
         code[keep] = _plain_sinkhorn(views[code_view][keep] @ prototypes.T, 0.05, 3)

@@ -66,7 +66,7 @@ def test_empty_reports_and_equal_pair_ids_leave_the_loss() -> None:
 def test_scores_are_computed_once_for_all_losses() -> None:
     calls = []
     context = _context(torch.eye(PAIRS).double())
-    context._local_scores = lambda: calls.append(0) or torch.eye(PAIRS).double()  # type: ignore
+    context._local_scores = lambda: calls.append(0) or torch.eye(PAIRS).double()
     LocalAlignment(config_of(), DIM)(context)
     assert context.local_scores.shape == (PAIRS, PAIRS)
     assert len(calls) == 1
@@ -78,7 +78,7 @@ def _naive_in_pair(patches: Tensor, tokens: Tensor, weight: Tensor) -> float:
 
     def attended(row: Tensor, others: Tensor) -> Tensor:
         shares = [math.exp(float(row @ other) / 0.1) for other in others]
-        return sum(s / sum(shares) * o for s, o in zip(shares, others, strict=True))  # type: ignore
+        return sum(s / sum(shares) * o for s, o in zip(shares, others, strict=True))
 
     seen = torch.stack([attended(token, patches) for token in tokens])
     read = torch.stack([attended(patch, tokens) for patch in patches])

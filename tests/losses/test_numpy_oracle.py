@@ -198,7 +198,7 @@ def _both(rows: list[int]) -> tuple[dict[str, Any], dict[str, Any], Any]:
     leaves = {n: x[rows].requires_grad_() for n, x in make_leaves().items()}
     image = ImageFeatures(unit_length(leaves["image"]), leaves["patches"], (1, PATCHES))
     text = TextFeatures(unit_length(leaves["text"]), leaves["tokens"])
-    model.encode_image, model.encode_text = lambda *_: image, lambda *_: text  # type: ignore
+    model.encode_image, model.encode_text = lambda *_: image, lambda *_: text
     objective, batch = Objective(config, model).double(), make_batch()
     # beside what that holds: two states in one report, no mention in one, no token in one
     batch.entity_state[8, 2], batch.entity_mask[5], batch.content_mask[7] = 2, False, False

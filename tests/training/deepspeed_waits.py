@@ -33,8 +33,7 @@ def find_waits(stages: list[int], out: str) -> None:
             for number in range(3):
                 batch = make_batch(number, 8).to("cuda")
                 gpu.waits.clear()
-                step = {"step": number, "progress": PROGRESS, "lr": 0.01}
-                result = engine.train_step(batch, **step)
+                result = engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
             waits = list(gpu.waits)
             bad = make_batch(3, 8).to("cuda")
             object.__setattr__(bad, "image", bad.image * torch.nan)

@@ -173,14 +173,16 @@ def test_a_host_read_waits_on_the_gpu_of_its_values() -> None:
     with virtual_gpu():
         values = torch.tensor([1.0, 2.5]).to("cuda")
         read = HostRead(values)
-        torch.cuda.current_stream.assert_called_once_with(values.device)  # type: ignore[attr-defined]
-        read._copied.record.assert_called_once_with(torch.cuda.current_stream.return_value)  # type: ignore
+        copied: Any = read._copied
+        stream: Any = torch.cuda.current_stream
+        stream.assert_called_once_with(values.device)
+        copied.record.assert_called_once_with(stream.return_value)
         for is_made in (False, True):
-            read._copied.query.return_value = is_made  # type: ignore[union-attr]
+            copied.query.return_value = is_made
             assert read.is_there is is_made
-        read._copied.synchronize.assert_not_called()  # type: ignore[union-attr]
+        copied.synchronize.assert_not_called()
         assert read.numbers() == [1.0, 2.5]
-        read._copied.synchronize.assert_called_once_with()  # type: ignore[union-attr]
+        copied.synchronize.assert_called_once_with()
 
 
 @pytest.mark.gpu

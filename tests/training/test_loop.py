@@ -178,10 +178,10 @@ def test_times_of_steps_add_up_to_the_run_either_way(tmp_path):
             time.sleep(max(0.0, done_at - time.perf_counter()))
             return plain()
 
-        started.result = result  # type: ignore[method-assign]
+        started.result = result
         return started
 
-    trainer.engine.start_step = queued  # type: ignore[method-assign]
+    trainer.engine.start_step = queued
     begin = time.perf_counter()
     trainer.fit(StopRequest())
     seconds = [8 / entry["pairs_per_s"] for entry in _log(tmp_path).values()]
@@ -226,7 +226,8 @@ def test_a_state_with_a_part_of_another_kind_is_an_error_of_the_checkpoint(tmp_p
 def test_counts_of_skipped_steps_go_on_after_a_resume(tmp_path):
     # or a run that is stopped now and then would never reach train.max_nan_steps
     trainer = trainer_of(_config(tmp_path))
-    trainer.step = trainer.loader.step = 3
+    loader: Any = trainer.loader
+    trainer.step = loader.step = 3
     trainer.skipped.in_all, trainer.skipped.in_a_row = 5, 2
     trainer.save()
     resumed = trainer_of(_config(tmp_path))

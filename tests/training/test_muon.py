@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn as nn
@@ -86,7 +88,7 @@ def test_a_convolution_counts_as_the_matrix_of_its_outputs():
 def test_a_matrix_without_a_gradient_stays_and_a_skipped_step_counts_as_none():
     idle, moved = (nn.Parameter(torch.ones(16, 16)) for _ in range(2))
     groups = [{"params": [idle, moved], "is_matrix": True, "weight_decay": 0.1}]
-    optimizer = Muon(groups, momentum=0.9, lr=0.1, fused=True)
+    optimizer: Any = Muon(groups, momentum=0.9, lr=0.1, fused=True)
     for found in (0.0, 1.0, 0.0):
         moved.grad = torch.eye(16)
         optimizer.found_inf = torch.tensor(found)

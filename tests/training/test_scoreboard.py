@@ -98,7 +98,7 @@ def test_a_test_with_a_clock_or_processes_of_its_own_ends_no_run(tmp_path, monke
         test.setattr("psutil.Process", lambda *arguments: SimpleNamespace())
         test.setattr("time.monotonic", lambda: -1e9)
         report = pytest.TestReport(
-            "a", ("", 0, ""), {}, "passed", None, "call",  # type: ignore[arg-type]
+            "a", ("", 0, ""), {}, "passed", None, "call",
         )  # fmt: skip
         recorder.pytest_runtest_logreport(report)  # before the test's own are taken back
     recorder.pytest_runtest_logfinish()

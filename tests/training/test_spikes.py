@@ -16,8 +16,8 @@ from tests.training.toy_run import ToyLoader, ToyObjective
 class _Sensitive(ToyObjective):
     """Its loss follows the size of the images and of the weights, as no contrastive loss does."""
 
-    def forward(self, batch, *, step, progress):
-        total, terms = super().forward(batch, step=step, progress=progress)
+    def forward(self, batch, **given):
+        total, terms = super().forward(batch, **given)
         size = sum(p.square().sum() for p in self.model.parameters() if p.requires_grad) / 100
         return total * batch.image.abs().mean() + size, terms
 

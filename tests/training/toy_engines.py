@@ -88,7 +88,8 @@ def require_refused(engine: Engine, state: TrainingState) -> None:
     """A state with one tensor of another shape, as settings that differ would have; by name."""
     for group, name in (("parameters", "model.patch_head.bias"), ("buffers", "queue")):
         whole = getattr(state, group)
-        wrong = replace(state, **{group: {**whole, name: whole[name][:-1]}})
+        change: dict[str, Any] = {group: {**whole, name: whole[name][:-1]}}
+        wrong = replace(state, **change)
         try:
             engine.load(wrong)
         except ValueError as error:

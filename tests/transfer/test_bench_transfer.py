@@ -28,7 +28,7 @@ from tests.small_run import small_export
 VALUES = {"imagenet": 0.65, "mlip": 0.9, "mgca": 0.8, "clip": 0.7, "random": 0.6}
 
 
-def estimate(value: float, seeds: tuple[int, ...]) -> dict[str, Any]:
+def estimate(value: float, seeds: tuple[float, ...]) -> dict[str, Any]:
     known = {"low": value - 0.01, "high": value + 0.01, "n": 9, "reason": None}
     return {"value": value, **known, "seeds": [value] * len(seeds), "seed_sd": 0.0}
 

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from tests.small_run import small_export, small_run
 NAMES = "image,patient_id,image_id,split,sha256"
 
 
-def write(path: Path, rows: list[tuple[str, ...]], names: str = NAMES) -> Path:
+def write(path: Path, rows: Sequence[tuple[str, ...]], names: str = NAMES) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([names.split(","), *rows])
@@ -55,7 +56,7 @@ def told(own: Path, trained_on: list[Path], *trainings: Training) -> dict[str, A
 
 def counts(found: dict[str, Any]) -> tuple[int, int, int, int]:
     keys = ("films", "films_of_patients", "patients", "patients_by_id_alone")
-    return tuple(found[key] for key in keys)  # type: ignore[return-value]
+    return tuple(found[key] for key in keys)
 
 
 # of three test patients A is in training with the same film, B with another one alone, C with none

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_more_rows_than_asked_for_are_a_keyed_choice(tmp_path: Path) -> None:
     ("asked", "has_products"), [("auto", True), ("auto", False), ("bf16", False)]
 )
 def test_results_and_page_say_which_precision_the_machine_took(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, has_products: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, has_products: bool
 ) -> None:
     run = small_run()
     monkeypatch.setattr("mlip.precision.multiplies_bf16", lambda device: has_products)

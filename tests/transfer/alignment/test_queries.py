@@ -42,7 +42,6 @@ def test_the_swapped_image_may_deny_the_finding_and_is_never_an_uncertain_one(
 def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
     """Only an image labelled with other things can be the swapped image; anatomy has none."""
     from mlip.transfer.alignment.queries import make_queries
-    from mlip.transfer.features import ImageBank
 
     labels = [("Pneumonia",), (), ("Effusion",), ("Pneumonia",)]
 
@@ -69,14 +68,15 @@ def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
             finding_boxes.Box("Left_Lung", None, corners),
         ]
     }
-    images: ImageBank = FakeImages()  # type: ignore[assignment]
+    images: Any = FakeImages()
+    said: Any = FakeAnnotations()
     queries, phrases, names = make_queries(
         images,
-        FakeAnnotations(),
+        said,
         boxes,
         load_concepts(),
         False,
-        seed=0,  # type: ignore[arg-type]
+        seed=0,
     )
     swapped = {(q.finding, q.kind): q.swapped for q in queries}
     assert swapped["Pneumonia", "keyword"] == 2

@@ -67,7 +67,10 @@ def test_class_precision_is_among_the_rows_of_exactly_one_label() -> None:
     found = _by_class(run.config, manifest, np.arange(40), (image, text), patients)
     one = np.array([row for row in range(40) if len(labels[row]) == 1])
     classes = np.array([labels[row][0] for row in one])
-    settings = {"bootstrap": run.config.evaluate.bootstrap, "seed": run.config.run.seed}
+    settings: dict[str, Any] = {
+        "bootstrap": run.config.evaluate.bootstrap,
+        "seed": run.config.run.seed,
+    }
     for direction, query, candidate in (
         ("image_to_text", image[one], text[one]),
         ("text_to_image", text[one], image[one]),

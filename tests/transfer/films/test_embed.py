@@ -192,7 +192,7 @@ def test_a_folder_of_other_columns_of_the_manifest_is_not_gone_on_with(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As many rows: of what was embedded before it was said that it is what is asked for."""
-    columns = {
+    columns: dict[str, Any] = {
         "fold": lambda i: ("test", "test", "val", "train", "train")[i % 5],
         "lateral": lambda i: f"{29 - i}.png",
         "impression": "No edema at all.",

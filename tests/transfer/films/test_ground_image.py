@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -84,7 +85,7 @@ def test_the_point_and_the_heat_lie_where_the_patch_saw_the_file(
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_a_dicom_file_of_sixteen_bits_is_drawn_as_its_png(
-    photometric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photometric: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ramp = np.linspace(3000, 62_000, 90 * 120).reshape(90, 120)
     noise = np.random.default_rng(1).normal(0, 900, ramp.shape)

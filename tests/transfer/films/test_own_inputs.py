@@ -145,6 +145,7 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
     (tmp_path / "loop.png").symlink_to("loop.png")  # was a traceback
     with pytest.raises(ImageFileError, match=r"loop\.png: missing: links that lead to one anot"):
         opened.encode_images([tmp_path / "loop.png"])
+    nothing: Any
     for nothing in ([], str(tmp_path / "broken.png"), np.array("film.png"), None, object()):
         with pytest.raises(ValueError, match="list of image files"):
             opened.encode_images(nothing)
@@ -157,9 +158,9 @@ def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> N
         opened.encode_texts(["effusion", " "])
     for strange in (["effusion", None], ["effusion", "\udc80"], {"effusion", "heart"}):
         with pytest.raises(ValueError, match=r"number 2 is of|text 2 holds|list of texts"):
-            opened.encode_texts(strange)  # type: ignore[arg-type]
+            opened.encode_texts(strange)
     with pytest.raises(ValueError, match="list of image files, number 1 is of type ndarray"):
-        opened.encode_images(np.zeros((9, 9), np.uint8))  # type: ignore[arg-type]
+        opened.encode_images(np.zeros((9, 9), np.uint8))
     with pytest.raises(ValueError, match="the phrase '\u5de6' holds no word"):
         opened.encode_texts(["\u5de6"])
     with pytest.raises(ValueError, match="report 2 holds no word") as caught:
@@ -190,9 +191,14 @@ def test_pixels_of_an_array_are_taken_where_its_kind_says_what_white_is(
             encode_pixels(opened, made)
     nan = pixels.clone()
     nan[..., 50, 50] = float("nan")  # "the checkpoint is broken", it said
-    for other, got in ((pixels.numpy(), "ndarray"), (None, "NoneType"), (nan, "NaN or infinite")):
+    no_pixels: Any
+    for no_pixels, got in (
+        (pixels.numpy(), "ndarray"),
+        (None, "NoneType"),
+        (nan, "NaN or infinite"),
+    ):
         with pytest.raises(ValueError, match=f"expected pixels .* gives them, got {got}"):
-            encode_pixels(opened, other)
+            encode_pixels(opened, no_pixels)
 
 
 def test_a_broken_model_gives_no_features(opened: Pretrained) -> None:

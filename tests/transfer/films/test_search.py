@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,7 +174,7 @@ def test_where_no_film_can_be_read_table_and_page_stay_as_they_were(tmp_path, ca
 
 
 def test_a_page_without_an_answer_says_so(tmp_path, capsys):
-    same = {"patient_id": "PATIENT-SECRET", "split": ""}
+    same: dict[str, Any] = {"patient_id": "PATIENT-SECRET", "split": ""}
     embedded(tmp_path, "--images", **same)
     page = tmp_path / "p.html"
     assert run(tmp_path, "--row", "3", "--per-patient", "--page", str(page), **same) == 0
@@ -227,7 +228,7 @@ def test_another_model_or_other_rows_give_no_answers(tmp_path, capsys):
 
 
 def test_pictures_are_of_the_column_of_images_that_was_embedded(tmp_path, capsys):
-    lateral = {"lateral": lambda i: f"{29 - i}.png"}
+    lateral: dict[str, Any] = {"lateral": lambda i: f"{29 - i}.png"}
     folder = embedded(tmp_path, "--images", **lateral)
     asked = ["--row", "1", "--page", str(tmp_path / "p.html"), "data.columns.image=lateral"]
     assert run(tmp_path, *asked, **lateral) == 3
@@ -247,9 +248,9 @@ def test_the_page_of_evaluation_says_how(tmp_path, monkeypatch):
     embedded(tmp_path, "--images").rename(tmp_path / "archive")
     images = open_checkpoint(small_export()).encode_images([pictures() / "5.png"])
     monkeypatch.chdir(tmp_path)
-    names = {"images": images}
+    names: dict[str, Any] = {"images": images}
     exec(block, names)
-    (hits,) = names["hits"]  # type: ignore[misc]
+    (hits,) = names["hits"]
     assert hits.row_index[0] == 5 and len(hits) == 20
 
 

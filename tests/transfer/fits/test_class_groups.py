@@ -5,6 +5,8 @@ Oracle: label_scores and exclusive_scores of those rows alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,7 @@ def test_a_group_scores_what_its_rows_alone_score_at_the_thresholds_of_all() -> 
             rates = {"sensitivity", "specificity"} if has_cut else set()
             assert told.keys() == {"auroc"} | rates
             for key, measured in told.items():
-                own = estimate(*measured)
+                own: Any = estimate(*measured)
                 assert own["value"] == pytest.approx(row[key]["value"])
                 assert (own["low"], own["n"]) == (pytest.approx(row[key]["low"]), row[key]["n"])
 
@@ -75,7 +77,7 @@ def test_of_exclusive_classes_accuracy_is_of_all_rows_and_of_two_one_is_told() -
         assert accuracy[key] == pytest.approx(alone["macro"]["accuracy"][key])
     for row in alone["classes"]:
         assert found.counts[row["class"]] == (row["n"], row["positives"])
-        own = estimate(*found.classes[row["class"]]["auroc"])
+        own: Any = estimate(*found.classes[row["class"]]["auroc"])
         for key in ("value", "low", "high", "n"):
             assert own[key] == pytest.approx(row["auroc"][key])
     two = [{**p, "test": p["test"][:, :2], "learnt": p["learnt"][:2]} for p in predictions]

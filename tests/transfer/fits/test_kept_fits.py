@@ -254,10 +254,9 @@ def test_a_fit_of_a_source_whose_config_was_edited_is_made_anew(
 ) -> None:
     """An activation is no weight, and the settings hold the folder's name alone."""
     source = tmp_path / "vit"
-    tower = ViTConfig(
-        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        **{"intermediate_size": 16, "patch_size": 16, "image_size": 96, "num_channels": 1},
-    )
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "patch_size": 16, "image_size": 96, "num_channels": 1}
+    tower = ViTConfig(**sizes)
     ViTModel(tower).save_pretrained(source)
     settings = [
         *settings_of(tmp_path, "logistic"),

@@ -99,5 +99,5 @@ def test_the_lower_end_near_1_is_seldom_above_the_truth(
             told = interval.estimate(*one)
             assert told["low"] is not None and told["value"] is not None
             missed[name] += told["low"] > value
-            assert told["low"] <= told["value"] <= told["high"]  # type: ignore[operator]
+            assert told["low"] <= told["value"] <= told["high"]
     assert missed["ours"] <= 0.025 * 150 and missed["plain"] >= plain * 150

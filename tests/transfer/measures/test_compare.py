@@ -266,9 +266,9 @@ def test_marks_of_images_are_compared_by_their_mean():
 
 def test_what_is_not_of_the_same_images_is_refused():
     a, b = drawn(1), drawn(2)
-    for facts, told in (({"manifest": "n"}, "manifest"), ({"split": "val"}, "split")):
+    for other, told in ((side(b, manifest="n"), "manifest"), (side(b, split="val"), "split")):
         with pytest.raises(PredictionsError, match=f"are of another {told}"):
-            run(side(a), side(b, **facts))
+            run(side(a), other)
     with pytest.raises(PredictionsError, match="no image in common"):
         run(side(a), side(b, rows=ROWS + 1000))
     with pytest.raises(PredictionsError, match="2 evaluations against 1"):

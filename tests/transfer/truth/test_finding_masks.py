@@ -69,7 +69,7 @@ def test_phantom_masks_lie_in_their_boxes_and_a_sided_sentence_asks_for_one_side
     class FakeImages:
         row_index = np.array(rows)
 
-    images: ImageBank = FakeImages()  # type: ignore[assignment]
+    images: ImageBank = FakeImages()
     queries, phrases, _ = make_queries(
         images, Annotations(run.config, run.manifest), boxes, run.table, True, 0, masks
     )
