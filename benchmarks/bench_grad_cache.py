@@ -14,6 +14,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ SIZES = (0, 8, 4)  # rows of a micro-batch; 0: no cache
 
 def make_step(pairs: int) -> Any:
     """step(micro_size) of fixed towers and a fixed batch."""
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 3}
-    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH}
+    shape["num_attention_heads"] = 3
+    dropout: dict[str, Any] = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     vit = ViTModel(ViTConfig(**shape, **dropout), add_pooling_layer=False).train()
     bert = BertModel(BertConfig(**shape, num_hidden_layers=6), add_pooling_layer=False).train()
     images, texts = torch.randn(pairs, 3, 224, 224), torch.randint(5, 999, (pairs, TOKENS))
@@ -91,7 +93,7 @@ def main() -> None:
             "seconds": statistics.median(seconds[size]),
             "least": min(seconds[size]),
             "most": max(seconds[size]),
-            "mib": peak_bytes(lambda size=size: step(size), "cpu") / 2**20,
+            "mib": peak_bytes(partial(step, size), "cpu") / 2**20,
             **facts,
         }
         for size in SIZES

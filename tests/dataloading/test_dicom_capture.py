@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -206,7 +207,7 @@ def test_a_film_that_names_no_study_or_itself_is_refused_by_attribute_not_value(
     if value is not None:
         source.add_new(name, "LO", value)  # pydicom would not write it as a UID
     source.file_meta.MediaStorageSOPInstanceUID = "1.2"
-    file = io.BytesIO()
+    file: Any = io.BytesIO()
     pydicom.filewriter.write_file_meta_info(file, source.file_meta, enforce_standard=False)
     body = pydicom.filebase.DicomBytesIO()
     body.is_little_endian, body.is_implicit_VR = True, False
@@ -287,7 +288,7 @@ def test_long_phrases_are_cut_to_their_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["grey", "float", "tall"])
 def test_pixels_that_the_object_has_no_room_for_are_refused(kind: str, tmp_path: Path) -> None:
-    wrong = {
+    wrong: np.ndarray = {
         "grey": np.zeros((4, 4), np.uint8),
         "float": np.zeros((4, 4, 3), np.float32),
         "tall": np.zeros((65_536, 1, 3), np.uint8),
