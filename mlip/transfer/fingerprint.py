@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mlip.config import Config, Run, to_dict
+from mlip.config import Config, ConfigError, Run, to_dict
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
@@ -138,7 +139,18 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """Commit of the checkout this file lies in, '+' = with changes; None where there is none."""
+    """Commit of the checkout this file lies in, '+' = with changes; None where there is none.
+
+    MLIP_COMMIT tells that of a copy without history, such as an image's, as to the benchmarks.
+    Raises:  ConfigError where it is no commit.
+    """
+    if told := os.environ.get("MLIP_COMMIT"):
+        if not re.fullmatch(r"[0-9a-f]{7,40}\+?", told):
+            raise ConfigError(
+                "MLIP_COMMIT: expected 7 to 40 hexadecimal digits of a commit ('+' behind them = "
+                f"with changes), got {told!r}; set it to them, or unset it"
+            )
+        return told
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mlip.config import ConfigError
 from mlip.transfer import fingerprint
 
 
@@ -28,7 +29,25 @@ def test_asking_for_the_commit_leaves_the_checkouts_index_alone(
     os.utime(tmp_path / "a.py", (1, 1))
     before = (tmp_path / ".git" / "index").read_bytes()
     monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "mlip" / "transfer" / "f.py"))
+    monkeypatch.delenv("MLIP_COMMIT", raising=False)
     assert fingerprint.source_commit() == git("rev-parse", "--short=12", "HEAD")
     assert (tmp_path / ".git" / "index").read_bytes() == before
     (tmp_path / "a.py").write_text("x = 2\n", encoding="utf-8")
     assert fingerprint.source_commit() == git("rev-parse", "--short=12", "HEAD") + "+"
+
+
+def test_a_copy_without_history_is_told_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "__file__", str(tmp_path / "mlip" / "transfer" / "f.py"))
+    monkeypatch.delenv("MLIP_COMMIT", raising=False)
+    assert fingerprint.source_commit() is None
+    monkeypatch.setenv("MLIP_COMMIT", "")  # of an image that was built without it
+    assert fingerprint.source_commit() is None
+    for commit in ("0123456789ab", "0123456789ab+", "a" * 40):
+        monkeypatch.setenv("MLIP_COMMIT", commit)
+        assert fingerprint.source_commit() == commit
+    for other in ("main", "0123456789AB", "012345", "0123456789ab\n", "0123456789ab++"):
+        monkeypatch.setenv("MLIP_COMMIT", other)
+        with pytest.raises(ConfigError, match="MLIP_COMMIT: expected 7 to 40"):
+            fingerprint.source_commit()
