@@ -23,7 +23,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def missing_tools() -> str | None:
-    """What Triton lacks to build the launcher of a kernel, which it does with a C compiler."""
+    """What Triton lacks to build and load the launcher of a kernel: compiler, headers, a place."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "triton finds no C compiler; install gcc or clang, or name one in CC"
     scheme = sysconfig.get_default_scheme()
@@ -34,6 +34,23 @@ def missing_tools() -> str | None:
     is_told = any(os.environ.get(name) for name in ("CPATH", "C_INCLUDE_PATH"))
     if not is_told and not (headers / "Python.h").is_file():
         return f"triton needs Python.h, absent from {headers}; install python3-dev or its like"
+    return _closed_cache()
+
+
+def _closed_cache() -> str | None:
+    """Why no launcher can be loaded from Triton's cache, or made there; as in a container."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
+    # os.path: pathlib's own raises where a parent is closed
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
+    if os.statvfs(there).f_flag & os.ST_NOEXEC:
+        return (
+            f"triton loads what it compiles from {folder}, on a file system that runs no programs "
+            "(noexec); set TRITON_CACHE_DIR to another, or mount it with exec"
+        )
+    # one that is there may hold all that is asked for
+    if there != folder and not os.access(there, os.W_OK | os.X_OK):
+        return f"triton cannot make {folder}; set TRITON_CACHE_DIR to a folder that can be written"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -212,7 +213,13 @@ def check_compiler() -> Check:
 def check_temporary() -> Check:
     """torch and transformers ask for a temporary folder while they are imported."""
     try:
-        return Check("temporary", OK, f"{tempfile.gettempdir()}: a folder that can be written to")
+        folder = tempfile.gettempdir()
+        detail = f"{folder}: a folder that can be written to"
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            detail += (
+                "; it runs no programs (noexec): torch.compile cannot use what it builds there"
+            )
+        return Check("temporary", OK, detail)
     except FileNotFoundError:
         detail = "no folder can be written to: TMPDIR, /tmp and /var/tmp are full or closed"
         return Check("temporary", BROKEN, detail, "export TMPDIR=/a/folder/with/room", True)
@@ -232,7 +239,7 @@ def check_accelerator() -> Check:
             "accelerator",
             OK,
             f"{torch.cuda.device_count()} x {properties.name}, {memory:.0f} GiB, "
-            f"CUDA {torch.version.cuda}; kernels: triton{_speed_of_triton()}{_bfloat16('cuda')}",
+            f"CUDA {torch.version.cuda}; kernels: {_kernels()}{_bfloat16('cuda')}",
         )
     memory = usable_memory() / 2**30
     detail = f"none; {usable_cores()} cores and {memory:.1f} GiB to use; kernels: torch"
@@ -254,6 +261,13 @@ def _bfloat16(device: str) -> str:
     from mlip.precision import multiplies_bf16
 
     return "" if multiplies_bf16(torch.device(device)) else "; no products of bfloat16"
+
+
+def _kernels() -> str:
+    from mlip.kernels._dispatch import missing_tools
+
+    lacking = missing_tools()
+    return f"torch, as {lacking}" if lacking else f"triton{_speed_of_triton()}"
 
 
 def _speed_of_triton() -> str:

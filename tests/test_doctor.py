@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -138,6 +139,10 @@ def test_torch_for_cuda_without_a_driver_is_no_fault_and_a_card_is_named_in_gib(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     assert "2 x a card, 80 GiB, CUDA 13.0" in doctor.check_accelerator().detail
+    monkeypatch.setattr("mlip.kernels._dispatch.missing_tools", lambda: "no compiler is there")
+    assert "kernels: torch, as no compiler is there" in doctor.check_accelerator().detail
+    monkeypatch.setattr("mlip.kernels._dispatch.missing_tools", lambda: None)
+    assert "kernels: triton" in doctor.check_accelerator().detail
     for version, is_slow in (("3.6.0", False), ("3.7.1", False), ("3.9.0", True), ("3.10.1", True)):
         monkeypatch.setattr(doctor, "version_of", {"triton": version}.get)
         assert ("instructions" in doctor.check_accelerator().detail) == is_slow
@@ -231,3 +236,12 @@ def test_a_python_without_docstrings_is_refused_with_a_way_out() -> None:
         [sys.executable, "-OO", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.startswith("True expected") and "PYTHONOPTIMIZE" in done.stdout, done.stderr
+
+
+def test_a_temporary_folder_that_runs_no_programs_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docker's --tmpfs mounts unless told otherwise."""
+    assert "noexec" not in doctor.check_temporary().detail
+    flags = SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID)
+    monkeypatch.setattr("os.statvfs", lambda place: flags)
+    check = doctor.check_temporary()
+    assert "noexec" in check.detail and check.state == doctor.OK  # all but compiling works

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +141,36 @@ def test_without_a_c_compiler_or_headers_auto_is_torch(
     monkeypatch.setattr(_dispatch, "MISSING_TOOLS", "triton finds no C compiler")
     assert _dispatch.resolve("auto", cuda) == "torch"
     assert _dispatch.resolve("triton", cuda) == "triton"
+
+
+def test_where_nothing_can_be_loaded_from_tritons_cache_auto_is_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A container's /tmp is mounted noexec by default, and its home read-only."""
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _dispatch.missing_tools() is None
+    asked = []
+
+    def closed(place: str | Path, mode: int) -> bool:
+        asked.append(str(place))
+        return False
+
+    with monkeypatch.context() as patch:  # root may write anywhere: the system's answer is given
+        patch.setattr("os.access", closed)
+        assert "triton cannot make" in str(_dispatch._closed_cache())
+        assert asked == [str(tmp_path)]
+        (tmp_path / "filled").mkdir()
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "filled"))
+        patch.setenv("TRITON_HOME", "/proc")  # the folder itself comes first
+        assert _dispatch._closed_cache() is None  # may hold all that is asked for
+    mounted = {str(tmp_path): os.ST_NOEXEC | os.ST_NOSUID}
+    flags = SimpleNamespace
+    monkeypatch.setattr("os.statvfs", lambda place: flags(f_flag=mounted.get(str(place), 0)))
+    assert f"{tmp_path}/.triton/cache, on a file system" in str(_dispatch.missing_tools())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "filled"))
+    assert _dispatch.missing_tools() is None
 
 
 def test_importing_the_ops_does_not_import_triton() -> None:
