@@ -88,6 +88,7 @@ ALLOWED = {
         "mlip.settings_reference",
     ),
     "mlip.output_file": ("mlip.typed_tree", "mlip.folder_lock"),
+    "mlip.first_process": (),
     "mlip.machine": (),
     "mlip.folder_lock": (),
     "mlip.unread_output": (),

@@ -1,0 +1,203 @@
+"""Process 1 of a container, as a plain process: signals, exit codes, what a command leaves behind.
+
+What a whole training does in a container: docs/container.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = [sys.executable, "-m", "mlip.first_process"]
+# a launcher that dies of SIGTERM, with ranks that note that it is gone, save and end with 75,
+# after their own workers have ended with 1
+LAUNCHER = """
+import os, subprocess, sys, time
+rank = '''
+import os, subprocess, sys, time
+print("ready", flush=True)
+first = os.getppid()
+subprocess.Popen([sys.executable, "-c", "import sys, time; time.sleep(0.1); sys.exit(1)"])
+while os.getppid() == first:
+    time.sleep(0.02)
+subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(1)"])
+time.sleep(0.5)
+open(sys.argv[1], "w").write("saved")
+sys.exit(75)
+'''
+subprocess.Popen([sys.executable, "-c", rank, sys.argv[1]])
+time.sleep(60)
+"""
+# as train.py under torchrun or alone: it handles the signal itself
+HANDLER = """
+import signal, sys, time
+caught = []
+def stop(number, frame):
+    caught.append(number)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, stop)
+print("ready", flush=True)
+while not caught:
+    time.sleep(0.02)
+time.sleep(0.3)
+print([signal.Signals(number).name for number in caught], flush=True)
+sys.exit(75)
+"""
+# what train.py does of it
+RANK = """
+import os, sys, time
+from mlip.training.lifecycle import StopRequest
+stop = StopRequest()
+print("ready", flush=True)
+while not stop.is_set:
+    time.sleep(0.05)
+time.sleep(1)
+open(os.path.join(sys.argv[-1], "saved" + os.environ["RANK"]), "w").close()
+sys.exit(75)
+"""
+
+
+def _start(code: str, *arguments: str, **options: object) -> subprocess.Popen[str]:
+    command = [*FIRST, sys.executable, "-c", code, *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+
+
+def _said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_what_a_launcher_leaves_may_save_and_its_exit_code_counts(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = _start(LAUNCHER, str(tmp_path / "state"))
+    started.append(process)
+    assert _said(process) == "ready"
+    time.sleep(0.3)  # its first worker has ended by then
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert (tmp_path / "state").read_text() == "saved"
+
+
+def test_the_deepspeed_command_may_die_while_its_ranks_save(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """The real one, which does not pass SIGTERM on."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK, encoding="utf-8")
+    command = [*FIRST, str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    process = subprocess.Popen(
+        [*command, "--log_level", "error", str(script), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    started.append(process)
+    ready = 0
+    while ready < 2:
+        line = _said(process)
+        assert process.poll() is None
+        ready += line.count("ready")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
+def test_a_signal_reaches_the_command_once_and_its_own_exit_code_counts(
+    number: str, started: list[subprocess.Popen[str]]
+) -> None:
+    process = _start(HANDLER)
+    started.append(process)
+    assert _said(process) == "ready"
+    process.send_signal(getattr(signal, number))
+    assert _said(process) == f"['{number}']"
+    assert process.wait(20) == 75
+
+
+def test_a_terminals_ctrl_c_is_not_sent_twice(started: list[subprocess.Popen[str]]) -> None:
+    """The terminal has sent it to the command already: a second one ends a run without a save."""
+    ours, its = pty.openpty()
+    process = _start(
+        HANDLER,
+        stdin=its,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of its session
+    )
+    started.append(process)
+    assert _said(process) == "ready"
+    os.write(ours, b"\x03")
+    assert _said(process) == "['SIGINT']"
+    assert process.wait(20) == 75
+    os.close(ours)
+    os.close(its)
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 6"], 6),
+        (["sh", "-c", "kill -KILL $$"], 137),
+        (["no-such-command"], 127),
+        (["/"], 126),
+        ([], 2),
+        # ended, it is over, as any container: nobody waits for what goes on by itself
+        (["sh", "-c", "sleep 5 2>&- & exit 3"], 3),
+    ],
+    ids=str,
+)
+def test_exit_codes_are_those_of_a_shell(command: list[str], code: int) -> None:
+    began = time.monotonic()
+    done = subprocess.run([*FIRST, *command], cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == code
+    assert (b"mlip: " in done.stderr) == (code in (2, 126, 127))
+    assert time.monotonic() - began < 5
+
+
+def test_orphans_are_collected_while_the_command_works() -> None:
+    """Process 1 alone can: uncollected, they fill the container's pids.max."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        "for _ in range(3): subprocess.run(['sh', '-c', 'true & true'])\n"
+        "time.sleep(0.3)\n"
+        "import psutil\n"
+        "print([p.status() for p in psutil.Process(os.getppid()).children()])"
+    )
+    done = subprocess.run(
+        [*FIRST, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() in ("['running']", "['sleeping']"), done.stderr
+
+
+def test_it_imports_nothing_before_the_command_is_started() -> None:
+    code = (
+        "import sys, mlip.first_process\n"
+        "print([m for m in ('torch', 'numpy', 'psutil', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
