@@ -50,11 +50,12 @@ def main(command: Sequence[str]) -> int:
     except OSError as error:
         print(f"mlip: {command[0]}: {error.strerror}", file=sys.stderr)
         return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_EXECUTABLE
-    asked = set()
+    asked, below = set(), set()
     while True:
         told = signal.sigwaitinfo(watched)
         if told.si_signo != signal.SIGCHLD:
             asked.add(told.si_signo)
+            below |= _children_of(child)
             is_of_the_kernel = told.si_code > 0  # linux: SI_USER is 0, SI_KERNEL 128
             if not (told.si_signo in _OF_A_TERMINAL and is_of_the_kernel):
                 os.kill(child, told.si_signo)  # not collected yet, so the number is still its own
@@ -64,16 +65,15 @@ def main(command: Sequence[str]) -> int:
         if ended[0] == child:
             code = os.waitstatus_to_exitcode(ended[1])
             if -code in asked:
-                return _end_of_the_left() or 128 - code
+                return _end_of_the_left(below) or 128 - code
             return code if code >= 0 else 128 - code
 
 
-def _end_of_the_left() -> int:
-    """Waits for all that is still there; the first exit code that is not 0, else 0.
+def _end_of_the_left(below: set[int]) -> int:
+    """Waits for all that is still there; the first exit code of those `below` that is not 0, else 0
 
     Of the command's own children alone: the workers of ranks end as it comes, and first.
     """
-    left = _children()
     first = 0
     while True:
         try:
@@ -81,14 +81,17 @@ def _end_of_the_left() -> int:
         except ChildProcessError:
             return first
         code = os.waitstatus_to_exitcode(status)
-        if process in left and first == 0:
+        if process in below and first == 0:
             first = code if code >= 0 else 128 - code
 
 
-def _children() -> set[int]:
+def _children_of(process: int) -> set[int]:
     import psutil  # 0.1 s that only a stop takes
 
-    return {process.pid for process in psutil.Process().children()}
+    try:
+        return {child.pid for child in psutil.Process(process).children()}
+    except psutil.Error:  # a terminal's Ctrl-C has ended it already
+        return set()
 
 
 if __name__ == "__main__":

@@ -20,19 +20,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = [sys.executable, "-m", "mlip.first_process"]
-# a launcher that dies of SIGTERM, with ranks that note that it is gone, save and end with 75,
-# after their own workers have ended with 1
+# a launcher that dies of SIGTERM, with a rank that notes that it is gone, saves and ends with 75,
+# after a process that the rank has left has ended with 1
 LAUNCHER = """
 import os, subprocess, sys, time
 rank = '''
 import os, subprocess, sys, time
 print("ready", flush=True)
 first = os.getppid()
-subprocess.Popen([sys.executable, "-c", "import sys, time; time.sleep(0.1); sys.exit(1)"])
 while os.getppid() == first:
     time.sleep(0.02)
-subprocess.Popen([sys.executable, "-c", "import sys; sys.exit(1)"])
-time.sleep(0.5)
+subprocess.run(["sh", "-c", "(sleep 0.1; exit 1) &"])
+time.sleep(0.6)
 open(sys.argv[1], "w").write("saved")
 sys.exit(75)
 '''
@@ -96,7 +95,6 @@ def test_what_a_launcher_leaves_may_save_and_its_exit_code_counts(
     process = _start(LAUNCHER, str(tmp_path / "state"))
     started.append(process)
     assert _said(process) == "ready"
-    time.sleep(0.3)  # its first worker has ended by then
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75
     assert (tmp_path / "state").read_text() == "saved"
@@ -140,18 +138,23 @@ def test_a_signal_reaches_the_command_once_and_its_own_exit_code_counts(
     assert process.wait(20) == 75
 
 
-def test_a_terminals_ctrl_c_is_not_sent_twice(started: list[subprocess.Popen[str]]) -> None:
-    """The terminal has sent it to the command already: a second one ends a run without a save."""
+def test_a_terminals_ctrl_c_is_not_handed_on(started: list[subprocess.Popen[str]]) -> None:
+    """The terminal sends it to its group, command included; a second ends a run without a save.
+
+    Here the command has left that group, so that all it gets was handed on.
+    """
     ours, its = pty.openpty()
     process = _start(
-        HANDLER,
+        f"import os; os.setpgid(0, 0)\n{HANDLER}",
         stdin=its,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of its session
     )
     started.append(process)
     assert _said(process) == "ready"
     os.write(ours, b"\x03")
-    assert _said(process) == "['SIGINT']"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert _said(process) == "['SIGTERM']"
     assert process.wait(20) == 75
     os.close(ours)
     os.close(its)
@@ -183,8 +186,8 @@ def test_orphans_are_collected_while_the_command_works() -> None:
     """Process 1 alone can: uncollected, they fill the container's pids.max."""
     code = (
         "import os, subprocess, sys, time\n"
-        "for _ in range(3): subprocess.run(['sh', '-c', 'true & true'])\n"
-        "time.sleep(0.3)\n"
+        "subprocess.run(['sh', '-c', 'for i in $(seq 40); do sleep 0.5 & done'])\n"
+        "time.sleep(1.5)\n"
         "import psutil\n"
         "print([p.status() for p in psutil.Process(os.getppid()).children()])"
     )
@@ -192,6 +195,12 @@ def test_orphans_are_collected_while_the_command_works() -> None:
         [*FIRST, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() in ("['running']", "['sleeping']"), done.stderr
+
+
+def test_a_pipe_that_nobody_reads_ends_the_writer_as_it_does_in_a_shell() -> None:
+    command = [*FIRST, "sh", "-c", "yes | head -n 1 > /dev/null"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == b""  # ignored, yes complains
 
 
 def test_it_imports_nothing_before_the_command_is_started() -> None:
