@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR := cpu
 
-.PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step clean
+.PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step image clean
 
 $(READY): constraints/$(SET).txt constraints/common.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(OF_$(SET))")' || \
@@ -59,6 +59,13 @@ gpu-step:
 
 bench: setup
 	$(PY) benchmarks/bench_kernels.py
+
+# docs/container.md; BUILDER is any command that takes docker's "build" (make image BUILDER=podman).
+BUILDER ?= docker
+image:
+	$(BUILDER) build --build-arg SET=$(SET) --build-arg PYTHON=$(OF_$(SET)) \
+	  --build-arg COMMIT=$(shell git describe --always --exclude '*' --abbrev=12 --dirty=+) \
+	  --tag mlip:$(SET) .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
