@@ -47,10 +47,12 @@ COPY --from=project /project /opt/venv
 WORKDIR /mlip
 COPY train.py LICENSE ./
 COPY configs configs
-# where to mount, also below a root that is read-only
-RUN mkdir runs /data
 ARG SET=cpu
 ARG COMMIT
+ARG UID=1000
+# Where to mount, also below a root that is read-only. Behind the arguments: buildah 1.28 takes ENV,
+# LABEL and USER from its cache whatever they are told, and would keep the commit of another build.
+RUN mkdir runs /data
 # Any user id may run it: without a line in /etc/passwd there is no name and no home, so that
 # caches of kernels and loops find their place by these.
 ENV PATH=/opt/venv/bin:$PATH \
@@ -62,7 +64,6 @@ LABEL org.opencontainers.image.title="mlip-medical (${SET})" \
       org.opencontainers.image.description="Medical language-image pre-training; not a medical device" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${COMMIT}"
-ARG UID=1000
 USER ${UID}
 ENTRYPOINT ["/opt/venv/bin/python", "-P", "-m", "mlip.first_process"]
 CMD ["mlip", "--help"]

@@ -103,6 +103,19 @@ def test_no_index_and_no_key_reaches_the_last_stage() -> None:
     assert "UID=1000" in [rest for name, rest in last if name == "ARG"]
 
 
+def test_another_commit_or_user_is_not_taken_from_the_cache_of_an_earlier_build() -> None:
+    """buildah 1.28 compares arguments at RUN alone: the steps behind the first RUN are made anew.
+
+    Without it an image said the commit of the build before.
+    """
+    names = [(name, rest.split("=")[0]) for name, rest in STEPS]
+    last = names[max(i for i, (name, _) in enumerate(names) if name == "FROM") :]
+    made = max(i for i, (name, _) in enumerate(last) if name == "RUN")
+    for argument in ("SET", "COMMIT", "UID"):
+        assert last.index(("ARG", argument)) < made
+    assert min(i for i, (name, _) in enumerate(last) if name in ("ENV", "LABEL", "USER")) > made
+
+
 @pytest.mark.parametrize("name", ["HOME", "USER", "MLIP_COMMIT"])
 def test_a_user_id_without_a_name_has_a_place_for_caches_and_the_commit_is_told(name: str) -> None:
     assert re.search(rf"\b{name}=", _of("ENV")[0])
