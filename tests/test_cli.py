@@ -336,8 +336,8 @@ def test_an_option_of_one_value_refuses_another_one(capsys: pytest.CaptureFixtur
     assert options.local_rank == 1
     twice = build_parser().parse_args(["search", "--in", "e", "--top", "5", "--top", "05"])
     assert twice.top == 5  # the same is one
-    several = ["--row", "1", "--row", "2", "--phrase", "a", "--phrase", "b"]
-    found = build_parser().parse_args(["search", "--in", "e", *several])
+    repeated = ["--row", "1", "--row", "2", "--phrase", "a", "--phrase", "b"]
+    found = build_parser().parse_args(["search", "--in", "e", *repeated])
     assert (found.row, found.phrase) == ([1, 2], ["a", "b"])
 
 

@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ sys.exit(75)
 """
 
 
-def _start(code: str, *arguments: str, **options: object) -> subprocess.Popen[str]:
+def _start(code: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     command = [*FIRST, sys.executable, "-c", code, *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, **options

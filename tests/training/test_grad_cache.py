@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class _Tower(nn.Module):
         return hidden, hidden.square().mean(dim=1)
 
 
-def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
+def _loss(outputs: Any) -> Tensor:
     features, scores = outputs
     logits = features @ features.T
     return torch.logsumexp(logits, dim=1).mean() + (scores * scores.flip(0)).sum()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +28,7 @@ def ask(film: Path, out: Path, *more: str) -> int:
     return main([*command, "--checkpoint", str(small_export()), "--out", str(out)])
 
 
-def write_film(path: Path, pixels: np.ndarray | None = None, **more: str) -> Path:
+def write_film(path: Path, pixels: np.ndarray | None = None, **more: Any) -> Path:
     if pixels is None:
         noise = np.random.default_rng(1).integers(9000, 60_000, (90, 120))
         pixels = cv2.GaussianBlur(noise.astype(np.uint16), (0, 0), 3)
