@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, overload
 from unittest import mock
@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from mlip import distributed
 
-# where DeepSpeed, once something has imported it, decides when ZeRO-3 lets go of parameters
+# where DeepSpeed, once something has imported it, decides when ZeRO-3 lets go of parameters; in a
+# version that has it elsewhere the backward pass fails by its sizes ("size of tensor a (0)")
 _ZERO_3 = "deepspeed.runtime.zero.partitioned_param_coordinator"
 
 
@@ -56,22 +57,29 @@ def _parameters_kept() -> AbstractContextManager[Any]:
     if _ZERO_3 not in sys.modules:
         return contextlib.nullcontext()
     coordinator = sys.modules[_ZERO_3].PartitionedParameterCoordinator
-    return mock.patch.object(coordinator, "release_sub_module")
+    return mock.patch.object(coordinator, "release_sub_module", lambda *_, **__: None)
 
 
-@contextlib.contextmanager
-def _recomputing() -> Iterator[None]:
-    """Around one recomputation; a GPU is waited for only while the cost is being measured."""
-    with _parameters_kept():
-        if not cost.is_measuring:
-            yield
-            return
-        distributed.synchronise()
-        begin = time.perf_counter()
-        yield
-        distributed.synchronise()
-        cost.seconds += time.perf_counter() - begin
-        cost.passes += 1
+class _Recomputing:
+    """Around recomputations; a GPU is waited for only while the cost is being measured.
+
+    Entered once by each backward pass over the graph, of which retain_graph allows several.
+    """
+
+    def __enter__(self) -> None:
+        self.kept = _parameters_kept()
+        self.kept.__enter__()
+        self.is_measuring = cost.is_measuring
+        if self.is_measuring:
+            distributed.synchronise()
+            self.begin = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: Any) -> None:
+        self.kept.__exit__(kind, *raised)
+        if self.is_measuring and kind is None:
+            distributed.synchronise()
+            cost.seconds += time.perf_counter() - self.begin
+            cost.passes += 1
 
 
 def num_micro_batches(rows: int, micro_size: int) -> int:
@@ -92,32 +100,49 @@ def equal_passes(rows: int, micro_size: int, device: torch.device) -> int:
     return distributed.max_of_numbers([own])[0]
 
 
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """What would be wrong without a word is an error while the cached function runs.
-
-    The classes' own methods are exchanged: hooks of modules would compile a compiled tower again.
-    """
-    with contextlib.ExitStack() as stack:
-        for kind in (_BatchNorm, nn.SyncBatchNorm):
-            stack.enter_context(mock.patch.object(kind, "forward", _without_statistics(kind)))
-        yield
-
-
-def _without_statistics(kind: type[_BatchNorm]) -> Callable[[_BatchNorm, Tensor], Tensor]:
-    plain = kind.forward
-
-    def forward(self: _BatchNorm, rows: Tensor) -> Tensor:
-        if self.training or self.running_mean is None:
+def _require_rows(made: tuple[Any, ...], rows: int) -> None:
+    for one in made:
+        shape = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        if not isinstance(shape, list) or shape[:1] != [rows]:
             raise ValueError(
-                f"expected a function that treats rows independently, got a {type(self).__name__} "
-                "that takes the statistics of its rows: those of a micro-batch are not those of "
-                "the batch; put it in eval mode (after every model.train()), use a group or layer "
-                "norm, or pass micro_size=0"
+                "expected a function that returns a tensor, or a tuple of tensors, with a row for "
+                f"each of the {rows} rows of a micro-batch in front, got {shape}"
             )
-        return plain(self, rows)
 
-    return forward
+
+def _require_no_statistics(tower: nn.Module) -> None:
+    for module in tower.modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise _of_statistics(type(module).__name__)
+
+
+def _require_rows_apart(made: tuple[Tensor, ...], given: Sequence[Tensor]) -> None:
+    """Refuse a batch norm in training mode, by what autograd has noted between the two.
+
+    Nothing is patched or hooked: a patch would reach into other threads, and either would compile a
+    compiled tower again. A compiled batch norm leaves no such note, and none is left where no
+    gradient goes: ``_require_no_statistics`` finds those of a module.
+    """
+    found = {tensor.grad_fn for tensor in given}
+    left = [tensor.grad_fn for tensor in made]
+    while left:
+        node = left.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        if "BatchNorm" in node.name() and getattr(node, "_saved_training", True):
+            # an instance norm is noted as a batch norm of one row
+            if node._input_metadata[0].shape[0] != 1:  # type: ignore[attr-defined]
+                raise _of_statistics("batch norm")
+        left += [following for following, _ in node.next_functions]
+
+
+def _of_statistics(name: str) -> ValueError:
+    return ValueError(
+        f"expected a function that treats rows independently, got a {name} that takes the "
+        "statistics of its rows: those of a micro-batch are not those of the batch; put it in eval "
+        "mode (after every model.train()), use a group or layer norm, or pass micro_size=0"
+    )
 
 
 @overload
@@ -151,12 +176,15 @@ def cached_forward(
     ``function`` must treat rows independently (no batch statistics) and return a tensor, or a tuple
     of tensors, whose first dimension is its rows. Activations of one micro-batch are alive at a
     time; the cost is a second forward pass. Dropout and the like are replayed from the saved
-    generator state of the CPU and of the tensors' GPU.
+    generator state of the CPU and of the tensors' GPU; what a forward pass changes in buffers
+    (spectral norm in training mode, counters) is changed twice, so it must not decide the output.
     With micro_size 0, one micro-batch, or no gradients, nothing is recomputed.
 
     Shapes:  tensors [B, ...] each -> [B, ...], or a tuple of them
-    Raises:  ValueError where the tensors' row counts differ, or where a batch norm takes the
-             statistics of a micro-batch
+    Raises:  ValueError where the tensors' row counts differ, where the function returns anything
+             but such tensors, or where a batch norm takes the statistics of a micro-batch: of a
+             module any, of another function what is not compiled, has a gradient and gets more
+             than one row
     Source:  the idea of Gao et al. 2021, "Scaling deep contrastive learning batch size under
              memory limited setup" (GradCache), done through recomputation instead of a surrogate
              loss, which keeps it exact for any loss; ours.
@@ -170,22 +198,27 @@ def cached_forward(
     if max(count, wanted) == 1:
         return function(*tensors)
     cut = [t.tensor_split(wanted) if wanted > count else t.split(micro_size) for t in tensors]
-    pieces = zip(*cut, strict=True)
-    if not torch.is_grad_enabled():
-        outputs = [function(*piece) for piece in pieces]
-    else:
-        # Recomputation runs to its end, so that every forward hook finds its counterpart.
-        with set_checkpoint_early_stop(False), _refusing():
-            outputs = [
-                checkpoint(
+    pieces = list(zip(*cut, strict=True))
+    outputs: list[tuple[Tensor, ...]] = []
+    if torch.is_grad_enabled() and isinstance(function, nn.Module):
+        _require_no_statistics(function)
+    # Recomputation runs to its end, so that every forward hook finds its counterpart.
+    with set_checkpoint_early_stop(False):
+        for piece in pieces:
+            if torch.is_grad_enabled():
+                made = checkpoint(
                     function,
                     *piece,
                     use_reentrant=False,
                     preserve_rng_state=True,
-                    context_fn=lambda: (contextlib.nullcontext(), _recomputing()),
+                    context_fn=lambda: (contextlib.nullcontext(), _Recomputing()),
                 )
-                for piece in pieces
-            ]
-    rows_of = [made if isinstance(made, tuple) else (made,) for made in outputs]
-    columns = tuple(torch.cat(column) for column in zip(*rows_of, strict=True))
-    return columns if isinstance(outputs[0], tuple) else columns[0]
+            else:
+                made = function(*piece)
+            several = made if isinstance(made, tuple) else (made,)
+            _require_rows(several, len(piece[0]))
+            if not outputs:
+                _require_rows_apart(several, piece)
+            outputs.append(several)
+    columns = tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+    return columns if isinstance(made, tuple) else columns[0]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlip.training.grad_cache import cached_forward
@@ -119,16 +122,94 @@ def test_losses_and_cache_need_torch_alone() -> None:
     assert done.returncode == 0 and float(done.stdout) > 0, done.stderr[-3000:]
 
 
+class _NormAndAct(nn.BatchNorm1d):
+    """As timm's BatchNormAct2d: derived, with a forward pass of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training
+        )
+        return F.relu(rows)
+
+
 @pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False).eval()]
+    "norm",
+    [nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False).eval(), _NormAndAct(8)],
+    ids=["plain", "without running statistics", "derived"],
 )
 def test_statistics_of_a_micro_batch_are_refused_however_deep_they_are(norm: nn.Module) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Sequential(norm))
     rows = torch.randn(8, 6)
-    with pytest.raises(ValueError, match="got a BatchNorm1d that takes the statistics of its rows"):
-        cached_forward(lambda x: net(x), (rows,), 4)
+    for function in (net, lambda x: net(x), torch.compile(net, backend="eager")):
+        with pytest.raises(ValueError, match="that takes the statistics of its rows"):
+            cached_forward(function, (rows,), 4)
+    with pytest.raises(ValueError, match="got a batch norm that takes the statistics"):
+        cached_forward(lambda x: F.batch_norm(net[0](x), None, None, training=True), (rows,), 4)
+    with pytest.raises(ValueError, match="that takes the statistics of its rows"):
+        cached_forward(net.requires_grad_(False), (rows,), 4)
     assert cached_forward(net, (rows,), 0).shape == (8, 8), "one pass is the whole batch"
-    assert net(rows).shape == (8, 8), "the refusal outlived the call"
+
+
+def test_a_batch_norm_before_the_cache_and_an_instance_norm_inside_are_taken() -> None:
+    before, inside = nn.BatchNorm1d(6), nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4))
+    rows = before(torch.randn(8, 6)).unflatten(1, (2, 3))
+    torch.testing.assert_close(cached_forward(lambda x: inside(x), (rows,), 4), inside(rows))
+
+
+def test_another_thread_trains_its_batch_norm_meanwhile() -> None:
+    other = nn.BatchNorm1d(6)
+
+    def tower(x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(other, x.detach()).result(60)
+        return 2 * x
+
+    rows = torch.randn(8, 6, requires_grad=True)
+    assert torch.equal(cached_forward(tower, (rows,), 4), 2 * rows)
+
+
+def test_a_compiled_tower_is_compiled_once() -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8).eval())
+    tower = torch.compile(net, backend=backend)
+    for _ in range(2):
+        cached_forward(tower, (torch.randn(8, 6),), 4).sum().backward()
+    assert len(graphs) == 1
+
+
+def test_gradients_of_gradients_and_a_second_backward_pass() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double()
+    found = []
+    for micro_size in (4, 0):
+        rows = torch.ones(8, 6, dtype=torch.float64).cumsum(0).div_(8).requires_grad_()
+        loss = cached_forward(net, (rows,), micro_size).square().sum()
+        first = torch.autograd.grad(loss, rows, retain_graph=True)[0]
+        again = torch.autograd.grad(loss, rows, create_graph=True)[0]
+        found.append((first, again, torch.autograd.grad(again.square().sum(), net[0].weight)[0]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda x: {"pooled": x}, "dict"),
+        (lambda x: [x], "list"),
+        (lambda x: (x, None), "NoneType"),
+        (lambda x: x.mean(), r"\[\]"),
+        (lambda x: x.t(), r"\[6, 4\]"),
+    ],
+    ids=["dict", "list", "None", "no rows", "columns"],
+)
+def test_a_function_that_returns_no_rows_is_refused(function: Any, got: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"each of the 4 rows of a micro-batch in front, got {got}"
+    ):
+        cached_forward(function, (torch.randn(8, 6),), 4)
 
 
 def test_a_batch_norm_in_eval_mode_is_taken() -> None:
