@@ -91,6 +91,17 @@ def test_losses_made_before_and_after_and_derived_ones_make_no_matrix(theirs: An
     assert relative_error(named["contrastive_loss"], wanted) <= 1e-6
 
 
+def test_a_derived_class_with_logits_of_its_own_stays_as_it_is(theirs: Any) -> None:
+    class Colder(theirs.ClipLoss):
+        def get_logits(self, image_features: Tensor, text_features: Tensor, scale: float) -> Any:
+            raise NotImplementedError
+
+    patch_open_clip()
+    loss = Colder()
+    loss(*_features(), 14.3)
+    assert loss.matrices == 1
+
+
 def test_the_pages_block_patches(theirs: Any) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "losses.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
