@@ -40,7 +40,9 @@ def list_goes_on(
     has_or = has_be = False
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
-    before = met = 0
+    met = 0
+    # ", or" in a row: "no edema, or 8 mm nodule", not "no edema, 5 or 6 mm nodule"
+    before = _COMMA if i + 1 < len(events) and events[i + 1][0] == events[i][1] else 0
     device = state == ABSENT and i + 1 < len(events) and _is_first_device(events, i)
     for j in range(i + 1, len(events)):
         entry = events[j][2]

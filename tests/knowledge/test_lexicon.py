@@ -226,3 +226,28 @@ def test_the_abbreviations_of_chest_reports_name_their_concepts():
     }
     found = {text: " ".join(m.concept_id for m in link(text)) for text in wanted}
     assert found == wanted
+
+
+def test_an_abbreviation_in_another_of_its_senses_names_nothing():
+    """What is no chest finding or device by the word beside it."""
+    texts = (
+        "iNO at 20 ppm.",
+        "60 Gy in 30 fx.",
+        "50 Gy / 5 fx.",
+        "LV fx.",
+        "ST elevation in aVR.",
+        "Leads aVR.",
+        "Trach midline.",
+        "PNA FISH.",
+        "Swan-neck deformity of the finger.",
+    )
+    wrong = {"pacemaker", "fracture", "prosthetic_valve", "tracheostomy_tube", "pneumonia"}
+    wrong.add("swan_ganz_catheter")
+    assert {text: {m.concept_id for m in link(text)} & wrong for text in texts} == dict.fromkeys(
+        texts, set()
+    )
+    kept = {"Rib 8 fx.": "fracture", "Change in AVR.": "prosthetic_valve"}
+    kept["Trach in place, dual lead PPM."] = "tracheostomy_tube pacemaker"
+    for text, wanted in kept.items():
+        found = {m.concept_id for m in link(text)}
+        assert found >= set(wanted.split()), text

@@ -103,6 +103,8 @@ SENTENCES = {
         Atelectasis or 8 mm nodule. | atelectasis=U lung_nodule=U
     """,
     "a limit begins none, nor does a size of what is denied": """
+        No edema, or 8 mm nodule. | pulmonary_edema=A lung_nodule=A
+        No edema, effusion, or 3 cm mass. | pleural_effusion=A lung_mass=A
         No nodule or mass larger than 1 cm. | lung_nodule=A lung_mass=A
         No edema, nodules > 4 mm. | pulmonary_edema=A lung_nodule=A
         No edema, >5mm nodule. | pulmonary_edema=A lung_nodule=A
