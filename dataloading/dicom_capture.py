@@ -26,6 +26,7 @@ Source:  DICOM PS3.3 A.8.1 (Secondary Capture Image), C.7.6.1, C.8.6, C.12.1.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import re
@@ -110,8 +111,9 @@ def read_film(source: bytes) -> Film:
             if not _IS_UID.fullmatch(uids[name]):
                 raise DicomError("malformed", f"{name} is no UID")
         for name in _KEPT:
-            if name in carried and not carried.get_item(name).value:
-                del carried[Tag(name)]  # may be absent, and some may not be empty
+            value = carried.get_item(name).value if name in carried else b""
+            if not (value.strip(b" \0") if isinstance(value, bytes) else value):
+                carried.pop(name, None)  # may be absent, and some may not be empty
         if "ImageLaterality" in carried:
             carried.pop("Laterality", None)  # one of them (C.7.3.1)
         elif "BodyPartExamined" not in carried and "Laterality" not in carried:
@@ -121,21 +123,24 @@ def read_film(source: bytes) -> Film:
                 setattr(carried, name, None)
         carried.StudyInstanceUID = uids["StudyInstanceUID"]
         _state_loss(carried, syntax)
+        _require_known_charset(carried)
     return Film(carried, uids["SOPClassUID"], uids["SOPInstanceUID"])
 
 
 def _copied(source: Dataset, tags: Sequence[BaseTag]) -> Dataset:
-    """Attributes as their bytes are in the file; those of another kind than text are left out."""
+    """Attributes as their bytes are in the file; left out are those of another kind than text, and
+    in items private ones and those that no dictionary has, lengths of groups among them."""
     made = Dataset()
     for tag in tags:
         element = source.get_item(tag)
-        if element is None or tag.is_private:
+        if element is None or tag.is_private or not pydicom.datadict.dictionary_has_tag(tag):
             continue
         representation = pydicom.datadict.dictionary_VR(tag)
         if representation == "SQ":
-            if isinstance(element, RawDataElement):  # what read_dataset could not open
+            found = element.value or []
+            if isinstance(found, bytes):  # what read_dataset could not open
                 raise DicomError("malformed", pydicom.datadict.keyword_for_tag(tag))
-            items = [_copied(item, list(item.keys())) for item in element.value]
+            items = [_copied(item, list(item.keys())) for item in found]
             made[tag] = pydicom.DataElement(tag, "SQ", items)
         elif representation in _TEXTS:
             made[tag] = _raw(tag, representation, element.value or b"")
@@ -211,7 +216,8 @@ def _describe(film: Film, phrases: Sequence[str], model: str) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset("", film.carried, file_meta=meta, preamble=b"\0" * 128)
+    # its own copy: a data set that is made of another one shares its attributes
+    dataset = FileDataset("", copy.deepcopy(film.carried), file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID = SecondaryCaptureImageStorage
     dataset.Modality = "OT"
     dataset.ConversionType = "WSD"
@@ -244,6 +250,15 @@ def _describe(film: Film, phrases: Sequence[str], model: str) -> FileDataset:
     dataset.PlanarConfiguration = dataset.PixelRepresentation = 0
     dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
     return dataset
+
+
+def _require_known_charset(carried: Dataset) -> None:
+    """Raises:  DicomError: pydicom takes the name of any codec of Python, of which some are of no
+    text, and would refuse the description when the work is done"""
+    try:
+        _encoded("", 1, carried)
+    except LookupError:
+        raise DicomError("malformed", "SpecificCharacterSet") from None
 
 
 def _encoded(text: str, most: int, dataset: Dataset) -> bytes:
