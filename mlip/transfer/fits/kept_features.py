@@ -23,6 +23,7 @@ from mlip.transfer.fits.sealed_file import UNREADABLE, as_json, read_sealed, wri
 
 PATTERN = "features-*.safetensors"
 WRITE_SECONDS = 30.0  # between files: what a kill costs
+WRITE_BYTES = 64 << 20  # of a file, or by a batch more: one takes three times that while written
 
 # settings of a task that its images' features depend on; its others are of fits alone
 _TRANSFER = ("transfer.image_px",)
@@ -54,7 +55,9 @@ class KeptFeatures:
         self._begin = f"features-{self._made_of['weights'][:12]}-"
         self.paths: set[Path] = set()  # of this encoder
         self._of: dict[bytes, Array] = {}  # a batch's rows -> its features, until they are taken
+        self._known: set[bytes] = set()  # batches that are on the disk, or will be
         self._new: list[tuple[Array, Array]] = []
+        self._new_bytes = 0
         self._written, self._is_lost = time.monotonic(), False
         for path in sorted(folder.glob(f"{self._begin}*.safetensors")):
             self._read(path)
@@ -73,6 +76,7 @@ class KeptFeatures:
             return
         self.paths.add(path)
         self._of |= {part.tobytes(): found for part, found in zip(*batches, strict=True)}
+        self._known |= self._of.keys()
 
     def take(self, rows: Array) -> Array | None:
         """The features of exactly this batch, once; None where they are not kept.
@@ -82,14 +86,23 @@ class KeptFeatures:
         return self._of.pop(rows.astype(np.int64).tobytes(), None)
 
     def add(self, rows: Array, features: Array) -> None:
-        """Keep a batch; now and then all new ones go to the disk.  Shapes:  [B], [B, width]"""
-        self._new.append((rows.astype(np.int64), features))
-        if time.monotonic() - self._written >= WRITE_SECONDS:
+        """Keep a batch; now and then all new ones go to the disk.  Shapes:  [B], [B, width]
+
+        One that is kept already is not kept again: where every seed has an encoder of its own, each
+        encodes its images at every fraction.
+        """
+        rows = rows.astype(np.int64)
+        if rows.tobytes() not in self._known:
+            self._known.add(rows.tobytes())
+            self._new.append((rows, features))
+            self._new_bytes += features.nbytes
+        is_due = time.monotonic() - self._written >= WRITE_SECONDS
+        if is_due or self._new_bytes >= WRITE_BYTES:
             self.write()
 
     def write(self) -> None:
         """Write what is new; where that fails it is told once, and the images go on in memory."""
-        new, self._new = self._new, []
+        new, self._new, self._new_bytes = self._new, [], 0
         if not new or self._is_lost:
             return
         names = (f"{self._begin}{n}.safetensors" for n in itertools.count())

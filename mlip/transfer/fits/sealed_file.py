@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mlip.output_file import whole_file
 from mlip.transfer.array import Array
@@ -47,7 +47,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
 
 
 def write_sealed(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Write the file, whole or not at all, and to the disk.
+    """Write the file, whole or not at all, and to the disk; for its owner alone.
 
     facts    JSON values
     Raises:  OSError, SafetensorError
@@ -55,10 +55,12 @@ def write_sealed(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, Arra
     told = as_json(facts)
     held = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     entry = json.dumps({**told, "sha256": _digest(told, held)})
-    with whole_file(path) as partial:
-        save_file(held, partial, {_ENTRY: entry})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+    # not save_file: it writes under a name of its own, which nobody would remove after a kill
+    content = save(held, {_ENTRY: entry})
+    with whole_file(path, is_private=True) as partial, partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _digest(facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:

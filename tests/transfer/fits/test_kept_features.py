@@ -7,6 +7,9 @@ Encoders here give other last digits for every other batch, as real ones can.
 from __future__ import annotations
 
 import signal
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +25,12 @@ from mlip.stop_signal import Stopped
 from mlip.transfer.fits import classification, kept_features, kept_fits, protocol
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.fits.kept_features import KeptFeatures, depends_on
+from mlip.transfer.fits.kept_fits import KeptFits
 from mlip.transfer.fits.sealed_file import read_sealed, write_sealed
 from tests.transfer import small_manifest
 from tests.transfer.small_manifest import LABELS, evaluate, write
 
+ROOT = Path(__file__).resolve().parents[3]
 FITS = ["transfer.fractions=[40, 100]", "transfer.seeds=[1, 2]", "transfer.epochs=2"]
 NAMES = ("results.json", "predictions.parquet", "report.html")
 AT_ONCE = 5  # of 30 images
@@ -226,6 +231,73 @@ def test_a_file_is_written_now_and_then_and_holds_all_batches_since(
     assert sorted(p.name for p in tmp_path.iterdir())[1] == "features-0123456789ab-1.safetensors"
     other = KeptFeatures(tmp_path, {**made_of, "images": "b"}, pytest.fail)
     assert other.take(np.array([2, 9, 3])) is None and not other.paths
+
+
+def test_a_batch_that_is_kept_already_is_not_kept_again(tmp_path: Path) -> None:
+    """Where every seed has an encoder of its own each encodes its images at every fraction."""
+    made_of, part = {"weights": "0123456789abcdef"}, np.array([4, 1])
+    kept = KeptFeatures(tmp_path, made_of, pytest.fail)
+    for _ in range(2):
+        kept.add(part, np.ones((2, 3), np.float32))
+        kept.write()
+    (path,) = kept.paths
+    again = KeptFeatures(tmp_path, made_of, pytest.fail)
+    assert again.take(part) is not None
+    again.add(part, np.ones((2, 3), np.float32))
+    again.write()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_much_at_once_goes_to_the_disk_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU encodes all images of a data set in half a minute: a file is copied while written."""
+    monkeypatch.setattr(kept_features, "WRITE_BYTES", 2_000)
+    kept = KeptFeatures(tmp_path, {"weights": "0123456789abcdef"}, pytest.fail)
+    for number in range(7):  # of 800 bytes
+        kept.add(np.arange(2) + 2 * number, np.full((2, 100), number, np.float32))
+    assert len(kept.paths) == 2  # of three batches each
+    kept.write()
+    again = KeptFeatures(tmp_path, {"weights": "0123456789abcdef"}, pytest.fail)
+    for number in range(7):
+        found = again.take(np.arange(2) + 2 * number)
+        assert found is not None and (found == number).all()
+
+
+def test_encoders_of_every_seed_keep_their_own(encoded: Encoded, tmp_path: Path) -> None:
+    settings = [*settings_of(tmp_path), "transfer.start=random"]
+    whole, batches = whole_run(tmp_path, settings, encoded)
+    for stop in (1, 4, batches - 6):
+        kept = stopped_run(tmp_path, settings, encoded, stop)
+    found = [read_sealed(path) for path in kept.glob("features-*")]
+    held = [(facts["made_of"]["weights"], row) for facts, a in found for row in a["rows"].tolist()]
+    assert len({weights for weights, _ in held}) == 2 and len(set(held)) == len(held)
+    assert evaluate(tmp_path, settings) == 0
+    assert files_of(tmp_path) == whole and not kept.exists()
+
+
+def test_what_a_kill_leaves_of_a_file_is_private_and_goes_with_the_results(tmp_path: Path) -> None:
+    """The system kills a process that writes a file larger than it may: in the middle of it."""
+    program = (
+        "import numpy, resource, signal, sys; from pathlib import Path\n"
+        "from mlip.transfer.fits.kept_features import KeptFeatures\n"
+        "kept = KeptFeatures(Path(sys.argv[1]), {'weights': '0123456789abcdef'}, print)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "kept.add(numpy.arange(9), numpy.zeros((9, 9999), numpy.float32)); kept.write()\n"
+    )
+    folder = tmp_path / kept_fits.FOLDER
+    done = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, timeout=120)
+    assert done.returncode == -signal.SIGXFSZ
+    (left,) = folder.iterdir()
+    assert left.stat().st_size and stat.S_IMODE(left.stat().st_mode) == 0o600
+    kept = KeptFits(folder, pytest.fail)
+    kept.features({"weights": "0123456789abcdef"}).add(np.arange(3), np.zeros((3, 2), np.float32))
+    assert kept.write_features()
+    (path,) = folder.glob("features-*")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    kept.remove()
+    assert not folder.exists()
 
 
 def test_sizes_that_are_not_those_of_the_rows_are_damage(tmp_path: Path) -> None:

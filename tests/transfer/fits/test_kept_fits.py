@@ -450,7 +450,7 @@ def test_a_full_or_broken_disk_costs_the_keeping_of_a_fit_and_not_the_run(
     def full(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(sealed_file, "save_file", full)
+    monkeypatch.setattr(sealed_file, "os", SimpleNamespace(fsync=full))
     assert evaluate(tmp_path, settings_of(tmp_path, "logistic")) == 0
     said = capsys.readouterr().out
     assert said.count("this fit is not kept, a kill would lose it: ") == 4
