@@ -110,10 +110,11 @@ def graph_vectors(
 
 def write_vectors(vectors: dict[str, Tensor], path: str | Path) -> None:
     """A safetensors table that knowledge.vectors takes."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with whole_file(Path(path)) as partial:
-        save_file(vectors, str(partial), metadata={_KIND: "mlip knowledge embed"})
+        # not save_file: it writes under a name of its own, which a kill would leave
+        partial.write_bytes(save(vectors, metadata={_KIND: "mlip knowledge embed"}))
 
 
 def is_vectors(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mlip.config import Knowledge
@@ -174,4 +174,5 @@ def _user_table(table: ConceptTable, path: Path) -> Tensor:
 def _save(vectors: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:  # another rank may be reading
-        save_file({"vectors": vectors.contiguous()}, partial)
+        # not save_file: it writes under a name of its own, which a kill would leave
+        partial.write_bytes(save({"vectors": vectors.contiguous()}))

@@ -119,8 +119,9 @@ def write_embeddings(
             known = done.get(path.name)
             found = file_sha256(path) if path.is_file() else None
             if known is None or known["sha256"] != found or _is_mended(reader, known):
-                for left in out.glob(f".{path.name}.*"):
-                    left.unlink()  # of a run that was killed while it wrote
+                # of a run that was killed while it wrote; .tmp is what safetensors writes under
+                for left in (*out.glob(f".{path.name}.*"), *out.glob(".tmp??????")):
+                    left.unlink()
                 loader = row_loader(opened, manifest, split, chosen)
                 encode = _encode_images if images_only else _encode
                 tensors, bad = encode(opened, loader, with_patches)

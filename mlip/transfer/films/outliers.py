@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mlip.batch import ImageFeatures
@@ -147,7 +147,8 @@ def save_reference(reference: Reference, path: Path) -> None:
     # one entry: the order of several would change from file to file
     facts = {"format": _FORMAT, **reference.made_of}
     with whole_file(path) as partial:
-        save_file(tensors, partial, {"reference": json.dumps(facts)})
+        # not save_file: it writes under a name of its own, which a kill would leave
+        partial.write_bytes(save(tensors, {"reference": json.dumps(facts)}))
 
 
 def is_reference(path: Path) -> bool:
