@@ -20,6 +20,7 @@ from mlip.typed_tree import ConfigError, all_keys, check_keys, require_utf8
 
 logger = logging.getLogger("mlip")
 OF_A_RUN, OF_AN_EXPORT = "config.yaml", "config.json"
+CHECKPOINTS = "checkpoints"  # folder of a run's folder
 # what begins a YAML string that is more than its letters
 _MARKED = "'\"|>&!"
 _PRINTED_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
@@ -53,7 +54,7 @@ def read_file(file: Path, settings: Any, *, takes_exports: bool = False) -> dict
     tree = dict(without_view(content or {}))
     check_keys(tree, settings, where=where)
     folder = path.parent
-    if path.name == OF_A_RUN and (folder / "checkpoints").is_dir():
+    if path.name == OF_A_RUN and (folder / CHECKPOINTS).is_dir():
         if not tree:  # of a copy that was cut: every setting would be the default
             raise ConfigError(
                 f"{path}: is empty: expected the settings of the run; copy the run again, or take "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.config import Config, from_dict
-from mlip.config_file import OF_A_RUN, read_file, read_override
+from mlip.config_file import CHECKPOINTS, OF_A_RUN, OF_AN_EXPORT, read_file, read_override
 from mlip.needed_settings import NEEDS, PHANTOMS, below
 from mlip.transfer_settings import Transfer
 from mlip.typed_tree import ConfigError, all_keys, plain
@@ -178,12 +178,26 @@ class Given:
                 value = self.typed.get(setting, _usual(setting))
                 # where the checkpoint decides, both are its own: require_trained
                 is_open = value != _usual(setting) and reads.kind(setting) != "of_model"
-                if is_open and not is_read:
+                if is_open and not is_read and not self._has(needs.other, setting, value):
                     raise ConfigError(
                         f"{setting}={shown(value)} is not read with {needs.other}="
                         f"{shown(current)}: set {needs.other}={needs.remedy}, or leave it out"
                     )
         return replace(self, command=command)
+
+    def _has(self, other: str, setting: str, value: Any) -> bool:
+        """Whether what a training begins with has this value itself: settings that a script gives
+        to the first training and to those that begin with it. Its start may be gone by the time
+        the run goes on: so does the run have it.
+        """
+        if other != "train.start":
+            return False
+        start = Path(str(self.config.train.start))
+        if start.parent.name == CHECKPOINTS:
+            start = start.parent.parent
+        places = (start, Path(self.config.run.dir))
+        found = (_settings_now(place, takes_exports=True) for place in places)
+        return any(own is not None and value == attrgetter(setting)(own) for own in found)
 
     def require_trained(self, trained: Config, where: str) -> None:
         """Raises:  ConfigError for a setting that the command takes from the checkpoint, where that
@@ -202,7 +216,7 @@ class Given:
             and reads.kind(setting) == "of_model"
             and value != attrgetter(setting)(trained)
         ]
-        now = _settings_now(Path(where), trained) if others else trained
+        now = (_settings_now(Path(where)) if others else None) or trained
         for setting in others:
             value = self.typed[setting]
             if value == attrgetter(setting)(now):
@@ -224,14 +238,16 @@ def of_task(transfer: Transfer, takes_checkpoint: bool) -> str:
     return OF_TASK_TUNED if is_tuned else OF_TASK
 
 
-def _settings_now(where: Path, trained: Config) -> Config:
-    """Those of a run's config.yaml; `trained` where there is none that can be read."""
-    if not (where / OF_A_RUN).is_file():
-        return trained
+def _settings_now(where: Path, *, takes_exports: bool = False) -> Config | None:
+    """Those of a run's config.yaml, or of an export; None where there are none to be read."""
+    if not (where / OF_A_RUN).is_file() and not (
+        takes_exports and (where / OF_AN_EXPORT).is_file()
+    ):
+        return None
     try:
-        return from_dict(read_file(where, Config))
+        return from_dict(read_file(where, Config, takes_exports=takes_exports))
     except ConfigError:
-        return trained
+        return None
 
 
 def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:

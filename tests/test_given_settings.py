@@ -230,6 +230,32 @@ def test_where_the_checkpoint_decides_both_of_two_settings_they_are_held_against
             asked.require_trained(Config(), "DIR")
 
 
+def test_what_a_start_was_trained_with_may_be_typed_for_the_run_that_begins_with_it(
+    tmp_path: Path,
+) -> None:
+    """One list of settings for the first training and those that begin with it ended here."""
+    export, run = small_export(), tmp_path / "run"
+    kept = run / "checkpoints" / "step_00000001"
+    kept.mkdir(parents=True)
+    (run / "config.yaml").write_text("data: {vocab_size: 300}\n")
+    for start, size in ((export, 400), (run, 300), (kept, 300)):
+        given(*small_run().settings, f"data.vocab_size={size}", f"train.start={start}").asked_by(
+            "train.py"
+        )
+        for other in ("data.vocab_size=500", "data.vocab_min_patients=9"):
+            with pytest.raises(ConfigError, match="is not read with train.start="):
+                given(f"run.dir={tmp_path}/new", other, f"train.start={start}").asked_by("train.py")
+    # the same command goes on where its start is gone
+    gone = ["data.vocab_size=300", f"train.start={tmp_path}/gone"]
+    given(f"run.dir={run}", *gone).asked_by("train.py")
+    with pytest.raises(ConfigError, match="vocab_size=300 is not read with train.start="):
+        given(f"run.dir={tmp_path}/new", *gone).asked_by("train.py")
+    with pytest.raises(ConfigError, match="vocab_size=400 is not read with model.text.tokenizer="):
+        given(
+            "data.vocab_size=400", f"train.start={export}", f"model.text.tokenizer={export}"
+        ).asked_by("train.py")
+
+
 def test_what_others_read_is_turned_off_to_no_command() -> None:
     given("data.phantom.seed=3").asked_by("mlip evaluate")  # it generates none in any case
     scored = ("evaluate.threshold_rule=youden", "transfer.task=detection")
