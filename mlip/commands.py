@@ -22,7 +22,7 @@ from mlip.command_inputs import (
 )
 from mlip.doctor import examine, is_healthy, report
 from mlip.output_file import begins_with, require_replaceable, require_writable, whole_file
-from mlip.typed_tree import ConfigError
+from mlip.typed_tree import ConfigError, all_keys
 from mlip.unread_output import printed
 
 
@@ -119,9 +119,16 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_settings(options: argparse.Namespace) -> int:
-    from mlip.config import assemble, read
+    from mlip.config import Config, assemble, read
+    from mlip.config_file import OF_A_RUN, OF_AN_EXPORT
     from mlip.settings_reference import find, sections
     from mlip.settings_text import TITLE, block, listing, page, values
+
+    def stands_for_settings(path: str) -> bool:
+        held = [os.path.join(path, name) for name in (OF_A_RUN, OF_AN_EXPORT)]
+        # the folder data is not what `mlip settings --config FILE data` asks about
+        is_section = path in all_keys(Config) and os.path.isdir(path)
+        return any(map(os.path.isfile, held)) if is_section else os.path.exists(path)
 
     # --config takes all that follows it; files may also stand where other commands take them
     given = [*options.config, *options.terms]
@@ -129,7 +136,7 @@ def run_settings(options: argparse.Namespace) -> int:
         item
         for item in given
         if not ("=" in item or "/" in item or item.endswith((".yaml", ".yml")))
-        and not (item in options.config and os.path.exists(item))
+        and not (item in options.config and stands_for_settings(item))
     ]
     files, overrides = sort_items([item for item in given if item not in words])
     if options.out:

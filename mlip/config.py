@@ -50,7 +50,7 @@ class Columns:
     image_id: str | None = None  # name of the image in tables and results; null = its path
     split: str | None = "split"  # train, val or test; null = split by a hash of patient_id
     sha256: str | None = None  # hash of the image file; read by data.verify
-    labels: str | None = None  # finding names joined by "|", for evaluation only
+    labels: str | None = None  # finding names joined by "|"; pre-training reads none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,8 @@ class Train:
     # bf16 rounds, in a pass of bf16, also what a transformer's layers add to and the results of
     # LayerNorms
     residual: Literal["fp32", "bf16"] = "fp32"
-    # what runs the optimiser; auto: DeepSpeed under a launcher, else plain torch
+    # what runs the optimiser; auto: DeepSpeed where it is installed and a launcher or train.offload
+    # asks for it, else plain torch
     engine: Literal["auto", "deepspeed", "plain"] = "auto"
     # what DeepSpeed splits among ranks: 1 optimiser states, 2 gradients too, 3 weights too
     zero_stage: Literal[0, 1, 2, 3] = 1

@@ -31,18 +31,27 @@ class Range:
 
     def __str__(self) -> str:
         if math.isinf(self.most):
-            return f"more than {self.least:g}" if self.is_open_below else f"{self.least:g} or more"
-        low = f"more than {self.least:g}" if self.is_open_below else f"{self.least:g}"
-        return f"{low} to {'below ' if self.is_open_above else ''}{self.most:g}"
+            low = _told(self.least)
+            return f"more than {low}" if self.is_open_below else f"{low} or more"
+        low = f"{'more than ' if self.is_open_below else ''}{_told(self.least)}"
+        return f"{low} to {'below ' if self.is_open_above else ''}{_told(self.most)}"
+
+
+MOST_SEED = 2**63 - 1  # of torch's generators
+
+
+def _told(end: float) -> str:
+    """An end of a range as one types it: 10000000 and not 1e+07, which is no whole number."""
+    return "2^63 - 1" if end == MOST_SEED else str(end)
 
 
 FROM_0, FROM_1, ABOVE_0 = Range(0), Range(1), Range(0, is_open_below=True)
 SHARE, SHARE_BELOW_1 = Range(0, 1), Range(0, 1, is_open_above=True)
 
 BOUNDS: dict[str, Range] = {
-    "run.seed": Range(0, 2**63 - 1),
+    "run.seed": Range(0, MOST_SEED),
     "run.threads": Range(0, 4096),  # torch ends the process at numbers that no machine has
-    "run.timeout_s": Range(0, 1e7, is_open_below=True),
+    "run.timeout_s": Range(0, 10_000_000, is_open_below=True),
     "data.resize_px": Range(1, 16384),
     "data.crop_px": Range(1, 16384),
     "data.mean": Range(-100, 100),
@@ -98,9 +107,9 @@ BOUNDS: dict[str, Range] = {
     "model.divergence.beta_kl": FROM_0,
     "model.divergence.beta_spread": FROM_0,
     "knowledge.dim": FROM_1,
-    "knowledge.weight_present": Range(0, 1e6),
-    "knowledge.weight_uncertain": Range(0, 1e6),
-    "knowledge.weight_absent": Range(0, 1e6),
+    "knowledge.weight_present": Range(0, 1_000_000),
+    "knowledge.weight_uncertain": Range(0, 1_000_000),
+    "knowledge.weight_absent": Range(0, 1_000_000),
     "loss.global_contrastive.weight": FROM_0,
     "loss.local_alignment.weight": FROM_0,
     # the model keeps the learned ones inside the same ranges (model.Scales.BOUNDS)
@@ -128,7 +137,7 @@ BOUNDS: dict[str, Range] = {
     "evaluate.examples": FROM_0,
     "transfer.val_share": SHARE_BELOW_1,
     "transfer.fractions": Range(0, 100, is_open_below=True),  # percent
-    "transfer.seeds": Range(0, 2**63 - 1),
+    "transfer.seeds": Range(0, MOST_SEED),
     "transfer.image_px": Range(0, 16384),
     "transfer.epochs": FROM_1,
     "transfer.max_steps": FROM_0,

@@ -69,7 +69,7 @@ class Transfer:
     mask_source: Literal["mask", "boxes", "phantom"] = "mask"
     # how a linear classifier is fitted; logistic: by L-BFGS, its strength chosen on val
     probe: Literal["adamw", "logistic"] = "adamw"
-    epochs: int = 50  # passes over the drawn rows, at most (transfer.patience)
+    epochs: int = 50  # passes over the drawn rows (or transfer.epoch_steps each), at most
     max_steps: int = 0  # steps of one fit, at most; 0 = by transfer.epochs
     epoch_steps: int = 0  # fewest steps between two looks at val: small draws are gone over again
     # number format of networks for masks and boxes; auto: bf16 where the device multiplies it

@@ -61,6 +61,9 @@ def test_choices_and_ranges_are_those_that_are_held() -> None:
             ), setting
     kinds = {setting.name: setting.kind for setting in EVERY}
     assert kinds["train.zero_stage"] == "0, 1, 2 or 3"
+    assert kinds["run.seed"] == "whole number, 0 to 2^63 - 1"  # and not 9.22337e+18
+    assert kinds["batch.global_pairs"] == "whole number, 2 to 10000000"
+    assert not any("e+" in kind for kind in kinds.values())
     assert kinds["train.start"] == "text or null"
     assert kinds["train.betas"] == "list of 2 numbers, each 0 to below 1"
     assert kinds["transfer.seeds"].startswith("list of whole numbers, each 0 to ")
@@ -202,6 +205,25 @@ def test_a_value_is_said_with_what_it_comes_from(
     assert "    = {} (typed)" in lines
     # of one setting typed twice the last counts, as in a run
     assert "    = 6 (typed)" in _lines(capsys, "run.seed", "run.seed=5", "run.seed=6")
+
+
+def test_a_folder_named_as_a_section_is_a_file_only_where_it_holds_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Manifests often lie in ./data: `mlip settings --config a.yaml data` ended with an error."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("data: {crop_px: 96}\n")
+    Path("data").mkdir()
+    Path("other").mkdir()
+    lines = _lines(capsys, "--config", "a.yaml", "data")
+    assert "    = 96 (from a.yaml)" in lines and _heads(lines)[0] == "data.manifest"
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/config.yaml").write_text("run: {seed: 7, dir: run}\n")
+    assert "    = 7 (from run)" in _lines(capsys, "run.seed", "--config", "run")
+    Path("train").write_text("train: {lr: 1.0}\n")
+    assert "    = 1.0 (from train)" in _lines(capsys, "train.lr", "--config", "train")
+    assert main(["settings", "--config", "other"]) == 2
+    assert "is a folder without config.yaml" in capsys.readouterr().err
 
 
 def test_a_runs_folder_and_an_export_stand_for_their_settings(
