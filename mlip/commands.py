@@ -132,6 +132,8 @@ def run_settings(options: argparse.Namespace) -> int:
 
     # --config takes all that follows it; files may also stand where other commands take them
     given = [*options.config, *options.terms]
+    if "" in given:  # "$WORD" where WORD is not set
+        raise ConfigError("a word is empty: expected a word, a name, key=value, or nothing for all")
     words = [
         item
         for item in given

@@ -85,6 +85,10 @@ _ALL_OF_TEST = dict.fromkeys(
     ("evaluate.split", "evaluate.max_studies"),
     "a task trains on train, chooses on val and scores all of test: leave it out",
 )
+_CROPS = below("data.augment", "random_crop brightness contrast rotation_degrees")
+_OF_TUNED = dict.fromkeys(
+    _CROPS, "only transfer.task=classification with transfer.encoder=tuned reads it: leave it out"
+)
 # not seeds, steps, batch, sizes, val_share: one budget for a list of configs, some of which train
 # nothing
 _ASKS_FOR_TASK = below(
@@ -98,7 +102,9 @@ READS = {
         *(_ASKS_FOR_TASK, _TRAINED, (_LEXICON,)),
         dict.fromkeys(_ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"),
     ),
-    OF_TASK: _Reads((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON,), _ALL_OF_TEST),
+    OF_TASK: _Reads(
+        *((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON,)), {**_ALL_OF_TEST, **_OF_TUNED}
+    ),
     # the one task that sees crops as pre-training draws them
     OF_TASK_TUNED: _Reads(
         (*_OF_FITS, *_PROMPTS),

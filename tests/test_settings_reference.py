@@ -248,6 +248,7 @@ def test_a_runs_folder_and_an_export_stand_for_their_settings(
         (["data.crop_px=0"], "expected 1 to 16384"),
         (["data.crop_px=512"], "is larger than data.resize_px"),
         (["checkpoint="], "checkpoint= is empty"),
+        (["crop", ""], "a word is empty"),
         (["crop", "--out", "settings.md"], "--out writes a page of all settings"),
         (["--out", "mine.md"], "is there already and is no page of mlip settings"),
     ],
