@@ -43,7 +43,7 @@ def _closed_cache() -> str | None:
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
     # os.path: pathlib's own raises where a parent is closed
     there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    if os.statvfs(there).f_flag & os.ST_NOEXEC:
+    if _runs_no_programs(there):
         return (
             f"triton loads what it compiles from {folder}, on a file system that runs no programs "
             "(noexec); set TRITON_CACHE_DIR to another, or mount it with exec"
@@ -52,6 +52,14 @@ def _closed_cache() -> str | None:
     if there != folder and not os.access(there, os.W_OK | os.X_OK):
         return f"triton cannot make {folder}; set TRITON_CACHE_DIR to a folder that can be written"
     return None
+
+
+def _runs_no_programs(folder: Path) -> bool:
+    """Whether the folder is mounted noexec; False where the system does not tell."""
+    try:
+        return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)
+    except (AttributeError, OSError):  # macOS has no such flag, Windows no statvfs
+        return False
 
 
 # asked once: torch.compile cannot trace a look at the file system

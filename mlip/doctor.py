@@ -215,7 +215,7 @@ def check_temporary() -> Check:
     try:
         folder = tempfile.gettempdir()
         detail = f"{folder}: a folder that can be written to"
-        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # macOS has no such flag
             detail += (
                 "; it runs no programs (noexec): torch.compile cannot use what it builds there"
             )

@@ -173,6 +173,20 @@ def test_where_nothing_can_be_loaded_from_tritons_cache_auto_is_torch(
     assert _dispatch.missing_tools() is None
 
 
+@pytest.mark.parametrize(
+    "system",
+    [
+        "del os.ST_NOEXEC",  # macOS
+        "del os.ST_NOEXEC, os.statvfs",  # Windows
+        "os.statvfs = lambda place: os.stat('/no/such/place')",  # a file system that does not say
+    ],
+)
+def test_the_ops_import_where_nothing_tells_whether_programs_run(system: str) -> None:
+    code = f"import os\n{system}\nimport mlip.kernels.info_nce, mlip.kernels._dispatch as ours\n"
+    code += "assert ours.MISSING_TOOLS is None, ours.MISSING_TOOLS"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_the_ops_does_not_import_triton() -> None:
     code = (
         "import sys, mlip.kernels.token_knowledge_patch, mlip.kernels.info_nce\n"
