@@ -37,6 +37,8 @@ def main(command: Sequence[str]) -> int:
         return 2
     watched = _PASSED_ON | {signal.SIGCHLD}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    # ignored, as some callers leave it, no end of a process would ever be told
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # orphans come here also where this is not process 1 (apptainer, a host that shares its ids)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:

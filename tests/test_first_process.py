@@ -183,6 +183,17 @@ def test_exit_codes_are_those_of_a_shell(command: list[str], code: int) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_the_end_is_noticed_where_the_caller_ignores_that_of_its_children() -> None:
+    """What a process ignores the next program ignores too, and then nobody is told of an end."""
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, *FIRST, "sh", "-c", "exit 6"]
+    assert subprocess.run(command, cwd=ROOT, timeout=20).returncode == 6
+
+
 def test_orphans_are_collected_while_the_command_works() -> None:
     """Process 1 alone can: uncollected, they fill the container's pids.max."""
     code = (
