@@ -116,6 +116,7 @@ def require_one_command(options: argparse.Namespace, config: Config) -> None:
 
 def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Corpus:
     """From the first or the resumed step to the last; a collective call."""
+    commit = source_commit()  # before minutes of setting up: it may refuse MLIP_COMMIT
     provide_phantoms(config)
     resumed = open_resumed(config, allow_mismatch=options.allow_mismatch)
     start = open_start(config) if resumed is None else None
@@ -157,7 +158,7 @@ def train(options: argparse.Namespace, config: Config, stop: StopRequest) -> Cor
         merge_states=merge_states,
         on_save=keep_ledger,
         validation=validation,
-        facts={"commit": source_commit(), "versions": versions(), **begun, **content},
+        facts={"commit": commit, "versions": versions(), **begun, **content},
         deepspeed_json=read_json(options.deepspeed_config),
         allow_mismatch=options.allow_mismatch,
     )

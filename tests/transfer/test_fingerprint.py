@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from mlip.config import ConfigError
+import train
+from mlip.config import ConfigError, load
 from mlip.transfer import fingerprint
+from mlip.transfer.alignment.evaluation import evaluate_run
+from mlip.transfer.fits.protocol import transfer_run
 
 
 def test_asking_for_the_commit_leaves_the_checkouts_index_alone(
@@ -51,3 +56,17 @@ def test_a_copy_without_history_is_told_its_commit(
         monkeypatch.setenv("MLIP_COMMIT", other)
         with pytest.raises(ConfigError, match="MLIP_COMMIT: expected 7 to 40"):
             fingerprint.source_commit()
+
+
+def test_what_is_no_commit_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when results are written, hours later: nothing here is any data or model."""
+    config, nothing = load([], []), cast(Any, None)
+    monkeypatch.setenv("MLIP_COMMIT", "main")
+    works: list[Callable[[], object]] = [
+        lambda: train.train(nothing, config, nothing),
+        lambda: evaluate_run(nothing, config, nothing),
+        lambda: transfer_run(config, nothing, nothing),
+    ]
+    for work in works:
+        with pytest.raises(ConfigError, match="MLIP_COMMIT: expected 7 to 40"):
+            work()

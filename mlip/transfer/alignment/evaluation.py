@@ -55,7 +55,7 @@ def evaluate_run(opened: Any, config: Config, manifest: Manifest) -> dict[str, A
              the data cannot carry is {"reason": why}
     Raises:  ValueError if features are not finite, or boxes.csv is not usable.
     """
-    began = time.perf_counter()
+    began, commit = time.perf_counter(), source_commit()  # first: it may refuse MLIP_COMMIT
     # rows without a usable report are no pairs, but their labels and boxes count
     manifest = dataclasses.replace(manifest, keep_without_report=True)
     model, training = opened.model, Training.of(opened)
@@ -74,7 +74,7 @@ def evaluate_run(opened: Any, config: Config, manifest: Manifest) -> dict[str, A
         "device": str(device_of(model)),
         "precision": _precision(model),
         "is_local_trained": is_local_trained(opened),
-        "commit": source_commit(),
+        "commit": commit,
         "evaluation_seconds": round(time.perf_counter() - began, 1),
     }
     return {

@@ -74,7 +74,7 @@ def transfer_run(
     Raises:  ManifestError for data the task cannot use; ValueError for broken features;
              TransferError for a loss that is not finite.
     """
-    began = time.perf_counter()
+    began, commit = time.perf_counter(), source_commit()  # first: it may refuse MLIP_COMMIT
     transfer = config.transfer
     manifest = dataclasses.replace(manifest, keep_without_report=True)
     images = Images(config, manifest, frame_of(config))
@@ -162,7 +162,7 @@ def transfer_run(
             "seeds": list(transfer.seeds),
             "device": str(device),
             "precision": precision,
-            "commit": source_commit(),
+            "commit": commit,
             "seconds": round(time.perf_counter() - began + seconds_before, 1),
         },
         "task": {
