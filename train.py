@@ -71,10 +71,12 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     )
     mismatch_help = "resume a run although settings, vocabulary or concepts differ"
     parser.add_argument("--allow-mismatch", action="store_true", help=mismatch_help)
+    flag_help = "as scripts of DeepSpeed take it: the same as train.engine=deepspeed"
+    parser.add_argument("--deepspeed", action="store_true", help=flag_help)
     json_help = "DeepSpeed's own JSON file; refused where it differs from the settings"
     parser.add_argument("--deepspeed_config", metavar="JSON", help=json_help)
     rank_help = "passed by launchers; not used"
-    parser.add_argument("--local_rank", type=int, default=0, help=rank_help)
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=rank_help)
     setting_help = "settings, such as train.max_steps=100; they win over files"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=setting_help)
     options, rest = parser.parse_known_intermixed_args(arguments)
@@ -82,7 +84,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         parser.error(f"unrecognized arguments: {' '.join(rest)}; a setting is key=value")
     # "--config FILE key=value" reads all as files
     files, overrides = sort_settings(options.config + options.overrides)
+    if options.deepspeed:  # before what is typed, which may contradict it
+        overrides.insert(0, "train.engine=deepspeed")
     config = load(files, overrides, takes_exports=True)
+    if options.deepspeed and config.train.engine != "deepspeed":
+        raise ConfigError(f"--deepspeed and train.engine={config.train.engine}: name one of them")
     given(files, overrides, config).asked_by("train.py")
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(

@@ -71,16 +71,21 @@ def find(words: Sequence[str]) -> list[Setting]:
     if all(word in all_keys(Config) for word in words):
         return [s for s in every if not words or any(_is_of(s.name, word) for word in words)]
     asked = [word.lower() for word in words]
-    found = [s for s in every if all(word in f"{s.name} {s.words}".lower() for word in asked)]
+    found = [s for s in every if all(_is_in(s, word) for word in asked)]
     if found:
         return sorted(found, key=lambda s: not all(word in s.name for word in asked))
     for word in words:
-        if not any(word.lower() in f"{s.name} {s.words}".lower() for s in every):
+        if not any(_is_in(s, word.lower()) for s in every):
             nearest = ", ".join(nearest_keys(word, Config)[:_NEAREST])
             raise ConfigError(
                 f"no setting has {word!r} in its name or description; the nearest names: {nearest}"
             )
     raise ConfigError(f"no setting has all of these words: {', '.join(words)}; say fewer")
+
+
+def _is_in(setting: Setting, word: str) -> bool:
+    """learning_rate, as others call it, is "learning rate" in the words."""
+    return word in setting.name or word.replace("_", " ") in setting.words.lower()
 
 
 def _is_of(name: str, key: str) -> bool:

@@ -140,6 +140,8 @@ def test_words_choose_settings_whose_name_or_description_has_each(
     ]
     named = ["lr" in name for name in _heads(_lines(capsys, "lr"))]
     assert named == sorted(named, reverse=True) and 0 < sum(named) < len(named)
+    assert _heads(_lines(capsys, "learning_rate")) == _heads(_lines(capsys, "learning rate"))
+    assert "train.lr" in _heads(_lines(capsys, "learning_rate"))
     assert _heads(_lines(capsys, "CROP", "random")) == ["data.augment.random_crop"]
     names = [field.name for field in dataclasses.fields(Columns)]
     assert _heads(_lines(capsys, "data.columns")) == [f"data.columns.{name}" for name in names]

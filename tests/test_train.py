@@ -20,6 +20,7 @@ from mlip import cli
 from mlip.knowledge import concept_files
 from mlip.training import checkpoint
 from mlip.training.validation import Validation
+from mlip.typed_tree import ConfigError
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.rank_farm import free_port
 from tests.small_run import small_run, with_val
@@ -61,6 +62,20 @@ def test_overrides_may_stand_on_either_side_of_the_files(tmp_path):
     )
     assert (config.run.seed, config.train.lr, config.train.max_steps) == (8, 0.5, 50)
     assert options.allow_mismatch
+
+
+def test_the_flag_of_deepspeeds_own_scripts_is_its_engine(tmp_path: Path) -> None:
+    """--deepspeed was read as the begin of --deepspeed_config, which then had no file."""
+    (tmp_path / "a.yaml").write_text("train: {engine: plain}\n")
+    given = ["--local-rank=1", "--deepspeed", "--deepspeed_config", "ds.json"]
+    for files in ([], ["--config", str(tmp_path / "a.yaml")]):
+        options, config = train.parse([*given, *files])
+        assert (options.local_rank, options.deepspeed_config) == (1, "ds.json")
+        assert config.train.engine == "deepspeed"
+        assert train.parse([*given, *files, "train.engine=deepspeed"])[1] == config
+    for typed in ("train.engine=plain", "train={engine: auto}"):
+        with pytest.raises(ConfigError, match="--deepspeed and train.engine=(plain|auto): name"):
+            train.parse([*given, typed])
 
 
 def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkeypatch, capsys):

@@ -184,13 +184,14 @@ def test_a_compiled_tower_is_compiled_once() -> None:
 
 def test_gradients_of_gradients_and_a_second_backward_pass() -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh()).double()
+    weight = next(net.parameters())
     found = []
     for micro_size in (4, 0):
         rows = torch.ones(8, 6, dtype=torch.float64).cumsum(0).div_(8).requires_grad_()
         loss = cached_forward(net, (rows,), micro_size).square().sum()
         first = torch.autograd.grad(loss, rows, retain_graph=True)[0]
         again = torch.autograd.grad(loss, rows, create_graph=True)[0]
-        found.append((first, again, torch.autograd.grad(again.square().sum(), net[0].weight)[0]))
+        found.append((first, again, torch.autograd.grad(again.square().sum(), weight)[0]))
     torch.testing.assert_close(*found)
 
 
