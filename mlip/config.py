@@ -31,7 +31,7 @@ class Run:
     """Where a run writes, and how it computes."""
 
     dir: str = "runs/default"  # folder of everything that the run writes
-    seed: int = 1  # of random numbers: weights, order, noise; an evaluation's draws, resamples
+    seed: int = 1  # for random numbers: weights, order, noise; an evaluation's draws and resamples
     exact: bool = False  # refuse whatever makes the loss depend on ranks or micro-batches
     deterministic: bool = False  # refuse what cannot repeat bit for bit on this machine
     threads: int = 0  # torch threads per rank; 0 = cores (of a container's share) / local ranks
@@ -60,7 +60,7 @@ class Augment:
     random_crop: bool = True  # crop at a random place; false = at the centre
     brightness: float = 0.1  # largest change: intensities times a factor drawn from 1 +- this
     contrast: float = 0.1  # largest change: distances from mid-grey times a factor of 1 +- this
-    rotation_degrees: float = 0.0  # largest turn, either way; not by DALI on a CPU: docs/data.md
+    rotation_degrees: float = 0.0  # largest turn, either way; not with DALI on a CPU (docs/data.md)
     sentence_dropout: float = 0.5  # probability that a report keeps a random subset of sentences
 
 
@@ -73,9 +73,9 @@ class Phantom:
     val_studies: int = 256  # validation studies
     test_studies: int = 1000  # test studies
     image_px: int = 144  # width and height of an image
-    seed: int = 1  # of training and validation patients
-    test_seed: int = 1_000_001  # of test patients: a stream of their own
-    file_format: Literal["png", "dicom"] = "png"  # of the images
+    seed: int = 1  # seed of training and validation patients
+    test_seed: int = 1_000_001  # seed of test patients: a stream of their own
+    file_format: Literal["png", "dicom"] = "png"  # format of the images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +87,17 @@ class Data:
     columns: Columns = field(default_factory=Columns)
     # what decodes images: NVIDIA's DALI or plain torch; auto: DALI where there is a GPU
     pipeline: Literal["auto", "dali", "torch"] = "auto"
-    # hash: every file is held against data.columns.sha256; sample: each once in 100 epochs
+    # which files are compared with data.columns.sha256 as they are read: hash, every one; sample,
+    # each in one epoch of 100
     verify: Literal["hash", "sample", "none"] = "none"
     resize_px: int = 256  # letterbox: longest side scaled to this, the rest black
     crop_px: int = 224  # side of the square that is cut out of it: what a model sees
     channels: Literal[1, 3] = 3  # channels of a model's input; 3 = the grey picture three times
     mean: float = 0.5  # subtracted from intensities in [0, 1]; one value: radiographs are grey
-    std: float = 0.25  # divides what is left
-    max_tokens: int = 112  # of a report at most, with [CLS] and [SEP]; the rest is cut off
-    max_entities: int = 16  # linked mentions kept per report, the first ones; repeats count once
+    std: float = 0.25  # intensities are divided by this, after data.mean is subtracted
+    max_tokens: int = 112  # tokens of a report at most, with [CLS] and [SEP]; the rest is cut off
+    # mentions of concepts kept per report, the first ones; repeats count once
+    max_entities: int = 16
     vocab_size: int = 4096  # word pieces of a vocabulary that is trained on the training split
     # words of fewer patients' reports teach that vocabulary no piece, so that no name becomes one
     vocab_min_patients: int = 5
@@ -114,44 +116,48 @@ class Data:
 class Batches:
     """How many pairs a step has, and how many of them are in memory at once."""
 
-    global_pairs: int = 144  # pairs whose negatives are each other, over all ranks
+    global_pairs: int = 144  # pairs of a step, over all ranks; the others are a pair's negatives
     micro_images: int = 0  # images per tower pass per rank, to save memory; 0 = all at once
     micro_texts: int = 0  # reports per tower pass per rank; 0 = all at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long and with which optimiser a run trains, by what, and what it keeps."""
+    """How long a run trains, with which optimiser and engine, and what it keeps."""
 
-    # an export, a run or a checkpoint whose model is the first one; its settings by --config
+    # export, run or checkpoint whose model a run begins with; give its settings by --config
     start: str | None = None
     max_steps: int = 0  # steps of the run; 0 = by train.epochs
     epochs: float = 50.0  # passes over the training split, where train.max_steps is 0
     lr: float = 2e-5  # highest learning rate, before train.lr_reference_pairs
     # lr is multiplied by sqrt(batch.global_pairs / this); 0 = lr as it stands
     lr_reference_pairs: int = 144
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of weight matrices, for small towers
+    # muon: Muon for weight matrices, AdamW for the rest; for small towers
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05  # pulls weight matrices towards 0; not biases, norms and scales
-    betas: tuple[float, float] = (0.9, 0.98)  # AdamW's decay of its two averages, a step
+    betas: tuple[float, float] = (0.9, 0.98)  # AdamW: how much of its two averages a step keeps
     momentum: float = 0.95  # Muon's momentum
     warmup_steps: int = 100  # steps in which lr rises from 0
-    decay_share: float = 1.0  # lr falls in this share of the steps behind the warm-up, the last
+    decay_share: float = 1.0  # lr falls over this last share of the steps after the warm-up
     min_lr_share: float = 0.0  # lr at the end of the run, as a share of its highest
-    clip_norm: float = 1.0  # longest gradient, as a norm over all weights; 0 = not clipped
-    ema_decay: float = 0.0  # of an average of the weights, saved apart; 0 = none, 0.999 usual
+    # largest norm of the gradient, over all weights; a longer one is cut to it; 0 = off
+    clip_norm: float = 1.0
+    # decay of a running average of the weights, saved apart; 0 = none, 0.999 usual
+    ema_decay: float = 0.0
     # number format of the towers' passes; weights stay float32. auto: bf16 where the device
     # multiplies it
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    # bf16 rounds, in a pass of bf16, also what a transformer's layers add to and the results of
-    # LayerNorms
+    # bf16: a pass in bf16 also rounds the sums that a transformer's layers add to, and the results
+    # of LayerNorms
     residual: Literal["fp32", "bf16"] = "fp32"
     # what runs the optimiser; auto: DeepSpeed where it is installed and a launcher or train.offload
     # asks for it, else plain torch
     engine: Literal["auto", "deepspeed", "plain"] = "auto"
     # what DeepSpeed splits among ranks: 1 optimiser states, 2 gradients too, 3 weights too
     zero_stage: Literal[0, 1, 2, 3] = 1
-    compile: bool = False  # towers by torch.compile: minutes first; gain: docs/performance.md
-    offload: bool = False  # optimiser states in host memory (train.zero_stage >= 1 on a GPU)
+    # torch.compile of the towers: takes minutes at the start; gain: docs/performance.md
+    compile: bool = False
+    offload: bool = False  # keep optimiser states in host memory (train.zero_stage >= 1 on a GPU)
     checkpoint_steps: int = 500  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints that stay; the best on val stays too
     # what is scored on val at every checkpoint: the contrastive loss, or recall@10 of the global
@@ -159,10 +165,13 @@ class Train:
     # (docs/training.md)
     monitor: Literal["none", "loss", "recall"] = "none"
     monitor_pairs: int = 1000  # pairs of val that are scored, at most
-    patience: int = 0  # checkpoints in a row without a better score that end a run; 0 = none do
+    # end a run after so many checkpoints in a row without a better score; 0 = never
+    patience: int = 0
     log_steps: int = 20  # steps between two lines of the log; log.jsonl has every step
-    max_nan_steps: int = 3  # so many steps in a row without a finite loss and gradient end it
-    spike_factor: float = 0.0  # a step with this many times the recent loss runs again; 0 = off
+    # end a run after so many steps in a row without finite loss and gradient
+    max_nan_steps: int = 3
+    # a step whose loss is over this many times the recent one runs again; 0 = off
+    spike_factor: float = 0.0
     tensorboard: bool = False  # also write the log for TensorBoard, which must be installed
 
 
@@ -170,10 +179,10 @@ class Train:
 class Vision:
     """The image tower: a radiograph becomes one global vector and a grid of patch vectors."""
 
-    kind: Literal["resnet", "vit"] = "resnet"  # of the tower: ResNet or Vision Transformer
+    kind: Literal["resnet", "vit"] = "resnet"  # the tower is a ResNet or a Vision Transformer
     # local folder in transformers' format, or hub id; null = random weights, by `options`
     source: str | None = None
-    # of a tower with random weights: transformers' config values, as {hidden_sizes: [64, 128]}
+    # config of a tower with random weights, in transformers' words, as {hidden_sizes: [64, 128]}
     options: dict[str, Any] = field(default_factory=dict)
     # ResNet's first layers: deep = three 3 x 3 convolutions, which see lines of one pixel
     stem: Literal["tower", "deep"] = "tower"
@@ -181,7 +190,7 @@ class Vision:
     patch_pool: int = 1  # ResNet: average-pool the patch grid by this factor
     # ResNet's normalisation: by the batch, by groups of channels, or by fixed statistics
     norm: Literal["batch", "group", "frozen"] = "batch"
-    position_grid: bool = False  # learned position grid added to the patches before the neck
+    position_grid: bool = False  # add a learned position grid to the patches, before `neck_blocks`
     neck_blocks: int = 0  # pointwise residual blocks after the grid (no receptive field added)
     pool: Literal["tower", "attention"] = "tower"  # global feature: the tower's own, or attention
     pool_heads: int = 8  # heads of attention pooling: each looks for its own few patches
@@ -196,10 +205,10 @@ class Text:
     source: str | None = None
     # folder of a vocabulary; null = that of `source`, else trained on the training split
     tokenizer: str | None = None
-    # of a tower with random weights: transformers' config values, as {hidden_size: 128}
+    # config of a tower with random weights, in transformers' words, as {hidden_size: 128}
     options: dict[str, Any] = field(default_factory=dict)
     pool: Literal["cls", "attention"] = "cls"  # global feature: [CLS], or attention over tokens
-    packed: bool = False  # compute no padding but in attention: reports differ in length
+    packed: bool = False  # leave padding out of all but attention: reports differ in length
     checkpointing: bool = False  # compute the tower's layers twice: less memory, more time
 
 
@@ -207,8 +216,8 @@ class Text:
 class Heads:
     """The two-layer heads that turn what towers give into embeddings."""
 
-    hidden: int = 2048  # width of the layer between
-    # its normalisation; batch = over the batch of all ranks, not with micro-batches
+    hidden: int = 2048  # width of a head's inner layer
+    # normalisation of that layer; batch = over the batch of all ranks, not with micro-batches
     norm: Literal["layer", "batch"] = "layer"
 
 
@@ -218,16 +227,16 @@ class Divergence:
 
     # how the view is made: a learned Gaussian, dropout alone, or no second view
     kind: Literal["gaussian", "dropout", "none"] = "gaussian"
-    dropout: float = 0.1  # share of numbers that it drops
-    beta_kl: float = 0.1  # weight that keeps the Gaussian near its prior
-    beta_spread: float = 0.1  # weight that keeps a view from being its embedding
+    dropout: float = 0.1  # share of an embedding's numbers that is dropped
+    beta_kl: float = 0.1  # weight of the term that keeps the Gaussian near its prior
+    beta_spread: float = 0.1  # weight of the term that keeps a view from being its embedding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Towers, heads and the width of an embedding."""
 
-    embed_dim: int = 128  # numbers of an embedding, of images, reports, patches and tokens alike
+    embed_dim: int = 128  # length of an embedding: of images, reports, patches and tokens alike
     # how towers compute attention. varlen: sdpa, with no padded copy of packed reports
     attention: Literal["sdpa", "xformers", "eager", "varlen"] = "sdpa"
     vision: Vision = field(default_factory=Vision)
@@ -243,8 +252,8 @@ class Knowledge:
     lexicon: str | None = None  # concept folder or file; null = the project's own
     # what a concept's vector is made of: tfidf, text_tower, or the path of a safetensors table
     vectors: str = "tfidf"
-    dim: int = 128  # numbers of a concept's vector, where it is no table's
-    weight_present: float = 1.0  # weight of a mention as a row of the local score
+    dim: int = 128  # length of a concept's vector; a table brings its own
+    weight_present: float = 1.0  # weight, in the local score, of a mention that states its concept
     weight_uncertain: float = 0.5  # the same of a mention that a report doubts
     weight_absent: float = 0.0  # the same of a mention that a report denies
     # reports that state the same concepts are no negatives of each other

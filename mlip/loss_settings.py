@@ -30,8 +30,10 @@ class LocalAlignment:
     aggregation: Literal["mean", "lse"] = "mean"
     attention_scale: float = 10.0  # how sharply a word picks patches: 0 = all alike; learned
     knowledge_scale: float = 10.0  # how sharply a word picks concepts of its report; learned
-    knowledge_gain: float = 0.5  # how much of them is added to the word; learned unless 0 (off)
-    knowledge_share: float = 0.25  # of a report's score: from its concepts, the rest from words
+    # how much of those concepts is added to the word; learned unless 0 (off)
+    knowledge_gain: float = 0.5
+    # share of a report's score that its concepts give; words give the rest
+    knowledge_share: float = 0.25
     aggregation_scale: float = 5.0  # how near to the best word, with aggregation=lse; learned
     learn_scales: bool = True  # false = the scales and the gain stay as they are set
     # what a word counts: all alike, or by the text tower's attention from [CLS]
@@ -46,8 +48,9 @@ class Category:
 
     weight: float = 0.5  # in the sum of losses; 0 = left out
     prototypes: int = 256  # number of categories
-    sinkhorn_temperature: float = 0.05  # of the codes that are to be predicted: lower = sharper
-    prediction_temperature: float = 0.2  # of the predictions: lower = sharper
+    # temperature of the codes that are to be predicted: lower = sharper
+    sinkhorn_temperature: float = 0.05
+    prediction_temperature: float = 0.2  # temperature of the predictions: lower = sharper
     sinkhorn_iterations: int = 3  # rounds that give every category an equal share of samples
     freeze_epochs: float = 1.0  # epochs at the start in which prototypes stay as they are
     # image and report must also agree with the report's concepts; false = plain prototypes (MGCA)
@@ -68,9 +71,10 @@ class Swapping:
     """Proxy task: a swapped report must score below the true one by a margin."""
 
     weight: float = 0.5  # in the sum of losses; 0 = left out
-    probability: float = 0.5  # that a sample is swapped
-    margin: float = 0.4  # by which the true report has to lead
-    local_share: float = 0.5  # its score is the cosine of embeddings + this * the local score
+    probability: float = 0.5  # probability that a sample's report is swapped
+    margin: float = 0.4  # lead over the swapped report that the true one must have
+    # a report's score is the cosine of embeddings + this * the local score
+    local_share: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

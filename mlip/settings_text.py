@@ -21,25 +21,26 @@ from mlip.typed_tree import all_keys
 TITLE = "# Settings"
 _COLUMNS, _PAGE_COLUMNS = 80, 100
 _ABOUT = (
-    "Every setting of `train.py` and `mlip`, section by section, with its default. In a YAML file "
-    "a section is a mapping (`train: {lr: 1.0e-3}`), on a command line a setting is typed as "
-    "`train.lr=1.0e-3`, after the files. Of several files the later one wins over the earlier one, "
-    "what is typed wins over files, and of one setting typed twice the last counts. `null` is no "
-    "value. The same in a terminal:"
+    "Every setting of `train.py` and `mlip`, section by section, with its default. The same in a "
+    "terminal:"
 )
 _COMMANDS = """
-    mlip settings crop                                                     # whose name or description has the word
+    mlip settings crop                                                     # settings with this word in name or description
     mlip settings data.columns train.lr                                    # a section and a setting, by their names
-    mlip settings train.lr --config configs/real_cxr.yaml train.lr=1e-3    # and its value, and what it comes from
+    mlip settings train.lr --config configs/real_cxr.yaml train.lr=1e-3    # with its value, and where that comes from
     mlip settings --out docs/settings.md                                   # this page
 """  # noqa: E501
 _BEFORE = (
+    "In a YAML file a section is a mapping (`train: {lr: 1.0e-3}`). On a command line a setting is "
+    "typed as `train.lr=1.0e-3`, after the files. A later file wins over an earlier one, what is "
+    "typed wins over files, and of one setting typed twice the last counts. `null` is no value. "
+    "[training.md](training.md) explains pair, tower, rank and val, and "
+    "[which typed settings are refused](training.md#before-the-first-step).",
     "The words about a setting stand beside it in the code "
     "([mlip/config.py](../mlip/config.py), [loss_settings.py](../mlip/loss_settings.py), "
     "[evaluate_settings.py](../mlip/evaluate_settings.py), "
     "[transfer_settings.py](../mlip/transfer_settings.py)). This page is made of them, so change "
-    "them there. Which typed settings are refused is in "
-    "[training.md](training.md#before-the-first-step)."
+    "them there.",
 )
 
 
@@ -99,7 +100,8 @@ def values(config: Config, read: Iterable[tuple[str | None, Mapping[str, Any]]])
 def page(sections: Iterable[Section]) -> str:
     """docs/settings.md."""
     lines = [TITLE, "", *_wrapped(_ABOUT, "", "", _PAGE_COLUMNS), *_COMMANDS.rstrip().split("\n")]
-    lines += ["", *_wrapped(_BEFORE, "", "", _PAGE_COLUMNS)]
+    for paragraph in _BEFORE:
+        lines += ["", *_wrapped(paragraph, "", "", _PAGE_COLUMNS)]
     for section in sections:
         lines += ["", f"## {section.name}", "", *_wrapped(section.words, "", "", _PAGE_COLUMNS), ""]
         lines += ["| setting | type and range | default | what it does |", "|---|---|---|---|"]

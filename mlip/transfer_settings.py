@@ -33,8 +33,9 @@ class AnnotationColumns:
     boxes: str | None = None  # JSON [[x, y, w, h, class], ...]; null = boxes.csv beside it
     mask: str | None = None  # run lengths, or path of a mask image (255 in, 127 ignore, 0 out)
     subset: str | None = None  # name of a published list that holds the image
-    source_height: str | None = None  # px that boxes and masks are in; null = the file's own
-    source_width: str | None = None  # px that boxes and masks are in; null = the file's own
+    # height in px of the image that boxes and masks refer to; null = the file's own
+    source_height: str | None = None
+    source_width: str | None = None  # width in px of that image; null = the file's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Transfer:
     # class -> what an uncertain label of it counts as (one, zero, ignore); order = output order
     classes: dict[str, Any] = field(default_factory=dict)
     exclusive: bool = False  # exactly one class is true of an image: softmax instead of sigmoids
-    # what a class counts as that a row says nothing about: absent, or nothing
+    # what a class counts as where a row says nothing of it: absent, or left out
     blank: Literal["zero", "ignore"] = "zero"
     subset: str | None = None  # test only on rows of this subset (transfer.columns.subset)
     subset_of: Literal["test", "all"] = "test"  # which splits are cut down to the subset
@@ -60,7 +61,8 @@ class Transfer:
     # what differs at some of the fractions: batch, lr, epochs, patience or max_steps, as
     # {1: {batch: 8, lr: 2.0e-4}}
     by_fraction: dict[str, Any] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (1, 2, 3)  # of the draw, the new weights and the order: a fit for each
+    # seeds of the draw, the new weights and the order: a fit for each
+    seeds: tuple[int, ...] = (1, 2, 3)
     balance: bool = False  # train on all positives and as many negatives (SIIM's protocol)
     image_px: int = 0  # side of the encoder's input in px; 0 = data.crop_px
     # how an image with masks or boxes becomes square: by black margins, or stretched
@@ -85,11 +87,12 @@ class Transfer:
     # detection: mean over the whole grid, or over objects
     box_loss: Literal["grid", "objects"] = "grid"
     nms_iou: float = 0.5  # detection: of two boxes that overlap more than this the better one stays
-    score_cut: float = 0.001  # detection: boxes below it are left out of the strict score
-    compat_score_cut: float = 0.5  # detection: the same of the published form
+    score_cut: float = 0.001  # detection: lowest score of a box that counts in the strict mAP
+    compat_score_cut: float = 0.5  # detection: the same in the published form of mAP
     # detection: overlaps from which a box counts as found; mAP is the mean over them
     iou_thresholds: tuple[float, ...] = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
-    cache_gib: float = 4.0  # GiB of decoded images kept, and as much of a frozen encoder's levels
+    # GiB of memory for decoded images, and as much for a frozen encoder's levels
+    cache_gib: float = 4.0
 
     def __post_init__(self) -> None:
         # files are merged key by key: null is how a later one takes a class away
