@@ -34,6 +34,10 @@ def require_alone(arguments: argparse.Namespace, defaults: argparse.Namespace) -
 
 
 def dataset_options(dataset: Dataset, given: list[str]) -> dict[str, str]:
+    """The data set's options by name, with what --option NAME=VALUE says in place of defaults.
+
+    Raises:  ConfigError for an unknown name, an empty value, or two values of one name
+    """
     options = {name: default for name, (default, _) in dataset.options.items()}
     said: dict[str, str] = {}
     for text in given:
@@ -138,5 +142,6 @@ def check_places(
         raise ConfigError(
             f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
         ) from None
-    is_map = begins_with(id_map, ID_MAP[:-1])  # earlier tables told of no file that was left out
+    # earlier tables told of no file that was left out
+    is_map = begins_with(id_map, ",".join(ID_MAP[:-1]))
     require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)

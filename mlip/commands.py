@@ -145,7 +145,7 @@ def run_settings(options: argparse.Namespace) -> int:
         if words or files or overrides:
             raise ConfigError("--out writes a page of all settings: leave out words and values")
         out = Path(options.out)
-        is_ours = begins_with(out, [f"{TITLE}\n"])
+        is_ours = begins_with(out, f"{TITLE}\n")
         require_replaceable(out, "--out", "page of mlip settings", is_ours=is_ours)
         with whole_file(out) as partial:
             partial.write_text(page(sections()), encoding="utf-8")

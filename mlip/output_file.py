@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,13 @@ def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) ->
     )
 
 
-def begins_with(path: Path, columns: Sequence[str]) -> bool:
-    """Whether it is a file whose first columns are these."""
-    begin = ",".join(columns).encode()
+def begins_with(path: Path, begin: str) -> bool:
+    """Whether it is a file with this text in front."""
+    wanted = begin.encode()
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        return stream.read(len(begin)) == begin
+        return stream.read(len(wanted)) == wanted
 
 
 def sync(path: Path) -> None:

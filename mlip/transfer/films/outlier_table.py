@@ -27,7 +27,7 @@ _SHOWN = 10  # rows that are named on the terminal
 def require_own_file(path: Path, *, is_table: bool) -> None:
     """Raises:  ConfigError for a folder, or a file that this command did not write."""
     if is_table:
-        is_ours = begins_with(path, ["row_index", *_COLUMNS])
+        is_ours = begins_with(path, ",".join(["row_index", *_COLUMNS]))
         require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
     else:
         is_ours = is_reference(path)

@@ -45,7 +45,7 @@ class Picture:
 
 def require_own_file(path: Path) -> None:
     """Raises:  ConfigError for a folder, or a file that this command did not write."""
-    is_ours = begins_with(path, COLUMNS)
+    is_ours = begins_with(path, ",".join(COLUMNS))
     require_replaceable(path, "--out", "table of mlip search", is_ours=is_ours)
 
 
