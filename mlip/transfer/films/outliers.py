@@ -146,7 +146,7 @@ def save_reference(reference: Reference, path: Path) -> None:
     }
     # one entry: the order of several would change from file to file
     facts = {"format": _FORMAT, **reference.made_of}
-    with whole_file(path) as partial:
+    with whole_file(path, is_private=True) as partial:  # `ranked` is of single films
         # not save_file: it writes under a name of its own, which a kill would leave
         partial.write_bytes(save(tensors, {"reference": json.dumps(facts)}))
 
