@@ -43,7 +43,7 @@ def _closed_cache() -> str | None:
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
     # os.path: pathlib's own raises where a parent is closed
     there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
-    if _runs_no_programs(there):
+    if runs_no_programs(there):
         return (
             f"triton loads what it compiles from {folder}, on a file system that runs no programs "
             "(noexec); set TRITON_CACHE_DIR to another, or mount it with exec"
@@ -54,7 +54,7 @@ def _closed_cache() -> str | None:
     return None
 
 
-def _runs_no_programs(folder: Path) -> bool:
+def runs_no_programs(folder: Path) -> bool:
     """Whether the folder is mounted noexec; False where the system does not tell."""
     try:
         return bool(os.statvfs(folder).f_flag & os.ST_NOEXEC)

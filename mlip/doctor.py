@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 NAME = "mlip-medical"
@@ -214,15 +215,18 @@ def check_temporary() -> Check:
     """torch and transformers ask for a temporary folder while they are imported."""
     try:
         folder = tempfile.gettempdir()
-        detail = f"{folder}: a folder that can be written to"
-        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):  # macOS has no such flag
-            detail += (
-                "; it runs no programs (noexec): torch.compile cannot use what it builds there"
-            )
-        return Check("temporary", OK, detail)
     except FileNotFoundError:
         detail = "no folder can be written to: TMPDIR, /tmp and /var/tmp are full or closed"
         return Check("temporary", BROKEN, detail, "export TMPDIR=/a/folder/with/room", True)
+    detail = f"{folder}: a folder that can be written to"
+    with contextlib.suppress(ImportError):  # without torch nothing is compiled
+        from mlip.kernels._dispatch import runs_no_programs
+
+        if runs_no_programs(Path(folder)):
+            detail += (
+                "; it runs no programs (noexec): torch.compile cannot use what it builds there"
+            )
+    return Check("temporary", OK, detail)
 
 
 def check_accelerator() -> Check:

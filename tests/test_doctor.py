@@ -245,3 +245,10 @@ def test_a_temporary_folder_that_runs_no_programs_is_told(monkeypatch: pytest.Mo
     monkeypatch.setattr("os.statvfs", lambda place: flags)
     check = doctor.check_temporary()
     assert "noexec" in check.detail and check.state == doctor.OK  # all but compiling works
+
+
+def test_a_system_that_does_not_tell_how_a_folder_is_mounted_stops_no_doctor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("os.statvfs")
+    assert doctor.check_temporary().state == doctor.OK
