@@ -5,7 +5,16 @@ What does not live here: the state of the rest of the sentence (scope.py).
 
 from __future__ import annotations
 
-from mlip.knowledge.events import ABSENT, FLAG, PRESENT, UNCERTAIN, Event, Found, State
+from mlip.knowledge.events import (
+    ABSENT,
+    FLAG,
+    PRESENT,
+    SENTENCE_ENDS,
+    UNCERTAIN,
+    Event,
+    Found,
+    State,
+)
 
 _REJECTED, _PAST, _CHANGE_OF = FLAG["rejected"], FLAG["past"], FLAG["change_of"]
 _REMOVAL = FLAG["removal"]
@@ -13,7 +22,6 @@ _COMMA, _OR = FLAG["comma"], FLAG["or"]
 _ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
 _QUALITY = FLAG["strong"] | FLAG["weak"]
 _STATEMENT = _COMMA | FLAG["seen"]  # behind these "rather than" is of all of it
-_SENTENCE_ENDS = ".;!\n\x03"
 
 
 def judge_asides(
@@ -81,7 +89,7 @@ def _rejected_state(events: list[Event], i: int, words: list[str]) -> State:
     ("linear rather than nodular opacity") either may be meant.
     """
     start = events[i][0]
-    if not start or words[start - 1][0] in _SENTENCE_ENDS:
+    if not start or words[start - 1][0] in SENTENCE_ENDS:
         return ABSENT
     if not i or events[i - 1][1] != start:
         return UNCERTAIN

@@ -11,6 +11,7 @@ State = Literal["present", "absent", "uncertain"]
 PRESENT: Final = "present"
 ABSENT: Final = "absent"
 UNCERTAIN: Final = "uncertain"
+SENTENCE_ENDS = ".;!\n\x03"  # the last is what linker.py puts for the end of a paragraph
 KINDS = (
     "negation_before",
     "not",

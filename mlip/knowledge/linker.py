@@ -21,7 +21,7 @@ from mlip.knowledge.alternatives import kin_of
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
-from mlip.knowledge.events import FLAG, Entry, Event, Found, Part, State
+from mlip.knowledge.events import FLAG, SENTENCE_ENDS, Entry, Event, Found, Part, State
 
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
@@ -32,7 +32,7 @@ _PARAGRAPH_MARK = "\x03"
 # "(-)" and "(+)", and the bare sign behind a colon where nothing follows
 _SIGN = re.compile(r"(?:: ?)?\(([-+])\)|: ([-+])(?=[ \t]*(?:[,.;\n\x03]|\Z))")
 _HEADING_REACH = 400  # characters: no sentence of a report is longer
-_STOP = re.compile(r"[.;!\n\x03]")
+_STOP = re.compile(f"[{SENTENCE_ENDS}]")
 _MARKS = {  # what stands for a sign: of what is before it, or leading what follows
     "\x04": ("minus",),
     "\x05": ("plus",),

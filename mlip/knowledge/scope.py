@@ -12,6 +12,7 @@ from mlip.knowledge.events import (
     ABSENT,
     FLAG,
     PRESENT,
+    SENTENCE_ENDS,
     UNCERTAIN,
     Event,
     Found,
@@ -264,7 +265,7 @@ def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool
     if not i or not _is_colon(words, events[i][0] - 1) or events[i - 1][1] != events[i][0] - 1:
         return False
     begin = events[0][0]
-    if begin and words[begin - 1][0] not in ".;!\n\x03":
+    if begin and words[begin - 1][0] not in SENTENCE_ENDS:
         return False
     joints = _COMMA | _AND | _OR
     if any(events[j][1] != events[j + 1][0] for j in range(i - 1)):
