@@ -20,7 +20,7 @@ from mlip.typed_tree import ConfigError, all_keys, check_keys, require_utf8
 
 logger = logging.getLogger("mlip")
 OF_A_RUN, OF_AN_EXPORT = "config.yaml", "config.json"
-CHECKPOINTS = "checkpoints"  # folder of a run's folder
+CHECKPOINTS = "checkpoints"  # in a run's folder: what training/checkpoint.py saves
 # what begins a YAML string that is more than its letters
 _MARKED = "'\"|>&!"
 _PRINTED_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"

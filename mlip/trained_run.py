@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mlip.config import Config
+from mlip.config_file import CHECKPOINTS
 from mlip.knowledge.concept_files import KEPT, load_concepts_of_run
 from mlip.knowledge.linker import linker_of
 from mlip.model import MLIPModel
@@ -89,9 +90,9 @@ def _checkpoint_of(path: Path) -> tuple[Path, Path]:
     if (path / "state.json").is_file():
         saved.require_intact(path)
         return path, path.resolve().parent.parent
-    if not (path / "checkpoints").is_dir():
+    if not (path / CHECKPOINTS).is_dir():
         raise PretrainedError(
-            f"checkpoint {path}: expected a run folder (with checkpoints/), a checkpoint (with "
+            f"checkpoint {path}: expected a run folder (with {CHECKPOINTS}/), a checkpoint (with "
             f"state.json) or an export (with {SETTINGS} and {WEIGHTS}); there is none of these"
         )
     found, passed_over = find_best(path)

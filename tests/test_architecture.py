@@ -154,6 +154,7 @@ ALLOWED = {
     "mlip.training": (
         "mlip.training",
         "mlip.config",
+        "mlip.config_file",
         "mlip.distributed",
         "mlip.process_group",
         "mlip.batch",

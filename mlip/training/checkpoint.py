@@ -32,6 +32,7 @@ from torch import Tensor
 
 from mlip import distributed
 from mlip.config import Config
+from mlip.config_file import CHECKPOINTS
 from mlip.machine import limit_reached
 from mlip.output_file import file_sha256, sync
 from mlip.training.checkpoint_content import (
@@ -70,7 +71,7 @@ class Checkpoint:
 
 def checkpoints_of(run_dir: str | Path) -> list[Path]:
     """Folders of finished saves, newest first; their content is not verified here."""
-    folder = Path(run_dir) / "checkpoints"
+    folder = Path(run_dir) / CHECKPOINTS
     if not folder.is_dir():
         return []
     return sorted(
@@ -87,7 +88,7 @@ def checkpoints_of(run_dir: str | Path) -> list[Path]:
 
 def folder_of(run_dir: str | Path, step: int) -> Path:
     """Where the checkpoint of a step lies, or would lie."""
-    return Path(run_dir) / "checkpoints" / f"{_PREFIX}{step:08d}"
+    return Path(run_dir) / CHECKPOINTS / f"{_PREFIX}{step:08d}"
 
 
 def save(
@@ -196,7 +197,7 @@ def _retain(run_dir: Path, keep: int, step: int, best: int | None = None) -> Non
 
 def remove_leftovers(run_dir: str | Path) -> None:
     """Delete what a killed save left; only the job that holds the folder's lock may call it."""
-    folder = Path(run_dir) / "checkpoints"
+    folder = Path(run_dir) / CHECKPOINTS
     for partial in folder.glob(f"{_PARTIAL}*"):
         if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial)
