@@ -93,17 +93,19 @@ def _is_of(name: str, key: str) -> bool:
 
 
 def _below(cls: Any, path: str) -> Iterator[Section]:
-    words, hints, own = words_of(cls), typing.get_type_hints(cls), cls()
-    inner = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
-    settings = tuple(
-        Setting(f"{path}{name}", _kind(kind, f"{path}{name}"), value_text(getattr(own, name)), said)
-        for name, kind in hints.items()
-        if name not in inner
-        for said in (words.get(name, ""),)
-    )
-    yield Section(path.rstrip("."), words.get("", ""), settings)
-    for name, kind in inner.items():
-        yield from _below(kind, f"{path}{name}.")
+    """The section at a path ("" or "data."), then those inside it."""
+    words, defaults = words_of(cls), cls()
+    settings, inner = [], {}
+    for name, hint in typing.get_type_hints(cls).items():
+        full = f"{path}{name}"
+        if dataclasses.is_dataclass(hint):
+            inner[full] = hint
+            continue
+        default = value_text(getattr(defaults, name))
+        settings.append(Setting(full, _kind(hint, full), default, words.get(name, "")))
+    yield Section(path.rstrip("."), words.get("", ""), tuple(settings))
+    for full, hint in inner.items():
+        yield from _below(hint, f"{full}.")
 
 
 def value_text(value: Any) -> str:
