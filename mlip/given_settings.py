@@ -18,12 +18,12 @@ from typing import Any
 
 from mlip.config import Config, from_dict
 from mlip.config_file import CHECKPOINTS, OF_A_RUN, OF_AN_EXPORT, read_file, read_override
-from mlip.needed_settings import NEEDS, PHANTOMS, below
+from mlip.needed_settings import CROPS, NEEDS, PHANTOMS, below
 from mlip.transfer_settings import Transfer
 from mlip.typed_tree import ConfigError, all_keys, plain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Reads:
     """What a command does not read from the settings; of the names that hold the longest decides.
 
@@ -85,9 +85,8 @@ _ALL_OF_TEST = dict.fromkeys(
     ("evaluate.split", "evaluate.max_studies"),
     "a task trains on train, chooses on val and scores all of test: leave it out",
 )
-_CROPS = below("data.augment", "random_crop brightness contrast rotation_degrees")
 _OF_TUNED = dict.fromkeys(
-    _CROPS, "only transfer.task=classification with transfer.encoder=tuned reads it: leave it out"
+    CROPS, "only transfer.task=classification with transfer.encoder=tuned reads it: leave it out"
 )
 # not seeds, steps, batch, sizes, val_share: one budget for a list of configs, some of which train
 # nothing
@@ -97,35 +96,52 @@ _ASKS_FOR_TASK = below(
     "monitor augment box_loss nms_iou score_cut compat_score_cut iou_thresholds",
 )
 
+# what reads images alone, of the split that its own option names
+_OF_IMAGES = _Reads(
+    unread=(*_OF_SCORES, *_PROMPTS), of_model=_TRAINED, own=(_LEXICON,), hints=_SAY_SPLIT
+)
+
 READS = {
     "mlip evaluate": _Reads(
-        *(_ASKS_FOR_TASK, _TRAINED, (_LEXICON,)),
-        dict.fromkeys(_ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"),
+        unread=_ASKS_FOR_TASK,
+        of_model=_TRAINED,
+        own=(_LEXICON,),
+        hints=dict.fromkeys(
+            _ASKS_FOR_TASK, "it is of a task: set transfer.task (configs/transfer)"
+        ),
     ),
     OF_TASK: _Reads(
-        *((*_OF_FITS, *_PROMPTS), _TRAINED, (_LEXICON,)), {**_ALL_OF_TEST, **_OF_TUNED}
+        unread=(*_OF_FITS, *_PROMPTS),
+        of_model=_TRAINED,
+        own=(_LEXICON,),
+        hints={**_ALL_OF_TEST, **_OF_TUNED},
     ),
     # the one task that sees crops as pre-training draws them
     OF_TASK_TUNED: _Reads(
-        (*_OF_FITS, *_PROMPTS),
-        (*_TRAINED, _SENTENCES),
-        (_LEXICON, "data.augment"),
-        _ALL_OF_TEST,
-    ),
-    OF_TASK_ALONE: _Reads(
-        (*_OF_FITS, *_PROMPTS, "train", "batch", "loss", "data.phantom", _SENTENCES),
+        unread=(*_OF_FITS, *_PROMPTS),
+        of_model=(*_TRAINED, _SENTENCES),
+        own=(_LEXICON, "data.augment"),
         hints=_ALL_OF_TEST,
     ),
-    "mlip embed": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON, "evaluate.split")),
-    "mlip embed --images": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
-    "mlip search": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,)),
-    "mlip search --finding": _Reads(_OF_SCORES, _TRAINED, (_LEXICON,)),
-    "mlip classify": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
-    "mlip classify --finding": _Reads(_OF_SCORES, _TRAINED, (_LEXICON,), _SAY_SPLIT),
-    "mlip outliers": _Reads((*_OF_SCORES, *_PROMPTS), _TRAINED, (_LEXICON,), _SAY_SPLIT),
-    "mlip export": _Reads((), (*_TRAINED, *_PREPARED), (_LEXICON,)),
+    OF_TASK_ALONE: _Reads(
+        unread=(*_OF_FITS, *_PROMPTS, "train", "batch", "loss", "data.phantom", _SENTENCES),
+        hints=_ALL_OF_TEST,
+    ),
+    "mlip embed": _Reads(
+        unread=(*_OF_SCORES, *_PROMPTS), of_model=_TRAINED, own=(_LEXICON, "evaluate.split")
+    ),
+    "mlip embed --images": _OF_IMAGES,
+    "mlip search": _Reads(unread=(*_OF_SCORES, *_PROMPTS), of_model=_TRAINED, own=(_LEXICON,)),
+    "mlip search --finding": _Reads(unread=_OF_SCORES, of_model=_TRAINED, own=(_LEXICON,)),
+    "mlip classify": _OF_IMAGES,
+    "mlip classify --finding": _Reads(
+        unread=_OF_SCORES, of_model=_TRAINED, own=(_LEXICON,), hints=_SAY_SPLIT
+    ),
+    "mlip outliers": _OF_IMAGES,
+    "mlip export": _Reads(of_model=(*_TRAINED, *_PREPARED), own=(_LEXICON,)),
     "mlip phantoms": _Reads(
-        ("run.seed",), hints={"run.seed": "say data.phantom.seed and data.phantom.test_seed"}
+        unread=("run.seed",),
+        hints={"run.seed": "say data.phantom.seed and data.phantom.test_seed"},
     ),
     "train.py": _Reads(),
 }
@@ -136,8 +152,6 @@ _REPLACED = (
     *("model.vision.source", "model.vision.options", "model.text.source", "model.text.options"),
     *("model.attention", "loss.local_alignment.impl"),
 )
-
-
 # sections that some commands alone read: to the others it is nothing that one turns off
 _READ_BY = {"transfer": _OF_TASKS, "data.phantom": ("train.py", "mlip phantoms")}
 

@@ -14,6 +14,8 @@ def below(section: str, names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names.split())
 
 
+# of all that draws crops of images: pre-training, and the one task that tunes an encoder on them
+CROPS = below("data.augment", "random_crop brightness contrast rotation_degrees")
 PHANTOMS = below("data.phantom", "val_studies test_studies image_px seed test_seed file_format")
 
 
@@ -45,27 +47,39 @@ NEEDS = (
     ),
     Needs(
         ("model.divergence.beta_kl",),
-        *("model.divergence.kind", lambda kind: kind == "gaussian", "gaussian"),
+        "model.divergence.kind",
+        lambda kind: kind == "gaussian",
+        "gaussian",
     ),
     Needs(
         below("model.divergence", "dropout beta_spread"),
-        *("model.divergence.kind", lambda kind: kind != "none", "gaussian"),
+        "model.divergence.kind",
+        lambda kind: kind != "none",
+        "gaussian",
     ),
     Needs(
         below("model.divergence", "kind dropout beta_kl beta_spread"),
-        *("loss.global_contrastive.weight", lambda weight: weight > 0, "1.0"),
+        "loss.global_contrastive.weight",
+        lambda weight: weight > 0,
+        "1.0",
     ),
     Needs(
         ("loss.local_alignment.attention_scale",),
-        *("loss.local_alignment.pooling", lambda kind: kind != "max", "attention"),
+        "loss.local_alignment.pooling",
+        lambda kind: kind != "max",
+        "attention",
     ),
     Needs(
         ("loss.local_alignment.knowledge_scale",),
-        *("loss.local_alignment.knowledge_gain", lambda gain: gain > 0, "0.5"),
+        "loss.local_alignment.knowledge_gain",
+        lambda gain: gain > 0,
+        "0.5",
     ),
     Needs(
         ("loss.local_alignment.aggregation_scale",),
-        *("loss.local_alignment.aggregation", lambda kind: kind == "lse", "lse"),
+        "loss.local_alignment.aggregation",
+        lambda kind: kind == "lse",
+        "lse",
     ),
     Needs(
         below(
@@ -73,42 +87,58 @@ NEEDS = (
             "prototypes sinkhorn_temperature prediction_temperature sinkhorn_iterations "
             "freeze_epochs knowledge_terms",
         ),
-        *("loss.category.weight", lambda weight: weight > 0, "0.5"),
+        "loss.category.weight",
+        lambda weight: weight > 0,
+        "0.5",
     ),
     Needs(
         ("loss.matching.layers", "loss.matching.heads"),
-        *("loss.matching.weight", lambda weight: weight > 0, "0.5"),
+        "loss.matching.weight",
+        lambda weight: weight > 0,
+        "0.5",
     ),
     Needs(
         below("loss.swapping", "probability margin local_share"),
-        *("loss.swapping.weight", lambda weight: weight > 0, "0.5"),
+        "loss.swapping.weight",
+        lambda weight: weight > 0,
+        "0.5",
     ),
     Needs(
         # not epochs, steps and batch: one budget for a list of tasks
         below("transfer", "lr weight_decay monitor by_fraction"),
-        *("transfer.probe", lambda kind: kind == "adamw", "adamw"),
+        "transfer.probe",
+        lambda kind: kind == "adamw",
+        "adamw",
     ),
     Needs(("knowledge.dim",), "knowledge.vectors", lambda k: k in ("tfidf", "text_tower"), "tfidf"),
     Needs(
         ("evaluate.threshold_rule",),
-        *("transfer.task", lambda task: task in ("none", "classification"), "classification"),
+        "transfer.task",
+        lambda task: task in ("none", "classification"),
+        "classification",
     ),
     Needs(("evaluate.threshold_rule",), "transfer.exclusive", lambda is_so: not is_so, "false"),
     Needs(("evaluate.checkpoint",), "transfer.start", lambda s: s != "imagenet", "checkpoint"),
     *(
         Needs(
-            below("data.augment", "random_crop brightness contrast rotation_degrees"),
-            *(f"transfer.{other}", lambda found, value=value: found in ("none", value), value),
+            CROPS,
+            f"transfer.{other}",
+            lambda found, value=value: found in ("none", value),
+            value,
         )
         for other, value in (("task", "classification"), ("encoder", "tuned"))
     ),
     Needs(
         below("transfer", "box_loss nms_iou score_cut compat_score_cut iou_thresholds"),
-        *("transfer.task", lambda task: task in ("none", "detection"), "detection"),
+        "transfer.task",
+        lambda task: task in ("none", "detection"),
+        "detection",
     ),
     Needs(
         ("transfer.mask_source",),
-        *("transfer.task", lambda task: task in ("none", "segmentation"), "segmentation"),
+        "transfer.task",
+        lambda task: task in ("none", "segmentation"),
+        "segmentation",
     ),
     Needs(("transfer.subset_of",), "transfer.subset", lambda name: name is not None, "NAME"),
 )
