@@ -29,7 +29,7 @@ _DOTTED = r"(^|/)(?:\./|/)+"
 # Up to this many rows every folder's real path is checked at load; beyond, when a file is opened.
 _CHECK_LINKS_ROWS = 20_000
 
-__all__ = ["Manifest", "ManifestError", "load_manifest", "RULES"]
+__all__ = ["Manifest", "ManifestError", "load_manifest"]
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,8 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def max_of_numbers(numbers: Sequence[int]) -> list[int]:
     """The maximum over ranks of each number that the hosts know.
 
-    Over gloo, which `start` has beside NCCL, no GPU is asked or waited for; a group of NCCL alone
-    exchanges them by the GPU.
+    Over gloo, which process_group.start has beside NCCL, no GPU is asked or waited for; a group of
+    NCCL alone exchanges them by the GPU.
     """
     if not is_distributed():
         return list(numbers)

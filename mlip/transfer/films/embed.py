@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from mlip.config import Columns
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
 from mlip.dataloading.loader import Loader
-from mlip.dataloading.manifest import RULES, Manifest, ManifestError
+from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.progress import Progress
+from mlip.dataloading.report_column import RULES
 from mlip.dataloading.samples import SampleReader
 from mlip.output_file import file_sha256, only_writer, whole_file
 from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite, row_loader
