@@ -145,8 +145,10 @@ def run_settings(options: argparse.Namespace) -> int:
         if words or files or overrides:
             raise ConfigError("--out writes a page of all settings: leave out words and values")
         out = Path(options.out)
+        require_writable(out.absolute().parent)
         is_ours = begins_with(out, f"{TITLE}\n")
         require_replaceable(out, "--out", "page of mlip settings", is_ours=is_ours)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as partial:
             partial.write_text(page(sections()), encoding="utf-8")
         print(out)

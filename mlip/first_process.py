@@ -32,7 +32,7 @@ def main(command: Sequence[str]) -> int:
     Where a signal that came here too ended it, the end of the processes that it left is waited for,
     and the first of their exit codes that is not 0 counts.
     """
-    if not command:
+    if not command or not command[0]:  # "$COMMAND" where COMMAND is not set
         print("mlip: expected a command, such as: mlip doctor", file=sys.stderr)
         return 2
     watched = _PASSED_ON | {signal.SIGCHLD}

@@ -167,6 +167,7 @@ def test_a_terminals_ctrl_c_is_not_handed_on(started: list[subprocess.Popen[str]
         (["true"], 0),
         (["sh", "-c", "exit 6"], 6),
         (["sh", "-c", "kill -KILL $$"], 137),
+        ([""], 2),
         (["no-such-command"], 127),
         (["/"], 126),
         ([], 2),

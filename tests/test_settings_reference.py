@@ -274,8 +274,8 @@ def test_the_page_is_what_its_command_writes(
 ) -> None:
     kept = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     for _ in range(2):  # its own page is replaced
-        assert main(["settings", "--out", str(tmp_path / "settings.md")]) == 0
-    made = (tmp_path / "settings.md").read_text(encoding="utf-8")
+        assert main(["settings", "--out", str(tmp_path / "new" / "settings.md")]) == 0
+    made = (tmp_path / "new" / "settings.md").read_text(encoding="utf-8")
     assert made == kept == page(sections()), "run `mlip settings --out docs/settings.md`"
     assert "\n    mlip settings --out docs/settings.md " in kept  # it names the command itself
     rows = [line for line in kept.splitlines() if line.startswith("| `")]
