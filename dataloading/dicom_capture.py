@@ -147,14 +147,17 @@ def _copied(source: Dataset, tags: Sequence[BaseTag]) -> Dataset:
     return made
 
 
-def _as_they_are(dataset: Dataset) -> None:
-    """pydicom decodes and encodes anew what it did not read in this encoding: a trailing escape
-    of a Korean name was lost on the way."""
+def _keep_bytes(dataset: Dataset) -> None:
+    """Mark a data set, items too, as read in the encoding that it is written in.
+
+    What was read in another one pydicom decodes and encodes anew: a trailing escape of a Korean
+    name was lost on the way.
+    """
     dataset.set_original_encoding(False, True, dataset._character_set)
     for element in list(dataset.elements()):
         if element.VR == "SQ":
             for item in dataset[element.tag].value:
-                _as_they_are(item)
+                _keep_bytes(item)
 
 
 def _raw(tag: BaseTag, representation: str, value: bytes) -> RawDataElement:
@@ -197,7 +200,7 @@ def capture(film: Film, pixels: np.ndarray, *, phrases: Sequence[str], model: st
         dataset = _describe(film, phrases, model)
         dataset.Rows, dataset.Columns = pixels.shape[:2]
         dataset.add_new("PixelData", "OB", pixels.tobytes())
-        _as_they_are(dataset)
+        _keep_bytes(dataset)
         # of all of it: what differs in anything is another object
         content = DicomBytesIO()
         content.is_little_endian, content.is_implicit_VR = True, False

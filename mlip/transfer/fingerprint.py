@@ -127,13 +127,18 @@ def fingerprints(
     }
 
 
+def version_of(distribution: str) -> str | None:
+    """Of an installed distribution; None where it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, str]:
+    """Of Python and those of PACKAGES that are here, and "machine": system and processor kind."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found |= {name: version for name in PACKAGES if (version := version_of(name)) is not None}
     found["machine"] = f"{platform.system()} {platform.machine()}"
     return found
 

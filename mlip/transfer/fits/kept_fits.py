@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from mlip.config import Config, to_dict
 from mlip.output_file import only_writer, refusal
 from mlip.precision import precision_on
 from mlip.transfer.array import Array
-from mlip.transfer.fingerprint import hash_of_source, versions
+from mlip.transfer.fingerprint import hash_of_source, version_of, versions
 from mlip.transfer.fits.fitting import Record
 from mlip.transfer.fits.kept_features import PATTERN as OF_FEATURES
 from mlip.transfer.fits.kept_features import KeptFeatures, depends_on
@@ -96,16 +95,10 @@ def made_by(config: Config, device: torch.device) -> dict[str, Any]:
     return {
         "code": hash_of_source(),
         "versions": versions(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "libraries": {name: version_of(name) for name in _LIBRARIES},
         "device": device.type,
         "precision": precision_on(config.transfer.precision, device),
     }
-
-
-def _version(name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
 
 
 class KeptFits:

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from mlip.output_file import whole_file
 from mlip.transfer.array import Array
 
-_ENTRY = "fit"  # of a file's metadata
+_ENTRY = "fit"  # of a file's metadata; the name is from when fits alone were kept
 # what a file that is damaged, or is none of ours, raises on its way through `read_sealed`
 UNREADABLE = (
     *(OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError),
