@@ -119,15 +119,13 @@ NEEDS = (
     ),
     Needs(("evaluate.threshold_rule",), "transfer.exclusive", lambda is_so: not is_so, "false"),
     Needs(("evaluate.checkpoint",), "transfer.start", lambda s: s != "imagenet", "checkpoint"),
-    *(
-        Needs(
-            CROPS,
-            f"transfer.{other}",
-            lambda found, value=value: found in ("none", value),
-            value,
-        )
-        for other, value in (("task", "classification"), ("encoder", "tuned"))
+    Needs(
+        CROPS,
+        "transfer.task",
+        lambda task: task in ("none", "classification"),
+        "classification",
     ),
+    Needs(CROPS, "transfer.encoder", lambda encoder: encoder == "tuned", "tuned"),
     Needs(
         below("transfer", "box_loss nms_iou score_cut compat_score_cut iou_thresholds"),
         "transfer.task",
