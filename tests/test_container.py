@@ -124,7 +124,7 @@ def test_a_user_id_without_a_name_has_a_place_for_caches_and_the_commit_is_told(
 def test_make_image_tells_it_the_set_the_python_and_the_commit() -> None:
     for name in SETS:
         told = subprocess.run(
-            ["make", "--dry-run", "image", f"SET={name}", "BUILDER=podman"],
+            ["make", "--no-print-directory", "--dry-run", "image", f"SET={name}", "BUILDER=podman"],
             cwd=ROOT,
             capture_output=True,
             text=True,

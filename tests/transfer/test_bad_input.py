@@ -249,7 +249,7 @@ def test_a_place_that_cannot_be_written_to_is_found_out_before_the_work(
     assert file.read_text() == "precious"
     for out in (str(tmp_path), str(tmp_path / "map.jpg")):
         assert main(["ground", image, "edema", "--checkpoint", model, "--out", out]) == 2
-        assert "expected the name of a PNG file" in capsys.readouterr().err
+        assert "expected the name of a PNG or DICOM file" in capsys.readouterr().err
     assert main(["evaluate", *settings, "--device", "tpu"]) == 2
     assert "expected cpu, cuda" in capsys.readouterr().err
 
