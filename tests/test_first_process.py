@@ -172,7 +172,7 @@ def test_a_terminals_ctrl_c_is_not_handed_on(started: list[subprocess.Popen[str]
         (["/"], 126),
         ([], 2),
         # ended, it is over, as any container: nobody waits for what goes on by itself
-        (["sh", "-c", "sleep 5 2>&- & exit 3"], 3),
+        (["sh", "-c", "sleep 40 2>&- & exit 3"], 3),
     ],
     ids=str,
 )
@@ -181,7 +181,7 @@ def test_exit_codes_are_those_of_a_shell(command: list[str], code: int) -> None:
     done = subprocess.run([*FIRST, *command], cwd=ROOT, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == code
     assert (b"mlip: " in done.stderr) == (code in (2, 126, 127))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_the_end_is_noticed_where_the_caller_ignores_that_of_its_children() -> None:
@@ -192,7 +192,7 @@ def test_the_end_is_noticed_where_the_caller_ignores_that_of_its_children() -> N
         "os.execv(sys.argv[1], sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, *FIRST, "sh", "-c", "exit 6"]
-    assert subprocess.run(command, cwd=ROOT, timeout=20).returncode == 6
+    assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 6
 
 
 def test_orphans_are_collected_while_the_command_works() -> None:
