@@ -23,7 +23,7 @@ setup(
     package_dir={"mlip": "mlip", "mlip.kernels": "kernels", "mlip.dataloading": "dataloading"},
     package_data={
         "mlip": ["py.typed"],
-        "mlip.report": ["templates/*"],
+        "mlip.pages": ["templates/*"],
         "mlip.knowledge": ["lexicon/*"],
         "mlip.kernels": ["README.md"],
     },

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip import distributed, process_group
 from mlip.assembly import (
     Corpus,
     build_objective,
@@ -26,20 +25,21 @@ from mlip.assembly import (
     open_loader,
     provide_phantoms,
 )
-from mlip.config import Config, ConfigError, load, sort_settings
+from mlip.commands.options_once import Parser
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
-from mlip.given_settings import given
 from mlip.held_out_pairs import open_validation
-from mlip.model_facts import start_of
-from mlip.options_once import Parser
-from mlip.output_file import whole_file
+from mlip.pages.run_page import write_report
 from mlip.pretrained import open_checkpoint
-from mlip.report.run_page import write_report
-from mlip.resumed_run import open_resumed
-from mlip.run_vocabulary import keep_vocabulary
-from mlip.starting_point import open_start
-from mlip.tower_shapes import shapes_of
+from mlip.ranks import distributed, process_group
+from mlip.saved.model_facts import start_of
+from mlip.saved.resumed_run import open_resumed
+from mlip.saved.run_vocabulary import keep_vocabulary
+from mlip.saved.starting_point import open_start
+from mlip.saved.tower_shapes import shapes_of
+from mlip.settings.config import Config, ConfigError, load, sort_settings
+from mlip.settings.given import given
+from mlip.system.output_file import whole_file
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic

@@ -52,9 +52,9 @@ from benchmarks.input_contestants import (
     loader_of,
     make_files,
 )
-from mlip import config
-from mlip.distributed import synchronise
-from mlip.run_vocabulary import open_tokenizer
+from mlip.ranks.distributed import synchronise
+from mlip.saved.run_vocabulary import open_tokenizer
+from mlip.settings import config
 from mlip.training.allocator import keep_freed_memory
 
 RESTS_S = 0.2

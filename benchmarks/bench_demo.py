@@ -28,7 +28,7 @@ from scipy import stats
 # as a script, sys.path begins with this folder
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import ROOT, read_json, replace_between
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 
 VARIANTS = {
     "mlip": ["configs/demo.yaml"],

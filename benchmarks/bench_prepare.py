@@ -31,9 +31,9 @@ import numpy as np
 import psutil
 
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.shard_build import Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.prepare.shard_build import Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings, make_member
 from mlip.training.allocator import keep_freed_memory
 
 

@@ -29,10 +29,10 @@ from scipy.stats import genpareto
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import RESULTS, environment, write_rows
-from mlip.config import Phantom
-from mlip.dataloading.perceptual_hash import BITS, perceptual_hashes
-from mlip.dataloading.phantom_dataset import write_dataset
-from mlip.dataloading.same_pictures import SAME_BITS, PictureHashes, same_pictures
+from mlip.dataloading.images.perceptual_hash import BITS, perceptual_hashes
+from mlip.dataloading.images.same_pictures import SAME_BITS, PictureHashes, same_pictures
+from mlip.dataloading.phantom.dataset import write_dataset
+from mlip.settings.config import Phantom
 from mlip.transfer.array import Array
 
 ROWS = RESULTS / "same_pictures.json"

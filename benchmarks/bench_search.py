@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import RESULTS, environment, replace_between, table, write_rows
-from mlip.config import load, sort_settings
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
+from mlip.settings.config import load, sort_settings
 from mlip.transfer.films.archive import Archive, Hits
 from mlip.transfer.films.classify import ask_names
 from mlip.transfer.films.embed import PART_ROWS, write_embeddings

@@ -44,12 +44,12 @@ from benchmarks.step_variants import (
     NotAvailable,
     graph_breaks,
 )
-from mlip.config import Config, load
 from mlip.kernels._dispatch import resolve
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.settings.config import Config, load
 from mlip.training.engine import build_engine
 
 Row = dict[str, Any]

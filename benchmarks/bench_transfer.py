@@ -31,7 +31,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import ROOT, environment, read_json
 from benchmarks.transfer_tables import CASE_REPORTS, WITHOUT_LABELS, as_markdown, summary
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 
 CONFIGS = ROOT / "configs"
 SEEDS = (1, 2, 3)

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mlip import config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.report_tokenizer import train_tokenizer
-from mlip.dataloading.shard_worker import ImageSettings, convert, encode
+from mlip.dataloading.prepare.shard_worker import ImageSettings, convert, encode
+from mlip.dataloading.reports.tokenizer import train_tokenizer
 from mlip.dataloading.shards import ShardWriter
+from mlip.settings import config
 
 IMAGES = 2048  # different 256-px images; all stay in the page cache, as shards on fast disks do
 FULL_IMAGES = 12  # different full-size files

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN, Batch
-from mlip.config import Config
+from mlip.settings.config import Config
 
 FILL = 0.5  # mean length over data.max_tokens, [CLS] and [SEP] included
 _SHAPE = 6  # of the gamma distribution: a sum of six exponentials, 0.41 of its mean wide

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mlip.batch import Batch
-from mlip.config import Config
+from mlip.settings.config import Config
 
 # dense bf16 rates that NVIDIA states, TFLOP/s, by what the card's name contains
 NOMINAL_TFLOPS = {

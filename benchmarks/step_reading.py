@@ -19,7 +19,7 @@ from benchmarks.gpu_check import READING, importing_root, is_there
 from benchmarks.step_timing import Runner
 from benchmarks.step_variants import NotAvailable
 from mlip.batch import Batch
-from mlip.config import Config, Phantom
+from mlip.settings.config import Config, Phantom
 
 
 class Feed(NamedTuple):
@@ -85,7 +85,7 @@ class Data:
 
     def studies(self) -> Path:
         """Generated studies; written once, whatever is asked for after."""
-        from mlip.dataloading.phantom_dataset import write_dataset
+        from mlip.dataloading.phantom.dataset import write_dataset
 
         sizes = self.sizes
         studies = Phantom(

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mlip.config import Columns
 from mlip.dataloading.datasets.manifest import USUAL
-from mlip.dataloading.same_pictures import PictureHashes, hashes_of, read_hash_table
+from mlip.dataloading.images.same_pictures import PictureHashes, hashes_of, read_hash_table
 from mlip.dataloading.splits import split_codes
-from mlip.dataloading.table import ManifestError, column_names, read_table
-from mlip.dataloading.table_cells import UNREADABLE
+from mlip.dataloading.tables.cells import UNREADABLE
+from mlip.dataloading.tables.table import ManifestError, column_names, read_table
+from mlip.settings.config import Columns
 
 _INDEX = "index.parquet"  # of `mlip prepare`, beside its manifest
 
@@ -50,7 +50,7 @@ class FilmKeys:
 def usual_columns(path: Path, columns: Columns) -> Columns:
     """The settings' names where the table has such a column, else a usual one; None = neither.
 
-    Raises:  ManifestError as mlip.dataloading.table.read_table.
+    Raises:  ManifestError as mlip.dataloading.tables.table.read_table.
     """
     names = column_names(path)
 
@@ -75,7 +75,7 @@ def read_film_keys(path: str | Path, columns: Columns, *, splits_by_hash: bool) 
 
     splits_by_hash  a table without a column of splits has those of the patient's hash; False = all
                     of its rows are train
-    Raises:         ManifestError as mlip.dataloading.table.read_table, or for an unknown split
+    Raises:         ManifestError as tables.table.read_table, or for an unknown split
     """
     path = Path(path)
     asked = {field: getattr(columns, field) for field in ("image_id", "split", "sha256")}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from mlip.machine import LimitError, limit_reached
+from mlip.system.machine import LimitError, limit_reached
 
 # Stable codes: they appear in run logs and are compared between runs.
 REASONS = {

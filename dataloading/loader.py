@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlip.batch import Batch
-from mlip.config import Config
 from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pair_ids import IntArray, connect
-from mlip.dataloading.producer import Producer
-from mlip.dataloading.report_batch import compose_batch, draw_sentences
-from mlip.dataloading.report_encoder import ReportEncoder
-from mlip.dataloading.sampler import Plan, SequentialOrder, TrainingOrder
-from mlip.dataloading.samples import Images, SampleReader
+from mlip.dataloading.pipelines.producer import Producer
+from mlip.dataloading.pipelines.sampler import Plan, SequentialOrder, TrainingOrder
+from mlip.dataloading.pipelines.samples import Images, SampleReader
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.dataloading.reports.batch import compose_batch, draw_sentences
+from mlip.dataloading.reports.encoder import ReportEncoder
 from mlip.dataloading.text_hash import HashArray
-from mlip.dataloading.transforms import Transform
+from mlip.settings.config import Config
 
 logger = logging.getLogger("mlip")
 
@@ -320,13 +320,13 @@ def _build_pipeline(
 ) -> Pipeline:
     kind = config.data.pipeline
     if kind != "torch":
-        from mlip.dataloading.dali_pipeline import DaliPipeline, why_not_dali
+        from mlip.dataloading.pipelines.dali_pipeline import DaliPipeline, why_not_dali
 
         reason = why_not_dali(config) if kind == "dali" or torch.cuda.is_available() else "no GPU"
         if kind == "dali" or reason is None:
             return DaliPipeline(order, reader, transform, config)
         _say_torch(reason)
-    from mlip.dataloading.torch_pipeline import TorchPipeline
+    from mlip.dataloading.pipelines.torch_pipeline import TorchPipeline
 
     return TorchPipeline(order, reader, transform, config.data)
 

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mlip.config import Data
 from mlip.dataloading.pair_ids import IntArray, pair_ids
-from mlip.dataloading.report_column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
+from mlip.dataloading.reports.column import NO_SPLIT_RULE, RULES, ReportColumn, TextStore
 from mlip.dataloading.splits import NO_SPLIT, SPLITS, place_of, split_codes
-from mlip.dataloading.table import ManifestError, check_identifiers, read_table
+from mlip.dataloading.tables.table import ManifestError, check_identifiers, read_table
 from mlip.dataloading.text_hash import HashArray, hash_bytes, keyed, says_none
+from mlip.settings.config import Data
 
 _DOTTED = r"(^|/)(?:\./|/)+"
 

@@ -2,7 +2,8 @@
 
 A shard is a ustar archive `<split>-<number>.tar` of members `<key>.jpg` or `<key>.png` (readable
 as WebDataset by others) with `<split>-<number>.parquet` beside it. The manifest names a member as
-`shards/train-00012.tar#<offset>+<size>`. Building them is shard_build.py.
+`shards/train-00012.tar#<offset>+<size>`. Building them is
+prepare/shard_build.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
-from mlip.output_file import new_file, sync
+from mlip.system.output_file import new_file, sync
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
 _BLOCK = 512  # of a tar file

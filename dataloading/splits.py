@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.tables.table import ManifestError
 from mlip.dataloading.text_hash import hash_bytes, mix
 
 SPLITS = ("train", "val", "test")

@@ -17,32 +17,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip import distributed, process_group
 from mlip.batch import STATES
-from mlip.config import Config, ConfigError, Knowledge
-from mlip.dataloading import phantom_dataset
-from mlip.dataloading.image_file import is_too_dark
+from mlip.dataloading.images.image_file import is_too_dark
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
-from mlip.dataloading.report_text import clean_report
-from mlip.dataloading.report_tokenizer import ReportTokenizer
-from mlip.dataloading.samples import SampleReader
+from mlip.dataloading.phantom import dataset as phantom_dataset
+from mlip.dataloading.pipelines.samples import SampleReader
+from mlip.dataloading.reports.text import clean_report
+from mlip.dataloading.reports.tokenizer import ReportTokenizer
 from mlip.dataloading.splits import SPLITS
 from mlip.encoders.text import TextEncoder, token_states
-from mlip.folder_lock import is_seen
 from mlip.knowledge.categories import category_index, prototype_init, report_category
 from mlip.knowledge.concept_files import KEPT, load_concepts, load_concepts_of_run, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words, linker_of
 from mlip.knowledge.vectors import knowledge_vectors
-from mlip.machine import limit_reached
 from mlip.model import MLIPModel
 from mlip.objective import Objective
-from mlip.pretrained_model import Pretrained
-from mlip.resumed_run import Resumed
-from mlip.run_vocabulary import open_tokenizer
-from mlip.starting_point import started_model
+from mlip.ranks import distributed, process_group
+from mlip.saved.pretrained_model import Pretrained
+from mlip.saved.resumed_run import Resumed
+from mlip.saved.run_vocabulary import open_tokenizer
+from mlip.saved.starting_point import started_model
+from mlip.settings.config import Config, ConfigError, Knowledge
+from mlip.system.folder_lock import is_seen
+from mlip.system.machine import limit_reached
 from mlip.training.checkpoint import checkpoints_of
 from mlip.transfer.readiness import check_evaluation, check_sentences
 from mlip.unit_length import unit_length

@@ -1,7 +1,7 @@
 """The `mlip` command: its sub-commands, and how it ends.
 
-What does not live here: the sub-commands' arguments (mlip/command_arguments.py) and any work
-(mlip/commands.py, mlip/film_commands.py). Errors of ours are one line and a stable exit code.
+What does not live here: the sub-commands' arguments (commands/arguments.py) and any work
+(commands/actions.py, commands/films.py). Errors of ours are one line and a stable exit code.
 Nothing that needs another package is imported before it is used: what is missing is a line, too.
 """
 
@@ -14,23 +14,23 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlip.command_arguments import add_commands, as_sentence
-from mlip.doctor import install_line
-from mlip.machine import limit_reached
-from mlip.options_once import Parser
-from mlip.output_file import refusal
-from mlip.stop_signal import Stopped, signals_stop
-from mlip.typed_tree import ConfigError, require_utf8
-from mlip.unread_output import one_line, unread_output_is_lost
+from mlip.commands.arguments import add_commands, as_sentence
+from mlip.commands.doctor import install_line
+from mlip.commands.options_once import Parser
+from mlip.settings.typed_tree import ConfigError, require_utf8
+from mlip.system.machine import limit_reached
+from mlip.system.output_file import refusal
+from mlip.system.stop_signal import Stopped, signals_stop
+from mlip.system.unread_output import one_line, unread_output_is_lost
 
 # sub-command -> its module (with add_arguments and run), and what it does
 FOREIGN = {
     "prepare": (
-        "mlip.dataloading.prepare",
+        "mlip.dataloading.prepare.command",
         "turn raw downloads or your own files into shards and a manifest",
     ),
     "label": (
-        "mlip.dataloading.label_reports",
+        "mlip.dataloading.reports.label_reports",
         "read labels of findings from reports: what each states, denies or doubts",
     ),
     "knowledge": ("mlip.knowledge.command", "build concept tables and look into them"),

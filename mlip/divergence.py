@@ -9,8 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Divergence
 from mlip.keyed_random import keyed_normal, keyed_uniform
+from mlip.settings.config import Divergence
 from mlip.unit_length import unit_length
 
 SPREAD = 0.6  # how far a unit vector is moved at the start; method.md section 3

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from mlip.assembly import Corpus
-from mlip.config import Augment, Config, ConfigError
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import ManifestError
 from mlip.losses.held_out import RECALL_AT
+from mlip.settings.config import Augment, Config, ConfigError
 from mlip.training.validation import Validation
 
 _AS_THEY_ARE = Augment(

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip import distributed
 from mlip.batch import Batch, Features
-from mlip.config import Config, Knowledge
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
-from mlip.machine import usable_memory
 from mlip.model import MLIPModel
 from mlip.objective import Objective
-from mlip.resumed_run import open_resumed
-from mlip.run_vocabulary import given_words
+from mlip.ranks import distributed
+from mlip.saved.resumed_run import open_resumed
+from mlip.saved.run_vocabulary import given_words
+from mlip.settings.config import Config, Knowledge
+from mlip.system.machine import usable_memory
 from mlip.training.grad_cache import num_micro_batches
 from mlip.training.muon import matrix_names
 from mlip.training.plain_engine import rounds_weights_together

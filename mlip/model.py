@@ -14,7 +14,6 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN, ImageFeatures, KnowledgeFeatures, TextFeatures
-from mlip.config import Config
 from mlip.encoders.heads import ProjectionHead
 from mlip.encoders.residual import round_norms
 from mlip.encoders.rounded_weights import RoundedTogether
@@ -22,6 +21,7 @@ from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from mlip.precision import takes_bf16
+from mlip.settings.config import Config
 from mlip.token_weights import token_weights
 from mlip.unit_length import unit_length
 

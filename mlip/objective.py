@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFeatures
-from mlip.config import Config, ConfigError
-from mlip.distributed import max_of_numbers
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.losses.held_out import HELD_OUT_LOSSES, recall_terms
+from mlip.ranks.distributed import max_of_numbers
+from mlip.settings.config import Config, ConfigError
 from mlip.training.determinism import random_part
 from mlip.training.grad_cache import cached_forward, equal_passes
 

@@ -6,9 +6,9 @@
   preprocessing.json    what pixels and tokens the model expects, for people and other programs
   tokenizer/            vocabulary
   concepts.jsonl        concept table: the project's own lexicon, another only where asked for
-  README.md             model card (mlip/model_card.py)
-  image.onnx, text.onnx both towers for other runtimes, where asked for (mlip/onnx_graphs.py)
-  image_tower/, text_tower/  both for transformers, where asked for (mlip/transformers_folders.py)
+  README.md             model card (saved/model_card.py)
+  image.onnx, text.onnx both towers for other runtimes, where asked for (saved/onnx_graphs.py)
+  image_tower/, text_tower/  both for transformers, where asked for (saved/transformers_folders.py)
   SHA256SUMS            of the files above; checked when the folder is read
 
 No pickle anywhere: reading a folder from a stranger runs no code of theirs.
@@ -28,19 +28,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mlip import config as configuration
-from mlip.config import Config
-from mlip.dataloading.report_tokenizer import ReportTokenizer, load_tokenizer
+from mlip.dataloading.reports.tokenizer import ReportTokenizer, load_tokenizer
 from mlip.knowledge.concept_files import KEPT, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import linker_of
 from mlip.model import MLIPModel
-from mlip.model_card import model_card
-from mlip.model_facts import kept_origin, knowledge_of, scores_of, sizes_of
-from mlip.onnx_graphs import write_onnx
-from mlip.output_file import only_writer
-from mlip.pretrained_agreement import check_concepts, read_config
-from mlip.pretrained_folder import (
+from mlip.saved.agreement import check_concepts, read_config
+from mlip.saved.export_folder import (
     CARD,
     CONTRACT,
     SETTINGS,
@@ -49,13 +43,19 @@ from mlip.pretrained_folder import (
     require_free,
     write_sums,
 )
-from mlip.pretrained_model import Pretrained
-from mlip.pretrained_weights import PretrainedError as PretrainedError
-from mlip.pretrained_weights import model_with
-from mlip.tower_shapes import by_shape, shapes_of
-from mlip.trained_run import open_run
+from mlip.saved.model_card import model_card
+from mlip.saved.model_facts import kept_origin, knowledge_of, scores_of, sizes_of
+from mlip.saved.onnx_graphs import write_onnx
+from mlip.saved.pretrained_model import Pretrained
+from mlip.saved.tower_shapes import by_shape, shapes_of
+from mlip.saved.trained_run import open_run
+from mlip.saved.transformers_folders import write_towers
+from mlip.saved.weights import PretrainedError as PretrainedError
+from mlip.saved.weights import model_with
+from mlip.settings import config as configuration
+from mlip.settings.config import Config
+from mlip.system.output_file import only_writer
 from mlip.transfer.fingerprint import hash_of, hash_of_vocabulary, hash_of_weights, preprocessing
-from mlip.transformers_folders import write_towers
 
 logger = logging.getLogger("mlip")
 FORMAT = 1
@@ -82,8 +82,9 @@ def save_pretrained(
     include_concepts  write a table of other sources too: its licences are the caller's to keep.
                       Without it such a folder holds no text of theirs, and its reader needs the
                       table beside it.
-    onnx              write both towers as ONNX files too (mlip.onnx_graphs)
-    transformers      write both towers as folders of transformers too (mlip.transformers_folders)
+    onnx              write both towers as ONNX files too (mlip.saved.onnx_graphs)
+    transformers      write both towers as folders of transformers too
+                      (mlip.saved.transformers_folders)
     Raises:  PretrainedError if the folder exists and holds something else; ConfigError where
              another process writes it; see write_onnx and write_towers
     """

@@ -36,23 +36,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from mlip.batch import ImageFeatures, TextFeatures
-from mlip.distributed import world_group
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
 from mlip.pretrained import from_pretrained, read_settings, save_pretrained
-from mlip.pretrained_folder import SETTINGS, put_into
-from mlip.pretrained_model import Pretrained
-from mlip.pretrained_weights import model_with
-from mlip.transfer.alignment.prompts import TextBatch
-from mlip.transfer.features import TextBank, encode_texts
-from mlip.transfer.films.own_inputs import encode_pixels
-from mlip.transfer.fingerprint import hash_of_weights
-from mlip.transformers_inputs import (
+from mlip.ranks.distributed import world_group
+from mlip.saved.export_folder import SETTINGS, put_into
+from mlip.saved.pretrained_model import Pretrained
+from mlip.saved.transformers_inputs import (
     MLIPProcessor,
     MLIPTokenizer,
     require_folder,
     require_none,
 )
+from mlip.saved.weights import model_with
+from mlip.transfer.alignment.prompts import TextBatch
+from mlip.transfer.features import TextBank, encode_texts
+from mlip.transfer.films.own_inputs import encode_pixels
+from mlip.transfer.fingerprint import hash_of_weights
 
 _OWN = "mlip."  # what torch puts before the names of the one module inside
 
@@ -83,7 +83,7 @@ class MLIPOutput(ModelOutput):
 class MLIPForTransformers(PreTrainedModel):
     """The model of an export; built by from_pretrained alone.
 
-    opened  mlip.pretrained_model.Pretrained around the same weights
+    opened  mlip.saved.pretrained_model.Pretrained around the same weights
     """
 
     config_class = MLIPConfig

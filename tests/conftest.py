@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlip.machine import usable_cores, usable_memory
+from mlip.system.machine import usable_cores, usable_memory
 
 _MEMORY_A_PROCESS = 3 << 30  # bytes; 1.9 GiB was the most that one of two took
 _STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)

@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading import prepare
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Row
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.prepare import command as prepare
 
 CHEXPERT = "Atelectasis,Cardiomegaly,Consolidation,Edema,Pleural Effusion,Pneumonia,Support Devices"
 VINDR_BOXES = {  # every class of configs/transfer/vindr_detection.yaml

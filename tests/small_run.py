@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
-from mlip.dataloading.phantom_dataset import write_dataset
-from mlip.dataloading.report_tokenizer import ReportTokenizer, train_tokenizer
+from mlip.dataloading.phantom.dataset import write_dataset
+from mlip.dataloading.reports.tokenizer import ReportTokenizer, train_tokenizer
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker, linker_of
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import save_pretrained
+from mlip.settings.config import Config, load
 from mlip.transfer.alignment.evaluation import evaluate_run
 from tests.temporary import shared_folder
 

@@ -10,16 +10,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# what every part of mlip.dataloading may use, and each part beside it: what reads one file knows no
+# table of pairs, what prepares a data set no batch
+_DATA_USES = (
+    "mlip.settings",
+    "mlip.system",
+    *(f"mlip.dataloading.{name}" for name in ("compiled", "demographics", "ledger", "name_forms")),
+    *(f"mlip.dataloading.{name}" for name in ("progress", "text_hash", "view_position")),
+)
+_DATA_PARTS = {
+    "tables": (),
+    "images": ("dicom",),
+    "dicom": ("images.image_file",),
+    "phantom": ("dicom",),
+    "reports": ("tables", "shards", "pipelines.keyed_draws"),
+    "pipelines": ("images", "shards", "manifest"),
+    "datasets": ("tables", "reports", "images", "dicom", "splits"),
+    "prepare": ("datasets", "images", "dicom", "shards"),
+}
+
 # what every part of mlip.transfer may use, and each part beside it: labels know no score, scores no
 # task, tasks that fit nothing none that fit
 _TRANSFER_USES = (
-    "mlip.transfer_settings",
-    "mlip.evaluate_settings",
-    "mlip.loss_settings",
-    "mlip.config",
-    "mlip.strict_yaml",
-    "mlip.typed_tree",
-    "mlip.output_file",
+    "mlip.settings",
+    "mlip.system",
     "mlip.batch",
     "mlip.kernels",
     "mlip.knowledge",
@@ -28,7 +42,6 @@ _TRANSFER_USES = (
     "mlip.model",
     "mlip.keyed_random",
     "mlip.unit_length",
-    "mlip.machine",
     "mlip.precision",
     "mlip.transfer.array",
 )
@@ -47,103 +60,92 @@ _TRANSFER_PARTS = {
     "films": (*_TRANSFER_SHARED, "mlip.transfer.alignment"),
 }
 
-# module prefix -> prefixes of ours it may import; the most specific rule holds
+# module prefix -> prefixes of ours it may import; the most specific rule holds. What has no rule
+# (assembly, saved, commands, train.py) puts the parts together.
 ALLOWED = {
-    "mlip.strict_yaml": (),
-    "mlip.typed_tree": (),
-    "mlip.transfer_settings": ("mlip.typed_tree",),
-    "mlip.config_agreement": ("mlip.typed_tree", "mlip.transfer_settings"),
-    "mlip.config_bounds": ("mlip.typed_tree",),
-    "mlip.config_file": ("mlip.typed_tree", "mlip.strict_yaml"),
-    "mlip.loss_settings": (),
-    "mlip.evaluate_settings": (),
-    "mlip.config": (
-        "mlip.strict_yaml",
-        "mlip.typed_tree",
-        "mlip.config_agreement",
-        "mlip.config_bounds",
-        "mlip.config_file",
-        "mlip.evaluate_settings",
-        "mlip.loss_settings",
-        "mlip.transfer_settings",
-    ),
-    "mlip.needed_settings": (),
-    "mlip.given_settings": (
-        "mlip.needed_settings",
-        "mlip.typed_tree",
-        "mlip.config_file",
-        "mlip.config",
-        "mlip.transfer_settings",
-    ),
-    "mlip.settings_reference": (
-        "mlip.typed_tree",
-        "mlip.config",
-        "mlip.config_bounds",
-        "mlip.given_settings",
-    ),
-    "mlip.settings_text": (
-        "mlip.typed_tree",
-        "mlip.config",
-        "mlip.given_settings",
-        "mlip.settings_reference",
-    ),
-    "mlip.output_file": ("mlip.typed_tree", "mlip.folder_lock"),
-    "mlip.first_process": (),
-    "mlip.machine": (),
-    "mlip.folder_lock": (),
-    "mlip.unread_output": (),
-    "mlip.batch": (),
+    "mlip.settings": ("mlip.settings",),
+    # what settings are, before any of them has a value
+    **{
+        f"mlip.settings.{name}": ("mlip.settings.typed_tree",)
+        for name in (
+            "typed_tree",
+            "strict_yaml",
+            "losses",
+            "evaluate",
+            "transfer",
+            "bounds",
+            "needed",
+        )
+    },
+    "mlip.settings.agreement": ("mlip.settings.typed_tree", "mlip.settings.transfer"),
+    "mlip.settings.config_file": ("mlip.settings.typed_tree", "mlip.settings.strict_yaml"),
+    "mlip.system": ("mlip.system", "mlip.settings.typed_tree"),
+    "mlip.system.machine": (),  # of the standard library alone, for machines with torch and no more
+    "mlip.ranks": ("mlip.ranks", "mlip.system.machine"),
+    **{
+        f"mlip.{name}": ()
+        for name in (
+            "first_process",
+            "batch",
+            "host_read",
+            "precision",
+            "unit_length",
+            "token_weights",
+        )
+    },
     "mlip.keyed_random": ("mlip.kernels.keyed_uniform",),
-    "mlip.host_read": (),
-    "mlip.precision": (),
-    "mlip.unit_length": (),
-    "mlip.token_weights": (),
-    "mlip.launcher": (),
-    "mlip.distributed": (),
-    "mlip.process_group": ("mlip.distributed", "mlip.launcher", "mlip.machine"),
     "mlip.kernels": ("mlip.kernels",),
-    "mlip.knowledge": (
-        "mlip.knowledge",
-        "mlip.config",
-        "mlip.output_file",
-        "mlip.strict_yaml",
-    ),
+    "mlip.knowledge": ("mlip.knowledge", "mlip.settings", "mlip.system"),
     "mlip.knowledge.command": (
         "mlip.knowledge",
-        "mlip.config",
-        "mlip.output_file",
-        "mlip.unread_output",
-        "mlip.dataloading.report_markup",
-        "mlip.dataloading.report_text",
+        "mlip.settings",
+        "mlip.system",
+        "mlip.dataloading.reports.markup",
+        "mlip.dataloading.reports.text",
     ),
     "mlip.dataloading": (
         "mlip.dataloading",
-        "mlip.typed_tree",
-        "mlip.config",
+        "mlip.settings",
+        "mlip.system",
         "mlip.batch",
         "mlip.keyed_random",
-        "mlip.knowledge",
-        "mlip.machine",
-        "mlip.folder_lock",
-        "mlip.output_file",
-        "mlip.unread_output",
     ),
-    "mlip.encoders": ("mlip.encoders", "mlip.config", "mlip.batch", "mlip.distributed"),
+    **{
+        f"mlip.dataloading.{part}": (
+            f"mlip.dataloading.{part}",
+            *_DATA_USES,
+            *(f"mlip.dataloading.{name}" for name in others),
+            *(("mlip.batch", "mlip.knowledge") if part == "reports" else ()),
+            *(("mlip.keyed_random",) if part == "pipelines" else ()),
+        )
+        for part, others in _DATA_PARTS.items()
+    },
+    "mlip.encoders": (
+        "mlip.encoders",
+        "mlip.settings.config",
+        "mlip.batch",
+        "mlip.ranks.distributed",
+    ),
     "mlip.model": (
         "mlip.encoders",
-        "mlip.config",
+        "mlip.settings.config",
         "mlip.batch",
         "mlip.kernels",
         "mlip.precision",
         "mlip.token_weights",
         "mlip.unit_length",
     ),
-    "mlip.divergence": ("mlip.config", "mlip.batch", "mlip.keyed_random", "mlip.unit_length"),
+    "mlip.divergence": (
+        "mlip.settings.config",
+        "mlip.batch",
+        "mlip.keyed_random",
+        "mlip.unit_length",
+    ),
     "mlip.losses": (
         "mlip.losses",
-        "mlip.config",
+        "mlip.settings.config",
         "mlip.batch",
-        "mlip.distributed",
+        "mlip.ranks.distributed",
         "mlip.keyed_random",
         "mlip.divergence",
         "mlip.host_read",
@@ -153,25 +155,20 @@ ALLOWED = {
     ),
     "mlip.training": (
         "mlip.training",
-        "mlip.config",
-        "mlip.config_file",
-        "mlip.distributed",
-        "mlip.process_group",
+        "mlip.settings",
+        "mlip.system",
+        "mlip.ranks",
         "mlip.batch",
         "mlip.host_read",
-        "mlip.machine",
-        "mlip.output_file",
         "mlip.precision",
-        "mlip.folder_lock",
-        "mlip.unread_output",
     ),
-    "mlip.training.grad_cache": ("mlip.distributed",),  # for others' loops: torch alone
+    "mlip.training.grad_cache": ("mlip.ranks.distributed",),  # for others' loops: torch alone
     "mlip.objective": (
         "mlip.model",
         "mlip.losses",
         "mlip.batch",
-        "mlip.config",
-        "mlip.distributed",
+        "mlip.settings.config",
+        "mlip.ranks.distributed",
         "mlip.training.grad_cache",
         "mlip.training.determinism",
     ),
@@ -180,16 +177,22 @@ ALLOWED = {
         for part, own in _TRANSFER_PARTS.items()
     },
     "mlip.transfer": ("mlip.transfer", *_TRANSFER_USES),
+    "mlip.pages": ("mlip.pages", "mlip.settings", "mlip.system", "mlip.transfer"),
 }
 FORBIDDEN_EVERYWHERE = ("tests", "benchmarks", "train", "kernels", "dataloading")
 WALLS = {
     "deepspeed": ("mlip/training/deepspeed_engine.py",),
-    "nvidia": ("dataloading/dali_pipeline.py",),
+    "nvidia": ("dataloading/pipelines/dali_pipeline.py",),
     "triton": ("triton_kernels.py",),
-    "pydicom": ("dataloading/dicom",),
-    "imagecodecs": ("dataloading/dicom",),
-    "transformers": ("mlip/encoders/", "dataloading/report_tokenizer.py", "mlip/transformers_"),
-    "PIL": ("mlip/transformers_inputs.py",),
+    "pydicom": ("dataloading/dicom/",),
+    "imagecodecs": ("dataloading/dicom/",),
+    "transformers": (
+        "mlip/encoders/",
+        "dataloading/reports/tokenizer.py",
+        "mlip/transformers_auto.py",
+        "mlip/saved/transformers_",
+    ),
+    "PIL": ("mlip/saved/transformers_inputs.py",),
     "open_clip": ("kernels/info_nce/open_clip_patch.py",),
     "xformers": ("mlip/encoders/attention.py",),
     "torchvision": (),
@@ -223,8 +226,10 @@ def _imports(path: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; imports are absolute here"
-            names.append(node.module or "")
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            module = node.module or ""
+            for alias in node.names:
+                whole = f"{module}.{alias.name}"
+                names.append(whole if (ROOT / f"{whole.replace('.', '/')}.py").exists() else module)
     return names
 
 
@@ -256,8 +261,8 @@ def test_namespace_folders_have_no_init_file() -> None:
 
 def test_only_distributed_modules_call_torch_distributed() -> None:
     allowed = {
-        "mlip/distributed.py",
-        "mlip/process_group.py",
+        "mlip/ranks/distributed.py",
+        "mlip/ranks/process_group.py",
         "kernels/_distributed.py",
         "mlip/encoders/normalisation.py",
     }

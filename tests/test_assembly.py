@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip import process_group
 from mlip.assembly import build_objective, open_corpus, provide_phantoms
-from mlip.config import Config, ConfigError, load
 from mlip.dataloading.manifest import ManifestError, load_manifest
+from mlip.ranks import process_group
+from mlip.settings.config import Config, ConfigError, load
 from mlip.training.lifecycle import DATA, exit_code
 from tests.small_run import SETTINGS
 

@@ -11,9 +11,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from mlip.config import Divergence
 from mlip.divergence import DivergenceEncoder
 from mlip.keyed_random import keyed_normal
+from mlip.settings.config import Divergence
 from mlip.unit_length import unit_length
 
 DIM = 8

@@ -18,10 +18,10 @@ import pytest
 
 import train
 from mlip.cli import main
-from mlip.config import ConfigError, load
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 from mlip.dataloading.manifest import ManifestError, load_manifest
-from mlip.dataloading.table import column_names
+from mlip.dataloading.tables.table import column_names
+from mlip.settings.config import ConfigError, load
 from mlip.training.lifecycle import exit_code
 
 ODD = os.fsdecode(b"Gr\xf6ssen")  # Latin-1; Python carries the byte as a lone surrogate
@@ -103,7 +103,10 @@ def test_what_is_only_read_may_have_any_name(
 
 def test_where_the_locale_is_not_utf_8_the_remedy_is_the_locale() -> None:
     """A name in UTF-8 was to be renamed."""
-    code = "import sys; from mlip.typed_tree import require_utf8; require_utf8('x', sys.argv[1])"
+    code = (
+        "import sys; from mlip.settings.typed_tree import require_utf8; "
+        "require_utf8('x', sys.argv[1])"
+    )
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, "D\u00e4t\u00e4"]
     ended = subprocess.run(

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mlip.assembly import Corpus
-from mlip.config import Config, load
 from mlip.dataloading.loader import build_loader
 from mlip.dataloading.manifest import ManifestError, load_manifest
 from mlip.held_out_pairs import batches_of, open_validation
+from mlip.settings.config import Config, load
 from tests.small_run import small_run, with_val
 
 

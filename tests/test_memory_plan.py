@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from mlip import memory_plan
 from mlip.cli import main
-from mlip.config import Config, load
 from mlip.knowledge.concept_files import load_concepts
 from mlip.memory_plan import GIB, Measured, _batch, _bytes_kept, largest_that_fits, measure, plan
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.settings.config import Config, load
 from tests.small_run import small_run
 from tests.training.exact_step import SETTINGS
 

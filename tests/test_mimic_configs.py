@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from mlip.assembly import build_objective, open_corpus, open_loader
-from mlip.config import Config, load
 from mlip.encoders.text import TextEncoder
 from mlip.knowledge.vectors import concept_text, whiten
+from mlip.settings.config import Config, load
 from tests.small_run import small_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

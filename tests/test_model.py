@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
-from mlip.config import load
 from mlip.encoders import text, vision
 from mlip.encoders.residual import RoundedLayerNorm
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from mlip.model import MLIPModel
+from mlip.settings.config import load
 
 TINY = (
     "data.channels=1",

@@ -11,9 +11,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip import objective as objective_module
-from mlip.config import ConfigError
 from mlip.losses import LOSSES
 from mlip.objective import Objective
+from mlip.settings.config import ConfigError
 from tests.losses.loss_inputs import FakeModel, config_of, make_batch
 
 NO_LOSS = [f"loss.{name}.weight=0" for name in LOSSES]

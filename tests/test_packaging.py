@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
-    "import mlip.config, mlip.kernels.info_nce, mlip.kernels.token_knowledge_patch, "
+    "import mlip.settings.config, mlip.kernels.info_nce, mlip.kernels.token_knowledge_patch, "
     "mlip.dataloading.manifest, mlip.knowledge.linker; print(mlip.kernels.info_nce.__file__)"
 )
 
@@ -67,7 +67,7 @@ def test_the_wheel_holds_every_module_once_and_its_data(wheel: Path) -> None:
     assert len(expected) > 60
     assert expected <= set(names)
     assert any(name.startswith("mlip/knowledge/lexicon/") for name in names)
-    assert any(name.startswith("mlip/report/templates/") for name in names)
+    assert any(name.startswith("mlip/pages/templates/") for name in names)
     assert "mlip/py.typed" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
@@ -126,7 +126,7 @@ FIND = (
     "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)] if {0} else "
     "sys.meta_path\n"
     "from importlib.util import find_spec\n"
-    "for name in ('mlip.kernels.info_nce', 'mlip.dataloading.manifest', 'mlip.config'):\n"
+    "for name in ('mlip.kernels.info_nce', 'mlip.dataloading.manifest', 'mlip.settings.config'):\n"
     "    print(find_spec(name).origin)\n"
     "sys.exit(sum(m.split('.')[0] in ('torch', 'transformers') for m in sys.modules))\n"
 )
@@ -145,7 +145,7 @@ def test_the_checkout_runs_from_its_root_without_being_installed() -> None:
     assert [Path(path).relative_to(ROOT / "mlip").parts[0] for path in found] == [
         "kernels",
         "dataloading",
-        "config.py",
+        "settings",
     ]
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mlip import precision
-from mlip.config import Config, load
 from mlip.precision import multiplies_bf16, precision_on, takes_bf16, why_not_as_asked
+from mlip.settings.config import Config, load
 from tests.small_run import small_run
 
 CPU = torch.device("cpu")

@@ -14,13 +14,15 @@ import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 import train
-from mlip import cli, distributed, process_group, resumed_run, run_vocabulary
-from mlip.config import load
-from mlip.dataloading.report_tokenizer import train_tokenizer
+from mlip import cli
+from mlip.commands.evaluate_transfer import open_vision
+from mlip.dataloading.reports.tokenizer import train_tokenizer
 from mlip.encoders import pretrained_tower
-from mlip.evaluate_transfer import open_vision
-from mlip.output_file import file_sha256
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
+from mlip.ranks import distributed, process_group
+from mlip.saved import resumed_run, run_vocabulary
+from mlip.settings.config import load
+from mlip.system.output_file import file_sha256
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError
 from tests import rank_farm
@@ -403,7 +405,7 @@ def test_all_ranks_go_on_where_one_does_not_see_the_checkpoints_yet(made, tmp_pa
 
 
 def test_a_vocabulary_that_was_given_alone_is_kept_too(tmp_path):
-    from tests.test_starting_point import SHORT as SMALLEST
+    from tests.saved.test_starting_point import SHORT as SMALLEST
 
     run, given = small_run(), tmp_path / "given"
     shutil.copytree(run.folder / "run" / "tokenizer", given)

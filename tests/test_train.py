@@ -18,9 +18,9 @@ import torch
 import train
 from mlip import cli
 from mlip.knowledge import concept_files
+from mlip.settings.typed_tree import ConfigError
 from mlip.training import checkpoint
 from mlip.training.validation import Validation
-from mlip.typed_tree import ConfigError
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.rank_farm import free_port
 from tests.small_run import small_run, with_val

@@ -20,10 +20,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.torch_pipeline import TorchPipeline
+from mlip.dataloading.pipelines.torch_pipeline import TorchPipeline
 from mlip.losses import context
+from mlip.settings.config import load
 from mlip.transfer.fits.protocol import transfer_run
 from tests import rank_farm
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401

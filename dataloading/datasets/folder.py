@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import (
     Collected,
     Dataset,
@@ -23,11 +22,12 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
-from mlip.dataloading.dicom import SUFFIXES, DicomError, Identity, read_identity
-from mlip.dataloading.image_file import PNG_SIGNATURE, as_utf8
+from mlip.dataloading.dicom.radiograph import SUFFIXES, DicomError, Identity, read_identity
+from mlip.dataloading.images.image_file import PNG_SIGNATURE, as_utf8
 from mlip.dataloading.name_forms import by_composed, composed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.view_position import FRONTAL, projection
+from mlip.settings.config import ConfigError
 
 _MAX_REPORT_BYTES = 1 << 20
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its kinds below it, PS3.4 B.5

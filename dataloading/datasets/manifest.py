@@ -9,8 +9,6 @@ import posixpath
 from collections import Counter
 from pathlib import Path
 
-from mlip.config import ConfigError
-from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.report_columns import find_report, joined_texts, said
 from mlip.dataloading.datasets.rows import (
@@ -24,7 +22,9 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.demographics import PatientCells
 from mlip.dataloading.splits import SPLIT_OF
-from mlip.dataloading.table import check_identifiers, column_names, read_table
+from mlip.dataloading.tables.csv_text import shown
+from mlip.dataloading.tables.table import check_identifiers, column_names, read_table
+from mlip.settings.config import ConfigError
 
 # field -> column names tried in this order where the user gives none
 USUAL = {

@@ -32,7 +32,7 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.datasets.sections import cell_text
 from mlip.dataloading.demographics import PatientCells
-from mlip.dataloading.image_file import PNG_SIGNATURE
+from mlip.dataloading.images.image_file import PNG_SIGNATURE
 from mlip.dataloading.splits import SPLIT_OF
 
 ACCESS = "PadChest-GR, https://bimcv.cipf.es/bimcv-projects/padchest-gr/ (request and agreement)"

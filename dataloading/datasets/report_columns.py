@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.rows import DatasetError
-from mlip.dataloading.report_text import HEADINGS
+from mlip.dataloading.reports.text import HEADINGS
+from mlip.dataloading.tables.csv_text import shown
 
 # usual names as plain_name writes them, tried in this order; beside "Report Text" a column "Report"
 # is a state or a number

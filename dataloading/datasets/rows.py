@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlip.config import ConfigError
+from mlip.settings.config import ConfigError
 
 MAX_LINE = 1 << 24
 MAX_TABLE_BYTES = 2 << 30  # MIMIC-CXR's largest table is 200 MB unpacked

@@ -15,8 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlip.config import ConfigError
-from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import (
     find_report,
     joined_texts,
@@ -25,8 +23,10 @@ from mlip.dataloading.datasets.report_columns import (
 )
 from mlip.dataloading.datasets.rows import DatasetError, Row
 from mlip.dataloading.demographics import PatientCells, differs
-from mlip.dataloading.dicom import Identity
-from mlip.dataloading.table import check_identifiers, column_names, read_table
+from mlip.dataloading.dicom.radiograph import Identity
+from mlip.dataloading.tables.csv_text import shown
+from mlip.dataloading.tables.table import check_identifiers, column_names, read_table
+from mlip.settings.config import ConfigError
 
 # usual names as plain_name writes them, tried in this order
 _KEYS = (

@@ -2,7 +2,7 @@
 
 import sys
 
-from mlip.config import ConfigError
+from mlip.settings.config import ConfigError
 
 if sys.flags.optimize > 1:  # its own error names a class of transformers and no way out
     raise ConfigError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.config import Heads
 from mlip.encoders.normalisation import SynchronisedBatchNorm
+from mlip.settings.config import Heads
 
 
 class RowBatchNorm(nn.Module):

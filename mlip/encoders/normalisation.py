@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.distributed import is_distributed
+from mlip.ranks.distributed import is_distributed
 
 
 class _SynchronisedNorm(torch.autograd.Function):

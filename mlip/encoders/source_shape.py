@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import BertModel, PreTrainedModel, ResNetModel, ViTModel
 
-from mlip.config import Text, Vision
 from mlip.encoders.options import DECIDED, tower_config, tower_shape
 from mlip.encoders.pretrained_tower import check_kind
+from mlip.settings.config import Text, Vision
 
 # what no number of a trained tower follows from: the size that its positions are resampled to is
 # data.crop_px, the others are of generation, heads, poolers and weights that are drawn

@@ -8,7 +8,6 @@ import torch.nn as nn
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from mlip.config import Text
 from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.checkpointing import checkpoint_layers
 from mlip.encoders.options import build_tower, tower_config
@@ -16,6 +15,7 @@ from mlip.encoders.packing import Packing
 from mlip.encoders.pool import AttentionPool
 from mlip.encoders.pretrained_tower import load_tower
 from mlip.encoders.residual import round_residual
+from mlip.settings.config import Text
 
 
 class TextEncoder(nn.Module):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from mlip.config import Vision
 from mlip.encoders.attention import require_usable, round_once
 from mlip.encoders.checkpointing import checkpoint_layers
 from mlip.encoders.normalisation import recomputing, set_normalisation
@@ -20,6 +19,7 @@ from mlip.encoders.pool import AttentionPool
 from mlip.encoders.pretrained_tower import load_tower
 from mlip.encoders.residual import round_residual
 from mlip.encoders.stem import DeepStem
+from mlip.settings.config import Vision
 
 
 class PointwiseBlock(nn.Module):

@@ -1,7 +1,7 @@
 """The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
 
 What does not live here: any reading or matching (concept_files.py, ontologies.py, umls.py,
-linker.py), and what a report's text is made of before (dataloading/report_text.py).
+linker.py), and what a report's text is made of before (dataloading/reports/text.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mlip.config import Knowledge
-from mlip.dataloading.report_markup import is_rtf, without_markup
-from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports.markup import is_rtf, without_markup
+from mlip.dataloading.reports.text import clean_report
 from mlip.knowledge.concept_files import is_table, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of, read_cues
@@ -39,8 +38,9 @@ from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, Mention
 from mlip.knowledge.merging import merge
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls
-from mlip.output_file import require_replaceable, require_writable
-from mlip.unread_output import one_line
+from mlip.settings.config import Knowledge
+from mlip.system.output_file import require_replaceable, require_writable
+from mlip.system.unread_output import one_line
 
 _STYLES = {"present": "bold green", "absent": "red", "uncertain": "yellow"}
 

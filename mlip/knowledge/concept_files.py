@@ -19,8 +19,8 @@ from mlip.knowledge.cues import CUES_FILE, checked_cues, english_cues, read_cues
 from mlip.knowledge.lexicon_text import LEXICON_DIR, expand, read_text
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.plain_letters import plain
-from mlip.output_file import whole_file
-from mlip.strict_yaml import read_yaml
+from mlip.settings.strict_yaml import read_yaml
+from mlip.system.output_file import whole_file
 
 KEPT = "concepts.jsonl"  # in a run or an export: the table that its concept vectors are rows of
 _BEGIN = b'{"provenance": '  # of a built table

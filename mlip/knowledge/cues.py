@@ -18,7 +18,7 @@ from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.events import KINDS
 from mlip.knowledge.lexicon_text import LEXICON_DIR, expand, read_text
 from mlip.knowledge.plain_letters import plain
-from mlip.strict_yaml import read_yaml
+from mlip.settings.strict_yaml import read_yaml
 
 CUES_FILE = "_cues.yaml"  # in a lexicon's folder
 Cues = Mapping[str, tuple[str, ...]]

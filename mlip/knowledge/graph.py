@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlip.knowledge.concepts import ConceptTable
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 
 if TYPE_CHECKING:  # the other sub-commands of `mlip knowledge` need no torch: two seconds
     from torch import Tensor

@@ -17,7 +17,7 @@ from typing import IO, Any
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
 from mlip.knowledge.plain_letters import plain
-from mlip.output_file import file_sha256
+from mlip.system.output_file import file_sha256
 
 
 def read_obo(path: str | Path, under: Collection[str] = ()) -> ConceptTable:

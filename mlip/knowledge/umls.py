@@ -16,7 +16,7 @@ import numpy as np
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.merging import without_cycles
 from mlip.knowledge.ontologies import numbered_lines
-from mlip.output_file import file_sha256
+from mlip.system.output_file import file_sha256
 
 Progress = Callable[[str, int, int], None]  # file name, bytes read, bytes in all
 # findings, signs, diseases, anatomy and devices: what a chest report can speak of

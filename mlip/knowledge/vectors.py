@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mlip.config import Knowledge
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.whitening import whiten, whiten_sparse
-from mlip.output_file import whole_file
+from mlip.settings.config import Knowledge
+from mlip.system.output_file import whole_file
 
 logger = logging.getLogger("mlip")
 

@@ -7,8 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.losses.context import LossContext, mean_over_ranks
+from mlip.settings.config import Config
 from mlip.unit_length import unit_length
 
 IMAGE, TEXT, ENTITIES = 0, 1, 2  # views, in the order of LossContext.views_all

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip.batch import PRESENT, Batch, Features
-from mlip.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_group
+from mlip.ranks.distributed import gather_rows, rank, row_counts, sum_over_ranks, world_group
 
 _HASH_FACTOR = 6364136223846793005  # odd multiplier of Knuth's MMIX generator (TAOCP 2, 3.3.4)
 

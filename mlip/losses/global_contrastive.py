@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.divergence import DivergenceEncoder
 from mlip.kernels.info_nce import info_nce_views_loss
 from mlip.losses.context import LossContext, mean_over_ranks
+from mlip.settings.config import Config
 
 
 class GlobalContrastive(nn.Module):

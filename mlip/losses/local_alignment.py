@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
 from mlip.losses.context import LossContext, mean_over_ranks
+from mlip.settings.config import Config
 from mlip.token_weights import token_weights
 from mlip.unit_length import unit_length
 

@@ -9,11 +9,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
-from mlip.distributed import gather_rows
 from mlip.host_read import HostRead
 from mlip.losses.context import LossContext, mean_over_ranks
 from mlip.losses.partner import draw_partners
+from mlip.ranks.distributed import gather_rows
+from mlip.settings.config import Config
 
 FEED_FORWARD_FACTOR = 4  # width of the feed-forward block over D, as in transformers
 

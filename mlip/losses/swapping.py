@@ -6,10 +6,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.keyed_random import keyed_uniform
 from mlip.losses.context import LossContext, mean_over_ranks
 from mlip.losses.partner import draw_partners
+from mlip.settings.config import Config
 
 
 class Swapping(nn.Module):

@@ -10,8 +10,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from mlip import distributed
-from mlip.config import Config, ConfigError, flatten, to_dict
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError, flatten, to_dict
 
 # What a node may have of its own: where its copy of the data lies, and what its processors carry.
 NODE_SETTINGS = (

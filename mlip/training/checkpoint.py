@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mlip import distributed
-from mlip.config import Config
-from mlip.config_file import CHECKPOINTS
-from mlip.machine import limit_reached
-from mlip.output_file import file_sha256, sync
+from mlip.ranks import distributed
+from mlip.settings.config import Config
+from mlip.settings.config_file import CHECKPOINTS
+from mlip.system.machine import limit_reached
+from mlip.system.output_file import file_sha256, sync
 from mlip.training.checkpoint_content import (
     is_finite,
     load_tensors,

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlip import distributed
+from mlip.ranks import distributed
 from mlip.training.lifecycle import CheckpointError
 
 # facts of a run that a resumed one must share: they are content, which no setting shows

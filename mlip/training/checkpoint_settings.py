@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip import distributed
-from mlip.config import Config, difference, from_dict
+from mlip.ranks import distributed
+from mlip.settings.config import Config, difference, from_dict
 from mlip.training.lifecycle import CheckpointError
 
 # Settings that change how a step is computed or shown, but not which numbers come out, and the

@@ -18,8 +18,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip import distributed, process_group
-from mlip.config import Config, ConfigError
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import Config, ConfigError
 from mlip.training.ema import EMAState
 from mlip.training.optimizer import MOMENTS, build_optimizer, seed_moments
 from mlip.training.step import Engine, TrainingState

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip import distributed
-from mlip.config import Config, ConfigError, flatten
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError, flatten
 from mlip.training.schedule import peak_lr
 
 # Sections that tune how DeepSpeed communicates or what it reports, and change no number.

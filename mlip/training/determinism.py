@@ -16,8 +16,8 @@ import os
 import torch
 import torch.nn as nn
 
-from mlip import distributed
-from mlip.config import Config, ConfigError
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError
 
 # where transformers keeps probabilities that no dropout module shows
 _PROBABILITIES = ("drop_prob", "dropout_prob", "attention_dropout")

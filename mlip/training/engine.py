@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from mlip import distributed
-from mlip.config import Config, ConfigError
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError
 from mlip.training.deepspeed_engine import NEEDED, DeepSpeedEngine, require_version
 from mlip.training.deepspeed_json import deepspeed_settings
 from mlip.training.grad_cache import num_micro_batches

@@ -17,8 +17,8 @@ import os
 import signal
 from pathlib import Path
 
-from mlip import distributed
-from mlip.config import ConfigError
+from mlip.ranks import distributed
+from mlip.settings.config import ConfigError
 from mlip.training.lifecycle import record_event
 
 STEP_PHASES = ("load", "forward", "allreduce", "backward", "optimizer")

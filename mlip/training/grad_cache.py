@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from mlip import distributed
+from mlip.ranks import distributed
 
 # where DeepSpeed, once something has imported it, decides when ZeRO-3 lets go of parameters; in a
 # version that has it elsewhere the backward pass fails by its sizes ("size of tensor a (0)")

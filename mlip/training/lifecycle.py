@@ -27,13 +27,13 @@ from typing import Any, NoReturn
 
 import psutil
 
-from mlip import distributed
-from mlip.config import ConfigError
-from mlip.folder_lock import is_seen, lock, open_lock
-from mlip.machine import limit_reached
-from mlip.output_file import new_file, open_to_append, refusal
+from mlip.ranks import distributed
+from mlip.settings.config import ConfigError
+from mlip.system.folder_lock import is_seen, lock, open_lock
+from mlip.system.machine import limit_reached
+from mlip.system.output_file import new_file, open_to_append, refusal
+from mlip.system.unread_output import one_line, unread_output_is_lost
 from mlip.training import presence
-from mlip.unread_output import one_line, unread_output_is_lost
 
 CONFIG, DATA, CHECKPOINT, NUMERIC, PEER, PREEMPTED = 2, 3, 4, 5, 6, 75
 _REASONS = {

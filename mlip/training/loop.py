@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch.nn as nn
 
-from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config, ConfigError, to_dict
 from mlip.precision import precision_on, why_not_as_asked
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError, to_dict
 from mlip.training import checkpoint, grad_cache, presence, randomness
 from mlip.training.allocator import keep_freed_memory
 from mlip.training.checkpoint_content import require_same_identity

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.config import Config
+from mlip.settings.config import Config
 from mlip.training.muon import Muon, matrix_names
 from mlip.training.schedule import peak_lr, undecayed_names
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip import distributed
-from mlip.config import Config
+from mlip.ranks import distributed
+from mlip.settings.config import Config
 from mlip.training.ema import EMAState
 from mlip.training.optimizer import MOMENTS, build_optimizer
 from mlip.training.step import Engine, TrainingState

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from mlip import distributed
-from mlip.output_file import new_file
+from mlip.ranks import distributed
+from mlip.system.output_file import new_file
 
 _BEAT_S = 1.0
 _SILENT_BEATS = 3.5

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlip import distributed
-from mlip.config import Config
-from mlip.machine import usable_cores
+from mlip.ranks import distributed
+from mlip.settings.config import Config
+from mlip.system.machine import usable_cores
 
 _RANK_STRIDE = 1_000_003  # a prime: seeds of ranks stay apart for neighbouring run.seed
 

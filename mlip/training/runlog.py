@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlip import distributed
-from mlip.config import Config, ConfigError, to_dict
-from mlip.output_file import open_to_append, whole_file
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError, to_dict
+from mlip.system.output_file import open_to_append, whole_file
 from mlip.training.lifecycle import record_event
 from mlip.training.step import StepResult
 

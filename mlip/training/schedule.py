@@ -6,7 +6,7 @@ import math
 
 import torch.nn as nn
 
-from mlip.config import Config
+from mlip.settings.config import Config
 
 # normalisation layers by what their class is called, so that a new one needs no entry here
 _NORM_SUFFIX = ("norm", "norm1d", "norm2d", "norm3d")

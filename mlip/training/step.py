@@ -21,10 +21,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config
 from mlip.host_read import HostRead
+from mlip.ranks import distributed
+from mlip.settings.config import Config
 from mlip.training import presence
 from mlip.training.checkpoint_content import require_shapes
 from mlip.training.ema import EMA, EMAState

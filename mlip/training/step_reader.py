@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mlip import distributed
-from mlip.config import Config
+from mlip.ranks import distributed
+from mlip.settings.config import Config
 from mlip.training import checkpoint
 from mlip.training.lifecycle import NumericError
 from mlip.training.runlog import RunLog

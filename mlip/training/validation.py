@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config
+from mlip.ranks import distributed
+from mlip.settings.config import Config
 from mlip.training import presence
 from mlip.training.runlog import RunLog
 from mlip.training.step import Engine

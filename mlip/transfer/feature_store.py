@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures, KnowledgeFeatures, TextFeatures
 from mlip.dataloading.ledger import DataError
-from mlip.machine import usable_memory
+from mlip.system.machine import usable_memory
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, TextBank
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, ImageFeatures, KnowledgeFeatures, TextFeatures
-from mlip.config import Data
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import Manifest
+from mlip.settings.config import Data
 from mlip.transfer.array import Array
 
 # Bytes of token-patch similarities alive at once in a chunk of local scores.

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from mlip.config import Config, ConfigError, Run, to_dict
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.splits import SPLITS
+from mlip.settings.config import Config, ConfigError, Run, to_dict
 from mlip.transfer.array import Array
 from mlip.transfer.draws import splits_hash
 

@@ -1,9 +1,9 @@
 """Images as an encoder sees them, with masks and boxes carried along by the same geometry.
 
-Classification sees what pre-training saw (dataloading/transforms.py: letterbox, then crop), where
-transfer.image_px says so in more or fewer pixels. Masks and boxes need the whole image: it is
-letterboxed (or stretched, as the published protocol does) to the encoder's side, nothing is cut
-off, and mask and boxes go through the same scaling.
+Classification sees what pre-training saw (dataloading/pipelines/transforms.py: letterbox, then
+crop), where transfer.image_px says so in more or fewer pixels. Masks and boxes need the whole
+image: it is letterboxed (or stretched, as the published protocol does) to the encoder's side,
+nothing is cut off, and mask and boxes go through the same scaling.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.config import Config, Data
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.pipelines.samples import SampleReader
+from mlip.dataloading.pipelines.transforms import Placement, Transform, letterbox
 from mlip.dataloading.progress import Progress
-from mlip.dataloading.samples import SampleReader
-from mlip.dataloading.transforms import Placement, Transform, letterbox
+from mlip.settings.config import Config, Data
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.truth.mask_file import resize_mask
@@ -238,6 +238,6 @@ def crop_of(config: Config) -> Data:
     data, side = config.data, config.transfer.image_px
     if config.transfer.task != "classification" or side == 0:
         return data
-    # the rounding of transforms.py: half up, in integers
+    # the rounding of dataloading/pipelines/transforms.py: half up, in integers
     square = (2 * data.resize_px * side + data.crop_px) // (2 * data.crop_px)
     return dataclasses.replace(data, resize_px=square, crop_px=side)

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlip.config import Config, ConfigError
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.tables.table import ManifestError
+from mlip.settings.config import Config, ConfigError
 from mlip.transfer.alignment.chosen_rows import choose_rows
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
 from mlip.transfer.alignment.prompts import TextError, make_text_batch, phrase_encoder

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlip.output_file import file_sha256, whole_file
+from mlip.system.output_file import file_sha256, whole_file
 from mlip.transfer.measures.predictions import FILE, FINGERPRINT, save_predictions
 
 PAGE = "report.html"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlip.loss_settings import Loss
-from mlip.typed_tree import ConfigError
+from mlip.settings.losses import Loss
+from mlip.settings.typed_tree import ConfigError
 
 _NONE = (
     "no loss trained the local score (loss.local_alignment.weight=0): its projections are those "

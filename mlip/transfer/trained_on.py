@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlip.config import Columns, Config, Data
 from mlip.dataloading.film_keys import FilmKeys, read_film_keys, usual_columns
+from mlip.dataloading.images.same_pictures import PictureHashes, same_pictures
 from mlip.dataloading.manifest import Manifest, ManifestError
-from mlip.dataloading.same_pictures import PictureHashes, same_pictures
 from mlip.dataloading.splits import SPLITS
+from mlip.settings.config import Columns, Config, Data
 from mlip.transfer.array import Array
 
 _TRAIN = SPLITS.index("train")

@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip import config
 from mlip.batch import Batch
-from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.report_tokenizer import ReportTokenizer, train_tokenizer
-from mlip.dataloading.shard_build import build_shards
+from mlip.dataloading.prepare.shard_build import build_shards
+from mlip.dataloading.reports.tokenizer import ReportTokenizer, train_tokenizer
+from mlip.settings import config
+from mlip.settings.config import Config
 from tests.dataloading.shard_sources import BuiltShards, contents, plan_for, source
 
 SENTENCES = (

@@ -13,7 +13,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 
 ENCODING = {
     pydicom.uid.ImplicitVRLittleEndian: {"implicit_vr": True, "little_endian": True},

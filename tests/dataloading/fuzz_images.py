@@ -32,10 +32,10 @@ import imagecodecs
 import numpy as np
 import pydicom
 
-from mlip.dataloading.dicom import CODES, DicomError, read_radiograph, write_radiograph
-from mlip.dataloading.image_file import decode_grey, read_header
+from mlip.dataloading.dicom.radiograph import CODES, DicomError, read_radiograph, write_radiograph
+from mlip.dataloading.images.image_file import decode_grey, read_header
 from mlip.dataloading.ledger import REASONS, BadSample
-from mlip.dataloading.phantom import generate_study
+from mlip.dataloading.phantom.study import generate_study
 
 LIMIT_SECONDS = 10.0  # of the processor
 _BLOCKED = 60  # times that of waiting: a worker that sleeps

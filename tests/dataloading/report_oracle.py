@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading.report_batch import MAX_SUBSET_BITS
-from mlip.dataloading.report_encoder import EncodedReport, ReportEncoder
+from mlip.dataloading.reports.batch import MAX_SUBSET_BITS
+from mlip.dataloading.reports.encoder import EncodedReport, ReportEncoder
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.shard_build import Plan
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.prepare.shard_build import Plan
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 
 BuiltShards = tuple[Path, list[Row], dict[str, bytes]]  # folder, rows, contents
 SPLITS = ("train", "train", "val", "train", "test")

@@ -22,9 +22,9 @@ import pytest
 
 from mlip.dataloading.datasets import rows
 from mlip.dataloading.datasets.rows import DatasetError
-from mlip.dataloading.dicom import check_phi, read_identity
-from mlip.dataloading.image_file import decode_grey, read_header
-from mlip.dataloading.jpeg2000 import checked_size
+from mlip.dataloading.dicom.jpeg2000 import checked_size
+from mlip.dataloading.dicom.radiograph import check_phi, read_identity
+from mlip.dataloading.images.image_file import decode_grey, read_header
 
 BIG = 16 << 20
 IMPLICIT, RLE = "1.2.840.10008.1.2", "1.2.840.10008.1.2.5"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mlip.dataloading.buffers import Buffers
+from mlip.dataloading.pipelines.buffers import Buffers
 
 
 def test_what_anyone_still_holds_is_never_written_again() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlip.dataloading.crop import crop_batch, crop_one
+from mlip.dataloading.pipelines.crop import crop_batch, crop_one
 
 
 def slow_crop(

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from mlip import config
 from mlip.cli import main
-from mlip.dataloading import csv_text
-from mlip.dataloading.csv_text import CsvError, check_quotes, read_header, shown
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
+from mlip.dataloading.tables import csv_text
+from mlip.dataloading.tables.csv_text import CsvError, check_quotes, read_header, shown
+from mlip.settings import config
 
 HEADER = "image,patient_id,study_id,report,split"
 SECRET = "Zelda Smith has a canary nodule"

@@ -20,17 +20,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mlip import config as settings
 from mlip.batch import Batch
-from mlip.config import Config
-from mlip.dataloading.image_file import read_header
+from mlip.dataloading.images.image_file import read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings import config as settings
+from mlip.settings.config import Config
 from tests.dataloading.conftest import take
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
-from mlip.dataloading import dali_graph, dali_pipeline
+from mlip.dataloading.pipelines import dali_graph, dali_pipeline
 
 pytestmark = pytest.mark.gpu
 

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from mlip import config as settings
 from mlip.batch import Batch
-from mlip.config import Config
 from mlip.dataloading.ledger import DataError
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.settings import config as settings
+from mlip.settings.config import Config
 from tests.dataloading.conftest import take
 from tests.virtual_gpu import virtual_gpu
 
 pytest.importorskip("nvidia.dali", reason="nvidia.dali is not installed")
 
-from mlip.dataloading import dali_graph, dali_pipeline
-from mlip.dataloading.dali_pipeline import as_pgm, why_not_dali
+from mlip.dataloading.pipelines import dali_graph, dali_pipeline
+from mlip.dataloading.pipelines.dali_pipeline import as_pgm, why_not_dali
 
 STD = 0.25  # data.std: turns a normalised difference into one of intensities
 
@@ -184,7 +184,7 @@ def test_the_graphs_that_finish_in_dali_as_on_a_gpu_agree_with_each_other_and_th
         assert_twins(like_a, a)
         assert_twins(like_c, c)
     assert not straight.pipeline._has_branches and mixed.pipeline._has_branches
-    # what only crop.py would take is not kept, step after step
+    # what only dataloading/pipelines/crop.py would take is not kept, step after step
     assert not straight.pipeline._windows and not mixed.pipeline._windows
 
 
@@ -368,7 +368,7 @@ def test_pgm_holds_the_values(dtype: type) -> None:
 
 
 def test_dicom_rows_go_through_our_own_reader(tmp_path: Path, build: Any) -> None:
-    from mlip.dataloading.dicom import read_radiograph, write_radiograph
+    from mlip.dataloading.dicom.radiograph import read_radiograph, write_radiograph
 
     rng = np.random.default_rng(2)
     lines = ["image,report,patient_id,study_id,split"]

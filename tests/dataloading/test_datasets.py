@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.covidx import parse_line
 from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
 from mlip.dataloading.datasets.open_i import plain_name, read_reports
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import DatasetError
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import (
     REPORT,
     by_id,

@@ -16,12 +16,12 @@ import pydicom
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading import shard_build
 from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.demographics import PatientCells, age_between, differs, read_age, read_sex
-from mlip.dataloading.dicom import read_radiograph, write_radiograph
-from mlip.dataloading.shard_build import build_shards
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.dicom.radiograph import read_radiograph, write_radiograph
+from mlip.dataloading.prepare import shard_build
+from mlip.dataloading.prepare.shard_build import build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 from tests.dataloading.shard_sources import contents, plan_for
 
 BIRTH = "19540713"  # stands in no file that is written

@@ -17,7 +17,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 
-from mlip.dataloading.dicom import DicomError, read_radiograph
+from mlip.dataloading.dicom.radiograph import DicomError, read_radiograph
 from tests.dataloading.dicom_golden import assert_nearest, compressed, golden, htj2k
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "dicom"

@@ -25,10 +25,10 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from mlip.dataloading import dicom_capture
 from mlip.dataloading.datasets.folder import _left_out
-from mlip.dataloading.dicom import DicomError, read_identity, write_radiograph
-from mlip.dataloading.dicom_capture import NOTICE, capture, is_capture, read_film
+from mlip.dataloading.dicom import capture as dicom_capture
+from mlip.dataloading.dicom.capture import NOTICE, capture, is_capture, read_film
+from mlip.dataloading.dicom.radiograph import DicomError, read_identity, write_radiograph
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (31, 47, 3)).astype(np.uint8)  # odd length
 IDENTITY = (

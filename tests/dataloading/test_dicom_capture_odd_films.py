@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import DicomError
-from mlip.dataloading.dicom_capture import capture, read_film
+from mlip.dataloading.dicom.capture import capture, read_film
+from mlip.dataloading.dicom.radiograph import DicomError
 from tests.dataloading.test_dicom_capture import PIXELS, content, film, made_of, parsed
 
 

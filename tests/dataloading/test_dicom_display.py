@@ -16,7 +16,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from mlip.dataloading.dicom import DicomError, explain, read_radiograph, write_radiograph
+from mlip.dataloading.dicom.radiograph import DicomError, explain, read_radiograph, write_radiograph
 
 
 def film(path: Path, change: Callable[[Dataset], None]) -> Path:

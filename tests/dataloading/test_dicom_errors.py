@@ -19,8 +19,8 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import CODES, DicomError, read_radiograph, write_radiograph
-from mlip.dataloading.dicom_source import error_wall
+from mlip.dataloading.dicom.radiograph import CODES, DicomError, read_radiograph, write_radiograph
+from mlip.dataloading.dicom.source import error_wall
 
 IMAGE = np.random.default_rng(0).integers(0, 65536, (64, 64)).astype(np.uint16)
 
@@ -277,7 +277,7 @@ def test_no_message_and_no_warning_quotes_a_tag_value(tmp_path, capfd, caplog):
 
 BOMBS = """
 import json, resource, sys, time
-from mlip.dataloading.dicom import DicomError, read_radiograph
+from mlip.dataloading.dicom.radiograph import DicomError, read_radiograph
 read_radiograph(sys.argv[1])
 rows = {}
 for path in sys.argv[2:]:

@@ -15,10 +15,10 @@ import pytest
 from pydicom.encaps import encapsulate
 from pydicom.pixels.encoders import RLELosslessEncoder
 
-from mlip.dataloading.dicom import DicomError, read_radiograph
-from mlip.dataloading.dicom_frame import read_cells
-from mlip.dataloading.dicom_header import read_header
-from mlip.dataloading.dicom_tone import stored_values
+from mlip.dataloading.dicom.frame import read_cells
+from mlip.dataloading.dicom.header import read_header
+from mlip.dataloading.dicom.radiograph import DicomError, read_radiograph
+from mlip.dataloading.dicom.tone import stored_values
 from tests.dataloading.dicom_golden import ENCODING, compressed, edited, htj2k, noise
 
 UID = "1.2.840.10008.1.2.4."

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import explain, read_radiograph
+from mlip.dataloading.dicom.radiograph import explain, read_radiograph
 from tests.dataloading.dicom_golden import ENCODING, assert_nearest, edited, golden, noise
 
 

@@ -7,8 +7,8 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.dicom import DicomError, check_phi, write_radiograph
-from mlip.dataloading.dicom_phi import _PROFILE, SEVERE
+from mlip.dataloading.dicom.phi import _PROFILE, SEVERE
+from mlip.dataloading.dicom.radiograph import DicomError, check_phi, write_radiograph
 
 CANARY = "CANARY7"
 

@@ -12,10 +12,10 @@ import pydicom
 import pytest
 from pydicom.pixels import apply_windowing
 
-from mlip.dataloading import dicom_tone
-from mlip.dataloading.dicom import explain, read_radiograph, write_radiograph
-from mlip.dataloading.dicom_header import read_header
-from mlip.dataloading.dicom_lut import Lut
+from mlip.dataloading.dicom import tone as dicom_tone
+from mlip.dataloading.dicom.header import read_header
+from mlip.dataloading.dicom.lut import Lut
+from mlip.dataloading.dicom.radiograph import explain, read_radiograph, write_radiograph
 
 
 @pytest.fixture

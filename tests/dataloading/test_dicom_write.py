@@ -7,7 +7,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from mlip.dataloading.dicom import read_radiograph, write_radiograph
+from mlip.dataloading.dicom.radiograph import read_radiograph, write_radiograph
 from tests.dataloading.dicom_golden import noise
 
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading import duplicates
-from mlip.dataloading.perceptual_hash import HASHES, perceptual_hashes
-from mlip.dataloading.same_pictures import hashes_of, read_hash_table
+from mlip.dataloading.images.perceptual_hash import HASHES, perceptual_hashes
+from mlip.dataloading.images.same_pictures import hashes_of, read_hash_table
+from mlip.dataloading.prepare import duplicates
 from tests.dataloading.test_perceptual_hash import film, stored
 
 
@@ -109,7 +109,7 @@ def test_a_kill_while_films_are_compared_leaves_no_record_of_a_finished_set(
     def killed(_: Path) -> list[str]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlip.dataloading.prepare.prepared_duplicates", killed)
+    monkeypatch.setattr("mlip.dataloading.prepare.command.prepared_duplicates", killed)
     assert prepare(root, out) == 130
     assert (out / "manifest.parquet").exists() and not (out / "prepared.json").exists()
     monkeypatch.undo()

@@ -15,12 +15,12 @@ import numpy as np
 import pydicom
 import pytest
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets import DATASETS, folder
 from mlip.dataloading.datasets.rows import Collected, DatasetError
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.image_file import read_bytes
-from mlip.dataloading.prepare import check_rows
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.images.image_file import read_bytes
+from mlip.dataloading.prepare.command import check_rows
+from mlip.settings.config import ConfigError
 
 
 def picture(path: Path) -> Path:

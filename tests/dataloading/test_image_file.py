@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.dataloading import image_file
-from mlip.dataloading.image_file import (
+from mlip.dataloading.images import image_file
+from mlip.dataloading.images.image_file import (
     MAX_FILE_BYTES,
     check_hash,
     decode_grey,
@@ -27,7 +27,7 @@ from mlip.dataloading.image_file import (
     read_header,
 )
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.machine import LimitError
+from mlip.system.machine import LimitError
 
 GREY = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
 
@@ -305,7 +305,7 @@ def test_a_header_does_not_depend_on_the_file_read_before() -> None:
 def test_a_file_outside_the_root_is_never_even_opened(tmp_path: Path) -> None:
     script = """
 import sys
-from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.ledger import DataError
 opened = []
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlip.dataloading.datasets.manifest import DATASET
-from mlip.dataloading.table import ManifestError, column_names, read_table
+from mlip.dataloading.tables.table import ManifestError, column_names, read_table
 
 WANTED = {"image": "image", "patient_id": "patient_id", "report": "report", "study_id": "study_id"}
 ROW: dict[str, Any] = {

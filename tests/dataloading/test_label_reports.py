@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading.phantom_reports import HELD_OUT_PROMPTS
+from mlip.dataloading.phantom.reports import HELD_OUT_PROMPTS
 from tests.knowledge.test_cues import GERMAN
 from tests.small_run import small_export, small_run
 

@@ -21,13 +21,13 @@ import pytest
 import torch
 
 from mlip.batch import Batch
-from mlip.config import Config, ConfigError
-from mlip.dataloading import image_file
 from mlip.dataloading import loader as loader_module
+from mlip.dataloading.images import image_file
 from mlip.dataloading.ledger import DataError, Ledger
 from mlip.dataloading.loader import build_loader, listed_bad, merge_states
 from mlip.dataloading.manifest import ManifestError, load_manifest
-from mlip.machine import LimitError
+from mlip.settings.config import Config, ConfigError
+from mlip.system.machine import LimitError
 from tests.dataloading.conftest import take
 
 Make = Callable[..., Config]
@@ -353,7 +353,7 @@ def test_verification_without_hashes_is_refused(corpus: Make, build: Any) -> Non
 def test_an_exception_inside_decoding_is_one_bad_sample(
     corpus: Make, build: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from mlip.dataloading import samples
+    from mlip.dataloading.pipelines import samples
 
     decode, calls = samples.decode_grey, []
 

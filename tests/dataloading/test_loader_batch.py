@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch, by_channel
-from mlip.config import Config
 from mlip.dataloading import loader as loader_module
 from mlip.dataloading.loader import pair_ids_by_concepts
-from mlip.dataloading.report_tokenizer import ReportTokenizer
+from mlip.dataloading.reports.tokenizer import ReportTokenizer
+from mlip.settings.config import Config
 from tests.dataloading.conftest import take
 
 Make = Callable[..., Config]

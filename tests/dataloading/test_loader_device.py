@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlip.config import Config
 from mlip.dataloading import loader as loader_module
+from mlip.settings.config import Config
 
 
 def test_a_batch_is_made_and_pinned_on_the_rank_s_own_gpu(

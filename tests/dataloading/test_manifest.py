@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlip import config
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
-from mlip.machine import LimitError
+from mlip.settings import config
+from mlip.system.machine import LimitError
 
 HEADER = "image,report,patient_id,study_id,split"
 GOOD = [

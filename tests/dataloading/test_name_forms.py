@@ -14,10 +14,10 @@ import pytest
 
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.image_file import read_bytes
+from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.dataloading.shard_build import Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.prepare.shard_build import Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 
 NAME = "M\u00fcller/R\u00f6ntgen \u00e9\u0323.png"  # the last letter has marks in either order
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from mlip.cli import main
-from mlip.config import ConfigError
 from mlip.dataloading.datasets import folder
-from mlip.dataloading.output_folder import SETTINGS_FILE, OutputFolder, sole_writer
-from mlip.dataloading.shard_build import OUTPUTS
+from mlip.dataloading.prepare.output_folder import SETTINGS_FILE, OutputFolder, sole_writer
+from mlip.dataloading.prepare.shard_build import OUTPUTS
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import image, table
 
 ASKED = {"dataset": "folder", "side_px": 64, "shard_images": 8}

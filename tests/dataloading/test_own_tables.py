@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import DatasetError
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.tables.table import ManifestError
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import (
     by_id,
     collect,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.padchest_gr import png_size
 from mlip.dataloading.datasets.rows import DatasetError
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import HEIGHT, WIDTH, by_id, collect, table
 from tests.report_layouts import (
     GR_TABLE,

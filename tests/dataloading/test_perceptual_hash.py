@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.dataloading.perceptual_hash import BITS, VERSION, perceptual_hashes
-from mlip.dataloading.same_pictures import SAME_BITS
+from mlip.dataloading.images.perceptual_hash import BITS, VERSION, perceptual_hashes
+from mlip.dataloading.images.same_pictures import SAME_BITS
 
 Picture = np.ndarray[Any, Any]
 

@@ -9,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.dataloading import phantom
-from mlip.dataloading.phantom import NORMAL_RATIO, generate_study, patient_of
-from mlip.dataloading.phantom_body import draw_body
-from mlip.dataloading.phantom_dataset import write_png
-from mlip.dataloading.phantom_types import (
+from mlip.dataloading.phantom import study as phantom
+from mlip.dataloading.phantom.body import draw_body
+from mlip.dataloading.phantom.dataset import write_png
+from mlip.dataloading.phantom.study import NORMAL_RATIO, generate_study, patient_of
+from mlip.dataloading.phantom.study_types import (
     CONCEPT_IDS,
     FINDINGS,
     SPEC_OF,

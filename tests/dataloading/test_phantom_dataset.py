@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.config import Phantom
-from mlip.dataloading import dicom, phantom_dataset
-from mlip.dataloading.phantom import generate_study
-from mlip.dataloading.phantom_dataset import (
+from mlip.dataloading.dicom import radiograph as dicom
+from mlip.dataloading.phantom import dataset as phantom_dataset
+from mlip.dataloading.phantom.dataset import (
     MANIFEST_COLUMNS,
     fingerprint,
     is_complete,
@@ -26,7 +25,9 @@ from mlip.dataloading.phantom_dataset import (
     write_dataset,
     write_png,
 )
-from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.dataloading.phantom.study import generate_study
+from mlip.dataloading.phantom.study_types import CONCEPT_IDS
+from mlip.settings.config import Phantom
 
 SMALL = Phantom(studies=143, val_studies=17, test_studies=9, image_px=96, seed=4, test_seed=77)
 
@@ -142,7 +143,7 @@ def test_a_killed_run_leaves_nothing_that_looks_like_data(tmp_path: Path) -> Non
     # a process dies by SIGKILL after its first image
     code = (
         "import os, signal, sys\n"
-        "from mlip.config import Phantom\n"
+        "from mlip.settings.config import Phantom\n"
         "from mlip.dataloading import phantom_dataset as d\n"
         "plain = d.write_png\n"
         "def dying(path, image):\n"

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetModel
 
-from mlip.dataloading.phantom import generate_study
-from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.dataloading.phantom.study import generate_study
+from mlip.dataloading.phantom.study_types import CONCEPT_IDS
 
 PX, CROP = 144, 128
 pytestmark = pytest.mark.long

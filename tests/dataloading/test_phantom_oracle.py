@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip.config import Phantom
-from mlip.dataloading.phantom import generate_study
-from mlip.dataloading.phantom_dataset import write_dataset
-from mlip.dataloading.phantom_oracle import oracle_scores, read_truths, truth_of
-from mlip.dataloading.phantom_types import PhantomStudy
+from mlip.dataloading.phantom.dataset import write_dataset
+from mlip.dataloading.phantom.oracle import oracle_scores, read_truths, truth_of
+from mlip.dataloading.phantom.study import generate_study
+from mlip.dataloading.phantom.study_types import PhantomStudy
+from mlip.settings.config import Phantom
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from mlip.dataloading.phantom_findings import plan_findings
-from mlip.dataloading.phantom_reports import (
+from mlip.dataloading.phantom.findings import plan_findings
+from mlip.dataloading.phantom.reports import (
     GROUNDING_PHRASES,
     HELD_OUT_PROMPTS,
     NAMES,
@@ -18,7 +18,7 @@ from mlip.dataloading.phantom_reports import (
     Instance,
     write_report,
 )
-from mlip.dataloading.phantom_types import CONCEPT_IDS, SPEC_OF, Claim, size_tier
+from mlip.dataloading.phantom.study_types import CONCEPT_IDS, SPEC_OF, Claim, size_tier
 from mlip.knowledge.linker import default_linker
 
 DENIALS = re.compile(r"\b(no|not|absent|free of|resolved)\b")

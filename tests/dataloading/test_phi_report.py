@@ -12,7 +12,7 @@ import pydicom
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 
 
 def film(path: Path, with_preamble: bool = True) -> Path:

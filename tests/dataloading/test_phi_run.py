@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import train
-from mlip.dataloading.report_text import clean_report
-from mlip.dataloading.report_tokenizer import load_tokenizer
+from mlip.dataloading.reports.text import clean_report
+from mlip.dataloading.reports.tokenizer import load_tokenizer
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
 from tests.test_train import TINY

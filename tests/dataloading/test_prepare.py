@@ -25,18 +25,18 @@ import pyarrow.parquet
 import pydicom
 import pytest
 
-from mlip import config
 from mlip.cli import main
-from mlip.dataloading import shard_build
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.chexpert import FIVE
 from mlip.dataloading.datasets.rows import DatasetError, Row, assign_split
-from mlip.dataloading.dicom import DicomError, explain, write_radiograph
+from mlip.dataloading.dicom.radiograph import DicomError, explain, write_radiograph
 from mlip.dataloading.loader import build_loader, listed_bad
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.shard_build import OUTPUTS, Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.prepare import shard_build
+from mlip.dataloading.prepare.shard_build import OUTPUTS, Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 from mlip.dataloading.shards import parse_reference
+from mlip.settings import config
 
 COMMAND = [sys.executable, "-m", "mlip.cli", "prepare"]
 

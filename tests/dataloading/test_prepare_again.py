@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading import image_file, shard_build
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.output_folder import sole_writer
-from mlip.dataloading.shard_build import Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.images import image_file
+from mlip.dataloading.prepare import shard_build
+from mlip.dataloading.prepare.output_folder import sole_writer
+from mlip.dataloading.prepare.shard_build import Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings, make_member
+from mlip.dataloading.prepare.worker_pool import Reply, WorkerPool
 from mlip.dataloading.shards import ShardWriter
-from mlip.dataloading.worker_pool import Reply, WorkerPool
-from mlip.machine import LimitError
+from mlip.system.machine import LimitError
 
 
 def make_root(folder: Path, count: int) -> Path:

@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pydicom
 import pytest
 
-from mlip.config import ConfigError
-from mlip.dataloading import prepare
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
+from mlip.dataloading.prepare import command as prepare
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import (
     collect,
     image,

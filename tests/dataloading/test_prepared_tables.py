@@ -13,7 +13,7 @@ import pytest
 
 from mlip.dataloading import shards
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.prepared_tables import grouping_lines, hashed, outputs
+from mlip.dataloading.prepare.tables import grouping_lines, hashed, outputs
 
 PARTS = (3, 7, 0, 8, 25, 1)  # rows of each
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mlip.dataloading.ledger import DataError
-from mlip.dataloading.producer import Producer, _stop_all
+from mlip.dataloading.pipelines.producer import Producer, _stop_all
 
 
 class Maker:
@@ -91,7 +91,7 @@ def test_at_the_end_of_a_process_the_thread_stops_before_libraries_do() -> None:
     """One that outlives DALI's own end sees its pipeline vanish and builds a new one."""
     script = """
 import threading
-from mlip.dataloading.producer import Producer
+from mlip.dataloading.pipelines.producer import Producer
 import atexit
 # as a library does that is imported later than the producer
 atexit.register(lambda: print([t.name for t in threading.enumerate() if "mlip" in t.name]))

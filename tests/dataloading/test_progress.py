@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlip.dataloading import progress
-from mlip.dataloading.phi_report import report_phi
-from mlip.dataloading.prepare import add_arguments, run
+from mlip.dataloading.prepare.command import add_arguments, run
+from mlip.dataloading.prepare.phi_report import report_phi
 from mlip.dataloading.progress import Progress
 
 

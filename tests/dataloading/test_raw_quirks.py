@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import DatasetError
+from mlip.settings.config import ConfigError
 from tests import raw_layouts
 from tests.raw_layouts import by_id, collect, image, table
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlip.dataloading.report_batch import compose_batch, draw_sentences
-from mlip.dataloading.report_encoder import EncodedReport, ReportEncoder
+from mlip.dataloading.reports.batch import compose_batch, draw_sentences
+from mlip.dataloading.reports.encoder import EncodedReport, ReportEncoder
 from tests.dataloading.report_oracle import compose, kept_sentences
 
 

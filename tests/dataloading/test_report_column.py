@@ -15,8 +15,8 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from mlip.dataloading.report_column import TextStore
-from mlip.dataloading.table import read_table
+from mlip.dataloading.reports.column import TextStore
+from mlip.dataloading.tables.table import read_table
 
 ROWS = 60_000
 MIB = 1 << 20
@@ -62,9 +62,9 @@ def test_pieces_taken_while_reading_are_the_column_that_reading_it_whole_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int
 ) -> None:
     """Also where a row is longer than a small block, so that reading starts again."""
-    monkeypatch.setattr("mlip.dataloading.table._SMALL_BLOCK_BYTES", 2048)
-    monkeypatch.setattr("mlip.dataloading.table._BLOCK_BYTES", 8192)
-    monkeypatch.setattr("mlip.dataloading.table._ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("mlip.dataloading.tables.table._SMALL_BLOCK_BYTES", 2048)
+    monkeypatch.setattr("mlip.dataloading.tables.table._BLOCK_BYTES", 8192)
+    monkeypatch.setattr("mlip.dataloading.tables.table._ROWS_AT_ONCE", 100)
     texts = [f"Text {i} with\na line break, {'x' * (i % 90)}" for i in range(1000)]
     texts[700] += "y" * longest
     table = pa.table({"image": [f"{i}.png" for i in range(1000)], "report": texts})

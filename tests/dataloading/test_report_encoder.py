@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.report_encoder import ReportEncoder
-from mlip.dataloading.report_tokenizer import ReportTokenizer
+from mlip.dataloading.reports.batch import compose_batch
+from mlip.dataloading.reports.encoder import ReportEncoder
+from mlip.dataloading.reports.tokenizer import ReportTokenizer
 
 TEXT = "A small left effusion. No pneumothorax. Possible nodule, 1.5 cm."
 

@@ -7,9 +7,9 @@ import time
 import pyarrow as pa
 import pytest
 
-from mlip.dataloading.report_column import RULES, ReportColumn
-from mlip.dataloading.report_markup import without_markup
-from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports.column import RULES, ReportColumn
+from mlip.dataloading.reports.markup import without_markup
+from mlip.dataloading.reports.text import clean_report
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ import pytest
 
 from mlip.assembly import open_corpus, open_loader
 from mlip.cli import main
-from mlip.config import ConfigError, load
 from mlip.dataloading.datasets.rows import DatasetError
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings.config import ConfigError, load
 from tests.raw_layouts import by_id, collect, image, make_chexpert, table
 from tests.report_layouts import (
     PLUS_FOLDERS,

@@ -7,7 +7,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from mlip.dataloading.report_text import (
+from mlip.dataloading.reports.text import (
     MAX_CHARACTERS,
     choose_sections,
     clean_report,

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.report_tokenizer import (
+from mlip.dataloading.reports.tokenizer import (
     SPECIAL,
     ReportTokenizer,
     load_tokenizer,
     train_tokenizer,
 )
-from mlip.run_vocabulary import open_tokenizer
+from mlip.saved.run_vocabulary import open_tokenizer
+from mlip.settings.config import load
 
 TEXT = "A small left effusion. No pneumothorax. Possible nodule, 1.5 cm."
 

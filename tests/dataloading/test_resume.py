@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from mlip.batch import Batch
-from mlip.config import Config
 from mlip.dataloading.loader import Loader, build_loader, merge_states
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings.config import Config
 
 STEPS = 100
 Visit = tuple[int, int, str]  # global index, manifest row, digest of pixels and tokens

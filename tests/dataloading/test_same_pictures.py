@@ -16,10 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlip.dataloading import progress
-from mlip.dataloading import same_pictures as module
-from mlip.dataloading.duplicates import write_duplicates
-from mlip.dataloading.perceptual_hash import BITS
-from mlip.dataloading.same_pictures import (
+from mlip.dataloading.images import same_pictures as module
+from mlip.dataloading.images.perceptual_hash import BITS
+from mlip.dataloading.images.same_pictures import (
     HASHES_FILE,
     SAME_BITS,
     PictureHashes,
@@ -28,6 +27,7 @@ from mlip.dataloading.same_pictures import (
     read_hash_table,
     same_pictures,
 )
+from mlip.dataloading.prepare.duplicates import write_duplicates
 
 
 def hashes(bits: np.ndarray, row: list[int] | None = None) -> PictureHashes:

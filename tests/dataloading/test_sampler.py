@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mlip.dataloading.sampler import SequentialOrder, TrainingOrder, epoch_permutation, rank_slice
+from mlip.dataloading.pipelines.sampler import (
+    SequentialOrder,
+    TrainingOrder,
+    epoch_permutation,
+    rank_slice,
+)
 from mlip.keyed_random import keyed_uniform
 
 ROWS = np.array([3, 5, 8, 13, 21, 34, 55, 89, 144, 233])

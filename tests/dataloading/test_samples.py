@@ -10,13 +10,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip import config
-from mlip.dataloading.image_file import read_header
+from mlip.dataloading.images.image_file import read_header
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.sampler import SequentialOrder, TrainingOrder
-from mlip.dataloading.samples import REPLACEMENT_ATTEMPTS, SampleReader, fill_place
+from mlip.dataloading.pipelines.sampler import SequentialOrder, TrainingOrder
+from mlip.dataloading.pipelines.samples import REPLACEMENT_ATTEMPTS, SampleReader, fill_place
 from mlip.dataloading.shards import ShardWriter
+from mlip.settings import config
 
 ROWS = np.arange(10)
 
@@ -121,7 +121,7 @@ def test_a_folder_without_any_good_image_stops_the_run() -> None:
 def test_sampled_verification_visits_every_row_within_a_hundred_epochs(
     corpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlip.dataloading import samples
+    from mlip.dataloading.pipelines import samples
 
     data = corpus("data.verify=sample").data
     reader = SampleReader(load_manifest(data), data)

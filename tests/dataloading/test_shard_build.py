@@ -21,12 +21,12 @@ import pyarrow.parquet
 import pydicom
 import pytest
 
-from mlip.dataloading import shard_build
 from mlip.dataloading import shards as shard_files
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.shard_build import Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.prepare import shard_build
+from mlip.dataloading.prepare.shard_build import Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 from mlip.dataloading.shards import ShardError, read_bytes
 from tests.dataloading.shard_sources import contents, picture, plan_for, source
 
@@ -116,8 +116,8 @@ BUILD = """
 import json, signal, sys
 from pathlib import Path
 from mlip.dataloading.datasets.rows import Row
-from mlip.dataloading.shard_build import Plan, build_shards
-from mlip.dataloading.shard_worker import ImageSettings
+from mlip.dataloading.prepare.shard_build import Plan, build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings
 from mlip.dataloading.shards import ShardError
 
 job = json.loads(sys.argv[1])

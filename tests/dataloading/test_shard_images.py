@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from mlip import config
-from mlip.dataloading import dicom
-from mlip.dataloading.dicom import read_radiograph
-from mlip.dataloading.shard_build import build_shards
-from mlip.dataloading.shard_worker import ImageSettings, convert, make_member, scaled_size
+from mlip.dataloading.dicom import radiograph as dicom
+from mlip.dataloading.dicom.radiograph import read_radiograph
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.dataloading.prepare.shard_build import build_shards
+from mlip.dataloading.prepare.shard_worker import ImageSettings, convert, make_member, scaled_size
 from mlip.dataloading.shards import (
     read_bytes,
 )
-from mlip.dataloading.transforms import Transform
+from mlip.settings import config
 from tests.dataloading.shard_sources import picture, plan_for, source
 
 
@@ -112,7 +112,7 @@ def test_under_a_limit_of_memory_that_may_not_be_raised_images_are_still_read(tm
     start = json.dumps({"root": str(tmp_path / "raw"), "settings": dataclasses.asdict(settings)})
     most = 3 << 29
     ended = subprocess.run(
-        [sys.executable, "-m", "mlip.dataloading.shard_worker", start],
+        [sys.executable, "-m", "mlip.dataloading.prepare.shard_worker", start],
         input=json.dumps({"image": rows[0].image}).encode() + b"\n",
         capture_output=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),

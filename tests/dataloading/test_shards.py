@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from mlip import config
 from mlip.dataloading import shards as shard_files
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.samples import SampleReader
-from mlip.dataloading.shard_worker import ImageSettings, make_member
+from mlip.dataloading.pipelines.samples import SampleReader
+from mlip.dataloading.prepare.shard_worker import ImageSettings, make_member
 from mlip.dataloading.shards import References, ShardWriter, parse_reference, read_bytes
+from mlip.settings import config
 
 
 def test_a_shard_is_a_plain_tar_and_every_member_is_found_by_its_reference(built_shards):

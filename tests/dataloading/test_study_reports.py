@@ -18,11 +18,11 @@ import pydicom
 import pytest
 
 from mlip.cli import main
-from mlip.config import ConfigError
 from mlip.dataloading.datasets.rows import Collected, DatasetError
-from mlip.dataloading.dicom import write_radiograph
-from mlip.dataloading.report_text import choose_sections
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.dicom.radiograph import write_radiograph
+from mlip.dataloading.reports.text import choose_sections
+from mlip.dataloading.tables.table import ManifestError
+from mlip.settings.config import ConfigError
 from tests.raw_layouts import collect, table
 
 

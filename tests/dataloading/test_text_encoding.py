@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlip import config
 from mlip.cli import main
-from mlip.dataloading import text_encoding
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
-from mlip.dataloading.table import column_names
-from mlip.dataloading.text_encoding import BOM, first_line_not_utf8
+from mlip.dataloading.tables import text_encoding
+from mlip.dataloading.tables.table import column_names
+from mlip.dataloading.tables.text_encoding import BOM, first_line_not_utf8
+from mlip.settings import config
 
 ROWS = 250  # more than the 100 of which column names are taken
 SECRET = "Zelda has a canary nodule"

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.config import Augment, Data
-from mlip.dataloading.transforms import Parameters, Transform
+from mlip.dataloading.pipelines.transforms import Parameters, Transform
+from mlip.settings.config import Augment, Data
 
 DATA = Data(resize_px=64, crop_px=48, mean=0.4, std=0.2)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from mlip.dataloading.dicom import read_identity, read_radiograph, write_radiograph
+from mlip.dataloading.dicom.radiograph import read_identity, read_radiograph, write_radiograph
 from mlip.dataloading.view_position import PROJECTIONS, is_frontal, projection
 
 MIMIC = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlip.dataloading.worker_pool import WorkerError, WorkerPool
+from mlip.dataloading.prepare.worker_pool import WorkerError, WorkerPool
 
 # waits, dies or echoes as the item says; "once" dies only the first time any worker meets it
 WORKER = """

@@ -9,10 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from mlip.config import Text, Vision
 from mlip.encoders.attention import attention, require_usable
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
+from mlip.settings.config import Text, Vision
 from tests.virtual_gpu import virtual_gpu
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from mlip.config import Heads, load
 from mlip.encoders.heads import ProjectionHead
 from mlip.encoders.normalisation import SynchronisedBatchNorm, set_normalisation
 from mlip.encoders.vision import VisionEncoder
+from mlip.settings.config import Heads, load
 from tests.spawned_ranks import start_ranks
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.config import ConfigError, Text, Vision, load
 from mlip.encoders.residual import RoundedLayerNorm
 from mlip.encoders.text import TextEncoder
 from mlip.encoders.vision import VisionEncoder
 from mlip.memory_plan import measure
 from mlip.model import MLIPModel
+from mlip.settings.config import ConfigError, Text, Vision, load
 
 LAYERS = 6
 SIZES: dict[str, Any] = {

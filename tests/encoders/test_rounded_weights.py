@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mlip import distributed
-from mlip.config import load
 from mlip.encoders.rounded_weights import RoundedTogether
+from mlip.ranks import distributed
+from mlip.settings.config import load
 from mlip.training.engine import build_engine
 from mlip.training.step import Engine
 from tests.training.exact_step import (

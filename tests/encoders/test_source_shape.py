@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import BertConfig, ResNetConfig, ViTConfig
 
-from mlip.config import Text, Vision
 from mlip.encoders.options import tower_shape
 from mlip.encoders.source_shape import changed_options, told
+from mlip.settings.config import Text, Vision
 
 KINDS: dict[str, Any] = {
     "bert": (BertConfig, Text),

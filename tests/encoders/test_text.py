@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlip.config import Text
 from mlip.encoders.text import TextEncoder, token_states
+from mlip.settings.config import Text
 
 OPTIONS = {
     "hidden_size": 16,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlip.config import Text
 from mlip.encoders.attention import attention, variable_length_attention
 from mlip.encoders.packing import Packing
 from mlip.encoders.text import TextEncoder
+from mlip.settings.config import Text
 from tests.kernels.oracle import relative_error
 
 OPTIONS = {

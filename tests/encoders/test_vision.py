@@ -14,9 +14,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from mlip.config import Vision
 from mlip.encoders.normalisation import FrozenBatchNorm, SynchronisedBatchNorm
 from mlip.encoders.vision import VisionEncoder
+from mlip.settings.config import Vision
 
 TINY: dict[str, Any] = {
     "embedding_size": 8,
@@ -46,7 +46,7 @@ def test_a_shortcut_of_few_channels_survives_several_threads() -> None:
     """torch 2.13: `double free or corruption` or SIGSEGV within the first passes."""
     passes = """
 import torch
-from mlip.config import Vision
+from mlip.settings.config import Vision
 from mlip.encoders.vision import ResNetTower
 torch.set_num_threads(2)
 settings = Vision(kind="resnet", norm="group", patch_stage=1, options=dict(

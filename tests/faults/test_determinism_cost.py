@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from benchmarks.step_batch import made_batch
-from mlip.config import load
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.settings.config import load
 from mlip.training.allocator import keep_freed_memory
 from mlip.training.determinism import require_deterministic
 from mlip.training.engine import build_engine

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import distributed, process_group
-from mlip.config import to_dict
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import to_dict
 from mlip.training import checkpoint, randomness
 from mlip.training.engine import build_engine
 from mlip.training.optimizer import MOMENTS

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mlip.assembly import Corpus, open_loader
-from mlip.config import load
 from mlip.dataloading.loader import merge_states
+from mlip.settings.config import load
 from tests.small_run import small_run
 
 pytestmark = pytest.mark.long

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip.config import load, to_dict
+from mlip.settings.config import load, to_dict
 from mlip.training import checkpoint
 from mlip.training.optimizer import MOMENTS
 from mlip.training.step import TrainingState

@@ -8,8 +8,7 @@ import gzip
 import pytest
 import torch
 
-from mlip.config import Knowledge
-from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports.text import clean_report
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker
@@ -17,6 +16,7 @@ from mlip.knowledge.merging import cycles, merge, open_part
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import read_umls
 from mlip.knowledge.vectors import knowledge_vectors
+from mlip.settings.config import Knowledge
 
 OBO = "format-version: 1.2\n\n[Term]\nid: XX:1\nname: chest sign\n"
 MARK = b"\xef\xbb\xbf"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports.text import clean_report
 from mlip.knowledge.concept_files import load_concepts, read_table, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of, english_cues, read_cues

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mlip.config import Knowledge
 from mlip.knowledge.command import add_arguments, run
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.graph import graph_vectors, triplets, write_vectors
 from mlip.knowledge.vectors import knowledge_vectors
+from mlip.settings.config import Knowledge
 
 
 class StandIn(nn.Module):

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip import assembly, distributed, process_group
+from mlip import assembly
 from mlip.assembly import Corpus, build_model, build_objective
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
-from mlip.config import Config, load, to_dict
-from mlip.dataloading.report_tokenizer import train_tokenizer
+from mlip.dataloading.reports.tokenizer import train_tokenizer
 from mlip.knowledge.categories import category_index
 from mlip.knowledge.concept_files import load_concepts, write_table
 from mlip.knowledge.concepts import Concept, ConceptTable
@@ -23,6 +22,8 @@ from mlip.knowledge.merging import merge
 from mlip.knowledge.vectors import knowledge_vectors
 from mlip.model import MLIPModel
 from mlip.pretrained import from_pretrained, save_pretrained
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import Config, load, to_dict
 from tests import rank_farm
 from tests.small_run import SETTINGS, small_run
 

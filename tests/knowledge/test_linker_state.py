@@ -7,7 +7,7 @@ sealed half by a hash of its text; docs/knowledge.md holds the figures of the fi
 import pytest
 
 from benchmarks.linker_states import outcomes, read_sentences
-from mlip.dataloading.report_text import clean_report
+from mlip.dataloading.reports.text import clean_report
 from mlip.knowledge.linker import default_linker, link
 
 

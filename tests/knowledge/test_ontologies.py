@@ -14,7 +14,7 @@ from mlip.knowledge.linker import Linker
 from mlip.knowledge.merging import cycles, merge, open_part
 from mlip.knowledge.ontologies import read_csv, read_obo
 from mlip.knowledge.umls import SEMANTIC_TYPES, read_umls, surface_form
-from mlip.output_file import file_sha256
+from mlip.system.output_file import file_sha256
 
 KNOWLEDGE = Path(__file__).resolve().parents[3] / "shared/data/knowledge"
 OBO = """format-version: 1.2

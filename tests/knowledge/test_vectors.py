@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mlip.config import Knowledge
 from mlip.knowledge import vectors as vectors_module
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.vectors import knowledge_vectors, mean_pairwise_cosine
+from mlip.settings.config import Knowledge
 
 
 @pytest.fixture(scope="module")

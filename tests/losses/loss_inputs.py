@@ -18,10 +18,10 @@ from mlip.batch import (
     KnowledgeFeatures,
     TextFeatures,
 )
-from mlip.config import Config, load
-from mlip.distributed import world_group
 from mlip.kernels.token_knowledge_patch import token_knowledge_patch_scores
 from mlip.losses.context import LossContext
+from mlip.ranks.distributed import world_group
+from mlip.settings.config import Config, load
 from mlip.unit_length import unit_length
 
 PAIRS, PATCHES, TOKENS, ENTITIES, DIM = 9, 5, 6, 3, 8

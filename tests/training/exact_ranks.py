@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mlip import distributed, process_group
+from mlip.ranks import distributed, process_group
 from tests.training.exact_step import exact_engine, loss_and_gradients
 
 Case = tuple[str, int, int, int]  # engine, ZeRO stage, passes a rank, pairs of the global batch

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config, load
-from mlip.dataloading.sampler import rank_slice
+from mlip.dataloading.pipelines.sampler import rank_slice
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.ranks import distributed
+from mlip.settings.config import Config, load
 from mlip.training import randomness
 from mlip.training.engine import build_engine
 from mlip.training.step import Engine

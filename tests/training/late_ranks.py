@@ -9,7 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-from mlip import distributed, process_group
+from mlip.ranks import distributed, process_group
 from mlip.training import faults
 from mlip.training.lifecycle import Preempted, StopRequest
 from tests.training.toy_run import make_trainer, toy_config

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mlip import distributed, process_group
+from mlip.ranks import distributed, process_group
 from mlip.training.step import Engine
 from tests.training.exact_step import exact_engine, make_batch
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import train
-from mlip import distributed, process_group
-from mlip.config import ConfigError, load
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import ConfigError, load
 from mlip.training import agreement, randomness
 from mlip.training.lifecycle import exit_code, locked_folder
 from mlip.training.plain_engine import PlainEngine

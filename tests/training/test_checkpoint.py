@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip.config import load, to_dict
+from mlip.settings.config import load, to_dict
 from mlip.training import checkpoint
 from mlip.training.lifecycle import CheckpointError
 from mlip.training.step import TrainingState

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.bench_step import SETTINGS, TINY, TINY_VOCABULARY
 from benchmarks.step_batch import made_batch
-from mlip import distributed
 from mlip.batch import Batch
-from mlip.config import Config, ConfigError, load
 from mlip.model import MLIPModel
 from mlip.objective import Objective
+from mlip.ranks import distributed
+from mlip.settings.config import Config, ConfigError, load
 from mlip.training.engine import build_engine, compile_towers
 from mlip.training.step import Engine
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlip import distributed
-from mlip.config import ConfigError, load
+from mlip.ranks import distributed
+from mlip.settings.config import ConfigError, load
 from mlip.training.deepspeed_json import deepspeed_settings, read_json
 
 CONFIG = load(

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mlip import distributed
-from mlip.config import ConfigError, load
+from mlip.ranks import distributed
+from mlip.settings.config import ConfigError, load
 from mlip.training.determinism import levels, random_part, require_deterministic
 from tests.training.exact_step import exact_config, make_objective
 from tests.training.test_exact import DROPOUT

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train
-from mlip.config import ConfigError, load
 from mlip.pretrained import open_checkpoint
+from mlip.settings.config import ConfigError, load
 from mlip.training import checkpoint
 from mlip.training.ema import EMA
 from mlip.training.lifecycle import CheckpointError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlip import distributed
-from mlip.config import ConfigError
+from mlip.ranks import distributed
+from mlip.settings.config import ConfigError
 from mlip.training import deepspeed_engine, engine
 from mlip.training.engine import build_engine
 from mlip.training.plain_engine import PlainEngine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip.config import ConfigError
+from mlip.settings.config import ConfigError
 from mlip.training import checkpoint, runlog
 from mlip.training.lifecycle import StopRequest, record_event
 from tests.training.toy_run import make_trainer, toy_config

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mlip import distributed, process_group
 from mlip.encoders.normalisation import SynchronisedBatchNorm
+from mlip.ranks import distributed, process_group
 from tests.rank_farm import free_port
 
 pytestmark = pytest.mark.gpu

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlip.batch import Batch
-from tests.step_bench import objective_of
+from tests.benchmarks.step_bench import objective_of
 
 STEP, PROGRESS = 3, 1.5  # the prototypes learn
 

@@ -222,8 +222,8 @@ def test_on_a_gpu_a_host_read_is_asked_for_at_once_and_waits_when_it_is_read() -
 def test_on_a_gpu_a_batch_is_copied_before_its_memory_serves_the_next_one() -> None:
     """The loader's memory and the page-locked copies of it are used again and again, by a host that
     is far ahead of the GPU. Oracle: every batch holds its own number."""
-    from mlip.dataloading.buffers import Buffers
     from mlip.dataloading.loader import pinned
+    from mlip.dataloading.pipelines.buffers import Buffers
 
     buffers, late = Buffers(), []
     for number in range(24):

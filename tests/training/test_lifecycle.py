@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from mlip import folder_lock
-from mlip.config import ConfigError
-from mlip.dataloading.output_folder import sole_writer
-from mlip.pretrained_weights import PretrainedError
+from mlip.dataloading.prepare.output_folder import sole_writer
+from mlip.saved.weights import PretrainedError
+from mlip.settings.config import ConfigError
+from mlip.system import folder_lock
 from mlip.training import faults, lifecycle
 from mlip.training.lifecycle import (
     CheckpointError,

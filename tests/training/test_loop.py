@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import distributed, precision
+from mlip import precision
+from mlip.ranks import distributed
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
 from mlip.training.loop import Trainer

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from mlip.dataloading.report_tokenizer import load_tokenizer
+from mlip.dataloading.reports.tokenizer import load_tokenizer
 from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.training import checkpoint
 from mlip.training.lifecycle import CheckpointError

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mlip.config import ConfigError, load
+from mlip.settings.config import ConfigError, load
 from mlip.training.muon import Muon, matrix_names, orthogonalised
 from tests import rank_farm
 from tests.training.exact_step import exact_engine

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed
 
-from mlip import distributed
+from mlip.ranks import distributed
 from mlip.training import presence
 
 HOUR = 3600.0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlip import distributed
-from mlip.config import load
+from mlip.ranks import distributed
+from mlip.settings.config import load
 from mlip.training import randomness
 
 

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.logging import RichHandler
 
-from mlip import distributed
-from mlip.config import from_dict, load
+from mlip.ranks import distributed
+from mlip.settings.config import from_dict, load
 from mlip.training import runlog
 from mlip.training.runlog import RunLog, setup_logging
 from mlip.training.step import StepResult

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from mlip.config import load
+from mlip.settings.config import load
 from mlip.training.schedule import learning_rate, peak_lr, total_steps, undecayed_names
 
 

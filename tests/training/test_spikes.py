@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlip.config import ConfigError, load
+from mlip.settings.config import ConfigError, load
 from mlip.training import randomness
 from mlip.training.loop import Trainer
 from mlip.training.spikes import DATA, HARDWARE, SpikeWatch, cause

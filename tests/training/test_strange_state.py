@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlip.config import Config
+from mlip.settings.config import Config
 from mlip.training import checkpoint
 from mlip.training.lifecycle import CheckpointError, StopRequest
 from tests.training.toy_run import make_trainer, toy_config

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mlip.system.unread_output import unread_output_is_lost
 from mlip.training import checkpoint
 from mlip.training.lifecycle import PREEMPTED, leave
-from mlip.unread_output import unread_output_is_lost
 from tests.training.toy_run import run_rank
 
 LONG = "train.max_steps=1000000"

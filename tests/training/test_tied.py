@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from mlip import distributed, process_group
-from mlip.config import to_dict
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import to_dict
 from mlip.training import checkpoint, randomness
 from mlip.training.engine import build_engine
 from mlip.training.step import Engine

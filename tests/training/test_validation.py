@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from mlip import config_agreement, distributed
-from mlip.config import ConfigError, load
 from mlip.losses.held_out import HELD_OUT_LOSSES
+from mlip.ranks import distributed
+from mlip.settings import agreement as config_agreement
+from mlip.settings.config import ConfigError, load
 from mlip.training import checkpoint, faults, presence
 from mlip.training.best_checkpoint import best_step, find_best, is_best
 from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mlip import distributed, process_group
+from mlip.ranks import distributed, process_group
 from mlip.training import faults, randomness
 from mlip.training.ema import EMAState
 from mlip.training.engine import build_engine

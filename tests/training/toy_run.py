@@ -17,11 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip import distributed, process_group
 from mlip.batch import Batch
-from mlip.config import Config, load
-from mlip.dataloading.sampler import rank_slice
+from mlip.dataloading.pipelines.sampler import rank_slice
 from mlip.keyed_random import keyed_normal
+from mlip.ranks import distributed, process_group
+from mlip.settings.config import Config, load
 from mlip.training import randomness
 from mlip.training.grad_cache import cached_forward, equal_passes
 from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder

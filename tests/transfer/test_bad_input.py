@@ -291,7 +291,7 @@ def test_a_page_that_cannot_be_drawn_loses_no_score(
     def draw(*_: Any) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("mlip.evaluate_transfer.write_transfer_page", draw)
+    monkeypatch.setattr("mlip.commands.evaluate_transfer.write_transfer_page", draw)
     with pytest.raises(RuntimeError, match="no font"):
         evaluate(tmp_path, [*write(tmp_path), *LABELS])
     assert (tmp_path / "out" / "results.json").is_file()

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.config import load
-from mlip.dataloading import prepare
-from mlip.transfer_settings import at_fraction
+from mlip.dataloading.prepare import command as prepare
+from mlip.settings.config import load
+from mlip.settings.transfer import at_fraction
 from tests import raw_layouts, report_layouts
 from tests.small_run import small_export, small_run
 

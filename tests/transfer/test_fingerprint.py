@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 
 import train
-from mlip.config import ConfigError, load
+from mlip.settings.config import ConfigError, load
 from mlip.transfer import fingerprint
 from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.fits.protocol import transfer_run

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mlip.cli import main
-from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import ManifestError
+from mlip.settings.config import ConfigError, load
 from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.draws import HeldOut, balance, divide, draw_fraction, patient_draws
 from mlip.transfer.fits.detection import warp_boxes

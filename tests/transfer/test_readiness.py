@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings.config import ConfigError, load
 from mlip.transfer.readiness import check_evaluation, check_sentences
 from tests.small_run import small_run
 from tests.transfer.small_manifest import write

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from mlip.cli import main
-from mlip.config import load
+from mlip.pages.run_page import render
 from mlip.pretrained import open_checkpoint, save_pretrained
-from mlip.report.run_page import render
+from mlip.settings.config import load
+from mlip.settings.typed_tree import ConfigError
 from mlip.transfer.films.classify import default_head
 from mlip.transfer.summary import summary_lines
 from mlip.transfer.trained_heads import (
@@ -21,7 +22,6 @@ from mlip.transfer.trained_heads import (
     learns_local,
     untrained_text,
 )
-from mlip.typed_tree import ConfigError
 from tests.small_run import small_results, small_run
 from tests.temporary import shared_folder
 from tests.transfer.small_manifest import pictures, write

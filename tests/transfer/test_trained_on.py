@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlip.cli import main
-from mlip.config import Columns, Data, load
-from mlip.dataloading import same_pictures
 from mlip.dataloading.film_keys import read_film_keys
+from mlip.dataloading.images import same_pictures
+from mlip.dataloading.images.perceptual_hash import BITS
+from mlip.dataloading.images.same_pictures import HASHES_FILE, hash_table
 from mlip.dataloading.manifest import ManifestError, load_manifest
-from mlip.dataloading.perceptual_hash import BITS
-from mlip.dataloading.same_pictures import HASHES_FILE, hash_table
 from mlip.pretrained import from_pretrained
+from mlip.settings.config import Columns, Data, load
 from mlip.transfer.readiness import check_evaluation
 from mlip.transfer.table import seen_text
 from mlip.transfer.trained_on import Training, find_seen

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.annotations import Annotations
 

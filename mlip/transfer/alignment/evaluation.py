@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest
 from mlip.precision import precision_on
+from mlip.settings.config import Config, to_dict
 from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
 from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.alignment.examples import collect_examples

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.settings.config import Config
 from mlip.transfer.alignment.encoded_split import EncodedSplit
 from mlip.transfer.alignment.grounding import Query
 from mlip.transfer.alignment.patch_maps import PhraseMaps, Upsampler, pointed_pixel, token_maps

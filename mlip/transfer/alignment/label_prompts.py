@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mlip.dataloading import phantom_reports
 from mlip.dataloading.manifest import ManifestError
-from mlip.evaluate_settings import Evaluate
+from mlip.dataloading.phantom import reports as phantom_reports
 from mlip.knowledge.plain_letters import plain
+from mlip.settings.evaluate import Evaluate
 from mlip.transfer.alignment.zero_shot import Prompts
 
 # what a label may be of and is no finding: "lung", "clear", "chronic", "portable"

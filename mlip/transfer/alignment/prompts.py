@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mlip.config import Config
-from mlip.dataloading.report_batch import compose_batch
-from mlip.dataloading.report_encoder import ReportEncoder
+from mlip.dataloading.reports.batch import compose_batch
+from mlip.dataloading.reports.encoder import ReportEncoder
+from mlip.settings.config import Config
 from mlip.transfer.features import TextBank, encode_texts, join_texts
 
 logger = logging.getLogger("mlip")

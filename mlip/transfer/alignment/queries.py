@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import Config
-from mlip.dataloading import phantom_reports
 from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.phantom import reports as phantom_reports
+from mlip.settings.config import Config
 from mlip.transfer.alignment.grounding import PixelPrior, Query
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.settings.config import Config
 from mlip.transfer.alignment.encoded_split import EncodedSplit
 from mlip.transfer.alignment.large_retrieval import class_precision, whole_retrieval
 from mlip.transfer.alignment.retrieval import DIRECTIONS, evaluate_retrieval

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mlip.batch import ABSENT, PRESENT, UNCERTAIN
-from mlip.config import Config
 from mlip.dataloading.loader import pair_ids_by_concepts
 from mlip.dataloading.manifest import Manifest
 from mlip.knowledge.linker import FEW_KNOWN_WORDS
 from mlip.knowledge.merging import LICENSED_SOURCES
+from mlip.settings.config import Config
 from mlip.transfer.alignment.prompts import phrase_encoder
 from mlip.transfer.array import Array
 

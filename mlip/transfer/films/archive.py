@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from safetensors import SafetensorError, safe_open
 
-from mlip.output_file import file_sha256
+from mlip.system.output_file import file_sha256
 from mlip.transfer.array import Array
 
 Among = Literal["image", "report"]

@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from mlip.batch import ImageFeatures
-from mlip.evaluate_settings import Evaluate
-from mlip.strict_yaml import read_yaml
+from mlip.settings.evaluate import Evaluate
+from mlip.settings.strict_yaml import read_yaml
 from mlip.transfer.alignment.label_prompts import lexicon_prompts
 from mlip.transfer.alignment.prompts import TextError
 from mlip.transfer.alignment.zero_shot import Prompts, prompt_texts

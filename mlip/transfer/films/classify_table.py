@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import require_replaceable
+from mlip.system.output_file import require_replaceable
 from mlip.transfer.films.classify import (
     Question,
     QuestionError,

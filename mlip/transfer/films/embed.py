@@ -25,14 +25,14 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
-from mlip.config import Columns
 from mlip.dataloading.ledger import BadSample, DataError, most_bad
 from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import Manifest, ManifestError
+from mlip.dataloading.pipelines.samples import SampleReader
 from mlip.dataloading.progress import Progress
-from mlip.dataloading.report_column import RULES
-from mlip.dataloading.samples import SampleReader
-from mlip.output_file import file_sha256, only_writer, whole_file
+from mlip.dataloading.reports.column import RULES
+from mlip.settings.config import Columns
+from mlip.system.output_file import file_sha256, only_writer, whole_file
 from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite, row_loader
 from mlip.transfer.films.row_images import of_split
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing

@@ -1,6 +1,6 @@
 """Phrases over one image file: their maps as one picture on the whole image. High = match.
 
-The picture is a PNG, or a DICOM object of the film's study (dataloading/dicom_capture.py).
+The picture is a PNG, or a DICOM object of the film's study (dataloading/dicom/capture.py).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from mlip.batch import STATES
-from mlip.dataloading.transforms import Transform
-from mlip.output_file import whole_file
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.settings.typed_tree import ConfigError
+from mlip.system.output_file import whole_file
 from mlip.transfer.alignment.patch_maps import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.array import Array
 from mlip.transfer.features import encode_texts
 from mlip.transfer.films import own_inputs
 from mlip.transfer.fingerprint import hash_of_weights
-from mlip.typed_tree import ConfigError
 
 if TYPE_CHECKING:
-    from mlip.dataloading.dicom_capture import Film
+    from mlip.dataloading.dicom.capture import Film
 
 # The longer side of the radiograph in the picture written: small ones are enlarged by a whole
 # factor until a person can see them, a detector's 3,000 px are reduced.
@@ -121,7 +121,7 @@ def ground_image(
     if film is None:
         _write(out, _marked(_png(_sheet(grey, list(phrases), maps, parts_below), out)))
     else:
-        from mlip.dataloading.dicom_capture import NOTICE, capture
+        from mlip.dataloading.dicom.capture import NOTICE, capture
 
         sheet = _sheet(grey, list(phrases), maps, parts_below, note=NOTICE)
         rgb = np.ascontiguousarray(sheet[..., ::-1])
@@ -132,8 +132,8 @@ def ground_image(
 
 def _film_of(content: bytes, image: Path, out: Path) -> Film:
     """What the film's header says that a map in its study has to say too."""
-    from mlip.dataloading.dicom_capture import read_film
-    from mlip.dataloading.dicom_source import DicomError
+    from mlip.dataloading.dicom.capture import read_film
+    from mlip.dataloading.dicom.source import DicomError
 
     try:
         return read_film(content)
@@ -245,7 +245,7 @@ def _marked(png: bytes) -> bytes:
 
 def is_map(path: Path) -> bool:
     """Whether ground_image wrote this file: a radiograph may be a PNG or DICOM file too."""
-    from mlip.dataloading.dicom_capture import is_capture
+    from mlip.dataloading.dicom.capture import is_capture
 
     if not path.is_file():
         return False

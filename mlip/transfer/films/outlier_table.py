@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import begins_with, require_replaceable
+from mlip.system.output_file import begins_with, require_replaceable
 from mlip.transfer.array import Array
 from mlip.transfer.films.outliers import (
     MOST_REFERENCE,

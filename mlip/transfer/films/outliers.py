@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 from mlip.transfer.array import Array
 from mlip.transfer.films.row_images import RowImages
 from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing

@@ -1,6 +1,6 @@
 """Image files and free texts of one's own -> features and scores, prepared as in training.
 
-`Pretrained` (mlip/pretrained_model.py) offers these as methods; `mlip ground` is built on them.
+`Pretrained` (saved/pretrained_model.py) offers these as methods; `mlip ground` is built on them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from mlip.batch import ImageFeatures
-from mlip.config import Config
-from mlip.dataloading.image_file import decode_grey, is_too_dark, read_bytes, read_header
+from mlip.dataloading.images.image_file import decode_grey, is_too_dark, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.dataloading.report_markup import is_rtf, without_markup
-from mlip.dataloading.report_text import choose_sections
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.dataloading.reports.markup import is_rtf, without_markup
+from mlip.dataloading.reports.text import choose_sections
+from mlip.settings.config import Config
 from mlip.transfer.alignment.patch_maps import phrase_maps
 from mlip.transfer.alignment.prompts import (
     TextError,

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 
 # what a cell begins with that Excel and LibreOffice take for a formula, full-width forms too
 # (OWASP, CSV Injection)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mlip.batch import ImageFeatures
-from mlip.evaluate_settings import Evaluate
+from mlip.settings.evaluate import Evaluate
 from mlip.transfer.alignment.zero_shot import prompt_texts
 from mlip.transfer.alignment.zero_shot_run import scores_by_head
 from mlip.transfer.array import Array

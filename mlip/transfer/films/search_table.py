@@ -12,7 +12,7 @@ import torch
 
 from mlip.batch import ImageFeatures
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import begins_with, require_replaceable
+from mlip.system.output_file import begins_with, require_replaceable
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank
 from mlip.transfer.films.archive import Among, Archive, ArchiveError, Hits

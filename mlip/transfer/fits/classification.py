@@ -17,9 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.progress import Progress
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.classification_scores import (

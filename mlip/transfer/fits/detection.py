@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.config import Config
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.boxes import box_iou

@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
+from mlip.settings.config import Config
 from mlip.transfer.fingerprint import hash_of_weights
 
 

@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from mlip.dataloading.progress import Progress
+from mlip.settings.transfer import Transfer
 from mlip.transfer.array import Array
 from mlip.transfer.fits.encoder import Encoder
-from mlip.transfer_settings import Transfer
 
 
 class TransferError(ValueError):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
 from mlip.precision import takes_bf16
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fits.encoder import Encoder, Start
 from mlip.transfer.frames import Images, augmentation, frame_of, normalise, to_tensor, warp

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from mlip.output_file import refusal
+from mlip.system.output_file import refusal
 from mlip.transfer.array import Array
 from mlip.transfer.fits.sealed_file import UNREADABLE, as_json, read_sealed, write_sealed
 

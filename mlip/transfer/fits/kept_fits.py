@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mlip.config import Config, to_dict
-from mlip.output_file import only_writer, refusal
 from mlip.precision import precision_on
+from mlip.settings.config import Config, to_dict
+from mlip.settings.transfer import at_fraction
+from mlip.settings.typed_tree import flatten
+from mlip.system.output_file import only_writer, refusal
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_source, version_of, versions
 from mlip.transfer.fits.fitting import Record
 from mlip.transfer.fits.kept_features import PATTERN as OF_FEATURES
 from mlip.transfer.fits.kept_features import KeptFeatures, depends_on
 from mlip.transfer.fits.sealed_file import UNREADABLE, as_json, read_sealed, write_sealed
-from mlip.transfer_settings import at_fraction
-from mlip.typed_tree import flatten
 
 FOLDER = "kept_fits"
 _LOCK = ".evaluate.lock"

@@ -7,8 +7,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.frames import Crops, normalise
 from mlip.transfer.png_text import png_text

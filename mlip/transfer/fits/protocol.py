@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlip.config import Config, to_dict
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.splits import SPLITS
 from mlip.encoders.options import tower_shape
 from mlip.encoders.vision import VisionEncoder
 from mlip.precision import precision_on
+from mlip.settings.config import Config, to_dict
+from mlip.settings.transfer import at_fraction
 from mlip.transfer.array import Array
 from mlip.transfer.draws import HeldOut, Splits, balance, divide, draw_fraction
 from mlip.transfer.fingerprint import (
@@ -41,7 +42,6 @@ from mlip.transfer.measures.predictions import Series, predictions_of
 from mlip.transfer.measures.subgroups import read_groupings, subgroup_scores
 from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth.annotations import Annotations
-from mlip.transfer_settings import at_fraction
 
 SCHEMA = 1
 TASKS: dict[str, Any] = {

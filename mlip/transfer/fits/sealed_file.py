@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlip.output_file import whole_file
+from mlip.system.output_file import whole_file
 from mlip.transfer.array import Array
 
 _ENTRY = "fit"  # of a file's metadata; the name is from when fits alone were kept

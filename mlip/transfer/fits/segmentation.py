@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlip.config import Config
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import hash_of_parts
 from mlip.transfer.fits.decoders import make_decoder

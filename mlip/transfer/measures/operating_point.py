@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlip.settings.transfer import threshold_rule
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import (
     Measured,
@@ -18,7 +19,6 @@ from mlip.transfer.measures.interval import (
     require_finite_scores,
     weighted_sum,
 )
-from mlip.transfer_settings import threshold_rule
 
 RATES = ("f1", "sensitivity", "specificity", "ppv", "npv")
 # of these a mean over findings is told; what predictive values say hangs on how common a finding is

@@ -25,9 +25,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.output_file import file_sha256
+from mlip.settings.config import Config
+from mlip.system.output_file import file_sha256
 from mlip.transfer.array import Array
 from mlip.transfer.fingerprint import run_name
 

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import Config
-from mlip.dataloading.csv_text import shown
 from mlip.dataloading.datasets.report_columns import said
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.progress import Progress
-from mlip.dataloading.table import ManifestError, column_names, read_table
+from mlip.dataloading.tables.csv_text import shown
+from mlip.dataloading.tables.table import ManifestError, column_names, read_table
 from mlip.dataloading.view_position import projection
+from mlip.settings.config import Config
+from mlip.settings.transfer import BY_PROJECTION
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Estimate, Measured, estimate, mean_over, not_available
 from mlip.transfer.measures.scores import less
 from mlip.transfer.truth.annotations import MOST_NAME_CHARACTERS
-from mlip.transfer_settings import BY_PROJECTION
 
 # fewer could be told who they are by somebody who knows them, and say little of others
 FEWEST_PATIENTS = 10

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mlip.config import Config
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
-from mlip.dataloading.image_file import MAX_SIDE_PX, read_bytes
+from mlip.dataloading.images.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import read_truth
-from mlip.dataloading.table import ManifestError, read_table
+from mlip.dataloading.phantom.dataset import read_truth
+from mlip.dataloading.tables.table import ManifestError, read_table
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.box_file import DrawnBox, box_file, read_box_file
 from mlip.transfer.truth.generated import phantom_meta, truth_of

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.tables.table import ManifestError
 
 COLUMNS = ("path", "label", "x", "y", "w", "h")
 

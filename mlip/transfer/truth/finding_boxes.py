@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mlip.config import Config
-from mlip.dataloading.image_file import decode_grey, read_bytes, read_header
+from mlip.dataloading.images.image_file import decode_grey, read_bytes, read_header
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.samples import SampleReader
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.pipelines.samples import SampleReader
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.annotations import INSIDE, Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlip.config import Config
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import read_truth
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.phantom.dataset import read_truth
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.finding_boxes import SIDES, sized_rows

@@ -1,6 +1,6 @@
 """The files beside the manifest of generated studies: meta.json, and truth.jsonl's errors.
 
-What they hold is dataloading/phantom_dataset.py's; here is what a damaged one is told as.
+What they hold is dataloading/phantom/dataset.py's; here is what a damaged one is told as.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mlip.dataloading import phantom_oracle
 from mlip.dataloading.manifest import Manifest
-from mlip.dataloading.phantom_dataset import MARK
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.phantom import oracle as phantom_oracle
+from mlip.dataloading.phantom.dataset import MARK
+from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.array import Array
 
 _AGAIN = "restore it, or generate the studies again"

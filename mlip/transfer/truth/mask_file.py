@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mlip.dataloading.image_file import decode_grey, read_header
+from mlip.dataloading.images.image_file import decode_grey, read_header
 
 INSIDE, IGNORED = 255, 127  # values of a mask image, as V7 Labs' lung masks have them
 _EXPECTED = "expected one grey channel of 255 inside and 0 outside (127 where nobody judged)"

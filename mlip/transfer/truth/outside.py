@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.array import Array
 
 _SHOWN = 10  # rows that an error names

@@ -15,10 +15,10 @@ import torch
 
 from mlip.dataloading import progress
 from mlip.dataloading.loader import pair_ids_by_concepts
-from mlip.dataloading.phantom_types import CONCEPT_IDS
+from mlip.dataloading.phantom.study_types import CONCEPT_IDS
 from mlip.knowledge.linker import Mention
+from mlip.pages.run_page import render
 from mlip.pretrained import save_pretrained
-from mlip.report.run_page import render
 from mlip.transfer.alignment.chosen_rows import choose_rows
 from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.alignment.evaluation import evaluate_run
@@ -248,8 +248,8 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     """The settings of configs/transfer/chexpert_zero_shot.yaml, on generated studies."""
     import csv
 
-    from mlip.config import load
     from mlip.dataloading.manifest import load_manifest
+    from mlip.settings.config import load
 
     run = small_run()
     with open(run.folder / "data" / "manifest.csv", encoding="utf-8", newline="") as file:

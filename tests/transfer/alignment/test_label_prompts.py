@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mlip.dataloading.phantom_reports import CONCEPT_IDS
-from mlip.dataloading.table import ManifestError
-from mlip.evaluate_settings import Evaluate
+from mlip.dataloading.phantom.reports import CONCEPT_IDS
+from mlip.dataloading.tables.table import ManifestError
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import Linker
+from mlip.settings.evaluate import Evaluate
 from mlip.transfer.alignment import label_prompts
 
 GERMAN = Path(__file__).parents[2] / "knowledge" / "lexicon_de"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mlip.batch import ABSENT, PRESENT
-from mlip.dataloading.report_column import TextStore
+from mlip.dataloading.reports.column import TextStore
 from mlip.knowledge.concepts import Concept, ConceptTable
-from mlip.report.corpus import knowledge_context
+from mlip.pages.corpus import knowledge_context
 from mlip.transfer.alignment.prototypes import prototype_statistics
 from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
 from tests.small_run import small_results, small_run

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
 from mlip.knowledge.concept_files import load_concepts
+from mlip.settings.config import load
 from mlip.transfer.truth import finding_boxes
 from mlip.transfer.truth.annotations import Annotations
 from tests.transfer.truth.one_box import write_manifest

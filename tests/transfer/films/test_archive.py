@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlip.output_file import file_sha256
+from mlip.system.output_file import file_sha256
 from mlip.transfer.films.archive import Archive, ArchiveError
 from mlip.transfer.films.embed import as_table
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.command_inputs import read_settings
-from mlip.dataloading.dicom_write import write_radiograph
+from mlip.commands.inputs import read_settings
+from mlip.dataloading.dicom.write import write_radiograph
 from mlip.pretrained import open_checkpoint
 from mlip.transfer.alignment.zero_shot import Prompts
 from mlip.transfer.films.classify import (

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlip.cli import main
-from mlip.output_file import only_writer
+from mlip.system.output_file import only_writer
 from mlip.transfer import features
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding

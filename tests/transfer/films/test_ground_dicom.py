@@ -15,7 +15,7 @@ import pydicom
 import pytest
 
 from mlip.cli import main
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 from mlip.transfer.films import ground_image
 from tests.small_run import small_export
 from tests.transfer.films.test_ground_image import CROP, RESIZE, one_hot_patch

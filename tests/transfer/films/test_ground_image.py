@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mlip.cli import main
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 from mlip.pretrained import from_pretrained
 from mlip.transfer.alignment import patch_maps
 from mlip.transfer.alignment.prompts import encode_prompts

@@ -17,7 +17,7 @@ from sklearn.covariance import LedoitWolf
 
 from mlip.batch import ImageFeatures
 from mlip.cli import main
-from mlip.command_inputs import read_settings
+from mlip.commands.inputs import read_settings
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
 from mlip.transfer import features as shared_features

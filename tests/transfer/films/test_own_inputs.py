@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mlip.batch import ImageFeatures
-from mlip.dataloading.dicom import write_radiograph
-from mlip.onnx_graphs import ImageGraph, TextGraph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 from mlip.pretrained import from_pretrained
-from mlip.pretrained_model import Pretrained
+from mlip.saved.onnx_graphs import ImageGraph, TextGraph
+from mlip.saved.pretrained_model import Pretrained
 from mlip.transfer.alignment.patch_maps import phrase_maps
 from mlip.transfer.alignment.prompts import TextError
 from mlip.transfer.films.embed import write_embeddings

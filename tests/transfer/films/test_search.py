@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
+from mlip.pages import search_page
 from mlip.pretrained import open_checkpoint
-from mlip.report import search_page
 from mlip.transfer.films.archive import Archive
 from tests.small_run import small_export
 from tests.transfer.small_manifest import ROWS, SECRETS, pictures, write

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlip.config import load
 from mlip.encoders.vision import VisionEncoder
+from mlip.settings.config import load
+from mlip.settings.transfer import Transfer
 from mlip.transfer.fits.decoders import UNetDecoder, UpsamplingDecoder, make_decoder
 from mlip.transfer.fits.encoder import Encoder, open_start
 from mlip.transfer.fits.fitting import TransferError, fit
 from mlip.transfer.fits.yolo import YoloHead, decode, make_targets, yolo_loss
-from mlip.transfer_settings import Transfer
 
 RESNET = "{embedding_size: 8, hidden_sizes: [8, 16, 24, 32], depths: [1, 1, 1, 1], "
 RESNET += "layer_type: basic}"

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mlip.cli import main
-from mlip.config import Config, load
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import save_pretrained
+from mlip.settings.config import Config, load
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.fits.encoder import Start, open_start
 from mlip.transfer.fits.fitting import shuffled_batches

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlip.report import transfer_page
-from mlip.stop_signal import Stopped
+from mlip.pages import transfer_page
+from mlip.system.stop_signal import Stopped
 from mlip.transfer.fits import classification, kept_features, kept_fits, protocol
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.fits.kept_features import KeptFeatures, depends_on

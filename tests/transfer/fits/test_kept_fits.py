@@ -26,17 +26,17 @@ from safetensors.numpy import save_file
 from transformers import ViTConfig, ViTModel
 
 from mlip import precision
-from mlip.config import Config, load
-from mlip.output_file import only_writer
-from mlip.report import transfer_page
-from mlip.stop_signal import Stopped
+from mlip.pages import transfer_page
+from mlip.settings.config import Config, load
+from mlip.settings.typed_tree import all_keys
+from mlip.system.output_file import only_writer
+from mlip.system.stop_signal import Stopped
 from mlip.transfer.fits import kept_fits, protocol, sealed_file
 from mlip.transfer.fits.detection import Detection
 from mlip.transfer.fits.encoder import Encoder
 from mlip.transfer.fits.fitting import Record
 from mlip.transfer.fits.kept_fits import FREE_SETTINGS, Fit, KeptFits
 from mlip.transfer.measures.average_precision import Truth
-from mlip.typed_tree import all_keys
 from tests.small_run import small_export
 from tests.transfer import small_manifest
 from tests.transfer.small_manifest import BOXES, LABELS, MASKS, SECRETS, evaluate, write

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.report.transfer_page import render_transfer
+from mlip.pages.transfer_page import render_transfer
+from mlip.settings.config import load
 from mlip.transfer.fits.logistic import fit_logistic
 from mlip.transfer.fits.protocol import transfer_run
 from tests.raw_layouts import encode_mask

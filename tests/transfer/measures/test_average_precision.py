@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings.config import load
 from mlip.transfer.fits.boxes import box_iou, keep_best
 from mlip.transfer.fits.detection import Detection
 from mlip.transfer.frames import Images, frame_of

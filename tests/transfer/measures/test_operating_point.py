@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from mlip.config import ConfigError, load
+from mlip.settings.config import ConfigError, load
 from mlip.transfer.measures.operating_point import RATES, choose_threshold, rates, weighted_rates
 
 RNG = np.random.default_rng(2)

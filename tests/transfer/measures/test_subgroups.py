@@ -18,8 +18,8 @@ import pyarrow.parquet
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mlip.config import ConfigError, load
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
+from mlip.settings.config import ConfigError, load
 from mlip.transfer.alignment.zero_shot import measured
 from mlip.transfer.fits import protocol
 from mlip.transfer.measures import subgroups

@@ -7,8 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mlip.config import Config, load
 from mlip.dataloading.manifest import Manifest, load_manifest
+from mlip.settings.config import Config, load
 
 
 def write_manifest(folder: Path, box: str, labels: str = "Pneumonia") -> tuple[Config, Manifest]:

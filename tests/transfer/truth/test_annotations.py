@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from mlip.config import Config, load
-from mlip.dataloading.dicom import write_radiograph
+from mlip.dataloading.dicom.radiograph import write_radiograph
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
-from mlip.dataloading.samples import SampleReader
+from mlip.dataloading.pipelines.samples import SampleReader
 from mlip.dataloading.splits import SPLITS
+from mlip.settings.config import Config, load
 from mlip.transfer.fits.classification import target_matrix
 from mlip.transfer.fits.protocol import TASKS
 from mlip.transfer.frames import Images, frame_of

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mlip.dataloading.table import ManifestError
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.truth import finding_boxes
 from mlip.transfer.truth.outside import OutsideBoxes
 from tests.transfer.truth.one_box import write_manifest

@@ -7,10 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
-from mlip.dataloading.phantom_dataset import read_truth
-from mlip.dataloading.transforms import Transform
+from mlip.dataloading.phantom.dataset import read_truth
+from mlip.dataloading.pipelines.transforms import Transform
+from mlip.settings.config import load
 from mlip.transfer.alignment.queries import make_queries
 from mlip.transfer.features import ImageBank
 from mlip.transfer.truth import finding_boxes

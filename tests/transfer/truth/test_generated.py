@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip.dataloading.phantom_dataset import read_truth
-from mlip.dataloading.table import ManifestError
+from mlip.dataloading.phantom.dataset import read_truth
+from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.truth import generated
 from mlip.transfer.truth.generated import phantom_meta, truth_of
 from tests.transfer.truth.one_box import write_manifest

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mlip.config import load
 from mlip.dataloading.manifest import load_manifest
+from mlip.settings.config import load
 from mlip.transfer.truth import labels
 from mlip.transfer.truth.annotations import Annotations, shared_names
 from tests.transfer.truth.one_box import write_manifest

@@ -1,0 +1,1 @@
+"""DICOM radiographs in and out; radiograph.py is the door."""

@@ -1,0 +1,1 @@
+"""Image files: read and checked, hashed by what they show, compared."""

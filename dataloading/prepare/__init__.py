@@ -1,0 +1,1 @@
+"""`mlip prepare`: a download or a user's own files to shards, index and manifest."""

@@ -1,0 +1,1 @@
+"""Reports as text: read, cleaned, tokenized and drawn for a batch."""

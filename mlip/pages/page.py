@@ -1,0 +1,51 @@
+"""The pages of templates/: HTML files that stand alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mlip.system.output_file import whole_file
+from mlip.transfer.results_file import PAGE
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+# compiled templates stay in it: a quarter of a page's time
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render_page(template: str, context: Mapping[str, Any]) -> str:
+    """The page of a template as text."""
+    # the style sheet is ours and holds no markup; everything else stays escaped
+    css = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return _ENVIRONMENT.get_template(template).render(context, css=css)
+
+
+def write_page(folder: Path, page: str) -> Path:
+    """The page as folder/report.html, for its owner alone: it may show films; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PAGE
+    with whole_file(path, is_private=True) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def dotted(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Settings by dotted key; an empty section is a value, for the page to show."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(dotted(value, f"{path}{key}."))
+        else:
+            flat[f"{path}{key}"] = value
+    return flat

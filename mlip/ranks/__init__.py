@@ -1,0 +1,1 @@
+"""Processes that train together: their group, collectives with exact gradients, the launcher."""

@@ -1,0 +1,1 @@
+"""What the operating system gives and takes: limits, signals, locks, files written whole."""

@@ -1,0 +1,192 @@
+"""Where a command writes: tried before the work, whole or not at all, and what to say if it fails.
+
+What does not live here: checkpoints (training/checkpoint.py) and shards
+(dataloading/shards.py), which are synced to the disk as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlip.settings.typed_tree import ConfigError
+from mlip.system.folder_lock import is_alive, lock, open_lock, open_own
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_REFUSED = {
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
+def require_writable(folder: Path) -> Path:
+    """The folder, tried out before the work: after hours is too late to find out.
+
+    One that is not there yet is not made, its parent is tried: a mistake leaves nothing behind.
+    Raises:  ConfigError naming the folder and the reason.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return folder
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written to: {error.strerror}; name another place with --out"
+        ) from None
+
+
+def require_replaceable(path: Path, option: str, kind: str, *, is_ours: bool) -> None:
+    """Raises:  ConfigError for a folder, or a file that is there and of another kind.
+
+    A manifest, a model's weights or what the command reads, named by mistake, would be lost.
+    is_ours  whether the file, where there is one that holds something, is of this kind
+    """
+    if not path.exists() or (path.is_file() and (is_ours or not path.stat().st_size)):
+        return
+    raise ConfigError(
+        f"{option} {path}: is there already and is no {kind}: expected the name of a new file, or "
+        "of one to replace"
+    )
+
+
+def begins_with(path: Path, begin: str) -> bool:
+    """Whether it is a file with this text in front."""
+    wanted = begin.encode()
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(wanted)) == wanted
+
+
+def sync(path: Path) -> None:
+    """Makes the content of a file, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def new_file(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a file that nobody has open and no link leads to, to write.
+
+    In a folder that several people may write to, whatever stands under a name that can be guessed
+    may be another's: a link to what is to be lost, or a file that he reads while it is filled.
+    mode    before the umask
+    Raises:  OSError where what stands there cannot be removed
+    """
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+
+def open_to_append(path: Path, mode: int = 0o666) -> int:
+    """A descriptor of a file that keeps what it holds, to add lines and to read.
+
+    mode    before the umask
+    Raises:  OSError, as of `open_own`
+    """
+    return open_own(path, os.O_RDWR | os.O_APPEND, mode)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, is_private: bool = False) -> Iterator[Path]:
+    """The name to write under: renamed to `path` at the end, removed where the writing failed.
+
+    What a killed process of this host left of the same file is removed first.
+    is_private  for its owner alone, from the first byte on: it holds a patient's picture or text,
+                or numbers of single films
+    """
+    # containers on one disk have equal process numbers
+    begin = f".{path.name}.{socket.gethostname()}."
+    _remove_leftovers(path.parent, begin)
+    partial = path.with_name(f"{begin}{os.getpid()}")
+    try:
+        os.close(new_file(partial, 0o600 if is_private else 0o666))
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        # the first error is the one to tell: there may be nothing to remove, or a read-only disk
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _remove_leftovers(folder: Path, begin: str) -> None:
+    with contextlib.suppress(OSError):  # what keeps the folder from being read is told by the write
+        for name in os.listdir(folder):
+            pid = name.removeprefix(begin)
+            if pid != name and pid.isdecimal() and not is_alive(int(pid)):
+                (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_writer(lock_file: Path, out: str | Path) -> Iterator[None]:
+    """Keeps other processes from writing `out` until the block, or this process, ends.
+
+    lock_file  made here, gone at the end; one that a killed process left is free
+    Raises:  ConfigError where another process is at work; OSError where no file can be made
+    """
+    with os.fdopen(open_lock(lock_file), "rb+", buffering=0) as file:
+        try:
+            lock(file.fileno(), lock_file.parent)
+            # the one who held it may have removed it since it was opened here
+            is_ours = os.path.samestat(os.fstat(file.fileno()), lock_file.stat())
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        if not is_ours:
+            raise ConfigError(
+                f"{out}: another process is writing there: wait for its end, or name another place "
+                "with --out"
+            )
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock_file.unlink()
+
+
+def refusal(error: Exception, out: str | Path | None) -> str | None:
+    """One line for a full disk, a place or temporary folders that cannot be written; else None.
+
+    out  what the command was told to write: writing to an open file fails without any name
+    """
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):  # tempfile's
+        return f"{error.strerror}: all are full or closed; make room or set TMPDIR to another"
+    code = _errno_of(error)
+    if code not in _FULL | _REFUSED:
+        return None
+    named = getattr(error, "filename", None)
+    is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
+    place = out if is_out else named or "the output"
+    own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_own's
+    reason = "a file stands in the way" if code == errno.EEXIST else own or os.strerror(code)
+    if is_out or code in _FULL:
+        return f"{place} cannot be written: {reason}; make room or name another place"
+    return f"{place} cannot be used: {reason}"
+
+
+def _errno_of(error: Exception) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # safetensors has one error for all, and the system's number in its text
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and type(error).__name__ == "SafetensorError" else 0
+
+
+def _belongs_to(named: Any, out: Path) -> bool:
+    """Whether a file is below `out`, or beside it as what is written under another name first."""
+    place, beside = Path(os.fsdecode(named)).absolute(), out.absolute().parent
+    return beside in (place, *place.parents)
