@@ -7,7 +7,7 @@
   tokenizer/            vocabulary
   concepts.jsonl        concept table: the project's own lexicon, another only where asked for
   README.md             model card (saved/model_card.py)
-  image.onnx, text.onnx both towers for other runtimes, where asked for (saved/onnx_graphs.py)
+  image.onnx, text.onnx  both towers for other runtimes, where asked for (saved/onnx_graphs.py)
   image_tower/, text_tower/  both for transformers, where asked for (saved/transformers_folders.py)
   SHA256SUMS            of the files above; checked when the folder is read
 
