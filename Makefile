@@ -5,8 +5,8 @@ VENV := .venv
 SET ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
 OF_cpu := 3.11
 OF_gpu := 3.12
-EXTRAS_cpu := deepspeed,dali,onnx,dev
-EXTRAS_gpu := gpu,onnx,dev
+EXTRAS_cpu := deepspeed,dali,onnx,dev,docs
+EXTRAS_gpu := gpu,onnx,dev,docs
 PYTHON ?= python3
 READY := $(VENV)/.ready-$(SET)
 PY := $(VENV)/bin/python
@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export DS_ACCELERATOR := cpu
 
-.PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step image clean
+.PHONY: setup demo test test-long faults lint format bench gpu-check gpu-step site image clean
 
 $(READY): constraints/$(SET).txt constraints/common.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(OF_$(SET))")' || \
@@ -60,6 +60,12 @@ gpu-step:
 bench: setup
 	$(PY) benchmarks/bench_kernels.py
 
+# The pages with search and an API reference, in build/site; a warning is an error. Neither building nor
+# reading them needs a network.
+site: setup
+	$(PY) -m sphinx -q -W --keep-going -c docs/site -d build/site-pages . build/site
+	@echo "build/site/index.html"
+
 # docs/container.md; BUILDER is any command that takes docker's "build" (make image BUILDER=podman).
 BUILDER ?= docker
 image:
@@ -68,4 +74,4 @@ image:
 	  --tag mlip:$(SET) .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/api

@@ -62,6 +62,7 @@ setup(
             *("ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
             "accelerate>=1.1",  # what transformers.Trainer asks for
         ],
+        "docs": ["sphinx>=9,<10", "myst-parser>=5,<6", "furo>=2025.12.19"],  # make site
     },
     entry_points={"console_scripts": ["mlip = mlip.cli:main"]},
 )
