@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_docs import PAGES as OTHERS_READ
 from tests.test_packaging import source  # noqa: F401  a copy of the files that git tracks
-from tests.test_pages import PAGES as OTHERS_READ
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "site" / "conf.py"))

@@ -49,13 +49,13 @@ MODULES = {
         "mlip.transfer.films.archive": "Archive Hits ArchiveError",
     },
     "Data and reports": {
-        "mlip.config": "load ConfigError",
+        "mlip.settings.config": "load ConfigError",
         "mlip.dataloading.manifest": "load_manifest Manifest ManifestError hashed_id",
         "mlip.dataloading.loader": "build_loader Loader merge_states Pipeline",
-        "mlip.dataloading.dali_pipeline": "DaliPipeline why_not_dali",
-        "mlip.dataloading.torch_pipeline": "TorchPipeline",
-        "mlip.dataloading.dicom": "read_radiograph explain RadiographInfo read_identity Identity "
-        "write_radiograph DicomError",
+        "mlip.dataloading.pipelines.dali_pipeline": "DaliPipeline why_not_dali",
+        "mlip.dataloading.pipelines.torch_pipeline": "TorchPipeline",
+        "mlip.dataloading.dicom.radiograph": "read_radiograph explain RadiographInfo read_identity "
+        "Identity write_radiograph DicomError",
         "mlip.knowledge.linker": "link Mention default_linker Linker linker_of few_known_words",
     },
 }
