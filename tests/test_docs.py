@@ -2,7 +2,7 @@
 are copied from benchmarks/results (other tables are written by the benchmarks themselves).
 
 Python blocks are run where their parts are tested (tests/kernels/test_readme_blocks.py,
-tests/transfer/test_own_inputs.py).
+tests/transfer/films/test_own_inputs.py).
 """
 
 from __future__ import annotations

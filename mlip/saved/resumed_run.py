@@ -25,7 +25,7 @@ from mlip.settings.config import Config
 from mlip.training.checkpoint import checkpoints_of, find_newest, read_state, require_intact
 from mlip.training.lifecycle import CheckpointError
 
-_MODEL, _VECTORS = "model.", "model.concept_vectors"
+_VECTORS = "model.concept_vectors"
 _FILES = ("parameters.safetensors", "buffers.safetensors")
 
 

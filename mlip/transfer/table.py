@@ -1,4 +1,4 @@
-"""A trained task's results as lines of text: one row a fraction and score."""
+"""Scores in words for terminals and pages, and a trained task's results as lines of them."""
 
 from __future__ import annotations
 

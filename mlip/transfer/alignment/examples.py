@@ -1,4 +1,4 @@
-"""Pictures for the report: phrases over images, words over images, retrieved answers.
+"""Pictures for the page: phrases over images, words over images, retrieved answers.
 
 Examples are taken in the order of the split, never by score. Text and identifiers leave here only
 where the caller allows it.
@@ -45,7 +45,7 @@ def collect_examples(
     names: Mapping[str, str],
     is_phantom: bool,
 ) -> dict[str, Any]:
-    """What report/examples.py draws; every list may be empty.
+    """What mlip/pages/examples.py draws; every list may be empty.
 
     is_phantom  generated studies show text and file names, others by evaluate.show_text alone
     """

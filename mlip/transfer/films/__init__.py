@@ -1,1 +1,1 @@
-"""Commands on a user's own films, which nobody labelled: embed, classify, outliers, ground."""
+"""Commands on films that nobody labelled: embed, search, classify, outliers, ground."""

@@ -1,4 +1,4 @@
-"""Scores with their uncertainty: AUROC, means and their patient-level bootstrap intervals.
+"""Scores with their uncertainty: patient-level bootstrap intervals, and means over scores.
 
 Every score of an evaluation is an Estimate: value, 95 % interval, and the n it rests on. A score
 that cannot be computed is value None with a reason, never 0.5.
