@@ -71,14 +71,19 @@ class Transform:
         self.contrast = augment.contrast if train else 0.0
         self.rotation_degrees = augment.rotation_degrees if train else 0.0
 
+    @property
+    def margin(self) -> int:
+        """Px of the square before the central crop, at its top and at its left."""
+        return (self.resize_px - self.crop_px) // 2
+
     def draw(self, epoch: NDArray[np.int64], global_index: NDArray[np.int64]) -> Parameters:
         """Parameters of a batch, a pure function of (seed, epoch, global index)."""
-        count, slack = len(global_index), self.resize_px - self.crop_px
+        count = len(global_index)
         draws = keyed_draws(self.seed, "augment", epoch, global_index, 5)
         if self.random_crop:
-            corner = (draws[:, :2] * (slack + 1)).astype(np.int64)
+            corner = (draws[:, :2] * (self.resize_px - self.crop_px + 1)).astype(np.int64)
         else:
-            corner = np.full((count, 2), slack // 2, dtype=np.int64)
+            corner = np.full((count, 2), self.margin, dtype=np.int64)
         brightness = 1.0 + self.brightness * (2.0 * draws[:, 2] - 1.0)
         contrast = 1.0 + self.contrast * (2.0 * draws[:, 3] - 1.0)
         # brightness * (0.5 + contrast * (x - 0.5)), then (x - mean) / std, as one line

@@ -86,7 +86,7 @@ def ground_image(
     features = own_inputs.encode_pixels(opened, own_inputs.model_input(grey, opened.config))
     upsample = Upsampler(features.grid, (transform.crop_px, transform.crop_px))
     place = transform.placement(*grey.shape)
-    margin = (transform.resize_px - transform.crop_px) // 2
+    margin = transform.margin
     top, left = max(0, place.top - margin), max(0, place.left - margin)
     bottom, right = place.top + place.height - margin, place.left + place.width - margin
     sees_file = np.zeros((transform.crop_px, transform.crop_px), dtype=bool)
@@ -180,7 +180,7 @@ def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
 def _on_file(picture: Array, transform: Transform, shape: tuple[int, ...]) -> Array:
     """The crop's map on the file's pixel grid; NaN where the model did not look."""
     place = transform.placement(*shape)
-    margin = (transform.resize_px - transform.crop_px) // 2
+    margin = transform.margin
     square = np.full((transform.resize_px, transform.resize_px), np.nan, dtype=np.float32)
     square[margin : margin + transform.crop_px, margin : margin + transform.crop_px] = picture
     inside = square[place.top : place.top + place.height, place.left : place.left + place.width]

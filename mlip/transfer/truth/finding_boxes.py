@@ -140,7 +140,7 @@ def _to_model(
 ) -> tuple[float, float, float, float] | None:
     """Corners in file pixels -> corners in the evaluation crop; None if most of the box is cut."""
     place = transform.placement(*size)
-    margin = (transform.resize_px - transform.crop_px) // 2
+    margin = transform.margin
     scale_x, scale_y = place.width / size[1], place.height / size[0]
     x0 = corners[0] * scale_x + place.left - margin
     y0 = corners[1] * scale_y + place.top - margin

@@ -91,7 +91,7 @@ def _to_model(pixels: Array, finding: str, side: str | None, transform: Transfor
     whole[place.top : place.top + place.height, place.left : place.left + place.width] = (
         resize_mask(pixels.astype(np.uint8), place.height, place.width)
     )
-    margin = (transform.resize_px - transform.crop_px) // 2
+    margin = transform.margin
     crop = whole[margin : margin + transform.crop_px, margin : margin + transform.crop_px]
     if int(crop.sum()) == 0 or 2 * int(crop.sum()) < int(whole.sum()):
         return None
