@@ -23,7 +23,7 @@ from mlip.transfer.trained_on import find_seen
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file
 from mlip.transfer.truth.finding_boxes import Box, load_boxes
-from mlip.transfer.truth.generated import phantom_meta
+from mlip.transfer.truth.generated import phantom_size
 from mlip.transfer.truth.labels import label_names
 
 logger = logging.getLogger("mlip")
@@ -48,7 +48,7 @@ def check_evaluation(config: Config, manifest: Manifest, linker: Any, table: Any
     boxes = _boxes_of_some(config, annotations, chosen.tolist())
     read_groupings(config, manifest, chosen)
     find_seen(config, manifest, [])
-    is_phantom = phantom_meta(manifest) is not None
+    is_phantom = phantom_size(manifest) is not None
     prompts: list[Prompts] = []
     if manifest.label_column is not None and is_phantom:
         prompts = phantom_prompts(linker, table, config.evaluate)[0]

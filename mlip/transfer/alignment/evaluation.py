@@ -40,7 +40,6 @@ from mlip.transfer.trained_on import Training, find_seen
 from mlip.transfer.truth import finding_boxes, generated
 from mlip.transfer.truth.annotations import Annotations, check_labels
 from mlip.transfer.truth.finding_masks import load_masks
-from mlip.transfer.truth.generated import phantom_meta
 
 SCHEMA = 1
 
@@ -99,9 +98,8 @@ def _evaluate(opened: Any, manifest: Manifest, training: Training) -> tuple[Arra
     boxes = finding_boxes.load_boxes(config, manifest, rows.tolist())
     split = encode_split(opened, manifest, rows)
     images, reports, with_text = split.images, split.reports, split.with_text
-    meta = phantom_meta(manifest)
+    is_phantom = generated.phantom_size(manifest) is not None
     patients = manifest.patient_key[images.row_index]
-    is_phantom = meta is not None
     oracle = generated.oracle(manifest, images.row_index[with_text]) if is_phantom else None
     masks = load_masks(config, manifest, images.row_index.tolist())
     annotations = Annotations(config, manifest)

@@ -27,7 +27,7 @@ from mlip.dataloading.tables.table import ManifestError, read_table
 from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.box_file import DrawnBox, box_file, read_box_file
-from mlip.transfer.truth.generated import phantom_meta, truth_of
+from mlip.transfer.truth.generated import phantom_size, truth_of
 from mlip.transfer.truth.mask_file import INSIDE, read_mask
 from mlip.transfer.truth.outside import check_inside
 
@@ -216,8 +216,7 @@ class Annotations:
 
     @cached_property
     def _phantom_size(self) -> tuple[int, int] | None:
-        meta = phantom_meta(self.manifest)
-        return None if meta is None else (meta["settings"]["image_px"],) * 2
+        return phantom_size(self.manifest)
 
     @cached_property
     def _box_file(self) -> dict[str, list[DrawnBox]]:

@@ -20,7 +20,7 @@ from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.annotations import INSIDE, Annotations
 from mlip.transfer.truth.box_file import box_file, read_box_file
-from mlip.transfer.truth.generated import phantom_meta
+from mlip.transfer.truth.generated import phantom_size
 from mlip.transfer.truth.outside import OutsideBoxes
 
 SIDES = ("left", "right")
@@ -52,8 +52,7 @@ def load_boxes(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
         return _annotated(config, manifest, rows)
     drawn = read_box_file(manifest.path) or {}
     transform = Transform(config.data, train=False, seed=config.run.seed)
-    meta = phantom_meta(manifest)
-    fixed = (meta["settings"]["image_px"],) * 2 if meta is not None else None
+    fixed = phantom_size(manifest)
     boxes: dict[int, list[Box]] = {}
     outside = OutsideBoxes(f"{box_file(manifest.path)}: of the manifest beside it")
     for row in rows:

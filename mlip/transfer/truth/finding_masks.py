@@ -19,7 +19,7 @@ from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.annotations import Annotations
 from mlip.transfer.truth.finding_boxes import SIDES, sized_rows
-from mlip.transfer.truth.generated import phantom_meta, truth_of
+from mlip.transfer.truth.generated import phantom_size, truth_of
 from mlip.transfer.truth.mask_file import INSIDE, resize_mask
 
 
@@ -44,7 +44,7 @@ def load_masks(config: Config, manifest: Manifest, rows: Iterable[int]) -> dict[
 
     A mask that the crop leaves less than half of is dropped, as a box is: it cannot be pointed at.
     """
-    if phantom_meta(manifest) is not None:
+    if phantom_size(manifest) is not None:
         return _of_phantoms(config, manifest, rows)
     if config.transfer.columns.mask is not None:
         return _of_column(config, manifest, rows)

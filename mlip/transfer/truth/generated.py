@@ -22,8 +22,9 @@ from mlip.transfer.array import Array
 _AGAIN = "restore it, or generate the studies again"
 
 
-def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
-    """meta.json of generated studies beside the manifest; None where the data is real.
+def phantom_size(manifest: Manifest) -> tuple[int, int] | None:
+    """(height, width) of generated studies, whose meta.json lies beside the manifest; None of real
+    ones.
 
     Raises:  ManifestError where it is damaged: such studies would be scored as real ones.
     """
@@ -33,8 +34,9 @@ def phantom_meta(manifest: Manifest) -> dict[str, Any] | None:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     if isinstance(meta, dict) and meta.get("kind") == MARK:
         settings = meta.get("settings")
-        if isinstance(settings, dict) and isinstance(settings.get("image_px"), int):
-            return meta
+        side = settings.get("image_px") if isinstance(settings, dict) else None
+        if isinstance(side, int):
+            return side, side
     elif not (folder / "truth.jsonl").is_file():
         return None  # none, or that of another program
     raise ManifestError(f"{folder / 'meta.json'}: is damaged or not that of the studies: {_AGAIN}")

@@ -11,16 +11,16 @@ import pytest
 from mlip.dataloading.phantom.dataset import read_truth
 from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.truth import generated
-from mlip.transfer.truth.generated import phantom_meta, truth_of
+from mlip.transfer.truth.generated import phantom_size, truth_of
 from tests.transfer.truth.one_box import write_manifest
 
 
 def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
     _, manifest = write_manifest(tmp_path, "50,90,80,60")
-    assert phantom_meta(manifest) is None
+    assert phantom_size(manifest) is None
     (tmp_path / "meta.json").write_text('{"kind": "something else"}')
-    assert phantom_meta(manifest) is None
-    assert phantom_meta(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
+    assert phantom_size(manifest) is None
+    assert phantom_size(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_generated_studies_with_a_damaged_meta_are_not_scored_as_real_ones(
     (tmp_path / "truth.jsonl").write_text("{}\n")
     (tmp_path / "meta.json").write_text(content)
     with pytest.raises(ManifestError, match=r"meta\.json: is damaged or not that of the"):
-        phantom_meta(manifest)
+        phantom_size(manifest)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", "null", "{", "[" * 100_000, "\xff", None])
