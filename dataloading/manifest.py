@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,19 @@ class Manifest:
             return ()
         value = self.label_column[row].as_py() or ""
         return tuple(part.strip() for part in value.split("|") if part.strip())
+
+
+def read_more(
+    manifest: Manifest, wanted: Mapping[str, str], numbers: Collection[str] = ()
+) -> dict[str, pa.ChunkedArray]:
+    """Further columns of the manifest's file; arguments as read_table takes them.
+
+    Raises:  ManifestError as read_table, and where another file lies in its place by now
+    """
+    columns, found = read_table(Path(manifest.path), wanted, numbers=numbers)
+    if found.hexdigest() != manifest.fingerprint:
+        raise ManifestError(f"{manifest.path}: changed while it was read; start again")
+    return columns
 
 
 def hashed_id(text: str, salt: str) -> str:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from mlip.dataloading.datasets.report_columns import said
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError, read_more
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.tables.csv_text import shown
-from mlip.dataloading.tables.table import ManifestError, column_names, read_table
+from mlip.dataloading.tables.table import column_names
 from mlip.dataloading.view_position import projection
 from mlip.settings.config import Config
 from mlip.settings.transfer import BY_PROJECTION
@@ -84,7 +84,7 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
             )
     path = Path(manifest.path)
     try:
-        columns, found = read_table(path, {name: name for name in wanted}, numbers=wanted)
+        columns = read_more(manifest, {name: name for name in wanted}, wanted)
     except ManifestError:
         there = column_names(path)
         missing = [name for name in wanted if name not in there]
@@ -96,8 +96,6 @@ def read_groupings(config: Config, manifest: Manifest, rows: Array) -> list[Grou
             f"alone (--overwrite makes a set again); evaluate.subgroups.{missing[0]}=null takes "
             "one out"
         ) from None
-    if found.hexdigest() != manifest.fingerprint:
-        raise ManifestError(f"{manifest.path}: changed while it was read; start again")
     patients = manifest.patient_key[rows]
     return [
         _grouping(name, edges, columns[name].take(rows).to_pylist(), patients, rows, manifest.path)

@@ -21,9 +21,8 @@ from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
 from mlip.dataloading.images.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.dataloading.manifest import Manifest
+from mlip.dataloading.manifest import Manifest, ManifestError, read_more
 from mlip.dataloading.phantom.dataset import read_truth
-from mlip.dataloading.tables.table import ManifestError, read_table
 from mlip.settings.config import Config
 from mlip.transfer.array import Array
 from mlip.transfer.truth.box_file import DrawnBox, box_file, read_box_file
@@ -65,14 +64,12 @@ class Annotations:
         self._columns: dict[str, pa.ChunkedArray] = {}
         if wanted:
             try:
-                self._columns, found = read_table(Path(manifest.path), wanted)
+                self._columns = read_more(manifest, wanted)
             except ManifestError as error:
                 # the reader speaks of data.columns
                 raise ManifestError(
                     str(error).replace("data.columns", "transfer.columns")
                 ) from None
-            if found.hexdigest() != manifest.fingerprint:
-                raise ManifestError(f"{manifest.path}: changed while it was read; start again")
         check_labels(config, manifest)
         for name in ("uncertain", "negative"):
             _check_names(self._columns.get(name), f"transfer.columns.{name}", manifest.path)
