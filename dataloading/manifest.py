@@ -113,8 +113,12 @@ class Manifest:
         """Finding names of a row, from the labels column ("|" between them)."""
         if self.label_column is None:
             return ()
-        value = self.label_column[row].as_py() or ""
-        return tuple(part.strip() for part in value.split("|") if part.strip())
+        return tuple(finding_names(self.label_column[row].as_py()))
+
+
+def finding_names(cell: str | None) -> list[str]:
+    """The names in a cell of a column of labels."""
+    return [part.strip() for part in (cell or "").split("|") if part.strip()]
 
 
 def read_more(

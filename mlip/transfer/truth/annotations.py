@@ -21,7 +21,7 @@ from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
 from mlip.dataloading.images.image_file import MAX_SIDE_PX, read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.dataloading.manifest import Manifest, ManifestError, read_more
+from mlip.dataloading.manifest import Manifest, ManifestError, finding_names, read_more
 from mlip.dataloading.phantom.dataset import read_truth
 from mlip.settings.config import Config
 from mlip.transfer.array import Array
@@ -109,8 +109,8 @@ class Annotations:
         for i, row in enumerate(np.asarray(rows).tolist()):
             said = (
                 (POSITIVE, self.manifest.labels(row)),
-                (UNCERTAIN, _split(self._text("uncertain", row))),
-                (NEGATIVE, _split(self._text("negative", row))),
+                (UNCERTAIN, finding_names(self._text("uncertain", row))),
+                (NEGATIVE, finding_names(self._text("negative", row))),
             )
             for state, names in said:
                 for name in names:
@@ -133,7 +133,7 @@ class Annotations:
             for column in columns
             if column is not None
             for value in column.unique().to_pylist()
-            for name in _split(value or "")
+            for name in finding_names(value)
         }
 
     def source_size(self, row: int) -> tuple[int, int] | None:
@@ -321,7 +321,7 @@ def shared_names(manifest: Manifest) -> list[str]:
         return []
     values = manifest.label_column.to_pylist()
     for value, patient in zip(values, manifest.patient_key.tolist(), strict=True):
-        for name in _split(value or ""):
+        for name in finding_names(value):
             carriers.setdefault(name, set()).add(patient)
     return sorted(name for name, patients in carriers.items() if len(patients) > 1)
 
@@ -350,7 +350,7 @@ def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> Non
             f"{path}: the column of {setting} holds lists in brackets, of which each would be one "
             f"name: expected {LABEL_FORM}"
         )
-    longest = max((len(name) for value in values for name in _split(value or "")), default=0)
+    longest = max((len(name) for value in values for name in finding_names(value)), default=0)
     if longest > MOST_NAME_CHARACTERS:
         raise ManifestError(
             f"{path}: the column of {setting} holds texts of up to {longest} characters: expected "
@@ -361,7 +361,3 @@ def _check_names(column: pa.ChunkedArray | None, setting: str, path: str) -> Non
 def _phrase(text: str | None = None) -> str:
     """Raises:  TypeError for what is no text."""
     return " ".join("".join(text or ()).split())
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split("|") if part.strip()]
