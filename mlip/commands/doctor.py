@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlip.system.packages import version_of
+
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 NAME = "mlip-medical"
 MIN_PYTHON = (3, 11)
@@ -69,13 +71,6 @@ class Check:
     detail: str
     remedy: str = ""
     is_needed: bool = False
-
-
-def version_of(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def ranges() -> dict[str, str]:

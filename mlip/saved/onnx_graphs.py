@@ -12,7 +12,6 @@ Knowledge is no part of the graphs: the local score and its heat maps are mlip.p
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import logging
 import os
 import warnings
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from mlip.model import MLIPModel
 from mlip.saved.weights import PretrainedError, plain_model
 from mlip.settings.config import Config, ConfigError
+from mlip.system.packages import version_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MOST_DIFFERENT = 1e-4  # of the largest number of an output; float32 gives 1e-6
@@ -93,13 +93,8 @@ def write_onnx(folder: Path, model: MLIPModel, config: Config) -> dict[str, Any]
 
 
 def _versions() -> dict[str, str]:
-    found, missing = {}, []
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(name)
-    if missing:
+    found = {name: version for name in PACKAGES if (version := version_of(name)) is not None}
+    if missing := [name for name in PACKAGES if name not in found]:
         raise ConfigError(
             f"ONNX files need {', '.join(missing)}, not installed here: pip install "
             "'.[onnx]' in the checkout, or export without --onnx"

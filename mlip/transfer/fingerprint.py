@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import torch
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.splits import SPLITS
 from mlip.settings.config import Config, ConfigError, Run, to_dict
+from mlip.system.packages import version_of
 from mlip.transfer.array import Array
 from mlip.transfer.draws import splits_hash
 
@@ -125,14 +125,6 @@ def fingerprints(
         "vocabulary": hash_of_vocabulary(tokenizer),
         "concept_table": table.fingerprint,
     }
-
-
-def version_of(distribution: str) -> str | None:
-    """Of an installed distribution; None where it is not."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str]:

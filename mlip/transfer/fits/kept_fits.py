@@ -27,8 +27,9 @@ from mlip.settings.config import Config, to_dict
 from mlip.settings.transfer import at_fraction
 from mlip.settings.typed_tree import flatten
 from mlip.system.output_file import only_writer, refusal
+from mlip.system.packages import version_of
 from mlip.transfer.array import Array
-from mlip.transfer.fingerprint import hash_of_source, version_of, versions
+from mlip.transfer.fingerprint import hash_of_source, versions
 from mlip.transfer.fits.fitting import Record
 from mlip.transfer.fits.kept_features import PATTERN as OF_FEATURES
 from mlip.transfer.fits.kept_features import KeptFeatures, depends_on
