@@ -44,7 +44,6 @@ setup(
         "pyahocorasick>=2.2",  # 2.1 loses matches: "is no longer seen" was a finding
         "scikit-learn>=1.5",
         "scipy>=1.13",
-        "matplotlib>=3.9",
         "jinja2>=3.1",
         "psutil>=6",
         "pycocotools>=2.0.8",
@@ -60,6 +59,7 @@ setup(
         "dev": [
             *("pytest>=8", "pytest-xdist>=3.6"),
             *("ruff>=0.9", "mypy>=1.13", "triton", "torchmetrics>=1.6"),
+            "matplotlib>=3.9",  # curves of benchmarks/step_report.py
             "accelerate>=1.1",  # what transformers.Trainer asks for
         ],
         "docs": ["sphinx>=9,<10", "myst-parser>=5,<6", "furo>=2025.12.19"],  # make site

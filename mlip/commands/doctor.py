@@ -37,7 +37,6 @@ PACKAGES = (
     ("scipy", "scipy", "manifests and evaluation", True),
     ("scikit-learn", "sklearn", "evaluation", True),
     ("pycocotools", "pycocotools", "detection scores", True),
-    ("matplotlib", "matplotlib", "curves of report.html", True),
     ("jinja2", "jinja2", "report.html", True),
     ("rich", "rich", "the log of a run", True),
     ("psutil", "psutil", "memory plans", True),

@@ -69,6 +69,16 @@ def test_every_package_that_an_installation_asks_for_is_looked_at() -> None:
     assert set(asked) <= {name for name, _, _, is_needed in doctor.PACKAGES if is_needed}
 
 
+def test_no_package_is_needed_that_nothing_imports() -> None:
+    """matplotlib was, long after the page's curves were drawn without it: 35 MB, and a machine
+    without it was called not ready."""
+    folders = ("mlip", "dataloading", "kernels")
+    texts = [p.read_text() for folder in folders for p in (ROOT / folder).rglob("*.py")]
+    for _, module, _, is_needed in doctor.PACKAGES:
+        taken = re.compile(rf"^\s*(import|from) {re.escape(module)}\b", re.MULTILINE)
+        assert not is_needed or any(map(taken.search, texts)), module
+
+
 def test_a_version_outside_the_range_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["transformers<6,>=5.17", 'deepspeed<0.20,>=0.19.8; extra == "gpu"', "torch>=2.11"]
     lines += ["PyYAML>=99", "numpy>=2.0"]
