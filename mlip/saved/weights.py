@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,24 +78,6 @@ class without_draws(TorchFunctionMode):
             with torch.no_grad():
                 return args[0].zero_()
         return func(*args, **given)
-
-
-def plain_model(model: MLIPModel, config: Config) -> MLIPModel:
-    """The model in float32 with torch's attention over padded texts: what other runtimes know.
-
-    config  the settings of `model`, its towers described by size (no source)
-    """
-    text = dataclasses.replace(config.model.text, packed=False, checkpointing=False)
-    vision = dataclasses.replace(config.model.vision, checkpointing=False)
-    towers = dataclasses.replace(config.model, attention="sdpa", text=text, vision=vision)
-    train = dataclasses.replace(config.train, precision="fp32", residual="fp32")
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return model_with(
-        dataclasses.replace(config, model=towers, train=train),
-        int(model.text.backbone.config.vocab_size),
-        state,
-        "the model",
-    )
 
 
 def _under_all_names(

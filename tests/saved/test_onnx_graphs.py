@@ -20,7 +20,7 @@ import yaml
 from mlip.cli import main
 from mlip.model import MLIPModel
 from mlip.pretrained import PretrainedError, from_pretrained, save_pretrained
-from mlip.saved import onnx_graphs
+from mlip.saved import onnx_graphs, other_runtimes
 from mlip.settings.config import ConfigError, load
 from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.films.own_inputs import model_input, read_image
@@ -136,7 +136,7 @@ def test_other_numbers_are_refused_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = small_run()
-    monkeypatch.setattr(onnx_graphs, "MOST_DIFFERENT", 0.0)
+    monkeypatch.setattr(other_runtimes, "MOST_DIFFERENT", 0.0)
     with pytest.raises(PretrainedError, match=r"image\.onnx: ONNX Runtime .* differs from torch"):
         save_pretrained(
             *(tmp_path / "m", run.model, run.config, run.tokenizer, run.table), onnx=True
@@ -174,7 +174,7 @@ def test_what_a_runtime_computes_otherwise_is_found_wherever_it_is(
     monkeypatch.setattr(onnx_graphs, "open_session", lambda path: Session())
     x = torch.tensor([[1.0, -1.0], [3.0, 2.0], [-4.0, 0.0]])
     graph = onnx_graphs._Graph("g", _Double(), ("x",), ("same", "twice"), (x,), (x,), ({},))
-    found = onnx_graphs._difference(graph, Path("g.onnx"))
+    found = onnx_graphs._largest_difference(graph, Path("g.onnx"))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -182,7 +182,7 @@ def test_numbers_that_are_not_finite_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnx_graphs, "_write", lambda graph, path: 18)
-    monkeypatch.setattr(onnx_graphs, "_difference", lambda graph, path: float("inf"))
+    monkeypatch.setattr(onnx_graphs, "_largest_difference", lambda graph, path: float("inf"))
     with pytest.raises(PretrainedError, match=r"image\.onnx: .* differs from torch by inf"):
         onnx_graphs.write_onnx(tmp_path, small_run().model, small_run().config)
 
