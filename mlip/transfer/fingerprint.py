@@ -83,6 +83,14 @@ def hash_of_shapes(model: torch.nn.Module) -> str:
     return hash_of([[name, *tensor.shape] for name, tensor in sorted(model.state_dict().items())])
 
 
+def made_with(opened: Any) -> dict[str, str]:
+    """What embeddings depend on of an open model: weights, and how pixels and words reach it."""
+    return {
+        "weights": hash_of_weights(opened.model),
+        "preprocessing": hash_of(preprocessing(opened.config)),
+    }
+
+
 def hash_of_source() -> str:
     """SHA-256 over this installation's own modules: no commit tells of changes in a checkout."""
     digest = hashlib.sha256()

@@ -28,7 +28,7 @@ from mlip.transfer.alignment.zero_shot_run import head_scores
 from mlip.transfer.array import Array
 from mlip.transfer.features import TextBank
 from mlip.transfer.films.own_inputs import encode_texts, require_features
-from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.fingerprint import made_with
 from mlip.transfer.trained_heads import is_local_trained, require_local
 
 ScoreHead = Literal["combined", "global", "local"]
@@ -104,8 +104,12 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
     expected = "expected results.json of `mlip evaluate` with zero-shot scores"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        made_with, found = results["fingerprints"], results["zero_shot"]
-        same = (made_with["weights"], made_with["preprocessing"], made_with["concept_table"])
+        prints, found = results["fingerprints"], results["zero_shot"]
+        made = {
+            "weights": prints["weights"],
+            "preprocessing": prints["preprocessing"],
+            "concepts": prints["concept_table"],
+        }
         wordings = found.get("wordings")
         at_thresholds = found.get("at_thresholds", {})
         chosen, why = at_thresholds.get("findings", {}), at_thresholds.get("reason", "none chosen")
@@ -121,15 +125,10 @@ def ask_as_evaluated(path: Path, opened: Any, head: ScoreHead) -> Question:
         raise QuestionError(
             f"{path}: holds no zero-shot scores, or thresholds that are no numbers: {expected}"
         )
-    own = (
-        hash_of_weights(opened.model),
-        hash_of(preprocessing(opened.config)),
-        opened.table.fingerprint,
-    )
-    names = ("weights", "preprocessing", "concepts")
-    if different := [n for n, a, b in zip(names, same, own, strict=True) if a != b]:
+    own = {**made_with(opened), "concepts": opened.table.fingerprint}
+    if others := [name for name in own if made[name] != own[name]]:
         raise QuestionError(
-            f"{path}: is of a model with other {' and '.join(different)}: its thresholds mean "
+            f"{path}: is of a model with other {' and '.join(others)}: its thresholds mean "
             "nothing for this one; evaluate this model and name its results.json"
         )
     prompts = _prompts(wordings, f"{path}", expected)

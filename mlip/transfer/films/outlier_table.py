@@ -14,10 +14,10 @@ from mlip.transfer.films.outliers import (
     fit_reference,
     is_reference,
     load_reference,
-    made_with,
     save_reference,
 )
 from mlip.transfer.films.row_table import unread, write_row_table
+from mlip.transfer.fingerprint import made_with
 
 LEVELS = (0.05, 0.01)
 _COLUMNS = ["p_value", "distance"]

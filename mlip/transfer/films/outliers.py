@@ -29,7 +29,7 @@ from mlip.dataloading.manifest import Manifest
 from mlip.system.output_file import whole_file
 from mlip.transfer.array import Array
 from mlip.transfer.films.row_images import RowImages
-from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.fingerprint import made_with
 
 MOST_REFERENCE = 10_000  # images; a covariance of 512 dimensions is known from far fewer
 FEWEST = 20  # images in each half: p <= 0.05 needs 19 to rank among
@@ -128,14 +128,6 @@ def _summary(patches: Tensor) -> Array:
             "the image features hold NaN or infinite values: the checkpoint is broken"
         )
     return np.asarray(features)
-
-
-def made_with(opened: Any) -> dict[str, str]:
-    """What a reference depends on of an open model: its weights, and how pixels reach it."""
-    return {
-        "weights": hash_of_weights(opened.model),
-        "preprocessing": hash_of(preprocessing(opened.config)),
-    }
 
 
 def save_reference(reference: Reference, path: Path) -> None:

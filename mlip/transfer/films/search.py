@@ -31,7 +31,7 @@ from mlip.transfer.films.classify import (
 )
 from mlip.transfer.films.own_inputs import encode_images, encode_texts, heat_maps
 from mlip.transfer.films.row_table import begins_as_formula
-from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.fingerprint import made_with
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,10 @@ class Query:
 
 def require_same_model(archive: Archive, opened: Any) -> None:
     """Raises:  ArchiveError where other weights, or another preparation, made the archive"""
-    own = (hash_of_weights(opened.model), hash_of(preprocessing(opened.config)))
-    made = (archive.weights, archive.preprocessing)
-    names = ("weights", "preprocessing")
-    if different := [n for n, a, b in zip(names, made, own, strict=True) if a != b]:
+    made = {"weights": archive.weights, "preprocessing": archive.preprocessing}
+    if others := [name for name, own in made_with(opened).items() if made[name] != own]:
         raise ArchiveError(
-            f"{archive.folder}: was made with other {' and '.join(different)} than this model's: "
+            f"{archive.folder}: was made with other {' and '.join(others)} than this model's: "
             "its numbers mean nothing to this model; embed again, or name the model that made it"
         )
 

@@ -23,6 +23,7 @@ from mlip.pretrained import open_checkpoint
 from mlip.transfer import features as shared_features
 from mlip.transfer.films import outlier_table, outliers, row_images
 from mlip.transfer.films.outliers import OutlierError, Reference, fit_reference, load_reference
+from mlip.transfer.fingerprint import made_with
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, pictures, write
 
@@ -152,7 +153,7 @@ def test_a_reference_of_another_model_or_no_reference_is_refused(tmp_path, monke
     monkeypatch.setattr(outliers, "FEWEST", 4)
     path = tmp_path / "reference.safetensors"
     opened = open_checkpoint(small_export())
-    known = fit_reference(features(drawn(40, 0)), np.arange(40), made_of=outliers.made_with(opened))
+    known = fit_reference(features(drawn(40, 0)), np.arange(40), made_of=made_with(opened))
     outliers.save_reference(known, path)
     again = load_reference(path, opened)
     np.testing.assert_array_equal(again.ranked, known.ranked)
