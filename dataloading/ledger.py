@@ -68,6 +68,11 @@ def unreadable(error: OSError, what: str = "") -> BadSample:
     return BadSample("io_error", f"{what}: {told}" if what else told)
 
 
+def listed(counts: Mapping[str, int]) -> str:
+    """Reasons or rules with how many rows each has, by name: "missing 3, truncated 1"."""
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
 def most_bad(share: float, rows: int) -> int:
     """How many of the rows are not more than the share, which is meant as it is written.
 

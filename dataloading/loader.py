@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mlip.batch import Batch
-from mlip.dataloading.ledger import Ledger
+from mlip.dataloading.ledger import Ledger, listed
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pair_ids import IntArray, connect
 from mlip.dataloading.pipelines.producer import Producer
@@ -269,10 +269,9 @@ def build_loader(
     if len(allowed) > len(chosen):
         excluded["not_chosen"] = len(allowed) - len(chosen)
     if len(chosen) == 0:
-        found = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
         raise ManifestError(
             f"{manifest.path}: split {split!r} has no usable rows of {len(manifest)} "
-            f"({found or 'none at all'})"
+            f"({listed(excluded) or 'none at all'})"
         )
     pairs = config.batch.global_pairs if global_pairs is None else global_pairs
     order: TrainingOrder | SequentialOrder

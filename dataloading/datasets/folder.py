@@ -24,6 +24,7 @@ from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.dicom.radiograph import SUFFIXES, DicomError, Identity, read_identity
 from mlip.dataloading.images.image_file import PNG_SIGNATURE, as_utf8
+from mlip.dataloading.ledger import listed
 from mlip.dataloading.name_forms import by_composed, composed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.view_position import FRONTAL, projection
@@ -150,10 +151,9 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         notes = table.account(Counter(rule for _, rule in unfit))
     excluded = Counter(rule for _, rule in left_out)
     if not rows:
-        told_out = ", ".join(f"{rule} {count}" for rule, count in sorted(excluded.items()))
         raise DatasetError(
             f"{root}: no DICOM, JPEG or PNG file below it that can be taken (left out: "
-            f"{told_out or 'nothing, it is empty'})"
+            f"{listed(excluded) or 'nothing, it is empty'})"
             + (": unpack the archives first" if excluded["archive"] else "")
             + ("; see --option keep" if any(excluded[rule] for rule in _RULES) else "")
         )

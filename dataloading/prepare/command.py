@@ -20,6 +20,7 @@ from pathlib import Path
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row, leads_out
 from mlip.dataloading.dicom.radiograph import DicomError, explain
+from mlip.dataloading.ledger import listed
 from mlip.dataloading.prepare.duplicates import prepared_duplicates
 from mlip.dataloading.prepare.options import (
     check_places,
@@ -162,8 +163,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     check_rows(collected.rows)
     _print_counts(collected)
     if not collected.rows:
-        left_out = ", ".join(f"{rule} {n}" for rule, n in sorted(collected.excluded.items()))
-        raise DatasetError(f"{root}: no image is left (left out: {left_out or 'none'})")
+        left_out = listed(collected.excluded) or "none"
+        raise DatasetError(f"{root}: no image is left (left out: {left_out})")
     with folder.held():
         try:
             plan = Plan(

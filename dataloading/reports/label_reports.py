@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlip.dataloading.ledger import listed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.reports.column import ONE_WORD_REPORT, RULES, ReportColumn
 from mlip.dataloading.shards import synced_file, write_table
@@ -154,8 +155,7 @@ def _labelled(
         progress(done, len(rules))
     left = Counter(RULES[rule] for rule in rules.tolist() if rule not in _READ)
     read = len(rules) - left.total()
-    told = ", ".join(f"{rule} {count}" for rule, count in sorted(left.items()))
-    without = f"; {left.total()} without one to read ({told}) have no label" if left else ""
+    without = f"; {left.total()} without one to read ({listed(left)}) have no label" if left else ""
     lines = [f"labels of {len(labels.names)} findings from {read} reports{without}"]
     width = max(map(len, labels.names))
     kept = "counted as absent" if blank_is_absent else "left unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlip.dataloading.ledger import listed
 from mlip.transfer.table import classes_text, seen_text, subgroup_lines
 from mlip.transfer.trained_heads import untrained_text
 
@@ -32,8 +33,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
     if data["rows_in_split"] > data["rows_asked"]:
         lines[0] += f", drawn from {data['rows_in_split']} rows (evaluate.max_studies)"
     if bad := data.get("unreadable"):
-        told = ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items()))
-        lines.append(f"left out, cannot be read: {told}")
+        lines.append(f"left out, cannot be read: {listed(bad)}")
     if told := seen_text(data.get("trained_on"), data["images"], data["patients"]):
         lines.append(told)
     if told := untrained_text(results["run"]):

@@ -25,7 +25,7 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
-from mlip.dataloading.ledger import BadSample, DataError, most_bad
+from mlip.dataloading.ledger import BadSample, DataError, listed, most_bad
 from mlip.dataloading.loader import Loader
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pipelines.samples import SampleReader
@@ -56,7 +56,7 @@ class Embedded:
 
     def __str__(self) -> str:
         return f"{self.rows} of {self.asked} rows" + (
-            f" ({_listed(self.missing)})" if self.missing else ""
+            f" ({listed(self.missing)})" if self.missing else ""
         )
 
 
@@ -150,11 +150,7 @@ def _left_out(manifest: Manifest, split: str) -> str:
     counts = manifest.excluded(split, with_report=False)
     by_rule = {rule: n for rule, n in counts.items() if rule in RULES and rule != "no_split"}
     hint = "; data.empty_report=image_only embeds them without a report"
-    return _listed(by_rule) + hint if by_rule else ""
-
-
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+    return listed(by_rule) + hint if by_rule else ""
 
 
 def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> None:
@@ -163,7 +159,7 @@ def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> Non
     if missing and (len(missing) > allowed or len(missing) == rows):
         raise DataError(
             f"{len(missing)} of {rows} rows have a bad image "
-            f"({_listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "
+            f"({listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "
             f"{allowed}: repair the files, check data.root, or raise it; finished parts are kept, "
             "run again to go on"
         )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mlip.dataloading.ledger import listed
 from mlip.system.output_file import whole_file
 
 # what a cell begins with that Excel and LibreOffice take for a formula, full-width forms too
@@ -55,7 +56,7 @@ def write_private_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence
 
 def told(bad: Mapping[int, str]) -> str:
     """Reasons of bad rows with their counts, "missing 3, truncated 1"."""
-    return ", ".join(f"{reason} {n}" for reason, n in sorted(Counter(bad.values()).items()))
+    return listed(Counter(bad.values()))
 
 
 def unread(bad: Mapping[int, str]) -> str:
