@@ -24,7 +24,6 @@ from mlip.transfer.measures.interval import (
     mean_estimate,
     mean_over,
     not_available,
-    patient_resamples,
 )
 from mlip.transfer.measures.operating_point import (
     BY_GROUP,
@@ -34,7 +33,7 @@ from mlip.transfer.measures.operating_point import (
     choose_threshold,
     rates,
 )
-from mlip.transfer.measures.subgroups import Measures, has_both
+from mlip.transfer.measures.subgroups import Measure, Measures, has_both
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,17 @@ def evaluate_zero_shot(
     scores: Mapping[str, Array],
     labels: Array,
     prompts: Sequence[Prompts],
-    patient_ids: Sequence[Any] | Array,
-    *,
-    bootstrap: int,
-    seed: int,
+    weights: Array,
 ) -> dict[str, Any]:
     """AUROC per finding and head, macro and worst, with patient-level intervals.
 
     Shapes:  scores {head: [images, findings]}; labels [images, findings], 1, 0, or -1 where the
-             row says nothing about the finding (left out of that finding)
+             row says nothing about the finding (left out of that finding); weights [R, images]
     Returns: {"findings": [{finding, name, positives, n, <head>: Estimate, ...}],
              "macro": {head: Estimate with "classes" of "classes_asked"},
              "worst": {head: Estimate with "finding"}}
              A finding without both classes is value None with the reason, and leaves the macro.
     """
-    weights = patient_resamples(patient_ids, bootstrap, seed)
     table: list[dict[str, Any]] = []
     kept: dict[str, list[Measured]] = {head: [] for head in scores}
     told = Progress("findings scored, with their intervals")
@@ -208,40 +203,43 @@ def at_thresholds(
     return {"findings": table, "macro": macro}
 
 
-def measured(
+def zero_shot_measures(
     scores: Mapping[str, Array],
     labels: Array,
     findings: Sequence[str],
     thresholds: Thresholds,
     weights: Array,
     patients: Array,
-    inside: Array,
-) -> Measures:
+) -> Measure:
     """What some of the images score, for subgroup_scores: AUROC of each head, and sensitivity and
     specificity at the thresholds that serve all images ("global_sensitivity").
 
-    Shapes:  as at_thresholds; patients [images]; inside [images] bool. thresholds may be empty
+    Shapes:  as at_thresholds; patients [images]. thresholds may be empty
     """
-    classes: dict[str, dict[str, Measured]] = {}
-    counts = {}
-    for f, finding in enumerate(findings):
-        rows = inside & (labels[:, f] >= 0)
-        truth, of = labels[rows, f] > 0, weights[:, rows]
-        counts[finding] = (len(truth), int(truth.sum()))
-        classes[finding] = found = {}
-        if not has_both(truth, patients[rows]):
-            continue
-        for head, values in scores.items():
-            area = measured_auroc(values[rows, f], truth, of)
-            assert area is not None
-            found[head] = area
-        for head, cuts in thresholds.items():
-            cut = cuts[f]
-            if cut is not None:
-                called = scores[head][rows, f] >= cut
-                for name, rate in rates(called, truth, of, BY_GROUP).items():
-                    found[f"{head}_{name}"] = rate
-    return Measures(classes, counts)
+
+    def measure(inside: Array) -> Measures:
+        classes: dict[str, dict[str, Measured]] = {}
+        counts = {}
+        for f, finding in enumerate(findings):
+            rows = inside & (labels[:, f] >= 0)
+            truth, of = labels[rows, f] > 0, weights[:, rows]
+            counts[finding] = (len(truth), int(truth.sum()))
+            classes[finding] = found = {}
+            if not has_both(truth, patients[rows]):
+                continue
+            for head, values in scores.items():
+                area = measured_auroc(values[rows, f], truth, of)
+                assert area is not None
+                found[head] = area
+            for head, cuts in thresholds.items():
+                cut = cuts[f]
+                if cut is not None:
+                    called = scores[head][rows, f] >= cut
+                    for name, rate in rates(called, truth, of, BY_GROUP).items():
+                        found[f"{head}_{name}"] = rate
+        return Measures(classes, counts)
+
+    return measure
 
 
 def exclusive_accuracy(

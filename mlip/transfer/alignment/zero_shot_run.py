@@ -27,8 +27,8 @@ from mlip.transfer.alignment.zero_shot import (
     evaluate_zero_shot,
     exclusive_accuracy,
     finding_scores,
-    measured,
     prompt_texts,
+    zero_shot_measures,
 )
 from mlip.transfer.array import Array
 from mlip.transfer.features import ImageBank, TextBank, device_of, global_scores, local_scores
@@ -79,10 +79,8 @@ def zero_shot_run(
     labels = labels_of(images.row_index)
     scores = scores_of(images.features)
     settings = config.evaluate
-    found = evaluate_zero_shot(
-        scores, labels, prompts, patients, bootstrap=settings.bootstrap, seed=config.run.seed
-    )
     weights = patient_resamples(patients, settings.bootstrap, config.run.seed)
+    found = evaluate_zero_shot(scores, labels, prompts, weights)
     thresholds: Thresholds = {}
     if settings.thresholds and settings.split != "val":
         on_val = _val_scores(opened, manifest, scores_of)
@@ -93,11 +91,8 @@ def zero_shot_run(
             told = at_thresholds(scores, labels, thresholds, weights)
             told["findings"] = dict(zip(findings, told["findings"], strict=True))
             found["at_thresholds"] = {"rule": settings.threshold_rule, **told}
-    found["subgroups"] = subgroup_scores(
-        groupings,
-        patients,
-        lambda inside: measured(scores, labels, findings, thresholds, weights, patients, inside),
-    )
+    measure = zero_shot_measures(scores, labels, findings, thresholds, weights, patients)
+    found["subgroups"] = subgroup_scores(groupings, patients, measure)
     if settings.exclusive:
         found["exclusive"] = exclusive_accuracy(scores, labels, weights)
     # results are passed on: what one patient alone has may be an identifier

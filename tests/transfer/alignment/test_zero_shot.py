@@ -13,6 +13,7 @@ from mlip.transfer.alignment.zero_shot import (
     finding_scores,
     prompt_texts,
 )
+from mlip.transfer.measures.interval import patient_resamples
 
 TWO = [
     Prompts("a", "Finding A", ("a is seen", "there is a"), ("no a",)),
@@ -49,7 +50,10 @@ def test_naming_a_finding_is_not_enough() -> None:
     named = np.array([[0.9, 0.9], [0.1, 0.1], [0.8, 0.8], [0.3, 0.3]])
     prompts = [Prompts("a", "A", ("a",), ("no a",))]
     found = evaluate_zero_shot(
-        {"global": finding_scores(named, prompts)}, labels, prompts, range(4), bootstrap=20, seed=0
+        {"global": finding_scores(named, prompts)},
+        labels,
+        prompts,
+        patient_resamples(range(4), 20, 0),
     )
     assert found["macro"]["global"]["value"] == 0.5
 
@@ -65,7 +69,9 @@ def test_scores_are_scikit_learns_and_unlabelled_rows_and_absent_findings_leave(
     labels[:10, 0] = -1  # not said
     labels[:, 2] = 0  # never present
     prompts = [Prompts(n, n.upper(), (n,), (f"no {n}",)) for n in "abc"]
-    found = evaluate_zero_shot({"local": scores}, labels, prompts, range(60), bootstrap=100, seed=0)
+    found = evaluate_zero_shot(
+        {"local": scores}, labels, prompts, patient_resamples(range(60), 100, 0)
+    )
     a, b, c = found["findings"]
     assert a["n"] == 50 and b["n"] == 60
     expected = [
@@ -82,7 +88,7 @@ def test_scores_are_scikit_learns_and_unlabelled_rows_and_absent_findings_leave(
 
 def test_without_any_scorable_finding_there_is_no_mean() -> None:
     found = evaluate_zero_shot(
-        {"global": np.zeros((3, 2))}, np.zeros((3, 2)), TWO, range(3), bootstrap=5, seed=0
+        {"global": np.zeros((3, 2))}, np.zeros((3, 2)), TWO, patient_resamples(range(3), 5, 0)
     )
     assert found["macro"]["global"]["value"] is None
     assert found["worst"]["global"]["finding"] is None
@@ -97,9 +103,7 @@ def test_a_rare_finding_does_not_cost_the_mean_its_interval() -> None:
         {"global": generator.standard_normal((40, 2))},
         labels,
         [Prompts(n, n, (n,), (f"no {n}",)) for n in "ab"],
-        range(40),
-        bootstrap=200,
-        seed=0,
+        patient_resamples(range(40), 200, 0),
     )
     macro = found["macro"]["global"]
     assert (macro["classes"], macro["classes_asked"]) == (2, 2)

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from mlip.dataloading.manifest import Manifest, ManifestError, load_manifest
 from mlip.settings.config import ConfigError, load
-from mlip.transfer.alignment.zero_shot import measured
+from mlip.transfer.alignment.zero_shot import zero_shot_measures
 from mlip.transfer.fits import protocol
 from mlip.transfer.measures import subgroups
 from mlip.transfer.measures.interval import Measured, patient_resamples
@@ -171,11 +171,8 @@ def _scored(tmp_path: Path, gap: float) -> tuple[list[dict[str, Any]], np.ndarra
     patients = manifest.patient_key
     weights = patient_resamples(patients, 200, 0)
     cuts = {"global": [1.0, None]}
-    found = subgroup_scores(
-        read_groupings(config, manifest, rows),
-        patients,
-        lambda inside: measured(scores, labels, "ab", cuts, weights, patients, inside),
-    )
+    measure = zero_shot_measures(scores, labels, "ab", cuts, weights, patients)
+    found = subgroup_scores(read_groupings(config, manifest, rows), patients, measure)
     return found, scores["global"], labels
 
 
@@ -261,10 +258,10 @@ def test_few_patients_of_a_finding_give_no_score_however_many_rows_they_have(sid
     patients = np.arange(44).clip(4)  # the first five rows are of one
     everybody = np.ones(44, bool)
     given = (scores, labels, ["a"], {}, np.ones((3, 44)))
-    found = measured(*given, patients, everybody)
+    found = zero_shot_measures(*given, patients)(everybody)
     assert found.classes["a"] == {} and found.counts["a"] == (44, int(labels.sum()))
     patients[0] = 0
-    assert measured(*given, patients, everybody).classes["a"]["global"][2] == 44
+    assert zero_shot_measures(*given, patients)(everybody).classes["a"]["global"][2] == 44
 
 
 def test_a_difference_from_few_patients_is_not_told(tmp_path: Path) -> None:
