@@ -66,6 +66,13 @@ def balance(rows: Array, positive: Array, seed: int) -> Array:
     return np.sort(np.concatenate([rows[positive], others[chosen]]))
 
 
+def some_of(rows: Array, most: int, seed: int) -> Array:
+    """All of the rows, or `most` of them drawn at random; ascending where they are."""
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, size=most, replace=False))
+
+
 def divide(
     manifest: Manifest,
     val_share: float,

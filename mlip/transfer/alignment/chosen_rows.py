@@ -7,6 +7,7 @@ import numpy as np
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.settings.config import Config
 from mlip.transfer.array import Array
+from mlip.transfer.draws import some_of
 from mlip.transfer.truth.annotations import Annotations
 
 
@@ -15,7 +16,7 @@ def choose_rows(config: Config, manifest: Manifest) -> Array:
 
     Raises:  as rows_in_split
     """
-    return some_of(rows_in_split(config, manifest), config)
+    return some_of(rows_in_split(config, manifest), config.evaluate.max_studies, config.run.seed)
 
 
 def rows_in_split(config: Config, manifest: Manifest) -> Array:
@@ -49,12 +50,3 @@ def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
     annotations = Annotations(config, manifest)
     kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
     return rows[np.array(kept, dtype=bool)]
-
-
-def some_of(rows: Array, config: Config) -> Array:
-    """All of the rows, or a keyed random evaluate.max_studies of them."""
-    most = config.evaluate.max_studies
-    if len(rows) <= most:
-        return rows
-    generator = np.random.default_rng(config.run.seed)
-    return np.sort(generator.choice(rows, size=most, replace=False))

@@ -17,7 +17,7 @@ import numpy as np
 from mlip.dataloading.manifest import Manifest
 from mlip.precision import precision_on
 from mlip.settings.config import Config, to_dict
-from mlip.transfer.alignment.chosen_rows import rows_in_split, some_of
+from mlip.transfer.alignment.chosen_rows import rows_in_split
 from mlip.transfer.alignment.encoded_split import encode_split
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.alignment.grounding import POINTING, evaluate_grounding
@@ -30,6 +30,7 @@ from mlip.transfer.alignment.retrieval_run import retrieval_run
 from mlip.transfer.alignment.statistics import knowledge_statistics, pair_statistics
 from mlip.transfer.alignment.zero_shot_run import zero_shot_run
 from mlip.transfer.array import Array
+from mlip.transfer.draws import some_of
 from mlip.transfer.features import device_of
 from mlip.transfer.fingerprint import fingerprints, run_name, source_commit, versions
 from mlip.transfer.measures.mark_subgroups import mark_subgroups
@@ -91,7 +92,7 @@ def _evaluate(opened: Any, manifest: Manifest, training: Training) -> tuple[Arra
     config, model, table = opened.config, opened.model, opened.table
     check_labels(config, manifest)
     in_split = rows_in_split(config, manifest)
-    rows = some_of(in_split, config)
+    rows = some_of(in_split, config.evaluate.max_studies, config.run.seed)
     read_groupings(config, manifest, rows)  # refused before the images are encoded
     seen = find_seen(config, manifest, [training])
     # as well, where a file tells of boxes outside their images

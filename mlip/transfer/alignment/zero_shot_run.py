@@ -15,7 +15,6 @@ from torch import Tensor
 from mlip.batch import ImageFeatures
 from mlip.dataloading.manifest import Manifest
 from mlip.dataloading.progress import Progress
-from mlip.transfer.alignment.chosen_rows import some_of
 from mlip.transfer.alignment.label_prompts import lexicon_prompts, phantom_prompts
 from mlip.transfer.alignment.prompts import encode_asked
 from mlip.transfer.alignment.zero_shot import (
@@ -31,6 +30,7 @@ from mlip.transfer.alignment.zero_shot import (
     zero_shot_measures,
 )
 from mlip.transfer.array import Array
+from mlip.transfer.draws import some_of
 from mlip.transfer.features import ImageBank, TextBank, device_of, global_scores, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.measures.interval import patient_resamples
@@ -131,7 +131,8 @@ def _val_scores(
 ) -> tuple[Array, dict[str, Array]] | str:
     """(rows of val whose image can be read, their scores), or why there are none."""
     model, config = opened.model, opened.config
-    rows = some_of(manifest.rows("val", with_report=False), config)
+    every = manifest.rows("val", with_report=False)
+    rows = some_of(every, config.evaluate.max_studies, config.run.seed)
     if len(rows) == 0:
         return "the manifest has no val rows to choose thresholds on"
     images = Images(config, manifest, None)

@@ -12,6 +12,7 @@ from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.splits import SPLITS
 from mlip.transfer.array import Array
+from mlip.transfer.draws import some_of
 from mlip.transfer.features import ImageBank, encoded_images, row_loader
 from mlip.transfer.films.row_table import told
 
@@ -58,9 +59,8 @@ class RowImages:
                 f"{manifest.path}: split {self._asked!r} has none of its {len(manifest)} rows: "
                 "choose another --split"
             )
-        if most is not None and len(rows) > most:
-            drawn = np.random.default_rng(opened.config.run.seed).choice(rows, most, replace=False)
-            rows = np.sort(drawn)
+        if most is not None:
+            rows = some_of(rows, most, opened.config.run.seed)
         self._rows = len(rows)
         self._loader = row_loader(opened, manifest, split, rows)
         self.bad: dict[int, str] = {}
