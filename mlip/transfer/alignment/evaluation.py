@@ -147,8 +147,8 @@ def _evaluate(opened: Any, manifest: Manifest, training: Training) -> tuple[Arra
         ),
         "knowledge": knowledge_statistics(
             *(split.mentions, len(with_text), table, opened.linker),
-            texts=(manifest.text(int(row)) for row in images.row_index[with_text]),
-            most=config.data.max_entities,
+            (manifest.text(int(row)) for row in images.row_index[with_text]),
+            config.data.max_entities,
         ),
         "prototypes": prototype_statistics(
             opened.prototypes,

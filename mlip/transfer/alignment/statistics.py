@@ -24,14 +24,13 @@ def knowledge_statistics(
     reports: int,
     table: Any,
     linker: Any,
-    texts: Iterable[str] = (),
-    *,
-    most: int = 0,
+    texts: Iterable[str],
+    most: int,
 ) -> dict[str, Any]:
     """Mentions [n, 3] (concept row, state, report) as counts, names and one sentence.
 
     texts    the reports, to count those whose words the lexicon hardly knows
-    most     data.max_entities, to count the reports that may have had more; 0 = not counted
+    most     data.max_entities, to count the reports that may have had more
     A concept whose name is licensed is called by its id: the page may travel.
     """
     counts = np.zeros((len(table), 3), dtype=np.int64)
@@ -51,6 +50,9 @@ def knowledge_statistics(
         for row in order.tolist()
         if counts[row].any()
     ]
+    full = int((np.unique(mentions[:, 2], return_counts=True)[1] >= most).sum())
+    known = [linker.known_words(text) for text in texts]
+    few = sum(hits < FEW_KNOWN_WORDS * words for hits, words in known if words)
     used = int((counts.sum(axis=1) > 0).sum())
     per_report = total.sum() / reports if reports else 0.0
     facts = [
@@ -59,15 +61,10 @@ def knowledge_statistics(
         ("mentions absent", f"{int(total[ABSENT]):,}"),
         ("mentions uncertain", f"{int(total[UNCERTAIN]):,}"),
         ("reports without a mention", f"{reports - len(np.unique(mentions[:, 2])):,}"),
+        ("reports of few known words", f"{few:,}"),
+        (f"reports that fill data.max_entities ({most})", f"{full:,}"),
         ("categories", f"{len(table.categories)}"),
     ]
-    if most > 0:
-        full = int((np.unique(mentions[:, 2], return_counts=True)[1] >= most).sum())
-        facts.insert(5, (f"reports that fill data.max_entities ({most})", f"{full:,}"))
-    if linker is not None:
-        known = [linker.known_words(text) for text in texts]
-        few = sum(hits < FEW_KNOWN_WORDS * words for hits, words in known if words)
-        facts.insert(5, ("reports of few known words", f"{few:,}"))
     return {
         "sentence": f"{len(table):,} concepts in the table; {used:,} of them are mentioned in the "
         f"{reports:,} evaluated reports, {per_report:.1f} mentions a report. A finding that is "

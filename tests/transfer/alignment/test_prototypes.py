@@ -77,18 +77,17 @@ def test_reports_without_a_present_finding_and_unusable_rows_are_left_out() -> N
 def test_a_checkpoint_without_prototypes_says_so_on_the_page() -> None:
     found = prototype_statistics(None, {}, np.zeros((0, 3), int), TABLE, np.arange(0), seed=1)
     assert "no prototypes" in found["reason"]
-    knowledge = knowledge_statistics(np.zeros((0, 3), int), 0, TABLE, None)
+    knowledge = knowledge_statistics(np.zeros((0, 3), int), 0, TABLE, None, (), 2)
     page = knowledge_context({"knowledge": knowledge, "prototypes": found})
     assert page is not None and "no prototypes" in page["prototype_sentence"]
 
 
 def test_a_licensed_name_stays_out_of_the_results_and_silent_reports_are_counted() -> None:
     mentions = np.array([(4, PRESENT, 0), (0, ABSENT, 0)])
-    found = knowledge_statistics(mentions, 3, TABLE, None)
+    found = knowledge_statistics(mentions, 3, TABLE, None, (), 2)
     assert [entry["name"] for entry in found["top"]] == ["fluid", "umls:c1"]
     assert ("reports without a mention", "2") in found["facts"]
-    limited = dict(knowledge_statistics(mentions, 3, TABLE, None, most=2)["facts"])
-    assert limited["reports that fill data.max_entities (2)"] == "1"
+    assert dict(found["facts"])["reports that fill data.max_entities (2)"] == "1"
 
 
 def test_pairs_that_are_no_negatives_are_counted_by_hand() -> None:
@@ -119,7 +118,7 @@ def test_pairs_that_are_no_negatives_are_counted_by_hand() -> None:
 def test_a_report_in_another_language_is_counted() -> None:
     linker = small_run().linker
     texts = ["No pleural effusion.", "Kein Pleuraerguss, Herz nicht vergroessert.", ""]
-    found = knowledge_statistics(np.zeros((0, 3), int), 3, small_run().table, linker, texts)
+    found = knowledge_statistics(np.zeros((0, 3), int), 3, small_run().table, linker, texts, 8)
     assert ("reports of few known words", "1") in found["facts"]
 
 
