@@ -119,29 +119,26 @@ class Detection(FramedTask):
                 levels, boxes, labels = self._inputs(encoder, rows, drawn, seed)
                 yield loss_of(predicted(levels), boxes, labels)
 
-        def outputs(rows: Array) -> Iterator[tuple[int, list[Tensor], list[Tensor], list[Tensor]]]:
+        def outputs(rows: Array) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
             for part in batches(rows, transfer.batch):
                 with torch.no_grad():
                     levels, boxes, labels = self._inputs(encoder, part, None, seed)
                     raw = predicted(levels)
-                yield len(part), raw, boxes, labels
+                yield raw, boxes, labels
+
+        def decoded(raw: list[Tensor]) -> list[Found]:
+            parts = decode(raw, head, score_cut=transfer.score_cut, nms_iou=transfer.nms_iou)
+            return [Found(*part) for part in parts]
 
         def predict(rows: Array) -> list[Found]:
-            return [
-                Found(*parts)
-                for _, raw, _, _ in outputs(rows)
-                for parts in decode(
-                    raw, head, score_cut=transfer.score_cut, nms_iou=transfer.nms_iou
-                )
-            ]
+            return [found for raw, _, _ in outputs(rows) for found in decoded(raw)]
 
         def validate() -> tuple[float, float | None]:
             total, found = 0.0, []
-            for count, raw, boxes, labels in outputs(val):
-                total += float(loss_of(raw, boxes, labels)) * count
+            for raw, boxes, labels in outputs(val):
+                total += float(loss_of(raw, boxes, labels)) * len(boxes)
                 if transfer.monitor == "score":
-                    cut = {"score_cut": transfer.score_cut, "nms_iou": transfer.nms_iou}
-                    found += [Found(*parts) for parts in decode(raw, head, **cut)]
+                    found += decoded(raw)
             score = self._val_score(val, found) if transfer.monitor == "score" else None
             return total / len(val), score
 
