@@ -50,7 +50,7 @@ from mlip.saved.transformers_inputs import (
 )
 from mlip.saved.weights import model_with
 from mlip.transfer.alignment.prompts import TextBatch
-from mlip.transfer.features import TextBank, encode_texts
+from mlip.transfer.features import TextBank, encode_text_batch
 from mlip.transfer.films.own_inputs import encode_pixels
 from mlip.transfer.fingerprint import hash_of_weights
 
@@ -212,7 +212,7 @@ class MLIPForTransformers(PreTrainedModel):
         self, pixel_values: Tensor, texts: Mapping[str, Tensor]
     ) -> tuple[ImageFeatures, TextBank]:
         images = encode_pixels(self.opened, pixel_values)
-        return images, encode_texts(self.mlip, self._text_batch(True, **texts))
+        return images, encode_text_batch(self.mlip, self._text_batch(True, **texts))
 
     def _encode_image(self, pixel_values: Tensor) -> ImageFeatures:
         return self.mlip.encode_image(pixel_values.to(self.device, self.dtype))

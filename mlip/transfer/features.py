@@ -84,7 +84,14 @@ def device_of(model: Any) -> torch.device:
 
 
 @torch.no_grad()
-def encode_texts(model: Any, batch: Batch | Any) -> TextBank:
+def image_features(model: Any, pixels: Tensor) -> ImageFeatures:
+    """Of model inputs [N, C, H, W], on the CPU in float32."""
+    found = model.encode_image(pixels.to(device_of(model)))
+    return ImageFeatures(found.embedding.float().cpu(), found.patches.float().cpu(), found.grid)
+
+
+@torch.no_grad()
+def encode_text_batch(model: Any, batch: Batch | Any) -> TextBank:
     """A TextBank on the CPU from anything with a Batch's text fields."""
     device = device_of(model)
     ids, mask = batch.token_ids.to(device), batch.token_mask.to(device)
@@ -96,18 +103,12 @@ def encode_texts(model: Any, batch: Batch | Any) -> TextBank:
     return TextBank(_each(text, _on_host), content.cpu(), _each(knowledge, _on_host))
 
 
-@torch.no_grad()
-def encode_images(model: Any, batch: Batch, data: Data) -> ImageBank:
+def _encode_images(model: Any, batch: Batch, data: Data) -> ImageBank:
     """An ImageBank on the CPU; its pictures get back what the loader took out."""
-    image = model.encode_image(batch.image.to(device_of(model)))
     # channels repeat one grey image, so the first is the picture
     grey = (batch.image[:, 0].float().cpu() * data.std + data.mean).clamp(0.0, 1.0)
     return ImageBank(
-        features=ImageFeatures(
-            embedding=image.embedding.float().cpu(),
-            patches=image.patches.float().cpu(),
-            grid=image.grid,
-        ),
+        features=image_features(model, batch.image),
         row_index=batch.row_index.cpu().numpy(),
         pixels=(grey * 255.0).round().to(torch.uint8).numpy(),
     )
@@ -138,7 +139,7 @@ def encoded(model: Any, loader: Loader, data: Data) -> Iterator[tuple[Batch, Ima
     try:
         for batch in loader:
             if len(batch):
-                yield batch, encode_images(model, batch, data), encode_texts(model, batch)
+                yield batch, _encode_images(model, batch, data), encode_text_batch(model, batch)
     finally:
         loader.close()
 
@@ -148,7 +149,7 @@ def encoded_images(model: Any, loader: Loader, data: Data) -> Iterator[ImageBank
     try:
         for batch in loader:
             if len(batch):
-                yield encode_images(model, batch, data)
+                yield _encode_images(model, batch, data)
     finally:
         loader.close()
 

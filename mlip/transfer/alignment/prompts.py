@@ -13,7 +13,7 @@ from torch import Tensor
 from mlip.dataloading.reports.batch import compose_batch
 from mlip.dataloading.reports.encoder import ReportEncoder
 from mlip.settings.config import Config
-from mlip.transfer.features import TextBank, encode_texts, join_texts
+from mlip.transfer.features import TextBank, encode_text_batch, join_texts
 
 logger = logging.getLogger("mlip")
 TEXTS_AT_ONCE = 256
@@ -131,7 +131,7 @@ def encode_prompts(
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk, before = texts[start : start + TEXTS_AT_ONCE], first + start
         batch = make_worded_batch(chunk, encoder, cut=cut, first=before)
-        parts.append(encode_texts(opened.model, batch))
+        parts.append(encode_text_batch(opened.model, batch))
     return join_texts(parts)
 
 

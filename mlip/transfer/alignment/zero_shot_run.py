@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mlip.batch import ImageFeatures
@@ -31,7 +30,7 @@ from mlip.transfer.alignment.zero_shot import (
 )
 from mlip.transfer.array import Array
 from mlip.transfer.draws import some_of
-from mlip.transfer.features import ImageBank, TextBank, device_of, global_scores, local_scores
+from mlip.transfer.features import ImageBank, TextBank, global_scores, image_features, local_scores
 from mlip.transfer.frames import Crops, Images
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_findings
@@ -125,12 +124,11 @@ def scores_by_head(
     return {"global": by_global, "local": by_local, "combined": both}
 
 
-@torch.no_grad()
 def _val_scores(
     opened: Any, manifest: Manifest, scores_of: Callable[[ImageFeatures], dict[str, Array]]
 ) -> tuple[Array, dict[str, Array]] | str:
     """(rows of val whose image can be read, their scores), or why there are none."""
-    model, config = opened.model, opened.config
+    config = opened.config
     every = manifest.rows("val", with_report=False)
     rows = some_of(every, config.evaluate.max_studies, config.run.seed)
     if len(rows) == 0:
@@ -146,9 +144,7 @@ def _val_scores(
         for at in range(0, len(rows), IMAGES_AT_ONCE):
             told(at, len(rows))
             batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
-            features = model.encode_image(batch.to(device_of(model)))
-            embedding, patches = features.embedding.float().cpu(), features.patches.float().cpu()
-            parts.append(scores_of(ImageFeatures(embedding, patches, features.grid)))
+            parts.append(scores_of(image_features(opened.model, batch)))
     finally:
         images.close()
     return rows, {head: np.concatenate([part[head] for part in parts]) for head in parts[0]}

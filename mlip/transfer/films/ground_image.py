@@ -24,7 +24,7 @@ from mlip.system.output_file import whole_file
 from mlip.transfer.alignment.patch_maps import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.array import Array
-from mlip.transfer.features import encode_texts
+from mlip.transfer.features import encode_text_batch
 from mlip.transfer.films import own_inputs
 from mlip.transfer.fingerprint import hash_of_weights
 
@@ -159,7 +159,7 @@ def phrase_parts(opened: Any, phrase: str, patches: Tensor) -> tuple[Part, ...]:
     """
     encoder = phrase_encoder(opened.config, opened.tokenizer, opened.linker, opened.table)
     batch = make_text_batch([phrase], encoder)
-    rows = token_maps(opened.model, patches, encode_texts(opened.model, batch))
+    rows = token_maps(opened.model, patches, encode_text_batch(opened.model, batch))
     heat = rows[0].numpy()
     words: list[tuple[str, list[Array]]] = []
     for place in batch.content_mask[0].nonzero()[:, 0].tolist():

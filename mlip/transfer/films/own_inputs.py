@@ -30,7 +30,7 @@ from mlip.transfer.alignment.prompts import (
     warn_of_unknown_words,
 )
 from mlip.transfer.array import Array
-from mlip.transfer.features import TextBank, global_scores, local_scores
+from mlip.transfer.features import TextBank, global_scores, image_features, local_scores
 
 Head = Literal["global", "local"]
 IMAGES_AT_ONCE = 16
@@ -131,13 +131,12 @@ def encode_pixels(opened: Any, pixels: Tensor) -> ImageFeatures:
     if pixels.shape[1:] != (channels, side, side) or not pixels.is_floating_point():
         raise ValueError(f"{expected}gives them, got {list(pixels.shape)} {pixels.dtype}")
     # its device and its dtype, which a caller may have changed
-    found = opened.model.encode_image(pixels.to(next(opened.model.parameters())))
-    embedding, patches = found.embedding.float().cpu(), found.patches.float().cpu()
-    if not all(bool(torch.isfinite(x).all()) for x in (embedding, patches)):
+    found = image_features(opened.model, pixels.to(next(opened.model.parameters())))
+    if not all(bool(torch.isfinite(x).all()) for x in (found.embedding, found.patches)):
         if not torch.isfinite(pixels).all():
             raise ValueError(f"{expected}gives them, got NaN or infinite values")
         raise ValueError("the image features hold NaN or infinite values: the checkpoint is broken")
-    return ImageFeatures(embedding=embedding, patches=patches, grid=found.grid)
+    return found
 
 
 def _require_eval(model: Any) -> None:
