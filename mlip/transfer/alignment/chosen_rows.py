@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.settings.config import Config
 from mlip.transfer.array import Array
@@ -25,12 +23,12 @@ def rows_in_split(config: Config, manifest: Manifest) -> Array:
     Raises:  ManifestError or ValueError where there are none, or nothing tells of subsets
     """
     rows = manifest.rows(config.evaluate.split, with_report=False)
-    if config.evaluate.subset is not None:
-        whole, rows = len(rows), _of_subset(config, manifest, rows)
+    if (subset := config.evaluate.subset) is not None:
+        whole, rows = len(rows), _of_subset(config, manifest, rows, subset)
         if whole > 0 and len(rows) == 0:
             raise ManifestError(
                 f"{manifest.path}: none of the {whole} rows of split {config.evaluate.split!r} "
-                f"(evaluate.split) is of evaluate.subset={config.evaluate.subset!r} in column "
+                f"(evaluate.split) is of evaluate.subset={subset!r} in column "
                 f"{config.transfer.columns.subset!r}; choose another subset or split"
             )
     if len(rows) == 0:
@@ -41,12 +39,10 @@ def rows_in_split(config: Config, manifest: Manifest) -> Array:
     return rows
 
 
-def _of_subset(config: Config, manifest: Manifest, rows: Array) -> Array:
+def _of_subset(config: Config, manifest: Manifest, rows: Array, subset: str) -> Array:
     if config.transfer.columns.subset is None:
         raise ValueError(
-            f"evaluate.subset={config.evaluate.subset!r}: set transfer.columns.subset to the "
+            f"evaluate.subset={subset!r}: set transfer.columns.subset to the "
             "manifest's column of subsets"
         )
-    annotations = Annotations(config, manifest)
-    kept = [annotations.subset(row) == config.evaluate.subset for row in rows.tolist()]
-    return rows[np.array(kept, dtype=bool)]
+    return Annotations(config, manifest).in_subset(rows, subset)

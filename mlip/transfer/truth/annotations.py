@@ -78,8 +78,10 @@ class Annotations:
         column = self._columns.get(name)
         return (column[row].as_py() or "").strip() if column is not None else ""
 
-    def subset(self, row: int) -> str:
-        return self._text("subset", row)
+    def in_subset(self, rows: Array, name: str) -> Array:
+        """The rows of this subset."""
+        kept = [self._text("subset", row) == name for row in rows.tolist()]
+        return rows[np.array(kept, dtype=bool)]
 
     def of_subset(self, rows: Array, split: str) -> Array:
         """The rows of transfer.subset, in the splits that it cuts down; else all of them."""
@@ -91,7 +93,7 @@ class Annotations:
                 f"transfer.subset={wanted!r}: set transfer.columns.subset to the manifest's column "
                 "of subsets"
             )
-        return rows[np.array([self.subset(r) == wanted for r in rows.tolist()], dtype=bool)]
+        return self.in_subset(rows, wanted)
 
     def states(self, rows: Array, classes: Sequence[str]) -> Array:
         """[rows, classes] int8: POSITIVE, NEGATIVE, UNCERTAIN or UNSAID.
