@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from markupsafe import Markup
@@ -41,17 +42,9 @@ SENTENCE_WITHOUT_SIDE = "By a sentence (\u201cthere is pneumonia\u201d)"
 
 
 def _mark(head: str, estimate: Mapping[str, Any] | None) -> Mark:
-    base = HEAD_MARKS[head]
-    if not estimate or estimate.get("value") is None:
-        return base
-    return Mark(
-        estimate["value"],
-        estimate.get("low"),
-        estimate.get("high"),
-        base.colour,
-        base.shape,
-        base.label,
-    )
+    told = estimate or {}
+    value, low, high = (told.get(key) for key in ("value", "low", "high"))
+    return replace(HEAD_MARKS[head], value=value, low=low, high=high)
 
 
 def _with_range(estimate: Mapping[str, Any]) -> str:
