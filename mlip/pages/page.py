@@ -10,7 +10,6 @@ import jinja2
 from markupsafe import Markup
 
 from mlip.system.output_file import whole_file
-from mlip.transfer.results_file import PAGE
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -31,10 +30,9 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
     return _ENVIRONMENT.get_template(template).render(context, css=css)
 
 
-def write_page(folder: Path, page: str) -> Path:
-    """The page as folder/report.html, for its owner alone: it may show films; its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PAGE
+def write_page(path: Path, page: str) -> Path:
+    """The page as a file, for its owner alone: it may show films; its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path, is_private=True) as partial:
         partial.write_text(page, encoding="utf-8")
     return path

@@ -27,6 +27,7 @@ from mlip.pages.tables import (
 )
 from mlip.pages.training import held_out_charts, read_log, training_charts
 from mlip.settings import config as configuration
+from mlip.transfer.results_file import PAGE
 from mlip.transfer.table import seen_text
 from mlip.transfer.trained_heads import untrained_text
 
@@ -65,7 +66,7 @@ def write_report(run_dir: str | Path, results: Mapping[str, Any]) -> Path:
             "results: expected what evaluate_run returns (with 'run' and 'config'), "
             f"got the keys {sorted(results)}"
         )
-    return write_page(Path(run_dir), render(Path(run_dir), results))
+    return write_page(Path(run_dir) / PAGE, render(Path(run_dir), results))
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mlip.pages.page import render_page
+from mlip.pages.page import render_page, write_page
 from mlip.pages.pictures import heat_uri, picture_uri
-from mlip.system.output_file import require_replaceable, whole_file
+from mlip.system.output_file import require_replaceable
 from mlip.transfer.films.archive import Hits
 from mlip.transfer.films.search import Query
 from mlip.transfer.films.search_table import Picture, number
@@ -48,10 +48,7 @@ def write_search_page(
         "with_heat": with_heat,
         "is_reranked": is_reranked,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, is_private=True) as partial:
-        partial.write_text(render_page("search.html", context), encoding="utf-8")
-    return path
+    return write_page(path, render_page("search.html", context))
 
 
 def _query(query: Query, hits: Hits, pictures: Sequence[Picture]) -> dict[str, Any]:

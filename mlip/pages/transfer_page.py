@@ -25,6 +25,7 @@ from mlip.pages.charts import (
 from mlip.pages.page import dotted, render_page, write_page
 from mlip.pages.pictures import decode_png, picture_uri
 from mlip.pages.subgroups import subgroup_context
+from mlip.transfer.results_file import PAGE
 from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text, seen_text
 
 SUBGROUP_SCORES = {
@@ -46,7 +47,7 @@ STARTS = {
 
 def write_transfer_page(folder: Path, results: Mapping[str, Any]) -> Path:
     """folder/report.html of what mlip.transfer.fits.protocol.transfer_run gave."""
-    return write_page(folder, render_transfer(results))
+    return write_page(folder / PAGE, render_transfer(results))
 
 
 def render_transfer(results: Mapping[str, Any]) -> str:

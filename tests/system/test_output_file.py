@@ -280,7 +280,7 @@ def test_what_is_private_is_so_from_the_first_byte_on_under_any_umask(tmp_path: 
 
 def test_a_page_is_for_its_owner_alone(tmp_path: Path) -> None:
     """It shows films, and where it is asked to what reports say."""
-    assert write_page(tmp_path, "<html>").stat().st_mode & 0o777 == 0o600
+    assert write_page(tmp_path / "page.html", "<html>").stat().st_mode & 0o777 == 0o600
 
 
 def _plant(kind: str, path: Path, precious: Path) -> None:
