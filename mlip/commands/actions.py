@@ -48,7 +48,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         return 0
     opened, config = open_with_settings(given, device)
     results = evaluate_run(opened, config, load_manifest(config.data))
-    saved = save_results(results, folder / "results.json")
+    saved = save_results(results, folder)
     page = write_report(folder, results)
     print(printed(summary_lines(results)))
     print(f"\n{saved}\n{page}")

@@ -44,7 +44,7 @@ def evaluate_transfer(given: Given, folder: Path, *, device: str) -> dict[str, A
             kept=kept,
             say=print,
         )
-        saved = save_results(results, folder / "results.json")  # before what is drawn from them
+        saved = save_results(results, folder)  # before what is drawn from them
         page = write_transfer_page(folder, results)
         kept.remove()
     print(printed(["", *table_lines(results), "", str(saved), str(page)]))

@@ -18,10 +18,13 @@ from typing import Any
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.merging import LICENSED_SOURCES, open_part
 from mlip.model import MLIPModel
+from mlip.saved.export_folder import SETTINGS
 from mlip.settings.config import Config
+from mlip.training.checkpoint import STATE
 from mlip.transfer.alignment.grounding import KINDS
 from mlip.transfer.alignment.retrieval import CUTS, DIRECTIONS
 from mlip.transfer.measures.interval import not_available
+from mlip.transfer.measures.predictions import RESULTS
 from mlip.transfer.measures.subgroups import FEWEST_PATIENTS, TOO_FEW
 from mlip.transfer.summary import HEADS
 
@@ -154,12 +157,12 @@ def results_beside(checkpoint: str | Path) -> Any:
     One that cannot be read costs the scores of the card, not the export, and is warned of.
     """
     folder = Path(checkpoint)
-    if (folder / "state.json").is_file():
+    if (folder / STATE).is_file():
         # the folder of checkpoints may be a link to another disk
         runs = (folder.absolute().parents[1], folder.resolve().parents[1])
-        places = [run / "results.json" for run in runs]
+        places = [run / RESULTS for run in runs]
     else:
-        places = [folder / "config.json"]
+        places = [folder / SETTINGS]
     for path in places:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +171,7 @@ def results_beside(checkpoint: str | Path) -> Any:
         except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s: cannot be read, the card goes without scores: %s", path, error)
             return None
-        return found if path.name == "results.json" else found.get("evaluation")
+        return found if path.name == RESULTS else found.get("evaluation")
     return None
 
 

@@ -87,7 +87,7 @@ def open_run(
 
 def _checkpoint_of(path: Path) -> tuple[Path, Path]:
     """(folder of the intact checkpoint, folder of its run)."""
-    if (path / "state.json").is_file():
+    if (path / saved.STATE).is_file():
         saved.require_intact(path)
         return path, path.resolve().parent.parent
     if not (path / CHECKPOINTS).is_dir():

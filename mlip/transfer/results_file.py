@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from mlip.system.output_file import file_sha256, whole_file
-from mlip.transfer.measures.predictions import FILE, FINGERPRINT, save_predictions
+from mlip.transfer.measures.predictions import FILE, FINGERPRINT, RESULTS, save_predictions
 
 PAGE = "report.html"
 _NO_JSON = ("examples", "pictures", "predictions")  # pictures are the page's
 
 
-def save_results(results: Mapping[str, Any], path: str | Path) -> Path:
-    """The results as JSON and predictions.parquet beside it, each written whole or not at all.
+def save_results(results: Mapping[str, Any], folder: Path) -> Path:
+    """results.json and predictions.parquet of the folder, each written whole or not at all.
 
     Neither is replaced before both are written: they stay of one evaluation on a full disk too. The
     results hold the SHA-256 of the predictions, so that a kill between the two is found out. The
     page of the results before goes with them: a kill leaves none, never that of other numbers.
+    Returns: the path of results.json
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, beside, page = (folder / name for name in (RESULTS, FILE, PAGE))
+    folder.mkdir(parents=True, exist_ok=True)
     plain = {key: value for key, value in results.items() if key not in _NO_JSON}
-    predictions, beside = results.get("predictions"), path.with_name(FILE)
-    page = path.with_name(PAGE)
+    predictions = results.get("predictions")
     with whole_file(path) as partial:
         if predictions is None:
             _write_json(_with_hash(plain, None), partial)

@@ -80,7 +80,7 @@ def _write_run(folder: Path, results: dict[str, Any] | None) -> Path:
     training = TrainingState(named, moments, buffers, optimizer_steps=7)
     checkpoint.save(folder, training, state, keep=1)
     if results is not None:
-        save_results(results, folder / "results.json")
+        save_results(results, folder)
     return folder
 
 

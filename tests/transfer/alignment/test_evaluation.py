@@ -119,7 +119,7 @@ def test_grounding_asks_every_finding_by_name_and_by_sentence_with_all_controls(
 
 def test_the_saved_results_are_strict_json_without_report_text(tmp_path: Path) -> None:
     run, results = small_run(), small_results()
-    text = save_results(results, tmp_path / "deep" / "results.json").read_text()
+    text = save_results(results, tmp_path / "deep").read_text()
     read = json.loads(text)
     assert "examples" not in read and read["run"]["step"] == 7
     for row in run.manifest.rows("test").tolist():

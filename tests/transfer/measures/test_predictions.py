@@ -59,7 +59,7 @@ def test_a_file_gives_back_what_was_written_to_the_bit(tmp_path):
         **{"measure": "accuracy", "truth": None, "score": 0.0},
     }
     for _ in range(2):  # an evaluation without any: the earlier one's would lie
-        save_results({"of": "later"}, tmp_path / "results.json")
+        save_results({"of": "later"}, tmp_path)
         assert not path.exists()
         told = json.loads((tmp_path / "results.json").read_text())
         assert told["fingerprints"] == {"predictions": None}
@@ -244,8 +244,7 @@ def test_rows_of_the_series_are_of_the_manifest_not_of_the_split(tmp_path: Path)
 
 @pytest.mark.parametrize("odd", ["results", "predictions"])
 def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_written(tmp_path, odd):
-    path = tmp_path / "results.json"
-    save_results({"of": "first", "predictions": drawn()}, path)
+    save_results({"of": "first", "predictions": drawn()}, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     kept = drawn()
     second = {"of": "second", "predictions": dataclasses.replace(kept, series=kept.series[:1])}
@@ -254,7 +253,7 @@ def test_results_and_predictions_stay_of_one_evaluation_where_one_cannot_be_writ
     else:
         second["predictions"] = dataclasses.replace(kept, patients={})
     with pytest.raises((ValueError, KeyError)):
-        save_results(second, path)
+        save_results(second, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -262,7 +261,7 @@ def test_a_copy_under_another_name_is_no_part_of_the_evaluation_it_lies_beside(t
     for name in ("mine", "other"):
         (tmp_path / name).mkdir()
         made = {"of": name, "predictions": drawn().named(name)}
-        save_results(made, tmp_path / name / "results.json")
+        save_results(made, tmp_path / name)
     (tmp_path / "other" / FILE).rename(tmp_path / "mine" / "other.parquet")
     assert load_predictions(tmp_path / "mine" / "other.parquet").facts["name"] == "other"
     assert load_predictions(tmp_path / "mine").facts["name"] == "mine"
@@ -270,20 +269,20 @@ def test_a_copy_under_another_name_is_no_part_of_the_evaluation_it_lies_beside(t
 
 def test_the_page_of_earlier_results_goes_when_they_are_replaced_and_not_before(tmp_path: Path):
     """A kill between results and page left a page of other numbers beside the results."""
-    path, page = tmp_path / "results.json", tmp_path / "report.html"
+    page = tmp_path / "report.html"
     for later in ({"of": "second", "predictions": drawn()}, {"of": "third"}):
-        save_results({"of": "first", "predictions": drawn()}, path)
+        save_results({"of": "first", "predictions": drawn()}, tmp_path)
         page.write_text("of the first")
         with pytest.raises(ValueError, match="JSON"):
-            save_results({**later, "score": float("nan")}, path)
+            save_results({**later, "score": float("nan")}, tmp_path)
         assert page.read_text() == "of the first"
-        save_results(later, path)
+        save_results(later, tmp_path)
         assert not page.exists()
 
 
 def test_a_kill_between_the_two_files_is_found_out_by_whoever_reads_them(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    save_results({"of": "first", "predictions": drawn()}, path)
+    save_results({"of": "first", "predictions": drawn()}, tmp_path)
     assert load_predictions(tmp_path).facts == drawn().facts
     rename = Path.replace
 
@@ -296,11 +295,11 @@ def test_a_kill_between_the_two_files_is_found_out_by_whoever_reads_them(tmp_pat
     with monkeypatch.context() as killed:
         killed.setattr(Path, "replace", until_the_results)
         with pytest.raises(KeyboardInterrupt):
-            save_results(later, path)
+            save_results(later, tmp_path)
     assert json.loads(path.read_text())["of"] == "first"
     with pytest.raises(PredictionsError, match=r"is not of the evaluation of .*evaluate again"):
         load_predictions(tmp_path)
-    save_results(later, path)
+    save_results(later, tmp_path)
     assert load_predictions(tmp_path).facts["name"] == "other"
     # earlier versions told no hash, and whoever takes the file elsewhere has no results beside it
     for told in ({"of": "second"}, {"fingerprints": {"manifest": "m"}}, []):
