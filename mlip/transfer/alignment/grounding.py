@@ -17,15 +17,14 @@ from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import (
     Estimate,
     estimate,
-    joined_ends,
     mean_estimate,
-    mean_over,
     measured_mean,
     not_available,
     patient_resamples,
     patients_in,
     weighted_mean,
 )
+from mlip.transfer.measures.means import joined_ends, mean_over
 from mlip.transfer.measures.predictions import KeepMarks
 from mlip.transfer.truth.finding_masks import Mask
 

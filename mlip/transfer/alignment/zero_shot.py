@@ -22,9 +22,9 @@ from mlip.transfer.measures.interval import (
     Measured,
     estimate,
     mean_estimate,
-    mean_over,
     not_available,
 )
+from mlip.transfer.measures.means import mean_over
 from mlip.transfer.measures.operating_point import (
     BY_GROUP,
     MEANT,

@@ -14,13 +14,8 @@ import numpy as np
 from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.auroc import auroc, measured_auroc
-from mlip.transfer.measures.interval import (
-    Measured,
-    bounded,
-    marks_of_patients,
-    mean_over,
-    measured_mean,
-)
+from mlip.transfer.measures.interval import Measured, bounded, marks_of_patients, measured_mean
+from mlip.transfer.measures.means import mean_of_fits, mean_over, over_seeds
 from mlip.transfer.measures.operating_point import (
     BY_GROUP,
     MEANT,
@@ -34,8 +29,6 @@ from mlip.transfer.measures.scores import (
     calibration_error,
     confusion,
     curve,
-    mean_of_fits,
-    over_seeds,
     weighted_average_precision,
 )
 from mlip.transfer.measures.subgroups import Measure, Measures, has_both

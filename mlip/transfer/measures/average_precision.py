@@ -21,7 +21,7 @@ import numpy as np
 from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Measured, bounded, defined_mean
-from mlip.transfer.measures.scores import mean_of_fits, over_seeds
+from mlip.transfer.measures.means import mean_of_fits, over_seeds
 from mlip.transfer.measures.subgroups import Measure, Measures, enough
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)  # the COCO tool's

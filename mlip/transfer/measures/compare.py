@@ -17,14 +17,9 @@ import numpy as np
 
 from mlip.transfer.array import Array
 from mlip.transfer.measures.auroc import measured_auroc
-from mlip.transfer.measures.interval import (
-    Measured,
-    mean_over,
-    measured_mean,
-    patient_resamples,
-)
+from mlip.transfer.measures.interval import Measured, measured_mean, patient_resamples
+from mlip.transfer.measures.means import less, mean_of_fits, mean_over, over_seeds
 from mlip.transfer.measures.predictions import UNKNOWN, Predictions, PredictionsError, Series
-from mlip.transfer.measures.scores import less, mean_of_fits, over_seeds
 from mlip.transfer.measures.subgroups import FEWEST_OF_EACH, enough, has_both
 from mlip.transfer.table import NAMES, apart_text, number
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Measured, bounded, measured_mean, weighted_sum
-from mlip.transfer.measures.scores import mean_of_fits, over_seeds
+from mlip.transfer.measures.means import mean_of_fits, over_seeds
 from mlip.transfer.measures.subgroups import Measure, Measures, enough
 from mlip.transfer.truth.mask_file import IGNORED, INSIDE
 

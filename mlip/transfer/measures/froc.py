@@ -16,7 +16,7 @@ from mlip.dataloading.progress import Progress
 from mlip.transfer.array import Array
 from mlip.transfer.measures.average_precision import Found, Truth
 from mlip.transfer.measures.interval import Measured, bounded
-from mlip.transfer.measures.scores import over_seeds
+from mlip.transfer.measures.means import over_seeds
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false marks an image, as Object-CXR and LUNA16
 

@@ -1,4 +1,4 @@
-"""Scores with their uncertainty: patient-level bootstrap intervals, and means over scores.
+"""Scores with their uncertainty: patient-level bootstrap intervals.
 
 Every score of an evaluation is an Estimate: value, 95 % interval, and the n it rests on. A score
 that cannot be computed is value None with a reason, never 0.5.
@@ -6,14 +6,13 @@ that cannot be computed is value None with a reason, never 0.5.
 Plain percentiles of a bootstrap are too narrow where few patients carry a finding, and have no
 width where all answers are right. So the percentiles lie farther out the fewer patients a score
 rests on, as far as Student's t and n / (n - 1) ask for (Hesterberg, The American Statistician 2015,
-"expanded percentile"), and a perfect score gets the interval of Clopper and Pearson (1934). Sums
-and differences take each end from draws for that end: a perfect score is up to 1, so draws below it
-may not pull the upper end of a mean down (Fay, Proschan and Brittain, Biometrics 2015, "melding").
+"expanded percentile"), and a perfect score gets the interval of Clopper and Pearson (1934).
+What does not live here: means of several scores, and differences (means.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypedDict
 
@@ -147,51 +146,6 @@ def bounded(value: float, resampled: Array, n: int, weights: Array) -> Measured:
     bound = np.full(len(resampled), value)
     below, above = (draws, bound) if at == [1.0] else (bound, 1.0 - draws)
     return Measured(value, below, n, above=above)
-
-
-def mean_over(measured: Sequence[Measured], n: int) -> Measured:
-    """The mean over findings, which one draw of patients serves.
-
-    A finding so rare that a resample lost it leaves that resample's mean.
-    Source:  units of a sum of spreads: Satterthwaite 1946
-    """
-    if len(measured) == 1:
-        return measured[0]._replace(n=n)
-    value = float(np.mean([m.value for m in measured]))
-    below, above = joined_ends(measured, defined_mean)
-    # a perfect score's draws need no widening, and hide none that the others need
-    spread = [min(_variance(draws) for draws in m.ends) for m in measured]
-    lost = sum(
-        s**2 / max(1.0, m.units - 1.0)
-        for s, m in zip(spread, measured, strict=True)
-        if m.units is not None
-    )
-    found = Measured(value, below, n, 1.0 + sum(spread) ** 2 / lost if lost else None, above)
-    return found._replace(apart=apart_of(measured, lambda each: mean_over(each, n)))
-
-
-def apart_of(
-    measured: Sequence[Measured], join: Callable[[Sequence[Measured]], Measured | None]
-) -> Measured | None:
-    """`apart` of what joins these; None where each of them stands for itself."""
-    if all(m.apart is None for m in measured):
-        return None
-    return join([m.apart or m for m in measured])
-
-
-def joined_ends(
-    measured: Sequence[Measured], mean: Callable[[Array], Array]
-) -> tuple[Array, Array | None]:
-    """resampled and above of a mean of these.  Shapes:  mean [scores, R] -> [R]"""
-    below = mean(np.stack([m.resampled for m in measured]))
-    if all(m.above is None for m in measured):
-        return below, None
-    return below, mean(np.stack([m.ends[1] for m in measured]))
-
-
-def _variance(draws: Array) -> float:
-    kept = draws[np.isfinite(draws)]
-    return float(kept.var()) if len(kept) else 0.0
 
 
 def patient_resamples(patient_ids: Sequence[Any] | Array, resamples: int, seed: int) -> Array:

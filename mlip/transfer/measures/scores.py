@@ -6,21 +6,10 @@ are tested to give the library's value at weight one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
 from mlip.transfer.array import Array
-from mlip.transfer.measures.interval import (
-    AT_ONCE,
-    Estimate,
-    Measured,
-    apart_of,
-    estimate,
-    joined_ends,
-    not_available,
-)
+from mlip.transfer.measures.interval import AT_ONCE
 
 CALIBRATED_DRAWS = 100
 CURVE_POINTS = 120  # a chart 300 px wide shows no more
@@ -85,53 +74,6 @@ def confusion(predicted: Array, truth: Array, classes: int) -> list[list[int]]:
     table = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(table, (truth, predicted), 1)
     return table.tolist()
-
-
-def less(own: Measured | None, others: Measured | None) -> Measured | None:
-    """The first minus the second, resample by resample: paired where both are of one draw.
-
-    The lower end is of the first's lower and the second's upper end.
-    """
-    if own is None or others is None:
-        return None
-    own, others = own.apart or own, others.apart or others
-    below, above = own.resampled - others.ends[1], None
-    if own.above is not None or others.above is not None:
-        above = own.ends[1] - others.resampled
-    return Measured(own.value - others.value, below, own.n, _fewest([own, others]), above)
-
-
-def mean_of_fits(measured: Sequence[Measured | None]) -> Measured | None:
-    """The mean over the fits that have the score, None where none has.
-
-    One resample of patients serves all fits. A fit without the score does not count as a zero.
-    """
-    found = [m for m in measured if m is not None and np.isfinite(m.value)]
-    if not found:
-        return None
-    value = float(np.mean([m.value for m in found]))
-    below, above = joined_ends(found, lambda each: np.asarray(each.mean(axis=0)))
-    joined = Measured(value, below, found[0].n, _fewest(found), above)
-    return joined._replace(apart=apart_of(found, mean_of_fits))
-
-
-def _fewest(measured: Sequence[Measured]) -> float | None:
-    return min((m.units for m in measured if m.units is not None), default=None)
-
-
-def over_seeds(measured: Sequence[Measured | None], reason: str = "undefined") -> dict[str, Any]:
-    """The mean over seeds with an interval over patients, and how much seeds differ.
-
-    One resample of patients serves all seeds, so the interval says what another draw of test
-    patients would do to the mean; "seed_sd" says what another seed does.
-    Returns: Estimate with "seeds" (each value or None) and "seed_sd" (None for one seed)
-    """
-    found = mean_of_fits(measured)
-    each = [None if m is None or not np.isfinite(m.value) else float(m.value) for m in measured]
-    mean: Estimate = not_available(reason) if found is None else estimate(*found)
-    values = [v for v in each if v is not None]
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {**mean, "seeds": each, "seed_sd": deviation}
 
 
 def curve(scores: Array, labels: Array) -> dict[str, list[float]]:

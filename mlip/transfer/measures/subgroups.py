@@ -25,8 +25,8 @@ from mlip.dataloading.view_position import projection
 from mlip.settings.config import Config
 from mlip.settings.transfer import BY_PROJECTION
 from mlip.transfer.array import Array
-from mlip.transfer.measures.interval import Estimate, Measured, estimate, mean_over, not_available
-from mlip.transfer.measures.scores import less
+from mlip.transfer.measures.interval import Estimate, Measured, estimate, not_available
+from mlip.transfer.measures.means import less, mean_over
 from mlip.transfer.truth.annotations import MOST_NAME_CHARACTERS
 
 # fewer could be told who they are by somebody who knows them, and say little of others

@@ -8,7 +8,7 @@ from scipy.stats import beta, norm
 from sklearn.metrics import roc_auc_score
 
 from mlip.transfer.measures import auroc, interval
-from mlip.transfer.measures.scores import less
+from mlip.transfer.measures.means import less
 
 
 def test_weighted_auroc_is_scikit_learns_with_sample_weights_and_ties() -> None:

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from mlip.transfer.measures.auroc_limit import lower_limit, spread_at, with_careful_end
-from mlip.transfer.measures.interval import Measured, estimate, mean_over
-from mlip.transfer.measures.scores import less, mean_of_fits
+from mlip.transfer.measures.interval import Measured, estimate
+from mlip.transfer.measures.means import less, mean_of_fits, mean_over
 
 
 @pytest.mark.parametrize("value", [0.6, 0.8, 0.95])

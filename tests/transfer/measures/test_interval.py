@@ -11,7 +11,7 @@ from scipy.stats import beta, norm, t
 from mlip.transfer.alignment import retrieval
 from mlip.transfer.alignment.retrieval import rank_summary
 from mlip.transfer.measures import auroc, interval
-from mlip.transfer.measures.scores import less
+from mlip.transfer.measures.means import less, mean_over
 
 
 def test_patients_are_drawn_whole() -> None:
@@ -147,16 +147,16 @@ def test_the_mean_over_findings_rests_on_the_patients_that_its_spread_comes_from
     generator = np.random.default_rng(0)
     wide, narrow = generator.normal(0, 1.0, 4000), generator.normal(0, 0.1, 4000)
     rare, common = interval.Measured(0.5, wide, 9, 6), interval.Measured(0.7, narrow, 30, 400)
-    found = interval.mean_over([rare, common], 30)
+    found = mean_over([rare, common], 30)
     assert found.value == pytest.approx(0.6) and found.n == 30
     np.testing.assert_allclose(found.resampled, (wide + narrow) / 2)
     lost = wide.var() ** 2 / 5 + narrow.var() ** 2 / 399
     assert found.units == pytest.approx(1 + (wide.var() + narrow.var()) ** 2 / lost)
     assert 6 <= found.units < 6.2
-    assert interval.mean_over([rare._replace(units=None)] * 2, 30).units is None
-    assert interval.mean_over([rare._replace(units=1)] * 2, 30).units == pytest.approx(3.0)
-    assert interval.mean_over([rare], 30) == rare._replace(n=30)
-    gaps = interval.mean_over([rare._replace(resampled=np.full(4000, np.nan)), common], 30)
+    assert mean_over([rare._replace(units=None)] * 2, 30).units is None
+    assert mean_over([rare._replace(units=1)] * 2, 30).units == pytest.approx(3.0)
+    assert mean_over([rare], 30) == rare._replace(n=30)
+    gaps = mean_over([rare._replace(resampled=np.full(4000, np.nan)), common], 30)
     np.testing.assert_allclose(gaps.resampled, narrow)
 
 
@@ -172,7 +172,7 @@ def test_perfect_findings_do_not_pull_the_far_end_of_a_mean(best: float) -> None
             interval.measured_mean(own * 1.0, weights[:, 5 * k : 5 * k + 5])
             for k, own in enumerate(hits)
         ]
-        told = interval.estimate(*interval.mean_over(each, 70))
+        told = interval.estimate(*mean_over(each, 70))
         truth = abs(1.0 - best - 0.9)
         assert told["low"] is not None and told["high"] is not None and told["value"] is not None
         assert 0.0 <= told["low"] <= told["value"] <= told["high"] <= 1.0
@@ -184,13 +184,13 @@ def test_perfect_findings_do_not_pull_the_far_end_of_a_mean(best: float) -> None
 def test_a_mean_takes_each_end_from_draws_for_it() -> None:
     plain = interval.Measured(0.5, np.linspace(0.3, 0.7, 101), 9, 8)
     sure = interval.Measured(1.0, np.linspace(0.4, 1.0, 101), 9, None, np.ones(101))
-    found = interval.mean_over([plain, sure], 12)
+    found = mean_over([plain, sure], 12)
     np.testing.assert_allclose(found.resampled, np.linspace(0.35, 0.85, 101))
     assert found.above is not None
     np.testing.assert_allclose(found.above, np.linspace(0.65, 0.85, 101))
     # the widening that the plain one needs is not hidden by the other's spread
     assert found.units == pytest.approx(8) and found.n == 12
-    assert interval.mean_over([plain, plain], 9).above is None
+    assert mean_over([plain, plain], 9).above is None
 
 
 def test_a_difference_takes_its_lower_end_from_the_first_s_lower_and_the_second_s_upper() -> None:

@@ -11,16 +11,13 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 
 from mlip.transfer.fits.classification_scores import exclusive_scores, label_scores, macro_auroc
 from mlip.transfer.measures.auroc import measured_auroc, weighted_auroc
-from mlip.transfer.measures.interval import (
-    Measured,
-    patient_resamples,
-)
+from mlip.transfer.measures.interval import Measured, patient_resamples
+from mlip.transfer.measures.means import over_seeds
 from mlip.transfer.measures.scores import (
     average_precision,
     calibration_error,
     confusion,
     curve,
-    over_seeds,
     weighted_average_precision,
 )
 
