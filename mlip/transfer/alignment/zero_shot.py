@@ -24,7 +24,7 @@ from mlip.transfer.measures.interval import (
     mean_estimate,
     not_available,
 )
-from mlip.transfer.measures.means import mean_over
+from mlip.transfer.measures.means import over_findings
 from mlip.transfer.measures.operating_point import (
     BY_GROUP,
     MEANT,
@@ -34,6 +34,8 @@ from mlip.transfer.measures.operating_point import (
     rates,
 )
 from mlip.transfer.measures.subgroups import Measure, Measures, has_both
+
+NONE_HAS_BOTH = "no finding has both classes"
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def evaluate_zero_shot(
              A finding without both classes is value None with the reason, and leaves the macro.
     """
     table: list[dict[str, Any]] = []
-    kept: dict[str, list[Measured]] = {head: [] for head in scores}
+    kept: dict[str, list[Measured | None]] = {head: [] for head in scores}
     told = Progress("findings scored, with their intervals")
     for f, p in enumerate(prompts):
         told(f, len(prompts))
@@ -116,13 +118,12 @@ def evaluate_zero_shot(
         for head, values in scores.items():
             area = measured_auroc(values[known, f], truth, weights[:, known])
             row[head] = auroc_of(area, truth)
-            if area is not None:
-                kept[head].append(area)
+            kept[head].append(area)
         table.append(row)
     return {
         "findings": table,
         # one resample of patients serves all findings, so their errors stay correlated in the mean
-        "macro": {head: _macro(measured, len(prompts)) for head, measured in kept.items()},
+        "macro": {head: over_findings(areas, NONE_HAS_BOTH) for head, areas in kept.items()},
         "worst": {head: _worst(table, head) for head in scores},
         "wordings": {
             p.finding: {"positive": list(p.positive), "negative": list(p.negative)} for p in prompts
@@ -130,20 +131,10 @@ def evaluate_zero_shot(
     }
 
 
-def _macro(
-    measured: Sequence[Measured], asked: int, reason: str = "no finding has both classes"
-) -> dict[str, Any]:
-    """With "classes", over how many of "classes_asked" it is: means over others do not compare."""
-    counted = {"classes": len(measured), "classes_asked": asked}
-    if not measured:
-        return {**not_available(reason), **counted}
-    return {**estimate(*mean_over(measured, max(m.n for m in measured))), **counted}
-
-
 def _worst(table: list[dict[str, Any]], head: str) -> dict[str, Any]:
     defined = [row for row in table if row[head]["value"] is not None]
     if not defined:
-        return {**not_available("no finding has both classes"), "finding": None}
+        return {**not_available(NONE_HAS_BOTH), "finding": None}
     lowest = min(defined, key=lambda row: row[head]["value"])
     return {**lowest[head], "finding": lowest["finding"]}
 
@@ -180,7 +171,7 @@ def at_thresholds(
     told = Progress("heads scored at their thresholds")
     for done, (head, values) in enumerate(scores.items()):
         told(done, len(scores))
-        kept: dict[str, list[Measured]] = {name: [] for name in MEANT}
+        kept: dict[str, list[Measured | None]] = {name: [None] * len(table) for name in MEANT}
         for f, row in enumerate(table):
             known, cut = labels[:, f] >= 0, thresholds[head][f]
             row[head] = {"threshold": cut}
@@ -195,10 +186,10 @@ def at_thresholds(
                     estimate(*rate) if is_there else not_available(UNDEFINED[name], rate.n)
                 )
                 if is_there and name in kept:
-                    kept[name].append(rate)
+                    kept[name][f] = rate
         macro[head] = {
-            name: _macro(measured, len(table), "no finding has a threshold")
-            for name, measured in kept.items()
+            name: over_findings(of_findings, "no finding has a threshold")
+            for name, of_findings in kept.items()
         }
     return {"findings": table, "macro": macro}
 

@@ -43,6 +43,19 @@ def mean_over(measured: Sequence[Measured], n: int) -> Measured:
     return found._replace(apart=apart_of(measured, lambda each: mean_over(each, n)))
 
 
+def over_findings(measured: Sequence[Measured | None], reason: str) -> dict[str, Any]:
+    """The mean over the findings that have the score; `reason` where none has.
+
+    Returns: Estimate with "classes", over how many of "classes_asked" it is: means over others do
+             not compare
+    """
+    found = [m for m in measured if m is not None]
+    counted = {"classes": len(found), "classes_asked": len(measured)}
+    if not found:
+        return {**not_available(reason), **counted}
+    return {**estimate(*mean_over(found, max(m.n for m in found))), **counted}
+
+
 def apart_of(
     measured: Sequence[Measured], join: Callable[[Sequence[Measured]], Measured | None]
 ) -> Measured | None:

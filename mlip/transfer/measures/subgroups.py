@@ -26,7 +26,7 @@ from mlip.settings.config import Config
 from mlip.settings.transfer import BY_PROJECTION
 from mlip.transfer.array import Array
 from mlip.transfer.measures.interval import Estimate, Measured, estimate, not_available
-from mlip.transfer.measures.means import less, mean_over
+from mlip.transfer.measures.means import less, over_findings
 from mlip.transfer.truth.annotations import MOST_NAME_CHARACTERS
 
 # fewer could be told who they are by somebody who knows them, and say little of others
@@ -228,10 +228,11 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
     sides = (*own.classes.values(), *others.classes.values())
     keys = list(dict.fromkeys(key for found in sides for key in found))
     macro: dict[str, Any] = {
-        key: _mean([found.get(key) for found in own.classes.values()]) for key in keys
+        key: over_findings([found.get(key) for found in own.classes.values()], TOO_FEW)
+        for key in keys
     }
     difference: dict[str, Any] = {
-        key: _mean(
+        key: over_findings(
             [
                 less(found.get(key), others.classes.get(name, {}).get(key))
                 for name, found in own.classes.items()
@@ -262,15 +263,6 @@ def _beside(own: Measures, others: Measures, reason: str) -> dict[str, Any]:
 
 def _told(measured: Measured | None, reason: str = TOO_FEW) -> Estimate:
     return not_available(reason) if measured is None else estimate(*measured)
-
-
-def _mean(measured: Sequence[Measured | None], reason: str = TOO_FEW) -> dict[str, Any]:
-    """With "classes", over how many of "classes_asked" it is, as all means over findings."""
-    found = [m for m in measured if m is not None]
-    counted = {"classes": len(found), "classes_asked": len(measured)}
-    if not found:
-        return {**_told(None, reason), **counted}
-    return {**estimate(*mean_over(found, max(m.n for m in found))), **counted}
 
 
 def has_both(truth: Array, patients: Array) -> bool:
