@@ -211,7 +211,7 @@ def from_pretrained(
 
 
 def open_inputs(
-    folder: Path, *, lexicon: str | None = None
+    folder: Path, *, lexicon: str | None
 ) -> tuple[dict[str, Any], Config, ReportTokenizer, ConceptTable]:
     """What a folder holds beside weights: content of config.json, settings, vocabulary, concepts.
 

@@ -77,7 +77,7 @@ def divide(
     manifest: Manifest,
     val_share: float,
     keep: dict[str, Array],
-    unreadable: dict[str, int] | None = None,
+    unreadable: dict[str, int],
 ) -> Splits:
     """Rows of each split; val is cut from train by patient where the manifest has none.
 
@@ -106,7 +106,7 @@ def divide(
                 f"{manifest.path}: split {split!r} has {patients} usable patients: expected at "
                 f"least 2, for early stopping and for intervals over patients{hint}"
             )
-    return Splits(**rows, unreadable=unreadable or {}, hash=splits_hash(manifest, rows))
+    return Splits(**rows, unreadable=unreadable, hash=splits_hash(manifest, rows))
 
 
 def splits_hash(manifest: Manifest, rows: dict[str, Array]) -> str:

@@ -204,10 +204,10 @@ def test_a_split_of_one_patient_is_refused_and_says_what_to_do() -> None:
     manifest = small_run().manifest
     train, test = manifest.rows("train"), manifest.rows("test")
     with pytest.raises(ManifestError, match="'val' has 0 usable patients.*transfer.val_share"):
-        divide(manifest, 0.0, {"train": train, "val": train[:0], "test": test})
+        divide(manifest, 0.0, {"train": train, "val": train[:0], "test": test}, {})
     with pytest.raises(ManifestError, match="'test' has 1 usable patients"):
-        divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test[:1]})
-    cut = divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test})
+        divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test[:1]}, {})
+    cut = divide(manifest, 0.3, {"train": train, "val": train[:0], "test": test}, {})
     keys = manifest.patient_key
     assert len(cut.val) and not set(keys[cut.val]) & set(keys[cut.train])
     assert len(cut.hash) == 64

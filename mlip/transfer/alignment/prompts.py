@@ -88,7 +88,7 @@ def make_text_batch(
 
 
 def make_worded_batch(
-    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool = False, first: int = 0
+    texts: Sequence[str], encoder: ReportEncoder, *, cut: bool, first: int = 0
 ) -> TextBatch:
     """make_text_batch of texts that each have a word.
 

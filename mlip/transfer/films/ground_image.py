@@ -274,7 +274,7 @@ def _tiled(cells: Sequence[tuple[str, Array]], gap: int, *, has_captions: bool) 
     return sheet
 
 
-def _fitting(name: str, width: int, times: int = 1) -> str:
+def _fitting(name: str, width: int, times: int) -> str:
     """The name, its end cut off where it is wider than this many pixels."""
     shown = name
     while name and cv2.getTextSize(shown, _FONT, _LETTERS * times, times)[0][0] > width:

@@ -44,7 +44,7 @@ def label_scores(
     val_targets: Array,
     weights: Array,
     classes: Sequence[str],
-    rule: str = "f1",
+    rule: str,
 ) -> dict[str, Any]:
     """Independent labels, one prediction a seed.
 

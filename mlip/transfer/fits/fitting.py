@@ -54,7 +54,7 @@ class Record:
 
 
 def shuffled_batches(
-    rows: Array, size: int, seed: int, epoch: int, fewest: int = 0
+    rows: Array, size: int, seed: int, epoch: int, fewest: int
 ) -> Iterator[tuple[int, Array]]:
     """(pass over the rows, batch), in an order that (seed, pass) decides.
 

@@ -34,7 +34,7 @@ UNDEFINED = {
 }
 
 
-def choose_threshold(scores: Array, labels: Array, rule: str = "f1") -> float | None:
+def choose_threshold(scores: Array, labels: Array, rule: str) -> float | None:
     """The score at or above which a row is called positive; None where val cannot tell.
 
     rule  evaluate.threshold_rule: "f1" and "youden" (sensitivity + specificity - 1) take the best

@@ -179,10 +179,10 @@ def test_the_scale_is_that_of_all_phrases_and_a_long_name_ends_in_dots() -> None
     )
     first = picture[ground_image.CAPTION_PX :, 448 + 4 :][:, :448]
     assert np.median(np.ptp(first, axis=2)) > 60  # as hot as the ramp's hot end
-    shown = ground_image._fitting(long, 448)
+    shown = ground_image._fitting(long, 448, 1)
     assert shown.endswith("...") and long.startswith(shown[:-3]) and len(shown) > 40
-    assert ground_image._fitting(long, 2) == ""  # a film of a few pixels' width
-    assert ground_image._fitting("left pleural effusion", 448) == "left pleural effusion"
+    assert ground_image._fitting(long, 2, 1) == ""  # a film of a few pixels' width
+    assert ground_image._fitting("left pleural effusion", 448, 1) == "left pleural effusion"
 
 
 def test_a_phrase_alone_is_drawn_as_the_hottest_of_several(tmp_path: Path) -> None:

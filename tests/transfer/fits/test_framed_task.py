@@ -113,7 +113,7 @@ def test_no_level_is_kept_beyond_the_room_or_of_a_tuned_encoder() -> None:
 
 def test_an_epoch_of_a_small_draw_goes_over_it_again_in_a_new_order() -> None:
     rows = np.arange(10)
-    once = list(shuffled_batches(rows, 4, 1, 2))
+    once = list(shuffled_batches(rows, 4, 1, 2, fewest=0))
     assert [number for number, _ in once] == [2, 2, 2]
     again = list(shuffled_batches(rows, 4, 1, 1, fewest=7))
     assert [number for number, _ in again] == [1] * 3 + [2] * 3 + [3] * 3

@@ -27,7 +27,7 @@ def _specificity(cut: float) -> float:
 
 
 def test_f1_and_youden_take_the_best_of_all_thresholds() -> None:
-    cut = choose_threshold(SCORES, LABELS)
+    cut = choose_threshold(SCORES, LABELS, "f1")
     assert cut is not None
     best = max(f1_score(LABELS, c <= SCORES) for c in np.unique(SCORES))
     assert f1_score(LABELS, cut <= SCORES) == pytest.approx(best)

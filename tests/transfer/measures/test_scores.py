@@ -128,7 +128,7 @@ def test_labels_that_are_ignored_leave_their_class_and_no_class_is_a_silent_half
     logits = np.array([[2.0, 0, 0], [-1, 0, 0], [1, 0, 0], [-2, 0, 0], [9, 0, 0]])
     weights = patient_resamples(list("abcde"), 20, 0)
     scores = label_scores(
-        [_prediction(logits, [True, True, False])], targets, targets, weights, ["A", "B", "C"]
+        [_prediction(logits, [True, True, False])], targets, targets, weights, ["A", "B", "C"], "f1"
     )
     a, b, c = scores["classes"]
     assert a["auroc"]["value"] == 1.0 and a["n"] == 4 and a["confusion"] == [[2, 0], [0, 2]]
