@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlip.dataloading.ledger import DataError, Ledger, most_bad
+from mlip.dataloading.ledger import DataError, Ledger, listed, most_bad
 
 
 def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
@@ -18,6 +18,11 @@ def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
     total = epoch["trained"] + sum(epoch["quarantined"].values()) + 7 + 13
     assert total == ledger.summary()["rows"] == 100
     assert epoch["ahead"] == 0
+
+
+def test_reasons_stand_by_name_whatever_came_first() -> None:
+    """Two runs on the same files then say the same, and their lines compare."""
+    assert listed({"truncated": 1, "missing": 3}) == "missing 3, truncated 1" and listed({}) == ""
 
 
 def test_a_row_met_by_a_replacement_draw_is_bad_but_leaves_the_epoch_sum() -> None:

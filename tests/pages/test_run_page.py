@@ -17,7 +17,7 @@ from mlip.pages import tables
 from mlip.pages.charts import Mark, line_chart, powers_of_ten, scale_marks
 from mlip.pages.corpus import ledger_context
 from mlip.pages.pictures import decode_png, heat_uri
-from mlip.pages.run_page import write_report
+from mlip.pages.run_page import render, write_report
 from mlip.pages.training import MOST_ROWS, held_out_charts, read_log, training_charts
 from mlip.transfer.alignment.examples import collect_examples
 from mlip.transfer.measures.operating_point import MEANT
@@ -55,6 +55,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     write_log(folder)
     (folder / "ledger.json").write_text(json.dumps(LEDGER))
     return write_report(folder, small_results()).read_text()
+
+
+def test_a_score_that_is_not_there_is_called_not_measured() -> None:
+    page = render(Path("none"), {"run": {"name": "empty"}, "config": {}})
+    assert page.count('<div class="value none">not measured</div>') == 4
+    assert "<title>empty - MLIP report</title>" in page
 
 
 def test_rows_that_no_step_reached_are_not_called_trained() -> None:

@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlip.dataloading.phantom.dataset import read_truth
+from mlip.dataloading.phantom.dataset import MARK, read_truth
 from mlip.dataloading.tables.table import ManifestError
 from mlip.transfer.truth import generated
 from mlip.transfer.truth.generated import phantom_size, truth_of
 from tests.transfer.truth.one_box import write_manifest
 
 
-def test_real_data_is_not_taken_for_phantoms(tmp_path: Path) -> None:
+def test_real_data_is_told_from_generated_studies_which_tell_their_size(tmp_path: Path) -> None:
     _, manifest = write_manifest(tmp_path, "50,90,80,60")
     assert phantom_size(manifest) is None
     (tmp_path / "meta.json").write_text('{"kind": "something else"}')
     assert phantom_size(manifest) is None
     assert phantom_size(dataclasses.replace(manifest, path="nowhere/m.csv")) is None
+    (tmp_path / "meta.json").write_text(f'{{"kind": "{MARK}", "settings": {{"image_px": 48}}}}')
+    assert phantom_size(manifest) == (48, 48)
 
 
 @pytest.mark.parametrize(
