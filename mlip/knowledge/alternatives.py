@@ -34,6 +34,25 @@ def kin_of(table: ConceptTable) -> dict[int, tuple[int, ...]]:
     return {row: tuple(rows - {row}) for row, rows in kin.items()}
 
 
+def places_of(table: ConceptTable) -> dict[int, frozenset[str]]:
+    """Row -> where it or what it is a kind of lies, with all of which these places are parts."""
+    within = {concept.id: concept for concept in table if concept.relations}
+    found = {}
+    for row, concept in enumerate(table):
+        of_kind = [within[name] for name in (concept.id, *concept.parents) if name in within]
+        left = [place for kind in of_kind for name, place in kind.relations if name == "located_in"]
+        places: set[str] = set()
+        while left:
+            if (place := left.pop()) in places or place not in table:
+                continue
+            places.add(place)
+            left += table[place].parents
+            left += [whole for name, whole in table[place].relations if name == "part_of"]
+        if places:
+            found[row] = frozenset(places)
+    return found
+
+
 def leave_open(
     choices: list[int],
     events: list[Event],

@@ -1,4 +1,5 @@
-"""Asides: what "rather than X", "status post X" and a denied "increase in X" say of X alone.
+"""Asides: what "rather than X", "status post X", a denied "increase in X", "no A in the X" and "in
+the appropriate clinical setting" say of X alone.
 
 What does not live here: the state of the rest of the sentence (scope.py).
 """
@@ -17,9 +18,11 @@ from mlip.knowledge.events import (
 )
 
 _REJECTED, _PAST, _CHANGE_OF = FLAG["rejected"], FLAG["past"], FLAG["change_of"]
-_REMOVAL = FLAG["removal"]
-_COMMA, _OR = FLAG["comma"], FLAG["or"]
+_REMOVAL, _FAILED, _PLACING = FLAG["removal"], FLAG["failed"], FLAG["placing"]
+_MORE, _STRUCTURE, _ARTICLE = FLAG["more"], FLAG["structure"], FLAG["article"]
+_COMMA, _OR, _AND = FLAG["comma"], FLAG["or"], FLAG["and"]
 _ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
+_ALT, _SAYS = FLAG["alternative"], FLAG["be"] | FLAG["uncertain_before"]
 _QUALITY = FLAG["strong"] | FLAG["weak"]
 _STATEMENT = _COMMA | FLAG["seen"]  # behind these "rather than" is of all of it
 
@@ -33,8 +36,9 @@ def judge_asides(
 ) -> None:
     """Give the findings of each aside the state that it says, where they have the sentence's.
 
-    "Rather than X" denies X where the rest is stated. "Status post X" and a denied change of X
-    state it. A hedge or denial behind an aside speaks of it too and stands.
+    "Rather than X" denies X where the rest is stated. "Status post X", a denied change of X and
+    "the X" that something denied would be in state it. A hedge or denial behind an aside speaks of
+    it too and stands.
 
     asides: event and state of the sentence there
     owner: event behind each of found
@@ -49,9 +53,13 @@ def judge_asides(
             said = _rejected_state(events, i, words)
         elif flags & _CHANGE_OF and around != ABSENT:
             continue
+        elif flags & _ARTICLE and not _is_given(events, i):
+            continue
         end = _end(events, i)
         for k, j in enumerate(owner):
             if i < j < end and found[k][3] == around and not events[j][2].fixed:
+                if flags & _MORE and events[j][2].flags & _STRUCTURE:
+                    continue  # "no edema or increase in lung markings": more of them is the finding
                 # "status post chest tube removal"
                 if j + 1 == len(events) or not events[j + 1][2].flags & _REMOVAL:
                     found[k] = (*found[k][:3], said)
@@ -61,16 +69,18 @@ def _end(events: list[Event], i: int) -> int:
     """The event before which the aside of event i ends, with the sentence at the latest.
 
     "Rather than X" reaches over what "or" joins to X, "status post X" to a comma or "or", a denied
-    "increase in X" to a comma.
+    "increase in X" to a comma, "the X" to a comma, "or" or "and".
     """
     flags = events[i][2].flags
     rejects, stops = flags & _REJECTED, _ENDS
     if flags & _PAST:
         stops |= _OR
+    if flags & _ARTICLE:
+        stops |= _OR | _AND
     is_open = True  # no term of what is rejected yet, or "or" behind the last one
     for j in range(i + 1, len(events)):
         entry = events[j][2]
-        if entry.flags & stops:
+        if entry.flags & stops or entry.flags & _FAILED and is_of_placing(events, j):
             return j
         if entry.flags & _OR:
             is_open = True
@@ -98,3 +108,69 @@ def _rejected_state(events: list[Event], i: int, words: list[str]) -> State:
         return PRESENT
     is_name = before.opens or before.device or before.fixed
     return ABSENT if is_name or before.flags & _STATEMENT else UNCERTAIN
+
+
+def _is_given(events: list[Event], i: int) -> bool:
+    """Whether the article of event i names what is there: "no calcification in the nodule", not
+    "no edema or the nodule". A word of place or cause stands before it, a denied finding before
+    that."""
+    if not i or events[i - 1][1] == events[i][0]:
+        return False
+    for _, _, entry in reversed(events[:i]):
+        if entry.opens:
+            return True
+        if entry.device or entry.flags & ~_QUALITY:
+            return False
+    return False
+
+
+def is_of_placing(events: list[Event], i: int) -> bool:
+    """Whether what event i says to have failed is the placing of a device behind it: "failed PICC
+    placement", not "failed hardware"."""
+    for j in range(i + 1, len(events) - 1):
+        _, end, entry = events[j]
+        if entry.device:
+            return events[j + 1][0] == end and events[j + 1][2].flags & _PLACING != 0
+        if entry.flags & ~(_QUALITY | _ARTICLE | _PLACING):
+            return False
+    return False
+
+
+def is_of_structure(events: list[Event], i: int) -> bool:
+    """Whether the first finding behind event i is a structure that everybody has, of which more
+    is the finding: "no increase in lung markings"."""
+    for _, _, entry in events[i + 1 :]:
+        if entry.opens:
+            return entry.flags & _STRUCTURE != 0
+        if entry.flags & ~(_QUALITY | _ARTICLE):
+            return False
+    return False
+
+
+def suppose(events: list[Event], i: int, found: list[Found], owner: list[int]) -> bool:
+    """Leave open the finding before event i ("pneumonia in the appropriate clinical setting") and
+    what "or" joins to it; False where event i speaks of what follows."""
+    at = i + 1
+    if at + 1 < len(events) and events[at][2].flags & _COMMA and events[at][0] == events[i][1]:
+        at += 1
+    if at < len(events) and events[at][0] == events[at - 1][1] and events[at][2].flags & _SAYS:
+        return False  # "which in the proper setting is consistent with edema"
+    met, is_joined = False, True
+    k = len(found) - 1
+    for j in range(i - 1, -1, -1):
+        entry = events[j][2]
+        while k >= 0 and owner[k] > j:
+            k -= 1
+        if entry.opens and k >= 0 and owner[k] == j:
+            if not is_joined:
+                break
+            met, is_joined = True, False
+            if found[k][3] == PRESENT:
+                found[k] = (*found[k][:3], UNCERTAIN)
+        elif entry.flags & (_OR | _ALT):
+            is_joined = True
+        elif j == i - 1 == len(events) - 2 and entry.flags & _COMMA:
+            continue  # "pneumonia, in the appropriate clinical setting"
+        elif entry.flags & _ENDS or met and not entry.flags & _QUALITY:
+            break
+    return met

@@ -42,12 +42,18 @@ KINDS = (
     "said_behind",
     "fault",
     "past",
+    "failed",
+    "placing",
+    "tip",
+    "supposing",
     "size",
     "limit",
     "normal",
     "denied_clause",
     "change",
     "change_of",
+    "more",
+    "structure",
     "article",
     "indefinite",
     "comma",
@@ -84,6 +90,7 @@ class Entry(NamedTuple):
     device: bool  # a fault of it denied leaves it there
     opens: bool  # a finding: of two that "or" joins neither is stated
     kin: tuple[int, ...]  # rows of what it is a kind of, or has one label of CheXpert with
+    places: frozenset[str]  # where it lies, empty = not told
     parts: tuple[Part, ...]  # slots of terms written apart that it can fill
     normals: tuple[int, ...]  # rows of the statements that this anatomy is as it should be
     subject_side: int  # of such a statement: -1 = its anatomy comes first, 1 = last, 0 = no such

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import ahocorasick
 
 from mlip.knowledge import scope
-from mlip.knowledge.alternatives import kin_of
+from mlip.knowledge.alternatives import kin_of, places_of
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
@@ -26,6 +26,7 @@ from mlip.knowledge.events import FLAG, SENTENCE_ENDS, Entry, Event, Found, Part
 # a word or one other character, each with the blanks and hyphens behind it
 _PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
 _WORD = re.compile(r"[^\W_]+")
+_VOWEL = re.compile("[aeiouy]")
 # a blank line, or a line that opens an item of a list
 _PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|[-*\u2022]|\(?\d{1,2}[.)]\s+[a-z]))")
 _PARAGRAPH_MARK = "\x03"
@@ -132,7 +133,7 @@ class Linker:
                 for relation, place in concept.relations:
                     if relation == "located_in":
                         normals.setdefault(place, []).append(row)
-        kin = kin_of(table)
+        kin, places = kin_of(table), places_of(table)
         self._automaton = ahocorasick.Automaton(ahocorasick.STORE_ANY)
         entries: dict[str, Entry] = {}
         # the shorter ones first: a statement needs the entry of its anatomy
@@ -150,6 +151,7 @@ class Linker:
                 device=kind == "device",
                 opens=row >= 0 and kind not in _NO_FINDINGS,
                 kin=kin.get(row, ()),
+                places=places.get(row, frozenset()),
                 parts=tuple(parts.get(key, ())),
                 normals=tuple(normals.get(self._ids[row], ())) if row >= 0 else (),
                 subject_side=side,
@@ -282,10 +284,8 @@ class _Codes(dict[str, str]):
     def __init__(self, words: list[str], units: frozenset[str]) -> None:
         super().__init__()
         self._units = units
-        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()] + [
-            _PARAGRAPH_MARK,
-            *_MARKS,
-        ]
+        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()]
+        signs += [_PARAGRAPH_MARK, *_MARKS, "\u2265"]  # the last is "at least"
         signs.remove("-")
         total = len(words) + len(signs) + 1
         self.width = 2 if total <= 64 * 64 else 3
@@ -385,12 +385,14 @@ def _words(table: ConceptTable) -> list[str]:
 
 
 def _plurals(word: str) -> tuple[str, ...]:
-    if len(word) < 3 or not word.isalpha() or word in _VERBS:
+    if not word.isalpha() or word in _VERBS:
         return ()
+    if len(word) < 3:  # of abbreviations alone: "fxs", not "ass"
+        return () if _VOWEL.search(word) or len(word) < 2 else (word + "s",)
     if word.endswith("y") and word[-2] not in "aeiou":
         return (word[:-1] + "ies",)
     if word.endswith("is"):
         return (word[:-2] + "es",)
     if word.endswith(("s", "x", "ch", "sh")):
-        return (word + "es",)
+        return (word + "es",) if _VOWEL.search(word) else (word + "es", word + "s")  # "ptxs"
     return (word + "s",)

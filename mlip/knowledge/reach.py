@@ -37,6 +37,8 @@ def list_goes_on(
     if closed:
         return False
     following = events[i + 1][2].flags if i + 1 < len(events) else 0
+    if following & _LIMIT and i + 2 < len(events) and not events[i + 2][2].flags & _SIZE:
+        following = events[i + 2][2].flags  # "no effusion, at least moderate edema"
     has_or = has_be = False
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
@@ -61,13 +63,16 @@ def list_goes_on(
             has_or = True
         elif (flags & _SAYS or entry.resets) and in_segment and not has_or and not has_be:
             has_be = _says_of_subject(events, i, j, state)
+        elif flags & _SEEN and in_segment and not has_or and state == ABSENT:
+            has_be = has_be or _is_seen_behind_list(events, i, j)
         before = flags
     begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)
     if following & (_ARTICLE | _WITH) and state == ABSENT:
         begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
     if has_be or device:
         return False
-    if not ends_list and (begins or met & _SIZE and _has_size(events, i)):
+    has_size = met & _SIZE and _has_size(events, i) and not _ends_with_other(events, i)
+    if not ends_list and (begins or has_size):
         return _is_quality_of_list(events, i)
     if has_or or listing:
         return True
@@ -119,6 +124,45 @@ def _has_size(events: list[Event], i: int) -> bool:
             return True
         elif before.opens or entry.flags & _COMMA:
             return False
+    return False
+
+
+def _ends_with_other(events: list[Event], i: int) -> bool:
+    """Whether "or" joins two findings behind event i of which one cannot be the other, as they lie
+    apart: "no edema, 8 mm nodule or effusion" goes on as a list, "8 mm nodule or granuloma" is a
+    choice."""
+    places: frozenset[str] = frozenset()
+    is_joined = False
+    for _, _, entry in events[i + 1 :]:
+        if entry.opens:
+            if is_joined:
+                return bool(places and entry.places) and places.isdisjoint(entry.places)
+            places = entry.places
+        elif entry.flags & _OR:
+            is_joined = True
+        elif entry.flags & (_COMMA | _ENDS_LIST):
+            return False
+    return False
+
+
+def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
+    """Whether the verb of event j is of a finding behind the comma at event i, and the list of
+    denied ones before it has had its last "or", "nor" or "and": "no effusion or mass, scoliosis is
+    noted"."""
+    behind = [entry for _, _, entry in events[i + 1 : j]]
+    if not any(entry.opens for entry in behind) or behind[0].flags & _AND:
+        return False
+    has_last = is_joined = False
+    for k in range(i - 1, -1, -1):
+        entry = events[k][2]
+        if entry.opens or entry.device:
+            if is_joined:
+                return True
+            has_last = True
+        elif entry.flags & (_OR | _AND):
+            is_joined = has_last
+        elif entry.flags & _ENDS_LIST and not (k and events[k - 1][2].flags & _AND):
+            return False  # but of "no effusion and no mass"
     return False
 
 

@@ -7,7 +7,7 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 from __future__ import annotations
 
 from mlip.knowledge.alternatives import leave_open
-from mlip.knowledge.asides import judge_asides
+from mlip.knowledge.asides import is_of_placing, is_of_structure, judge_asides, suppose
 from mlip.knowledge.events import (
     ABSENT,
     FLAG,
@@ -28,6 +28,7 @@ _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
 _LIKEWISE, _REJECTED = FLAG["likewise"], FLAG["rejected"]
 _PAST, _CHANGE_OF = FLAG["past"], FLAG["change_of"]
+_FAILED, _SUPPOSING, _MORE, _TIP = FLAG["failed"], FLAG["supposing"], FLAG["more"], FLAG["tip"]
 _ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
 _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
@@ -43,7 +44,8 @@ SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
 DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE | _REJECTED
-_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF
+DECIDING |= _FAILED | _SUPPOSING | _MORE
+_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF | _ARTICLE
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
@@ -87,8 +89,10 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 state, closed = PRESENT, False
                 parts.clear()
             elif flags & _COMMA:
-                if state != PRESENT and not (
-                    list_goes_on(events, i, state, closed, single, listing)
+                if (
+                    state != PRESENT
+                    and not (i and events[i - 1][2].flags & _SUPPOSING)
+                    and not list_goes_on(events, i, state, closed, single, listing)
                 ):
                     state, closed = PRESENT, False
             elif flags & (_AND | _WITH):
@@ -121,8 +125,14 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                     _look_back(events, i, found, owner, words, UNCERTAIN, False)
             elif flags & (_UNC | _UNC_LIST):
                 listing = flags & _UNC_LIST != 0
-                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND)):
+                if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _PAST)):
                     state, closed, single = UNCERTAIN, False, False
+            elif flags & _SUPPOSING:
+                if state != ABSENT and not suppose(events, i, found, owner):
+                    state, closed, single, since = UNCERTAIN, False, False, len(found)
+            elif flags & _FAILED:
+                if is_of_placing(events, i):
+                    state, closed, single, since = ABSENT, False, True, len(found)
             elif flags & (_AFTER | _AFTER_ONE):
                 if _stands_before(events, i):
                     state = ABSENT  # "absent edema and effusion"
@@ -145,8 +155,11 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _FAULT:
                 # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
                 _give_device(events, i, found, PRESENT)
-            elif flags & (_REJECTED | _PAST | _CHANGE_OF):
+            elif flags & (_REJECTED | _PAST | _CHANGE_OF) or flags & _ARTICLE and state == ABSENT:
                 asides.append((i, state))
+            elif flags & _MORE:
+                if is_of_structure(events, i):
+                    state, closed, single, since = ABSENT, False, False, len(found)
             elif flags & _LIKEWISE:
                 if found and found[-1][3] == ABSENT:
                     state, closed, single, since = ABSENT, False, False, len(found)
@@ -271,7 +284,10 @@ def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool
     if any(events[j][1] != events[j + 1][0] for j in range(i - 1)):
         return False
     return all(
-        bool(entry.flags & joints) or entry.concept >= 0 and not entry.fixed and not entry.flags
+        bool(entry.flags & joints)
+        or entry.concept >= 0
+        and not entry.fixed
+        and not entry.flags & ~FLAG["structure"]
         for _, _, entry in events[:i]
     )
 
@@ -294,6 +310,21 @@ def _doubts_what_follows(events: list[Event], i: int) -> bool:
 def _is_of_device(events: list[Event], i: int) -> bool:
     """Whether event i stands right behind a device: a fractured catheter is no fracture."""
     return i > 0 and events[i - 1][1] == events[i][0] and events[i - 1][2].device
+
+
+def _is_of_tip(events: list[Event], device: int, i: int) -> bool:
+    """Whether event i says of the tip of a device, not of the device, that it is not seen."""
+    if events[i - 1][1] != events[i][0]:
+        return False
+    if events[i - 1][2].flags & _TIP:
+        return True
+    if device != i - 1:
+        return False
+    before = device - 1
+    while before >= 0 and events[before][2].flags & (_ARTICLE | _STRONG | _WEAK):
+        before -= 1
+    is_tip = before >= 0 and events[before][2].flags & _TIP != 0
+    return is_tip and events[before + 1][0] - events[before][1] <= 1  # "of"
 
 
 def _give_device(events: list[Event], i: int, found: list[Found], state: State) -> None:
@@ -349,7 +380,8 @@ def _look_back(
             if not met_term and events[i][0] - found[k][1] > _MAX_GAP:
                 return
             start, end, row, _ = found[k]
-            is_there = is_normal and events[j][2].device  # "the tube is unremarkable"
+            # "the tube is unremarkable", "the tip of the tube is not seen"
+            is_there = events[j][2].device and (is_normal or _is_of_tip(events, j, i))
             if not is_there and (not events[j][2].fixed or events[j][2].concept != row):
                 found[k] = (start, end, row, state)
                 met_term = True

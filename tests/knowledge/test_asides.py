@@ -67,6 +67,7 @@ SENTENCES = {
         No mass or change in the effusion or edema. | pleural_effusion=P pulmonary_edema=P
         No mass nor worsening of the edema. | lung_mass=A pulmonary_edema=P
         No mass, increase in effusion, or fracture. | pleural_effusion=P fracture=A
+        No mass, interval increase in effusion, or fracture. | pleural_effusion=P fracture=A
         No mass or further growth of the nodule, edema, or scar. | lung_nodule=P scar=A
         No evidence of increase in effusion. | pleural_effusion=P
         No sign of improvement in the edema. | pulmonary_edema=P
@@ -79,6 +80,86 @@ SENTENCES = {
         Possible increase in effusion. | pleural_effusion=U
         No mass or new effusion. | lung_mass=A pleural_effusion=A
         No mass or interval development of effusion. | lung_mass=A pleural_effusion=A
+        No obvious progression of the fibrosis. | pulmonary_fibrosis=P
+        No displacement of the rib fracture. | rib_fracture=P
+    """,
+    "the enlargement of a part is a finding, that of a finding is a change": """
+        No effusion or enlargement of the heart. | pleural_effusion=A cardiomegaly=A
+        No effusion, enlargement of the heart, or mass. | cardiomegaly=A lung_mass=A
+        No enlargement of cardiac silhouette. | cardiomegaly=A
+        No effusion or enlargement of the left hilum. | pleural_effusion=A hilar_prominence=A
+        No enlargement of the mediastinum or lymph nodes. | wide_mediastinum=A
+        No mass or enlargement of hilar lymph nodes. | lung_mass=A lymphadenopathy=A
+        No mass or enlargement of the thyroid. | lung_mass=A goiter=A
+        No effusion or enlargement of the known nodule. | pleural_effusion=A lung_nodule=P
+        No enlargement of the effusion. | pleural_effusion=P
+        No evidence of enlargement of the mass. | lung_mass=P
+        No effusion, enlargement of the nodule, or fracture. | lung_nodule=P fracture=A
+        No nodal enlargement or effusion. | pleural_effusion=A
+        Borderline enlargement of cardiac silhouette. | borderline_cardiomegaly=P
+    """,
+    "what everybody has is a finding where there is more of it": """
+        No edema or increase in interstitial markings. | pulmonary_edema=A prominent_markings=A
+        No edema, effusion, or increase in the lung markings. | prominent_markings=A
+        No increase in interstitial markings. | prominent_markings=A
+        No significant increase in interstitial markings. | prominent_markings=A
+        No increase in markings or effusion. | prominent_markings=A pleural_effusion=A
+        No edema or interval increase in markings. | pulmonary_edema=A prominent_markings=P
+        No change in interstitial markings. | prominent_markings=P
+        Increase in interstitial markings, no edema. | prominent_markings=P pulmonary_edema=A
+        No increase in effusion or edema. | pleural_effusion=P pulmonary_edema=P
+        Edema, markings: none. | pulmonary_edema=A prominent_markings=A
+    """,
+    "the place or cause of what is denied is there": """
+        No calcification in the nodule. | calcification=A lung_nodule=P
+        No cavitation within the left upper lobe mass. | cavity=A lung_mass=P
+        No mass to account for the effusion. | lung_mass=A pleural_effusion=P
+        No pneumothorax related to the new pacemaker. | pneumothorax=A pacemaker=P
+        No effusion adjacent to the mass, edema or scar. | pleural_effusion=A scar=A
+        No calcification in the nodule or cavity. | lung_nodule=P cavity=A
+        Without effusion or the nodule. | pleural_effusion=A lung_nodule=A
+        No effusion in the left base or the nodule. | pleural_effusion=A lung_nodule=A
+        No residual of the pneumothorax. | pneumothorax=A
+        No evidence of the previously seen effusion. | pleural_effusion=A
+        No edema in this patient with CHF. | pulmonary_edema=A heart_failure=P
+        No finding to explain fever or atelectasis. | atelectasis=P
+    """,
+    "a device that could not be placed is not there, an attempt is open": """
+        S/p failed PICC placement. | picc=A
+        No pneumothorax status post failed PICC placement. | pneumothorax=A picc=A
+        Status post unsuccessful right subclavian line placement. | central_venous_catheter=A
+        Failed attempt at PICC placement, small effusion. | picc=A pleural_effusion=P
+        PICC placement was unsuccessful. | picc=A
+        Chest tube insertion failed. | chest_tube=A
+        A PICC could not be placed. | picc=A
+        PICC was not placed. | picc=A
+        No pneumothorax status post attempted PICC placement. | pneumothorax=A picc=U
+        Several attempts at PICC placement, now in the SVC. | picc=P
+        Failed PICC. | picc=P
+        No fracture status post failed pacemaker. | fracture=A pacemaker=P
+        No pneumothorax status post PICC placement. | pneumothorax=A picc=P
+    """,
+    "where its tip is not seen the device is": """
+        The tip of the nasogastric tube is not seen. | enteric_tube=P
+        ETT tip not visualized. | endotracheal_tube=P
+        NG tube with its tip not seen. | enteric_tube=P
+        The side port of the enteric tube is not visualized. | enteric_tube=P
+        The PICC is not seen. | picc=A
+        The tip of the chest tube is kinked and has been removed. | chest_tube=A
+        The PICC with its tip in the SVC has been removed. | picc=A
+    """,
+    "what a clinical setting would make of it is open": """
+        Pneumonia in the appropriate clinical setting. | pneumonia=U
+        Left consolidation, pneumonia, in the right clinical setting. | consolidation=P pneumonia=U
+        Opacity consistent with edema in the proper clinical context. | pulmonary_edema=U
+        Nodule consistent with scar in the right clinical setting. | lung_nodule=P scar=U
+        In the appropriate clinical setting, this is compatible with pneumonia. | pneumonia=U
+        Opacity, which in the proper clinical setting is pneumonia. | lung_opacity=P pneumonia=U
+        Opacity, in the proper clinical setting, may be pneumonia. | lung_opacity=P pneumonia=U
+        Edema vs pneumonia in the appropriate clinical setting. | pulmonary_edema=U pneumonia=U
+        Small effusion and pneumonia in the right clinical setting. | pleural_effusion=P pneumonia=U
+        No pneumonia in the appropriate clinical setting. | pneumonia=A
+        In the appropriate clinical setting pneumonia. Effusion. | pneumonia=U pleural_effusion=P
     """,
 }
 

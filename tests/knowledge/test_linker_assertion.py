@@ -222,6 +222,34 @@ SENTENCES = {
         Edema?Effusion is small. | pulmonary_edema=U pleural_effusion=P
         Effusion? | pleural_effusion=U
     """,
+    "what an image is too poor for is open": """
+        Pneumothorax cannot be evaluated. | pneumothorax=U
+        The bases are not included, and effusion cannot be assessed. | pleural_effusion=U
+        Pneumothorax: not assessed. | pneumothorax=U
+        The nodule is not well evaluated. | lung_nodule=P
+        Supine technique limits sensitivity for pneumothorax. | pneumothorax=U
+        Assessment for pneumothorax is limited by skin folds. | pneumothorax=U skin_fold=P
+        Possible nodule obscured by the pacemaker. | lung_nodule=U pacemaker=P
+        It is difficult to exclude a small pneumothorax. | pneumothorax=U
+    """,
+    "other hedges": """
+        Effusions are probably present. | pleural_effusion=U
+        Infection should be excluded. | lung_infection=U
+        Malignancy has not been excluded. | malignancy=U
+        Infection could have this appearance. | lung_infection=U
+        Pneumonia is on the differential. | pneumonia=U
+        Pneumonia is not out of the question. | pneumonia=U
+        Suspicious for but not diagnostic of pneumonia. | pneumonia=U
+        DDx: pneumonia, edema. | pneumonia=U pulmonary_edema=U
+        Effusion, h/o CHF. | pleural_effusion=P heart_failure=U
+        Opacity s/o PNA. | lung_opacity=P pneumonia=U
+        Assess for interval change in effusion. | pleural_effusion=P
+        Recommend removal of the PICC. | picc=P
+        Near resolution of the edema. | pulmonary_edema=P
+        No consolidation beyond atelectasis. | consolidation=A atelectasis=P
+        Not c/w CHF. | heart_failure=A
+        Effusion w/ atelectasis w/o pneumothorax. | atelectasis=P pneumothorax=A
+    """,
     "the verb may stand before what it denies": """
         Absent are pneumonia and a mass. | pneumonia=A
         Absent are pneumonia and mass. | pneumonia=A lung_mass=A
@@ -265,6 +293,11 @@ ON_PURPOSE = {
     ("choice", "or"),  # or, and / or, /
     ("choice", "limit", "or"),  # or larger
     ("change_of", "or"),  # or increase in
+    ("change_of", "more"),  # increase in
+    ("more", "unchanged"),  # no increase in
+    ("change_of", "more", "or"),  # or increase in
+    ("change_of", "strong"),  # interval increase
+    ("and", "limit"),  # and larger
     ("past", "strong"),  # status post
     ("clause", "uncertain_before"),  # does not exclude
     ("strong", "weak"),  # definite

@@ -99,6 +99,7 @@ SENTENCES = {
         No edema, 8 mm nodule or granuloma. | pulmonary_edema=A lung_nodule=U granuloma=U
         No edema, 8 mm nodule, or effusion. | lung_nodule=A pleural_effusion=A
         Possible edema, 8 mm nodule. | pulmonary_edema=U lung_nodule=P
+        No effusion, 5 mm nodule or pneumonia. | pleural_effusion=A lung_nodule=U pneumonia=U
         Possible nodule, 8 mm, mass, or granuloma. | lung_nodule=U lung_mass=U granuloma=U
         Atelectasis or 8 mm nodule. | atelectasis=U lung_nodule=U
     """,
@@ -118,6 +119,37 @@ SENTENCES = {
         No edema, nodule and 8 mm mass. | lung_nodule=A lung_mass=P
         No edema, effusion, 2 cm above the carina. | pleural_effusion=A
         No nodule, 8 mm previously, effusion. | lung_nodule=A pleural_effusion=A
+        No nodule \u2265 6 mm. | lung_nodule=A
+        No effusion, nodule \u2265 6 mm. | pleural_effusion=A lung_nodule=A
+        No effusion, \u22656mm nodule. | lung_nodule=A
+        No effusion, nodule >= 6 mm. | lung_nodule=A
+        No effusion, nodule measuring at least 6 mm. | lung_nodule=A
+        No effusion, at least 6 mm nodule. | lung_nodule=A
+        No effusion, nodule 6 mm or more. | lung_nodule=A
+        No effusion, nodule of 6 mm and larger. | lung_nodule=A
+        No effusion, at least moderate edema. | pleural_effusion=A pulmonary_edema=P
+        New or more conspicuous nodule. | lung_nodule=P
+    """,
+    "what cannot be the measured finding ends the list by 'or'": """
+        No consolidation, 8 mm nodule or effusion. | lung_nodule=A pleural_effusion=A
+        No edema, 5 mm nodule or pneumothorax. | lung_nodule=A pneumothorax=A
+        No edema, 8 mm calcified granuloma or effusion. | calcified_granuloma=A pleural_effusion=A
+        No edema, 8 mm nodule or fracture. | lung_nodule=U fracture=U
+        Consolidation, 8 mm nodule or effusion. | lung_nodule=U pleural_effusion=U
+        No edema, 8 mm nodule, effusion or scar. | lung_nodule=P
+    """,
+    "behind a whole list what is seen is a statement": """
+        No effusion or mass, scoliosis is noted. | lung_mass=A scoliosis=P
+        No effusion or pneumothorax, scarring in the apices is seen. | pneumothorax=A scar=P
+        Neither effusion nor mass, scoliosis is noted. | lung_mass=A scoliosis=P
+        No effusion and no mass, scoliosis is noted. | lung_mass=A scoliosis=P
+        No edema or mass, cardiomegaly and effusion are noted. | cardiomegaly=P pleural_effusion=P
+        No effusion or mass, scoliosis or fracture is seen. | scoliosis=A fracture=A
+        No acute or chronic fracture, dislocation is seen. | fracture=A dislocation=A
+        No effusion in the right or left base, pneumothorax is seen. | pneumothorax=A
+        No edema or mass, and large effusion is seen. | lung_mass=A pleural_effusion=A
+        No effusion or mass, scoliosis is not seen. | scoliosis=A
+        No effusion or mass, scoliosis. | lung_mass=A scoliosis=A
     """,
     "of two that 'and' joins the doubt behind is of the second where the first is denied": """
         No effusion and pneumonia cannot be excluded. | pleural_effusion=A pneumonia=U

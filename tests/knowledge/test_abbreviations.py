@@ -1,0 +1,46 @@
+"""Abbreviations of chest reports: which concept each is, and where it is another's.
+
+Oracle: what they stand for in common lists of radiological abbreviations, written by hand.
+"""
+
+import pytest
+
+from tests.knowledge.sentences import check_states
+
+SENTENCES = {
+    "findings": """
+        Multiple old rib fxs. | rib_fracture=P
+        Old fx's of the ribs. | rib_fracture=P
+        T8 comp fx, hip fxs. | compression_fracture=P fracture=P
+        Bilateral PTXs, no PNX. | pneumothorax=P
+        R pleural eff, LLL atel, RLL infil. | pleural_effusion=P atelectasis=P infiltrate=P
+        No ptx/eff. | pneumothorax=A pleural_effusion=A
+        SQ emphysema along the chest wall. | subcutaneous_emphysema=P emphysema=-
+        Lung mets, bone mets. | metastasis=P
+        DJD of the spine. | degenerative_spine=P
+        DJD of the left shoulder. | degenerative_spine=-
+        ASCVD, HTN and PAH. | atherosclerosis=P hypertension=P pulmonary_hypertension=P
+    """,
+    "devices": """
+        RIJ line, HD catheter, TDC in the RA. | central_venous_catheter=P catheter=-
+        PA catheter tip in the RPA. | swan_ganz_catheter=P
+        NG in the stomach. | enteric_tube=P
+        NJ tube, G-tube. | enteric_tube=P tube=-
+        UAC and UVC in place. | catheter=P
+        Impella, no ILR. | ventricular_assist_device=P nerve_stimulator=A
+        No PleurX. | chest_tube=A
+        S/p TEVAR and TMVR. | stent=P prosthetic_valve=P
+        Troponin 5 ng/ml, 0.5 ng/mL. | enteric_tube=-
+    """,
+    "normal statements": """
+        Heart size WNL, mediastinum nl. | normal_heart_size=P normal_mediastinum=P
+        Nl heart. CP angles sharp. | normal_heart_size=P normal_pleura=P
+        Neg CXR. | no_acute_disease=P
+        No acute CP process. | no_acute_disease=P
+    """,
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_states_of_sentences(kind: str) -> None:
+    check_states(SENTENCES[kind])
