@@ -120,9 +120,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 that = flags & _DENIED_CLAUSE != 0
             elif flags & _NOT:
                 state, closed, single, since = ABSENT, False, True, len(found)
-            elif flags & _UNC and end == stop and i and _is_colon(words, start - 1):
-                if events[i - 1][1] == start - 1:
-                    _look_back(events, i, found, owner, words, UNCERTAIN, False)
+            elif flags & _UNC and end == stop and i and _is_answer(events, i, found, words):
+                _look_back(events, i, found, owner, words, UNCERTAIN, False)
             elif flags & (_UNC | _UNC_LIST):
                 listing = flags & _UNC_LIST != 0
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _PAST)):
@@ -268,9 +267,20 @@ def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> b
     return is_next or after.flags & (_COMMA | _AND) != 0
 
 
+def _is_answer(events: list[Event], i: int, found: list[Found], words: list[str]) -> bool:
+    """Whether the hedge of event i, the last of its sentence, is of the finding right before it:
+    "edema: possible", "small effusion possible"."""
+    _, last, before = events[i - 1]
+    if _is_colon(words, events[i][0] - 1):
+        return last == events[i][0] - 1
+    return last == events[i][0] and before.opens and bool(found) and found[-1][3] == PRESENT
+
+
 def _leads(words: list[str], at: int) -> bool:
     """Whether the sign at a piece is written to what follows: "opacity, ?pneumonia"."""
-    return words[at] == "?" and at + 1 < len(words) and not words[at - 1][-1].isalnum()
+    if not at or at + 1 >= len(words) or words[at - 1][-1].isalnum():
+        return False
+    return words[at] == "?" or words[at - 1][0] in ",("
 
 
 def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool:

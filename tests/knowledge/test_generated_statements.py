@@ -51,6 +51,10 @@ LIMITS = (
     "over 1 cm",
     "exceeding 8 mm",
     "measuring more than 5 mm",
+    ">= 6 mm",
+    "\u2265 6 mm",
+    "\u22656mm",
+    "at least 6 mm",
 )
 DOUBTS = (
     "cannot be excluded",
@@ -85,7 +89,11 @@ CHANGES = (
     "worsening of",
     "interval progression of",
     "growth of",
+    "enlargement of",
+    "interval enlargement of",
 )
+BESIDE = ("adjacent to", "related to", "in the region of", "overlying", "to account for")
+SEEN = ("is noted", "is seen", "is identified in the left lung", "is present")
 
 
 def denied_lists():
@@ -181,7 +189,37 @@ def changes():
             yield f"{text} or {quality} nodule.", {**states, "lung_nodule": "absent"}
 
 
-FORMS = (stated_sizes, limits, doubts_behind_and, rejected, done_to_the_patient, changes)
+def seen_behind_whole_lists():
+    for text, states in denied_lists():
+        for name, concept in FINDINGS.items() if " or " in text else ():
+            for verb in SEEN:
+                yield f"{text}, {name} {verb}.", {**states, concept: "present"}
+                yield f"{text}, {name} in the right base {verb}.", {**states, concept: "present"}
+                wanted = {**states, concept: "absent", "scar": "absent"}
+                yield f"{text}, {name} or scarring {verb}.", wanted
+                yield f"{text}, or {name} {verb}.", {**states, concept: "absent"}
+
+
+def beside_what_is_there():
+    for text, states in denied_lists():
+        for name, concept in FINDINGS.items():
+            for place in BESIDE:
+                yield f"{text} {place} the {name}.", {**states, concept: "present"}
+                wanted = {**states, concept: "present", "scar": "absent"}
+                yield f"{text} {place} the small {name}, or scarring.", wanted
+            yield f"{text} or the {name}.", {**states, concept: "absent"}
+
+
+FORMS = (
+    stated_sizes,
+    limits,
+    doubts_behind_and,
+    rejected,
+    done_to_the_patient,
+    changes,
+    seen_behind_whole_lists,
+    beside_what_is_there,
+)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)

@@ -233,6 +233,13 @@ SENTENCES = {
         It is difficult to exclude a small pneumothorax. | pneumothorax=U
     """,
     "other hedges": """
+        Small effusion possible. | pleural_effusion=U
+        No pneumonia suspected. | pneumonia=A
+        Atelectasis favored; pneumonia less likely. | atelectasis=U pneumonia=U
+        Favored atelectasis. | atelectasis=U
+        Opacity is indeterminate for pneumonia. | lung_opacity=P pneumonia=U
+        Vague opacity, ? scar. | lung_opacity=P scar=U
+        Vague opacity (? scar). | lung_opacity=P scar=U
         Effusions are probably present. | pleural_effusion=U
         Infection should be excluded. | lung_infection=U
         Malignancy has not been excluded. | malignancy=U
