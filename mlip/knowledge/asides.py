@@ -114,8 +114,6 @@ def _is_given(events: list[Event], i: int) -> bool:
     """Whether the article of event i names what is there: "no calcification in the nodule", not
     "no edema or the nodule". A word of place or cause stands before it, a denied finding before
     that."""
-    if not i or events[i - 1][1] == events[i][0]:
-        return False
     for _, _, entry in reversed(events[:i]):
         if entry.opens:
             return True
@@ -150,25 +148,21 @@ def is_of_structure(events: list[Event], i: int) -> bool:
 def suppose(events: list[Event], i: int, found: list[Found], owner: list[int]) -> bool:
     """Leave open the finding before event i ("pneumonia in the appropriate clinical setting") and
     what "or" joins to it; False where event i speaks of what follows."""
-    at = i + 1
-    if at + 1 < len(events) and events[at][2].flags & _COMMA and events[at][0] == events[i][1]:
-        at += 1
-    if at < len(events) and events[at][0] == events[at - 1][1] and events[at][2].flags & _SAYS:
-        return False  # "which in the proper setting is consistent with edema"
-    met, is_joined = False, True
+    if i + 1 < len(events):
+        start, _, entry = events[i + 1]
+        if start == events[i][1] and entry.flags & _SAYS:
+            return False  # "which in the proper setting is consistent with edema"
+    met = False
     k = len(found) - 1
     for j in range(i - 1, -1, -1):
         entry = events[j][2]
         while k >= 0 and owner[k] > j:
             k -= 1
         if entry.opens and k >= 0 and owner[k] == j:
-            if not is_joined:
-                break
-            met, is_joined = True, False
-            if found[k][3] == PRESENT:
-                found[k] = (*found[k][:3], UNCERTAIN)
+            found[k] = (*found[k][:3], UNCERTAIN)
+            met = True
         elif entry.flags & (_OR | _ALT):
-            is_joined = True
+            continue
         elif j == i - 1 == len(events) - 2 and entry.flags & _COMMA:
             continue  # "pneumonia, in the appropriate clinical setting"
         elif entry.flags & _ENDS or met and not entry.flags & _QUALITY:

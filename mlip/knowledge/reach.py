@@ -63,7 +63,7 @@ def list_goes_on(
             has_or = True
         elif (flags & _SAYS or entry.resets) and in_segment and not has_or and not has_be:
             has_be = _says_of_subject(events, i, j, state)
-        elif flags & _SEEN and in_segment and not has_or and state == ABSENT:
+        elif flags & _SEEN and in_segment and not has_or:
             has_be = has_be or _is_seen_behind_list(events, i, j)
         before = flags
     begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)

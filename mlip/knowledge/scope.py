@@ -324,8 +324,6 @@ def _is_of_device(events: list[Event], i: int) -> bool:
 
 def _is_of_tip(events: list[Event], device: int, i: int) -> bool:
     """Whether event i says of the tip of a device, not of the device, that it is not seen."""
-    if events[i - 1][1] != events[i][0]:
-        return False
     if events[i - 1][2].flags & _TIP:
         return True
     if device != i - 1:
@@ -333,8 +331,7 @@ def _is_of_tip(events: list[Event], device: int, i: int) -> bool:
     before = device - 1
     while before >= 0 and events[before][2].flags & (_ARTICLE | _STRONG | _WEAK):
         before -= 1
-    is_tip = before >= 0 and events[before][2].flags & _TIP != 0
-    return is_tip and events[before + 1][0] - events[before][1] <= 1  # "of"
+    return before >= 0 and events[before][2].flags & _TIP != 0
 
 
 def _give_device(events: list[Event], i: int, found: list[Found], state: State) -> None:

@@ -118,6 +118,7 @@ SENTENCES = {
         No effusion adjacent to the mass, edema or scar. | pleural_effusion=A scar=A
         No calcification in the nodule or cavity. | lung_nodule=P cavity=A
         Without effusion or the nodule. | pleural_effusion=A lung_nodule=A
+        No edema or evidence of the nodule. | pulmonary_edema=A lung_nodule=A
         No effusion in the left base or the nodule. | pleural_effusion=A lung_nodule=A
         No residual of the pneumothorax. | pneumothorax=A
         No evidence of the previously seen effusion. | pleural_effusion=A
@@ -136,12 +137,14 @@ SENTENCES = {
         No pneumothorax status post attempted PICC placement. | pneumothorax=A picc=U
         Several attempts at PICC placement, now in the SVC. | picc=P
         Failed PICC. | picc=P
+        Failed pacemaker and a small effusion. | pacemaker=P pleural_effusion=P
         No fracture status post failed pacemaker. | fracture=A pacemaker=P
         No pneumothorax status post PICC placement. | pneumothorax=A picc=P
     """,
     "where its tip is not seen the device is": """
         The tip of the nasogastric tube is not seen. | enteric_tube=P
         ETT tip not visualized. | endotracheal_tube=P
+        The tip of the ETT on this film is not seen. | endotracheal_tube=P
         NG tube with its tip not seen. | enteric_tube=P
         The side port of the enteric tube is not visualized. | enteric_tube=P
         The PICC is not seen. | picc=A
