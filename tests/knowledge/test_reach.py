@@ -135,6 +135,7 @@ SENTENCES = {
         No edema, 5 mm nodule or pneumothorax. | lung_nodule=A pneumothorax=A
         No edema, 8 mm calcified granuloma or effusion. | calcified_granuloma=A pleural_effusion=A
         No edema, 8 mm nodule or fracture. | lung_nodule=U fracture=U
+        No edema, 8 mm nodule or interstitial lung disease. | lung_nodule=U
         Consolidation, 8 mm nodule or effusion. | lung_nodule=U pleural_effusion=U
         No edema, 8 mm nodule, effusion or scar. | lung_nodule=P
     """,
