@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 from unittest import mock
 
@@ -29,6 +29,9 @@ from mlip.ranks import distributed
 # where DeepSpeed, once something has imported it, decides when ZeRO-3 lets go of parameters; in a
 # version that has it elsewhere the backward pass fails by its sizes ("size of tensor a (0)")
 _ZERO_3 = "deepspeed.runtime.zero.partitioned_param_coordinator"
+_lock = threading.Lock()
+_recomputing = 0  # threads that are at it
+_exchanged = contextlib.ExitStack()  # of DeepSpeed's, meanwhile
 
 
 class Cost:
@@ -48,16 +51,29 @@ class Cost:
 cost = Cost()
 
 
-def _parameters_kept() -> AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _parameters_kept() -> Iterator[None]:
     """ZeRO-3 during a recomputation: its forward hooks must not release the parameters.
 
     The backward pass that asked for the recomputation has gathered its module's already and goes on
-    with them right after; the module's own backward hook releases them.
+    with them right after; the module's own backward hook releases them. What releases them is
+    exchanged for the whole process: by the first of several threads that recompute at once, and put
+    back by the last.
     """
-    if _ZERO_3 not in sys.modules:
-        return contextlib.nullcontext()
-    coordinator = sys.modules[_ZERO_3].PartitionedParameterCoordinator
-    return mock.patch.object(coordinator, "release_sub_module", lambda *_, **__: None)
+    global _recomputing
+    with _lock:
+        if _recomputing == 0 and _ZERO_3 in sys.modules:
+            coordinator = sys.modules[_ZERO_3].PartitionedParameterCoordinator
+            kept = mock.patch.object(coordinator, "release_sub_module", lambda *_, **__: None)
+            _exchanged.enter_context(kept)
+        _recomputing += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _recomputing -= 1
+            if _recomputing == 0:
+                _exchanged.close()
 
 
 class _Recomputing:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mlip.training import grad_cache
 from mlip.training.grad_cache import cached_forward, num_micro_batches
 
 
@@ -137,3 +141,40 @@ def test_a_pass_that_is_computed_again_runs_to_its_end():
         layer.register_forward_hook(lambda module, given, made: left.append(module))
     cached_forward(lambda rows: (tower.net(rows),), (x,), 2)[0].sum().backward()
     assert len(left) == len(entered) == 4 * len(tower.net)
+
+
+def test_zero_3_keeps_parameters_until_the_last_thread_has_recomputed_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def release(self: Any) -> None: ...
+
+    coordinator: Any = type("Coordinator", (), {"release_sub_module": release})
+    zero_3 = SimpleNamespace(PartitionedParameterCoordinator=coordinator)
+    monkeypatch.setitem(sys.modules, grad_cache._ZERO_3, zero_3)
+    first_is_in, both_are_in, first_is_over = (threading.Event() for _ in range(3))
+    kept: list[bool] = []
+
+    def train(is_first: bool) -> None:
+        calls: list[int] = []
+
+        def tower(x: Tensor) -> Tensor:
+            calls.append(len(x))
+            if len(calls) == 3:  # two micro-batches, and the first one again
+                (first_is_in if is_first else both_are_in).set()
+                kept.append((both_are_in if is_first else first_is_over).wait(60))
+                kept.append(coordinator.release_sub_module is not release)
+            return x.square()
+
+        out = cached_forward(tower, (torch.ones(2, 3, requires_grad=True),), 1)
+        kept.append(is_first or first_is_in.wait(60))
+        out.sum().backward()
+        if is_first:
+            first_is_over.set()
+
+    threads = [threading.Thread(target=train, args=(is_first,)) for is_first in (True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kept == [True] * 6
+    assert coordinator.release_sub_module is release
