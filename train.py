@@ -37,7 +37,7 @@ from mlip.saved.resumed_run import open_resumed
 from mlip.saved.run_vocabulary import keep_vocabulary
 from mlip.saved.starting_point import open_start
 from mlip.saved.tower_shapes import shapes_of
-from mlip.settings.config import Config, ConfigError, load, sort_settings
+from mlip.settings.config import Config, ConfigError, read, sort_settings
 from mlip.settings.given import given
 from mlip.system.output_file import whole_file
 from mlip.training import agreement, randomness
@@ -86,10 +86,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     files, overrides = sort_settings(options.config + options.overrides)
     if options.deepspeed:  # before what is typed, which may contradict it
         overrides.insert(0, "train.engine=deepspeed")
-    config = load(files, overrides, takes_exports=True)
+    named = given(read(files, overrides, takes_exports=True))
+    config = named.config
     if options.deepspeed and config.train.engine != "deepspeed":
         raise ConfigError(f"--deepspeed and train.engine={config.train.engine}: name one of them")
-    given(files, overrides, config).asked_by("train.py")
+    named.asked_by("train.py")
     if config.evaluate.weights == "ema" and config.train.ema_decay == 0.0:
         raise ConfigError(
             "evaluate.weights=ema needs train.ema_decay above 0, for example 0.999: there would be "

@@ -27,7 +27,7 @@ from benchmarks import bench_grad_cache, bench_same_pictures, bench_search, link
 from benchmarks.bench_demo import tables
 from benchmarks.bench_outliers import page_table
 from mlip.cli import FOREIGN, build_parser
-from mlip.commands.inputs import read_settings
+from mlip.commands.inputs import read_given
 from mlip.saved.pretrained_model import Pretrained
 from mlip.settings.config import Config
 from tests.test_architecture import WALLS
@@ -129,7 +129,7 @@ def _check_mlip(words: list[str]) -> None:
     settings = [*getattr(options, "settings", []), *rest, *(getattr(options, "plan", None) or [])]
     if any(word.startswith("runs/") for word in settings):
         return  # the settings that a run has kept
-    config = read_settings(settings)
+    config = read_given(settings).config
     if options.command in ("evaluate", "embed"):
         assert config.data.manifest, "data.manifest is not set"
 

@@ -18,7 +18,6 @@ from mlip.commands.inputs import (
     open_with_settings,
     pick_device,
     read_given,
-    read_settings,
     sort_items,
 )
 from mlip.settings.typed_tree import ConfigError, all_keys
@@ -157,7 +156,7 @@ def run_settings(options: argparse.Namespace) -> int:
         print(printed(listing(sections())))
         return 0
     named = read(files, overrides, takes_exports=True)
-    come_to = values(assemble(tree for _, tree in named), named) if named else {}
+    come_to = values(assemble(named), named) if named else {}
     lines = [line for s in find(words) for line in block(s, come_to.get(s.name))]
     print(printed(lines))
     return 0
@@ -176,7 +175,7 @@ def run_doctor(options: argparse.Namespace) -> int:
         from mlip.memory_plan import make_plan
 
         text, refusal = make_plan(
-            read_settings(options.plan), ranks=options.ranks, memory_gib=options.memory_gib
+            read_given(options.plan).config, ranks=options.ranks, memory_gib=options.memory_gib
         )
         print(text)
         if refusal is not None:

@@ -12,22 +12,15 @@ from typing import TYPE_CHECKING, Any
 from mlip.settings.typed_tree import ConfigError
 
 if TYPE_CHECKING:
-    from mlip.settings.config import Config
     from mlip.settings.given import Given
 
 
-def read_settings(items: Sequence[str]) -> Config:
-    """Config of YAML files and overrides in any order; files are read first."""
-    return read_given(items).config
-
-
 def read_given(items: Sequence[str]) -> Given:
-    """read_settings, with what the items name: for Given.asked_by."""
-    from mlip.settings.config import load
+    """The Config of YAML files and overrides in any order, and what they name; files come first."""
+    from mlip.settings.config import read
     from mlip.settings.given import given
 
-    files, overrides = sort_items(items)
-    return given(files, overrides, load(files, overrides))
+    return given(read(*sort_items(items)))
 
 
 def sort_items(items: Sequence[str]) -> tuple[list[str], list[str]]:

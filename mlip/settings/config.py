@@ -275,6 +275,9 @@ class Config:
     transfer: Transfer = field(default_factory=Transfer)
 
 
+Named = tuple[str | None, Mapping[str, Any]]  # a file, None for an override; its settings
+
+
 def sort_settings(items: Iterable[str]) -> tuple[list[str], list[str]]:
     """(files, overrides) of a command line; a path may have "=" in its name, as runs/lr=0.1."""
     items = list(items)
@@ -297,7 +300,7 @@ def load(
              expected type, or the two settings that contradict each other.
     Source:  ours.
     """
-    return assemble(tree for _, tree in read(files, overrides, takes_exports=takes_exports))
+    return assemble(read(files, overrides, takes_exports=takes_exports))
 
 
 def read(
@@ -305,7 +308,7 @@ def read(
     overrides: Iterable[str] = (),
     *,
     takes_exports: bool = False,
-) -> list[tuple[str | None, dict[str, Any]]]:
+) -> list[Named]:
     """(file, or None for an override; its settings) in the order in which a later one wins.
 
     files, overrides, takes_exports, Raises: as load
@@ -313,19 +316,19 @@ def read(
     for name, given in (("files", files), ("overrides", overrides)):
         if isinstance(given, str | Path):  # would be read letter by letter
             raise ConfigError(f"{name}: expected a list, got {str(given)!r} alone: put it into one")
-    found: list[tuple[str | None, dict[str, Any]]] = [
+    found: list[Named] = [
         (str(file), read_file(Path(file), Config, takes_exports=takes_exports)) for file in files
     ]
     return found + [(None, read_override(override, Config)) for override in overrides]
 
 
-def assemble(trees: Iterable[Mapping[str, Any]]) -> Config:
-    """One Config from checked settings, a later one laid over an earlier one.
+def assemble(named: Iterable[Named]) -> Config:
+    """One Config from what read gave, a later one laid over an earlier one.
 
     Raises:  ConfigError for a wrong type or number, or two settings that contradict each other
     """
     tree: dict[str, Any] = {}
-    for part in trees:
+    for _, part in named:
         merge(tree, part, Config)
     config = build(Config, tree, "")
     check_bounds(flatten(to_dict(config)))

@@ -9,15 +9,16 @@ needed.py; what two settings must agree on whoever named them, in agreement.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from mlip.settings.config import Config, from_dict
-from mlip.settings.config_file import CHECKPOINTS, OF_A_RUN, OF_AN_EXPORT, read_file, read_override
+from mlip.settings.config import Config, Named, assemble, from_dict
+from mlip.settings.config_file import CHECKPOINTS, OF_A_RUN, OF_AN_EXPORT, read_file
 from mlip.settings.needed import CROPS, NEEDS, PHANTOMS, below
 from mlip.settings.transfer import Transfer
 from mlip.settings.typed_tree import ConfigError, all_keys, plain
@@ -270,18 +271,23 @@ def _settings_now(where: Path, *, takes_exports: bool = False) -> Config | None:
         return None
 
 
-def given(files: Iterable[str], overrides: Iterable[str], config: Config) -> Given:
-    """What a command line names.  files, overrides  as load took them for this config"""
-    trees = [read_override(item, Config) for item in overrides]
-    typed = {name for tree in trees for name in named_settings(tree)}
+def given(named: Sequence[Named]) -> Given:
+    """What a command line names.  named  what config.read gave of it
+
+    Raises:  ConfigError, as assemble
+    """
+    config = assemble(named)
+    typed: set[str] = set()
     of_task: set[str] = set()
-    unread = {key for tree in trees for key in _unread_fractions(tree, config, ())}
-    for file in map(Path, files):
-        # a run's own names every setting there is; a pipe is empty by now
-        if not file.is_file() or file.name == OF_A_RUN:
+    unread: set[str] = set()
+    for file, tree in named:
+        if file is None:
+            typed |= set(named_settings(tree))
+            unread |= _unread_fractions(tree, config, ())
+        # a run's own names every setting there is, and so does an export's
+        elif os.path.isdir(file) or Path(file).name == OF_A_RUN:
             continue
-        tree = read_file(file, Config)
-        if tree.get("transfer", {}).get("task", "none") != "none":
+        elif tree.get("transfer", {}).get("task", "none") != "none":
             of_task |= {name for name in named_settings(tree) if name.startswith("evaluate.")}
             own = tree["transfer"].get("fractions") or Transfer().fractions
             unread |= _unread_fractions(tree, config, own)

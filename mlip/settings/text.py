@@ -11,9 +11,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from operator import attrgetter, getitem
-from typing import Any
 
-from mlip.settings.config import Config
+from mlip.settings.config import Config, Named
 from mlip.settings.given import leaf_names, named_settings
 from mlip.settings.reference import Section, Setting, value_text
 from mlip.settings.typed_tree import all_keys
@@ -78,13 +77,13 @@ def _wrapped(text: str, first: str, later: str, columns: int = _COLUMNS) -> list
     )
 
 
-def values(config: Config, read: Iterable[tuple[str | None, Mapping[str, Any]]]) -> dict[str, str]:
+def values(config: Config, named: Iterable[Named]) -> dict[str, str]:
     """Setting -> its value and what it comes from.
 
-    read  what config.read gave, of which the config is made
+    named  what config.read gave, of which the config is made
     """
     origins: dict[str, list[str]] = {}
-    for file, tree in read:
+    for file, tree in named:
         for name in named_settings(tree):
             value = reduce(getitem, name.split("."), tree)
             # entries of several files stand side by side; everything else is replaced whole

@@ -85,7 +85,8 @@ def merge(into: dict[str, Any], new: Mapping[str, Any], cls: Any) -> None:
             into[key] = there if isinstance(there, dict) else {}
             merge(into[key], value, kind)
         else:
-            into[key] = value
+            # a copy, for what is laid over it must not get into what was read
+            into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 def all_keys(cls: Any, path: str = "") -> list[str]:

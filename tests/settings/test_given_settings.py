@@ -263,14 +263,17 @@ def test_what_others_read_is_turned_off_to_no_command() -> None:
     given(*scored).asked_by("train.py")  # whose own evaluation is none of the task
 
 
-def test_settings_from_a_pipe_are_read_once(tmp_path: Path) -> None:
+def test_settings_from_a_pipe_are_read_once_and_count_as_those_of_a_file(tmp_path: Path) -> None:
     pipe = tmp_path / "settings"
     os.mkfifo(pipe)
-    text = "transfer: {task: detection}\n"
+    text = "transfer: {task: detection}\nevaluate: {split: val}\n"
     writer = threading.Thread(target=pipe.write_text, args=(text,), daemon=True)
     writer.start()
-    assert given(str(pipe)).asked_by(OF_TASK).config.transfer.task == "detection"
+    named = given(str(pipe))
     writer.join()
+    assert named.config.transfer.task == "detection"
+    with pytest.raises(ConfigError, match="evaluate.split=val: a task trains on train"):
+        named.asked_by(OF_TASK)
 
 
 def test_what_a_resumed_run_has_changed_since_is_its_own(tmp_path: Path) -> None:

@@ -205,6 +205,9 @@ def test_a_value_is_said_with_what_it_comes_from(
     # an empty mapping takes what stood there before
     lines = _lines(capsys, "transfer.classes", "--config", str(first), "transfer.classes={}")
     assert "    = {} (typed)" in lines
+    typed = ["transfer.classes={}", "transfer.classes.C=one"]
+    lines = _lines(capsys, "transfer.classes", "--config", str(first), *typed)
+    assert '    = {"C": "one"} (typed)' in lines
     # of one setting typed twice the last counts, as in a run
     assert "    = 6 (typed)" in _lines(capsys, "run.seed", "run.seed=5", "run.seed=6")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlip.cli import main
-from mlip.commands.inputs import read_settings
+from mlip.commands.inputs import read_given
 from mlip.dataloading.dicom.write import write_radiograph
 from mlip.pretrained import open_checkpoint
 from mlip.transfer.alignment.zero_shot import Prompts
@@ -336,7 +336,8 @@ def test_answers_are_of_the_findings_with_a_threshold():
 
 def test_sentences_in_the_settings_are_those_that_are_asked(tmp_path):
     opened = open_checkpoint(small_export())
-    settings = read_settings([*write(tmp_path), "evaluate.positive_prompts=['{} is seen.']"])
+    items = [*write(tmp_path), "evaluate.positive_prompts=['{} is seen.']"]
+    settings = read_given(items).config
     question = ask_names(["Edema"], opened, settings.evaluate)
     assert question.prompts[0].positive == ("pulmonary edema is seen.",)
     images = opened.encode_images([pictures() / "0.png"])

@@ -17,7 +17,7 @@ from sklearn.covariance import LedoitWolf
 
 from mlip.batch import ImageFeatures
 from mlip.cli import main
-from mlip.commands.inputs import read_settings
+from mlip.commands.inputs import read_given
 from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
 from mlip.transfer import features as shared_features
@@ -237,7 +237,7 @@ def test_a_large_split_is_sampled_by_the_seed_and_patients_are_those_of_the_mani
     assert a == again and a != b
     opened, rows = open_checkpoint(small_export()), []
     for seed in (1, 2):
-        config = read_settings([*write(tmp_path), f"run.seed={seed}"])
+        config = read_given([*write(tmp_path), f"run.seed={seed}"]).config
         own, manifest = dataclasses.replace(opened, config=config), load_manifest(config.data)
         rows.append(outliers.encode_rows(own, manifest, "train", most=9)[1])
     assert rows[0].tolist() != rows[1].tolist() and len(rows[0]) == 9  # other images
@@ -256,7 +256,8 @@ def test_features_are_those_of_each_batch_and_the_rows_of_those_that_can_be_read
 ):
     """Oracle: every batch's means kept, and joined at the end; the last batch is short."""
     monkeypatch.setattr(shared_features, "ROWS_AT_ONCE", 7)
-    config = read_settings(write(tmp_path, image=lambda i: "none.png" if i == 8 else f"{i}.png"))
+    items = write(tmp_path, image=lambda i: "none.png" if i == 8 else f"{i}.png")
+    config = read_given(items).config
     opened = dataclasses.replace(open_checkpoint(small_export()), config=config)
     manifest = load_manifest(config.data)
     images = row_images.RowImages(opened, manifest, "all")
