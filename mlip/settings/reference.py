@@ -140,7 +140,13 @@ def words_of(cls: type) -> dict[str, str]:
 
 @cache
 def _words_of_module(module: str) -> dict[str, dict[str, str]]:
-    source = inspect.getsource(sys.modules[module])
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except OSError:
+        raise ConfigError(
+            f"what settings do stands in the source of {module}, which this installation lacks: "
+            "expected its .py files, not .pyc alone; docs/settings.md says the same"
+        ) from None
     comments = {
         token.start[0]: (token.string.lstrip("#").strip(), not token.line[: token.start[1]].strip())
         for token in tokenize.generate_tokens(io.StringIO(source).readline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_words_are_the_comment_above_or_behind_a_field_and_no_other(tmp_path: Pa
         assert words_of(module.Other)["above"] == ""
     finally:
         del sys.modules["own_settings"]
+
+
+def test_an_installation_of_compiled_files_alone_says_what_it_lacks(tmp_path: Path) -> None:
+    for part in ("*.py", "commands/*.py", "settings/*.py", "system/*.py"):
+        for source in (ROOT / "mlip").glob(part):
+            target = (tmp_path / source.relative_to(ROOT)).with_suffix(".pyc")
+            py_compile.compile(str(source), str(target), doraise=True)
+    command = [sys.executable, "-m", "mlip", "settings", "crop"]
+    ended = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("mlip settings: what settings do stands in the source of mlip.")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_all_settings_are_listed_in_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
