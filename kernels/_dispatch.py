@@ -48,10 +48,20 @@ def _closed_cache() -> str | None:
             f"triton loads what it compiles from {folder}, on a file system that runs no programs "
             "(noexec); set TRITON_CACHE_DIR to another, or mount it with exec"
         )
-    # one that is there may hold all that is asked for
-    if there != folder and not os.access(there, os.W_OK | os.X_OK):
-        return f"triton cannot make {folder}; set TRITON_CACHE_DIR to a folder that can be written"
+    # one that is there may hold all that is asked for, unless it holds nothing
+    lacks = "make" if there != folder else "fill" if _is_empty(folder) else ""
+    if lacks and not os.access(there, os.W_OK | os.X_OK):
+        return (
+            f"triton cannot {lacks} {folder}; set TRITON_CACHE_DIR to a folder that can be written"
+        )
     return None
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:  # one that may not be listed may hold files all the same
+        return False
 
 
 def runs_no_programs(folder: Path) -> bool:

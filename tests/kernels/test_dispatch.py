@@ -164,6 +164,8 @@ def test_where_nothing_can_be_loaded_from_tritons_cache_auto_is_torch(
         (tmp_path / "filled").mkdir()
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path / "filled"))
         patch.setenv("TRITON_HOME", "/proc")  # the folder itself comes first
+        assert "triton cannot fill" in str(_dispatch._closed_cache())
+        (tmp_path / "filled" / "KERNEL").mkdir()
         assert _dispatch._closed_cache() is None  # may hold all that is asked for
     mounted = {str(tmp_path): os.ST_NOEXEC | os.ST_NOSUID}
     flags = SimpleNamespace
