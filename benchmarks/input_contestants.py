@@ -21,7 +21,7 @@ from mlip.dataloading.loader import Loader, build_loader
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.prepare.shard_worker import ImageSettings, convert, encode
 from mlip.dataloading.reports.tokenizer import train_tokenizer
-from mlip.dataloading.shards import ShardWriter
+from mlip.dataloading.shards import ShardWriter, synced_file
 from mlip.settings import config
 
 IMAGES = 2048  # different 256-px images; all stay in the page cache, as shards on fast disks do
@@ -73,18 +73,19 @@ def make_files(folder: Path) -> dict[str, float]:
     settings = ImageSettings()
     for name in ("shards", "files", "full"):
         (folder / name).mkdir()
-    writer = ShardWriter(folder / "shards" / "train-00000.tar")
     lines = ["image,report,patient_id,study_id,split"]
     sizes = []
-    for i in range(IMAGES):
-        member = encode(convert(radiograph(rng, 256, 256), settings), settings)
-        (folder / "files" / f"{i}.jpg").write_bytes(member)
-        place = writer.add(f"{i}.jpg", member)
-        sizes.append(place.size)
-        report = " ".join(SENTENCES[j] for j in rng.choice(5, 3, replace=False)) + f" Film {i}."
-        reference = f"shards/train-00000.tar#{place.offset}+{place.size}"
-        lines.append(f"{reference},{report},p{i},s{i},train")
-    writer.finish()
+    with synced_file(folder / "shards" / "train-00000.tar") as file:
+        writer = ShardWriter(file)
+        for i in range(IMAGES):
+            member = encode(convert(radiograph(rng, 256, 256), settings), settings)
+            (folder / "files" / f"{i}.jpg").write_bytes(member)
+            place = writer.add(f"{i}.jpg", member)
+            sizes.append(place.size)
+            report = " ".join(SENTENCES[j] for j in rng.choice(5, 3, replace=False)) + f" Film {i}."
+            reference = f"shards/train-00000.tar#{place.offset}+{place.size}"
+            lines.append(f"{reference},{report},p{i},s{i},train")
+        writer.finish()
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     full, full_lines = [], lines[:1]
     for i in range(FULL_IMAGES):

@@ -2,8 +2,7 @@
 
 A shard is a ustar archive `<split>-<number>.tar` of members `<key>.jpg` or `<key>.png` (readable
 as WebDataset by others) with `<split>-<number>.parquet` beside it. The manifest names a member as
-`shards/train-00012.tar#<offset>+<size>`. Building them is
-prepare/shard_build.py.
+`shards/train-00012.tar#<offset>+<size>`. Building them is prepare/shard_build.py.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
+from mlip.system.folder_lock import is_alive
 from mlip.system.output_file import new_file, sync
 
 MAX_MEMBER_BYTES = 64 << 20  # a 4096-pixel side at 16 bits is 32 MiB before compression
@@ -225,22 +225,14 @@ class Member:
     sha256: str
 
 
-def _create(path: Path) -> BinaryIO:
-    """A new file that its owner alone may read: manifests hold reports, shards images."""
-    return os.fdopen(new_file(path, 0o600), "wb")
-
-
 class ShardWriter:
-    """One tar file that appears under its name only when `finish` has synced it.
+    """The members of one tar file: equal ones in equal order give equal bytes, no owner, no clock.
 
-    Equal members in equal order give equal bytes: no owner, no clock.
+    file  of synced_file
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        # two processes told to make the same shard must not write into one file
-        self.partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-        self._file = _create(self.partial)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._offset = 0
 
     def add(self, name: str, content: bytes) -> Member:
@@ -255,42 +247,28 @@ class ShardWriter:
         return Member(offset, len(content), hashlib.sha256(content).hexdigest())
 
     def finish(self) -> int:
-        """Bytes of the finished file."""
-        self._file.write(bytes(2 * _BLOCK))
-        size = self._file.tell()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self.partial, self.path)
-        sync(self.path.parent)
-        return size
-
-    def abandon(self) -> None:
-        try:
-            self._file.close()
-        except OSError:
-            pass  # the buffer of a full disk cannot be flushed; the file is removed anyway
-        self.partial.unlink(missing_ok=True)
+        """Bytes of the whole archive."""
+        return self._offset + self._file.write(bytes(2 * _BLOCK))
 
 
-def remove_partials(folder: Path, of: int | None = None) -> int:
-    """Removes half-written files of process `of`, or of this machine's dead ones; how many."""
-    count = 0
+def remove_partials(folder: Path) -> None:
+    """Removes what dead processes of this machine left half written."""
     for path in folder.glob(f".*.{socket.gethostname()}.*.part"):
         number = path.name.split(".")[-2]
-        is_dead = number.isdigit() and not os.path.exists(f"/proc/{number}")
-        if is_dead if of is None else number == str(of):
+        if number.isdecimal() and not is_alive(int(number)):
             path.unlink(missing_ok=True)
-            count += 1
-    return count
 
 
 @contextmanager
 def synced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name, whole and synced, when the block ends well."""
+    """A file to write that appears under its name, whole and synced, when the block ends well.
+
+    Its owner alone may read it: manifests hold reports, shards images.
+    """
+    # two processes told to make the same file must not write into one
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
-        with _create(partial) as file:
+        with os.fdopen(new_file(partial, 0o600), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

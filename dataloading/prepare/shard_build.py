@@ -43,6 +43,7 @@ from mlip.dataloading.shards import (
     is_complete,
     kept_columns,
     remove_partials,
+    synced_file,
     write_table,
 )
 from mlip.system.machine import LimitError
@@ -139,11 +140,6 @@ def build_shards(
         return _finish(rows, keys, shards, plan, len(missing), complete)
     except OSError as error:
         raise _explained(error, plan) from error
-    except KeyboardInterrupt:
-        # it may have come between the making of a file and the place that removes it
-        remove_partials(folder, os.getpid())
-        remove_partials(plan.out, os.getpid())
-        raise
 
 
 def member_keys(rows: list[Row], salt: str) -> list[str]:
@@ -237,8 +233,8 @@ def _make(
         replies = pool.ordered(items)
         for shard in missing:
             index_path(shard.path).unlink(missing_ok=True)
-            writer = ShardWriter(shard.path)
-            try:
+            with synced_file(shard.path) as file:
+                writer = ShardWriter(file)
                 entries = []
                 for place in shard.rows:
                     reply = next(replies)
@@ -256,9 +252,6 @@ def _make(
                     if progress is not None:
                         progress(done, total)
                 size = writer.finish()
-            except BaseException:
-                writer.abandon()
-                raise
             columns = kept_columns(INDEX_SCHEMA, demographics=plan.settings.demographics)
             # here alone: what lies beside the shards is what it was before there were hashes
             columns = columns.append(pa.field(HASHES, pa.list_(pa.binary())))

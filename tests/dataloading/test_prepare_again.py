@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -296,9 +296,9 @@ def test_ctrl_c_just_after_a_file_was_made_leaves_no_half_of_it(
     root = make_root(tmp_path, 3)
     made = ShardWriter.__init__
 
-    def interrupted(self: ShardWriter, path: Path) -> None:
-        made(self, path)
-        raise KeyboardInterrupt  # nobody has the writer yet, and could abandon it
+    def interrupted(self: ShardWriter, file: BinaryIO) -> None:
+        made(self, file)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(ShardWriter, "__init__", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.pipelines.sampler import SequentialOrder, TrainingOrder
 from mlip.dataloading.pipelines.samples import REPLACEMENT_ATTEMPTS, SampleReader, fill_place
-from mlip.dataloading.shards import ShardWriter
+from mlip.dataloading.shards import ShardWriter, synced_file
 from mlip.settings import config
 
 ROWS = np.arange(10)
@@ -25,15 +25,15 @@ def test_members_of_a_shard_read_like_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     images = [rng.integers(0, 65536, (40, 50)).astype(np.uint16) for _ in range(5)]
     (tmp_path / "shards").mkdir()
-    writer = ShardWriter(tmp_path / "shards" / "train-00000.tar")
     lines = ["image,report,patient_id,study_id,split,sha256"]
-    for i, image in enumerate(images):
-        content = cv2.imencode(".png", image)[1].tobytes()
-        member = writer.add(f"{i}.png", content)
-        assert member.sha256 == hashlib.sha256(content).hexdigest()
-        place = f"shards/train-00000.tar#{member.offset}+{member.size}"
-        lines.append(f"{place},No effusion {i}.,p{i},s{i},train,{member.sha256}")
-    writer.finish()
+    with synced_file(tmp_path / "shards" / "train-00000.tar") as file:
+        writer = ShardWriter(file)
+        for i, image in enumerate(images):
+            content = cv2.imencode(".png", image)[1].tobytes()
+            member = writer.add(f"{i}.png", content)
+            assert member.sha256 == hashlib.sha256(content).hexdigest()
+            place = f"shards/train-00000.tar#{member.offset}+{member.size}"
+            lines.append(f"{place},No effusion {i}.,p{i},s{i},train,{member.sha256}")
     (tmp_path / "manifest.csv").write_text("\n".join(lines) + "\n")
     override = [f"data.manifest={tmp_path / 'manifest.csv'}", "data.columns.sha256=sha256"]
     data = config.load([], [*override, "data.verify=hash"]).data
@@ -41,9 +41,9 @@ def test_members_of_a_shard_read_like_files(tmp_path: Path) -> None:
     for i, image in enumerate(images):
         assert (reader.pixels(i, epoch=0) == image).all()
     path = tmp_path / "shards" / "train-00000.tar"
-    content = bytearray(path.read_bytes())
-    content[member.offset + 40] ^= 1
-    path.write_bytes(bytes(content))
+    damaged = bytearray(path.read_bytes())
+    damaged[member.offset + 40] ^= 1
+    path.write_bytes(bytes(damaged))
     with pytest.raises(BadSample, match="hash_mismatch"):
         reader.pixels(4, epoch=0)
 
@@ -52,9 +52,8 @@ def test_a_shard_that_leads_out_of_the_root_is_told_by_the_row(tmp_path: Path) -
     """In a manifest of one's own the path of a shard may name a patient as any other path."""
     root = tmp_path / "root"
     root.mkdir()
-    writer = ShardWriter(tmp_path / "elsewhere.tar")
-    member = writer.add("0.png", b"content")
-    writer.finish()
+    with synced_file(tmp_path / "elsewhere.tar") as file:
+        member = ShardWriter(file).add("0.png", b"content")
     (root / "DOE_JANE.tar").symlink_to(tmp_path / "elsewhere.tar")
     place = f"DOE_JANE.tar#{member.offset}+{member.size}"
     (root / "m.csv").write_text(f"image,report,patient_id,study_id,split\n{place},No.,p,s,train\n")

@@ -6,6 +6,7 @@ Oracles: tarfile for the format, direct decoding for the pixels, the parsed path
 import hashlib
 import os
 import resource
+import socket
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,13 @@ from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import load_manifest
 from mlip.dataloading.pipelines.samples import SampleReader
 from mlip.dataloading.prepare.shard_worker import ImageSettings, make_member
-from mlip.dataloading.shards import References, ShardWriter, parse_reference, read_bytes
+from mlip.dataloading.shards import (
+    References,
+    ShardWriter,
+    parse_reference,
+    read_bytes,
+    synced_file,
+)
 from mlip.settings import config
 
 
@@ -56,10 +63,13 @@ def test_a_shard_gets_its_name_once_its_bytes_are_on_the_disk(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("named"), replace(a, b)))
-    writer = ShardWriter(tmp_path / "a.tar")
-    writer.add("1.png", b"x")
-    assert writer.finish() == (tmp_path / "a.tar").stat().st_size
-    assert steps == [writer.partial.name, "named", tmp_path.name]
+    with synced_file(tmp_path / "a.tar") as file:
+        writer = ShardWriter(file)
+        writer.add("1.png", b"x")
+        size = writer.finish()
+    assert size == (tmp_path / "a.tar").stat().st_size
+    partial = f".a.tar.{socket.gethostname()}.{os.getpid()}.part"
+    assert steps == [partial, "named", tmp_path.name]
 
 
 def test_the_manifest_of_shards_loads_as_a_manifest(built_shards):
@@ -154,10 +164,9 @@ def test_threads_share_few_descriptors_and_read_the_right_bytes(tmp_path, monkey
     monkeypatch.setattr(shard_files._descriptors, "_most", 2)
     references, expected = [], []
     for i in range(6):
-        writer = ShardWriter(tmp_path / f"{i}.tar")
         content = bytes([i]) * (3000 + i)
-        member = writer.add("a.bin", content)
-        writer.finish()
+        with synced_file(tmp_path / f"{i}.tar") as file:
+            member = ShardWriter(file).add("a.bin", content)
         references.append(f"{i}.tar#{member.offset}+{member.size}")
         expected.append(content)
     wrong: list[int] = []
