@@ -1,7 +1,7 @@
-"""Names of files in the two forms of Unicode: an accent in one character (NFC), or apart (NFD).
+"""Names of files as a disk and a table hold them: bytes and text, and the two forms of Unicode.
 
-macOS writes names apart, most tables hold them in one, and Linux compares bytes: a file that is
-plainly there would be missing.
+An accent stands in one character (NFC), or apart (NFD). macOS writes names apart, most tables hold
+them in one, and Linux compares bytes: a file that is plainly there would be missing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,16 @@ import functools
 import os
 import unicodedata
 from collections.abc import Iterable
+
+
+def on_disk(name: str) -> bytes:
+    """The bytes of a name that a table holds; what is no UTF-8 in it stays as it was."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def as_utf8(name: str | bytes | os.PathLike[str]) -> str:
+    """The text of a name of the disk, whatever the locale says, so that on_disk gives it again."""
+    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def composed(name: str) -> str:
@@ -26,10 +36,10 @@ def as_it_lies(root: bytes, below: bytes) -> bytes | None:
     folder, found = root, []
     for part in below.split(b"/"):
         if not os.path.lexists(os.path.join(folder, part)):
-            names = () if part.isascii() else _names(folder).get(composed(_text(part)), ())
+            names = () if part.isascii() else _names(folder).get(composed(as_utf8(part)), ())
             if len(names) != 1:
                 return None
-            part = names[0].encode("utf-8", "surrogateescape")
+            part = on_disk(names[0])
         found.append(part)
         folder = os.path.join(folder, part)
     return b"/".join(found)
@@ -54,8 +64,4 @@ def _names(folder: bytes) -> dict[str, list[str]]:
 @functools.lru_cache(maxsize=64)
 def _listed(folder: bytes, mtime_ns: int) -> dict[str, list[str]]:
     """Listed once while the folder stays as it is: else a folder of n such names costs n^2."""
-    return by_composed(map(_text, os.listdir(folder)))
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")  # whatever the locale says of names
+    return by_composed(map(as_utf8, os.listdir(folder)))

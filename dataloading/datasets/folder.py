@@ -23,9 +23,9 @@ from mlip.dataloading.datasets.rows import (
 from mlip.dataloading.datasets.study_reports import DEMOGRAPHICS, StudyReports
 from mlip.dataloading.datasets.study_reports import OPTIONS as STUDY_REPORTS
 from mlip.dataloading.dicom.radiograph import SUFFIXES, DicomError, Identity, read_identity
-from mlip.dataloading.images.image_file import PNG_SIGNATURE, as_utf8
+from mlip.dataloading.images.image_file import PNG_SIGNATURE
 from mlip.dataloading.ledger import listed
-from mlip.dataloading.name_forms import by_composed, composed
+from mlip.dataloading.name_forms import as_utf8, by_composed, composed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.view_position import FRONTAL, projection
 from mlip.settings.config import ConfigError

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
-from mlip.dataloading.name_forms import as_it_lies
+from mlip.dataloading.name_forms import as_it_lies, as_utf8, on_disk
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
@@ -96,16 +96,6 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
         raise unreadable(error) from None
     finally:
         os.close(descriptor)
-
-
-def on_disk(relative: str) -> bytes:
-    """The bytes of a name that a table holds; what is no UTF-8 in it stays as it was."""
-    return relative.encode("utf-8", "surrogateescape")
-
-
-def as_utf8(name: str | bytes | os.PathLike[str]) -> str:
-    """The text of a name of the disk, so that on_disk gives its bytes again."""
-    return os.fsencode(name).decode("utf-8", "surrogateescape")
 
 
 def _open(path: bytes) -> int:

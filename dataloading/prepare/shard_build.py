@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from mlip.dataloading.datasets.rows import Collected, Row
-from mlip.dataloading.images.image_file import on_disk, read_bytes
+from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.images.perceptual_hash import HASHES
 from mlip.dataloading.images.same_pictures import HASHES_FILE
 from mlip.dataloading.ledger import BadSample, DataError
-from mlip.dataloading.name_forms import as_it_lies
+from mlip.dataloading.name_forms import as_it_lies, on_disk
 from mlip.dataloading.prepare.duplicates import DUPLICATES_FILE, with_hashes
 from mlip.dataloading.prepare.shard_worker import ImageSettings
 from mlip.dataloading.prepare.tables import hashed, outputs, write_csv
