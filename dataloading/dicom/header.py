@@ -10,13 +10,7 @@ from pydicom.dataset import Dataset
 
 from mlip.dataloading.demographics import age_between, read_age, read_sex
 from mlip.dataloading.dicom.lut import Lut, read_luts
-from mlip.dataloading.dicom.source import (
-    MAX_PIXELS,
-    MAX_SIDE_PX,
-    DicomError,
-    error_wall,
-    read_dataset,
-)
+from mlip.dataloading.dicom.source import DicomError, error_wall, read_dataset
 from mlip.dataloading.dicom.values import (
     is_empty,
     read_any_text,
@@ -28,6 +22,7 @@ from mlip.dataloading.dicom.values import (
     value_of,
 )
 from mlip.dataloading.dicom.view import VIEW_TAGS, read_view
+from mlip.dataloading.images.image_file import MAX_PIXELS, MAX_SIDE_PX
 from mlip.dataloading.view_position import projection
 
 _TAGS = (

@@ -22,11 +22,12 @@ import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
+from mlip.dataloading.images.image_file import MAX_FILE_BYTES
+
 # pydicom's warnings and log lines quote tag values, which may identify a patient.
 warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
-MAX_FILE_BYTES = 512 << 20
 MAX_INFLATED_BYTES = 96 << 20  # deflated syntax: 48 megapixels of 16 bits, 256 MiB in all
 MAX_HEADER_READS = 200_000  # about 100,000 attributes and items; one second of parsing
 MAX_HEADER_BYTES = 64 << 20
@@ -36,8 +37,6 @@ _TEXTS = frozenset("AE AS CS DA DS DT IS LO PN SH TM UC UI".split())
 _BYTES = frozenset("OB OD OF OL OV OW UN LT ST UR UT".split())
 _ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # little and big endian
 _LUT_DATA = 0x00283006  # a table a sequence's item, of which one is converted
-MAX_SIDE_PX = 16_384
-MAX_PIXELS = 100_000_000
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # tags: of float32, of float64, the usual ones
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # of file names; most archives write none
@@ -324,7 +323,7 @@ def _open_sequence(dataset: Dataset, element: RawDataElement, meter: _Meter) -> 
     except MemoryError:
         raise
     except Exception:
-        meter.add()  # as in read_dataset
+        meter.add()  # as in _parsed
         return
     dataset[element.tag] = pydicom.DataElement(element.tag, "SQ", items)
 
