@@ -8,7 +8,6 @@ mlip prepare --check-phi PATH                    what de-identification left in 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -43,6 +42,7 @@ from mlip.dataloading.prepare.tables import grouping_lines, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.settings.typed_tree import ConfigError, require_utf8
 from mlip.system.machine import usable_cores
+from mlip.system.output_file import file_sha256
 from mlip.system.unread_output import one_line, printed
 
 _ADVICE = {
@@ -266,8 +266,6 @@ def _record(
     """prepared.json: how this folder was made, without any path or identifier of the source."""
     if not result.complete:
         return
-    with open(plan.out / "manifest.parquet", "rb") as manifest:
-        fingerprint = hashlib.file_digest(manifest, "sha256").hexdigest()
     record = {
         "dataset": name,
         "options": {k: v for k, v in options.items() if not ("/" in v or os.path.exists(v))},
@@ -278,7 +276,7 @@ def _record(
         "refused": dict(sorted(result.refused.items())),
         "noted": dict(sorted(result.noted.items())),
         "excluded": dict(sorted(collected.excluded.items())),
-        "manifest_sha256": fingerprint,
+        "manifest_sha256": file_sha256(plan.out / "manifest.parquet"),
     }
     write_json(record, plan.out / "prepared.json")
 
