@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.dataloading.datasets.json_file import read_json_lines
-from mlip.dataloading.datasets.mimic_cxr import label_states
-from mlip.dataloading.datasets.rows import first_of, require_choice
+from mlip.dataloading.datasets.rows import first_of, label_states, require_choice
 from mlip.dataloading.datasets.sections import section_text
 
 # section that was read -> column of the table that must say something

@@ -13,13 +13,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.rows import (
     Collected,
     Dataset,
     DatasetError,
     Row,
     csv_lines,
+    label_states,
     read_csv,
     read_text,
     require,

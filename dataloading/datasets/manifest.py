@@ -9,7 +9,6 @@ import posixpath
 from collections import Counter
 from pathlib import Path
 
-from mlip.dataloading.datasets.mimic_cxr import label_states
 from mlip.dataloading.datasets.report_columns import find_report, joined_texts, said
 from mlip.dataloading.datasets.rows import (
     Collected,
@@ -17,6 +16,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     is_list_text,
+    label_states,
     leads_out,
     split_by_patient,
 )

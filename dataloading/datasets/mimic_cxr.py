@@ -23,6 +23,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     first_of,
+    label_states,
     read_csv,
     require_choice,
 )
@@ -219,24 +220,6 @@ def _labels(base: Path) -> dict[str, tuple[str, str, str]]:
                 for row in read_csv(base / name, ["subject_id", "study_id"], ACCESS)
             }
     return {}
-
-
-def label_states(row: dict[str, str], other: tuple[str, ...], where: Path) -> tuple[str, str, str]:
-    """Names of the columns that hold 1, -1 and 0, each joined by "|"; blank = not mentioned.
-
-    Raises:  DatasetError naming file `where` and label for any other value.
-    """
-    names: dict[float, list[str]] = {1.0: [], -1.0: [], 0.0: []}
-    for name, value in row.items():
-        if name not in other and value:
-            try:
-                names[float(value)].append(name)
-            except (ValueError, KeyError):
-                raise DatasetError(
-                    f"{where}: label {name}: expected 1 (present), 0 (absent), -1 (uncertain) or "
-                    "blank in every row; mend the file"
-                ) from None
-    return "|".join(names[1.0]), "|".join(names[-1.0]), "|".join(names[0.0])
 
 
 def _reports(root: Path, base: Path, given: str) -> Callable[[str], str]:

@@ -170,6 +170,24 @@ def numbers_of(cells: Iterable[str], what: str, path: Path) -> list[float]:
     return numbers
 
 
+def label_states(row: dict[str, str], other: tuple[str, ...], where: Path) -> tuple[str, str, str]:
+    """Names of the columns that hold 1, -1 and 0, each joined by "|"; blank = not mentioned.
+
+    Raises:  DatasetError naming file `where` and label for any other value.
+    """
+    names: dict[float, list[str]] = {1.0: [], -1.0: [], 0.0: []}
+    for name, value in row.items():
+        if name not in other and value:
+            try:
+                names[float(value)].append(name)
+            except (ValueError, KeyError):
+                raise DatasetError(
+                    f"{where}: label {name}: expected 1 (present), 0 (absent), -1 (uncertain) or "
+                    "blank in every row; mend the file"
+                ) from None
+    return "|".join(names[1.0]), "|".join(names[-1.0]), "|".join(names[0.0])
+
+
 def require_choice(options: Mapping[str, str], name: str, choices: tuple[str, ...]) -> None:
     """Raises ConfigError for a value of an option that is none of the choices."""
     if options[name] not in choices:
