@@ -27,6 +27,7 @@ from mlip.dataloading.datasets.rows import (
     read_csv,
     require_choice,
 )
+from mlip.dataloading.datasets.sections import joined_report
 from mlip.dataloading.splits import SPLIT_OF
 from mlip.dataloading.view_position import is_frontal
 
@@ -93,15 +94,6 @@ def _canonical(header: str) -> str:
     return "findings" if _VIEW_HEADER.match(name) else name
 
 
-def joined_report(sections: dict[str, str]) -> str:
-    """The text for the manifest, with headings that data.sections can choose from.
-
-    The impression first, as published: a long report is cut at data.max_tokens, at its end.
-    """
-    parts = [f"{n.upper()}: {sections[n]}" for n in ("impression", "findings") if sections[n]]
-    return "\n".join(parts) or sections["last_paragraph"]
-
-
 def collect(root: Path, options: dict[str, str]) -> Collected:
     """One row an image, official split, views as asked; a study without a report keeps its rows."""
     require_choice(options, "files", ("jpg", "dcm"))
@@ -153,6 +145,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         if study not in sections_of:
             sections_of[study] = report_sections(text_of(f"{folder}.txt"))
+        said = sections_of[study]
         positive, uncertain, negative = labels.get(study, ("", "", ""))
         sex, age = patients.sex_and_age(subject, row.get("StudyDate", ""))
         rows.append(
@@ -165,7 +158,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 view=view,
                 sex=sex,
                 age=age,
-                report=joined_report(sections_of[study]),
+                report=joined_report(said["impression"], said["findings"])
+                or said["last_paragraph"],
                 labels=positive,
                 uncertain=uncertain,
                 negative=negative,

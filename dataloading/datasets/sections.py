@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlip.dataloading.datasets.mimic_cxr import joined_report
 from mlip.dataloading.datasets.report_columns import said
 
 
@@ -28,6 +27,14 @@ def _speaks(line: str) -> bool:
 
 
 def joined_sections(impression: Any, findings: Any) -> str:
-    """The report of two cells, each under its heading, as mimic_cxr.py joins them."""
-    parts = {"impression": section_text(impression), "findings": section_text(findings)}
-    return joined_report({**parts, "last_paragraph": ""})
+    """joined_report of two cells."""
+    return joined_report(section_text(impression), section_text(findings))
+
+
+def joined_report(impression: str, findings: str) -> str:
+    """The text for the manifest, with headings that data.sections can choose from.
+
+    The impression first, as published: a long report is cut at data.max_tokens, at its end.
+    """
+    parts = {"IMPRESSION": impression, "FINDINGS": findings}
+    return "\n".join(f"{heading}: {text}" for heading, text in parts.items() if text)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from mlip.dataloading.datasets.covidx import parse_line
-from mlip.dataloading.datasets.mimic_cxr import joined_report, report_sections
+from mlip.dataloading.datasets.mimic_cxr import report_sections
 from mlip.dataloading.datasets.object_cxr import parse_annotation
 from mlip.dataloading.datasets.open_i import plain_name, read_reports
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.datasets.sections import joined_report
 from mlip.settings.config import ConfigError
 from tests.raw_layouts import (
     REPORT,
@@ -139,7 +140,7 @@ def test_mimic_cxr_names_what_is_missing_and_where_it_comes_from(tmp_path):
 def test_report_sections(text, expected):
     sections = report_sections(text)
     assert {name: body for name, body in sections.items() if body} == expected
-    joined = joined_report(sections)
+    joined = joined_report(sections["impression"], sections["findings"])
     assert all(
         body in joined for name, body in expected.items() if name in ("findings", "impression")
     )
