@@ -86,7 +86,7 @@ def is_alive(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):  # more digits than a process's number has
         return False
     except PermissionError:  # another user's
-        return True
+        pass
     return True
 
 

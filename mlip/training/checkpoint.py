@@ -180,7 +180,7 @@ def _check_space(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> N
         )
 
 
-def _retain(run_dir: Path, keep: int, step: int, best: int | None = None) -> None:
+def _retain(run_dir: Path, keep: int, step: int, best: int | None) -> None:
     # one of a later step was passed over as damaged: it must not push out a good one
     held = [p for p in checkpoints_of(run_dir) if p.name <= f"{_PREFIX}{step:08d}"]
     good = [p for p in held if not (p / _PASSED_OVER).exists()]
@@ -262,7 +262,7 @@ def _damage(folder: Path, only: str | None = None) -> str | None:
             f"{error.filename}: cannot be read: {error.strerror}; a run's tensors are open to the "
             "user alone who trained it: ask that one for an `mlip export`, or for the right to read"
         ) from None
-    except (OSError, ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         if told := limit_reached(error):  # nothing is wrong with it either
             raise CheckpointError(f"{folder}: cannot be read: {told}") from None
         return f"cannot be read: {error}"

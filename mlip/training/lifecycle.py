@@ -88,8 +88,6 @@ def exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    if isinstance(error, ConfigError):
-        return CONFIG
     module = type(error).__module__
     if module.startswith("torch.distributed") or type(error).__name__.startswith("Dist"):
         return PEER
@@ -264,7 +262,7 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
                written, or is not one folder for all nodes.
     """
     kind: type[ConfigError] = ConfigError
-    refusal, descriptor = None, -1
+    problem, descriptor = None, -1
     mark = secrets.token_hex(8)
     if distributed.is_main():
         try:
@@ -280,15 +278,15 @@ def locked_folder(folder: Path, timeout_s: float = 300.0) -> Iterator[None]:
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace").split("\n")[0]
             kind = FolderInUse
-            refusal = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
+            problem = f"run.dir={folder} is in use by another job ({owner}); choose another run.dir"
         except OSError as error:
-            refusal = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
+            problem = f"run.dir={folder} cannot be written: {error.strerror}{_foreign(folder)}"
     global _job
-    kind, refusal, mark = distributed.broadcast_object((kind, refusal, mark))
+    kind, problem, mark = distributed.broadcast_object((kind, problem, mark))
     _job = mark
     try:
-        if refusal is not None:
-            raise kind(refusal)
+        if problem is not None:
+            raise kind(problem)
         _require_one_folder(folder, mark, timeout_s)
         yield
     finally:
