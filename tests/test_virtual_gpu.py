@@ -230,7 +230,7 @@ def test_each_of_two_gpus_waits_where_the_page_says_and_nowhere_else(
         for number in range(2):
             batch = make_batch(number, 8).to("cuda")
             gpu.waits.clear()
-            result = engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+            result = engine.start_step(batch, step=number, progress=PROGRESS, lr=0.01).result()
     assert not result.is_skipped
     page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     told = re.findall(r"^\| `(\w+\.py)`.* \| (?:every step|several ranks) \|", page, re.MULTILINE)

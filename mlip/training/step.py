@@ -124,16 +124,13 @@ class Engine(abc.ABC):
         self._kept: list[tuple[Tensor, Tensor]] | None = None  # a buffer, and it before the step
         self._under_way: StepUnderWay | None = None  # the newest
 
-    def train_step(
-        self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
-    ) -> StepResult:
-        """A step, and what it did; ``stop`` is this rank's wish, the result's is anyone's."""
-        return self.start_step(batch, step=step, progress=progress, lr=lr, stop=stop).result()
-
     def start_step(
         self, batch: Batch, *, step: int, progress: float, lr: float, stop: bool = False
     ) -> StepUnderWay:
-        """Forward, backward and update; on a GPU they are queued, and nothing of them is read."""
+        """Forward, backward and update; on a GPU they are queued, and nothing of them is read.
+
+        stop  this rank's wish; the result's is any rank's
+        """
         if not all(module.training for module in self._modules):
             self.objective.train()
         folder = self.config.run.dir

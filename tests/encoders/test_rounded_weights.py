@@ -78,7 +78,7 @@ def test_steps_are_autocast_s_own_to_the_bit(way: str) -> None:
     for is_together in (True, False):
         engine = _engine(way, is_together=is_together)
         results = [
-            engine.train_step(make_batch(n, 8), step=n, progress=PROGRESS, lr=0.01)
+            engine.start_step(make_batch(n, 8), step=n, progress=PROGRESS, lr=0.01).result()
             for n in range(3)
         ]
         numbers = [(r.total, r.grad_norm, tuple(r.terms.values())) for r in results]
@@ -100,7 +100,9 @@ def test_on_a_gpu_steps_are_autocast_s_own(way: str) -> None:
         batches = [make_batch(n, 8) for n in range(3)]
         steps = enumerate(batches)
         # a small rate: Adam's first step is lr times the sign of a gradient that may be noise
-        totals.append([engine.train_step(b, step=n, progress=PROGRESS, lr=1e-4) for n, b in steps])
+        totals.append(
+            [engine.start_step(b, step=n, progress=PROGRESS, lr=1e-4).result() for n, b in steps]
+        )
     assert totals[0][0].total == totals[1][0].total
     for one, other in zip(*totals, strict=True):
         assert one.total == pytest.approx(other.total, rel=1e-3)
@@ -112,7 +114,7 @@ def test_casts_of_weights_and_gradients_are_two_operations_a_tower() -> None:
     for is_together in (True, False):
         engine = _engine("vit and padded reports", is_together=is_together)
         with _Counted() as counted:
-            engine.train_step(make_batch(0, 8), step=0, progress=PROGRESS, lr=0.01)
+            engine.start_step(make_batch(0, 8), step=0, progress=PROGRESS, lr=0.01).result()
         counts.append(counted.calls)
     model = engine.objective.model
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]

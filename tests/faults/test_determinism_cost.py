@@ -52,7 +52,7 @@ def cost() -> float:
             if switched:
                 require_deterministic(config)
             begin = time.process_time()
-            engine.train_step(batch, step=number, progress=0.5, lr=1e-4)
+            engine.start_step(batch, step=number, progress=0.5, lr=1e-4).result()
             took[switched].append(time.process_time() - begin)
     # the first ones warm up; a core's other hyperthread can only slow a step down
     quick = {key: statistics.mean(sorted(times[1:])[: ROUNDS // 4]) for key, times in took.items()}

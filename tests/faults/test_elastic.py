@@ -39,7 +39,7 @@ def _engine(stage: int, seed: int) -> Engine:
 def _losses(engine: Engine, first: int, count: int) -> list[float]:
     # a rate at which twenty steps do not magnify a rounding error
     return [
-        engine.train_step(make_batch(step, 8), step=step, progress=0.0, lr=1e-3).total
+        engine.start_step(make_batch(step, 8), step=step, progress=0.0, lr=1e-3).result().total
         for step in range(first, first + count)
     ]
 

@@ -33,11 +33,11 @@ def find_waits(stages: list[int], out: str) -> None:
             for number in range(3):
                 batch = make_batch(number, 8).to("cuda")
                 gpu.waits.clear()
-                result = engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+                result = engine.start_step(batch, step=number, progress=PROGRESS, lr=0.01).result()
             waits = list(gpu.waits)
             bad = make_batch(3, 8).to("cuda")
             object.__setattr__(bad, "image", bad.image * torch.nan)
-            skipped = engine.train_step(bad, step=3, progress=PROGRESS, lr=0.01).is_skipped
+            skipped = engine.start_step(bad, step=3, progress=PROGRESS, lr=0.01).result().is_skipped
             found[str(stage)] = {
                 "waits": waits, "is_skipped": [result.is_skipped, skipped], "engine": engine.name,
             }  # fmt: skip

@@ -138,7 +138,7 @@ def loss_and_gradients(engine: Engine, pairs: int) -> dict[str, Any]:
         dtype = next(iter(engine.parameters.values())).dtype
         return replace(batch, image=batch.image.to(dtype)).to(engine.device)
 
-    engine.train_step(share(0), step=0, progress=PROGRESS, lr=0.0)
+    engine.start_step(share(0), step=0, progress=PROGRESS, lr=0.0).result()
     engine.objective.train()
     batch = share(1)
     total, terms = engine._forward(batch, 1, PROGRESS)

@@ -20,7 +20,7 @@ def muon_engine(engine: str) -> Engine:
 
 def train(engine: Engine, first: int, steps: int) -> list[float]:
     return [
-        engine.train_step(make_batch(n, PAIRS), step=n, progress=1.5, lr=0.01).total
+        engine.start_step(make_batch(n, PAIRS), step=n, progress=1.5, lr=0.01).result().total
         for n in range(first, first + steps)
     ]
 

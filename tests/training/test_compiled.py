@@ -57,7 +57,7 @@ def _batch(config: Config, pairs: int, seed: int = 0) -> Batch:
 def _losses(engine: Engine, batches: list[Batch]) -> list[float]:
     torch.manual_seed(5)
     steps = enumerate(batches)
-    return [engine.train_step(b, step=s, progress=2.0, lr=1e-3).total for s, b in steps]
+    return [engine.start_step(b, step=s, progress=2.0, lr=1e-3).result().total for s, b in steps]
 
 
 @pytest.mark.long

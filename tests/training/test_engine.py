@@ -66,7 +66,7 @@ def test_the_norm_of_a_step_is_that_of_the_gradient_of_its_loss(installed):
     squares = [g.double().square().sum() for g in gradients if g is not None]
     torch.manual_seed(5)
     engine = build_engine(ToyObjective(config), config, None)
-    result = engine.train_step(make_batch(0, 8), step=0, progress=0.0, lr=0.0)
+    result = engine.start_step(make_batch(0, 8), step=0, progress=0.0, lr=0.0).result()
     assert result.total == pytest.approx(float(total.detach()), rel=1e-6)
     assert result.grad_norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
 

@@ -211,7 +211,7 @@ def test_activation_checkpointing_of_either_tower_changes_no_bit(oracles):
 def test_the_cost_of_the_cache_is_counted():
     engine = exact_engine(PAIRS, passes=4)
     grad_cache.cost.start()
-    engine.train_step(make_batch(0, PAIRS), step=0, progress=1.5, lr=0.0)
+    engine.start_step(make_batch(0, PAIRS), step=0, progress=1.5, lr=0.0).result()
     seconds, passes = grad_cache.cost.stop()
     assert passes == 4 + 4 and seconds > 0.0  # four passes of images, four of texts (one larger)
 

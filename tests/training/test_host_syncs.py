@@ -91,7 +91,7 @@ class _Called(TorchFunctionMode):
 
 def _step(engine: Engine, number: int) -> Any:
     batch = make_batch(number, 8)
-    return engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+    return engine.start_step(batch, step=number, progress=PROGRESS, lr=0.01).result()
 
 
 def _waits(engine: Engine) -> list[str]:
@@ -190,7 +190,7 @@ def test_on_a_gpu_torch_sees_no_wait_in_a_step() -> None:
     engine = exact_engine(8)
     batches = [make_batch(number, 8).to("cuda") for number in range(4)]
     for number in range(3):
-        engine.train_step(batches[number], step=number, progress=PROGRESS, lr=0.01)
+        engine.start_step(batches[number], step=number, progress=PROGRESS, lr=0.01).result()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -51,7 +51,7 @@ def test_a_step_is_made_in_training_mode_whatever_mode_a_tower_came_in() -> None
     # transformers gives pretrained towers in evaluation mode: nothing in them would drop
     engine = exact_engine(8)
     engine.objective.eval()
-    engine.train_step(make_batch(0, 8), step=0, progress=PROGRESS, lr=0.0)
+    engine.start_step(make_batch(0, 8), step=0, progress=PROGRESS, lr=0.0).result()
     assert all(module.training for module in engine.objective.modules())
 
 

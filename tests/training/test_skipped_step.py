@@ -39,7 +39,7 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def _step(engine: Engine, number: int, *, factor: float = 1.0) -> StepResult:
     batch = make_batch(number, 8)
     batch = replace(batch, image=batch.image * factor)
-    return engine.train_step(batch, step=number, progress=PROGRESS, lr=0.01)
+    return engine.start_step(batch, step=number, progress=PROGRESS, lr=0.01).result()
 
 
 @pytest.mark.parametrize("way", WAYS)

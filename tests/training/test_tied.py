@@ -36,7 +36,7 @@ def _engine(engine: str, stage: int, seed: int) -> Engine:
 
 def _losses(engine: Engine, first: int, count: int) -> list[float]:
     return [
-        engine.train_step(make_batch(step, 8), step=step, progress=0.0, lr=0.01).total
+        engine.start_step(make_batch(step, 8), step=step, progress=0.0, lr=0.01).result().total
         for step in range(first, first + count)
     ]
 

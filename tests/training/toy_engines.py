@@ -56,7 +56,7 @@ def build(engine: str, stage: int, micro: int, offload: bool, *, seed: int = 1) 
 
 def step(engine: Engine, number: int) -> Any:
     lr = 0.01 / (1 + number)
-    return engine.train_step(make_batch(number, 8), step=number, progress=0.0, lr=lr)
+    return engine.start_step(make_batch(number, 8), step=number, progress=0.0, lr=lr).result()
 
 
 def copy_of(state: TrainingState) -> TrainingState:
@@ -132,7 +132,7 @@ def run_case(*case: Any) -> dict[str, Any]:
     for phase in ("forward", "backward"):  # the loss, then the gradients, of the last rank only
         faults._fired.clear()
         os.environ["FAULT"] = f"nan@{distributed.world_size() - 1}:50:{phase}"
-        spoiled = other.train_step(make_batch(50, 8), step=50, progress=0.0, lr=0.01)
+        spoiled = other.start_step(make_batch(50, 8), step=50, progress=0.0, lr=0.01).result()
         assert spoiled.is_skipped and spoiled.grad_norm != spoiled.grad_norm, (case, phase)
         assert bool(spoiled.bad_terms()) == (phase == "forward" and distributed.rank() == 1)
     del os.environ["FAULT"]
