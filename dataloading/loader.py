@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlip.batch import Batch
+from mlip.batch import Batch, PRESENT
 from mlip.dataloading.ledger import Ledger, listed
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pair_ids import IntArray, connect
@@ -357,7 +357,7 @@ def pair_ids_by_concepts(manifest: Manifest, rows: IntArray, encoder: ReportEnco
     for row in rows.tolist():
         mentions = encoder.of_row(row, manifest.text).mentions
         if len(mentions):
-            present = tuple(sorted(set(mentions[mentions[:, 3] == 0, 2].tolist())))
+            present = tuple(sorted(set(mentions[mentions[:, 3] == PRESENT, 2].tolist())))
             members.append(row)
             keys.append(sets.setdefault(present, len(sets)))
     groups: list[tuple[NDArray[np.int64], HashArray]] = [

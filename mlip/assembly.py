@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlip.batch import STATES
+from mlip.batch import PRESENT, STATES
 from mlip.dataloading.images.image_file import is_too_dark
 from mlip.dataloading.ledger import BadSample
 from mlip.dataloading.loader import Loader, build_loader
@@ -49,7 +49,6 @@ from mlip.unit_length import unit_length
 
 logger = logging.getLogger("mlip")
 
-_PRESENT = STATES[0]
 # share of linked reports under which the knowledge level has nearly nothing to learn
 _FEW_LINKED = 0.1
 # reports linked to start the prototypes: k-means over more changes the centres little
@@ -339,7 +338,7 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
     categories = category_index(corpus.table)
     is_finding = torch.tensor([c.semantic_type != "anatomy" for c in corpus.table])
     projected = model.knowledge_projection(
-        model.concept_vectors + model.state_embedding.weight[STATES.index(_PRESENT)]
+        model.concept_vectors + model.state_embedding.weight[PRESENT]
     )
     is_known = (model.concept_vectors != 0).any(dim=1).tolist()
     vectors, groups = [], []
@@ -347,7 +346,7 @@ def _report_vectors(config: Config, corpus: Corpus, model: MLIPModel) -> tuple[T
     for row in rows:
         mentions = corpus.linker.link(clean_report(corpus.manifest.text(int(row))))
         linked += bool(mentions)
-        found = {corpus.table.index[m.concept_id] for m in mentions if m.state == _PRESENT}
+        found = {corpus.table.index[m.concept_id] for m in mentions if m.state == STATES[PRESENT]}
         present = sorted(row for row in found if is_known[row])
         if present:
             vectors.append(projected[present].sum(dim=0))

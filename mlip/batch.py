@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PRESENT, ABSENT, UNCERTAIN = 0, 1, 2  # values of Batch.entity_state
-STATES = ("present", "absent", "uncertain")
+STATES = ("present", "absent", "uncertain")  # what these are called, in their order
 
 
 @dataclass(frozen=True)
