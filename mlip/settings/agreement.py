@@ -57,7 +57,6 @@ def check_agreement(config: Any) -> None:
     )
     _check_subgroups(config.evaluate.subgroups)
     _check_kind(config.evaluate, config.transfer)
-    cached = batch.micro_images > 0 or batch.micro_texts > 0
     vision = config.model.vision
     require(
         vision.kind == "resnet"
@@ -67,12 +66,12 @@ def check_agreement(config: Any) -> None:
         "leave them out (a ViT's grid is that of its patch_size)",
     )
     require(
-        not (cached and vision.kind == "resnet" and vision.norm == "batch"),
+        not (batch.is_cached and vision.kind == "resnet" and vision.norm == "batch"),
         "batch.micro_images/micro_texts with model.vision.norm=batch: a statistic of a "
         "micro-batch is not a statistic of the batch; set model.vision.norm to group or frozen",
     )
     require(
-        not (config.model.heads.norm == "batch" and (cached or config.run.exact)),
+        not (config.model.heads.norm == "batch" and (batch.is_cached or config.run.exact)),
         "model.heads.norm=batch cannot be exact over micro-batches; set it to layer",
     )
     require(

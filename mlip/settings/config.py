@@ -119,6 +119,11 @@ class Batches:
     micro_images: int = 0  # images per tower pass per rank, to save memory; 0 = all at once
     micro_texts: int = 0  # reports per tower pass per rank; 0 = all at once
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether a tower may make several passes of a batch, through the gradient cache."""
+        return self.micro_images > 0 or self.micro_texts > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:

@@ -80,7 +80,6 @@ class Trainer:
         self.engine: Engine = build_engine(objective, config, deepspeed_json)
         self.steps = total_steps(config, loader.num_rows)
         self.step = 0  # steps done
-        self.is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
         self.skipped = SkippedSteps()
         randomness.seed_rank(config.run.seed)
         self.facts = {**(facts or {}), "determinism": levels(config, objective)}
@@ -207,7 +206,7 @@ class Trainer:
         epoch = step * config.batch.global_pairs / self.loader.num_rows
         lr = learning_rate(step, self.steps, config)
         # the third step here: the first two warm up allocators and kernels
-        is_measured = self.is_cached and step == self.log.start_step + 2
+        is_measured = config.batch.is_cached and step == self.log.start_step + 2
         if is_measured:
             self.reader.read_all()  # so that the time is of this step alone
             grad_cache.cost.start()

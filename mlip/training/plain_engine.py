@@ -23,8 +23,8 @@ def rounds_weights_together(config: Config) -> bool:
     A compiled tower rounds them in its own kernels, and the passes of a gradient cache would each
     widen a whole set of gradients beside the one there is.
     """
-    is_cached = config.batch.micro_images > 0 or config.batch.micro_texts > 0
-    return config.train.precision != "fp32" and not config.train.compile and not is_cached
+    train = config.train
+    return train.precision != "fp32" and not train.compile and not config.batch.is_cached
 
 
 class PlainEngine(Engine):
