@@ -24,6 +24,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     keep_apart,
+    newest,
     read_csv,
     relative,
     require_choice,
@@ -41,6 +42,7 @@ _COLUMNS = [
     *("path_to_image", "path_to_dcm", "frontal_lateral", "ap_pa", "deid_patient_id"),
     *("report", "section_findings", "section_impression", "split"),
 ]
+_TABLES = ("df_chexpert_plus_*.csv", "df_chexpert_plus_*.csv.gz")
 _SPLITS = ("train", "valid")
 _PATH = re.compile(r"(train|valid)/(patient\w+/study\w+)/([\w.-]+)\.(?:jpg|png|dcm)")
 # where the folder of a split lies below the root, by how the archives are named and unpacked
@@ -68,7 +70,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """
     require_choice(options, "files", tuple(_FOLDERS))
     require_choice(options, "views", ("frontal", "all"))
-    table = _table(root)
+    table = newest(root, _TABLES, "df_chexpert_plus_240401.csv", ACCESS)
     folders = _folders(root, options["files"])
     chexbert = CheXbertLabels(root, options["labels"], ACCESS)
     chosen, digest = set[str](), ""
@@ -151,14 +153,6 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 def _with_report(row: Row, said: _Study) -> Row:
     positive, uncertain, negative = said.labels
     return replace(row, report=said.report, labels=positive, uncertain=uncertain, negative=negative)
-
-
-def _table(root: Path) -> Path:
-    """The newest table: its name ends in the day of its release."""
-    found = [*root.glob("df_chexpert_plus_*.csv"), *root.glob("df_chexpert_plus_*.csv.gz")]
-    if not found:
-        raise DatasetError(f"{root}: expected df_chexpert_plus_240401.csv. It is part of {ACCESS}")
-    return max(found, key=lambda path: path.name)
 
 
 def _folders(root: Path, files: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ from mlip.dataloading.datasets.rows import (
     DatasetError,
     Row,
     keep_apart,
+    newest,
     read_csv,
     relative,
     require,
@@ -36,6 +37,7 @@ from mlip.dataloading.images.image_file import PNG_SIGNATURE
 from mlip.dataloading.splits import SPLIT_OF
 
 ACCESS = "PadChest-GR, https://bimcv.cipf.es/bimcv-projects/padchest-gr/ (request and agreement)"
+_REPORTS = ("grounded_reports_*.json",)
 _COLUMNS = ["StudyID", "ImageID", "split", "PatientID"]
 _PRIOR = "PadChest_GR_progression_prior_studies"  # earlier films of the same patients, no rows
 _NORMAL = "normal"  # as PadChest calls a film without findings
@@ -60,7 +62,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     sentence stands behind the first label alone, so that it is asked once.
     """
     require_choice(options, "language", ("en", "es"))
-    reports = _reports_file(root)
+    reports = newest(root, _REPORTS, "grounded_reports_20240819.json", ACCESS)
     told = _told_of_studies(_table(root))
     path_of = _images(root)
     cells = PatientCells()
@@ -178,15 +180,6 @@ def _names(labels: Any, path: Path) -> list[str]:
         raise DatasetError(f"{path}: labels: expected a list of names without '|'")
     names = (" ".join(name.split()) for name in labels)
     return list(dict.fromkeys(name for name in names if name))
-
-
-def _reports_file(root: Path) -> Path:
-    """The newest file of reports: its name ends in the day of its release."""
-    if not (found := list(root.glob("grounded_reports_*.json"))):
-        raise DatasetError(
-            f"{root}: expected grounded_reports_20240819.json. It is part of {ACCESS}"
-        )
-    return max(found, key=lambda path: path.name)
 
 
 def _studies(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mlip.settings.config import ConfigError
 
@@ -78,7 +77,7 @@ class Dataset:
     title: str
     licence: str
     access: str  # where its files come from and what that takes
-    collect: Any  # (root: Path, options: dict[str, str]) -> Collected
+    collect: Callable[[Path, dict[str, str]], Collected]  # of the root and the options below
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # name: default, help
     keeps_ids: bool = True  # False where ids may be those of patients, not pseudonyms
     demographics: tuple[str, ...] = ()  # options that say where sex and age are; "none" = nowhere
@@ -100,6 +99,14 @@ def first_of(root: Path, names: list[str], access: str) -> Path:
         if (root / name).exists():
             return root / name
     raise DatasetError(f"{root}: expected {' or '.join(names)}. It is part of {access}")
+
+
+def newest(root: Path, patterns: Iterable[str], example: str, access: str) -> Path:
+    """The newest of the files in root whose names end in the day of their release."""
+    found = [path for pattern in patterns for path in root.glob(pattern)]
+    if not found:
+        raise DatasetError(f"{root}: expected {example}. It is part of {access}")
+    return max(found, key=lambda path: path.name)
 
 
 def read_csv(path: Path, columns: list[str], access: str) -> Iterator[dict[str, str]]:
