@@ -93,7 +93,7 @@ def read_radiograph(source: str | os.PathLike[str] | bytes) -> tuple[np.ndarray,
         header, stream = read_header(file)
         cells = read_cells(header, stream)
         header, tone, image = _displayed(header, cells)
-    return image, _info(header, tone.voi, tone.own_range)
+    return image, _info(header, tone)
 
 
 def _displayed(header: Header, cells: np.ndarray) -> tuple[Header, Tone, np.ndarray]:
@@ -164,7 +164,7 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
         cells = read_cells(header, stream)
         seen = seen_cells(cells)
         header, tone, _ = _displayed(header, cells)
-    info = _info(header, tone.voi, tone.own_range)
+    info = _info(header, tone)
     sign = "signed" if header.signed else "unsigned"
     lines = [
         f"file: {size} bytes, transfer syntax {header.transfer_syntax}",
@@ -199,9 +199,8 @@ def _describe_lut(lut: Lut | None) -> str:
     return f"{len(lut.values)} entries of {lut.bits} bits from {lut.first}" if lut else ""
 
 
-def _info(header: Header, voi: str, own_range: tuple[float, float] | None) -> RadiographInfo:
-    constant = own_range is not None and own_range[0] == own_range[1]
-    windowed = voi in ("linear", "linear_exact", "sigmoid") and header.window is not None
+def _info(header: Header, tone: Tone) -> RadiographInfo:
+    """What became of the header that the tone was built from."""
     return RadiographInfo(
         rows=header.rows,
         columns=header.columns,
@@ -209,7 +208,7 @@ def _info(header: Header, voi: str, own_range: tuple[float, float] | None) -> Ra
         bits_stored=header.bits_stored,
         signed=header.signed,
         photometric=header.photometric,
-        inverted=header.photometric == "MONOCHROME1" and not constant,
+        inverted=any(name == "inverted" for name, _ in tone.steps),
         modality=header.modality,
         view=header.view,
         sex=header.sex,
@@ -217,8 +216,8 @@ def _info(header: Header, voi: str, own_range: tuple[float, float] | None) -> Ra
         intent=header.intent,
         spacing_mm=header.spacing_mm,
         modality_step="lut" if header.modality_lut else "rescale" if header.rescale else "none",
-        voi=voi,
-        window=header.window[:2] if windowed and header.window else None,
-        own_range=own_range,
+        voi=tone.voi,
+        window=header.window[:2] if header.window and not header.voi_lut else None,
+        own_range=tone.own_range,
         notes=header.notes,
     )
