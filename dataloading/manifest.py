@@ -192,7 +192,7 @@ def load_manifest(data: Data) -> Manifest:
         if field in table:
             check_identifiers(table[field], wanted[field] or "", path)
     patient_key = keyed(patient, fingerprint)
-    _check_no_blank(patient, "patient_id", columns.patient_id, path)
+    _check_patients_told(patient, columns.patient_id, path)
     split = split_codes(table.pop("split", None), patient, columns.split, path)
     _check_patients(patient_key, split, patient, path, salt)
     # columns leave the table as they are used up
@@ -219,11 +219,11 @@ def load_manifest(data: Data) -> Manifest:
     )
 
 
-def _check_no_blank(column: pa.ChunkedArray, field: str, name: str, path: Path) -> None:
-    blank = says_none(column)
+def _check_patients_told(patient: pa.ChunkedArray, name: str, path: Path) -> None:
+    blank = says_none(patient)
     if blank.any():
         raise ManifestError(
-            f"{path}: column {name!r} ({field}) is blank or says none (NA, nan, null) in "
+            f"{path}: column {name!r} (patient_id) is blank or says none (NA, nan, null) in "
             f"{np.count_nonzero(blank)} rows, the first is data row {int(blank.argmax()) + 1}"
         )
 
