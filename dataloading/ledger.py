@@ -30,7 +30,7 @@ REASONS = {
     "undecodable": "the decoder refused the file",
     "hash_mismatch": "the bytes differ from the manifest's SHA-256",
 }
-# beside these: the codes of dicom.CODES, for what only a DICOM file can have wrong
+# beside these: CODES of dicom/source.py, for what only a DICOM file can have wrong
 
 
 class DataError(RuntimeError):

@@ -1,5 +1,4 @@
-"""Which numbers each setting may hold; what two settings must agree on is in
-agreement.py.
+"""Which numbers each setting may hold; what two settings must agree on is in agreement.py.
 
 A number outside its range is refused with its key, the value and the range before anything is read:
 a negative rate would train away from the data, a batch of 0 tokens has no report.

@@ -1,7 +1,7 @@
 """How `mlip settings` shows settings in a terminal, and docs/settings.md as a page.
 
-What is shown is read by reference.py. Nothing here depends on the terminal: a pipe gets
-the same lines.
+What is shown is read by reference.py. Nothing here depends on the terminal: a pipe gets the same
+lines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Settings of the tasks that train something on a checkpoint's image encoder (mlip evaluate).
 
-What does not live here: zero-shot, retrieval and grounding, which train nothing
-(evaluate.py).
+What does not live here: zero-shot, retrieval and grounding, which train nothing (evaluate.py).
 """
 
 from __future__ import annotations

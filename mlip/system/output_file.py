@@ -1,7 +1,7 @@
 """Where a command writes: tried before the work, whole or not at all, and what to say if it fails.
 
-What does not live here: checkpoints (training/checkpoint.py) and shards
-(dataloading/shards.py), which are synced to the disk as well.
+What does not live here: checkpoints (training/checkpoint.py) and shards (dataloading/shards.py),
+which are synced to the disk as well.
 """
 
 from __future__ import annotations
