@@ -64,13 +64,13 @@ class Loader:
         seed: int,
         sentence_dropout: float,
         prefetch: int,
-        timeout_s: float = 0.0,
+        timeout_s: float,
     ) -> None:
         self.order, self.pipeline, self.encoder = order, pipeline, encoder
         self.manifest, self.pair_id, self.ledger = manifest, pair_id, ledger
         self.seed, self.sentence_dropout = seed, sentence_dropout
-        self.prefetch = max(1, prefetch)
-        self.timeout_s = timeout_s  # longest wait for one batch; 0 = for ever
+        self.prefetch = prefetch
+        self.timeout_s = timeout_s  # longest wait for one batch
         self.step = 0  # of the next batch
         self.wait_seconds = 0.0  # how long the last next() waited for data
         self._told = 0  # bad images that the log was to name

@@ -38,17 +38,17 @@ class Producer:
         self._thread.start()
         _running.add(self)  # one that could not be started cannot be joined
 
-    def take(self, timeout_s: float = 0.0) -> Any:
+    def take(self, timeout_s: float) -> Any:
         """The next item; a failure of make() is raised here, and again at every later call.
 
-        Units:   timeout_s seconds of waiting for one item, 0 = for ever
+        Units:   timeout_s seconds of waiting for one item
         Raises:  DataError where make() does not come back in time: a file system that hangs gives
                  no error of its own, and a run that waits for ever holds its GPUs.
         """
         if self._failure is not None:
             raise self._failure
         try:
-            item = self._queue.get(timeout=timeout_s or None)
+            item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             self._failure = DataError(
                 f"no batch for {timeout_s:g} s (run.timeout_s): the file system of data.root "

@@ -28,7 +28,7 @@ class Maker:
 def test_items_come_in_order_and_no_more_than_prefetch_ahead() -> None:
     maker = Maker()
     producer = Producer(maker.make, 4, None, prefetch=2)
-    assert [producer.take() for _ in range(3)] == [40, 50, 60]
+    assert [producer.take(60) for _ in range(3)] == [40, 50, 60]
     time.sleep(0.1)
     # two wait in the queue and one more is in the thread's hand
     assert max(maker.made) <= 6 + 3
@@ -38,17 +38,17 @@ def test_items_come_in_order_and_no_more_than_prefetch_ahead() -> None:
 def test_a_failure_arrives_in_its_place_and_stays() -> None:
     maker = Maker(fails_at=2)
     producer = Producer(maker.make, 0, None, prefetch=4)
-    assert [producer.take(), producer.take()] == [0, 10]
+    assert [producer.take(60), producer.take(60)] == [0, 10]
     for _ in range(2):
         with pytest.raises(OSError, match="disk"):
-            producer.take()
+            producer.take(60)
     producer.stop()
 
 
 def test_it_ends_by_itself_before_the_last_step() -> None:
     maker = Maker()
     producer = Producer(maker.make, 0, 3, prefetch=8)
-    assert [producer.take() for _ in range(3)] == [0, 10, 20]
+    assert [producer.take(60) for _ in range(3)] == [0, 10, 20]
     producer.stop()
     assert maker.made == [0, 1, 2]
 
@@ -100,7 +100,7 @@ class Maker:
         return step
 maker = Maker()
 producer = Producer(maker.make, 0, None, prefetch=2)
-assert producer.take() == 0 and "mlip-loader" in [t.name for t in threading.enumerate()]
+assert producer.take(60) == 0 and "mlip-loader" in [t.name for t in threading.enumerate()]
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[]\n", "")
