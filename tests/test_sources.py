@@ -21,7 +21,8 @@ from mlip.encoders import pretrained_tower
 from mlip.pretrained import PretrainedError, from_pretrained, open_checkpoint
 from mlip.ranks import distributed, process_group
 from mlip.saved import resumed_run, run_vocabulary
-from mlip.settings.config import load
+from mlip.settings.config import load, read
+from mlip.settings.given import given
 from mlip.system.output_file import file_sha256
 from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError
@@ -295,12 +296,12 @@ def test_runs_of_this_and_of_an_earlier_version_are_of_one_design(made, tmp_path
         shutil.copytree(made / "run", tmp_path / str(seed))
     _of_an_earlier_version(tmp_path / "1")
     seeds = ["transfer.seeds=[1,2]", f"evaluate.checkpoint={tmp_path / '{seed}'}"]
-    config = load([str(made / "run")], seeds, takes_exports=True)
-    assert open_vision(config, "cpu")[1].keys() == {1, 2}
+    named = given(read([str(made / "run")], seeds, takes_exports=True))
+    assert open_vision(named, "cpu")[1].keys() == {1, 2}
     other = {"hidden_dropout_prob": 0.3}
     _rewrite(tmp_path / "2", lambda state: state["towers"]["vision"].update(other))
     with pytest.raises(PretrainedError, match="seeds 1 and 2 differ"):
-        open_vision(config, "cpu")
+        open_vision(named, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def evaluate_transfer(given: Given, folder: Path, *, device: str) -> dict[str, A
              there, or a setting of the training was typed that was another one in it;
              PretrainedError where it was trained on pixels prepared in another way.
     """
-    config, vision, facts, trainings = open_vision(given.config, device, given)
+    config, vision, facts, trainings = open_vision(given, device)
     manifest = load_manifest(config.data)
     with kept_fits(folder, print) as kept:
         results = transfer_run(
@@ -51,14 +51,13 @@ def evaluate_transfer(given: Given, folder: Path, *, device: str) -> dict[str, A
     return results
 
 
-def open_vision(
-    config: Config, device: str, given: Given | None = None
-) -> tuple[Config, Any, dict[str, Any], list[Training]]:
+def open_vision(given: Given, device: str) -> tuple[Config, Any, dict[str, Any], list[Training]]:
     """(settings with the checkpoint's tower, its encoder by seed or None, facts of its training,
     what it was trained on).
 
     "{seed}" in the checkpoint's path stands for each of transfer.seeds: pre-trainings of their own.
     """
+    config = given.config
     start, where = config.transfer.start, config.evaluate.checkpoint
     seeds = config.transfer.seeds
     if not takes_checkpoint(config):
@@ -75,8 +74,7 @@ def open_vision(
     else:
         opened = dict.fromkeys(seeds, _open(config, where, device))
     first = opened[seeds[0]]
-    if given is not None:
-        given.require_trained(first.config, str(where).replace(SEED, str(seeds[0])))
+    given.require_trained(first.config, str(where).replace(SEED, str(seeds[0])))
     for seed, own in opened.items():
         if _design(own) != _design(first):
             raise PretrainedError(
