@@ -76,7 +76,7 @@ class ShardError(ValueError):
 
 
 class Reference(NamedTuple):
-    """One member; a tuple, as one is made at every read."""
+    """One member, and as text what a manifest names it by; a tuple: one is made at every read."""
 
     shard: str  # path of the tar relative to the manifest's root
     offset: int

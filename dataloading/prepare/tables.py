@@ -20,7 +20,13 @@ from mlip.dataloading.datasets.rows import Row
 from mlip.dataloading.demographics import differs
 from mlip.dataloading.images.perceptual_hash import HASHES
 from mlip.dataloading.images.same_pictures import HASHES_FILE, hash_table
-from mlip.dataloading.shards import DEMOGRAPHICS, TableWriter, kept_columns, synced_file
+from mlip.dataloading.shards import (
+    DEMOGRAPHICS,
+    Reference,
+    TableWriter,
+    kept_columns,
+    synced_file,
+)
 from mlip.dataloading.view_position import PROJECTIONS, projection
 
 _TEXTS = (
@@ -94,7 +100,7 @@ def _manifest_part(
             continue
         # not asdict: its deep copies took 0.2 ms a row
         values = {name: getattr(row, name) for name in names}
-        values["image"] = f"{entry['shard']}#{entry['offset']}+{entry['size']}"
+        values["image"] = str(Reference(entry["shard"], entry["offset"], entry["size"]))
         values["sha256"] = entry["sha256"]
         values["view"] = values["view"] or entry["view"]
         for name in DEMOGRAPHICS:
