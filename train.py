@@ -43,9 +43,10 @@ from mlip.system.output_file import whole_file
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
-from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
+from mlip.training.lifecycle import guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
+from mlip.training.stop_request import StopRequest
 from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.fingerprint import (
     hash_of_shapes,

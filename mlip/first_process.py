@@ -3,7 +3,7 @@
     python -P -m mlip.first_process deepspeed --num_gpus 2 train.py --config configs/demo.yaml
 
 A container is over, and all in it killed, when its first process ends. The `deepspeed` command dies
-of SIGTERM and leaves ranks that want to save (training/lifecycle.py); as first process itself it
+of SIGTERM and leaves ranks that want to save (training/stop_request.py); as first process itself it
 would not even notice the signal, as nothing there does that has no handler. Here SIGTERM ends the
 command, the ranks save, and the exit code is theirs. What nobody waits for is collected.
 """

@@ -57,7 +57,7 @@ sys.exit(75)
 # what train.py does of it
 RANK = """
 import os, sys, time
-from mlip.training.lifecycle import StopRequest
+from mlip.training.stop_request import StopRequest
 stop = StopRequest()
 print("ready", flush=True)
 while not stop.is_set:

@@ -1,7 +1,7 @@
 """A command that is asked to end: by Ctrl-C, by a scheduler, by a terminal that is closed.
 
 What is half written is removed on the way out, as by any error. What does not live here: a
-training, which saves first (training/lifecycle.py).
+training, which saves first (training/stop_request.py).
 """
 
 from __future__ import annotations

@@ -24,11 +24,12 @@ from mlip.training.checkpoint_content import require_same_identity
 from mlip.training.determinism import levels
 from mlip.training.engine import build_engine
 from mlip.training.faults import fire
-from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
+from mlip.training.lifecycle import CheckpointError, Preempted
 from mlip.training.runlog import RunLog
 from mlip.training.schedule import learning_rate, total_steps
 from mlip.training.step import Engine
 from mlip.training.step_reader import SkippedSteps, StartedStep, StepReader
+from mlip.training.stop_request import StopRequest
 from mlip.training.validation import Validation
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from mlip.ranks import distributed, process_group
 from mlip.training import faults
-from mlip.training.lifecycle import Preempted, StopRequest
+from mlip.training.lifecycle import Preempted
+from mlip.training.stop_request import StopRequest
 from tests.training.toy_run import make_trainer, toy_config
 
 NAN = "nan@1:3:forward"  # of one rank alone, in the fourth step

@@ -14,7 +14,8 @@ import pytest
 
 from mlip.settings.config import ConfigError
 from mlip.training import checkpoint, runlog
-from mlip.training.lifecycle import StopRequest, record_event
+from mlip.training.lifecycle import record_event
+from mlip.training.stop_request import StopRequest
 from tests.training.toy_run import make_trainer, toy_config
 
 FULL = Path("/dev/full")

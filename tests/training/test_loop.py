@@ -20,10 +20,11 @@ import torch
 from mlip import precision
 from mlip.ranks import distributed
 from mlip.training import checkpoint, faults
-from mlip.training.lifecycle import CheckpointError, NumericError, Preempted, StopRequest
+from mlip.training.lifecycle import CheckpointError, NumericError, Preempted
 from mlip.training.loop import Trainer
 from mlip.training.step import StepUnderWay
 from mlip.training.step_reader import SkippedSteps
+from mlip.training.stop_request import StopRequest
 from tests.faults.jobs import events
 from tests.training.toy_run import make_trainer, toy_config
 

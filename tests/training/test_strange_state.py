@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mlip.settings.config import Config
 from mlip.training import checkpoint
-from mlip.training.lifecycle import CheckpointError, StopRequest
+from mlip.training.lifecycle import CheckpointError
+from mlip.training.stop_request import StopRequest
 from tests.training.toy_run import make_trainer, toy_config
 
 NAME = "model.image.1.weight"

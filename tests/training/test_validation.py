@@ -21,8 +21,9 @@ from mlip.settings import agreement as config_agreement
 from mlip.settings.config import ConfigError, load
 from mlip.training import checkpoint, faults, presence
 from mlip.training.best_checkpoint import best_step, find_best, is_best
-from mlip.training.lifecycle import CheckpointError, Preempted, StopRequest
+from mlip.training.lifecycle import CheckpointError, Preempted
 from mlip.training.loop import Trainer
+from mlip.training.stop_request import StopRequest
 from mlip.training.validation import Validation
 from tests.training.toy_run import (
     ToyHeldOut,

@@ -24,9 +24,10 @@ from mlip.ranks import distributed, process_group
 from mlip.settings.config import Config, load
 from mlip.training import randomness
 from mlip.training.grad_cache import cached_forward, equal_passes
-from mlip.training.lifecycle import StopRequest, guarded, leave, locked_folder
+from mlip.training.lifecycle import guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
+from mlip.training.stop_request import StopRequest
 from mlip.training.validation import Validation
 
 PIXELS, VOCABULARY, WIDTH, DIM = 12, 50, 31, 7  # odd: nothing divides by the world size
