@@ -95,7 +95,7 @@ class Manifest:
 
     def image_hash(self, row: int) -> str:
         """Twelve hex digits of the image's path, as pages and the quarantine's list show it."""
-        return hashed_id(self.image_path(row), self.salt)
+        return _hashed_id(self.image_path(row), self.salt)
 
     def image_name(self, row: int) -> str:
         """How logs and errors call a row's image: never by its path, which may name the patient."""
@@ -134,7 +134,7 @@ def read_more(
     return columns
 
 
-def hashed_id(text: str, salt: str) -> str:
+def _hashed_id(text: str, salt: str) -> str:
     """Twelve hex digits that stand for an identifier in logs and errors.
 
     The salt is a manifest's own, which stands in no file of a run: only who holds the manifest can
@@ -291,5 +291,5 @@ def _check_patients(
         first = patient[int(index[crossing].min())].as_py()
         raise ManifestError(
             f"{path}: {len(crossing)} patients occur in more than one split, for example the one "
-            f"hashed {hashed_id(first, salt)}: expected every patient in one split only"
+            f"hashed {_hashed_id(first, salt)}: expected every patient in one split only"
         )

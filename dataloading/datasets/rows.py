@@ -246,7 +246,7 @@ def keep_apart(rows: Iterable[Row], excluded: Counter[str]) -> list[Row]:
     return kept
 
 
-def read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
+def _read_split_lists(folder: Path) -> tuple[dict[str, str], str]:
     """Image id -> split from published lists, and their joint SHA-256.
 
     A list is {train,validation,test}.csv or .txt, one id a line, in the column that its header
@@ -288,7 +288,7 @@ def assign_split(
     """
     if not lists:
         return lambda image, patient: split_by_patient(patient, salt, val, test), []
-    split_of, digest = read_split_lists(Path(lists))
+    split_of, digest = _read_split_lists(Path(lists))
     note = f"split lists: {len(split_of)} ids, SHA-256 {digest}"
 
     def listed(image: str, patient: str) -> str:
@@ -303,7 +303,7 @@ def _bare(image: str) -> str:
     return stem if dot and suffix.lower() in _IMAGE_SUFFIXES else image
 
 
-def read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str], list[str]]:
+def _read_patients(option: str, images: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Image id -> patient id from a user's CSV, and a note of the images that it does not name.
 
     For data sets that publish no patient ids. Ids may leave out the suffix of the file's name, or
@@ -343,7 +343,7 @@ def place_images(
 
     An image whose patient nobody names is its own.
     """
-    patients, notes = read_patients(options["patients"], images)
+    patients, notes = _read_patients(options["patients"], images)
     split_of, lists = assign_split(options["split_lists"], salt, val, test)
 
     def place(image: str) -> tuple[str, str]:

@@ -155,7 +155,7 @@ def open_regular(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[Binar
         yield file, status.st_size
 
 
-def read_transfer_syntax(file: BinaryIO) -> tuple[str, int]:
+def _read_transfer_syntax(file: BinaryIO) -> tuple[str, int]:
     """Transfer syntax UID and the offset of the data set behind the file meta information."""
     file.seek(0)
     if file.read(132)[128:] != b"DICM":
@@ -242,7 +242,7 @@ class _Metered:
 def read_dataset(file: BinaryIO, tags: list[str] | None) -> tuple[str, BinaryIO, Dataset]:
     """Transfer syntax, the stream at the pixel data element, the chosen tags (None = all)."""
     with error_wall("malformed"):
-        syntax, offset = read_transfer_syntax(file)
+        syntax, offset = _read_transfer_syntax(file)
         if syntax == DEFLATED:
             file = _inflated(file, offset)
         else:

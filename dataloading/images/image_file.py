@@ -175,12 +175,12 @@ def _jpeg_header(content: bytes) -> Header:
     bits, height, width, components = struct.unpack_from(">BHHB", content, position + 4)
     if content.rfind(b"\xff\xd9", position) < 0:
         raise BadSample("truncated", "no JPEG end mark")
-    check_scans(content, position)
+    _check_scans(content, position)
     usual = bits == 8 and components in (1, 3) and content[position + 1] in (0xC0, 0xC1, 0xC2)
     return Header("jpeg", height, width, bits, plain and usual)
 
 
-def check_scans(content: bytes, position: int) -> None:
+def _check_scans(content: bytes, position: int) -> None:
     """Raises BadSample for a JPEG, whose frame header is at position, of more than MAX_SCANS.
 
     A scan of a few bytes goes over every pixel: 200 of them, 418 KB, took 98 s. A baseline picture

@@ -107,7 +107,7 @@ def build_shards(
     """
     order = {"train": 0, "val": 1, "test": 2}
     rows = sorted(rows, key=lambda row: order[row.split])
-    keys = member_keys(rows, plan.salt)
+    keys = _member_keys(rows, plan.salt)
     folder = plan.out / "shards"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     remove_partials(folder)
@@ -142,7 +142,7 @@ def build_shards(
         raise _explained(error, plan) from error
 
 
-def member_keys(rows: list[Row], salt: str) -> list[str]:
+def _member_keys(rows: list[Row], salt: str) -> list[str]:
     """Sixteen hex digits an image: the member's name, which tells nothing without the salt."""
     keys = [
         hashlib.sha256(f"{salt}\0image\0{row.image_id}".encode(errors="surrogatepass")).hexdigest()[
@@ -358,7 +358,7 @@ def write_id_map(collected: Collected, plan: Plan, path: Path) -> None:
     """
     rows = collected.rows
     table = [ID_MAP]
-    for row, key in zip(rows, member_keys(rows, plan.salt), strict=True):
+    for row, key in zip(rows, _member_keys(rows, plan.salt), strict=True):
         patient, study = (
             hashed(getattr(row, f"{level}_id"), level, plan.salt) for level in ("patient", "study")
         )

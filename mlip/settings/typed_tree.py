@@ -159,11 +159,11 @@ def _likeness(given: str, name: str) -> float:
 def build(cls: Any, tree: Mapping[str, Any], path: str) -> Any:
     """An instance of `cls` from a checked tree; absent keys keep their defaults."""
     hints = _hints(cls)
-    values = {key: coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
+    values = {key: _coerce(value, hints[key], f"{path}{key}") for key, value in tree.items()}
     return cls(**values)
 
 
-def coerce(value: Any, kind: Any, key: str) -> Any:
+def _coerce(value: Any, kind: Any, key: str) -> Any:
     """`value` as the hinted type, or a ConfigError that names `key`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -177,15 +177,15 @@ def coerce(value: Any, kind: Any, key: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return coerce(value, next(a for a in arguments if a is not types.NoneType), key)
+        return _coerce(value, next(a for a in arguments if a is not types.NoneType), key)
     if origin is tuple and arguments[-1] is Ellipsis:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key}: expected a list, got {value!r}")
-        return tuple(coerce(v, arguments[0], key) for v in value)
+        return tuple(_coerce(v, arguments[0], key) for v in value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
             raise ConfigError(f"{key}: expected a list of {len(arguments)} values, got {value!r}")
-        return tuple(coerce(v, a, key) for v, a in zip(value, arguments, strict=True))
+        return tuple(_coerce(v, a, key) for v, a in zip(value, arguments, strict=True))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}: expected a mapping, got {value!r}")

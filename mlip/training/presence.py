@@ -103,10 +103,10 @@ def explain(error: BaseException) -> str | None:
     is_one_host = distributed.local_ranks() >= distributed.world_size()
     wait_s = _DYING_S if is_one_host else _DYING_S + _SILENT_BEATS * _BEAT_S
     deadline = time.monotonic() + wait_s
-    silent, behind = missing_ranks(_present)
+    silent, behind = _missing_ranks(_present)
     while not silent and time.monotonic() < deadline:
         time.sleep(0.02)
-        silent, behind = missing_ranks(_present)
+        silent, behind = _missing_ranks(_present)
     missing = silent or behind
     if not missing:
         network = "" if is_one_host else ": look at the network between the nodes"
@@ -128,7 +128,7 @@ def collective_of(error: BaseException) -> str:
     return f"{called} of {caller}" if caller else called
 
 
-def missing_ranks(own: Presence) -> tuple[list[str], list[str]]:
+def _missing_ranks(own: Presence) -> tuple[list[str], list[str]]:
     """Other ranks that are dead, stopped or silent; and those behind this one; with states."""
     silent, behind = [], []
     for rank in range(distributed.world_size()):
