@@ -186,8 +186,10 @@ def test_a_damaged_one_that_is_named_itself_is_refused(run: Path) -> None:
 def test_the_best_by_its_weights_is_not_taken_for_the_best_by_their_average(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for watched, warns in (("ema", True), ("trained", False)):
+    for watched, warns in (("ema", True), ("trained", False), ("unsaid", False)):
         kept = {"monitor": "loss", "weights": watched, "best_step": 1}
+        if watched == "unsaid":  # by a version that scored the trained ones alone
+            del kept["weights"]
         run = _write_run(tmp_path / watched, validation=kept)
         caplog.clear()
         with caplog.at_level(logging.WARNING, "mlip"):

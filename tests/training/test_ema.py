@@ -13,6 +13,7 @@ from mlip.training.ema import EMA
 from mlip.training.lifecycle import CheckpointError
 from tests.small_run import small_run
 from tests.training.test_loop import _own_signals_and_faults, _run  # noqa: F401
+from tests.training.toy_run import make_trainer, toy_config
 
 COUNTS, SKIPPED = torch.tensor(False), torch.tensor(True)
 
@@ -80,6 +81,11 @@ def test_switching_the_average_on_later_is_another_setting_and_starts_from_there
     _run(tmp_path)
     with pytest.raises(CheckpointError, match="train.ema_decay .saved 0.0, now 0.9"):
         _run(tmp_path, "train.ema_decay=0.9")
+    on = ("train.ema_decay=0.9", "train.engine=plain", "train.max_steps=12")
+    trainer = make_trainer(toy_config(f"run.dir={tmp_path}", *on), allow_mismatch=True)
+    ema = trainer.engine.ema
+    assert trainer.step == 12 and ema.updates == 0
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow, ema.held, strict=True))
 
 
 def test_evaluation_reads_the_average_where_asked(tmp_path):

@@ -163,6 +163,10 @@ def test_scores_of_other_weights_are_not_compared(tmp_path, caplog):
     other = make_validation(trainer.config)
     other.load_state_dict(saved)
     assert other.best_step == trainer.validation.best_step and not other.is_new
+    own = {**again.validation.state_dict(), "best_step": 4, "best": 1.0}
+    other = make_validation(again.config)
+    other.load_state_dict(own)  # those of the same average are
+    assert (other.best_step, other.best) == (4, 1.0)
 
 
 @pytest.mark.parametrize(("steps", "looked"), [(5, [5, 6, 8, 9]), (9, [9])])
@@ -289,8 +293,16 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_the_best(tmp_path, mon
 def test_where_the_best_is_damaged_or_gone_the_newest_is_taken_and_said(tmp_path, monkeypatch):
     _script(monkeypatch, [3.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     _run(tmp_path, *WATCHED)
-    best = checkpoint.folder_of(tmp_path, 4)
+    best, newest = (checkpoint.folder_of(tmp_path, step) for step in (4, 12))
+    buffers = (newest / "buffers.safetensors").read_bytes()
+    (newest / "buffers.safetensors").write_bytes(b"")
+    found, problems = find_best(tmp_path)
+    assert found == best and len(problems) == 1 and "step_00000012: buffers" in problems[0]
     (best / "buffers.safetensors").write_bytes(b"")
+    found, problems = find_best(tmp_path)
+    assert found == checkpoint.folder_of(tmp_path, 10)
+    assert [p.split("/")[-1].split(":")[0] for p in problems] == [newest.name, best.name]
+    (newest / "buffers.safetensors").write_bytes(buffers)
     found, problems = find_best(tmp_path)
     assert found is not None and found.name == "step_00000012"
     assert len(problems) == 1 and "the best on val" in problems[0] and "buffers" in problems[0]
@@ -318,9 +330,23 @@ def test_the_newest_checkpoint_tells_which_is_the_best(tmp_path, monkeypatch):
     newest.write_text(whole.replace('"best_step": 4', '"best_step": 8'))
     assert whole != newest.read_text() and is_best(checkpoint.folder_of(tmp_path, 4), 4)
     newest.write_text(whole)
+    with monkeypatch.context() as closed:  # as one that this user may not read
+        damage = checkpoint._damage
+
+        def only_older(folder: Path, only: str | None = None) -> str | None:
+            if folder == newest.parent:
+                raise CheckpointError("cannot be read: Permission denied")
+            return damage(folder, only)
+
+        closed.setattr(checkpoint, "_damage", only_older)
+        assert is_best(checkpoint.folder_of(tmp_path, 4), 4)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert is_best(Path("step_00000002"), 2) is False
     alone = Path(shutil.copytree(checkpoint.folder_of(tmp_path, 12), tmp_path / "a" / "b" / "c"))
     assert is_best(alone, 12) is False  # all that is known
-    for content in ('{"validation": {"best_step": "x"}}', '{"validation": {"best_step": []}}', "{"):
+    monkeypatch.setattr(checkpoint, "_damage", lambda folder, only=None: None)  # the hashes fit
+    for content in ('{"best_step": "x"}', '{"best_step": []}', "[1]", "{"):
+        content = f'{{"validation": {content}}}'
         (alone / "state.json").write_text(content)
         assert best_step(alone) is None and is_best(alone, 12) is None
 
