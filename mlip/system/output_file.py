@@ -187,6 +187,12 @@ def _errno_of(error: Exception) -> int:
 
 
 def _belongs_to(named: Any, out: Path) -> bool:
-    """Whether a file is below `out`, or beside it as what is written under another name first."""
-    place, beside = Path(os.fsdecode(named)).absolute(), out.absolute().parent
-    return beside in (place, *place.parents)
+    """Whether a file is `out`, below it, the folder that it is to lie in, or beside it under the
+    hidden name that is written first: others beside it are read, and are named themselves."""
+    whole = out.absolute()
+    try:
+        place = Path(os.fsdecode(named)).absolute().relative_to(whole.parent)
+    except ValueError:
+        return False
+    first = next(iter(place.parts), whole.name)
+    return first == whole.name or first.startswith(f".{whole.name}.")

@@ -168,6 +168,13 @@ def test_each_kind_of_error_names_its_place(
     for told, name in (("out", str(out)), ("out", "out/.part.17"), (out, "out"), (out, ".out.17")):
         said = refusal(OSError(errno.EPERM, "", name), told)
         assert said is not None and said.startswith(f"{told} cannot be written: ")
+    for named in (tmp_path, tmp_path / ".out.partial" / "config.json"):
+        said = refusal(OSError(errno.EPERM, "", str(named)), out)
+        assert said is not None and said.startswith(f"{out} cannot be written: ")
+    # what lies beside it was read: "out cannot be written" was said of weights that are another's
+    for named in (tmp_path / "model" / "model.safetensors", tmp_path / ".outer", tmp_path / "o"):
+        denied = PermissionError(errno.EACCES, "", str(named))
+        assert refusal(denied, out) == f"{named} cannot be used: Permission denied"
     # another disk than the one of --out is named itself
     said = refusal(OSError(errno.ENOSPC, "", "/var/x"), out)
     assert said is not None and said.startswith("/var/x cannot be written: ")
@@ -316,7 +323,7 @@ def test_a_lock_is_no_link_that_leads_away_and_no_pipe(kind: str, tmp_path: Path
         raise AssertionError("locked")
     with pytest.raises(OSError) as told, only_writer(folder / ".lock", "x"):
         raise AssertionError("locked")
-    line = refusal(told.value, folder / "x")
+    line = refusal(told.value, folder)
     assert line is not None and f"cannot be written: its lock .lock is {what}" in line
     assert precious.read_text() == "kept"
 
