@@ -29,6 +29,7 @@ from mlip.training.lifecycle import CheckpointError
 from tests import rank_farm
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.small_run import small_run
+from tests.test_pretrained_weights import Drawn
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CLASSES: dict[str, Any] = {
@@ -168,6 +169,12 @@ def test_a_relative_name_of_a_folder_that_is_gone_is_no_model_of_the_hub(made, a
     assert open_checkpoint(run).origin["start"]["image"] == {"kind": "folder", "name": "vit"}
     assert cli.main(["export", f"checkpoint={run}", "--out", str(away / "model")]) == 0
     assert "huggingface.co/weights" not in (away / "model" / "README.md").read_text()
+    # nor does the run that goes on say so: what it began with is its checkpoint's word
+    given = ["model.vision.source=weights/vit", "train.max_steps=2"]
+    assert train.main(["--config", str(run), *given]) == 0
+    opened = open_checkpoint(run)
+    assert opened.facts["step"] == 2
+    assert opened.origin["start"]["image"] == {"kind": "folder", "name": "vit"}
 
 
 def test_an_export_of_it_is_opened_and_names_no_class_of_a_head(away):
@@ -209,7 +216,7 @@ def test_other_weights_in_a_source_change_nothing(made, tmp_path):
     ("given", "told"),
     [
         ({"eps": 1e-3}, "model.vision.source=.*layer_norm_eps 0.001 .saved 1e-06."),
-        ({"hidden_dropout_prob": 0.4}, "hidden_dropout_prob 0.4 .saved 0.2."),
+        ({"hidden_dropout_prob": 0.4}, r"text.source=\S*bert has hidden_dropout_prob 0.4"),
         ({"hidden_size": 32}, "hidden_size 32 .saved 16."),
         ({"vocab_size": 999}, "vocab_size 999 .saved"),
     ],
@@ -349,12 +356,53 @@ def test_a_damaged_name_of_a_tensor_costs_one_checkpoint_and_not_the_run(away):
 def test_a_run_of_which_no_checkpoint_is_intact_begins_by_no_means_anew(away):
     config = load([away / "run"], [f"run.dir={away / 'run'}"], takes_exports=True)
     assert resumed_run.open_resumed(config) is not None
-    for folder in checkpoint.checkpoints_of(away / "run"):
-        (folder / "parameters.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no intact checkpoint is left"):
-        resumed_run.open_resumed(config)
+    (weights,) = (x / "parameters.safetensors" for x in checkpoint.checkpoints_of(away / "run"))
+    for damage in (lambda: weights.write_bytes(b""), weights.unlink):
+        damage()
+        with pytest.raises(CheckpointError, match="no intact checkpoint is left"):
+            resumed_run.open_resumed(config)
     shutil.rmtree(away / "run" / "checkpoints")
     assert resumed_run.open_resumed(config) is None
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"model.concept_vectors": (3, 2)},
+        {"model.text.word_embeddings.weight": (7, 2)},
+        {"model.text.word_embeddings.weight": (7, 2), "model.concept_vectors": (3,)},
+    ],
+)
+def test_an_intact_checkpoint_of_another_kind_of_model_is_refused(made, monkeypatch, shapes):
+    monkeypatch.setattr(resumed_run, "_tensor_shapes", lambda folder: shapes)
+    config = load([made / "run"], [f"run.dir={made / 'run'}"], takes_exports=True)
+    with pytest.raises(CheckpointError, match="step_00000001: .* no text tower or no concept"):
+        resumed_run.open_resumed(config)
+
+
+def test_a_library_s_own_error_is_one_that_can_be_sent_to_other_ranks(monkeypatch):
+    """Theirs may want more than a text to be made again of, and the ranks waited for it."""
+
+    class Theirs(ValueError):
+        def __init__(self, field: str, cause: str) -> None:
+            super().__init__(f"{field}: {cause}")
+
+    def refuse(config: Any, allow_mismatch: bool) -> None:
+        raise Theirs("hidden_size", "not a number")
+
+    monkeypatch.setattr(resumed_run, "_read", refuse)
+    with pytest.raises(ValueError, match="hidden_size: not a number") as told:
+        resumed_run.open_resumed(small_run().config)
+    assert type(told.value) is ValueError
+
+
+def test_no_weight_is_drawn_that_the_engine_fills():
+    run = small_run()
+    words, (concepts, dim) = run.tokenizer.vocab_size, run.model.concept_vectors.shape
+    resumed = resumed_run.Resumed(run.config, words, (concepts, dim), None)
+    with Drawn() as building:
+        resumed.build_model(words=words, concepts=concepts)
+    assert building.count == 0
 
 
 @pytest.mark.parametrize(
@@ -388,9 +436,11 @@ def _open_on_a_node_that_lags(run: str, damaged: str) -> None:
     process_group.start(60.0)
     if distributed.rank() == 1:
         resumed_run.checkpoints_of = run_vocabulary.checkpoints_of = lambda folder: []
-    config = load([run], [f"run.dir={run}"], takes_exports=True)
+    root = f"/films/{distributed.rank()}"  # a node may have its data elsewhere
+    config = load([run], [f"run.dir={run}", f"data.root={root}"], takes_exports=True)
     resumed = resumed_run.open_resumed(config)
     assert resumed is not None and resumed.config.model.vision.source is None
+    assert resumed.config.data.root == root
     words = run_vocabulary.open_tokenizer(config, None).vocab_size
     assert distributed.gather_objects(words) == [words] * 2
     with pytest.raises(CheckpointError, match="towers: expected"):
