@@ -34,7 +34,7 @@ def open_start(config: Config) -> Pretrained | None:
     start = open_checkpoint(config.train.start, lexicon=config.knowledge.lexicon)
     _require_its_own(config, start)
     ours, theirs = preprocessing(config), preprocessing(start.config)
-    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    changed = [key for key in ours if ours[key] != theirs[key]]
     if changed:
         logger.warning(
             "train.start=%s was trained with other preprocessing (%s): its first steps see images "

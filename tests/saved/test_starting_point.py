@@ -87,7 +87,7 @@ def test_it_learns_from_there_and_goes_on_without_its_start(tmp_path, export):
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
-def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export, capsys):
+def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export, capsys, monkeypatch):
     assert _train(tmp_path / "first", export) == 0
     for number, start in enumerate(
         (tmp_path / "first", checkpoint.checkpoints_of(tmp_path / "first")[0])
@@ -100,7 +100,10 @@ def test_a_run_and_a_checkpoint_can_be_the_start_as_well(tmp_path, export, capsy
         # its settings where they lie: a checkpoint alone is no folder for --config
         own = [f"run.dir={tmp_path / 'wrong'}", own[1], "model.embed_dim=16"]
         assert train.main(["--config", str(tmp_path / "first"), *own]) == 2
-        assert f": --config {tmp_path / 'first'}, and yours" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f": --config {tmp_path / 'first'}, and yours" in said and f"{start}: " in said
+    monkeypatch.chdir(start.parent)  # by a name that says nothing of the run
+    assert starting_point._with_settings(Path(start.name)) == tmp_path / "first"
 
 
 def test_the_card_says_where_the_weights_began_and_names_no_place(tmp_path, export):
@@ -146,6 +149,8 @@ def test_concepts_of_ones_own_are_asked_for_by_their_name(source):
     _require_its_own(named, start)
     if source == "lexicon":
         _require_its_own(asked, start)
+        start.config = load([], ["knowledge.vectors=gone/tfidf"])  # by a path of its own
+        _require_its_own(asked, start)
         return
     with pytest.raises(ConfigError, match="table of its own; name it with knowledge.lexicon"):
         _require_its_own(asked, start)
@@ -173,6 +178,19 @@ def test_another_vocabulary_is_refused(tmp_path, export, capsys):
     train_tokenizer(["heart and lungs"] * 9, 60, tmp_path / "other")
     assert _train(tmp_path / "run", export, f"model.text.tokenizer={tmp_path / 'other'}") == 2
     assert "is not the vocabulary of" in capsys.readouterr().err
+
+
+def test_a_tokenizer_goes_before_the_vocabulary_of_a_source(tmp_path):
+    from mlip.dataloading.report_tokenizer import train_tokenizer
+
+    run = small_run()
+    train_tokenizer(["heart and lungs"] * 9, 60, tmp_path)
+    start: Any = SimpleNamespace(config=run.config, tokenizer=run.tokenizer, table=run.table)
+    both = [f"model.text.source={tmp_path}"]
+    with pytest.raises(ConfigError, match="model.text.source=.* is not the vocabulary of"):
+        _require_its_own(load([], ["train.start=big", *both]), start)
+    both.append(f"model.text.tokenizer={run.folder / 'run' / 'tokenizer'}")
+    _require_its_own(load([], ["train.start=big", *both]), start)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
