@@ -180,7 +180,7 @@ _descriptors = _Descriptors()
 
 def _open_inside(root: str, shard: str) -> int:
     try:
-        descriptor = os.open(os.path.join(root, shard), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(os.path.join(root, shard), os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
         if not os.path.isdir(root):
             raise DataError("the shard folder (data.root) is gone: mount or restore it") from None

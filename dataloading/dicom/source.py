@@ -136,7 +136,7 @@ def open_regular(source: str | os.PathLike[str] | bytes) -> Iterator[tuple[Binar
         raise DicomError("io_error", f"expected a path or the bytes of a file, got {kind}")
     path = Path(source)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise DicomError("dangling_link" if path.is_symlink() else "missing") from error
     except PermissionError as error:

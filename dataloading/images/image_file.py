@@ -100,7 +100,7 @@ def read_bytes(root: str, relative: str, name: str = "") -> bytes:
 
 def _open(path: bytes) -> int:
     # O_NONBLOCK: opening a pipe must not wait for a writer
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 @functools.lru_cache(maxsize=65_536)

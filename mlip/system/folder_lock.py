@@ -34,7 +34,7 @@ def open_own(path: Path, flags: int, mode: int, kind: str = "") -> int:
     kind    of file, to be told
     Raises:  OSError, whose strerror tells of a link or of what else is no file
     """
-    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     what = "no file"
     try:
         descriptor = os.open(path, flags, mode)

@@ -89,7 +89,7 @@ def new_file(path: Path, mode: int = 0o666) -> int:
     Raises:  OSError where what stands there cannot be removed
     """
     path.unlink(missing_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 def open_to_append(path: Path, mode: int = 0o666) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mlip.system import folder_lock
-from mlip.system.folder_lock import is_alive, is_seen
+from mlip.system.folder_lock import is_alive, is_seen, open_lock
 
 
 @pytest.fixture
@@ -49,3 +51,10 @@ def test_a_process_is_asked_for_and_not_touched(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "kill", refuse)
     assert is_alive(1)  # another user's
+
+
+def test_links_above_a_lock_that_lead_nowhere_are_not_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("run")
+    with pytest.raises(OSError) as told:
+        open_lock(tmp_path / "run" / "lock")
+    assert told.value.strerror == os.strerror(errno.ELOOP)

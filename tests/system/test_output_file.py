@@ -281,6 +281,8 @@ def test_what_is_private_is_so_from_the_first_byte_on_under_any_umask(tmp_path: 
             assert partial.stat().st_mode & 0o777 == 0o600
         with whole_file(tmp_path / "b") as partial:
             assert partial.stat().st_mode & 0o777 == 0o666
+        with only_writer(tmp_path / ".lock", "a"):  # another of the group is told of it
+            assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o666
     finally:
         os.umask(before)
 
