@@ -29,7 +29,7 @@ from mlip.pages.page import write_page
 from mlip.settings.config import Knowledge
 from mlip.settings.typed_tree import ConfigError
 from mlip.system import output_file
-from mlip.system.output_file import only_writer, refusal, require_writable, whole_file
+from mlip.system.output_file import new_file, only_writer, refusal, require_writable, whole_file
 from mlip.training.lifecycle import locked_folder, record_event
 from mlip.training.runlog import _open_for_lines
 from mlip.transfer.films.row_table import write_row_table
@@ -240,6 +240,19 @@ def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", *kept}
 
 
+def test_a_folder_that_may_be_written_to_and_not_listed_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    with monkeypatch.context() as drop_box:
+        drop_box.setattr(os, "listdir", refuse)
+        with whole_file(tmp_path / "a.txt") as partial:
+            partial.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
 @pytest.mark.parametrize("name", ["whole", "synced", "table"])
 def test_what_another_planted_under_the_name_that_is_written_first_is_not_written_to(
     name: str, tmp_path: Path
@@ -272,6 +285,18 @@ def test_what_another_planted_under_the_name_that_is_written_first_is_not_writte
         write()
         assert spy.read() == ""
     assert {path.name for path in tmp_path.iterdir()} == {"out.csv", "precious"}
+
+
+def test_a_link_that_is_planted_when_what_stood_there_is_gone_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plant(self: Path, missing_ok: bool = False) -> None:
+        self.symlink_to(tmp_path / "precious")
+
+    (tmp_path / "precious").touch()
+    monkeypatch.setattr(Path, "unlink", plant)
+    with pytest.raises(FileExistsError):
+        new_file(tmp_path / "out")
 
 
 def test_what_is_private_is_so_from_the_first_byte_on_under_any_umask(tmp_path: Path) -> None:
@@ -368,17 +393,21 @@ def test_one_process_at_a_time_writes_a_place(tmp_path: Path) -> None:
             raise AssertionError("two writers")
         assert held.exists()
     assert not held.exists()
+    with only_writer(held, "model"):
+        held.unlink()  # by a cleaner of old files: the work is done all the same
 
 
+@pytest.mark.parametrize("is_made_again", [True, False])
 def test_a_lock_that_its_holder_removed_while_it_was_opened_here_keeps_nobody_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_made_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A third process may hold the file of that name by then."""
     held, lock = tmp_path / ".lock", output_file.lock
 
     def late(descriptor: int, folder: Path) -> None:
         held.unlink()
-        held.touch()
+        if is_made_again:
+            held.touch()
         lock(descriptor, folder)
 
     monkeypatch.setattr(output_file, "lock", late)
