@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
-from mlip.dataloading.ledger import DataError, Ledger, listed, most_bad
+from mlip.dataloading.ledger import DataError, Ledger, listed, most_bad, unreadable
 
 
 def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
@@ -23,6 +24,44 @@ def test_every_row_of_a_finished_epoch_is_accounted_for() -> None:
 def test_reasons_stand_by_name_whatever_came_first() -> None:
     """Two runs on the same files then say the same, and their lines compare."""
     assert listed({"truncated": 1, "missing": 3}) == "missing 3, truncated 1" and listed({}) == ""
+
+
+def test_counts_add_up_in_order_and_the_commonest_reasons_are_told() -> None:
+    reasons = ["unsupported", *["truncated"] * 2, *["missing"] * 3, "a", "b", "c"]
+    ledger = Ledger(50, {"nan_report": 2, "blank_report": 1}, bad_share=0.0)
+    for row, reason in enumerate(reasons):
+        ledger.add_bad(1, row, reason)
+    for epoch, trained in ((1, 4), (0, 47), (1, 5)):
+        ledger.add_trained(epoch, trained)
+    counts = {"a": 1, "b": 1, "c": 1, "missing": 3, "truncated": 2, "unsupported": 1}
+    whole = {"trained": 47, "quarantined": {}, "replacements": 0, "ahead": 0}
+    part = {"trained": 9, "quarantined": counts, "replacements": 0, "ahead": 29}
+    wanted = {"rows": 50, "excluded": {"blank_report": 1, "nan_report": 2}}
+    wanted |= {"quarantined_rows": counts, "epochs": {"0": whole, "1": part}}
+    assert json.dumps(ledger.summary()) == json.dumps(wanted)  # in this order, too
+    told = r"9 of 47 .* \(missing 3, truncated 2, unsupported 1, a 1, b 1\); data.bad_share=0.0"
+    with pytest.raises(DataError, match=told):
+        ledger.check()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        *((code, "no_permission") for code in (errno.EACCES, errno.EPERM)),
+        *((code, "missing") for code in (errno.ENOENT, errno.ENOTDIR)),
+        *((code, "missing") for code in (errno.ENAMETOOLONG, errno.ELOOP)),
+        *((code, "not_a_file") for code in (errno.ENXIO, errno.ENODEV)),
+        (errno.EAGAIN, "io_error"),  # another program's lease
+    ],
+)
+def test_what_the_system_says_of_a_file_is_a_reason_with_what_was_read(code, reason):
+    found = unreadable(OSError(code, "", "/films/Jane Doe.png"), "shard")
+    assert found.reason == reason and str(found).startswith(f"{reason}: shard")
+    assert "Jane" not in str(found)
+
+
+def test_an_error_without_the_system_s_number_is_told_by_its_name():
+    assert str(unreadable(OSError("of a library"))) == "io_error: OSError"
 
 
 def test_a_row_met_by_a_replacement_draw_is_bad_but_leaves_the_epoch_sum() -> None:
@@ -63,6 +102,7 @@ def test_state_survives_json() -> None:
     ledger.add_replacement(0)
     again = Ledger.from_state(json.loads(json.dumps(ledger.state_dict())))
     assert again.summary() == ledger.summary()
+    assert again.epochs == ledger.epochs  # numbers again: its next batch is of the same epoch
     assert (again.bad, again.bad_share) == (ledger.bad, 0.5)  # a resumed run stops where it would
 
 
@@ -81,6 +121,8 @@ def test_merged_ranks_add_up() -> None:
         "replacements": 2,
         "ahead": 0,
     }
+    ranks[1].bad[5] = "truncated"
+    assert Ledger.merge(ranks).bad[5] == "missing"  # each row once
     for other in (Ledger(21, {}), Ledger(20, {"no_report": 1})):
         with pytest.raises(ValueError, match="one manifest"):
             Ledger.merge([Ledger(20, {}), other])
