@@ -56,6 +56,7 @@ def test_the_newest_is_opened_and_a_damaged_one_is_named(
 ) -> None:
     opened = open_checkpoint(run)
     assert opened.facts["step"] == 2
+    assert opened.facts["checkpoint"] == str(checkpoint.folder_of(run, 2))
     assert opened.model.image_head.second.bias.unique().tolist() == [2.0]
     weights = run / "checkpoints" / "step_00000002" / "parameters.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -66,7 +67,9 @@ def test_the_newest_is_opened_and_a_damaged_one_is_named(
     assert said.endswith("step_00000001 is used")
 
 
-def test_what_is_known_of_the_training_comes_with_the_model(run: Path, tmp_path: Path) -> None:
+def test_what_is_known_of_the_training_comes_with_the_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = run / "checkpoints" / "step_00000001"
     known = {"step": 1, "pairs_seen": small_run().config.batch.global_pairs}
     opened = open_checkpoint(folder)
@@ -76,6 +79,8 @@ def test_what_is_known_of_the_training_comes_with_the_model(run: Path, tmp_path:
     # of a version that kept no hashes of vocabulary and concepts; sizes of a batch that changed
     earlier = _write_run(tmp_path / "earlier", tokenizer=None, concept_table=None, pairs_seen=5)
     assert open_checkpoint(earlier).facts["pairs_seen"] == 5
+    monkeypatch.chdir(run / "checkpoints")  # by a name that says nothing of the run
+    assert open_checkpoint("step_00000001").facts["step"] == 1
     put = open_checkpoint(earlier, device="meta")
     assert {p.device.type for p in put.model.parameters()} == {"meta"}
 
@@ -164,6 +169,8 @@ def test_a_run_is_opened_with_the_lexicon_that_it_kept_when_ours_has_changed(
     monkeypatch.setattr(concept_files, "LEXICON_DIR", later)
     with pytest.raises(PretrainedError, match=r"or put concepts.jsonl of an .* into .*/run$"):
         open_checkpoint(run)
+    with pytest.raises(PretrainedError, match=r"trained it \(commit 0123abc\) into "):
+        open_checkpoint(_write_run(tmp_path / "known", commit="0123abc"))
     shutil.copy(tmp_path / "kept.jsonl", run / "concepts.jsonl")
     assert open_checkpoint(run).table.fingerprint == small_run().table.fingerprint
 
@@ -195,3 +202,17 @@ def test_the_best_by_its_weights_is_not_taken_for_the_best_by_their_average(
         with caplog.at_level(logging.WARNING, "mlip"):
             assert open_checkpoint(run).facts["step"] == 1
         assert ("may be the best" in caplog.text) == warns
+        best, other = (open_checkpoint(checkpoint.folder_of(run, step)).facts for step in (1, 2))
+        assert best["is_best_on_val"] is True and "is_best_on_val" not in other
+
+
+def test_a_table_that_is_named_now_goes_before_the_one_of_the_training(tmp_path: Path) -> None:
+    """The run's own may lie elsewhere by now."""
+    small, table = small_run(), tmp_path / "here.jsonl"
+    write_table(small.table, table)
+    config = to_dict(small.config)
+    config["knowledge"]["lexicon"] = str(tmp_path / "gone.jsonl")
+    run = _write_run(tmp_path / "run", config=config)
+    assert open_checkpoint(run, lexicon=str(table)).table.fingerprint == small.table.fingerprint
+    with pytest.raises(ValueError, match=r"gone\.jsonl: does not exist"):
+        open_checkpoint(run)
