@@ -103,7 +103,7 @@ def _embed_in_parts_of(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write_embeddings, "__kwdefaults__", defaults)
 
 
-def test_embed_goes_on_where_it_stopped_and_refuses_another_model(
+def test_embed_goes_on_where_it_stopped_and_refuses_another_choice(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _embed_in_parts_of(12, monkeypatch)

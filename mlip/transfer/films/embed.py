@@ -156,7 +156,7 @@ def _left_out(manifest: Manifest, split: str) -> str:
 def _check_share(missing: Mapping[int, str], rows: int, bad_share: float) -> None:
     """As in training: a folder that is not mounted is told after the first part, not at the end."""
     allowed = most_bad(bad_share, rows)
-    if missing and (len(missing) > allowed or len(missing) == rows):
+    if len(missing) > allowed or len(missing) == rows:
         raise DataError(
             f"{len(missing)} of {rows} rows have a bad image "
             f"({listed(Counter(missing.values()))}); data.bad_share={bad_share} allows "

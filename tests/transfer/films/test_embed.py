@@ -16,13 +16,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlip.cli import main
+from mlip.dataloading.manifest import load_manifest
+from mlip.pretrained import open_checkpoint
+from mlip.settings.config import load
 from mlip.system.output_file import only_writer
 from mlip.transfer import features
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding
 from mlip.transfer.films.embed import write_embeddings
+from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
 from tests.small_run import small_export
-from tests.transfer.small_manifest import SECRETS, pictures, write
+from tests.transfer.small_manifest import SECRETS, SPLITS, pictures, write
 
 TEST_ROWS = [i for i in range(30) if i % 5 >= 3]  # 12 rows: three parts of four
 PART_ROWS = 4
@@ -86,8 +90,9 @@ def test_rows_without_an_image_are_counted_and_come_as_soon_as_it_is_mended(
     assert embed(tmp_path, root, out="never-damaged") == 0
     for path in (tmp_path / "never-damaged").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-    rows = [load_file(p)["row_index"] for p in sorted((tmp_path / "out").glob("part-*"))]
-    np.testing.assert_array_equal(np.concatenate(rows), TEST_ROWS)
+    parts = [load_file(p) for p in sorted((tmp_path / "out").glob("part-*"))]
+    np.testing.assert_array_equal(np.concatenate([p["row_index"] for p in parts]), TEST_ROWS)
+    assert all(part["has_report"].all() for part in parts)
 
 
 def test_a_film_that_is_too_dark_is_no_reason_to_make_its_part_again(
@@ -218,6 +223,36 @@ def test_a_folder_of_other_columns_of_the_manifest_is_not_gone_on_with(
     assert embed(tmp_path, root, **columns) == 0 and made(capsys.readouterr().out) == []
 
 
+def test_what_the_parts_depend_on_is_in_the_index_and_none_of_it_may_be_another(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts of two models in one folder would be read as those of one."""
+    assert embed(tmp_path, root) == 0
+    path, opened = tmp_path / "out" / "index.json", open_checkpoint(small_export())
+    index = json.loads(path.read_text())
+    parts = index.pop("parts")
+    data = load([], [*write(tmp_path), f"data.root={root}"]).data
+    assert index == {
+        "weights": hash_of_weights(opened.model),
+        "manifest": load_manifest(data).fingerprint,
+        "preprocessing": hash_of(preprocessing(opened.config)),
+        "split": "test",
+        "rows": len(TEST_ROWS),
+        "row_index": hash_of(TEST_ROWS),
+        "columns": {"image": "image", "report": "report"},
+        "part_rows": PART_ROWS,
+        "with_patches": False,
+        "images_only": False,
+        "embed_dim": opened.config.model.embed_dim,
+        "form": "safetensors",
+    }
+    for name in index:
+        path.write_text(json.dumps({**index, name: "another", "parts": parts}))
+        capsys.readouterr()
+        assert embed(tmp_path, root) == 4
+        assert f"embeddings that differ in {name}: name another" in capsys.readouterr().err
+
+
 def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,9 +266,36 @@ def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_the
 def test_rows_that_a_rule_leaves_out_are_counted(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert embed(tmp_path, root, report=lambda i: "" if i == 3 else "No edema.") == 0
+    columns: dict[str, Any] = {
+        "report": lambda i: "" if i == 3 else "No edema.",
+        "split": lambda i: SPLITS[i % 5] if i else "",  # of no split: not left out of this one
+    }
+    assert embed(tmp_path, root, **columns) == 0
     said = capsys.readouterr().out
     assert "left out: no_report 1; data.empty_report=image_only" in said and "11 of 11 rows" in said
+
+
+@pytest.mark.parametrize("more", [[], ["--images"]])
+def test_features_of_a_broken_model_are_not_kept(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    name = "encoded_images" if more else "encoded"
+    encode = getattr(embedding, name)
+
+    def broken(*args: Any) -> Iterator[Any]:
+        for found in encode(*args):
+            image = found if more else found[1]
+            image.features.embedding[0, 0] = np.nan
+            yield found
+
+    monkeypatch.setattr(embedding, name, broken)
+    assert embed(tmp_path, root, *more) == 2
+    assert "image features hold NaN or infinite values" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("part-*"))
 
 
 @pytest.mark.parametrize("form", ["safetensors", "parquet"])
