@@ -169,11 +169,15 @@ def test_a_word_of_enough_patients_or_of_the_lexicon_is_a_piece(tmp_path: Path) 
     assert "zqwertus" in lowered.backend.get_vocab()
 
 
-@pytest.mark.parametrize(("owners", "learnt"), [((50,) * 6, False), (range(50, 55), True)])
+@pytest.mark.parametrize(
+    ("owners", "fewest", "learnt"),
+    [((50,) * 6, 5, False), (range(50, 55), 5, True), (range(50, 55), 6, False)],
+)
 def test_a_run_counts_the_patients_of_its_manifest(
-    tmp_path: Path, owners: Any, learnt: bool
+    tmp_path: Path, owners: Any, fewest: int, learnt: bool
 ) -> None:
     texts, patients = _planted("Zqwertus", reports_of=tuple(owners))
+    texts[0] += 3 * " Pneumomediastinum."  # of one patient, and of the lexicon
     with open(tmp_path / "manifest.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "report", "patient_id", "study_id", "split"])
@@ -184,12 +188,13 @@ def test_a_run_counts_the_patients_of_its_manifest(
         [
             f"data.manifest={tmp_path / 'manifest.csv'}",
             f"run.dir={tmp_path / 'run'}",
+            f"data.vocab_min_patients={fewest}",
             "data.columns={image_id: null, sha256: null}",
         ],
     )
     pieces = open_tokenizer(config, load_manifest(config.data)).backend.get_vocab()
     assert ("zqwertus" in pieces) == learnt
-    assert "pneumothorax" in pieces
+    assert "pneumothorax" in pieces and "pneumomediastinum" in pieces
 
 
 def test_the_order_of_the_reports_does_not_change_the_vocabulary(tmp_path: Path) -> None:
