@@ -212,6 +212,17 @@ def test_what_cannot_be_asked_is_one_line(tmp_path, capsys, options, code, told)
     assert not (tmp_path / "found.csv").exists()
 
 
+def test_findings_are_asked_in_words_of_ones_own_and_none_by_a_formula(tmp_path, capsys):
+    embedded(tmp_path, "--images")
+    words = tmp_path / "words.yaml"
+    for name, code in (("wet lungs", 0), ("=1+1", 4)):
+        words.write_text(f"{name}: {{positive: [There is edema.], negative: [No edema.]}}\n")
+        capsys.readouterr()
+        assert run(tmp_path, "--wordings", str(words)) == code
+        assert found(tmp_path).keys() == {"finding wet lungs"}
+    assert "'=1+1': a spreadsheet would run it as a formula" in capsys.readouterr().err
+
+
 def test_another_model_or_other_rows_give_no_answers(tmp_path, capsys):
     folder = embedded(tmp_path, "--images")
     index = json.loads((folder / "index.json").read_text())
