@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlip.batch import Batch, PRESENT
+from mlip.batch import PRESENT, Batch
 from mlip.dataloading.ledger import Ledger, listed
 from mlip.dataloading.manifest import Manifest, ManifestError
 from mlip.dataloading.pair_ids import IntArray, connect

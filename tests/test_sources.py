@@ -28,8 +28,8 @@ from mlip.training import checkpoint, faults
 from mlip.training.lifecycle import CheckpointError
 from tests import rank_farm
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
+from tests.saved.test_pretrained_weights import Drawn
 from tests.small_run import small_run
-from tests.test_pretrained_weights import Drawn
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 CLASSES: dict[str, Any] = {

@@ -181,7 +181,7 @@ def test_another_vocabulary_is_refused(tmp_path, export, capsys):
 
 
 def test_a_tokenizer_goes_before_the_vocabulary_of_a_source(tmp_path):
-    from mlip.dataloading.report_tokenizer import train_tokenizer
+    from mlip.dataloading.reports.tokenizer import train_tokenizer
 
     run = small_run()
     train_tokenizer(["heart and lungs"] * 9, 60, tmp_path)
