@@ -53,6 +53,9 @@ setup(
         "dali": ["nvidia-dali-cuda130>=2.3"],
         "gpu": ["deepspeed>=0.19.8,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
         "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.31"],  # whose settings were seen to keep machine, code and terminal out
+        # the whole mlflow, for its pages, has bounds of its own; the last two are its local store
+        "mlflow": ["mlflow-skinny>=3.2,<4", "sqlalchemy>=2", "alembic>=1.13"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],  # mlip export --onnx
         "graph": ["torch-geometric>=2.6"],  # mlip knowledge embed
         # torchmetrics 1.6: the first with dice_score

@@ -195,6 +195,8 @@ WALLS = {
     "PIL": ("mlip/saved/transformers_inputs.py",),
     "open_clip": ("kernels/info_nce/open_clip_patch.py",),
     "xformers": ("mlip/encoders/attention.py",),
+    "wandb": ("mlip/training/trackers.py",),
+    "mlflow": ("mlip/training/trackers.py",),
     "torchvision": (),
     "pycocotools": ("mlip/transfer/measures/average_precision.py",),
     "torchmetrics": (),

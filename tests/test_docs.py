@@ -198,7 +198,8 @@ def _resolves(parts: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "package", ["deepspeed", "nvidia", "triton", "pydicom", "imagecodecs", "transformers"]
+    "package",
+    ["deepspeed", "nvidia", "triton", "pydicom", "imagecodecs", "transformers", "wandb", "mlflow"],
 )
 def test_the_page_for_contributors_names_the_walls_that_hold(package: str) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")

@@ -177,6 +177,10 @@ class Train:
     # a step whose loss is over this many times the recent one runs again; 0 = off
     spike_factor: float = 0.0
     tensorboard: bool = False  # also write the log for TensorBoard, which must be installed
+    # also write it for Weights & Biases: in the run's folder, sent only with WANDB_MODE=online
+    wandb: bool = False
+    # also write it for MLflow: in the run's folder, or where MLFLOW_TRACKING_URI says
+    mlflow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

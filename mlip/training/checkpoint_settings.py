@@ -41,6 +41,8 @@ FREE_SETTINGS = (
     "train.max_nan_steps",
     "train.spike_factor",
     "train.tensorboard",
+    "train.wandb",
+    "train.mlflow",
     "model.vision.checkpointing",
     "model.text.checkpointing",
     "knowledge.cache_dir",

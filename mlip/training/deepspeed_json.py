@@ -34,6 +34,15 @@ _FREE_KEYS = (
     "memory_breakdown",
 )
 
+# DeepSpeed's own monitors -> the setting here that does the same. They would name scalars and count
+# steps (as samples) otherwise, know nothing of val, and ask the network.
+_MONITORS = {
+    "tensorboard": "train.tensorboard",
+    "wandb": "train.wandb",
+    "csv_monitor": None,
+    "comet": None,
+}
+
 
 def read_json(path: str | None) -> dict[str, Any] | None:
     """A user's DeepSpeed JSON, or None without a path.
@@ -81,8 +90,43 @@ def deepspeed_settings(config: Config, user: Mapping[str, Any] | None = None) ->
         "timers": {"throughput": {"enabled": False}},
     }
     if user is not None:
-        _merge_free(derived, user, _agreed(config, derived))
+        _require_own_trackers(config, user)
+        rest = {key: value for key, value in user.items() if key not in _MONITORS}
+        _merge_free(derived, rest, _agreed(config, derived))
     return derived
+
+
+def _require_own_trackers(config: Config, user: Mapping[str, Any]) -> None:
+    """A monitor that is off, or on as the settings say, is left to the settings.
+
+    Raises:  ConfigError for one that is on and not in the settings, or asks for what they do not do
+    """
+    for section, setting in _MONITORS.items():
+        asked = user.get(section, {})
+        if not isinstance(asked, Mapping):
+            raise ConfigError(f"DeepSpeed JSON: {section} is {asked!r}; expected an object")
+        if asked.get("enabled", False) in (False, "auto"):
+            continue
+        if setting is None:
+            raise ConfigError(
+                f"DeepSpeed JSON: {section}.enabled is {asked['enabled']!r}; leave the section "
+                "out: run.dir/log.jsonl has every step, and train.tensorboard, train.wandb and "
+                "train.mlflow are the trackers here"
+            )
+        if not getattr(config.train, setting.removeprefix("train.")):
+            raise ConfigError(
+                f"DeepSpeed JSON: {section}.enabled is {asked['enabled']!r}, but {setting} is "
+                f"False; set {setting}=true, which also writes the scores on val, and leave the "
+                "section out of the JSON"
+            )
+        given = sorted(key for key in asked if key != "enabled")
+        if given:
+            how = "WANDB_PROJECT, WANDB_ENTITY and WANDB_RUN_GROUP of the environment name them"
+            how = how if section == "wandb" else "they are in run.dir/tensorboard"
+            raise ConfigError(
+                f"DeepSpeed JSON: {section}.{given[0]}={asked[given[0]]!r} is not read beside "
+                f"{setting}=true: {how}; leave the section out of the JSON"
+            )
 
 
 def _agreed(config: Config, derived: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -54,7 +54,7 @@ class Trainer:
     merge_states  all ranks' loader states as one that any number of ranks can load
     on_save       called on rank 0 with that state after each save
     validation    scores each checkpoint on val, where train.monitor is set
-    Raises:  ConfigError (engine, TensorBoard), CheckpointError (resume, last save)
+    Raises:  ConfigError (engine, trackers), CheckpointError (resume, last save)
     """
 
     def __init__(
@@ -149,6 +149,7 @@ class Trainer:
         """
         every = self.config.train.checkpoint_steps
         presence.start(self.config.run.dir)
+        ended = "failed"
         try:
             # while the run was set up: a first step may compile for minutes
             if stop.of_any_rank() and self.step < self.steps:
@@ -181,14 +182,16 @@ class Trainer:
             self.save()
             self.log.event_of_all("trained", step=self.step, skipped_steps=self.skipped.in_all)
             presence.stop()  # not after an error: what explains it asks for the places of ranks
+            ended = "trained"
         except Preempted:
+            ended = "stopped"
             presence.stop()
             raise
         except Exception:
             self.reader.tell_last()
             raise
         finally:
-            self.log.close()
+            self.log.close(ended)
 
     def _look_at_val(self) -> None:
         """Once a step; never before the first one."""

@@ -1,4 +1,4 @@
-"""What a person and a script see of a run: lines or a progress bar, log.jsonl, events, TensorBoard.
+"""What a person and a script see of a run: lines or a progress bar, log.jsonl, events, trackers.
 
 Only rank 0 writes, but for events. Holds numbers, row numbers and reasons; never report text,
 paths of images or identifiers.
@@ -30,6 +30,7 @@ from mlip.settings.config import Config, ConfigError, to_dict
 from mlip.system.output_file import open_to_append, whole_file
 from mlip.training.lifecycle import record_event
 from mlip.training.step import StepResult
+from mlip.training.trackers import Trackers
 
 logger = logging.getLogger("mlip")
 
@@ -54,7 +55,7 @@ def memory_gib() -> float:
 class RunLog:
     """Writes each step to log.jsonl and every train.log_steps a line (on a terminal above a bar).
 
-    Raises:  ConfigError where train.tensorboard is set and tensorboard is not installed.
+    Raises:  ConfigError where a tracker that the settings name cannot be opened (trackers.py)
     """
 
     def __init__(self, config: Config, *, total_steps: int, start_step: int) -> None:
@@ -66,14 +67,13 @@ class RunLog:
         self.total_steps = total_steps
         self._is_main = distributed.is_main()
         self._file: IO[str] | None = None
-        self._board: Any = None
+        self._trackers: Trackers | None = None
         self._bar: Progress | None = None
         self._window_start, self._window_steps, self._window_wait = time.perf_counter(), 0, 0.0
         self._unwritten: set[str] = set()  # files that could not be written the last time
         if not self._is_main:
             return
-        if config.train.tensorboard:
-            self._board = _open_board(self.folder / "tensorboard", start_step)
+        self._trackers = Trackers(config, start_step)
         self._file = _open_for_lines(self.folder / "log.jsonl")
         console = _console()
         if console.is_terminal:
@@ -120,8 +120,8 @@ class RunLog:
             assert self._file is not None
             self._file.write(json.dumps(entry, allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None:
-            self._to_board(step, result, lr, entry["pairs_per_s"])
+        if self._trackers is not None:
+            self._trackers.put(step, _numbers(result, lr, entry["pairs_per_s"]))
         self._window_steps += 1
         self._window_wait += wait_seconds
         is_line = step % self.log_steps == 0 or step == self.total_steps
@@ -176,9 +176,9 @@ class RunLog:
         path = self.folder / "validation.jsonl"
         with self._told_if_full(path.name), _open_for_lines(path) as file:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
-        if self._board is not None:
-            for name, value in terms.items():
-                self._board.add_scalar(f"val/{name}", value, step)
+        if self._trackers is not None:
+            numbers = {f"val/{name}": value for name, value in terms.items()}
+            self._trackers.put(step, numbers, is_val=True)
         parts = "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
         best = "none is the best yet" if best_step is None else f"best at step {best_step}"
         best = "the best so far" if best_step == step else best
@@ -187,18 +187,6 @@ class RunLog:
             f"pairs: loss {terms['total']:.4f}  {parts} "
             f"({best})"
         )
-
-    def _to_board(self, step: int, result: StepResult, lr: float, rate: Any) -> None:
-        numbers = {
-            "total": result.total,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "pairs_per_s": rate,
-            **{f"terms/{k}": v for k, v in result.terms.items()},
-            **{f"scales/{k}": v for k, v in result.scales.items()},
-        }
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
     def _told_if_full(self, name: str) -> Iterator[None]:
@@ -265,15 +253,16 @@ class RunLog:
         if self._is_main:
             self.event(kind, **facts)
 
-    def close(self) -> None:
+    def close(self, ended: str = "trained") -> None:
+        """ended  what trackers show: "trained", "failed", or "stopped" on request"""
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:
             with self._told_if_full("log.jsonl"):  # what was held back for want of room
                 self._file.close()
-        if self._board is not None:
-            self._board.close()
-        self._bar = self._file = self._board = None
+        if self._trackers is not None:
+            self._trackers.close(ended)
+        self._bar = self._file = self._trackers = None
 
 
 def _open_for_lines(path: Path) -> IO[str]:
@@ -292,16 +281,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _open_board(folder: Path, start_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "train.tensorboard=true needs the package tensorboard, which is not installed: "
-            "pip install tensorboard, or leave the setting out (log.jsonl is always written)"
-        ) from error
-    # what a killed run wrote after its last checkpoint is written again
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
+def _numbers(result: StepResult, lr: float, rate: Any) -> dict[str, float]:
+    """A step as trackers show it."""
+    return {
+        "total": result.total,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "pairs_per_s": rate,
+        **{f"terms/{name}": value for name, value in result.terms.items()},
+        **{f"scales/{name}": value for name, value in result.scales.items()},
+    }
 
 
 @functools.cache

@@ -123,6 +123,34 @@ def test_a_json_that_contradicts_is_refused_with_both_values(user, named):
     assert all(part in str(caught.value) for part in named), caught.value
 
 
+def test_a_monitor_of_deepspeed_is_left_to_our_own_trackers_or_refused():
+    """DeepSpeed would count samples for steps, know nothing of val, and send unasked."""
+    monitors = ("tensorboard", "wandb", "csv_monitor", "comet")
+    off = {name: {"enabled": False, "output_path": "x"} for name in monitors}
+    ours = deepspeed_settings(CONFIG)
+    assert deepspeed_settings(CONFIG, off) == deepspeed_settings(CONFIG, {"comet": {}}) == ours
+    for name, hint in (
+        ("tensorboard", "train.tensorboard is False; set train.tensorboard=true"),
+        ("wandb", "train.wandb is False; set train.wandb=true"),
+        ("csv_monitor", "log.jsonl has every step"),
+        ("comet", "train.tensorboard, train.wandb and train.mlflow are the trackers"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}.enabled is True.*{hint}"):
+            deepspeed_settings(CONFIG, {name: {"enabled": True}})
+    for name, key, hint in (
+        ("wandb", "project", "WANDB_PROJECT"),
+        ("wandb", "team", "WANDB_ENTITY"),
+        ("tensorboard", "job_name", "run.dir/tensorboard"),
+    ):
+        config = load([], [f"train.{name}=true"])
+        on = {name: {"enabled": True}}
+        assert deepspeed_settings(config, on) == deepspeed_settings(config)
+        with pytest.raises(ConfigError, match=f"{name}.{key}='a' is not read.*{hint}"):
+            deepspeed_settings(config, {name: {"enabled": True, key: "a"}})
+    with pytest.raises(ConfigError, match="wandb is True; expected an object"):
+        deepspeed_settings(CONFIG, {"wandb": True})
+
+
 def test_an_unreadable_json_is_an_error_that_names_the_file(tmp_path):
     assert read_json(None) is None
     path = tmp_path / "ds.json"

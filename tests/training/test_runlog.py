@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import sys
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,50 +183,6 @@ def test_on_a_terminal_lines_and_messages_stand_above_the_bar(
     log.close()
     assert not bar.live.is_started
     assert "step 5/7  loss 2.2500" in screen.getvalue()
-
-
-class _Board:
-    """As torch.utils.tensorboard.SummaryWriter."""
-
-    def __init__(self, folder: str, purge_step: int | None = None) -> None:
-        self.folder, self.purge_step, self.is_closed = folder, purge_step, False
-        self.numbers: dict[str, tuple[float, int]] = {}
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.numbers[name] = (value, step)
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-def test_tensorboard_gets_every_number_and_forgets_steps_that_are_trained_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = types.SimpleNamespace(SummaryWriter=_Board)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    log = _log(tmp_path, "train.tensorboard=true", "batch.global_pairs=8", start_step=4)
-    board = log._board
-    log.validated(4, {"total": 3.5, "recall@10 image to text": 0.25}, pairs=8, best_step=4)
-    of_val = dict(board.numbers)
-    board.numbers.clear()
-    _step(log, 5)
-    log.close()
-    assert of_val == {"val/total": (3.5, 4), "val/recall@10 image to text": (0.25, 4)}
-    assert board.folder == str(tmp_path / "tensorboard") and board.is_closed
-    assert board.purge_step == 5  # steps from this one on that a killed run has left
-    assert {name: step for name, (_, step) in board.numbers.items()} == dict.fromkeys(
-        board.numbers, 5
-    )
-    assert {name: value for name, (value, _) in board.numbers.items()} == {
-        "total": 2.25,
-        "grad_norm": 12.3456,
-        "lr": 1e-3,
-        "pairs_per_s": 26.67,
-        "terms/global_contrastive": 1.5,
-        "terms/own": 0.75,
-        "scales/logit": 14.28,
-        "scales/logit_local": 5.0,
-    }
 
 
 def test_a_start_leaves_its_command_its_settings_and_an_event(
