@@ -93,8 +93,8 @@ class _Wandb:
                     **{"x_disable_machine_info": True, "x_save_requirements": False},
                 ),
             )
-        except Exception as error:  # of many kinds, its own and of what it stands on
-            raise _cannot_start(self.setting, f"WANDB_MODE={mode}", error, known) from error
+        except Exception as error:  # of many kinds; its traceback may name a password
+            raise _cannot_start(self.setting, f"WANDB_MODE={mode}", error, known) from None
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         kept["wandb"] = name
@@ -123,6 +123,8 @@ class _Mlflow:
         folder = Path(config.run.dir).absolute()
         given = os.environ.get("MLFLOW_TRACKING_URI")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # an address may hold a password
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         # its own are 7 times 120 s, with the other ranks waiting at the start
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -150,8 +152,8 @@ class _Mlflow:
             self._id = self._open_run(folder, known, is_local=not given)
             self._write_params(config)
             self.seen, self.seen_val = map(self._last_step, ("total", "val/total"))
-        except Exception as error:  # of many kinds, its own and of what it stands on
-            raise _cannot_start(self.setting, where, error, known) from error
+        except Exception as error:  # of many kinds; its traceback may name a password
+            raise _cannot_start(self.setting, where, error, known) from None
         runs[where] = self._id
 
     def _open_run(self, folder: Path, known: str | None, *, is_local: bool) -> str:
