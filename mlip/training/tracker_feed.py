@@ -123,9 +123,8 @@ class Feed(threading.Thread):
 
 def told(error: Exception) -> str:
     """One line of it; the rest may be a page of a server's."""
-    first = (str(error).strip().splitlines() or [""])[0]
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    return one_line(without_password(kind + first[:300]))
+    return one_line(without_password(f"{kind}{error}"))[:300]
 
 
 def without_password(text: str) -> str:

@@ -6,11 +6,14 @@ user's environment says so: what is written, and what is not, stands in docs/tra
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import logging
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ logger = logging.getLogger("mlip")
 
 KEPT = "trackers.json"  # in the run's folder: the names of its runs in W&B and MLflow
 PROJECT = "mlip"  # of W&B, and MLflow's experiment, where the environment names none
+ROOM_BYTES = 16 << 20  # left on a disk that is as good as full
 START_S = 60.0  # for W&B's server at the start; other ranks wait run.timeout_s
 
 
@@ -37,17 +41,24 @@ class _Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _not_installed(self.setting, "tensorboard") from error
+        self._open = functools.partial(SummaryWriter, str(Path(config.run.dir) / "tensorboard"))
         # what a killed run wrote after its last checkpoint is written again
-        folder = Path(config.run.dir) / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._writer: Any = self._open(purge_step=start_step + 1)
 
     def write(self, points: Sequence[Point]) -> None:
-        for point in points:
-            for name, value in point.numbers.items():
-                self._writer.add_scalar(name, value, point.step)
+        if self._writer is None:
+            self._writer = self._open()
+        try:
+            for point in points:
+                for name, value in point.numbers.items():
+                    self._writer.add_scalar(name, value, point.step)
+        except Exception:
+            self._writer = None  # its thread has ended, on a full disk: it takes nothing any more
+            raise
 
     def close(self, ended: str) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class _Wandb:
@@ -60,7 +71,7 @@ class _Wandb:
     setting, at_once = "train.wandb", 1
 
     def __init__(self, config: Config, kept: dict[str, Any], mode: str) -> None:
-        folder = Path(config.run.dir)
+        self._folder = folder = Path(config.run.dir)
         # it would send errors, and counts of its own calls, offline too
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb" / "cache"))
@@ -106,6 +117,9 @@ class _Wandb:
             self.seen_val = _highest_step(folder / "validation.jsonl")
 
     def write(self, points: Sequence[Point]) -> None:
+        # its own process would write half a record, nothing more, and say nothing
+        if shutil.disk_usage(self._folder).free < ROOM_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for point in points:
             self._run.log({**point.numbers, "step": point.step})
 
@@ -137,7 +151,8 @@ class _Mlflow:
                 import sqlalchemy  # noqa: F401
         except ImportError as error:
             raise _not_installed(self.setting, "mlflow") from error
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of every table it makes
+        # it tells of every table it makes, and of each error by a page
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         if not given and {"?", "%"} & set(str(folder)):
             raise ConfigError(
                 f"train.mlflow=true: run.dir={config.run.dir} has ? or % in its path, which "
