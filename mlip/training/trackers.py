@@ -150,7 +150,7 @@ class _Mlflow:
                 import alembic  # noqa: F401
                 import sqlalchemy  # noqa: F401
         except ImportError as error:
-            raise _not_installed(self.setting, "mlflow") from error
+            raise _not_installed(self.setting, "mlflow-skinny sqlalchemy alembic") from error
         # it tells of every table it makes, and of each error by a page
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         if not given and {"?", "%"} & set(str(folder)):
@@ -324,10 +324,10 @@ def _keep(kept: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def _not_installed(setting: str, package: str) -> ConfigError:
+def _not_installed(setting: str, packages: str) -> ConfigError:
     return ConfigError(
-        f"{setting}=true needs the package {package}, which is not installed: pip install "
-        f"'mlip-medical[{package}]', or leave the setting out (log.jsonl is always written)"
+        f"{setting}=true needs {packages}, of which something is not installed: pip install "
+        f"{packages}, or leave the setting out (log.jsonl is always written)"
     )
 
 
