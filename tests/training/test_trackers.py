@@ -480,6 +480,15 @@ def test_one_that_cannot_be_opened_is_an_error_before_the_first_step(
     with pytest.raises(ConfigError, match=r"WANDB_MODE=of-line.*ValueError: mode: Input"):
         _log(tmp_path, "train.wandb=true")
 
+    def refuse_key(**given: Any) -> None:
+        raise PermissionError("https://ann:secret@wandb.hospital")
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "login", refuse_key)
+    with pytest.raises(ConfigError) as caught:
+        _log(tmp_path, "train.wandb=true")
+    assert ":secret" not in "".join(traceback.format_exception(caught.value))
+
     def refuse() -> None:
         raise PermissionError(
             "401 for https://ann:secret@tracking.hospital/api\n" + "<page>" * 1000
