@@ -29,7 +29,11 @@ def _needs(*modules: str) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def asked() -> Iterator[tuple[int, list[bytes]]]:
-    """A proxy's port, and what was asked of it: all that both would send goes through it."""
+    """A proxy's port, and what was asked of it.
+
+    MLflow's reports of its use would go through it; those of W&B's process do not (a tracer of
+    system calls sees them): that they are switched off is tested in test_trackers.py.
+    """
     server = socket.create_server(("127.0.0.1", 0))
     heard: list[bytes] = []
 
