@@ -350,6 +350,20 @@ def test_a_killed_run_goes_on_in_the_same_run_and_no_step_is_there_twice(
     assert kept == {"wandb": first["id"], "mlflow": {"local": "run0"}}
 
 
+def test_val_that_is_watched_later_is_there_beside_steps_that_were_there(
+    tmp_path: Path, wandb: Any, mlflow: Any
+) -> None:
+    log = _log(tmp_path, "train.wandb=true", "train.mlflow=true")
+    _steps(log, 1, 2, 3, 4, 5, 6)
+    _kill(log)
+    log = _log(tmp_path, "train.wandb=true", "train.mlflow=true", start_step=4)
+    _val(log, 4)
+    log.close()
+    (rows,) = wandb.rows.values()
+    assert [row["step"] for row in rows if "val/total" in row] == [4]
+    assert [m.step for m in mlflow.run()["metrics"] if m.key == "val/total"] == [4]
+
+
 def test_what_a_kill_kept_from_wandbs_server_is_written_to_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
