@@ -15,7 +15,7 @@ import pytest
 from benchmarks import harness, step_flops, step_law, step_measures, step_report
 from benchmarks.step_timing import PARTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_law_is_recovered_and_needs_four_sizes() -> None:

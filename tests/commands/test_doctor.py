@@ -238,7 +238,7 @@ def test_no_temporary_folder_is_broken_and_a_line_elsewhere(
 def test_a_python_without_docstrings_is_refused_with_a_way_out() -> None:
     """Importing the towers ended in a traceback of transformers, and the doctor said "Ready"."""
     code = (
-        "from mlip import doctor; told = doctor.check_python().state == doctor.BROKEN\n"
+        "from mlip.commands import doctor; told = doctor.check_python().state == doctor.BROKEN\n"
         "try: import mlip.encoders.text\n"
         "except ValueError as error: print(told, error)\n"
     )

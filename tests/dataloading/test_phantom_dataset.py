@@ -144,7 +144,7 @@ def test_a_killed_run_leaves_nothing_that_looks_like_data(tmp_path: Path) -> Non
     code = (
         "import os, signal, sys\n"
         "from mlip.settings.config import Phantom\n"
-        "from mlip.dataloading import phantom_dataset as d\n"
+        "from mlip.dataloading.phantom import dataset as d\n"
         "plain = d.write_png\n"
         "def dying(path, image):\n"
         "    plain(path, image)\n"

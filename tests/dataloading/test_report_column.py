@@ -93,7 +93,7 @@ def test_a_manifest_takes_less_memory_than_its_file_has_bytes(
             file.write(f"{i}.png,{text},p{i},s{i},train\n")
     program = (
         "import resource, sys\n"
-        "from mlip import config\n"
+        "from mlip.settings import config\n"
         "from mlip.dataloading.manifest import load_manifest\n"
         "import scipy.sparse.csgraph\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"

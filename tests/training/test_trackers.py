@@ -24,9 +24,10 @@ import pytest
 from mlip.ranks import distributed
 from mlip.settings.config import Config, ConfigError
 from mlip.training import tracker_feed, trackers
-from mlip.training.lifecycle import Preempted, StopRequest
+from mlip.training.lifecycle import Preempted
 from mlip.training.runlog import RunLog
 from mlip.training.step import StepResult
+from mlip.training.stop_request import StopRequest
 from mlip.training.trackers import settings_shown
 from tests.training.toy_run import make_trainer, toy_config
 
