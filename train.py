@@ -188,7 +188,7 @@ def evaluate(config: Config, corpus: Corpus) -> None:
         folder, device=distributed.device(), weights_of=config.evaluate.weights
     )
     results = evaluate_run(opened, config, corpus.manifest)
-    save_results(results, folder / "results.json")
+    save_results(results, folder)
     print(f"report: {write_report(folder, results)}")
 
 

@@ -50,7 +50,7 @@ MODULES = {
     },
     "Data and reports": {
         "mlip.settings.config": "load ConfigError",
-        "mlip.dataloading.manifest": "load_manifest Manifest ManifestError hashed_id",
+        "mlip.dataloading.manifest": "load_manifest Manifest ManifestError",
         "mlip.dataloading.loader": "build_loader Loader merge_states Pipeline",
         "mlip.dataloading.pipelines.dali_pipeline": "DaliPipeline why_not_dali",
         "mlip.dataloading.pipelines.torch_pipeline": "TorchPipeline",

@@ -556,7 +556,9 @@ def test_a_file_system_without_locks_is_told_of_and_used(tmp_path, monkeypatch, 
         assert is_ours
     for folder in (tmp_path, prepared):
         told = f"{folder}: its file system has no locks ({os.strerror(code)})"
-        assert caplog.text.count(told) == 1  # the second holds two
+        # records, as a logger that an earlier run closed off hands each line on twice
+        records = {id(record) for record in caplog.records if told in record.getMessage()}
+        assert len(records) == 1  # the second holds two
 
 
 def test_shared_locks_stand_side_by_side_and_keep_an_exclusive_one_out(tmp_path):
