@@ -128,5 +128,5 @@ def told(error: Exception) -> str:
 
 
 def without_password(text: str) -> str:
-    """Without what an address names before its host."""
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """Without what an address names before its host; a password may hold an @ itself."""
+    return re.sub(r"//[^/\s]*@", "//", text)

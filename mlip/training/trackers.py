@@ -94,6 +94,8 @@ class _Wandb:
                 settings=wandb.Settings(
                     **{"mode": mode, "silent": True, "symlink": False, "init_timeout": START_S},
                     **{"allow_val_change": True, "finish_timeout": LAST_WAIT_S},
+                    # one of before that is not finished yet would be given back, and filled
+                    reinit="create_new",
                     # a kill -9 takes along what is younger than this
                     x_transaction_log_flush_interval=1.0,
                     # numbers and settings alone: no text of the terminal, no code, no machine
@@ -111,7 +113,9 @@ class _Wandb:
         kept["wandb"] = name
         self.seen = self.seen_val = 0
         if self._run.resumed:  # the server has told what it has
-            self.seen = self.seen_val = int(self._run.summary.get("step", 0))
+            self.seen = int(self._run.summary.get("step", 0))
+            # of steps and of val together: it may be that of a step which val was not looked at
+            self.seen_val = min(self.seen, _highest_step(folder / "validation.jsonl"))
         elif known == name:  # files of earlier starts, which `wandb sync` sends one day
             self.seen = _highest_step(folder / "log.jsonl")
             self.seen_val = _highest_step(folder / "validation.jsonl")
@@ -160,7 +164,7 @@ class _Mlflow:
             )
         self._metric = Metric
         where = without_password(given) if given else "local"
-        runs = kept.setdefault("mlflow", {})
+        runs = kept.get("mlflow", {})
         known = os.environ.get("MLFLOW_RUN_ID") or runs.get(where)
         try:
             self._client = MlflowClient(tracking_uri=given or f"sqlite:///{folder}/mlflow.db")
@@ -169,7 +173,7 @@ class _Mlflow:
             self.seen, self.seen_val = map(self._last_step, ("total", "val/total"))
         except Exception as error:  # of many kinds; its traceback may name a password
             raise _cannot_start(self.setting, where, error, known) from None
-        runs[where] = self._id
+        kept["mlflow"] = {**runs, where: self._id}
 
     def _open_run(self, folder: Path, known: str | None, *, is_local: bool) -> str:
         if known is not None:
@@ -234,12 +238,14 @@ class Trackers:
         mode = os.environ.get("WANDB_MODE") or "offline"
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # its own older words
         kept = _read_kept(folder / KEPT) if train.wandb or train.mlflow else {}
-        if train.wandb and mode != "disabled":
-            opened.append(_Wandb(config, kept, mode))
-        if train.mlflow:
-            opened.append(_Mlflow(config, kept))
-        if kept:
-            _keep(kept, folder / KEPT)
+        try:
+            if train.wandb and mode != "disabled":
+                opened.append(_Wandb(config, kept, mode))
+            if train.mlflow:
+                opened.append(_Mlflow(config, kept))
+        finally:  # one that is open goes on in its run where the other was refused
+            if kept:
+                _keep(kept, folder / KEPT)
         self._feeds = [Feed(tracker) for tracker in opened]
         for feed in self._feeds:
             if feed.tracker.seen > start_step:

@@ -68,6 +68,7 @@ class _Wandb(types.ModuleType):
         self.starts: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.has_key, self.ends, self.axes = True, [], []
+        self.unfinished: list[Any] = []
         self.fails: Callable[[dict[str, Any]], None] = lambda row: None
 
     @staticmethod
@@ -82,6 +83,8 @@ class _Wandb(types.ModuleType):
 
     def init(self, **given: Any) -> Any:
         self.starts.append(given)
+        if self.unfinished and given["settings"].get("reinit") != "create_new":
+            return self.unfinished[-1]  # of whatever name (seen with 0.31)
         rows = self.rows.setdefault(given["id"], [])
         is_known = given["settings"]["mode"] == "online" and bool(rows)
 
@@ -89,13 +92,19 @@ class _Wandb(types.ModuleType):
             self.fails(row)
             rows.append(row)
 
-        return types.SimpleNamespace(
+        def finish(exit_code: int) -> None:
+            self.ends.append(exit_code)
+            self.unfinished.remove(run)
+
+        run = types.SimpleNamespace(
             log=log,
             resumed=is_known,
             summary=dict(rows[-1]) if is_known else {},
             define_metric=lambda name, **more: self.axes.append((name, more)),
-            finish=lambda exit_code: self.ends.append(exit_code),
+            finish=finish,
         )
+        self.unfinished.append(run)
+        return run
 
 
 class _Mlflow:
@@ -351,9 +360,11 @@ def test_a_killed_run_goes_on_in_the_same_run_and_no_step_is_there_twice(
     assert kept == {"wandb": first["id"], "mlflow": {"local": "run0"}}
 
 
+@pytest.mark.parametrize("mode", ["offline", "online"])
 def test_val_that_is_watched_later_is_there_beside_steps_that_were_there(
-    tmp_path: Path, wandb: Any, mlflow: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any, mlflow: Any, mode: str
 ) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
     log = _log(tmp_path, "train.wandb=true", "train.mlflow=true")
     _steps(log, 1, 2, 3, 4, 5, 6)
     _kill(log)
@@ -372,13 +383,45 @@ def test_what_a_kill_kept_from_wandbs_server_is_written_to_it_again(
     monkeypatch.setenv("WANDB_MODE", "online")
     log = _log(tmp_path, "train.wandb=true")
     _steps(log, 1, 2, 3, 4, 5, 6)
+    _val(log, 6)
     _kill(log)
     (rows,) = wandb.rows.values()
     del rows[5:]
     log = _log(tmp_path, "train.wandb=true", start_step=4)
-    _steps(log, 5, 6, 7)
+    _steps(log, 5, 6)
+    _val(log, 6)
+    _steps(log, 7)
     log.close()
-    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 6, 7]
+
+
+def test_a_run_is_its_own_where_one_before_it_in_the_process_is_not_finished(
+    tmp_path: Path, wandb: Any
+) -> None:
+    """W&B gives one that is still sent, to a server that is gone, to whoever asks for a new one."""
+    for name in ("first", "second"):
+        _steps(_log(tmp_path / name, "train.wandb=true"), 1, 2)
+    deadline = time.monotonic() + 10
+    wanted = {start["id"]: [1, 2] for start in wandb.starts}
+    found: dict[str, list[int]] = {}
+    while found != wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+        found = {name: [row["step"] for row in rows] for name, rows in wandb.rows.items()}
+    assert found == wanted and len(found) == 2
+
+
+def test_one_that_was_opened_goes_on_in_its_run_where_the_other_was_refused(
+    tmp_path: Path, wandb: Any, mlflow: Any
+) -> None:
+    def refuse() -> None:
+        raise ConnectionError("no route")
+
+    mlflow.fails = refuse
+    with pytest.raises(ConfigError, match=r"train\.mlflow=true .*no route"):
+        _log(tmp_path, "train.wandb=true", "train.mlflow=true")
+    mlflow.fails = lambda: None
+    _log(tmp_path, "train.wandb=true", "train.mlflow=true").close()
+    assert len(wandb.starts) == 2 and len(wandb.rows) == 1
 
 
 def test_a_tracker_that_is_switched_on_later_gets_all_steps_from_then_on(
@@ -506,7 +549,7 @@ def test_one_that_cannot_be_opened_is_an_error_before_the_first_step(
 
     def refuse() -> None:
         raise PermissionError(
-            "401 for https://ann:secret@tracking.hospital/api\n" + "<page>" * 1000
+            "401 for https://ann:s@:secret@tracking.hospital/api\n" + "<page>" * 1000
         )
 
     mlflow.fails = refuse
