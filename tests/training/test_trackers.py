@@ -139,18 +139,21 @@ class _Mlflow:
                 if name not in self.store["runs"]:
                     raise RuntimeError(f"Run '{name}' not found")
                 run = self.store["runs"][name]
+                latest: dict[str, Any] = {}
+                for metric in sorted(run["metrics"], key=lambda metric: int(metric.step)):
+                    latest[metric.key] = metric
                 return types.SimpleNamespace(
                     info=types.SimpleNamespace(lifecycle_stage=run["stage"]),
-                    data=types.SimpleNamespace(params=dict(run["params"])),
+                    data=types.SimpleNamespace(
+                        params=dict(run["params"]),
+                        to_proto=lambda: types.SimpleNamespace(metrics=list(latest.values())),
+                    ),
                 )
 
             def update_run(self, name: str, status: str) -> None:
                 self.store["runs"][name]["status"] = status
 
             set_terminated = update_run
-
-            def get_metric_history(self, name: str, key: str) -> list[Any]:
-                return [m for m in self.store["runs"][name]["metrics"] if m.key == key]
 
             def log_batch(
                 self, name: str, metrics: Any = (), params: Any = (), synchronous: bool = True
