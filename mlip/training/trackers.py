@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlip.settings.config import Config, ConfigError, flatten, to_dict
+from mlip.settings.typed_tree import require_utf8
 from mlip.system.output_file import whole_file
 from mlip.training.tracker_feed import LAST_WAIT_S, Feed, Point, Tracker, told, without_password
 
@@ -157,11 +158,13 @@ class _Mlflow:
             raise _not_installed(self.setting, "mlflow-skinny sqlalchemy alembic") from error
         # it tells of every table it makes, and of each error by a page
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        if not given and {"?", "%"} & set(str(folder)):
-            raise ConfigError(
-                f"train.mlflow=true: run.dir={config.run.dir} has ? or % in its path, which "
-                "MLflow's local store cannot name; choose another run.dir"
-            )
+        if not given:
+            require_utf8("train.mlflow=true: the path of run.dir", str(folder))
+            if {"?", "%"} & set(str(folder)):
+                raise ConfigError(
+                    f"train.mlflow=true: run.dir={config.run.dir} has ? or % in its path, which "
+                    "MLflow's local store cannot name; choose another run.dir"
+                )
         self._metric = Metric
         where = without_password(given) if given else "local"
         runs = kept.get("mlflow", {})

@@ -590,10 +590,15 @@ def test_a_damaged_file_of_names_is_an_error_that_names_it(
 
 
 def test_a_folder_that_mlflows_own_store_cannot_name_is_refused(
-    tmp_path: Path, mlflow: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow: Any
 ) -> None:
     with pytest.raises(ConfigError, match=r"a\?b has \? or % in its path"):
         _log(tmp_path / "a?b", "train.mlflow=true")
+    working = tmp_path / os.fsdecode(b"a\xff")
+    working.mkdir()
+    monkeypatch.chdir(working)
+    with pytest.raises(ConfigError, match=r"train\.mlflow=true: the path of run\.dir: .*UTF-8"):
+        _log(Path("run"), "train.mlflow=true")
 
 
 def test_another_rank_than_0_opens_none(
