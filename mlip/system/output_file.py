@@ -170,6 +170,7 @@ def refusal(error: Exception, out: str | Path | None) -> str | None:
         return None
     named = getattr(error, "filename", None)
     is_out = out is not None and (named is None or _belongs_to(named, Path(out)))
+    named = os.fsdecode(named) if isinstance(named, bytes) else named  # of TensorBoard and others
     place = out if is_out else named or "the output"
     own = getattr(error, "strerror", None) if code == errno.ELOOP else None  # open_own's
     reason = "a file stands in the way" if code == errno.EEXIST else own or os.strerror(code)

@@ -178,8 +178,9 @@ def test_each_kind_of_error_names_its_place(
     # another disk than the one of --out is named itself
     said = refusal(OSError(errno.ENOSPC, "", "/var/x"), out)
     assert said is not None and said.startswith("/var/x cannot be written: ")
-    denied = PermissionError(errno.EACCES, "", "/other/weights")
-    assert refusal(denied, out) == "/other/weights cannot be used: Permission denied"
+    for place in ("/other/weights", b"/other/weights"):  # TensorBoard names files as bytes
+        denied = PermissionError(errno.EACCES, "", place)
+        assert refusal(denied, out) == "/other/weights cannot be used: Permission denied"
     loop = OSError(errno.ELOOP, "", str(out))  # links that lead to one another
     assert (
         refusal(loop, out)
