@@ -130,7 +130,7 @@ class Bench:
         """Steps of this size; two batches in turn, in page-locked memory as a loader hands them."""
         config = self.settings(pairs, micro)
         self.engine.config = self.engine.objective.config = config
-        if micro > 0:  # as in a run: rounds_weights_together of plain_engine.py
+        if micro > 0:  # as in a run: rounds_weights_together of mlip/training/plain_engine.py
             self.engine.objective.model.round_weights_together(False)
         sizes = {"vocab_size": self.vocab_size, "concepts": self.concepts}
         batches = [made_batch(config, pairs, seed=seed, **sizes) for seed in range(2)]

@@ -183,6 +183,37 @@ def test_every_page_that_a_source_names_is_there() -> None:
     assert [found for found in sorted(named) if found[1] not in names] == []
 
 
+# files of others that ours are made after, or whose frames are looked for
+OF_OTHERS = {
+    *("ssl_finetuner.py", "ssl_detector.py", "ssl_segmenter.py", "yolo_loss.py"),
+    *("segmentation_dataset.py", "src/open_clip/loss.py", "triton/runtime/build.py"),
+    *("zero/partition_parameters.py", "utils/nvtx.py"),
+}
+
+
+def test_every_module_that_a_source_names_is_where_its_reader_looks() -> None:
+    """By its path from the root or from mlip/ or dataloading/, or as seen from the naming file."""
+    sources = [ROOT / "train.py", *CONFIGS]
+    for folder in ("mlip", "kernels", "dataloading", "benchmarks"):
+        sources += (ROOT / folder).rglob("*.py")
+    named = {
+        (source, file)
+        for source in sources
+        for file in re.findall(r"(?<![\w./{}*-])[\w./-]*\w\.py\b", source.read_text("utf-8"))
+    }
+    lost = [
+        (_name(source), file)
+        for source, file in sorted(named)
+        if file not in OF_OTHERS
+        and not any(
+            (place / file).is_file()
+            for place in (ROOT, ROOT / "mlip", ROOT / "dataloading", *source.parents[:2])
+        )
+    ]
+    assert len(named) > 200 and lost == []
+    assert OF_OTHERS <= {file for _, file in named}
+
+
 def _resolves(parts: list[str]) -> bool:
     for length in range(len(parts), 1, -1):
         try:

@@ -15,8 +15,8 @@ def cell_text(value: Any) -> str:
 def section_text(value: Any) -> str:
     r"""The section's lines, one blank between words; "" where nothing is said.
 
-    Lines stay: they end statements that have no full stop (report_lines.py). The two characters
-    \n, which some tables hold in place of a line's end, are one.
+    Lines stay: they end statements that have no full stop (mlip/knowledge/report_lines.py). The two
+    characters \n, which some tables hold in place of a line's end, are one.
     """
     lines = [" ".join(line.split()) for line in cell_text(value).replace("\\n", "\n").splitlines()]
     return "\n".join(line for line in lines if line) if any(map(_speaks, lines)) else ""

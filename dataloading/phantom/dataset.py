@@ -49,7 +49,7 @@ _PNG = [
     *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY),
 ]
 MARK = "mlip phantom studies"
-_PERIOD = 8  # val starts at a multiple: no patient's two studies straddle it (phantom.patient_of)
+_PERIOD = 8  # val starts at a multiple: no patient's two studies straddle it (study.patient_of)
 
 
 @dataclass(frozen=True)

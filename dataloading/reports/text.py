@@ -29,7 +29,7 @@ _ITEM_NUMBER = re.compile(r"(?:^|(?<=\s))\(?(\d{1,2})[.)]\s+(?=[A-Z])")
 # a form's boxes; an empty bracket is one only where another is ticked
 _TICKED = re.compile(r"\[[xX]\]|\( ?[xX] ?\)|[\u2611\u2612\u2713\u2714\U0001f5f9]")
 _EMPTY_BOX = re.compile(r"\[ ?\]|\( ?\)|\u2610")
-# UTF-8 that was read as Windows-1252, of the marks that plain_letters.py knows
+# UTF-8 that was read as Windows-1252, of the marks that mlip/knowledge/plain_letters.py knows
 _TWICE = re.compile("\u00e2\u20ac[\u2122\u02dc\u0153\x9d\u201c\u201d]")
 _ONCE = dict(zip("\u2122\u02dc\u0153\x9d\u201c\u201d", "''\"\"--", strict=True))
 _SPACES = re.compile(r"[^\S\n]+")
@@ -89,7 +89,7 @@ def clean_report(text: str) -> str:
     Kept as they are: words, case, negations, decimals, units, blank lines. Removed: control
     characters, lone surrogates, de-identification marks, marks and numbers of lists. Boxes of a
     form become (+) and (-), items numbered on one line statements of their own. A line that
-    ends a statement gets the full stop that it lacks (report_lines.py).
+    ends a statement gets the full stop that it lacks (mlip/knowledge/report_lines.py).
     """
     text = _TWICE.sub(lambda mark: _ONCE[mark[0][-1]], text[:MAX_CHARACTERS])
     text = plain(text)[:MAX_CHARACTERS]

@@ -68,8 +68,9 @@ def block_dim(dim: int) -> int:
 
 
 # shared memory of the row kernels' backward pass, which holds a text's entities in float32, by
-# bytes a token element, padded D and K: what compilation reported (test_triton_compile.py); three
-# tf32 products of float32 tokens hold every operand twice
+# bytes a token element, padded D and K: what compilation reported
+# (tests/kernels/test_triton_compile.py); three tf32 products of float32 tokens hold every operand
+# twice
 ROW_KERNEL_BYTES = {
     (2, 128): {16: 41984, 32: 59904, 64: 90624, 128: 172032},
     (2, 256): {16: 82944, 32: 117248, 64: 180736},
@@ -143,7 +144,7 @@ OVERRIDES_TENSOR: dict[tuple[str, str, int], Choice] = {
     ("context", "backward_patches", 128): Choice([(64, (64, 0, 0), 8)], SMALL[1:]),
     ("context", "backward_patches", 256): Choice([(64, (64, 0, 0), 8)], SMALL[1:], stages=1),
 }
-# lines that only bench_kernels.py --tune tries: no count of instructions says which wins
+# lines that only benchmarks/bench_kernels.py --tune tries: no count of instructions says which wins
 ALTERNATIVES: dict[tuple[str, int], list[Candidate]] = {
     ("forward", 128): [(128, (128, 16, 64), 8)],
     ("forward", 256): [(64, (128, 16, 64), 8), (128, (128, 0, 0), 8)],
@@ -168,7 +169,7 @@ FLOAT32: dict[tuple[str, int], Choice] = {
     ("forward", 128): Choice([(64, (32, 0, 0), 4)], SMALL[3:]),
     ("forward", 256): Choice([(64, (16, 0, 0), 8)], SMALL[4:]),
 }
-# kernel -> tile map in place of the table's: bench_kernels.py --tune times candidates through it
+# kernel -> tile map in place of the table's, for the candidates of bench_kernels --tune
 FORCED: dict[str, Tiling] = {}
 FLOAT32_OTHERS = {128: Choice([], SMALL[4:]), 256: Choice([(16, (16, 0, 0), 8)], SMALL[4:])}
 

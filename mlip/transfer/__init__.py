@@ -2,7 +2,7 @@
 
 truth/      what is right; knows no score
 measures/   how right an output is, and how sure that is; knows no task
-alignment/  tasks that train nothing (evaluation.py runs them)
-fits/       tasks that train something on the image encoder (protocol.py runs them)
+alignment/  tasks that train nothing (alignment/evaluation.py runs them)
+fits/       tasks that train something on the image encoder (fits/protocol.py runs them)
 films/      commands on films that nobody labelled
 """

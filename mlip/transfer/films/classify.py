@@ -2,8 +2,8 @@
 of the same model chose thresholds.
 
 What is asked comes from names that the lexicon knows, from sentences of one's own, or from the
-results.json of an evaluation. A score is what zero_shot.py says: what states the finding minus what
-denies it. No score is a probability.
+results.json of an evaluation. A score is what alignment/zero_shot.py says: what states the finding
+minus what denies it. No score is a probability.
 """
 
 from __future__ import annotations
