@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,6 +113,27 @@ def test_a_complete_folder_is_reused_and_another_settings_is_not(tmp_path: Path)
 
 
 # of meta.json: 'unexpected error: KeyError', though the studies can be made again
+def test_studies_of_another_generator_are_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line in any of its files; the glob that found them once named their place of before."""
+    folder = shutil.copytree(
+        Path(phantom_dataset.__file__).parent,
+        tmp_path / "phantom",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    monkeypatch.setattr(phantom_dataset, "__file__", str(folder / "dataset.py"))
+    before = fingerprint(Phantom(studies=3))
+    sources = sorted(file.stem for file in folder.glob("*.py"))
+    assert {"anatomy", "body", "canvas", "findings", "reports", "study"} < set(sources)
+    for source in sources:
+        text = (folder / f"{source}.py").read_text(encoding="utf-8")
+        (folder / f"{source}.py").write_text(f"{text}# another\n", encoding="utf-8")
+        assert fingerprint(Phantom(studies=3)) != before, source
+        (folder / f"{source}.py").write_text(text, encoding="utf-8")
+    assert fingerprint(Phantom(studies=3)) == before
+
+
 ENTRIES = ("fingerprint", "sha256", "studies")
 DAMAGE = ("image gone", "manifest cut", "marker cut", "truth gone", *ENTRIES, "no sums")
 
