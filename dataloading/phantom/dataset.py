@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from mlip.dataloading.phantom.study_types import PhantomStudy, mask_from_runs, m
 from mlip.settings.config import Phantom
 from mlip.system.folder_lock import is_alive
 from mlip.system.machine import usable_cores
+
+logger = logging.getLogger("mlip")
 
 MANIFEST_COLUMNS = (
     "image",
@@ -89,6 +92,14 @@ def write_dataset(folder: Path | str, settings: Phantom, *, workers: int | None 
         raise ValueError(
             f"{given}: is the folder that this runs in, one above it or a whole disk, and cannot "
             "be replaced by one with the studies, so nothing was written; name a folder below it"
+        )
+    found = _read_meta(folder) or {}
+    if found.get("settings") == dataclasses.asdict(settings) and found.get("fingerprint") != mark:
+        # a run that goes on over them would not notice: its manifest has their names and reports
+        logger.warning(
+            "%s: made by another version of the generator; made anew by this one, and its pixels "
+            "may differ",
+            given,
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder)

@@ -134,6 +134,22 @@ def test_studies_of_another_generator_are_others(
     assert fingerprint(Phantom(studies=3)) == before
 
 
+def test_that_another_generator_makes_them_anew_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = dataclasses.replace(SMALL, studies=2, val_studies=0, test_studies=0)
+    for settings in (few, dataclasses.replace(few, seed=5), few):
+        write_dataset(tmp_path / "data", settings, workers=1)  # asked for, so no word
+    (tmp_path / "data" / "boxes.csv").unlink()
+    write_dataset(tmp_path / "data", few, workers=1)  # damaged
+    assert caplog.messages == []
+    monkeypatch.setattr(phantom_dataset, "fingerprint", lambda settings: "another")
+    write_dataset(tmp_path / "data", few, workers=1)
+    write_dataset(tmp_path / "data", few, workers=1)
+    (told,) = caplog.messages
+    assert told.startswith(f"{tmp_path / 'data'}: made by another version of the generator")
+
+
 ENTRIES = ("fingerprint", "sha256", "studies")
 DAMAGE = ("image gone", "manifest cut", "marker cut", "truth gone", *ENTRIES, "no sums")
 
