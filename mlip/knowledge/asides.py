@@ -19,8 +19,10 @@ from mlip.knowledge.events import (
 
 _REJECTED, _PAST, _CHANGE_OF = FLAG["rejected"], FLAG["past"], FLAG["change_of"]
 _REMOVAL, _FAILED, _PLACING = FLAG["removal"], FLAG["failed"], FLAG["placing"]
+_TRIED = _FAILED | FLAG["tried"]
 _MORE, _STRUCTURE, _ARTICLE = FLAG["more"], FLAG["structure"], FLAG["article"]
 _COMMA, _OR, _AND = FLAG["comma"], FLAG["or"], FLAG["and"]
+_HEDGES = FLAG["uncertain_before"] | FLAG["uncertain_after"]
 _ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
 _ALT, _SAYS = FLAG["alternative"], FLAG["be"] | FLAG["uncertain_before"]
 _QUALITY = FLAG["strong"] | FLAG["weak"]
@@ -55,7 +57,11 @@ def judge_asides(
             continue
         elif flags & _ARTICLE and not _is_given(events, i):
             continue
-        end = _end(events, i)
+        elif flags & _TRIED:
+            if not is_of_placing(events, i):
+                continue
+            said = ABSENT if flags & _FAILED else UNCERTAIN
+        end = _end_of_name(events, i) if flags & (_ARTICLE | _TRIED) else _end(events, i)
         for k, j in enumerate(owner):
             if i < j < end and found[k][3] == around and not events[j][2].fixed:
                 if flags & _MORE and events[j][2].flags & _STRUCTURE:
@@ -69,18 +75,16 @@ def _end(events: list[Event], i: int) -> int:
     """The event before which the aside of event i ends, with the sentence at the latest.
 
     "Rather than X" reaches over what "or" joins to X, "status post X" to a comma or "or", a denied
-    "increase in X" to a comma, "the X" to a comma, "or" or "and".
+    "increase in X" to a comma.
     """
     flags = events[i][2].flags
     rejects, stops = flags & _REJECTED, _ENDS
     if flags & _PAST:
         stops |= _OR
-    if flags & _ARTICLE:
-        stops |= _OR | _AND
     is_open = True  # no term of what is rejected yet, or "or" behind the last one
     for j in range(i + 1, len(events)):
         entry = events[j][2]
-        if entry.flags & stops or entry.flags & _FAILED and is_of_placing(events, j):
+        if entry.flags & stops or entry.flags & _TRIED and is_of_placing(events, j):
             return j
         if entry.flags & _OR:
             is_open = True
@@ -88,6 +92,24 @@ def _end(events: list[Event], i: int) -> int:
             return j
         elif entry.opens or entry.device:
             is_open = False
+    return len(events)
+
+
+def _end_of_name(events: list[Event], i: int) -> int:
+    """The event behind the one finding or device that event i speaks of: "the left lower lobe mass"
+    names one, "the left lower lobe suggestive of pneumonia" none. Up to one word may be unknown,
+    before the first place or finding."""
+    last, may_skip = events[i][1], 1
+    for j in range(i + 1, len(events)):
+        start, end, entry = events[j]
+        is_of_name = entry.flags & _QUALITY or not entry.flags & ~(_ARTICLE | _STRUCTURE)
+        if start - last > may_skip or not is_of_name:
+            return j
+        if entry.opens or entry.device:
+            return j + 1
+        if entry.concept >= 0 and entry.fixed:
+            may_skip = 0
+        last = end
     return len(events)
 
 
@@ -117,21 +139,42 @@ def _is_given(events: list[Event], i: int) -> bool:
     for _, _, entry in reversed(events[:i]):
         if entry.opens:
             return True
-        if entry.device or entry.flags & ~_QUALITY:
+        if entry.device or entry.flags & ~(_QUALITY | _ARTICLE):
             return False
     return False
 
 
 def is_of_placing(events: list[Event], i: int) -> bool:
-    """Whether what event i says to have failed is the placing of a device behind it: "failed PICC
-    placement", not "failed hardware"."""
-    for j in range(i + 1, len(events) - 1):
-        _, end, entry = events[j]
+    """Whether what event i says to have failed is the placing of a device right behind it: "failed
+    PICC placement", not "failed hardware" or "failed therapy requiring chest tube placement". Of a
+    try, "attempted PICC" is enough."""
+    last = events[i][1]
+    for j in range(i + 1, len(events)):
+        start, end, entry = events[j]
+        if start - last > 1 or entry.opens:
+            return False
         if entry.device:
-            return events[j + 1][0] == end and events[j + 1][2].flags & _PLACING != 0
+            if not events[i][2].flags & _FAILED:
+                return True
+            behind = events[j + 1 : j + 2]
+            return bool(behind) and behind[0][0] == end and behind[0][2].flags & _PLACING != 0
         if entry.flags & ~(_QUALITY | _ARTICLE | _PLACING):
             return False
+        last = end
     return False
+
+
+def is_assessed(events: list[Event], i: int) -> bool:
+    """Whether what event i says to be unassessed is no finding or one that is there: "the left base
+    cannot be evaluated", "the extent of the effusion cannot be assessed", a device."""
+    j = i - 1
+    if j < 0 or not events[j][2].opens or events[j][2].device:
+        return True
+    while j > 0 and (events[j][2].flags == 0 or events[j][2].flags & _QUALITY):
+        if events[j - 1][1] != events[j][0]:
+            return False
+        j -= 1
+    return events[j][2].flags & _ARTICLE != 0
 
 
 def is_of_structure(events: list[Event], i: int) -> bool:
@@ -145,13 +188,23 @@ def is_of_structure(events: list[Event], i: int) -> bool:
     return False
 
 
-def suppose(events: list[Event], i: int, found: list[Found], owner: list[int]) -> bool:
+def suppose(events: list[Event], i: int, found: list[Found], owner: list[int], stop: int) -> bool:
     """Leave open the finding before event i ("pneumonia in the appropriate clinical setting") and
-    what "or" joins to it; False where event i speaks of what follows."""
+    what "or" joins to it; False where event i speaks of what follows. What a hedge of its own
+    follows is left to that.
+
+    stop: the piece behind the sentence's last
+    """
+    end = events[i][1]
     if i + 1 < len(events):
         start, _, entry = events[i + 1]
-        if start == events[i][1] and entry.flags & _SAYS:
+        if start == end and entry.flags & _SAYS:
             return False  # "which in the proper setting is consistent with edema"
+        if i and start > end and not events[i - 1][2].opens and events[i - 1][1] == events[i][0]:
+            return False  # "consolidation in the base in the proper setting represents pneumonia"
+    if not any(entry.opens for _, _, entry in events[:i]):
+        # "in the appropriate clinical setting, the opacity may reflect pneumonia"
+        return any(entry.flags & _HEDGES for _, _, entry in events[i + 1 :])
     met = False
     k = len(found) - 1
     for j in range(i - 1, -1, -1):

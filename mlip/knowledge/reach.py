@@ -161,6 +161,8 @@ def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
             has_last = True
         elif entry.flags & (_OR | _AND):
             is_joined = has_last
+        elif entry.flags & _COMMA and not is_joined:
+            return False  # "no mass or nodule, edema, effusion is seen" is a list still
         elif entry.flags & _ENDS_LIST and not (k and events[k - 1][2].flags & _AND):
             return False  # but of "no effusion and no mass"
     return False

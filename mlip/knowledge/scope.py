@@ -7,7 +7,7 @@ live here: finding the events (linker.py) and the cue words (lexicon/_cues.yaml)
 from __future__ import annotations
 
 from mlip.knowledge.alternatives import leave_open
-from mlip.knowledge.asides import is_of_placing, is_of_structure, judge_asides, suppose
+from mlip.knowledge.asides import is_assessed, is_of_structure, judge_asides, suppose
 from mlip.knowledge.events import (
     ABSENT,
     FLAG,
@@ -28,7 +28,8 @@ _UNC_AFTER, _ALT = FLAG["uncertain_after"], FLAG["alternative"]
 _DOUBT, _DOUBT_ONE = FLAG["doubt"], FLAG["doubt_one"]
 _LIKEWISE, _REJECTED = FLAG["likewise"], FLAG["rejected"]
 _PAST, _CHANGE_OF = FLAG["past"], FLAG["change_of"]
-_FAILED, _SUPPOSING, _MORE, _TIP = FLAG["failed"], FLAG["supposing"], FLAG["more"], FLAG["tip"]
+_TRIED, _UNASSESSED = FLAG["failed"] | FLAG["tried"], FLAG["unassessed"]
+_SUPPOSING, _MORE, _TIP = FLAG["supposing"], FLAG["more"], FLAG["tip"]
 _ANSWER, _REMOVAL, _FAULT = FLAG["answer"], FLAG["removal"], FLAG["fault"]
 _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
@@ -44,7 +45,8 @@ SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
 DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _ALT | _QUESTION
 DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE | _REJECTED
-DECIDING |= _FAILED | _SUPPOSING | _MORE
+DECIDING |= _TRIED | _SUPPOSING | _MORE | _UNASSESSED
+_ASIDES = _REJECTED | _PAST | _CHANGE_OF | _TRIED
 _ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF | _ARTICLE
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
@@ -91,7 +93,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _COMMA:
                 if (
                     state != PRESENT
-                    and not (i and events[i - 1][2].flags & _SUPPOSING)
+                    and not (i == 1 and events[0][2].flags & _SUPPOSING)
                     and not list_goes_on(events, i, state, closed, single, listing)
                 ):
                     state, closed = PRESENT, False
@@ -120,18 +122,17 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                 that = flags & _DENIED_CLAUSE != 0
             elif flags & _NOT:
                 state, closed, single, since = ABSENT, False, True, len(found)
-            elif flags & _UNC and end == stop and i and _is_answer(events, i, found, words):
+            elif flags & _UNC and end == stop and i and _is_hedged_alone(events, i, found):
+                found[-1] = (*found[-1][:3], UNCERTAIN)
+            elif flags & _UNC and end == stop and i and _is_answer(events, i, words):
                 _look_back(events, i, found, owner, words, UNCERTAIN, False)
             elif flags & (_UNC | _UNC_LIST):
                 listing = flags & _UNC_LIST != 0
                 if state != ABSENT or (i and events[i - 1][2].flags & (_COMMA | _AND | _PAST)):
                     state, closed, single = UNCERTAIN, False, False
             elif flags & _SUPPOSING:
-                if state != ABSENT and not suppose(events, i, found, owner):
+                if state != ABSENT and not suppose(events, i, found, owner, stop):
                     state, closed, single, since = UNCERTAIN, False, False, len(found)
-            elif flags & _FAILED:
-                if is_of_placing(events, i):
-                    state, closed, single, since = ABSENT, False, True, len(found)
             elif flags & (_AFTER | _AFTER_ONE):
                 if _stands_before(events, i):
                     state = ABSENT  # "absent edema and effusion"
@@ -140,8 +141,9 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
                     said = PRESENT if that and state == ABSENT else ABSENT
                     _look_back(events, i, found, owner, words, said, bool(flags & _AFTER_ONE))
                     closed = True
-            elif flags & _UNC_AFTER:
-                _look_back(events, i, found, owner, words, UNCERTAIN, False)
+            elif flags & (_UNC_AFTER | _UNASSESSED):
+                if not flags & _UNASSESSED or not is_assessed(events, i):
+                    _look_back(events, i, found, owner, words, UNCERTAIN, False)
                 closed = True
             elif flags & (_DOUBT | _DOUBT_ONE):
                 if not _doubts_what_follows(events, i):
@@ -154,7 +156,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _FAULT:
                 # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
                 _give_device(events, i, found, PRESENT)
-            elif flags & (_REJECTED | _PAST | _CHANGE_OF) or flags & _ARTICLE and state == ABSENT:
+            elif flags & _ASIDES or flags & _ARTICLE and state == ABSENT:
                 asides.append((i, state))
             elif flags & _MORE:
                 if is_of_structure(events, i):
@@ -267,12 +269,15 @@ def _stands_alone(events: list[Event], i: int, stop: int, words: list[str]) -> b
     return is_next or after.flags & (_COMMA | _AND) != 0
 
 
-def _is_answer(events: list[Event], i: int, found: list[Found], words: list[str]) -> bool:
+def _is_answer(events: list[Event], i: int, words: list[str]) -> bool:
+    """Whether the hedge of event i, the last of its sentence, answers: "edema: possible"."""
+    return _is_colon(words, events[i][0] - 1) and events[i - 1][1] == events[i][0] - 1
+
+
+def _is_hedged_alone(events: list[Event], i: int, found: list[Found]) -> bool:
     """Whether the hedge of event i, the last of its sentence, is of the finding right before it:
-    "edema: possible", "small effusion possible"."""
+    "small effusion possible"."""
     _, last, before = events[i - 1]
-    if _is_colon(words, events[i][0] - 1):
-        return last == events[i][0] - 1
     return last == events[i][0] and before.opens and bool(found) and found[-1][3] == PRESENT
 
 

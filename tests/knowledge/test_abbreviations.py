@@ -31,6 +31,14 @@ SENTENCES = {
         No PleurX. | chest_tube=A
         S/p TEVAR and TMVR. | stent=P prosthetic_valve=P
         Troponin 5 ng/ml, 0.5 ng/mL. | enteric_tube=-
+        Left pigtail, Quinton catheter. | chest_tube=P central_venous_catheter=P
+    """,
+    "what has a second meaning": """
+        VAD in the chest wall with its tip in the SVC. | ventricular_assist_device=-
+        Cirrhosis and PHTN with varices. | pulmonary_hypertension=-
+        Dr. Quinton was told of the pneumothorax. | central_venous_catheter=- pneumothorax=P
+        Biliary pigtail, pigtail nephrostomy. | chest_tube=-
+        S/p right PNX. | pneumothorax=-
     """,
     "normal statements": """
         Heart size WNL, mediastinum nl. | normal_heart_size=P normal_mediastinum=P

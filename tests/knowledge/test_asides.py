@@ -124,6 +124,17 @@ SENTENCES = {
         No evidence of the previously seen effusion. | pleural_effusion=A
         No edema in this patient with CHF. | pulmonary_edema=A heart_failure=P
         No finding to explain fever or atelectasis. | atelectasis=P
+        No effusion in the region of the nodule. | pleural_effusion=A lung_nodule=P
+    """,
+    "where it lies is no cause: what a denied finding would mean is denied": """
+        No opacity in the lungs to suggest pneumonia. | lung_opacity=A pneumonia=A
+        No consolidation in the right lower lobe suggestive of pneumonia. | pneumonia=A
+        No opacity at the bases concerning for aspiration pneumonia. | pneumonia=A
+        No lucency along the pleura to suggest pneumothorax. | pneumothorax=A
+        No consolidation to indicate the clinically suspected pneumonia. | pneumonia=A
+        No mass in the right upper lobe causing atelectasis. | lung_mass=A atelectasis=A
+        No fracture of the ribs with pneumothorax. | pneumothorax=A
+        No consolidation in the right upper lobe mass. | consolidation=A lung_mass=P
     """,
     "a device that could not be placed is not there, an attempt is open": """
         S/p failed PICC placement. | picc=A
@@ -140,6 +151,33 @@ SENTENCES = {
         Failed pacemaker and a small effusion. | pacemaker=P pleural_effusion=P
         No fracture status post failed pacemaker. | fracture=A pacemaker=P
         No pneumothorax status post PICC placement. | pneumothorax=A picc=P
+        The feeding tube was not placed, effusion persists. | enteric_tube=A pleural_effusion=P
+        NG tube is not inserted far enough. | enteric_tube=P
+        The PICC is not placed in the SVC but in the azygos. | picc=P
+        Failed therapy requiring chest tube placement. | chest_tube=P
+        Failed needle aspiration requiring chest tube placement. | chest_tube=P
+        After failed PICC placement a small pneumothorax is seen. | picc=A pneumothorax=P
+        Status post attempted PICC placement with new pneumothorax. | picc=U pneumothorax=P
+        Attempted thoracentesis with resulting pneumothorax. | pneumothorax=P
+        Pneumothorax following attempted PICC placement. | pneumothorax=P picc=U
+    """,
+    "what is not assessed is open, unless it is said to be there": """
+        Pneumothorax on this supine film cannot be evaluated. | pneumothorax=U
+        Effusion and pneumothorax cannot be evaluated. | pleural_effusion=U pneumothorax=U
+        The presence of pneumothorax cannot be determined. | pneumothorax=U
+        Effusion: not assessed. | pleural_effusion=U
+        Endotracheal tube tip cannot be assessed. | endotracheal_tube=P
+        Large left effusion so that the left base cannot be evaluated. | pleural_effusion=P
+        Because of the large effusion the left base cannot be evaluated. | pleural_effusion=P
+        Due to the pneumothorax, heart size cannot be accurately determined. | pneumothorax=P
+        The extent of the pneumothorax cannot be assessed. | pneumothorax=P
+        The cause of the large opacity is not determined. | lung_opacity=P
+        Effusion obscures the heart, whose size cannot be assessed. | pleural_effusion=P
+        Nodule for which CT should be considered. | lung_nodule=P
+        The nodule has grown and biopsy should also be considered. | lung_nodule=P
+        Nodules, metastases must also be considered. | lung_nodule=P metastasis=U
+        Cardiomegaly with small effusion likely. | cardiomegaly=P pleural_effusion=U
+        Small effusion or pneumothorax possible. | pleural_effusion=U pneumothorax=U
     """,
     "where its tip is not seen the device is": """
         The tip of the nasogastric tube is not seen. | enteric_tube=P
@@ -163,6 +201,10 @@ SENTENCES = {
         Small effusion and pneumonia in the right clinical setting. | pleural_effusion=P pneumonia=U
         No pneumonia in the appropriate clinical setting. | pneumonia=A
         In the appropriate clinical setting pneumonia. Effusion. | pneumonia=U pleural_effusion=P
+        In the appropriate clinical setting, pneumonia. | pneumonia=U
+        In the proper clinical setting, opacity may be pneumonia. | lung_opacity=P pneumonia=U
+        Consolidation in the base in the right clinical setting is edema. | consolidation=P
+        Edema in the proper clinical setting, effusion is noted. | pleural_effusion=P
     """,
 }
 

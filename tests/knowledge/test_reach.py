@@ -144,6 +144,7 @@ SENTENCES = {
         No effusion or pneumothorax, scarring in the apices is seen. | pneumothorax=A scar=P
         Neither effusion nor mass, scoliosis is noted. | lung_mass=A scoliosis=P
         No effusion and no mass, scoliosis is noted. | lung_mass=A scoliosis=P
+        No mass or nodule, edema, effusion is seen. | pulmonary_edema=A pleural_effusion=A
         No edema or mass, cardiomegaly and effusion are noted. | cardiomegaly=P pleural_effusion=P
         No effusion or mass, scoliosis or fracture is seen. | scoliosis=A fracture=A
         No acute or chronic fracture, dislocation is seen. | fracture=A dislocation=A
