@@ -24,6 +24,7 @@ _MORE, _STRUCTURE, _ARTICLE = FLAG["more"], FLAG["structure"], FLAG["article"]
 _COMMA, _OR, _AND = FLAG["comma"], FLAG["or"], FLAG["and"]
 _HEDGES = FLAG["uncertain_before"] | FLAG["uncertain_after"]
 _ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
+_IN_NAME = _ARTICLE | _STRUCTURE | FLAG["be"]  # "no edema the lungs are hyperinflated"
 _ALT, _SAYS = FLAG["alternative"], FLAG["be"] | FLAG["uncertain_before"]
 _QUALITY = FLAG["strong"] | FLAG["weak"]
 _STATEMENT = _COMMA | FLAG["seen"]  # behind these "rather than" is of all of it
@@ -102,11 +103,12 @@ def _end_of_name(events: list[Event], i: int) -> int:
     last, may_skip = events[i][1], 1
     for j in range(i + 1, len(events)):
         start, end, entry = events[j]
-        is_of_name = entry.flags & _QUALITY or not entry.flags & ~(_ARTICLE | _STRUCTURE)
-        if start - last > may_skip or not is_of_name:
+        if start - last > may_skip:
             return j
         if entry.opens or entry.device:
             return j + 1
+        if entry.flags & ~_IN_NAME and not entry.flags & _QUALITY:
+            return j
         if entry.concept >= 0 and entry.fixed:
             may_skip = 0
         last = end

@@ -35,11 +35,10 @@ _MINUS, _LEADING = FLAG["minus"], FLAG["leading"]
 _SIGN = _MINUS | FLAG["plus"]
 _CLAUSE, _BE, _SEEN, _POS = FLAG["clause"], FLAG["be"], FLAG["seen"], FLAG["positive"]
 _STRONG, _WEAK, _OBJECT = FLAG["strong"], FLAG["weak"], FLAG["object"]
-_ARTICLE = FLAG["article"]
 _COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
 _QUESTION, _NORMAL = FLAG["question"], FLAG["normal"]
 _DENIED_CLAUSE, _CHANGE = FLAG["denied_clause"], FLAG["change"]
-_CHOICE = FLAG["choice"]
+_ARTICLE, _CHOICE = FLAG["article"], FLAG["choice"]
 SENTENCE = FLAG["sentence"]
 SECTION_REPORT, SECTION_OTHER = FLAG["section_report"], FLAG["section_other"]
 # a sentence without any of these asserts all it mentions
@@ -47,7 +46,7 @@ DECIDING = _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC | _UNC_LIST | _UNC_AFTER | _
 DECIDING |= _DOUBT | _DOUBT_ONE | _ANSWER | _REMOVAL | _SIGN | _CHOICE | _REJECTED
 DECIDING |= _TRIED | _SUPPOSING | _MORE | _UNASSESSED
 _ASIDES = _REJECTED | _PAST | _CHANGE_OF | _TRIED
-_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF | _ARTICLE
+_ACTS = DECIDING & ~_CHOICE | _FAULT | _SEEN | _BE | _LIKEWISE | _PAST | _CHANGE_OF
 _STOPS_BACK = _CLAUSE | _POS | _NEG | _NOT | _AFTER | _AFTER_ONE | _UNC_AFTER | _BE | _SEEN
 _STOPS_BACK |= _DOUBT | _DOUBT_ONE | _SIGN | _NORMAL
 # The longest sentence of 3,955 real reports has 21. Rules look ahead and back over a sentence, so a
@@ -105,7 +104,8 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             if flags & _POS:
                 state, closed = PRESENT, False
             if not flags & _ACTS:
-                pass
+                if flags & _ARTICLE and state == ABSENT:
+                    asides.append((i, state))
             elif flags & _ANSWER and _stands_alone(events, i, stop, words):
                 _look_back(events, i, found, owner, words, ABSENT, False)
                 closed = True
@@ -156,7 +156,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _FAULT:
                 # "no pacemaker lead fracture" denies the fracture and shows the pacemaker
                 _give_device(events, i, found, PRESENT)
-            elif flags & _ASIDES or flags & _ARTICLE and state == ABSENT:
+            elif flags & _ASIDES:
                 asides.append((i, state))
             elif flags & _MORE:
                 if is_of_structure(events, i):

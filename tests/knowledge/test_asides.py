@@ -134,6 +134,7 @@ SENTENCES = {
         No consolidation to indicate the clinically suspected pneumonia. | pneumonia=A
         No mass in the right upper lobe causing atelectasis. | lung_mass=A atelectasis=A
         No fracture of the ribs with pneumothorax. | pneumothorax=A
+        No edema the lungs are hyperinflated. | pulmonary_edema=A hyperinflation=P
         No consolidation in the right upper lobe mass. | consolidation=A lung_mass=P
     """,
     "a device that could not be placed is not there, an attempt is open": """
