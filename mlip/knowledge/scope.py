@@ -371,7 +371,7 @@ def _look_back(
         flags = events[j][2].flags
         if met_term and _is_colon(words, events[j][1]):
             return  # a heading with an answer of its own
-        if is_normal and not met_term and flags & (_COMMA | one * _AND):
+        if is_normal and not met_term and flags & (_COMMA | _WITH | one * _AND):
             if events[j][1] < events[i][0]:
                 return  # "small effusion, heart and aorta are normal"
         if flags & _COMMA:

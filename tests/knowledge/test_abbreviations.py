@@ -37,12 +37,15 @@ SENTENCES = {
         VAD in the chest wall with its tip in the SVC. | ventricular_assist_device=-
         Cirrhosis and PHTN with varices. | pulmonary_hypertension=-
         Dr. Quinton was told of the pneumothorax. | central_venous_catheter=- pneumothorax=P
+        Told to Dr. Ng, dr ng. Dictated by: Ng, MD | enteric_tube=-
         Biliary pigtail, pigtail nephrostomy. | chest_tube=-
         S/p right PNX. | pneumothorax=-
     """,
     "normal statements": """
         Heart size WNL, mediastinum nl. | normal_heart_size=P normal_mediastinum=P
         Nl heart. CP angles sharp. | normal_heart_size=P normal_pleura=P
+        Effusion and heart size WNL. | pleural_effusion=P
+        Effusion with heart WNL. | pleural_effusion=P
         Neg CXR. | no_acute_disease=P
         No acute CP process. | no_acute_disease=P
     """,
