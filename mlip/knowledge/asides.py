@@ -24,7 +24,7 @@ _MORE, _STRUCTURE, _ARTICLE = FLAG["more"], FLAG["structure"], FLAG["article"]
 _COMMA, _OR, _AND = FLAG["comma"], FLAG["or"], FLAG["and"]
 _HEDGES = FLAG["uncertain_before"] | FLAG["uncertain_after"]
 _ENDS = _COMMA | FLAG["clause"] | FLAG["positive"] | FLAG["negation_before"]
-_IN_NAME = _ARTICLE | _STRUCTURE | FLAG["be"]  # "no edema the lungs are hyperinflated"
+_IN_NAME = _ARTICLE | FLAG["be"]  # "no edema the lungs are hyperinflated"
 _ALT, _SAYS = FLAG["alternative"], FLAG["be"] | FLAG["uncertain_before"]
 _QUALITY = FLAG["strong"] | FLAG["weak"]
 _STATEMENT = _COMMA | FLAG["seen"]  # behind these "rather than" is of all of it
@@ -153,7 +153,7 @@ def is_of_placing(events: list[Event], i: int) -> bool:
     last = events[i][1]
     for j in range(i + 1, len(events)):
         start, end, entry = events[j]
-        if start - last > 1 or entry.opens:
+        if start - last > 1:
             return False
         if entry.device:
             if not events[i][2].flags & _FAILED:
@@ -170,7 +170,7 @@ def is_assessed(events: list[Event], i: int) -> bool:
     """Whether what event i says to be unassessed is no finding or one that is there: "the left base
     cannot be evaluated", "the extent of the effusion cannot be assessed", a device."""
     j = i - 1
-    if j < 0 or not events[j][2].opens or events[j][2].device:
+    if j < 0 or not events[j][2].opens:
         return True
     while j > 0 and (events[j][2].flags == 0 or events[j][2].flags & _QUALITY):
         if events[j - 1][1] != events[j][0]:
@@ -202,7 +202,7 @@ def suppose(events: list[Event], i: int, found: list[Found], owner: list[int], s
         start, _, entry = events[i + 1]
         if start == end and entry.flags & _SAYS:
             return False  # "which in the proper setting is consistent with edema"
-        if i and start > end and not events[i - 1][2].opens and events[i - 1][1] == events[i][0]:
+        if i and start > end and not events[i - 1][2].opens:
             return False  # "consolidation in the base in the proper setting represents pneumonia"
     if not any(entry.opens for _, _, entry in events[:i]):
         # "in the appropriate clinical setting, the opacity may reflect pneumonia"

@@ -156,6 +156,9 @@ SENTENCES = {
         NG tube is not inserted far enough. | enteric_tube=P
         The PICC is not placed in the SVC but in the azygos. | picc=P
         Failed therapy requiring chest tube placement. | chest_tube=P
+        No edema status post failed therapy requiring chest tube placement. | chest_tube=P
+        Failed attempt at the PICC placement. | picc=A
+        Attempted PICC. | picc=U
         Failed needle aspiration requiring chest tube placement. | chest_tube=P
         After failed PICC placement a small pneumothorax is seen. | picc=A pneumothorax=P
         Status post attempted PICC placement with new pneumothorax. | picc=U pneumothorax=P
@@ -206,6 +209,8 @@ SENTENCES = {
         In the proper clinical setting, opacity may be pneumonia. | lung_opacity=P pneumonia=U
         Consolidation in the base in the right clinical setting is edema. | consolidation=P
         Edema in the proper clinical setting, effusion is noted. | pleural_effusion=P
+        Consolidation in the base in the right clinical setting represents edema. | consolidation=P
+        Opacity could be edema in the proper clinical setting, scar is noted. | scar=P
     """,
 }
 
