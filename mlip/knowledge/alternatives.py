@@ -7,14 +7,28 @@ join alternatives (kind `choice` of lexicon/_cues.yaml).
 from __future__ import annotations
 
 from mlip.knowledge.concepts import CHEXPERT, ConceptTable
-from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Event, Found
+from mlip.knowledge.events import (
+    ABSENT,
+    CUE,
+    FIXED,
+    TERM,
+    UNCERTAIN,
+    Event,
+    Found,
+    any_of,
+    before,
+    one_by_one,
+    right_before,
+)
 
-_UNCHANGED, _COMMA = FLAG["unchanged"], FLAG["comma"]
-_BEGINS = FLAG["strong"] | FLAG["weak"] | FLAG["article"] | FLAG["predicate"]
-_BEGINS |= FLAG["indefinite"] | FLAG["said_behind"] | FLAG["size"]
+_FINDING, _COMMA, _ARTICLE, _STATEMENT, _UNCHANGED = one_by_one(
+    "finding comma article statement unchanged"
+)
+_BEGINS = any_of("strong weak article predicate indefinite said_behind size")
 # words that may stand before the second of two: "or, less likely, a small nodule"
-_BEFORE_SECOND = _BEGINS | FLAG["uncertain_before"] | FLAG["doubt"]
-_STATEMENT_ENDS = FLAG["clause"] | FLAG["positive"]
+_BEFORE_SECOND = _BEGINS | any_of("uncertain_before doubt")
+_NO_BEGIN = CUE & ~_BEGINS | _FINDING
+_STATEMENT_ENDS = any_of("clause positive")
 _UNKNOWN = 2  # words of no concept and no cue: "atelectasis or early developing pneumonia"
 
 
@@ -54,11 +68,7 @@ def places_of(table: ConceptTable) -> dict[int, frozenset[str]]:
 
 
 def leave_open(
-    choices: list[int],
-    events: list[Event],
-    found: list[Found],
-    owner: list[int],
-    words: list[str],
+    choices: list[int], events: list[Event], found: list[Found], words: list[str]
 ) -> None:
     """Make findings uncertain that a sentence joins by "or" or "and/or", if it denies none.
 
@@ -68,55 +78,53 @@ def leave_open(
     findings that are there ("no change in edema or effusion").
 
     choices: the events that may join them
-    owner: event behind each of found
     words: every piece of the text, a word or a sign with the blanks behind it
     """
     of_event: dict[int, int] = {}
-    for k, i in enumerate(owner):
+    for k, (_, _, _, i, _) in enumerate(found):
         of_event.setdefault(i, k)
     for j in choices:
         start = events[j][0]
         first, is_close = _first(events, j)
-        if first not in of_event or found[of_event[first]][3] == ABSENT or _is_of_change(events, j):
+        if first not in of_event or found[of_event[first]][4] == ABSENT or _is_of_change(events, j):
             continue
         second = _second(events, j, is_close)
         joined = [of_event[first]]
         if second in of_event:
             joined.append(of_event[second])
-            before = first
+            listed = first
             if events[first][1] != start:  # a comma before "or"
-                while (before := _listed_before(events, before)) in of_event:
-                    joined.append(of_event[before])
+                while (listed := _listed_before(events, listed)) in of_event:
+                    joined.append(of_event[listed])
         elif not is_close or events[first][1] != start or not _names_other(events, j, words):
             continue  # "nodule or overlying vessel" is open too
-        if all(found[k][3] != ABSENT for k in joined):
-            _doubt(events, found, owner, joined)
+        if all(found[k][4] != ABSENT for k in joined):
+            _doubt(events, found, joined)
 
 
-def _doubt(events: list[Event], found: list[Found], owner: list[int], joined: list[int]) -> None:
+def _doubt(events: list[Event], found: list[Found], joined: list[int]) -> None:
     """Uncertain, but for what another of them is a kind of; one concept twice is no choice."""
     if len(joined) > 1 and len({found[k][2] for k in joined}) == 1:
         return
-    stated = {row for k in joined for row in events[owner[k]][2].kin}
+    stated = {row for k in joined for row in events[found[k][3]][2].kin}
     for k in joined:
-        start, end, row, _ = found[k]
-        if row not in stated:
-            found[k] = (start, end, row, UNCERTAIN)
+        if found[k][2] not in stated:
+            found[k] = (*found[k][:4], UNCERTAIN)
 
 
 def _first(events: list[Event], j: int) -> tuple[int, bool]:
     """The finding that the choice at event j joins to another, -1 = none, and whether it stands
     right before it; else anatomy may stand between: "atelectasis at the base or pneumonia"."""
     i, edge = j - 1, events[j][0]
-    if events[i][2].flags & _COMMA and events[i][1] == edge:
+    if right_before(events, j) & _COMMA:
         i, edge = i - 1, events[i][0]
-    if i >= 0 and events[i][2].opens and events[i][1] == edge:
+    if right_before(events, i + 1) & _FINDING:
         return i, True
     unknown = 0
-    while i >= 0 and (events[i][2].fixed or events[i][2].flags & FLAG["article"]):
+    while i >= 0 and events[i][2].flags & (FIXED | _ARTICLE):
         unknown += edge - events[i][1]
         i, edge = i - 1, events[i][0]
-    if i < 0 or i == j - 1 or not events[i][2].opens:
+    if i < 0 or i == j - 1 or not events[i][2].flags & _FINDING:
         return -1, False
     return (i if unknown + edge - events[i][1] <= _UNKNOWN else -1), False
 
@@ -129,10 +137,11 @@ def _second(events: list[Event], j: int, is_close: bool) -> int:
         unknown += start - edge
         if unknown > _UNKNOWN:
             return -1
-        if entry.opens:
+        flags = entry.flags
+        if flags & _FINDING:
             return i
-        is_word = entry.flags & _BEFORE_SECOND or entry.concept >= 0 and not entry.flags
-        if not is_word or entry.resets or entry.fixed and not is_close:
+        is_word = flags & _BEFORE_SECOND or flags & TERM and not flags & CUE
+        if not is_word or flags & (_STATEMENT if is_close else FIXED):
             return -1
         edge = end
     return -1
@@ -147,9 +156,8 @@ def _listed_before(events: list[Event], i: int) -> int:
         if unknown > _UNKNOWN:
             return -1
         if entry.flags & _COMMA:
-            is_listed = events[at - 1][2].opens and events[at - 1][1] == start
-            return at - 1 if is_listed else -1
-        if entry.flags & ~_BEGINS or entry.opens:
+            return at - 1 if right_before(events, at) & _FINDING else -1
+        if entry.flags & _NO_BEGIN:
             return -1
         edge = start
     return -1
@@ -157,12 +165,7 @@ def _listed_before(events: list[Event], i: int) -> int:
 
 def _is_of_change(events: list[Event], j: int) -> bool:
     """Whether a denied change stands before event j in its statement."""
-    for _, _, entry in reversed(events[:j]):
-        if entry.flags & _STATEMENT_ENDS:
-            return False
-        if entry.flags & _UNCHANGED:
-            return True
-    return False
+    return before(events, j, _STATEMENT_ENDS | _UNCHANGED) & _UNCHANGED != 0
 
 
 def _names_other(events: list[Event], j: int, words: list[str]) -> bool:

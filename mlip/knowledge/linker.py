@@ -16,41 +16,45 @@ from weakref import WeakValueDictionary
 
 import ahocorasick
 
-from mlip.knowledge import scope
 from mlip.knowledge.alternatives import kin_of, places_of
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of
-from mlip.knowledge.events import FLAG, SENTENCE_ENDS, Entry, Event, Found, Part, State
+from mlip.knowledge.events import (
+    FLAG,
+    SENTENCE_ENDS,
+    Entry,
+    Event,
+    Found,
+    Part,
+    State,
+    any_of,
+    one_by_one,
+)
+from mlip.knowledge.scope import DECIDING, resolve
+from mlip.knowledge.word_codes import (
+    BLANKS,
+    MARKS,
+    PARAGRAPH_MARK,
+    PIECE,
+    WORD,
+    WordCodes,
+    plurals,
+    words_of,
+)
 
-# a word or one other character, each with the blanks and hyphens behind it
-_PIECE = re.compile(r"[^\W_]+[\s\-]*|.[\s\-]*", re.DOTALL)
-_WORD = re.compile(r"[^\W_]+")
-_VOWEL = re.compile("[aeiouy]")
 # a blank line, or a line that opens an item of a list
 _PARAGRAPH = re.compile(r"\n(?=[ \t\r\f\v]*(?:\n|[-*\u2022]|\(?\d{1,2}[.)]\s+[a-z]))")
-_PARAGRAPH_MARK = "\x03"
 # "(-)" and "(+)", and the bare sign behind a colon where nothing follows
 _SIGN = re.compile(r"(?:: ?)?\(([-+])\)|: ([-+])(?=[ \t]*(?:[,.;\n\x03]|\Z))")
 _HEADING_REACH = 400  # characters: no sentence of a report is longer
 _STOP = re.compile(f"[{SENTENCE_ENDS}]")
-_MARKS = {  # what stands for a sign: of what is before it, or leading what follows
-    "\x04": ("minus",),
-    "\x05": ("plus",),
-    "\x06": ("minus", "leading"),
-    "\x07": ("plus", "leading", "positive"),
-}
-_BLANKS = "".join(chr(c) for c in range(0x3001) if chr(c).isspace()) + "-"  # [\s\-] of _PIECE
-_BREAKS = scope.SENTENCE | scope.SECTION_REPORT | scope.SECTION_OTHER
-# positions of a word's code have alphabets of their own: no match can begin inside a word
-_ALPHABET = 1024
-_MEMO_LIMIT = 100_000  # words outside the lexicon whose code is remembered
-_NO_FINDINGS = frozenset(
-    {"anatomy", "normal", "device", "procedure", "external_object", "qualifier", "technique"}
-)
+_SENTENCE, _SECTION_REPORT, _SECTION_OTHER = one_by_one("sentence section_report section_other")
+_BREAKS = _SENTENCE | _SECTION_REPORT | _SECTION_OTHER
+# semantic type -> kind of term; all others are findings
+_TERM = {"anatomy": "anatomy", "normal": "statement", "device": "device"}
+_TERM |= dict.fromkeys(("procedure", "external_object", "qualifier", "technique"), "mark")
 FEW_KNOWN_WORDS = 0.35  # share of known_words: English reports lie above 0.6, others below 0.2
-# "CT rules out" denies, "please rule out" asks: with s these are no plurals
-_VERBS = frozenset({"rule", "exclude"})
 
 
 class Mention(NamedTuple):
@@ -74,10 +78,10 @@ class Linker:
         self.table = table
         self._ids = [concept.id for concept in table]
         cue_forms = cues_of(table)
-        self._codes = _Codes(_words(table), frozenset(cue_forms.get("size", ())))
-        flags: dict[str, int] = {self._codes[_PARAGRAPH_MARK]: FLAG["sentence"]}
-        for mark, kinds in _MARKS.items():
-            flags[self._codes[mark]] = sum(FLAG[kind] for kind in kinds)
+        self._codes = WordCodes(words_of(table), frozenset(cue_forms.get("size", ())))
+        flags: dict[str, int] = {self._codes[PARAGRAPH_MARK]: FLAG["sentence"]}
+        for mark, kinds in MARKS.items():
+            flags[self._codes[mark]] = any_of(kinds)
         for kind, forms in cue_forms.items():
             for form in forms:
                 try:
@@ -144,12 +148,10 @@ class Linker:
             side, subject = self._subject(key, owners, types) if reads_lists else (0, "")
             entries[key] = entry = Entry(
                 length=len(key) // width,
-                flags=flags.get(key, 0) | (FLAG["normal"] if side else 0),
+                flags=flags.get(key, 0)
+                | (FLAG["normal"] if side else 0)
+                | (FLAG[_TERM.get(kind, "finding")] if row >= 0 else 0),
                 concept=row,
-                fixed=kind in ("anatomy", "normal"),
-                resets=kind == "normal",
-                device=kind == "device",
-                opens=row >= 0 and kind not in _NO_FINDINGS,
                 kin=kin.get(row, ()),
                 places=places.get(row, frozenset()),
                 parts=tuple(parts.get(key, ())),
@@ -182,10 +184,10 @@ class Linker:
         if len(lowered) != len(text):  # a few letters change length in lower case
             lowered = "".join([c.lower() if len(c.lower()) == 1 else c for c in text])
         if "\n" in lowered:
-            lowered = _PARAGRAPH.sub(_PARAGRAPH_MARK, lowered)
+            lowered = _PARAGRAPH.sub(PARAGRAPH_MARK, lowered)
         if "(-)" in lowered or "(+)" in lowered or ": -" in lowered or ": +" in lowered:
             lowered = _SIGN.sub(_mark, lowered)
-        pieces = _PIECE.findall(lowered)
+        pieces = PIECE.findall(lowered)
         codes, width = self._codes, self._codes.width
         coded = "".join(map(codes.__getitem__, pieces))
         ends = list(accumulate(map(len, pieces)))
@@ -198,38 +200,38 @@ class Linker:
             end = (last + 1) // width
             flags = entry[1]
             if flags & _BREAKS:
-                if flags & scope.SENTENCE:
+                if flags & _SENTENCE:
                     stop = ends[end - 1]
                     if lowered[stop - 1] == "." and lowered[stop : stop + 1].isdigit():
                         continue  # a decimal point
                 if events:
                     if counts:
-                        found += scope.resolve(events, decide != 0, end - entry[0], pieces)
+                        found += resolve(events, decide != 0, end - entry[0], pieces)
                     events = []
                     decide = 0
-                if flags & scope.SECTION_REPORT:
+                if flags & _SECTION_REPORT:
                     counts = True
-                elif flags & scope.SECTION_OTHER:
+                elif flags & _SECTION_OTHER:
                     start = end - entry[0]
                     before = lowered[: ends[start - 1]].rstrip(" \t") if start else ""
                     # "no change on comparison: ..." is no heading
                     if not before or before[-1] in "\n.;:\x03":
                         counts, header_end = False, end
-                elif pieces[end - 1][0] == _PARAGRAPH_MARK and end - 1 > header_end:
+                elif pieces[end - 1][0] == PARAGRAPH_MARK and end - 1 > header_end:
                     counts = True
             else:
-                decide |= flags & scope.DECIDING
+                decide |= flags & DECIDING
                 events.append((end - entry[0], end, entry))
         if events and counts:
-            found += scope.resolve(events, decide != 0, len(pieces), pieces)
+            found += resolve(events, decide != 0, len(pieces), pieces)
         found.sort()
         # a NamedTuple's own __new__ costs three times tuple's
         make = tuple.__new__
         mentions = []
-        for k, (start, end, row, state) in enumerate(found):
+        for k, (start, end, row, _, state) in enumerate(found):
             begin = ends[start - 1] if start else 0
             # the last piece carries the blanks behind it
-            stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(_BLANKS))
+            stop = ends[end - 1] - len(pieces[end - 1]) + len(pieces[end - 1].rstrip(BLANKS))
             if state == "present" and lowered[stop : stop + 1] == ":":
                 state = self._below_heading(found, k, lowered, ends)
             mentions.append(make(Mention, (ids[row], begin, stop, state)))
@@ -243,7 +245,7 @@ class Linker:
         stop = _STOP.search(text, begin, begin + _HEADING_REACH)
         last = stop.start() if stop is not None else begin + _HEADING_REACH
         for i in range(k + 1, len(found)):
-            start, _, row, state = found[i]
+            start, _, row, _, state = found[i]
             if ends[start - 1] > last:
                 break
             if self._ids[row] == concept or concept in self.table.concepts[row].parents:
@@ -253,7 +255,7 @@ class Linker:
     def known_words(self, text: str) -> tuple[int, int]:
         """(words of the text that the table or its cues use, words in all): low for a report in
         another language, which gets few links and no guesses."""
-        words = _WORD.findall(text.lower())
+        words = WORD.findall(text.lower())
         unknown = self._codes.unknown
         return sum(self._codes[word] != unknown for word in words), len(words)
 
@@ -263,7 +265,7 @@ class Linker:
         Raises:  LexiconError on a character that no report can match
         """
         out = []
-        for piece in _PIECE.findall(term.strip()):
+        for piece in PIECE.findall(term.strip()):
             code = self._codes[piece]
             if code == self._codes.unknown:
                 raise LexiconError(
@@ -272,52 +274,6 @@ class Linker:
                 )
             out.append(code)
         return "".join(out)
-
-
-class _Codes(dict[str, str]):
-    """Piece -> code of `width` characters; plurals have the code of their singular, "8mm" of "mm".
-
-    Two or three characters from small alphabets and not one from a large alphabet: the automaton
-    searches the branches of a node one by one, and its root would have one for each word.
-    """
-
-    def __init__(self, words: list[str], units: frozenset[str]) -> None:
-        super().__init__()
-        self._units = units
-        signs = [chr(c) for c in range(0x21, 0x7F) if not chr(c).isalnum()]
-        signs += [_PARAGRAPH_MARK, *_MARKS, "\u2265"]  # the last is "at least"
-        signs.remove("-")
-        total = len(words) + len(signs) + 1
-        self.width = 2 if total <= 64 * 64 else 3
-        self._base = max(2, 1 + int(total ** (1 / self.width)))
-        if self._base > _ALPHABET:
-            raise LexiconError(f"{len(words)} different words are more than the linker can code")
-        self._used = 0
-        self.unknown = self._next()
-        for sign in signs:
-            self[sign] = self._next()
-        for word in words:  # singulars come first
-            if word not in self:
-                code = self._next()
-                for form in (word, *_plurals(word)):
-                    self.setdefault(form, code)
-
-    def __missing__(self, piece: str) -> str:
-        word = piece.rstrip(_BLANKS)
-        code = self.get(word, self.unknown)
-        if code == self.unknown and (unit := word.lstrip("0123456789")) in self._units:
-            code = self[unit]
-        if len(self) < _MEMO_LIMIT or code != self.unknown and piece[-1:] == " ":
-            self[piece] = code
-        return code
-
-    def _next(self) -> str:
-        number, digits = self._used, []
-        self._used += 1
-        for position in range(self.width):
-            number, digit = divmod(number, self._base)
-            digits.append(chr(0x100 + _ALPHABET * position + digit))
-        return "".join(digits)
 
 
 def _mark(sign: re.Match[str]) -> str:
@@ -357,42 +313,15 @@ def linker_of(table: ConceptTable) -> Linker:
 def lexicon_words() -> frozenset[str]:
     """Every word of the project's own lexicon: terms, cues, definitions, plurals; lower case."""
     table = load_concepts(None)
-    words = _words(table)
+    words = words_of(table)
     for concept in table:
-        words += _WORD.findall(concept.definition.lower())
-    return frozenset(form for word in words for form in (word, *_plurals(word)))
+        words += WORD.findall(concept.definition.lower())
+    return frozenset(form for word in words for form in (word, *plurals(word)))
 
 
 def few_known_words(texts: Iterable[str]) -> int:
     """How many texts have less than FEW_KNOWN_WORDS of their words in the project's lexicon,
     whatever the table of a run holds: the cues that deny are English in each."""
     known = lexicon_words()
-    words = (_WORD.findall(text.lower()) for text in texts)
+    words = (WORD.findall(text.lower()) for text in texts)
     return sum(sum(w in known for w in each) < FEW_KNOWN_WORDS * len(each) for each in words)
-
-
-def _words(table: ConceptTable) -> list[str]:
-    """Every word of cues and terms, shorter ones first."""
-    words: set[str] = set()
-    for forms in cues_of(table).values():
-        for form in forms:
-            words.update(_WORD.findall(form))
-    for concept in table:
-        slots = [form.lower() for term in concept.apart for slot in term for form in slot]
-        for form in (*concept.surface_forms, *slots, *map(str.lower, concept.excludes)):
-            words.update(_WORD.findall(form))
-    return sorted(words, key=lambda word: (len(word), word))
-
-
-def _plurals(word: str) -> tuple[str, ...]:
-    if not word.isalpha() or word in _VERBS:
-        return ()
-    if len(word) < 3:  # of abbreviations alone: "fxs", not "ass"
-        return () if _VOWEL.search(word) or len(word) < 2 else (word + "s",)
-    if word.endswith("y") and word[-2] not in "aeiou":
-        return (word[:-1] + "ies",)
-    if word.endswith("is"):
-        return (word[:-2] + "es",)
-    if word.endswith(("s", "x", "ch", "sh")):
-        return (word + "es",) if _VOWEL.search(word) else (word + "es", word + "s")  # "ptxs"
-    return (word + "s",)

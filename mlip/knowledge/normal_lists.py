@@ -6,17 +6,24 @@ size and mediastinal contours". What does not live here: the state of findings (
 
 from __future__ import annotations
 
-from mlip.knowledge.events import FLAG, PRESENT, Event, Found
+from mlip.knowledge.events import (
+    CUE,
+    FIXED,
+    PRESENT,
+    TERM,
+    Event,
+    Found,
+    any_of,
+    one_by_one,
+    right_behind,
+)
 
-_COMMA, _AND, _OR, _ARTICLE = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["article"]
-_WITH = FLAG["with"]
-_JOINT = _COMMA | _AND | _OR
-_CLOSED = FLAG["clause"] | FLAG["be"] | FLAG["seen"] | FLAG["normal"]
-_CLOSED |= FLAG["negation_after"] | FLAG["negation_after_one"]
-_GOES_ON = _COMMA | FLAG["clause"] | FLAG["negation_before"]  # what may stand behind a list
+_COMMA, _AND, _ARTICLE, _WITH, _STATEMENT = one_by_one("comma and article with statement")
+_JOINT, _CLOSED = any_of("comma and or"), any_of("clause be seen normal")
+_CLOSED |= any_of("negation_after negation_after_one")
+_GOES_ON = any_of("comma clause negation_before")  # what may stand behind a list
 # "normal with small effusions" is no range
-_OF_RANGE = _OR | FLAG["choice"] | FLAG["strong"] | FLAG["weak"] | FLAG["predicate"]
-_OF_RANGE |= FLAG["said_behind"]
+_NO_RANGE = CUE & ~any_of("or choice strong weak predicate said_behind")
 _UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
 _STATEMENT_ENDS = ".;:!?\n\x03"
 
@@ -35,26 +42,22 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
             return []
     if side > 0:
         return [
-            (start, last, row, PRESENT)
+            (start, last, row, i, PRESENT)
             for _, last, item in _listed_behind(events, i, stop, words)
             for row in item.normals
         ]
-    if not side and i + 1 < len(events):
-        following = events[i + 1]
-        if following[0] == end and following[2].concept >= 0:
-            # an adjective of what follows: "normal cardiomediastinal silhouette"
-            listed = _listed_behind(events, i + 1, stop, words)
-            alone = _is_closed(events, i + 1, stop, _GOES_ON | _JOINT | _WITH)
-            own = [following] if listed or alone else []
-            return [
-                (start, last, row, PRESENT)
-                for _, last, item in own + listed
-                for row in item.normals
-            ]
+    if not side and right_behind(events, i) & TERM:
+        # an adjective of what follows: "normal cardiomediastinal silhouette"
+        listed = _listed_behind(events, i + 1, stop, words)
+        alone = _is_closed(events, i + 1, stop, _GOES_ON | _JOINT | _WITH)
+        own = [events[i + 1]] if listed or alone else []
+        return [
+            (start, last, row, i, PRESENT) for _, last, item in own + listed for row in item.normals
+        ]
     if is_range(events, i):
         return []
     return [
-        (first, end, row, PRESENT)
+        (first, end, row, i, PRESENT)
         for first, _, item in _listed_before(events, i, words)
         for row in item.normals
     ]
@@ -77,24 +80,25 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
         if needs_joint:
             if j >= 0 and events[j][1] == edge and events[j][2].flags & _ARTICLE:
                 j, edge = j - 1, events[j][0]
-            before = j
+            last = j
             while j >= 0 and events[j][1] == edge and events[j][2].flags & _JOINT:
                 if events[j][2].flags & _COMMA:
                     own = len(items)
                 j, edge = j - 1, events[j][0]
-            if j == before:
+            if j == last:
                 break
         needs_joint = True
-        while j >= 0 and events[j][2].concept < 0 and not events[j][2].flags:
+        while j >= 0 and not events[j][2].flags:
             j -= 1  # "vessels", part of a term written apart, is an unknown word here
         gap = edge - (events[j][1] if j >= 0 else 0)
-        if j >= 0 and not gap and events[j][2].concept >= 0 and not events[j][2].resets:
-            if not events[j][2].fixed:
+        flags = events[j][2].flags if j >= 0 else 0
+        if not gap and flags & TERM and not flags & _STATEMENT:
+            if not flags & FIXED:
                 own = len(items)
             items.append(events[j])
             j, edge = j - 1, events[j][0]
         elif 0 < gap <= _UNKNOWN and all(word[0].isalnum() for word in words[edge - gap : edge]):
-            if j >= 0 and not events[j][2].flags & (_JOINT | _ARTICLE):
+            if j >= 0 and not flags & (_JOINT | _ARTICLE):
                 break
             edge -= gap
         else:
@@ -118,7 +122,7 @@ def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> 
         if j == len(events):
             break
         start, end, entry = events[j]
-        if start == edge and entry.concept >= 0 and not entry.resets:
+        if start == edge and entry.flags & TERM and not entry.flags & _STATEMENT:
             items.append(events[j])
             j, edge = j + 1, end
             if is_and:
@@ -138,17 +142,14 @@ def is_range(events: list[Event], i: int) -> bool:
     """Whether a predicate goes on to another: "normal to mildly enlarged", "normal or large"."""
     end = events[i][1]
     for start, last, entry in events[i + 1 : i + 4]:
-        if start - end > _UNKNOWN or entry.flags & ~_OF_RANGE:
+        if start - end > _UNKNOWN or entry.flags & _NO_RANGE:
             return False
         if entry.parts:
-            return not entry.fixed
+            return not entry.flags & FIXED
         end = last
     return False
 
 
 def _is_closed(events: list[Event], i: int, stop: int, flags: int) -> bool:
     """Whether the sentence ends behind event i, or a cue of these kinds stands right behind it."""
-    end = events[i][1]
-    if end == stop:
-        return True
-    return i + 1 < len(events) and events[i + 1][0] == end and events[i + 1][2].flags & flags != 0
+    return events[i][1] == stop or right_behind(events, i) & flags != 0

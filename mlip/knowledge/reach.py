@@ -5,24 +5,29 @@ What does not live here: what the cues do (scope.py) and the cue words (lexicon/
 
 from __future__ import annotations
 
-from itertools import takewhile
-
-from mlip.knowledge.events import ABSENT, FLAG, UNCERTAIN, Entry, Event
-
-_NEG, _NOT, _CLAUSE, _POS = (
-    FLAG["negation_before"],
-    FLAG["not"],
-    FLAG["clause"],
-    FLAG["positive"],
+from mlip.knowledge.events import (
+    ABSENT,
+    FIXED,
+    UNCERTAIN,
+    Event,
+    any_of,
+    before,
+    behind,
+    one_by_one,
+    right_before,
+    right_behind,
 )
-_STRONG, _WEAK, _ARTICLE = FLAG["strong"], FLAG["weak"], FLAG["article"]
-_BE, _SEEN, _PREDICATE = FLAG["be"], FLAG["seen"], FLAG["predicate"]
-_COMMA, _AND, _OR, _WITH = FLAG["comma"], FLAG["and"], FLAG["or"], FLAG["with"]
-_INDEFINITE, _SAID_BEHIND = FLAG["indefinite"], FLAG["said_behind"]
-_SIZE, _LIMIT = FLAG["size"], FLAG["limit"]
-_ALT = FLAG["alternative"]
-_SAYS = _BE | _ALT | _PREDICATE | _SAID_BEHIND
-_ENDS_LIST = _CLAUSE | _POS | _NEG | _NOT
+
+_FINDING, _DEVICE, _STATEMENT, _NEG, _POS = one_by_one(
+    "finding device statement negation_before positive"
+)
+_STRONG, _WEAK, _ARTICLE, _SEEN, _PREDICATE = one_by_one("strong weak article seen predicate")
+_COMMA, _AND, _OR, _WITH, _INDEFINITE = one_by_one("comma and or with indefinite")
+_SAID_BEHIND, _SIZE, _LIMIT = one_by_one("said_behind size limit")
+_NAME = _FINDING | _DEVICE
+_SAYS = any_of("be alternative")  # these of whatever stands before them
+_MAY_SAY = _SAYS | _PREDICATE | _SAID_BEHIND | _STATEMENT
+_ENDS_LIST = any_of("clause positive negation_before not")
 
 
 def list_goes_on(
@@ -44,11 +49,12 @@ def list_goes_on(
     in_segment = True  # up to the next comma
     met = 0
     # ", or" in a row: "no edema, or 8 mm nodule", not "no edema, 5 or 6 mm nodule"
-    before = _COMMA if i + 1 < len(events) and events[i + 1][0] == events[i][1] else 0
-    device = state == ABSENT and i + 1 < len(events) and _is_first_device(events, i)
+    last = _COMMA if i + 1 < len(events) and events[i + 1][0] == events[i][1] else 0
+    # "no effusion, PICC in the SVC", where no device was denied before
+    device = state == ABSENT and behind(events, i, _NAME | _COMMA) & _DEVICE != 0
+    device = device and not before(events, i, _NEG | _DEVICE) & _DEVICE
     for j in range(i + 1, len(events)):
-        entry = events[j][2]
-        flags = entry.flags
+        flags = events[j][2].flags
         met |= flags
         if flags & _ENDS_LIST and not flags & _SAID_BEHIND:
             break
@@ -56,16 +62,16 @@ def list_goes_on(
             in_segment = False
         elif flags & _OR:
             has_or, device = True, False
-            ends_list = ends_list or before & _COMMA != 0
+            ends_list = ends_list or last & _COMMA != 0
         elif flags & _AND and not in_segment:
             if single:
                 break  # "no acute disease, left effusion, and scar"
             has_or = True
-        elif (flags & _SAYS or entry.resets) and in_segment and not has_or and not has_be:
+        elif flags & _MAY_SAY and in_segment and not has_or and not has_be:
             has_be = _says_of_subject(events, i, j, state)
         elif flags & _SEEN and in_segment and not has_or:
             has_be = has_be or _is_seen_behind_list(events, i, j)
-        before = flags
+        last = flags
     begins = bool(following & _STRONG) and not (following & _WEAK and state == ABSENT)
     if following & (_ARTICLE | _WITH) and state == ABSENT:
         begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
@@ -89,8 +95,10 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     if i + 1 >= len(events):
         return False
     following = events[i + 1][2].flags
-    if following & _INDEFINITE and state == ABSENT and not _is_second_article(events, i):
-        return True  # "no edema, and a small effusion"; a list of denials has "or" there
+    if following & _INDEFINITE and state == ABSENT:
+        # "no edema, and a small effusion", not "no sign of a nodule and a mass"
+        if not before(events, i, _NEG | _INDEFINITE) & _INDEFINITE:
+            return True
     if following & (_STRONG | _ARTICLE | _POS):
         return not (following & _ARTICLE and state == UNCERTAIN)
     if following & _WEAK and events[i][2].flags & _WITH:
@@ -98,7 +106,7 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
     if single or _has_size(events, i):
         return True
     # two denied have no comma before "and": "no edema, and small effusions are seen"
-    is_pair = following & _WEAK and state == ABSENT and _is_first_comma(events, i - 1)
+    is_pair = following & _WEAK and state == ABSENT and _is_behind_first_comma(events, i)
     for j in range(i + 1, len(events)):
         flags = events[j][2].flags
         if flags & (_ENDS_LIST | _COMMA | _OR):
@@ -113,16 +121,16 @@ def _has_size(events: list[Event], i: int) -> bool:
     nodule", "no edema, nodule measuring 8 mm", not "no edema, nodule larger than 8 mm"."""
     is_sized = False
     for j in range(i + 1, len(events)):
-        entry, before = events[j][2], events[j - 1][2]
-        if entry.flags & _SIZE:
-            if before.flags & _LIMIT or j + 1 < len(events) and events[j + 1][2].flags & _LIMIT:
+        flags, last = events[j][2].flags, events[j - 1][2].flags
+        if flags & _SIZE:
+            if last & _LIMIT or j + 1 < len(events) and events[j + 1][2].flags & _LIMIT:
                 return False
-            if before.opens:
+            if last & _FINDING:
                 return True
             is_sized = True
-        elif entry.opens and is_sized:
+        elif flags & _FINDING and is_sized:
             return True
-        elif before.opens or entry.flags & _COMMA:
+        elif last & _FINDING or flags & _COMMA:
             return False
     return False
 
@@ -134,7 +142,7 @@ def _ends_with_other(events: list[Event], i: int) -> bool:
     places: frozenset[str] = frozenset()
     is_joined = False
     for _, _, entry in events[i + 1 :]:
-        if entry.opens:
+        if entry.flags & _FINDING:
             if is_joined:
                 return bool(places and entry.places) and places.isdisjoint(entry.places)
             places = entry.places
@@ -149,21 +157,20 @@ def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
     """Whether the verb of event j is of a finding behind the comma at event i, and the list of
     denied ones before it has had its last "or", "nor" or "and": "no effusion or mass, scoliosis is
     noted"."""
-    behind = [entry for _, _, entry in events[i + 1 : j]]
-    if not any(entry.opens for entry in behind) or behind[0].flags & _AND:
+    if events[i + 1][2].flags & _AND or not behind(events[:j], i, _FINDING):
         return False
     has_last = is_joined = False
     for k in range(i - 1, -1, -1):
-        entry = events[k][2]
-        if entry.opens or entry.device:
+        flags = events[k][2].flags
+        if flags & _NAME:
             if is_joined:
                 return True
             has_last = True
-        elif entry.flags & (_OR | _AND):
+        elif flags & (_OR | _AND):
             is_joined = has_last
-        elif entry.flags & _COMMA and not is_joined:
+        elif flags & _COMMA and not is_joined:
             return False  # "no mass or nodule, edema, effusion is seen" is a list still
-        elif entry.flags & _ENDS_LIST and not (k and events[k - 1][2].flags & _AND):
+        elif flags & _ENDS_LIST and not (k and events[k - 1][2].flags & _AND):
             return False  # but of "no effusion and no mass"
     return False
 
@@ -171,72 +178,28 @@ def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
 def _says_of_subject(events: list[Event], i: int, j: int, state: str) -> bool:
     """Whether event j says something of a subject that stands behind event i: "heart enlarged",
     "the nodule is", and where that is denied so far "catheter unchanged"."""
-    start, end, entry = events[j]
-    flags = entry.flags
-    if flags & (_BE | _ALT):
+    flags = events[j][2].flags
+    if flags & _SAYS:
         return True
-    if flags & _PREDICATE:
-        return _has_subject(events, i, entry)
-    if state != ABSENT or not (flags & _SAID_BEHIND or entry.resets):
+    if flags & _PREDICATE:  # "heart mildly enlarged"
+        return any(entry.flags & FIXED for _, _, entry in events[i + 1 : j])
+    if state != ABSENT or not flags & (_SAID_BEHIND | _STATEMENT):
         return False
-    _, last, subject = events[j - 1]
-    if last != start or not (subject.device or subject.opens and not entry.resets):
-        return False
-    return j + 1 == len(events) or events[j + 1][0] != end or not events[j + 1][2].opens
-
-
-def _has_subject(events: list[Event], i: int, predicate: Entry) -> bool:
-    """Whether anatomy stands between event i and the predicate: "heart mildly enlarged"."""
-    between = takewhile(lambda event: event[2] is not predicate, events[i + 1 :])
-    return any(entry.fixed for _, _, entry in between)
+    subject = right_before(events, j) & (_DEVICE if flags & _STATEMENT else _NAME)
+    return subject != 0 and not right_behind(events, j) & _FINDING
 
 
 def _is_quality_of_list(events: list[Event], i: int) -> bool:
     """Whether the comma at event i stands in a list of qualities of one finding behind it, as in
     "no displaced, healing or acute fracture", not in "no effusion, healing fracture"."""
-    _, end, _ = events[i + 1]
-    if i + 2 == len(events) or events[i + 2][0] != end:
+    if not right_behind(events, i + 1) & (_COMMA | _OR):
         return False
-    if not events[i + 2][2].flags & (_COMMA | _OR):
+    nearest = before(events, i, _NEG | _NAME | FIXED)
+    return bool(nearest & _NEG and not nearest & FIXED)
+
+
+def _is_behind_first_comma(events: list[Event], i: int) -> bool:
+    """Whether the first comma since the negation stands right before event i."""
+    if not right_before(events, i) & _COMMA:
         return False
-    for _, _, entry in reversed(events[:i]):
-        if entry.opens or entry.device or entry.fixed:
-            return False
-        if entry.flags & _NEG:
-            return True
-    return False
-
-
-def _is_first_device(events: list[Event], i: int) -> bool:
-    """Whether a device stands behind the comma at event i, and none was denied before it: "no
-    effusion, PICC in the SVC"."""
-    for j in range(i + 1, len(events)):
-        behind = events[j][2]
-        if behind.opens or behind.device or behind.flags & _COMMA:
-            break
-    if not behind.device:
-        return False
-    for _, _, entry in reversed(events[:i]):
-        if entry.flags & _NEG:
-            break
-        if entry.device:
-            return False
-    return True
-
-
-def _is_second_article(events: list[Event], i: int) -> bool:
-    """Whether a term denied before event i has an article too: "no sign of a nodule and a mass"."""
-    since = takewhile(lambda event: not event[2].flags & _NEG, reversed(events[:i]))
-    return any(entry.flags & _INDEFINITE for _, _, entry in since)
-
-
-def _is_first_comma(events: list[Event], i: int) -> bool:
-    """Whether event i is a comma right before its neighbour and the first since the negation."""
-    if i < 0 or not events[i][2].flags & _COMMA or events[i][1] != events[i + 1][0]:
-        return False
-    for _, _, entry in reversed(events[:i]):
-        if entry.flags & _NEG:
-            return True
-        if entry.flags & (_COMMA | _OR):
-            return False
-    return False
+    return before(events, i - 1, _NEG | _COMMA | _OR) & _NEG != 0
