@@ -24,7 +24,7 @@ from mlip.knowledge.events import (
 _FINDING, _COMMA, _ARTICLE, _STATEMENT, _UNCHANGED = one_by_one(
     "finding comma article statement unchanged"
 )
-_BEGINS = any_of("strong weak article predicate indefinite said_behind size")
+_BEGINS = any_of("strong weak current article predicate indefinite said_behind size")
 # words that may stand before the second of two: "or, less likely, a small nodule"
 _BEFORE_SECOND = _BEGINS | any_of("uncertain_before doubt")
 _NO_BEGIN = CUE & ~_BEGINS | _FINDING

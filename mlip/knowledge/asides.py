@@ -151,7 +151,7 @@ def is_of_placing(events: list[Event], i: int) -> bool:
             return False
         if entry.flags & _DEVICE:
             return not events[i][2].flags & _FAILED or right_behind(events, j) & _PLACING != 0
-        if entry.flags & _NOT_OF_NAME & ~_PLACING:
+        if entry.flags & _NOT_OF_NAME:
             return False
         last = end
     return False

@@ -18,17 +18,17 @@ UNCERTAIN: Final = "uncertain"
 SENTENCE_ENDS = ".;!\n\x03"  # the last is what linker.py puts for the end of a paragraph
 # of cues; lexicon/_cues.yaml says what each is
 KINDS = tuple(
-    "negation_before not negation_after negation_after_one neutral uncertain_before "
-    "uncertain_list uncertain_after unassessed doubt doubt_one rejected answer minus plus leading "
-    "removal alternative likewise clause be object seen positive strong weak predicate "
-    "said_behind fault past failed tried placing tip supposing size limit normal denied_clause "
-    "change change_of more structure article indefinite comma and or choice unchanged with "
-    "sentence question section_report section_other".split()
+    "negation_before not negation_after negation_after_one neutral uncertain_before history "
+    "current uncertain_list uncertain_after unassessed doubt doubt_one rejected answer minus "
+    "plus leading removal alternative likewise clause be object seen positive strong weak "
+    "predicate said_behind fault past failed tried placing tip supposing size limit normal "
+    "denied_clause change change_of more structure article indefinite comma and or choice "
+    "unchanged with sentence question section_report section_other".split()
 )
 # a term is of one of these kinds: anatomy and normal statements are present whatever stands around
 # them, a "mark" is a qualifier, procedure or the like
 TERMS = ("finding", "device", "anatomy", "statement", "mark")
-FLAG = {kind: 1 << bit for bit, kind in enumerate((*KINDS, *TERMS))}
+FLAG = {kind: 1 << bit for bit, kind in enumerate((*TERMS, *KINDS))}
 
 
 def one_by_one(kinds: str) -> Iterator[int]:

@@ -113,7 +113,7 @@ class Linker:
                 if tail in parts and owners.get(tail) == row and key not in parts:
                     parts[key] = parts[tail]
         types = [concept.semantic_type for concept in table]
-        begins = FLAG["strong"] | FLAG["weak"]
+        begins = any_of("strong weak current")
         denies = FLAG["negation_before"]
         for key, row in owners.items():
             # "no acute disease" begins a list as "no" does: "no acute disease or effusion"

@@ -25,7 +25,9 @@ from mlip.knowledge.events import (
 
 _FINDING, _DEVICE, _COMMA, _AND, _OR = one_by_one("finding device comma and or")
 _ARTICLE, _NORMAL, _TIP, _ALT, _WITH = one_by_one("article normal tip alternative with")
-_SEEN, _CLAUSE, _DOUBT_ONE, _QUESTION = one_by_one("seen clause doubt_one question")
+_SEEN, _CLAUSE, _DOUBT_ONE, _QUESTION, _REMOVAL = one_by_one(
+    "seen clause doubt_one question removal"
+)
 _JOINT, _QUALITY = any_of("comma and or"), any_of("strong weak")
 _ENDED = any_of("clause negation_after negation_after_one uncertain_after")  # a statement before
 _STOPS = _ENDED | any_of("positive negation_before not be seen doubt doubt_one minus plus normal")
@@ -48,7 +50,7 @@ def look_back(
     k = len(found) - 1
     met_term = False
     met_conjunction = _is_list_before_colon(events, i, words)
-    is_normal = events[i][2].flags & _NORMAL
+    is_normal, is_gone = events[i][2].flags & _NORMAL, events[i][2].flags & _REMOVAL
     for j in range(i - 1, -1, -1):
         flags = events[j][2].flags
         if met_term and _is_colon(words, events[j][1]):
@@ -73,8 +75,8 @@ def look_back(
         while k >= 0 and found[k][3] == j:
             if not met_term and events[i][0] - found[k][1] > MAX_GAP:
                 return
-            # "the tube is unremarkable", "the tip of the tube is not seen"
-            is_there = flags & _DEVICE and (is_normal or _is_of_tip(events, j, i))
+            # "the tube is unremarkable", "the tip of the tube is not seen", not "as it was removed"
+            is_there = flags & _DEVICE and (is_normal or not is_gone and _is_of_tip(events, j, i))
             if not is_there and (not flags & FIXED or events[j][2].concept != found[k][2]):
                 found[k] = (*found[k][:4], state)
                 met_term = True

@@ -23,7 +23,7 @@ _JOINT, _CLOSED = any_of("comma and or"), any_of("clause be seen normal")
 _CLOSED |= any_of("negation_after negation_after_one")
 _GOES_ON = any_of("comma clause negation_before")  # what may stand behind a list
 # "normal with small effusions" is no range
-_NO_RANGE = CUE & ~any_of("or choice strong weak predicate said_behind")
+_NO_RANGE = CUE & ~any_of("or choice strong weak current predicate said_behind")
 _UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
 _STATEMENT_ENDS = ".;:!?\n\x03"
 

@@ -23,10 +23,14 @@ _FINDING, _DEVICE, _STATEMENT, _NEG, _POS = one_by_one(
 )
 _STRONG, _WEAK, _ARTICLE, _SEEN, _PREDICATE = one_by_one("strong weak article seen predicate")
 _COMMA, _AND, _OR, _WITH, _INDEFINITE = one_by_one("comma and or with indefinite")
-_SAID_BEHIND, _SIZE, _LIMIT = one_by_one("said_behind size limit")
+_SAID_BEHIND, _SIZE, _LIMIT, _HISTORY, _CURRENT = one_by_one(
+    "said_behind size limit history current"
+)
 _NAME = _FINDING | _DEVICE
 _SAYS = any_of("be alternative")  # these of whatever stands before them
 _MAY_SAY = _SAYS | _PREDICATE | _SAID_BEHIND | _STATEMENT
+_ARTICLES = any_of("article indefinite weak")  # "a" is weak too
+_HEDGES = any_of("uncertain_before uncertain_list supposing doubt doubt_one alternative question")
 _ENDS_LIST = any_of("clause positive negation_before not")
 
 
@@ -99,6 +103,9 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
         # "no edema, and a small effusion", not "no sign of a nodule and a mass"
         if not before(events, i, _NEG | _INDEFINITE) & _INDEFINITE:
             return True
+    if state == UNCERTAIN and behind(events, i, ~_ARTICLES) & _CURRENT:
+        if before(events, i, _HEDGES) & _HISTORY:
+            return True  # "hx of lung cancer with a new effusion"
     if following & (_STRONG | _ARTICLE | _POS):
         return not (following & _ARTICLE and state == UNCERTAIN)
     if following & _WEAK and events[i][2].flags & _WITH:

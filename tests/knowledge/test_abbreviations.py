@@ -41,6 +41,21 @@ SENTENCES = {
         Biliary pigtail, pigtail nephrostomy. | chest_tube=-
         S/p right PNX. | pneumothorax=-
     """,
+    "fractions and ejection fractions": """
+        Received 5 fxs. | fracture=-
+        Received 5 fx to the right lung. | fracture=-
+        Completed 12 fxs of radiation. | fracture=-
+        She has received 30 fxs. | fracture=-
+        Delivered 8 fx, no pneumothorax. | fracture=- pneumothorax=A
+        Sustained 5 fxs. | fracture=P
+        Received treatment for 5 fxs. | fracture=U
+        Received a PICC, 5 old fxs. | picc=P fracture=P
+        5 fxs of the ribs. | rib_fracture=P
+        Completed healing of 5 fxs. | fracture=P
+        LV eff 55%. | pleural_effusion=-
+        L eff 50%. | pleural_effusion=P
+        Large eff, 50% of the hemithorax. | pleural_effusion=P
+    """,
     "normal statements": """
         Heart size WNL, mediastinum nl. | normal_heart_size=P normal_mediastinum=P
         Nl heart. CP angles sharp. | normal_heart_size=P normal_pleura=P

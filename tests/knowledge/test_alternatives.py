@@ -21,6 +21,9 @@ SENTENCES = {
         Scar at the left base or atelectasis. | scar=U atelectasis=U
         Scar or left basilar atelectasis. | scar=U atelectasis=U
         Edema or aspiration or pneumonia. | pulmonary_edema=U aspiration=U pneumonia=U
+        Edema, new consolidation, or effusion. | pulmonary_edema=U consolidation=U
+        Nodule or left base atelectasis. | lung_nodule=U left_base=P atelectasis=U
+        Opacity in the left lung versus scar. | lung_opacity=P left_lung=P scar=U
     """,
     "what stands beside them is judged as ever": """
         Left opacity, scar or atelectasis. | lung_opacity=P scar=U atelectasis=U

@@ -103,6 +103,7 @@ SENTENCES = {
         No edema, effusion, or increase in the lung markings. | prominent_markings=A
         No increase in interstitial markings. | prominent_markings=A
         No significant increase in interstitial markings. | prominent_markings=A
+        No increase in size, interstitial markings unchanged. | prominent_markings=P
         No increase in markings or effusion. | prominent_markings=A pleural_effusion=A
         No edema or interval increase in markings. | pulmonary_edema=A prominent_markings=P
         No change in interstitial markings. | prominent_markings=P
@@ -211,6 +212,38 @@ SENTENCES = {
         Edema in the proper clinical setting, effusion is noted. | pleural_effusion=P
         Consolidation in the base in the right clinical setting represents edema. | consolidation=P
         Opacity could be edema in the proper clinical setting, scar is noted. | scar=P
+    """,
+    "what an earlier film did not assess is there": """
+        Nodule not assessed on prior radiograph. | lung_nodule=P
+        The nodule was not evaluated on the prior study. | lung_nodule=P
+        Effusion, not assessed on the previous exam. | pleural_effusion=P
+        Effusion not evaluated on the comparison film. | pleural_effusion=P
+        Nodule was not assessed previously. | lung_nodule=P
+        Nodule could not be assessed on the prior CT. | lung_nodule=P
+        Nodule not assessed on prior, no effusion. | lung_nodule=P pleural_effusion=A
+        No nodule, not assessed on prior radiograph. | lung_nodule=A
+        Possible nodule not assessed on prior radiograph. | lung_nodule=U
+        The left base was not evaluated on the prior, small effusion. | pleural_effusion=P
+        Pneumothorax was not assessed on this study. | pneumothorax=U
+        Pneumothorax not assessed, effusion as on prior. | pneumothorax=U pleural_effusion=P
+        Effusion cannot be evaluated on this supine film. | pleural_effusion=U
+        Nodule not assessed. Prior radiograph normal. | lung_nodule=U
+    """,
+    "where the device was removed its tip shows none": """
+        The distal end of the PICC is no longer seen, as it was removed. | picc=A
+        The tip of the PICC is not seen as it has been removed. | picc=A
+        The PICC is no longer seen, as it was removed. | picc=A
+        The PICC on the right is no longer seen, because it was removed. | picc=A
+        The tips of the chest tubes are not seen, as they were removed. | chest_tube=A
+        PICC and ETT on the right are no longer seen, as they were removed. | picc=A
+        The effusion is no longer seen, as it was drained. | pleural_effusion=A
+        PICC tip is not seen as it was removed, a pacemaker is present. | picc=A pacemaker=P
+        The tip of the PICC is no longer seen. | picc=P
+        The tip of the PICC is not seen, as it was not included. | picc=P
+        The tip of the NG tube is not seen, as it is below the film. | enteric_tube=P
+        The distal end of the PICC is not seen, as the arm was removed from the field. | picc=P
+        The tip of the PICC is not seen, as it was withdrawn slightly. | picc=P
+        The tip of the PICC is not seen, as it was removed from the field of view. | picc=P
     """,
 }
 

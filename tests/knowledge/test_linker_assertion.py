@@ -313,6 +313,11 @@ ON_PURPOSE = {
     ("normal", "said_behind", "strong"),  # intact
     ("be", "object"),  # shows
     ("indefinite", "weak"),  # a
+    ("history", "uncertain_before"),  # hx of
+    ("current", "said_behind", "weak"),  # new
+    ("current", "said_behind"),  # increasing
+    ("negation_after", "removal"),  # are not seen, as they were removed
+    ("negation_after_one", "removal"),  # is not seen, as it was removed
 }
 
 

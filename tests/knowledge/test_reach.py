@@ -202,6 +202,43 @@ SENTENCES = {
         Effusion: none of note. | pleural_effusion=A
         Neither the left nor the right lung shows edema, scar or mass. | scar=A lung_mass=A
     """,
+    "behind 'and' or 'with' what is new is no history": """
+        Hx of lung cancer with new effusion. | lung_cancer=U pleural_effusion=P
+        History of CHF with new small effusion. | heart_failure=U pleural_effusion=P
+        H/o lung cancer with new nodules. | lung_cancer=U lung_nodule=P
+        History of lung cancer and new effusion. | lung_cancer=U pleural_effusion=P
+        History of CHF with increased interstitial markings. | prominent_markings=P
+        History of CHF and pneumonia with new effusion. | pneumonia=U pleural_effusion=P
+        History of trauma with new rib fractures. | rib_fracture=P
+        History of lung cancer with new or increased effusion. | pleural_effusion=P
+        History of lung cancer with new effusion and nodule. | pleural_effusion=P lung_nodule=P
+        History of CHF with increasing effusions. | pleural_effusion=P
+        History of cancer with a new nodule. | malignancy=U lung_nodule=P
+        History of cancer with the new nodule. | malignancy=U lung_nodule=P
+        Hx of lung cancer, new effusion. | lung_cancer=U pleural_effusion=P
+        History of pneumonia with old rib fracture. | pneumonia=U rib_fracture=P
+        History of lung cancer with effusion. | lung_cancer=U pleural_effusion=U
+        History of CHF with small effusion. | heart_failure=U pleural_effusion=U
+        History of edema or new effusion. | pulmonary_edema=U pleural_effusion=U
+    """,
+    "a hedge that is no history reaches over what is new, as over all else": """
+        History of lung cancer with new effusion or edema. | pleural_effusion=U pulmonary_edema=U
+        Hx of lung cancer with possible new effusion. | lung_cancer=U pleural_effusion=U
+        Hx of lung cancer with no new effusion. | lung_cancer=U pleural_effusion=A
+        Hx of cancer, evaluate for edema and new effusion. | pleural_effusion=U
+        Mother has a history of lung cancer with new nodule. | lung_cancer=U lung_nodule=U
+        Prior exam showed effusion with new nodule. | pleural_effusion=U lung_nodule=U
+        History of CHF with new pneumonia? | heart_failure=U pneumonia=U
+        History of CHF, rule out pneumonia and new infiltrate. | pneumonia=U infiltrate=U
+        History of lung cancer with new nodule versus scar. | lung_nodule=U scar=U
+        History of lung cancer with new nodule suspected. | lung_nodule=U
+        History of cancer with a small nodule, effusion. | lung_nodule=U pleural_effusion=P
+        Possible pneumonia with new effusion. | pneumonia=U pleural_effusion=U
+        Assess for edema with new pneumothorax. | pulmonary_edema=U pneumothorax=U
+        Evaluate for edema and new effusion. | pulmonary_edema=U pleural_effusion=U
+        No history of lung cancer and new effusion. | lung_cancer=A pleural_effusion=A
+        No history of lung cancer or new effusion. | lung_cancer=A pleural_effusion=A
+    """,
 }
 
 
