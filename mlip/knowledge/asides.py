@@ -34,7 +34,7 @@ _ENDS = any_of("comma clause positive negation_before")
 # what no name holds: "no edema the lungs are hyperinflated"
 _NO_NAME = CUE & ~any_of("article be")
 _NOT_OF_NAME = CUE & ~(_QUALITY | _ARTICLE)
-_STATEMENT = any_of("comma seen")  # behind these "rather than" is of all of it
+_OF_ALL = any_of("comma seen")  # behind these "rather than" is of all that was said
 
 
 def judge_asides(
@@ -130,7 +130,7 @@ def _rejected_state(events: list[Event], i: int, words: list[str]) -> State:
     flags = right_before(events, i)
     if flags & _QUALITY and events[i - 1][2].length == 1:
         return PRESENT
-    return ABSENT if flags & (_NAME | FIXED | _STATEMENT) else UNCERTAIN
+    return ABSENT if flags & (_NAME | FIXED | _OF_ALL) else UNCERTAIN
 
 
 def _is_given(events: list[Event], i: int) -> bool:
