@@ -1,14 +1,17 @@
-"""A backward pass that may be differentiated no further, and says so; autocast stays out of it."""
+"""A backward pass that may be differentiated no further, and says so; autocast stays out of it;
+inputs that autograd may save."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+TensorOrNone = TypeVar("TensorOrNone", Tensor, Tensor | None)
 
 
 def autocast_on(device_type: str) -> bool:
@@ -20,6 +23,14 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager:
     if device_type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def savable(x: TensorOrNone) -> TensorOrNone:
+    """`x`, or a copy of what was made in inference mode, as by a frozen tower: autograd refuses to
+    save that."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return x
+    return x.clone() if x.is_inference() and torch.is_grad_enabled() else x
 
 
 class _Refuse(torch.autograd.Function):

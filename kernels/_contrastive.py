@@ -22,6 +22,7 @@ from mlip.kernels._distributed import (
     group_size,
     row_counts,
 )
+from mlip.kernels._scalars import require_tensor
 
 # rows are taken in chunks of at most this many logits: temporaries of 4 MB each, as fast as larger
 CHUNK_ELEMENTS = 2**20
@@ -59,6 +60,7 @@ def make_pairing(
         ("image_valid", image_valid, torch.bool),
         ("text_valid", text_valid, torch.bool),
     ):
+        require_tensor(name, value)
         if value is None:
             continue
         if tuple(value.shape) != (rows,) or value.dtype != dtype or value.device != like.device:

@@ -124,10 +124,11 @@ def resolve(impl: str, device: torch.device, refusal: str | None = None) -> str:
     obstacle = _obstacle(device) or refusal
     if impl == "triton":
         if obstacle is not None:
-            raise ValueError(
-                f'impl="triton" cannot run: {obstacle}; pass impl="auto" or "torch", or set '
-                "TRITON_INTERPRET=1 before the first import to run CPU tensors in the interpreter"
-            )
+            remedy = 'pass impl="auto" or "torch"'
+            if device.type == "cpu" and not is_interpreting():
+                remedy += ", or set TRITON_INTERPRET=1 before the first import to run CPU tensors "
+                remedy += "in the interpreter"
+            raise ValueError(f'impl="triton" cannot run: {obstacle}; {remedy}')
         return "triton"
     if obstacle is None and device.type == "cuda":
         # impl="triton" goes on: launchers may lie in its cache, and its own error says more

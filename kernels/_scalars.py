@@ -1,5 +1,5 @@
-"""Scales as tensors on the device, without synchronising; where values may be read; the widest
-type of a device's sums."""
+"""Scales as tensors on the device, without synchronising; what is no number or tensor; where values
+may be read; the widest type of a device's sums."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from mlip.kernels._autograd import savable
 
 
 def scalar_tensor(
@@ -19,7 +21,7 @@ def scalar_tensor(
             raise ValueError(
                 f"expected {name} to be a number or a 0-dim tensor, got shape {list(value.shape)}"
             )
-        return value.to(device=device, dtype=dtype).reshape(())
+        return savable(value.to(device=device, dtype=dtype).reshape(()))
     if torch.compiler.is_compiling():
         # one graph for numbers of any value: torch.full would be compiled again for each
         return torch.ones((), dtype=dtype, device=device) * value
@@ -34,6 +36,12 @@ def require_number(name: str, value: object) -> None:
         raise ValueError(
             f"expected {name} to be a number or a 0-dim tensor, got {type(value).__name__}"
         )
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raises:  ValueError for what is neither a tensor nor None"""
+    if value is not None and not isinstance(value, Tensor):
+        raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}")
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:

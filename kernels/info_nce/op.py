@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative
+from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative, savable
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
@@ -30,7 +30,7 @@ from mlip.kernels._distributed import (
     row_counts,
     sum_over_group,
 )
-from mlip.kernels._scalars import scalar_tensor
+from mlip.kernels._scalars import require_tensor, scalar_tensor
 from mlip.kernels.info_nce import reference
 
 MAX_TRITON_DIM = 512  # what is tested; products of bfloat16 rows take D in parts
@@ -179,6 +179,8 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _check(image_features: Tensor, text_features: Tensor, group: Group) -> None:
+    for name, value in (("image_features", image_features), ("text_features", text_features)):
+        require_tensor(name, value)
     if image_features.ndim != 2 or image_features.shape != text_features.shape:
         raise ValueError(
             "expected image_features and text_features of one shape [B, D], got "
@@ -250,7 +252,7 @@ def info_nce_views_loss(
              is ours
     """
     views = [*image_views, *text_views]
-    if not image_views or not text_views:
+    if len(image_views) == 0 or len(text_views) == 0:
         raise ValueError(
             f"expected at least one image view and one text view, got {len(image_views)} and "
             f"{len(text_views)}"
@@ -273,10 +275,10 @@ def info_nce_views_loss(
     scale = scalar_tensor("logit_scale", logit_scale, wide, device)
     with autocast_off(device.type):
         images, texts = (
-            _stack([view.to(compute).contiguous() for view in side], 0)
+            savable(_stack([view.to(compute).contiguous() for view in side], 0))
             for side in (image_views, text_views)
         )
-        return _InfoNCE.apply(images, texts, scale, pair_ids, group, is_triton)
+        return _InfoNCE.apply(images, texts, scale, savable(pair_ids), group, is_triton)
 
 
 class ClipLoss(nn.Module):

@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from mlip.kernels._scalars import has_values, require_number
+from mlip.kernels._scalars import has_values, require_number, require_tensor
 
 POOLINGS = ("attention", "context", "max")
 AGGREGATIONS = ("mean", "lse")
@@ -50,6 +50,11 @@ def check_inputs(
     knowledge_mask: Tensor | None,
     patch_mask: Tensor | None,
 ) -> None:
+    weights = {"token_weights": token_weights, "knowledge_weights": knowledge_weights}
+    masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}
+    given = {"patches": patches, "tokens": tokens, "knowledge": knowledge, **weights, **masks}
+    for name, one in given.items():
+        require_tensor(name, one)
     features = {"patches": patches, "tokens": tokens}
     if knowledge is not None:
         features["knowledge"] = knowledge
@@ -81,10 +86,9 @@ def check_inputs(
         _expect_shape("knowledge_mask", knowledge_mask, (texts, entities), "[N, K]")
     _expect_shape("token_weights", token_weights, (texts, length), "[N, T]")
     _expect_shape("patch_mask", patch_mask, tuple(patches.shape[:2]), "[M, P]")
-    for name, mask in (("knowledge_mask", knowledge_mask), ("patch_mask", patch_mask)):
+    for name, mask in masks.items():
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"expected {name} of dtype bool, True = real, got {mask.dtype}")
-    weights = {"token_weights": token_weights, "knowledge_weights": knowledge_weights}
     others = dict(features)
     for name, weight in weights.items():
         if weight is None:
@@ -100,7 +104,6 @@ def check_inputs(
                 f"{float(weight.max())}; 0 masks"
             )
         others[name] = weight
-    masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}
     others.update({name: mask for name, mask in masks.items() if mask is not None})
     for name, value in others.items():
         if value.device != patches.device:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from mlip.kernels._autograd import no_second_derivative
+from mlip.kernels._autograd import no_second_derivative, savable
 from mlip.kernels._contrastive import (
     Pairing,
     Statistics,
@@ -25,7 +25,7 @@ from mlip.kernels._contrastive import (
 )
 from mlip.kernels._dispatch import check_impl
 from mlip.kernels._distributed import Group, sum_over_group
-from mlip.kernels._scalars import scalar_tensor
+from mlip.kernels._scalars import require_tensor, scalar_tensor
 from mlip.kernels.token_knowledge_patch.checks import (
     MIN_AGGREGATION_SCALE,
     check_options,
@@ -111,6 +111,7 @@ def contrastive_loss_from_scores(
     Source:  method section 4 (ours): an invalid half leaves the loss, its partner is no anchor but
              stays a negative; equal ids leave each other's negatives
     """
+    require_tensor("scores", scores)
     if scores.ndim != 2 or not scores.is_floating_point():
         raise ValueError(
             f"expected scores [M, N] in floating point, got {scores.dtype} {list(scores.shape)}"
@@ -118,9 +119,8 @@ def contrastive_loss_from_scores(
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     scale = scalar_tensor("logit_scale", logit_scale, dtype, scores.device)
     # no product in it, so autocast lowers nothing
-    return _ContrastiveFromScores.apply(
-        scores.to(dtype), scale, pair_ids, image_valid, text_valid, group
-    )
+    given = (scores.to(dtype), scale, pair_ids, image_valid, text_valid)
+    return _ContrastiveFromScores.apply(*map(savable, given), group)
 
 
 def token_knowledge_patch_loss(
@@ -153,6 +153,8 @@ def token_knowledge_patch_loss(
              token_weights and knowledge come on every rank or on none, which is checked on a CPU
              alone: on a GPU a look would synchronise
     """
+    for name, value in (("patches", patches), ("tokens", tokens)):
+        require_tensor(name, value)
     if patches.shape[0] != tokens.shape[0]:
         raise ValueError(
             f"expected as many images as texts on a rank, got {patches.shape[0]} and "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative
+from mlip.kernels._autograd import autocast_off, autocast_on, no_second_derivative, savable
 from mlip.kernels._chip import chip_facts
 from mlip.kernels._dispatch import resolve
 from mlip.kernels._distributed import Group, gather, gather_rows, reduce_rows, row_counts
@@ -263,6 +263,7 @@ def scores_and_validity(
         "knowledge_mask": knowledge_mask,
         "patch_mask": patch_mask,
     }
+    inputs = {name: savable(x) for name, x in inputs.items()}
     options = {
         **scales,
         "knowledge_share": float(knowledge_share),

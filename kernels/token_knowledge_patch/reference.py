@@ -317,8 +317,6 @@ def pair_scores(
     # torch.export has no values, and a graph of it no shapes that hang on them
     reads = has_values(rows_NJD)
     if reads:
-        if patch_mask_MP is not None and patch_mask_MP.is_inference():
-            patch_mask_MP = patch_mask_MP.clone()  # of a frozen tower, say: could not be saved
         real = ~(weight_R.detach() <= 0)  # a weight of NaN is to be seen in the score
         lengths = real.view(texts, rows_a_text).sum(1)
         bounds = [0, *torch.cumsum(lengths, 0).tolist()]

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import (
+    contrastive_loss_from_scores,
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
@@ -246,6 +248,43 @@ def nearly_collapsed() -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     base = F.normalize(torch.randn(1, 64, generator=g), dim=-1)
     return [F.normalize(base + torch.randn(32, 64, generator=g) / 80, dim=-1) for _ in "xy"]
+
+
+def assert_inference_mode_serves(impl: str) -> None:
+    """Losses and gradients with everything but one side made in inference mode, of which autograd
+    saves nothing, are those of ordinary tensors: as of a frozen tower."""
+    g = torch.Generator().manual_seed(3)
+    tower = torch.randn(16, 16, generator=g)
+    plain: dict[str, Any] = {
+        k: v.float() if v.is_floating_point() else v for k, v in make_inputs(4, 4, dim=16).items()
+    }
+    plain |= {name: torch.tensor(3.0) for name in (*SCALES, "logit_scale")}
+    plain["pair_ids"] = torch.tensor([0, 1, 0, 2])
+    unit = F.normalize(torch.randn(4, 16, generator=g), dim=-1)
+    results = []
+    for is_frozen in (True, False):
+        with torch.inference_mode(is_frozen):
+            made = {name: x.clone() for name, x in plain.items()}
+            image, valid = unit.clone(), torch.tensor([True, True, False, True])
+        more: dict[str, Any] = {"aggregation": "lse", "impl": impl}
+        for pooling in ("attention", "context", "max"):
+            for own in ("tokens", "patches"):
+                x = plain[own].clone().requires_grad_()
+                loss = token_knowledge_patch_loss(**made | {own: x}, pooling=pooling, **more)
+                results.append([loss, *torch.autograd.grad(loss, [x])])
+        rest = {name: made[name] for name in ("logit_scale", "pair_ids")}
+        x = (unit @ tower).requires_grad_()
+        loss = info_nce_loss(image, F.normalize(x, dim=-1), made["logit_scale"],
+                             pair_ids=made["pair_ids"], impl=impl)  # fmt: skip
+        results.append([loss, *torch.autograd.grad(loss, [x])])
+        loss = contrastive_loss_from_scores(x @ unit.T, image_valid=valid, text_valid=valid, **rest)
+        results.append([loss, *torch.autograd.grad(loss, [x])])
+        # and what no gradient is asked of, in the mode itself
+        with torch.inference_mode(is_frozen):
+            results.append([token_knowledge_patch_loss(**made, **more)])
+    half = len(results) // 2
+    for got, want in zip(results[:half], results[half:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def assert_broken_inputs_show(impl: str, device: str, pooling: str, aggregation: str) -> None:

@@ -93,6 +93,14 @@ def test_no_view_is_refused() -> None:
         info_nce_views_loss([], [unit(2, 5, 0)], 1.0)
 
 
+def test_views_may_lie_in_one_tensor() -> None:
+    views: list[Any] = [
+        torch.stack([unit(4, 5, 2 * side), unit(4, 5, 2 * side + 1)]) for side in range(2)
+    ]
+    want = info_nce_views_loss(list(views[0]), list(views[1]), 3.0)
+    assert torch.equal(info_nce_views_loss(views[0], views[1], 3.0), want)
+
+
 def test_gradcheck_holds_in_features_and_scale() -> None:
     leaves = (
         unit(4, 3, 0).requires_grad_(),

@@ -12,6 +12,7 @@ from mlip.kernels.info_nce import info_nce_loss, info_nce_views_loss
 from mlip.kernels.token_knowledge_patch import tiling, token_knowledge_patch_scores
 from tests.kernels.interpreting import compare, interpreted
 from tests.kernels.oracle import (
+    assert_inference_mode_serves,
     gradients,
     learned_scale_errors,
     leaves,
@@ -34,6 +35,11 @@ def test_an_image_without_a_patch_scores_0_and_moves_nothing(
     inputs = make_inputs(3, 2, 7, 4, 2, 16, seed=8)
     inputs["patch_mask"][1] = False
     compare(inputs, 1e-5, pooling=pooling, aggregation=aggregation)
+
+
+@interpreted
+def test_all_but_one_side_may_come_out_of_inference_mode() -> None:
+    assert_inference_mode_serves("triton")
 
 
 @interpreted

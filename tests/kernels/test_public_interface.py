@@ -77,7 +77,7 @@ def test_signatures_are_as_promised() -> None:
 
 
 def test_clip_loss_has_open_clips_signatures() -> None:
-    """Oracle: a copy of those of mlfoundations/open_clip 2.x; 3.x has no use_horovod."""
+    """Oracle: a copy of those of mlfoundations/open_clip 2.x, which 3.3.0 still has."""
     positional, named = parts(ClipLoss)
     assert not named and list(positional.items()) == [
         ("local_loss", False),
@@ -304,6 +304,27 @@ def test_a_wrong_argument_is_named(change: dict[str, Any], message: str) -> None
     arguments = {"logit_scale": 1.0} | _square()
     with pytest.raises(ValueError, match=message):
         token_knowledge_patch_loss(**(arguments | change))
+
+
+TENSORS: dict[str, Any] = {
+    "scores": lambda **given: contrastive_loss_from_scores(**given, logit_scale=1.0),
+    "pair_ids": lambda **given: info_nce_loss(torch.eye(3), torch.eye(3), 1.0, **given),
+    "text_valid": lambda **given: contrastive_loss_from_scores(
+        torch.eye(3), logit_scale=1.0, **given
+    ),
+    "text_features": lambda **given: info_nce_loss(torch.eye(3), logit_scale=1.0, **given),
+    **{
+        name: lambda **given: token_knowledge_patch_loss(**_square() | given, logit_scale=1.0)
+        for name in ("patches", "tokens", "knowledge", *list(SCORES)[:4])
+    },
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    for given in ([[True] * 3] * 3, torch.eye(3).numpy()):
+        with pytest.raises(ValueError, match=rf"expected {name} .*got (list|ndarray)"):
+            TENSORS[name](**{name: given})
 
 
 def test_masks_of_pairs_must_be_boolean_and_batches_not_empty() -> None:
