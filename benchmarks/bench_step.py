@@ -20,6 +20,7 @@ import dataclasses
 import gc
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
@@ -32,18 +33,11 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 
-from benchmarks import harness, step_law, step_reading, step_report
+from benchmarks import harness, step_law, step_reading, step_report, step_sizes
 from benchmarks.step_batch import in_pinned_memory, made_batch, padding_share
 from benchmarks.step_flops import nominal_tflops, step_flop
 from benchmarks.step_timing import Runner, profile
-from benchmarks.step_variants import (
-    COMPILES,
-    ENGINES,
-    OURS,
-    VARIANTS,
-    NotAvailable,
-    graph_breaks,
-)
+from benchmarks.step_variants import COMPILES, ENGINES, OURS, VARIANTS, NotAvailable, graph_breaks
 from mlip.kernels._dispatch import resolve
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.vectors import knowledge_vectors
@@ -53,36 +47,14 @@ from mlip.settings.config import Config, load
 from mlip.training.engine import build_engine
 
 Row = dict[str, Any]
-SETTINGS = (
-    "train.engine=plain",
-    "train.zero_stage=0",
-    "train.precision=bf16",
-    "train.residual=bf16",
-    "model.vision.kind=vit",
-    "model.text.packed=true",
-)
-TINY = (
-    "data.crop_px=16",
-    "data.max_tokens=10",
-    "data.max_entities=3",
-    "model.embed_dim=16",
-    "model.heads.hidden=16",
-    "model.vision.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
-    "intermediate_size: 32, patch_size: 8}",
-    "model.text.options={hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, "
-    "intermediate_size: 32}",
-    "knowledge.dim=16",
-    "loss.category.prototypes=8",
-)
-BERT_VOCABULARY, TINY_VOCABULARY = 30_522, 400
 SECTIONS = ("batches", "parts", "profile", "variants", "compiled", "scaling", "reading")
 ON_REQUEST = ("deepspeed",)  # its engines replace the one that the other sections measure
 # what two towers, or a layer of each, take to compile, generously: no start with less left
 COMPILE_S, LAYERS_S = 150, 60
-FIRST_PAIRS = {"cuda": 64, "cpu": 4}
-LAST_PAIRS = {"cuda": 8192, "cpu": 16}
-BATCHES = {"cuda": (256, 1024), "cpu": (4, 8)}
-VARIANT_PAIRS = {"cuda": 256, "cpu": 4}
+
+
+class LostGpu(Exception):
+    """An error took the GPU from this process: no row can follow."""
 
 
 class Bench:
@@ -91,14 +63,15 @@ class Bench:
     def __init__(self, device: str, *, deadline: float, path: Path | None = None) -> None:
         self.device, self.deadline, self.path = device, deadline, path
         self.is_gpu = device == "cuda"
-        self.overrides = SETTINGS if self.is_gpu else SETTINGS + TINY
+        self.overrides = step_sizes.OVERRIDES[device]
         self.config = load([], self.overrides)
-        self.vocab_size = BERT_VOCABULARY if self.is_gpu else TINY_VOCABULARY
+        self.vocab_size = step_sizes.VOCABULARY[device]
         self.concepts = len(load_concepts())
         self.engine, self.is_of = self._built(self.config), OURS
         self.peak_tflops = harness.matmul_peak_tflops(device)
         self.facts = harness.environment(device)
         self.rows: list[Row] = []
+        self.section: str | None = None  # of `run`, and of the rows made now
         # most pairs that a plain step was seen to take, fewest that it could not
         self.fits, self.fails = 0, float("inf")
 
@@ -112,7 +85,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def keep(self, row: Row) -> Row:
-        row = row | {"environment": self.facts}
+        row = row | {"section": self.section, "environment": self.facts}
         self.rows.append(row)
         if self.path is not None:
             harness.write_rows("step", self.rows, self.path)
@@ -193,7 +166,7 @@ class Bench:
     def _let_go(self) -> None:
         """What a step that ended early still holds.
 
-        Raises:  SystemExit where an error took the GPU from this process: no row can follow
+        Raises:  LostGpu
         """
         if self.engine is not None:
             self.engine.optimizer.zero_grad(set_to_none=True)
@@ -205,20 +178,31 @@ class Bench:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                raise SystemExit(
-                    f"the GPU does not answer this process any more ({str(error)[:200]}); rows "
-                    "made so far are kept, --only runs the sections that are missing"
-                ) from error
+                raise LostGpu(str(error)[:200]) from error
 
     def plain(self, kind: str, pairs: int) -> Row:
         """A step with all activations kept."""
         label = {"kind": kind, "variant": OURS, "pairs": pairs, "micro": 0}
         row = self.attempt(label, lambda: self.measure(self.runner(pairs, 0)))
-        if row["status"] == "ok":
-            self.fits = max(self.fits, pairs)
-        elif row["status"] == "out of memory":
-            self.fails = min(self.fails, pairs)
+        self._learn(row)
         return row
+
+    def _learn(self, row: Row) -> None:
+        """Which sizes fit, from a row of a plain step."""
+        if row["status"] == "ok":
+            self.fits = max(self.fits, row["pairs"])
+        elif row["status"] == "out of memory":
+            self.fails = min(self.fails, row["pairs"])
+
+    def go_on(self, rows: list[Row], sections: Collection[str]) -> list[str]:
+        """Take over the rows of a run that ended early; its sections behind the last of theirs."""
+        self.rows = rows
+        for row in rows:
+            if row["kind"] in ("batch", "scaling") and row["micro"] == 0:
+                self._learn(row)
+        order = (*SECTIONS, *ON_REQUEST)
+        done = order.index(rows[-1]["section"]) + 1 if rows else 0
+        return [name for name in order[done:] if name in sections]
 
     def cached(self, kind: str, pairs: int) -> Row:
         """A step with the gradient cache, in the largest micro-batches that fit."""
@@ -243,23 +227,27 @@ class Bench:
     def batches(self) -> None:
         """The named sizes, doubling from the largest that fitted until one does not, and one
         between; then the named ones that did not fit, cached."""
-        for pairs in BATCHES[self.device]:
+        for pairs in step_sizes.BATCHES[self.device]:
             self.plain("batch", pairs)
         pairs = 2 * self.fits
-        while 0 < pairs < self.fails and pairs <= LAST_PAIRS[self.device]:
+        while 0 < pairs < self.fails and pairs <= step_sizes.LAST_PAIRS[self.device]:
             if self.plain("batch", pairs)["status"] != "ok":
                 break
             pairs *= 2
         between = self.fits + self.fits // 2
         if self.is_gpu and self.fits < between < self.fails < float("inf"):
             self.plain("batch", between)
-        for pairs in BATCHES[self.device]:
+        for pairs in step_sizes.BATCHES[self.device]:
             if pairs >= self.fails:
                 self.cached("batch", pairs)
 
     def parts(self) -> None:
-        for pairs in BATCHES[self.device]:
-            micro = 0 if pairs <= max(self.fits, FIRST_PAIRS[self.device]) else self.fits // 2
+        for pairs in step_sizes.BATCHES[self.device]:
+            micro = (
+                0
+                if pairs <= max(self.fits, step_sizes.FIRST_PAIRS[self.device])
+                else self.fits // 2
+            )
 
             def work(pairs: int = pairs, micro: int = micro) -> Row:
                 runner = self.runner(pairs, micro)
@@ -269,13 +257,13 @@ class Bench:
             self.attempt({"kind": "parts", "variant": OURS, "pairs": pairs, "micro": micro}, work)
 
     def profile(self) -> None:
-        pairs = VARIANT_PAIRS[self.device]
+        pairs = step_sizes.VARIANT_PAIRS[self.device]
         label = {"kind": "profile", "variant": OURS, "pairs": pairs, "micro": 0}
         self.attempt(label, lambda: profile(self.runner(pairs, 0)))
 
     def reading(self) -> None:
         """The step fed by the loader, beside the same step on batches that it made before."""
-        pairs = VARIANT_PAIRS[self.device]
+        pairs = step_sizes.VARIANT_PAIRS[self.device]
         with tempfile.TemporaryDirectory() as name:
             data = step_reading.Data(Path(name), step_reading.SIZES[self.device])
             for source, feed in step_reading.FEEDS.items():
@@ -295,10 +283,10 @@ class Bench:
     def variants(self, names: Iterable[str]) -> None:
         """The ways of step_variants.py; one that does not fit is tried at half the pairs too."""
         for name in names:
-            pairs = VARIANT_PAIRS[self.device]
+            pairs = step_sizes.VARIANT_PAIRS[self.device]
             while pairs >= 1:
                 row = self._variant(name, pairs)
-                if row["status"] != "out of memory" or pairs <= FIRST_PAIRS[self.device]:
+                if row["status"] != "out of memory" or pairs <= step_sizes.FIRST_PAIRS[self.device]:
                     break
                 pairs //= 2
                 self._variant(OURS, pairs)
@@ -316,7 +304,7 @@ class Bench:
     def deepspeed(self) -> None:
         """The named sizes under DeepSpeed, one rank: engines that take this one's place in turn."""
         for name in ENGINES:
-            for pairs in BATCHES[self.device]:
+            for pairs in step_sizes.BATCHES[self.device]:
 
                 def work(name: str = name, pairs: int = pairs) -> Row:
                     self._become(name)
@@ -340,8 +328,8 @@ class Bench:
 
     def scaling(self) -> None:
         """From FIRST_PAIRS to LAST_PAIRS by doubling, then the laws fitted to them."""
-        pairs, made = FIRST_PAIRS[self.device], []
-        while pairs <= LAST_PAIRS[self.device]:
+        pairs, made = step_sizes.FIRST_PAIRS[self.device], []
+        while pairs <= step_sizes.LAST_PAIRS[self.device]:
             made.append(self.step_of("scaling", pairs))
             if not self.is_gpu:  # the cache is walked too
                 made.append(self.cached("scaling", pairs))
@@ -362,6 +350,7 @@ class Bench:
         }
         for name, step in steps.items():
             if name in sections:
+                self.section = name
                 step()
         return self.rows
 
@@ -378,6 +367,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="rows that come later say so")
     parser.add_argument("--report", action="store_true", help="write the pages' tables and stop")
     parser.add_argument("--out", type=Path, help="file of the rows (benchmarks/results)")
+    parser.add_argument(
+        "--go-on", action="store_true", help="keep the rows of --out and run what comes behind them"
+    )
     arguments = parser.parse_args()
     if arguments.report:
         for page in step_report.write_pages():
@@ -385,10 +377,20 @@ def main() -> None:
         return
     begin = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = harness.write_rows("step", [], arguments.out)
+    made = harness.read_json(arguments.out, list) if arguments.go_on else []
+    path = harness.write_rows("step", made, arguments.out)
     bench = Bench(device, deadline=begin + 60 * arguments.minutes, path=path)
     print(json.dumps(bench.facts | {"matmul_peak_tflops": bench.peak_tflops}), flush=True)
-    rows = bench.run(arguments.only)
+    try:
+        rows = bench.run(bench.go_on(made, arguments.only))
+    except LostGpu as error:
+        print(
+            f"the GPU does not answer this process any more ({error}); rows made so far are kept: "
+            f"--go-on --out {path} runs the sections behind this one",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(harness.LOST_GPU)  # what CUDA does at the usual exit would end it by a signal
     print(harness.table([row for row in rows if "status" in row], COLUMNS))
     print(f"rows: {path}")
 

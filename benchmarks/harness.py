@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache in use
 WARMUP = 3  # calls on a GPU before the first that counts; one on a CPU
+LOST_GPU = 75  # exit code: an error took the GPU from this process, another may go on
 MOST_FLUSHES = 200  # about 15 ms of work: a call that waits for the GPU itself is never ahead
 
 
@@ -210,12 +211,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
+def rows_path(name: str) -> Path:
+    """Where the rows of a run that begins now go."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return RESULTS / f"{name}-{stamp}.json"
+
+
 def write_rows(name: str, rows: list[dict[str, Any]], path: Path | None = None) -> Path:
     """One JSON file a run: a list of rows; `path` is written again where it is given."""
     if path is None:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-        path = RESULTS / f"{name}-{stamp}.json"
+        path = rows_path(name)
     # whole or not at all: a time limit may strike while the file is written
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

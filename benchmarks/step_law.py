@@ -45,7 +45,7 @@ def laws(rows: list[Row]) -> list[Row]:
                     "of": column,
                     "unit": unit,
                     "is_cached": is_cached,
-                    "pairs": sorted(known),
+                    "sizes": sorted(known),
                     "coefficients": coefficients,
                     "largest_residual": worst,
                 }

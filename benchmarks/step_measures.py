@@ -191,7 +191,7 @@ def law_lines(rows: list[Row]) -> list[str]:
     names = {"step_ms": "time", "peak_gib": "memory"}
     return [
         f"{names[row['of']]}, {'gradient cache' if row['is_cached'] else 'plain'}, "
-        f"{row['pairs'][0]} to {row['pairs'][-1]} pairs: {as_text(row)} ({commits(row)})"
+        f"{row['sizes'][0]} to {row['sizes'][-1]} pairs: {as_text(row)} ({commits(row)})"
         for row in rows
         if row.get("kind") == "law"
     ]

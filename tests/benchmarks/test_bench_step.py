@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_step, harness, providers, step_measures, step_reading
+from benchmarks import bench_step, harness, providers, step_measures, step_reading, step_sizes
 from benchmarks.bench_step import Bench
 from benchmarks.step_reading import FEEDS
 from benchmarks.step_timing import PARTS, Runner
@@ -118,11 +118,11 @@ def test_a_way_changes_the_engine_only_inside(name: str) -> None:
 
 def test_the_way_of_float32_is_a_run_that_does_not_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit after a step; the third run, which rounds, is another one."""
-    rounding = bench_step.SETTINGS
+    rounding = step_sizes.OVERRIDES["cpu"]
     plain = tuple(setting for setting in rounding if setting != "train.residual=bf16")
     made = []
     for settings, way in (plain, as_it_is), (rounding, float32_residual), (rounding, as_it_is):
-        monkeypatch.setattr(bench_step, "SETTINGS", settings)
+        monkeypatch.setitem(step_sizes.OVERRIDES, "cpu", settings)
         bench = bench_on()
         with way(bench.engine):
             bench.runner(4, 0).step()
@@ -165,8 +165,8 @@ def _without_room(bench: Bench, monkeypatch: pytest.MonkeyPatch, *, plain: int, 
 
     monkeypatch.setattr(bench, "runner", Full)
     monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setitem(bench_step.BATCHES, "cpu", (4, 32))
-    monkeypatch.setitem(bench_step.LAST_PAIRS, "cpu", 64)
+    monkeypatch.setitem(step_sizes.BATCHES, "cpu", (4, 32))
+    monkeypatch.setitem(step_sizes.LAST_PAIRS, "cpu", 64)
 
 
 def test_what_does_not_fit_is_a_row_and_goes_on_with_the_gradient_cache(
@@ -241,23 +241,58 @@ def test_what_a_library_calls_a_full_card_is_one_and_other_errors_are_not() -> N
     assert not harness.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
-def test_a_lost_gpu_ends_the_run_after_the_row_that_says_why(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_lost_gpu_costs_its_section_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After an illegal address every call of the process fails: rows would repeat its error."""
-    bench = shared_bench()
-    monkeypatch.setattr(bench, "rows", [])
-    monkeypatch.setattr(bench, "is_gpu", True)
+    """After an illegal address every call of the process fails: rows would repeat its error. The
+    next process goes on with the sections behind it, and knows what fits."""
+    bench, out = shared_bench(), tmp_path / "step-0.json"
+    for name, value in {"rows": [], "section": None, "is_gpu": True, "fits": 0}.items():
+        monkeypatch.setattr(bench, name, value)
 
     def lost(*_: object) -> dict[str, Any]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     monkeypatch.setattr(torch.cuda, "empty_cache", lost)
-    with pytest.raises(SystemExit, match="illegal memory access.*--only runs the sections"):
-        bench.attempt({"kind": "batch"}, lost)
-    (row,) = bench.rows
-    assert row["status"].startswith("failed: RuntimeError: CUDA error: an illegal memory access")
+    label = {"kind": "profile", "variant": "ours", "pairs": 4, "micro": 0}
+    ran: list[str] = []
+
+    def batches() -> None:
+        ran.append("batches")
+        for pairs, status in ((4, "ok"), (8, "out of memory")):
+            bench._learn(bench.keep(label | {"kind": "batch", "pairs": pairs, "status": status}))
+
+    monkeypatch.setattr(bench, "batches", batches)
+    monkeypatch.setattr(bench, "profile", lambda: bench.attempt(label, lost))
+    for name in ("parts", "variants", "scaling"):
+        monkeypatch.setattr(bench, name, lambda *_, name=name: ran.append(name))
+
+    def made(*_: object, path: Path, **__: object) -> Bench:
+        bench.path = path
+        return bench
+
+    monkeypatch.setattr(bench_step, "Bench", made)
+    monkeypatch.setattr(bench, "fails", float("inf"))
+    command = ["bench_step.py", "--out", str(out), "--only"]
+    command += ["scaling", "profile", "compiled", "batches"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(bench_step.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        bench_step.main()
+    assert ended.value.code == harness.LOST_GPU
+    said = capsys.readouterr().err
+    assert "illegal memory access" in said and f"--go-on --out {out}" in said
+    assert ran == ["batches"] and bench.rows[-1]["section"] == "profile"
+    status = "failed: RuntimeError: CUDA error: an illegal memory access"
+    assert bench.rows[-1]["status"].startswith(status)
+    kept = json.loads(out.read_text(encoding="utf-8"))
+    bench.rows, bench.fits, bench.fails = [], 0, float("inf")
+    monkeypatch.setattr(sys, "argv", [*command, "--go-on"])
+    bench_step.main()
+    assert ran == ["batches", "variants", "scaling"]
+    assert json.loads(out.read_text(encoding="utf-8")) == kept and len(kept) == 3
+    assert (bench.fits, bench.fails) == (4, 8)
 
 
 class _Event:
@@ -277,12 +312,12 @@ class _Event:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 def test_what_runs_on_a_gpu_alone_runs_on_the_virtual_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_step, "SETTINGS", bench_step.SETTINGS + bench_step.TINY)
-    monkeypatch.setattr(bench_step, "BERT_VOCABULARY", bench_step.TINY_VOCABULARY)
-    monkeypatch.setitem(bench_step.BATCHES, "cuda", (4,))
-    monkeypatch.setitem(bench_step.FIRST_PAIRS, "cuda", 4)
-    monkeypatch.setitem(bench_step.LAST_PAIRS, "cuda", 4)
-    monkeypatch.setitem(bench_step.VARIANT_PAIRS, "cuda", 4)
+    for table in (step_sizes.OVERRIDES, step_sizes.VOCABULARY):
+        monkeypatch.setitem(table, "cuda", table["cpu"])
+    monkeypatch.setitem(step_sizes.BATCHES, "cuda", (4,))
+    monkeypatch.setitem(step_sizes.FIRST_PAIRS, "cuda", 4)
+    monkeypatch.setitem(step_sizes.LAST_PAIRS, "cuda", 4)
+    monkeypatch.setitem(step_sizes.VARIANT_PAIRS, "cuda", 4)
     monkeypatch.setitem(step_reading.SIZES, "cuda", step_reading.SIZES["cpu"])
     # DALI's own copies to a GPU are not of torch
     torch_alone = {name: feed for name, feed in FEEDS.items() if feed.pipeline == "torch"}
@@ -368,7 +403,7 @@ def test_the_step_under_deepspeed_is_measured_by_engines_of_its_own(tmp_path: Pa
     )
     assert run.returncode == 0, run.stderr[-3000:]
     rows = json.loads(out.read_text(encoding="utf-8"))
-    sizes = bench_step.BATCHES["cpu"]
+    sizes = step_sizes.BATCHES["cpu"]
     assert [(row["variant"], row["pairs"]) for row in rows] == [
         (name, pairs) for name in ENGINES for pairs in sizes
     ]

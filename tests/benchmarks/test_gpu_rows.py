@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import gpu_rows, kernel_measures, step_measures, step_report
+from benchmarks import gpu_rows, kernel_measures, step_law, step_measures, step_report
 
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 OLD, NEW = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -107,6 +107,22 @@ def test_a_kernel_is_held_against_a_baseline_of_its_own_commit() -> None:
     assert NEW not in gpu_rows.origin([*rows[:2], _kernel(new, "inf_cl", 0.0, status=reason)])
     assert _measured([*rows, _kernel(new, "eager_bf16", 9.0)]) == ("9.00x", "bbbbbbb")
     assert _measured(rows[1:]) == ("not run by one commit", "bbbbbbb / aaaaaaa")
+
+
+def test_a_law_of_other_sizes_takes_the_place_of_the_law_before_it() -> None:
+    """What a later run had time for, or what fitted, is no case of its own."""
+    steps = {64: 10.0, 128: 19.0, 256: 38.0, 512: 77.0, 1024: 160.0}
+    rows: list[Any] = []
+    for commit, day, most in ((OLD, 27, 512), (NEW, 28, 1024)):
+        run = _run(H200, commit, day)
+        made = [
+            _step(run, ms, pairs=pairs, kind="scaling")
+            for pairs, ms in steps.items()
+            if pairs <= most
+        ]
+        rows += [*made, *({**law, "environment": run} for law in step_law.laws(made))]
+    (line,) = step_measures.law_lines(gpu_rows.latest(rows))
+    assert "64 to 1024 pairs" in line and f"({NEW[:7]})" in line
 
 
 def test_a_failure_hides_the_figures_of_the_code_before_it() -> None:

@@ -31,7 +31,7 @@ def test_a_law_is_recovered_and_needs_four_sizes() -> None:
     assert [law["of"] for law in step_law.laws(rows)] == ["step_ms"]
     assert step_law.laws(rows[:3]) == []
     later = {"kind": "batch", "status": "out of memory", "micro": 0, "pairs": 64}
-    assert step_law.laws([*rows, later])[0]["pairs"] == sizes
+    assert step_law.laws([*rows, later])[0]["sizes"] == sizes
     assert step_law.as_text(step_law.laws(rows)[0]) == "9 +0.6 B +2e-05 B^2 ms, within 0 %"
 
 
@@ -78,7 +78,7 @@ def _gpu_rows() -> list[dict[str, Any]]:
     }
     parts = {part: 10.0 + index for index, part in enumerate(PARTS)}
     kernel = {"kernel": "sm90_gemm|x", "calls": 48.0, "ms": 30.0, "share": 0.19}
-    law = {"of": "step_ms", "unit": "ms", "is_cached": False, "pairs": [64, 512]}
+    law = {"of": "step_ms", "unit": "ms", "is_cached": False, "sizes": [64, 512]}
     return [
         base | figures | {"kind": "batch"},
         base | {"kind": "batch", "pairs": 1024, "status": "out of memory"},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_step, harness, step_variants
+from benchmarks import bench_step, harness, step_sizes, step_variants
 from benchmarks.bench_step import ON_REQUEST, SECTIONS, Bench
 from benchmarks.step_variants import COMPILES, OURS, VARIANTS
 from mlip.settings.config import load
@@ -71,7 +71,7 @@ def test_a_card_measures_the_step_of_the_published_run(monkeypatch: pytest.Monke
     assert not made.model.vision.options and not made.model.text.options  # ViT-B/16, BERT-base
     assert (made.train.engine, made.train.zero_stage) == ("plain", 0)
     assert told == [30_522]  # rows of BERT's own vocabulary
-    assert bench_step.BATCHES["cuda"] == (256, 1024) and bench_step.VARIANT_PAIRS["cuda"] == 256
+    assert step_sizes.BATCHES["cuda"] == (256, 1024) and step_sizes.VARIANT_PAIRS["cuda"] == 256
 
 
 def test_memory_is_the_most_that_the_measured_steps_take_in_gibibytes(
@@ -114,8 +114,8 @@ def test_batches_lie_in_page_locked_memory_and_are_two_different_ones(
 def test_between_the_last_that_fits_and_the_first_that_does_not_one_more_is_tried(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench_step.BATCHES, "cpu", (4, 32))
-    monkeypatch.setitem(bench_step.LAST_PAIRS, "cpu", 64)
+    monkeypatch.setitem(step_sizes.BATCHES, "cpu", (4, 32))
+    monkeypatch.setitem(step_sizes.LAST_PAIRS, "cpu", 64)
     _card_of(12, bench, monkeypatch)
     bench.batches()
     full = "out of memory"
@@ -127,7 +127,7 @@ def test_between_the_last_that_fits_and_the_first_that_does_not_one_more_is_trie
 
 
 def test_where_all_sizes_fit_none_is_between(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(bench_step.LAST_PAIRS, "cpu", 16)
+    monkeypatch.setitem(step_sizes.LAST_PAIRS, "cpu", 16)
     _card_of(1000, bench, monkeypatch)
     bench.batches()
     assert [row["pairs"] for row in bench.rows] == [4, 8, 16]
@@ -146,7 +146,7 @@ def test_parts_of_a_size_that_does_not_fit_are_those_of_a_cached_step(
         return SimpleNamespace(times_ms=lambda **_: [1.0], parts_ms=parts_ms)
 
     monkeypatch.setattr(bench, "runner", runner)
-    monkeypatch.setitem(bench_step.BATCHES, "cpu", (4, 8, 64))
+    monkeypatch.setitem(step_sizes.BATCHES, "cpu", (4, 8, 64))
     monkeypatch.setattr(bench, "fits", 8)
     bench.parts()
     assert asked == [(4, 0, 3), (8, 0, 3), (64, 4, 3)]
@@ -156,7 +156,7 @@ def test_parts_of_a_size_that_does_not_fit_are_those_of_a_cached_step(
 def test_a_way_that_does_not_fit_is_tried_at_half_the_pairs_beside_ours(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench_step.VARIANT_PAIRS, "cpu", 16)
+    monkeypatch.setitem(step_sizes.VARIANT_PAIRS, "cpu", 16)
     inside = SimpleNamespace(way=None)
     for name in ("big", OURS):
 

@@ -120,10 +120,33 @@ def test_after_red_tests_it_says_how_to_get_the_benchmark_alone(
     assert gpu_check.main() == 0 and ran[0][1].endswith("bench_kernels.py")
     # packages that were carried to a machine without a network stay importable
     assert paths[0] == os.pathsep.join([str(ROOT), "/carried"])
-    assert "--out" not in ran[0]
+    assert Path(ran[0][ran[0].index("--out") + 1]).parent == harness.RESULTS
     # where a limit may strike, rows are written to what comes back
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--skip-tests", "--out", "kept/rows.json"])
-    assert gpu_check.main() == 0 and ran[1][-2:] == ["--out", "kept/rows.json"]
+    assert gpu_check.main() == 0 and ran[1][2:4] == ["--out", "kept/rows.json"]
+
+
+def test_a_benchmark_that_lost_the_gpu_goes_on_in_a_fresh_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the minutes that are left, as often as it happens; the check is red all the same."""
+    codes, ran = [harness.LOST_GPU, harness.LOST_GPU, 0], []
+    now = SimpleNamespace(s=0.0)
+
+    def run(command: list[str], timeout: float, **_: object) -> Any:
+        ran.append((command, timeout))
+        now.s += 120.0
+        return subprocess.CompletedProcess(command, codes[len(ran) - 1])
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now.s)
+    assert gpu_check.run_benchmark(["python", "b.py"], {}, 600.0) == harness.LOST_GPU
+    assert [command for command, _ in ran] == [
+        ["python", "b.py", "--minutes", "9.00"],
+        ["python", "b.py", "--go-on", "--minutes", "7.00"],
+        ["python", "b.py", "--go-on", "--minutes", "5.00"],
+    ]
+    assert [timeout for _, timeout in ran] == [600.0, 480.0, 360.0]
 
 
 def test_figures_of_no_commit_are_refused_before_any_minute_is_spent(
@@ -183,8 +206,11 @@ def test_a_benchmark_gets_its_part_s_options_and_the_minutes_that_tests_left(
     wanted = {"data": ["--only", "reading"], "deepspeed": ["--only", "deepspeed"]}.get(name, [])
     script = "bench_kernels.py" if name == "kernels" else "bench_step.py"
     assert told["command"] == [
-        sys.executable, str(ROOT / "benchmarks" / script), *wanted, "--minutes", "6.00",
+        sys.executable, str(ROOT / "benchmarks" / script), *wanted,
+        "--out", told["command"][-3], "--minutes", "6.00",
     ]  # fmt: skip
+    kind = "kernels" if name == "kernels" else "step"  # of which --report reads the rows
+    assert Path(told["command"][-3]).match(f"benchmarks/results/{kind}-*.json")
     assert told["timeout"] == pytest.approx(540 - 20 - 100) and told["cwd"] == ROOT
     part, environment, seconds = told["tests"]
     assert part is gpu_check.PARTS[name] and seconds == part.tests_s

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bench_step import SETTINGS, TINY, TINY_VOCABULARY
 from benchmarks.step_batch import made_batch
+from benchmarks.step_sizes import OVERRIDES, VOCABULARY
 from mlip.batch import Batch
 from mlip.model import MLIPModel
 from mlip.objective import Objective
@@ -21,7 +21,7 @@ from mlip.training.step import Engine
 
 CONCEPTS = 20
 FLOAT32 = ("train.precision=fp32", "train.residual=fp32")
-VIT = (*SETTINGS, *TINY, *FLOAT32, "model.text.packed=false")
+VIT = (*OVERRIDES["cpu"], *FLOAT32, "model.text.packed=false")
 PACKED = (*VIT, "model.text.packed=true")
 RESNET = (
     *(s for s in VIT if not s.startswith("model.vision")),
@@ -46,12 +46,12 @@ def _engine(settings: tuple[str, ...]) -> tuple[Engine, Config]:
     config = load([], settings)
     torch.manual_seed(0)
     vectors = torch.randn(CONCEPTS, config.knowledge.dim)
-    model = MLIPModel(config, vocab_size=TINY_VOCABULARY, concept_vectors=vectors)
+    model = MLIPModel(config, vocab_size=VOCABULARY["cpu"], concept_vectors=vectors)
     return build_engine(Objective(config, model), config), config
 
 
 def _batch(config: Config, pairs: int, seed: int = 0) -> Batch:
-    return made_batch(config, pairs, vocab_size=TINY_VOCABULARY, concepts=CONCEPTS, seed=seed)
+    return made_batch(config, pairs, vocab_size=VOCABULARY["cpu"], concepts=CONCEPTS, seed=seed)
 
 
 def _losses(engine: Engine, batches: list[Batch]) -> list[float]:
