@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlip.kernels._autograd import savable
 from mlip.kernels._distributed import row_counts
 from mlip.kernels.info_nce import ClipLoss, info_nce_loss
 from mlip.kernels.token_knowledge_patch import (
@@ -165,6 +166,9 @@ def test_a_patch_mask_filled_again_before_the_backward_pass_is_an_error(pooling:
 
 def test_all_but_one_side_may_come_out_of_inference_mode() -> None:
     assert_inference_mode_serves("torch")
+    with torch.inference_mode():  # where nothing is saved, nothing is copied
+        x = torch.zeros(2)
+        assert savable(x) is x
 
 
 @pytest.mark.parametrize("name", ["pair_ids", "image_valid", "text_valid"])
