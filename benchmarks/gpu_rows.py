@@ -17,7 +17,14 @@ _SOFTWARE = ("driver", "cuda", "torch", "triton", "python")
 
 
 def commit_of(row: Row) -> str:
-    return str(row.get("environment", {}).get("commit"))
+    """With a "+" where files were changed since."""
+    facts = row.get("environment", {})
+    return str(facts.get("commit")).removesuffix("+") + _mark(row)
+
+
+def _mark(row: Row) -> str:
+    facts = row.get("environment", {})
+    return "+" if facts.get("modified") or str(facts.get("commit")).endswith("+") else ""
 
 
 def date_of(row: Row) -> str:
@@ -66,7 +73,7 @@ def together(
 
 def commits(*rows: Row | None) -> str:
     """Short commits of the rows that a cell shows figures of, "-" where there is none."""
-    known = [commit_of(row)[:7] for row in rows if row is not None and has_news(row)]
+    known = [commit_of(row)[:7] + _mark(row) for row in rows if row is not None and has_news(row)]
     return " / ".join(dict.fromkeys(known)) or "-"
 
 

@@ -98,9 +98,8 @@ def parts_table(rows: list[Row]) -> list[Row]:
     table: list[Row] = [{"part": part} for part in (*PARTS, "commit")]
     for pairs in PAIRS:
         row = find(rows, ("parts",), pairs=pairs)
-        for line in table[:-1]:
-            part = line["part"]
-            line[f"{pairs:,} pairs, ms"] = cell(row, partial(_part_ms, part))
+        for say, line in zip((cell, *[_more] * len(PARTS)), table[:-1], strict=False):
+            line[f"{pairs:,} pairs, ms"] = say(row, partial(_part_ms, line["part"]))
         table[-1][f"{pairs:,} pairs, ms"] = commits(row)
     return table
 

@@ -109,6 +109,22 @@ def test_a_kernel_is_held_against_a_baseline_of_its_own_commit() -> None:
     assert _measured(rows[1:]) == ("not run by one commit", "bbbbbbb / aaaaaaa")
 
 
+def test_a_figure_of_changed_files_says_so() -> None:
+    """Told by git, or by who named the commit of a copy without it."""
+    for told in ({"modified": True}, {"modified": False, "commit": f"{NEW}+"}):
+        run = _run(H200, NEW, 28) | told
+        text = step_report.tables([_step(run, 100.0)], [], None)
+        assert f"| {NEW[:7]}+ |" in text["gpu batches"] and f"{NEW}+." in text["gpu origin"]
+
+
+def test_why_parts_have_no_time_is_said_once() -> None:
+    run = _run(H200, NEW, 28)
+    rows = [_step(run, 1.0, kind="parts", status="failed: why")]
+    first, *others = step_measures.parts_table(rows)
+    assert first["256 pairs, ms"] == "failed: why"
+    assert {line["256 pairs, ms"] for line in others} == {"-", NEW[:7]}
+
+
 def test_a_law_of_other_sizes_takes_the_place_of_the_law_before_it() -> None:
     """What a later run had time for, or what fitted, is no case of its own."""
     steps = {64: 10.0, 128: 19.0, 256: 38.0, 512: 77.0, 1024: 160.0}
