@@ -179,6 +179,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"MS-CXR: boxes of {len(boxed)} images, which are test (subset ms_cxr); "
             f"{len(boxes_of) - len(boxed)} others of its list are not in the metadata"
         )
+    if not labels:
+        notes.append("no mimic-cxr-2.0.0-chexpert.csv(.gz) beside the metadata: no labels")
     notes += patients.notes()
     return Collected(rows, excluded, notes, {"mimic_cxr_sectioned.csv": table})
 

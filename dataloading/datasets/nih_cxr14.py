@@ -33,6 +33,7 @@ FINDINGS = (
     "Mass Nodule Pleural_Thickening Pneumonia Pneumothorax"
 ).split()
 _TABLES = ["Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"]
+_BOXES = "BBox_List_2017.csv"
 _BOX_NAMES = {"Infiltrate": "Infiltration"}  # the box file's own word
 
 
@@ -82,7 +83,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
                 boxes=json.dumps(boxes[name]) if name in boxes else "",
             )
         )
-    return Collected(rows, excluded, cells.notes())
+    without = [] if boxes else [f"no {_BOXES} in the root: no boxes"]
+    return Collected(rows, excluded, without + cells.notes())
 
 
 def _boxes(root: Path) -> dict[str, list[list[float | str]]]:
@@ -91,7 +93,7 @@ def _boxes(root: Path) -> dict[str, list[list[float | str]]]:
     Raises:  DatasetError where its header was put into quotation marks: read by it, a row would
              have a box of two numbers.
     """
-    path = root / "BBox_List_2017.csv"
+    path = root / _BOXES
     boxes: dict[str, list[list[float | str]]] = {}
     if path.is_file():
         for row in read_csv(path, ["Image Index", "Finding Label"], ACCESS):

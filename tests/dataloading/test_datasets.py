@@ -104,6 +104,13 @@ def test_mimic_cxr_names_what_is_missing_and_where_it_comes_from(tmp_path):
     with pytest.raises(DatasetError, match="mimic-cxr-reports.zip of https://physionet.org"):
         collect("mimic_cxr", tmp_path)
     base = tmp_path / "physionet.org" / "files" / "mimic-cxr-jpg" / "2.1.0"
+    make_mimic(tmp_path)
+    assert not any("no labels" in note for note in collect("mimic_cxr", tmp_path).notes)
+    (base / "mimic-cxr-2.0.0-chexpert.csv.gz").unlink()
+    assert (
+        "no mimic-cxr-2.0.0-chexpert.csv(.gz) beside the metadata: no labels"
+        in collect("mimic_cxr", tmp_path).notes
+    )
     (base / "mimic-cxr-2.0.0-split.csv.gz").unlink()
     with pytest.raises(DatasetError, match="split.csv.gz or mimic-cxr-2.0.0-split.csv"):
         collect("mimic_cxr", tmp_path)
@@ -281,6 +288,8 @@ def test_nih_cxr14(tmp_path):
     with pytest.raises(DatasetError, match="without quotation marks"):
         collect("nih_cxr14", tmp_path)
     boxes.unlink()
+    assert not any("no boxes" in note for note in collected.notes)
+    assert "no BBox_List_2017.csv in the root: no boxes" in collect("nih_cxr14", tmp_path).notes
     listed = (tmp_path / "test_list.txt").read_text().split()
     assert len(listed) == 3 and {rows[name].split for name in listed} == {"test"}
     (tmp_path / "test_list.txt").unlink()
