@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -103,6 +104,18 @@ def test_deidentification_can_be_required(tmp_path):
     dataset.save_as(tmp_path / "raw" / "003.dcm")
     fields, _ = make_member(str(tmp_path / "raw"), {"image": rows[3].image}, settings)
     assert fields == {"reason": "not_deidentified"}
+
+
+def test_a_file_gets_no_more_memory_than_its_process_may_take(tmp_path):
+    """Without the limit a file that unpacks without end takes the machine's memory, not its own."""
+    start = json.dumps({"root": str(tmp_path), "settings": dataclasses.asdict(ImageSettings())})
+    command = [sys.executable, "-m", "mlip.dataloading.prepare.shard_worker", start]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
+        assert worker.stdin and worker.stdout and worker.stdout.readline() == b"ready\n"
+        most, _ = resource.prlimit(worker.pid, resource.RLIMIT_AS)
+        mapped = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[0])
+        worker.stdin.close()
+    assert 0 < most <= mapped * resource.getpagesize() + (3 << 29)
 
 
 def test_under_a_limit_of_memory_that_may_not_be_raised_images_are_still_read(tmp_path):
