@@ -44,7 +44,8 @@ def _lut(dataset: Dataset, name: str, inputs: list[float], notes: list[str]) -> 
     if not sequence:
         return None
     if len(sequence) > 1:
-        notes.append(f"first_of_several_{'voi' if name.startswith('VOI') else 'modality'}_luts")
+        is_voi = name.startswith("VOI")
+        notes.append("first_of_several_voi_luts" if is_voi else "first_of_several_modality_luts")
     with error_wall("bad_lut"):
         item = sequence[0]
         count, first, bits = (int(v) for v in item["LUTDescriptor"].value)

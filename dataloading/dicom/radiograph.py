@@ -11,10 +11,12 @@ import os
 from dataclasses import dataclass, replace
 
 import numpy as np
+from pydicom.uid import UID
 
 from mlip.dataloading.dicom.frame import read_cells
 from mlip.dataloading.dicom.header import Header, read_header
 from mlip.dataloading.dicom.lut import Lut
+from mlip.dataloading.dicom.notes import NOTES
 from mlip.dataloading.dicom.phi import Leftover, check_phi
 from mlip.dataloading.dicom.source import (
     CODES,
@@ -155,7 +157,7 @@ def read_identity(source: str | os.PathLike[str] | bytes) -> Identity:
 
 
 def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
-    """One line a step of read_radiograph, with the lowest and highest value after it.
+    """One line a step of read_radiograph, with the lowest and highest value after it; the notes.
 
     Raises:  DicomError as read_radiograph.
     """
@@ -167,7 +169,8 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
     info = _info(header, tone)
     sign = "signed" if header.signed else "unsigned"
     lines = [
-        f"file: {size} bytes, transfer syntax {header.transfer_syntax}",
+        f"file: {size} bytes, transfer syntax {header.transfer_syntax} "
+        f"({UID(header.transfer_syntax).name})",
         f"frame: {header.rows} x {header.columns}, {header.bits_stored} of "
         f"{header.bits_allocated} bits, {sign}, {header.photometric}",
     ]
@@ -190,9 +193,7 @@ def explain(source: str | os.PathLike[str] | bytes) -> list[str]:
         label = f"VOI {name}" if name == tone.voi else name
         extra = f" ({detail[name]})" if detail.get(name) else ""
         lines.append(f"{label}: {low:g} .. {high:g}{extra}")
-    if header.notes:
-        lines.append(f"notes: {', '.join(header.notes)}")
-    return lines
+    return lines + [f"note {code}: {NOTES[code]}" for code in header.notes]
 
 
 def _describe_lut(lut: Lut | None) -> str:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import Collected, Dataset, DatasetError, Row, leads_out
-from mlip.dataloading.dicom.radiograph import DicomError, explain
-from mlip.dataloading.ledger import listed
+from mlip.dataloading.dicom.notes import NOTES
+from mlip.dataloading.dicom.radiograph import CODES, DicomError, explain
+from mlip.dataloading.ledger import REASONS, listed
 from mlip.dataloading.prepare.duplicates import prepared_duplicates
 from mlip.dataloading.prepare.options import (
     check_places,
@@ -45,6 +46,19 @@ from mlip.system.machine import usable_cores
 from mlip.system.output_file import file_sha256
 from mlip.system.unread_output import one_line, printed
 
+_MEANINGS = {
+    **REASONS,
+    **CODES,
+    **NOTES,
+    "crashed": "the process that decoded it ended, twice",
+    "timeout": "decoding took longer than --timeout, twice",
+    "outside_root": "a link leads out of --root",
+    "not_deidentified": "it names a patient or is not marked as de-identified",
+    "too_dark": "no pixel reaches an eighth of white",
+    "above_white": "a pixel is brighter than --png-white",
+    "sex_unlike_table": "header and table differ: the one that is read first is taken",
+    "age_unlike_table": "header and table differ: the one that is read first is taken",
+}
 _ADVICE = {
     "too_dark": "; of 12-bit values in 16-bit PNGs say --png-white 4095",
     "above_white": "; say a larger --png-white",
@@ -245,7 +259,7 @@ def _print_counts(collected: Collected) -> None:
     print(f"{'split':8s}{'images':>10s}{'studies':>10s}{'patients':>10s}{'reports':>10s}  views")
     for split in ("train", "val", "test"):
         rows = [row for row in collected.rows if row.split == split]
-        views = Counter(row.view or "-" for row in rows)
+        views = Counter(row.view or "not stated" for row in rows)
         print(
             f"{split:8s}{len(rows):10d}{len({(r.patient_id, r.study_id) for r in rows}):10d}"
             f"{len({r.patient_id for r in rows}):10d}{sum(bool(r.report) for r in rows):10d}  "
@@ -281,6 +295,11 @@ def _record(
     write_json(record, plan.out / "prepared.json")
 
 
+def _meaning(code: str) -> str:
+    """In brackets; shards of another version may hold codes that this one does not know."""
+    return f" ({_MEANINGS[code]})" if code in _MEANINGS else ""
+
+
 def _print_result(
     collected: Collected, plan: Plan, result: Result, seconds: float, alike: list[str]
 ) -> int:
@@ -292,9 +311,9 @@ def _print_result(
     )
     for reason, count in result.refused.most_common():
         advice = "; the same command takes those that are there by then" * (reason in PASSING)
-        print(f"refused, {reason}: {count}{_ADVICE.get(reason, advice)}")
+        print(f"refused, {reason}: {count}{_meaning(reason)}{_ADVICE.get(reason, advice)}")
     for code, count in result.noted.most_common():
-        print(f"noted, {code}: {count}")
+        print(f"noted, {code}: {count}{_meaning(code)}")
     if not result.complete:
         print("not complete: other parts are missing; the last one to finish writes the manifest")
         return 0

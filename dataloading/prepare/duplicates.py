@@ -100,8 +100,8 @@ def write_duplicates(
     ]
     if films(~same_split):
         lines.append(
-            "LEAKAGE: films of different splits look the same: look at the pairs, and give those "
-            "patients one split or leave them out where they are"
+            "LEAKAGE: films of different splits look the same: look at the pairs, then give "
+            "those patients one split or take the films out of --root"
         )
     return lines
 

@@ -5,6 +5,7 @@ Oracle: the same pixels with the same values where plain radiographs keep them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from mlip.dataloading.dicom.radiograph import DicomError, explain, read_radiograph, write_radiograph
+from mlip.dataloading.dicom.notes import NOTES
+from mlip.dataloading.dicom.radiograph import (
+    CODES,
+    DicomError,
+    explain,
+    read_radiograph,
+    write_radiograph,
+)
+from mlip.dataloading.ledger import REASONS
+
+ROOT = Path(__file__).parents[2]
 
 
 def film(path: Path, change: Callable[[Dataset], None]) -> Path:
@@ -187,8 +198,8 @@ def test_a_film_that_hangs_otherwise_is_noted_and_not_flipped(
     image, info = read_radiograph(other)
     np.testing.assert_array_equal(image, read_radiograph(plain)[0])
     assert info.notes == notes
-    last = f"notes: {', '.join(notes)}"
-    assert (explain(other)[-1] == last) == bool(notes)
+    told = [line for line in explain(other) if line.startswith("note")]
+    assert told == [f"note {code}: {NOTES[code]}" for code in notes]
 
 
 def test_a_flip_that_the_maker_already_applied_makes_no_note(tmp_path: Path) -> None:
@@ -250,3 +261,15 @@ def test_a_presentation_shape_that_says_the_opposite_is_noted_and_not_followed(
     image, info = read_radiograph(path)
     assert ("unsure_polarity" in info.notes) == noted
     assert (image[0, 0] > image[-1, -1]) == (photometric == "MONOCHROME1")
+
+
+def test_every_code_has_words_and_stands_on_its_page() -> None:
+    dicom, data = ((ROOT / "docs" / name).read_text("utf-8") for name in ("dicom.md", "data.md"))
+    for title, page, codes in (
+        ("## Notes", dicom, NOTES),
+        ("## Reason codes", dicom, CODES),
+        ("## The ledger", data, REASONS),
+    ):
+        rows = [x for x in page.split(title)[1].split("\n## ")[0].splitlines() if x[:2] == "| "]
+        cells = [cell for row in rows for cell in row.split("|")[1:-1:2]]
+        assert {code for cell in cells for code in re.findall("`([a-z_]+)`", cell)} == set(codes)

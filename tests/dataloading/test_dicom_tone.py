@@ -102,6 +102,7 @@ def test_explain_names_every_step_with_its_range(tmp_path):
     image = np.array([[0, 65535], [32768, 16384]], np.uint16)
     write_radiograph(tmp_path / "a", image, patient_id="p", study_id="s", photometric="MONOCHROME1")
     lines = explain(tmp_path / "a")
+    assert lines[0].endswith("transfer syntax 1.2.840.10008.1.2.1 (Explicit VR Little Endian)")
     assert lines[1:] == [
         "frame: 2 x 2, 16 of 16 bits, unsigned, MONOCHROME1",
         "stored: 0 .. 65535",

@@ -255,10 +255,16 @@ def test_a_set_of_dark_pictures_is_refused_with_the_way_on(
     cv2.imwrite(str(root / "dark.png"), dark)
     out = tmp_path / "out"
     assert prepare("folder", "--root", root, "--out", out) == 0
-    assert "refused, too_dark: 1; of 12-bit values" in capsys.readouterr().out
+    assert (
+        "refused, too_dark: 1 (no pixel reaches an eighth of white); of 12-bit values"
+        in capsys.readouterr().out
+    )
     command = ["folder", "--root", root, "--out", out, "--overwrite", "--png-white"]
     assert prepare(*command, "1000") == 0
-    assert "refused, above_white: 1; say a larger --png-white" in capsys.readouterr().out
+    assert (
+        "(a pixel is brighter than --png-white); say a larger --png-white"
+        in capsys.readouterr().out
+    )
     assert prepare(*command, "4095") == 0
     assert "refused" not in capsys.readouterr().out.replace("+ refused 0", "")
 

@@ -13,6 +13,7 @@ import pytest
 
 from mlip.dataloading.datasets import DATASETS
 from mlip.dataloading.datasets.rows import DatasetError, Row, split_by_patient
+from mlip.dataloading.dicom.notes import NOTES
 from mlip.dataloading.prepare import command as prepare
 from mlip.settings.config import ConfigError
 from tests.raw_layouts import (
@@ -71,6 +72,10 @@ def test_real_radiographs_are_prepared_end_to_end(tmp_path, capsys):
     assert mlip_prepare("manifest", "--root", SHARED, "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     assert "rows 1108 = images 1108 + refused 0 + lost 0" in printed
+    counts = next(line for line in printed.splitlines() if line.startswith("val"))
+    assert counts.split(maxsplit=5) == (
+        ["val", "154", "90", "90", "30", "AP 74, PA 66, not stated 7, AP Supine 5, L 2"]
+    )
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
     with open(SHARED / "manifest.csv", newline="", encoding="utf-8") as file:
         raw = list(csv.DictReader(file))
@@ -88,7 +93,11 @@ def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_pat
     settings = ["--bits", 16, "--side", 64, "--workers", 1]
     assert mlip_prepare("rsna_pneumonia", "--root", tmp_path / "raw", "--out", out, *settings) == 0
     printed = capsys.readouterr().out
-    assert "refused, unsupported: 1" in printed and "lost 0" in printed and "Licence" in printed
+    assert (
+        "refused, unsupported: 1 (the file is no JPEG, PNG or DICOM" in printed
+        and "lost 0" in printed
+        and "Licence" in printed
+    )
     rows = pyarrow.parquet.read_table(out / "manifest.parquet").to_pylist()
     assert {row["patient_id"] for row in rows} == {f"id{i}" for i in range(10) if i != 3}
     assert {row["bits"] for row in rows} == {16}
@@ -186,7 +195,9 @@ def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
     pydicom.dcmwrite(tmp_path / "raw" / "a.dcm", dataset)
     out = tmp_path / "out"
     assert mlip_prepare("folder", "--root", tmp_path / "raw", "--out", out, "--workers", 1) == 0
-    assert "noted, own_range: 1\nrows 1 = images 1" in capsys.readouterr().out
+    assert (
+        f"noted, own_range: 1 ({NOTES['own_range']})\nrows 1 = images 1" in capsys.readouterr().out
+    )
     assert json.loads((out / "prepared.json").read_text())["noted"] == {"own_range": 1}
 
 

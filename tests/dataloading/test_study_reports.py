@@ -334,7 +334,7 @@ def test_sex_and_age_of_the_list_stand_in_where_the_header_tells_none(
     assert found == [("M", "90"), ("F", "58"), ("F", "58"), ("M", ""), ("", "30")]
     assert noted == {"sex_unlike_table": 1, "age_unlike_table": 1}
     printed = capsys.readouterr().out
-    assert "noted, sex_unlike_table: 1\n" in printed
+    assert "noted, sex_unlike_table: 1 (header and table differ" in printed
     assert "cells not read, so not stated: age 1\n" in printed
     assert "sexes or ages that rows of one study tell otherwise: 1\n" in printed
     without, noted = prepared(root, tmp_path / "none", *given, "--no-demographics")
