@@ -40,6 +40,7 @@ from mlip.saved.tower_shapes import shapes_of
 from mlip.settings.config import Config, ConfigError, read, sort_settings
 from mlip.settings.given import given
 from mlip.system.output_file import whole_file
+from mlip.system.unread_output import printed
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
@@ -56,6 +57,7 @@ from mlip.transfer.fingerprint import (
     versions,
 )
 from mlip.transfer.results_file import save_results
+from mlip.transfer.summary import summary_lines
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -189,7 +191,9 @@ def evaluate(config: Config, corpus: Corpus) -> None:
     )
     results = evaluate_run(opened, config, corpus.manifest)
     save_results(results, folder)
-    print(f"report: {write_report(folder, results)}")
+    page = write_report(folder, results)
+    print(printed(summary_lines(results)))
+    print(f"report: {page}")
 
 
 def main(arguments: list[str]) -> int:
@@ -217,7 +221,10 @@ def main(arguments: list[str]) -> int:
                         randomness.use_all_cores()
                         evaluate(config, corpus)
                 elif is_main:
-                    print("not evaluated (evaluate.after_training=false); `mlip evaluate` does it")
+                    print(
+                        "not evaluated (evaluate.after_training=false): "
+                        f"`mlip evaluate {config.run.dir}` does it"
+                    )
 
     return guarded(run, lambda: folder[0] if folder else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,10 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkey
     assert "stopped on request after step 3 of 4; saved" in capsys.readouterr().err
     assert not (tmp_path / "parts" / "report.html").exists()
     assert train.main(_overrides(tmp_path / "parts")) == 0
+    # a cluster's log tells the scores without the page
+    assert re.search(
+        r"zero-shot AUROC .*recall@10 .*\nreport: ", capsys.readouterr().out, re.DOTALL
+    )
     assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
     terms = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[0])["terms"]
     expected = {"global_contrastive", "local_alignment", "category", "matching", "swapping"}
@@ -247,7 +252,7 @@ def test_a_run_without_held_out_rows_is_refused_at_once_and_trains_when_told_to(
     assert "train 32, val 0, test 32" in said and "evaluate.after_training=false" in said
     # the same folder serves the next try
     assert train.main([*without, "evaluate.after_training=false"]) == 0
-    assert "not evaluated (evaluate.after_training=false)" in capsys.readouterr().out
+    assert f"`mlip evaluate {tmp_path}` does it" in capsys.readouterr().out
     assert len(checkpoint.checkpoints_of(tmp_path)) == 1
     assert not (tmp_path / "report.html").exists()
 
