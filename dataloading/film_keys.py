@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mlip.dataloading.datasets.manifest import USUAL
+from mlip.dataloading.datasets.report_columns import usual_column
 from mlip.dataloading.images.same_pictures import PictureHashes, hashes_of, read_hash_table
 from mlip.dataloading.splits import split_codes
 from mlip.dataloading.tables.cells import UNREADABLE
@@ -55,8 +56,8 @@ def usual_columns(path: Path, columns: Columns) -> Columns:
     names = column_names(path)
 
     def found(field: str) -> str | None:
-        asked = (getattr(columns, field), *USUAL[field])
-        return next((name for name in asked if name in names), None)
+        asked = getattr(columns, field)
+        return asked if asked in names else usual_column(names, USUAL[field]) or None
 
     return dataclasses.replace(
         columns,

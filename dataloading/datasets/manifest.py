@@ -9,7 +9,12 @@ import posixpath
 from collections import Counter
 from pathlib import Path
 
-from mlip.dataloading.datasets.report_columns import find_report, joined_texts, said
+from mlip.dataloading.datasets.report_columns import (
+    find_report,
+    joined_texts,
+    said,
+    usual_column,
+)
 from mlip.dataloading.datasets.rows import (
     Collected,
     Dataset,
@@ -26,18 +31,18 @@ from mlip.dataloading.tables.csv_text import shown
 from mlip.dataloading.tables.table import check_identifiers, column_names, read_table
 from mlip.settings.config import ConfigError
 
-# field -> column names tried in this order where the user gives none
+# field -> usual names as plain_name writes them, tried in this order where the user gives none
 USUAL = {
-    "image": ("image", "image_path", "path", "Path", "file", "filename", "dicom_path"),
-    "patient_id": ("patient_id", "subject_id", "PatientID", "patient"),
-    "study_id": ("study_id", "StudyInstanceUID", "study"),
-    "image_id": ("image_id", "dicom_id", "SOPInstanceUID"),
-    "split": ("split", "Split", "set"),
-    "view": ("view", "ViewPosition", "view_position", "projection"),
-    "sex": ("sex", "Sex", "gender", "Gender", "PatientSex", "patient_sex", "Patient Gender"),
-    "age": ("age", "Age", "PatientAge", "patient_age", "Patient Age"),
-    "labels": ("labels", "finding_labels", "Finding Labels"),
-    "sha256": ("sha256", "sha_256"),
+    "image": ("image", "imagepath", "path", "file", "filename", "filepath", "dicompath"),
+    "patient_id": ("patientid", "subjectid", "patient", "mrn"),
+    "study_id": ("studyid", "studyinstanceuid", "study"),
+    "image_id": ("imageid", "dicomid", "sopinstanceuid"),
+    "split": ("split", "set"),
+    "view": ("view", "viewposition", "projection"),
+    "sex": ("sex", "gender", "patientsex", "patientgender"),
+    "age": ("age", "patientage"),
+    "labels": ("labels", "findinglabels"),
+    "sha256": ("sha256",),
 }
 _NEEDED = ("image", "patient_id")
 _IDENTIFIERS = {"patient_id", "study_id", "image_id"}
@@ -51,21 +56,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     """The manifest's rows; without a column of splits they get one by the hash of their patient."""
     path = _find(root, options["file"])
     names = column_names(path)
-    # a header's blanks are no part of the usual names: "image, patient_id"
-    plain = {name.strip(): name for name in reversed(names)}
     wanted: dict[str, str] = {}
     for field, usual in USUAL.items():
-        given = options[field]
-        if given == "none":
-            continue
-        found = given or next((plain[name] for name in usual if name in plain), "")
-        if found:
+        if options[field] != "none" and (found := options[field] or usual_column(names, usual)):
             wanted[field] = found
-        elif field in _NEEDED:
-            raise DatasetError(
-                f"{path}: no column for {field}: give --option {field}=<column>; the file has "
-                f"{shown(names)}"
-            )
+    if missing := [field for field in _NEEDED if field not in wanted]:
+        how = " ".join(f"--option {field}=<column>" for field in missing)
+        raise DatasetError(
+            f"{path}: no column for {', '.join(missing)}: give {how}; the file has {shown(names)}"
+        )
     findings = _findings(path, options, names)
     if findings:
         wanted.pop("labels", None)
@@ -147,6 +146,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         wanted["report"] = ", ".join(texts)
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
     notes = [f"columns: {columns}"]
+    if unread := [name for name in names if name not in {*wanted.values(), *texts, *findings}]:
+        notes.append(f"columns not read: {shown(unread)}")
     if not texts and options["report"] != "none":
         notes.append("no column of reports was found: name one with --option report=COLUMN")
     if count := sum("\\" in row.image for row in rows):

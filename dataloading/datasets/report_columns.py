@@ -33,6 +33,15 @@ def plain_name(column: str) -> str:
     return re.sub(r"[\W_]+", "", column.lower())
 
 
+def usual_column(names: Sequence[str], usual: Sequence[str]) -> str:
+    """The column of the first usual name, "" where there is none.
+
+    usual  as plain_name writes them, tried in this order
+    """
+    plain = {plain_name(name): name for name in reversed(names)}
+    return next((plain[name] for name in usual if name in plain), "")
+
+
 def find_report(path: Path, names: Sequence[str], given: str, option: str) -> list[str]:
     """The column or columns of the report: those given, else a usual one, else its two sections.
 
@@ -51,13 +60,9 @@ def find_report(path: Path, names: Sequence[str], given: str, option: str) -> li
                 f"has {shown(names)}"
             )
         return wanted
-    plain = {plain_name(name): name for name in reversed(names)}
-    for name in _WHOLE:
-        if name in plain:
-            return [plain[name]]
-    found = [
-        next((plain[name] for name in usual if name in plain), "") for usual in _SECTIONS.values()
-    ]
+    if whole := usual_column(names, _WHOLE):
+        return [whole]
+    found = [usual_column(names, usual) for usual in _SECTIONS.values()]
     # one of them alone may as well be a column of labels
     return found if all(found) else []
 

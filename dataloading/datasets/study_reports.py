@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 from mlip.dataloading.datasets.report_columns import (
     find_report,
     joined_texts,
-    plain_name,
     said,
+    usual_column,
 )
 from mlip.dataloading.datasets.rows import DatasetError, Row
 from mlip.dataloading.demographics import PatientCells, differs
@@ -322,8 +322,7 @@ def _column(
         raise DatasetError(
             f"{path}: --option {option}={given}: no such column; the file has {shown(names)}"
         )
-    plain = {plain_name(name): name for name in reversed(names)}
-    return given or next((plain[name] for name in usual if name in plain), "")
+    return given or usual_column(names, usual)
 
 
 def _holds_uids(column: pa.ChunkedArray) -> bool:

@@ -130,7 +130,7 @@ def grouping_lines(manifest: Path) -> list[str]:
         for row in pc.value_counts(table[name]).to_pylist():
             found[row["values"] or _NOTHING] += row["counts"]  # a table may have the words too
         if name == "age":
-            lines.append(f"age: stated of {len(table) - found[_NOTHING]} of {len(table)}")
+            lines.append(f"age: stated for {len(table) - found[_NOTHING]} of {len(table)}")
         else:
             told = ", ".join(f"{value} {count}" for value, count in found.most_common(_MOST_TOLD))
             lines.append(f"{name}: {told}")

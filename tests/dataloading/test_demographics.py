@@ -358,7 +358,7 @@ def test_prepare_ends_with_what_evaluations_may_group_by(
     assert prepare(root, tmp_path / "out") == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-5:-3] == ["view: PA 2, AP 1", "projections: PA 2, AP 1"]
-    assert said[-3:-1] == ["sex: F 2, not stated 1", "age: stated of 1 of 3"]
+    assert said[-3:-1] == ["sex: F 2, not stated 1", "age: stated for 1 of 3"]
     assert prepare(root, tmp_path / "without", "--no-demographics") == 0
     assert capsys.readouterr().out.splitlines()[-2] == "projections: PA 2, AP 1"
 

@@ -54,13 +54,33 @@ def test_manifest_finds_usual_columns_and_names_missing_ones(tmp_path):
     assert rows["9.png"].patient_id == "4" and rows["9.png"].study_id == ""
     free = collect("manifest", tmp_path, split="none", report="none")
     assert {row.report for row in free.rows} == {""} and "report" not in free.notes[0]
-    table(tmp_path / "other.csv", "file_name,subject_id", [["0.png", 1]])
-    with pytest.raises(DatasetError, match="no column for image.*file_name, subject_id"):
+    table(tmp_path / "other.csv", "film,subject_id", [["0.png", 1]])
+    with pytest.raises(DatasetError, match="no column for image: give .*film, subject_id"):
         collect("manifest", tmp_path, file=str(tmp_path / "other.csv"))
-    named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="file_name")
+    named = collect("manifest", tmp_path, file=str(tmp_path / "other.csv"), image="film")
     assert [row.image for row in named.rows] == ["0.png"]
     told = "no column of reports was found: name one with --option report=COLUMN"
     assert told in named.notes and told not in free.notes
+
+
+def test_manifest_reads_names_whatever_their_case_and_marks_and_tells_what_it_leaves(tmp_path):
+    """A table of a RIS was refused for its image's column, then again for its patient's; what of a
+    table was not read, its labels for one, was not said."""
+    image(tmp_path / "0.png")
+    table(
+        tmp_path / "manifest.csv", "File Name,MRN,Report-Text,Finding", [["0.png", 1, "A b.", "x"]]
+    )
+    collected = collect("manifest", tmp_path)
+    assert [(row.image, row.patient_id, row.report) for row in collected.rows] == [
+        ("0.png", "1", "A b.")
+    ]
+    assert collected.notes[1] == "columns not read: Finding"
+    labelled = collect("manifest", tmp_path, labels="Finding")
+    assert labelled.rows[0].labels == "x" and "not read" not in " ".join(labelled.notes)
+    table(tmp_path / "manifest.csv", "film,who", [["0.png", 1]])
+    told = "no column for image, patient_id: give --option image=<column> --option patient_id=<co"
+    with pytest.raises(DatasetError, match=re.escape(told)):
+        collect("manifest", tmp_path)
 
 
 def test_manifest_takes_what_programs_write_for_a_gap_as_no_id(tmp_path):

@@ -62,7 +62,7 @@ def test_what_a_table_calls_not_stated_is_counted_with_what_it_leaves_blank(tmp_
     told, projections, age = grouping_lines(tmp_path / "m.parquet")
     assert told == "view: not stated 3, AP 1, LL 1, " + ", ".join(f"own {i} 1" for i in range(5))
     assert projections == "projections: OTHER 9, not stated 3, AP 1, LATERAL 1"
-    assert age == "age: stated of 11 of 14"
+    assert age == "age: stated for 11 of 14"
 
 
 def test_a_study_without_a_name_has_none_when_ids_are_hashed() -> None:
