@@ -268,7 +268,7 @@ def _print_counts(collected: Collected) -> None:
     for rule, count in sorted(collected.excluded.items()):
         print(f"left out by rule {rule}: {count}")
     if collected.left_out:
-        print("which files a rule left out stands at the end of the table of --id-map")
+        print("which files a rule left out: --id-map FILE lists them, behind the images")
     for note in collected.notes:
         print(one_line(note))
     sys.stdout.flush()
@@ -312,6 +312,9 @@ def _print_result(
     for reason, count in result.refused.most_common():
         advice = "; the same command takes those that are there by then" * (reason in PASSING)
         print(f"refused, {reason}: {count}{_meaning(reason)}{_ADVICE.get(reason, advice)}")
+    if refused and result.complete:
+        by_key = "" if plan.keep_ids else " by key; --id-map FILE lists the name of each key"
+        print(f"which files were refused: refused.csv{by_key}")
     for code, count in result.noted.most_common():
         print(f"noted, {code}: {count}{_meaning(code)}")
     if not result.complete:

@@ -185,7 +185,29 @@ def test_the_secret_file_alone_names_the_files_that_were_left_out(tmp_path, caps
     }
     for rule in left_out.values():
         assert f"left out by rule {rule}: 1" in printed
-    assert len(rows) == 3 + len(left_out) and "MRN" not in printed and "--id-map" in printed
+    assert len(rows) == 3 + len(left_out) and "MRN" not in printed
+    assert "which files a rule left out: --id-map FILE lists them" in printed
+    assert "which files were refused" not in printed
+
+
+def test_it_is_said_where_the_names_of_refused_files_stand(tmp_path, capsys):
+    for i in range(2):
+        image(tmp_path / "raw" / f"MRN{i}" / "a.png", i)
+    cut = tmp_path / "raw" / "MRN0" / "a.png"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    folder = ["folder", "--root", tmp_path / "raw", "--workers", 1]
+    assert mlip_prepare(*folder, "--out", tmp_path / "a", "--id-map", tmp_path / "ids.csv") == 0
+    told = "which files were refused: refused.csv by key; --id-map FILE lists the name of each key"
+    assert f"{told}\nrows 2 = images 1" in capsys.readouterr().out
+    with open(tmp_path / "ids.csv", newline="", encoding="utf-8") as file:
+        name_of = {row["key"]: row["image"] for row in csv.DictReader(file)}
+    with open(tmp_path / "a" / "refused.csv", newline="", encoding="utf-8") as file:
+        (refused,) = csv.DictReader(file)
+    assert refused["image"] == "" and name_of[refused["key"]] == "MRN0/a.png"
+    assert mlip_prepare(*folder, "--out", tmp_path / "b", "--keep-ids") == 0
+    assert "which files were refused: refused.csv\nrows 2" in capsys.readouterr().out
+    with open(tmp_path / "b" / "refused.csv", newline="", encoding="utf-8") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == ["MRN0/a.png"]
 
 
 def test_what_was_noted_of_films_is_printed_and_recorded(tmp_path, capsys):
