@@ -86,11 +86,15 @@ class StudyReports:
                 ("report_age", _AGES),
             )
         )
-        if not key or not texts:
-            missing = "report_key" if not key else "report_text"
+        needed = (
+            ("report_key", "accession numbers or study UIDs", key),
+            ("report_text", "reports", texts),
+        )
+        if missing := {option: what for option, what, found in needed if not found}:
+            how = " ".join(f"--option {option}=<column>" for option in missing)
             raise DatasetError(
-                f"{path}: no column of a usual name for it: give --option {missing}=<column>; "
-                f"the file has {shown(names)}"
+                f"{path}: no column of a usual name for {' and for '.join(missing.values())}: "
+                f"give {how}; the file has {shown(names)}"
             )
         if ids := {key, patient} & set(texts):
             raise DatasetError(

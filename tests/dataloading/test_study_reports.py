@@ -196,6 +196,12 @@ def test_what_joins_nothing_stops_and_names_the_likely_reason(tmp_path: Path) ->
     ("header", "options", "message"),
     [
         ("order,report", {}, "report_key=<column>; the file has order, report"),
+        (
+            "order,befund",
+            {},
+            "for accession numbers or study UIDs and for reports: give "
+            "--option report_key=<column> --option report_text=<column>; the file has order, b",
+        ),
         ("accession,letter", {}, "report_text=<column>; the file has accession, letter"),
         ("accession,findings", {}, "report_text=<column>"),  # alone it may be labels
         ("accession,report", {"report_key": "order"}, "report_key=order: no such column"),
