@@ -243,3 +243,38 @@ def test_what_a_set_was_made_of_names_no_file_of_its_source(tmp_path, monkeypatc
     assert mlip_prepare("manifest", "--root", "raw", "--out", "out", *more) == 0
     options = json.loads((tmp_path / "out" / "prepared.json").read_text())["options"]
     assert "file" not in options and options["report"] == "Report"
+
+
+def test_what_is_asked_of_the_command_reaches_the_shards(tmp_path, capsys):
+    """With --require-deid or --verify ignored all tests stayed green: parts were tried alone."""
+    for i in range(4):
+        image(tmp_path / "raw" / f"p{i}" / ("a.dcm" if i == 0 else "a.png"), i, (64, 60))
+    dataset = pydicom.dcmread(tmp_path / "raw" / "p0" / "a.dcm")
+    dataset.PatientName = "Doe^Jane"
+    pydicom.dcmwrite(tmp_path / "raw" / "p0" / "a.dcm", dataset)
+    folder = ["folder", "--root", tmp_path / "raw", "--workers", 1, "--shard-images", 1, "--out"]
+
+    def said(*arguments: object) -> str:
+        assert mlip_prepare(*folder, *arguments) == 0
+        return capsys.readouterr().out
+
+    plain = said(tmp_path / "a")
+    assert "4 shards, 4 of them made now" in plain and "refused 0" in plain
+    strict = [tmp_path / "b", "--require-deid", "--quality", 5, "--timeout", 7]
+    assert "not complete" in said(*strict, "--part", "2/2")
+    assert (
+        "2 of them made now" in (told := said(*strict)) and "refused, not_deidentified: 1" in told
+    )
+    tables = [
+        pyarrow.parquet.read_table(path) for path in sorted(tmp_path.glob("b/shards/*.parquet"))
+    ]
+    assert {table.schema.metadata[b"timeout_s"] for table in tables} == {b"7.0"}
+    indexes = [pyarrow.parquet.read_table(tmp_path / x / "index.parquet") for x in "ab"]
+    sizes = [sorted(index.column("size").to_pylist()) for index in indexes]
+    assert sizes[1][0] == 0 and max(sizes[1]) < min(sizes[0])  # that of the refused one
+    shard = max(tmp_path.glob("a/shards/*.tar"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1  # within the member
+    shard.write_bytes(content)
+    assert "0 of them made now" in said(tmp_path / "a")
+    assert "1 of them made now" in said(tmp_path / "a", "--verify")
