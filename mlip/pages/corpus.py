@@ -76,9 +76,7 @@ def _prototype_rows(lined_up: Mapping[str, Any]) -> list[dict[str, str]]:
     for view, found in lined_up.get("views", {}).items():
         row = {"view": view, "used": f"{found['prototypes_used']:,}"}
         for score in ("purity", "nmi"):
-            part = found[score]
-            interval = "" if part["low"] is None else f" ({part['low']:.2f} to {part['high']:.2f})"
-            row[score] = f"{part['value']:.2f}{interval}"
+            row[score] = f"{found[score]['value']:.2f}"
             row[f"{score}_chance"] = f"{found[f'{score}_chance']:.2f}"
         rows.append(row)
     return rows

@@ -21,7 +21,7 @@ from mlip.pages.charts import (
 )
 from mlip.pages.subgroups import subgroup_context
 from mlip.transfer.measures.operating_point import MEANT
-from mlip.transfer.table import classes_text
+from mlip.transfer.table import classes_text, possible_text
 
 HEAD_MARKS = {
     "global": Mark(None, colour=ORANGE, shape="ring", label="global head"),
@@ -309,7 +309,11 @@ def retrieval_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
             for d, row in (found.get("whole") or {}).get("scores", {}).items()
         ],
         "class_rows": [
-            {"direction": DIRECTIONS[d], **row}
+            {
+                "direction": DIRECTIONS[d],
+                "cuts": [(k, row[f"precision@{k}"], possible_text(row, k)) for k in (5, 10, 100)],
+                "chance": row["chance"],
+            }
             for d, row in (found.get("by_class") or {}).items()
             if d in DIRECTIONS and "reason" not in row
         ],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlip.dataloading.ledger import listed
-from mlip.transfer.table import classes_text, seen_text, subgroup_lines
+from mlip.transfer.table import classes_text, possible_text, seen_text, subgroup_lines
 from mlip.transfer.trained_heads import untrained_text
 
 RATE_TITLES = {
@@ -74,7 +74,9 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         for direction, row in (retrieval.get("by_class") or {}).items():
             if direction == "reason" or "reason" in row:
                 continue
-            shown = "  ".join(f"@{k} {_text(row[f'precision@{k}'])}" for k in (5, 10, 100))
+            shown = "  ".join(
+                f"@{k} {_text(row[f'precision@{k}'])}{possible_text(row, k)}" for k in (5, 10, 100)
+            )
             name = f"class precision {direction.replace('_', ' ')}"
             lines.append(f"{name}: {shown}  chance {row['chance']:.3f}")
         lines += subgroup_lines(retrieval.get("subgroups", ()), "retrieval ", "recall@10")

@@ -87,6 +87,13 @@ def apart_text(difference: Mapping[str, Any]) -> str:
     return text
 
 
+def possible_text(precision: Mapping[str, Any], k: int) -> str:
+    """' of 0.29 possible' where classes of fewer than k rows hold even a perfect order below 1."""
+    best = precision["best"][f"precision@{k}"]
+    exists = precision[f"precision@{k}"]["value"] is not None
+    return f" of {best:.2f} possible" if exists and best < 0.995 else ""
+
+
 def classes_text(estimate: Mapping[str, Any], noun: str = "classes") -> str:
     """Over how many classes a mean is, "" where all count: means of others do not compare."""
     count, asked = estimate.get("classes"), estimate.get("classes_asked")

@@ -213,8 +213,10 @@ def class_precision(
 ) -> dict[str, Any]:
     """Precision@k by class: the share of a query's first k answers that are of its class.
 
-    Returns: {"precision@k": Estimate over queries, "chance", "classes": {name: {"precision@k",
-             "queries", "candidates"}}}; a cut beyond the candidates is n/a with the reason
+    Returns: {"precision@k": Estimate over queries, "chance", "best": {"precision@k": what a perfect
+             order would give, below 1 where a class has fewer than k candidates}, "classes": {name:
+             {"precision@k", "queries", "candidates"}}}; a cut beyond the candidates is n/a with
+             the reason
     Source:  GLoRIA (Huang et al. 2021, section 4.3) on CheXpert 5x200; ConVIRT's 8x200 set.
     """
     if len(queries) == 0 or len(candidates) == 0:
@@ -231,7 +233,12 @@ def class_precision(
             else not_available(f"there are {len(candidates)} candidates", len(queries))
         )
     shares = {name: float((candidate_class == name).mean()) for name in names}
-    result["chance"] = float(np.mean([shares[name] for name in np.asarray(query_class).tolist()]))
+    share = np.array([shares[name] for name in np.asarray(query_class).tolist()])
+    result["chance"] = float(np.mean(share))
+    result["best"] = {
+        f"precision@{k}": float(np.minimum(1.0, share * len(candidates) / k).mean())
+        for k in CLASS_CUTS
+    }
     for name in names:
         own = np.asarray(query_class) == name
         result["classes"][name] = {

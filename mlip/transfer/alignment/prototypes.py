@@ -12,29 +12,30 @@ from torch import Tensor
 from mlip.batch import PRESENT
 from mlip.knowledge.categories import category_index, prototype_alignment, report_category
 from mlip.transfer.array import Array
-from mlip.transfer.measures.interval import estimate, patient_resamples
+from mlip.transfer.measures.interval import Estimate
 from mlip.unit_length import unit_length
 
-_RESAMPLES = 200  # each is a mutual information of its own: a millisecond
 _SHUFFLES = 20
+NO_INTERVAL = "no interval: a report drawn twice agrees with itself, so resamples lie above"
 
 
 def prototype_statistics(
     prototypes: Tensor | None,
     views: Mapping[str, tuple[Tensor, Array]],
     mentions: Array,
+    reports: int,
     table: Any,
-    patients: Array,
     seed: int,
 ) -> dict[str, Any]:
     """Purity and normalised mutual information of nearest prototype and report category.
 
     A report's category is the one most of its present concepts but anatomy fall in; reports without
     any are left out. Many prototypes on few reports line up by chance alone: `chance` is the mean
-    over shuffled categories.
+    over shuffled categories. There is no interval: in a bootstrap the same report stands twice in
+    its prototype, and with four reports a prototype all resamples lie above the value.
 
     Shapes:  prototypes [C, D]; views name -> (vectors [N, D], usable [N] bool); mentions [n, 3]
-             (concept row, state, report); patients [N]
+             (concept row, state, report); reports = N
     Returns: {"prototypes", "reports", "categories": {name: reports}, "views": {name: {"purity",
              "nmi": Estimate, "purity_chance", "nmi_chance", "prototypes_used"}}} or {"reason"}
     Source:  purity and mutual information as in knowledge.categories; chance ours
@@ -45,7 +46,7 @@ def prototype_statistics(
         }
     is_finding = torch.tensor([c.semantic_type != "anatomy" for c in table])
     index = category_index(table)
-    present: list[list[int]] = [[] for _ in range(len(patients))]
+    present: list[list[int]] = [[] for _ in range(reports)]
     for row, state, report in mentions.tolist():
         if state == PRESENT:
             present[report].append(row)
@@ -64,29 +65,24 @@ def prototype_statistics(
         if len(kept) == 0:
             continue
         nearest = (unit_length(vectors[torch.as_tensor(kept)]) @ centres.T).argmax(dim=1).numpy()
-        result["views"][name] = _lined_up(nearest, category[kept], patients[kept], seed)
+        result["views"][name] = _lined_up(nearest, category[kept], seed)
     return result
 
 
-def _lined_up(nearest: Array, category: Array, patients: Array, seed: int) -> dict[str, Any]:
-    def both(chosen: Array, labels: Array) -> tuple[float, float]:
-        found = prototype_alignment(torch.as_tensor(chosen), torch.as_tensor(labels))
+def _lined_up(nearest: Array, category: Array, seed: int) -> dict[str, Any]:
+    def both(labels: Array) -> tuple[float, float]:
+        found = prototype_alignment(torch.as_tensor(nearest), torch.as_tensor(labels))
         return found["purity"], found["nmi"]
 
-    value = both(nearest, category)
-    drawn = []
-    for weights in patient_resamples(patients, _RESAMPLES, seed):
-        rows = np.repeat(np.arange(len(nearest)), weights)
-        drawn.append(both(nearest[rows], category[rows]))
+    def alone(value: float) -> Estimate:
+        return {"value": value, "low": None, "high": None, "n": len(nearest), "reason": NO_INTERVAL}
+
+    purity, nmi = both(category)
     generator = np.random.default_rng(seed)
-    chance = np.mean(
-        [both(nearest, generator.permutation(category)) for _ in range(_SHUFFLES)], axis=0
-    )
-    purity, nmi = np.array(drawn).T
-    units = len(np.unique(patients))
+    chance = np.mean([both(generator.permutation(category)) for _ in range(_SHUFFLES)], axis=0)
     return {
-        "purity": estimate(value[0], purity, len(nearest), units),
-        "nmi": estimate(value[1], nmi, len(nearest), units),
+        "purity": alone(purity),
+        "nmi": alone(nmi),
         "purity_chance": float(chance[0]),
         "nmi_chance": float(chance[1]),
         "prototypes_used": len(np.unique(nearest)),

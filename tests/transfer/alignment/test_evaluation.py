@@ -289,6 +289,8 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
     assert told == [["F", 8, 8], ["M", 8, 8]]
     by_class = results["retrieval"]["by_class"]["image_to_text"]
     assert by_class["classes"].keys() == set(named) and by_class["precision@5"]["n"] == 16
+    # each class has 8 of the 16 reports, so that of ten answers eight can be right
+    assert [by_class["best"][f"precision@{k}"] for k in (5, 10)] == [1.0, 0.8]
     lines = "\n".join(summary_lines(results))
     results["zero_shot"]["labels_without_concept"] = ["Hernia"]
     assert "not scored, no concept: Hernia" in "\n".join(summary_lines(results))
@@ -297,6 +299,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
         "by sex",
         "accuracy, plain",
         "class precision image to text",
+        " of 0.80 possible  @100 n/a  chance",
     ):
         assert part in lines
     page = render(tmp_path, results)
@@ -305,6 +308,7 @@ def test_exclusive_labels_subsets_and_val_thresholds_reach_results_and_lines(
         "By sex",
         "whose one finding scores",
         "Precision by class",
+        " of 0.80 possible, @100 ",
     ):
         assert part in page
     assert "mIoU" in render(tmp_path, small_results())

@@ -127,6 +127,9 @@ def test_class_precision_equals_torchmetrics_and_names_what_is_missing() -> None
         assert found[f"precision@{k}"]["value"] == pytest.approx(np.mean(each))
     assert found["precision@50"]["value"] is None and "40 candidates" in str(found["precision@50"])
     assert found["chance"] == pytest.approx((0.25 + 0.5 + 0.25) / 3)
+    # 10, 20 and 10 candidates of a, b and c: of 100 answers no more can be right
+    assert found["best"]["precision@10"] == 1.0
+    assert found["best"]["precision@50"] == pytest.approx((10 + 20 + 10) / 3 / 50)
     assert found["classes"]["b"]["candidates"] == 20
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mlip.batch import ABSENT, PRESENT
 from mlip.dataloading.reports.column import TextStore
+from mlip.knowledge.categories import prototype_alignment
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.pages.corpus import knowledge_context
 from mlip.transfer.alignment.prototypes import prototype_statistics
@@ -35,10 +36,7 @@ def reports_of(categories: list[int]) -> np.ndarray:
     return np.array(rows)
 
 
-def test_prototypes_of_one_category_each_are_pure_and_shuffled_ones_are_chance(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("mlip.transfer.alignment.prototypes._RESAMPLES", 30)
+def test_prototypes_of_one_category_each_are_pure_and_shuffled_ones_are_chance() -> None:
     categories = [0, 1, 2] * 40
     prototypes = torch.eye(3, 8) * 2.0  # of any length
     usable = np.ones(120, dtype=bool)
@@ -50,32 +48,53 @@ def test_prototypes_of_one_category_each_are_pure_and_shuffled_ones_are_chance(
             "report": (prototypes[torch.as_tensor(shuffled)], usable),
         },
         reports_of(categories),
+        120,
         TABLE,
-        np.arange(120),
         seed=1,
     )
     assert found["categories"] == {"pleura": 40, "lung": 40, "device": 40}
     image, report = found["views"]["image"], found["views"]["report"]
     assert image["purity"]["value"] == 1.0 and image["nmi"]["value"] == pytest.approx(1.0)
-    assert image["purity"]["low"] == 1.0 and image["prototypes_used"] == 3
+    assert image["prototypes_used"] == 3
     for score in ("purity", "nmi"):
         assert image[f"{score}_chance"] < 0.5
         assert abs(report[score]["value"] - report[f"{score}_chance"]) < 0.1
-        assert report[score]["low"] < report[score]["high"]
     # three equal classes by chance: a third of the reports and no information
     assert report["purity"]["value"] > 0.3 > 0.1 > report["nmi"]["value"]
+
+
+def test_prototypes_have_no_interval_as_a_report_drawn_twice_agrees_with_itself() -> None:
+    # oracle: 200 reports on 100 prototypes by chance; resamples of reports line up better than all
+    generator = np.random.default_rng(3)
+    nearest, category = generator.integers(0, 100, 200), generator.integers(0, 3, 200)
+    prototypes = torch.eye(100)
+    views = {"image": (prototypes[torch.as_tensor(nearest)], np.ones(200, dtype=bool))}
+    found = prototype_statistics(
+        prototypes, views, reports_of(category.tolist()), 200, TABLE, seed=1
+    )["views"]["image"]
+    resampled = []
+    for _ in range(40):
+        drawn = torch.as_tensor(generator.integers(0, 200, 200))
+        again = prototype_alignment(
+            torch.as_tensor(nearest)[drawn], torch.as_tensor(category)[drawn]
+        )
+        resampled.append((again["purity"], again["nmi"]))
+    for score, draws in zip(("purity", "nmi"), np.array(resampled).T, strict=True):
+        assert found[score]["value"] < draws.min()
+        assert found[score]["low"] is None and found[score]["high"] is None
+        assert "no interval" in found[score]["reason"]
 
 
 def test_reports_without_a_present_finding_and_unusable_rows_are_left_out() -> None:
     mentions = np.array([(0, PRESENT, 0), (1, ABSENT, 1), (3, PRESENT, 2), (1, PRESENT, 3)])
     usable = np.array([True, True, True, False])
     views = {"image": (torch.eye(4), usable)}
-    found = prototype_statistics(torch.eye(4), views, mentions, TABLE, np.arange(4), seed=1)
+    found = prototype_statistics(torch.eye(4), views, mentions, 4, TABLE, seed=1)
     assert found["reports"] == 2 and found["views"]["image"]["purity"]["n"] == 1
 
 
 def test_a_checkpoint_without_prototypes_says_so_on_the_page() -> None:
-    found = prototype_statistics(None, {}, np.zeros((0, 3), int), TABLE, np.arange(0), seed=1)
+    found = prototype_statistics(None, {}, np.zeros((0, 3), int), 0, TABLE, seed=1)
     assert "no prototypes" in found["reason"]
     knowledge = knowledge_statistics(np.zeros((0, 3), int), 0, TABLE, None, (), 2)
     page = knowledge_context({"knowledge": knowledge, "prototypes": found})
