@@ -1,7 +1,8 @@
 """Which of the scored films, and whose patients, the model was trained on: counted, never named.
 
 A run keeps no identifier, and its checkpoint less: films are compared with the manifest that it was
-trained on, where that still lies in its place, and with those of evaluate.trained_on.
+trained on, where that still lies in its place or is the scored one, and with those of
+evaluate.trained_on.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def find_seen(config: Config, manifest: Manifest, trainings: Iterable[Training])
     Raises:   ManifestError for a table of evaluate.trained_on that cannot be read
     """
     tables: dict[str, FilmKeys] = {}
-    paths: dict[str, Path] = {}
+    # an export does not say where its training's manifest lies, which may be the scored one
+    paths = {manifest.fingerprint: Path(manifest.path)}
     for name in config.evaluate.trained_on:
         try:
             columns = usual_columns(Path(name), config.data.columns)

@@ -267,6 +267,10 @@ def test_the_training_s_own_manifest_is_asked_where_it_still_lies(tmp_path: Path
     # of the very same table train and test share nobody
     same = training(own)
     assert counts(told(own, [], same)) == (0, 0, 0, 0)
+    # an export does not say where the table lies
+    nowhere = dataclasses.replace(same, data=dataclasses.replace(same.data, manifest=""))
+    found = told(own, [], nowhere)
+    assert counts(found) == (0, 0, 0, 0) and found["unknown"] is None
     # but for one file under two patients
     leaky = write(tmp_path / "leaky.csv", [*GR[:3], ("c.png", "C", "f4", "test", "05"), GR[4]])
     assert counts(told(leaky, [], training(leaky))) == (1, 1, 1, 0)
