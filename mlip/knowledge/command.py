@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlip.dataloading.reports.markup import is_rtf, without_markup
-from mlip.dataloading.reports.text import clean_report
+from mlip.dataloading.reports.text import MAX_CHARACTERS, clean_report
 from mlip.knowledge.concept_files import is_table, load_concepts, write_table
 from mlip.knowledge.concepts import ConceptTable, LexiconError
 from mlip.knowledge.cues import cues_of, read_cues
@@ -196,7 +196,12 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
         joined = [c.id for c in part if c.id in earlier or c.id not in table]
         names = f": {', '.join(joined)}" if 0 < len(joined) <= 5 else ""
         told = f", {len(joined)} joined to earlier ones by a code or an id{names}" if joined else ""
-        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts{told}")
+        if cut := part.provenance.get("is_a_edges_dropped"):
+            told += f", {cut} is-a that close a circle left out"
+        if part.provenance["source"] == "csv":  # a word mistaken there; releases are read in parts
+            gone = sorted({p for c in part for p in c.parents if all(p not in t for t in tables)})
+            told += f", parents that are no id left out: {', '.join(gone[:5])}" if gone else ""
+        console.print(f"  {part.provenance.get('source')}: {len(part)} concepts{escape(told)}")
         earlier.update(c.id for c in part)
     if arguments.umls is not None:
         known = {code for concept in tables[-1] for code in concept.mappings["umls"]}
@@ -253,7 +258,8 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
     if is_rtf(written):
         raise ValueError(f"{arguments.file}: RTF is not read: export plain text")
     # as training reads it: without, a form's empty box would assert what stands behind it
-    text = clean_report(without_markup(written))
+    plain = without_markup(written)
+    text = clean_report(plain)
     linker = Linker(load_concepts(arguments.lexicon))
     mentions = linker.link(text)
     if arguments.json:
@@ -272,6 +278,8 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
         state = Text(mention.state, style=_STYLES[mention.state])
         table.add_row(state, mention.concept_id, Text(words), category)
     console.print(table)
+    if len(plain) > MAX_CHARACTERS:
+        console.print(f"cut at {MAX_CHARACTERS:,} of {len(plain):,} characters, as in training")
     known, total = linker.known_words(text)
     console.print(f"{len(mentions)} mentions; {known} of {total} words are in the lexicon")
     if total and known / total < FEW_KNOWN_WORDS:

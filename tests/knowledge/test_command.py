@@ -214,6 +214,26 @@ def test_build_makes_the_folder_after_its_work_and_refuses_what_would_do_nothing
     assert "holds no concept" in capsys.readouterr().err
 
 
+def test_build_tells_of_is_a_that_it_left_out(tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    rows = ["id,name,parents", "a,okapi sign,b|pleural_efusion", "b,gnu sign,a|pleural_effusion"]
+    own.write_text("\n".join(rows) + "\n")
+    assert call("build", "--csv", str(own), "--out", str(tmp_path / "table.jsonl")) == 0
+    line = " ".join(capsys.readouterr().out.split())
+    assert "1 is-a that close a circle left out" in line
+    assert "parents that are no id left out: pleural_efusion" in line
+
+
+def test_link_says_where_a_report_is_cut(tmp_path, capsys):
+    path = tmp_path / "report.txt"
+    path.write_text("No effusion or nodule. " * 1_000)
+    assert call("link", str(path)) == 0
+    assert "cut at 20,000 of 23,000 characters" in capsys.readouterr().out
+    path.write_text("No effusion or nodule. " * 800)
+    assert call("link", str(path)) == 0
+    assert "cut at" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("row", ['{"id": "a", "name": 5}', '{"name": "b"}'])
 def test_a_built_table_with_something_else_than_texts_is_named(tmp_path, capsys, row):
     table = tmp_path / "own.jsonl"

@@ -86,6 +86,19 @@ def test_maps_that_know_the_truth_hit_always_and_beat_every_control() -> None:
     assert (found["findings_at_twice_area"], found["num_findings"]) == (1, 1)
 
 
+def test_the_fixed_pixel_by_side_is_that_of_the_phrase_s_side() -> None:
+    prior = PixelPrior(SIZE)
+    left, right = np.array([[40.0, 10, 60, 30]]), np.array([[4.0, 10, 24, 30]])
+    for side, box in (("right", right), ("right", right), ("left", left)):
+        prior.add("nodule", side, box)
+    queries = [
+        Query(i, "nodule", side, "sentence", 0, box, None)
+        for i, (side, box) in enumerate([("left", left), ("right", right), ("left", left)])
+    ]
+    row = evaluate(np.zeros((1, 3, 64)), queries, prior)["sentence"]["all"]
+    assert row["prior"] == pytest.approx(1 / 3) and row["prior_with_side"] == 1.0
+
+
 def test_the_mean_over_findings_counts_a_rare_finding_as_a_frequent_one() -> None:
     """Oracle: nine phrases that hit and one of another finding that does not."""
     values = np.array([1.0] * 9 + [0.0])

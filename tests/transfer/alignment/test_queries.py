@@ -39,6 +39,23 @@ def test_the_swapped_image_may_deny_the_finding_and_is_never_an_uncertain_one(
         assert {q.swapped for q in queries} == {1}
 
 
+def test_the_swapped_image_of_a_generated_one_has_no_box_of_the_finding() -> None:
+    from mlip.transfer.alignment.queries import make_queries
+
+    class FakeImages:
+        row_index = np.arange(6)
+
+    images: Any = FakeImages()
+    corners = (0.0, 0.0, 8.0, 8.0)
+    boxes = {i: [finding_boxes.Box("pneumothorax", "left", corners)] for i in range(6) if i != 4}
+    boxes[4] = [finding_boxes.Box("lung_nodule", "left", corners)]
+    said: Any = None
+    queries, _, _ = make_queries(images, said, boxes, load_concepts(), True, 0)
+    of_finding = [q.swapped for q in queries if q.finding == "pneumothorax"]
+    assert len(of_finding) == 20 and set(of_finding) == {4}
+    assert all(q.swapped != 4 for q in queries if q.finding == "lung_nodule")
+
+
 def test_a_missing_box_on_real_data_is_no_proof_of_absence() -> None:
     """Only an image labelled with other things can be the swapped image; anatomy has none."""
     from mlip.transfer.alignment.queries import make_queries

@@ -74,8 +74,10 @@ def strict(truths: list[Truth], predictions: list[Found]) -> dict:
         ([truth(A), truth()], [found((A, 0.5)), found((B, 0.9))], 0.5),
         # an equal score on a later image comes after: no harm
         ([truth(A), truth()], [found((A, 0.9)), found((B, 0.9))], 1.0),
+        # down to a score of 0.001
+        ([truth(A), truth(B)], [found((A, 0.002)), found((B, 0.0005))], 51 / 101),
     ],
-    ids=["perfect", "all wrong", "none predicted", "one missed", "false on empty", "tie"],
+    ids=["perfect", "all wrong", "none predicted", "one missed", "false on empty", "tie", "unsure"],
 )
 def test_the_strict_form_counts_every_image(
     truths: list[Truth], predictions: list[Found], expected: float
