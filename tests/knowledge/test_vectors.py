@@ -1,5 +1,7 @@
 """Knowledge vectors: centred, whitened, distinct; caches and user tables."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -101,9 +103,15 @@ def test_the_cache_is_used_and_keyed_by_table_settings_and_encoder(table, tmp_pa
     assert calls == [2, len(table), 2]  # the second time only the probes are encoded
     other = knowledge_vectors(table, settings, lambda t: alike(t) ** 2)
     assert not torch.equal(first, other)
-    knowledge_vectors(table, Knowledge(dim=16, cache_dir=str(tmp_path)))
+    by_words = Knowledge(dim=16, cache_dir=str(tmp_path))
+    before = knowledge_vectors(table, by_words)
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     assert len(list(tmp_path.iterdir())) == 3
+    # another table of as many concepts: one is defined otherwise
+    defined = dataclasses.replace(table.concepts[0], definition="Air in the wrong place.")
+    edited = ConceptTable([defined, *table.concepts[1:]], table.provenance)
+    assert not torch.equal(knowledge_vectors(edited, by_words)[0], before[0])
+    assert torch.equal(knowledge_vectors(table, by_words), before)
 
 
 def test_a_users_table_gives_zero_rows_to_concepts_it_does_not_know(table, tmp_path, caplog):
