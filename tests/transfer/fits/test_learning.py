@@ -230,3 +230,17 @@ def test_a_draw_of_one_class_alone_calls_no_other() -> None:
     targets = np.tile(np.array([0, 0, 1], np.int8), (6, 1))
     predict = fit_logistic(x, targets, x, targets, exclusive=True)
     assert predict(x).argmax(axis=1).tolist() == [2] * 6
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_val_and_not_train_chooses_the_strength_of_the_logistic_probe(exclusive: bool) -> None:
+    """Oracle: features of pure noise. Train fits best without a penalty; a val that contradicts it
+    is lost least with the strongest."""
+    generator = np.random.default_rng(0)
+    x, truth = generator.normal(size=(40, 30)), np.arange(40) % 2
+    targets = np.stack([truth, 1 - truth], axis=1).astype(np.int8)
+
+    def widest(val_targets: np.ndarray) -> float:
+        return float(np.ptp(fit_logistic(x, targets, x, val_targets, exclusive=exclusive)(x)))
+
+    assert widest(targets) > 5.0 and widest(1 - targets) < 0.5
