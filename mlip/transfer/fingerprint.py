@@ -91,12 +91,15 @@ def made_with(opened: Any) -> dict[str, str]:
     }
 
 
-def hash_of_source() -> str:
-    """SHA-256 over this installation's own modules: no commit tells of changes in a checkout."""
+def hash_of_source(*below: str) -> str:
+    """SHA-256 over this installation's own modules: no commit tells of changes in a checkout.
+
+    below  folders of it, whose modules alone are meant; none = all
+    """
     digest = hashlib.sha256()
     top = Path(__file__).resolve().parents[1]
     # kernels and dataloading are links in a checkout
-    folders = sorted(os.walk(top, followlinks=True))
+    folders = sorted(found for b in below or ("",) for found in os.walk(top / b, followlinks=True))
     for path in (Path(folder, name) for folder, _, names in folders for name in sorted(names)):
         if path.suffix == ".py":
             digest.update(f"{path.relative_to(top)}\n".encode() + path.read_bytes())

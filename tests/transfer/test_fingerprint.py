@@ -70,3 +70,30 @@ def test_what_is_no_commit_is_refused_before_the_work(monkeypatch: pytest.Monkey
     for work in works:
         with pytest.raises(ConfigError, match="MLIP_COMMIT: expected 7 to 40"):
             work()
+
+
+def test_the_source_of_some_folders_is_that_of_their_modules_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = tmp_path / "mlip"
+    linked = tmp_path / "elsewhere" / "reports"
+    for folder in (top / "transfer", top / "knowledge" / "lexicon", linked):
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("x = 1\n", encoding="utf-8")
+    (top / "dataloading").symlink_to(linked.parent)
+    monkeypatch.setattr(fingerprint, "__file__", str(top / "transfer" / "fingerprint.py"))
+
+    def hashes() -> tuple[str, str, str]:
+        of = fingerprint.hash_of_source
+        return of(), of("knowledge"), of("knowledge", "dataloading/reports")
+
+    for path, equal in (
+        (top / "transfer" / "a.py", (False, True, True)),
+        (linked / "a.py", (False, True, False)),
+        (top / "knowledge" / "lexicon" / "a.py", (False, False, False)),
+        (top / "knowledge" / "notes.md", (True, True, True)),
+    ):
+        before = hashes()
+        path.write_text("x = 2\n", encoding="utf-8")
+        assert tuple(a == b for a, b in zip(before, hashes(), strict=True)) == equal, path
+    assert len({*hashes()}) == 3

@@ -35,9 +35,10 @@ from mlip.settings.config import Columns
 from mlip.system.output_file import file_sha256, only_writer, whole_file
 from mlip.transfer.features import ImageBank, encoded, encoded_images, require_finite, row_loader
 from mlip.transfer.films.row_images import of_split
-from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.fingerprint import hash_of, hash_of_source, hash_of_weights, preprocessing
 
 PART_ROWS = 2048
+_READS_REPORTS = ("knowledge", "dataloading/reports")  # modules by which words become mentions
 
 
 class EmbedError(ValueError):
@@ -78,9 +79,9 @@ def write_embeddings(
 
     split    a split, or "all": of every split and of none
     form     safetensors or parquet, the same numbers in both
-    Raises:  EmbedError if `out` holds embeddings of another model, data or choice; ConfigError
-             where another process writes there; ManifestError for a split without rows; DataError
-             where more than data.bad_share of the images, or all of them, cannot be read.
+    Raises:  EmbedError if `out` holds embeddings of another model, data, linker or choice;
+             ConfigError where another process writes there; ManifestError for a split without rows;
+             DataError where more than data.bad_share of the images, or all of them, cannot be read.
     """
     config = opened.config
     asked, split, manifest = split, *of_split(manifest, split)
@@ -103,6 +104,9 @@ def write_embeddings(
         # of one manifest: another column of splits chooses others, perhaps as many
         "row_index": hash_of(rows.tolist()),
         "columns": _columns(config.data.columns, images_only),
+        # a run keeps its lexicon, but not the rules that look for it
+        "concept_table": None if images_only else opened.table.fingerprint,
+        "linker": None if images_only else hash_of_source(*_READS_REPORTS),
         "part_rows": part_rows,
         "with_patches": with_patches,
         "images_only": images_only,
@@ -213,7 +217,8 @@ def _read_index(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     if path.is_file():
         try:
             # folders of earlier versions know one form and do not name it, hold reports, and do not
-            # tell of which rows and columns they are
+            # tell of which rows and columns they are; nor by which lexicon and linker, which makes
+            # one with reports different
             old = {
                 "form": "safetensors",
                 "images_only": False,

@@ -24,7 +24,7 @@ from mlip.transfer import features
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding
 from mlip.transfer.films.embed import write_embeddings
-from mlip.transfer.fingerprint import hash_of, hash_of_weights, preprocessing
+from mlip.transfer.fingerprint import hash_of, hash_of_source, hash_of_weights, preprocessing
 from tests.small_run import small_export
 from tests.transfer.small_manifest import SECRETS, SPLITS, pictures, write
 
@@ -240,6 +240,8 @@ def test_what_the_parts_depend_on_is_in_the_index_and_none_of_it_may_be_another(
         "rows": len(TEST_ROWS),
         "row_index": hash_of(TEST_ROWS),
         "columns": {"image": "image", "report": "report"},
+        "concept_table": opened.table.fingerprint,
+        "linker": hash_of_source("knowledge", "dataloading/reports"),
         "part_rows": PART_ROWS,
         "with_patches": False,
         "images_only": False,
@@ -251,6 +253,38 @@ def test_what_the_parts_depend_on_is_in_the_index_and_none_of_it_may_be_another(
         capsys.readouterr()
         assert embed(tmp_path, root) == 4
         assert f"embeddings that differ in {name}: name another" in capsys.readouterr().err
+
+
+def test_reports_are_not_gone_on_with_by_another_linker_and_films_alone_are(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A killed run, and the same command of a newer version: its parts were of two linkers."""
+    films = ["--images", "--split", "test"]
+    assert embed(tmp_path, root) == 0
+    assert embed(tmp_path, root, *films, out="images") == 0
+    for name in ("out", "images"):
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        index["parts"].popitem()
+        (tmp_path / name / "index.json").write_text(json.dumps(index))
+    before = (tmp_path / "out" / "index.json").read_bytes()
+    monkeypatch.setattr(embedding, "hash_of_source", lambda *below: "a newer one")
+    capsys.readouterr()
+    assert embed(tmp_path, root) == 4
+    assert "embeddings that differ in linker: name another" in capsys.readouterr().err
+    assert (tmp_path / "out" / "index.json").read_bytes() == before
+    assert embed(tmp_path, root, *films, out="images") == 0
+    assert made(capsys.readouterr().out) == [3]
+
+    for name in ("out", "images"):  # of an earlier version, which did not tell
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        del index["concept_table"], index["linker"]
+        (tmp_path / name / "index.json").write_text(json.dumps(index))
+    assert embed(tmp_path, root) == 4
+    assert "differ in concept_table, linker: name another" in capsys.readouterr().err
+    assert embed(tmp_path, root, *films, out="images") == 0
 
 
 def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(
