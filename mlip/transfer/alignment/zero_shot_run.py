@@ -30,15 +30,19 @@ from mlip.transfer.alignment.zero_shot import (
 )
 from mlip.transfer.array import Array
 from mlip.transfer.draws import some_of
-from mlip.transfer.features import ImageBank, TextBank, global_scores, image_features, local_scores
-from mlip.transfer.frames import Crops, Images
+from mlip.transfer.features import (
+    ImageBank,
+    TextBank,
+    encoded_images,
+    global_scores,
+    local_scores,
+    row_loader,
+)
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import Series, of_findings
 from mlip.transfer.measures.subgroups import Grouping, subgroup_scores
 from mlip.transfer.truth.annotations import Annotations, shared_names
 from mlip.transfer.truth.labels import label_matrix, label_names
-
-IMAGES_AT_ONCE = 64
 
 
 def zero_shot_run(
@@ -133,18 +137,17 @@ def _val_scores(
     rows = some_of(every, config.evaluate.max_studies, config.run.seed)
     if len(rows) == 0:
         return "the manifest has no val rows to choose thresholds on"
-    images = Images(config, manifest, None)
-    try:
-        rows, _ = images.usable(rows)
-        if len(rows) == 0:
-            return "no image of val could be read: there are no thresholds"
-        crops = Crops(config, images, train=False, seed=0)
-        parts: list[dict[str, Array]] = []
-        told = Progress("val images scored for the thresholds")
-        for at in range(0, len(rows), IMAGES_AT_ONCE):
-            told(at, len(rows))
-            batch = crops.batch(rows[at : at + IMAGES_AT_ONCE], 0)
-            parts.append(scores_of(image_features(opened.model, batch)))
-    finally:
-        images.close()
-    return rows, {head: np.concatenate([part[head] for part in parts]) for head in parts[0]}
+    # as the scored split is read: another decoder rounds otherwise, beside a threshold too
+    loader = row_loader(opened, manifest, "val", rows)
+    kept: list[Array] = []
+    parts: list[dict[str, Array]] = []
+    seen, told = 0, Progress("val images scored for the thresholds")
+    for images in encoded_images(opened.model, loader, config.data):
+        kept.append(images.row_index)
+        parts.append(scores_of(images.features))
+        seen += len(images)
+        told(seen, len(rows))
+    if not parts:
+        return "no image of val could be read: there are no thresholds"
+    scores = {head: np.concatenate([part[head] for part in parts]) for head in parts[0]}
+    return np.concatenate(kept), scores
