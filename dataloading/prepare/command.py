@@ -44,7 +44,7 @@ from mlip.dataloading.progress import Progress
 from mlip.settings.typed_tree import ConfigError, require_utf8
 from mlip.system.machine import usable_cores
 from mlip.system.output_file import file_sha256
-from mlip.system.unread_output import one_line, printed
+from mlip.system.unread_output import one_line, terminal_text
 
 _MEANINGS = {
     **REASONS,
@@ -144,7 +144,7 @@ def _explain(path: Path) -> int:
     if not os.path.lexists(path):
         raise ConfigError(f"--explain {path}: no such file")
     try:
-        print(printed(explain(path)))
+        print(terminal_text(explain(path)))
     except DicomError as error:
         raise DatasetError(f"{path}: {error}") from None
     return 0

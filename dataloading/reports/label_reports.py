@@ -29,7 +29,7 @@ from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from mlip.settings.config import Columns, ConfigError
 from mlip.system.output_file import require_writable
-from mlip.system.unread_output import printed
+from mlip.system.unread_output import terminal_text
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
 COLUMNS = ("labels", "negative", "uncertain")
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     _require_free(table, columns)
     cells, lines = _labelled(reports, labels, arguments.unmentioned == "absent")
     _write(table, out, dict(zip(columns, cells, strict=True)))
-    print(printed(lines))
+    print(terminal_text(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
     settings = _settings(table, out, arguments.report, columns)
     if arguments.unmentioned == "unknown":

@@ -22,7 +22,7 @@ from mlip.commands.inputs import (
 )
 from mlip.settings.typed_tree import ConfigError, all_keys
 from mlip.system.output_file import begins_with, require_replaceable, require_writable, whole_file
-from mlip.system.unread_output import printed
+from mlip.system.unread_output import terminal_text
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
@@ -49,13 +49,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     results = evaluate_run(opened, config, load_manifest(config.data))
     saved = save_results(results, folder)
     page = write_report(folder, results)
-    print(printed(summary_lines(results)))
+    print(terminal_text(summary_lines(results)))
     print(f"\n{saved}\n{page}")
     return 0
 
 
 def run_compare(options: argparse.Namespace) -> int:
-    from mlip.transfer.measures.compare import compare, comparison_lines, is_comparison
+    from mlip.transfer.comparison import comparison_lines
+    from mlip.transfer.measures.compare import compare, is_comparison
     from mlip.transfer.measures.predictions import file_of, load_predictions
     from mlip.transfer.results_file import save_json
 
@@ -87,7 +88,7 @@ def run_compare(options: argparse.Namespace) -> int:
     if options.bootstrap < 1:
         raise ConfigError(f"--bootstrap {options.bootstrap}: expected 1 or more")
     found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
-    print(printed(comparison_lines(found)))
+    print(terminal_text(comparison_lines(found)))
     if options.out:
         print(save_json(found, Path(options.out)))
     return 0
@@ -153,12 +154,12 @@ def run_settings(options: argparse.Namespace) -> int:
         print(out)
         return 0
     if not (words or files or overrides):
-        print(printed(listing(sections())))
+        print(terminal_text(listing(sections())))
         return 0
     named = read(files, overrides, takes_exports=True)
     come_to = values(assemble(named), named) if named else {}
     lines = [line for s in find(words) for line in block(s, come_to.get(s.name))]
-    print(printed(lines))
+    print(terminal_text(lines))
     return 0
 
 

@@ -14,7 +14,7 @@ from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.saved.pretrained_model import Pretrained
 from mlip.settings.config import Config, ConfigError, Vision
 from mlip.settings.given import Given
-from mlip.system.unread_output import printed
+from mlip.system.unread_output import terminal_text
 from mlip.transfer.fingerprint import hash_of, image_preprocessing
 from mlip.transfer.fits.kept_fits import kept_fits
 from mlip.transfer.fits.protocol import transfer_run
@@ -47,7 +47,7 @@ def evaluate_transfer(given: Given, folder: Path, *, device: str) -> dict[str, A
         saved = save_results(results, folder)  # before what is drawn from them
         page = write_transfer_page(folder, results)
         kept.remove()
-    print(printed(["", *table_lines(results), "", str(saved), str(page)]))
+    print(terminal_text(["", *table_lines(results), "", str(saved), str(page)]))
     return results
 
 

@@ -20,7 +20,7 @@ from mlip.commands.inputs import (
 )
 from mlip.settings.typed_tree import ConfigError
 from mlip.system.output_file import require_replaceable, require_writable
-from mlip.system.unread_output import printed
+from mlip.system.unread_output import terminal_text
 
 
 def run_ground(options: argparse.Namespace) -> int:
@@ -140,7 +140,7 @@ def run_search(options: argparse.Namespace) -> int:
         shown, unseen = search_table.pictures(opened, manifest, queries, hits)
     count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
-    print(printed([*lines, f"{out}: {count} answers"]))
+    print(terminal_text([*lines, f"{out}: {count} answers"]))
     if page:
         page.unlink(missing_ok=True)  # of other answers than the table's by now
         is_reranked = bool(options.rerank)
@@ -194,7 +194,7 @@ def run_outliers(options: argparse.Namespace) -> int:
         print(write_reference(opened, manifest, made, split=split))
         return 0
     table = write_outliers(opened, manifest, Path(options.reference), made, split=split)
-    print(printed(table))
+    print(terminal_text(table))
     return 0
 
 
@@ -228,5 +228,5 @@ def run_classify(options: argparse.Namespace) -> int:
     else:
         question = ask_names(options.finding, opened, opened.config.evaluate)
     table = write_classification(opened, manifest, question, out, split=options.split, head=head)
-    print(printed([*table, "Not for clinical use."]))
+    print(terminal_text([*table, "Not for clinical use."]))
     return 0

@@ -25,10 +25,10 @@ def one_line(text: str) -> str:
 
     Messages name columns, ids and terms of files that others wrote.
     """
-    return printed([" ".join(text.split())])
+    return terminal_text([" ".join(text.split())])
 
 
-def printed(lines: Iterable[str]) -> str:
+def terminal_text(lines: Iterable[str]) -> str:
     """Lines as one text fit for a terminal: blanks stay, commands and turns of direction are shown.
 
     Names of findings, groups and views are those of tables and results that others wrote.

@@ -21,7 +21,6 @@ from mlip.transfer.measures.interval import Measured, measured_mean, patient_res
 from mlip.transfer.measures.means import less, mean_of_fits, mean_over, over_seeds
 from mlip.transfer.measures.predictions import UNKNOWN, Predictions, PredictionsError, Series
 from mlip.transfer.measures.subgroups import FEWEST_OF_EACH, enough, has_both
-from mlip.transfer.table import NAMES, apart_text, number
 
 SCHEMA = 1
 KIND = "comparison"
@@ -304,57 +303,3 @@ def is_comparison(path: Path) -> bool:
 
 def _has(sides: Sequence[Predictions]) -> str:
     return ", ".join(dict.fromkeys(s.method for side in sides for s in side.series)) or "none"
-
-
-def comparison_lines(found: Mapping[str, Any]) -> list[str]:
-    """The comparison for a terminal."""
-
-    def line(name: str, row: Mapping[str, Any]) -> str:
-        difference = row["difference"]
-        if difference["value"] is None:
-            return f"  {name:34s} n/a ({difference['reason']})"
-        spread = difference.get("seed_sd")
-        text = f"{number(row['a']['value'])} and {number(row['b']['value'])}: "
-        return f"  {name:34s} {text}{apart_text(difference)}" + (
-            "" if spread is None else f", fits +- {spread:.3f}"
-        )
-
-    pairs = found["pairs"]
-    names = [" ".join(str(pair[side]) for pair in pairs) for side in ("a", "b")]
-    lines = [
-        f"{names[0]} minus {names[1]}, split {found['split']}: {found['images']} images of "
-        f"{found['patients']} patients that both scored; 95 % intervals of the difference over "
-        "patients"
-    ]
-    of_a, of_b = (" and ".join(found["precision"][side]) for side in ("a", "b"))
-    if of_a and of_b and of_a != of_b:
-        lines.append(
-            f"the first was computed in {of_a}, the second in {of_b}: some of the difference may "
-            "be of rounding alone"
-        )
-    for table in found["methods"]:
-        a, b = table["a"], table["b"]
-        lines.append(a if a == b else f"{a} minus {b}")
-        for mean in table["mean"]:
-            if mean["classes_asked"] > 1:
-                what = "directions" if mean["measure"].startswith("recall@") else "findings"
-                told = f"mean of {mean['classes']} {what}, {NAMES[mean['measure']]}"
-                lines.append(line(told, mean))
-        for row in table["findings"]:
-            finding, measure = row["finding"], row["measure"]
-            is_plain = measure == "auroc"
-            lines.append(line(finding if is_plain else f"{finding}, {NAMES[measure]}", row))
-        apart = [
-            row["difference"]
-            for row in table["findings"]
-            if row["measure"] == "auroc" and row["difference"]["low"] is not None
-        ]
-        away = sum(d["low"] > 0 or d["high"] < 0 for d in apart)
-        if len(apart) > 1:
-            lines.append(
-                f"  {away} of {len(apart)} intervals of single findings leave 0 (one in twenty "
-                "does by chance alone)"
-            )
-    if found["not_compared"]:
-        lines.append(f"not on both sides: {', '.join(found['not_compared'])}")
-    return lines

@@ -14,7 +14,8 @@ from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
 from mlip.cli import main
-from mlip.transfer.measures.compare import compare, comparison_lines
+from mlip.transfer.comparison import comparison_lines
+from mlip.transfer.measures.compare import compare
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import (
     FILE,
