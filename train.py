@@ -40,7 +40,7 @@ from mlip.saved.tower_shapes import shapes_of
 from mlip.settings.config import Config, ConfigError, read, sort_settings
 from mlip.settings.given import given
 from mlip.system.output_file import whole_file
-from mlip.system.unread_output import printed
+from mlip.system.unread_output import terminal_text
 from mlip.training import agreement, randomness
 from mlip.training.deepspeed_json import read_json
 from mlip.training.determinism import require_deterministic
@@ -48,6 +48,7 @@ from mlip.training.lifecycle import guarded, leave, locked_folder
 from mlip.training.loop import Trainer
 from mlip.training.runlog import setup_logging
 from mlip.training.stop_request import StopRequest
+from mlip.training.trackers import put_evaluation
 from mlip.transfer.alignment.evaluation import evaluate_run
 from mlip.transfer.fingerprint import (
     hash_of_shapes,
@@ -57,7 +58,7 @@ from mlip.transfer.fingerprint import (
     versions,
 )
 from mlip.transfer.results_file import save_results
-from mlip.transfer.summary import summary_lines
+from mlip.transfer.summary import mean_scores, summary_lines
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -192,8 +193,9 @@ def evaluate(config: Config, corpus: Corpus) -> None:
     results = evaluate_run(opened, config, corpus.manifest)
     save_results(results, folder)
     page = write_report(folder, results)
-    print(printed(summary_lines(results)))
+    print(terminal_text(summary_lines(results)))
     print(f"report: {page}")
+    put_evaluation(config, opened.facts["step"], mean_scores(results))
 
 
 def main(arguments: list[str]) -> int:

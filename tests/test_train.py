@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mlip.knowledge import concept_files
 from mlip.settings.typed_tree import ConfigError
 from mlip.training import checkpoint
 from mlip.training.validation import Validation
+from mlip.transfer.summary import mean_scores
 from tests.own_process import leave_the_process_as_it_was  # noqa: F401
 from tests.rank_farm import free_port
 from tests.small_run import small_run, with_val
@@ -106,6 +108,18 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_ends_with_a_page(tmp_path, monkey
     # 32 training rows, 4 steps of 8 pairs, and a stop in between: each row once
     assert epoch["trained"] == 32 and epoch["ahead"] == 0
     assert epoch["trained"] + sum(ledger["excluded"].values()) == ledger["rows"]
+
+
+def test_trackers_are_given_the_means_that_the_evaluation_ends_with(tmp_path, monkeypatch):
+    given: list[tuple[str, float, int]] = []
+    writer = types.SimpleNamespace(add_scalar=lambda *point: given.append(point), close=lambda: 0)
+    module = types.SimpleNamespace(SummaryWriter=lambda *folder, **more: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert train.main(_overrides(tmp_path, "train.max_steps=2", "train.tensorboard=true")) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    scores = [(f"evaluation/{name}", value, 2) for name, value in mean_scores(results).items()]
+    assert given[-len(scores) :] == scores and len(scores) == 11
+    assert not any(name.startswith("evaluation/") for name, _, _ in given[: -len(scores)])
 
 
 def _with_val(folder: Path) -> list[str]:

@@ -178,7 +178,7 @@ class RunLog:
             file.write(json.dumps(entry, allow_nan=False) + "\n")
         if self._trackers is not None:
             numbers = {f"val/{name}": value for name, value in terms.items()}
-            self._trackers.put(step, numbers, is_val=True)
+            self._trackers.put(step, numbers, kind="val")
         parts = "  ".join(f"{name} {value:.4f}" for name, value in terms.items() if name != "total")
         best = "none is the best yet" if best_step is None else f"best at step {best_step}"
         best = "the best so far" if best_step == step else best

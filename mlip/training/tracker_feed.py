@@ -13,7 +13,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mlip.settings.config import ConfigError
 from mlip.system.unread_output import one_line
@@ -25,13 +25,16 @@ LAST_WAIT_S = 30.0  # for all that is left at the end; schedulers give about a m
 MOST_WAITING = 10_000  # points, about 15 MB, that wait for a tracker; more are lost to it
 
 
+Kind = Literal["step", "val", "evaluation"]
+
+
 @dataclass(frozen=True)
 class Point:
-    """Numbers after `step` steps; of val, or of the step itself."""
+    """Numbers after `step` steps; of the step itself, of val, or of the evaluation at the end."""
 
     step: int
     numbers: Mapping[str, float]
-    is_val: bool
+    kind: Kind
     time_ms: int
 
 
@@ -62,7 +65,8 @@ class Feed(threading.Thread):
 
     def put(self, point: Point) -> None:
         """Returns at once."""
-        if point.step <= (self.tracker.seen_val if point.is_val else self.tracker.seen):
+        seen = {"step": self.tracker.seen, "val": self.tracker.seen_val}
+        if point.step <= seen.get(point.kind, -1):
             return  # of a step that is trained again after a crash
         with self._change:
             if len(self._points) >= MOST_WAITING:

@@ -6,6 +6,8 @@ user's environment says so: what is written, and what is not, stands in docs/tra
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import functools
 import json
@@ -14,15 +16,24 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlip.settings.config import Config, ConfigError, flatten, to_dict
 from mlip.settings.typed_tree import require_utf8
 from mlip.system.output_file import whole_file
-from mlip.training.tracker_feed import LAST_WAIT_S, Feed, Point, Tracker, told, without_password
+from mlip.training.tracker_feed import (
+    LAST_WAIT_S,
+    Feed,
+    Kind,
+    Point,
+    Tracker,
+    told,
+    without_password,
+)
 
 logger = logging.getLogger("mlip")
 
@@ -77,7 +88,8 @@ class _Wandb:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_CACHE_DIR", str(folder.absolute() / "wandb" / "cache"))
         try:
-            import wandb
+            with _own_temporary_folder():
+                import wandb
         except ImportError as error:
             raise _not_installed(self.setting, "wandb") from error
         known = kept.get("wandb")
@@ -126,7 +138,10 @@ class _Wandb:
         if shutil.disk_usage(self._folder).free < ROOM_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for point in points:
-            self._run.log({**point.numbers, "step": point.step})
+            if point.kind == "evaluation":
+                self._run.summary.update(point.numbers)
+            else:
+                self._run.log({**point.numbers, "step": point.step})
 
     def close(self, ended: str) -> None:
         self._run.finish(exit_code=0 if ended == "trained" else 1)
@@ -263,10 +278,10 @@ class Trackers:
                 )
             feed.start()
 
-    def put(self, step: int, numbers: Mapping[str, float], *, is_val: bool = False) -> None:
+    def put(self, step: int, numbers: Mapping[str, float], *, kind: Kind = "step") -> None:
         """Returns at once, whatever the trackers do."""
         if self._feeds:
-            point = Point(step, dict(numbers), is_val, int(time.time() * 1000))
+            point = Point(step, dict(numbers), kind, int(time.time() * 1000))
             for feed in self._feeds:
                 feed.put(point)
 
@@ -278,6 +293,25 @@ class Trackers:
         for feed in self._feeds:
             feed.wait(deadline - time.monotonic())
         self._feeds = []
+
+
+def put_evaluation(config: Config, step: int, scores: Mapping[str, float]) -> None:
+    """Scores of the run after its last step, into the runs that its training wrote and closed.
+
+    Each tracker is opened again. One that cannot be lacks them, and a line says so: nothing ends.
+    """
+    names = ("tensorboard", "wandb", "mlflow")
+    for name in names:
+        others: dict[str, Any] = {other: False for other in names if other != name}
+        train = dataclasses.replace(config.train, **others)
+        try:
+            tracker = Trackers(dataclasses.replace(config, train=train), step)
+        except ConfigError as error:
+            logger.warning("the scores of the evaluation are not there: %s", error)
+            continue
+        numbers = {f"evaluation/{score}": value for score, value in scores.items()}
+        tracker.put(step, numbers, kind="evaluation")
+        tracker.close("trained")
 
 
 def settings_shown(config: Config) -> dict[str, Any]:
@@ -299,6 +333,18 @@ def _without_places(value: Any) -> Any:
 def _plain_name(name: str) -> str:
     """A name that MLflow takes: it has no @, as in "recall@10"."""
     return re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+
+
+@contextlib.contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """For what an import puts there: two folders of W&B's would stay, as `leave` removes none."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as own:
+        try:
+            tempfile.tempdir = own
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _highest_step(path: Path) -> int:

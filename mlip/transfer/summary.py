@@ -101,3 +101,20 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
         )
         lines += subgroup_lines(table.get("subgroups", ()), f"pointing by {kind} ")
     return lines
+
+
+def mean_scores(results: Mapping[str, Any]) -> dict[str, float]:
+    """The means of `summary_lines` by name; none of a single finding, whose name is a table's."""
+    found: dict[str, Mapping[str, Any]] = {}
+    zero_shot, retrieval, grounding = (
+        results[part] for part in ("zero_shot", "retrieval", "grounding")
+    )
+    for head in HEADS:
+        if "macro" in zero_shot:
+            found[f"AUROC {head}"] = zero_shot["macro"][head]
+        for direction, row in retrieval["scores"].get(head, {}).items():
+            found[f"recall@10 {direction.replace('_', ' ')} {head}"] = row["recall@10"]
+    for kind, table in grounding.items():
+        if kind != "reason":
+            found[f"pointing by {kind}"] = table["all"]["hit"]
+    return {name: one["value"] for name, one in found.items() if one.get("value") is not None}

@@ -62,6 +62,9 @@ def _run(folder: Path, port: int, start: int, last: int, end: str, *settings: st
     }
     proxy = f"http://127.0.0.1:{port}"
     environment |= {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "https_proxy")}
+    temporary = folder.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environment["TMPDIR"] = str(temporary)
     done = subprocess.run(
         [
             *(sys.executable, "tests/training/tracked_run.py", str(folder)),
@@ -74,6 +77,7 @@ def _run(folder: Path, port: int, start: int, last: int, end: str, *settings: st
         timeout=300,
     )
     assert done.returncode == (-9 if end == "kill" else 0), done.stderr[-3000:]
+    assert not list(temporary.iterdir())
 
 
 def _killed_and_resumed(folder: Path, port: int, setting: str) -> None:
@@ -174,7 +178,7 @@ def test_mlflows_store_holds_each_step_once_in_one_run(tmp_path: Path, asked: An
     assert params["data.manifest"] == "films.csv" and params["train.log_steps"] == "4"
     assert tags == {"mlflow.runName": "lr=0.1 of mine"}
     # no folder of a half-quoted name beside it, and none in the working directory
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "tmp"}
     assert not (ROOT / "mlruns").exists()
     _require_no_places(folder)
     assert heard == []

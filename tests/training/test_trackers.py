@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -28,7 +29,7 @@ from mlip.training.lifecycle import Preempted
 from mlip.training.runlog import RunLog
 from mlip.training.step import StepResult
 from mlip.training.stop_request import StopRequest
-from mlip.training.trackers import settings_shown
+from mlip.training.trackers import put_evaluation, settings_shown
 from tests.training.toy_run import make_trainer, toy_config
 
 STEP = {
@@ -67,6 +68,7 @@ class _Wandb(types.ModuleType):
         super().__init__("wandb")
         self.starts: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.summaries: dict[str, dict[str, Any]] = {}  # what was put there, not what rows left
         self.has_key, self.ends, self.axes = True, [], []
         self.unfinished: list[Any] = []
         self.fails: Callable[[dict[str, Any]], None] = lambda row: None
@@ -88,6 +90,8 @@ class _Wandb(types.ModuleType):
         rows = self.rows.setdefault(given["id"], [])
         is_known = given["settings"]["mode"] == "online" and bool(rows)
 
+        summary = self.summaries[given["id"]] = dict(rows[-1]) if is_known else {}
+
         def log(row: dict[str, Any]) -> None:
             self.fails(row)
             rows.append(row)
@@ -99,7 +103,7 @@ class _Wandb(types.ModuleType):
         run = types.SimpleNamespace(
             log=log,
             resumed=is_known,
-            summary=dict(rows[-1]) if is_known else {},
+            summary=summary,
             define_metric=lambda name, **more: self.axes.append((name, more)),
             finish=finish,
         )
@@ -425,6 +429,69 @@ def test_one_that_was_opened_goes_on_in_its_run_where_the_other_was_refused(
     mlflow.fails = lambda: None
     _log(tmp_path, "train.wandb=true", "train.mlflow=true").close()
     assert len(wandb.starts) == 2 and len(wandb.rows) == 1
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_scores_of_the_evaluation_reach_the_run_that_the_training_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, board: Any, wandb: Any, mlflow: Any, mode: str
+) -> None:
+    """They were in results.json alone. A step that was written is refused, these are not."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    log = _log(tmp_path, "train.tensorboard=true", "train.wandb=true", "train.mlflow=true")
+    _steps(log, 1, 2)
+    log.close()
+    scores = {"AUROC global": 0.75, "recall@10 image to text local": 0.5}
+    for value in (0.5, 0.75):  # the same command again evaluates again
+        put_evaluation(log.config, 2, scores | {"AUROC global": value})
+    named = {f"evaluation/{name}": value for name, value in scores.items()}
+    (rows,) = wandb.rows.values()
+    assert [row["step"] for row in rows] == [1, 2] and wandb.ends == [0, 0, 0]
+    (summary,) = wandb.summaries.values()
+    assert named.items() <= summary.items() and summary.get("step", 2) == 2
+    run = mlflow.run()
+    latest = {m.key.replace("_at_", "@"): (m.value, m.step) for m in run["metrics"]}
+    assert {name: (value, 2) for name, value in named.items()}.items() <= latest.items()
+    assert run["status"] == "FINISHED" and "total" in latest
+    assert [(b.purge_step, b.is_closed) for b in board] == [(1, True), (3, True), (3, True)]
+    assert board[2].numbers == [(name, value, 2) for name, value in named.items()]
+
+
+def test_a_tracker_that_is_gone_at_the_end_lacks_the_scores_and_ends_nothing(
+    tmp_path: Path, wandb: Any, mlflow: Any, warned: Any
+) -> None:
+    log = _log(tmp_path, "train.wandb=true", "train.mlflow=true")
+    log.close()
+    mlflow.stores.clear()
+    put_evaluation(log.config, 2, {"AUROC global": 0.75})
+    (summary,) = wandb.summaries.values()
+    assert summary == {"evaluation/AUROC global": 0.75}
+    (text,) = warned()
+    assert text.startswith("the scores of the evaluation are not there: train.mlflow=true (local)")
+    put_evaluation(toy_config(f"run.dir={tmp_path}"), 2, {"AUROC global": 0.5})  # none is asked for
+    assert (
+        len(wandb.starts) == 2
+        and not mlflow.stores["sqlite:///" + str(tmp_path / "mlflow.db")]["runs"]
+    )
+
+
+def test_what_an_import_of_wandb_puts_into_the_temporary_folder_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two folders for media and artifacts, removed by an exit that a run does not take."""
+    package, temporary = tmp_path / "site" / "wandb", tmp_path / "tmp"
+    package.mkdir(parents=True)
+    temporary.mkdir()
+    made = "tempfile.kept = tempfile.TemporaryDirectory('wandb-media')"
+    (package / "__init__.py").write_text(f"import tempfile\n{made}\nimport not_there_either\n")
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(tempfile, "kept", None, raising=False)  # as a module of W&B's keeps it
+    with pytest.raises(ConfigError, match=r"train\.wandb=true needs wandb"):
+        _log(tmp_path / "run", "train.wandb=true")
+    kept: Any = vars(tempfile)["kept"]
+    assert Path(kept.name).parent.parent == temporary and not list(temporary.iterdir())
+    assert tempfile.tempdir == str(temporary)
 
 
 def test_a_tracker_that_is_switched_on_later_gets_all_steps_from_then_on(

@@ -6,6 +6,7 @@ import copy
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mlip.transfer.alignment.prompts import phrase_encoder
 from mlip.transfer.draws import splits_hash
 from mlip.transfer.fingerprint import hash_of_weights
 from mlip.transfer.results_file import save_results
-from mlip.transfer.summary import summary_lines
+from mlip.transfer.summary import mean_scores, summary_lines
 from tests.small_run import small_results, small_run
 from tests.transfer.small_manifest import LABELS, evaluate, write
 
@@ -74,7 +75,26 @@ def test_generated_studies_without_labels_are_not_said_to_carry_nothing() -> Non
     manifest = dataclasses.replace(run.manifest, label_column=None)
     results = evaluate_run(run, config, manifest)
     assert "data.columns.labels is not set" in results["zero_shot"]["reason"]
+    assert not [name for name in mean_scores(results) if name.startswith("AUROC")]
     assert "zero-shot   n/a: data.columns.labels" in "\n".join(summary_lines(results))
+
+
+def test_means_for_trackers_are_those_of_the_lines_and_name_no_finding() -> None:
+    results = small_results()
+    found, lines = mean_scores(results), "\n".join(summary_lines(results))
+    heads = ("global", "local", "combined")
+    recalls = [f"recall@10 {way} {h}" for h in heads for way in ("image to text", "text to image")]
+    pointing = ["pointing by keyword", "pointing by sentence"]
+    assert sorted(found) == sorted([*(f"AUROC {h}" for h in heads), *recalls, *pointing])
+    for head in heads:
+        both = [f"{way} {found[f'recall@10 {way} {head}']:.2f}" for way in ("image to text",)]
+        assert f"  {head:<24}{both[0]}" in lines
+    (mean,) = [line for line in lines.splitlines() if line.startswith("  mean      ")]
+    assert [f"{found[f'AUROC {h}']:.2f}" for h in heads] == re.findall(r"(0\.\d\d) \(", mean)
+    for name in pointing:
+        assert re.search(rf"{name} +{found[name]:.2f} ", lines)
+    none = {"zero_shot": {"reason": ""}, "retrieval": {"scores": {}}, "grounding": {"reason": ""}}
+    assert mean_scores(none) == {}
 
 
 def test_the_oracle_stands_beside_retrieval_and_beats_an_untrained_model() -> None:
