@@ -276,8 +276,11 @@ def _encoded(text: str, most: int, dataset: Dataset) -> bytes:
 
 def is_capture(path: Path) -> bool:
     """Whether `capture` made this file, also where it went through an archive since."""
+    if not path.is_file():
+        return False
     try:
-        with error_wall("malformed"), open_regular(path) as (file, _):
+        # of any size, a film's bound does not hold: of many phrases it is over 512 MiB
+        with error_wall("malformed"), path.open("rb") as file:
             said = read_dataset(file, ["SOPClassUID", "ManufacturerModelName"])[2]
             kind = read_text(said, "SOPClassUID"), read_text(said, "ManufacturerModelName")
     except DicomError:

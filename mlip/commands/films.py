@@ -19,13 +19,13 @@ from mlip.commands.inputs import (
     read_given,
 )
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.output_file import require_replaceable, require_writable
+from mlip.system.output_file import require_writable
 from mlip.system.unread_output import terminal_text
 
 
 def run_ground(options: argparse.Namespace) -> int:
     from mlip.pretrained import open_checkpoint
-    from mlip.transfer.films.ground_image import DICOM_SUFFIX, ground_image, is_map
+    from mlip.transfer.films.ground_image import DICOM_SUFFIX, ground_image, require_own_map
     from mlip.transfer.trained_heads import require_local
 
     out, device = Path(options.out), pick_device(options.device)
@@ -34,8 +34,7 @@ def run_ground(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--out {out}: expected the name of a PNG or DICOM file, for example map.png or map.dcm"
         )
-    # most films are PNG files, the one that is asked of among them
-    require_replaceable(out, "--out", "map of mlip ground", is_ours=is_map(out))
+    require_own_map(out)
     opened = open_checkpoint(options.checkpoint, device=device, lexicon=options.lexicon)
     require_local(opened, "maps of words")
     answers = ground_image(
@@ -142,6 +141,7 @@ def run_search(options: argparse.Namespace) -> int:
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
     print(terminal_text([*lines, f"{out}: {count} answers"]))
     if page:
+        require_own_page(page)  # again: what has appeared there since is another's
         page.unlink(missing_ok=True)  # of other answers than the table's by now
         is_reranked = bool(options.rerank)
         options.out = options.page  # for the line where it cannot be written

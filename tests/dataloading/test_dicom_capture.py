@@ -7,6 +7,7 @@ the validator of dicom3tools.
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -315,6 +316,10 @@ def test_our_objects_are_known_again_and_no_film_is_taken_for_one(tmp_path: Path
         other.write_bytes(junk)
         assert not is_capture(other)
     assert not is_capture(tmp_path) and not is_capture(tmp_path / "none")
+    os.truncate(own, 600 << 20)  # larger than a film may be: of some 170 phrases, here of zeros
+    assert is_capture(own)
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_capture(tmp_path / "pipe")
 
 
 def test_preparing_a_folder_leaves_a_map_beside_its_film_out(tmp_path: Path) -> None:

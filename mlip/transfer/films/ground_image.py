@@ -20,7 +20,7 @@ from torch import Tensor
 from mlip.batch import STATES
 from mlip.dataloading.pipelines.transforms import Transform
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.output_file import whole_file
+from mlip.system.output_file import require_replaceable, whole_file
 from mlip.transfer.alignment.patch_maps import Upsampler, phrase_maps, pointed_pixel, token_maps
 from mlip.transfer.alignment.prompts import make_text_batch, phrase_encoder
 from mlip.transfer.array import Array
@@ -224,6 +224,7 @@ def _sheet(
 
 
 def _write(out: Path, content: bytes) -> None:
+    require_own_map(out)  # again: what has appeared there since is another's
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out, is_private=True) as partial:  # it shows a film
         partial.write_bytes(content)
@@ -243,7 +244,13 @@ def _marked(png: bytes) -> bytes:
     return png[:_HEADER] + size + chunk + check + png[_HEADER:]
 
 
-def is_map(path: Path) -> bool:
+def require_own_map(path: Path) -> None:
+    """Raises:  ConfigError for a folder, or a file that ground_image did not write."""
+    # most films are PNG files, the one that is asked of among them
+    require_replaceable(path, "--out", "map of mlip ground", is_ours=_is_map(path))
+
+
+def _is_map(path: Path) -> bool:
     """Whether ground_image wrote this file: a radiograph may be a PNG or DICOM file too."""
     from mlip.dataloading.dicom.capture import is_capture
 

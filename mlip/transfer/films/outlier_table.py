@@ -42,6 +42,7 @@ def write_reference(opened: Any, manifest: Manifest, path: Path, *, split: str) 
         images, manifest.patient_key[rows], seed=opened.config.run.seed, made_of=made_of
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_own_file(path, is_table=False)  # again: what has appeared there since is another's
     save_reference(reference, path)
     ranked = len(reference.ranked)
     return (
@@ -71,6 +72,7 @@ def write_outliers(
         int(row): (f"{p:.6g}", f"{distance:.6g}")
         for row, p, distance in zip(rows, p_values, distances, strict=True)
     }
+    require_own_file(out, is_table=True)  # again: what has appeared there since is another's
     write_row_table(out, _COLUMNS, lines, bad)
     return [
         *_summary(rows, p_values, distances),
