@@ -30,13 +30,13 @@ from mlip.dataloading.ledger import Ledger
 from mlip.dataloading.loader import listed_bad, merge_states
 from mlip.held_out_pairs import open_validation
 from mlip.pages.run_page import write_report
-from mlip.pretrained import open_checkpoint
 from mlip.ranks import distributed, process_group
 from mlip.saved.model_facts import start_of
 from mlip.saved.resumed_run import open_resumed
 from mlip.saved.run_vocabulary import keep_vocabulary
 from mlip.saved.starting_point import open_start
 from mlip.saved.tower_shapes import shapes_of
+from mlip.saved.trained_model import open_checkpoint
 from mlip.settings.config import Config, ConfigError, read, sort_settings
 from mlip.settings.given import given
 from mlip.system.output_file import whole_file

@@ -33,7 +33,7 @@ FOREIGN = {
         "mlip.dataloading.reports.label_reports",
         "read labels of findings from reports: what each states, denies or doubts",
     ),
-    "knowledge": ("mlip.knowledge.command", "build concept tables and look into them"),
+    "knowledge": ("mlip.commands.knowledge", "build concept tables and look into them"),
 }
 
 _SEVERAL = ("settings", "phrases", "terms")  # arguments of which there may be several

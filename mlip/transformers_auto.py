@@ -38,10 +38,11 @@ from transformers.utils import ModelOutput
 from mlip.batch import ImageFeatures, TextFeatures
 from mlip.kernels.info_nce import info_nce_loss
 from mlip.kernels.token_knowledge_patch import contrastive_loss_from_scores
-from mlip.pretrained import from_pretrained, read_settings, save_pretrained
+from mlip.pretrained import save_pretrained
 from mlip.ranks.distributed import world_group
 from mlip.saved.export_folder import SETTINGS, put_into
 from mlip.saved.pretrained_model import Pretrained
+from mlip.saved.trained_model import from_pretrained, read_settings
 from mlip.saved.transformers_inputs import (
     MLIPProcessor,
     MLIPTokenizer,

@@ -16,7 +16,7 @@ import numpy as np
 from mlip.dataloading.dicom.header import Header
 from mlip.dataloading.dicom.jpeg2000 import checked_size, code_stream
 from mlip.dataloading.dicom.source import BIG_ENDIAN, COMPRESSED_SYNTAXES, DicomError, error_wall
-from mlip.dataloading.images.image_file import MAX_SCANS
+from mlip.dataloading.image_limits import MAX_SCANS
 
 _MAX_FRAGMENTS = 65_536  # a 100-megapixel frame in fragments of 4 KiB; walking them takes 0.1 s
 

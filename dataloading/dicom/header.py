@@ -22,7 +22,7 @@ from mlip.dataloading.dicom.values import (
     value_of,
 )
 from mlip.dataloading.dicom.view import VIEW_TAGS, read_view
-from mlip.dataloading.images.image_file import MAX_PIXELS, MAX_SIDE_PX
+from mlip.dataloading.image_limits import MAX_PIXELS, MAX_SIDE_PX
 from mlip.dataloading.view_position import projection
 
 _TAGS = (

@@ -22,7 +22,7 @@ import pydicom
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
-from mlip.dataloading.images.image_file import MAX_FILE_BYTES
+from mlip.dataloading.image_limits import MAX_FILE_BYTES
 
 # pydicom's warnings and log lines quote tag values, which may identify a patient.
 warnings.filterwarnings("ignore", module=r"pydicom(\..*)?")

@@ -18,14 +18,15 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mlip.dataloading.image_limits import (
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    MAX_SCANS,
+    MAX_SIDE_PX,
+    MIN_SIDE_PX,
+)
 from mlip.dataloading.ledger import BadSample, DataError, unreadable
 from mlip.dataloading.name_forms import as_it_lies, as_utf8, on_disk
-
-MAX_FILE_BYTES = 512 * 1024 * 1024
-MAX_PIXELS = 100_000_000  # the largest detectors give about 20 megapixels
-MAX_SIDE_PX = 16_384
-MIN_SIDE_PX = 8
-MAX_SCANS = 50  # of a JPEG; a progressive one has about ten, each of which goes over all pixels
 
 # An eighth of white. Where no pixel of a 16-bit picture reaches it, 12-bit values stand in it as
 # they are: at 8 bits four would be left of them, and the film would be nearly black.

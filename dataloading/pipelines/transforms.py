@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mlip.dataloading.keyed_draws import keyed_draws
 from mlip.dataloading.pipelines.crop import crop_one
-from mlip.dataloading.pipelines.keyed_draws import keyed_draws
 from mlip.settings.config import Data
 
 cv2.setNumThreads(0)  # threads are ours: one image a thread

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlip.dataloading.pipelines.keyed_draws import keyed_draws
+from mlip.dataloading.keyed_draws import keyed_draws
 from mlip.dataloading.reports.encoder import EncodedReport, ReportEncoder
 
 MAX_SUBSET_BITS = 48  # a float64 uniform has 53 random bits

@@ -42,8 +42,7 @@ MODULES = {
     "Models": {
         "mlip.batch": "",
         "mlip.model": "",
-        "mlip.pretrained": "open_checkpoint from_pretrained save_pretrained Pretrained "
-        "PretrainedError",
+        "mlip.pretrained": "",
         "mlip.transformers_auto": "MLIPForTransformers MLIPOutput MLIPConfig MLIPProcessor "
         "MLIPTokenizer",
         "mlip.transfer.films.archive": "Archive Hits ArchiveError",

@@ -10,8 +10,9 @@ from typing import Any
 from mlip.dataloading.manifest import load_manifest
 from mlip.encoders.options import tower_shape
 from mlip.pages.transfer_page import write_transfer_page
-from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.saved.pretrained_model import Pretrained
+from mlip.saved.trained_model import open_checkpoint
+from mlip.saved.weights import PretrainedError
 from mlip.settings.config import Config, ConfigError, Vision
 from mlip.settings.given import Given
 from mlip.system.unread_output import terminal_text

@@ -24,7 +24,7 @@ from mlip.system.unread_output import terminal_text
 
 
 def run_ground(options: argparse.Namespace) -> int:
-    from mlip.pretrained import open_checkpoint
+    from mlip.saved.trained_model import open_checkpoint
     from mlip.transfer.films.ground_image import DICOM_SUFFIX, ground_image, require_own_map
     from mlip.transfer.trained_heads import require_local
 

@@ -67,7 +67,7 @@ def open_trained(given: Given, device: str) -> Any:
 
     Raises:  ConfigError for a setting of the training that was typed, and is another one there
     """
-    from mlip.pretrained import open_checkpoint
+    from mlip.saved.trained_model import open_checkpoint
 
     config = given.config
     where = config.evaluate.checkpoint or config.run.dir

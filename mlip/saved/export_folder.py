@@ -1,6 +1,6 @@
 """The files of an export's folder: their names, the list of their hashes, and what may be replaced.
 
-What is in them is mlip/pretrained.py's.
+What is in them is written by mlip/pretrained.py and read by trained_model.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from mlip.system.output_file import file_sha256
 
 WEIGHTS, SETTINGS, SUMS = "model.safetensors", "config.json", "SHA256SUMS"
 CONTRACT, CARD = "preprocessing.json", "README.md"
+FORMAT = 1  # of config.json
 
 
 def require_free(folder: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from mlip.dataloading.reports.tokenizer import is_vocabulary, load_tokenizer
 from mlip.model import MLIPModel
-from mlip.pretrained import PretrainedError, open_checkpoint
 from mlip.saved.pretrained_model import Pretrained
 from mlip.saved.tower_shapes import by_shape, shapes_of, with_source
-from mlip.saved.weights import model_with
+from mlip.saved.trained_model import open_checkpoint
+from mlip.saved.weights import PretrainedError, model_with
 from mlip.settings.config import Config, ConfigError, load
 from mlip.training.checkpoint import STATE
 from mlip.transfer.fingerprint import hash_of_vocabulary, preprocessing

@@ -24,8 +24,8 @@ from mlip.dataloading.reports.tokenizer import ReportTokenizer
 from mlip.knowledge.concept_files import KEPT, write_table
 from mlip.knowledge.concepts import ConceptTable
 from mlip.knowledge.linker import linker_of
-from mlip.pretrained import open_inputs, read_settings
 from mlip.saved.export_folder import SETTINGS, SUMS, WEIGHTS, check_sums
+from mlip.saved.trained_model import open_inputs, read_settings
 from mlip.saved.weights import PretrainedError
 from mlip.settings.config import Config
 from mlip.transfer.alignment.prompts import make_worded_batch, phrase_encoder

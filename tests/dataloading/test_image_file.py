@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 import pytest
 
+from mlip.dataloading.image_limits import MAX_FILE_BYTES
 from mlip.dataloading.images import image_file
 from mlip.dataloading.images.image_file import (
-    MAX_FILE_BYTES,
     check_hash,
     decode_grey,
     read_bytes,
@@ -305,6 +305,7 @@ def test_a_header_does_not_depend_on_the_file_read_before() -> None:
 def test_a_file_outside_the_root_is_never_even_opened(tmp_path: Path) -> None:
     script = """
 import sys
+from mlip.dataloading.image_limits import MAX_FILE_BYTES
 from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.ledger import DataError
 opened = []

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from mlip.dataloading.pipelines.keyed_draws import keyed_draws
+from mlip.dataloading.keyed_draws import keyed_draws
 from mlip.keyed_random import keyed_uniform
 
 

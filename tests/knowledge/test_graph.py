@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mlip.knowledge.command import add_arguments, run
+from mlip.commands.knowledge import add_arguments, run
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.graph import graph_vectors, triplets, write_vectors

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlip.knowledge.command import add_arguments, run
+from mlip.commands.knowledge import add_arguments, run
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable, LexiconError
 from mlip.knowledge.linker import Linker

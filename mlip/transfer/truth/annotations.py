@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from mlip.dataloading.datasets.rle import decode_masks
 from mlip.dataloading.datasets.rows import is_list_text
-from mlip.dataloading.images.image_file import MAX_SIDE_PX, read_bytes
+from mlip.dataloading.image_limits import MAX_SIDE_PX
+from mlip.dataloading.images.image_file import read_bytes
 from mlip.dataloading.ledger import BadSample, DataError
 from mlip.dataloading.manifest import Manifest, ManifestError, finding_names, read_more
 from mlip.dataloading.phantom.dataset import read_truth

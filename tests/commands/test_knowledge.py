@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import save
 
-from mlip.knowledge.command import _deepest, add_arguments, colour_view, run
+from mlip.commands.knowledge import _deepest, add_arguments, colour_view, run
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import link

@@ -1,7 +1,7 @@
 """The `mlip knowledge` command: build a concept table, look into it, see a report's mentions.
 
-What does not live here: any reading or matching (concept_files.py, ontologies.py, umls.py,
-linker.py), and what a report's text is made of before (dataloading/reports/text.py).
+What does not live here: any reading or matching (mlip/knowledge), and what a report's text is made
+of before (dataloading/reports/text.py).
 """
 
 from __future__ import annotations
