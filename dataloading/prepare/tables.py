@@ -137,7 +137,7 @@ def grouping_lines(manifest: Path) -> list[str]:
         if name == "view":
             of = Counter(dict.fromkeys(PROJECTIONS, 0))
             for view, count in found.items():
-                of["" if view == _NOTHING else projection(view)] += count
+                of[projection(view)] += count
             told = ", ".join(f"{p or _NOTHING} {count}" for p, count in of.most_common() if count)
             lines.append(f"projections: {told}")
     return lines

@@ -103,6 +103,13 @@ def test_a_checkpoint_is_opened_with_the_words_that_it_was_trained_with(tmp_path
         opened("0123456789abcdef")
     for part in ("the vocabulary 0123456789ab, ", f"tokenizer is {own[:12]}", f"is {other[:12]}"):
         assert part in str(told.value)
+    whole = (given / "tokenizer.json").read_bytes()
+    (given / "tokenizer.json").write_bytes(whole[:99])
+    assert opened(own) == own  # its own copy is looked at first
+    bare = tmp_path / "bare"
+    (bare / "tokenizer").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"{bare / 'tokenizer'}"):  # what it lacks, not what it is
+        vocabulary_of_run(Path("step"), Text(), bare, own)
     (run / "tokenizer").rename(tmp_path / "moved")
     with pytest.raises(PretrainedError, match="there is no such folder; restore it"):
         opened(own, tmp_path / "gone")

@@ -90,6 +90,13 @@ def test_every_number_is_that_of_the_opened_export(
     logits = opened.similarity(images, texts) * float(opened.model.scales.logit_scale())
     assert np.abs(out.logits_per_image.numpy() - logits).max() < 1e-5
     assert torch.equal(out.logits_per_text, out.logits_per_image.T)
+    of_images = model.get_image_features(inputs["pixel_values"])
+    assert torch.equal(of_images.last_hidden_state, images.patches)
+    tokens = model.get_text_features(**of_text).last_hidden_state
+    assert torch.equal(tokens, out.text_model_output.last_hidden_state)
+    assert torch.equal(tokens[:, : texts.text.tokens.shape[1]], texts.text.tokens)
+    flat = out.to_tuple()
+    assert torch.equal(flat[2], out.text_embeds) and type(flat[4]) is tuple
 
 
 @torch.no_grad()
@@ -214,7 +221,10 @@ def test_what_is_no_film_or_no_text_is_refused_with_its_place(processor: Any) ->
 
 
 def test_what_cannot_be_honoured_is_refused(model: Any, tmp_path: Path) -> None:
-    for option in ({"attn_implementation": "eager"}, {"quantization_config": {"bits": 4}}):
+    refused: list[dict[str, Any]] = [{"attn_implementation": "eager"}]
+    refused += [{"quantization_config": {"bits": 4}}]
+    refused += [{"output_attentions": True}, {"output_hidden_states": True}]
+    for option in refused:
         with pytest.raises(ValueError, match=r"leave .*out"):
             AutoModel.from_pretrained(small_export(), **option)
     for option, message in [
@@ -260,7 +270,8 @@ def test_what_it_saves_is_an_export_again(model: Any, processor: Any, tmp_path: 
         results=small_results(),
     )
     again = AutoModel.from_pretrained(first)
-    again.save_pretrained(tmp_path / "again")
+    again.save_pretrained(tmp_path / "new" / "again")  # makes the folders above it
+    (tmp_path / "new" / "again").rename(tmp_path / "again")
     assert AutoProcessor.from_pretrained(first).save_pretrained(tmp_path / "again") == ()
     for file in (p.relative_to(first) for p in first.rglob("*") if p.is_file()):
         assert (tmp_path / "again" / file).read_bytes() == (first / file).read_bytes(), file
@@ -395,6 +406,50 @@ def test_the_loss_is_that_of_the_two_levels(model: Any, processor: Any) -> None:
     assert torch.equal(out.loss, wanted)
     same = torch.zeros(PAIRS, dtype=torch.int64)
     assert model(**inputs, return_loss=True, pair_id=same).loss.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_empty_text_is_nobodys_and_one_of_mentions_alone_is_asked(
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weights of the run, which are 1 in most."""
+    config, inputs, own = model.opened.config, pairs(processor), model.mlip
+    part = config.loss
+    weighed = dataclasses.replace(
+        part,
+        global_contrastive=dataclasses.replace(part.global_contrastive, weight=0.5),
+        local_alignment=dataclasses.replace(part.local_alignment, weight=3.0),
+    )
+    changed = dataclasses.replace(config, loss=weighed)
+    monkeypatch.setattr(model, "opened", dataclasses.replace(model.opened, config=changed))
+    # words and mentions, mentions alone, neither, words alone
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1:3, 2:] = 0
+    inputs["entity_mask"] = inputs["entity_mask"].clone()
+    inputs["entity_mask"][2:] = False
+    assert inputs["entity_mask"][:2].any(dim=1).all()
+    out = model(**inputs, return_loss=True)
+    valid = torch.tensor([True, True, False, True])
+    texts = model._text_batch(True, **{k: x for k, x in inputs.items() if k != "pixel_values"})
+    assert texts.content_mask.any(dim=1).tolist() == [True, False, False, True]
+    knowledge = own.encode_knowledge(*(inputs[f"entity_{n}"] for n in ("ids", "state", "mask")))
+    patches = out.vision_model_output.last_hidden_state
+    tokens = out.text_model_output.last_hidden_state
+    scores = own.local_scores(patches, tokens, texts.content_mask, None, knowledge)
+    scales = own.scales
+    local = contrastive_loss_from_scores(
+        scores, logit_scale=scales.logit_scale_local(), text_valid=valid
+    )
+    alike = ClipLoss()(out.image_embeds, out.text_embeds, scales.logit_scale())
+    assert out.loss.item() == pytest.approx((0.5 * alike + 3.0 * local).item(), rel=1e-6)
+
+
+def test_it_is_opened_for_use_on_the_device_that_is_named() -> None:
+    opened = AutoModel.from_pretrained(small_export(), device_map="meta", dtype="auto")
+    assert opened.device.type == "meta" and opened.dtype == torch.float32
+    assert not opened.training
+    pixels = torch.zeros(1, 1, 96, 96, dtype=torch.float64)
+    found = opened.get_image_features(pixels).pooler_output
+    assert found.device.type == "meta" and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("change", [{"weight": 0.0}, {"kind": "mgca"}])

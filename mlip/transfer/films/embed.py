@@ -259,7 +259,6 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
         partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
 def _encode(
     opened: Any, loader: Loader, with_patches: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -12,38 +11,23 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet
 import pytest
 from safetensors.numpy import load_file
 
-from mlip.cli import main
-from mlip.dataloading.manifest import load_manifest
 from mlip.pretrained import open_checkpoint
-from mlip.settings.config import load
 from mlip.system.output_file import only_writer
 from mlip.transfer import features
 from mlip.transfer.features import encoded
 from mlip.transfer.films import embed as embedding
-from mlip.transfer.films.embed import write_embeddings
-from mlip.transfer.fingerprint import hash_of, hash_of_source, hash_of_weights, preprocessing
 from tests.small_run import small_export
-from tests.transfer.small_manifest import SECRETS, SPLITS, pictures, write
-
-TEST_ROWS = [i for i in range(30) if i % 5 >= 3]  # 12 rows: three parts of four
-PART_ROWS = 4
+from tests.transfer.films.small_embedding import PART_ROWS, TEST_ROWS, embed, in_small_parts, made
+from tests.transfer.small_manifest import SECRETS, SPLITS, pictures
 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Images of this test alone, embedded in small parts."""
-    defaults = {**write_embeddings.__kwdefaults__, "part_rows": PART_ROWS}
-    monkeypatch.setattr(write_embeddings, "__kwdefaults__", defaults)
-    return Path(shutil.copytree(pictures(), tmp_path / "images"))
-
-
-def embed(folder: Path, root: Path, *more: str, out: str = "out", **columns: Any) -> int:
-    settings = [*write(folder, **columns), f"data.root={root}", *more]
-    where = [f"checkpoint={small_export()}", "--split", "test", "--out", str(folder / out)]
-    return main(["embed", *settings, *where])
+    return in_small_parts(tmp_path, monkeypatch)
 
 
 def truncate(root: Path, *rows: int) -> None:
@@ -55,10 +39,6 @@ def truncate(root: Path, *rows: int) -> None:
 def mend(root: Path, *rows: int) -> None:
     for row in rows:
         shutil.copy(pictures() / f"{row}.png", root / f"{row}.png")
-
-
-def made(said: str) -> list[int]:
-    return [int(n) for n in re.findall(r"part (\d) of 3", said)]
 
 
 def test_rows_without_an_image_are_counted_and_come_as_soon_as_it_is_mended(
@@ -113,12 +93,13 @@ def test_a_second_one_into_the_folder_is_refused_and_takes_nothing_from_the_firs
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    half = out / ".part-00000.safetensors.other-host.1"
+    half, halved = out / ".part-00000.safetensors.other-host.1", out / ".tmpa1B2c3"
     half.touch()
+    halved.touch()  # as safetensors leaves it
     with only_writer(out / ".lock", "the first"):
         assert embed(tmp_path, root) == 2
     assert f"{out}: another process is writing there" in capsys.readouterr().err
-    assert list(out.iterdir()) == [half]
+    assert sorted(out.iterdir()) == [half, halved]
     assert embed(tmp_path, root) == 0
     assert not any(path.name.startswith(".") for path in out.iterdir())
 
@@ -170,121 +151,24 @@ def test_a_part_damaged_on_the_disk_is_made_again(
     assert made(capsys.readouterr().out) == [2] and path.read_bytes() == whole
 
 
-def test_an_index_of_another_shape_is_named_and_a_part_it_tells_nothing_of_is_made_again(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_alone_have_their_patches_too_and_mentions_are_told_where_there_are_any(
+    root: Path, tmp_path: Path
 ) -> None:
-    """They were tracebacks."""
-    assert embed(tmp_path, root) == 0
-    path = tmp_path / "out" / "index.json"
-    index = json.loads(path.read_text())
-    whole = path.read_bytes()
-    for content in ("[" * 100_000, *(json.dumps({**index, "parts": x}) for x in (None, 5, [1]))):
-        path.write_text(content)
-        capsys.readouterr()
-        assert embed(tmp_path, root) == 4
-        assert f"{path}: damaged: what its parts hold" in capsys.readouterr().err
-    record = index["parts"]["part-00001.safetensors"]
-    for part in (5, "x", [], {}, {**record, "missing": None}, {**record, "missing": {"x": "y"}}):
-        parts = {**index["parts"], "part-00001.safetensors": part}
-        path.write_text(json.dumps({**index, "parts": parts}))
-        capsys.readouterr()
-        assert embed(tmp_path, root) == 0
-        assert made(capsys.readouterr().out) == [2]
-        assert json.loads(path.read_text()) == json.loads(whole)
-
-
-def test_a_folder_of_other_columns_of_the_manifest_is_not_gone_on_with(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As many rows: of what was embedded before it was said that it is what is asked for."""
-    columns: dict[str, Any] = {
-        "fold": lambda i: ("test", "test", "val", "train", "train")[i % 5],
-        "lateral": lambda i: f"{29 - i}.png",
-        "impression": "No edema at all.",
-    }
-    assert embed(tmp_path, root, **columns) == 0
-    assert embed(tmp_path, root, "--images", out="images", **columns) == 0
-    for name, column, different in (
-        ("out", "split=fold", "row_index"),
-        ("images", "split=fold", "row_index"),
-        ("out", "image=lateral", "columns"),
-        ("images", "image=lateral", "columns"),
-        ("out", "report=impression", "columns"),
-    ):
-        more = ["--images"] if name == "images" else []
-        capsys.readouterr()
-        assert embed(tmp_path, root, f"data.columns.{column}", *more, out=name, **columns) == 4
-        assert f"embeddings that differ in {different}: name another" in capsys.readouterr().err
-    path = tmp_path / "out" / "index.json"
-    index = json.loads(path.read_text())
-    for key in ("row_index", "columns"):
-        del index[key]
-    path.write_text(json.dumps(index))  # of an earlier version, which did not tell
-    assert embed(tmp_path, root, **columns) == 0 and made(capsys.readouterr().out) == []
-
-
-def test_what_the_parts_depend_on_is_in_the_index_and_none_of_it_may_be_another(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Parts of two models in one folder would be read as those of one."""
-    assert embed(tmp_path, root) == 0
-    path, opened = tmp_path / "out" / "index.json", open_checkpoint(small_export())
-    index = json.loads(path.read_text())
-    parts = index.pop("parts")
-    data = load([], [*write(tmp_path), f"data.root={root}"]).data
-    assert index == {
-        "weights": hash_of_weights(opened.model),
-        "manifest": load_manifest(data).fingerprint,
-        "preprocessing": hash_of(preprocessing(opened.config)),
-        "split": "test",
-        "rows": len(TEST_ROWS),
-        "row_index": hash_of(TEST_ROWS),
-        "columns": {"image": "image", "report": "report"},
-        "concept_table": opened.table.fingerprint,
-        "linker": hash_of_source("knowledge", "dataloading/reports"),
-        "part_rows": PART_ROWS,
-        "with_patches": False,
-        "images_only": False,
-        "embed_dim": opened.config.model.embed_dim,
-        "form": "safetensors",
-    }
-    for name in index:
-        path.write_text(json.dumps({**index, name: "another", "parts": parts}))
-        capsys.readouterr()
-        assert embed(tmp_path, root) == 4
-        assert f"embeddings that differ in {name}: name another" in capsys.readouterr().err
-
-
-def test_reports_are_not_gone_on_with_by_another_linker_and_films_alone_are(
-    root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A killed run, and the same command of a newer version: its parts were of two linkers."""
-    films = ["--images", "--split", "test"]
-    assert embed(tmp_path, root) == 0
-    assert embed(tmp_path, root, *films, out="images") == 0
-    for name in ("out", "images"):
-        index = json.loads((tmp_path / name / "index.json").read_text())
-        index["parts"].popitem()
-        (tmp_path / name / "index.json").write_text(json.dumps(index))
-    before = (tmp_path / "out" / "index.json").read_bytes()
-    monkeypatch.setattr(embedding, "hash_of_source", lambda *below: "a newer one")
-    capsys.readouterr()
-    assert embed(tmp_path, root) == 4
-    assert "embeddings that differ in linker: name another" in capsys.readouterr().err
-    assert (tmp_path / "out" / "index.json").read_bytes() == before
-    assert embed(tmp_path, root, *films, out="images") == 0
-    assert made(capsys.readouterr().out) == [3]
-
-    for name in ("out", "images"):  # of an earlier version, which did not tell
-        index = json.loads((tmp_path / name / "index.json").read_text())
-        del index["concept_table"], index["linker"]
-        (tmp_path / name / "index.json").write_text(json.dumps(index))
-    assert embed(tmp_path, root) == 4
-    assert "differ in concept_table, linker: name another" in capsys.readouterr().err
-    assert embed(tmp_path, root, *films, out="images") == 0
+    stated: dict[str, Any] = {"report": lambda i: "No edema." if i == 3 else "There is edema."}
+    opened = open_checkpoint(small_export())
+    for name, more in (("out", []), ("images", ["--images"])):
+        more = [*more, "--patches", "--format", "parquet"]
+        assert embed(tmp_path, root, *more, out=name, **stated) == 0
+        table = pyarrow.parquet.read_table(tmp_path / name / "part-00000.parquet")
+        patches = opened.encode_images([root / f"{row}.png" for row in TEST_ROWS[:4]]).patches
+        found = np.array(table["patches"].to_pylist()).reshape(patches.shape)
+        np.testing.assert_allclose(found, patches, rtol=1e-4, atol=1e-5)
+        shapes = {field.name: field.metadata for field in table.schema}
+        shape = json.dumps(list(patches.shape[1:])).encode()
+        assert shapes.pop("patches") == {b"shape": shape} and not any(shapes.values())
+        assert not any(field.nullable for field in table.schema)
+    parts = pyarrow.parquet.read_table(tmp_path / "out" / "part-00000.parquet")
+    assert parts["has_knowledge"].to_pylist() == [False, True, True, True]
 
 
 def test_images_without_reports_are_told_by_rule_with_the_setting_that_takes_them(

@@ -14,7 +14,9 @@ import pytest
 from mlip.cli import main
 from mlip.pages import search_page
 from mlip.pretrained import open_checkpoint
-from mlip.transfer.films.archive import Archive
+from mlip.transfer.films.archive import Archive, Hits
+from mlip.transfer.films.classify import ask_names
+from mlip.transfer.films.search import Query, Reranked, ask_findings, heat_of, rows_found
 from tests.small_run import small_export
 from tests.transfer.small_manifest import ROWS, SECRETS, pictures, write
 
@@ -51,9 +53,10 @@ def ranked(scores: np.ndarray) -> list[int]:
 
 def test_words_findings_and_films_rank_an_archive_by_what_the_model_says(tmp_path, capsys):
     embedded(tmp_path, "--images", split="", report="", labels="")
-    film = pictures() / "11.png"
+    film, second = pictures() / "11.png", pictures() / "23.png"
     asked = ["--phrase", "mild edema", "--finding", "Edema", "--image", str(film), "--row", "4"]
     asked += ["--finding", "pneumothorax"]  # each asked by its own sentences
+    asked += ["--image", str(second)]
     capsys.readouterr()
     assert run(tmp_path, *asked, "--top", "7") == 0
     said, answers = capsys.readouterr().out, found(tmp_path)
@@ -68,7 +71,7 @@ def test_words_findings_and_films_rank_an_archive_by_what_the_model_says(tmp_pat
     alike = (images.embedding.double() @ images.embedding.double().T).numpy()
     by_second = opened.classify(images, ["pneumothorax"], "global")[:, 0]
     own = {"phrase mild edema": by_phrase, "finding Edema": by_finding}
-    own |= {"finding pneumothorax": by_second, "film 1": alike[11]}
+    own |= {"finding pneumothorax": by_second, "film 1": alike[11], "film 2": alike[23]}
     assert list(answers) == [*own, "row 4"]
     for name, scores in own.items():
         assert [row for row, _ in answers[name]] == ranked(scores)[:7], name
@@ -100,6 +103,36 @@ def test_reranked_by_both_heads_the_scores_are_those_of_classify(tmp_path, capsy
     assert text.count('alt="row ') == 15 and text.count('alt="map of row ') == 10
     assert "searched again (--rerank)" in text and "http" not in text.split("</style>")[1]
     assert not any(secret in text for secret in SECRETS)
+
+
+def test_words_may_be_asked_as_a_phrase_and_as_a_finding(tmp_path):
+    embedded(tmp_path, "--images")
+    assert run(tmp_path, "--phrase", "Edema", "--finding", "Edema") == 0
+    assert list(found(tmp_path)) == ["phrase Edema", "finding Edema"]
+
+
+def test_equal_scores_are_in_the_order_of_rows_and_words_alone_need_films():
+    texts: Any = object()
+    queries = [Query("row", "1", np.zeros(2), row=1), Query("phrase", "a", np.zeros(2), texts)]
+    hits = [Hits(np.array([9, 4]), np.array([2.0, 1.0])), Hits(np.array([8, 3, 5]), np.ones(3))]
+    reranked = Reranked(None, queries, hits)
+    assert reranked.rows.tolist() == [3, 5, 8]  # a row that asks is asked no more
+    reranked._scores[1] = dict.fromkeys((3, 5, 8), 0.5)
+    kept = reranked.hits(2)
+    assert [own.row_index.tolist() for own in kept] == [[9, 4], [3, 5]]
+    assert rows_found([*hits, *kept]).tolist() == [3, 4, 5, 8, 9]
+
+
+def test_a_finding_is_shown_where_its_stating_sentences_are():
+    opened = open_checkpoint(small_export())
+    images = opened.encode_images([pictures() / "3.png", pictures() / "4.png"])
+    question = ask_names(["Edema"], opened, opened.config.evaluate)
+    (query,) = ask_findings(question, opened)
+    stating = opened.encode_texts(question.prompts[0].positive)
+    wanted = opened.heat_maps(images, stating).mean(axis=1)
+    heat = heat_of(opened, query, images)
+    assert heat is not None and len(question.prompts[0].positive) > 1
+    np.testing.assert_allclose(heat, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_patient_is_shown_once(tmp_path, capsys):
@@ -198,6 +231,7 @@ def test_a_page_without_an_answer_says_so(tmp_path, capsys):
         (["--phrase", "a\nb"], 4, "expected words in one line"),
         (["--phrase", "a\n"], 4, "'a\\n': expected words in one line"),
         (["--phrase", ""], 2, "the phrase '' is empty"),
+        (["--phrase", "edema", "--phrase", "edema " * 99], 2, "phrase 2 has"),
         (["--phrase", "a", "--phrase", "a"], 4, "phrase 'a' is asked twice"),
         (["--row", "2", "--row", "2"], 4, "row '2' is asked twice"),
         (["--row", "1", "--out", "x.html", "--page", "./x.html"], 2, "is --out too, which it"),
