@@ -31,7 +31,7 @@ _PLACING, _MORE, _STRUCTURE, _ARTICLE, _OR = one_by_one("placing more structure 
 _FINDING, _DEVICE = one_by_one("finding device")
 _NAME, _TRIED, _QUALITY = _FINDING | _DEVICE, any_of("failed tried"), any_of("strong weak")
 _ENDS = any_of("comma clause positive negation_before")
-# what no name holds: "no edema the lungs are hyperinflated"
+# what ends a name; a verb does not: "no edema the lungs are hyperinflated"
 _NO_NAME = CUE & ~any_of("article be")
 _NOT_OF_NAME = CUE & ~(_QUALITY | _ARTICLE)
 _OF_ALL = any_of("comma seen")  # behind these "rather than" is of all that was said

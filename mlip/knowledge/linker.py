@@ -119,9 +119,8 @@ class Linker:
             # "no acute disease" begins a list as "no" does: "no acute disease or effusion"
             if types[row] == "normal":
                 cuts = range(width, len(key), width)
-                flags[key] = flags.get(key, 0) | denies * any(
-                    flags.get(key[:cut], 0) & denies for cut in cuts
-                )
+                if any(flags.get(key[:cut], 0) & denies for cut in cuts):
+                    flags[key] = flags.get(key, 0) | denies
             # "mild atelectasis" as one name begins a statement as "mild" before any other does
             cues = (flags.get(key[:cut], 0) & begins for cut in range(len(key) - width, 0, -width))
             if (begin := next(filter(None, cues), 0)) and not flags.get(key):
@@ -129,7 +128,7 @@ class Linker:
             # "heart enlarged" is a statement, "enlarged heart" a name
             if len(key) > width and flags.get(key[-width:], 0) & FLAG["predicate"]:
                 heads = [owners.get(key[:cut], -1) for cut in range(width, len(key), width)]
-                if any(row >= 0 and types[row] == "anatomy" for row in heads):
+                if any(head >= 0 and types[head] == "anatomy" for head in heads):
                     flags[key] = flags.get(key, 0) | FLAG["be"]
         normals: dict[str, list[int]] = {}  # anatomy -> statements that it is as it should be
         for row, concept in enumerate(table):

@@ -36,7 +36,7 @@ _OF_NAME = _ARTICLE | _QUALITY
 _NOT_BARE = CUE & ~any_of("structure")
 _SAYS, _HEDGES = any_of("be uncertain_before"), any_of("uncertain_before uncertain_after")
 _SUPPOSED_FROM = any_of("comma clause positive negation_before")
-MAX_GAP = 12  # words and signs over which a term may be written apart
+MAX_GAP = 12  # words and signs within a term written apart, and from a finding to a cue behind it
 
 
 def look_back(

@@ -10,6 +10,7 @@ from mlip.knowledge.events import (
     CUE,
     FIXED,
     PRESENT,
+    SENTENCE_ENDS,
     TERM,
     Event,
     Found,
@@ -25,7 +26,7 @@ _GOES_ON = any_of("comma clause negation_before")  # what may stand behind a lis
 # "normal with small effusions" is no range
 _NO_RANGE = CUE & ~any_of("or choice strong weak current predicate said_behind")
 _UNKNOWN = 2  # words of an item that is no concept of ours: "great vessels"
-_STATEMENT_ENDS = ".;:!?\n\x03"
+_BEGINS_BEHIND = SENTENCE_ENDS + ":?"  # a statement
 
 
 def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) -> list[Found]:
@@ -103,7 +104,7 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             edge -= gap
         else:
             break
-    begins = not edge or words[edge - 1][0] in _STATEMENT_ENDS
+    begins = not edge or words[edge - 1][0] in _BEGINS_BEHIND
     begins = begins or j >= 0 and events[j][1] == edge and events[j][2].flags & _CLOSED != 0
     return items if begins else items[:own]
 

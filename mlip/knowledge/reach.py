@@ -10,6 +10,7 @@ from mlip.knowledge.events import (
     FIXED,
     UNCERTAIN,
     Event,
+    State,
     any_of,
     before,
     behind,
@@ -29,13 +30,14 @@ _SAID_BEHIND, _SIZE, _LIMIT, _HISTORY, _CURRENT = one_by_one(
 _NAME = _FINDING | _DEVICE
 _SAYS = any_of("be alternative")  # these of whatever stands before them
 _MAY_SAY = _SAYS | _PREDICATE | _SAID_BEHIND | _STATEMENT
-_ARTICLES = any_of("article indefinite weak")  # "a" is weak too
+# "with a small new effusion"
+_BEFORE_NEW = any_of("article indefinite weak strong said_behind mark")
 _HEDGES = any_of("uncertain_before uncertain_list supposing doubt doubt_one alternative question")
 _ENDS_LIST = any_of("clause positive negation_before not")
 
 
 def list_goes_on(
-    events: list[Event], i: int, state: str, closed: bool, single: bool, listing: bool
+    events: list[Event], i: int, state: State, closed: bool, single: bool, listing: bool
 ) -> bool:
     """Whether a cue still reaches over the comma at event i.
 
@@ -91,7 +93,7 @@ def list_goes_on(
     return not following & _WEAK
 
 
-def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
+def starts_anew(events: list[Event], i: int, state: State, single: bool) -> bool:
     """Whether "and" or "with" at event i begins a statement of its own.
 
     single: the cue before reaches one term, not a list
@@ -103,7 +105,7 @@ def starts_anew(events: list[Event], i: int, state: str, single: bool) -> bool:
         # "no edema, and a small effusion", not "no sign of a nodule and a mass"
         if not before(events, i, _NEG | _INDEFINITE) & _INDEFINITE:
             return True
-    if state == UNCERTAIN and behind(events, i, ~_ARTICLES) & _CURRENT:
+    if state == UNCERTAIN and behind(events, i, ~_BEFORE_NEW) & _CURRENT:
         if before(events, i, _HEDGES) & _HISTORY:
             return True  # "hx of lung cancer with a new effusion"
     if following & (_STRONG | _ARTICLE | _POS):
@@ -182,7 +184,7 @@ def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
     return False
 
 
-def _says_of_subject(events: list[Event], i: int, j: int, state: str) -> bool:
+def _says_of_subject(events: list[Event], i: int, j: int, state: State) -> bool:
     """Whether event j says something of a subject that stands behind event i: "heart enlarged",
     "the nodule is", and where that is denied so far "catheter unchanged"."""
     flags = events[j][2].flags

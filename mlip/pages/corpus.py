@@ -88,11 +88,13 @@ def _prototype_sentence(lined_up: Mapping[str, Any]) -> str:
     if not lined_up.get("views"):
         return ""
     categories = ", ".join(f"{name} {count:,}" for name, count in lined_up["categories"].items())
+    reason = next(iter(lined_up["views"].values()))["purity"]["reason"]
     return (
         f"Each of {lined_up['reports']:,} reports with a present finding belongs to the category "
         f"most of them fall in ({categories}) and to the nearest of {lined_up['prototypes']:,} "
         "prototypes. Purity is the share of reports in the main category of their prototype; NMI "
-        "is the normalised mutual information. Chance is the same with shuffled categories."
+        "is the normalised mutual information. Chance is the same with shuffled categories. No "
+        f"interval: {reason}."
     )
 
 

@@ -228,6 +228,12 @@ SENTENCES = {
         Pneumothorax not assessed, effusion as on prior. | pneumothorax=U pleural_effusion=P
         Effusion cannot be evaluated on this supine film. | pleural_effusion=U
         Nodule not assessed. Prior radiograph normal. | lung_nodule=U
+        Nodule not assessed on prior or current radiographs. | lung_nodule=U
+        Effusion cannot be evaluated on the prior and this supine film. | pleural_effusion=U
+        Effusion was not evaluated on the prior or the present study. | pleural_effusion=U
+        Pneumothorax cannot be assessed on comparison to the prior. | pneumothorax=U
+        Nodule not assessed on prior and a small effusion. | lung_nodule=P pleural_effusion=P
+        Nodule not assessed on prior and present today. | lung_nodule=P
     """,
     "where the device was removed its tip shows none": """
         The distal end of the PICC is no longer seen, as it was removed. | picc=A

@@ -213,6 +213,8 @@ SENTENCES = {
         History of lung cancer with new or increased effusion. | pleural_effusion=P
         History of lung cancer with new effusion and nodule. | pleural_effusion=P lung_nodule=P
         History of CHF with increasing effusions. | pleural_effusion=P
+        History of CHF with small new effusion. | pleural_effusion=P
+        History of CHF and a moderate new effusion. | pleural_effusion=P
         History of cancer with a new nodule. | malignancy=U lung_nodule=P
         History of cancer with the new nodule. | malignancy=U lung_nodule=P
         Hx of lung cancer, new effusion. | lung_cancer=U pleural_effusion=P
@@ -232,6 +234,8 @@ SENTENCES = {
         History of CHF, rule out pneumonia and new infiltrate. | pneumonia=U infiltrate=U
         History of lung cancer with new nodule versus scar. | lung_nodule=U scar=U
         History of lung cancer with new nodule suspected. | lung_nodule=U
+        History of COPD with increased risk for pneumonia. | pneumonia=U
+        History of smoking and increased risk of lung cancer. | lung_cancer=U
         History of cancer with a small nodule, effusion. | lung_nodule=U pleural_effusion=P
         Possible pneumonia with new effusion. | pneumonia=U pleural_effusion=U
         Assess for edema with new pneumothorax. | pulmonary_edema=U pneumothorax=U

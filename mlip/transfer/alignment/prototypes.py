@@ -16,7 +16,8 @@ from mlip.transfer.measures.interval import Estimate
 from mlip.unit_length import unit_length
 
 _SHUFFLES = 20
-NO_INTERVAL = "no interval: a report drawn twice agrees with itself, so resamples lie above"
+# pages put "no interval" before it
+NO_INTERVAL = "a report drawn twice agrees with itself, so all resamples lie above the value"
 
 
 def prototype_statistics(

@@ -69,9 +69,9 @@ def test_prototypes_have_no_interval_as_a_report_drawn_twice_agrees_with_itself(
     nearest, category = generator.integers(0, 100, 200), generator.integers(0, 3, 200)
     prototypes = torch.eye(100)
     views = {"image": (prototypes[torch.as_tensor(nearest)], np.ones(200, dtype=bool))}
-    found = prototype_statistics(
-        prototypes, views, reports_of(category.tolist()), 200, TABLE, seed=1
-    )["views"]["image"]
+    mentions = reports_of(category.tolist())
+    whole = prototype_statistics(prototypes, views, mentions, 200, TABLE, seed=1)
+    found = whole["views"]["image"]
     resampled = []
     for _ in range(40):
         drawn = torch.as_tensor(generator.integers(0, 200, 200))
@@ -82,7 +82,10 @@ def test_prototypes_have_no_interval_as_a_report_drawn_twice_agrees_with_itself(
     for score, draws in zip(("purity", "nmi"), np.array(resampled).T, strict=True):
         assert found[score]["value"] < draws.min()
         assert found[score]["low"] is None and found[score]["high"] is None
-        assert "no interval" in found[score]["reason"]
+        assert "drawn twice" in found[score]["reason"]
+    knowledge = knowledge_statistics(mentions, 200, TABLE, None, (), 2)
+    page = knowledge_context({"knowledge": knowledge, "prototypes": whole})
+    assert page is not None and "No interval: a report drawn twice" in page["prototype_sentence"]
 
 
 def test_reports_without_a_present_finding_and_unusable_rows_are_left_out() -> None:
