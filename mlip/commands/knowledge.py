@@ -200,7 +200,8 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
             told += f", {cut} is-a that close a circle left out"
         if part.provenance["source"] == "csv":  # a word mistaken there; releases are read in parts
             gone = sorted({p for c in part for p in c.parents if all(p not in t for t in tables)})
-            told += f", parents that are no id left out: {', '.join(gone[:5])}" if gone else ""
+            names = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+            told += f", parents that are no id left out: {names}" if gone else ""
         console.print(f"  {part.provenance.get('source')}: {len(part)} concepts{escape(told)}")
         earlier.update(c.id for c in part)
     if arguments.umls is not None:
@@ -262,7 +263,10 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
     text = clean_report(plain)
     linker = Linker(load_concepts(arguments.lexicon))
     mentions = linker.link(text)
+    cut = f"cut at {MAX_CHARACTERS:,} of {len(plain):,} characters, as in training"
     if arguments.json:
+        if len(plain) > MAX_CHARACTERS:
+            print(cut, file=sys.stderr)
         for mention in mentions:
             # spans are of the cleaned text, which a caller does not have
             words = text[mention.start : mention.end]
@@ -279,7 +283,7 @@ def _link(arguments: argparse.Namespace, console: Console) -> int:
         table.add_row(state, mention.concept_id, Text(words), category)
     console.print(table)
     if len(plain) > MAX_CHARACTERS:
-        console.print(f"cut at {MAX_CHARACTERS:,} of {len(plain):,} characters, as in training")
+        console.print(cut)
     known, total = linker.known_words(text)
     console.print(f"{len(mentions)} mentions; {known} of {total} words are in the lexicon")
     if total and known / total < FEW_KNOWN_WORDS:

@@ -86,7 +86,7 @@ def leave_open(
     for j in choices:
         start = events[j][0]
         first, is_close = _first(events, j)
-        if first not in of_event or found[of_event[first]][4] == ABSENT or _is_of_change(events, j):
+        if first not in of_event or _is_of_change(events, j):
             continue
         second = _second(events, j, is_close)
         joined = [of_event[first]]
@@ -96,7 +96,7 @@ def leave_open(
             if events[first][1] != start:  # a comma before "or"
                 while (listed := _listed_before(events, listed)) in of_event:
                     joined.append(of_event[listed])
-        elif not is_close or events[first][1] != start or not _names_other(events, j, words):
+        elif events[first][1] != start or not _names_other(events, j, words):
             continue  # "nodule or overlying vessel" is open too
         if all(found[k][4] != ABSENT for k in joined):
             _doubt(events, found, joined)

@@ -10,7 +10,9 @@ from mlip.knowledge.events import (
     ABSENT,
     CUE,
     FIXED,
+    NAME,
     PRESENT,
+    QUALITY,
     SENTENCE_ENDS,
     UNCERTAIN,
     Event,
@@ -29,11 +31,11 @@ _REJECTED, _PAST, _CHANGE_OF, _REMOVAL, _FAILED = one_by_one(
 )
 _PLACING, _MORE, _STRUCTURE, _ARTICLE, _OR = one_by_one("placing more structure article or")
 _FINDING, _DEVICE = one_by_one("finding device")
-_NAME, _TRIED, _QUALITY = _FINDING | _DEVICE, any_of("failed tried"), any_of("strong weak")
+_TRIED = any_of("failed tried")
 _ENDS = any_of("comma clause positive negation_before")
 # what ends a name; a verb does not: "no edema the lungs are hyperinflated"
 _NO_NAME = CUE & ~any_of("article be")
-_NOT_OF_NAME = CUE & ~(_QUALITY | _ARTICLE)
+_NOT_OF_NAME = CUE & ~(QUALITY | _ARTICLE)
 _OF_ALL = any_of("comma seen")  # behind these "rather than" is of all that was said
 
 
@@ -93,7 +95,7 @@ def _end(events: list[Event], i: int) -> int:
             is_open = True
         elif rejects and not is_open:
             return j
-        elif entry.flags & _NAME:
+        elif entry.flags & NAME:
             is_open = False
     return len(events)
 
@@ -107,9 +109,9 @@ def _end_of_name(events: list[Event], i: int) -> int:
         start, end, entry = events[j]
         if start - last > may_skip:
             return j
-        if entry.flags & _NAME:
+        if entry.flags & NAME:
             return j + 1
-        if entry.flags & _NO_NAME and not entry.flags & _QUALITY:
+        if entry.flags & _NO_NAME and not entry.flags & QUALITY:
             return j
         if entry.flags & FIXED:
             may_skip = 0
@@ -128,16 +130,16 @@ def _rejected_state(events: list[Event], i: int, words: list[str]) -> State:
     if not start or words[start - 1][0] in SENTENCE_ENDS:
         return ABSENT
     flags = right_before(events, i)
-    if flags & _QUALITY and events[i - 1][2].length == 1:
+    if flags & QUALITY and events[i - 1][2].length == 1:
         return PRESENT
-    return ABSENT if flags & (_NAME | FIXED | _OF_ALL) else UNCERTAIN
+    return ABSENT if flags & (NAME | FIXED | _OF_ALL) else UNCERTAIN
 
 
 def _is_given(events: list[Event], i: int) -> bool:
     """Whether the article of event i names what is there: "no calcification in the nodule", not
     "no edema or the nodule". A word of place or cause stands before it, a denied finding before
     that."""
-    return before(events, i, _NAME | _NOT_OF_NAME) & _FINDING != 0
+    return before(events, i, NAME | _NOT_OF_NAME) & _FINDING != 0
 
 
 def is_of_placing(events: list[Event], i: int) -> bool:
@@ -160,5 +162,4 @@ def is_of_placing(events: list[Event], i: int) -> bool:
 def is_of_structure(events: list[Event], i: int) -> bool:
     """Whether the first finding behind event i is a structure that everybody has, of which more
     is the finding: "no increase in lung markings"."""
-    first = behind(events, i, _FINDING | _NOT_OF_NAME)
-    return bool(first & _FINDING and first & _STRUCTURE)
+    return behind(events, i, _FINDING | _NOT_OF_NAME) & _STRUCTURE != 0

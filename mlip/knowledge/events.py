@@ -44,6 +44,9 @@ def any_of(kinds: str) -> int:
 CUE = any_of(" ".join(KINDS))
 TERM = any_of(" ".join(TERMS))
 FIXED = any_of("anatomy statement")
+NAME = any_of("finding device")
+QUALITY = any_of("strong weak")
+JOINT = any_of("comma and or")
 
 
 class Part(NamedTuple):

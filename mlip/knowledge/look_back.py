@@ -9,7 +9,9 @@ from mlip.knowledge.events import (
     ABSENT,
     CUE,
     FIXED,
+    JOINT,
     PRESENT,
+    QUALITY,
     SENTENCE_ENDS,
     TERM,
     UNCERTAIN,
@@ -28,10 +30,9 @@ _ARTICLE, _NORMAL, _TIP, _ALT, _WITH = one_by_one("article normal tip alternativ
 _SEEN, _CLAUSE, _DOUBT_ONE, _QUESTION, _REMOVAL = one_by_one(
     "seen clause doubt_one question removal"
 )
-_JOINT, _QUALITY = any_of("comma and or"), any_of("strong weak")
 _ENDED = any_of("clause negation_after negation_after_one uncertain_after")  # a statement before
 _STOPS = _ENDED | any_of("positive negation_before not be seen doubt doubt_one minus plus normal")
-_OF_NAME = _ARTICLE | _QUALITY
+_OF_NAME = _ARTICLE | QUALITY
 # of a list before a colon: "edema, markings: none"
 _NOT_BARE = CUE & ~any_of("structure")
 _SAYS, _HEDGES = any_of("be uncertain_before"), any_of("uncertain_before uncertain_after")
@@ -61,7 +62,7 @@ def look_back(
         if flags & _COMMA:
             if met_term and not met_conjunction:
                 return
-        elif flags & _STOPS and not (flags & _SEEN and right_before(events, j) & _JOINT):
+        elif flags & _STOPS and not (flags & _SEEN and right_before(events, j) & JOINT):
             if met_term or flags & _ENDED:
                 return
         elif flags & _OR:
@@ -117,7 +118,7 @@ def suppose(events: list[Event], i: int, found: list[Found], stop: int) -> bool:
             continue
         elif j == i - 1 == len(events) - 2 and flags & _COMMA:
             continue  # "pneumonia, in the appropriate clinical setting"
-        elif flags & _SUPPOSED_FROM or met and not flags & _QUALITY:
+        elif flags & _SUPPOSED_FROM or met and not flags & QUALITY:
             break
     return met
 
@@ -128,7 +129,7 @@ def is_assessed(events: list[Event], i: int) -> bool:
     j = i - 1
     if j < 0 or not events[j][2].flags & _FINDING:
         return True
-    while j > 0 and (not events[j][2].flags & CUE or events[j][2].flags & _QUALITY):
+    while j > 0 and (not events[j][2].flags & CUE or events[j][2].flags & QUALITY):
         if events[j - 1][1] != events[j][0]:
             return False
         j -= 1
@@ -163,7 +164,7 @@ def is_answer(events: list[Event], i: int, words: list[str]) -> bool:
 def is_hedged_alone(events: list[Event], i: int, found: list[Found]) -> bool:
     """Whether the hedge of event i, the last of its sentence, is of the finding right before it:
     "small effusion possible"."""
-    return bool(right_before(events, i) & _FINDING and found and found[-1][4] == PRESENT)
+    return right_before(events, i) & _FINDING != 0 and found[-1][4] == PRESENT
 
 
 def leads_on(words: list[str], at: int) -> bool:
@@ -175,11 +176,11 @@ def leads_on(words: list[str], at: int) -> bool:
 
 def doubts_what_follows(events: list[Event], i: int) -> bool:
     """Whether the improbable of event i stands behind it ("less likely edema"), not before."""
-    if right_behind(events, i) & (TERM | _QUALITY):
+    if right_behind(events, i) & (TERM | QUALITY):
         return True
     if events[i][2].flags & _DOUBT_ONE:
         return False
-    return i == 0 or events[i - 1][2].flags & (_JOINT | _WITH | _CLAUSE) != 0
+    return i == 0 or events[i - 1][2].flags & (JOINT | _WITH | _CLAUSE) != 0
 
 
 def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool:
@@ -192,7 +193,7 @@ def _is_list_before_colon(events: list[Event], i: int, words: list[str]) -> bool
     if any(events[j][1] != events[j + 1][0] for j in range(i - 1)):
         return False
     all_flags = [entry.flags for _, _, entry in events[:i]]
-    return all(f & _JOINT or f & TERM and not f & (_NOT_BARE | FIXED) for f in all_flags)
+    return all(f & JOINT or f & TERM and not f & (_NOT_BARE | FIXED) for f in all_flags)
 
 
 def _is_colon(words: list[str], at: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from mlip.knowledge.events import (
     CUE,
     FIXED,
+    JOINT,
     PRESENT,
     SENTENCE_ENDS,
     TERM,
@@ -20,8 +21,7 @@ from mlip.knowledge.events import (
 )
 
 _COMMA, _AND, _ARTICLE, _WITH, _STATEMENT = one_by_one("comma and article with statement")
-_JOINT, _CLOSED = any_of("comma and or"), any_of("clause be seen normal")
-_CLOSED |= any_of("negation_after negation_after_one")
+_CLOSED = any_of("clause be seen normal negation_after negation_after_one")
 _GOES_ON = any_of("comma clause negation_before")  # what may stand behind a list
 # "normal with small effusions" is no range
 _NO_RANGE = CUE & ~any_of("or choice strong weak current predicate said_behind")
@@ -39,7 +39,7 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
     side = entry.subject_side
     if side:  # mostly alone: nothing is listed beside it
         beside = i + side
-        if not 0 <= beside < len(events) or not events[beside][2].flags & (_JOINT | _ARTICLE):
+        if not 0 <= beside < len(events) or not events[beside][2].flags & (JOINT | _ARTICLE):
             return []
     if side > 0:
         return [
@@ -50,7 +50,7 @@ def normal_statements(events: list[Event], i: int, stop: int, words: list[str]) 
     if not side and right_behind(events, i) & TERM:
         # an adjective of what follows: "normal cardiomediastinal silhouette"
         listed = _listed_behind(events, i + 1, stop, words)
-        alone = _is_closed(events, i + 1, stop, _GOES_ON | _JOINT | _WITH)
+        alone = _is_closed(events, i + 1, stop, _GOES_ON | JOINT | _WITH)
         own = [events[i + 1]] if listed or alone else []
         return [
             (start, last, row, i, PRESENT) for _, last, item in own + listed for row in item.normals
@@ -82,7 +82,7 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             if j >= 0 and events[j][1] == edge and events[j][2].flags & _ARTICLE:
                 j, edge = j - 1, events[j][0]
             last = j
-            while j >= 0 and events[j][1] == edge and events[j][2].flags & _JOINT:
+            while j >= 0 and events[j][1] == edge and events[j][2].flags & JOINT:
                 if events[j][2].flags & _COMMA:
                     own = len(items)
                 j, edge = j - 1, events[j][0]
@@ -99,7 +99,7 @@ def _listed_before(events: list[Event], i: int, words: list[str]) -> list[Event]
             items.append(events[j])
             j, edge = j - 1, events[j][0]
         elif 0 < gap <= _UNKNOWN and all(word[0].isalnum() for word in words[edge - gap : edge]):
-            if j >= 0 and not flags & (_JOINT | _ARTICLE):
+            if j >= 0 and not flags & (JOINT | _ARTICLE):
                 break
             edge -= gap
         else:
@@ -115,9 +115,9 @@ def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> 
     items: list[Event] = []
     closed = 0  # items up to the last one behind "and"
     j = i + 1
-    while j < len(events) and events[j][0] == edge and events[j][2].flags & _JOINT:
+    while j < len(events) and events[j][0] == edge and events[j][2].flags & JOINT:
         is_and = False
-        while j < len(events) and events[j][0] == edge and events[j][2].flags & (_JOINT | _ARTICLE):
+        while j < len(events) and events[j][0] == edge and events[j][2].flags & (JOINT | _ARTICLE):
             is_and = is_and or events[j][2].flags & _AND != 0
             j, edge = j + 1, events[j][1]
         if j == len(events):
@@ -128,7 +128,7 @@ def _listed_behind(events: list[Event], i: int, stop: int, words: list[str]) -> 
             j, edge = j + 1, end
             if is_and:
                 closed = len(items)
-        elif 0 < start - edge <= _UNKNOWN and entry.flags & _JOINT:
+        elif 0 < start - edge <= _UNKNOWN and entry.flags & JOINT:
             if not all(word[0].isalnum() for word in words[edge:start]):
                 break
             edge = start

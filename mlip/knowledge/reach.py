@@ -8,6 +8,7 @@ from __future__ import annotations
 from mlip.knowledge.events import (
     ABSENT,
     FIXED,
+    NAME,
     UNCERTAIN,
     Event,
     State,
@@ -27,7 +28,6 @@ _COMMA, _AND, _OR, _WITH, _INDEFINITE = one_by_one("comma and or with indefinite
 _SAID_BEHIND, _SIZE, _LIMIT, _HISTORY, _CURRENT = one_by_one(
     "said_behind size limit history current"
 )
-_NAME = _FINDING | _DEVICE
 _SAYS = any_of("be alternative")  # these of whatever stands before them
 _MAY_SAY = _SAYS | _PREDICATE | _SAID_BEHIND | _STATEMENT
 # "with a small new effusion"
@@ -53,15 +53,13 @@ def list_goes_on(
     has_or = has_be = False
     ends_list = False  # ", or" ends a list, whatever its middle looks like
     in_segment = True  # up to the next comma
-    met = 0
     # ", or" in a row: "no edema, or 8 mm nodule", not "no edema, 5 or 6 mm nodule"
     last = _COMMA if i + 1 < len(events) and events[i + 1][0] == events[i][1] else 0
     # "no effusion, PICC in the SVC", where no device was denied before
-    device = state == ABSENT and behind(events, i, _NAME | _COMMA) & _DEVICE != 0
+    device = state == ABSENT and behind(events, i, NAME | _COMMA) & _DEVICE != 0
     device = device and not before(events, i, _NEG | _DEVICE) & _DEVICE
     for j in range(i + 1, len(events)):
         flags = events[j][2].flags
-        met |= flags
         if flags & _ENDS_LIST and not flags & _SAID_BEHIND:
             break
         if flags & _COMMA:
@@ -83,7 +81,7 @@ def list_goes_on(
         begins = True  # "no edema, the nodule ...", "no edema, with atelectasis at the base"
     if has_be or device:
         return False
-    has_size = met & _SIZE and _has_size(events, i) and not _ends_with_other(events, i)
+    has_size = _has_size(events, i) and not _ends_with_other(events, i)
     if not ends_list and (begins or has_size):
         return _is_quality_of_list(events, i)
     if has_or or listing:
@@ -171,7 +169,7 @@ def _is_seen_behind_list(events: list[Event], i: int, j: int) -> bool:
     has_last = is_joined = False
     for k in range(i - 1, -1, -1):
         flags = events[k][2].flags
-        if flags & _NAME:
+        if flags & NAME:
             if is_joined:
                 return True
             has_last = True
@@ -194,7 +192,7 @@ def _says_of_subject(events: list[Event], i: int, j: int, state: State) -> bool:
         return any(entry.flags & FIXED for _, _, entry in events[i + 1 : j])
     if state != ABSENT or not flags & (_SAID_BEHIND | _STATEMENT):
         return False
-    subject = right_before(events, j) & (_DEVICE if flags & _STATEMENT else _NAME)
+    subject = right_before(events, j) & (_DEVICE if flags & _STATEMENT else NAME)
     return subject != 0 and not right_behind(events, j) & _FINDING
 
 
@@ -203,7 +201,7 @@ def _is_quality_of_list(events: list[Event], i: int) -> bool:
     "no displaced, healing or acute fracture", not in "no effusion, healing fracture"."""
     if not right_behind(events, i + 1) & (_COMMA | _OR):
         return False
-    nearest = before(events, i, _NEG | _NAME | FIXED)
+    nearest = before(events, i, _NEG | NAME | FIXED)
     return bool(nearest & _NEG and not nearest & FIXED)
 
 

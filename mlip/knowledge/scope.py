@@ -13,7 +13,10 @@ from mlip.knowledge.events import (
     ABSENT,
     CUE,
     FIXED,
+    JOINT,
+    NAME,
     PRESENT,
+    QUALITY,
     TERM,
     UNCERTAIN,
     Event,
@@ -52,8 +55,8 @@ _ARTICLE, _CHOICE = one_by_one("article choice")
 _AFTER = any_of("negation_after negation_after_one")
 _UNC_AFTER = any_of("uncertain_after unassessed")
 _UNC_BEFORE, _DOUBT = any_of("uncertain_before uncertain_list"), any_of("doubt doubt_one")
-_SIGN, _JOINT, _QUALITY = any_of("minus plus"), any_of("comma and or"), any_of("strong weak")
-_BEGUN = _FINDING | _DEVICE | _QUALITY
+_SIGN = any_of("minus plus")
+_BEGUN = NAME | QUALITY
 _OPEN, _LISTS = TERM & ~FIXED, any_of("comma or")
 _AND_WITH, _VERB = any_of("and with"), any_of("seen be")
 _ASIDES = any_of("rejected past change_of failed tried")
@@ -109,7 +112,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _AND_WITH:
                 if state != PRESENT and starts_anew(events, i, state, single):
                     state, closed = PRESENT, False
-            elif flags & _CHOICE and found and state != ABSENT:
+            elif flags & _CHOICE and state != ABSENT:
                 choices.append(i)
             if flags & _POS:
                 state, closed = PRESENT, False
@@ -188,7 +191,7 @@ def resolve(events: list[Event], decide: bool, stop: int, words: list[str]) -> l
             elif flags & _VERB:
                 if flags & _CHANGE and that and state == ABSENT:
                     look_back(events, i, found, words, PRESENT)
-                if not flags & _SEEN or not right_before(events, i) & _JOINT:
+                if not flags & _SEEN or not right_before(events, i) & JOINT:
                     # "or visible nodule" ends no statement, nor "neither lung shows"
                     closed = len(found) > since and not (
                         flags & _OBJECT and _is_denied_subject(events, i)

@@ -221,7 +221,10 @@ def test_build_tells_of_is_a_that_it_left_out(tmp_path, capsys):
     assert call("build", "--csv", str(own), "--out", str(tmp_path / "table.jsonl")) == 0
     line = " ".join(capsys.readouterr().out.split())
     assert "1 is-a that close a circle left out" in line
-    assert "parents that are no id left out: pleural_efusion" in line
+    assert line.endswith("parents that are no id left out: pleural_efusion")
+    own.write_text("id,name,parents\na,okapi sign,t|u|v|w|x|y|z")
+    assert call("build", "--csv", str(own), "--out", str(tmp_path / "table.jsonl")) == 0
+    assert "left out: t, u, v, w, x and 2 more" in " ".join(capsys.readouterr().out.split())
 
 
 def test_link_says_where_a_report_is_cut(tmp_path, capsys):
@@ -229,6 +232,9 @@ def test_link_says_where_a_report_is_cut(tmp_path, capsys):
     path.write_text("No effusion or nodule. " * 1_000)
     assert call("link", str(path)) == 0
     assert "cut at 20,000 of 23,000 characters" in capsys.readouterr().out
+    assert call("link", str(path), "--json") == 0
+    printed = capsys.readouterr()
+    assert "cut at 20,000 of 23,000 characters" in printed.err and "cut at" not in printed.out
     path.write_text("No effusion or nodule. " * 800)
     assert call("link", str(path)) == 0
     assert "cut at" not in capsys.readouterr().out

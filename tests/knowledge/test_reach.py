@@ -202,6 +202,15 @@ SENTENCES = {
         Effusion: none of note. | pleural_effusion=A
         Neither the left nor the right lung shows edema, scar or mass. | scar=A lung_mass=A
     """,
+    "what stands behind a second comma ends the list there, not before": """
+        No edema, effusion, heart is enlarged. | pleural_effusion=A cardiomegaly=P
+        No edema, effusion, nodule is unchanged. | pleural_effusion=A lung_nodule=P
+        No edema, mass, PICC unchanged. | lung_mass=A picc=P
+        No edema, effusion, scoliosis versus kyphosis. | pleural_effusion=A scoliosis=U
+        No effusion, or mass, scoliosis is noted. | lung_mass=A scoliosis=P
+        No effusion or large mass in the left lung, scoliosis is noted. | scoliosis=P
+        Possible edema, or larger than 8 mm nodule. | pulmonary_edema=U lung_nodule=U
+    """,
     "behind 'and' or 'with' what is new is no history": """
         Hx of lung cancer with new effusion. | lung_cancer=U pleural_effusion=P
         History of CHF with new small effusion. | heart_failure=U pleural_effusion=P
