@@ -7,7 +7,6 @@ user's environment says so: what is written, and what is not, stands in docs/tra
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -37,6 +36,7 @@ from mlip.training.tracker_feed import (
 
 logger = logging.getLogger("mlip")
 
+NAMES = ("tensorboard", "wandb", "mlflow")  # settings of `train`
 KEPT = "trackers.json"  # in the run's folder: the names of its runs in W&B and MLflow
 PROJECT = "mlip"  # of W&B, and MLflow's experiment, where the environment names none
 ROOM_BYTES = 16 << 20  # left on a disk that is as good as full
@@ -48,14 +48,13 @@ class _Board:
 
     setting, at_once, seen, seen_val = "train.tensorboard", 1, 0, 0
 
-    def __init__(self, config: Config, start_step: int) -> None:
+    def __init__(self, config: Config, purge_step: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise _not_installed(self.setting, "tensorboard") from error
         self._open = functools.partial(SummaryWriter, str(Path(config.run.dir) / "tensorboard"))
-        # what a killed run wrote after its last checkpoint is written again
-        self._writer: Any = self._open(purge_step=start_step + 1)
+        self._writer: Any = self._open(purge_step=purge_step)
 
     def write(self, points: Sequence[Point]) -> None:
         if self._writer is None:
@@ -249,28 +248,32 @@ class _Mlflow:
 class Trackers:
     """Those that the settings name, open; none is where they name none.
 
-    Raises:  ConfigError where one is not installed, or cannot be opened with these credentials
+    start_step  behind which steps follow; None = no step does
+    only        these of them
+    Raises:     ConfigError where one is not installed, or cannot be opened with these credentials
     """
 
-    def __init__(self, config: Config, start_step: int) -> None:
-        train, folder = config.train, Path(config.run.dir)
+    def __init__(self, config: Config, start_step: int | None, *only: str) -> None:
+        folder = Path(config.run.dir)
+        asked = {name for name in only or NAMES if getattr(config.train, name)}
         opened: list[Tracker] = []
-        if train.tensorboard:
-            opened.append(_Board(config, start_step))
+        if "tensorboard" in asked:
+            # what a killed run wrote after its last checkpoint is written again
+            opened.append(_Board(config, None if start_step is None else start_step + 1))
         mode = os.environ.get("WANDB_MODE") or "offline"
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # its own older words
-        kept = _read_kept(folder / KEPT) if train.wandb or train.mlflow else {}
+        kept = _read_kept(folder / KEPT) if asked & {"wandb", "mlflow"} else {}
         try:
-            if train.wandb and mode != "disabled":
+            if "wandb" in asked and mode != "disabled":
                 opened.append(_Wandb(config, kept, mode))
-            if train.mlflow:
+            if "mlflow" in asked:
                 opened.append(_Mlflow(config, kept))
         finally:  # one that is open goes on in its run where the other was refused
             if kept:
                 _keep(kept, folder / KEPT)
         self._feeds = [Feed(tracker) for tracker in opened]
         for feed in self._feeds:
-            if feed.tracker.seen > start_step:
+            if start_step is not None and feed.tracker.seen > start_step:
                 logger.info(
                     "%s: it has the steps up to %d already; they are not written to it again",
                     feed.tracker.setting,
@@ -296,20 +299,18 @@ class Trackers:
 
 
 def put_evaluation(config: Config, step: int, scores: Mapping[str, float]) -> None:
-    """Scores of the run after its last step, into the runs that its training wrote and closed.
+    """Scores of the run's checkpoint of `step`, into the runs that its training wrote and closed.
 
     Each tracker is opened again. One that cannot be lacks them, and a line says so: nothing ends.
     """
-    names = ("tensorboard", "wandb", "mlflow")
-    for name in names:
-        others: dict[str, Any] = {other: False for other in names if other != name}
-        train = dataclasses.replace(config.train, **others)
+    numbers = {f"evaluation/{score}": value for score, value in scores.items()}
+    for name in NAMES:
         try:
-            tracker = Trackers(dataclasses.replace(config, train=train), step)
-        except ConfigError as error:
+            # the best on val may lie before the last step, whose curve stays
+            tracker = Trackers(config, None, name)
+        except (ConfigError, OSError) as error:  # of TensorBoard, whose folder cannot be written
             logger.warning("the scores of the evaluation are not there: %s", error)
             continue
-        numbers = {f"evaluation/{score}": value for score, value in scores.items()}
         tracker.put(step, numbers, kind="evaluation")
         tracker.close("trained")
 

@@ -438,34 +438,50 @@ def test_scores_of_the_evaluation_reach_the_run_that_the_training_wrote(
     """They were in results.json alone. A step that was written is refused, these are not."""
     monkeypatch.setenv("WANDB_MODE", mode)
     log = _log(tmp_path, "train.tensorboard=true", "train.wandb=true", "train.mlflow=true")
-    _steps(log, 1, 2)
+    _steps(log, 1, 2, 3)
     log.close()
     scores = {"AUROC global": 0.75, "recall@10 image to text local": 0.5}
-    for value in (0.5, 0.75):  # the same command again evaluates again
+    for value in (0.5, 0.75):  # the same command again evaluates again; the best on val was step 2
         put_evaluation(log.config, 2, scores | {"AUROC global": value})
     named = {f"evaluation/{name}": value for name, value in scores.items()}
     (rows,) = wandb.rows.values()
-    assert [row["step"] for row in rows] == [1, 2] and wandb.ends == [0, 0, 0]
+    assert [row["step"] for row in rows] == [1, 2, 3] and wandb.ends == [0, 0, 0]
+    told = [start["config"]["train"] for start in wandb.starts]  # W&B keeps those of the last
+    assert all(one["tensorboard"] and one["wandb"] and one["mlflow"] for one in told)
     (summary,) = wandb.summaries.values()
-    assert named.items() <= summary.items() and summary.get("step", 2) == 2
+    assert named.items() <= summary.items() and summary.get("step", 3) == 3
     run = mlflow.run()
     latest = {m.key.replace("_at_", "@"): (m.value, m.step) for m in run["metrics"]}
     assert {name: (value, 2) for name, value in named.items()}.items() <= latest.items()
     assert run["status"] == "FINISHED" and "total" in latest
-    assert [(b.purge_step, b.is_closed) for b in board] == [(1, True), (3, True), (3, True)]
+    # TensorBoard shows no step from purge_step on
+    assert [(b.purge_step, b.is_closed) for b in board] == [(1, True), (None, True), (None, True)]
     assert board[2].numbers == [(name, value, 2) for name, value in named.items()]
 
 
 def test_a_tracker_that_is_gone_at_the_end_lacks_the_scores_and_ends_nothing(
-    tmp_path: Path, wandb: Any, mlflow: Any, warned: Any
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    board: Any,
+    wandb: Any,
+    mlflow: Any,
+    warned: Any,
 ) -> None:
-    log = _log(tmp_path, "train.wandb=true", "train.mlflow=true")
+    log = _log(tmp_path, "train.tensorboard=true", "train.wandb=true", "train.mlflow=true")
     log.close()
     mlflow.stores.clear()
+
+    def refuse(*given: Any, **more: Any) -> None:
+        raise PermissionError(13, "Permission denied", "tensorboard")
+
+    monkeypatch.setattr(_Board, "__init__", refuse)  # as SummaryWriter in a folder of another's
     put_evaluation(log.config, 2, {"AUROC global": 0.75})
     (summary,) = wandb.summaries.values()
     assert summary == {"evaluation/AUROC global": 0.75}
-    (text,) = warned()
+    refused, text = warned()
+    assert refused == (
+        "the scores of the evaluation are not there: [Errno 13] Permission denied: 'tensorboard'"
+    )
     assert text.startswith("the scores of the evaluation are not there: train.mlflow=true (local)")
     put_evaluation(toy_config(f"run.dir={tmp_path}"), 2, {"AUROC global": 0.5})  # none is asked for
     assert (
