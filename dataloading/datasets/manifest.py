@@ -27,7 +27,7 @@ from mlip.dataloading.datasets.rows import (
 )
 from mlip.dataloading.demographics import PatientCells
 from mlip.dataloading.splits import SPLIT_OF
-from mlip.dataloading.tables.csv_text import shown
+from mlip.dataloading.tables.csv_text import shown, some_shown
 from mlip.dataloading.tables.table import check_identifiers, column_names, read_table
 from mlip.settings.config import ConfigError
 
@@ -104,13 +104,14 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         # of a table "~" is meant as a home folder; of a folder it is a name like any other
         if leads_out(cell["image"]) or cell["image"].startswith("~"):
             raise DatasetError(
-                f"{path}: data row {place + 1}: its image path may lead out of --root; expected a "
-                "relative path without '..'"
+                f"{path}: data row {place + 1}: its image path may lead out of --root "
+                f"(column {wanted['image']!r}); expected a relative path without '..'"
             )
         if (first := place_of.setdefault(posixpath.normpath(cell["image"]), place)) != place:
             raise DatasetError(
-                f"{path}: data rows {first + 1} and {place + 1} name the same image: expected one "
-                "row an image; join the texts of one image, an addendum for instance, in one row"
+                f"{path}: data rows {first + 1} and {place + 1} name the same image (column "
+                f"{wanted['image']!r}; --option image=COLUMN names another): expected one row an "
+                "image; join the texts of one image, an addendum for instance, in one row"
             )
         if is_list_text(cell.get("labels", "")):
             raise DatasetError(
@@ -146,8 +147,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         wanted["report"] = ", ".join(texts)
     columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
     notes = [f"columns: {columns}"]
-    if unread := [name for name in names if name not in {*wanted.values(), *texts, *findings}]:
-        notes.append(f"columns not read: {shown(unread)}")
+    is_read = {*wanted.values(), *texts, *findings}
+    # one without a name holds the row numbers of pandas
+    if unread := [name for name in names if name.strip() and name not in is_read]:
+        notes.append(f"columns not read: {some_shown(unread)}")
+    if count := excluded["unknown_split"]:
+        notes.append(
+            f"rows with another word than train, val or test in column {wanted['split']!r}: "
+            f"{count} (--option split=none splits by patient)"
+        )
     if not texts and options["report"] != "none":
         notes.append("no column of reports was found: name one with --option report=COLUMN")
     if count := sum("\\" in row.image for row in rows):

@@ -36,9 +36,12 @@ def plain_name(column: str) -> str:
 def usual_column(names: Sequence[str], usual: Sequence[str]) -> str:
     """The column of the first usual name, "" where there is none.
 
+    Of Patient_ID and patient_id the one that is written as our pages write it, else the first.
+
     usual  as plain_name writes them, tried in this order
     """
-    plain = {plain_name(name): name for name in reversed(names)}
+    as_ours = sorted(names, key=lambda name: name.strip() != name.strip().lower().replace(" ", "_"))
+    plain = {plain_name(name): name for name in reversed(as_ours)}
     return next((plain[name] for name in usual if name in plain), "")
 
 

@@ -105,6 +105,14 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(listed) or "no columns"
 
 
+def some_shown(names: Sequence[str]) -> str:
+    """Columns of a header that was found to be one: those whose names may be told, and how many
+    others there are."""
+    told = [name for name in names if not looks_like_data([name])][:_SHOWN]
+    others = len(names) - len(told)
+    return ", ".join(told + [f"{others} others"] * (others > 0))
+
+
 def check_quotes(path: Path, delimiter: str) -> None:
     """Raises CsvError with the line of a quoted cell that does not end as one.
 

@@ -83,6 +83,66 @@ def test_manifest_reads_names_whatever_their_case_and_marks_and_tells_what_it_le
         collect("manifest", tmp_path)
 
 
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_of_columns_that_differ_by_case_or_marks_the_one_of_our_pages_is_read(tmp_path, ours_first):
+    """Patient_ID before patient_id was taken for it: another patient, so perhaps another split."""
+    for name in ("0.png", "1.png"):
+        image(tmp_path / name)
+    ours = ("image", "patient_id", "split", "report")
+    theirs = ("Image", "Patient ID", "SPLIT", "Report")
+    names = [*ours, *theirs] if ours_first else [*theirs, *ours]
+    cells = [
+        dict.fromkeys(theirs, "7") | dict(zip(ours, row, strict=True))
+        for row in (
+            ("0.png", "a", "train", "Clear lungs."),
+            ("1.png", "b", "test", "Effusion."),
+        )
+    ]
+    table(tmp_path / "manifest.csv", ",".join(names), [[row[n] for n in names] for row in cells])
+    collected = collect("manifest", tmp_path)
+    assert [(row.image, row.patient_id, row.split, row.report) for row in collected.rows] == [
+        ("0.png", "a", "train", "Clear lungs."),
+        ("1.png", "b", "test", "Effusion."),
+    ]
+    assert collected.notes[1] == f"columns not read: {', '.join(theirs)}"
+
+
+def test_columns_that_are_not_read_are_told_by_name_where_these_may_be(tmp_path):
+    """Row numbers of pandas were "no columns"; beside a name with a year no name was told, but that
+    the header, which had been read, looks like data and a header is expected."""
+    image(tmp_path / "0.png")
+    table(tmp_path / "manifest.csv", ",image,patient_id,report", [[0, "0.png", 1, "A b."]])
+    assert "not read" not in " ".join(collect("manifest", tmp_path).notes)
+    more = ["Finding", "score_2019", *(f"x{n:02d}" for n in range(60))]
+    header = ",".join(["", "image", "patient_id", "report", *more])
+    table(tmp_path / "manifest.csv", header, [[0, "0.png", 1, "A b.", *more]])
+    shown = ", ".join(["Finding", *more[2:41]])
+    assert collect("manifest", tmp_path).notes[1] == f"columns not read: {shown}, 22 others"
+
+
+def test_a_usual_name_that_holds_something_else_is_named_where_it_fails(tmp_path):
+    """A column Set of study arms left no row, and File of kinds was "rows 1 and 2 name the same
+    image": neither said of which column, and the option that leaves it out."""
+    for name in ("0.png", "1.png"):
+        image(tmp_path / name)
+    head = "Set,image,patient_id,report"
+    table(
+        tmp_path / "manifest.csv", head, [["A", "0.png", 1, "B c."], ["test", "1.png", 2, "D e."]]
+    )
+    told = "rows with another word than train, val or test in column 'Set': 1 (--option split=none "
+    assert any(note.startswith(told) for note in collect("manifest", tmp_path).notes)
+    freed = collect("manifest", tmp_path, split="none")
+    assert len(freed.rows) == 2 and "another word" not in " ".join(freed.notes)
+    head = "File,film,patient_id,report"
+    table(tmp_path / "manifest.csv", head, [["x", "0.png", 1, "B c."], ["x", "1.png", 2, "D e."]])
+    told = "same image (column 'File'; --option image=COLUMN names another)"
+    with pytest.raises(DatasetError, match=re.escape(told)):
+        collect("manifest", tmp_path)
+    table(tmp_path / "manifest.csv", head, [["../x", "0.png", 1, "B c."]])
+    with pytest.raises(DatasetError, match=re.escape("may lead out of --root (column 'File');")):
+        collect("manifest", tmp_path)
+
+
 def test_manifest_takes_what_programs_write_for_a_gap_as_no_id(tmp_path):
     """R's NA in two rows was one patient with one study."""
     image(tmp_path / "0.png")
