@@ -60,9 +60,9 @@ def make_pairing(
         ("image_valid", image_valid, torch.bool),
         ("text_valid", text_valid, torch.bool),
     ):
-        require_tensor(name, value)
         if value is None:
             continue
+        require_tensor(name, value)
         if tuple(value.shape) != (rows,) or value.dtype != dtype or value.device != like.device:
             raise ValueError(
                 f"expected {name} {dtype} of shape [{rows}], one entry per pair of this rank, on "

@@ -39,8 +39,8 @@ def require_number(name: str, value: object) -> None:
 
 
 def require_tensor(name: str, value: object) -> None:
-    """Raises:  ValueError for what is neither a tensor nor None"""
-    if value is not None and not isinstance(value, Tensor):
+    """Raises:  ValueError for what is no tensor"""
+    if not isinstance(value, Tensor):
         raise ValueError(f"expected {name} to be a tensor, got {type(value).__name__}")
 
 

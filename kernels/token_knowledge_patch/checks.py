@@ -52,10 +52,11 @@ def check_inputs(
 ) -> None:
     weights = {"token_weights": token_weights, "knowledge_weights": knowledge_weights}
     masks = {"knowledge_mask": knowledge_mask, "patch_mask": patch_mask}
-    given = {"patches": patches, "tokens": tokens, "knowledge": knowledge, **weights, **masks}
-    for name, one in given.items():
-        require_tensor(name, one)
-    features = {"patches": patches, "tokens": tokens}
+    needed = {"patches": patches, "tokens": tokens}
+    for name, one in {**needed, "knowledge": knowledge, **weights, **masks}.items():
+        if one is not None or name in needed:
+            require_tensor(name, one)
+    features = dict(needed)
     if knowledge is not None:
         features["knowledge"] = knowledge
     for name, value in features.items():

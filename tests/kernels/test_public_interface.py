@@ -318,12 +318,16 @@ TENSORS: dict[str, Any] = {
         for name in ("patches", "tokens", "knowledge", *list(SCORES)[:4])
     },
 }
+NEEDED = ("scores", "text_features", "patches", "tokens")
 
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_what_is_no_tensor_is_named(name: str) -> None:
-    for given in ([[True] * 3] * 3, torch.eye(3).numpy()):
-        with pytest.raises(ValueError, match=rf"expected {name} .*got (list|ndarray)"):
+    wrong: list[Any] = [[[True] * 3] * 3, torch.eye(3).numpy()]
+    if name in NEEDED:
+        wrong.append(None)
+    for given in wrong:
+        with pytest.raises(ValueError, match=rf"expected {name} .*got (list|ndarray|NoneType)"):
             TENSORS[name](**{name: given})
 
 
