@@ -53,10 +53,6 @@ ON_REQUEST = ("deepspeed",)  # its engines replace the one that the other sectio
 COMPILE_S, LAYERS_S = 150, 60
 
 
-class LostGpu(Exception):
-    """An error took the GPU from this process: no row can follow."""
-
-
 class Bench:
     """One engine, and the rows that were measured with it."""
 
@@ -72,6 +68,7 @@ class Bench:
         self.facts = harness.environment(device)
         self.rows: list[Row] = []
         self.section: str | None = None  # of `run`, and of the rows made now
+        self.hang_s = float("inf")  # beyond what a row needs; in `main` it has an end
         # most pairs that a plain step was seen to take, fewest that it could not
         self.fits, self.fails = 0, float("inf")
 
@@ -151,8 +148,11 @@ class Bench:
         """`label` with what `work` measured, or with the reason why there is nothing."""
         if self.seconds_left() < needs_s:
             return self.keep(label | {"status": "not run: out of time"})
+        limit_s = self.hang_s + needs_s
+        late = label | {"status": f"failed: no row within {limit_s:.0f} s"}
         try:
-            row = label | {"status": "ok"} | work()
+            with harness.within(limit_s, partial(self.keep, late)):
+                row = label | {"status": "ok"} | work()
         except NotAvailable as error:
             row = label | {"status": str(error)}
         except Exception as error:  # a failure is a result; it must not end the run
@@ -166,7 +166,7 @@ class Bench:
     def _let_go(self) -> None:
         """What a step that ended early still holds.
 
-        Raises:  LostGpu
+        Raises:  harness.LostGpu
         """
         if self.engine is not None:
             self.engine.optimizer.zero_grad(set_to_none=True)
@@ -178,7 +178,7 @@ class Bench:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                raise LostGpu(str(error)[:200]) from error
+                raise harness.LostGpu(str(error)[:200]) from error
 
     def plain(self, kind: str, pairs: int) -> Row:
         """A step with all activations kept."""
@@ -201,7 +201,8 @@ class Bench:
             if row["kind"] in ("batch", "scaling") and row["micro"] == 0:
                 self._learn(row)
         order = (*SECTIONS, *ON_REQUEST)
-        done = order.index(rows[-1]["section"]) + 1 if rows else 0
+        named = [row["section"] for row in rows if row.get("section")]  # earlier files name none
+        done = order.index(named[-1]) + 1 if named else 0
         return [name for name in order[done:] if name in sections]
 
     def cached(self, kind: str, pairs: int) -> Row:
@@ -243,11 +244,8 @@ class Bench:
 
     def parts(self) -> None:
         for pairs in step_sizes.BATCHES[self.device]:
-            micro = (
-                0
-                if pairs <= max(self.fits, step_sizes.FIRST_PAIRS[self.device])
-                else self.fits // 2
-            )
+            most = max(self.fits, step_sizes.FIRST_PAIRS[self.device])
+            micro = 0 if pairs <= most else self.fits // 2
 
             def work(pairs: int = pairs, micro: int = micro) -> Row:
                 runner = self.runner(pairs, micro)
@@ -375,15 +373,18 @@ def main() -> None:
         for page in step_report.write_pages():
             print(f"written: {page}")
         return
+    if arguments.go_on and arguments.out is None:
+        parser.error("--go-on needs --out: the file of the rows that are there")
     begin = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = harness.read_json(arguments.out, list) if arguments.go_on else []
     path = harness.write_rows("step", made, arguments.out)
     bench = Bench(device, deadline=begin + 60 * arguments.minutes, path=path)
+    bench.hang_s = harness.HANG_S
     print(json.dumps(bench.facts | {"matmul_peak_tflops": bench.peak_tflops}), flush=True)
     try:
         rows = bench.run(bench.go_on(made, arguments.only))
-    except LostGpu as error:
+    except harness.LostGpu as error:
         print(
             f"the GPU does not answer this process any more ({error}); rows made so far are kept: "
             f"--go-on --out {path} runs the sections behind this one",

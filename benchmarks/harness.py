@@ -6,14 +6,16 @@ A row is one JSON object: what ran, where, which versions and commit, millisecon
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache in use
 WARMUP = 3  # calls on a GPU before the first that counts; one on a CPU
-LOST_GPU = 75  # exit code: an error took the GPU from this process, another may go on
+LOST_GPU = 75  # exit code: an error or a hang took the GPU from this process, another may go on
+HANG_S = 120  # beyond what a row needs: one that takes longer counts as one that hangs
 MOST_FLUSHES = 200  # about 15 ms of work: a call that waits for the GPU itself is never ahead
 
 
@@ -174,6 +177,37 @@ def _peak_bytes_on_cpu(run: Callable[[], Any]) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+class LostGpu(Exception):
+    """An error took the GPU from this process: no row can follow."""
+
+
+@contextlib.contextmanager
+def within(seconds: float, give_up: Callable[[], Any]) -> Iterator[None]:
+    """What runs inside ends in time, or this process does with LOST_GPU, after `give_up()`.
+
+    For a kernel that never ends: nothing stops it but the end of its process. A hang that holds
+    Python's lock is not seen; torch and Triton let go of it where they wait or launch.
+    """
+    if seconds == float("inf"):
+        yield
+        return
+
+    def end() -> None:
+        try:
+            give_up()
+        finally:
+            os._exit(LOST_GPU)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # where it has begun to give up, nothing goes on beside it
 
 
 def is_out_of_memory(error: Exception) -> bool:

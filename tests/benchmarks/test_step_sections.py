@@ -7,6 +7,9 @@ clocks that are given.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_step, harness, step_sizes, step_variants
+from benchmarks import bench_step, gpu_check, harness, step_sizes, step_variants
 from benchmarks.bench_step import ON_REQUEST, SECTIONS, Bench
 from benchmarks.step_variants import COMPILES, OURS, VARIANTS
 from mlip.settings.config import load
@@ -272,3 +275,45 @@ def test_an_engine_of_deepspeed_is_taken_apart_before_the_next_is_built(
     stages = [("deepspeed", 1, None), "destroyed", ("deepspeed", 2, None)]
     assert told == stages and bench.config.train.zero_stage == 2
     assert bench.config.train.residual == "bf16" and bench.config.model.text.packed
+
+
+HANGING = """
+import time
+from benchmarks import bench_step, harness
+from benchmarks.bench_step import Bench
+
+def profile(bench):
+    for pairs, seconds in ((4, 0), (8, 600)):
+        label = {"kind": "profile", "pairs": pairs}
+        bench.attempt(label, lambda: time.sleep(seconds) or {}, needs_s=0.0)
+        time.sleep(1.5)  # between rows: no row's time
+
+Bench.profile, harness.HANG_S = profile, 1
+bench_step.main()
+"""
+
+
+def test_a_row_that_hangs_costs_its_section_alone(tmp_path: Path) -> None:
+    """It ends the process, as a lost GPU does, behind which gpu_check.py goes on."""
+    out = tmp_path / "step-0.json"
+    command = [sys.executable, "-c", HANGING, "--only", "profile", "--out", str(out)]
+    environment = gpu_check.importing_root(os.environ)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == harness.LOST_GPU, done.stderr[-3000:]
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert [(row["section"], row["pairs"], row["status"]) for row in rows] == [
+        ("profile", 4, "ok"),
+        ("profile", 8, "failed: no row within 1 s"),
+    ]
+
+
+def test_a_run_goes_on_behind_rows_that_name_their_section(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [{"kind": "batch", "pairs": 4, "micro": 0, "status": "ok"}]
+    assert bench.go_on(rows, SECTIONS) == list(SECTIONS)  # an earlier version's
+    assert bench.go_on([rows[0] | {"section": "batches"}, *rows], SECTIONS) == list(SECTIONS[1:])
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--go-on"])
+    with pytest.raises(SystemExit):
+        bench_step.main()
+    assert "--go-on needs --out" in capsys.readouterr().err
