@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache in use
 WARMUP = 3  # calls on a GPU before the first that counts; one on a CPU
 LOST_GPU = 75  # exit code: an error or a hang took the GPU from this process, another may go on
-HANG_S = 120  # beyond what a row needs: one that takes longer counts as one that hangs
+HANG_S = 180  # beyond what a row needs: one that takes longer counts as one that hangs
 MOST_FLUSHES = 200  # about 15 ms of work: a call that waits for the GPU itself is never ahead
 
 
