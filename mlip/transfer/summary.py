@@ -104,17 +104,19 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def mean_scores(results: Mapping[str, Any]) -> dict[str, float]:
-    """The means of `summary_lines` by name; none of a single finding, whose name is a table's."""
+    """The means of `summary_lines` by name; none of a single finding, whose name is a table's, and
+    none that is a control: beside other runs' curves nothing would say so."""
     found: dict[str, Mapping[str, Any]] = {}
     zero_shot, retrieval, grounding = (
         results[part] for part in ("zero_shot", "retrieval", "grounding")
     )
-    for head in HEADS:
+    local = not untrained_text(results["run"])
+    for head in HEADS if local else ("global",):
         if "macro" in zero_shot:
             found[f"AUROC {head}"] = zero_shot["macro"][head]
         for direction, row in retrieval["scores"].get(head, {}).items():
             found[f"recall@10 {direction.replace('_', ' ')} {head}"] = row["recall@10"]
-    for kind, table in grounding.items():
+    for kind, table in grounding.items() if local else ():
         if kind != "reason":
             found[f"pointing by {kind}"] = table["all"]["hit"]
     return {name: one["value"] for name, one in found.items() if one.get("value") is not None}
