@@ -14,7 +14,7 @@ from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFe
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.losses.held_out import HELD_OUT_LOSSES, recall_terms
-from mlip.ranks.distributed import max_of_numbers
+from mlip.ranks.distributed import max_of_numbers, world_group
 from mlip.settings.config import Config, ConfigError
 from mlip.training.determinism import random_part
 from mlip.training.grad_cache import cached_forward, equal_passes
@@ -81,6 +81,8 @@ class Objective(nn.Module):
         model, image, text = self.model, features.image, features.text
 
         def local_scores() -> Tensor:
+            # nothing here may lead back to the context: such a circle keeps a step's batch and
+            # features until Python's collector comes, which for old objects it hardly ever does
             report, shown, knowledge = _equal_widths(text, batch.content_mask, features.knowledge)
             return model.local_scores(
                 image.patches,
@@ -88,10 +90,10 @@ class Objective(nn.Module):
                 shown,
                 report.attention,
                 knowledge,
-                group=context.group,
+                group=world_group(),
             )
 
-        context = LossContext(
+        return LossContext(
             features,
             batch,
             scales=model.scales,
@@ -100,7 +102,6 @@ class Objective(nn.Module):
             progress=progress,
             local_scores=local_scores,
         )
-        return context
 
     def encode(self, batch: Batch) -> Features:
         """Both towers over this rank's pairs, and its entities."""
