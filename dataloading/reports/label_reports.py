@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,14 +21,13 @@ import pyarrow.parquet as pq
 from mlip.dataloading.ledger import listed
 from mlip.dataloading.progress import Progress
 from mlip.dataloading.reports.column import ONE_WORD_REPORT, RULES, ReportColumn
-from mlip.dataloading.shards import synced_file, write_table
 from mlip.dataloading.tables.csv_text import read_header, shown
 from mlip.dataloading.tables.table import column_names, json_rows, read_table
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.linker import FEW_KNOWN_WORDS, Linker, few_known_words
 from mlip.knowledge.report_labels import ReportLabels, chexpert_names
 from mlip.settings.config import Columns, ConfigError
-from mlip.system.output_file import require_writable
+from mlip.system.output_file import require_writable, sync, whole_file
 from mlip.system.unread_output import terminal_text
 
 # of each: the names that a report states, denies or leaves unmentioned, and doubts
@@ -72,8 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     table, out = arguments.table, arguments.out
     if out.suffix.lower() != table.suffix.lower():
         raise ConfigError(f"--out {out}: expected a {table.suffix} file, as {table} is one")
-    if out.exists() and not (arguments.overwrite and out.is_file() and not out.samefile(table)):
-        raise ConfigError(f"--out {out}: is there already; name a new file, or say --overwrite")
+
+    def require_free(out: Path) -> None:
+        if out.exists() and not (arguments.overwrite and out.is_file() and not out.samefile(table)):
+            raise ConfigError(f"--out {out}: is there already; name a new file, or say --overwrite")
+
+    require_free(out)
     require_writable(out.absolute().parent)
     if not arguments.prefix.isprintable():
         raise ConfigError(f"--prefix {arguments.prefix!r}: expected the begin of a column's name")
@@ -90,7 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
     read_table(table, {"report": arguments.report}, {"report": reports})
     _require_free(table, columns)
     cells, lines = _labelled(reports, labels, arguments.unmentioned == "absent")
-    _write(table, out, dict(zip(columns, cells, strict=True)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(out, is_private=True, require_own=require_free) as partial:
+        _write(table, partial, dict(zip(columns, cells, strict=True)))
+        sync(partial)
+    sync(out.parent)
     print(terminal_text(lines))
     print(f"{out}: {len(reports.texts)} rows; to evaluate on it:")
     settings = _settings(table, out, arguments.report, columns)
@@ -176,37 +183,30 @@ def _labelled(
 
 
 def _write(table: Path, out: Path, columns: Mapping[str, list[str]]) -> None:
-    """The table in its own format with these columns, in place of empty ones of their names.
-
-    Complete or not there, readable by its owner alone: it holds reports.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """The table in its own format with these columns, in place of empty ones of their names."""
     suffix = table.suffix.lower()
     if suffix == ".parquet":
         whole = pq.ParquetFile(table).read()  # of columns that share a name, too
         whole = whole.drop_columns([name for name in columns if name in whole.column_names])
         for name, cells in columns.items():
             whole = whole.append_column(name, pa.array(cells, pa.string()))
-        write_table(whole, out)
+        pq.write_table(whole, out, compression="zstd")
         return
-    with synced_file(out) as file:
-        # half a surrogate pair of a JSON text goes back as the \\ud800 that it came as
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+    # half a surrogate pair of a JSON text goes back as the \\ud800 that it came as
+    with out.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
         if suffix in _LINES:
             _write_lines(table, text, columns)
         else:
             _write_csv(table, text, columns)
-        text.flush()
-        text.detach()
 
 
-def _write_lines(table: Path, text: io.TextIOWrapper, columns: Mapping[str, list[str]]) -> None:
+def _write_lines(table: Path, text: TextIO, columns: Mapping[str, list[str]]) -> None:
     for (_, row), new in zip(json_rows(table), zip(*columns.values(), strict=True), strict=True):
         row |= dict(zip(columns, new, strict=True))
         text.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _write_csv(table: Path, text: io.TextIOWrapper, columns: Mapping[str, list[str]]) -> None:
+def _write_csv(table: Path, text: TextIO, columns: Mapping[str, list[str]]) -> None:
     names, delimiter = read_header(table)
     kept = [name for name in names if name not in columns]
     old, _ = read_table(table, {name: name for name in kept})

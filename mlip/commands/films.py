@@ -6,6 +6,7 @@ Nothing that needs another package is imported before it is used (mlip/cli.py sa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mlip.commands.inputs import (
     read_given,
 )
 from mlip.settings.typed_tree import ConfigError
-from mlip.system.output_file import require_writable
+from mlip.system.output_file import KeptBesideError, require_writable
 from mlip.system.unread_output import terminal_text
 
 
@@ -137,16 +138,26 @@ def run_search(options: argparse.Namespace) -> int:
     shown: Any = None
     if page:  # before the table: where no film can be read, earlier answers stay
         shown, unseen = search_table.pictures(opened, manifest, queries, hits)
-    count = search_table.write_answers(out, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
-    print(terminal_text([*lines, f"{out}: {count} answers"]))
+    beside: list[str] = []
+    try:
+        count = search_table.write_answers(out, queries, hits)
+        print(terminal_text([*lines, f"{out}: {count} answers"]))
+    except KeptBesideError as error:  # told at the end: the page is to be written, too
+        beside.append(str(error))
     if page:
-        require_own_page(page)  # again: what has appeared there since is another's
-        page.unlink(missing_ok=True)  # of other answers than the table's by now
+        with contextlib.suppress(ConfigError, OSError):  # another's by now: it stays
+            require_own_page(page)
+            page.unlink(missing_ok=True)  # of other answers than the table's by now
         is_reranked = bool(options.rerank)
         options.out = options.page  # for the line where it cannot be written
-        write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
-        print(f"{page}{unread(unseen)}")
+        try:
+            write_search_page(page, lines[0], queries, hits, shown, is_reranked=is_reranked)
+            print(f"{page}{unread(unseen)}")
+        except KeptBesideError as error:
+            beside.append(str(error))
+    if beside:
+        raise KeptBesideError("; ".join(beside))
     print("Not for clinical use.")
     return 0
 
@@ -175,7 +186,12 @@ def _check_search(options: argparse.Namespace) -> None:
 
 
 def run_outliers(options: argparse.Namespace) -> int:
-    from mlip.transfer.films.outlier_table import require_own_file, write_outliers, write_reference
+    from mlip.transfer.films.outlier_table import (
+        require_own_table,
+        write_outliers,
+        write_reference,
+    )
+    from mlip.transfer.films.outliers import require_own_reference
 
     given = read_given(options.settings).asked_by("mlip outliers")
     device = pick_device(options.device)
@@ -187,7 +203,7 @@ def run_outliers(options: argparse.Namespace) -> int:
     made = Path(options.fit or options.out or "outliers.csv")
     options.out = str(made)  # for the line where it cannot be written
     require_writable(made.absolute().parent)
-    require_own_file(made, is_table=not options.fit)
+    (require_own_reference if options.fit else require_own_table)(made)
     split = options.split or ("train" if options.fit else "all")
     opened, manifest = open_for_films(given, device, by_patient=bool(options.fit) or split != "all")
     if options.fit:

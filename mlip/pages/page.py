@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,13 @@ def render_page(template: str, context: Mapping[str, Any]) -> str:
     return _ENVIRONMENT.get_template(template).render(context, css=css)
 
 
-def write_page(path: Path, page: str) -> Path:
-    """The page as a file, for its owner alone: it may show films; its path."""
+def write_page(path: Path, page: str, *, require_own: Callable[[Path], None] | None = None) -> Path:
+    """The page as a file, for its owner alone: it may show films; its path.
+
+    require_own  as of whole_file
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, is_private=True) as partial:
+    with whole_file(path, is_private=True, require_own=require_own) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

@@ -48,7 +48,8 @@ def write_search_page(
         "with_heat": with_heat,
         "is_reranked": is_reranked,
     }
-    return write_page(path, render_page("search.html", context))
+    page = render_page("search.html", context)
+    return write_page(path, page, require_own=require_own_page)
 
 
 def _query(query: Query, hits: Hits, pictures: Sequence[Picture]) -> dict[str, Any]:

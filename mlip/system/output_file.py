@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ _REFUSED = {
     *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR),
     *(errno.EEXIST, errno.EBUSY, errno.ENAMETOOLONG, errno.ELOOP),
 }
+
+
+class KeptBesideError(ConfigError):
+    """Another's file lies by now where this command was to write; names where its own file is."""
 
 
 def require_writable(folder: Path) -> Path:
@@ -102,12 +107,21 @@ def open_to_append(path: Path, mode: int = 0o666) -> int:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, is_private: bool = False) -> Iterator[Path]:
+def whole_file(
+    path: Path,
+    *,
+    is_private: bool = False,
+    require_own: Callable[[Path], None] | None = None,
+) -> Iterator[Path]:
     """The name to write under: renamed to `path` at the end, removed where the writing failed.
 
     What a killed process of this host left of the same file is removed first.
-    is_private  for its owner alone, from the first byte on: it holds a patient's picture or text,
-                or numbers of single films
+    is_private   for its owner alone, from the first byte on: it holds a patient's picture or text,
+                 or numbers of single films
+    require_own  the question of before the work, asked again before the renaming: what has appeared
+                 there since is another's and stays, and hours of work are kept beside it
+    Raises:  KeptBesideError where `require_own` raises ConfigError by then, or nothing can be
+             renamed to `path`
     """
     # containers on one disk have equal process numbers
     begin = f".{path.name}.{socket.gethostname()}."
@@ -116,12 +130,30 @@ def whole_file(path: Path, *, is_private: bool = False) -> Iterator[Path]:
     try:
         os.close(new_file(partial, 0o600 if is_private else 0o666))
         yield partial
-        partial.replace(path)
+        if require_own is None:
+            partial.replace(path)
+        else:
+            _put_or_keep(partial, path, require_own)
     except BaseException:
         # the first error is the one to tell: there may be nothing to remove, or a read-only disk
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _put_or_keep(partial: Path, path: Path, require_own: Callable[[Path], None]) -> None:
+    try:
+        require_own(path)
+        partial.replace(path)
+    except (ConfigError, OSError) as error:  # a folder by then, or a file that is not to be read
+        for number in itertools.count(2):
+            beside = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                break
+        partial.replace(beside)
+        why = refusal(error, path) or str(error)
+        raise KeptBesideError(f"{why}; what was made meanwhile is kept in {beside}") from None
 
 
 def _remove_leftovers(folder: Path, begin: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from mlip.cli import main
 from mlip.dataloading.phantom.reports import HELD_OUT_PROMPTS
+from mlip.knowledge.report_labels import ReportLabels
 from tests.knowledge.test_cues import GERMAN
 from tests.small_run import small_export, small_run
 
@@ -219,6 +220,40 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_written(
     assert label(table, "--out", out, *ASKED) == 0
     assert label(table, "--out", out, *ASKED) == 2
     assert label(table, "--out", out, "--overwrite", *ASKED) == 0
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_file_that_appears_during_the_work_stays_and_the_table_lies_beside_it(
+    suffix: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, out = tmp_path / f"m{suffix}", tmp_path / f"out{suffix}"
+    if suffix == ".csv":
+        write_csv(table)
+    elif suffix == ".parquet":
+        pq.write_table(pa.table({"report": [REPORTS[0]]}), table)
+    else:
+        table.write_text(json.dumps({"report": REPORTS[0]}) + "\n")
+    assert label(table, "--out", out, *ASKED) == 0
+    made = out.read_bytes()
+    out.unlink()
+    states = ReportLabels.states
+
+    def and_a_file_appears(*given: Any) -> Any:
+        out.write_text("another's")
+        return states(*given)
+
+    monkeypatch.setattr(ReportLabels, "states", and_a_file_appears)
+    assert label(table, "--out", out, *ASKED) == 2
+    beside = tmp_path / f"out-2{suffix}"
+    assert "is there already" in (said := capsys.readouterr().err)
+    assert said.endswith(f"what was made meanwhile is kept in {beside}\n")
+    assert out.read_text() == "another's" and beside.read_bytes() == made
+    assert beside.stat().st_mode & 0o777 == 0o600
+    assert label(table, "--out", out, "--overwrite", *ASKED) == 0  # which was asked for
+    assert out.read_bytes() == made
 
 
 def test_reports_of_another_language_are_told_and_a_lexicon_of_it_reads_them(

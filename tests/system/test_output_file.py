@@ -29,7 +29,14 @@ from mlip.pages.page import write_page
 from mlip.settings.config import Knowledge
 from mlip.settings.typed_tree import ConfigError
 from mlip.system import output_file
-from mlip.system.output_file import new_file, only_writer, refusal, require_writable, whole_file
+from mlip.system.output_file import (
+    KeptBesideError,
+    new_file,
+    only_writer,
+    refusal,
+    require_writable,
+    whole_file,
+)
 from mlip.training.lifecycle import locked_folder, record_event
 from mlip.training.runlog import _open_for_lines
 from mlip.transfer.films.row_table import write_row_table
@@ -225,6 +232,21 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
         partial.unlink()
         partial.mkdir()  # which cannot be unlinked: as on a disk that has become read-only
         raise ValueError("the first error")
+
+
+def test_what_cannot_be_put_in_its_place_is_kept_beside_it(tmp_path: Path) -> None:
+    """A folder that has come to lie there, even where the question of whose it is says nothing."""
+    path, planted = tmp_path / "a.txt", tmp_path / "precious"
+    planted.write_text("kept")
+    (tmp_path / "a-2.txt").symlink_to(planted)
+    path.mkdir()
+    with (
+        pytest.raises(KeptBesideError, match=r"a.txt cannot be written: Is a dir.* kept in .*a-3"),
+        whole_file(path, require_own=lambda path: None) as partial,
+    ):
+        partial.write_text("hours of work")
+    assert (tmp_path / "a-3.txt").read_text() == "hours of work" and planted.read_text() == "kept"
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "a-2.txt", "a-3.txt", "precious"}
 
 
 def test_what_killed_writers_left_is_removed_and_what_others_are_writing_is_not(

@@ -76,8 +76,7 @@ def write_classification(
         yes = np.stack([answers[f] for f in decided], axis=1) if decided else values[:, :0]
         for row, own, said in zip(bank.row_index, values, yes, strict=True):
             lines[int(row)] = [*(f"{value:.6g}" for value in own), *map(int, said)]
-    require_own_file(out)  # again: what has appeared there since is another's
-    write_row_table(out, columns, lines, images.bad)
+    write_row_table(out, columns, lines, images.bad, require_own=require_own_file)
     return [
         f"{len(lines)} images, {len(findings)} findings by the {head} score (high = there; no "
         "probability)",

@@ -224,9 +224,9 @@ def _sheet(
 
 
 def _write(out: Path, content: bytes) -> None:
-    require_own_map(out)  # again: what has appeared there since is another's
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out, is_private=True) as partial:  # it shows a film
+    # private: it shows a film
+    with whole_file(out, is_private=True, require_own=require_own_map) as partial:
         partial.write_bytes(content)
 
 

@@ -12,7 +12,6 @@ from mlip.transfer.films.outliers import (
     MOST_REFERENCE,
     encode_rows,
     fit_reference,
-    is_reference,
     load_reference,
     save_reference,
 )
@@ -24,14 +23,10 @@ _COLUMNS = ["p_value", "distance"]
 _SHOWN = 10  # rows that are named on the terminal
 
 
-def require_own_file(path: Path, *, is_table: bool) -> None:
-    """Raises:  ConfigError for a folder, or a file that this command did not write."""
-    if is_table:
-        is_ours = begins_with(path, ",".join(["row_index", *_COLUMNS]))
-        require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
-    else:
-        is_ours = is_reference(path)
-        require_replaceable(path, "--fit", "reference of mlip outliers", is_ours=is_ours)
+def require_own_table(path: Path) -> None:
+    """Raises:  ConfigError for a folder, or a file that write_outliers did not write."""
+    is_ours = begins_with(path, ",".join(["row_index", *_COLUMNS]))
+    require_replaceable(path, "--out", "table of mlip outliers", is_ours=is_ours)
 
 
 def write_reference(opened: Any, manifest: Manifest, path: Path, *, split: str) -> str:
@@ -42,7 +37,6 @@ def write_reference(opened: Any, manifest: Manifest, path: Path, *, split: str) 
         images, manifest.patient_key[rows], seed=opened.config.run.seed, made_of=made_of
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    require_own_file(path, is_table=False)  # again: what has appeared there since is another's
     save_reference(reference, path)
     ranked = len(reference.ranked)
     return (
@@ -72,8 +66,7 @@ def write_outliers(
         int(row): (f"{p:.6g}", f"{distance:.6g}")
         for row, p, distance in zip(rows, p_values, distances, strict=True)
     }
-    require_own_file(out, is_table=True)  # again: what has appeared there since is another's
-    write_row_table(out, _COLUMNS, lines, bad)
+    write_row_table(out, _COLUMNS, lines, bad, require_own=require_own_table)
     return [
         *_summary(rows, p_values, distances),
         f"{out}: {len(lines) + len(bad)} rows{unread(bad)}",

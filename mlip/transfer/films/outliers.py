@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mlip.batch import ImageFeatures
 from mlip.dataloading.manifest import Manifest
-from mlip.system.output_file import whole_file
+from mlip.system.output_file import require_replaceable, whole_file
 from mlip.transfer.array import Array
 from mlip.transfer.films.row_images import RowImages
 from mlip.transfer.fingerprint import made_with
@@ -130,20 +130,30 @@ def _summary(patches: Tensor) -> Array:
     return np.asarray(features)
 
 
+def require_own_reference(path: Path) -> None:
+    """Raises:  ConfigError for a folder, or a file that save_reference did not write."""
+    kind = "reference of mlip outliers"
+    require_replaceable(path, "--fit", kind, is_ours=_is_reference(path))
+
+
 def save_reference(reference: Reference, path: Path) -> None:
-    """safetensors of mean, whitening and ranked; no image and no patient is in it."""
+    """safetensors of mean, whitening and ranked; no image and no patient is in it.
+
+    Raises:  KeptBesideError where another's file has come to lie there
+    """
     tensors: dict[str, Tensor] = {
         name: torch.from_numpy(np.ascontiguousarray(getattr(reference, name)))
         for name in ("mean", "whitening", "ranked")
     }
     # one entry: the order of several would change from file to file
     facts = {"format": _FORMAT, **reference.made_of}
-    with whole_file(path, is_private=True) as partial:  # `ranked` is of single films
+    # private: `ranked` is of single films
+    with whole_file(path, is_private=True, require_own=require_own_reference) as partial:
         # not save_file: it writes under a name of its own, which a kill would leave
         partial.write_bytes(save(tensors, {"reference": json.dumps(facts)}))
 
 
-def is_reference(path: Path) -> bool:
+def _is_reference(path: Path) -> bool:
     """Whether save_reference wrote this file, of whatever model."""
     try:
         with safe_open(path, "np") as stored:

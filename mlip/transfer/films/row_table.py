@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mlip.dataloading.ledger import listed
@@ -28,11 +28,14 @@ def write_row_table(
     columns: Sequence[str],
     lines: Mapping[int, Sequence[object]],
     bad: Mapping[int, str],
+    *,
+    require_own: Callable[[Path], None] | None = None,
 ) -> None:
     """`row_index`, the columns and, of a row whose image cannot be read, `reason`, by row.
 
     lines  manifest row -> a cell a column
     bad    manifest row -> why its image cannot be read
+    require_own  as of whole_file
     """
     blank = [""] * len(columns)
     every = {row: [*cells, ""] for row, cells in lines.items()}
@@ -41,13 +44,20 @@ def write_row_table(
         path,
         ["row_index", *columns, "reason"],
         ([row, *every[row]] for row in sorted(every)),
+        require_own=require_own,
     )
 
 
-def write_private_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV, whole or not there, that its owner alone may read."""
+def write_private_csv(
+    path: Path,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    require_own: Callable[[Path], None] | None = None,
+) -> None:
+    """A CSV, whole or not there, that its owner alone may read; require_own as of whole_file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, is_private=True) as partial:
+    with whole_file(path, is_private=True, require_own=require_own) as partial:
         with partial.open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
             table.writerow(header)

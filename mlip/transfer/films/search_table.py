@@ -139,8 +139,7 @@ def write_answers(path: Path, queries: Sequence[Query], hits: Sequence[Hits]) ->
     """A CSV of kind, query, rank, row_index and score (blank where the film could not be read
     again); how many answers."""
     answers = [(*where, number(score, ".6g")) for *where, score in answers_of(queries, hits)]
-    require_own_file(path)  # again: what has appeared there since is another's
-    write_private_csv(path, COLUMNS, answers)
+    write_private_csv(path, COLUMNS, answers, require_own=require_own_file)
     return len(answers)
 
 

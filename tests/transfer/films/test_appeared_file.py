@@ -1,4 +1,5 @@
-"""A file that comes to lie under --out while a command works on films is another's, and stays."""
+"""A file that comes to lie under --out while a command works on films is another's, and stays: what
+the command made lies beside it then, under a free name that its line tells."""
 
 from __future__ import annotations
 
@@ -16,6 +17,24 @@ from tests.transfer.small_manifest import pictures, write
 PHRASE = ["--phrase", "There is edema.", "--in"]
 
 
+def _let_appear(monkeypatch: pytest.MonkeyPatch, *files: Path) -> list[bool]:
+    """Another's files come to lie there when the model encodes; whether one was there before."""
+    seen: list[bool] = []
+
+    def and_files_appear(work: Any) -> Any:
+        def does(*args: Any) -> Any:
+            for file in files:
+                seen.append(file.exists())
+                file.write_text("another's")
+            return work(*args)
+
+        return does
+
+    for method in ("encode_image", "encode_text"):
+        monkeypatch.setattr(MLIPModel, method, and_files_appear(getattr(MLIPModel, method)))
+    return seen
+
+
 @pytest.mark.parametrize(
     ("option", "name", "command"),
     [
@@ -31,7 +50,7 @@ PHRASE = ["--phrase", "There is edema.", "--in"]
         ),
     ],
 )
-def test_a_file_that_appears_during_the_work_is_not_replaced(
+def test_a_file_that_appears_during_the_work_stays_and_what_was_made_lies_beside_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -51,20 +70,36 @@ def test_a_file_that_appears_during_the_work_is_not_replaced(
         for word in command
         for each in (settings if word == "{settings}" else [word.format(**places)])
     ]
-    out, seen = tmp_path / name, []
-
-    def and_a_file_appears(work: Any) -> Any:
-        def does(*args: Any) -> Any:
-            seen.append(out.exists())
-            out.write_text("another's")
-            return work(*args)
-
-        return does
-
-    for method in ("encode_image", "encode_text"):
-        monkeypatch.setattr(MLIPModel, method, and_a_file_appears(getattr(MLIPModel, method)))
+    out = tmp_path / name
+    assert main([*given, option, str(out)]) == 0
+    made = out.read_bytes()
+    out.unlink()
+    beside = [out.with_name(f"{out.stem}-{n}{out.suffix}") for n in (2, 3)]
+    beside[0].write_text("another's, too")
+    seen = _let_appear(monkeypatch, out)
     capsys.readouterr()
     assert main([*given, option, str(out)]) == 2
-    assert f"{option} {out}: is there already" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{option} {out}: is there already" in said
+    assert said.endswith(f"; what was made meanwhile is kept in {beside[1]}\n")
     assert not seen[0] and out.read_text() == "another's"
+    assert beside[0].read_text() == "another's, too"
+    assert beside[1].read_bytes() == made and beside[1].stat().st_mode & 0o777 == 0o600
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_search_keeps_its_table_and_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*write(tmp_path), f"checkpoint={small_export()}"]
+    archive, out, page = (tmp_path / name for name in ("archive", "s.csv", "s.html"))
+    assert main(["embed", *settings, "--images", "--out", str(archive)]) == 0
+    _let_appear(monkeypatch, out, page)
+    capsys.readouterr()
+    given = [*PHRASE, str(archive), "--out", str(out), "--page", str(page)]
+    assert main(["search", *settings, *given]) == 2
+    said = capsys.readouterr().err
+    assert out.read_text() == page.read_text() == "another's"
+    for name, begin in (("s-2.csv", "kind,query"), ("s-2.html", "<!doctype html>")):
+        assert f"kept in {tmp_path / name}" in said
+        assert (tmp_path / name).read_text().startswith(begin)
