@@ -185,7 +185,7 @@ class MLIPTokenizer(PreTrainedTokenizerFast):
         if is_report:
             chosen = read_sections(self._words, listed, data.sections)
         else:
-            chosen = known_phrases(self._words, listed)
+            chosen = known_phrases(self._words, self._encoder.linker, listed)
         batch = make_worded_batch(chosen, self._encoder, cut=is_report or truncation)
         fields = {"input_ids": batch.token_ids, "attention_mask": batch.token_mask.long()}
         fields |= {name: getattr(batch, name) for name in _ENTITIES}

@@ -18,6 +18,7 @@ from mlip.transfer.features import TextBank, encode_text_batch, join_texts
 logger = logging.getLogger("mlip")
 TEXTS_AT_ONCE = 256
 MOST_TOLD = 5  # phrases that a line names by number
+SHORTEST_SPELT = 4  # letters
 LONGEST_QUOTED = 60  # characters: what is longer may be a report, which no message quotes
 
 
@@ -46,24 +47,56 @@ def named_phrase(text: str, place: int) -> str:
     return f"the phrase {text!r}" if len(text) <= LONGEST_QUOTED else f"phrase {place + 1}"
 
 
-def warn_of_unknown_words(tokenizer: Any, texts: Sequence[str], *, first: int = 0) -> None:
-    """One line in the log where the vocabulary does not know all of what is asked; quotes nothing.
+def warn_of_unknown_words(
+    tokenizer: Any, linker: Any, texts: Sequence[str], *, first: int = 0
+) -> None:
+    """A line in the log where the vocabulary does not know all of what is asked, and one where it
+    has but the letters of a word that is no term's; they quote nothing.
 
     Such a score says less, or nothing, of the words that were meant.
-    first  how many texts came before these, which the line counts
+    first  how many texts came before these, which the lines count
     """
-    found = []
-    for place, one in enumerate(tokenizer.encode_batch(list(texts)), start=first + 1):
-        if unknown := sum(token == tokenizer.unk_id for token in one.ids):
-            found.append(f"phrase {place} ({unknown} of {len(one.ids)} tokens)")
-    if found:
-        more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-        logger.warning(
+    unknown, spelt = [], []
+    encoded = tokenizer.encode_batch(list(texts))
+    for place, (text, one) in enumerate(zip(texts, encoded, strict=True), start=first + 1):
+        if count := sum(token == tokenizer.unk_id for token in one.ids):
+            unknown.append(f"phrase {place} ({count} of {len(one.ids)} tokens)")
+        if count := _spelt_words(text, one, linker):
+            spelt.append(f"phrase {place} ({count} word{'s' if count > 1 else ''})")
+    for found, what in (
+        (
+            unknown,
             "words that the checkpoint's vocabulary does not know, for which the model reads one "
-            "and the same token: %s%s",
-            ", ".join(found[:MOST_TOLD]),
-            more,
-        )
+            "and the same token",
+        ),
+        (
+            spelt,
+            "words that the model reads letter by letter, as its vocabulary has no part of them, "
+            "and that its lexicon does not use: its training reports held them seldom or never, "
+            "so what it finds for them means little",
+        ),
+    ):
+        if found:
+            more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
+            logger.warning("%s: %s%s", what, ", ".join(found[:MOST_TOLD]), more)
+
+
+def _spelt_words(text: str, encoded: Any, linker: Any) -> int:
+    """Words of which each token is a letter, and which no term or cue of the lexicon uses.
+
+    Those of ASCII letters alone: a token of other scripts may be a letter in every word. Of fewer
+    than SHORTEST_SPELT no word is counted: of 36 abbreviations of radiology up to 8 were.
+    """
+    letters: dict[int, list[tuple[int, int]]] = {}
+    for word, offsets in zip(encoded.word_ids, encoded.offsets, strict=True):
+        letters.setdefault(word, []).append(offsets)
+    count = 0
+    for spans in letters.values():
+        word = text[spans[0][0] : spans[-1][1]]
+        is_spelt = SHORTEST_SPELT <= len(spans) == len(word)
+        if is_spelt and word.isascii() and word.isalpha():
+            count += linker.known_words(word)[0] == 0
+    return count
 
 
 def make_text_batch(
@@ -137,5 +170,5 @@ def encode_prompts(
 
 def encode_asked(opened: Any, phrases: Sequence[str], *, cut: bool = False) -> TextBank:
     """encode_prompts of what an evaluation asks, told where the vocabulary lacks its words."""
-    warn_of_unknown_words(opened.tokenizer, phrases)
+    warn_of_unknown_words(opened.tokenizer, opened.linker, phrases)
     return encode_prompts(opened, phrases, cut=cut)

@@ -169,23 +169,26 @@ def encode_images(opened: Any, paths: Iterable[str | Path]) -> ImageFeatures:
 def encode_texts(opened: Any, texts: Iterable[str], *, first: int = 0) -> TextBank:
     """Features of phrases with the knowledge linked from them, negation included.
 
-    Where the vocabulary does not know all of their words, the log has a line that says how many.
+    Where the vocabulary does not know all of their words, or has but the letters of one that the
+    lexicon does not use, the log has a line that says how many.
     first  how many phrases came before these, which messages count
     Raises:  TextError for a text without words, longer than the model reads, or in no word, part
              of a word or character that the checkpoint's vocabulary knows; ValueError for what is
              no text, or a model in training mode.
     """
-    texts = known_phrases(opened.tokenizer, texts, first=first)
+    texts = known_phrases(opened.tokenizer, opened.linker, texts, first=first)
     return _encode(opened, texts, cut=False, first=first)
 
 
-def known_phrases(tokenizer: Any, texts: Iterable[str], *, first: int = 0) -> list[str]:
-    """The phrases as a list; for errors and the line of the log see encode_texts."""
+def known_phrases(
+    tokenizer: Any, linker: Any, texts: Iterable[str], *, first: int = 0
+) -> list[str]:
+    """The phrases as a list; for errors and the lines of the log see encode_texts."""
     listed = _listed(texts, "texts", str)
     if (place := _first_unknown(tokenizer, listed)) is not None:
         named = named_phrase(listed[place], first + place)
         raise TextError(f"{named} {_UNKNOWN}", first + place)
-    warn_of_unknown_words(tokenizer, listed, first=first)
+    warn_of_unknown_words(tokenizer, linker, listed, first=first)
     return listed
 
 

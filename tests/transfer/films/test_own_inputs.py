@@ -136,6 +136,21 @@ def test_words_that_the_vocabulary_does_not_know_are_told_by_number(
     assert caplog.messages[-1].endswith(f"token: phrase 2 (1 of {tokens} tokens)")
 
 
+def test_words_that_are_read_letter_by_letter_and_are_no_term_are_told_by_number(
+    opened: Pretrained, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ "zzyx" had a hot map without a word. A term of the lexicon is read with its concept, too."""
+    words = ["wkwkw", "copd", "xwx", "\u00e9wkw", "effusion"]
+    encoded = opened.tokenizer.encode_batch(words)
+    assert [len(one.ids) for one in encoded] == [5, 4, 3, 4, 1]  # a letter each, but the last
+    opened.encode_texts([*words[1:], "left zyzyx, Wkwkw. w k w k", *words[1:]])
+    (line,) = caplog.messages
+    assert "letter by letter" in line and line.endswith(": phrase 5 (2 words)")
+    assert not any(word in line.lower() for word in ("wkw", "zyz", "copd", "w k"))
+    ask_phrases(["heart", "wkwkw"], opened)
+    assert caplog.messages[-1].endswith(": phrase 2 (1 word)")
+
+
 def test_what_cannot_be_encoded_is_said(opened: Pretrained, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ImageFileError, match=r"broken\.png"):
