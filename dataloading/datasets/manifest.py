@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from mlip.dataloading.datasets.report_columns import (
@@ -29,6 +30,7 @@ from mlip.dataloading.demographics import PatientCells
 from mlip.dataloading.splits import SPLIT_OF
 from mlip.dataloading.tables.csv_text import shown, some_shown
 from mlip.dataloading.tables.table import check_identifiers, column_names, read_table
+from mlip.dataloading.view_position import projection, stated_projection
 from mlip.settings.config import ConfigError
 
 # field -> usual names as plain_name writes them, tried in this order where the user gives none
@@ -49,6 +51,8 @@ _IDENTIFIERS = {"patient_id", "study_id", "image_id"}
 # of pandas a column of ages with a gap holds numbers with a point; where it holds dates or lists
 # nothing is stated, which is counted
 _DEMOGRAPHICS = {"sex", "age"}
+_MOST_VIEWS = 16  # of more values, most of them different, that name none, a column is of no views
+_LONGEST = 60  # characters of a view or of a finding's name; text is longer
 _AS_NUMBER = {"true": "1", "false": "0", "nan": ""}  # what tables write for yes, no and unknown
 
 
@@ -90,6 +94,16 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     parts = {name: table.pop(f"text {name}") for name in texts}
     if texts:
         table["report"] = list(joined_texts(parts))
+    different: dict[str, int] = {}
+    about: list[str] = []
+    for field, column in table.items():
+        cells_of = Counter(map(said, column))  # of one column at a time: reports are many
+        del cells_of[""]
+        different[field] = len(cells_of)
+        if field == "view":
+            about += _doubts_of_views(path, wanted[field], cells_of)
+        elif field == "labels":
+            about += _doubts_of_labels(wanted[field], cells_of)
     count = len(table["image"])
     excluded: Counter[str] = Counter()
     rows = []
@@ -145,8 +159,8 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         )
     if texts:
         wanted["report"] = ", ".join(texts)
-    columns = ", ".join(f"{field} = {name}" for field, name in wanted.items())
-    notes = [f"columns: {columns}"]
+    columns = ", ".join(f"{field} = {name} ({different[field]})" for field, name in wanted.items())
+    notes = [f"columns, with how many different values each holds: {columns}"]
     is_read = {*wanted.values(), *texts, *findings}
     # one without a name holds the row numbers of pandas
     if unread := [name for name in names if name.strip() and name not in is_read]:
@@ -156,6 +170,13 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
             f"rows with another word than train, val or test in column {wanted['split']!r}: "
             f"{count} (--option split=none splits by patient)"
         )
+    notes += about
+    if count := _shared_by_patients(rows):
+        notes.append(
+            f"column {wanted['study_id']!r} (study_id) holds {count} value{'s' * (count > 1)}, "
+            "each of several patients: fine for the visits of a patient; the name of a trial makes "
+            "all films of a patient one study (--option study_id=none leaves it out)"
+        )
     if not texts and options["report"] != "none":
         notes.append("no column of reports was found: name one with --option report=COLUMN")
     if count := sum("\\" in row.image for row in rows):
@@ -164,6 +185,54 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
     if findings:
         notes.append(f"findings: {', '.join(findings)}")
     return Collected(rows, excluded, notes)
+
+
+def _doubts_of_views(path: Path, column: str, cells: Counter[str]) -> list[str]:
+    """A line about a column of views that names hardly any, without a cell of it.
+
+    Raises:  DatasetError for one that can be of no views: its cells would be printed, and stand
+             for what DICOM headers tell
+    """
+    views = {view: n for view, n in cells.items() if projection(view)}
+    count = sum(views.values())
+    known = sum(n for v, n in views.items() if len(v) <= _LONGEST and stated_projection(v))
+    if 10 * known >= count:  # the name of a file or a room holds a PA now and then
+        return []
+    held = f"column {column!r} (view) holds {len(views)} different values"
+    if len(views) > max(_MOST_VIEWS, count // 2):
+        raise DatasetError(
+            f"{path}: {held} in {count} rows, hardly any the name of a view: expected PA, AP, "
+            "lateral and the like; --option view=COLUMN names another one, --option view=none "
+            "leaves it out"
+        )
+    return [
+        f"{held}, hardly any a known name of a view (PA, AP, lateral): with --option view=none the "
+        "headers of DICOM files tell it"
+    ]
+
+
+def _doubts_of_labels(column: str, cells: Counter[str]) -> list[str]:
+    """A line about a column of labels that mostly holds text, without a cell of it."""
+    long = sum(n for cell, n in cells.items() if max(map(len, cell.split("|"))) > _LONGEST)
+    if 2 * long <= cells.total():
+        return []
+    return [
+        f"column {column!r} (labels): {long} of {cells.total()} cells hold a name of more than "
+        f"{_LONGEST} characters: expected names of findings joined by '|', not text; --option "
+        "labels=none leaves it out"
+    ]
+
+
+def _shared_by_patients(rows: Iterable[Row]) -> int:
+    """How many study ids there are where each stands for several patients and some are words; 0
+    elsewhere: numbers are those of a patient's visits."""
+    first: dict[str, str] = {}
+    shared = set()
+    for row in rows:
+        if row.study_id and first.setdefault(row.study_id, row.patient_id) != row.patient_id:
+            shared.add(row.study_id)
+    has_words = any(any(map(str.isalpha, study)) for study in shared)
+    return len(shared) if has_words and len(shared) == len(first) else 0
 
 
 def _findings(path: Path, options: dict[str, str], names: list[str]) -> list[str]:

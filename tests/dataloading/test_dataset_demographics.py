@@ -151,7 +151,7 @@ def test_where_they_are_is_not_said_of_what_is_left_out(
     assert main([*command, "--option", "age=age"]) == 2
     assert "--option age=age" in capsys.readouterr().err
     assert main(command) == 0
-    assert "columns: image = image, patient_id = patient_id\n" in capsys.readouterr().out
+    assert ": image = image (3), patient_id = patient_id (3)\n" in capsys.readouterr().out
     names = pyarrow.parquet.read_schema(tmp_path / "out" / "manifest.parquet").names
     assert not {"sex", "age"} & set(names)
 

@@ -143,6 +143,76 @@ def test_a_usual_name_that_holds_something_else_is_named_where_it_fails(tmp_path
         collect("manifest", tmp_path)
 
 
+HEAD = "image,patient_id,study,view,labels,report"
+
+
+def _films(tmp_path, **cells):
+    """20 films of 10 patients; a cell is a text or made of the film's number."""
+    rows = []
+    for i in range(20):
+        row = {"study": i, "view": "PA", "labels": "edema|nodule", "report": f"Text {i}."}
+        row |= {name: cell(i) if callable(cell) else cell for name, cell in cells.items()}
+        image(tmp_path / f"{i}.png")
+        rows.append([f"{i}.png", i // 2, *row.values()])
+    table(tmp_path / "manifest.csv", HEAD, rows)
+    return tmp_path
+
+
+def test_each_column_is_told_with_how_many_values_it_holds(tmp_path):
+    notes = collect("manifest", _films(tmp_path, view=lambda i: ("PA", "AP", "")[i % 3])).notes
+    assert notes == [
+        "columns, with how many different values each holds: image = image (20), patient_id = "
+        "patient_id (10), study_id = study (20), view = view (2), labels = labels (1), report = "
+        "report (20)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("chronic cough trial", "1 value"),
+        (lambda i: ("arm A", "arm B", "NA")[i % 3], "2 values"),
+        (lambda i: i % 3, ""),  # numbers of visits
+        ("", ""),
+        (lambda i: f"arm {i // 2}", ""),  # a patient's own
+    ],
+)
+def test_a_study_that_many_patients_share_is_told(tmp_path, cell, told):
+    """The name of a trial made one study of all films of a patient, without a word."""
+    collected = collect("manifest", _films(tmp_path, study=cell))
+    notes = [note for note in collected.notes[1:] if "'study' (study_id)" in note]
+    assert len(collected.rows) == 20 and len(notes) == bool(told)
+    if told:
+        assert told in notes[0] and "--option study_id=none" in notes[0]
+        free = collect("manifest", tmp_path, study_id="none")
+        assert "(study_id)" not in " ".join(free.notes)
+
+
+def test_a_view_that_names_none_is_told_and_one_that_cannot_is_refused(tmp_path):
+    """Addresses of a viewer went to the terminal and hid what the DICOM headers tell."""
+    for view in ("PA", "AP supine", "Th.1 seitl.", "portable", "", lambda i: ("odd", "AP")[i % 2]):
+        assert "(view)" not in " ".join(collect("manifest", _films(tmp_path, view=view)).notes)
+    told = [n for n in collect("manifest", _films(tmp_path, view="site 2")).notes if "(view)" in n]
+    assert len(told) == 1 and "--option view=none" in told[0] and "site 2" not in told[0]
+    # long, and holds the word PA
+    address = "https://viewer.example.org/studies/PA/open?name=Doe&from=list-of-studies&film="
+    _films(tmp_path, view=lambda i: f"{address}{i}" if i else "PA room 1")
+    with pytest.raises(DatasetError, match=r"'view' \(view\) .* 20 .*--option view=none") as error:
+        collect("manifest", tmp_path)
+    assert "Doe" not in str(error.value)
+    assert collect("manifest", tmp_path, view="none").rows[0].view == ""
+
+
+def test_labels_that_are_text_are_told(tmp_path):
+    text = "The patient was seen for a cough of three weeks, and a film of the chest was asked for."
+    told = "(labels)"
+    notes = collect("manifest", _films(tmp_path, labels=text)).notes
+    (note,) = [note for note in notes if told in note]
+    assert "20 of 20" in note and "--option labels=none" in note and "cough" not in note
+    for labels in ("edema|nodule", "", "|".join(["calcified pleural plaques"] * 9)):
+        assert told not in " ".join(collect("manifest", _films(tmp_path, labels=labels)).notes)
+
+
 def test_manifest_takes_what_programs_write_for_a_gap_as_no_id(tmp_path):
     """R's NA in two rows was one patient with one study."""
     image(tmp_path / "0.png")
