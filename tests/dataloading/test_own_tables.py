@@ -175,6 +175,7 @@ def test_each_column_is_told_with_how_many_values_it_holds(tmp_path):
         (lambda i: i % 3, ""),  # numbers of visits
         ("", ""),
         (lambda i: f"arm {i // 2}", ""),  # a patient's own
+        (lambda i: f"study {i if i > 3 else 0}", ""),  # one of them is of two patients
     ],
 )
 def test_a_study_that_many_patients_share_is_told(tmp_path, cell, told):
