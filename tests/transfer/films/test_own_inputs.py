@@ -143,7 +143,7 @@ def test_words_that_are_read_letter_by_letter_and_are_no_term_are_told_by_number
     words = ["wkwkw", "copd", "xwx", "\u00e9wkw", "effusion"]
     encoded = opened.tokenizer.encode_batch(words)
     assert [len(one.ids) for one in encoded] == [5, 4, 3, 4, 1]  # a letter each, but the last
-    opened.encode_texts([*words[1:], "left zyzyx, Wkwkw. w k w k", *words[1:]])
+    opened.encode_texts([*words[1:], "left zyzyx, Wkwkw. w k w k leftww", *words[1:]])
     (line,) = caplog.messages
     assert "letter by letter" in line and line.endswith(": phrase 5 (2 words)")
     assert not any(word in line.lower() for word in ("wkw", "zyz", "copd", "w k"))
