@@ -59,6 +59,7 @@ PARTS = {
             "tests/training/test_gpu_objective.py",
             "tests/training/test_host_syncs.py",
             "tests/training/test_skipped_step.py",
+            "tests/training/test_no_circles.py",
             "tests/encoders/test_residual.py",
             "tests/encoders/test_rounded_weights.py",
             "tests/encoders/test_variable_length.py",

@@ -19,6 +19,7 @@ from mlip.kernels.token_knowledge_patch import (
     token_knowledge_patch_loss,
     token_knowledge_patch_scores,
 )
+from tests.circles import tensors_in_circles
 from tests.kernels.oracle import (
     gradients,
     leaves,
@@ -349,3 +350,17 @@ def test_gradients_of_float16_features_survive_a_grad_scaler() -> None:
 def test_a_loss_that_overflows_float16_is_a_step_that_the_grad_scaler_skips() -> None:
     got, _ = scaled_half_gradients("torch", 2.0**40)
     assert not all(torch.isfinite(grad).all() for grad in got.values())
+
+
+@pytest.mark.parametrize("pooling", ["attention", "max"])
+def test_a_loss_leaves_no_tensor_to_the_collector_of_circles(pooling: str) -> None:
+    """In a loop of days each would stay: young passes free it only while nothing else asks."""
+    local, clip = TokenKnowledgePatchLoss(pooling=pooling), ClipLoss()
+
+    def step() -> None:
+        inputs = leaves(_square(), torch.float32)
+        scale = torch.tensor(10.0, requires_grad=True)
+        rows, columns = (torch.randn(4, 8, requires_grad=True) for _ in range(2))
+        (local(**inputs) + clip(rows, columns, scale)).backward()
+
+    assert tensors_in_circles(step) == []
