@@ -26,7 +26,7 @@ from mlip.dataloading.pipelines.sampler import Plan, SequentialOrder, TrainingOr
 from mlip.dataloading.pipelines.samples import Images, SampleReader
 from mlip.dataloading.pipelines.transforms import Transform
 from mlip.dataloading.reports.batch import compose_batch, draw_sentences
-from mlip.dataloading.reports.encoder import ReportEncoder
+from mlip.dataloading.reports.encoder import MAX_CACHE_BYTES, ReportEncoder
 from mlip.dataloading.text_hash import HashArray
 from mlip.settings.config import Config
 
@@ -88,8 +88,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.is_training:
-            self._stop()
-            self.step = 0
+            self.rewind()
         return self
 
     def __next__(self) -> Batch:
@@ -282,11 +281,19 @@ def build_loader(
         )
     else:
         order = SequentialOrder(chosen, global_pairs=pairs, rank=rank, world_size=world_size)
+    # What is kept of each row among tensors that come and go holds the heap around it. Without
+    # training a row is read once, or twice for pair_ids_by_concepts.
+    by_concepts = config.knowledge.pair_id_by_concepts
     encoder = ReportEncoder(
-        tokenizer, linker, table, max_tokens=data.max_tokens, max_entities=data.max_entities
+        tokenizer,
+        linker,
+        table,
+        max_tokens=data.max_tokens,
+        max_entities=data.max_entities,
+        max_cache_bytes=MAX_CACHE_BYTES if train or by_concepts else 0,
     )
     pair_id = manifest.pair_id
-    if config.knowledge.pair_id_by_concepts:
+    if by_concepts:
         pair_id = pair_ids_by_concepts(manifest, chosen, encoder)
     transform = Transform(data, train=train, seed=seed)
     reader = SampleReader(manifest, data, refuses_dark=refuses_dark)

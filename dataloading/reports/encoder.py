@@ -16,6 +16,9 @@ from mlip.batch import STATES
 from mlip.dataloading.reports.text import clean_report, sentence_spans
 from mlip.dataloading.reports.tokenizer import ReportTokenizer
 
+MAX_CACHE_BYTES = 256 * 1024 * 1024
+_OBJECT_BYTES = 500  # of a kept report beside its numbers: four objects, its place by row
+
 
 @dataclass(frozen=True)
 class EncodedReport:
@@ -27,7 +30,7 @@ class EncodedReport:
 
     @property
     def nbytes(self) -> int:
-        return self.ids.nbytes + self.ends.nbytes + self.mentions.nbytes + 400
+        return self.ids.nbytes + self.ends.nbytes + self.mentions.nbytes + _OBJECT_BYTES
 
 
 class ReportEncoder:
@@ -44,7 +47,7 @@ class ReportEncoder:
         *,
         max_tokens: int,
         max_entities: int,
-        max_cache_bytes: int = 256 * 1024 * 1024,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self.tokenizer, self.linker, self.table = tokenizer, linker, table
         self.max_tokens, self.max_entities = max_tokens, max_entities
@@ -71,7 +74,7 @@ class ReportEncoder:
         return EncodedReport(
             ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
             ends=np.cumsum([len(i) for i in ids], dtype=np.int32),
-            mentions=np.array(mentions, dtype=np.int32).reshape(-1, 4),
+            mentions=np.array(mentions, np.int32) if mentions else np.zeros((0, 4), np.int32),
         )
 
     def of_row(self, row: int, text_of: Callable[[int], str]) -> EncodedReport:

@@ -304,9 +304,24 @@ def test_evaluation_reads_every_row_once_and_again(corpus: Make, build: Any) -> 
         assert [len(b) for b in batches] == [5, 5, 5, 1]
         rows = torch.cat([b.row_index for b in batches]).tolist()
         assert rows == loader.manifest.rows("train").tolist()
+        # counts of one reading alone: those of two had said that -16 rows are ahead
+        assert loader.ledger.summary()["epochs"]["0"]["ahead"] == 0
     few = build(corpus(), "train", train=False, rows=np.array([3, 9]))
     assert [b.row_index.tolist() for b in few] == [[3, 9]]
     assert few.ledger.excluded["not_chosen"] == 14
+
+
+@pytest.mark.parametrize(
+    "train, joined, kept", [(True, False, 16), (False, False, 0), (False, True, 16)]
+)
+def test_reports_are_kept_for_the_next_epoch_alone(
+    corpus: Make, build: Any, train: bool, joined: bool, kept: int
+) -> None:
+    """What `mlip classify` kept of reports that it does not read took 1.6 kB a film."""
+    config = corpus(f"knowledge.pair_id_by_concepts={str(joined).lower()}")
+    loader = build(config, "train", train=train, global_pairs=4)
+    take(loader, 4)
+    assert len(loader.encoder._cache) == kept
 
 
 def test_ranks_of_an_evaluation_cover_the_rows_in_equal_steps(corpus: Make, build: Any) -> None:
