@@ -55,13 +55,23 @@ def by_composed(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _names(folder: bytes) -> dict[str, list[str]]:
+    """Listed once while the folder stays as it is: else a folder of n such names costs n^2."""
     try:
-        return _listed(folder, os.stat(folder).st_mtime_ns)
+        changed_ns, kept = os.stat(folder).st_mtime_ns, _kept(folder)
+        names = kept.get(changed_ns)
+        if names is None:
+            names = by_composed(map(as_utf8, os.listdir(folder)))
+            kept.clear()
+            kept[changed_ns] = names
+        return names
     except OSError:
         return {}
 
 
 @functools.lru_cache(maxsize=64)
-def _listed(folder: bytes, mtime_ns: int) -> dict[str, list[str]]:
-    """Listed once while the folder stays as it is: else a folder of n such names costs n^2."""
-    return by_composed(map(as_utf8, os.listdir(folder)))
+def _kept(folder: bytes) -> dict[int, dict[str, list[str]]]:
+    """A folder's names by the time of its last change: those of one time, or of none yet.
+
+    A folder that files still come into would be held once for every time otherwise.
+    """
+    return {}

@@ -1,8 +1,8 @@
-"""Finds what only Python's collector of circles would free: memory that a long run never gets back.
+"""Finds what only Python's collector of circles would free, and when it comes nobody knows.
 
-A circle of references keeps its tensors until the collector comes. For objects that have outlived
-two of its young passes that is rare: a full pass waits until a quarter as many new ones live, and
-those of torch and transformers alone are 600,000.
+A circle of references keeps its tensors until the collector comes. What has outlived two of its
+young passes waits for a full one: until a quarter as many new objects live as old ones, and those
+of torch and transformers alone are 600,000.
 """
 
 from __future__ import annotations

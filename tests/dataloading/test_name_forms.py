@@ -5,6 +5,8 @@ Oracle: unicodedata's NFC and NFD, and the bytes that were written under each na
 
 from __future__ import annotations
 
+import os
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -95,3 +97,18 @@ def test_a_report_beside_its_image_is_found_in_the_other_form(tmp_path: Path) ->
     assert sorted(row.report for row in rows) == ["Report of NFC.", "Report of NFD."]
     # two systems' folders of one patient are one patient, who is in one split
     assert len({row.patient_id for row in rows}) == 1
+
+
+def test_a_folder_that_files_still_come_into_is_held_once(tmp_path: Path) -> None:
+    """It was held for each of its last 64 states: 5,000 such names took 91 MB in place of 1.4."""
+    for number in range(200):
+        (tmp_path / f"o\u0308{number}.png").write_bytes(b"film")
+    read_bytes(str(tmp_path), "\u00f60.png")
+    tracemalloc.start()
+    for number in range(20):
+        (tmp_path / f"a\u0308{number}.png").write_bytes(b"film")
+        os.utime(tmp_path, ns=(0, number))  # a change, whatever the clock's steps are
+        assert read_bytes(str(tmp_path), f"\u00e4{number}.png") == b"film"
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 200_000  # a listing has some 60,000 bytes

@@ -1,7 +1,8 @@
 """A step leaves nothing that waits for Python's collector of circles.
 
-A circle from the objective to the step's context once kept images, patches and tokens of one step
-in fifty for good: 0.3 MB a pair of a ViT-B/16 and a BERT, and a run of days ends out of memory.
+A circle from the objective to the step's context once kept images, patches and tokens (0.3 MB a
+pair of a ViT-B/16 and a BERT): of one or two steps at any time, and with small towers, whose steps
+make too few objects for the collector to come in time, of one step in fifty for good.
 """
 
 from __future__ import annotations
