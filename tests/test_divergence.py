@@ -64,7 +64,7 @@ def test_at_the_start_kl_is_zero_and_a_unit_vector_moves_by_about_0_6() -> None:
     assert abs(float(moved.square().sum(dim=1).mean().sqrt()) - 0.6) < 0.01
     # 0.053 is one dimension's s; its mean over 2000 samples has a standard error of 0.0012
     assert float(moved.mean(dim=0).abs().max()) < 5 * 0.0012
-    assert abs(float((view * z).sum(dim=1).mean()) - 1 / math.sqrt(1 + 0.36)) < 0.01
+    assert abs(float((view * z).sum(dim=1).mean().detach()) - 1 / math.sqrt(1 + 0.36)) < 0.01
 
 
 def test_regulariser_is_the_kl_of_torch_distributions_plus_spread() -> None:
