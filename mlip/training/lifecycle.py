@@ -144,6 +144,7 @@ def leave(code: int) -> NoReturn:
     The interpreter's own shutdown can abort inside the communication library's threads, after a
     success as after a stop or a lost peer: the launcher would then see SIGABRT and not the code.
     """
+    logging.raiseExceptions = False  # MLflow's handler flushes a stderr that was closed: None
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         # closed from the start, or a terminal, a pipe or a disk that takes no more

@@ -571,13 +571,24 @@ def test_shared_locks_stand_side_by_side_and_keep_an_exclusive_one_out(tmp_path)
         file.close()
 
 
+class _ToStderr(logging.Handler):
+    """As MLflow's: it takes sys.stderr to be there."""
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def test_leaving_writes_what_was_said_and_gives_the_code():
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:
-        sys.stdout, sys.stderr = open(writable, "w"), None  # one held back, one closed
-        sys.stdout.write("last words")
-        lifecycle.leave(75)
+        try:
+            sys.stdout, sys.stderr = open(writable, "w"), None  # one held back, one closed
+            sys.stdout.write("last words")
+            logging.getLogger("mlip").addHandler(_ToStderr())
+            lifecycle.leave(75)
+        finally:
+            os._exit(1)  # or a second pytest would go on from here
     os.close(writable)
     with open(readable) as said:
         assert said.read() == "last words"
