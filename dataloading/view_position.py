@@ -30,7 +30,7 @@ _ON_THE_BACK = re.compile(r"\bDECUB\w* (SUPIN\w*|DORSAL\w*)|\b(SUPIN\w*|DORSAL\w
 # film, and "AP AXIAL" (lordotic) none that a model of frontal films should meet.
 _WORDS = {
     "DECUBITUS": r"DECUB\w*|LLD|RLD|(LINKS|RECHTS)?SEITENLAGE\w*",
-    "OBLIQUE": r"OBLI(Q|C)U\w*|OBL|LAO|RAO|LPO|RPO|LLO|RLO|OA[DGI]|OP[DGI]|SCHRA\w*",
+    "OBLIQUE": r"OBLI(Q|C)U\w*|OBL|LAO|RAO|LPO|RPO|LLO|RLO|OA[DGI]|OP[DGI]|SCHRA(E?G\w*)?",
     "OTHER": r"AXIALE?|LORDOT\w*|APICAL\w*|SWIMMERS?|COSTAL",
 }
 _FRONTAL = re.compile(r"FRONTAL\w*|FACE|FRENTE")
@@ -40,6 +40,7 @@ _UNTOLD = re.compile(
     r"NA|NAN|NONE|NULL|UNK|UNKNOWN|U|UNSPECIFIED|SUPINE|ERECT|UPRIGHT|STANDING|SITTING|PORTABLE|"
     r"MOBILE|BEDSIDE|CHEST|THORAX|TORAX|LIEGEND|STEHEND|SITZEND"
 )
+_BESIDE = "HORIZONTAL|XTABLE|EXCLUDE"  # in names of published sets
 _NOTHING = frozenset({"N A", "NOT STATED"})  # whole names, of which no word says it alone
 
 
@@ -56,6 +57,13 @@ def projection(view: str) -> str:
 def stated_projection(view: str) -> str:
     """As projection, "" for words that are of no view: the name of a protocol ("ROUTINE"), say."""
     return _told_by(_words_of(view)) or ""
+
+
+def is_view_name(view: str) -> bool:
+    """Whether it is made of a view's words alone: a cell of a user's column may name a patient."""
+    known = (*_WORDS.values(), "PA", "AP", _FRONTAL.pattern, _LATERAL.pattern, _BESIDE)
+    is_plain = not any(map(str.isdigit, view))  # "LATERAL4711"
+    return is_plain and all(re.fullmatch("|".join(known), word) for word in _words_of(view))
 
 
 def _words_of(view: str) -> set[str]:

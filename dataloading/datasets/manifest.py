@@ -190,15 +190,15 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
 def _doubts_of_views(path: Path, column: str, cells: Counter[str]) -> list[str]:
     """A line about a column of views that names hardly any, without a cell of it.
 
-    Raises:  DatasetError for one that can be of no views: its cells would be printed, and stand
-             for what DICOM headers tell
+    Raises:  DatasetError for one that can be of no views: its cells would be kept, beside hashed
+             ids too, and stand for what DICOM headers tell
     """
     views = {view: n for view, n in cells.items() if projection(view)}
     count = sum(views.values())
     known = sum(n for v, n in views.items() if len(v) <= _LONGEST and stated_projection(v))
     if 10 * known >= count:  # the name of a file or a room holds a PA now and then
         return []
-    held = f"column {column!r} (view) holds {len(views)} different values"
+    held = f"column {column!r} (view) holds {len(views)} different value{'s' * (len(views) > 1)}"
     if len(views) > max(_MOST_VIEWS, count // 2):
         raise DatasetError(
             f"{path}: {held} in {count} rows, hardly any the name of a view: expected PA, AP, "
@@ -206,8 +206,8 @@ def _doubts_of_views(path: Path, column: str, cells: Counter[str]) -> list[str]:
             "leaves it out"
         )
     return [
-        f"{held}, hardly any a known name of a view (PA, AP, lateral): with --option view=none the "
-        "headers of DICOM files tell it"
+        f"{held}, hardly any a known name of a view (PA, AP, lateral), and is kept as it stands: "
+        "with --option view=none it is left out, and the headers of DICOM files tell the view"
     ]
 
 

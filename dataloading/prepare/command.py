@@ -39,7 +39,7 @@ from mlip.dataloading.prepare.shard_build import (
     build_shards,
     write_id_map,
 )
-from mlip.dataloading.prepare.tables import grouping_lines, write_csv
+from mlip.dataloading.prepare.tables import grouping_lines, told_views, write_csv
 from mlip.dataloading.progress import Progress
 from mlip.settings.typed_tree import ConfigError, require_utf8
 from mlip.system.machine import usable_cores
@@ -259,11 +259,11 @@ def _print_counts(collected: Collected) -> None:
     print(f"{'split':8s}{'images':>10s}{'studies':>10s}{'patients':>10s}{'reports':>10s}  views")
     for split in ("train", "val", "test"):
         rows = [row for row in collected.rows if row.split == split]
-        views = Counter(row.view or "not stated" for row in rows)
+        views = Counter(row.view for row in rows)
         print(
             f"{split:8s}{len(rows):10d}{len({(r.patient_id, r.study_id) for r in rows}):10d}"
             f"{len({r.patient_id for r in rows}):10d}{sum(bool(r.report) for r in rows):10d}  "
-            + one_line(", ".join(f"{view} {count}" for view, count in views.most_common(6)))
+            + one_line(told_views(views))
         )
     for rule, count in sorted(collected.excluded.items()):
         print(f"left out by rule {rule}: {count}")

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -27,14 +27,14 @@ from mlip.dataloading.shards import (
     kept_columns,
     synced_file,
 )
-from mlip.dataloading.view_position import PROJECTIONS, projection
+from mlip.dataloading.view_position import PROJECTIONS, is_view_name, projection
 
 _TEXTS = (
     "image image_id patient_id study_id split view sex age report labels uncertain negative boxes "
     "mask subset sha256"
 ).split()
 _NOTHING = "not stated"
-_MOST_TOLD = 8  # views: more are no words of a publisher
+_MOST_TOLD = 8  # views
 _SIZES = ("height", "width", "bits", "source_height", "source_width")
 _MANIFEST_SCHEMA = pa.schema(
     [*((name, pa.string()) for name in _TEXTS), *((name, pa.int64()) for name in _SIZES)]
@@ -132,7 +132,7 @@ def grouping_lines(manifest: Path) -> list[str]:
         if name == "age":
             lines.append(f"age: stated for {len(table) - found[_NOTHING]} of {len(table)}")
         else:
-            told = ", ".join(f"{value} {count}" for value, count in found.most_common(_MOST_TOLD))
+            told = told_views(found) if name == "view" else _counted(found)
             lines.append(f"{name}: {told}")
         if name == "view":
             of = Counter(dict.fromkeys(PROJECTIONS, 0))
@@ -141,6 +141,19 @@ def grouping_lines(manifest: Path) -> list[str]:
             told = ", ".join(f"{p or _NOTHING} {count}" for p, count in of.most_common() if count)
             lines.append(f"projections: {told}")
     return lines
+
+
+def told_views(found: Mapping[str, int]) -> str:
+    """Known names of views and how many films have each, and how many have another one, which may
+    be anything: an address with a patient's id in it."""
+    told: Counter[str] = Counter()
+    for view, count in found.items():
+        told[(view if is_view_name(view) else "other names") or _NOTHING] += count
+    return _counted(told)
+
+
+def _counted(found: Counter[str]) -> str:
+    return ", ".join(f"{value} {count}" for value, count in found.most_common(_MOST_TOLD))
 
 
 def write_csv(rows: list[list[Any]], path: Path) -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from mlip.cli import main
 from mlip.dataloading.datasets.rows import DatasetError
 from mlip.dataloading.tables.table import ManifestError
 from mlip.settings.config import ConfigError
@@ -195,6 +196,7 @@ def test_a_view_that_names_none_is_told_and_one_that_cannot_is_refused(tmp_path)
         assert "(view)" not in " ".join(collect("manifest", _films(tmp_path, view=view)).notes)
     told = [n for n in collect("manifest", _films(tmp_path, view="site 2")).notes if "(view)" in n]
     assert len(told) == 1 and "--option view=none" in told[0] and "site 2" not in told[0]
+    assert "holds 1 different value, hardly" in told[0]
     # long, and holds the word PA
     address = "https://viewer.example.org/studies/PA/open?name=Doe&from=list-of-studies&film="
     _films(tmp_path, view=lambda i: f"{address}{i}" if i else "PA room 1")
@@ -202,6 +204,21 @@ def test_a_view_that_names_none_is_told_and_one_that_cannot_is_refused(tmp_path)
         collect("manifest", tmp_path)
     assert "Doe" not in str(error.value)
     assert collect("manifest", tmp_path, view="none").rows[0].view == ""
+
+
+def test_the_count_lines_name_no_cell_that_is_no_view(tmp_path, capsys):
+    """Of up to eight addresses, each with a patient in it, all were printed, and twice."""
+    views = ("PA", "AP supine", "", "http://pacs/PA/4711", "Doe, Jane PA", "AP4711", "room 4711")
+    _films(tmp_path, view=lambda i: views[i % 7])
+    given = ["prepare", "manifest", "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main([*given, "--side", "32", "--workers", "1"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "view: other names 11, PA 3, AP supine 3, not stated 3\n" in said
+    assert "4711" not in said and "Doe" not in said
+    _films(tmp_path / "b", view=lambda i: f"http://pacs/{i % 5}")
+    assert "is kept as it stands: with --option view=none" in str(
+        collect("manifest", tmp_path / "b")
+    )
 
 
 def test_labels_that_are_text_are_told(tmp_path):

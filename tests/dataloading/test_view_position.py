@@ -13,7 +13,7 @@ import pydicom
 import pytest
 
 from mlip.dataloading.dicom.radiograph import read_identity, read_radiograph, write_radiograph
-from mlip.dataloading.view_position import PROJECTIONS, is_frontal, projection
+from mlip.dataloading.view_position import PROJECTIONS, is_frontal, is_view_name, projection
 
 MIMIC = (
     "AP,PA,LATERAL,LL,AP AXIAL,AP LLD,AP RLD,PA LLD,PA RLD,LAO,RAO,LPO,SWIMMERS,XTABLE LATERAL,"
@@ -44,6 +44,15 @@ PADCHEST = "PA,L,AP_horizontal,AP,COSTAL,EXCLUDE,UNK".split(",")
 def test_each_name_means_one_projection(views: str, expected: str) -> None:
     assert {projection(view) for view in views.split("|")} == {expected}
     assert expected in (*PROJECTIONS, "")
+
+
+def test_what_else_than_the_words_of_a_view_stands_in_a_cell_is_no_name_of_one() -> None:
+    """Counts print names: of published sets and departments, never a patient's."""
+    own = "Thorax seitl.|Schr\u00e4gaufnahme|Postero-anterior|portable|N/A|PA\\LL|"
+    for name in (*MIMIC, *PADCHEST, *own.split("|")):
+        assert is_view_name(name), name
+    for cell in ("PA Doe", "AP 4711", "LAT1947", "http://pacs/PA", "Schrader", "ROUTINE", "own"):
+        assert not is_view_name(cell)
 
 
 @pytest.mark.parametrize(
