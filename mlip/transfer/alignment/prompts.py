@@ -72,8 +72,8 @@ def warn_of_unknown_words(
         (
             spelt,
             "words that the model reads letter by letter, as its vocabulary has no part of them, "
-            "and that its lexicon does not use: its training reports held them seldom or never, "
-            "so what it finds for them means little",
+            "and that its lexicon does not use: the reports that the vocabulary was made of held "
+            "them seldom or never, so what the model finds for them means little",
         ),
     ):
         if found:
