@@ -29,6 +29,7 @@ from mlip.dataloading.prepare.options import (
     leave_out_demographics,
     part_of,
     require_alone,
+    require_own_map,
 )
 from mlip.dataloading.prepare.output_folder import OutputFolder, read_salt, write_json
 from mlip.dataloading.prepare.phi_report import report_phi
@@ -204,6 +205,7 @@ def _build(
 ) -> int:
     if arguments.id_map is not None:
         try:
+            require_own_map(arguments.id_map)  # again: a large tree is read for minutes
             write_id_map(collected, plan, arguments.id_map)
         except OSError as error:
             raise ConfigError(

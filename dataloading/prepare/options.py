@@ -142,6 +142,11 @@ def check_places(
         raise ConfigError(
             f"--id-map {arguments.id_map}: cannot be written: {error.strerror}"
         ) from None
+    require_own_map(id_map)
+
+
+def require_own_map(id_map: Path) -> None:
+    """Raises:  ConfigError for a folder, or a file that --id-map did not write"""
     # earlier tables told of no file that was left out
     is_map = begins_with(id_map, ",".join(ID_MAP[:-1]))
     require_replaceable(id_map, "--id-map", "table of mlip prepare", is_ours=is_map)

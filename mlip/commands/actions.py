@@ -60,11 +60,13 @@ def run_compare(options: argparse.Namespace) -> int:
     from mlip.transfer.measures.predictions import file_of, load_predictions
     from mlip.transfer.results_file import save_json
 
-    if options.out:
-        out = Path(options.out)
-        require_writable(out.absolute().parent)
+    def require_own(out: Path) -> None:
         # results.json and predictions.parquet of hours lie beside
         require_replaceable(out, "--out", "file of mlip compare", is_ours=is_comparison(out))
+
+    if options.out:
+        require_writable(Path(options.out).absolute().parent)
+        require_own(Path(options.out))
     pairs = [
         tuple(file_of(Path(path)).resolve() for path in pair)
         for pair in zip(options.of, options.against, strict=False)
@@ -90,7 +92,7 @@ def run_compare(options: argparse.Namespace) -> int:
     found = compare(own, others, methods, resamples=options.bootstrap, seed=options.seed)
     print(terminal_text(comparison_lines(found)))
     if options.out:
-        print(save_json(found, Path(options.out)))
+        print(save_json(found, Path(options.out), require_own=require_own))
     return 0
 
 

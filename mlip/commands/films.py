@@ -139,10 +139,11 @@ def run_search(options: argparse.Namespace) -> int:
     if page:  # before the table: where no film can be read, earlier answers stay
         shown, unseen = search_table.pictures(opened, manifest, queries, hits)
     lines = list(search_table.told_lines(archive, queries, hits, options.among, bad))
+    print(terminal_text(lines))
     beside: list[str] = []
     try:
         count = search_table.write_answers(out, queries, hits)
-        print(terminal_text([*lines, f"{out}: {count} answers"]))
+        print(terminal_text([f"{out}: {count} answers"]))
     except KeptBesideError as error:  # told at the end: the page is to be written, too
         beside.append(str(error))
     if page:

@@ -107,9 +107,11 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".safetensors":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .safetensors")
     require_writable(arguments.out.parent)
-    require_replaceable(
-        arguments.out, "--out", "file of mlip knowledge embed", is_ours=is_vectors(arguments.out)
-    )
+
+    def require_own(out: Path) -> None:
+        require_replaceable(out, "--out", "file of mlip knowledge embed", is_ours=is_vectors(out))
+
+    require_own(arguments.out)
     table = load_concepts(arguments.lexicon)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -123,7 +125,7 @@ def _embed(arguments: argparse.Namespace, console: Console) -> int:
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_vectors(vectors, arguments.out)
+    write_vectors(vectors, arguments.out, require_own=require_own)
     console.print(
         f"{arguments.out}: {len(vectors)} of {len(table)} concepts have a relation and a vector "
         f"({scores['edges']:.0f} edges); the others have no weight"
@@ -140,9 +142,11 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.out.suffix != ".jsonl":
         raise LexiconError(f"--out {arguments.out}: expected a name that ends in .jsonl")
     require_writable(arguments.out.parent)
-    require_replaceable(
-        arguments.out, "--out", "table of mlip knowledge build", is_ours=is_table(arguments.out)
-    )
+
+    def require_own(out: Path) -> None:
+        require_replaceable(out, "--out", "table of mlip knowledge build", is_ours=is_table(out))
+
+    require_own(arguments.out)
     for option, values, reader, given in (
         ("--under", arguments.under, "--obo", arguments.obo),
         ("--sources", arguments.sources, "--umls", arguments.umls),
@@ -188,7 +192,7 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     if cues is not None:
         table = ConceptTable(table.concepts, table.provenance, cues)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    write_table(table, arguments.out)
+    write_table(table, arguments.out, require_own=require_own)
     console.print(f"{arguments.out}: {len(table)} concepts, fingerprint {table.fingerprint[:16]}")
     earlier: set[str] = set()
     for part in tables:

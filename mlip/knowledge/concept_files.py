@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,23 @@ def is_table(path: Path) -> bool:
         return stream.read(len(_BEGIN)) == _BEGIN
 
 
-def write_table(table: ConceptTable, path: str | Path) -> None:
-    """A built table as JSON lines: its provenance, its cues if it has own, one concept a line."""
+def write_table(
+    table: ConceptTable,
+    path: str | Path,
+    *,
+    require_own: Callable[[Path], None] | None = None,
+) -> None:
+    """A built table as JSON lines: its provenance, its cues if it has own, one concept a line.
+
+    require_own  as of whole_file
+    """
     path = Path(path)
     head = {"provenance": table.provenance, "fingerprint": table.fingerprint}
     try:
-        with whole_file(path) as new, new.open("w", encoding="utf-8", newline="\n") as stream:
+        with (
+            whole_file(path, require_own=require_own) as new,
+            new.open("w", encoding="utf-8", newline="\n") as stream,
+        ):
             stream.write(json.dumps(head) + "\n")
             if table.cues is not None:
                 stream.write(json.dumps({"cues": table.cues}, sort_keys=True) + "\n")

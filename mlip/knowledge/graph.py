@@ -108,11 +108,16 @@ def graph_vectors(
     return {table.concepts[row].id: weights[row].clone() for row in known}, scores
 
 
-def write_vectors(vectors: dict[str, Tensor], path: str | Path) -> None:
-    """A safetensors table that knowledge.vectors takes."""
+def write_vectors(
+    vectors: dict[str, Tensor],
+    path: str | Path,
+    *,
+    require_own: Callable[[Path], None] | None = None,
+) -> None:
+    """A safetensors table that knowledge.vectors takes; require_own as of whole_file."""
     from safetensors.torch import save
 
-    with whole_file(Path(path)) as partial:
+    with whole_file(Path(path), require_own=require_own) as partial:
         # not save_file: it writes under a name of its own, which a kill would leave
         partial.write_bytes(save(vectors, metadata={_KIND: "mlip knowledge embed"}))
 

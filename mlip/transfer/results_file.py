@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,14 @@ def _with_hash(plain: Mapping[str, Any], digest: str | None) -> dict[str, Any]:
     return {**plain, "fingerprints": {**plain.get("fingerprints", {}), FINGERPRINT: digest}}
 
 
-def save_json(values: Mapping[str, Any], path: Path) -> Path:
-    """Plain values as JSON.  Raises:  ValueError for NaN, which JSON has not"""
-    with whole_file(path) as partial:
+def save_json(
+    values: Mapping[str, Any], path: Path, *, require_own: Callable[[Path], None] | None = None
+) -> Path:
+    """Plain values as JSON; require_own as of whole_file.
+
+    Raises:  ValueError for NaN, which JSON has not
+    """
+    with whole_file(path, require_own=require_own) as partial:
         _write_json(values, partial)
     return path
 

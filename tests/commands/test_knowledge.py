@@ -16,6 +16,7 @@ from mlip.commands.knowledge import _deepest, add_arguments, colour_view, run
 from mlip.knowledge.concept_files import load_concepts
 from mlip.knowledge.concepts import Concept, ConceptTable
 from mlip.knowledge.linker import link
+from mlip.knowledge.ontologies import read_csv
 
 
 def call(*words: str) -> int:
@@ -175,6 +176,20 @@ def test_build_merges_a_table_that_can_be_used_as_a_lexicon(tmp_path, capsys):
     assert call("show", "purple sign", "--lexicon", str(out)) == 0
     assert call("build", "--csv", str(own), "--out", str(out), "--no-lexicon") == 0
     assert len(load_concepts(out)) == 2
+
+
+def test_a_file_that_appears_while_a_table_is_built_stays(tmp_path, capsys, monkeypatch):
+    own, out = tmp_path / "own.csv", tmp_path / "table.jsonl"
+    own.write_text("id,name,umls\nmysign,purple sign,\n")
+
+    def and_a_file_appears(path):
+        out.write_text("another's")
+        return read_csv(path)
+
+    monkeypatch.setattr("mlip.commands.knowledge.read_csv", and_a_file_appears)
+    assert call("build", "--csv", str(own), "--out", str(out)) == 2
+    assert capsys.readouterr().err.endswith(f"kept in {tmp_path / 'table-2.jsonl'}\n")
+    assert out.read_text() == "another's" and "mysign" in load_concepts(tmp_path / "table-2.jsonl")
 
 
 @pytest.mark.parametrize(

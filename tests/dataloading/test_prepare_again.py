@@ -199,7 +199,7 @@ def test_a_mistake_is_found_before_the_work(
 
 
 def test_the_secret_table_replaces_an_earlier_one_and_no_other_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, own = make_root(tmp_path, 1), tmp_path / "patients.csv"
     own.write_text("patient,phone\n1,555\n")
@@ -212,6 +212,15 @@ def test_the_secret_table_replaces_an_earlier_one_and_no_other_file(
     for _ in range(2):
         assert prepare(*arguments, earlier) == 0
     assert earlier.read_text().split("\n", 1)[0].endswith(",study_id,left_out")
+    earlier.unlink()
+
+    def and_a_file_appears(rows: list[Row]) -> None:
+        earlier.write_text("another's")
+
+    monkeypatch.setattr("mlip.dataloading.prepare.command.check_rows", and_a_file_appears)
+    assert prepare(*arguments, earlier) == 2
+    assert "is no table of mlip prepare" in capsys.readouterr().err
+    assert earlier.read_text() == "another's"
 
 
 @pytest.mark.parametrize("bits", [8, 16])

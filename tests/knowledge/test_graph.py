@@ -120,6 +120,20 @@ def test_the_command_writes_the_table_and_says_how_good_it_is(stand_in, tmp_path
     assert load_file(out)["pleural_effusion"].shape == (8,)
 
 
+def test_a_file_that_appears_during_the_training_stays(stand_in, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "graph.safetensors"
+
+    def and_a_file_appears(*given, **settings):
+        out.write_text("another's")
+        return graph_vectors(*given, **settings)
+
+    monkeypatch.setattr("mlip.commands.knowledge.graph_vectors", and_a_file_appears)
+    assert call("embed", "--out", str(out), "--epochs", "5", "--dim", "8") == 2
+    assert capsys.readouterr().err.endswith(f"kept in {tmp_path / 'graph-2.safetensors'}\n")
+    assert out.read_text() == "another's"
+    assert load_file(tmp_path / "graph-2.safetensors")["pleural_effusion"].shape == (8,)
+
+
 def test_what_cannot_be_trained_is_named(stand_in, tmp_path, monkeypatch, capsys):
     alone = ConceptTable([Concept(id="a", name="a1"), Concept(id="b", name="b1")])
     with pytest.raises(ValueError, match="0 relations between the 2 concepts"):

@@ -98,7 +98,8 @@ def test_a_search_keeps_its_table_and_its_page(
     capsys.readouterr()
     given = [*PHRASE, str(archive), "--out", str(out), "--page", str(page)]
     assert main(["search", *settings, *given]) == 2
-    said = capsys.readouterr().err
+    answers, said = capsys.readouterr()
+    assert "There is edema.: " in answers  # told all the same
     assert out.read_text() == page.read_text() == "another's"
     for name, begin in (("s-2.csv", "kind,query"), ("s-2.html", "<!doctype html>")):
         assert f"kept in {tmp_path / name}" in said

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from mlip.cli import main
 from mlip.transfer.comparison import comparison_lines
-from mlip.transfer.measures.compare import compare
+from mlip.transfer.measures.compare import compare, is_comparison
 from mlip.transfer.measures.interval import patient_resamples
 from mlip.transfer.measures.predictions import (
     FILE,
@@ -387,6 +387,20 @@ def test_a_finding_s_name_is_no_command_to_the_terminal(tmp_path, capsys):
     said = capsys.readouterr().out
     assert r"\x1b[2J\x1b]0;owned\x07\u202e" in said
     assert not set(said) & set("\x1b\x07\u202e")
+
+
+def test_a_file_that_appears_during_a_comparison_stays(tmp_path, capsys, monkeypatch):
+    save_predictions(side(drawn(1)), tmp_path / FILE)
+    out = tmp_path / "c.json"
+
+    def and_a_file_appears(*given, **settings):
+        out.write_text("another's")
+        return compare(*given, **settings)
+
+    monkeypatch.setattr("mlip.transfer.measures.compare.compare", and_a_file_appears)
+    assert main(["compare", str(tmp_path), "--with", str(tmp_path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.endswith(f"kept in {tmp_path / 'c-2.json'}\n")
+    assert out.read_text() == "another's" and is_comparison(tmp_path / "c-2.json")
 
 
 def test_no_file_of_another_kind_is_replaced_by_a_comparison(tmp_path, capsys):
