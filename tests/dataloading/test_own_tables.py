@@ -214,6 +214,7 @@ def test_the_count_lines_name_no_cell_that_is_no_view(tmp_path, capsys):
     assert main([*given, "--side", "32", "--workers", "1"]) == 0
     said = "".join(capsys.readouterr())
     assert "view: other names 11, PA 3, AP supine 3, not stated 3\n" in said
+    assert re.search(r"^train .* other names \d+,.* not stated \d", said, re.MULTILINE)
     assert "4711" not in said and "Doe" not in said
     _films(tmp_path / "b", view=lambda i: f"http://pacs/{i % 5}")
     assert "is kept as it stands: with --option view=none" in str(
