@@ -14,7 +14,7 @@ from mlip.batch import Batch, Features, ImageFeatures, KnowledgeFeatures, TextFe
 from mlip.losses import LOSSES
 from mlip.losses.context import LossContext
 from mlip.losses.held_out import HELD_OUT_LOSSES, recall_terms
-from mlip.ranks.distributed import max_of_numbers, world_group
+from mlip.ranks.distributed import max_of_numbers
 from mlip.settings.config import Config, ConfigError
 from mlip.training.determinism import random_part
 from mlip.training.grad_cache import cached_forward, equal_passes
@@ -80,7 +80,7 @@ class Objective(nn.Module):
         features = self.encode(batch)
         model, image, text = self.model, features.image, features.text
 
-        def local_scores() -> Tensor:
+        def local_scores(group: Any) -> Tensor:
             # nothing here may lead back to the context: such a circle keeps a step's batch and
             # features until Python's collector comes, which for old objects it hardly ever does
             report, shown, knowledge = _equal_widths(text, batch.content_mask, features.knowledge)
@@ -90,7 +90,7 @@ class Objective(nn.Module):
                 shown,
                 report.attention,
                 knowledge,
-                group=world_group(),
+                group=group,
             )
 
         return LossContext(

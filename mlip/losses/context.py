@@ -44,7 +44,7 @@ class LossContext:
         seed: int,
         step: int,
         progress: float,
-        local_scores: Callable[[], Tensor],
+        local_scores: Callable[[Any], Tensor],  # of a group's ranks
     ) -> None:
         self.features = features
         self.batch = batch
@@ -63,7 +63,7 @@ class LossContext:
     @cached_property
     def local_scores(self) -> Tensor:
         """Token-knowledge-patch scores of own images with all texts, [B, N]."""
-        return self._local_scores()
+        return self._local_scores(self.group)
 
     @cached_property
     def counts(self) -> list[int]:

@@ -119,7 +119,7 @@ def context_of(
     features = features_of(leaves, batch)
     used = scales if scales is not None else FakeScales().to(leaves["image"].dtype)
 
-    def local_scores() -> Tensor:
+    def local_scores(group: Any) -> Tensor:
         return scores(features, batch, used)
 
     return LossContext(

@@ -37,7 +37,7 @@ def _context(scores: Tensor, rows: slice = slice(None)) -> LossContext:
         seed=0,
         step=0,
         progress=0.0,
-        local_scores=lambda: scores,
+        local_scores=lambda group: scores,
     )
 
 
@@ -66,7 +66,7 @@ def test_empty_reports_and_equal_pair_ids_leave_the_loss() -> None:
 def test_scores_are_computed_once_for_all_losses() -> None:
     calls = []
     context = _context(torch.eye(PAIRS).double())
-    context._local_scores = lambda: calls.append(0) or torch.eye(PAIRS).double()
+    context._local_scores = lambda group: calls.append(0) or torch.eye(PAIRS).double()
     LocalAlignment(config_of(), DIM)(context)
     assert context.local_scores.shape == (PAIRS, PAIRS)
     assert len(calls) == 1

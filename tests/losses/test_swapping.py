@@ -42,7 +42,7 @@ def _context(
         seed=0,
         step=step,
         progress=0.0,
-        local_scores=lambda: scores,
+        local_scores=lambda group: scores,
     )
 
 
