@@ -41,7 +41,7 @@ def _left_by(call: Callable[[], Any]) -> list[str]:
         return [
             f"{type(found).__name__} {list(found.shape)}"
             for found in gc.garbage
-            if isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor)
+            if issubclass(type(found), torch.Tensor) and type(found) is not FakeTensor
         ]
     finally:
         gc.set_debug(0)
