@@ -36,6 +36,7 @@ _STATES = ("present", "absent", "uncertain")
 _FEW_TEXTS = 0.1  # share of reports with few known words that is told, as at a training's start
 _JOIN = "|"
 _LINES = (".jsonl", ".ndjson")
+_ROWS_AT_ONCE = 10_000  # of a CSV as Python's objects: several times their size as Arrow's
 _READ = (0, ONE_WORD_REPORT)  # "Normal." teaches a model nothing, and says something
 
 
@@ -147,6 +148,7 @@ def _labelled(
 ) -> tuple[list[list[str]], list[str]]:
     """The cells of the three columns, and lines for the terminal: counts of each finding."""
     cells: list[list[str]] = [[], [], []]
+    once: dict[str, str] = {}  # a million reports have some thousand different cells
     counts = {name: Counter[str]() for name in labels.names}
     rules = reports.rule()
     progress = Progress("reports")
@@ -158,7 +160,8 @@ def _labelled(
             if blank_is_absent:
                 states = {name: states.get(name, "absent") for name in labels.names}
         for column, state in zip(cells, _STATES, strict=True):
-            column.append(_JOIN.join(name for name, found in states.items() if found == state))
+            cell = _JOIN.join(name for name, found in states.items() if found == state)
+            column.append(once.setdefault(cell, cell))
         progress(done, len(rules))
     left = Counter(RULES[rule] for rule in rules.tolist() if rule not in _READ)
     read = len(rules) - left.total()
@@ -213,5 +216,8 @@ def _write_csv(table: Path, text: TextIO, columns: Mapping[str, list[str]]) -> N
     # lines end as those of prepare do: with "\n" alone a cell that holds "\r" would stand unquoted
     writer = csv.writer(text, delimiter=delimiter)
     writer.writerow([*kept, *columns])
-    cells = [old[name].to_pylist() for name in kept]
-    writer.writerows(zip(*cells, *columns.values(), strict=True))
+    new = [*columns.values()]
+    for begin in range(0, len(new[0]), _ROWS_AT_ONCE):
+        cells = [old[name].slice(begin, _ROWS_AT_ONCE).to_pylist() for name in kept]
+        here = [column[begin : begin + _ROWS_AT_ONCE] for column in new]
+        writer.writerows(zip(*cells, *here, strict=True))

@@ -19,6 +19,9 @@ import pytest
 
 from mlip.cli import main
 from mlip.dataloading.phantom.reports import HELD_OUT_PROMPTS
+from mlip.dataloading.reports import label_reports
+from mlip.knowledge.concept_files import load_concepts
+from mlip.knowledge.linker import Linker
 from mlip.knowledge.report_labels import ReportLabels
 from tests.knowledge.test_cues import GERMAN
 from tests.small_run import small_export, small_run
@@ -77,6 +80,26 @@ def test_a_csv_keeps_its_cells_and_gets_three_columns(
     assert "nan_report 1, no_report 1, rtf_report 1" in said
     assert "Pneumonia         present 0, uncertain 1, absent 0, not mentioned 1 (counted as" in said
     assert f"data.root={tmp_path}" in said and "transfer.columns.negative=negative" in said
+
+
+def test_a_large_csv_is_written_a_piece_at_a_time_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, whole, pieces = write_csv(tmp_path / "m.csv"), tmp_path / "w.csv", tmp_path / "p.csv"
+    assert label(table, "--out", whole, *ASKED) == 0
+    monkeypatch.setattr(label_reports, "_ROWS_AT_ONCE", 2)  # of five rows: the last piece has one
+    assert label(table, "--out", pieces, *ASKED) == 0
+    assert pieces.read_bytes() == whole.read_bytes()
+
+
+def test_equal_cells_of_a_million_reports_are_held_once() -> None:
+    """0.3 kB a report else."""
+    reports = label_reports.ReportColumn("all")
+    reports.append(pa.array(["No pneumothorax is seen."] * 3, pa.large_string()))
+    labels = ReportLabels(Linker(load_concepts()), ["Pneumothorax", "Pleural Effusion"])
+    cells, _ = label_reports._labelled(reports, labels, True)
+    assert cells[1] == ["Pneumothorax|Pleural Effusion"] * 3
+    assert len({id(cell) for cell in cells[1]}) == 1
 
 
 def test_what_is_not_mentioned_can_stay_unknown(tmp_path: Path) -> None:
