@@ -138,6 +138,20 @@ def test_the_api_pages_have_signatures_and_the_lists_of_docstrings(site: Path) -
     assert "[B] int64, always on the host: real tokens of each report, for what must know" in batch
 
 
+def test_what_scrolls_is_reached_by_keys_and_headings_of_the_side_bar_have_a_level(
+    site: Path,
+) -> None:
+    """axe found 14 boxes of code out of reach on the front page, and 7 headings without a level."""
+    front = (site / "index.html").read_text("utf-8")
+    assert re.search(r'<html [^>]*lang="en"', front) and front.count("<h1>") == 1
+    assert front.count('<pre tabindex="0">') > 10 and "<pre>" not in front
+    assert front.count('role="heading" aria-level="2"') == len(CONF["PAGES"])
+    assert front.count('role="heading"') == len(CONF["PAGES"])
+    assert '<th class="head"><p></p></th>' not in front
+    images = re.findall(r"<img [^>]*>", front)
+    assert images and all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+
+
 def _words(page: Path) -> str:
     """What a reader sees, a line for each element."""
     text = page.read_text("utf-8").partition("<article")[2]

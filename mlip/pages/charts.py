@@ -1,7 +1,8 @@
 """The report's drawings as inline SVG: no script, no font, no file beside the page.
 
-Colours are Okabe and Ito's (2008), which readers with any colour vision can tell apart; where two
-series meet, shape or dash differs as well.
+Colours are the variables of report.css, which has a set for dark screens: Okabe and Ito's (2008)
+first three, then others, all of contrast 3 or more with the paper. Where two series meet, shape or
+dash differs as well. A drawing says in words what it shows, for those who hear the page.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-INK, MUTED, RULE = "#1c2733", "#66727f", "#d9dee3"
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
-PALETTE = (BLUE, ORANGE, GREEN, "#cc79a7", "#56b4e9", "#e69f00")
+INK, MUTED, RULE, PAPER = "var(--ink)", "var(--muted)", "var(--rule)", "var(--paper)"
+BLUE, ORANGE, GREEN, GREY = "var(--blue)", "var(--vermilion)", "var(--green)", "var(--grey)"
+PALETTE = (BLUE, ORANGE, GREEN, "var(--violet)", "var(--brown)", INK)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Mark:
 def _shape(shape: str, x: float, y: float, colour: str) -> str:
     if shape == "ring":
         return (
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="#fff" stroke="{colour}" '
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.6" fill="{PAPER}" stroke="{colour}" '
             'stroke-width="1.8"/>'
         )
     if shape == "square":
@@ -42,7 +43,7 @@ def _shape(shape: str, x: float, y: float, colour: str) -> str:
     if shape == "diamond":
         corners = ((x, y - 4.8), (x + 4.8, y), (x, y + 4.8), (x - 4.8, y))
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
-        return f'<polygon points="{points}" fill="#fff" stroke="{colour}" stroke-width="1.5"/>'
+        return f'<polygon points="{points}" fill="{PAPER}" stroke="{colour}" stroke-width="1.5"/>'
     if shape == "tick":
         return (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6:.1f}" y2="{y + 6:.1f}" '
@@ -69,7 +70,7 @@ def scale_marks(
 
     parts = [
         f'<svg class="scale" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        'role="img">'
+        f'role="img" aria-label="{_told(lanes)}">'
     ]
     for value in grid:
         parts.append(
@@ -84,11 +85,23 @@ def scale_marks(
             if mark.low is not None and mark.high is not None:
                 parts.append(
                     f'<line x1="{x(mark.low):.1f}" x2="{x(mark.high):.1f}" y1="{y:.1f}" '
-                    f'y2="{y:.1f}" stroke="{mark.colour}" stroke-width="2" stroke-opacity=".38"/>'
+                    f'y2="{y:.1f}" stroke="{mark.colour}" stroke-width="1.5"/>'
                 )
             title = f"<title>{escape(mark.label)} {mark.value:.3f}</title>"
             parts.append(f"<g>{title}{_shape(mark.shape, x(mark.value), y, mark.colour)}</g>")
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _told(lanes: Sequence[Sequence[Mark]]) -> Markup:
+    """What the lanes of a scale show, from left to right of each."""
+    told = [
+        f"{mark.label} {mark.value:.3f}"
+        + ("" if mark.low is None or mark.high is None else f" ({mark.low:.3f} to {mark.high:.3f})")
+        for lane in lanes
+        for mark in lane
+        if mark.value is not None
+    ]
+    return escape("; ".join(told) or "no value")
 
 
 def scale_axis(
@@ -96,7 +109,10 @@ def scale_axis(
 ) -> Markup:
     """The axis that belongs over a column of scale_marks."""
     pad = 7.0
-    parts = [f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15">']
+    parts = [
+        f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15" role="img" '
+        f'aria-label="drawn from {ticks[0]:.1f} to {ticks[-1]:.1f}">'
+    ]
     for tick in ticks:
         x = pad + (tick - low) / (high - low) * (width - 2 * pad)
         anchor = "start" if tick == low else "end" if tick == high else "middle"
@@ -110,7 +126,7 @@ def scale_axis(
 def legend(marks: Sequence[Mark]) -> Markup:
     """Names of the marks in use, each with its sign."""
     items = "".join(
-        f'<span class="key"><svg width="14" height="14" viewBox="0 0 14 14">'
+        f'<span class="key"><svg width="14" height="14" viewBox="0 0 14 14" aria-hidden="true">'
         f"{_shape(m.shape, 7, 7, m.colour)}</svg>{escape(m.label)}</span>"
         for m in marks
     )
@@ -164,8 +180,9 @@ def line_chart(
     *,
     colour: str = BLUE,
     is_smoothed: bool = True,
+    over: str = "step",
 ) -> Markup:
-    """One curve: what was logged, faint, under its running mean.
+    """One curve: what was logged, faint, under its running mean; `over` names its steps.
 
     Steps are whole numbers, and so are the ticks below them: of two epochs, none is number 1.25.
     The vertical range holds the smoothed curve and most of the noise, not one early spike.
@@ -199,7 +216,9 @@ def line_chart(
 
     parts = [
         f'<svg class="chart" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img">'
+        f'height="{height}" role="img" aria-label="curve from {mean[0]:.3g} at {over} {xs[0]:,.0f} '
+        f"to {mean[-1]:.3g} at {over} {xs[-1]:,.0f}; lowest {min(mean):.3g}, "
+        f'highest {max(mean):.3g}">'
     ]
     count = round((top - bottom) / step)
     for i in range(count + 1):
@@ -246,7 +265,10 @@ def stacked_bar(parts: Sequence[tuple[str, int, str]], *, width: int = 900) -> M
                 f"<title>{escape(name)}: {count:,}</title></rect>"
             )
         x += w
+        if w > 4:  # neighbours of one brightness stay two parts
+            drawn.append(f'<path d="M{x:.1f} 0V16" stroke="{PAPER}" stroke-width="2"/>')
+    told = escape("; ".join(f"{name}: {count:,}" for name, count, _ in parts if name))
     return Markup(
         f'<svg class="bar" viewBox="0 0 {width} 16" width="100%" height="16" '
-        f'preserveAspectRatio="none" role="img">{"".join(drawn)}</svg>'
+        f'preserveAspectRatio="none" role="img" aria-label="{told}">{"".join(drawn)}</svg>'
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mlip.pages.charts import BLUE, ORANGE, PALETTE, RULE, stacked_bar
+from mlip.pages.charts import BLUE, GREY, ORANGE, RULE, stacked_bar
 
 
 def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -26,7 +26,7 @@ def ledger_context(ledger: Mapping[str, Any] | None) -> dict[str, Any] | None:
         parts.append(("Not reached yet", reachable - trained, RULE))
     for name, count in sorted(ledger.get("quarantined_rows", {}).items()):
         parts.append((f"Quarantined: {name.replace('_', ' ')}", count, ORANGE))
-    greys = ("#9aa5b0", "#b7c0c8", "#ccd3d9", RULE)
+    greys = (GREY, "#a3adb7", "#bcc4cb", RULE)
     for i, (name, count) in enumerate(sorted(ledger.get("excluded", {}).items())):
         parts.append((f"Excluded: {name.replace('_', ' ')}", count, greys[min(i, 3)]))
     visited = sum(e.get("trained", 0) for e in epochs.values())
@@ -50,8 +50,8 @@ def knowledge_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
     )
     top = []
     for entry in found["top"]:
-        counts = [("present", entry["present"], BLUE), ("absent", entry["absent"], "#b7c0c8")]
-        counts.append(("uncertain", entry["uncertain"], PALETTE[5]))
+        counts = [("present", entry["present"], BLUE), ("absent", entry["absent"], GREY)]
+        counts.append(("uncertain", entry["uncertain"], ORANGE))
         rest = most - sum(c for _, c, _ in counts)
         top.append({**entry, "bar": stacked_bar([*counts, ("", rest, "transparent")], width=300)})
     lined_up, pairs = results.get("prototypes", {}), results.get("pairs", {})
@@ -65,8 +65,8 @@ def knowledge_context(results: Mapping[str, Any]) -> dict[str, Any] | None:
         "pair_sentence": _pair_sentence(pairs),
         "legend": Markup(
             swatch.format(BLUE, "present")
-            + swatch.format("#b7c0c8", "absent")
-            + swatch.format(PALETTE[5], "uncertain")
+            + swatch.format(GREY, "absent")
+            + swatch.format(ORANGE, "uncertain")
         ),
     }
 

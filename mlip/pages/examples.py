@@ -9,7 +9,13 @@ import numpy as np
 from markupsafe import Markup
 
 from mlip.pages.pictures import crosshair, decode_png, heat_uri, outline, picture_uri
+from mlip.transfer.alignment.grounding import is_inside
 
+KINDS = {
+    "keyword": "Name of the finding",
+    "sentence": "Sentence with its side",
+    "swapped": "Same words, image without it",
+}
 NO_TEXT = "report {study}"
 
 
@@ -28,20 +34,33 @@ def example_context(results: Mapping[str, Any]) -> dict[str, Any]:
 def _map_row(example: Mapping[str, Any]) -> dict[str, Any]:
     image = decode_png(example["image"])
     size, boxes = image.shape, example["boxes"]
+    box = "true box" if len(boxes) == 1 else "true boxes"
     shown = [np.asarray(m["map"]) for m in example["maps"]]
     low = float(min(m.min() for m in shown))
     high = float(max(m.max() for m in shown))
-    pictures = [{"uri": picture_uri(image), "layers": outline(boxes, size), "caption": ""}]
+    pictures = [
+        {
+            "uri": picture_uri(image),
+            "layers": outline(boxes, size),
+            "kind": "Radiograph",
+            "alt": f"Radiograph with the {box} of the finding",
+            "caption": "",
+        }
+    ]
     for entry, heat in zip(example["maps"], shown, strict=True):
         swapped = entry.get("image")
         under = decode_png(swapped) if swapped else image
-        layers = crosshair(entry["point"], size)
+        layers, alt = crosshair(entry["point"], size), "Map over another radiograph"
         if not swapped:
+            where = "in" if is_inside(np.asarray(entry["point"]), np.asarray(boxes)) else "out"
+            alt = f"Map over the radiograph, the hottest point {where}side the {box}"
             layers = Markup(outline(boxes, size) + layers)
         pictures.append(
             {
                 "uri": heat_uri(under, heat, low, high),
                 "layers": layers,
+                "kind": KINDS[entry["kind"]],
+                "alt": alt,
                 "caption": entry["phrase"],
             }
         )
@@ -57,6 +76,7 @@ def _word_row(example: Mapping[str, Any]) -> dict[str, Any]:
         {
             "uri": picture_uri(image, least_px=192),
             "layers": outline(example["boxes"], size),
+            "alt": "Radiograph with the true boxes",
             "caption": "radiograph",
         }
     ]
@@ -65,6 +85,7 @@ def _word_row(example: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "uri": heat_uri(image, heat, low, high, least_px=192),
                 "layers": outline(example["boxes"], size),
+                "alt": "Map of one word over the radiograph",
                 "caption": entry["word"],
             }
         )

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from mlip.transfer.array import Array
 
+UNSEEN = 'aria-hidden="true"'  # a layer's picture says in its own words what lies over it
 HEAT = cv2.COLORMAP_INFERNO  # perceptually even, readable in any colour vision and in grey
 
 
@@ -64,7 +65,7 @@ def crosshair(point: Sequence[float], size: Sequence[int]) -> Markup:
 
 
 def _layer(drawn: str, size: Sequence[int]) -> Markup:
-    return Markup(f'<svg class="layer" viewBox="0 0 {size[1]} {size[0]}">{drawn}</svg>')
+    return Markup(f'<svg class="layer" viewBox="0 0 {size[1]} {size[0]}" {UNSEEN}>{drawn}</svg>')
 
 
 def _enlarge(image: Array, least_px: int) -> Array:

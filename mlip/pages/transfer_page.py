@@ -23,7 +23,7 @@ from mlip.pages.charts import (
     scale_marks,
 )
 from mlip.pages.page import dotted, render_page, write_page
-from mlip.pages.pictures import decode_png, picture_uri
+from mlip.pages.pictures import UNSEEN, decode_png, picture_uri
 from mlip.pages.subgroups import subgroup_context
 from mlip.transfer.results_file import PAGE
 from mlip.transfer.table import classes_text, headline_of, rows_of, seeds_text, seen_text
@@ -38,6 +38,7 @@ SUBGROUP_SCORES = {
     "pooled": "Dice, pixels pooled",
     "strict": "mAP, strict",
 }
+DASHES = ("none", "8 3", "2 2", "9 3 2 3", "14 4", "5 2 2 2 2 2")  # px, a line and its gap
 STARTS = {
     "checkpoint": "pre-trained checkpoint",
     "imagenet": "ImageNet weights",
@@ -82,7 +83,7 @@ def render_transfer(results: Mapping[str, Any]) -> str:
         "charts": [
             (
                 f"seed {fit['seed']}",
-                line_chart(range(1, fit["epochs"] + 1), fit["val_loss"]),
+                line_chart(range(1, fit["epochs"] + 1), fit["val_loss"], over="epoch"),
             )
             for fit in last["fits"]
             if fit["epochs"] > 1  # a logistic probe is one fit, not a curve
@@ -215,7 +216,8 @@ def unit_chart(
     height = int(top + span + 34)
     parts = [
         f'<svg class="chart" viewBox="0 0 {side} {height}" width="{side}" height="{height}" '
-        'role="img">'
+        f'role="img" aria-label="{y_name} over {x_name}, {len(names)} curve{"s"[: len(names) > 1]} '
+        'between 0 and 1; the table above has their areas">'
     ]
     for tick in (0.0, 0.5, 1.0):
         x, y = at(tick, tick).split(",")
@@ -233,11 +235,8 @@ def unit_chart(
         )
     for i, ((xs, ys), name) in enumerate(zip(curves, names, strict=True)):
         points = " ".join(at(x, y) for x, y in zip(xs, ys, strict=True))
-        dash = ' stroke-dasharray="6 3"' if i >= len(PALETTE) else ""
         parts.append(
-            Markup('<polyline points="{}" fill="none" stroke="{}" stroke-width="2"{}>').format(
-                points, PALETTE[i % len(PALETTE)], Markup(dash)
-            )
+            Markup('<polyline points="{}" fill="none" {}>').format(points, _line(i))
             + Markup("<title>{}</title></polyline>").format(name)
         )
     parts.append(
@@ -255,19 +254,21 @@ def unit_chart(
     )
     key = Markup("").join(
         Markup(
-            '<span class="key"><span class="swatch{}" style="background:{}"></span>{}</span>'
-        ).format(*_swatch(i), name.replace("_", " "))
+            '<span class="key"><svg width="30" height="6" aria-hidden="true">'
+            '<line x1="0" x2="30" y1="3" y2="3" {}/></svg>{}</span>'
+        ).format(_line(i), name.replace("_", " "))
         for i, name in enumerate(names)
     )
     return Markup("".join(parts)) + Markup('<p class="legend">') + key + Markup("</p>")
 
 
-def _swatch(i: int) -> tuple[str, str]:
-    """(class, background) of a curve's key: a colour used again is dashed, as its curve is."""
-    colour = PALETTE[i % len(PALETTE)]
-    if i < len(PALETTE):
-        return "", colour
-    return " dash", f"repeating-linear-gradient(90deg,{colour} 0 5px,transparent 5px 8px)"
+def _line(i: int) -> Markup:
+    """How curve and key number i are drawn: each of the first 36 has a pair of colour and dash of
+    its own, and of the first six no two share either."""
+    turn, colour = divmod(i, len(PALETTE))
+    return Markup('stroke="{}" stroke-width="2" stroke-dasharray="{}"').format(
+        PALETTE[colour], DASHES[(colour + turn) % len(DASHES)]
+    )
 
 
 def _confusions(scores: Mapping[str, Any], classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -315,7 +316,7 @@ def _layer(entry: Mapping[str, Any]) -> Markup:
             for x0, y0, x1, y1 in entry[f"{kind}_boxes"]:
                 size = f'x="{x0}" y="{y0}" width="{x1 - x0:.4f}" height="{y1 - y0:.4f}"'
                 parts.append(f"<rect {size} {style}/>")
-    return Markup(f'<svg class="layer" viewBox="0 0 1 1">{"".join(parts)}</svg>')
+    return Markup(f'<svg class="layer" viewBox="0 0 1 1" {UNSEEN}>{"".join(parts)}</svg>')
 
 
 def _fit(percent: float, fit: Mapping[str, Any]) -> dict[str, Any]:

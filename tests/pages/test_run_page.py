@@ -100,7 +100,7 @@ def test_a_score_without_an_interval_says_why(tmp_path: Path, page: str) -> None
     bare = {"value": 9.0, "low": None, "high": None, "n": 30, "reason": "hit too rarely"}
     row["over_swapped"] = bare
     text = write_report(tmp_path, results).read_text()
-    assert '<span class="ci" title="hit too rarely">no interval</span>' in text
+    assert '<span class="ci why">no interval: hit too rarely</span>' in text
     assert "no interval: hit too rarely; no better 1.0" in text
 
 

@@ -103,7 +103,7 @@ def _page(*tables: dict[str, Any]) -> str:
 
 def test_a_mean_over_some_findings_says_over_how_many() -> None:
     page = _page(_table(_group("F", classes=2), _group("<b>"), small=1, unsaid=4))
-    rows = re.findall(r"<tr><td>(F|&lt;b&gt;)</td>.*?</tr>", page, re.DOTALL)
+    rows = re.findall(r"<tr><th scope=\"row\">(F|&lt;b&gt;)</th>.*?</tr>", page, re.DOTALL)
     assert rows == ["F", "&lt;b&gt;"]
     assert page.count("over 2 of 3 classes") == 2 and "over 3 of 3" not in page
     assert "Sensitivity" not in re.findall(r"<thead>.*?</thead>", page)[1]

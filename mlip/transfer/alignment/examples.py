@@ -93,6 +93,7 @@ def _grounding(
             heat = maps[query.phrase, at]
             point = pointed_pixel(upsample(heat), grid)
             entry = {
+                "kind": "swapped" if swapped else query.kind,
                 "phrase": phrases[query.phrase],
                 "map": heat.reshape(grid).round(4).tolist(),
                 "point": point.tolist(),

@@ -244,7 +244,7 @@ def test_results_and_page_say_which_precision_the_machine_took(
     expected = "bf16" if has_products else "fp32"
     assert results["run"]["precision"] == expected
     assert results["predictions"].facts["precision"] == expected
-    entry = f'<span class="k">precision</span><span class="v mono">{expected}</span>'
+    entry = f'<dt class="k">precision</dt><dd class="v mono">{expected}</dd>'
     assert entry in render(tmp_path, results)
 
 

@@ -121,7 +121,7 @@ def test_a_frozen_probe_tells_rectangles_from_none_and_lots_stay_at_chance(probe
         assert part in page
     assert ", scored 0." in page and "Dashed orange" not in page  # nothing is outlined here
     # with the counts a second time the accuracy lay outside the page
-    assert page.count("<th>Positives</th>") == 1 and "<th>Accuracy</th>" in page
+    assert page.count(">Positives</th>") == 1 and ">Accuracy</th>" in page
 
 
 def _without_test_truth(folder: Path) -> Path:
