@@ -111,7 +111,7 @@ def scale_axis(
     pad = 7.0
     parts = [
         f'<svg class="scale" width="{width}" height="15" viewBox="0 0 {width} 15" role="img" '
-        f'aria-label="drawn from {ticks[0]:.1f} to {ticks[-1]:.1f}">'
+        f'aria-label="scale from {ticks[0]:.1f} to {ticks[-1]:.1f}">'
     ]
     for tick in ticks:
         x = pad + (tick - low) / (high - low) * (width - 2 * pad)

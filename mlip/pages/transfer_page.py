@@ -293,8 +293,14 @@ def _confusion(title: str, counts: Sequence[Sequence[int]], names: list[str]) ->
 
 def _picture(entry: Mapping[str, Any]) -> dict[str, Any]:
     image = decode_png(entry["image"])
+    outlined = [
+        name
+        for kind, name in (("truth", "truth"), ("predicted", "prediction"))
+        if entry[f"{kind}_lines"] or entry[f"{kind}_boxes"]
+    ]
     return {
         "uri": picture_uri(image),
+        "alt": f"Radiograph, outlined: {' and '.join(outlined)}" if outlined else "Radiograph",
         "caption": entry["caption"],
         "study": entry["study"],
         "layer": _layer(entry),

@@ -153,8 +153,8 @@ def test_every_picture_says_what_it_shows_and_none_what_a_report_says(page: Elem
     assert all(len(alt) > 5 for alt in alts)
     # ours, word for word: nothing of a film, a study or a text; a row's number is of search alone
     known = re.compile(
-        r"Radiograph(, answer \d| with the (true box(es)?( of the finding)?"
-        r"|outlines of truth and prediction))?"
+        r"Radiograph(, answer \d| with the true box(es)?( of the finding)?"
+        r"|, outlined: truth and prediction)?"
         r"|Map over (another radiograph|the radiograph, the hottest point (in|out)side the true "
         r"box(es)?|the film of row \d+: where it is like the words)"
         r"|Map of one word over the radiograph|The radiograph that was asked with|Film of row \d+"

@@ -100,7 +100,9 @@ def test_reranked_by_both_heads_the_scores_are_those_of_classify(tmp_path, capsy
     alike = (images.embedding.double() @ images.embedding.double().T).numpy()[2]
     assert [r for r, _ in answers["row 2"]] == [r for r in ranked(alike) if r != 2][:5]
     text = page.read_text()
-    assert text.count('alt="row ') == 15 and text.count('alt="map of row ') == 10
+    assert (
+        text.count('alt="Film of row ') == 15 and text.count('alt="Map over the film of row ') == 10
+    )
     assert "searched again (--rerank)" in text and "http" not in text.split("</style>")[1]
     assert not any(secret in text for secret in SECRETS)
 
