@@ -145,6 +145,7 @@ def test_what_scrolls_is_reached_by_keys_and_headings_of_the_side_bar_have_a_lev
     front = (site / "index.html").read_text("utf-8")
     assert re.search(r'<html [^>]*lang="en"', front) and front.count("<h1>") == 1
     assert front.count('<pre tabindex="0">') > 10 and "<pre>" not in front
+    assert front.count('<div tabindex="0" class="table-wrapper') == front.count("<table") > 4
     assert front.count('role="heading" aria-level="2"') == len(CONF["PAGES"])
     assert front.count('role="heading"') == len(CONF["PAGES"])
     assert '<th class="head"><p></p></th>' not in front

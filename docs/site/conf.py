@@ -87,10 +87,11 @@ python_maximum_signature_line_length = 88
 def _reachable(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """What Sphinx and the theme leave out for a reader who has keys or ears alone.
 
-    A line of code wider than the window is read by scrolling, which keys can do where they reach; a
-    heading of the side bar says its level; the corner of a table is no header.
+    A line of code or a table wider than the window is read by scrolling, which keys can do where
+    they reach; a heading of the side bar says its level; the corner of a table is no header.
     """
     body = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    body = body.replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
     context["body"] = body.replace('<th class="head"><p></p></th>', "<td></td>")
     tree = context.get("furo_navigation_tree", "")
     context["furo_navigation_tree"] = tree.replace(
