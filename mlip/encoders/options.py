@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError  # what transformers' co
 from transformers import PretrainedConfig
 
 _Tower = TypeVar("_Tower")
+_REFUSALS = (TypeError, ValueError, StrictDataclassError)
 
 
 def tower_config(
@@ -33,18 +34,18 @@ def tower_config(
             )
     try:
         return kind(**given, **options)
-    except (TypeError, ValueError, StrictDataclassError) as error:
+    except _REFUSALS as error:
         raise ValueError(f"{key}: {kind.__name__} refuses these values: {error}") from error
 
 
 def build_tower(make: Callable[[], _Tower], key: str) -> _Tower:
-    """What `make` builds from a tower_config: some values transformers refuses only then.
+    """What `make` builds from a config: some values transformers refuses only then.
 
     Raises:  ValueError naming `key`
     """
     try:
         return make()
-    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError) as error:
+    except (*_REFUSALS, ArithmeticError, AssertionError, LookupError, RuntimeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{key}: no tower can be built with these values: {said}") from error
 

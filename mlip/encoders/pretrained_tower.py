@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from mlip.encoders.options import build_tower
+
 # counters of batch statistics, which files of older versions leave out
 _COUNTER = "num_batches_tracked"
 # model types whose files serve a tower of another type as they are
@@ -22,22 +24,33 @@ def load_tower(
 
     transformers gives a weight that it does not find random numbers and goes on: a folder of
     another model would be trained from random weights under its name.
-    Raises:  ValueError naming `key`: no such folder or id, another kind of model, weights that are
-             no safetensors or not all there
+    Raises:  ValueError naming `key`: no such folder or id, another kind of model, a config.json
+             that no tower can be built with, weights that are no safetensors, not all there or of
+             other sizes
     """
     _check_source(kind, key, source, offline)
-    try:
-        read: Any = kind.from_pretrained(
+
+    def read() -> Any:
+        return kind.from_pretrained(
             source,
             local_files_only=offline,
             use_safetensors=True,
             dtype=torch.float32,  # of a file in half precision it would take that one's
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **given,
         )
+
+    try:
+        tower, found = build_tower(read, f"{key}={source}")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{key}={source}: cannot be read: {error}") from error
-    tower, found = read
+    if others := sorted(found["mismatched_keys"]):
+        name, held, wanted = others[0]
+        raise ValueError(
+            f"{key}={source}: {len(others)} weights have other sizes than its config.json says, "
+            f"{name} among them ({list(held)}, not {list(wanted)}); expected both of one model"
+        )
     missing = sorted(name for name in found["missing_keys"] if not name.endswith(_COUNTER))
     if missing:
         raise ValueError(
@@ -64,17 +77,17 @@ def _check_source(kind: type[PreTrainedModel], key: str, source: str, offline: b
 
 def check_kind(kind: type[PreTrainedModel], key: str, source: str, *, offline: bool) -> None:
     """Raises:  ValueError where config.json of a source is not there, or of another kind."""
+    wanted = str(kind.config_class.model_type)  # type: ignore[union-attr]
     try:
         described = PretrainedConfig.get_config_dict(source, local_files_only=offline)[0]
-    except (OSError, ValueError) as error:
+        found = described.get("model_type", wanted)  # early folders do not say
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # two: a list or a number
         if Path(source).is_dir() or not offline:
             raise ValueError(f"{key}={source}: cannot be read: {error}") from error
         raise ValueError(
             f"{key}={source}: neither a local directory nor in the local model cache; give a "
             "directory, or set run.offline=false to let it be downloaded"
         ) from error
-    wanted = str(kind.config_class.model_type)  # type: ignore[union-attr]
-    found = described.get("model_type", wanted)  # early folders do not say
     if found not in (wanted, *_ALIKE.get(wanted, ())):
         raise ValueError(
             f"{key}={source}: holds a model of type {found}, expected one of type {wanted}"

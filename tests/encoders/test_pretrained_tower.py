@@ -139,6 +139,32 @@ def test_damaged_weights_and_settings_name_the_setting(tmp_path: Path) -> None:
         _load(BertModel, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"vocab_size": 40},
+            r"1 weights have other sizes .*word_embeddings.weight .*\[50, 16\], not \[40",
+        ),
+        ({"num_attention_heads": 0}, "no tower can be built with these values: ZeroDivision"),
+        ({"hidden_size": "wide"}, "no tower can be built with these values: (?s:.)*expected int"),
+        ({"hidden_size": 15}, "no tower can be built with these values: ValueError"),
+        ([], "cannot be read"),
+        (3, "cannot be read"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_weights_names_the_setting(
+    tmp_path: Path, changed: Any, message: str
+) -> None:
+    """A config.json of another size ended in a traceback that named neither folder nor setting."""
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, **changed} if isinstance(changed, dict) else changed))
+    with pytest.raises(ValueError, match=f"^model.x.source={tmp_path}: {message}"):
+        _load(BertModel, tmp_path)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_weights_of_half_precision_are_trained_in_float32(tmp_path: Path, half: Any) -> None:
     """A run's tower had the file's own precision, and no checkpoint of it could be read."""
