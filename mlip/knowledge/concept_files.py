@@ -123,7 +123,7 @@ def read_table(path: str | Path) -> ConceptTable:
         try:
             row = json.loads(line)
             if "provenance" in row:
-                provenance, fingerprint = row["provenance"], row.get("fingerprint")
+                provenance, fingerprint = dict(row["provenance"]), row.get("fingerprint")
                 continue
             if "cues" in row:
                 cues = checked_cues(row["cues"], path)
@@ -166,6 +166,12 @@ def _require_texts(row: dict[str, Any]) -> None:
     needed = [row.get("id"), row.get("name"), *row.get("synonyms", ())]
     free = [row.get(key, "") for key in ("definition", "semantic_type", "category", "source")]
     free += [text for key in lists for text in row.get(key, ())]
+    # codes, ends of relations, slots of terms: a number in one is met where the concept is shown
+    deep = [*row.get("mappings", {}).values(), *row.get("relations", ())]
+    deep += [slot for term in row.get("apart", ()) for slot in term]
+    if not all(isinstance(texts, list) for texts in deep):
+        raise TypeError("codes, relations and the slots of apart are lists of texts")
+    free += [text for texts in deep for text in texts]
     if not all(isinstance(text, str) for text in (*needed, *free)) or not all(needed):
         raise TypeError("id, name, synonyms and what describes them are texts")
 
@@ -224,7 +230,7 @@ def _concept_from_yaml(
         raise LexiconError(f"{where}: the id must be snake_case ASCII")
     if not isinstance(row, dict):
         raise LexiconError(f"{where}: expected a mapping, got {type(row).__name__}")
-    unknown = sorted(set(row) - _YAML_KEYS)
+    unknown = sorted(set(row) - _YAML_KEYS, key=str)  # YAML reads no: as False
     if unknown:
         raise LexiconError(f"{where}: unknown key {unknown[0]!r}; known: {sorted(_YAML_KEYS)}")
 
@@ -253,6 +259,7 @@ def _concept_from_yaml(
         )
         for term in row.get("apart") or ()
     )
+    maps = row.get("maps") or {}
     if any(len(term) < 2 for term in apart):
         raise LexiconError(f"{where}: each term of apart needs two slots or more")
     return Concept(
@@ -268,7 +275,9 @@ def _concept_from_yaml(
             for relation in RELATIONS
             for target in words(relation, row.get(relation, []))
         ),
-        mappings={k: words(f"maps.{k}", v) for k, v in (row.get("maps") or {}).items()},
+        mappings=dict(
+            zip(words("maps", list(maps)), (words(f"maps.{k}", maps[k]) for k in maps), strict=True)
+        ),
         apart=apart,
         excludes=expand(words("excludes", row.get("excludes", [])), where),
     )

@@ -90,6 +90,9 @@ def test_circles_are_cut_and_counted_in_a_file_read_alone(tmp_path):
         ("apart: 5", "a list of terms for apart"),
         ("maps: [a]", "a mapping for maps"),
         ("maps: 0", "a mapping for maps"),
+        # YAML's no and 1 are no text: sorting them beside text ended in a traceback
+        ("maps: {1: A, hpo: B}", "maps must be text .*quote numbers"),
+        ("{no: one, nam: two}", "unknown key False"),
         ("name: no", "name must be text .*quote numbers, yes, no"),
         ("name: [one, two]", "expected one text for name, got 2"),
         ("definition: [1]", "definition must be text"),
@@ -98,6 +101,23 @@ def test_circles_are_cut_and_counted_in_a_file_read_alone(tmp_path):
 def test_a_yaml_concept_of_another_shape_is_named(tmp_path, lines, message):
     path = write(tmp_path / "own.yaml", f"concepts:\n  hump:\n    {lines}\n")
     with pytest.raises(LexiconError, match=rf"own\.yaml, concept hump: .*{message}"):
+        load_concepts(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"provenance": 3}',
+        '{"id": "a", "name": "b", "mappings": {"radlex": [12]}}',
+        '{"id": "a", "name": "b", "relations": [["suggests", 3]]}',
+        '{"id": "a", "name": "b", "apart": [["one", "two"]]}',
+        '{"id": "a", "name": "b", "apart": [[[1], ["two"]]]}',
+    ],
+)
+def test_a_line_of_a_table_whose_deeper_values_are_no_texts_is_named(tmp_path, line):
+    """It was read, and ended in a traceback where the concept was shown or linked."""
+    path = write(tmp_path / "own.jsonl", '{"id": "x", "name": "y"}\n' + line + "\n")
+    with pytest.raises(LexiconError, match=r"own\.jsonl, line 2: expected one concept"):
         load_concepts(path)
 
 
