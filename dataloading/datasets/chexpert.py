@@ -207,7 +207,7 @@ def _listed(text: str, name: str) -> list[str]:
                 str(item.get("image_path") or item["Path"]) if isinstance(item, dict) else str(item)
                 for item in items
             ]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DatasetError(
                 f"{name}: expected JSON with paths, as a list, by finding, or as image_path"
             ) from None

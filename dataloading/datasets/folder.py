@@ -55,7 +55,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         raise ConfigError(
             f"--option {given[0]} says something of a table: give --option reports too"
         )
-    level = int(options["patient_level"]) if options["patient_level"].isdigit() else 0
+    level = int(options["patient_level"]) if options["patient_level"].isdecimal() else 0
     if level < 1:
         raise ConfigError("--option patient_level: expected a folder level of 1 or more")
     kept = {word.strip() for word in options["keep"].split(",")} - {""}

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -134,8 +135,16 @@ def read_csv(path: Path, columns: list[str], access: str) -> Iterator[dict[str, 
                         f"{len(header)}: fetch the file again"
                     )
                 yield dict(zip(header, (cell.strip() for cell in cells), strict=True))
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot be read ({type(error).__name__})") from None
+    except UnicodeDecodeError:
+        raise _no_text(path, access) from None
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        # of a damaged .gz it has none
+        reason = getattr(error, "strerror", None) or "damaged; fetch the file again"
+        raise DatasetError(f"{path}: cannot be read: {reason}") from None
+
+
+def _no_text(path: Path, access: str) -> DatasetError:
+    return DatasetError(f"{path}: is not UTF-8 text; expected the file of {access}")
 
 
 def read_text(path: Path, access: str) -> str:
@@ -146,7 +155,7 @@ def read_text(path: Path, access: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DatasetError(f"{path}: is not UTF-8 text; expected the file of {access}") from None
+        raise _no_text(path, access) from None
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -198,9 +207,8 @@ def label_states(row: dict[str, str], other: tuple[str, ...], where: Path) -> tu
 def require_choice(options: Mapping[str, str], name: str, choices: tuple[str, ...]) -> None:
     """Raises ConfigError for a value of an option that is none of the choices."""
     if options[name] not in choices:
-        raise ConfigError(
-            f"--option {name}={options[name]}: expected {' or '.join(choices)}, in small letters"
-        )
+        named = " or ".join(filter(None, choices))  # one may be left out
+        raise ConfigError(f"--option {name}={options[name]}: expected {named}, in small letters")
 
 
 def _capped(stream: io.TextIOWrapper, path: Path) -> Iterator[str]:

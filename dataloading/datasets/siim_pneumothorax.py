@@ -40,7 +40,7 @@ def collect(root: Path, options: dict[str, str]) -> Collected:
         found = masks.setdefault(row["ImageId"], [])
         if row["EncodedPixels"] != "-1":
             numbers = row["EncodedPixels"].split()
-            if not numbers or len(numbers) % 2 or not all(n.isdigit() for n in numbers):
+            if not numbers or len(numbers) % 2 or not all(map(str.isdecimal, numbers)):
                 raise DatasetError(f"{table}: EncodedPixels: expected -1 or pairs of numbers")
             found.append(" ".join(numbers))
     path_of = _images(root)

@@ -104,7 +104,7 @@ def image_settings(arguments: argparse.Namespace) -> ImageSettings:
 
 def part_of(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ConfigError(f"--part {text}: expected I/N with I from 1 to N, for example 3/16")
     return int(number) - 1, int(count)
 

@@ -184,6 +184,9 @@ def test_chexpert_5x200_list_leaves_no_image_of_its_patients_in_training(tmp_pat
     (tmp_path / "list.csv").write_text("Path\nCheXpert-v1.0/train/patient00009/study2/x/a.jpg\n")
     with pytest.raises(DatasetError, match="1 of 1 paths"):
         collect("chexpert", tmp_path, five_by_200=str(tmp_path / "list.csv"))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DatasetError, match="deep.json: expected JSON with paths"):
+        collect("chexpert", tmp_path, five_by_200=str(tmp_path / "deep.json"))
     with pytest.raises(DatasetError, match="only . images show"):
         collect("chexpert", tmp_path, five_by_200="rule")
 

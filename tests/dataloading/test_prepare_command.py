@@ -117,6 +117,8 @@ def test_prepare_makes_dicom_shards_of_a_public_set_and_says_what_it_did(tmp_pat
         ),
         (["folder", "--root", "/etc", "--out", "x", "--part", "0/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--part", "4/3"], "I from 1 to N"),
+        # a digit to isdigit and no number to int
+        (["folder", "--root", "/etc", "--out", "x", "--part", "\u00b2/3"], "I from 1 to N"),
         (["folder", "--root", "/etc", "--out", "x", "--bits", "16", "--codec", "jpeg"], "8 bits"),
         (
             ["folder", "--root", "/etc", "--out", "x", "--codec", "png", "--quality", "90"],

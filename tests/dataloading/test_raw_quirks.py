@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from mlip.dataloading.datasets.rows import DatasetError
+from mlip.dataloading.datasets.rows import DatasetError, read_csv
 from mlip.settings.config import ConfigError
 from tests import raw_layouts
 from tests.raw_layouts import by_id, collect, image, table
@@ -145,3 +146,26 @@ def test_a_list_that_is_no_utf8_is_named(
     options = {key: str(tmp_path / value) for key, value in options.items()}
     with pytest.raises(DatasetError, match=f"{Path(path).name}: is not UTF-8"):
         collect(name, tmp_path, **options)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "a bit", "another encoding"])
+def test_a_packed_table_that_is_damaged_or_no_text_is_named(damage: str, tmp_path: Path) -> None:
+    """zlib's error is none of the operating system's: it ended in a traceback."""
+    path = tmp_path / "table.csv.gz"
+    text = "name,note\n" + "".join(f"{i},{i * i * 7919 % 65_537}\n" for i in range(9000))
+    packed = bytearray(gzip.compress(text.encode()))
+    if damage == "cut off":
+        packed = packed[: len(packed) // 2]
+    elif damage == "a bit":
+        packed[10] = 0xFF  # the kind of the first block, of which there is none
+    else:
+        packed = bytearray(gzip.compress((text + "\u00e4,1\n").encode("latin-1")))
+    path.write_bytes(packed)
+    told = "is not UTF-8 text" if damage == "another encoding" else "damaged; fetch the file again"
+    with pytest.raises(DatasetError, match=rf"table\.csv\.gz: .*{told}"):
+        list(read_csv(path, ["name"], "a set"))
+
+
+def test_a_table_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"own\.csv: cannot be read: No such file"):
+        list(read_csv(tmp_path / "own.csv", ["name"], "a set"))

@@ -105,7 +105,7 @@ def test_labels_of_an_empty_section_are_none(tmp_path: Path) -> None:
     assert {row.labels for row in nothing.rows} == {""} and len(nothing.notes) == 2
     with pytest.raises(DatasetError, match=r"expected report_fixed.json or .*5158c524"):
         collect("chexpert_plus", tmp_path, labels="report")
-    with pytest.raises(ConfigError, match="labels=Impression: expected  or impression"):
+    with pytest.raises(ConfigError, match="labels=Impression: expected impression or f"):
         collect("chexpert_plus", tmp_path, labels="Impression")
     (tmp_path / "chexbert_labels" / "impression_fixed.json").unlink()
     collected = collect("chexpert_plus", tmp_path)
