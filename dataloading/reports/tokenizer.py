@@ -168,7 +168,8 @@ def load_tokenizer(directory: str | Path) -> ReportTokenizer:
             ) from error
         backend = read.backend_tokenizer
         # transformers 5 can ignore a vocabulary file without a word: every token then is [UNK]
-        lines = len((directory / "vocab.txt").read_text(encoding="utf-8").splitlines())
+        # of text, splitlines would end a line at an entry such as U+2028 too
+        lines = len((directory / "vocab.txt").read_bytes().splitlines())
         if backend.get_vocab_size() < lines:
             raise ValueError(
                 f"tokenizer {directory}: {backend.get_vocab_size()} of the {lines} entries of "

@@ -205,6 +205,19 @@ def test_the_order_of_the_reports_does_not_change_the_vocabulary(tmp_path: Path)
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_vocabulary_that_is_read_in_part_is_refused_and_odd_signs_in_it_are_not(
+    tmp_path: Path,
+) -> None:
+    """Signs that end a line for Python alone made a whole vocabulary seem to be read in part."""
+    entries = [*SPECIAL, "lung", "a\u2028b", "\x85", "c\x0cd"]
+    (tmp_path / "vocab.txt").write_text("\n".join(entries) + "\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert load_tokenizer(tmp_path).vocab_size == len(entries)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"1 of the 9 entries of vocab\.txt were read"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_missing_or_foreign_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is none at"):
         load_tokenizer(tmp_path / "nowhere")
