@@ -41,7 +41,7 @@ _SEVERAL = ("settings", "phrases", "terms")  # arguments of which there may be s
 _PATHS = {
     name: f"--{name}"
     for name in ("out", "checkpoint", "fit", "reference", "wordings", "like", "page")
-} | {"embeddings": "--in"}
+} | {"embeddings": "--in", "of": "a folder of mlip compare", "against": "--with"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,9 +88,10 @@ def _run(options: argparse.Namespace) -> int:
     try:
         for name, option in _PATHS.items():
             given = getattr(options, name, None)
-            require_utf8(option, str(given or ""))
-            if given == "":
-                raise ConfigError(f"{option} is empty: expected the name of a file or folder")
+            for path in given if isinstance(given, list) else [given]:
+                require_utf8(option, str(path or ""))
+                if path == "":  # the current folder: "$OUT" where OUT is not set
+                    raise ConfigError(f"{option} is empty: expected the name of a file or folder")
         return int(options.run(options))
     except ImportError:
         raise

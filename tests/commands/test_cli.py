@@ -240,6 +240,10 @@ def test_a_broken_import_keeps_its_traceback_and_a_mistake_is_one_line(
     assert "--out= is empty" in capsys.readouterr().err
     assert main(["search", "--in", "", "--phrase", "edema"]) == 2  # the option as it was given
     assert "--in is empty: expected the name" in capsys.readouterr().err
+    assert main(["compare", "a", "", "--with", "b"]) == 2
+    assert "a folder of mlip compare is empty: expected" in capsys.readouterr().err
+    assert main(["compare", "a", "--with", ""]) == 2
+    assert "--with is empty: expected the name" in capsys.readouterr().err
 
 
 def test_a_misspelt_setting_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
