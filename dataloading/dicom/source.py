@@ -301,7 +301,10 @@ def _representation(dataset: Dataset, element: RawDataElement) -> str:
             return "LO"
         if not tag.is_private:
             return str(pydicom.datadict.dictionary_VR(tag))
-        creator = dataset.get_item((tag.group, tag.element >> 8)).value or b""
+        named = dataset.get_item((tag.group, tag.element >> 8))
+        if named is None:  # private attributes whose creator a de-identification took away
+            return "UN"
+        creator = named.value or b""
         name = creator.decode("ascii", "replace") if isinstance(creator, bytes) else str(creator)
         return str(pydicom.datadict.private_dictionary_VR(tag, name.strip(" \0")))
     except KeyError:

@@ -6,6 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from mlip.dataloading.dicom.phi import _PROFILE, SEVERE
 from mlip.dataloading.dicom.radiograph import DicomError, check_phi, write_radiograph
@@ -85,6 +86,14 @@ def test_private_nested_and_overlay_attributes_are_found(clean):
     assert result["6000,3000"] == result["6002,3000"] == "overlay"
     assert result["5002,3000"] == result["0010,0013"] == "profile"
     assert result["RequestedProcedureID"] == "profile" and result["PersonName"] == "name"
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_private_attributes_are_found_whose_creator_was_taken_away(clean, syntax):
+    """A file with one could not be checked at all: tools that clean a header leave them behind."""
+    clean.file_meta.TransferSyntaxUID = syntax
+    clean.add_new(0x00111001, "UN", CANARY.encode())
+    assert found(clean)["0011,1001"] == "private"
 
 
 @pytest.mark.parametrize("syntax", ["explicit", "jpegls"])
