@@ -197,8 +197,6 @@ def _walk(dataset: Dataset, depth: int = 0) -> list[Leftover]:
             found.append(Leftover(_name(tag), "overlay"))
         elif element.tag.group & 0xFF01 == 0x5000:  # curves
             found.append(Leftover(_name(tag), "profile"))
-        elif element.tag.group == 0x0002:
-            continue
         elif element.VR == "PN":
             found.append(Leftover(name, "name"))
         elif element.VR in _TEMPORAL:
