@@ -51,7 +51,11 @@ setup(
     extras_require={
         "deepspeed": ["deepspeed>=0.19.8,<0.20"],
         "dali": ["nvidia-dali-cuda130>=2.3"],
-        "gpu": ["deepspeed>=0.19.8,<0.20", "nvidia-dali-cuda130>=2.3", "xformers>=0.0.35"],
+        "gpu": [
+            *("deepspeed>=0.19.8,<0.20", "nvidia-dali-cuda130>=2.3"),
+            # wheels for no other processor, and no kernels without them
+            'xformers>=0.0.35; platform_machine == "x86_64"',
+        ],
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.31"],  # whose settings were seen to keep machine, code and terminal out
         # the whole mlflow, for its pages, has bounds of its own; the last two are its local store

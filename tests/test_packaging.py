@@ -10,6 +10,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = (
@@ -70,6 +71,21 @@ def test_the_wheel_holds_every_module_once_and_its_data(wheel: Path) -> None:
     assert any(name.startswith("mlip/pages/templates/") for name in names)
     assert "mlip/py.typed" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
+
+
+def test_on_arm_the_extra_for_gpus_asks_for_no_xformers(wheel: Path) -> None:
+    """It has wheels for x86_64 alone: pip would compile it, which ends in an error without nvcc."""
+    with zipfile.ZipFile(wheel) as made:
+        (name,) = [name for name in made.namelist() if name.endswith("/METADATA")]
+        lines = made.read(name).decode().splitlines()
+    asked = [Requirement(x[15:]) for x in lines if x.startswith("Requires-Dist: ")]
+
+    def of_gpu(machine: str) -> set[str]:
+        here = {"extra": "gpu", "platform_machine": machine}
+        return {one.name for one in asked if one.marker and one.marker.evaluate(here)}
+
+    assert of_gpu("aarch64") == {"deepspeed", "nvidia-dali-cuda130"}
+    assert of_gpu("x86_64") == of_gpu("aarch64") | {"xformers"}
 
 
 def test_an_sdist_holds_what_a_wheel_is_built_from(source: Path, wheel: Path) -> None:

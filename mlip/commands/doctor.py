@@ -43,7 +43,7 @@ PACKAGES = (
     ("deepspeed", "deepspeed", "ZeRO training", False),
     ("nvidia-dali-cuda130", "nvidia.dali", "DALI input", False),
     ("triton", "triton", "fused kernels on a GPU", False),
-    ("xformers", "xformers", "its attention, optional", False),
+    ("xformers", "xformers", "its attention, optional, made for x86_64 alone", False),
     ("tensorboard", "tensorboard", "its curves, optional", False),
     ("wandb", "wandb", "curves in Weights & Biases, optional", False),
     ("mlflow-skinny", "mlflow", "curves in MLflow, optional", False),

@@ -82,7 +82,7 @@ def require_usable(impl: str) -> None:
         if importlib.util.find_spec("xformers") is None:
             raise ValueError(
                 "model.attention=xformers, but xformers is not installed; install the extra "
-                "`gpu` or set model.attention=sdpa"
+                "`gpu`, which has it for x86_64 alone, or set model.attention=sdpa"
             )
         if not torch.cuda.is_available():
             raise ValueError(
