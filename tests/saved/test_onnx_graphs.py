@@ -72,7 +72,7 @@ def test_a_file_and_a_phrase_get_the_models_score(
     images = opened.encode_images([tmp_path / "film.png"])
     expected = opened.similarity(images, opened.encode_texts(phrases))
 
-    pixels = model_input(read_image(tmp_path / "film.png"), opened.config).numpy()
+    pixels = model_input(read_image(str(tmp_path / "film.png")), opened.config).numpy()
     encoder = phrase_encoder(opened.config, opened.tokenizer, opened.linker, opened.table)
     texts = make_text_batch(phrases, encoder)
     image, patches = _run(out / "image.onnx", image=pixels)

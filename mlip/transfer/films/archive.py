@@ -6,7 +6,7 @@ What does not live here: any model. Queries are vectors (search.py makes them).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -134,7 +134,7 @@ class Archive:
             raise _damaged(path, "it is not the file that index.json tells of (SHA-256)")
         del self._unproved[path.name]
 
-    def images_of(self, rows: Sequence[int]) -> Array:
+    def images_of(self, rows: Iterable[int]) -> Array:
         """Image embeddings of manifest rows, [len(rows), D] float32.
 
         Raises:  ArchiveError naming a row that is not here

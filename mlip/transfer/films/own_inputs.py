@@ -47,7 +47,7 @@ class ImageFileError(ValueError):
     exit_code = 3
 
 
-def read_image(path: Path) -> Array:
+def read_image(path: str | Path) -> Array:
     """Grey pixels [H, W] uint8 or uint16 of a JPEG, PNG or DICOM file.
 
     Raises:  ImageFileError
@@ -55,7 +55,7 @@ def read_image(path: Path) -> Array:
     return decode_image(read_file(path), f"image {path}")
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
     """The content of an image file.
 
     Raises:  ImageFileError

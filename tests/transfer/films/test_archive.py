@@ -87,7 +87,7 @@ def test_the_best_rows_are_those_of_the_whole_matrix(tmp_path, form, most):
         said = np.flatnonzero(np.arange(ROWS) % 5 != 0)
         order = said[np.argsort(own[said], kind="stable")][:most]
         np.testing.assert_array_equal(hits.row_index, 2 * order)
-    np.testing.assert_array_equal(archive.images_of([80, 14, 14]), vectors[[40, 7, 7]])
+    np.testing.assert_array_equal(archive.images_of(np.array([80, 14, 14])), vectors[[40, 7, 7]])
 
 
 def test_a_patient_is_found_once_and_left_out_rows_never(tmp_path):
