@@ -311,7 +311,7 @@ def processor_seconds() -> float:
 
 
 def read(path: Path = OUT) -> dict[str, dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def scoreboard(held: Mapping[str, Outcome]) -> list[tuple[str, str, str]]:

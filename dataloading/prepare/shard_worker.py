@@ -171,7 +171,7 @@ def main() -> int:
     start = json.loads(sys.argv[1])
     root, settings = start["root"], ImageSettings(**start["settings"])
     cv2.setNumThreads(0)  # one process a core
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="ascii") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     # above what the account may have (ulimit -v, h_vmem of a grid engine) no limit can be set
     most = resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -126,9 +126,9 @@ class _Worker:
 
     def cpu_seconds(self) -> float:
         try:
-            with open(f"/proc/{self.process.pid}/stat") as file:
-                # the name in parentheses may hold blanks: count behind it
-                fields = file.read().rpartition(")")[2].split()
+            with open(f"/proc/{self.process.pid}/stat", "rb") as file:
+                # the name in parentheses may hold any bytes, blanks too: count behind it
+                fields = file.read().rpartition(b")")[2].split()
         except OSError:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / _TICK_HZ

@@ -115,7 +115,7 @@ def _groups(controller: str) -> Iterator[Path]:
     A container may see its own group as the root, under a path that is not there: the root counts.
     """
     with contextlib.suppress(OSError):
-        for line in _OWN_GROUPS.read_text().splitlines():
+        for line in os.fsdecode(_OWN_GROUPS.read_bytes()).splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":  # version 2: one tree for all
                 root = _GROUPS

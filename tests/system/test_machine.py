@@ -31,6 +31,12 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n")
 
 
+def test_a_group_whose_name_is_no_text_of_the_locale_counts(groups: Path) -> None:
+    (groups.parent / "own").write_bytes(b"0::/caf\xe9\n")
+    _write(groups / os.fsdecode(b"caf\xe9") / "cpu.max", "200000 100000")
+    assert machine.usable_cores() == 2
+
+
 def test_without_limits_the_affinity_and_the_machines_memory_hold(groups: Path) -> None:
     total = psutil.virtual_memory().total
     assert machine.usable_cores() == 8 and machine.usable_memory() == total  # no groups at all
