@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 
@@ -14,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
 
 
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """Signals belong to one test; a run takes them for its process."""
-    kept = {n: signal.getsignal(n) for n in _STOP}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A run owns its process, also one that a fixture makes for a whole file: signals, threads and
+    logging are for the next test what they were."""
+    signals, threads = {n: signal.getsignal(n) for n in _STOP}, torch.get_num_threads()
+    logger = logging.getLogger("mlip")
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    try:
+        return (yield)
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ that shells give; twice at once, and where the signal is ignored.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlip.system.stop_signal import Stopped, signals_stop
 
@@ -76,10 +78,29 @@ def test_a_second_signal_ends_the_command_there_without_a_traceback(tmp_path: Pa
     assert _run(tmp_path, signal.SIGINT, times=2) == (-signal.SIGINT, "")
 
 
-def test_what_the_process_did_at_a_signal_is_what_it_does_afterwards(own_signals: None) -> None:
+def test_what_the_process_did_at_a_signal_is_what_it_does_afterwards() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with signals_stop():
         pass
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     with pytest.raises(Stopped), signals_stop():
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def turns() -> list[int]:
+    """What a run that a fixture makes for a whole file leaves behind."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    logging.getLogger("mlip").propagate = False
+    torch.set_num_threads(2)
+    return []
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_what_a_fixture_of_a_file_leaves_behind_is_gone_at_the_next_test(
+    turn: int, turns: list[int]
+) -> None:
+    turns.append(turn)
+    left = (signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL, torch.get_num_threads() == 2)
+    is_first = len(turns) == 1
+    assert (*left, not logging.getLogger("mlip").propagate) == (is_first, is_first, is_first)

@@ -13,7 +13,7 @@ from mlip.settings.config import ConfigError, load
 from mlip.training.determinism import levels, random_part, require_deterministic
 from tests.training.exact_step import exact_config, make_objective
 from tests.training.test_exact import DROPOUT
-from tests.training.test_loop import _own_signals_and_faults, _run  # noqa: F401
+from tests.training.test_loop import _own_faults, _run  # noqa: F401
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mlip.training import checkpoint
 from mlip.training.ema import EMA
 from mlip.training.lifecycle import CheckpointError
 from tests.small_run import small_run
-from tests.training.test_loop import _own_signals_and_faults, _run  # noqa: F401
+from tests.training.test_loop import _own_faults, _run  # noqa: F401
 from tests.training.toy_run import make_trainer, toy_config
 
 COUNTS, SKIPPED = torch.tensor(False), torch.tensor(True)

@@ -19,10 +19,7 @@ from mlip.training.stop_request import StopRequest
 from tests.training.toy_run import make_trainer, toy_config
 
 FULL = Path("/dev/full")
-pytestmark = [
-    pytest.mark.usefixtures("own_signals"),
-    pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full"),
-]
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 
 
 def _trainer(folder: Path, **named):

@@ -35,7 +35,6 @@ from mlip.training.lifecycle import (
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")  # a spawned one would import torch first
-pytestmark = pytest.mark.usefixtures("own_signals")
 
 
 @pytest.fixture(autouse=True)

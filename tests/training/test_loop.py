@@ -44,8 +44,8 @@ trainer_of = make_trainer  # as the test at hand wants it
 
 
 @pytest.fixture(autouse=True)
-def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch, own_signals: None):
-    """Signals and fired faults belong to one test."""
+def _own_faults(monkeypatch: pytest.MonkeyPatch):
+    """Fired faults belong to one test."""
     monkeypatch.setattr(faults, "_fired", set())
 
 

@@ -9,7 +9,7 @@ from mlip.training import randomness
 from mlip.training.loop import Trainer
 from mlip.training.spikes import DATA, HARDWARE, SpikeWatch, cause
 from tests.faults.jobs import events
-from tests.training.test_loop import _config, _log, _own_signals_and_faults  # noqa: F401
+from tests.training.test_loop import _config, _log, _own_faults  # noqa: F401
 from tests.training.toy_run import ToyLoader, ToyObjective
 
 

@@ -15,8 +15,6 @@ from mlip.training import stop_request
 from mlip.training.lifecycle import Preempted
 from mlip.training.stop_request import StopRequest
 
-pytestmark = pytest.mark.usefixtures("own_signals")
-
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_step_goes_on(number):

@@ -24,7 +24,7 @@ NAME = "model.image.1.weight"
 
 
 @pytest.fixture
-def trained(tmp_path: Path, own_signals: None) -> tuple[Config, Path]:
+def trained(tmp_path: Path) -> tuple[Config, Path]:
     """The settings of a run of two steps, and its checkpoint."""
     config = toy_config(
         *(f"run.dir={tmp_path}", "train.max_steps=2", "train.engine=plain", "train.ema_decay=0.9")

@@ -721,7 +721,6 @@ def test_one_that_fails_is_told_of_once_and_gets_all_when_it_is_back(
     assert all("ConnectionError: https://host: no route; training goes on" in t for t in said)
 
 
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_run_ends_well_where_a_tracker_fails_to_its_end(
     tmp_path: Path,
@@ -767,7 +766,6 @@ def test_one_that_hangs_costs_points_and_no_time(
     assert warned() == ["train.mlflow: it lacks the last 8 points"]
 
 
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize(
     ("fault", "status", "code"), [("term@0:4:load", "KILLED", 1), ("error@0:4:load", "FAILED", 1)]
 )

@@ -38,7 +38,7 @@ WATCHED = ("train.monitor=loss", "train.checkpoint_steps=2")
 
 
 @pytest.fixture(autouse=True)
-def _own_signals_and_faults(monkeypatch: pytest.MonkeyPatch, own_signals: None):
+def _own_faults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(faults, "_fired", set())
 
 
