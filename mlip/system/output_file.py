@@ -119,7 +119,8 @@ def whole_file(
     is_private   for its owner alone, from the first byte on: it holds a patient's picture or text,
                  or numbers of single films
     require_own  the question of before the work, asked again before the renaming: what has appeared
-                 there since is another's and stays, and hours of work are kept beside it
+                 there since is another's and stays, and hours of work are kept beside it. A file
+                 that appears after the question stays too; one of this kind may be replaced
     Raises:  KeptBesideError where `require_own` raises ConfigError by then, or nothing can be
              renamed to `path`
     """
@@ -143,17 +144,63 @@ def whole_file(
 
 def _put_or_keep(partial: Path, path: Path, require_own: Callable[[Path], None]) -> None:
     try:
-        require_own(path)
-        partial.replace(path)
+        while not _put_asking(partial, path, require_own):
+            pass
     except (ConfigError, OSError) as error:  # a folder by then, or a file that is not to be read
         for number in itertools.count(2):
             beside = path.with_name(f"{path.stem}-{number}{path.suffix}")
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                _put_new(partial, beside)
                 break
-        partial.replace(beside)
         why = refusal(error, path) or str(error)
         raise KeptBesideError(f"{why}; what was made meanwhile is kept in {beside}") from None
+
+
+def _put_asking(partial: Path, path: Path, require_own: Callable[[Path], None]) -> bool:
+    """False where a file has come to lie there since it was looked: it is to be asked about too."""
+    is_there = os.path.lexists(path)  # before the question, whose answer may be of nothing there
+    require_own(path)
+    if is_there:
+        partial.replace(path)
+        return True
+    try:
+        _put_new(partial, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _put_new(partial: Path, path: Path) -> None:
+    """Renames a file to a name that nothing has, or leaves all as it is; renaming alone replaces.
+
+    Raises:  FileExistsError; OSError
+    """
+    try:
+        os.link(partial, path, follow_symlinks=False)
+    except FileExistsError:
+        # man 2 open: a file server that is asked twice refuses what it did at the first time
+        if not (path.exists() and path.samefile(partial)):
+            raise
+    except OSError:  # FAT, exFAT, some servers' disks and programs' (FUSE) have no links
+        _take_name(partial, path)
+        return
+    with contextlib.suppress(OSError):  # of two names the right one is there
+        partial.unlink()
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """As `_put_new`, by an empty file that is then replaced.
+
+    What another writes into that file, and not into one of his own, in that moment is lost.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if not path.lstat().st_size:  # not another's, who has renamed his own to it
+                path.unlink()
+        raise
 
 
 def _remove_leftovers(folder: Path, begin: str) -> None:

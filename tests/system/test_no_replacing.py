@@ -1,0 +1,158 @@
+"""The last step of writing: a file that appears between the last look and the renaming stays.
+
+Where a disk has no hard links (FAT, exFAT) is played by os.link, which fails as it does there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlip.settings.typed_tree import ConfigError
+from mlip.system.output_file import KeptBesideError, require_replaceable, whole_file
+
+OWN = "ours: "
+
+
+def _ask(path: Path) -> None:
+    is_ours = path.is_file() and path.read_text().startswith(OWN)
+    require_replaceable(path, "--out", "table", is_ours=is_ours)
+
+
+def _write(path: Path, ask: Callable[[Path], None] = _ask) -> None:
+    with whole_file(path, require_own=ask) as partial:
+        partial.write_text(f"{OWN}hours of work")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(params=["links", "EPERM", "ENOSYS", "EOPNOTSUPP"])
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With hard links, or without them: vfat and exFAT, some FUSE programs, some servers."""
+
+    def refuse(*given: object, **options: object) -> None:
+        raise OSError(getattr(errno, request.param), "no links")
+
+    if request.param != "links":
+        monkeypatch.setattr(os, "link", refuse)
+    return str(request.param)
+
+
+def test_a_file_that_appears_after_the_last_look_stays(tmp_path: Path, disk: str) -> None:
+    path, asked = tmp_path / "a.csv", 0
+
+    def and_it_appears(path: Path) -> None:
+        nonlocal asked
+        asked += 1
+        _ask(path)
+        path.write_text("another's")
+
+    with pytest.raises(KeptBesideError, match=r"a.csv: is there already .* kept in .*a-2.csv"):
+        _write(path, and_it_appears)
+    assert asked == 2 and path.read_text() == "another's"
+    assert (tmp_path / "a-2.csv").read_text() == f"{OWN}hours of work"
+    assert _names(tmp_path) == {"a.csv", "a-2.csv"}
+
+
+def test_of_this_kind_it_may_be_replaced(tmp_path: Path, disk: str) -> None:
+    path = tmp_path / "a.csv"
+
+    def and_ours_appears(path: Path) -> None:
+        _ask(path)
+        if not path.exists():
+            path.write_text(f"{OWN}of a second process")
+
+    for _ in range(2):  # a new file, and one that was there
+        _write(path, and_ours_appears)
+        assert path.read_text() == f"{OWN}hours of work" and _names(tmp_path) == {"a.csv"}
+
+
+def test_a_link_to_nowhere_is_replaced_and_not_followed(tmp_path: Path, disk: str) -> None:
+    path = tmp_path / "a.csv"
+    path.symlink_to(tmp_path / "elsewhere")
+    _write(path)
+    assert path.read_text() == f"{OWN}hours of work" and not path.is_symlink()
+    assert _names(tmp_path) == {"a.csv"}
+
+
+def test_many_that_end_at_once_keep_all_their_work(tmp_path: Path, disk: str) -> None:
+    """Each asks while nothing is there: one has the name, the others' files lie beside it."""
+    from threading import Barrier, Thread
+
+    path, together, told = tmp_path / "a.csv", Barrier(8, timeout=60), list[str]()
+
+    def require_none(path: Path) -> None:
+        if path.exists():
+            raise ConfigError(f"{path}: is there already")
+        together.wait()
+
+    def write(number: int) -> None:
+        from mlip.system.output_file import _put_or_keep
+
+        partial = tmp_path / f".{number}"
+        partial.write_text(f"work {number}")
+        try:
+            _put_or_keep(partial, path, require_none)
+        except KeptBesideError as error:
+            told.append(str(error))
+
+    threads = [Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert _names(tmp_path) == {"a.csv", *(f"a-{number}.csv" for number in range(2, 9))}
+    assert len(told) == 7
+    assert {p.read_text() for p in tmp_path.iterdir()} == {f"work {n}" for n in range(8)}
+
+
+def test_a_server_that_refuses_what_it_has_done_is_believed_for_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS: the answer was lost, the question asked again, and the name is there by then."""
+    link = os.link
+
+    def twice(*given: str, **options: bool) -> None:
+        link(*given, **options)
+        link(*given, **options)
+
+    monkeypatch.setattr(os, "link", twice)
+    _write(tmp_path / "a.csv")
+    assert _names(tmp_path) == {"a.csv"}
+    assert (tmp_path / "a.csv").read_text() == f"{OWN}hours of work"
+
+
+@pytest.mark.parametrize("last", [errno.EIO, errno.EACCES])
+def test_a_last_renaming_that_fails_leaves_no_empty_file(
+    last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither under the name nor beside it; another's, which has come under it, stays."""
+
+    def fail(*given: object, **options: object) -> None:
+        raise OSError(last, os.strerror(last))
+
+    monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match=os.strerror(last)):
+        _write(tmp_path / "a.csv")
+    assert not _names(tmp_path)
+    (tmp_path / "a.csv").write_text("another's")
+    with pytest.raises(OSError, match=os.strerror(last)):
+        _write(tmp_path / "a.csv")
+    assert _names(tmp_path) == {"a.csv"}
+
+    def lose(self: Path, target: Path) -> None:
+        target.unlink()
+        target.write_text("another's, too")
+        fail()
+
+    monkeypatch.setattr(Path, "replace", lose)
+    with pytest.raises(OSError, match=os.strerror(last)):
+        _write(tmp_path / "b.csv")
+    assert (tmp_path / "b.csv").read_text() == "another's, too"
